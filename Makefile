@@ -1,0 +1,60 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help setup tools test lint demo bench wheel clean
+.NOTPARALLEL:
+
+help: ## show these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+
+# Shell: installs the Debian packages in $missing where it may; else names them and fails.
+install_missing = if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
+	else \
+		echo "Please install these Debian packages first: $$missing" >&2; exit 1; \
+	fi
+
+setup: $(INSTALLED) .typeroot/dirtmap ## make .venv with dirtmap and everything its development needs
+
+$(INSTALLED): pyproject.toml
+	@missing=; $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing=python3-venv; $(install_missing)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# Type checkers do not follow an editable install; they find dirtmap.fmt and its like here.
+.typeroot/dirtmap:
+	@mkdir -p $@
+	@ln -s ../../fmt ../../engine ../../tools $@
+
+# tests/tools.txt: a command and the Debian package it comes in, a line each.
+tools: ## check for the QEMU and NBD tools that the tests and the demo compare with
+	@missing=$$(while read -r command package; do \
+		command -v "$$command" >/dev/null || echo "$$package"; \
+	done <tests/tools.txt | sort -u | xargs); $(install_missing)
+
+test: setup tools ## run the tests
+	$(BIN)/pytest
+
+lint: setup ## check style, types and who imports whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+demo: setup tools ## see dirtmap at work on a real qcow2 image
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh demo.sh
+
+bench: setup tools ## measure, side by side with what there is today
+	$(BIN)/pytest -o python_files='bench_*.py' --benchmark-columns=min,median,stddev,rounds tests
+
+wheel: setup ## build dist/dirtmap-VERSION-py3-none-any.whl, through an sdist
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove all that make has made
+	rm -rf .venv .typeroot build dist *.egg-info .benchmarks .hypothesis \
+		.grimp_cache .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

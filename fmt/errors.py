@@ -1,0 +1,54 @@
+"""The error family: one root, one class per situation a caller handles differently.
+
+Every message is one line, ``WHERE: what is wrong``: WHERE names the file and, where a structure is
+at fault, the field inside it. The root is public as `dirtmap.engine.Error`.
+"""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """Root of everything dirtmap raises on purpose.
+
+    Attributes:
+        where: the file, and the field inside it, as ``disk.qcow2: bitmaps.directory_offset``.
+        what: what is wrong with it, one line.
+    """
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(where, what)
+        self.where = where
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class FormatError(Error):
+    """Bytes on disk that break the format, or that would be unsafe to act on."""
+
+
+class UnsupportedError(Error):
+    """Sound bytes that ask for something dirtmap does not know, or must not write."""
+
+
+class BitmapError(Error):
+    """The bitmap asked for cannot be used so: unknown name, name taken, inconsistent, wrong size."""
+
+
+class BitmapNotFoundError(BitmapError, KeyError):
+    """No bitmap has that name in the namespace."""
+
+    __str__ = Error.__str__
+
+
+class LockedError(Error):
+    """Another process holds the image; ``what`` names it as far as it can be known."""
+
+
+class StorageError(Error):
+    """The operating system refused to open, read, write or sync."""
+
+
+class RangeError(Error, ValueError):
+    """A byte range that lies outside the disk, is negative or overflows; nothing was marked."""

@@ -1,0 +1,362 @@
+"""The qcow2 header, its feature bits and header extensions, snapshots, and its tables as numpy views.
+
+    byte 0        72            104        header_length              cluster_size
+      | version 2 | version 3    | more ...  | extensions ... | name ... |
+      |           |  features    |           |  end marker    | of the backing file
+
+Source throughout: docs/interop/qcow2.txt in QEMU's tree; limits from QEMU's block/qcow2.h and block/qcow2.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
+
+from dirtmap.fmt import geometry
+from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE
+from dirtmap.fmt.structure import Structure
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MAGIC = b"QFI\xfb"
+
+HEADER_V2 = Structure(
+    "header",
+    "magic" / Bytes(4),
+    "version" / Int32ub,
+    "backing_file_offset" / Int64ub,
+    "backing_file_size" / Int32ub,
+    "cluster_bits" / Int32ub,
+    "size" / Int64ub,
+    "crypt_method" / Int32ub,
+    "l1_size" / Int32ub,
+    "l1_table_offset" / Int64ub,
+    "refcount_table_offset" / Int64ub,
+    "refcount_table_clusters" / Int32ub,
+    "nb_snapshots" / Int32ub,
+    "snapshots_offset" / Int64ub,
+)
+HEADER_V3 = Structure(
+    "header, version 3",
+    "incompatible_features" / Int64ub,
+    "compatible_features" / Int64ub,
+    "autoclear_features" / Int64ub,
+    "refcount_order" / Int32ub,
+    "header_length" / Int32ub,
+)
+# Present where header_length says so; fields beyond it are kept as found and not read.
+HEADER_MORE = Structure("header, additional fields", "compression_type" / Int8ub, "padding" / Bytes(7))
+
+V3_OFFSET = HEADER_V2.size
+MORE_OFFSET = HEADER_V2.size + HEADER_V3.size
+AUTOCLEAR_OFFSET = V3_OFFSET + HEADER_V3.field("autoclear_features").offset
+BACKING_FILE_OFFSET = HEADER_V2.field("backing_file_offset").offset
+REFCOUNT_TABLE_OFFSET = HEADER_V2.field("refcount_table_offset").offset
+
+# The 12 bytes that say where the refcount table is: in the header's first 512 bytes, so written whole or not at all.
+REFCOUNT_TABLE_POINTER = Structure("refcount table pointer", "offset" / Int64ub, "clusters" / Int32ub)
+POINTER = Structure("pointer", "offset" / Int64ub)
+
+INCOMPATIBLE_DIRTY = 1 << 0
+INCOMPATIBLE_CORRUPT = 1 << 1
+INCOMPATIBLE_DATA_FILE = 1 << 2
+INCOMPATIBLE_COMPRESSION = 1 << 3
+INCOMPATIBLE_EXTENDED_L2 = 1 << 4
+COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
+AUTOCLEAR_BITMAPS = 1 << 0
+AUTOCLEAR_RAW_EXTERNAL_DATA = 1 << 1
+
+INCOMPATIBLE_NAMES = {
+    INCOMPATIBLE_DIRTY: "dirty",
+    INCOMPATIBLE_CORRUPT: "corrupt",
+    INCOMPATIBLE_DATA_FILE: "external data file",
+    INCOMPATIBLE_COMPRESSION: "compression type",
+    INCOMPATIBLE_EXTENDED_L2: "extended L2 entries",
+}
+COMPATIBLE_NAMES = {COMPATIBLE_LAZY_REFCOUNTS: "lazy refcounts"}
+AUTOCLEAR_NAMES = {AUTOCLEAR_BITMAPS: "bitmaps", AUTOCLEAR_RAW_EXTERNAL_DATA: "raw external data"}
+KNOWN_INCOMPATIBLE = sum(INCOMPATIBLE_NAMES)
+KNOWN_AUTOCLEAR = sum(AUTOCLEAR_NAMES)
+
+EXTENSION_BACKING_FORMAT = 0xE2792ACA
+EXTENSION_FEATURE_NAMES = 0x6803F857
+EXTENSION_BITMAPS = 0x23852875
+EXTENSION_CRYPTO = 0x0537BE77
+EXTENSION_DATA_FILE = 0x44415441
+# Ours ("dmpF"): room that a removed bitmaps extension left in the middle of a chain, kept for the next one. QEMU keeps
+# it as an unknown extension. A chain cannot be closed up in one atomic write, its 8-byte heads can be changed.
+EXTENSION_VACANT = 0x646D7046
+EXTENSION_NAMES = {
+    EXTENSION_BACKING_FORMAT: "backing file format",
+    EXTENSION_FEATURE_NAMES: "feature names",
+    EXTENSION_BITMAPS: "bitmaps",
+    EXTENSION_CRYPTO: "full disk encryption header",
+    EXTENSION_DATA_FILE: "external data file",
+    EXTENSION_VACANT: "dirtmap: vacant",
+}
+# A known extension appears once. QEMU takes the last of several; which one its writer meant cannot be known.
+SINGLE_EXTENSIONS = frozenset(EXTENSION_NAMES) - {EXTENSION_VACANT}
+
+BITMAPS_EXTENSION = Structure(
+    "bitmaps extension",
+    "nb_bitmaps" / Int32ub,
+    "reserved" / Int32ub,
+    "directory_size" / Int64ub,
+    "directory_offset" / Int64ub,
+)
+CRYPTO_EXTENSION = Structure("crypto extension", "offset" / Int64ub, "length" / Int64ub)
+FEATURE_NAME = Structure("feature name", "type" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
+SNAPSHOT = Structure(
+    "snapshot",
+    "l1_table_offset" / Int64ub,
+    "l1_size" / Int32ub,
+    "id_size" / Int16ub,
+    "name_size" / Int16ub,
+    "date_seconds" / Int32ub,
+    "date_nanoseconds" / Int32ub,
+    "vm_clock" / Int64ub,
+    "vm_state_size" / Int32ub,
+    "extra_data_size" / Int32ub,
+)
+
+MAX_L1_BYTES = 0x2000000  # QCOW_MAX_L1_SIZE
+MAX_REFCOUNT_TABLE_BYTES = 0x800000  # QCOW_MAX_REFTABLE_SIZE
+MAX_REFCOUNT_ORDER = 6
+MAX_SNAPSHOTS = 65536  # QCOW_MAX_SNAPSHOTS
+MAX_SNAPSHOT_TABLE_BYTES = 1024 * MAX_SNAPSHOTS  # QCOW_MAX_SNAPSHOTS_SIZE
+MAX_SNAPSHOT_EXTRA_DATA = 1024  # QCOW_MAX_SNAPSHOT_EXTRA_DATA
+MAX_BACKING_NAME = 1023
+MIN_EXTENDED_L2_CLUSTER_BITS = 14
+
+TABLE_ENTRY_SIZE = 8
+OFFSET_MASK = 0x00FFFFFFFFFFFE00  # L1E_OFFSET_MASK, L2E_OFFSET_MASK, REFT_OFFSET_MASK
+L2_COMPRESSED = 1 << 62
+COMPRESSED_SECTOR = 512
+
+
+class Header(NamedTuple):
+    """The header's fields, those of version 3 with the values that version 2 implies.
+
+    Attributes:
+        v2: fields of `HEADER_V2`.
+        incompatible, compatible, autoclear: feature bits, all 64 as found.
+        refcount_order: log2 of the bits of a refcount.
+        length: bytes before the extensions.
+        compression_type: 0 zlib, 1 zstd.
+    """
+
+    v2: Any
+    incompatible: int
+    compatible: int
+    autoclear: int
+    refcount_order: int
+    length: int
+    compression_type: int
+
+    @property
+    def version(self) -> int:
+        """2 or 3."""
+        return int(self.v2.version)
+
+    @property
+    def size(self) -> int:
+        """The virtual disk's size in bytes."""
+        return int(self.v2.size)
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return 1 << int(self.v2.cluster_bits)
+
+    @property
+    def refcount_bits(self) -> int:
+        """Bits of one refcount: 1, 2, 4, ... 64."""
+        return 1 << self.refcount_order
+
+    @property
+    def refcounts_per_block(self) -> int:
+        """How many refcounts one refcount block (a cluster) holds."""
+        return self.cluster_size * 8 // self.refcount_bits
+
+    @property
+    def l2_entry_size(self) -> int:
+        """Bytes of an L2 entry: 16 with extended L2 entries, else 8."""
+        return 16 if self.incompatible & INCOMPATIBLE_EXTENDED_L2 else 8
+
+    @property
+    def chain_limit(self) -> int:
+        """Where QEMU stops reading extensions: at the backing file's name, else at the end of the first cluster."""
+        return int(self.v2.backing_file_offset) or self.cluster_size
+
+
+def parse_header(data: bytes) -> Header:
+    """The header at the start of ``data``, at least its first 112 bytes (zero-padded where the file is shorter).
+
+    Judges nothing but that the fields can be read; see `header_faults`.
+    """
+    v2 = HEADER_V2.parse(data)
+    if v2.version < 3:
+        return Header(v2, 0, 0, 0, 4, HEADER_V2.size, 0)
+    v3 = HEADER_V3.parse(data, V3_OFFSET)
+    more = v3.header_length >= MORE_OFFSET + HEADER_MORE.size
+    return Header(
+        v2,
+        v3.incompatible_features,
+        v3.compatible_features,
+        v3.autoclear_features,
+        v3.refcount_order,
+        v3.header_length,
+        HEADER_MORE.parse(data, MORE_OFFSET).compression_type if more else 0,
+    )
+
+
+def feature_text(bits: int, names: dict[int, str]) -> list[str]:
+    """The names of the bits that are set; ``unknown bit N`` for those without one."""
+    return [names.get(1 << bit, f"unknown bit {bit}") for bit in range(bits.bit_length()) if bits >> bit & 1]
+
+
+def header_faults(header: Header) -> Iterator[tuple[str, str]]:
+    """What makes QEMU refuse the header, as (field, what). Source: QEMU block/qcow2.c, qcow2_do_open.
+
+    Later fields are judged only where earlier ones make sense.
+    """
+    v2 = header.v2
+    if v2.magic != MAGIC:
+        yield "magic", "not a qcow2 image"
+        return
+    if v2.version not in (2, 3):
+        yield "version", f"{v2.version} is neither 2 nor 3"
+        return
+    if unknown := header.incompatible & ~KNOWN_INCOMPATIBLE:
+        yield (
+            "incompatible_features",
+            ", ".join(feature_text(unknown, {})) + " set: the image needs newer software",
+        )
+        return
+    if not geometry.MIN_CLUSTER_BITS <= v2.cluster_bits <= geometry.MAX_CLUSTER_BITS:
+        limits = f"{geometry.MIN_CLUSTER_BITS}..{geometry.MAX_CLUSTER_BITS}"
+        yield "cluster_bits", f"{v2.cluster_bits} is outside {limits}"
+        return
+    cluster = header.cluster_size
+    if header.length < (MORE_OFFSET if v2.version == 3 else HEADER_V2.size) or header.length > cluster:
+        yield "header_length", f"{header.length} is outside {MORE_OFFSET}..{cluster}"
+        return
+    if header.length % 8:
+        yield "header_length", f"{header.length} is not a multiple of 8"
+    if header.refcount_order > MAX_REFCOUNT_ORDER:
+        yield "refcount_order", f"{header.refcount_order} is above {MAX_REFCOUNT_ORDER}"
+    if v2.crypt_method > 2:
+        yield "crypt_method", f"{v2.crypt_method} is unknown"
+    if v2.size > geometry.MAX_DISK_SIZE:
+        yield "size", f"{v2.size} is above {geometry.MAX_DISK_SIZE}"
+    if header.incompatible & INCOMPATIBLE_EXTENDED_L2 and v2.cluster_bits < MIN_EXTENDED_L2_CLUSTER_BITS:
+        yield "incompatible_features", f"extended L2 entries with clusters of {cluster} bytes"
+    if header.compression_type > 1:
+        yield "compression_type", f"{header.compression_type} is unknown"
+    if bool(header.incompatible & INCOMPATIBLE_COMPRESSION) != bool(header.compression_type):
+        yield "compression_type", f"{header.compression_type} contradicts incompatible feature bit 3"
+    l1_bytes = v2.l1_size * TABLE_ENTRY_SIZE
+    yield from _table_faults("l1_size", l1_bytes, MAX_L1_BYTES, "l1_table_offset", v2.l1_table_offset, cluster)
+    needed = geometry.ceil_div(v2.size, cluster * (cluster // header.l2_entry_size))
+    if v2.l1_size < needed:
+        yield "l1_size", f"{v2.l1_size} entries are too few: the disk's size needs {needed}"
+    if not v2.refcount_table_clusters:
+        yield "refcount_table_clusters", "0: there is no refcount table"
+    yield from _table_faults(
+        "refcount_table_clusters",
+        v2.refcount_table_clusters * cluster,
+        MAX_REFCOUNT_TABLE_BYTES,
+        "refcount_table_offset",
+        v2.refcount_table_offset,
+        cluster,
+    )
+    if v2.nb_snapshots > MAX_SNAPSHOTS:
+        yield "nb_snapshots", f"{v2.nb_snapshots} is above {MAX_SNAPSHOTS}"
+    elif v2.nb_snapshots:
+        least = v2.nb_snapshots * SNAPSHOT.size
+        limit = MAX_SNAPSHOT_TABLE_BYTES
+        yield from _table_faults("nb_snapshots", least, limit, "snapshots_offset", v2.snapshots_offset, cluster)
+    if v2.backing_file_offset:
+        if v2.backing_file_offset > cluster:
+            yield "backing_file_offset", f"{v2.backing_file_offset} is outside the first cluster"
+        elif v2.backing_file_size > min(MAX_BACKING_NAME, cluster - v2.backing_file_offset):
+            yield "backing_file_size", f"{v2.backing_file_size} bytes are too long or leave the first cluster"
+        elif v2.backing_file_offset < header.length:
+            yield "backing_file_offset", f"{v2.backing_file_offset} lies inside the header"
+
+
+def _table_faults(
+    length_field: str, length: int, limit: int, offset_field: str, offset: int, cluster_size: int
+) -> Iterator[tuple[str, str]]:
+    """QEMU: block/qcow2.c, qcow2_validate_table."""
+    if length > limit:
+        yield length_field, f"{length} bytes are above {limit}"
+    if offset % cluster_size:
+        yield offset_field, f"{offset:#x} is not a multiple of the cluster size {cluster_size}"
+    elif length and offset == 0:
+        yield offset_field, "0 is the header's place"
+    elif offset + length > geometry.MAX_DISK_SIZE:
+        yield offset_field, f"{offset:#x} is out of range"
+
+
+def bitmaps_extension_faults(data: bytes, cluster_size: int, file_size: int) -> Iterator[tuple[str, str]]:
+    """What is wrong with the bitmaps extension's data. Source: QEMU block/qcow2.c, qcow2_read_extensions.
+
+    That the directory lies inside the file is ours: QEMU reads zeros beyond.
+    """
+    if len(data) != BITMAPS_EXTENSION.size:
+        yield "length", f"{len(data)} is not {BITMAPS_EXTENSION.size}"
+        return
+    ext = BITMAPS_EXTENSION.parse(data)
+    if ext.reserved:
+        yield "reserved", f"{ext.reserved:#x} is not 0"
+    if not 1 <= ext.nb_bitmaps <= MAX_BITMAPS:
+        yield "nb_bitmaps", f"{ext.nb_bitmaps} is outside 1..{MAX_BITMAPS}"
+    if not 1 <= ext.directory_size <= MAX_DIRECTORY_SIZE:
+        yield "directory_size", f"{ext.directory_size} is outside 1..{MAX_DIRECTORY_SIZE}"
+    if ext.directory_offset == 0 or ext.directory_offset % cluster_size:
+        yield (
+            "directory_offset",
+            f"{ext.directory_offset:#x} is not a multiple of the cluster size {cluster_size}",
+        )
+    elif ext.directory_offset + ext.directory_size > file_size:
+        end = ext.directory_offset + ext.directory_size
+        yield "directory_offset", f"the directory ends at {end:#x}, past the end of the file ({file_size:#x})"
+
+
+def table_view(data: bytes | bytearray) -> NDArray[np.uint64]:
+    """L1, L2 and refcount tables: a view of ``data`` as big-endian u64, one element an entry, dtype ``>u8``."""
+    import numpy as np
+
+    return np.frombuffer(data, dtype=">u8")
+
+
+def refcounts_of(block: bytes, refcount_bits: int) -> NDArray[np.uint64]:
+    """A refcount block's counts as native uint64, one an entry.
+
+    Counts of less than a byte are packed least-significant first; wider ones are big-endian.
+    """
+    import numpy as np
+
+    if refcount_bits >= 8:
+        return np.frombuffer(block, dtype=f">u{refcount_bits // 8}").astype(np.uint64)
+    octets = np.frombuffer(block, dtype=np.uint8)
+    shifts = np.arange(0, 8, refcount_bits, dtype=np.uint8)
+    counts = (octets[:, None] >> shifts) & ((1 << refcount_bits) - 1)
+    return counts.reshape(-1).astype(np.uint64)
+
+
+def refcount_block(counts: NDArray[np.uint64], refcount_bits: int) -> bytes:
+    """The bytes of a refcount block with those counts; the inverse of `refcounts_of`."""
+    import numpy as np
+
+    if refcount_bits >= 8:
+        return counts.astype(f">u{refcount_bits // 8}").tobytes()
+    shifts = np.arange(0, 8, refcount_bits, dtype=np.uint8)
+    parts = counts.astype(np.uint8).reshape(-1, 8 // refcount_bits) << shifts
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(parts, axis=1).astype(np.uint8)
+    return packed.tobytes()

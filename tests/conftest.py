@@ -1,0 +1,24 @@
+"""What every test run needs: the tools to compare with, and how hypothesis searches."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Many examples start a QEMU process each, so neither a deadline nor a rate of examples means anything.
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", UNTIMED)
+settings.register_profile("ci", UNTIMED, derandomize=True, database=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_sessionstart() -> None:
+    """Ends the run at once where a tool is missing: a skipped comparison would look like a passed one."""
+    needed = [line.split() for line in Path(__file__).with_name("tools.txt").read_text().splitlines()]
+    missing = [f"{tool} (Debian package {package})" for tool, package in needed if not shutil.which(tool)]
+    if missing:
+        pytest.exit(f"the tests need {', '.join(missing)}: see `make tools`", returncode=1)
