@@ -1,0 +1,83 @@
+"""What happens: containers, bitmaps, changes. This is what tools embed.
+
+    import dirtmap.engine as dm
+
+    with dm.open("disk.qcow2") as image:
+        image["monday"].count                             # dirty bytes; a frozen value
+        with image.transaction() as bitmaps:              # all of it lands, or none
+            bitmaps["week"] |= bitmaps["monday"]
+            del bitmaps["monday"]
+
+Everything here is imported on first use, so that `import dirtmap.engine` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dirtmap.fmt.errors import (
+    BitmapError,
+    BitmapNotFoundError,
+    Error,
+    FormatError,
+    LockedError,
+    RangeError,
+    StorageError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from dirtmap.engine.bitmap import Bitmap
+    from dirtmap.engine.containers import check, describe, dump, open, recover
+    from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Transaction
+    from dirtmap.engine.qcow2.check import CheckReport, Finding
+    from dirtmap.engine.qcow2.image import Image, Recovery
+
+_HOMES = {
+    "Bitmap": "bitmap",
+    "BitmapInfo": "namespace",
+    "CheckReport": "qcow2.check",
+    "Finding": "qcow2.check",
+    "Image": "qcow2.image",
+    "ImageInfo": "namespace",
+    "Recovery": "qcow2.image",
+    "Transaction": "namespace",
+    "check": "containers",
+    "describe": "containers",
+    "dump": "containers",
+    "open": "containers",
+    "recover": "containers",
+}
+
+__all__ = [
+    "Bitmap",
+    "BitmapError",
+    "BitmapInfo",
+    "BitmapNotFoundError",
+    "CheckReport",
+    "Error",
+    "Finding",
+    "FormatError",
+    "Image",
+    "ImageInfo",
+    "LockedError",
+    "RangeError",
+    "Recovery",
+    "StorageError",
+    "Transaction",
+    "UnsupportedError",
+    "check",
+    "describe",
+    "dump",
+    "open",
+    "recover",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,195 @@
+"""The one seam through which every byte reaches a disk: read, write, sync, lock.
+
+The engine opens files with `open_file` only. Tests put a subclass of `File` in its place with `using`, to record,
+fail or reorder what the engine does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Iterator
+
+from dirtmap.fmt.errors import Error, StorageError
+
+# struct flock of Linux: type, whence, start, length, pid.
+_FLOCK = struct.Struct("@hhqqi")
+
+
+class File:
+    """An open image file or block device.
+
+    Offsets and lengths are bytes. Every operating-system error becomes a `StorageError` that names the file.
+    After a failed sync the handle is poisoned: the kernel may have dropped the data it could not write and will call
+    the next sync a success, so nothing is retried and every later write or sync fails.
+    """
+
+    def __init__(self, path: str, *, writable: bool = False) -> None:
+        self.path = path
+        self._poisoned: str | None = None
+        # O_NONBLOCK: a FIFO given as an image must not block the open; it means nothing for files and disks.
+        mode = os.O_RDWR if writable else os.O_RDONLY
+        with self._errors("open"):
+            self.fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            self.status = os.fstat(self.fd)
+        if not (stat.S_ISREG(self.status.st_mode) or stat.S_ISBLK(self.status.st_mode)):
+            os.close(self.fd)
+            raise StorageError(path, "neither a regular file nor a block device")
+
+    @property
+    def growable(self) -> bool:
+        """True where writing past the end makes the file longer: not so on a block device."""
+        return stat.S_ISREG(self.status.st_mode)
+
+    def close(self) -> None:
+        """Gives up the descriptor and with it every lock taken through it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def size(self) -> int:
+        """The file's length now, or the device's."""
+        with self._errors("size"):
+            return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes at ``offset``: fewer only where the file ends."""
+        with self._errors("read"):
+            data = os.pread(self.fd, length, offset)
+            if len(data) == length or not data:
+                return data
+            parts = [data]
+            done = len(data)
+            while done < length and (data := os.pread(self.fd, length - done, offset + done)):
+                parts.append(data)
+                done += len(data)
+            return b"".join(parts)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills ``buffer`` from ``offset`` on.
+
+        Raises:
+            StorageError: the file ends before it is full.
+        """
+        with self._errors("read"):
+            done = 0
+            while done < len(buffer) and (step := os.preadv(self.fd, [buffer[done:]], offset + done)):
+                done += step
+        if done < len(buffer):
+            raise StorageError(self.path, f"ends before byte {offset + len(buffer):#x}")
+
+    def read_exactly(self, offset: int, length: int) -> bytes:
+        """``length`` bytes at ``offset``.
+
+        Raises:
+            StorageError: the file ends before them.
+        """
+        data = self.read(offset, length)
+        if len(data) < length:
+            raise StorageError(self.path, f"ends before byte {offset + length:#x}")
+        return data
+
+    def has_data(self, offset: int, length: int) -> bool:
+        """False where the range is known to be a hole, which reads as zeros; True when in doubt."""
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA) < offset + length
+        except OSError as error:
+            return error.errno != 6  # ENXIO: nothing but a hole up to the end of the file
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Writes all of ``data`` at ``offset``; durable after the next `sync` only."""
+        self._refuse_if_poisoned()
+        view = memoryview(data).cast("B")
+        with self._errors("write"):
+            while len(view):
+                done = os.pwrite(self.fd, view, offset)
+                offset += done
+                view = view[done:]
+
+    def truncate(self, size: int) -> None:
+        """Cuts the file to ``size`` bytes."""
+        self._refuse_if_poisoned()
+        with self._errors("truncate"):
+            os.ftruncate(self.fd, size)
+
+    def sync(self) -> None:
+        """Returns once everything written before is durable.
+
+        Raises:
+            StorageError: it is not known to be; the handle is poisoned.
+        """
+        self._refuse_if_poisoned()
+        try:
+            with self._errors("sync"):
+                os.fdatasync(self.fd)
+        except Error as error:
+            self._poisoned = str(error)
+            raise
+
+    def lock(self, offset: int) -> None:
+        """Takes a shared open-file-description lock on one byte (never waits: QEMU takes shared ones only)."""
+        with self._errors("lock"):
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, offset, 1, 0))
+
+    def unlock(self, offset: int) -> None:
+        """Gives up the lock on that byte."""
+        with self._errors("unlock"):
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, offset, 1, 0))
+
+    def locked_by_other(self, offset: int) -> bool:
+        """True where any other open file description holds a lock on that byte."""
+        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
+        with self._errors("lock"):
+            answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, request)
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def is_current(self) -> bool:
+        """True while the path still leads to this very file: locks follow the inode, a rename moves the name."""
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            return False
+        return (now.st_dev, now.st_ino) == (self.status.st_dev, self.status.st_ino)
+
+    def _refuse_if_poisoned(self) -> None:
+        if self._poisoned:
+            raise StorageError(self.path, f"not used any more after a failed sync ({self._poisoned})")
+
+    @contextlib.contextmanager
+    def _errors(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(self.path, f"{action}: {error.strerror or error}") from error
+
+
+_factory: type[File] = File
+
+
+def open_file(path: str, *, writable: bool = False) -> File:
+    """Opens ``path``.
+
+    Raises:
+        StorageError: it cannot be opened, or is neither a regular file nor a block device.
+    """
+    return _factory(path, writable=writable)
+
+
+@contextlib.contextmanager
+def using(factory: type[File]) -> Iterator[None]:
+    """For tests: while active, `open_file` makes files of this class."""
+    global _factory
+    previous, _factory = _factory, factory
+    try:
+        yield
+    finally:
+        _factory = previous

@@ -1,0 +1,110 @@
+"""QEMU's image locks: who may read and write an image while others have it open.
+
+QEMU takes shared open-file-description locks on single bytes of the image and tests whether others hold any:
+
+    byte 100 + p: "I use permission p"        byte 200 + p: "I do not share permission p"
+    p: 0 consistent read, 1 write, 2 write unchanged, 3 resize, 4 graph modification
+
+    writer    takes 100 101 103 201 203   tests 200 201 203 (does everyone share what I use?)
+                                                and 101 103 (does anyone use what I do not share?)
+    reader    takes 100                   tests 101
+    -U        takes 100                   tests nothing
+
+A reader takes less than QEMU's own would: 201 and 203 would make a virtual machine fail that starts just then.
+Source: QEMU block/file-posix.c, raw_apply_lock_bytes and raw_check_lock_bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Iterator
+
+from dirtmap.engine.fileio import File
+from dirtmap.fmt.errors import LockedError
+
+_USE, _UNSHARE = 100, 200
+_READ, _WRITE, _RESIZE = 0, 1, 3
+_WRITER_TAKES = (_USE + _READ, _USE + _WRITE, _USE + _RESIZE, _UNSHARE + _WRITE, _UNSHARE + _RESIZE)
+_WRITER_TESTS = (_UNSHARE + _READ, _UNSHARE + _WRITE, _UNSHARE + _RESIZE, _USE + _WRITE, _USE + _RESIZE)
+
+# Two writers that start together see each other and both back off; a command holds an image for milliseconds.
+_PATIENCE_SECONDS = 0.4
+
+
+@contextlib.contextmanager
+def reading(file: File, *, force_share: bool = False) -> Iterator[None]:
+    """Holds the reader's lock for the time of a read.
+
+    Raises:
+        LockedError: someone has the image open for writing (at the start or at the end), or it was replaced meanwhile.
+    """
+    file.lock(_USE + _READ)
+    try:
+        if not force_share:
+            _refuse_if_written(file)
+        try:
+            yield
+        finally:
+            # A writer that came while we read may have changed what we read, and have made it look broken.
+            if not force_share:
+                _refuse_if_written(file)
+    finally:
+        file.unlock(_USE + _READ)
+
+
+def _refuse_if_written(file: File) -> None:
+    if file.locked_by_other(_USE + _WRITE):
+        raise LockedError(file.path, f"open for writing by {_holders(file)}; -U reads it all the same")
+    _refuse_if_replaced(file)
+
+
+def _refuse_if_replaced(file: File) -> None:
+    if not file.is_current():
+        raise LockedError(file.path, "was replaced or removed while it was being opened")
+
+
+@contextlib.contextmanager
+def writing(file: File) -> Iterator[None]:
+    """Holds the writer's locks; QEMU refuses to open the image meanwhile.
+
+    Raises:
+        LockedError: someone has the image open and does not share it, or it was replaced meanwhile.
+    """
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    try:
+        while True:
+            for byte in _WRITER_TAKES:
+                file.lock(byte)
+            if not any(map(file.locked_by_other, _WRITER_TESTS)):
+                break
+            for byte in _WRITER_TAKES:
+                file.unlock(byte)
+            if time.monotonic() > deadline:
+                raise LockedError(file.path, f"held by {_holders(file)}; nothing ever writes an image in use")
+            time.sleep(random.uniform(0.005, 0.05))
+        _refuse_if_replaced(file)
+        yield
+    finally:
+        for byte in _WRITER_TAKES:
+            file.unlock(byte)
+
+
+def _holders(file: File) -> str:
+    """Which other processes have the file open, as far as /proc tells; open-file-description locks name none."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if int(pid) == os.getpid():
+            continue
+        try:
+            for fd in os.scandir(f"/proc/{pid}/fd"):
+                status = os.stat(fd.path)
+                if (status.st_dev, status.st_ino) == (file.status.st_dev, file.status.st_ino):
+                    with open(f"/proc/{pid}/comm", "rb") as comm:
+                        found.append(f"{comm.read().decode(errors='replace').strip()} (process {pid})")
+                    break
+        except OSError:
+            continue  # gone, or not ours to look into
+    return ", ".join(found) or "another process"

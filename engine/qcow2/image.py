@@ -1,0 +1,364 @@
+"""`Image`: a qcow2 image as a mapping of names to bitmaps, read under QEMU's locks, changed in transactions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from dirtmap.engine import locks
+from dirtmap.engine.fileio import File, open_file
+from dirtmap.engine.namespace import (
+    BitmapInfo,
+    ImageInfo,
+    Transaction,
+    decode_name,
+    encode_name,
+    label,
+    not_found,
+)
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
+from dirtmap.fmt import directory, geometry
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dirtmap.engine.bitmap import Bitmap
+    from dirtmap.engine.qcow2.commit import Kept, Written
+
+T = TypeVar("T")
+
+FORMAT = "qcow2"
+# With -U the image may change while it is read; a second look tells a torn read from damage.
+_SHARED_ATTEMPTS = 5
+
+
+def read_session(file: File, read: Callable[[Layout], T], *, force_share: bool = False) -> T:
+    """Runs ``read`` on the image's metadata, under the reader's lock, once it was found sound.
+
+    Raises:
+        LockedError: open for writing elsewhere, and not ``force_share``.
+        FormatError: QEMU would refuse the image, or it is unsafe to use.
+    """
+    for attempt in range(_SHARED_ATTEMPTS):
+        try:
+            with locks.reading(file, force_share=force_share):
+                layout = read_layout(file)
+                layout.require_sound()
+                return read(layout)
+        except FormatError:
+            if not force_share or attempt + 1 == _SHARED_ATTEMPTS:
+                raise
+    raise AssertionError("unreachable")
+
+
+def describe(file: File, *, force_share: bool = False) -> ImageInfo:
+    """The image and all its bitmaps, in one session; without numpy. Errors as `read_session`."""
+    return read_session(file, lambda layout: _describe(file, layout), force_share=force_share)
+
+
+def _describe(file: File, layout: Layout) -> ImageInfo:
+    notes = []
+    if layout.extension and not layout.valid:
+        notes.append("its bitmaps are void: software that does not know them has changed the image")
+    return ImageInfo(
+        path=file.path,
+        format=FORMAT,
+        size=layout.header.size,
+        cluster_size=layout.cluster_size,
+        bitmaps=tuple(
+            BitmapInfo(
+                name=decode_name(slot.entry.name),
+                granularity=slot.entry.granularity,
+                recording=slot.entry.auto,
+                inconsistent=slot.entry.in_use,
+                busy=False,
+                count=None if slot.entry.in_use else count_dirty(file, layout, slot) * slot.entry.granularity,
+            )
+            for slot in layout.slots
+        ),
+        notes=tuple(notes),
+    )
+
+
+def count_dirty(file: File, layout: Layout, slot: Slot) -> int:
+    """How many bits of a bitmap are set, read cluster by cluster.
+
+    Counted with plain integers: importing numpy would take longer than `list` needs for all else together.
+    """
+    cluster = layout.cluster_size
+    left = geometry.granules(layout.header.size, slot.entry.granularity)
+    count = 0
+    for raw in directory.parse_table(slot.table or b""):
+        bits = min(left, cluster * 8)
+        left -= bits
+        if raw == directory.TABLE_ALL_ONES:
+            count += bits
+        elif raw:
+            data = file.read_exactly(raw, geometry.ceil_div(bits, 8))
+            value = int.from_bytes(data, "little")
+            count += (value & ((1 << bits) - 1) if bits % 8 else value).bit_count()
+    return count
+
+
+def load(file: File, layout: Layout, slot: Slot) -> NDArray[np.uint64]:
+    """A bitmap's bits as words: uint64, shape (ceil(granules / 64),), tail bits zero.
+
+    table      |  0  |  A  | A+1 | A+2 |  1  |  B  |
+    buffer     | 00  |   one read      | ff  | read|      neighbouring clusters are read together
+    """
+    import numpy as np
+
+    from dirtmap.engine import bits
+
+    cluster = layout.cluster_size
+    nbits = geometry.granules(layout.header.size, slot.entry.granularity)
+    size = geometry.ceil_div(nbits, 8)
+    words = np.zeros(geometry.ceil_div(nbits, 64), "<u8")
+    octets = words.view(np.uint8)
+    buffer = octets.data[:size]
+    run: tuple[int, int, int] | None = None  # from byte, to byte of the buffer; offset in the file
+
+    def read_run() -> None:
+        if run:
+            file.read_into(run[2], buffer[run[0] : run[1]])
+
+    for index, raw in enumerate(directory.parse_table(slot.table or b"")):
+        first, last = index * cluster, min((index + 1) * cluster, size)
+        if raw == directory.TABLE_ALL_ONES:
+            octets[first:last] = 0xFF
+        elif raw and run and run[1] == first and run[2] + run[1] - run[0] == raw:
+            run = (run[0], last, run[2])
+        elif raw:
+            read_run()
+            run = (first, last, raw)
+    read_run()
+    bits.mask_tail(words, nbits)
+    return words
+
+
+@dataclass(eq=False, slots=True)
+class _Source:
+    """Where a bitmap of a transaction has its bits while nobody has asked for them."""
+
+    file: File
+    layout: Layout
+    slot: Slot
+
+    def load(self) -> NDArray[np.uint64]:
+        if self.file.fd < 0:
+            raise Error(self.layout.path, "the transaction has ended")
+        return load(self.file, self.layout, self.slot)
+
+
+class Image(Mapping[str, "Bitmap"]):
+    """A qcow2 image's bitmaps: a read-only mapping of names to frozen `Bitmap` values, in the order of the directory.
+
+    Every look-up reads the image anew, under QEMU's locks, so an answer is never older than the question.
+
+    Attributes:
+        path: as it was opened.
+        format: ``qcow2``.
+        size: of the virtual disk, bytes, when last read.
+        cluster_size: bytes.
+        name, uuid: None; images get an identity with their first name.
+    """
+
+    format = FORMAT
+    name: str | None = None
+    uuid: str | None = None
+
+    def __init__(self, path: str, *, force_share: bool = False) -> None:
+        self.path = path
+        self._force_share = force_share
+        self._file = open_file(path)
+        try:
+            self.size, self.cluster_size = self._read(lambda layout: (layout.header.size, layout.cluster_size))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the image's file."""
+        self._file.close()
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def info(self) -> ImageInfo:
+        """The image and all its bitmaps as of one moment."""
+        return describe(self._file, force_share=self._force_share)
+
+    def __getitem__(self, name: str) -> Bitmap:
+        """The bitmap as it is now, a value of the caller's own.
+
+        Raises:
+            BitmapNotFoundError: there is none of that name.
+        """
+
+        def read(layout: Layout) -> Bitmap:
+            for slot in layout.slots:
+                if slot.entry.name == wanted:
+                    bitmap = _lazy(self._file, layout, slot)
+                    if not bitmap.inconsistent:
+                        _ = bitmap.words  # now, while nothing can change it
+                    return bitmap.freeze()
+            raise not_found(self.path, name)
+
+        wanted = encode_name(name)
+        return self._read(read)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and encode_name(name) in self._read(_names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([decode_name(name) for name in self._read(_names)])
+
+    def __len__(self) -> int:
+        return len(self._read(_names))
+
+    def __repr__(self) -> str:
+        return f"<Image {self.path!r}>"
+
+    def _read(self, read: Callable[[Layout], T]) -> T:
+        return read_session(self._file, read, force_share=self._force_share)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Changes the bitmaps: at the end of the block all changes are durable; after an exception there are none.
+
+        QEMU and other writers are kept out from the beginning to the end.
+
+        Raises:
+            LockedError: someone else has the image open for writing, or holds it against writers.
+            FormatError: QEMU would refuse the image, or it is unsafe to change.
+            UnsupportedError: version 2, marked dirty or corrupt, or no room in the header.
+            BitmapError: what was asked for breaks a rule of the format.
+            StorageError: the operating system failed.
+        """
+        with _write_session(self.path) as (file, layout):
+            if not self._file.is_current():
+                raise LockedError(self.path, "was replaced since it was opened")
+            layout.require_sound()
+            with _changing(file, layout) as bitmaps:
+                yield bitmaps
+
+
+def _names(layout: Layout) -> list[bytes]:
+    return [slot.entry.name for slot in layout.slots]
+
+
+@contextlib.contextmanager
+def _write_session(path: str) -> Iterator[tuple[File, Layout]]:
+    with open_file(path, writable=True) as file, locks.writing(file):
+        yield file, read_layout(file)
+
+
+def _lazy(file: File, layout: Layout, slot: Slot) -> Bitmap:
+    from dirtmap.engine.bitmap import Bitmap
+
+    entry = slot.entry
+    source = _Source(file, layout, slot)
+    return Bitmap._lazy(layout.header.size, entry.granularity, entry.auto, entry.in_use, source)
+
+
+@contextlib.contextmanager
+def _changing(file: File, layout: Layout) -> Iterator[Transaction]:
+    from dirtmap.engine.qcow2.commit import commit, require_writable
+
+    require_writable(layout)
+    bitmaps = Transaction(
+        layout.path,
+        layout.header.size,
+        geometry.default_granularity(layout.cluster_size),
+        {decode_name(slot.entry.name): _lazy(file, layout, slot) for slot in layout.slots},
+    )
+    try:
+        yield bitmaps
+        wanted = _wanted(layout, bitmaps)
+        if _is_change(layout, wanted):
+            commit(file, layout, wanted)
+    finally:
+        bitmaps.close()
+
+
+def _is_change(layout: Layout, wanted: list[Kept | Written]) -> bool:
+    from dirtmap.engine.qcow2.commit import Kept
+
+    return [item.entry if isinstance(item, Kept) else None for item in wanted] != [s.entry for s in layout.slots]
+
+
+def _wanted(layout: Layout, bitmaps: Transaction) -> list[Kept | Written]:
+    """What to commit.
+
+    Bitmaps whose bits nobody touched keep their place on disk, at most one bitmap a place. Of the others, those that
+    keep their name are compared with what that name had, so that clusters which did not change are taken over.
+    """
+    from dirtmap.engine.qcow2.commit import Kept, Written
+
+    kept: dict[str, Kept] = {}
+    places = {slot.entry.name: slot for slot in layout.slots}
+    for name, bitmap in bitmaps.items():
+        source = bitmap._source
+        if isinstance(source, _Source) and places.get(source.slot.entry.name) is source.slot:
+            del places[source.slot.entry.name]
+            entry = source.slot.entry
+            flags = {"set": directory.FLAG_AUTO} if bitmap.recording else {"clear": directory.FLAG_AUTO}
+            kept[name] = Kept(replace(entry.with_flags(**flags), name=encode_name(name)))
+        elif bitmap.inconsistent:
+            raise BitmapError(f"{bitmaps.where}: {label(name)}", "an inconsistent bitmap cannot be copied")
+    return [
+        kept.get(name)
+        or Written(
+            name=encode_name(name),
+            flags=directory.FLAG_AUTO if bitmap.recording else 0,
+            granularity_bits=bitmap.granularity.bit_length() - 1,
+            packed=memoryview(bitmap.packed()),
+            base=places.get(encode_name(name)),
+        )
+        for name, bitmap in bitmaps.items()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What `recover` did for one bitmap: its ``name``, and ``how``: ``all dirty``."""
+
+    name: str
+    how: str
+
+
+def recover(path: str, names: Iterable[str] = ()) -> list[Recovery]:
+    """Makes inconsistent bitmaps usable; others are left alone, damaged ones included.
+
+    Args:
+        path: the image.
+        names: which; none for all that are inconsistent.
+
+    Raises:
+        BitmapError: a name is not there, or its entry is damaged.
+        FormatError: the header or the directory as a whole cannot be relied on.
+        LockedError, UnsupportedError, StorageError: as `Image.transaction`.
+    """
+    from dirtmap.engine import changes
+
+    recovered = []
+    with _write_session(path) as (file, layout):
+        by_bitmap = all(fault.bitmap is not None for fault in layout.faults)
+        if not by_bitmap or len(set(_names(layout))) < len(layout.slots):
+            layout.require_sound()
+        bad = {decode_name(layout.slots[fault.bitmap or 0].entry.name): fault for fault in layout.faults}
+        with _changing(file, layout) as bitmaps:
+            for name in list(names) or [name for name, bitmap in bitmaps.items() if bitmap.inconsistent]:
+                if fault := bad.get(name):
+                    raise FormatError(f"{path}: {fault.field}", fault.what)
+                if bitmaps[name].inconsistent:
+                    changes.recover(bitmaps, name)
+                    recovered.append(Recovery(name, "all dirty"))
+    return recovered

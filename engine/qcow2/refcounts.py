@@ -1,0 +1,246 @@
+"""`Refcounts`: the two-level refcount structure of a qcow2 image, changed in memory, written by the commit.
+
+refcount table (big-endian u64)      refcount block (one cluster)
+  | block 0 | block 1 | 0 | ... |      | count | count | count | ... |   counts of 1, 2, 4, ... 64 bits
+       |         |                          one for each cluster of the file, in order
+       v         v
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dirtmap.engine.fileio import File
+from dirtmap.fmt import qcow2
+from dirtmap.fmt.errors import FormatError, StorageError
+from dirtmap.fmt.geometry import ceil_div
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_UNIT = 512  # writes of changed refcounts are widened to sectors, the most that a disk writes whole
+
+
+class Refcounts:
+    """The refcounts of every cluster, loaded block by block as they are needed.
+
+    Clusters are numbered from the start of the file. Nothing reaches the disk here: `changes` says what to write.
+    """
+
+    def __init__(self, file: File, header: qcow2.Header) -> None:
+        self._file = file
+        self._header = header
+        self.cluster_size = header.cluster_size
+        self.table_clusters = int(header.v2.refcount_table_clusters)
+        self.per_block = header.refcounts_per_block
+        self.maximum = (1 << header.refcount_bits) - 1
+        size = self.table_clusters * header.cluster_size
+        raw = file.read(header.v2.refcount_table_offset, size).ljust(size, b"\0")
+        self.table: NDArray[np.uint64] = qcow2.table_view(raw).astype(np.uint64)
+        self.table_offset = int(header.v2.refcount_table_offset)
+        self.moved_table = False
+        self.new_blocks: set[int] = set()
+        self._blocks: dict[int, NDArray[np.uint64]] = {}
+        self._changed: dict[int, set[int]] = {}
+
+    def block_offset(self, index: int) -> int:
+        """Where block ``index`` lies, bytes; 0 where there is none.
+
+        Raises:
+            FormatError: the table's entry leads nowhere sensible.
+        """
+        offset = int(self.table[index]) if index < len(self.table) else 0
+        bad = offset % self.cluster_size or (
+            index not in self.new_blocks and offset + self.cluster_size > self._file.size() and offset
+        )
+        if bad:
+            where = f"{self._file.path}: refcount_table[{index}]"
+            raise FormatError(where, f"{offset:#x} is not a cluster inside the file")
+        return offset
+
+    def block(self, index: int) -> NDArray[np.uint64] | None:
+        """The counts of block ``index``, uint64, one a cluster; None where there is no such block (all are 0)."""
+        if index not in self._blocks:
+            offset = self.block_offset(index)
+            if not offset:
+                return None
+            raw = self._file.read_exactly(offset, self.cluster_size)
+            self._blocks[index] = qcow2.refcounts_of(raw, self._header.refcount_bits)
+        return self._blocks[index]
+
+    def get(self, cluster: int) -> int:
+        """How often that cluster is said to be referenced."""
+        block = self.block(cluster // self.per_block)
+        return 0 if block is None else int(block[cluster % self.per_block])
+
+    def set(self, cluster: int, count: int) -> None:
+        """Changes one count, in memory; its block must exist."""
+        index, position = divmod(cluster, self.per_block)
+        block = self.block(index)
+        if block is None or count > self.maximum:
+            raise FormatError(f"{self._file.path}: refcounts", f"cluster {cluster:#x} cannot be counted {count} times")
+        block[position] = count
+        self._changed.setdefault(index, set()).add(position)
+
+    def release(self, cluster: int) -> None:
+        """One reference less.
+
+        Raises:
+            FormatError: there is none to give up; the image is corrupt.
+        """
+        count = self.get(cluster)
+        if count == 0:
+            where = f"{self._file.path}: refcount of cluster {cluster * self.cluster_size:#x}"
+            raise FormatError(where, "0, but a bitmap uses the cluster; run check")
+        self.set(cluster, count - 1)
+
+    def end(self) -> int:
+        """The number of the first cluster behind all that have a count, inside the file or beyond it."""
+        for index in np.flatnonzero(self.table)[::-1]:
+            block = self.block(int(index))
+            used = np.flatnonzero(block) if block is not None else np.empty(0, np.intp)
+            if used.size:
+                return int(index) * self.per_block + int(used[-1]) + 1
+        return 0
+
+    def uncounted(self, first: int, last: int) -> NDArray[np.int64]:
+        """The numbers of the clusters in ``first..last - 1`` whose count is 0, ascending, int64."""
+        parts = [np.empty(0, np.int64)]
+        for index in range(first // self.per_block, ceil_div(last, self.per_block)):
+            block = self.block(index)
+            if block is not None:  # where there is no block, a new one would be needed first
+                parts.append(np.flatnonzero(block == 0) + index * self.per_block)
+        free = np.concatenate(parts)
+        return free[(free >= first) & (free < last)]
+
+    def add_block(self, index: int, cluster: int) -> None:
+        """A new, empty block ``index``, to be written at that cluster; the table must be long enough."""
+        self.new_blocks.add(index)
+        self.table[index] = cluster * self.cluster_size
+        self._blocks[index] = np.zeros(self.per_block, np.uint64)
+
+    def move_table(self, cluster: int, clusters: int) -> None:
+        """A longer table, to be written at that cluster."""
+        table = np.zeros(clusters * self.cluster_size // qcow2.TABLE_ENTRY_SIZE, np.uint64)
+        table[: len(self.table)] = self.table
+        self.table, self.table_offset, self.moved_table = table, cluster * self.cluster_size, True
+
+    def changes(self) -> list[tuple[int, bytes]]:
+        """What to write for all counts changed since the last call, as (offset, bytes); new blocks whole."""
+        writes = []
+        for index, positions in sorted(self._changed.items()):
+            raw = qcow2.refcount_block(self._blocks[index], self._header.refcount_bits)
+            offset = self.block_offset(index)
+            if index in self.new_blocks:
+                writes.append((offset, raw))
+                continue
+            units = sorted({position * self._header.refcount_bits // 8 // _UNIT for position in positions})
+            writes += [(offset + unit * _UNIT, raw[unit * _UNIT : (unit + 1) * _UNIT]) for unit in units]
+        self._changed.clear()
+        return writes
+
+    def table_bytes(self) -> bytes:
+        """The whole table as it is to be on disk."""
+        return self.table.astype(">u8").tobytes()
+
+
+class Allocator:
+    """Finds clusters that nothing can refer to, and counts them.
+
+    A refcount of 0 alone proves nothing: after a crash or a bug, counts lie. So a cluster is taken past the end of
+    everything, or where its count is 0 *and* a walk of all references (``proven``) did not meet it.
+
+    Args:
+        refcounts: to be changed.
+        end: the first cluster number past the end of the file and of everything counted or referenced.
+        proven: ascending numbers of clusters inside the file that are proven free, int64.
+        capacity: how many clusters the file can ever have: a block device does not grow. None for no limit.
+    """
+
+    def __init__(
+        self, path: str, refcounts: Refcounts, end: int, proven: NDArray[np.int64], capacity: int | None
+    ) -> None:
+        self._path = path
+        self._refcounts = refcounts
+        self._cluster_size = refcounts.cluster_size
+        self._end = end
+        self._free = proven
+        self._capacity = capacity
+        self._uncovered: set[int] = set()
+
+    def take(self, clusters: int) -> int:
+        """``clusters`` adjacent ones, counted once each; the number of the first.
+
+        Raises:
+            StorageError: there is no room, and the device cannot grow.
+        """
+        first = self._find(clusters)
+        for cluster in range(first, first + clusters):
+            self._count(cluster)
+        return first
+
+    def _find(self, clusters: int) -> int:
+        first = self._find_free(clusters)
+        if first is not None:
+            return first
+        first = self._end
+        if self._capacity is not None and first + clusters > self._capacity:
+            raise StorageError(self._path, f"no room for {clusters} more clusters on a device that cannot grow")
+        self._end += clusters
+        return first
+
+    def _find_free(self, clusters: int) -> int | None:
+        #  free:     4 5   9 10 11   20          for 3 adjacent: free[i + 2] - free[i] == 2
+        #  start       no  ^yes
+        if clusters == 1 and len(self._free):
+            first, self._free = int(self._free[0]), self._free[1:]
+            return first
+        span = clusters - 1
+        if len(self._free) <= span:
+            return None
+        starts = np.flatnonzero(self._free[span:] - self._free[: len(self._free) - span] == span)
+        if not len(starts):
+            return None
+        first = int(self._free[starts[0]])
+        self._free = np.delete(self._free, np.arange(starts[0], starts[0] + clusters))
+        return first
+
+    def _count(self, cluster: int) -> None:
+        index = cluster // self._refcounts.per_block
+        if index >= len(self._refcounts.table) or not self._refcounts.block_offset(index):
+            self._uncovered.add(cluster)
+        else:
+            self._refcounts.set(cluster, 1)
+
+    def cover(self) -> int | None:
+        """Gives every taken cluster a place to be counted, adding refcount blocks and, if need be, a longer table.
+
+        Returns:
+            The number of clusters of the old table if a longer one replaces it, else None.
+        """
+        refcounts = self._refcounts
+        replaced = None
+        while self._uncovered:
+            index = max(self._uncovered) // refcounts.per_block
+            if index >= len(refcounts.table):
+                # Room for an eighth more, so that the blocks which the new table itself needs fit as well.
+                per_cluster = self._cluster_size // qcow2.TABLE_ENTRY_SIZE
+                clusters = ceil_div(index + 1 + index // 8, per_cluster) + 1
+                if clusters * self._cluster_size > qcow2.MAX_REFCOUNT_TABLE_BYTES:
+                    raise FormatError(f"{self._path}: refcount table", "would grow past what QEMU accepts")
+                if replaced is None:
+                    replaced = refcounts.table_clusters
+                refcounts.move_table(self.take(clusters), clusters)
+                continue
+            pending, self._uncovered = self._uncovered, set()
+            for missing in sorted({cluster // refcounts.per_block for cluster in pending}):
+                if not refcounts.block_offset(missing):
+                    # The block may well lie in the range that it covers itself.
+                    place = self._find(1)
+                    refcounts.add_block(missing, place)
+                    self._count(place)
+            for cluster in pending:
+                self._count(cluster)
+        return replaced
