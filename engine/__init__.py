@@ -29,25 +29,25 @@ from dirtmap.fmt.errors import (
 
 if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
-    from dirtmap.engine.containers import check, describe, dump, open, recover
-    from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Transaction
-    from dirtmap.engine.qcow2.check import CheckReport, Finding
-    from dirtmap.engine.qcow2.image import Image, Recovery
+    from dirtmap.engine.containers import check, describe, dump, open, recover, transaction
+    from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+    from dirtmap.engine.report import CheckReport, Finding
 
 _HOMES = {
     "Bitmap": "bitmap",
     "BitmapInfo": "namespace",
-    "CheckReport": "qcow2.check",
-    "Finding": "qcow2.check",
-    "Image": "qcow2.image",
+    "CheckReport": "report",
+    "Finding": "report",
     "ImageInfo": "namespace",
-    "Recovery": "qcow2.image",
+    "Namespace": "namespace",
+    "Recovery": "namespace",
     "Transaction": "namespace",
     "check": "containers",
     "describe": "containers",
     "dump": "containers",
     "open": "containers",
     "recover": "containers",
+    "transaction": "containers",
 }
 
 __all__ = [
@@ -59,9 +59,9 @@ __all__ = [
     "Error",
     "Finding",
     "FormatError",
-    "Image",
     "ImageInfo",
     "LockedError",
+    "Namespace",
     "RangeError",
     "Recovery",
     "StorageError",
@@ -72,6 +72,7 @@ __all__ = [
     "dump",
     "open",
     "recover",
+    "transaction",
 ]
 
 

@@ -47,9 +47,7 @@ class Bitmap:
         recording: whether writes to the disk are marked from now on (QEMU's flag ``auto``).
 
     Attributes:
-        size: as above.
-        granularity: as above.
-        recording: as above.
+        size, granularity, recording: as above.
         inconsistent: the content cannot be trusted, as after a crash: whatever needs it raises `BitmapError`.
         busy: an operation is using the bitmap.
         frozen: the content cannot be changed in place.
@@ -90,11 +88,7 @@ class Bitmap:
 
     @classmethod
     def from_packed(
-        cls,
-        size: SupportsIndex,
-        granularity: SupportsIndex,
-        data: bytes | bytearray | memoryview,
-        recording: bool = True,
+        cls, size: SupportsIndex, granularity: SupportsIndex, data: bits.Packed, recording: bool = True
     ) -> Bitmap:
         """A bitmap with a copy of ``data`` as its content: a bit a granule, least significant bit first.
 
@@ -136,10 +130,7 @@ class Bitmap:
         return bits.count(self._load()) * self.granularity
 
     def extents(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Offsets and lengths of the dirty runs, maximal and in order: two 1-D int64 arrays, in bytes.
-
-        The last run is cut off at the end of the disk.
-        """
+        """Offsets and lengths (int64) of the dirty runs: maximal, in order, cut off at the end of the disk."""
         return bits.extents(self._load(), self.size, self.granularity)
 
     # Changes in place.
@@ -169,7 +160,7 @@ class Bitmap:
         # `offset + length` could overflow; `size - length` only where a length is negative, which is bad anyway.
         bad = np.flatnonzero((offset < 0) | (length < 0) | (offset > self.size - length))
         if bad.size:
-            self._range(offset[bad[0]], length[bad[0]])
+            self._range(offset[bad[0]], length[bad[0]])  # raises
         words = self._writable()
         offset, length = offset[length > 0], length[length > 0]
         bits.set_many(words, offset // self.granularity, (offset + length - 1) // self.granularity + 1)
@@ -211,6 +202,20 @@ class Bitmap:
         """What is left to say of an inconsistent bitmap: one of its shape, consistent, and dirty all over."""
         other = Bitmap(self.size, self.granularity, self.recording)
         other.mark(0, self.size)
+        return other
+
+    def resized(self, size: int) -> Bitmap:
+        """The same for a disk that has grown or shrunk to ``size`` bytes: old bits stay, new space is dirty.
+
+        Raises:
+            BitmapError: a size that no disk can have, or inconsistent.
+        """
+        other = Bitmap(size, self.granularity, self.recording)
+        offsets, lengths = self.extents()
+        kept = offsets < size
+        other.mark_many(offsets[kept], np.minimum(lengths[kept], size - offsets[kept]))
+        if size > self.size:
+            other.mark(self.size, size - self.size)
         return other
 
     def at(self, granularity: SupportsIndex) -> Bitmap:

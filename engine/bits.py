@@ -20,6 +20,7 @@ and ends in turn. A word without an edge is 64 copies of the top bit of the word
 Cost. Everything is a pass or two; only `set_many` sorts. A pass works in blocks, so that what it writes in
 between stays in the second-level cache. On 2**28 bits (a 16 TiB disk at 64 KiB) and a 2-core virtual machine:
 `count` 4 ms, `coarsen` by 16 5 ms, `extents` 15 ms with 0.1 % and 250 ms with 10 % of the bits set at random.
+A million ranges to `set_many` take 150 ms.
 Nothing here is safe against another thread that writes to the same words.
 """
 
@@ -33,9 +34,11 @@ from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
 Positions = NDArray[np.int64]
+Packed = bytes | bytearray | memoryview
 
 WORD: Final = np.dtype("<u8")
 ALL: Final = 2**64 - 1
+# Elements to a block; a power of two, 64 at least: a block coarsened by 64 is still whole bytes.
 BLOCK: Final = 65536
 
 
@@ -44,7 +47,7 @@ def zeros(nbits: int) -> Words:
     return np.zeros(-(-nbits // 64), WORD)
 
 
-def from_packed(data: bytes | bytearray | memoryview, nbits: int) -> Words:
+def from_packed(data: Packed, nbits: int) -> Words:
     """A copy of the first ``nbits`` bits of ``data``, whose length is at least ``ceil(nbits / 8)`` bytes."""
     words = zeros(nbits)
     size = -(-nbits // 8)
@@ -112,7 +115,7 @@ def set_many(words: Words, starts: Positions, ends: Positions) -> None:
         return
     order = np.argsort(starts)
     starts, ends = starts[order], np.maximum.accumulate(ends[order])
-    # What overlaps or touches becomes one, so that in the end no word is written by two whole runs.
+    # What overlaps or touches becomes one.
     apart = starts[1:] > ends[:-1]
     starts, lasts = starts[np.append(True, apart)], ends[np.append(apart, True)] - 1
     first, last = starts >> 6, lasts >> 6
@@ -120,9 +123,10 @@ def set_many(words: Words, starts: Positions, ends: Positions) -> None:
     tails = np.right_shift(np.uint64(ALL), (~lasts & 63).astype(WORD))
     one = first == last
     heads[one] &= tails[one]
-    # Two runs may begin or end in the same word: `at` does one after the other, `|=` would lose one.
+    # Many runs may begin in the same word, where `|=` would keep only one of them; but of those that do not
+    # end in it too there is one at most, and so, too, of those that come from another word and end in it.
     np.bitwise_or.at(words, first, heads)
-    np.bitwise_or.at(words, last[~one], tails[~one])
+    words[last[~one]] |= tails[~one]
     whole = np.maximum(last - first - 1, 0)
     inside = np.arange(whole.sum())
     inside += np.repeat(first + 1 - (np.cumsum(whole) - whole), whole)

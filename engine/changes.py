@@ -5,11 +5,12 @@ Each works on a `Transaction` of any container, whose commit then makes all of i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
-from dirtmap.engine.bitmap import Bitmap
+from dirtmap.engine.bitmap import WHERE, Bitmap
 from dirtmap.engine.namespace import Transaction, label
-from dirtmap.fmt.errors import BitmapError
+from dirtmap.fmt.errors import BitmapError, RangeError
 
 
 def add(bitmaps: Transaction, name: str, granularity: int | None = None, *, recording: bool = True) -> None:
@@ -27,7 +28,8 @@ def add(bitmaps: Transaction, name: str, granularity: int | None = None, *, reco
     if name in bitmaps:
         raise BitmapError(f"{bitmaps.where}: {label(name)}", "the name is taken")
     chosen = bitmaps.default_granularity if granularity is None else granularity
-    bitmaps[name] = Bitmap(bitmaps.size, chosen, recording=recording)
+    with _named(bitmaps, name):
+        bitmaps[name] = Bitmap(bitmaps.size, chosen, recording=recording)
 
 
 def put(bitmaps: Transaction, name: str, bitmap: Bitmap) -> None:
@@ -38,7 +40,7 @@ def put(bitmaps: Transaction, name: str, bitmap: Bitmap) -> None:
     """
     if name in bitmaps:
         raise BitmapError(f"{bitmaps.where}: {label(name)}", "the name is taken")
-    _require_usable(bitmap, f"{bitmaps.where}: {label(name)}")
+    require_usable(bitmap, f"{bitmaps.where}: {label(name)}")
     bitmaps[name] = bitmap
 
 
@@ -71,7 +73,7 @@ def merge(bitmaps: Transaction, name: str, sources: Iterable[Bitmap]) -> None:
         if source.size != target.size:
             what = f"cannot take a bitmap of a disk of {source.size} bytes: this one has {target.size}"
             raise BitmapError(where, what)
-        _require_usable(source, where)
+        require_usable(source, where)
         target = target | source.at(target.granularity)
     bitmaps[name] = target
 
@@ -88,12 +90,25 @@ def mark(bitmaps: Transaction, name: str, offsets: Iterable[int], lengths: Itera
     Raises:
         RangeError: a range leaves the disk.
     """
-    _usable(bitmaps, name).mark_many(offsets, lengths)
+    bitmap = _usable(bitmaps, name)
+    with _named(bitmaps, name):
+        bitmap.mark_many(offsets, lengths)
 
 
 def recover(bitmaps: Transaction, name: str) -> None:
     """Makes an inconsistent bitmap usable: what it missed cannot be known, so all of it is dirty."""
     bitmaps[name] = _usable(bitmaps, name, inconsistent=True).recovered()
+
+
+@contextlib.contextmanager
+def _named(bitmaps: Transaction, name: str) -> Iterator[None]:
+    """Gives errors of a bitmap, which knows neither its name nor its file, the place that users know it by."""
+    try:
+        yield
+    except (BitmapError, RangeError) as error:
+        if error.where != WHERE:
+            raise
+        raise type(error)(f"{bitmaps.where}: {label(name)}", error.what) from error
 
 
 def _usable(bitmaps: Transaction, name: str, *, inconsistent: bool = False) -> Bitmap:
@@ -102,10 +117,15 @@ def _usable(bitmaps: Transaction, name: str, *, inconsistent: bool = False) -> B
     if bitmap.busy:
         raise BitmapError(where, "busy: held by an operation")
     if not inconsistent:
-        _require_usable(bitmap, where)
+        require_usable(bitmap, where)
     return bitmap
 
 
-def _require_usable(bitmap: Bitmap, where: str) -> None:
+def require_usable(bitmap: Bitmap, where: str) -> None:
+    """Refuses a bitmap whose bits mean nothing.
+
+    Raises:
+        BitmapError: inconsistent; ``where`` names it.
+    """
     if bitmap.inconsistent:
         raise BitmapError(where, "inconsistent: left in use by a writer that did not finish; recover or remove it")

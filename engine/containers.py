@@ -1,104 +1,311 @@
-"""The way in: finds out what kind of container a target is and hands it to the room that knows it."""
+"""The way in: what a target means, which kind of container holds it, and the room that knows that kind.
+
+"disk.qcow2", "file:a b"      a path: a qcow2 image, or a whole store
+"drive0", "node:drive0"       a namespace of the store given, else of the default store
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dirtmap.engine.fileio import open_file
-from dirtmap.engine.namespace import ImageInfo
+from dirtmap.engine.fileio import File, open_file
+from dirtmap.engine.namespace import ImageInfo, Namespace, Recovery, Transaction
 from dirtmap.fmt import qcow2
-from dirtmap.fmt.errors import FormatError, StorageError
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError, UnsupportedError
 
 if TYPE_CHECKING:
-    from dirtmap.engine.qcow2.check import CheckReport
-    from dirtmap.engine.qcow2.image import Image, Recovery
+    from dirtmap.engine.report import CheckReport
+
+QCOW2, STORE = "qcow2", "dirtmap"
+_STORE_MAGIC = b"DMS\xfb"  # fmt.store.MAGIC; that module is imported only where there is a store
 
 
-def resolve(target: str | os.PathLike[str]) -> str:
-    """The path that a target means: ``file:`` in front says that it is one.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a target was found to mean.
 
-    Raises:
-        StorageError: ``node:`` or ``device:`` in front; names need the index.
+    Attributes:
+        path: of the container.
+        node: the namespace of a store, or None: the container as a whole.
     """
-    text = os.fspath(target)
-    for prefix in ("node:", "device:"):
-        if text.startswith(prefix):
-            raise StorageError(text, "nodes and devices are not known yet; name the image's file")
-    return text.removeprefix("file:")
+
+    path: str
+    node: str | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.node is None else f"{self.path}: {self.node}"
 
 
-def open(target: str | os.PathLike[str], *, force_share: bool = False) -> Image:
-    """Opens an image's bitmaps.
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A target still to be looked up, in a store of the user's choice."""
+
+    text: str
+    store: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Target = str | os.PathLike[str] | Place | Named
+
+
+def default_store() -> str:
+    """Where the default store is: ``$DIRTMAP_STORE``, else ``default.dmap`` beside the index."""
+    if path := os.environ.get("DIRTMAP_STORE"):
+        return path
+    if index := os.environ.get("DIRTMAP_INDEX"):
+        folder = os.path.dirname(index)
+    elif os.geteuid() == 0:
+        folder = "/var/lib/dirtmap"
+    else:
+        state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+        folder = os.path.join(state, "dirtmap")
+    return os.path.join(folder, "default.dmap")
+
+
+def locate(target: Target, store: str | None = None) -> Place:
+    """Finds out what a target means, without opening it.
 
     Args:
-        target: a path.
-        force_share: read although another process writes to the image; what it has in memory is not seen.
+        target: a path or a node's name; ``file:`` or ``node:`` in front says which.
+        store: where nodes are looked up; the default store where None.
 
     Raises:
-        FormatError: not a qcow2 image, one that QEMU would refuse, or one that is unsafe to use.
-        LockedError: open for writing elsewhere.
-        StorageError: cannot be opened or read.
+        BitmapError: it could be either.
+        StorageError: neither a file nor, for want of a store, a node.
     """
-    from dirtmap.engine.qcow2.image import Image
-
-    path = resolve(target)
-    image = Image(path, force_share=force_share)
-    return image
-
-
-def describe(target: str | os.PathLike[str], *, force_share: bool = False) -> ImageInfo:
-    """An image and all its bitmaps without their bits, as of one moment. Arguments and errors as `open`."""
-    from dirtmap.engine.qcow2.image import describe
-
-    with open_file(resolve(target)) as file:
-        return describe(file, force_share=force_share)
-
-
-def recover(target: str | os.PathLike[str], names: Iterable[str] = ()) -> list[Recovery]:
-    """Makes inconsistent bitmaps usable; see `dirtmap.engine.qcow2.image.recover`."""
-    from dirtmap.engine.qcow2.image import recover
-
-    return recover(resolve(target), names)
-
-
-def check(
-    target: str | os.PathLike[str],
-    *,
-    repair: str | None = None,
-    force_share: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> CheckReport:
-    """Checks an image and mends it; see `dirtmap.engine.qcow2.check.check`."""
-    from dirtmap.engine.qcow2.check import check
-
-    return check(resolve(target), repair=repair, force_share=force_share, progress=progress)
+    if isinstance(target, Place):
+        return target
+    if isinstance(target, Named):
+        return locate(target.text, target.store)
+    text = os.fspath(target)
+    if text.startswith("file:"):
+        return Place(text.removeprefix("file:"))
+    if text.startswith("device:"):
+        raise StorageError(text, "devices are not known yet")
+    where = store or default_store()
+    explicit = text.startswith("node:")
+    name = text.removeprefix("node:")
+    is_file = not explicit and os.path.lexists(text)
+    if is_file and ("/" in text or "." in text or not os.path.exists(where)):
+        return Place(text)
+    if not os.path.exists(where):
+        what = f"no store at {where} to look the node up in" if explicit else "no such file, and no store to look in"
+        raise StorageError(text, what)
+    node = _find_node(where, name)
+    if is_file and node:
+        raise BitmapError(text, f"both a file and a node of {where}: say file:{text} or node:{text}")
+    if is_file:
+        return Place(text)
+    if node is None:
+        raise BitmapNotFoundError(text, f"no node of {where}" if explicit else f"neither a file nor a node of {where}")
+    return node
 
 
-def dump(target: str | os.PathLike[str], *, with_hex: bool = False, force_share: bool = False) -> dict[str, Any]:
-    """Every structure on disk, as far as it can be read; see `dirtmap.engine.qcow2.dump.dump`."""
-    from dirtmap.engine.qcow2.dump import dump
+def _find_node(path: str, name: str) -> Place | None:
+    from dirtmap.engine.store.nodes import place_of
+    from dirtmap.engine.store.store import Store
 
-    return dump(resolve(target), with_hex=with_hex, force_share=force_share)
+    with Store(path) as store:
+        found = place_of(store, name)
+        return None if found is None else Place(*found)
 
 
 def probe(path: str) -> str | None:
-    """``qcow2`` or None, from the first bytes.
+    """``qcow2``, ``dirtmap`` (a store) or None.
 
     Raises:
         StorageError: cannot be opened or read.
     """
     with open_file(path) as file:
-        return "qcow2" if file.read(0, 4) == qcow2.MAGIC else None
+        return _kind(file)
 
 
-def require_format(path: str, wanted: str | None) -> None:
-    """Holds a user's ``-f`` against what the file is.
+def _kind(file: File) -> str | None:
+    if file.read(0, 4) == qcow2.MAGIC:
+        return QCOW2
+    # Any of the four header copies: damage to one must not hide a store.
+    return STORE if any(file.read(at, 4) == _STORE_MAGIC for at in range(0, 4 * 4096, 4096)) else None
+
+
+def require_format(target: Target, wanted: str | None) -> None:
+    """Holds a user's ``-f`` against what the container is.
 
     Raises:
         FormatError: it is something else.
     """
-    found = probe(path)
-    if wanted and wanted != found:
+    path = locate(target).path
+    if wanted and wanted != probe(path):
         raise FormatError(path, f"not of format {wanted}")
+
+
+def open(target: Target, *, store: str | None = None, force_share: bool = False) -> Namespace:
+    """Opens the bitmaps of an image.
+
+    Args:
+        target: a path or a node's name.
+        store: where nodes are looked up; the default store where None.
+        force_share: read a qcow2 image although another process writes to it; what it has in memory is not seen.
+
+    Raises:
+        FormatError: neither a qcow2 image nor in a store, one that QEMU would refuse, or one that is unsafe to use.
+        BitmapError: no such node, or the target is ambiguous.
+        LockedError: open for writing elsewhere.
+        StorageError: cannot be opened or read.
+    """
+    place = locate(target, store)
+    if place.node is not None:
+        from dirtmap.engine.store.namespace import StoredImage
+        from dirtmap.engine.store.store import Store
+
+        with contextlib.ExitStack() as stack:
+            stored = StoredImage(stack.enter_context(Store(place.path)), place.node)
+            stack.pop_all()
+            return stored
+    if probe(place.path) == STORE:
+        raise BitmapError(place.path, "a store of many images: name one of its nodes")
+    from dirtmap.engine.qcow2.image import Image
+
+    image = Image(place.path, force_share=force_share)
+    if image.uuid is not None and image.name is not None:
+        try:
+            _refuse_twin(image.path, image.name, image.uuid, store)
+        except BaseException:
+            image.close()
+            raise
+    return image
+
+
+def _refuse_twin(path: str, name: str, uuid: str, store: str | None) -> None:
+    """Where no store remembers the image, there is nothing to compare it with."""
+    where = store or default_store()
+    if os.path.exists(where):
+        from dirtmap.engine.store.nodes import refuse_twin
+        from dirtmap.engine.store.store import Store
+
+        with Store(where) as target:
+            refuse_twin(target, path, name, uuid)
+
+
+def describe(target: Target, *, store: str | None = None, force_share: bool = False) -> ImageInfo:
+    """An image and all its bitmaps without their bits, as of one moment; a store's path stands for all it holds.
+
+    Arguments and errors as `open`.
+    """
+    place = locate(target, store)
+    if place.node is not None:
+        with open(place) as image:
+            return image.info()
+    with open_file(place.path) as file:
+        if _kind(file) == STORE:
+            from dirtmap.engine.store.namespace import describe_store
+
+            return describe_store(place.path)
+        from dirtmap.engine.qcow2.image import describe
+
+        info = describe(file, force_share=force_share)
+    if info.uuid is not None and info.node is not None:
+        _refuse_twin(info.path, info.node, info.uuid, store)
+    return info
+
+
+@contextlib.contextmanager
+def transaction(targets: Iterable[Target], *, store: str | None = None) -> Iterator[dict[Target, Transaction]]:
+    """Changes the bitmaps of several targets in one commit of the container that holds them all.
+
+    Args:
+        targets: paths or nodes' names; the same image may be named in several ways.
+        store: where nodes are looked up.
+
+    Yields:
+        The transaction of each target. At the end of the block all changes are durable; after an exception there are
+        none.
+
+    Raises:
+        UnsupportedError: they are in different containers, and nothing can commit two at once.
+        As `Namespace.transaction`.
+    """
+    places = {target: locate(target, store) for target in targets}
+    first, *others = places
+    for target in others:
+        if not _same_file(places[first].path, places[target].path):
+            raise UnsupportedError(str(target), f"in another container than '{first}', and one commit cannot span two")
+    if places[first].node is None:
+        # The transaction locks and judges the image anew, and knows better who holds it.
+        with open(places[first], store=store, force_share=True) as image, image.transaction() as bitmaps:
+            yield dict.fromkeys(places, bitmaps)
+        return
+    from dirtmap.engine.store.namespace import transaction as store_transaction
+    from dirtmap.engine.store.store import Store
+
+    with Store(places[first].path) as target_store, store_transaction(target_store) as namespaces:
+        yield {target: namespaces[place.node or ""] for target, place in places.items()}
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError as error:
+        raise StorageError(other, error.strerror or str(error)) from error
+
+
+def recover(target: Target, names: Iterable[str] = (), *, store: str | None = None) -> list[Recovery]:
+    """Makes bitmaps usable whose bits cannot be relied on; works on images that `open` refuses for other bitmaps.
+
+    Args:
+        target: a path or a node's name.
+        names: which; none for all that need it.
+        store: where nodes are looked up.
+    """
+    place = locate(target, store)
+    if place.node is not None:
+        with open(place) as image:
+            return image.recover(names)
+    from dirtmap.engine.qcow2.image import read_identity, recover
+
+    if identity := read_identity(place.path):
+        _refuse_twin(place.path, *identity, store)
+    return recover(place.path, names)
+
+
+def check(
+    target: Target,
+    *,
+    repair: str | None = None,
+    force_share: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Checks a container and mends it.
+
+    See `dirtmap.engine.qcow2.check.check` and `dirtmap.engine.store.check.check`.
+    """
+    path = locate(target).path
+    if probe(path) == STORE:
+        from dirtmap.engine.store.check import check as check_store
+
+        return check_store(path, repair=repair, progress=progress)
+    from dirtmap.engine.qcow2.check import check
+
+    return check(path, repair=repair, force_share=force_share, progress=progress)
+
+
+def dump(target: Target, *, with_hex: bool = False, force_share: bool = False) -> dict[str, Any]:
+    """Every structure on disk, as far as it can be read; see `dirtmap.engine.qcow2.dump.dump`."""
+    path = locate(target).path
+    if probe(path) == STORE:
+        from dirtmap.engine.store.dump import dump as dump_store
+
+        return dump_store(path, with_hex=with_hex)
+    from dirtmap.engine.qcow2.dump import dump
+
+    return dump(path, with_hex=with_hex, force_share=force_share)
+
+
+def resolve(target: Target) -> str:
+    """The path of the container that a target is in. Errors as `locate`."""
+    return locate(target).path

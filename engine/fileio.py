@@ -7,16 +7,19 @@ fail or reorder what the engine does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dirtmap.fmt.errors import Error, StorageError
 
 # struct flock of Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi")
+MOST = 2**63 - 1  # the last offset that a file can have
+_TOGETHER = 512  # places that `File.with_data` skips at once, where all of them lie in one hole
 
 
 class File:
@@ -27,13 +30,14 @@ class File:
     the next sync a success, so nothing is retried and every later write or sync fails.
     """
 
-    def __init__(self, path: str, *, writable: bool = False) -> None:
+    def __init__(self, path: str, *, writable: bool = False, create: bool = False) -> None:
         self.path = path
         self._poisoned: str | None = None
         # O_NONBLOCK: a FIFO given as an image must not block the open; it means nothing for files and disks.
         mode = os.O_RDWR if writable else os.O_RDONLY
+        mode |= os.O_CREAT | os.O_EXCL if create else 0
         with self._errors("open"):
-            self.fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            self.fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
             self.status = os.fstat(self.fd)
         if not (stat.S_ISREG(self.status.st_mode) or stat.S_ISBLK(self.status.st_mode)):
             os.close(self.fd)
@@ -63,6 +67,8 @@ class File:
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes at ``offset``: fewer only where the file ends."""
+        if offset > MOST:
+            return b""
         with self._errors("read"):
             data = os.pread(self.fd, length, offset)
             if len(data) == length or not data:
@@ -101,9 +107,16 @@ class File:
     def has_data(self, offset: int, length: int) -> bool:
         """False where the range is known to be a hole, which reads as zeros; True when in doubt."""
         try:
-            return os.lseek(self.fd, offset, os.SEEK_DATA) < offset + length
+            return offset <= MOST and os.lseek(self.fd, offset, os.SEEK_DATA) < offset + length
         except OSError as error:
-            return error.errno != 6  # ENXIO: nothing but a hole up to the end of the file
+            return error.errno != errno.ENXIO  # nothing but a hole up to the end of the file
+
+    def with_data(self, offsets: Sequence[int], length: int) -> Iterator[int]:
+        """The positions of those ``offsets``, ascending, at which ``length`` bytes are more than a hole."""
+        for first in range(0, len(offsets), _TOGETHER):
+            last = min(first + _TOGETHER, len(offsets)) - 1
+            if self.has_data(offsets[first], offsets[last] + length - offsets[first]):
+                yield from (at for at in range(first, last + 1) if self.has_data(offsets[at], length))
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Writes all of ``data`` at ``offset``; durable after the next `sync` only."""
@@ -145,12 +158,27 @@ class File:
         with self._errors("unlock"):
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, offset, 1, 0))
 
+    def lock_alone(self, offset: int) -> bool:
+        """Takes an exclusive open-file-description lock on one byte; False where someone else holds it."""
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            raise StorageError(self.path, f"lock: {error.strerror or error}") from error
+        return True
+
     def locked_by_other(self, offset: int) -> bool:
         """True where any other open file description holds a lock on that byte."""
         request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
         with self._errors("lock"):
             answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, request)
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def modified(self) -> int:
+        """When it was last written to, in ns; the clock may step as seldom as every 10 ms before Linux 6.13."""
+        with self._errors("stat"):
+            return os.fstat(self.fd).st_mtime_ns
 
     def is_current(self) -> bool:
         """True while the path still leads to this very file: locks follow the inode, a rename moves the name."""
@@ -170,18 +198,47 @@ class File:
             yield
         except OSError as error:
             raise StorageError(self.path, f"{action}: {error.strerror or error}") from error
+        except (OverflowError, ValueError) as error:  # an offset past 2**63, a path that no file can have
+            raise StorageError(self.path, f"{action}: {error}") from error
 
 
 _factory: type[File] = File
 
 
-def open_file(path: str, *, writable: bool = False) -> File:
-    """Opens ``path``.
+def open_file(path: str, *, writable: bool = False, create: bool = False) -> File:
+    """Opens ``path``; with ``create``, makes it, readable by its owner only.
 
     Raises:
-        StorageError: it cannot be opened, or is neither a regular file nor a block device.
+        StorageError: it cannot be opened, is neither a regular file nor a block device, or exists and was to be made.
     """
-    return _factory(path, writable=writable)
+    return _factory(path, writable=writable, create=create)
+
+
+def sync_folder(path: str) -> None:
+    """Makes the creation, renaming or removal of the file ``path`` durable."""
+    try:
+        fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise StorageError(path, f"sync of its folder: {error.strerror or error}") from error
+
+
+def replace_file(new: str, old: str) -> None:
+    """Gives the file ``new`` the name of ``old``, which is gone; durable on return."""
+    try:
+        os.replace(new, old)
+    except OSError as error:
+        raise StorageError(new, f"rename: {error.strerror or error}") from error
+    sync_folder(old)
+
+
+def remove_file(path: str) -> None:
+    """Removes a file that this process made; nothing where it is gone."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 @contextlib.contextmanager

@@ -39,25 +39,30 @@ def reading(file: File, *, force_share: bool = False) -> Iterator[None]:
     """Holds the reader's lock for the time of a read.
 
     Raises:
-        LockedError: someone has the image open for writing (at the start or at the end), or it was replaced meanwhile.
+        LockedError: someone has the image open for writing, or wrote to it or replaced it meanwhile.
     """
     file.lock(_USE + _READ)
     try:
-        if not force_share:
-            _refuse_if_written(file)
+        if force_share:
+            yield
+            return
+        _refuse_if_written(file)
+        modified = file.modified()
         try:
             yield
         finally:
-            # A writer that came while we read may have changed what we read, and have made it look broken.
-            if not force_share:
-                _refuse_if_written(file)
+            # A writer that came while we read may have changed what we read, and have made it look broken. It may
+            # be gone again, and what lay where the bits were be a guest's.
+            _refuse_if_written(file)
+            if file.modified() != modified:
+                raise LockedError(file.path, "was written to while it was being read")
     finally:
         file.unlock(_USE + _READ)
 
 
 def _refuse_if_written(file: File) -> None:
     if file.locked_by_other(_USE + _WRITE):
-        raise LockedError(file.path, f"open for writing by {_holders(file)}; -U reads it all the same")
+        raise LockedError(file.path, f"open for writing by {holders(file)}; -U reads it all the same")
     _refuse_if_replaced(file)
 
 
@@ -83,7 +88,7 @@ def writing(file: File) -> Iterator[None]:
             for byte in _WRITER_TAKES:
                 file.unlock(byte)
             if time.monotonic() > deadline:
-                raise LockedError(file.path, f"held by {_holders(file)}; nothing ever writes an image in use")
+                raise LockedError(file.path, f"held by {holders(file)}; nothing ever writes an image in use")
             time.sleep(random.uniform(0.005, 0.05))
         _refuse_if_replaced(file)
         yield
@@ -92,15 +97,15 @@ def writing(file: File) -> Iterator[None]:
             file.unlock(byte)
 
 
-def _holders(file: File) -> str:
+def holders(file: File) -> str:
     """Which other processes have the file open, as far as /proc tells; open-file-description locks name none."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         if int(pid) == os.getpid():
             continue
         try:
-            for fd in os.scandir(f"/proc/{pid}/fd"):
-                status = os.stat(fd.path)
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                status = os.stat(f"/proc/{pid}/fd/{fd}")
                 if (status.st_dev, status.st_ino) == (file.status.st_dev, file.status.st_ino):
                     with open(f"/proc/{pid}/comm", "rb") as comm:
                         found.append(f"{comm.read().decode(errors='replace').strip()} (process {pid})")

@@ -1,13 +1,15 @@
-"""What both containers show of a namespace: `BitmapInfo`, `ImageInfo`, and the `Transaction` that changes one."""
+"""What both containers show: a `Namespace` of bitmaps to read, and the `Transaction` that changes one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+import abc
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from dirtmap.fmt import geometry
-from dirtmap.fmt.directory import name_fault
+from dirtmap.fmt.directory import MAX_DATA_BYTES, name_fault
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class BitmapInfo:
         inconsistent: left in use by a writer that did not finish; its bits mean nothing until `recover`.
         busy: held by an operation.
         count: dirty bytes in whole granules, as QEMU counts; None where inconsistent.
+        namespace: in a store, the namespace's UUID as text.
+        node: in a store, the node's name.
     """
 
     name: str
@@ -50,6 +54,8 @@ class BitmapInfo:
     inconsistent: bool
     busy: bool
     count: int | None
+    namespace: str | None = None
+    node: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +64,116 @@ class ImageInfo:
 
     Attributes:
         path: as it was opened.
-        format: ``qcow2``.
-        size: of the virtual disk, bytes.
+        format: ``qcow2`` or ``dirtmap``.
+        size: of the virtual disk, bytes; None for a store as a whole.
         cluster_size: bytes.
         bitmaps: in the order of the directory.
         notes: what a user should know although nothing is wrong with the image, a line each.
+        node: the image's name, or None.
+        uuid: of its namespace, as text, or None.
     """
 
     path: str
     format: str
-    size: int
+    size: int | None
     cluster_size: int
     bitmaps: tuple[BitmapInfo, ...]
     notes: tuple[str, ...] = ()
+    node: str | None = None
+    uuid: str | None = None
+
+
+class Namespace(Mapping[str, "Bitmap"], abc.ABC):
+    """An image's or device's bitmaps: a read-only mapping of names to frozen `Bitmap` values, in the directory's order.
+
+    Every look-up reads the container anew, so an answer is never older than the question, and is a value of the
+    caller's own.
+
+    Attributes:
+        path: of the container, as it was opened.
+        format: of the container: ``qcow2`` or ``dirtmap``.
+        name: of the node or device; None where it has none.
+        uuid: of the namespace, as text; None where it has none.
+        size: of the virtual disk, bytes, when it was opened.
+        cluster_size: of the container, bytes.
+    """
+
+    path: str
+    format: str
+    name: str | None
+    uuid: str | None
+    size: int
+    cluster_size: int
+
+    @abc.abstractmethod
+    def info(self) -> ImageInfo:
+        """The namespace and all its bitmaps, without their bits, as of one moment."""
+
+    @abc.abstractmethod
+    def transaction(self) -> contextlib.AbstractContextManager[Transaction]:
+        """Changes the bitmaps: at the end of the block all changes are durable; after an exception there are none.
+
+        Raises:
+            LockedError: another process is writing to the container, or holds it against writers.
+            FormatError: the container is damaged, or unsafe to change.
+            UnsupportedError: the container may not be written to.
+            BitmapError: what was asked for breaks a rule of the format.
+            StorageError: the operating system failed; the old bitmaps stand, or the new ones do.
+        """
+
+    @abc.abstractmethod
+    def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
+        """Makes bitmaps usable whose bits cannot be relied on; others are left alone.
+
+        Args:
+            names: which; none for all that need it.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Closes the container's file."""
+
+    @abc.abstractmethod
+    def _names(self) -> list[bytes]:
+        """The names as stored."""
+
+    @abc.abstractmethod
+    def _load(self, name: bytes) -> Bitmap | None:
+        """The bitmap of that name with its bits, frozen; None where there is none."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getitem__(self, name: str) -> Bitmap:
+        """The bitmap as it is now.
+
+        Raises:
+            BitmapNotFoundError: there is none of that name.
+        """
+        bitmap = self._load(encode_name(name))
+        if bitmap is None:
+            raise not_found(self.path, name)
+        return bitmap
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and encode_name(name) in self._names()
+
+    def __iter__(self) -> Iterator[str]:
+        return map(decode_name, self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What `Namespace.recover` did for one bitmap: its ``name``, and ``how``: ``all dirty``."""
+
+    name: str
+    how: str
 
 
 class Transaction(MutableMapping[str, "Bitmap"]):
@@ -108,6 +211,10 @@ class Transaction(MutableMapping[str, "Bitmap"]):
             raise BitmapError(where, what)
         if not geometry.is_granularity(bitmap.granularity):
             raise BitmapError(where, f"granularity {bitmap.granularity} is not a power of two from 512 bytes to 2 GiB")
+        needed = geometry.packed_bytes(self.size, bitmap.granularity)
+        if needed > MAX_DATA_BYTES:  # refused here, before anyone asks for so many bits
+            what = f"granularity {bitmap.granularity} needs {needed} bytes of bits, more than {MAX_DATA_BYTES}"
+            raise BitmapError(where, what)
         self._bitmaps[name] = bitmap.copy()
 
     def __delitem__(self, name: str) -> None:

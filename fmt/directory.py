@@ -221,16 +221,16 @@ def table_faults(table: Iterable[int], cluster_size: int, file_size: int) -> Ite
     Source: QEMU block/qcow2-bitmap.c, check_table_entry; that clusters end inside the file is ours (QEMU
     reads zeros there).
     """
+    allowed, last = TABLE_OFFSET_MASK & -cluster_size, file_size - cluster_size
     for index, raw in enumerate(table):
-        if raw == 0 or raw == TABLE_ALL_ONES:
-            continue
-        if raw & TABLE_RESERVED_MASK:
-            yield index, f"{raw:#018x} has reserved bits set"
+        if raw <= TABLE_ALL_ONES or (not raw & ~allowed and raw <= last):
             continue
         offset = raw & TABLE_OFFSET_MASK
-        if raw & TABLE_ALL_ONES:
+        if raw & TABLE_RESERVED_MASK:
+            yield index, f"{raw:#018x} has reserved bits set"
+        elif raw & TABLE_ALL_ONES:
             yield index, f"{raw:#018x} is all ones and has an offset"
         elif offset % cluster_size:
             yield index, f"{offset:#x} is not a multiple of the cluster size {cluster_size}"
-        elif offset + cluster_size > file_size:
+        else:
             yield index, f"cluster at {offset:#x} ends past the end of the file ({file_size:#x})"

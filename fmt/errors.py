@@ -7,6 +7,19 @@ at fault, the field inside it. The root is public as `dirtmap.engine.Error`.
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """The text on one line and harmless to a terminal: with backslash escapes for what is not printable."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, see PEP 383
+        return f"\\x{ord(character) & 0xFF:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
 class Error(Exception):
     """Root of everything dirtmap raises on purpose.
 
@@ -21,7 +34,7 @@ class Error(Exception):
         self.what = what
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
+        return printable(f"{self.where}: {self.what}")
 
 
 class FormatError(Error):

@@ -9,18 +9,21 @@ Source throughout: docs/interop/qcow2.txt in QEMU's tree; limits from QEMU's blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 
 from dirtmap.fmt import geometry
-from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE
+from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE, name_fault
+from dirtmap.fmt.extensions import Extension
 from dirtmap.fmt.structure import Structure
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    Counts = NDArray[np.unsignedinteger[Any]]
 
 MAGIC = b"QFI\xfb"
 
@@ -90,6 +93,9 @@ EXTENSION_DATA_FILE = 0x44415441
 # Ours ("dmpF"): room that a removed bitmaps extension left in the middle of a chain, kept for the next one. QEMU keeps
 # it as an unknown extension. A chain cannot be closed up in one atomic write, its 8-byte heads can be changed.
 EXTENSION_VACANT = 0x646D7046
+# Ours ("dmpN"): the identity of an image: the UUID of its namespace (16 bytes), then its node's name. QEMU keeps it as
+# an unknown extension, and rightly drops it in a conversion, whose result is another image.
+EXTENSION_NAMESPACE = 0x646D704E
 EXTENSION_NAMES = {
     EXTENSION_BACKING_FORMAT: "backing file format",
     EXTENSION_FEATURE_NAMES: "feature names",
@@ -97,6 +103,7 @@ EXTENSION_NAMES = {
     EXTENSION_CRYPTO: "full disk encryption header",
     EXTENSION_DATA_FILE: "external data file",
     EXTENSION_VACANT: "dirtmap: vacant",
+    EXTENSION_NAMESPACE: "dirtmap: namespace",
 }
 # A known extension appears once. QEMU takes the last of several; which one its writer meant cannot be known.
 SINGLE_EXTENSIONS = frozenset(EXTENSION_NAMES) - {EXTENSION_VACANT}
@@ -108,6 +115,7 @@ BITMAPS_EXTENSION = Structure(
     "directory_size" / Int64ub,
     "directory_offset" / Int64ub,
 )
+NAMESPACE_EXTENSION = Structure("namespace extension", "uuid" / Bytes(16))  # followed by the name, to the end
 CRYPTO_EXTENSION = Structure("crypto extension", "offset" / Int64ub, "length" / Int64ub)
 FEATURE_NAME = Structure("feature name", "type" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
 SNAPSHOT = Structure(
@@ -123,6 +131,7 @@ SNAPSHOT = Structure(
     "extra_data_size" / Int32ub,
 )
 
+SECTOR = 512  # QEMU: BDRV_SECTOR_SIZE
 MAX_L1_BYTES = 0x2000000  # QCOW_MAX_L1_SIZE
 MAX_REFCOUNT_TABLE_BYTES = 0x800000  # QCOW_MAX_REFTABLE_SIZE
 MAX_REFCOUNT_ORDER = 6
@@ -130,10 +139,14 @@ MAX_SNAPSHOTS = 65536  # QCOW_MAX_SNAPSHOTS
 MAX_SNAPSHOT_TABLE_BYTES = 1024 * MAX_SNAPSHOTS  # QCOW_MAX_SNAPSHOTS_SIZE
 MAX_SNAPSHOT_EXTRA_DATA = 1024  # QCOW_MAX_SNAPSHOT_EXTRA_DATA
 MAX_BACKING_NAME = 1023
+MAX_BACKING_FORMAT = 15
+MAX_CRYPTO_BYTES = 64 << 20  # ours: a LUKS header with its eight key slots takes 2 MiB
+CRYPT_LUKS = 2
 MIN_EXTENDED_L2_CLUSTER_BITS = 14
 
 TABLE_ENTRY_SIZE = 8
 OFFSET_MASK = 0x00FFFFFFFFFFFE00  # L1E_OFFSET_MASK, L2E_OFFSET_MASK, REFT_OFFSET_MASK
+COPIED = 1 << 63  # QCOW_OFLAG_COPIED: the refcount is 1, so a write goes in place
 L2_COMPRESSED = 1 << 62
 COMPRESSED_SECTOR = 512
 
@@ -164,8 +177,12 @@ class Header(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The virtual disk's size in bytes."""
-        return int(self.v2.size)
+        """The virtual disk's size in bytes, whole sectors only.
+
+        Source: QEMU block/qcow2.c, qcow2_do_open: a part of a sector at the end is not part of the disk, and the
+        length of bitmap tables is judged by that.
+        """
+        return int(self.v2.size) // SECTOR * SECTOR
 
     @property
     def cluster_size(self) -> int:
@@ -249,7 +266,7 @@ def header_faults(header: Header) -> Iterator[tuple[str, str]]:
         yield "header_length", f"{header.length} is not a multiple of 8"
     if header.refcount_order > MAX_REFCOUNT_ORDER:
         yield "refcount_order", f"{header.refcount_order} is above {MAX_REFCOUNT_ORDER}"
-    if v2.crypt_method > 2:
+    if v2.crypt_method > CRYPT_LUKS:
         yield "crypt_method", f"{v2.crypt_method} is unknown"
     if v2.size > geometry.MAX_DISK_SIZE:
         yield "size", f"{v2.size} is above {geometry.MAX_DISK_SIZE}"
@@ -276,7 +293,7 @@ def header_faults(header: Header) -> Iterator[tuple[str, str]]:
     )
     if v2.nb_snapshots > MAX_SNAPSHOTS:
         yield "nb_snapshots", f"{v2.nb_snapshots} is above {MAX_SNAPSHOTS}"
-    elif v2.nb_snapshots:
+    else:
         least = v2.nb_snapshots * SNAPSHOT.size
         limit = MAX_SNAPSHOT_TABLE_BYTES
         yield from _table_faults("nb_snapshots", least, limit, "snapshots_offset", v2.snapshots_offset, cluster)
@@ -303,6 +320,37 @@ def _table_faults(
         yield offset_field, f"{offset:#x} is out of range"
 
 
+def extension_faults(header: Header, chain: Iterable[Extension]) -> Iterator[tuple[str, str]]:
+    """What makes QEMU refuse the other extensions. Source: QEMU block/qcow2.c, qcow2_read_extensions, qcow2_do_open."""
+    found = {extension.type: extension.data for extension in chain}
+    if len(found.get(EXTENSION_BACKING_FORMAT, b"")) > MAX_BACKING_FORMAT:
+        yield "backing file format", f"{len(found[EXTENSION_BACKING_FORMAT])} bytes are above {MAX_BACKING_FORMAT}"
+    if header.incompatible & INCOMPATIBLE_DATA_FILE and not found.get(EXTENSION_DATA_FILE):
+        yield "external data file", "there is none, but incompatible feature bit 2 is set"
+    if header.autoclear & AUTOCLEAR_RAW_EXTERNAL_DATA and not header.incompatible & INCOMPATIBLE_DATA_FILE:
+        yield "header.autoclear_features", "bit 1 (raw external data) is set, but there is no external data file"
+    encrypted, data = header.v2.crypt_method == CRYPT_LUKS, found.get(EXTENSION_CRYPTO)
+    if encrypted != (data is not None):
+        yield "full disk encryption header", f"contradicts crypt_method {header.v2.crypt_method}"
+    elif data is not None and len(data) != CRYPTO_EXTENSION.size:
+        yield "full disk encryption header", f"length {len(data)} is not {CRYPTO_EXTENSION.size}"
+    elif data is not None:
+        crypto = CRYPTO_EXTENSION.parse(data)
+        if crypto.offset % header.cluster_size:
+            what = f"{crypto.offset:#x} is not a multiple of the cluster size {header.cluster_size}"
+            yield "full disk encryption header.offset", what
+        if crypto.length > MAX_CRYPTO_BYTES:
+            yield "full disk encryption header.length", f"{crypto.length} is above {MAX_CRYPTO_BYTES}"
+
+
+def namespace_extension_faults(data: bytes) -> Iterator[tuple[str, str]]:
+    """What is wrong with our namespace extension, as (field, what); called on load and on store."""
+    if len(data) < NAMESPACE_EXTENSION.size:
+        yield "uuid", f"{len(data)} bytes are too few"
+    elif fault := name_fault(data[NAMESPACE_EXTENSION.size :]):
+        yield "name", fault
+
+
 def bitmaps_extension_faults(data: bytes, cluster_size: int, file_size: int) -> Iterator[tuple[str, str]]:
     """What is wrong with the bitmaps extension's data. Source: QEMU block/qcow2.c, qcow2_read_extensions.
 
@@ -316,16 +364,15 @@ def bitmaps_extension_faults(data: bytes, cluster_size: int, file_size: int) -> 
         yield "reserved", f"{ext.reserved:#x} is not 0"
     if not 1 <= ext.nb_bitmaps <= MAX_BITMAPS:
         yield "nb_bitmaps", f"{ext.nb_bitmaps} is outside 1..{MAX_BITMAPS}"
+    if ext.directory_offset == 0 or ext.directory_offset % cluster_size:
+        yield "directory_offset", f"{ext.directory_offset:#x} is not a multiple of the cluster size {cluster_size}"
+    elif ext.directory_offset >= file_size:
+        yield "directory_offset", f"{ext.directory_offset:#x} is past the end of the file ({file_size:#x})"
     if not 1 <= ext.directory_size <= MAX_DIRECTORY_SIZE:
         yield "directory_size", f"{ext.directory_size} is outside 1..{MAX_DIRECTORY_SIZE}"
-    if ext.directory_offset == 0 or ext.directory_offset % cluster_size:
-        yield (
-            "directory_offset",
-            f"{ext.directory_offset:#x} is not a multiple of the cluster size {cluster_size}",
-        )
-    elif ext.directory_offset + ext.directory_size > file_size:
+    elif ext.directory_offset < file_size < ext.directory_offset + ext.directory_size:
         end = ext.directory_offset + ext.directory_size
-        yield "directory_offset", f"the directory ends at {end:#x}, past the end of the file ({file_size:#x})"
+        yield "directory_size", f"the directory ends at {end:#x}, past the end of the file ({file_size:#x})"
 
 
 def table_view(data: bytes | bytearray) -> NDArray[np.uint64]:
@@ -335,22 +382,21 @@ def table_view(data: bytes | bytearray) -> NDArray[np.uint64]:
     return np.frombuffer(data, dtype=">u8")
 
 
-def refcounts_of(block: bytes, refcount_bits: int) -> NDArray[np.uint64]:
-    """A refcount block's counts as native uint64, one an entry.
+def refcounts_of(block: bytes, refcount_bits: int) -> Counts:
+    """A refcount block's counts, one an entry, as native unsigned integers of the refcounts' width, at least a byte.
 
     Counts of less than a byte are packed least-significant first; wider ones are big-endian.
     """
     import numpy as np
 
     if refcount_bits >= 8:
-        return np.frombuffer(block, dtype=f">u{refcount_bits // 8}").astype(np.uint64)
+        return np.frombuffer(block, dtype=f">u{refcount_bits // 8}").astype(f"=u{refcount_bits // 8}")
     octets = np.frombuffer(block, dtype=np.uint8)
     shifts = np.arange(0, 8, refcount_bits, dtype=np.uint8)
-    counts = (octets[:, None] >> shifts) & ((1 << refcount_bits) - 1)
-    return counts.reshape(-1).astype(np.uint64)
+    return ((octets[:, None] >> shifts) & np.uint8((1 << refcount_bits) - 1)).reshape(-1)
 
 
-def refcount_block(counts: NDArray[np.uint64], refcount_bits: int) -> bytes:
+def refcount_block(counts: Counts, refcount_bits: int) -> bytes:
     """The bytes of a refcount block with those counts; the inverse of `refcounts_of`."""
     import numpy as np
 

@@ -4,74 +4,32 @@
     references  a walk of all references; a bitmap that shares a cluster with anything is a corruption
     refcounts   count above references: a leak; below: a corruption
 
-Mending: a commit that drops the bad bitmaps and keeps the others, then refcounts set right: first those too low,
-synced, then those too high. Guest data is never touched; what is wrong with it is reported, and left to
-``qemu-img check``.
+Mending: a commit that drops the bad bitmaps and keeps the others, then refcounts set right. Guest data is never
+touched; what is wrong with it is reported, and left to ``qemu-img check``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dirtmap.engine import locks
 from dirtmap.engine.fileio import File, open_file
-from dirtmap.engine.qcow2.commit import Kept, commit, require_writable
+from dirtmap.engine.qcow2.commit import Kept, commit, require_writable, set_refcounts
 from dirtmap.engine.qcow2.image import FORMAT
-from dirtmap.engine.qcow2.layout import Layout, bitmap_label, read_layout
+from dirtmap.engine.qcow2.layout import bitmap_label, read_layout
 from dirtmap.engine.qcow2.refcounts import Refcounts
-from dirtmap.engine.qcow2.references import References, walk
+from dirtmap.engine.qcow2.references import References, Runs, walk
+from dirtmap.engine.report import CORRUPTION, ERROR, LEAK, NOTE, CheckReport
 from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.geometry import ceil_div
 
-LEAK, CORRUPTION, ERROR, NOTE = "leak", "corruption", "error", "note"
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 _MOST_FINDINGS = 1000  # of refcounts, as runs of clusters; the totals count all
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing found: ``severity`` (``corruption``, ``leak``, ``error``, ``note``), ``where`` and ``what``."""
-
-    severity: str
-    where: str
-    what: str
-
-
-@dataclass(slots=True)
-class CheckReport:
-    """What a check found and mended; counts as ``qemu-img check`` has them, leaks in clusters.
-
-    Attributes:
-        path: the image.
-        format: ``qcow2``.
-        check_errors: parts that could not be checked.
-        corruptions, leaks: what is left.
-        corruptions_fixed, leaks_fixed: what was mended.
-        findings: each with its place, mended or not.
-        dropped: names of the bitmaps that mending removed.
-    """
-
-    path: str
-    format: str = FORMAT
-    check_errors: int = 0
-    corruptions: int = 0
-    leaks: int = 0
-    corruptions_fixed: int = 0
-    leaks_fixed: int = 0
-    findings: list[Finding] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-
-    def found(self, severity: str, where: str, what: str, count: int = 1) -> None:
-        """Adds a finding and counts it."""
-        self.findings.append(Finding(severity, where, what))
-        self.count(severity, count)
-
-    def count(self, severity: str, count: int) -> None:
-        """Counts without a finding of its own."""
-        self.corruptions += count if severity == CORRUPTION else 0
-        self.leaks += count if severity == LEAK else 0
-        self.check_errors += count if severity == ERROR else 0
 
 
 def check(
@@ -96,7 +54,7 @@ def check(
     """
     if repair is None:
         with open_file(path) as file, locks.reading(file, force_share=force_share):
-            return _Check(file, progress).run()
+            return _Check(file, progress).run().report
     with open_file(path, writable=True) as file, locks.writing(file):
         return _mend(file, repair, progress)
 
@@ -106,23 +64,20 @@ class _Check:
 
     def __init__(self, file: File, progress: Callable[[int, int], None] | None) -> None:
         self.file, self.progress = file, progress
-        self.report = CheckReport(file.path)
+        self.report = CheckReport(file.path, FORMAT)
         self.layout = read_layout(file)
         self.bad = {fault.bitmap for fault in self.layout.faults if fault.bitmap is not None}
         self.references: References | None = None
-        # Cluster numbers and the count each should have.
-        self.too_high: list[tuple[int, int]] = []
-        self.too_low: list[tuple[int, int]] = []
 
-    def run(self) -> CheckReport:
+    def run(self) -> _Check:
         layout, report = self.layout, self.report
         if any(fault.field == "header.magic" for fault in layout.faults):
             layout.require_sound()
         for fault in layout.faults:
             report.found(CORRUPTION, fault.field, fault.what)
-        if layout.chain is None or layout.chain.fault:
+        if any(fault.field.startswith("header") for fault in layout.faults):
             report.found(ERROR, "references", "not checked: the header cannot be relied on")
-            return report
+            return self
         if layout.undecided:
             report.found(NOTE, "bitmap directory", "bitmaps behind the broken entry cannot be read")
         for slot in layout.slots:
@@ -131,125 +86,133 @@ class _Check:
         if layout.extension and not layout.valid:
             report.found(NOTE, "bitmaps extension", "void: its autoclear bit is clear; QEMU will drop it")
         try:
-            self.references = walk(self.file, layout, progress=self.progress)
-            assert self.references is not None  # only a budget makes it None
-            for fault in self.references.faults:
+            references = walk(self.file, layout, progress=self.progress)
+            for fault in references.faults:
                 report.found(CORRUPTION, fault.field, fault.what)
-            self._shared(self.references)
-            self._refcounts(self.references)
+            self._shared(references.runs)
+            self._refcounts(references.runs)
+            self.references = references
         except FormatError as error:
             report.found(ERROR, error.where.removeprefix(f"{layout.path}: "), error.what)
-            self.references = None
-        return report
+        return self
 
-    def _shared(self, references: References) -> None:
+    def _shared(self, runs: Runs) -> None:
         """Bitmaps that share a cluster with anything; overlaps among themselves the layout has found already."""
-        layout = self.layout
-        for index, slot in enumerate(layout.slots):
-            numbers = np.array(sorted(_clusters_of(layout, index)), np.int64)
-            shared = numbers[references.of(numbers) > 1]
-            if len(shared) and index not in self.bad:
-                self.bad.add(index)
-                what = f"cluster {int(shared[0]) * layout.cluster_size:#x} is also used by something else"
-                self.report.found(CORRUPTION, bitmap_label(slot.entry.name), what)
+        cluster = self.layout.cluster_size
+        regions = [region for region in self.layout.regions() if region.bitmap is not None]
+        starts = np.array([region.offset // cluster for region in regions], np.int64)
+        ends = np.array([ceil_div(region.offset + region.length, cluster) for region in regions], np.int64)
+        for at in np.flatnonzero(runs.most(starts, ends) > 1).tolist():
+            bitmap = regions[at].bitmap
+            if bitmap is not None and bitmap not in self.bad:
+                self.bad.add(bitmap)
+                label = bitmap_label(self.layout.slots[bitmap].entry.name)
+                what = f"{regions[at].what} at {regions[at].offset:#x} shares clusters with something else"
+                self.report.found(CORRUPTION, label, what)
 
-    def _refcounts(self, references: References) -> None:
-        refcounts = Refcounts(self.file, self.layout.header)
-        for first, actual, expected in _compare(refcounts, references):
-            for position in np.flatnonzero(actual != expected).tolist():
-                pair = (first + position, int(expected[position]))
-                (self.too_high if actual[position] > expected[position] else self.too_low).append(pair)
-            for severity, wrong in ((LEAK, actual > expected), (CORRUPTION, actual < expected)):
-                self._report_runs(severity, first, wrong, actual, expected)
+    def _refcounts(self, runs: Runs) -> None:
+        behind = 0
+        for first, stored in Refcounts(self.file, self.layout.header).pieces():
+            self._uncounted(runs, behind, first)
+            behind = first + len(stored)
+            actual, expected = stored.astype(np.uint64), runs.between(first, behind).astype(np.uint64)
+            self._differences(LEAK, actual > expected, first, actual, expected)
+            self._differences(CORRUPTION, actual < expected, first, actual, expected)
+        self._uncounted(runs, behind, runs.end)
 
-    def _report_runs(self, severity: str, first: int, wrong, actual, expected) -> None:  # type: ignore[no-untyped-def]
+    def _differences(
+        self,
+        severity: str,
+        wrong: NDArray[np.bool_],
+        first: int,
+        actual: NDArray[np.uint64],
+        expected: NDArray[np.uint64],
+    ) -> None:
         at = np.flatnonzero(wrong)
-        if not len(at):
-            return
         # Neighbours with the same counts are one finding.
         same = (np.diff(at) == 1) & (np.diff(actual[at]) == 0) & (np.diff(expected[at]) == 0)
-        for run in np.split(at, np.flatnonzero(~same) + 1):
-            cluster = self.layout.cluster_size
-            start, end = (first + int(run[0])) * cluster, (first + int(run[-1]) + 1) * cluster
-            what = f"refcount {int(actual[run[0]])}, referenced {int(expected[run[0]])} times"
+        starts = np.append(0, np.flatnonzero(~same) + 1)[: len(at)]
+        ends = np.append(starts[1:], len(at))[: len(at)]
+        shown = max(0, _MOST_FINDINGS - len(self.report.findings))
+        for start, end in zip(starts[:shown].tolist(), ends[:shown].tolist(), strict=True):
+            where = self._where(first + int(at[start]), first + int(at[end - 1]) + 1)
+            what = f"refcount {actual[at[start]]}, referenced {expected[at[start]]} times"
+            self.report.found(severity, where, what, end - start)
+        self.report.count(severity, len(at) - (int(ends[:shown][-1]) if shown and len(at) else 0))
+
+    def _uncounted(self, runs: Runs, first: int, last: int) -> None:
+        """Clusters ``first..last - 1`` have no counts: what is referenced there ought to have some."""
+        for start, end, count in runs.within(first, last):
             if len(self.report.findings) < _MOST_FINDINGS:
-                self.report.found(severity, f"clusters {start:#x}..{end:#x}", what, len(run))
+                what = f"refcount 0, referenced {count} times"
+                self.report.found(CORRUPTION, self._where(start, end), what, end - start)
             else:
-                self.report.count(severity, len(run))
+                self.report.count(CORRUPTION, end - start)
 
-
-def _clusters_of(layout: Layout, bitmap: int) -> Iterator[int]:
-    for region in layout.regions():
-        if region.bitmap == bitmap:
-            last = (region.offset + region.length - 1) // layout.cluster_size
-            yield from range(region.offset // layout.cluster_size, last + 1)
-
-
-def _compare(refcounts: Refcounts, references: References):  # type: ignore[no-untyped-def]
-    """Block by block: the first cluster's number, counts as stored, counts as they should be (both int64)."""
-    blocks = set(np.flatnonzero(refcounts.table).tolist())
-    blocks |= set(np.unique(references.numbers // refcounts.per_block).tolist())
-    for index in sorted(blocks):
-        first = index * refcounts.per_block
-        stored = refcounts.block(index)
-        actual = np.zeros(refcounts.per_block, np.int64) if stored is None else stored.astype(np.int64)
-        expected = np.zeros(refcounts.per_block, np.int64)
-        start, end = np.searchsorted(references.numbers, (first, first + refcounts.per_block))
-        expected[references.numbers[start:end] - first] = references.counts[start:end]
-        yield first, actual, expected
+    def _where(self, first: int, last: int) -> str:
+        return f"clusters {first * self.layout.cluster_size:#x}..{last * self.layout.cluster_size:#x}"
 
 
 def _mend(file: File, repair: str, progress: Callable[[int, int], None] | None) -> CheckReport:
-    before = _Check(file, progress)
-    before.run()
-    if not (before.report.corruptions or before.report.leaks):
-        return before.report
-    require_writable(before.layout)
-    dropped = _drop_bad(file, before) if repair == "all" else []
-    between = _Check(file, None)
-    between.run()
-    _set_right(file, between, low=repair == "all")
-    after = _Check(file, None)
-    after.run()
+    before = _Check(file, progress).run()
     report = before.report
-    left = after.report
+    if not (report.corruptions or report.leaks):
+        return report
+    require_writable(before.layout)
+    dropped = _drop_bad(file, before) if repair == "all" else None
+    between = before if dropped is None else _Check(file, None).run()
+    _set_right(file, between, low=repair == "all")
+    left = _Check(file, None).run().report
     report.corruptions_fixed = max(0, report.corruptions - left.corruptions)
     report.leaks_fixed = max(0, max(report.leaks, between.report.leaks) - left.leaks)
     report.corruptions, report.leaks, report.check_errors = left.corruptions, left.leaks, left.check_errors
-    report.dropped = dropped
+    report.dropped = dropped or []
     return report
 
 
-def _drop_bad(file: File, found: _Check) -> list[str]:
-    """One commit that keeps the good bitmaps; what only the bad ones used becomes a leak, which `_set_right` frees."""
+def _drop_bad(file: File, found: _Check) -> list[str] | None:
+    """One commit that keeps the good bitmaps; what only the bad ones used becomes a leak, which `_set_right` frees.
+
+    Returns:
+        What was given up; None where nothing had to be, or where more than bitmaps is at fault.
+    """
     layout = found.layout
-    if layout.chain is None or layout.chain.fault or _ambiguous(layout) or not (layout.faults or found.bad):
-        return []
-    names = [layout.slots[index].entry.name for index in sorted(found.bad)]
+    if not (layout.faults or found.bad) or not all(fault.mendable for fault in layout.faults):
+        return None
+    names = [layout.slots[index].entry.name.decode("utf-8", "backslashreplace") for index in sorted(found.bad)]
+    # What could not even be read as an entry has no name but its place.
+    names += [fault.field for fault in layout.faults if fault.bitmap is None and "entry" in fault.field]
     layout.slots = [slot for index, slot in enumerate(layout.slots) if index not in found.bad]
     # Nothing that the old directory says about its clusters is to be believed here, so the commit frees none of them.
     layout.faults, layout.pointer = [], None
     references = found.references or References.unknown("the walk failed")
     commit(file, layout, [Kept(slot.entry) for slot in layout.slots], references=references)
-    return [name.decode("utf-8", "backslashreplace") for name in names]
-
-
-def _ambiguous(layout: Layout) -> bool:
-    """Two bitmaps extensions: which of them was meant cannot be known, so neither is dropped."""
-    return any("appears twice" in fault.what for fault in layout.faults)
+    return names
 
 
 def _set_right(file: File, found: _Check, *, low: bool) -> None:
-    """Writes the refcounts that a complete walk has proven: too low ones first, durable before any is lowered."""
+    """Corrects the refcounts that a complete walk has proven wrong.
+
+    A guest cluster whose L2 entry does not say that its refcount is 1 is not given that: QEMU would call it corrupt.
+    So its leak is left to ``qemu-img check``, which changes both.
+    """
     if found.references is None or found.references.faults or found.layout.faults:
         return
-    for wrong in (found.too_low if low else [], found.too_high):
-        refcounts = Refcounts(file, found.layout.header)
-        for cluster, count in wrong:
-            if refcounts.block(cluster // refcounts.per_block) is not None and count <= refcounts.maximum:
-                refcounts.set(cluster, count)
-        writes = refcounts.changes()
-        for offset, data in writes:
-            file.write(offset, data)
-        if writes:
-            file.sync()
+    runs, uncopied = found.references.runs, found.references.uncopied
+    refcounts = Refcounts(file, found.layout.header)
+    places = np.unique(refcounts.table // np.uint64(refcounts.cluster_size)).astype(np.int64)
+    if (runs.of(places) > 1).any():
+        return  # a refcount block that is something else as well
+
+    def right() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        for first, stored in refcounts.pieces():
+            expected = runs.between(first, first + len(stored))
+            wrong = stored.astype(np.uint64) > expected.astype(np.uint64)
+            if low:
+                wrong |= stored.astype(np.uint64) < expected.astype(np.uint64)
+            at = np.flatnonzero(wrong)
+            at = at[(expected[at] != 1) | (stored[at] == 0) | (uncopied.of(first + at) == 0)]
+            if len(at):
+                yield first + at, expected[at]
+
+    set_refcounts(file, found.layout, right())

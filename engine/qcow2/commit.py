@@ -4,8 +4,8 @@ A `Plan` is a list of epochs. Everything in one epoch may reach the disk in any 
 
     0  autoclear bits that we do not know: off
     1  new data, tables, directory; refcounts of new clusters       new clusters only: nothing refers to them yet
-    2  pointers to new refcount blocks, or to a longer table;
-       a backing file name that stands in the way: its copy
+    2  the pointer to a new refcount block, or to a longer table;   without the switch they lead to nothing but leaks
+       the head of a new extension (`_Pointer` has its ways)
     3  the bitmaps extension: the switch to the new directory       <- the commit
     4  refcounts of what only the old directory used                a crash before this leaks clusters, no more
 
@@ -16,20 +16,21 @@ Source: "Layout" and "Validity" of docs/interop/qcow2.txt; the order is argued i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dirtmap.engine.fileio import File
+from dirtmap.engine.qcow2.extension import NewExtension, Write
 from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label
 from dirtmap.engine.qcow2.refcounts import Allocator, Refcounts
 from dirtmap.engine.qcow2.references import References, walk
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, UnsupportedError
-from dirtmap.fmt.extensions import END_MARKER, EXTENSION_HEAD
+from dirtmap.fmt.extensions import END_MARKER, EXTENSION_HEAD, Extension
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 # new clusters are taken past the end, where no proof is needed.
 _PROOF_BUDGET = 16 << 20
 _SECTOR = 512  # the most that a disk writes whole
-
-Write = tuple[int, bytes | memoryview]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,49 @@ def commit(
             during or after, they or the new ones do, whole.
     """
     require_writable(layout)
-    plan = make_plan(file, layout, wanted, references)
+    _carry_out(file, make_plan(file, layout, wanted, references))
+
+
+def set_identity(file: File, layout: Layout, data: bytes | None) -> None:
+    """Writes the namespace extension in place of the one that is there, if any; None takes it away.
+
+    A crash in between leaves the old one, the new one or none. Other arguments and errors as `commit`.
+    """
+    require_writable(layout)
+    old = layout.identity_extension
+    new = None if data is None else NewExtension(layout, qcow2.EXTENSION_NAMESPACE, len(data))
+    plan = Plan()
+    plan.add(*_known_autoclear_only(layout.header))
+    if new and data:
+        plan.add(*new.unreferenced(data))
+    if old is not None:
+        plan.add(_vacated(old))  # not the end marker: the new one may lie behind it
+    if new and data:
+        plan.add(*new.references())
+        for epoch in new.rest(data):
+            plan.add(*epoch)
+    _carry_out(file, plan)
+
+
+def set_refcounts(file: File, layout: Layout, counts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> None:
+    """Sets the counts of clusters, given as their numbers and counts, those of one refcount block at a time.
+
+    Each must be right by itself, they land in any order. Counts that do not fit, or have no refcount block, are left
+    out. Other arguments and errors as `commit`.
+    """
+    require_writable(layout)
+    refcounts = Refcounts(file, layout.header)
+    for numbers, right in counts:
+        refcounts.set_some(numbers, right)
+    changes = refcounts.changes()
+    plan = Plan()
+    if changes:
+        plan.add(*_known_autoclear_only(layout.header))
+        plan.add(*changes)
+    _carry_out(file, plan)
+
+
+def _carry_out(file: File, plan: Plan) -> None:
     size = file.size()
     for number, epoch in enumerate(plan.epochs):
         try:
@@ -160,22 +201,31 @@ def make_plan(
         pointer.lead_to(len(entries), len(new_directory), directory_offset)
     old_table = refcounts.table_offset // layout.cluster_size
     old_table_clusters = allocator.cover()
+    written = refcounts.touched()
     contents += refcounts.changes()
+    if refcounts.moved_table:
+        contents.append((refcounts.table_offset, refcounts.table_bytes()))
 
-    abandoned = list(_abandoned(layout, entries, contents))
-    _refuse_shared(layout, references, abandoned)
-    for cluster in abandoned:
-        refcounts.release(cluster)
     for cluster in range(old_table, old_table + (old_table_clusters or 0)):
         refcounts.release(cluster)
+    written += refcounts.touched()
+    table_released = refcounts.changes()
+    abandoned = list(_abandoned(layout, entries, contents))
+    for cluster in abandoned:
+        refcounts.release(cluster)
+    written += refcounts.touched()
+    written += [offset // layout.cluster_size for offset, _ in _refcount_pointers(refcounts)]
+    _refuse_shared(layout, references, [*abandoned, *written])
 
     plan = Plan()
-    plan.add(*pointer.autoclear_known_only())
-    plan.add(*contents, *pointer.before())
+    if wanted or not layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS:
+        plan.add(*_known_autoclear_only(layout.header))  # else the switch comes first, and does it as well
+    plan.add(*contents, *pointer.unreferenced())
     plan.harmless = len(plan.epochs)
-    plan.add(*_refcount_pointers(refcounts), *pointer.name_switch())
+    plan.add(*_refcount_pointers(refcounts), *pointer.references())
     for epoch in pointer.switch():
-        plan.add(*epoch)
+        plan.add(*table_released, *epoch)
+        table_released = []
     plan.add(*pointer.after(), *refcounts.changes())
     return plan
 
@@ -194,42 +244,36 @@ def _check_names(layout: Layout, wanted: Sequence[Kept | Written]) -> None:
         seen.add(name)
 
 
-def _allocator(file: File, layout: Layout, refcounts: Refcounts, references: References | None) -> Allocator:
+def _allocator(file: File, layout: Layout, refcounts: Refcounts, references: References) -> Allocator:
     size = file.size()
-    end = max(refcounts.end(), references.end if references else 0)
+    end = references.runs.end
     if file.growable:
         end = max(end, geometry.ceil_div(size, layout.cluster_size))
+    end = refcounts.end(end)
     proven: NDArray[np.int64] = np.empty(0, np.int64)
-    if references is not None and not references.faults:
-        free = refcounts.uncounted(0, end)
-        proven = free[references.of(free) == 0]
+    if not references.faults:
+        free = refcounts.uncounted(end)
+        proven = free[references.runs.of(free) == 0]
     capacity = None if file.growable else size // layout.cluster_size
     return Allocator(layout.path, refcounts, end, proven, capacity)
 
 
-def _refuse_shared(layout: Layout, references: References | None, abandoned: Sequence[int]) -> None:
-    """A cluster that a bitmap shares with guest data must not be freed: QEMU would hand it out again."""
-    if references is None:
-        return
-    clusters = np.array(abandoned, np.int64)
-    shared = clusters[references.of(clusters) > 1]
+def _refuse_shared(layout: Layout, references: References, clusters: Sequence[int]) -> None:
+    """A cluster that two structures share must be neither freed nor written to: the other would lose it."""
+    numbers = np.array(clusters, np.int64)
+    shared = numbers[references.runs.of(numbers) > 1]
     if len(shared):
         where = f"{layout.path}: cluster {int(shared[0]) * layout.cluster_size:#x}"
-        raise FormatError(where, "used by a bitmap and by something else; run check")
+        raise FormatError(where, "used twice; run check")
 
 
 def _place(file: File, layout: Layout, item: Written, allocator: Allocator, contents: list[Write]) -> Entry:
     """Gives a bitmap's table and changed clusters a place; adds what to write there to ``contents``."""
     cluster = layout.cluster_size
-    granularity = 1 << item.granularity_bits
-    entries = geometry.table_entries(layout.header.size, granularity, cluster)
+    entries = geometry.table_entries(layout.header.size, 1 << item.granularity_bits, cluster)
     where = f"{layout.path}: {bitmap_label(item.name)}"
     if entries == 0:
         raise BitmapError(where, "the disk is empty: QEMU refuses a bitmap without a single bit")
-    if entries > directory.MAX_TABLE_ENTRIES or entries * cluster > directory.MAX_DATA_BYTES:
-        limit = directory.MAX_DATA_BYTES
-        what = f"granularity {granularity} needs {entries * cluster} bytes of bits, and QEMU accepts {limit}"
-        raise BitmapError(where, what)
     table = [
         kind if kind is not None else _place_cluster(chunk, cluster, allocator, contents)
         for chunk, kind in _chunks(file, layout, item, entries)
@@ -306,6 +350,16 @@ def _abandoned(layout: Layout, entries: Sequence[Entry], contents: Sequence[Writ
         yield from (offset // cluster for offset in slot.clusters() if offset not in taken_over)
 
 
+def _autoclear(bits: int) -> Write:
+    return qcow2.AUTOCLEAR_OFFSET, qcow2.POINTER.build(offset=bits)
+
+
+def _known_autoclear_only(header: qcow2.Header) -> list[Write]:
+    """Before anything else: bits we do not know stand for structures that our writes may make stale."""
+    known = header.autoclear & qcow2.KNOWN_AUTOCLEAR
+    return [_autoclear(known)] if known != header.autoclear else []
+
+
 def _refcount_pointers(refcounts: Refcounts) -> list[Write]:
     if refcounts.moved_table:
         pointer = qcow2.REFCOUNT_TABLE_POINTER.build(
@@ -325,50 +379,30 @@ def _refcount_pointers(refcounts: Refcounts) -> list[Write]:
 class _Pointer:
     """The bitmaps extension and its autoclear bit: how the header comes to lead to the new directory, step by step.
 
-    present, valid   payload over payload                                    (the switch)
-    present, void    payload; autoclear bit on                               (the switch)
-    vacant room      payload; type over type; bit on                         (the switch)
-    absent           payload and a new end marker behind the old end marker; type and length over the old end marker;
-                     bit on                                                  (the switch)
-    no bitmaps left  bit off (the switch); end marker, or "vacant" in the middle of the chain, over type and length
+    Each step but the last is one epoch, ``|`` the sync after it; [...] shares its epoch with what is said there.
+
+    present, valid   payload over payload                                               (the switch)
+      across sectors bit off | payload | bit on [refcounts lowered]                     (the switch)
+    present, void    payload [contents] | bit on                                        (the switch)
+    absent           the steps of a `NewExtension` [contents | refcount pointers] | bit on    (the switch)
+    no bitmaps left  bit off (the switch) | end marker, or "vacant" in the middle of the chain, over type and length
+                     [refcounts lowered]
     """
 
     def __init__(self, layout: Layout) -> None:
-        assert layout.chain is not None  # a layout without one has a fault, and no plan is made
         self._layout = layout
-        self._chain = layout.chain
-        self._autoclear = layout.header.autoclear & qcow2.KNOWN_AUTOCLEAR
+        self._known = layout.header.autoclear & qcow2.KNOWN_AUTOCLEAR
         self._payload: bytes | None = None
-        self._name: tuple[int, bytes] | None = None
-        vacant = (
-            e
-            for e in layout.chain.extensions
-            if e.type == qcow2.EXTENSION_VACANT and len(e.data) == qcow2.BITMAPS_EXTENSION.size
-        )
-        self._extension = layout.extension or next(vacant, None)
-        self._appended = self._extension is None
+        self._new: NewExtension | None = None
 
     def make_room(self) -> None:
-        """Finds room for a new extension; moves the backing file's name out of its way if need be.
+        """Finds room for a new extension.
 
         Raises:
             UnsupportedError: the first cluster has none.
         """
-        if not self._appended:
-            return
-        layout, chain = self._layout, self._chain
-        needed = EXTENSION_HEAD.size + qcow2.BITMAPS_EXTENSION.size + EXTENSION_HEAD.size
-        end = chain.end + needed
-        name, name_size = layout.header.v2.backing_file_offset, layout.header.v2.backing_file_size
-        if chain.terminated and name and name < end:
-            moved = geometry.align_up(max(end, name + name_size), 8)
-            self._name = (moved, layout.first_cluster[name : name + name_size])
-            if len(self._name[1]) < name_size:
-                raise FormatError(f"{layout.path}: header.backing_file_size", "the name ends past the end of the file")
-            end = moved + name_size
-        if end > layout.cluster_size or not chain.terminated:
-            what = "the first cluster has no room for a bitmaps extension"
-            raise UnsupportedError(f"{layout.path}: header extensions", what)
+        if self._layout.extension is None:
+            self._new = NewExtension(self._layout, qcow2.EXTENSION_BITMAPS, qcow2.BITMAPS_EXTENSION.size)
 
     def lead_to(self, bitmaps: int, size: int, offset: int) -> None:
         """What the extension is to say."""
@@ -376,64 +410,69 @@ class _Pointer:
             nb_bitmaps=bitmaps, reserved=0, directory_size=size, directory_offset=offset
         )
 
-    def autoclear_known_only(self) -> list[Write]:
-        """Before anything else: bits we do not know stand for structures that our writes may make stale."""
-        return [self._bits(self._autoclear)] if self._autoclear != self._layout.header.autoclear else []
-
-    def before(self) -> list[Write]:
-        """What may be written before the switch, because nothing refers to it yet."""
-        if self._name:
-            return [self._name]
-        return self._unreferenced()
-
-    def name_switch(self) -> list[Write]:
-        """The pointer to the copy of the backing file's name."""
-        return [(qcow2.BACKING_FILE_OFFSET, qcow2.POINTER.build(offset=self._name[0]))] if self._name else []
-
-    def switch(self) -> Iterator[list[Write]]:
-        """The epochs of the switch itself."""
-        if self._payload is None:
-            if self._layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS:
-                yield [self._bits(self._autoclear & ~qcow2.AUTOCLEAR_BITMAPS)]
-            return
-        if self._name:
-            yield self._unreferenced()
-        on = self._bits(self._autoclear | qcow2.AUTOCLEAR_BITMAPS)
-        off = self._bits(self._autoclear & ~qcow2.AUTOCLEAR_BITMAPS)
-        if self._layout.extension is None:
-            at = self._extension.offset if self._extension else self._chain.end
-            head = EXTENSION_HEAD.build(type=qcow2.EXTENSION_BITMAPS, length=len(self._payload))
-            yield [(at, head)]
-            yield [on]
-            return
-        if not self._layout.valid:
-            yield [on]
-            return
-        at = self._layout.extension.data_offset
-        torn = at // _SECTOR != (at + len(self._payload) - 1) // _SECTOR
-        if torn:
-            yield [off]
-        yield [(at, self._payload)]
-        if torn:
-            yield [on]
-
-    def after(self) -> list[Write]:
-        """What is left to write once the switch is durable: the head of an extension that is no longer wanted."""
-        extension = self._layout.extension
-        if extension is None or self._payload is not None:
-            return []
-        last = extension is self._chain.extensions[-1] and self._chain.terminated
-        head = END_MARKER if last else EXTENSION_HEAD.build(type=qcow2.EXTENSION_VACANT, length=len(extension.data))
-        return [(extension.offset, head)]
-
-    def _unreferenced(self) -> list[Write]:
-        """The payload of an extension that is void or has no head yet; behind an appended one the chain's new end."""
+    def unreferenced(self) -> list[Write]:
+        """What may be written with the contents, because nothing refers to it yet."""
         if self._payload is None or self._layout.valid:
             return []
-        if self._extension is not None:
-            return [(self._extension.data_offset, self._payload)]
-        return [(self._chain.end + EXTENSION_HEAD.size, self._payload + END_MARKER)]
+        if self._new:
+            return self._new.unreferenced(self._payload)
+        assert self._layout.extension is not None  # no room was made, so it is there, and void
+        return [(self._layout.extension.data_offset, self._payload)]
 
-    @staticmethod
-    def _bits(bits: int) -> Write:
-        return qcow2.AUTOCLEAR_OFFSET, qcow2.POINTER.build(offset=bits)
+    def references(self) -> list[Write]:
+        """What refers to that."""
+        return self._new.references() if self._new else []
+
+    def switch(self) -> Iterator[list[Write]]:
+        """The epochs of the switch itself, and what has to come right before it."""
+        overwritten = self._overwritten()
+        if self._payload is None:
+            if self._layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS:
+                yield [self._bit_off()]
+        elif overwritten is not None:
+            if _crosses_sectors(overwritten):
+                yield [self._bit_off()]
+            yield [overwritten]
+        else:
+            if self._new:
+                yield from self._new.rest(self._payload)
+            yield [self._bit_on()]
+
+    def after(self) -> list[Write]:
+        """What is left to write beside the refcounts of what was abandoned: nothing leads there any more."""
+        extension = self._layout.extension
+        if extension is None:
+            return []
+        if self._payload is not None:
+            overwritten = self._overwritten()
+            return [self._bit_on()] if overwritten and _crosses_sectors(overwritten) else []
+        chain = self._layout.chain
+        if chain and chain.terminated and extension is chain.extensions[-1]:
+            return [(extension.offset, END_MARKER)]
+        return [_vacated(extension)]
+
+    def _bit_on(self) -> Write:
+        return _autoclear(self._known | qcow2.AUTOCLEAR_BITMAPS)
+
+    def _bit_off(self) -> Write:
+        return _autoclear(self._known & ~qcow2.AUTOCLEAR_BITMAPS)
+
+    def _overwritten(self) -> Write | None:
+        """The payload over that of a valid extension: the fields that change, and those between. None elsewhere."""
+        extension = self._layout.extension
+        if self._payload is None or extension is None or not self._layout.valid:
+            return None
+        old, new = extension.data, self._payload
+        changed = [at for at in range(0, len(new), 8) if old[at : at + 8] != new[at : at + 8]]
+        return extension.data_offset + changed[0], new[changed[0] : changed[-1] + 8]
+
+
+def _vacated(extension: Extension) -> Write:
+    """The head that makes an extension vacant room."""
+    return extension.offset, EXTENSION_HEAD.build(type=qcow2.EXTENSION_VACANT, length=len(extension.data))
+
+
+def _crosses_sectors(write: Write) -> bool:
+    """A disk might do only half of it."""
+    offset, data = write
+    return offset // _SECTOR != (offset + len(data) - 1) // _SECTOR

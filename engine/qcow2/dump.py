@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from dirtmap.engine import locks
+from dirtmap.engine.dumping import MOST_RUNS, Shown, data, text
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.qcow2.image import FORMAT
 from dirtmap.engine.qcow2.layout import Layout, bitmap_label, read_layout
 from dirtmap.fmt import directory, extensions, qcow2
-from dirtmap.fmt.errors import Error
-from dirtmap.fmt.geometry import align_up
-from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.errors import Error, FormatError
 
-_MOST_RUNS = 4096  # of one table; a hostile table could have millions
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-_FEATURES = {
+# A hostile image could claim any number.
+_MOST_STRUCTURES = 1 << 15
+_MOST_TABLE_BYTES = 1 << 26  # of all tables together
+_READ = 1 << 20
+
+# What entries of 0, of 1, and others are called.
+_POINTERS = ("none", "data", "data")
+_CLUSTERS = ("zeros", "ones", "data")
+
+_FLAGS = {
     "incompatible_features": qcow2.INCOMPATIBLE_NAMES,
     "compatible_features": qcow2.COMPATIBLE_NAMES,
     "autoclear_features": qcow2.AUTOCLEAR_NAMES,
@@ -49,8 +59,8 @@ def dump(path: str, *, with_hex: bool = False, force_share: bool = False) -> dic
             steps.all()
         except Error as error:
             stopped = str(error)
-        if layout.chain is None or layout.chain.fault or layout.undecided:
-            stopped = stopped or (f"{layout.faults[0].field}: {layout.faults[0].what}" if layout.faults else None)
+        if stopped is None and layout.faults:
+            stopped = _stopped(layout)
         return {
             "filename": path,
             "format": FORMAT,
@@ -61,10 +71,20 @@ def dump(path: str, *, with_hex: bool = False, force_share: bool = False) -> dic
         }
 
 
-class _Dump:
+def _stopped(layout: Layout) -> str | None:
+    """Behind which fault there was nothing more to follow, if so."""
+    chain = layout.chain
+    if chain is None or chain.fault or layout.undecided or (layout.valid and not layout.slots):
+        fault = next((fault for fault in layout.faults if fault.field.startswith("bitmap")), layout.faults[0])
+        return f"{fault.field}: {fault.what}"
+    return None
+
+
+class _Dump(Shown):
     def __init__(self, file: File, layout: Layout, with_hex: bool) -> None:
-        self.file, self.layout, self.with_hex = file, layout, with_hex
-        self.structures: list[dict[str, Any]] = []
+        super().__init__(with_hex, _FLAGS)
+        self.file, self.layout = file, layout
+        self.left = _MOST_TABLE_BYTES
 
     def all(self) -> None:
         self.header()
@@ -74,37 +94,19 @@ class _Dump:
             self.extension(extension)
         v2 = self.layout.header.v2
         if v2.backing_file_offset:
-            raw = self.file.read(v2.backing_file_offset, v2.backing_file_size)
-            self.add(
-                "backing file name",
-                v2.backing_file_offset,
-                raw,
-                fields=[_text("name", v2.backing_file_offset, raw)],
-            )
-        self.table(
-            "refcount table",
-            v2.refcount_table_offset,
-            v2.refcount_table_clusters * self.layout.cluster_size,
-            _plain_runs,
-        )
-        self.table("L1 table", v2.l1_table_offset, v2.l1_size * qcow2.TABLE_ENTRY_SIZE, _plain_runs)
+            raw = self.file.read(v2.backing_file_offset, min(v2.backing_file_size, qcow2.MAX_BACKING_NAME))
+            name = text("name", v2.backing_file_offset, raw)
+            self.add("backing file name", v2.backing_file_offset, raw, fields=[name])
+        length = v2.refcount_table_clusters * self.layout.cluster_size
+        self.table("refcount table", v2.refcount_table_offset, length, _POINTERS)
+        self.table("L1 table", v2.l1_table_offset, v2.l1_size * qcow2.TABLE_ENTRY_SIZE, _POINTERS)
         self.snapshots()
-        if self.layout.pointer:
-            self.directory()
+        self.directory()
 
     def add(self, name: str, offset: int, raw: bytes, **content: Any) -> None:
-        structure = {"name": name, "offset": int(offset), "length": len(raw), **content}
-        if self.with_hex:
-            structure["hex"] = raw.hex()
-        self.structures.append(structure)
-
-    def record(self, structure: Structure, offset: int, raw: bytes, name: str | None = None) -> None:
-        """One declared structure, field by field."""
-        raw = raw[: structure.size]
-        if len(raw) < structure.size:
-            self.add(name or structure.name, offset, raw, fields=[], note="cut short by the end of the file")
-            return
-        self.add(name or structure.name, offset, raw, fields=_fields(structure, offset, raw))
+        if len(self.structures) == _MOST_STRUCTURES:
+            raise FormatError(self.layout.path, f"more than {_MOST_STRUCTURES} structures, the others are not shown")
+        super().add(name, offset, raw, **content)
 
     def header(self) -> None:
         raw = self.file.read(0, qcow2.MORE_OFFSET + qcow2.HEADER_MORE.size)
@@ -117,121 +119,103 @@ class _Dump:
     def extension(self, extension: extensions.Extension) -> None:
         name = qcow2.EXTENSION_NAMES.get(extension.type, "unknown extension")
         head = extensions.EXTENSION_HEAD.build(type=extension.type, length=len(extension.data))
-        fields = _fields(extensions.EXTENSION_HEAD, extension.offset, head)
+        fields = self.fields(extensions.EXTENSION_HEAD, extension.offset, head)
         fields[0]["meaning"] = name
-        data, at = extension.data, extension.data_offset
+        body, at = extension.data, extension.data_offset
         known = {
             qcow2.EXTENSION_BITMAPS: qcow2.BITMAPS_EXTENSION,
             qcow2.EXTENSION_CRYPTO: qcow2.CRYPTO_EXTENSION,
         }
         structure = known.get(extension.type)
-        if structure and len(data) == structure.size:
-            fields += _fields(structure, at, data)
+        if structure and len(body) == structure.size:
+            fields += self.fields(structure, at, body)
         elif extension.type in (qcow2.EXTENSION_BACKING_FORMAT, qcow2.EXTENSION_DATA_FILE):
-            fields.append(_text("name", at, data))
+            fields.append(text("name", at, body))
         elif extension.type == qcow2.EXTENSION_FEATURE_NAMES:
             size = qcow2.FEATURE_NAME.size
-            for step in range(0, len(data) - size + 1, size):
-                feature = qcow2.FEATURE_NAME.parse(data, step)
+            for step in range(0, len(body) - size + 1, size):
+                feature = qcow2.FEATURE_NAME.parse(body, step)
                 kind = {0: "incompatible", 1: "compatible", 2: "autoclear"}.get(feature.type, f"type {feature.type}")
-                fields.append(_text(f"{kind} bit {feature.bit}", at + step, feature.name.rstrip(b"\0"), size))
+                fields.append(text(f"{kind} bit {feature.bit}", at + step, feature.name.rstrip(b"\0"), size))
         else:
-            fields.append({"name": "data", "offset": at, "length": len(data), "value": data[:64].hex()})
+            fields.append(data("data", at, body))
         void = extension.type == qcow2.EXTENSION_BITMAPS and not self.layout.valid
         note = {"note": "void: the autoclear bit is clear"} if void else {}
-        self.add(f"extension: {name}", extension.offset, head + data, fields=fields, **note)
+        self.add(f"extension: {name}", extension.offset, head + body, fields=fields, **note)
 
-    def table(self, name: str, offset: int, length: int, runs: Any) -> None:
-        raw = self.file.read(offset, length)
-        short = {"note": f"cut short by the end of the file: {len(raw)} of {length} bytes"} if len(raw) < length else {}
-        entries = directory.parse_table(raw[: len(raw) // 8 * 8])
-        found = runs(entries, self.layout.cluster_size)
-        if len(found) > _MOST_RUNS:
-            short["note"] = f"{len(found) - _MOST_RUNS} more runs not shown"
-        self.add(name, offset, raw, entries=len(entries), runs=found[:_MOST_RUNS], **short)
+    def table(self, name: str, offset: int, length: int, kinds: Sequence[str]) -> None:
+        """Shows runs of entries of one kind, those with an offset only as far as their clusters are neighbours."""
+        import numpy as np
+
+        there = max(0, min(length, self.layout.file_size - offset))
+        shown = min(there, self.left)
+        self.left -= shown
+        notes = [f"cut short by the end of the file: {there} of {length} bytes"] if there < length else []
+        notes += [f"only the first {shown} bytes are looked at"] if shown < there else []
+        starts: list[int] = []
+        values: list[int] = []
+        count = runs = 0
+        before = np.empty(0, np.uint64)
+        for at in range(offset, offset + shown, _READ):
+            raw = self.file.read(at, min(_READ, offset + shown - at))
+            entries = qcow2.table_view(raw[: len(raw) // 8 * 8]).astype(np.uint64)
+            begins = np.flatnonzero(_begins(np.append(before, entries), self.layout.cluster_size)[len(before) :])
+            kept = begins[: MOST_RUNS - len(starts)]
+            starts += (kept + count).tolist()
+            values += entries[kept].tolist()
+            runs += len(begins)
+            count += len(entries)
+            before = entries[-1:]
+        if runs > MOST_RUNS:
+            notes.append(f"{runs - MOST_RUNS} more runs not shown")
+        ends = [*starts[1:], count] if runs <= MOST_RUNS else starts[1:]
+        found = [
+            {
+                "index": start,
+                "count": end - start,
+                "kind": kinds[min(value, 2)],
+                "offset": value & directory.TABLE_OFFSET_MASK,
+            }
+            for start, end, value in zip(starts, ends, values, strict=False)
+        ]
+        raw = self.file.read(offset, min(shown, _READ) if self.with_hex else 0)
+        notes += [f"only the first {len(raw)} bytes in hexadecimal"] if self.with_hex and len(raw) < shown else []
+        note = {"note": "; ".join(notes)} if notes else {}
+        self.add(name, offset, raw, entries=count, runs=found, **note)
+        self.structures[-1]["length"] = there
 
     def snapshots(self) -> None:
-        at = self.layout.header.v2.snapshots_offset
-        for index in range(self.layout.header.v2.nb_snapshots):
-            raw = self.file.read(at, qcow2.SNAPSHOT.size)
-            self.record(qcow2.SNAPSHOT, at, raw, f"snapshot {index}")
-            if len(raw) < qcow2.SNAPSHOT.size:
-                return
-            snapshot = qcow2.SNAPSHOT.parse(raw)
-            names = at + qcow2.SNAPSHOT.size + snapshot.extra_data_size
-            text = self.file.read(names, snapshot.id_size + snapshot.name_size)
-            self.structures[-1]["fields"] += [
-                _text("id", names, text[: snapshot.id_size]),
-                _text("name", names + snapshot.id_size, text[snapshot.id_size :]),
-            ]
-            at = align_up(names + snapshot.id_size + snapshot.name_size, 8)
+        for index, snapshot in enumerate(self.layout.snapshots):
+            raw = self.file.read(snapshot.offset, snapshot.length)
+            self.record(qcow2.SNAPSHOT, snapshot.offset, raw, f"snapshot {index}")
+            fixed = qcow2.SNAPSHOT.parse(raw)
+            at = qcow2.SNAPSHOT.size + fixed.extra_data_size
+            names = [("id", at, at + fixed.id_size), ("name", at + fixed.id_size, len(raw))]
+            fields = [text(name, snapshot.offset + start, raw[start:end]) for name, start, end in names]
+            self.structures[-1]["fields"] += fields
 
     def directory(self) -> None:
         for slot in self.layout.slots:
             entry = slot.entry
             raw = self.file.read(slot.offset, entry.packed_size)
             name = bitmap_label(entry.name)
-            fields = _fields(directory.DIRECTORY_ENTRY, slot.offset, raw[: directory.DIRECTORY_ENTRY.size])
+            fields = self.fields(directory.DIRECTORY_ENTRY, slot.offset, raw[: directory.DIRECTORY_ENTRY.size])
             at = slot.offset + directory.DIRECTORY_ENTRY.size
             if entry.extra_data:
-                value = entry.extra_data[:64].hex()
-                fields.append({"name": "extra_data", "offset": at, "length": len(entry.extra_data), "value": value})
-            fields.append(_text("name", at + len(entry.extra_data), entry.name))
+                fields.append(data("extra_data", at, entry.extra_data))
+            fields.append(text("name", at + len(entry.extra_data), entry.name))
             self.add(f"directory entry: {name}", slot.offset, raw, fields=fields)
-            if slot.table is not None:
-                self.table(f"table: {name}", entry.table_offset, len(slot.table), _bitmap_runs)
-            else:
-                self.structures[-1]["note"] = "its table cannot be read"
+            length = entry.table_size * directory.TABLE_ENTRY_SIZE
+            if slot.table is None:
+                self.structures[-1]["note"] = "its table is not to be believed"
+            self.table(f"table: {name}", entry.table_offset, length, _CLUSTERS)
 
 
-def _fields(structure: Structure, offset: int, raw: bytes) -> list[dict[str, Any]]:
-    values = structure.parse(raw)
-    fields = []
-    for field in structure.fields:
-        value = values[field.name]
-        shown = {"name": field.name, "offset": int(offset) + field.offset, "length": field.size}
-        shown["value"] = value.hex() if isinstance(value, bytes) else value
-        if field.name in _FEATURES and value:
-            shown["meaning"] = ", ".join(qcow2.feature_text(value, _FEATURES[field.name]))
-        elif field.name.endswith("_bits") and value < 64:
-            shown["meaning"] = f"{1 << value} bytes"
-        elif field.name == "refcount_order" and value < 8:
-            shown["meaning"] = f"{1 << value} bits"
-        fields.append(shown)
-    return fields
+def _begins(entries: NDArray[np.uint64], cluster_size: int) -> NDArray[np.bool_]:
+    """Where in a table a run begins, one an entry."""
+    import numpy as np
 
-
-def _text(name: str, offset: int, raw: bytes, length: int | None = None) -> dict[str, Any]:
-    value = raw.decode("utf-8", "backslashreplace")
-    return {
-        "name": name,
-        "offset": int(offset),
-        "length": len(raw) if length is None else length,
-        "value": value,
-    }
-
-
-def _bitmap_runs(entries: Sequence[int], cluster_size: int) -> list[dict[str, Any]]:
-    def kind(raw: int) -> str:
-        return "zeros" if raw == 0 else "ones" if raw == directory.TABLE_ALL_ONES else "data"
-
-    return _runs(((kind(raw), raw & directory.TABLE_OFFSET_MASK) for raw in entries), cluster_size)
-
-
-def _plain_runs(entries: Sequence[int], cluster_size: int) -> list[dict[str, Any]]:
-    return _runs((("data" if raw else "none", raw & qcow2.OFFSET_MASK) for raw in entries), cluster_size)
-
-
-def _runs(entries: Iterable[tuple[str, int]], cluster_size: int) -> list[dict[str, Any]]:
-    """Neighbouring entries of one kind; those with an offset only where their clusters are neighbours, too."""
-    runs: list[dict[str, Any]] = []
-    for index, (kind, offset) in enumerate(entries):
-        last = runs[-1] if runs else None
-        expected = last["offset"] + last["count"] * cluster_size if last and last["offset"] else 0
-        if last and last["kind"] == kind and (offset == expected if offset else not last["offset"]):
-            last["count"] += 1
-        elif len(runs) > _MOST_RUNS + 1:
-            runs[-1]["count"] += 1  # counted, not shown
-        else:
-            runs.append({"index": index, "count": 1, "kind": kind, "offset": offset})
-    return runs
+    begins = np.ones(len(entries), bool)
+    kind, place = np.minimum(entries, 2), entries & np.uint64(directory.TABLE_OFFSET_MASK)
+    begins[1:] = (kind[1:] != kind[:-1]) | (kind[1:] == 2) & (place[1:] != place[:-1] + np.uint64(cluster_size))
+    return begins

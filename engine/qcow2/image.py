@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,14 +13,15 @@ from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.namespace import (
     BitmapInfo,
     ImageInfo,
+    Namespace,
+    Recovery,
     Transaction,
     decode_name,
     encode_name,
     label,
-    not_found,
 )
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
-from dirtmap.fmt import directory, geometry
+from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError
 
 if TYPE_CHECKING:
@@ -81,6 +83,8 @@ def _describe(file: File, layout: Layout) -> ImageInfo:
             for slot in layout.slots
         ),
         notes=tuple(notes),
+        node=None if layout.name is None else decode_name(layout.name),
+        uuid=None if layout.uuid is None else str(uuid.UUID(bytes=layout.uuid)),
     )
 
 
@@ -154,74 +158,73 @@ class _Source:
         return load(self.file, self.layout, self.slot)
 
 
-class Image(Mapping[str, "Bitmap"]):
-    """A qcow2 image's bitmaps: a read-only mapping of names to frozen `Bitmap` values, in the order of the directory.
-
-    Every look-up reads the image anew, under QEMU's locks, so an answer is never older than the question.
-
-    Attributes:
-        path: as it was opened.
-        format: ``qcow2``.
-        size: of the virtual disk, bytes, when last read.
-        cluster_size: bytes.
-        name, uuid: None; images get an identity with their first name.
-    """
+class Image(Namespace):
+    """A qcow2 image's bitmaps, read and changed under QEMU's locks."""
 
     format = FORMAT
-    name: str | None = None
-    uuid: str | None = None
 
     def __init__(self, path: str, *, force_share: bool = False) -> None:
         self.path = path
         self._force_share = force_share
         self._file = open_file(path)
         try:
-            self.size, self.cluster_size = self._read(lambda layout: (layout.header.size, layout.cluster_size))
+            self._read(self._remember)
         except BaseException:
             self._file.close()
             raise
+
+    def _remember(self, layout: Layout) -> None:
+        self.size, self.cluster_size = layout.header.size, layout.cluster_size
+        self.name = None if layout.name is None else decode_name(layout.name)
+        self.uuid = None if layout.uuid is None else str(uuid.UUID(bytes=layout.uuid))
+
+    def set_identity(self, name: str | None, *, new_uuid: bool = False) -> None:
+        """Gives the image a node name, and a UUID where it has none or is to have another; None takes both away.
+
+        QEMU keeps both through its own changes; a converted image has neither.
+
+        Raises:
+            As `transaction`; UnsupportedError also where the first cluster has no room.
+        """
+        from dirtmap.engine.qcow2.commit import set_identity
+
+        with _write_session(self.path) as (file, layout):
+            layout.require_sound()
+            data = None
+            if name is not None:
+                identity = uuid.uuid4().bytes if new_uuid or layout.uuid is None else layout.uuid
+                data = identity + encode_name(name)
+                for field, what in qcow2.namespace_extension_faults(data):
+                    raise BitmapError(f"{self.path}: {field}", what)
+            set_identity(file, layout, data)
+        self._read(self._remember)
 
     def close(self) -> None:
         """Closes the image's file."""
         self._file.close()
 
-    def __enter__(self) -> Image:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def info(self) -> ImageInfo:
         """The image and all its bitmaps as of one moment."""
         return describe(self._file, force_share=self._force_share)
 
-    def __getitem__(self, name: str) -> Bitmap:
-        """The bitmap as it is now, a value of the caller's own.
-
-        Raises:
-            BitmapNotFoundError: there is none of that name.
-        """
-
-        def read(layout: Layout) -> Bitmap:
+    def _load(self, name: bytes) -> Bitmap | None:
+        def read(layout: Layout) -> Bitmap | None:
             for slot in layout.slots:
-                if slot.entry.name == wanted:
+                if slot.entry.name == name:
                     bitmap = _lazy(self._file, layout, slot)
                     if not bitmap.inconsistent:
                         _ = bitmap.words  # now, while nothing can change it
                     return bitmap.freeze()
-            raise not_found(self.path, name)
+            return None
 
-        wanted = encode_name(name)
         return self._read(read)
 
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and encode_name(name) in self._read(_names)
+    def _names(self) -> list[bytes]:
+        return self._read(_names)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter([decode_name(name) for name in self._read(_names)])
-
-    def __len__(self) -> int:
-        return len(self._read(_names))
+    def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
+        """Makes inconsistent bitmaps usable; see `recover`."""
+        return recover(self.path, names)
 
     def __repr__(self) -> str:
         return f"<Image {self.path!r}>"
@@ -231,17 +234,7 @@ class Image(Mapping[str, "Bitmap"]):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Changes the bitmaps: at the end of the block all changes are durable; after an exception there are none.
-
-        QEMU and other writers are kept out from the beginning to the end.
-
-        Raises:
-            LockedError: someone else has the image open for writing, or holds it against writers.
-            FormatError: QEMU would refuse the image, or it is unsafe to change.
-            UnsupportedError: version 2, marked dirty or corrupt, or no room in the header.
-            BitmapError: what was asked for breaks a rule of the format.
-            StorageError: the operating system failed.
-        """
+        """Changes the bitmaps; see `Namespace.transaction`. QEMU is kept out from the beginning to the end."""
         with _write_session(self.path) as (file, layout):
             if not self._file.is_current():
                 raise LockedError(self.path, "was replaced since it was opened")
@@ -270,18 +263,21 @@ def _lazy(file: File, layout: Layout, slot: Slot) -> Bitmap:
 
 @contextlib.contextmanager
 def _changing(file: File, layout: Layout) -> Iterator[Transaction]:
-    from dirtmap.engine.qcow2.commit import commit, require_writable
+    from dirtmap.engine.qcow2.commit import Kept, commit, require_writable
 
     require_writable(layout)
+    bad = sorted({fault.bitmap for fault in layout.faults if fault.bitmap is not None})  # stay as they are
     bitmaps = Transaction(
         layout.path,
         layout.header.size,
         geometry.default_granularity(layout.cluster_size),
-        {decode_name(slot.entry.name): _lazy(file, layout, slot) for slot in layout.slots},
+        {decode_name(s.entry.name): _lazy(file, layout, s) for i, s in enumerate(layout.slots) if i not in bad},
     )
     try:
         yield bitmaps
         wanted = _wanted(layout, bitmaps)
+        for index in bad:
+            wanted.insert(index, Kept(layout.slots[index].entry))
         if _is_change(layout, wanted):
             commit(file, layout, wanted)
     finally:
@@ -326,12 +322,17 @@ def _wanted(layout: Layout, bitmaps: Transaction) -> list[Kept | Written]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """What `recover` did for one bitmap: its ``name``, and ``how``: ``all dirty``."""
+def read_identity(path: str) -> tuple[str, str] | None:
+    """An image's node name and UUID, damaged as it may be otherwise; None where it has no identity.
 
-    name: str
-    how: str
+    Raises:
+        LockedError, StorageError: as for any reading.
+    """
+    with open_file(path) as file, locks.reading(file, force_share=True):
+        layout = read_layout(file)
+        if layout.name is None or layout.uuid is None or len(layout.uuid) < qcow2.NAMESPACE_EXTENSION.size:
+            return None
+        return decode_name(layout.name), str(uuid.UUID(bytes=layout.uuid))
 
 
 def recover(path: str, names: Iterable[str] = ()) -> list[Recovery]:

@@ -6,38 +6,68 @@ Reading never fails for what it finds: every fault is collected with the field i
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from dirtmap.engine.fileio import File
-from dirtmap.fmt import directory, qcow2
+from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, printable
 from dirtmap.fmt.extensions import Chain, Extension, parse_chain
 
 # Enough for the header and the extensions of every image that QEMU makes; a longer chain is read in full.
 _FIRST_READ = 4096
 # How many entries the search for the end of a broken one may look at: a hostile directory makes it quadratic.
 _RESYNC_ENTRIES = 100_000
+# What is read and compared before an image is believed, of all bitmaps together. A hostile image with 65,535 bitmaps
+# could ask for 512 GiB of tables. Room for 65,535 bitmaps of a TiB at 64 KiB (a cluster of bits has 512 KiB of those).
+_MOST_TABLE_ENTRIES = 1 << 22
+_MOST_REGIONS = 1 << 18
+
+
+# With a fault in one of these, nothing behind the header can be found.
+_UNREADABLE = frozenset(
+    {"header"}
+    | {f"header.{name}" for name in ("magic", "version", "incompatible_features", "cluster_bits", "header_length")}
+)
 
 
 class Fault(NamedTuple):
-    """One thing wrong: the ``field`` it lies in, ``what`` is wrong, and the bitmap (index) to blame, if one is."""
+    """One thing wrong: the ``field`` it lies in, ``what`` is wrong, and the bitmap (index) to blame, if one is.
+
+    A field that begins with ``bitmap`` belongs to the bitmaps: giving some of them up mends it.
+    """
 
     field: str
     what: str
     bitmap: int | None = None
 
+    @property
+    def mendable(self) -> bool:
+        """The rest of the image is not at fault."""
+        return self.field.startswith("bitmap")
+
 
 class Region(NamedTuple):
-    """A run of bytes that one structure owns; ``bitmap`` as in `Fault`."""
+    """A run of bytes that one structure owns, with the ``field`` that leads there; ``bitmap`` as in `Fault`."""
 
     offset: int
     length: int
     what: str
+    field: str
     bitmap: int | None = None
+
+
+class Snapshot(NamedTuple):
+    """An entry of the snapshot table: where it lies, and where its L1 table does; bytes, ``l1_size`` in entries."""
+
+    offset: int
+    length: int
+    l1_table_offset: int
+    l1_size: int
 
 
 @dataclass(slots=True)
@@ -57,6 +87,18 @@ class Slot:
             if raw > directory.TABLE_ALL_ONES:
                 yield raw & directory.TABLE_OFFSET_MASK
 
+    def runs(self, cluster_size: int) -> Iterator[tuple[int, int]]:
+        """The same as offset and length of adjacent ones, bytes."""
+        start = end = 0
+        for offset in self.clusters():
+            if offset != end:
+                if end:
+                    yield start, end - start
+                start = offset
+            end = offset + cluster_size
+        if end:
+            yield start, end - start
+
 
 @dataclass(slots=True)
 class Layout:
@@ -67,9 +109,11 @@ class Layout:
         file_size: bytes.
         header: the parsed header.
         chain: the header extensions, None where the header is too damaged to look for them.
+        snapshots: the snapshot table, as far as it makes sense.
         extension: the bitmaps extension, None where there is none.
+        identity_extension: the namespace extension, None where the image has no identity.
         valid: its autoclear bit is set; otherwise the bitmaps are void.
-        pointer: the parsed bitmaps extension, None where void or unreadable.
+        pointer: the parsed bitmaps extension, None where void or at fault.
         slots: the bitmaps that could be read, in the order of the directory.
         faults: everything wrong, in reading order. An image with one is refused whole.
         first_cluster: the bytes that were read of it.
@@ -80,13 +124,25 @@ class Layout:
     file_size: int
     header: qcow2.Header
     chain: Chain | None = None
+    snapshots: list[Snapshot] = field(default_factory=list)
     extension: Extension | None = None
+    identity_extension: Extension | None = None
     valid: bool = False
     pointer: Any = None
     slots: list[Slot] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     first_cluster: bytes = b""
     undecided: bool = False
+
+    @property
+    def uuid(self) -> bytes | None:
+        """The UUID of the image's namespace, 16 bytes; None where it has no identity."""
+        return self.identity_extension.data[: qcow2.NAMESPACE_EXTENSION.size] if self.identity_extension else None
+
+    @property
+    def name(self) -> bytes | None:
+        """The image's node name, raw bytes; None where it has no identity."""
+        return self.identity_extension.data[qcow2.NAMESPACE_EXTENSION.size :] if self.identity_extension else None
 
     def require_sound(self) -> None:
         """Refuses an image that QEMU would refuse, or that is unsafe.
@@ -106,31 +162,49 @@ class Layout:
         """Bytes."""
         return self.header.cluster_size
 
-    def regions(self) -> Iterator[Region]:
-        """What is known to lie where, without following guest data: header, tables, directory, bitmaps."""
+    def structures(self) -> Iterator[Region]:
+        """What the header leads to, but for refcount blocks, guest data and bitmaps."""
         v2 = self.header.v2
-        yield Region(0, self.cluster_size, "the header")
-        yield Region(v2.refcount_table_offset, v2.refcount_table_clusters * self.cluster_size, "the refcount table")
-        yield Region(v2.l1_table_offset, v2.l1_size * qcow2.TABLE_ENTRY_SIZE, "the L1 table")
+        yield Region(0, self.cluster_size, "the header", "header")
+        length = v2.refcount_table_clusters * self.cluster_size
+        yield Region(v2.refcount_table_offset, length, "the refcount table", "header.refcount_table_offset")
+        length = v2.l1_size * qcow2.TABLE_ENTRY_SIZE
+        yield Region(v2.l1_table_offset, length, "the L1 table", "header.l1_table_offset")
         if v2.nb_snapshots:
-            yield Region(v2.snapshots_offset, v2.nb_snapshots * qcow2.SNAPSHOT.size, "the snapshot table")
+            end = self.snapshots[-1].offset + self.snapshots[-1].length if self.snapshots else 0
+            length = max(end - v2.snapshots_offset, v2.nb_snapshots * qcow2.SNAPSHOT.size)
+            yield Region(v2.snapshots_offset, length, "the snapshot table", "header.snapshots_offset")
         for extension in self.chain.extensions if self.chain else ():
             if extension.type == qcow2.EXTENSION_CRYPTO and len(extension.data) == qcow2.CRYPTO_EXTENSION.size:
                 crypto = qcow2.CRYPTO_EXTENSION.parse(extension.data)
-                yield Region(crypto.offset, crypto.length, "the encryption header")
+                yield Region(
+                    crypto.offset,
+                    crypto.length,
+                    "the encryption header",
+                    "header extensions.full disk encryption header",
+                )
+
+    def regions(self) -> Iterator[Region]:
+        """All that is known to lie where without following guest data."""
+        yield from self.structures()
+        for index, snapshot in enumerate(self.snapshots):
+            length = snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
+            where = f"snapshot {index}.l1_table_offset"
+            yield Region(snapshot.l1_table_offset, length, f"the L1 table of snapshot {index}", where)
         if self.pointer:
-            yield Region(self.pointer.directory_offset, self.pointer.directory_size, "the bitmap directory")
+            where = "bitmaps extension.directory_offset"
+            pointer = self.pointer
+            yield Region(pointer.directory_offset, pointer.directory_size, "the bitmap directory", where)
         for index, slot in enumerate(self.slots):
             if slot.table is not None:
-                label = bitmap_label(slot.entry.name)
-                yield Region(slot.entry.table_offset, len(slot.table), f"the table of {label}", index)
-                for offset in slot.clusters():
-                    yield Region(offset, self.cluster_size, f"the data of {label}", index)
+                yield Region(slot.entry.table_offset, len(slot.table), "the table", "bitmap", index)
+                for offset, length in slot.runs(self.cluster_size):
+                    yield Region(offset, length, "the data", "bitmap", index)
 
 
 def bitmap_label(name: bytes) -> str:
     """How messages and dumps name a bitmap: ``bitmap 'monday'``, with odd bytes escaped."""
-    return f"bitmap '{name.decode('utf-8', 'backslashreplace')}'"
+    return f"bitmap '{printable(name.decode('utf-8', 'backslashreplace'))}'"
 
 
 def read_layout(file: File) -> Layout:
@@ -141,7 +215,7 @@ def read_layout(file: File) -> Layout:
     layout.blame(qcow2.header_faults(layout.header), "header")
     if len(head) < qcow2.HEADER_V2.size and head.startswith(qcow2.MAGIC):
         layout.faults.insert(0, Fault("header", f"the file ends after {file_size} bytes, inside the header"))
-    if layout.faults:
+    if not _UNREADABLE.isdisjoint(fault.field for fault in layout.faults):
         return layout
     limit = layout.header.chain_limit
     chain = parse_chain(head, layout.header.length, min(limit, len(head)))
@@ -152,9 +226,35 @@ def read_layout(file: File) -> Layout:
     if chain.fault:
         layout.faults.append(Fault("header extensions", chain.fault))
         return layout
+    _read_snapshots(file, layout)
+    for region in layout.structures():
+        if region.offset + region.length > file_size and region.field != "header":
+            end = region.offset + region.length
+            what = f"{region.what} ends at {end:#x}, past the end of the file ({file_size:#x})"
+            layout.faults.append(Fault(region.field, what))
     _read_extensions(file, layout, chain)
     _find_overlaps(layout)
     return layout
+
+
+def _read_snapshots(file: File, layout: Layout) -> None:
+    at = start = layout.header.v2.snapshots_offset
+    for index in range(min(layout.header.v2.nb_snapshots, qcow2.MAX_SNAPSHOTS)):
+        raw = file.read(at, qcow2.SNAPSHOT.size)
+        if len(raw) < qcow2.SNAPSHOT.size:
+            return  # that the table ends past the end of the file is found in any case
+        snapshot = qcow2.SNAPSHOT.parse(raw)
+        if snapshot.extra_data_size > qcow2.MAX_SNAPSHOT_EXTRA_DATA:
+            what = f"{snapshot.extra_data_size} is above {qcow2.MAX_SNAPSHOT_EXTRA_DATA}"
+            layout.faults.append(Fault(f"snapshot {index}.extra_data_size", what))
+            return
+        size = qcow2.SNAPSHOT.size + snapshot.extra_data_size + snapshot.id_size + snapshot.name_size
+        layout.snapshots.append(Snapshot(at, size, int(snapshot.l1_table_offset), int(snapshot.l1_size)))
+        at = geometry.align_up(at + size, 8)
+        if at - start > qcow2.MAX_SNAPSHOT_TABLE_BYTES:
+            what = f"the snapshot table is longer than {qcow2.MAX_SNAPSHOT_TABLE_BYTES} bytes"
+            layout.faults.append(Fault("header.nb_snapshots", what))
+            return
 
 
 def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
@@ -167,12 +267,15 @@ def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
             seen.add(extension.type)
         if extension.type == qcow2.EXTENSION_BITMAPS:
             layout.extension = extension
+        elif extension.type == qcow2.EXTENSION_NAMESPACE:
+            layout.identity_extension = extension
+            layout.blame(qcow2.namespace_extension_faults(extension.data), "namespace extension")
+    layout.faults += [Fault(*fault) for fault in qcow2.extension_faults(layout.header, chain.extensions)]
     valid = bool(layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS)
     if layout.extension is None:
         if valid:
-            layout.faults.append(
-                Fault("header.autoclear_features", "bit 0 (bitmaps) is set, but there is no bitmaps extension")
-            )
+            what = "there is none, but autoclear feature bit 0 (bitmaps) is set"
+            layout.faults.append(Fault("bitmaps extension", what))
         return
     faults = list(qcow2.bitmaps_extension_faults(layout.extension.data, layout.cluster_size, layout.file_size))
     if not valid:
@@ -181,16 +284,22 @@ def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
         return
     layout.valid = True
     layout.blame(faults, "bitmaps extension")
-    if not faults:
-        layout.pointer = qcow2.BITMAPS_EXTENSION.parse(layout.extension.data)
-        _read_directory(file, layout)
+    _read_directory(file, layout, {name for name, _ in faults})
 
 
-def _read_directory(file: File, layout: Layout) -> None:
-    pointer = layout.pointer
-    data = file.read_exactly(pointer.directory_offset, pointer.directory_size)
+def _read_directory(file: File, layout: Layout, bad: set[str]) -> None:
+    """Reads what the bitmaps extension leads to, although some of its fields may be ``bad``."""
+    assert layout.extension is not None
+    if bad & {"length", "directory_offset"} or bad >= {"nb_bitmaps", "directory_size"}:
+        return
+    pointer = qcow2.BITMAPS_EXTENSION.parse(layout.extension.data)
+    if not bad:
+        layout.pointer = pointer
+    size = directory.MAX_DIRECTORY_SIZE if "directory_size" in bad else pointer.directory_size
+    data = file.read(pointer.directory_offset, size)
     names: dict[bytes, int] = {}
-    for offset, entry in _followed(layout, data):
+    left = _MOST_TABLE_ENTRIES
+    for offset, entry in _entries(layout, data, pointer):
         index = len(layout.slots)
         slot = Slot(entry, pointer.directory_offset + offset)
         layout.slots.append(slot)
@@ -200,47 +309,57 @@ def _read_directory(file: File, layout: Layout) -> None:
         if entry.name in names:
             layout.faults.append(Fault(f"{label}.name", f"entries {names[entry.name]} and {index} share it", index))
         names.setdefault(entry.name, index)
-        if not any(name.startswith("table") for name, _ in faults):
-            _read_table(file, layout, slot, index)
+        if not any(name.startswith("table") or name == "granularity_bits" for name, _ in faults):
+            left -= entry.table_size
+            if left >= 0:
+                _read_table(file, layout, slot, index)
+    if left < 0:
+        what = f"they have {_MOST_TABLE_ENTRIES - left} entries, and dirtmap reads {_MOST_TABLE_ENTRIES}"
+        layout.faults.append(Fault("tables of all bitmaps", what))
 
 
-def _followed(layout: Layout, data: bytes) -> Iterator[tuple[int, Entry]]:
-    """The directory's entries; past one whose lengths are broken, those that fit exactly between it and the end."""
-    wanted = layout.pointer.nb_bitmaps
-    count = 0
+def _entries(layout: Layout, data: bytes, pointer: Any) -> list[tuple[int, Entry]]:
+    """The directory's entries with their offsets; where lengths are broken, as many as can be told.
+
+    | good | good | bad or broken ??????? | good | good |      the last ones are found by `_resynchronised`
+    """
+    wanted = int(pointer.nb_bitmaps)
+    found: list[tuple[int, Entry]] = []
+    broken = None
     try:
-        for offset, entry in directory.parse_entries(data):
-            count += 1
-            if count <= wanted:
-                yield offset, entry
-    except directory.BrokenEntryError as broken:
-        where = f"bitmap directory entry {count}"
-        layout.faults.append(Fault(where, f"at {layout.pointer.directory_offset + broken.offset:#x}: {broken}"))
-        rest = _resynchronised(layout, data, broken.offset, wanted - count - 1)
-        layout.undecided = rest is None
-        yield from rest or ()
-        return
-    if count != wanted:
-        what = f"{wanted}, but the directory of {len(data)} bytes holds {count} entries"
+        found.extend(itertools.islice(directory.parse_entries(data), directory.MAX_BITMAPS + 1))
+    except directory.BrokenEntryError as error:
+        broken = error.offset
+        what = f"at {pointer.directory_offset + broken:#x}: {error}"
+        layout.faults.append(Fault(f"bitmap directory entry {len(found)}", what))
+    else:
+        if len(found) == wanted:
+            return found
+        what = f"{wanted}, but the directory of {len(data)} bytes holds {len(found)} entries"
         layout.faults.append(Fault("bitmaps extension.nb_bitmaps", what))
+    good = next((index for index, (_, entry) in enumerate(found) if _is_bad(layout, entry)), len(found))
+    if good >= wanted or (good == len(found) and broken is None):
+        return found[:good]
+    at = found[good][0] if good < len(found) else broken
+    rest = _resynchronised(layout, data, at or 0, wanted - good - 1)
+    layout.undecided = rest is None
+    return found if rest is None else [*found[: good + 1], *rest]
 
 
-def _resynchronised(layout: Layout, data: bytes, broken: int, count: int) -> list[tuple[int, Entry]] | None:
-    """The entries behind a broken one, where exactly one reading makes sense, else None.
+def _resynchronised(layout: Layout, data: bytes, bad: int, count: int) -> list[tuple[int, Entry]] | None:
+    """The entries behind a bad one, where exactly one reading makes sense, else None.
 
-    | ok | ok | broken ??????? | ok | ok |
-                ^ start + 8, + 16, ... until `count` faultless entries fill the rest exactly
+    bad ??????? | ok | ok |
+    ^ + 8, + 16, ... until `count` faultless entries fill the rest exactly
     """
     budget = _RESYNC_ENTRIES
     found = None
-    for start in range(broken + 8, len(data) + 1, 8):
+    for start in range(bad + 8, len(data) + 1, 8):
         rest: list[tuple[int, Entry]] = []
-        with contextlib.suppress(directory.BrokenEntryError):
-            for offset, entry in directory.parse_entries(data, start) if start < len(data) else ():
+        try:
+            for offset, entry in directory.parse_entries(data, start):
                 budget -= 1
-                if budget < 0:
-                    return None
-                if any(directory.entry_faults(entry, layout.header.size, layout.cluster_size)):
+                if _is_bad(layout, entry) or budget < 0:
                     break
                 rest.append((offset, entry))
             else:
@@ -248,7 +367,15 @@ def _resynchronised(layout: Layout, data: bytes, broken: int, count: int) -> lis
                     if found is not None:
                         return None
                     found = rest
+        except directory.BrokenEntryError:
+            budget -= 1
+        if budget < 0:
+            return None
     return found
+
+
+def _is_bad(layout: Layout, entry: Entry) -> bool:
+    return any(True for _ in directory.entry_faults(entry, layout.header.size, layout.cluster_size))
 
 
 def _read_table(file: File, layout: Layout, slot: Slot, index: int) -> None:
@@ -272,28 +399,37 @@ def _read_table(file: File, layout: Layout, slot: Slot, index: int) -> None:
 
 def _find_overlaps(layout: Layout) -> None:
     """No two structures may share a cluster: freeing or rewriting one would destroy the other."""
-    owners: dict[int, Region] = {}
-    fixed: list[Region] = []
     cluster = layout.cluster_size
-    for region in layout.regions():
-        if region.bitmap is None and not region.what.endswith("directory"):
-            fixed.append(region)  # may be long, and there are few
-            continue
-        first, last = region.offset // cluster, (region.offset + max(region.length, 1) - 1) // cluster
-        for other in fixed:
-            if region.offset < other.offset + other.length and other.offset < (last + 1) * cluster:
-                _blame_overlap(layout, region, other)
-                break
-        for number in range(first, last + 1):
-            other_owner = owners.setdefault(number, region)
-            if other_owner is not region:
-                _blame_overlap(layout, region, other_owner)
-                break
+    regions = list(itertools.islice((r for r in layout.regions() if r.length), _MOST_REGIONS + 1))
+    if len(regions) > _MOST_REGIONS:
+        what = f"their tables and bits lie in more than {_MOST_REGIONS} pieces"
+        layout.faults.append(Fault("tables of all bitmaps", what))
+        for slot in layout.slots:
+            slot.table = None  # nobody else shall try
+        return
+    regions.sort(key=itemgetter(0))
+    reach, holder = regions[0].length, regions[0]
+    blamed: set[int] = set()
+    for region in regions[1:]:
+        if region.offset // cluster * cluster < reach:
+            _blame_overlap(layout, region, holder, blamed)
+        if region.offset + region.length > reach:
+            reach, holder = region.offset + region.length, region
 
 
-def _blame_overlap(layout: Layout, region: Region, other: Region) -> None:
-    what = f"{region.what} at {region.offset:#x} overlaps {other.what}"
-    for bitmap in {region.bitmap, other.bitmap} - {None} or {None}:
-        slot = layout.slots[bitmap] if bitmap is not None else None
-        field = bitmap_label(slot.entry.name) if slot else "bitmaps extension.directory_offset"
-        layout.faults.append(Fault(field, what, bitmap))
+def _blame_overlap(layout: Layout, region: Region, other: Region, blamed: set[int]) -> None:
+    def label(region: Region) -> str:
+        return "" if region.bitmap is None else bitmap_label(layout.slots[region.bitmap].entry.name)
+
+    def text(region: Region) -> str:
+        return region.what if region.bitmap is None else f"{region.what} of {label(region)}"
+
+    bitmaps = {region.bitmap, other.bitmap} - {None}
+    if not bitmaps:  # a directory can be given up, so it is to blame
+        region, other = (other, region) if other.field.startswith("bitmap") else (region, other)
+        layout.faults.append(Fault(region.field, f"{text(region)} at {region.offset:#x} overlaps {text(other)}"))
+    for one, another in ((region, other), (other, region)):
+        if one.bitmap is not None and one.bitmap not in blamed:
+            blamed.add(one.bitmap)
+            what = f"{one.what} at {one.offset:#x} overlaps {text(another)}"
+            layout.faults.append(Fault(label(one), what, one.bitmap))

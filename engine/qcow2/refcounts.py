@@ -8,6 +8,7 @@ refcount table (big-endian u64)      refcount block (one cluster)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _UNIT = 512  # writes of changed refcounts are widened to sectors, the most that a disk writes whole
+# A look for free clusters stops after so many blocks (32 TiB at 64 KiB clusters) or so many clusters found: what it
+# saves is room in the file, and a hostile table has a million blocks.
+_MOST_BLOCKS = 16384
+_MOST_FREE = 1 << 20
+_PIECE = 1 << 18  # counts that are looked at together: a block may have 16 million
 
 
 class Refcounts:
@@ -31,6 +37,7 @@ class Refcounts:
 
     def __init__(self, file: File, header: qcow2.Header) -> None:
         self._file = file
+        self._file_size = file.size()
         self._header = header
         self.cluster_size = header.cluster_size
         self.table_clusters = int(header.v2.refcount_table_clusters)
@@ -42,8 +49,8 @@ class Refcounts:
         self.table_offset = int(header.v2.refcount_table_offset)
         self.moved_table = False
         self.new_blocks: set[int] = set()
-        self._blocks: dict[int, NDArray[np.uint64]] = {}
-        self._changed: dict[int, set[int]] = {}
+        self._blocks: dict[int, qcow2.Counts] = {}
+        self._changed: dict[int, set[int]] = {}  # numbers of units, by block
 
     def block_offset(self, index: int) -> int:
         """Where block ``index`` lies, bytes; 0 where there is none.
@@ -53,22 +60,31 @@ class Refcounts:
         """
         offset = int(self.table[index]) if index < len(self.table) else 0
         bad = offset % self.cluster_size or (
-            index not in self.new_blocks and offset + self.cluster_size > self._file.size() and offset
+            index not in self.new_blocks and offset + self.cluster_size > self._file_size and offset
         )
         if bad:
             where = f"{self._file.path}: refcount_table[{index}]"
             raise FormatError(where, f"{offset:#x} is not a cluster inside the file")
         return offset
 
-    def block(self, index: int) -> NDArray[np.uint64] | None:
-        """The counts of block ``index``, uint64, one a cluster; None where there is no such block (all are 0)."""
+    def block(self, index: int) -> qcow2.Counts | None:
+        """The counts of block ``index``, one a cluster; None where there is no such block (all are 0)."""
         if index not in self._blocks:
             offset = self.block_offset(index)
             if not offset:
                 return None
-            raw = self._file.read_exactly(offset, self.cluster_size)
-            self._blocks[index] = qcow2.refcounts_of(raw, self._header.refcount_bits)
+            self._blocks[index] = self._read(offset)
         return self._blocks[index]
+
+    def glance(self, index: int) -> qcow2.Counts | None:
+        """As `block`, but not kept in memory, for passes over all of them; None as well where a hole says all are 0."""
+        if index in self._blocks:
+            return self._blocks[index]
+        offset = self.block_offset(index)
+        return self._read(offset) if offset and self._file.has_data(offset, self.cluster_size) else None
+
+    def _read(self, offset: int) -> qcow2.Counts:
+        return qcow2.refcounts_of(self._file.read_exactly(offset, self.cluster_size), self._header.refcount_bits)
 
     def get(self, cluster: int) -> int:
         """How often that cluster is said to be referenced."""
@@ -82,7 +98,18 @@ class Refcounts:
         if block is None or count > self.maximum:
             raise FormatError(f"{self._file.path}: refcounts", f"cluster {cluster:#x} cannot be counted {count} times")
         block[position] = count
-        self._changed.setdefault(index, set()).add(position)
+        self._changed.setdefault(index, set()).add(position * self._header.refcount_bits // 8 // _UNIT)
+
+    def set_some(self, numbers: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        """As `set`, for clusters of one block; counts that do not fit, or have no block, stay as they are."""
+        index = int(numbers[0]) // self.per_block
+        block = self.block(index)
+        if block is not None:
+            fit = counts <= self.maximum
+            positions = numbers[fit] % self.per_block
+            block[positions] = counts[fit]
+            units = np.unique(positions * self._header.refcount_bits // 8 // _UNIT)
+            self._changed.setdefault(index, set()).update(units.tolist())
 
     def release(self, cluster: int) -> None:
         """One reference less.
@@ -96,30 +123,62 @@ class Refcounts:
             raise FormatError(where, "0, but a bitmap uses the cluster; run check")
         self.set(cluster, count - 1)
 
-    def end(self) -> int:
-        """The number of the first cluster behind all that have a count, inside the file or beyond it."""
-        for index in np.flatnonzero(self.table)[::-1]:
-            block = self.block(int(index))
-            used = np.flatnonzero(block) if block is not None else np.empty(0, np.intp)
-            if used.size:
-                return int(index) * self.per_block + int(used[-1]) + 1
-        return 0
+    def end(self, known: int) -> int:
+        """The number of the first cluster behind all that have a count; at least ``known``.
 
-    def uncounted(self, first: int, last: int) -> NDArray[np.int64]:
-        """The numbers of the clusters in ``first..last - 1`` whose count is 0, ascending, int64."""
+        Raises:
+            FormatError: far behind ``known`` there is still no end.
+        """
+        indices = np.flatnonzero(self.table)[::-1]
+        indices = indices[indices >= known // self.per_block]
+        for index in indices[:_MOST_BLOCKS].tolist():
+            block = self.glance(index)
+            if block is not None and block.any():
+                return max(known, int(index) * self.per_block + int(np.flatnonzero(block)[-1]) + 1)
+        if len(indices) > _MOST_BLOCKS:
+            raise FormatError(f"{self._file.path}: refcount_table", "reaches far beyond the end of the file")
+        return known
+
+    def uncounted(self, end: int) -> NDArray[np.int64]:
+        """The numbers of clusters before ``end`` whose count is 0, ascending, int64; not all where there are many."""
         parts = [np.empty(0, np.int64)]
-        for index in range(first // self.per_block, ceil_div(last, self.per_block)):
-            block = self.block(index)
-            if block is not None:  # where there is no block, a new one would be needed first
-                parts.append(np.flatnonzero(block == 0) + index * self.per_block)
-        free = np.concatenate(parts)
-        return free[(free >= first) & (free < last)]
+        found = 0
+        for index in np.flatnonzero(self.table[: ceil_div(end, self.per_block)])[:_MOST_BLOCKS].tolist():
+            first = index * self.per_block
+            block = self.glance(index)
+            if block is not None:
+                parts.append(np.flatnonzero(block[: end - first] == 0)[:_MOST_FREE] + first)
+                found += len(parts[-1])
+            if found >= _MOST_FREE:
+                break
+        return np.concatenate(parts)
+
+    def pieces(self) -> Iterator[tuple[int, qcow2.Counts]]:
+        """All counts, but for those in holes and in blocks that cannot be.
+
+        Yields:
+            The number of a piece's first cluster, and the counts of its clusters.
+        """
+        last = np.uint64(max(0, self._file_size - self.cluster_size))
+        possible = (self.table % np.uint64(self.cluster_size) == 0) & (self.table <= last)
+        indices = np.flatnonzero((self.table != 0) & possible)
+        indices = indices[np.argsort(self.table[indices], kind="stable")]
+        found = [int(indices[at]) for at in self._file.with_data(self.table[indices].tolist(), self.cluster_size)]
+        for index in sorted(found):
+            block = self._read(self.block_offset(index))
+            for at in range(0, self.per_block, _PIECE):
+                yield index * self.per_block + at, block[at : at + _PIECE]
+
+    def touched(self) -> list[int]:
+        """The numbers of the clusters in which blocks that the image has already were changed since `changes`."""
+        offsets = [self.block_offset(index) for index in sorted(set(self._changed) - self.new_blocks)]
+        return [offset // self.cluster_size for offset in offsets]
 
     def add_block(self, index: int, cluster: int) -> None:
         """A new, empty block ``index``, to be written at that cluster; the table must be long enough."""
         self.new_blocks.add(index)
         self.table[index] = cluster * self.cluster_size
-        self._blocks[index] = np.zeros(self.per_block, np.uint64)
+        self._blocks[index] = qcow2.refcounts_of(bytes(self.cluster_size), self._header.refcount_bits)
 
     def move_table(self, cluster: int, clusters: int) -> None:
         """A longer table, to be written at that cluster."""
@@ -130,14 +189,13 @@ class Refcounts:
     def changes(self) -> list[tuple[int, bytes]]:
         """What to write for all counts changed since the last call, as (offset, bytes); new blocks whole."""
         writes = []
-        for index, positions in sorted(self._changed.items()):
+        for index, units in sorted(self._changed.items()):
             raw = qcow2.refcount_block(self._blocks[index], self._header.refcount_bits)
             offset = self.block_offset(index)
             if index in self.new_blocks:
                 writes.append((offset, raw))
                 continue
-            units = sorted({position * self._header.refcount_bits // 8 // _UNIT for position in positions})
-            writes += [(offset + unit * _UNIT, raw[unit * _UNIT : (unit + 1) * _UNIT]) for unit in units]
+            writes += [(offset + unit * _UNIT, raw[unit * _UNIT : (unit + 1) * _UNIT]) for unit in sorted(units)]
         self._changed.clear()
         return writes
 
@@ -188,6 +246,8 @@ class Allocator:
         first = self._end
         if self._capacity is not None and first + clusters > self._capacity:
             raise StorageError(self._path, f"no room for {clusters} more clusters on a device that cannot grow")
+        if (first + clusters) * self._cluster_size > qcow2.OFFSET_MASK:
+            raise FormatError(f"{self._path}: refcount table", "counts clusters up to the end of what can be addressed")
         self._end += clusters
         return first
 
@@ -223,11 +283,14 @@ class Allocator:
         refcounts = self._refcounts
         replaced = None
         while self._uncovered:
-            index = max(self._uncovered) // refcounts.per_block
-            if index >= len(refcounts.table):
+            needed = {cluster // refcounts.per_block for cluster in self._uncovered}
+            index = max(needed)
+            # New blocks may count each other, so several must appear at once: with a new table, by one pointer.
+            several = len(needed | refcounts.new_blocks) > 1 and not refcounts.moved_table
+            if several or index >= len(refcounts.table):
                 # Room for an eighth more, so that the blocks which the new table itself needs fit as well.
                 per_cluster = self._cluster_size // qcow2.TABLE_ENTRY_SIZE
-                clusters = ceil_div(index + 1 + index // 8, per_cluster) + 1
+                clusters = max(refcounts.table_clusters, ceil_div(index + 1 + index // 8, per_cluster) + 1)
                 if clusters * self._cluster_size > qcow2.MAX_REFCOUNT_TABLE_BYTES:
                     raise FormatError(f"{self._path}: refcount table", "would grow past what QEMU accepts")
                 if replaced is None:

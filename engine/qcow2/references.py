@@ -4,12 +4,13 @@
     refcount table -> refcount blocks
     active L1, snapshots' L1s -> L2 tables -> data clusters, compressed runs
 
-A backing file or an external data file is never opened: their clusters are not this file's.
+A backing file or an external data file is never opened: their clusters are not this file's. Holes are skipped, so the
+time it takes goes with the tables that are really there, not with what a sparse file claims to hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,46 +19,112 @@ import numpy as np
 from dirtmap.engine.fileio import File
 from dirtmap.engine.qcow2.layout import Fault, Layout
 from dirtmap.fmt import qcow2
-from dirtmap.fmt.geometry import align_up, ceil_div
+from dirtmap.fmt.geometry import ceil_div
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Progress = Callable[[int, int], None]
 
+_READ = 1 << 20  # bytes of a long table at a time
+_ACTIVE = "L1 table"
+
+
+@dataclass(slots=True)
+class Runs:
+    """Runs of adjacent clusters that are referenced equally often: ascending, without overlap.
+
+    Attributes:
+        starts, ends: the number of the first cluster and of the first behind, int64, shape (n,).
+        counts: how often each cluster of the run is referenced, above 0, int64, shape (n,).
+    """
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of_clusters(cls, numbers: NDArray[np.int64], weight: int) -> Runs:
+        """Clusters in any order, each as often as it is referenced; ``weight`` times all that."""
+        numbers, counts = np.unique(numbers, return_counts=True)
+        new = np.flatnonzero((np.diff(numbers, prepend=-2) != 1) | (np.diff(counts, prepend=0) != 0))
+        ends = numbers[np.append(new[1:], len(numbers)) - 1] + 1
+        return cls(numbers[new], ends, counts[new] * weight)
+
+    @classmethod
+    def laid_over(cls, parts: list[Runs]) -> Runs:
+        """All of them together; in a part given alone, runs may overlap and be in any order."""
+        #   runs       ----2----            steps  +2    +1   -2   -1
+        #                   ---1---         levels  2     3    1    0     from each position to the next
+        starts, ends, counts = (
+            np.concatenate([np.empty(0, np.int64), *(getattr(part, name) for part in parts)])
+            for name in ("starts", "ends", "counts")
+        )
+        positions, steps = np.concatenate([starts, ends]), np.concatenate([counts, -counts])
+        order = np.argsort(positions, kind="stable")
+        positions, levels = positions[order], np.cumsum(steps[order])
+        last = np.flatnonzero(np.diff(positions, append=-1))  # of those at the same position
+        positions, levels = positions[last], levels[last]
+        used = np.flatnonzero(levels)
+        return cls(positions[used], positions[used + 1], levels[used])
+
+    def of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How often each of those clusters is referenced, int64, same shape."""
+        if not len(self.starts):
+            return np.zeros_like(numbers)
+        at = np.searchsorted(self.starts, numbers, side="right") - 1
+        return np.where((at >= 0) & (numbers < self.ends[at]), self.counts[at], 0)
+
+    def between(self, first: int, last: int) -> NDArray[np.int64]:
+        """How often each of the clusters ``first..last - 1`` is referenced, int64, shape (last - first,)."""
+        steps = np.zeros(last - first + 1, np.int64)
+        low = np.searchsorted(self.ends, first, side="right")
+        high = np.searchsorted(self.starts, last, side="left")
+        steps[np.maximum(self.starts[low:high] - first, 0)] += self.counts[low:high]
+        steps[np.minimum(self.ends[low:high], last) - first] -= self.counts[low:high]
+        return np.cumsum(steps)[:-1]
+
+    def most(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For each range of clusters, how often the most referenced of it is, int64, same shape."""
+        if not len(self.starts):
+            return np.zeros_like(starts)
+        low = np.searchsorted(self.ends, starts, side="right")
+        high = np.searchsorted(self.starts, ends, side="left")
+        # Sentinel: `reduceat` wants every index inside, and gives the element at `low` where the range is empty.
+        found = np.maximum.reduceat(np.append(self.counts, 0), np.stack([low, np.maximum(high, low)], 1).ravel())[::2]
+        return np.where(low < high, found, 0)
+
+    def within(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """The runs among clusters ``first..last - 1``, cut off there: start, end, count."""
+        low = np.searchsorted(self.ends, first, side="right")
+        high = np.searchsorted(self.starts, last, side="left")
+        for at in range(int(low), int(high)):
+            yield max(int(self.starts[at]), first), min(int(self.ends[at]), last), int(self.counts[at])
+
+    @property
+    def end(self) -> int:
+        """The number of the first cluster behind all that are referenced."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
 
 @dataclass(slots=True)
 class References:
-    """How often each cluster is referenced.
+    """What refers to clusters, and how often.
 
     Attributes:
-        numbers: cluster numbers, ascending, each once, int64, shape (n,).
-        counts: references to each, int64, shape (n,).
-        faults: references that lead nowhere sensible. With any, absence from ``numbers`` proves nothing.
+        runs: of all clusters that are referenced.
+        uncopied: of those that an active table refers to without the flag that says it alone does so.
+        faults: references that lead nowhere sensible, or were not followed. With any, absence proves nothing.
     """
 
-    numbers: NDArray[np.int64]
-    counts: NDArray[np.int64]
+    runs: Runs
+    uncopied: Runs
     faults: list[Fault] = field(default_factory=list)
 
     @classmethod
     def unknown(cls, why: str) -> References:
         """What is referenced cannot be told, so no cluster inside the file is proven free."""
-        empty = np.empty(0, np.int64)
-        return cls(empty, empty, [Fault("references", why)])
-
-    def of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How often each of those clusters is referenced, int64, same shape."""
-        at = np.searchsorted(self.numbers, numbers)
-        at[at == len(self.numbers)] = 0
-        if not len(self.numbers):
-            return np.zeros_like(numbers)
-        return np.where(self.numbers[at] == numbers, self.counts[at], 0)
-
-    @property
-    def end(self) -> int:
-        """The number of the first cluster behind all that are referenced."""
-        return int(self.numbers[-1]) + 1 if len(self.numbers) else 0
+        return cls(Runs.laid_over([]), Runs.laid_over([]), [Fault("references", why)])
 
 
 class _Walk:
@@ -65,22 +132,16 @@ class _Walk:
         self.file, self.layout, self.progress = file, layout, progress
         self.header = layout.header
         self.cluster = layout.cluster_size
-        self.numbers: list[NDArray[np.int64]] = []
-        self.weights: list[NDArray[np.int64]] = []
+        self.parts: list[Runs] = []
+        self.uncopied: list[Runs] = []
         self.faults: list[Fault] = []
 
     def add(self, numbers: NDArray[np.int64], weight: int = 1) -> None:
         if len(numbers):
-            numbers, counts = np.unique(numbers, return_counts=True)
-            self.numbers.append(numbers)
-            self.weights.append(counts.astype(np.int64) * weight)
+            self.parts.append(Runs.of_clusters(numbers, weight))
 
-    def add_region(self, offset: int, length: int) -> None:
-        if length:
-            self.add(np.arange(offset // self.cluster, ceil_div(offset + length, self.cluster), dtype=np.int64))
-
-    def inside(self, offsets: NDArray[np.uint64], where: str) -> NDArray[np.uint64]:
-        """Those offsets that are clusters inside the file; the others are blamed, once for each table.
+    def add_offsets(self, offsets: NDArray[np.uint64], where: str, weight: int = 1) -> NDArray[np.uint64]:
+        """As `add`, for offsets of clusters that ought to lie inside the file; returns those that do.
 
         QEMU calls a reference corrupt that exceeds the file by a cluster or more (block/qcow2-refcount.c,
         qcow2_inc_refcounts_imrt).
@@ -90,79 +151,85 @@ class _Walk:
             wrong = offsets[~good]
             others = f" and {len(wrong) - 1} more like it" if len(wrong) > 1 else ""
             self.faults.append(Fault(where, f"{int(wrong[0]):#x} is not a cluster inside the file{others}"))
-        inside: NDArray[np.uint64] = offsets[good]
-        return inside
+        offsets = offsets[good]
+        self.add(self.numbers(offsets), weight)
+        return offsets
 
-    def add_offsets(self, offsets: NDArray[np.uint64], where: str, weight: int = 1) -> None:
-        self.add((self.inside(offsets, where) // np.uint64(self.cluster)).astype(np.int64), weight)
+    def numbers(self, offsets: NDArray[np.uint64]) -> NDArray[np.int64]:
+        return (offsets // np.uint64(self.cluster)).astype(np.int64)
 
     def regions(self) -> None:
-        for region in self.layout.regions():
-            if region.bitmap is None:
-                self.add_region(region.offset, region.length)
-        bitmaps = [
-            number
-            for region in self.layout.regions()
-            if region.bitmap is not None
-            for number in range(region.offset // self.cluster, ceil_div(region.offset + region.length, self.cluster))
-        ]
-        self.add(np.array(bitmaps, np.int64))
+        regions = [region for region in self.layout.regions() if region.length]
+        starts = np.array([region.offset // self.cluster for region in regions], np.int64)
+        ends = np.array([ceil_div(region.offset + region.length, self.cluster) for region in regions], np.int64)
+        self.parts.append(Runs(starts, ends, np.ones_like(starts)))
 
     def refcount_blocks(self) -> None:
         v2 = self.header.v2
-        raw = self.file.read(v2.refcount_table_offset, v2.refcount_table_clusters * self.cluster)
-        blocks = qcow2.table_view(raw[: len(raw) // 8 * 8]).astype(np.uint64)
-        self.add_offsets(blocks[blocks != 0], "refcount_table")
+        for blocks in self.entries(v2.refcount_table_offset, v2.refcount_table_clusters * self.cluster):
+            self.add_offsets(blocks, "refcount_table")
 
-    def l1_tables(self) -> list[tuple[str, int, int]]:
-        """Name, offset and entries of the active L1 table and those of all snapshots."""
+    def entries(self, offset: int, length: int) -> Iterator[NDArray[np.uint64]]:
+        """The entries of a long table that are not 0, piece by piece, as far as the file has them."""
+        for at in range(offset, min(offset + length, self.layout.file_size), _READ):
+            size = min(_READ, offset + length - at)
+            if self.file.has_data(at, size):
+                raw = self.file.read(at, size)
+                piece = qcow2.table_view(raw[: len(raw) // 8 * 8]).astype(np.uint64)
+                yield piece[piece != 0]
+
+    def l1_tables(self) -> Iterator[tuple[str, int, int]]:
+        """Name, offset and length in bytes of the active L1 table, `_ACTIVE`, and those of all snapshots."""
         v2 = self.header.v2
-        tables = [("L1 table", int(v2.l1_table_offset), int(v2.l1_size))]
-        at = int(v2.snapshots_offset)
-        budget = self.layout.file_size  # L1 tables of different snapshots do not overlap
-        for index in range(v2.nb_snapshots):
-            where = f"snapshot {index}"
-            raw = self.file.read(at, qcow2.SNAPSHOT.size)
-            if len(raw) < qcow2.SNAPSHOT.size:
-                self.faults.append(Fault(where, "lies past the end of the file"))
-                break
-            snapshot = qcow2.SNAPSHOT.parse(raw)
-            size = snapshot.extra_data_size + snapshot.id_size + snapshot.name_size
-            budget -= snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
-            if (
-                snapshot.extra_data_size > qcow2.MAX_SNAPSHOT_EXTRA_DATA
-                or snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE > qcow2.MAX_L1_BYTES
-                or budget < 0
-            ):
-                self.faults.append(Fault(where, "its L1 table or extra data is larger than QEMU accepts"))
-                break
-            self.add_region(int(snapshot.l1_table_offset), snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE)
-            tables.append((f"{where}: L1 table", int(snapshot.l1_table_offset), int(snapshot.l1_size)))
-            at = align_up(at + qcow2.SNAPSHOT.size + size, 8)
-        # `Layout.regions` knows the least size of the snapshot table only.
-        least = int(v2.snapshots_offset) + v2.nb_snapshots * qcow2.SNAPSHOT.size
-        if v2.nb_snapshots and align_up(at, self.cluster) > align_up(least, self.cluster):
-            self.add_region(align_up(least, self.cluster), at - align_up(least, self.cluster))
-        return tables
+        tables = [(int(v2.l1_table_offset), v2.l1_size * qcow2.TABLE_ENTRY_SIZE, _ACTIVE)]
+        for index, snapshot in enumerate(self.layout.snapshots):
+            length = snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
+            tables.append((snapshot.l1_table_offset, length, f"L1 table of snapshot {index}"))
+        reach = 0
+        for offset, length, where in sorted(tables):
+            if length > qcow2.MAX_L1_BYTES:
+                self.faults.append(Fault(where, f"{length} bytes are more than QEMU accepts"))
+            elif offset % self.cluster or offset + length > self.layout.file_size:
+                self.faults.append(Fault(where, f"{offset:#x} is not a place for {length} bytes inside the file"))
+            elif offset < reach:
+                self.faults.append(Fault(where, f"overlaps another one at {offset:#x}"))
+            else:
+                reach = offset + length
+                yield where, offset, length
 
-    def l2_tables(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Offsets of all L2 tables, each once, and how often each is referenced."""
-        parts = []
-        for where, offset, entries in self.l1_tables():
-            raw = self.file.read(offset, entries * qcow2.TABLE_ENTRY_SIZE)
-            table = qcow2.table_view(raw[: len(raw) // 8 * 8]).astype(np.uint64) & np.uint64(qcow2.OFFSET_MASK)
-            parts.append(self.inside(table[table != 0], where))
-        return np.unique(np.concatenate(parts), return_counts=True)
-
-    def guest(self, tables: NDArray[np.uint64], weights: NDArray[np.int64]) -> None:
-        self.add(np.repeat((tables // np.uint64(self.cluster)).astype(np.int64), weights))
-        for done, (offset, weight) in enumerate(zip(tables.tolist(), weights.tolist(), strict=True)):
-            if self.file.has_data(offset, self.cluster):
-                self.l2_table(offset, weight)
+    def guest(self, budget: int | None) -> None:
+        """What L1 tables refer to, and what L2 tables do."""
+        l1_tables = list(self.l1_tables())
+        if budget is not None and sum(length for _, _, length in l1_tables) > budget:
+            self.faults.append(Fault("references", "not followed: too many L1 tables"))
+            return
+        parts, active = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
+        for where, offset, length in l1_tables:
+            for entries in self.entries(offset, length):
+                if where == _ACTIVE:
+                    self.note_uncopied(entries)
+                tables = entries & np.uint64(qcow2.OFFSET_MASK)
+                parts.append(self.add_offsets(tables[tables != 0], where))
+                if where == _ACTIVE:
+                    active.append(parts[-1])
+        tables, weights = np.unique(np.concatenate(parts), return_counts=True)
+        if budget is not None and len(tables) * self.cluster > budget:
+            self.faults.append(Fault("references", "not followed: too many L2 tables"))
+            return
+        in_use = np.isin(tables, np.concatenate(active))
+        for index in self.file.with_data(tables.tolist(), self.cluster):
+            self.l2_table(int(tables[index]), int(weights[index]), bool(in_use[index]))
             if self.progress:
-                self.progress(done + 1, len(tables))
+                self.progress(index + 1, len(tables))
+        if self.progress:
+            self.progress(len(tables), len(tables))
 
-    def l2_table(self, offset: int, weight: int) -> None:
+    def note_uncopied(self, entries: NDArray[np.uint64]) -> None:
+        uncopied = entries[(entries & np.uint64(qcow2.COPIED)) == 0] & np.uint64(qcow2.OFFSET_MASK)
+        if len(uncopied):
+            self.uncopied.append(Runs.of_clusters(self.numbers(uncopied), 1))
+
+    def l2_table(self, offset: int, weight: int, active: bool) -> None:
         raw = self.file.read(offset, self.cluster).ljust(self.cluster, b"\0")
         entries = qcow2.table_view(raw)[:: self.header.l2_entry_size // 8].astype(np.uint64)
         entries = entries[entries != 0]
@@ -171,6 +238,8 @@ class _Walk:
             self.compressed(entries[compressed], offset, weight)
             entries = entries[~compressed]
         if not self.header.incompatible & qcow2.INCOMPATIBLE_DATA_FILE:
+            if active:
+                self.note_uncopied(entries)
             data = entries & np.uint64(qcow2.OFFSET_MASK)
             self.add_offsets(data[data != 0], f"L2 table at {offset:#x}", weight)
 
@@ -181,42 +250,28 @@ class _Walk:
         more = (entries & np.uint64(qcow2.L2_COMPRESSED - 1)) >> np.uint64(shift)
         sector = np.uint64(qcow2.COMPRESSED_SECTOR)
         last = (start // sector + more) * sector + sector - np.uint64(1)
-        first_cluster = (start // np.uint64(self.cluster)).astype(np.int64)
-        last_cluster = (last // np.uint64(self.cluster)).astype(np.int64)
         good = start < np.uint64(self.layout.file_size)
         if not good.all():
-            self.faults.append(Fault(f"L2 table at {table:#x}", "a compressed cluster lies past the end of the file"))
-        span = int((last_cluster - first_cluster).max(initial=0))
-        for step in range(span + 1):  # at most 2: a compressed cluster is no longer than a plain one
-            self.add((first_cluster + step)[good & (first_cluster + step <= last_cluster)], weight)
-
-    def finish(self) -> References:
-        if not self.numbers:
-            empty = np.empty(0, np.int64)
-            return References(empty, empty, self.faults)
-        numbers, weights = np.concatenate(self.numbers), np.concatenate(self.weights)
-        order = np.argsort(numbers, kind="stable")
-        numbers, weights = numbers[order], weights[order]
-        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        return References(numbers[starts], np.add.reduceat(weights, starts), self.faults)
+            what = "a compressed cluster lies past the end of the file"
+            self.faults.append(Fault(f"L2 table at {table:#x}", what))
+        first_cluster, last_cluster = self.numbers(start[good]), self.numbers(last[good])
+        span = int((last_cluster - first_cluster).max(initial=0))  # at most 2: no longer than a plain one
+        steps = [first_cluster + step for step in range(span + 1)]
+        self.add(np.concatenate([numbers[numbers <= last_cluster] for numbers in steps]), weight)
 
 
-def walk(
-    file: File, layout: Layout, *, progress: Progress | None = None, budget: int | None = None
-) -> References | None:
+def walk(file: File, layout: Layout, *, progress: Progress | None = None, budget: int | None = None) -> References:
     """Follows every reference.
 
     Args:
         file: the image, locked by the caller.
         layout: as read from it.
         progress: called with (L2 tables done, L2 tables in all).
-        budget: give up and return None where more bytes of L2 tables than this would have to be read.
+        budget: guest data are not followed where more bytes of L1 or of L2 tables than this would have to be read;
+            then that is among the faults.
     """
     steps = _Walk(file, layout, progress)
-    tables, weights = steps.l2_tables()
-    if budget is not None and len(tables) * layout.cluster_size > budget:
-        return None
     steps.regions()
     steps.refcount_blocks()
-    steps.guest(tables, weights)
-    return steps.finish()
+    steps.guest(budget)
+    return References(Runs.laid_over(steps.parts), Runs.laid_over(steps.uncopied), steps.faults)

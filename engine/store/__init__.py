@@ -1,0 +1,1 @@
+"""The store container: how it is read, changed, checked and shown; `Store` is its face."""

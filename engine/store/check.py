@@ -1,0 +1,178 @@
+"""Checks a store whole: header copies, checksums, names, sizes, overlaps, free space; mends by compaction.
+
+marked in the space map, in use or released     right
+marked, and neither                             a leak
+in use, and not marked                          a corruption: the next commit could overwrite it
+used twice                                      a corruption
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dirtmap.engine.namespace import decode_name, label
+from dirtmap.engine.report import CORRUPTION, LEAK, NOTE, CheckReport
+from dirtmap.engine.store import header as headers
+from dirtmap.engine.store.compact import compact
+from dirtmap.engine.store.namespace import doubts, namespace_label, read_entries, verify
+from dirtmap.engine.store.space import SpaceMap, _runs
+from dirtmap.engine.store.store import FORMAT, Snapshot, Store
+from dirtmap.fmt import geometry, store
+from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.store import Area, Record
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Progress = Callable[[int, int], None]
+
+
+def check(path: str, *, repair: str | None = None, progress: Progress | None = None) -> CheckReport:
+    """Checks a store.
+
+    Args:
+        path: the store.
+        repair: ``leaks`` or ``all``: write it anew from all that can be read; ``leaks`` only where nothing is lost.
+        progress: called with (namespaces checked, namespaces in all).
+
+    Raises:
+        FormatError: not a store, or no header copy is whole.
+        LockedError, StorageError: as for reading, or writing with ``repair``.
+    """
+    with Store(path) as target:
+        report = target.read(lambda snapshot: _Check(snapshot, progress).run())
+    wrong = report.corruptions or report.leaks
+    if not wrong or repair is None or (repair == "leaks" and report.corruptions):
+        return report
+    compaction = compact(path, mend=repair == "all")
+    with Store(path) as target:
+        after = target.read(lambda snapshot: _Check(snapshot, None).run())
+    report.corruptions_fixed, report.leaks_fixed = report.corruptions - after.corruptions, report.leaks - after.leaks
+    report.corruptions, report.leaks, report.check_errors = after.corruptions, after.leaks, after.check_errors
+    report.dropped = compaction.lost
+    return report
+
+
+class _Check:
+    def __init__(self, snapshot: Snapshot, progress: Progress | None) -> None:
+        self.snapshot, self.progress = snapshot, progress
+        self.cluster = snapshot.header.cluster_size
+        self.report = CheckReport(snapshot.file.path, FORMAT)
+        self.used: list[tuple[range, str]] = []
+
+    def run(self) -> CheckReport:
+        self.headers()
+        header = self.snapshot.header
+        self.used.append((range(geometry.ceil_div(store.RESERVED, self.cluster)), "the headers"))
+        self.area(header.space, "space map")
+        self.area(header.released, "released clusters")
+        self.area(header.table, "namespace table")
+        try:
+            table = self.snapshot.table()
+        except FormatError as error:
+            self.wrong(error)
+            return self.report
+        complete = True
+        count = 0
+        for number, area in enumerate(table.areas()):
+            self.area(area, f"bucket {number}")
+            try:
+                records = table.bucket(number).values()
+            except FormatError as error:
+                self.wrong(error)
+                complete = False
+                continue
+            for record in records:
+                complete &= self.namespace(record)
+                count += 1
+                if self.progress:
+                    self.progress(count, max(count, header.namespaces))
+        if complete and count != header.namespaces:
+            what = f"{header.namespaces}, but there are {count}"
+            self.report.found(CORRUPTION, "namespaces extension.namespaces", what)
+        self.space(complete=complete)
+        return self.report
+
+    def wrong(self, error: FormatError) -> None:
+        self.report.found(CORRUPTION, error.where.removeprefix(f"{self.snapshot.file.path}: "), error.what)
+
+    def headers(self) -> None:
+        data = self.snapshot.file.read(0, store.RESERVED)
+        for slot, copies in zip("AB", store.COPIES, strict=True):
+            bad = [n for n in copies if not headers.is_whole(data[n * store.BLOCK : (n + 1) * store.BLOCK])]
+            for number in bad:
+                # A crash in the middle of a commit can damage one copy, never both.
+                severity = NOTE if len(bad) == 1 else CORRUPTION
+                what = "damaged; " + ("the next commit mends it" if len(bad) == 1 else "the other slot stands in")
+                self.report.found(severity, f"header copy {number} (slot {slot})", what)
+        if self.snapshot.chosen.in_doubt:
+            self.report.found(NOTE, "header", "perhaps not the newest: every bitmap counts as all dirty")
+
+    def area(self, area: Area, what: str) -> None:
+        if area.length:
+            self.used.append((area.clusters(self.cluster), what))
+
+    def namespace(self, record: Record) -> bool:
+        """Checks one; False where what it uses is not known."""
+        where = namespace_label(record.name)
+        self.area(record.directory, f"directory of {where}")
+        if doubt := doubts(self.snapshot, record):
+            self.report.found(NOTE, where, f"counts as all dirty: {doubt}")
+        try:
+            entries = read_entries(self.snapshot, record)
+        except FormatError as error:
+            self.wrong(error)
+            return False
+        for entry in entries:
+            if entry.table_offset > store.ALL_ONES:
+                length = geometry.packed_bytes(record.size, entry.granularity)
+                self.area(Area(entry.table_offset, length), f"bits of {where}, {label(decode_name(entry.name))}")
+            if entry.in_use:
+                self.report.found(NOTE, f"{where}, {label(decode_name(entry.name))}", "inconsistent")
+            try:
+                verify(self.snapshot, record, entry)
+            except FormatError as error:
+                self.wrong(error)
+        return True
+
+    def space(self, *, complete: bool) -> None:
+        """Holds the space map against what is used."""
+        header = self.snapshot.header
+        try:
+            root = self.snapshot.read(header.space, "space map")
+            released = self.snapshot.released()
+            read = self.snapshot.read
+            space = SpaceMap(self.snapshot.file.path, self.cluster, header.clusters, root, released, read)
+            for place in space.places:
+                self.area(place, "space map leaf")
+            leaves = [space.leaf(index) for index in range(len(space.places))]
+        except FormatError as error:
+            self.wrong(error)
+            return
+        marked = np.concatenate(leaves) if leaves else np.empty(0, np.bool_)
+        used = self.in_use(len(marked))
+        kept = used.copy()
+        for first, count in released:
+            if used[first : first + count].any():
+                self.report.found(CORRUPTION, "released clusters", f"run at {first * self.cluster:#x} is in use")
+            kept[first : first + count] = True
+        self.runs(CORRUPTION, used & ~marked, "in use, but marked as free")
+        if complete:
+            self.runs(LEAK, marked & ~kept, "marked as used, but nothing uses them")
+
+    def in_use(self, clusters: int) -> NDArray[np.bool_]:
+        used = np.zeros(clusters, np.bool_)
+        for numbers, what in self.used:
+            part = used[numbers.start : numbers.stop]
+            if part.any() or len(part) < len(numbers):
+                self.report.found(CORRUPTION, what, f"at {numbers.start * self.cluster:#x}: overlaps something else")
+            part[:] = True
+        return used
+
+    def runs(self, severity: str, wrong: NDArray[np.bool_], what: str) -> None:
+        for first, count in _runs(np.flatnonzero(wrong).tolist()):
+            where = f"clusters {first * self.cluster:#x}..{(first + count) * self.cluster:#x}"
+            self.report.found(severity, where, what, count)

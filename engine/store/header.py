@@ -1,0 +1,234 @@
+"""The store's four header copies: which one counts, and what damage to the others means.
+
+block   0    1    2    3        slot A: blocks 0 and 2     slot B: blocks 1 and 3
+        A    B    A'   B'
+
+newest slot, at least one copy whole                        it counts
+... and both copies of the other slot damaged               the other may have been the newest: it counts, in doubt
+no copy whole                                               refused
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import crc32c
+
+from dirtmap.fmt import store
+from dirtmap.fmt.errors import FormatError, UnsupportedError
+from dirtmap.fmt.extensions import Chain, build_chain, parse_chain
+from dirtmap.fmt.qcow2 import feature_text
+from dirtmap.fmt.store import Area
+
+_CHECKED = store.BLOCK - store.CHECKSUM.size
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """One commit's header.
+
+    Attributes:
+        uuid: of the store, 16 bytes.
+        generation: number of the commit; the higher one counts.
+        commit_id: random, 16 bytes: tells two commits of one generation apart.
+        doubt_generation: namespaces written by this commit or an earlier one count as all dirty.
+        cluster_bits: log2 of bytes.
+        clusters: length of the file in clusters.
+        table: the namespace table; 2**bucket_bits area pointers.
+        bucket_bits: see `table`.
+        namespaces: how many there are.
+        space: the space map's root.
+        released: the list of runs that this commit released.
+        compatible, autoclear: feature bits as found.
+        others: extensions we do not know, as (type, data), kept as found.
+    """
+
+    uuid: bytes
+    generation: int
+    commit_id: bytes
+    doubt_generation: int
+    cluster_bits: int
+    clusters: int
+    table: Area
+    bucket_bits: int
+    namespaces: int
+    space: Area
+    released: Area
+    compatible: int = 0
+    autoclear: int = 0
+    others: tuple[tuple[int, bytes], ...] = ()
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return 1 << self.cluster_bits
+
+
+def build_block(header: Header) -> bytes:
+    """One copy: `store.BLOCK` bytes with their checksum."""
+    fixed = store.HEADER.build(
+        magic=store.MAGIC,
+        version=store.VERSION,
+        incompatible_features=0,
+        compatible_features=header.compatible,
+        autoclear_features=0,  # none are known, and a writer clears those it does not know
+        cluster_bits=header.cluster_bits,
+        header_length=store.HEADER.size,
+        uuid=header.uuid,
+        generation=header.generation,
+        commit_id=header.commit_id,
+        doubt_generation=header.doubt_generation,
+        clusters=header.clusters,
+    )
+    namespaces = store.NAMESPACES_EXTENSION.build(
+        **header.table._asdict(), bucket_bits=header.bucket_bits, namespaces=header.namespaces
+    )
+    chain = build_chain(
+        [
+            (store.EXTENSION_NAMESPACES, namespaces),
+            (store.EXTENSION_SPACE, store.AREA.build(**header.space._asdict())),
+            (store.EXTENSION_RELEASED, store.AREA.build(**header.released._asdict())),
+            *header.others,
+        ]
+    )
+    block = (fixed + chain).ljust(_CHECKED, b"\0")
+    return block + store.CHECKSUM.build(checksum=crc32c.crc32c(block))
+
+
+def is_whole(block: bytes) -> bool:
+    """True where the copy is complete and its checksum right."""
+    if len(block) < store.BLOCK or not block.startswith(store.MAGIC):
+        return False
+    return bool(store.CHECKSUM.parse(block, _CHECKED).checksum == crc32c.crc32c(block[:_CHECKED]))
+
+
+@functools.lru_cache(maxsize=8)  # the copies of a slot are alike, and every read looks at all of them twice
+def parse_block(path: str, block: bytes) -> Header:
+    """A whole copy's header.
+
+    Raises:
+        UnsupportedError: it asks for a newer dirtmap.
+        FormatError: a field makes no sense.
+    """
+    raw = store.HEADER.parse(block)
+    if raw.version != store.VERSION:
+        raise UnsupportedError(f"{path}: header.version", f"{raw.version} is not {store.VERSION}")
+    if raw.incompatible_features:
+        what = ", ".join(feature_text(raw.incompatible_features, {})) + " set: the store needs newer software"
+        raise UnsupportedError(f"{path}: header.incompatible_features", what)
+    if not store.MIN_CLUSTER_BITS <= raw.cluster_bits <= store.MAX_CLUSTER_BITS:
+        limits = f"{store.MIN_CLUSTER_BITS}..{store.MAX_CLUSTER_BITS}"
+        raise FormatError(f"{path}: header.cluster_bits", f"{raw.cluster_bits} is outside {limits}")
+    if raw.generation > store.MAX_GENERATION:
+        raise FormatError(f"{path}: header.generation", f"{raw.generation} is above {store.MAX_GENERATION}")
+    if not store.RESERVED <= raw.clusters << raw.cluster_bits <= store.MAX_FILE_BYTES:
+        raise FormatError(f"{path}: header.clusters", f"{raw.clusters} is out of range")
+    if raw.header_length < store.HEADER.size or raw.header_length > _CHECKED or raw.header_length % 8:
+        raise FormatError(f"{path}: header.header_length", f"{raw.header_length} is out of range")
+    chain = parse_chain(block, raw.header_length, _CHECKED)
+    if chain.fault or not chain.terminated:
+        raise FormatError(f"{path}: header extensions", chain.fault or "there is no end marker")
+    areas = _known(path, chain)
+    namespaces = store.NAMESPACES_EXTENSION.parse(areas[store.EXTENSION_NAMESPACES])
+    if namespaces.bucket_bits > store.MAX_BUCKET_BITS:
+        what = f"{namespaces.bucket_bits} is above {store.MAX_BUCKET_BITS}"
+        raise FormatError(f"{path}: namespaces extension.bucket_bits", what)
+    if namespaces.length != store.AREA.size << namespaces.bucket_bits:
+        what = f"{namespaces.length} is not that of {1 << namespaces.bucket_bits} pointers"
+        raise FormatError(f"{path}: namespaces extension.length", what)
+    if namespaces.namespaces > store.MAX_NAMESPACES:
+        what = f"{namespaces.namespaces} is above {store.MAX_NAMESPACES}"
+        raise FormatError(f"{path}: namespaces extension.namespaces", what)
+    space = store.parse_areas(areas[store.EXTENSION_SPACE])[0]
+    if space.length > store.MAX_SPACE_MAP_BYTES or space.length % store.LEAF.size:
+        raise FormatError(f"{path}: space map extension.length", f"{space.length} is out of range")
+    released = store.parse_areas(areas[store.EXTENSION_RELEASED])[0]
+    if released.length > store.MAX_RELEASED_BYTES or released.length % store.RUN.size:
+        raise FormatError(f"{path}: released clusters extension.length", f"{released.length} is out of range")
+    return Header(
+        uuid=raw.uuid,
+        generation=raw.generation,
+        commit_id=raw.commit_id,
+        doubt_generation=raw.doubt_generation,
+        cluster_bits=raw.cluster_bits,
+        clusters=raw.clusters,
+        table=Area(namespaces.offset, namespaces.length, namespaces.checksum),
+        bucket_bits=namespaces.bucket_bits,
+        namespaces=namespaces.namespaces,
+        space=space,
+        released=released,
+        compatible=raw.compatible_features,
+        autoclear=raw.autoclear_features,
+        others=tuple((e.type, e.data) for e in chain.extensions if e.type not in store.EXTENSION_NAMES),
+    )
+
+
+def _known(path: str, chain: Chain) -> dict[int, bytes]:
+    sizes = {
+        store.EXTENSION_NAMESPACES: store.NAMESPACES_EXTENSION.size,
+        store.EXTENSION_SPACE: store.AREA.size,
+        store.EXTENSION_RELEASED: store.AREA.size,
+    }
+    found: dict[int, bytes] = {}
+    for extension in chain.extensions:
+        if extension.type in sizes:
+            name = store.EXTENSION_NAMES[extension.type]
+            if extension.type in found or len(extension.data) != sizes[extension.type]:
+                raise FormatError(f"{path}: {name} extension", "appears twice, or its length is wrong")
+            found[extension.type] = extension.data
+    for kind in sizes.keys() - found.keys():
+        raise FormatError(f"{path}: header extensions", f"'{store.EXTENSION_NAMES[kind]}' is missing")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The header that counts.
+
+    Attributes:
+        header: it; where ``in_doubt``, with every namespace put in doubt.
+        slot: 0 (A) or 1 (B).
+        in_doubt: both copies of the other slot are damaged, and may have been the newest.
+        mends: (block, bytes): damaged or outdated copies, and what they should be, before anything new is written.
+    """
+
+    header: Header
+    slot: int
+    in_doubt: bool
+    mends: tuple[tuple[int, bytes], ...]
+
+
+def choose(path: str, data: bytes) -> Chosen:
+    """Judges the first `store.RESERVED` bytes of a store.
+
+    Raises:
+        FormatError: not a store, or no copy is whole.
+        UnsupportedError: it needs a newer dirtmap.
+    """
+    blocks = [data[at : at + store.BLOCK] for at in range(0, store.RESERVED, store.BLOCK)]
+    if not any(block.startswith(store.MAGIC) for block in blocks):
+        raise FormatError(f"{path}: header.magic", "not a dirtmap store")
+    headers = {number: parse_block(path, block) for number, block in enumerate(blocks) if is_whole(block)}
+    if not headers:
+        raise FormatError(f"{path}: header", "all four copies are damaged")
+    best = max(headers, key=lambda number: headers[number].generation)
+    slot = best % 2
+    header = headers[best]
+    other = [number for number in store.COPIES[1 - slot] if number in headers]
+    if not other:
+        header = replace(header, doubt_generation=header.generation)
+    mends = [(number, blocks[best]) for number in store.COPIES[slot] if blocks[number] != blocks[best]]
+    if other:
+        newest = max(other, key=lambda number: headers[number].generation)
+        mends += [(n, blocks[newest]) for n in store.COPIES[1 - slot] if blocks[n] != blocks[newest]]
+    else:
+        # Wiped, or a torn write over what is left of them could bring back a header whose areas are gone by then.
+        mends += [(n, bytes(store.BLOCK)) for n in store.COPIES[1 - slot] if any(blocks[n])]
+    return Chosen(header, slot, not other, tuple(mends))
+
+
+def blocks_of(slot: int) -> Sequence[int]:
+    """The byte offsets of a slot's two copies."""
+    return [number * store.BLOCK for number in store.COPIES[slot]]

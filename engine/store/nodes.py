@@ -1,0 +1,262 @@
+"""Acts on the nodes of a store: which images there are, under which names, and which of them it holds bitmaps for.
+
+A qcow2 image keeps its bitmaps, its name and its UUID itself; the store remembers its *place*, so that a copy of the
+file, which carries the same UUID, is told from the original.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+
+from dirtmap.engine.namespace import decode_name, encode_name
+from dirtmap.engine.qcow2.image import Image
+from dirtmap.engine.store.namespace import (
+    bitmap_of,
+    doubts,
+    identity_of,
+    namespace_label,
+    no_namespace,
+    place_bitmap,
+    read_entries,
+    release_bits,
+)
+from dirtmap.engine.store.store import Change, Store
+from dirtmap.fmt import directory, store
+from dirtmap.fmt.errors import BitmapError, StorageError
+from dirtmap.fmt.store import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of a store.
+
+    Attributes:
+        name: unique in the store.
+        uuid: of its namespace, as text.
+        path: of its image.
+        size: of its disk, bytes.
+        bitmaps: how many it has in the store; None where they are in the image itself.
+        doubt: why they count as all dirty, or None.
+    """
+
+    name: str
+    uuid: str
+    path: str
+    size: int
+    bitmaps: int | None
+    doubt: str | None
+
+
+def nodes(target: Store) -> list[Node]:
+    """All nodes, by name."""
+    found = target.read(lambda snapshot: [(record, doubts(snapshot, record)) for record in snapshot.table()])
+    return sorted(
+        (
+            Node(
+                name=decode_name(record.name),
+                uuid=str(uuid.UUID(bytes=record.uuid)),
+                path=os.fsdecode(record.path),
+                size=record.size,
+                bitmaps=None if record.kind == store.KIND_PLACE else record.nb_bitmaps,
+                doubt=doubt,
+            )
+            for record, doubt in found
+            if record.kind != store.KIND_DEVICE
+        ),
+        key=lambda node: node.name,
+    )
+
+
+def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = False) -> None:
+    """Gives a qcow2 image a name and a UUID, written into the image, and remembers its place.
+
+    Args:
+        target: the store that remembers places.
+        name: of the node; unique in the store.
+        image: its path.
+        new_identity: it is a copy of another image, and becomes one of its own.
+
+    Raises:
+        BitmapError: the name is taken, or the image has another one already.
+        As `Image.set_identity`.
+    """
+    path = os.path.abspath(image)
+    with target.change() as change, Image(path) as opened:
+        known = change.table.get(encode_name(name))
+        mine = known and opened.uuid and known.uuid == uuid.UUID(opened.uuid).bytes
+        if known and (new_identity or not mine or is_twin(known, path)):
+            raise BitmapError(f"{target.path}: {namespace_label(known.name)}", "the name is taken")
+        if opened.name not in (None, name) and not new_identity:
+            what = f"is node '{opened.name}' already; rename that, or say --new-identity if it is a copy"
+            raise BitmapError(path, what)
+        if new_identity or opened.name is None:
+            opened.set_identity(name, new_uuid=new_identity)
+        assert opened.uuid is not None  # it has an identity now
+        change.table.put(
+            Record(
+                name=encode_name(name),
+                kind=store.KIND_PLACE,
+                uuid=uuid.UUID(opened.uuid).bytes,
+                size=opened.size,
+                generation=change.generation,
+                path=os.fsencode(path),
+                identity=replace(identity_of(path), mtime_ns=0, size=0),
+            )
+        )
+
+
+def place_of(target: Store, name: str) -> tuple[str, str | None] | None:
+    """Which container has the bitmaps of a node, and under which name: a qcow2 image has only its own.
+
+    Returns:
+        (path, None) for a qcow2 image, (path of the store, name) for a node of the store, None where there is no such.
+    """
+    record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
+    if record is None or record.kind == store.KIND_DEVICE:
+        return None
+    return (os.fsdecode(record.path), None) if record.kind == store.KIND_PLACE else (target.path, name)
+
+
+def is_twin(record: Record, path: str) -> bool:
+    """True where ``path`` is another file than the one remembered, and that one is still there.
+
+    If it is not, the image was moved.
+    """
+    here = identity_of(path)
+    there = record.identity
+    if (here.device, here.inode) == (there.device, there.inode):
+        return False
+    with suppress(StorageError):
+        original = identity_of(os.fsdecode(record.path))
+        return (original.device, original.inode) == (there.device, there.inode)
+    return False
+
+
+def refuse_twin(target: Store, path: str, name: str, image_uuid: str) -> None:
+    """Refuses a qcow2 image that carries the identity of another file.
+
+    Raises:
+        BitmapError: names the original, and how to mend it.
+    """
+    record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
+    if record and record.uuid == uuid.UUID(image_uuid).bytes and is_twin(record, path):
+        original = os.fsdecode(record.path)
+        what = f"a copy of {original}, with its identity; 'node add --new-identity' gives it one of its own"
+        raise BitmapError(path, what)
+
+
+def remove_node(target: Store, name: str) -> None:
+    """Forgets a node; a qcow2 image loses its identity.
+
+    Raises:
+        BitmapError: there is none of that name, or it has bitmaps.
+    """
+    with target.change() as change:
+        record = _record(change, name)
+        where = f"{target.path}: {namespace_label(record.name)}"
+        if record.kind == store.KIND_PLACE and os.path.exists(record.path):
+            with Image(os.fsdecode(record.path)) as image:
+                _refuse_with_bitmaps(where, len(image))
+                image.set_identity(None)
+        _refuse_with_bitmaps(where, record.nb_bitmaps)
+        change.table.remove(record.name)
+
+
+def _refuse_with_bitmaps(where: str, count: int) -> None:
+    if count:
+        raise BitmapError(where, f"has {count} bitmaps; remove or move them first")
+
+
+def rename_node(target: Store, name: str, new: str, *, with_bitmaps: bool = False) -> None:
+    """Gives a node another name.
+
+    Raises:
+        BitmapError: there is none of that name, the new one is taken, or it has bitmaps and ``with_bitmaps`` is not
+            said: their addresses change.
+    """
+    with target.change() as change:
+        record = _record(change, name)
+        where = f"{target.path}: {namespace_label(record.name)}"
+        if change.table.get(encode_name(new)):
+            raise BitmapError(f"{target.path}: {namespace_label(encode_name(new))}", "the name is taken")
+        with ExitStack() as stack:
+            image = None
+            if record.kind == store.KIND_PLACE:
+                image = stack.enter_context(Image(os.fsdecode(record.path)))
+            count = record.nb_bitmaps if image is None else len(image)
+            if count and not with_bitmaps:
+                what = f"has {count} bitmaps, whose addresses would change; --with-bitmaps renames them, too"
+                raise BitmapError(where, what)
+            if image is not None:
+                image.set_identity(new)
+        change.table.remove(record.name)
+        change.table.put(replace(record, name=encode_name(new)))
+
+
+def resize_node(target: Store, name: str) -> int:
+    """Adopts the size that a node's image has now: old bits stay, new space is dirty.
+
+    The caller vouches that the image was resized and nothing else.
+
+    Returns:
+        The new size, bytes.
+
+    Raises:
+        BitmapError: there is no such node, or a bitmap is inconsistent.
+        StorageError: the image cannot be looked at.
+    """
+    with target.change() as change:
+        record = _stored(change, name)
+        identity = identity_of(os.fsdecode(record.path))
+        entries = read_entries(change.snapshot, record)
+        resized = replace(record, size=identity.size, identity=identity, generation=change.generation)
+        # A lost commit, or the like, stays a doubt; that the image has changed is what the caller has just explained.
+        doubted = doubts(change.snapshot, replace(record, identity=identity)) is not None
+        placed = [
+            place_bitmap(
+                change,
+                resized,
+                decode_name(entry.name),
+                bitmap_of(change.snapshot, record, entry, doubted).resized(identity.size),
+            )
+            for entry in entries
+        ]
+        for entry in entries:
+            release_bits(change, record, entry)
+        change.release(record.directory)
+        change.table.put(replace(resized, directory=change.place(directory.build_directory(placed))))
+        return identity.size
+
+
+def confirm_node(target: Store, name: str) -> None:
+    """States that a node's bitmaps are right for the image as it is now, though it looks changed.
+
+    Raises:
+        BitmapError: there is no such node, or its size has changed.
+        StorageError: the image cannot be looked at.
+    """
+    with target.change() as change:
+        record = _stored(change, name)
+        identity = identity_of(os.fsdecode(record.path))
+        if identity.size != record.identity.size:
+            what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
+            raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
+        change.table.put(replace(record, identity=identity))
+
+
+def _record(change: Change, name: str) -> Record:
+    record = change.table.get(encode_name(name))
+    if record is None or record.kind == store.KIND_DEVICE:
+        raise no_namespace(change.snapshot.file.path, encode_name(name))
+    return record
+
+
+def _stored(change: Change, name: str) -> Record:
+    record = _record(change, name)
+    if record.kind != store.KIND_NODE:
+        where = f"{change.snapshot.file.path}: {namespace_label(record.name)}"
+        raise BitmapError(where, "keeps its bitmaps itself; QEMU resizes them with the image")
+    return record

@@ -1,0 +1,236 @@
+"""`SpaceMap`: which clusters of a store are free, found without looking at what uses them.
+
+    root:  | leaf 0: offset, free, CRC | leaf 1 | ...        one bit a cluster, 1 = used or released,
+    leaf:  | 1 1 1 0 0 1 ... |                               clusters numbered from the start of the file
+
+A commit may use a cluster only if *neither* header slot refers to it: the older one is what a reader falls back to, and
+what a crash in the middle leaves. So what commit N stops using is listed as *released* by N and stays marked; commit
+N + 1 clears those marks while it writes the slot that referred to them, and commit N + 2 is the first to use them.
+
+    commit          N - 1        N           N + 1         N + 2
+    cluster         used         released    free          may be used
+    slots hold      N-1, N-2     N, N-1      N+1, N        N+1, N while it works
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dirtmap.fmt import store
+from dirtmap.fmt.errors import FormatError, StorageError
+from dirtmap.fmt.geometry import ceil_div
+from dirtmap.fmt.store import Area
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Write = tuple[int, bytes | memoryview]
+
+# Leaves that may be read, from the first on and again from the emptiest, in search of a run of clusters before it is
+# taken at the end instead.
+_MOST_LEAVES_SEARCHED = 4
+
+
+class SpaceMap:
+    """The map as one commit finds it and leaves it.
+
+    Args:
+        where: the store's path, for messages.
+        cluster_size: bytes.
+        clusters: how many the map covers: the length of the file in clusters.
+        root: the bytes of the map's root.
+        released: (first, count) of the runs that the last commit released.
+        read: returns an area's bytes, verified.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        cluster_size: int,
+        clusters: int,
+        root: bytes,
+        released: Iterable[tuple[int, int]],
+        read: Callable[[Area, str], bytes],
+    ) -> None:
+        self._where, self._cluster, self.clusters, self._read = where, cluster_size, clusters, read
+        self.per_leaf = store.leaf_clusters(cluster_size)
+        leaves = [store.LEAF.parse(root, at) for at in range(0, len(root), store.LEAF.size)]
+        self.places = [Area(leaf.offset, cluster_size, leaf.checksum) for leaf in leaves]
+        self.free = [int(leaf.free) for leaf in leaves]
+        if len(leaves) != ceil_div(clusters, self.per_leaf):
+            raise FormatError(f"{where}: space map", f"{len(leaves)} leaves do not cover {clusters} clusters")
+        self._released = list(released)
+        self._newly_released: list[int] = []
+        self._leaves: dict[int, NDArray[np.bool_]] = {}
+        self._changed: set[int] = set()
+
+    def leaf(self, index: int) -> NDArray[np.bool_]:
+        """Leaf ``index`` unpacked: bool, shape (per_leaf,), True where used or released."""
+        if index not in self._leaves:
+            raw = self._read(self.places[index], f"space map leaf {index}")
+            leaf = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little", count=self.per_leaf).view(np.bool_)
+            where = f"{self._where}: space map[{index}]"
+            if (free := int(np.count_nonzero(~leaf))) != self.free[index]:
+                raise FormatError(f"{where}.free", f"{self.free[index]}, but {free} are free")
+            if index == 0 and not leaf[: ceil_div(store.RESERVED, self._cluster)].all():
+                raise FormatError(where, "the headers' clusters are marked as free")
+            self._leaves[index] = leaf
+        return self._leaves[index]
+
+    def take(self, count: int) -> int:
+        """``count`` adjacent clusters that neither slot refers to, marked as used; the number of the first."""
+        first = self._found(count)
+        if first is None:
+            first = self.clusters
+            self._grow(count)
+        self._mark(first, count, used=True)
+        return first
+
+    def _found(self, count: int) -> int | None:
+        """Where ``count`` adjacent clusters are free inside the file, as far as that is worth searching for."""
+        if count > self.per_leaf:
+            return self._found_across(count)
+        possible = [index for index, free in enumerate(self.free) if free >= count]
+        # Leaves that are written anyway come first. The emptiest come last, so that they stay empty.
+        near = [index for index in possible if index not in self._changed][:_MOST_LEAVES_SEARCHED]
+        emptiest = heapq.nlargest(_MOST_LEAVES_SEARCHED, possible, key=lambda index: self.free[index])
+        for index in dict.fromkeys([*sorted(self._changed.intersection(possible)), *near, *emptiest]):
+            start = _run(~self.leaf(index), count)
+            if start is not None and index * self.per_leaf + start + count <= self.clusters:
+                return index * self.per_leaf + start
+        return None
+
+    def _found_across(self, count: int) -> int | None:
+        """The same for more than a leaf shows: the free end of one, whole free ones, the free beginning of another."""
+        index = 0
+        while index < len(self.free):
+            first = index
+            while index < len(self.free) and self.free[index] == self.per_leaf:
+                index += 1
+            if (index - first + 2) * self.per_leaf >= count and index > first:
+                start, end = first * self.per_leaf, index * self.per_leaf
+                if first:
+                    start -= int(np.argmax(np.append(self.leaf(first - 1)[::-1], True)))
+                if index < len(self.free):
+                    end += int(np.argmax(np.append(self.leaf(index), True)))
+                if min(end, self.clusters) - start >= count:
+                    return start
+            index += 1
+        return None
+
+    def _grow(self, count: int) -> None:
+        self.clusters += count
+        leaves = ceil_div(self.clusters, self.per_leaf)
+        if self.clusters * self._cluster > store.MAX_FILE_BYTES or leaves * store.LEAF.size > store.MAX_SPACE_MAP_BYTES:
+            raise StorageError(self._where, "the store would become larger than its space map can show")
+        while len(self.places) * self.per_leaf < self.clusters:
+            self._leaves[len(self.places)] = np.zeros(self.per_leaf, np.bool_)
+            self._changed.add(len(self.places))
+            self.places.append(Area())
+            self.free.append(self.per_leaf)
+
+    def _mark(self, first: int, count: int, *, used: bool) -> None:
+        while count:
+            index, start = divmod(first, self.per_leaf)
+            here = min(count, self.per_leaf - start)
+            part = self.leaf(index)[start : start + here]
+            changed = int(np.count_nonzero(part != used))
+            part[:] = used
+            self.free[index] += -changed if used else changed
+            self._changed.add(index)
+            first, count = first + here, count - here
+
+    def release(self, area: Area) -> None:
+        """This commit no longer uses that area; the commit after the next may reuse it."""
+        self._newly_released += area.clusters(self._cluster)
+
+    def seal(self, old_root: Area, old_released: Area) -> tuple[Area, Area, list[Write]]:
+        """Ends the commit's changes to the map, whose own parts are replaced like everything else.
+
+        Returns:
+            The root's area, the released list's area, and what to write.
+        """
+        self.release(old_root)
+        self.release(old_released)
+        for first, count in self._released:
+            for index in range(first // self.per_leaf, (first + count - 1) // self.per_leaf + 1):
+                self._changed.add(index)
+        placed: dict[int, int] = {}
+        root = released = (0, 0)  # first cluster, clusters
+        while True:
+            # Giving a leaf a place can change another leaf, which then needs one, too.
+            for index in sorted(self._changed - placed.keys()):
+                if self.places[index].length:
+                    self.release(self.places[index])
+                placed[index] = self.take(1)
+            runs = _runs(self._newly_released)
+            if len(runs) * store.RUN.size > store.MAX_RELEASED_BYTES:
+                raise StorageError(self._where, "the change is too large for one commit")
+            root = self._resized(root, len(self.places) * store.LEAF.size)
+            released = self._resized(released, len(runs) * store.RUN.size)
+            if self._changed <= placed.keys() and self._fits(root, released):
+                break
+        for first, count in self._released:
+            self._mark(first, count, used=False)
+        writes: list[Write] = []
+        for index, cluster in placed.items():
+            raw = np.packbits(self._leaves[index], bitorder="little").tobytes().ljust(self._cluster, b"\0")
+            self.places[index] = _written(writes, cluster * self._cluster, raw)
+        root_bytes = b"".join(
+            store.LEAF.build(offset=place.offset, free=free, checksum=place.checksum)
+            for place, free in zip(self.places, self.free, strict=True)
+        )
+        run_bytes = b"".join(store.RUN.build(first=first, count=count) for first, count in _runs(self._newly_released))
+        return (
+            _written(writes, root[0] * self._cluster, root_bytes),
+            _written(writes, released[0] * self._cluster, run_bytes),
+            writes,
+        )
+
+    def _resized(self, place: tuple[int, int], length: int) -> tuple[int, int]:
+        wanted = ceil_div(length, self._cluster)
+        if place[1] >= wanted:
+            return place
+        if place[1]:
+            self._mark(*place, used=False)  # taken a moment ago, and nobody refers to it
+        return self.take(wanted), wanted
+
+    def _fits(self, root: tuple[int, int], released: tuple[int, int]) -> bool:
+        return (
+            root[1] * self._cluster >= len(self.places) * store.LEAF.size
+            and released[1] * self._cluster >= len(_runs(self._newly_released)) * store.RUN.size
+        )
+
+
+def _written(writes: list[Write], offset: int, raw: bytes) -> Area:
+    import crc32c
+
+    if not raw:
+        return Area()
+    writes.append((offset, raw))
+    return Area(offset, len(raw), crc32c.crc32c(raw))
+
+
+def _run(free: NDArray[np.bool_], count: int) -> int | None:
+    """Where the first ``count`` adjacent free clusters begin.
+
+    free    0 1 1 0 1 1 1 0        edges +1 at 1, 4; -1 at 3, 7; lengths 2, 3
+    """
+    edges = np.diff(free.astype(np.int8), prepend=0, append=0)
+    starts = np.flatnonzero(edges == 1)
+    long_enough = np.flatnonzero(np.flatnonzero(edges == -1) - starts >= count)
+    return int(starts[long_enough[0]]) if len(long_enough) else None
+
+
+def _runs(clusters: list[int]) -> list[tuple[int, int]]:
+    """Cluster numbers as runs (first, count), ascending."""
+    if not clusters:
+        return []
+    numbers = np.unique(np.array(clusters, np.int64))
+    starts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+    counts = np.diff(starts, append=len(numbers))
+    return list(zip(numbers[starts].tolist(), counts.tolist(), strict=True))

@@ -1,0 +1,329 @@
+"""`Store`: a store file, read without locks and changed by one commit at a time.
+
+A commit, in epochs that a sync ends each:
+
+    0  areas, into clusters that neither header slot refers to; and header copies that a crash or damage left
+       different from their twin: made the same
+    1  one copy of the other slot's header                                  <- the commit
+    2  its second copy
+
+Source: SPEC.md, "Changing a store".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+import crc32c
+
+from dirtmap.engine import locks
+from dirtmap.engine.fileio import File, open_file, sync_folder
+from dirtmap.engine.store import header as headers
+from dirtmap.engine.store.header import Chosen, Header
+from dirtmap.engine.store.table import NamespaceTable
+from dirtmap.fmt import store
+from dirtmap.fmt.directory import parse_table
+from dirtmap.fmt.errors import FormatError, LockedError, StorageError
+from dirtmap.fmt.geometry import ceil_div
+from dirtmap.fmt.store import Area
+
+T = TypeVar("T")
+
+FORMAT = "dirtmap"
+_WRITER = 100  # the byte that a writer locks alone
+_PATIENCE_SECONDS = 5.0
+# A reader starts over when the header moved on under it; this often only where commits come without pause.
+_ATTEMPTS = 1000
+
+
+class Snapshot:
+    """A store as of one commit.
+
+    Attributes:
+        file: the store.
+        chosen: which header counts, and why.
+        header: the header that counts.
+    """
+
+    def __init__(self, file: File, chosen: Chosen) -> None:
+        self.file, self.chosen, self.header = file, chosen, chosen.header
+        self.size = file.size()
+
+    def check_area(self, area: Area, what: str) -> None:
+        """Refuses an area that cannot be read.
+
+        Raises:
+            FormatError: names the area.
+        """
+        for field, fault in store.area_faults(area, self.header.cluster_size, self.size):
+            raise FormatError(f"{self.file.path}: {what}.{field}", fault)
+        if area.length > store.MAX_METADATA_BYTES:
+            raise FormatError(f"{self.file.path}: {what}.length", f"{area.length} is above {store.MAX_METADATA_BYTES}")
+
+    def read(self, area: Area, what: str) -> bytes:
+        """An area's bytes.
+
+        Raises:
+            FormatError: the area lies nowhere sensible, or its checksum is wrong; names it.
+        """
+        self.check_area(area, what)
+        data = self.file.read(area.offset, area.length)
+        if len(data) < area.length or (data and crc32c.crc32c(data) != area.checksum):
+            raise FormatError(f"{self.file.path}: {what} at {area.offset:#x}", "its checksum is wrong")
+        return data
+
+    def table(self) -> NamespaceTable:
+        """The namespaces."""
+        header = self.header
+        return NamespaceTable(self.file.path, self.read(header.table, "namespace table"), header.namespaces, self.read)
+
+    def released(self) -> list[tuple[int, int]]:
+        """The runs of clusters that the commit released, (first, count), ascending.
+
+        Raises:
+            FormatError: damaged, or runs overlap or leave the file.
+        """
+        values = parse_table(self.read(self.header.released, "released clusters"))
+        runs = list(zip(values[::2], values[1::2], strict=True))
+        end = ceil_div(store.RESERVED, self.header.cluster_size)
+        for first, count in runs:
+            if first < end or count == 0 or first + count > self.header.clusters:
+                raise FormatError(f"{self.file.path}: released clusters", f"run of {count} at {first} is out of range")
+            end = first + count
+        return runs
+
+
+class Store:
+    """A store file. Reading takes no lock; `change` is the one way to write.
+
+    Attributes:
+        path: as it was opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file = open_file(path)
+        try:
+            self._choose(self._file)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @staticmethod
+    def _choose(file: File) -> Chosen:
+        return headers.choose(file.path, file.read(0, store.RESERVED))
+
+    def read(self, read: Callable[[Snapshot], T]) -> T:
+        """Runs ``read`` on one commit's state; if the store moved on under it, on a later one instead.
+
+        What a commit referred to stays untouched until the commit after the next has switched the header: areas are
+        taken from clusters that neither slot refers to. So an answer counts if, after it was made, the newest header
+        is at most one generation on; otherwise, or if a checksum failed meanwhile, it is made again.
+
+        Raises:
+            FormatError: a checksum is wrong, and the store did not move.
+        """
+        for _ in range(_ATTEMPTS):
+            if not self._file.is_current():
+                self._reopen()
+            snapshot = Snapshot(self._file, self._settled())
+            try:
+                answer = read(snapshot)
+                failure = None
+            except FormatError as error:
+                failure = error
+            now = self._settled().header
+            if failure is None and now.generation <= snapshot.header.generation + 1:
+                return answer
+            if failure is not None and now.commit_id == snapshot.header.commit_id and self._file.is_current():
+                raise failure
+        raise LockedError(self.path, "changes faster than it can be read")
+
+    def _settled(self) -> Chosen:
+        """The header; where it looks damaged, a second look tells a torn read from damage."""
+        for _ in range(20):
+            try:
+                chosen = self._choose(self._file)
+            except FormatError:
+                chosen = None
+            if chosen is not None and not chosen.in_doubt:
+                return chosen
+            time.sleep(0.001)
+        return self._choose(self._file)
+
+    def _reopen(self) -> None:
+        self._file.close()
+        self._file = open_file(self.path)
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[Change]:
+        """Changes the store: at the end of the block all is durable, after an exception nothing has changed.
+
+        Raises:
+            LockedError: another process is writing, and does not end.
+            FormatError: what would have to be changed is damaged.
+            StorageError: the operating system failed; the old state stands, or the new one does.
+        """
+        with self._locked() as file:
+            change = Change(file, self._choose(file))
+            yield change
+            change.commit()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[File]:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            with open_file(self.path, writable=True) as file:
+                if file.lock_alone(_WRITER):
+                    # A compaction may have put another file in its place while we waited.
+                    if file.is_current():
+                        yield file
+                        return
+                elif time.monotonic() > deadline:
+                    raise LockedError(self.path, f"being written by {locks.holders(file)}")
+            time.sleep(random.uniform(0.001, 0.01))
+
+
+class Change:
+    """A store while it is being changed: areas are planned, then `commit` writes them and switches the header.
+
+    Attributes:
+        snapshot: the state it starts from.
+        table: its namespaces, to be changed.
+        generation: the number that the commit will have.
+    """
+
+    def __init__(self, file: File, chosen: Chosen) -> None:
+        from dirtmap.engine.store.space import SpaceMap
+
+        self._file, self._chosen = file, chosen
+        self.snapshot = Snapshot(file, chosen)
+        header = self.header = chosen.header
+        self.table = self.snapshot.table()
+        root = self.snapshot.read(header.space, "space map")
+        self.space = SpaceMap(
+            file.path, header.cluster_size, header.clusters, root, self.snapshot.released(), self.snapshot.read
+        )
+        # Past a lost newest header, too, which had the next number.
+        self.generation = header.generation + (2 if chosen.in_doubt else 1)
+        self._writes: list[tuple[int, bytes | memoryview]] = []
+        self._doubt = header.doubt_generation
+
+    def place(self, data: bytes | memoryview) -> Area:
+        """Finds room for bytes, to be written by the commit."""
+        length = len(data)
+        if not length:
+            return Area()
+        cluster = self.space.take(ceil_div(length, self.header.cluster_size))
+        offset = cluster * self.header.cluster_size
+        self._writes.append((offset, data))
+        return Area(offset, length, crc32c.crc32c(data))
+
+    def release(self, area: Area) -> None:
+        """Gives up an area; it is reused once neither header slot refers to it."""
+        self.space.release(area)
+
+    def doubt_everything(self) -> None:
+        """From this commit on every namespace counts as all dirty, until it is written again."""
+        self._doubt = self.header.generation
+
+    def commit(self) -> None:
+        """Makes the change durable; nothing is written where nothing changed."""
+        old = self.header
+        table = self.table.seal(self.place, self.release, old.table)
+        if table == old.table and self._doubt == old.doubt_generation and not self._writes:
+            return
+        space, released, writes = self.space.seal(old.space, old.released)
+        new = replace(
+            old,
+            generation=self.generation,
+            commit_id=uuid.uuid4().bytes,
+            doubt_generation=self._doubt,
+            clusters=self.space.clusters,
+            table=table,
+            bucket_bits=self.table.bucket_bits,
+            namespaces=self.table.count,
+            space=space,
+            released=released,
+        )
+        block = headers.build_block(new)
+        for number, data in self._chosen.mends:
+            self._file.write(number * store.BLOCK, data)
+        for offset, area in [*self._writes, *writes]:
+            self._file.write(offset, area)
+        self._file.sync()
+        for offset in headers.blocks_of(1 - self._chosen.slot):
+            self._file.write(offset, block)
+            self._file.sync()
+
+
+def create(
+    path: str,
+    *,
+    cluster_bits: int = store.DEFAULT_CLUSTER_BITS,
+    store_uuid: bytes | None = None,
+    generation: int = 1,
+    doubt_generation: int = 0,
+) -> None:
+    """Makes an empty store.
+
+    Args:
+        path: must not exist.
+        cluster_bits: log2 of the cluster size in bytes, 12 to 21.
+        store_uuid: 16 bytes; a new one unless this store is to take another's place.
+        generation: of its first commit.
+        doubt_generation: see `Header`.
+
+    Raises:
+        StorageError: it exists, or cannot be made.
+    """
+    if not store.MIN_CLUSTER_BITS <= cluster_bits <= store.MAX_CLUSTER_BITS:
+        raise StorageError(path, f"a cluster of 2**{cluster_bits} bytes is outside 4 KiB to 2 MiB")
+    cluster = 1 << cluster_bits
+    first = ceil_div(store.RESERVED, cluster)
+    pointers = store.AREA.build(**Area()._asdict())
+    used = first + 3  # the table, a leaf, the space map's root
+    leaf = ((1 << used) - 1).to_bytes(cluster, "little")
+    leaf_offset = (first + 1) * cluster
+    root = store.LEAF.build(offset=leaf_offset, free=store.leaf_clusters(cluster) - used, checksum=crc32c.crc32c(leaf))
+    header = Header(
+        uuid=store_uuid or uuid.uuid4().bytes,
+        generation=generation,
+        commit_id=uuid.uuid4().bytes,
+        doubt_generation=doubt_generation,
+        cluster_bits=cluster_bits,
+        clusters=used,
+        table=Area(first * cluster, len(pointers), crc32c.crc32c(pointers)),
+        bucket_bits=0,
+        namespaces=0,
+        space=Area((first + 2) * cluster, len(root), crc32c.crc32c(root)),
+        released=Area(),
+    )
+    blocks = [headers.build_block(header), headers.build_block(replace(header, generation=generation + 1))]
+    with open_file(path, writable=True, create=True) as file:
+        file.write(first * cluster, pointers)
+        file.write(leaf_offset, leaf)
+        file.write((first + 2) * cluster, root.ljust(cluster, b"\0"))
+        file.sync()
+        for slot, block in enumerate(blocks):
+            for offset in headers.blocks_of(slot):
+                file.write(offset, block)
+        file.sync()
+    sync_folder(os.path.abspath(path))

@@ -1,0 +1,145 @@
+"""`NamespaceTable`: a store's namespaces in two levels, so that one is found or changed without the others.
+
+table:   2**bucket_bits area pointers          bucket number = CRC32C(name) mod 2**bucket_bits
+bucket:  records, one behind the other         8 on average, before the table doubles
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import crc32c
+
+from dirtmap.fmt import store
+from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.store import Area, Record
+
+Read = Callable[[Area, str], bytes]
+Place = Callable[[bytes], Area]
+
+
+class NamespaceTable:
+    """The table as one commit finds it, and as the next one will.
+
+    Args:
+        where: the store's path, for messages.
+        pointers: the bytes of the table.
+        count: how many namespaces there are.
+        read: returns an area's bytes, verified.
+    """
+
+    def __init__(self, where: str, pointers: bytes, count: int, read: Read) -> None:
+        self._where, self._read = where, read
+        self._pointers = pointers
+        self._buckets = len(pointers) // store.AREA.size
+        self.count = count
+        self._changed: dict[int, dict[bytes, Record]] = {}
+
+    @property
+    def bucket_bits(self) -> int:
+        """log2 of the number of buckets."""
+        return self._buckets.bit_length() - 1
+
+    def get(self, name: bytes) -> Record | None:
+        """The namespace of that name, or None."""
+        return self.bucket(self._number(name)).get(name)
+
+    def __iter__(self) -> Iterator[Record]:
+        """All namespaces, bucket by bucket."""
+        for number in range(self._buckets):
+            yield from self.bucket(number).values()
+
+    def put(self, record: Record) -> None:
+        """Adds or replaces a namespace.
+
+        Raises:
+            FormatError: the record breaks a rule, or the table is full.
+        """
+        for field, what in store.record_faults(record):
+            raise FormatError(f"{self._where}: {_label(record.name)}.{field}", what)
+        bucket = self._change(self._number(record.name))
+        self.count += record.name not in bucket
+        if self.count > store.MAX_NAMESPACES:
+            raise FormatError(f"{self._where}: namespaces", f"more than {store.MAX_NAMESPACES}")
+        bucket[record.name] = record
+
+    def remove(self, name: bytes) -> None:
+        """Forgets a namespace."""
+        del self._change(self._number(name))[name]
+        self.count -= 1
+
+    def seal(self, place: Place, release: Callable[[Area], None], old: Area) -> Area:
+        """Writes changed buckets and the table anew.
+
+        Args:
+            place: finds room for bytes and has them written.
+            release: gives up an area.
+            old: the table's present area.
+
+        Returns:
+            The table's new area; the old one where nothing changed.
+        """
+        if not self._changed:
+            return old
+        areas = store.parse_areas(self._pointers)
+        if self.count > self._buckets * store.RECORDS_PER_BUCKET and self.bucket_bits < store.MAX_BUCKET_BITS:
+            records = list(self)
+            for area in areas:
+                release(area)
+            while (
+                self.count > self._buckets * store.RECORDS_PER_BUCKET // 2 and self.bucket_bits < store.MAX_BUCKET_BITS
+            ):
+                self._buckets *= 2
+            areas = [Area()] * self._buckets
+            self._changed = {}
+            for record in records:
+                self._changed.setdefault(self._number(record.name), {})[record.name] = record
+        for number, bucket in self._changed.items():
+            release(areas[number])
+            areas[number] = place(b"".join(map(store.build_record, bucket.values()))) if bucket else Area()
+        release(old)
+        self._pointers = b"".join(store.AREA.build(**area._asdict()) for area in areas)
+        return place(self._pointers)
+
+    def _number(self, name: bytes) -> int:
+        return int(crc32c.crc32c(name)) % self._buckets
+
+    def areas(self) -> list[Area]:
+        """The bucket pointers as found."""
+        return store.parse_areas(self._pointers)
+
+    def bucket(self, number: int) -> dict[bytes, Record]:
+        """The namespaces of one bucket, by name.
+
+        Raises:
+            FormatError: damaged; names the bucket or the record.
+        """
+        if number in self._changed:
+            return self._changed[number]
+        raw = store.AREA.parse(self._pointers, number * store.AREA.size)
+        where = f"bucket {number}"
+        data = self._read(Area(raw.offset, raw.length, raw.checksum), where)
+        found: dict[bytes, Record] = {}
+        try:
+            for record in store.parse_records(data):
+                for field, what in store.record_faults(record):
+                    raise FormatError(f"{self._where}: {_label(record.name)}.{field}", what)
+                if self._number(record.name) != number:
+                    raise FormatError(f"{self._where}: {where}", f"{_label(record.name)} belongs into another bucket")
+                if record.name in found:
+                    raise FormatError(f"{self._where}: {where}", f"{_label(record.name)} appears twice")
+                found[record.name] = record
+                if len(found) > self.count:
+                    raise FormatError(f"{self._where}: {where}", f"more namespaces than all there are, {self.count}")
+        except ValueError as error:
+            raise FormatError(f"{self._where}: {where}", str(error)) from None
+        return found
+
+    def _change(self, number: int) -> dict[bytes, Record]:
+        if number not in self._changed:
+            self._changed[number] = self.bucket(number)
+        return self._changed[number]
+
+
+def _label(name: bytes) -> str:
+    return f"namespace '{name.decode('utf-8', 'backslashreplace')}'"

@@ -1,0 +1,290 @@
+"""The store: our own file for the bitmaps of many images, one namespace each.
+
+    block 0     1     2     3   |  clusters: areas of bits, directories, buckets, tables, the space map
+      | A | B | A' | B' |       |  ...
+
+    header --+-- namespace table: 2**bucket_bits pointers --> bucket: records --> directory --> bits
+             +-- space map: a pointer for each leaf --> leaf: one bit a cluster, 1 = used
+             +-- released: runs of clusters that the previous commit used and this one does not
+
+Two header slots, A and B, used in turn, each held twice. Everything a header leads to is named by an *area pointer*:
+offset, length in bytes, CRC32C of those bytes. Areas begin at a cluster and are never changed, only replaced.
+All numbers are big-endian. Source of every rule: SPEC.md, "The store".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
+
+from dirtmap.fmt import geometry
+from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DATA_BYTES, TYPE_DIRTY_TRACKING, Entry, name_fault
+from dirtmap.fmt.structure import Structure
+
+MAGIC = b"DMS\xfb"
+VERSION = 1
+BLOCK = 4096  # bytes of one copy of a header
+COPIES = ((0, 2), (1, 3))  # blocks of slot A and of slot B
+RESERVED = 4 * BLOCK  # bytes at the start of the file that hold headers only
+
+HEADER = Structure(
+    "store header",
+    "magic" / Bytes(4),
+    "version" / Int32ub,
+    "incompatible_features" / Int64ub,
+    "compatible_features" / Int64ub,
+    "autoclear_features" / Int64ub,
+    "cluster_bits" / Int32ub,
+    "header_length" / Int32ub,
+    "uuid" / Bytes(16),
+    "generation" / Int64ub,
+    "commit_id" / Bytes(16),
+    "doubt_generation" / Int64ub,
+    "clusters" / Int64ub,
+)
+CHECKSUM = Structure("store header checksum", "checksum" / Int32ub)  # the last four bytes of a block, over all before
+
+AREA = Structure("area pointer", "offset" / Int64ub, "length" / Int32ub, "checksum" / Int32ub)
+NAMESPACES_EXTENSION = Structure(
+    "namespaces extension",
+    "offset" / Int64ub,
+    "length" / Int32ub,
+    "checksum" / Int32ub,
+    "bucket_bits" / Int32ub,
+    "namespaces" / Int32ub,
+)
+LEAF = Structure("space map entry", "offset" / Int64ub, "free" / Int32ub, "checksum" / Int32ub)
+RUN = Structure("released run", "first" / Int64ub, "count" / Int64ub)
+RECORD = Structure(
+    "namespace record",
+    "length" / Int32ub,
+    "kind" / Int8ub,
+    "reserved" / Int8ub,
+    "name_size" / Int16ub,
+    "uuid" / Bytes(16),
+    "root_uuid" / Bytes(16),
+    "generation" / Int64ub,
+    "size" / Int64ub,
+    "directory_offset" / Int64ub,
+    "directory_length" / Int32ub,
+    "directory_checksum" / Int32ub,
+    "nb_bitmaps" / Int32ub,
+    "path_size" / Int32ub,
+    "image_device" / Int64ub,
+    "image_inode" / Int64ub,
+    "image_mtime" / Int64ub,
+    "image_size" / Int64ub,
+)
+# The extra data of a directory entry in a store.
+BITS_CHECKSUM = Structure("bits checksum", "checksum" / Int32ub, "reserved" / Int32ub)
+
+EXTENSION_NAMESPACES = 0x4E535043
+EXTENSION_SPACE = 0x53504143
+EXTENSION_RELEASED = 0x52454C53
+EXTENSION_NAMES = {
+    EXTENSION_NAMESPACES: "namespaces",
+    EXTENSION_SPACE: "space map",
+    EXTENSION_RELEASED: "released clusters",
+}
+
+MIN_CLUSTER_BITS = 12
+MAX_CLUSTER_BITS = 21
+DEFAULT_CLUSTER_BITS = 12
+MAX_BUCKET_BITS = 16
+MAX_NAMESPACES = 65536
+MAX_PATH = 4096
+MAX_SPACE_MAP_BYTES = 64 << 20  # of its root
+MAX_RELEASED_BYTES = 16 << 20
+MAX_METADATA_BYTES = 128 << 20  # of any other area but bits: 65,535 entries with the longest names take 66 MiB
+MAX_FILE_BYTES = 1 << 62
+MAX_GENERATION = 1 << 62
+RECORDS_PER_BUCKET = 8  # on average, before the table doubles
+
+KIND_NODE = 1
+KIND_DEVICE = 2
+# Where a qcow2 image with an identity of its own is; its bitmaps are in it.
+KIND_PLACE = 3
+KIND_NAMES = {KIND_NODE: "node", KIND_DEVICE: "device", KIND_PLACE: "place"}
+
+# A directory entry's table_offset where a bitmap takes no space.
+ALL_ZEROS = 0
+ALL_ONES = 1
+
+
+class Area(NamedTuple):
+    """Where bytes lie and what their CRC32C is; ``length`` 0 means nothing is stored."""
+
+    offset: int = 0
+    length: int = 0
+    checksum: int = 0
+
+    def clusters(self, cluster_size: int) -> range:
+        """The numbers of the clusters it takes."""
+        first = self.offset // cluster_size
+        return range(first, first + geometry.ceil_div(self.length, cluster_size))
+
+
+NOWHERE = Area()
+
+
+def leaf_clusters(cluster_size: int) -> int:
+    """How many clusters a leaf of the space map shows: a bit each."""
+    return cluster_size * 8
+
+
+def parse_areas(data: bytes) -> list[Area]:
+    """An array of area pointers."""
+    parsed = (AREA.parse(data, at) for at in range(0, len(data), AREA.size))
+    return [Area(area.offset, area.length, area.checksum) for area in parsed]
+
+
+def area_faults(area: Area, cluster_size: int, file_size: int) -> Iterator[tuple[str, str]]:
+    """What makes an area unusable, as (field, what); called before its bytes are read."""
+    if area.length == 0:
+        if area.offset or area.checksum:
+            yield "length", "0, but the area has a place"
+        return
+    if area.offset % cluster_size or area.offset < RESERVED:
+        yield "offset", f"{area.offset:#x} is not a cluster behind the headers"
+    elif area.offset + area.length > file_size:
+        end = area.offset + area.length
+        yield "offset", f"the area ends at {end:#x}, past the end of the file ({file_size:#x})"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What an image looked like when its bitmaps were last known to be right: numbers from ``stat``; size in bytes."""
+
+    device: int = 0
+    inode: int = 0
+    mtime_ns: int = 0
+    size: int = 0
+
+
+NO_IDENTITY = Identity()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One namespace.
+
+    Attributes:
+        name: raw bytes of the node's or device's name.
+        kind: `KIND_NODE`, `KIND_DEVICE` or `KIND_PLACE`.
+        uuid: 16 bytes.
+        size: of the virtual disk, bytes.
+        generation: of the commit that wrote the directory.
+        directory: where the directory is; no length where there are no bitmaps.
+        nb_bitmaps: entries in it.
+        path: of the image, raw bytes; empty for a device.
+        identity: of the image.
+        root_uuid: of a device's root node; zeros for a node.
+    """
+
+    name: bytes
+    kind: int
+    uuid: bytes
+    size: int
+    generation: int = 0
+    directory: Area = NOWHERE
+    nb_bitmaps: int = 0
+    path: bytes = b""
+    identity: Identity = NO_IDENTITY
+    root_uuid: bytes = bytes(16)
+
+
+def parse_records(data: bytes) -> Iterator[Record]:
+    """The records of a bucket.
+
+    Raises:
+        ValueError: a record's lengths lead outside the bucket.
+    """
+    at = 0
+    while at < len(data):
+        if at + RECORD.size > len(data):
+            raise ValueError(f"{len(data) - at} bytes are left, too few for a record")
+        raw = RECORD.parse(data, at)
+        name = at + RECORD.size
+        end = geometry.align_up(name + raw.name_size + raw.path_size, 8)
+        if raw.length != end - at or end > len(data):
+            raise ValueError(f"a record of {raw.length} bytes at {at} does not fit its name and path, or the bucket")
+        yield Record(
+            name=data[name : name + raw.name_size],
+            kind=raw.kind,
+            uuid=raw.uuid,
+            size=raw.size,
+            generation=raw.generation,
+            directory=Area(raw.directory_offset, raw.directory_length, raw.directory_checksum),
+            nb_bitmaps=raw.nb_bitmaps,
+            path=data[name + raw.name_size : name + raw.name_size + raw.path_size],
+            identity=Identity(raw.image_device, raw.image_inode, raw.image_mtime, raw.image_size),
+            root_uuid=raw.root_uuid,
+        )
+        at = end
+
+
+def build_record(record: Record) -> bytes:
+    """The bytes of one record, padded with zeros to a multiple of 8."""
+    length = geometry.align_up(RECORD.size + len(record.name) + len(record.path), 8)
+    fixed = RECORD.build(
+        length=length,
+        kind=record.kind,
+        reserved=0,
+        name_size=len(record.name),
+        uuid=record.uuid,
+        root_uuid=record.root_uuid,
+        generation=record.generation,
+        size=record.size,
+        directory_offset=record.directory.offset,
+        directory_length=record.directory.length,
+        directory_checksum=record.directory.checksum,
+        nb_bitmaps=record.nb_bitmaps,
+        path_size=len(record.path),
+        image_device=record.identity.device,
+        image_inode=record.identity.inode,
+        image_mtime=record.identity.mtime_ns,
+        image_size=record.identity.size,
+    )
+    return (fixed + record.name + record.path).ljust(length, b"\0")
+
+
+def record_faults(record: Record) -> Iterator[tuple[str, str]]:
+    """What is wrong with a record, as (field, what); called on load and on store."""
+    if fault := name_fault(record.name):
+        yield "name", fault
+    if record.kind not in KIND_NAMES:
+        yield "kind", f"{record.kind} is unknown"
+    if record.size > geometry.MAX_DISK_SIZE:
+        yield "size", f"{record.size} is above {geometry.MAX_DISK_SIZE}"
+    if len(record.path) > MAX_PATH or b"\0" in record.path:
+        yield "path", "too long, or contains a NUL byte"
+    if record.nb_bitmaps > MAX_BITMAPS:
+        yield "nb_bitmaps", f"{record.nb_bitmaps} is above {MAX_BITMAPS}"
+    if bool(record.nb_bitmaps) != bool(record.directory.length):
+        yield "nb_bitmaps", f"{record.nb_bitmaps}, but the directory has {record.directory.length} bytes"
+
+
+def entry_faults(entry: Entry, disk_size: int, cluster_size: int, file_size: int) -> Iterator[tuple[str, str]]:
+    """What is wrong with a directory entry in a store, as (field, what). Flags we do not know are kept, not judged."""
+    if entry.type != TYPE_DIRTY_TRACKING:
+        yield "type", f"{entry.type} is not 1 (dirty tracking bitmap)"
+    if fault := name_fault(entry.name):
+        yield "name", fault
+    if not geometry.is_granularity(1 << min(entry.granularity_bits, 63)):
+        yield "granularity_bits", f"{entry.granularity_bits} is outside 9..31"
+        return
+    length = geometry.packed_bytes(disk_size, entry.granularity)
+    if length > MAX_DATA_BYTES:
+        yield "granularity_bits", f"{length} bytes of bits are more than {MAX_DATA_BYTES}"
+    if entry.table_offset in (ALL_ZEROS, ALL_ONES):
+        if entry.table_size:
+            yield "table_size", f"{entry.table_size}, but the bitmap takes no space"
+        return
+    if entry.table_size != geometry.ceil_div(length, cluster_size):
+        yield "table_size", f"{entry.table_size} clusters, but the disk's size needs another number"
+    if len(entry.extra_data) < BITS_CHECKSUM.size:
+        yield "extra_data_size", f"{len(entry.extra_data)} bytes are too few for a checksum"
+    yield from area_faults(Area(entry.table_offset, length, 0), cluster_size, file_size)

@@ -1,0 +1,439 @@
+"""What a crash can leave of a store: `support.crash` for headers torn at 8 bytes, and for one crash after another.
+
+A `Judge` reads every state with a reader of its own, which shares nothing with dirtmap, and has dirtmap choose its
+header each time. What dirtmap does from there on, reading all bitmaps, checking, committing again, depends on nothing but that
+choice and the bytes it reads; so it is done once for each choice and each content of what was read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import crc32c
+from dirtmap.engine import changes, fileio
+from dirtmap.engine.store import header as headers
+from dirtmap.engine.store.check import check
+from dirtmap.engine.store.namespace import StoredImage
+from dirtmap.engine.store.nodes import nodes
+from dirtmap.engine.store.store import Store
+from dirtmap.fmt import store as fmt_store
+from dirtmap.fmt.errors import Error
+
+from support import crash
+from support.crash import Effort, Harm, Recording, Tally, Write
+
+BLOCK = 4096
+RESERVED = 4 * BLOCK
+WORD = 8  # what a header is torn at
+
+Pointer = tuple[int, int, int]  # offset, length, CRC32C
+
+
+class Broken(Exception):
+    """The store is not what SPEC.md says."""
+
+
+# A second reader, as plain as can be.
+
+
+class Header(NamedTuple):
+    """The fields of a header that this reader needs."""
+
+    generation: int
+    doubt: int
+    cluster: int
+    clusters: int
+    table: Pointer
+    namespaces: int
+    space: Pointer
+    released: Pointer
+
+
+class Bitmap(NamedTuple):
+    """A bitmap; ``bits`` are packed bytes, or 0 or 1 where all of them are."""
+
+    name: bytes
+    granularity_bits: int
+    flags: int
+    bits: bytes | int
+
+
+class Namespace(NamedTuple):
+    """A namespace."""
+
+    kind: int
+    uuids: bytes
+    size: int
+    path: bytes
+    identity: tuple[int, ...]
+    doubted: bool
+    bitmaps: tuple[Bitmap, ...]
+
+    def changed(self) -> bool:
+        """The image is not what it was."""
+        now = os.stat(self.path)
+        return self.identity != (now.st_dev, now.st_ino, now.st_mtime_ns, now.st_size)
+
+
+Contents = dict[bytes, Namespace]
+
+
+class Reader:
+    """A store in memory.
+
+    Attributes:
+        blocks: the header in each of the four copies, or None where it is damaged.
+        header: the one that counts.
+        slot: 0 or 1.
+        in_doubt: the other slot is lost.
+    """
+
+    def __init__(self, image: bytes | bytearray) -> None:
+        self.image = image
+        self.blocks = [_header(bytes(image[at : at + BLOCK])) for at in range(0, RESERVED, BLOCK)]
+        whole = [(block.generation, number) for number, block in enumerate(self.blocks) if block]
+        if not whole:
+            raise Broken("no header copy is whole")
+        self.slot = max(whole)[1] % 2
+        self.header = self._newest(self.slot)
+        self.in_doubt = not any(self.blocks[1 - self.slot :: 2])
+
+    def _newest(self, slot: int) -> Header:
+        return max((block for block in self.blocks[slot::2] if block), key=lambda header: header.generation)
+
+    def contents(self) -> Contents:
+        """All namespaces; the space map is what it has to be."""
+        doubt = self.header.generation if self.in_doubt else self.header.doubt
+        found, used = self._walk(self.header, doubt)
+        self._require_counted(self.header, used)
+        return found
+
+    def older(self) -> Contents | None:
+        """All namespaces as the other slot has them, if it is there: what the loss of the newest header leads to."""
+        return None if self.in_doubt else self._walk(self._newest(1 - self.slot), 0)[0]
+
+    def _area(self, pointer: Pointer, header: Header, used: list[range]) -> bytes:
+        offset, length, checksum = pointer
+        data = bytes(self.image[offset : offset + length])
+        if length:
+            if offset % header.cluster or offset < RESERVED:
+                raise Broken(f"an area lies at {offset:#x}")
+            if len(data) < length or crc32c.crc32c(data) != checksum:
+                raise Broken(f"{length} bytes at {offset:#x} are damaged")
+            first = offset // header.cluster
+            used.append(range(first, first + -(-length // header.cluster)))
+        return data
+
+    def _walk(self, header: Header, doubt: int) -> tuple[Contents, list[range]]:
+        used: list[range] = [range(-(-RESERVED // header.cluster))]
+        found: Contents = {}
+        table = self._area(header.table, header, used)
+        buckets = len(table) // 16
+        for number, pointer in enumerate(struct.iter_unpack(">QII", table)):
+            data = self._area(pointer, header, used)
+            at = 0
+            while at < len(data):
+                (
+                    length, kind, _, name_size, uuid, root, generation, size,
+                    offset, directory_length, checksum, bitmaps, path_size, *identity,
+                ) = struct.unpack_from(">IBBH16s16sQQQIIIIQQQQ", data, at)  # fmt: skip
+                name = data[at + 112 : at + 112 + name_size]
+                path = data[at + 112 + name_size : at + 112 + name_size + path_size]
+                if crc32c.crc32c(name) % buckets != number or name in found:
+                    raise Broken(f"{name!r} is in the wrong place")
+                directory = self._area((offset, directory_length, checksum), header, used)
+                entries = tuple(self._entries(directory, size, header, used))
+                if len(entries) != bitmaps or len({entry.name for entry in entries}) != bitmaps:
+                    raise Broken(f"the directory of {name!r} has {len(entries)} entries")
+                doubted = generation <= doubt
+                found[name] = Namespace(kind, uuid + root, size, path, tuple(identity), doubted, entries)
+                at += length
+        if len(found) != header.namespaces:
+            raise Broken(f"{len(found)} namespaces, not {header.namespaces}")
+        return found, used
+
+    def _entries(self, directory: bytes, size: int, header: Header, used: list[range]) -> Iterator[Bitmap]:
+        at = 0
+        while at < len(directory):
+            offset, _, flags, _, granularity_bits, name_size, extra = struct.unpack_from(">QIIBBHI", directory, at)
+            bits: bytes | int = offset
+            if offset > 1:
+                (checksum,) = struct.unpack_from(">I", directory, at + 24)
+                bits = self._area((offset, packed_size(size, granularity_bits), checksum), header, used)
+            name = directory[at + 24 + extra : at + 24 + extra + name_size]
+            yield Bitmap(name, granularity_bits, flags, bits)
+            at += -(-(24 + extra + name_size) // 8) * 8
+
+    def _require_counted(self, header: Header, used: list[range]) -> None:
+        """Marked is what is used or was released, nothing else; and nothing is used twice."""
+        released = [
+            range(first, first + count)
+            for first, count in struct.iter_unpack(">QQ", self._area(header.released, header, used))
+        ]
+        per_leaf = fmt_store.leaf_clusters(header.cluster)
+        marked = 0
+        for index, (offset, free, checksum) in enumerate(
+            struct.iter_unpack(">QII", self._area(header.space, header, used))
+        ):
+            leaf = int.from_bytes(self._area((offset, header.cluster, checksum), header, used), "little")
+            if leaf >> per_leaf or leaf.bit_count() + free != per_leaf:
+                raise Broken(f"leaf {index} of the space map counts {free} free clusters")
+            marked |= leaf << index * per_leaf
+        if marked >> header.clusters:
+            raise Broken("clusters past the end are marked")
+        taken = 0
+        for clusters in [*used, *released]:
+            mask = (1 << len(clusters)) - 1 << clusters.start
+            if taken & mask:
+                raise Broken(f"clusters {clusters} are used twice")
+            taken |= mask
+        if lost := taken & ~marked:
+            raise Broken(f"clusters in use are not marked, as number {lost.bit_length() - 1}")
+        if leaked := marked & ~taken:
+            raise Broken(f"clusters have leaked, as number {leaked.bit_length() - 1}")
+
+
+def _header(block: bytes) -> Header | None:
+    if block[:4] != b"DMS\xfb" or crc32c.crc32c(block[:-4]) != int.from_bytes(block[-4:], "big"):
+        return None
+    version, incompatible, _, _, cluster_bits, length, _, generation, _, doubt, clusters = struct.unpack_from(
+        ">IQQQII16sQ16sQQ", block, 4
+    )
+    if version != 1 or incompatible:
+        raise Broken("not for this reader")
+    chain = {}
+    at = length
+    while (head := struct.unpack_from(">II", block, at))[0]:
+        chain[head[0]] = block[at + 8 : at + 8 + head[1]]
+        at += 8 + -(-head[1] // 8) * 8
+    *table, bucket_bits, namespaces = struct.unpack(">QIIII", chain[0x4E535043])
+    if table[1] != 16 << bucket_bits:
+        raise Broken("the table's length does not fit")
+    return Header(
+        generation=generation,
+        doubt=doubt,
+        cluster=1 << cluster_bits,
+        clusters=clusters,
+        table=(table[0], table[1], table[2]),
+        namespaces=namespaces,
+        space=struct.unpack(">QII", chain[0x53504143]),
+        released=struct.unpack(">QII", chain[0x52454C53]),
+    )
+
+
+def contents(image: bytes | bytearray) -> Contents:
+    """What a store holds."""
+    return Reader(image).contents()
+
+
+def packed(bitmap: Bitmap, size: int, *, doubted: bool) -> bytes:
+    """A bitmap's bits as readers have to see them."""
+    granules = -(-size >> bitmap.granularity_bits)
+    if isinstance(bitmap.bits, bytes) and not doubted:
+        return bitmap.bits
+    bits = (1 << granules) - 1 if doubted or bitmap.bits else 0
+    return bits.to_bytes(packed_size(size, bitmap.granularity_bits), "little")
+
+
+def packed_size(size: int, granularity_bits: int) -> int:
+    granules = -(-size >> granularity_bits)
+    return -(-granules // 8)
+
+
+# What was done.
+
+
+@contextlib.contextmanager
+def in_memory(
+    image: bytearray, recording: Recording | None = None, reads: dict[tuple[int, int], bytes] | None = None
+) -> Iterator[str]:
+    """While active, the engine takes every path for this store; it reads and writes it there.
+
+    Args:
+        image: the store.
+        recording: gets all that is done.
+        reads: gets what was read behind the headers, by first byte and byte behind the last.
+    """
+    with crash.in_memory(image) as path:
+        base = fileio._factory
+
+        class Memory(base):  # type: ignore[valid-type, misc]
+            def lock_alone(self, offset: int) -> bool:
+                return True
+
+            def read(self, offset: int, length: int) -> bytes:
+                data = super().read(offset, length)
+                if reads is not None and offset >= RESERVED:
+                    reads[offset, offset + length] = data
+                return data
+
+            def write(self, offset: int, data: bytes | memoryview) -> None:
+                super().write(offset, data)
+                if recording:
+                    recording.step(Write(offset, bytes(data)))
+
+            def sync(self) -> None:
+                if recording:
+                    recording.sync()
+
+        with fileio.using(Memory):
+            yield path
+
+
+def record_in_memory(image: bytes | bytearray, operate: Callable[[str], object]) -> Recording:
+    """Runs an operation on a copy of a store and records what it does."""
+    recording = Recording(bytes(image))
+    with in_memory(bytearray(image), recording) as path:
+        operate(path)
+    return recording
+
+
+def shredded(recording: Recording) -> Recording:
+    """The same with every write to the headers taken apart into words, those left out that change nothing."""
+    image = bytearray(recording.original)
+
+    def words(step: crash.Step) -> Iterator[crash.Step]:
+        if isinstance(step, Write) and step.offset < RESERVED:
+            for at in range(0, len(step.data), WORD):
+                word = Write(step.offset + at, step.data[at : at + WORD])
+                if image[word.offset : word.offset + len(word.data)] != word.data:
+                    yield word
+        else:
+            yield step
+        crash.land(image, step)
+
+    def each(epoch: crash.Epoch) -> crash.Epoch:
+        return [word for step in epoch for word in words(step)]
+
+    return replace(recording, epochs=[each(epoch) for epoch in recording.epochs], unsynced=each(recording.unsynced))
+
+
+# What it must be.
+
+
+def next_commit(path: str) -> None:
+    """Something to do after a crash: a bitmap added to the last node, or removed from it."""
+    with Store(path) as target:
+        names = [node.name for node in nodes(target)]
+        if not names:
+            return
+        with StoredImage(target, names[-1]).transaction() as bitmaps:
+            if "after the crash" in bitmaps:
+                changes.remove(bitmaps, "after the crash")
+            else:
+                changes.add(bitmaps, "after the crash")
+                changes.mark(bitmaps, "after the crash", [bitmaps.size // 3], [bitmaps.size // 5])
+
+
+class Judge:
+    """Says whether a state that a crash left is as good as the store was before, or as what was asked for.
+
+    Args:
+        recording: of an operation on a sound store.
+        chain: what is tried of a crash while the next commit is made; one more commit is all that follows then.
+
+    Attributes:
+        chained: the states of that.
+    """
+
+    def __init__(self, recording: Recording, chain: Effort | None = None) -> None:
+        before = Reader(recording.original)
+        self.in_doubt = before.in_doubt
+        self.old, self.new = before.contents(), contents(recording.final)
+        self.chain, self.chained = chain, Tally()
+        self._known: dict[object, list[dict[tuple[int, int], bytes]]] = {}
+
+    def __call__(self, image: bytearray) -> None:
+        """Judges a state.
+
+        Raises:
+            Harm: it must not be.
+        """
+        reader = self._read(image)
+        if reader.in_doubt and not self.in_doubt:
+            raise Harm("a mere crash has put the store in doubt")
+        chosen = headers.choose("memory", bytes(image[:RESERVED]))
+        if (chosen.header.generation, chosen.in_doubt) != (reader.header.generation, reader.in_doubt):
+            raise Harm("dirtmap chooses another header")
+        self._engine_agrees(image, reader)
+
+    def _read(self, image: bytearray) -> Reader:
+        try:
+            reader = Reader(image)
+            found = reader.contents()
+            if found not in (self.old, self.new):
+                raise Harm(f"neither old nor new: {sorted(found)}")
+            reader.older()
+        except (Broken, struct.error) as broken:
+            raise Harm(f"broken: {broken}") from broken
+        return reader
+
+    def _engine_agrees(self, image: bytearray, reader: Reader) -> None:
+        known = self._known.setdefault(tuple(block and block.generation for block in reader.blocks), [])
+        for reads in known:
+            if all(image[start:end] == data for (start, end), data in reads.items()):
+                return
+        reads: dict[tuple[int, int], bytes] = {}
+        with in_memory(image, reads=reads) as path:
+            try:
+                self._bitmaps_agree(path, reader)
+                report = check(path)
+            except Error as error:
+                raise Harm(f"dirtmap refuses it: {error}") from error
+        lost = 2 if reader.in_doubt else 0  # both copies of a slot
+        if report.corruptions != lost or report.leaks or report.check_errors:
+            raise Harm(f"dirtmap finds {report.findings}")
+        self._goes_on(image)
+        known.append(reads)
+
+    def _bitmaps_agree(self, path: str, reader: Reader) -> None:
+        expected = {
+            name.decode(): {
+                bitmap.name.decode(): packed(bitmap, namespace.size, doubted=namespace.doubted or namespace.changed())
+                for bitmap in namespace.bitmaps
+                if not bitmap.flags & 1
+            }
+            for name, namespace in reader.contents().items()
+        }
+        with Store(path) as target:
+            found = {}
+            for node in nodes(target):
+                image = StoredImage(target, node.name)
+                if os.stat(node.path).st_size == node.size:
+                    bitmaps = [(name, bitmap) for name, bitmap in image.items() if not bitmap.inconsistent]
+                    found[node.name] = {name: bytes(bitmap.packed()) for name, bitmap in bitmaps}
+                else:
+                    del expected[node.name]
+                    assert image.info()
+        if found != expected:
+            raise Harm("dirtmap reads other bitmaps")
+
+    def _goes_on(self, image: bytearray) -> None:
+        """The next commit works, and so do those after it, whatever crash there is."""
+        try:
+            recording = record_in_memory(image, next_commit)
+        except Error as error:
+            raise Harm(f"the next commit fails: {error}") from error
+        judge = Judge(recording)
+        judge.finish(bytearray(recording.final))
+        if self.chain:
+            try:
+                found = crash.explore(shredded(recording), judge, self.chain)
+            except Harm as harm:
+                raise Harm(f"after the next crash: {harm}") from harm
+            self.chained += found
+
+    def finish(self, image: bytearray) -> None:
+        """Judges what is durable when the operation has returned: what was asked for, whichever copy gets damaged."""
+        for number in (None, *range(4)):
+            damaged = bytearray(image)
+            if number is not None:
+                damaged[number * BLOCK : (number + 1) * BLOCK] = bytes(BLOCK)
+            reader = self._read(damaged)
+            if reader.contents() != self.new:
+                raise Harm(f"what was asked for is not there, or not without header copy {number}")

@@ -1,0 +1,193 @@
+"""`dirtmap mark`, and the extents that it takes from other programs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import qemu
+from support.cli import dirtmap, error_of, mapped
+
+import dirtmap.engine as dm
+from dirtmap.fmt.geometry import MAX_DISK_SIZE
+from dirtmap.tools import extents as extents_module
+from dirtmap.tools.extents import parse_extents
+
+KIB, MIB = 1 << 10, 1 << 20
+
+DIRTY = {"offset": 0, "length": 5, "type": 1, "description": "dirty"}
+CLEAN = {"offset": 5, "length": 5, "type": 0, "description": "clean"}
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    qemu.create(path, 4 * MIB)
+    dirtmap("add", path, "b")
+    return path
+
+
+def parse(text: str | bytes | list[Any]) -> list[tuple[int, int]]:
+    data = json.dumps(text) if isinstance(text, list) else text
+    found = parse_extents(data if isinstance(data, bytes) else data.encode(), "F")
+    assert found.offsets.dtype == found.lengths.dtype == found.places.dtype == np.int64
+    return list(zip(found.offsets.tolist(), found.lengths.tolist(), strict=True))
+
+
+def test_a_range(image: Path) -> None:
+    dirtmap("mark", image, "b", "64K", "1")
+    dirtmap("mark", image, "b", 4 * MIB - 1, 1)
+    dirtmap("mark", image, "b", 4 * MIB, 0)
+    assert mapped(image, "b") == qemu.dirty(image, "b") == [(64 * KIB, 64 * KIB), (4 * MIB - 64 * KIB, 64 * KIB)]
+    qemu.check(image)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"), [("4M", "1"), ("0", str(4 * MIB + 1)), ("8191P", "8191P"), ("1", str(MAX_DISK_SIZE))]
+)
+def test_a_range_outside_the_disk(offset: str, length: str, image: Path) -> None:
+    before = image.read_bytes()
+    assert error_of("mark", image, "b", offset, length).startswith(f"{image}: bitmap 'b': ")
+    assert error_of("mark", image, "b", "--from", "-", given=f"0 1\n{offset} {length}\n").startswith(
+        "standard input: line 2: "
+    )
+    assert image.read_bytes() == before
+
+
+def test_what_nbdinfo_prints(image: Path) -> None:
+    dirtmap("mark", image, "b", "1M", "192K")
+    dirtmap("add", image, "copy", "-g", "512")
+    dirtmap("mark", image, "copy", "--from", "-", given=dirtmap("map", "--output=json", image, "b").out)
+    assert mapped(image, "copy") == [(MIB, 192 * KIB)]
+
+
+def test_what_qemu_img_map_prints(image: Path) -> None:
+    qemu.qemu_io(image, "write -q 128k 64k", "write -q -z 2M 64k", "write -q 3M 1M")
+    dirtmap("clear", image, "b")
+    file = image.with_name("extents")
+    file.write_text(qemu.qemu_img("map", "--output=json", image))
+    dirtmap("mark", image, "b", "--from", file)
+    # Zeros that the top image holds may have been something else before.
+    assert mapped(image, "b") == [(128 * KIB, 64 * KIB), (2 * MIB, 64 * KIB), (3 * MIB, MIB)]
+
+
+def test_what_rbd_diff_prints(image: Path) -> None:
+    changed = [
+        {"offset": 0, "length": 65536, "exists": "true"},
+        {"offset": MIB, "length": 1, "exists": "false"},  # discarded since: changed as well
+        {"offset": 2 * MIB, "length": 1, "exists": True},
+    ]
+    dirtmap("mark", image, "b", "--from", "-", given=json.dumps(changed))
+    assert mapped(image, "b") == [(offset, 64 * KIB) for offset in (0, MIB, 2 * MIB)]
+
+
+def test_lines() -> None:
+    assert parse("0 1\n10\t20 \n\n 1K 2M\r\n5 5") == [(0, 1), (10, 20), (1024, 2 * MIB), (5, 5)]
+    assert parse("0 1") == [(0, 1)]
+    assert parse("") == parse("\n\n") == []
+    assert parse(f"0 {MAX_DISK_SIZE}\n") == [(0, MAX_DISK_SIZE)]
+
+
+def test_json() -> None:
+    assert parse([DIRTY, CLEAN]) == [(0, 5)]
+    assert parse([]) == []
+    assert parse(b" \n" + json.dumps([DIRTY] * 3).encode()) == [(0, 5)] * 3
+    assert parse([{"start": 7, "length": 1, "data": True, "depth": 0, "zero": False, "new key": {}[0:0] if 0 else 1}])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0\n", "F: line 1: 1 words instead of an offset and a length"),
+        ("0 1\n\n0 1 2\n", "F: line 3: 3 words instead of an offset and a length"),
+        ("0 1\n0 -1\n", "F: line 2: '-1' is not a size"),
+        ("0 1\n0x10 1\n", "F: line 2: '0x10' is not a size"),
+        ("0 1\n1.5K 1\n", "F: line 2: '1.5K' is not a size"),
+        ("0 9223372036854775808\n", "F: line 1: '9223372036854775808' is more than 2^63-1 bytes"),
+        ("# a comment\n", "F: line 1: 3 words"),
+        ("Offset Length\n0 1\n", "F: line 1: 'Offset' is not a size"),
+        (b"0 1\n\xff 1\n", "F: line 2: '\\xff' is not a size"),
+        (b"0 1\n\0 1\n", "F: line 2: '\0' is not a size"),
+        ("[", "F: not valid JSON: "),
+        ("[" * 100_000, "F: not valid JSON: "),
+        (b'["\xff"]', "F: not valid JSON: "),
+        ("[" + "9" * 5000 + "]", "F: not valid JSON: "),
+        ("{}", "F: entry 1: not clearly an extent as of nbdinfo, qemu-img map or rbd diff"),
+        (json.dumps(DIRTY), "F: not an array of extents"),
+        ([DIRTY, 5], "F: entry 2: not an extent"),
+        ([[DIRTY]], "F: entry 1: not an extent"),
+        ([{"offset": 0, "length": 1}], "F: entry 1: not clearly"),
+        ([{**DIRTY, "exists": "true"}], "F: entry 1: not clearly"),
+        ([DIRTY, {"offset": 0, "length": 1, "exists": "true"}], "F: entry 2: an extent as of rbd diff among those of"),
+        ([{**DIRTY, "extra": DIRTY}], "F: an extent inside another"),
+        ([DIRTY, {**DIRTY, "offset": -1}], "F: entry 2: 'offset' is not a number of bytes"),
+        ([{**DIRTY, "length": 1.0}], "F: entry 1: 'length' is not a number of bytes"),
+        ([{**DIRTY, "length": True}], "F: entry 1: 'length' is not a number of bytes"),
+        ([{**DIRTY, "length": "1"}], "F: entry 1: 'length' is not a number of bytes"),
+        ([{**DIRTY, "length": 2**63}], "F: entry 1: 'length' is not a number of bytes"),
+        ([{"type": 1, "description": "dirty", "length": 1}], "F: entry 1: 'offset' is not a number of bytes"),
+        ([{**DIRTY, "type": 0}], "F: entry 1: neither type 0, 'clean', nor type 1, 'dirty'"),
+        ([{**DIRTY, "type": True}], "F: entry 1: neither type 0"),
+        ([{**DIRTY, "description": "hole"}], "F: entry 1: neither type 0"),  # a map of base:allocation
+        ([{"offset": 0, "length": 5, "type": 1}], "F: entry 1: neither type 0"),
+        ([{"start": 0, "length": 5}], "F: entry 1: 'data' is neither true nor false"),
+        ([{"start": 0, "length": 5, "data": "true"}], "F: entry 1: 'data' is neither true nor false"),
+        ([{"offset": 0, "length": 5, "exists": "yes"}], "F: entry 1: 'exists' is neither true nor false"),
+        ('[{"offset": 0, "offset": 1, "length": 5, "exists": "true"}]', "F: entry 1: a key appears twice"),
+        ('[{"offset": NaN, "length": 5, "exists": "true"}]', "F: entry 1: 'offset' is not a number of bytes"),
+    ],
+)
+def test_what_is_unclear_is_refused_by_its_place(text: str | bytes | list[Any], message: str) -> None:
+    with pytest.raises(dm.Error) as caught:
+        parse(text)
+    assert f"{caught.value.where}: {caught.value.what}".startswith(message)
+
+
+def test_refusals(image: Path) -> None:
+    before = image.read_bytes()
+    assert error_of("mark", image, "b", "--from", "-", given="0 1\nx y\n").startswith("standard input: line 2: ")
+    assert error_of("mark", image, "b", "--from", image.parent).startswith(f"{image.parent}: read: ")
+    assert error_of("mark", image, "c", "0", "1") == f"{image}: bitmap 'c': there is no such bitmap"
+    assert image.read_bytes() == before
+
+
+SIZES = st.integers(0, MAX_DISK_SIZE) | st.integers(0, 100)
+GAPS = st.text(" \t", min_size=1, max_size=3)
+
+
+@given(
+    st.lists(st.tuples(SIZES, SIZES, GAPS, st.text(" \t\r", max_size=2), st.booleans()), max_size=30),
+    st.integers(1, 200),
+)
+def test_lines_whatever_their_blanks(rows: list[tuple[int, int, str, str, bool]], chunk: int) -> None:
+    text = "".join(f"{offset}{gap}{length}{end}\n" + "\n" * empty for offset, length, gap, end, empty in rows)
+    numbers = [number for number, line in enumerate(text.split("\n"), 1) if line]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extents_module, "_CHUNK", chunk)
+        found = parse_extents(text.encode(), "F")
+    assert found.offsets.tolist() == [row[0] for row in rows]
+    assert found.lengths.tolist() == [row[1] for row in rows]
+    assert found.places.tolist() == numbers
+
+
+@given(st.lists(st.tuples(SIZES, SIZES, st.booleans())))
+def test_json_of_all_kinds(rows: list[tuple[int, int, bool]]) -> None:
+    dirty = [(offset, length) for offset, length, flag in rows if flag]
+    words = ("clean", "dirty")
+    assert parse([{"offset": o, "length": n, "type": int(f), "description": words[f]} for o, n, f in rows]) == dirty
+    assert parse([{"start": o, "length": n, "data": f, "zero": not f} for o, n, f in rows]) == dirty
+    every = [(offset, length) for offset, length, _ in rows]
+    assert parse([{"offset": o, "length": n, "exists": str(f).lower()} for o, n, f in rows]) == every
+
+
+def test_big_files_are_read_reasonably_fast() -> None:
+    lines = "".join(f"{number * 65536} 65536\n" for number in range(500_000)).encode()
+    begin = time.perf_counter()
+    assert len(parse_extents(lines, "F").offsets) == 500_000
+    assert time.perf_counter() - begin < 2  # takes 0.1 s

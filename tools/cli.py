@@ -1,0 +1,146 @@
+"""The `dirtmap` command: a group that imports a command's module when that command is used, and reports every failure.
+
+Start-up time is a feature: `dirtmap list` imports neither numpy nor rich, and nothing at all of the other commands.
+So modules of this package import numpy, rich, json and the engine's heavier rooms inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from dirtmap.fmt.errors import Error
+from dirtmap.tools.options import write_examples
+from dirtmap.tools.output import PROGRAM, complain
+
+# In the order of the help; the module of dirtmap.tools that each lives in, as `VERB_command`.
+_HOMES = {
+    "list": "list",
+    "dump": "dump",
+    "map": "map",
+    "add": "change",
+    "remove": "change",
+    "clear": "change",
+    "enable": "change",
+    "disable": "change",
+    "rename": "change",
+    "merge": "merge",
+    "copy": "copy",
+    "move": "copy",
+    "mark": "mark",
+    "recover": "recover",
+    "check": "check",
+    "transaction": "transaction",
+    "store": "store",
+    "node": "node",
+    "sidecar": "sidecar",
+    "completion": "completion",
+}
+
+_EXAMPLES = """
+    dirtmap list disk.qcow2
+    dirtmap map --picture disk.qcow2 monday
+    dirtmap merge disk.qcow2 week monday tuesday
+"""
+
+_INTERRUPTED = 130  # what shells report for a process that SIGINT ended
+
+
+class _Commands(click.Group):
+    """Finds commands by name, and turns whatever they raise into one line on standard error and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_HOMES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _HOMES:
+            return None
+        module = importlib.import_module(f"dirtmap.tools.{_HOMES[cmd_name]}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_examples(_EXAMPLES, formatter)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        finally:
+            sys.stdout.flush()  # now, while a full disk or a closed pipe can still be reported
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Runs the command line and exits: 0, 1, or what the command says; 130 after an interrupt."""
+        _prepare_streams()
+        extra |= {"prog_name": PROGRAM, "standalone_mode": False}
+        sys.exit(self._run(*args, **extra))
+
+    def _run(self, *args: Any, **extra: Any) -> int:
+        try:
+            code = super().main(*args, **extra)
+            return code if isinstance(code, int) else 0
+        except click.ClickException as error:
+            path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else PROGRAM
+            # A list of choices takes several lines.
+            message = " ".join(error.format_message().split())
+            where = path.removeprefix(PROGRAM).strip()
+            complain(f"{where}: {message}" if where else f"{message} See {PROGRAM} --help.")
+        except Error as error:
+            complain(str(error))
+        except (click.Abort, KeyboardInterrupt):
+            return _INTERRUPTED
+        except MemoryError:
+            complain("not enough memory")
+        except OSError as error:  # the engine's have a place of their own; what is left are the standard streams
+            _abandon_output()
+            complain(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        except Exception as error:
+            import traceback
+
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            module = os.path.basename(place.filename)
+            complain(f"a bug in {module}, line {place.lineno}: {type(error).__name__}: {error}")
+        return 1
+
+
+def _prepare_streams() -> None:
+    """Makes the standard streams take any text, and exist."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Closed: else the image would become file 1 or 2. What is opened first gets the lowest free number.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _abandon_output() -> None:
+    """Sends what is still buffered nowhere: Python would try to write it at exit, and report the failure again."""
+    with contextlib.suppress(Exception):
+        number = sys.stdout.fileno()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, number)
+        os.close(null)
+
+
+@click.group(
+    cls=_Commands,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="dirtmap", message="%(prog)s %(version)s")
+def main() -> None:
+    """Dirty bitmaps of disk images, without QEMU.
+
+    A dirty bitmap says which parts of a disk were written since a point in time; backup programs copy only those.
+    TARGET is the path of a qcow2 image. Sizes are bytes, or take one of k K M G T P (×1024). Exit status: 0 success,
+    1 error or wrong usage; "check" also 2 (corrupt) and 3 (leaks only).
+    """
+
+
+if __name__ == "__main__":
+    main()

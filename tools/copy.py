@@ -1,0 +1,82 @@
+"""`dirtmap copy`, `move`: a bitmap from one container to another."""
+
+from __future__ import annotations
+
+import click
+
+import dirtmap.engine as dm
+from dirtmap.engine.containers import Target
+from dirtmap.tools import options
+from dirtmap.tools.targets import same_container, same_image, transaction, usable
+
+_dest = click.argument("dest_target", type=options.TARGET)
+_as = click.option("--as", "new", metavar="NAME", type=options.NAME, help="Another name for it there.")
+
+
+@options.command(
+    "copy",
+    examples="""
+    dirtmap copy disk.qcow2 monday overlay.qcow2
+    dirtmap copy disk.qcow2 monday disk.qcow2 --as monday-before
+    """,
+)
+@options.target
+@options.bitmap
+@_dest
+@_as
+@options.changing
+def copy_command(target: Target, bitmap: str, dest_target: Target, new: str | None) -> None:
+    """Copy a bitmap to another image, or within one.
+
+    The copy has the same content, granularity and recording flag. DEST_TARGET must have the same virtual size, and the
+    name must be free there.
+    """
+    from dirtmap.engine import changes
+
+    name = bitmap if new is None else new
+    if same_image(target, dest_target):
+        with transaction(target) as bitmaps:
+            changes.put(bitmaps, name, usable(bitmaps.where, bitmaps, bitmap))
+        return
+    with dm.open(target) as image:
+        source = usable(image.path, image, bitmap)
+    with transaction(dest_target) as there:
+        changes.put(there, name, source)
+
+
+@options.command(
+    "move",
+    examples="""
+    dirtmap move disk.qcow2 monday overlay.qcow2
+    dirtmap move disk.qcow2 monday overlay.qcow2 --as before-snapshot
+    """,
+)
+@options.target
+@options.bitmap
+@_dest
+@_as
+@options.changing
+def move_command(target: Target, bitmap: str, dest_target: Target, new: str | None) -> None:
+    """Move a bitmap to another image, or within one.
+
+    As a copy, after which the source is removed. Within one image or store that is one act. Between two, both are
+    locked and checked first, and the source is removed only when the copy is durable: after a crash in between, both
+    have it.
+    """
+    from dirtmap.engine import changes
+
+    name = bitmap if new is None else new
+    if same_container(target, dest_target):
+        with dm.transaction([target, dest_target]) as nodes:
+            if nodes[target] is nodes[dest_target]:
+                changes.rename(nodes[target], bitmap, name)
+            else:
+                changes.put(nodes[dest_target], name, usable(nodes[target].where, nodes[target], bitmap))
+                changes.remove(nodes[target], bitmap)
+        return
+    with transaction(target) as bitmaps:
+        source = usable(bitmaps.where, bitmaps, bitmap)
+        with transaction(dest_target) as there:
+            changes.put(there, name, source)
+        # Durable there. The source's own commit follows, at the end of its transaction.
+        changes.remove(bitmaps, bitmap)

@@ -1,0 +1,100 @@
+"""`dirtmap dump`: every structure on disk, field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+import dirtmap.engine as dm
+from dirtmap.fmt.errors import printable
+from dirtmap.tools import options
+from dirtmap.tools.output import write_json
+
+
+@options.command(
+    "dump",
+    examples="""
+    dirtmap dump disk.qcow2
+    dirtmap dump --hex disk.qcow2 | less
+    dirtmap dump --output=json disk.qcow2 | jq '.faults'
+    """,
+)
+@click.argument("file", type=options.TARGET)
+@click.option("--hex", "with_hex", is_flag=True, help="Also the bytes of each structure.")
+@options.force_share
+@options.reporting
+def dump_command(file: str, with_hex: bool, force_share: bool, quiet: bool, output: str) -> None:
+    """Show every structure of an image that concerns bitmaps.
+
+    Prints header, feature bits by name, header extensions, bitmap directory and tables, field by field, each with its
+    offset. A damaged image is shown as far as it can be read, with everything that is wrong with it, and where reading
+    stopped; the exit status is 0 all the same: "dirtmap check" judges.
+    """
+    document = dm.dump(file, with_hex=with_hex, force_share=force_share)
+    if quiet:
+        return
+    if output == "json":
+        write_json(document)
+        return
+    print(f"{printable(document['filename'])}: {document['format']}, {document['file-size']} bytes")
+    for structure in document["structures"]:
+        for line in _structure(structure):
+            print(line)
+    print()
+    for fault in document["faults"]:
+        print(f"fault: {printable(fault['where'])}: {printable(fault['what'])}")
+    if document["stopped"]:
+        print(f"stopped: {printable(document['stopped'])}")
+    elif not document["faults"]:
+        print("no faults")
+
+
+def _structure(structure: dict[str, Any]) -> Iterator[str]:
+    number = structure.get("entries")
+    entries = "" if number is None else ", 1 entry" if number == 1 else f", {number} entries"
+    yield ""
+    yield f"{printable(structure['name'])} @ {structure['offset']:#x}, {structure['length']} bytes{entries}"
+    if "note" in structure:
+        yield f"  note: {printable(structure['note'])}"
+    rows = [
+        (f"{field['offset']:#x}", printable(field["name"]), _value(field), printable(field.get("meaning", "")))
+        for field in structure.get("fields", ())
+    ]
+    rows += [
+        (f"[{run['index']}]", f"{run['count']} × {run['kind']}", f"@ {run['offset']:#x}" if run["offset"] else "", "")
+        for run in structure.get("runs", ())
+    ]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    for offset, name, value, meaning in rows:
+        yield f"  {offset:<{widths[0]}}  {name:<{widths[1]}}  {value:<{widths[2]}}  {meaning}".rstrip()
+    if "hex" in structure:
+        yield from _hex_lines(bytes.fromhex(structure["hex"]), structure["offset"])
+
+
+def _value(field: dict[str, Any]) -> str:
+    value = field["value"]
+    if isinstance(value, str):
+        return printable(value)
+    # Places, bits and magic numbers are known by their digits in hexadecimal, counts in decimal.
+    name = field["name"]
+    wants_hex = name.endswith(("offset", "features", "flags")) or (name == "type" and value > 0xFFFF)
+    return f"{value:#x}" if wants_hex else str(value)
+
+
+def _hex_lines(data: bytes, offset: int) -> Iterator[str]:
+    """Sixteen bytes a line; ``*`` stands for lines that are as the one before, as in hexdump -C."""
+    previous, starred = b"", False
+    for start in range(0, len(data), 16):
+        line = data[start : start + 16]
+        if line == previous:
+            if not starred:
+                yield "  *"
+            starred = True
+            continue
+        text = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in line)
+        yield f"  {offset + start:08x}  {line.hex(' '):<47}  {text}"
+        previous, starred = line, False
+    if starred:
+        yield f"  {offset + len(data):08x}"

@@ -1,0 +1,104 @@
+"""`dirtmap list`: which bitmaps there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import dirtmap.engine as dm
+from dirtmap.engine.containers import Target
+from dirtmap.fmt.errors import printable
+from dirtmap.tools import options
+from dirtmap.tools.output import complain, write_json, write_table
+from dirtmap.tools.sizes import human_share, human_size
+
+if TYPE_CHECKING:
+    from dirtmap.engine import BitmapInfo, ImageInfo
+
+
+@options.command(
+    "list",
+    examples="""
+    dirtmap list disk.qcow2
+    dirtmap list -U running.qcow2
+    dirtmap list --output=json *.qcow2 | jq '.[].bitmaps[].name'
+    """,
+)
+@click.argument("targets", metavar="TARGET...", type=options.TARGET, nargs=-1, required=True)
+@options.force_share
+@options.reporting
+@click.pass_context
+def list_command(ctx: click.Context, targets: tuple[Target, ...], force_share: bool, quiet: bool, output: str) -> None:
+    """List the bitmaps of images.
+
+    Tells each bitmap's granularity, how much of the disk it calls dirty (whole granules, as QEMU counts), and whether
+    QEMU goes on recording into it. An inconsistent bitmap was left in use by a writer that did not finish; see
+    "dirtmap recover". A TARGET that cannot be read does not keep the others from being listed; the exit status is 1.
+    """
+    failed = False
+    documents = []
+    for target in targets:
+        try:
+            info = dm.describe(target, force_share=force_share)
+        except dm.Error as error:
+            complain(str(error))
+            failed = True
+            continue
+        if quiet:
+            continue
+        for note in info.notes:
+            complain(f"{info.path}: {note}")
+        if output == "json":
+            documents.append(_document(info))
+        else:
+            _show(info)
+    if output == "json" and not quiet:
+        write_json(documents)
+    if failed:
+        ctx.exit(1)
+
+
+def _document(info: ImageInfo) -> dict[str, Any]:
+    return {
+        "filename": info.path,
+        "format": info.format,
+        "virtual-size": info.size,
+        "cluster-size": info.cluster_size,
+        "bitmaps": [
+            {
+                "name": bitmap.name,
+                "granularity": bitmap.granularity,
+                "flags": ["in-use"] * bitmap.inconsistent + ["auto"] * bitmap.recording,
+                "recording": bitmap.recording,
+                "inconsistent": bitmap.inconsistent,
+                "busy": bitmap.busy,
+                "count": bitmap.count,
+                **({"namespace": bitmap.namespace, "node": bitmap.node} if bitmap.namespace else {}),
+            }
+            for bitmap in info.bitmaps
+        ],
+    }
+
+
+def _show(info: ImageInfo) -> None:
+    size = "" if info.size is None else f", {human_size(info.size)} ({info.size} bytes)"
+    none = "" if info.bitmaps else ", no bitmaps"
+    title = f"{printable(info.path)}: {info.format}{size}{none}"
+    rows = [_row(bitmap, info.size) for bitmap in info.bitmaps]
+    columns = ("BITMAP", "GRANULARITY", "DIRTY", "", "STATE")
+    if info.format == "qcow2":
+        write_table(title, columns, rows, right=(1, 2, 3))
+    else:
+        nodes = [printable(bitmap.node or "") for bitmap in info.bitmaps]
+        rows = [(node, *row) for node, row in zip(nodes, rows, strict=True)]
+        write_table(title, ("NODE", *columns), rows, right=(2, 3, 4))
+
+
+def _row(bitmap: BitmapInfo, size: int | None) -> tuple[str, ...]:
+    dirty, share = "?", ""
+    if bitmap.count is not None:
+        dirty = human_size(bitmap.count)
+        share = human_share(bitmap.count, size or 0)
+    state = "inconsistent" if bitmap.inconsistent else "recording" if bitmap.recording else "disabled"
+    return printable(bitmap.name), human_size(bitmap.granularity), dirty, share, state + ", busy" * bitmap.busy

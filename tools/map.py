@@ -1,0 +1,145 @@
+"""`dirtmap map`: which parts of the disk a bitmap calls dirty, as extents, totals or a picture."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+
+import dirtmap.engine as dm
+from dirtmap.engine.containers import Target
+from dirtmap.tools import options
+from dirtmap.tools.output import colourful
+from dirtmap.tools.targets import usable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Positions = NDArray[np.int64]
+
+_DESCRIPTIONS = ("clean", "dirty")
+_RED, _PLAIN = "\x1b[31m", "\x1b[0m"
+_BLOCK = 16384  # dirty extents that become text in one go
+
+
+@options.command(
+    "map",
+    examples="""
+    dirtmap map disk.qcow2 monday
+    dirtmap map --picture disk.qcow2 monday
+    dirtmap map --totals disk.qcow2 monday
+    dirtmap map --dirty --output=json disk.qcow2 monday | jq '.[].offset'
+    """,
+)
+@options.target
+@options.bitmap
+@click.option("--dirty", "dirty_only", is_flag=True, help="Leave clean extents out.")
+@click.option("--totals", is_flag=True, help="Sum up, as nbdinfo --totals does.")
+@click.option("--picture", is_flag=True, help="Draw the disk, each character shaded by how much is dirty.")
+@options.force_share
+@options.reporting
+def map_command(
+    target: Target,
+    bitmap: str,
+    dirty_only: bool,
+    totals: bool,
+    picture: bool,
+    force_share: bool,
+    quiet: bool,
+    output: str,
+) -> None:
+    """Show which parts of the disk are dirty.
+
+    Prints the extents of the whole disk in order, clean and dirty, in bytes: offset, length, type and description, just
+    as "nbdinfo --map=qemu:dirty-bitmap:NAME" prints them, and in the same JSON.
+    """
+    if picture and (totals or dirty_only or output == "json"):
+        raise click.UsageError("--picture goes with neither --totals, --dirty nor --output=json.")
+    with dm.open(target, force_share=force_share) as image:
+        found = usable(image.path, image, bitmap)
+    offsets, lengths = found.extents()
+    if quiet:
+        return
+    if picture:
+        from dirtmap.tools.picture import draw
+
+        for row in draw(f"{image.path}: {bitmap}", found, colour=colourful()):
+            print(row)
+    elif totals:
+        _sum_up(found.size, int(lengths.sum()), dirty_only, output)
+    elif output == "json":
+        sys.stdout.write("[\n")
+        separator = ",\n"
+        skip = len(separator)
+        for text in _text(found.size, offsets, lengths, dirty_only, separator + _JSON, _DESCRIPTIONS):
+            sys.stdout.write(text[skip:])
+            skip = 0
+        sys.stdout.write("\n]\n")
+    else:
+        shown = ("clean", f"{_RED}dirty{_PLAIN}") if colourful() else _DESCRIPTIONS
+        for text in _text(found.size, offsets, lengths, dirty_only, "%%10d  %%10d  %3d  %s\n", shown):
+            sys.stdout.write(text)
+
+
+# Two numbers are left open for each extent; type and description are filled in beforehand.
+_JSON = '{ "offset": %%d, "length": %%d, "type": %d, "description": "%s"}'
+
+
+class _Run(NamedTuple):
+    """Extents in order, whose types alternate, beginning with ``first``; or of that type alone."""
+
+    first: int
+    alternating: bool
+    offsets: Positions
+    lengths: Positions
+
+
+def _text(
+    size: int, offsets: Positions, lengths: Positions, dirty_only: bool, line: str, descriptions: tuple[str, str]
+) -> Iterator[str]:
+    """The extents as text, many at a time: formatting a few thousand lines at once takes a fifth of the time."""
+    import numpy as np
+
+    lines = [line % (kind, description) for kind, description in enumerate(descriptions)]
+    for run in _dirty_runs(offsets, lengths) if dirty_only else _runs(size, offsets, lengths):
+        turns = (lines[run.first], lines[1 - run.first]) if run.alternating else (lines[run.first],)
+        template = "".join(islice(cycle(turns), len(run.offsets)))
+        yield template % tuple(np.stack((run.offsets, run.lengths), axis=1).ravel().tolist())
+
+
+def _dirty_runs(offsets: Positions, lengths: Positions) -> Iterator[_Run]:
+    for start in range(0, len(offsets), _BLOCK):
+        yield _Run(1, False, offsets[start : start + _BLOCK], lengths[start : start + _BLOCK])
+
+
+def _runs(size: int, offsets: Positions, lengths: Positions) -> Iterator[_Run]:
+    """The whole disk: before each dirty extent the clean one, and at last the rest."""
+    import numpy as np
+
+    done = 0
+    for part in _dirty_runs(offsets, lengths):
+        edges = np.empty(2 * len(part.offsets) + 1, np.int64)
+        edges[0] = done
+        edges[1::2] = part.offsets
+        edges[2::2] = part.offsets + part.lengths
+        done = int(edges[-1])
+        first = int(edges[0] == edges[1])  # dirty from the very beginning of the disk
+        yield _Run(first, True, edges[first:-1], np.diff(edges[first:]))
+    if done < size:
+        yield _Run(0, True, np.array([done], np.int64), np.array([size - done], np.int64))
+
+
+def _sum_up(size: int, dirty: int, dirty_only: bool, output: str) -> None:
+    """Source of both formats: libnbd, info/map.c, print_totals."""
+    sums = [(kind, total) for kind, total in enumerate((size - dirty, dirty)) if total and (kind or not dirty_only)]
+    if output == "json":
+        row = '{ "size": %d, "percent": %g, "type": %d, "description": "%s" }'
+        rows = [row % (total, 100.0 * total / size, kind, _DESCRIPTIONS[kind]) for kind, total in sums]
+        print("[\n" + ",\n".join(rows) + "\n]" if rows else "[]")
+    else:
+        for kind, total in sums:
+            print(f"{total:10d} {100.0 * total / size:5.1f}% {kind:3d} {_DESCRIPTIONS[kind]}")

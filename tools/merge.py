@@ -1,0 +1,38 @@
+"""`dirtmap merge`: what any of several bitmaps calls dirty."""
+
+from __future__ import annotations
+
+import click
+
+import dirtmap.engine as dm
+from dirtmap.engine.containers import Target
+from dirtmap.tools import options
+from dirtmap.tools.targets import same_image, transaction, usable
+
+
+@options.command(
+    "merge",
+    examples="""
+    dirtmap merge disk.qcow2 week monday tuesday
+    dirtmap merge disk.qcow2 week monday -b overlay.qcow2
+    """,
+)
+@options.target
+@options.bitmap
+@click.argument("sources", metavar="SOURCE...", type=options.NAME, nargs=-1, required=True)
+@click.option("-b", "source_target", metavar="SOURCE_TARGET", type=options.TARGET, help="Where the sources are.")
+@options.changing
+def merge_command(target: Target, bitmap: str, sources: tuple[str, ...], source_target: Target | None) -> None:
+    """Merge bitmaps into BITMAP.
+
+    BITMAP becomes dirty wherever a SOURCE is, and keeps its granularity: a dirty granule of a SOURCE makes every
+    granule dirty that it touches. The sources stay as they are. They may be in another image of the same virtual size.
+    """
+    from dirtmap.engine import changes
+
+    with transaction(target) as bitmaps:
+        if source_target is None or same_image(target, source_target):
+            changes.merge(bitmaps, bitmap, (usable(bitmaps.where, bitmaps, name) for name in sources))
+        else:
+            with dm.open(source_target) as image:
+                changes.merge(bitmaps, bitmap, (usable(image.path, image, name) for name in sources))

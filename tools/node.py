@@ -1,0 +1,192 @@
+"""`dirtmap node`: which images have names, and where their bitmaps are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from dirtmap.engine.containers import QCOW2, default_store, probe
+from dirtmap.fmt.errors import printable
+from dirtmap.tools import options
+from dirtmap.tools.output import complain, write_json, write_table
+from dirtmap.tools.sizes import human_size
+
+if TYPE_CHECKING:
+    from dirtmap.engine.store.store import Store
+
+
+@contextmanager
+def _opened(path: str | None, *, make: bool = False) -> Iterator[Store]:
+    """The store asked for, else the default one, which is made on first need."""
+    from dirtmap.engine.store.store import Store, create
+
+    chosen = path or default_store()
+    if make and path is None and not os.path.exists(chosen):
+        os.makedirs(os.path.dirname(chosen) or ".", mode=0o700, exist_ok=True)
+        create(chosen)
+    with Store(chosen) as opened:
+        yield opened
+
+
+@click.group("node", no_args_is_help=False)
+def node_command() -> None:
+    """Name images: a node is an image under a name that is unique in its store."""
+
+
+@options.command(
+    "add",
+    examples="""
+    dirtmap node add drive0 /dev/vg/disk --store backup.dmap
+    dirtmap node add drive1 disk.qcow2
+    dirtmap node add --new-identity drive2 copy-of-disk.qcow2
+    """,
+)
+@click.argument("name", type=options.NAME)
+@click.argument("image", type=click.Path())
+@options.store
+@click.option("--new-identity", is_flag=True, help="IMAGE is a copy of another qcow2 image; make it one of its own.")
+@options.quiet
+def add_command(name: str, image: str, store: str | None, new_identity: bool) -> None:
+    """Give an image a name and an identity.
+
+    A qcow2 image keeps its name and its UUID in its own header, and its bitmaps as before; the store remembers where it
+    is. For anything else (a raw file, a block device) the store will hold the bitmaps.
+    """
+    from dirtmap.engine.store.namespace import add_node
+    from dirtmap.engine.store.nodes import add_qcow2
+
+    with _opened(store, make=True) as opened:
+        if probe(image) == QCOW2:
+            add_qcow2(opened, name, image, new_identity=new_identity)
+        elif new_identity:
+            raise click.UsageError("--new-identity is for qcow2 images.")
+        else:
+            add_node(opened, name, image)
+
+
+@options.command(
+    "remove",
+    examples="""
+    dirtmap node remove drive0
+    """,
+)
+@click.argument("name", type=options.NAME)
+@options.store
+@options.quiet
+def remove_command(name: str, store: str | None) -> None:
+    """Forget a node; it must not have bitmaps."""
+    from dirtmap.engine.store.nodes import remove_node
+
+    with _opened(store) as opened:
+        remove_node(opened, name)
+
+
+@options.command(
+    "rename",
+    examples="""
+    dirtmap node rename drive0 system
+    dirtmap node rename --with-bitmaps drive0 system
+    """,
+)
+@click.argument("old", type=options.NAME)
+@click.argument("new", type=options.NAME)
+@click.option("--with-bitmaps", is_flag=True, help="Also where it has bitmaps, whose addresses change.")
+@options.store
+@options.quiet
+def rename_command(old: str, new: str, with_bitmaps: bool, store: str | None) -> None:
+    """Give a node another name."""
+    from dirtmap.engine.store.nodes import rename_node
+
+    with _opened(store) as opened:
+        rename_node(opened, old, new, with_bitmaps=with_bitmaps)
+
+
+@options.command(
+    "resize",
+    examples="""
+    truncate -s 20G disk.raw && dirtmap node resize drive0
+    """,
+)
+@click.argument("name", type=options.NAME)
+@options.store
+@options.quiet
+def resize_command(name: str, store: str | None) -> None:
+    """Adopt the size that a node's image has now.
+
+    Old bits stay, new space is dirty. You state with it that the image was resized and nothing else; if it was written
+    to as well, say "dirtmap recover" instead, which makes all dirty.
+    """
+    from dirtmap.engine.store.nodes import resize_node
+
+    with _opened(store) as opened:
+        resize_node(opened, name)
+
+
+@options.command(
+    "confirm",
+    examples="""
+    touch disk.raw && dirtmap node confirm drive0
+    """,
+)
+@click.argument("name", type=options.NAME)
+@options.store
+@options.quiet
+def confirm_command(name: str, store: str | None) -> None:
+    """State that a node's bitmaps are right although its image looks changed.
+
+    An image that was changed while nobody tracked it has bitmaps that count as all dirty. Use this where only the time
+    stamp changed, or the file was moved. If anything was written to the image, its bitmaps have missed that.
+    """
+    from dirtmap.engine.store.nodes import confirm_node
+
+    with _opened(store) as opened:
+        confirm_node(opened, name)
+
+
+@options.command(
+    "list",
+    examples="""
+    dirtmap node list
+    dirtmap node list --store backup.dmap --output=json
+    """,
+)
+@options.store
+@click.option(
+    "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to report."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+def list_command(store: str | None, output: str, quiet: bool) -> None:
+    """List the nodes of a store, and where their images are."""
+    from dirtmap.engine.store.nodes import nodes
+
+    with _opened(store) as opened:
+        found = nodes(opened)
+    if quiet:
+        return
+    if output == "json":
+        keys = ("name", "uuid", "path", "size", "bitmaps", "doubt")
+        names = {"path": "filename", "size": "virtual-size"}
+        write_json([{names.get(key, key): getattr(node, key) for key in keys} for node in found])
+        return
+    for node in found:
+        if node.doubt:
+            complain(f"{node.name}: its bitmaps count as all dirty: {node.doubt}")
+    rows = [
+        (
+            printable(node.name),
+            human_size(node.size),
+            "in the image" if node.bitmaps is None else str(node.bitmaps),
+            printable(node.path),
+        )
+        for node in found
+    ]
+    none = "" if rows else ", no nodes"
+    write_table(f"{printable(opened.path)}{none}", ("NODE", "SIZE", "BITMAPS", "IMAGE"), rows, right=(1,))
+
+
+for _command in (add_command, remove_command, rename_command, resize_command, confirm_command, list_command):
+    node_command.add_command(_command)

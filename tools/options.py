@@ -1,0 +1,158 @@
+"""Arguments and options that commands share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dirtmap.engine.containers import Named, Target, require_format
+from dirtmap.tools.sizes import parse_size
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+class Command(click.Command):
+    """A command whose help ends with examples, a line each."""
+
+    def __init__(self, *args: Any, examples: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes them as they are: rewrapped, they could not be copied."""
+        write_examples(self.examples, formatter)
+
+
+def write_examples(examples: str, formatter: click.HelpFormatter) -> None:
+    """The section of examples of a help text."""
+    import inspect
+
+    with formatter.section("Examples"):
+        for line in inspect.cleandoc(examples).splitlines():
+            formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def command(name: str, *, examples: str) -> Callable[[Callable[..., Any]], Command]:
+    """Makes a function a command; its docstring is the help, ``examples`` stand at the end of it."""
+    return click.command(name, cls=Command, examples=examples)
+
+
+class _Size(click.ParamType):  # type: ignore[type-arg]
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Name(click.ParamType):  # type: ignore[type-arg]
+    """A bitmap's name as the engine has it, whatever bytes the shell gave."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from dirtmap.engine.namespace import decode_name
+
+        return decode_name(os.fsencode(value))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        import dirtmap.engine as dm
+
+        try:
+            bitmaps = dm.describe(ctx.params["target"], force_share=True).bitmaps
+        except (KeyError, TypeError, dm.Error):
+            return []
+        return [CompletionItem(b.name) for b in bitmaps if b.name.isprintable() and b.name.startswith(incomplete)]
+
+
+class _Target(click.Path):
+    """What holds bitmaps; held against ``-f`` where that was given."""
+
+    name = "target"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Target:  # type: ignore[override]
+        found: Target = value
+        if ctx and (store := ctx.meta.get(_STORE)):
+            found = Named(value, store)
+        if ctx and (wanted := ctx.meta.get(_FORMAT)):
+            require_format(found, wanted)
+        return found
+
+
+SIZE = _Size()
+NAME = _Name()
+TARGET = _Target()
+_FORMAT = "dirtmap.format"
+_STORE = "dirtmap.store"
+
+
+def _remember_format(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    ctx.meta[_FORMAT] = value
+
+
+def _remember_store(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    ctx.meta[_STORE] = value
+
+
+target = click.argument("target", type=TARGET)
+bitmap = click.argument("bitmap", type=NAME)
+force_share = click.option("-U", "--force-share", is_flag=True, help="Read although another process writes to it.")
+quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, help="Print nothing but errors.")
+_told_quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+_output = click.option(
+    "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to report."
+)
+_format = click.option(
+    "-f",
+    "--format",
+    type=click.Choice(["qcow2", "dirtmap"]),
+    callback=_remember_format,
+    is_eager=True,
+    expose_value=False,
+    help="Refuse a TARGET of another format.",
+)
+
+
+_store = click.option(
+    "--store",
+    type=click.Path(),
+    metavar="STORE",
+    callback=_remember_store,
+    is_eager=True,
+    expose_value=False,
+    help="Where nodes are looked up.  [default: $DIRTMAP_STORE, else the default store]",
+)
+# For commands that work on a store itself.
+store = click.option(
+    "--store",
+    type=click.Path(),
+    metavar="STORE",
+    help="Which store.  [default: $DIRTMAP_STORE, else the default store]",
+)
+
+
+def speaking(command: Decorated) -> Decorated:
+    """Options of a command that reports on no TARGET; it is passed ``quiet`` and ``output``."""
+    return _output(_told_quiet(command))
+
+
+def reporting(command: Decorated) -> Decorated:
+    """Options of a command that reports; it is passed ``quiet`` and ``output``."""
+    return speaking(_store(_format(command)))
+
+
+def changing(command: Decorated) -> Decorated:
+    """Options of a command that changes bitmaps and has nothing to report."""
+    return quiet(_store(_format(command)))

@@ -1,0 +1,103 @@
+"""How commands speak: one-line errors, JSON that is always valid, text that cannot harm a terminal, tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dirtmap.fmt.errors import printable
+
+PROGRAM = "dirtmap"
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    print(f"{PROGRAM}: {printable(message)}", file=sys.stderr)
+
+
+def write_json(document: list[Any] | dict[str, Any]) -> None:
+    """One document on standard output, ASCII: a list takes a line for each element, as in nbdinfo."""
+    import json
+
+    document = _utf8(document)
+    if isinstance(document, list):
+        sys.stdout.write("[\n" + ",\n".join(json.dumps(item) for item in document) + "\n]\n")
+    else:
+        sys.stdout.write(json.dumps(document, indent=4) + "\n")
+
+
+def _utf8(value: Any) -> Any:
+    """The same with every string valid: bytes that are not UTF-8 become backslash escapes."""
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if isinstance(value, dict):
+        return {key: _utf8(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_utf8(item) for item in value]
+    return value
+
+
+def write_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """A titled table on standard output: with colour on a terminal, else plain columns.
+
+    Args:
+        title: a line above, already printable.
+        header: a name for each column.
+        rows: cells, already printable.
+        right: the columns to align to the right.
+    """
+    if colourful():
+        return _write_rich_table(title, header, rows, right)
+    print(title)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows) if rows else ():
+        cells = [
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print(("  " + "  ".join(cells)).rstrip())
+
+
+def _write_rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(title, "bold"))
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 2), header_style="dim")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, _STYLES.get(cell, "")) for cell in row))
+    console.print(table)
+
+
+# Cells that catch the eye on a terminal.
+_STYLES = {"inconsistent": "bold red", "recording": "green"}
+
+
+def colourful() -> bool:
+    """True where standard output is a terminal that may get colour."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def progress_bar(title: str) -> tuple[Any, Callable[[int, int], None] | None]:
+    """A bar on standard error that goes away at the end: a context manager, and what moves it (done, in all).
+
+    The mover is None where standard error is no terminal.
+    """
+    if not sys.stderr.isatty():
+        from contextlib import nullcontext
+
+        return nullcontext(), None
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=None)
+    return bar, lambda done, total: bar.update(task, completed=done, total=total)

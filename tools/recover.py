@@ -1,0 +1,40 @@
+"""`dirtmap recover`: makes inconsistent bitmaps usable again."""
+
+from __future__ import annotations
+
+import click
+
+import dirtmap.engine as dm
+from dirtmap.engine.containers import Target
+from dirtmap.fmt.errors import printable
+from dirtmap.tools import options
+from dirtmap.tools.output import write_json
+
+
+@options.command(
+    "recover",
+    examples="""
+    dirtmap recover disk.qcow2
+    dirtmap recover disk.qcow2 monday
+    """,
+)
+@options.target
+@click.argument("bitmaps", metavar="[BITMAP]...", type=options.NAME, nargs=-1)
+@options.reporting
+def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, output: str) -> None:
+    """Make inconsistent bitmaps usable again.
+
+    A bitmap is inconsistent when a program that recorded into it did not finish, as after a crash of QEMU: what it
+    missed cannot be known, and QEMU refuses to use it. It becomes dirty all over, so that the next backup copies
+    everything and loses nothing. With no BITMAP, all inconsistent ones are recovered; others are left alone. Says what
+    became of each.
+    """
+    recovered = dm.recover(target, bitmaps)
+    if quiet:
+        return
+    if output == "json":
+        found = [{"name": item.name, "result": item.how} for item in recovered]
+        write_json({"filename": target, "recovered": found})
+        return
+    for item in recovered:
+        print(f"{printable(item.name)}: {item.how}")

@@ -1,0 +1,29 @@
+"""`dirtmap sidecar`: a qcow2 file in which QEMU keeps the bitmaps of a raw disk."""
+
+from __future__ import annotations
+
+import click
+
+from dirtmap.tools import options
+
+
+@options.command(
+    "sidecar",
+    examples="""
+    dirtmap sidecar disk.raw disk.qcow2
+    dirtmap add disk.qcow2 monday
+    """,
+)
+@click.argument("raw", type=click.Path())
+@click.argument("qcow2", type=click.Path())
+@options.quiet
+def sidecar_command(raw: str, qcow2: str) -> None:
+    """Make a qcow2 file that has RAW as its external data.
+
+    Let QEMU open QCOW2 from then on: it reads and writes RAW through it, byte for byte as before, and keeps bitmaps of
+    what it writes in QCOW2. What is written to RAW without going through QCOW2 is not recorded. QCOW2 must not exist,
+    and a relative RAW is found from the folder that QCOW2 is in.
+    """
+    from dirtmap.engine.qcow2.sidecar import make_sidecar
+
+    make_sidecar(raw, qcow2)

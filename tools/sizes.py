@@ -1,0 +1,42 @@
+"""Sizes as users write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from dirtmap.fmt.geometry import MAX_DISK_SIZE
+
+_SIZE = re.compile("0*([0-9]+)([kKMGTP]?)")
+_SHIFTS = {"": 0, "k": 10, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
+_MOST_DIGITS = len(str(MAX_DISK_SIZE))
+
+
+def parse_size(text: str) -> int:
+    """Bytes: plain ASCII digits, or digits and one of k K M G T P (×1024).
+
+    Raises:
+        ValueError: anything else, or more than 2**63 - 1.
+    """
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ValueError(f"'{text}' is not a size: digits, or digits and one of k K M G T P (×1024)")
+    digits, suffix = match.groups()
+    if len(digits) <= _MOST_DIGITS and (size := int(digits) << _SHIFTS[suffix]) <= MAX_DISK_SIZE:
+        return size
+    raise ValueError(f"'{text}' is more than 2^63-1 bytes")
+
+
+def human_share(part: int, whole: int) -> str:
+    """A percentage; what is not nothing does not look like nothing. Empty for a share of nothing."""
+    if not whole:
+        return ""
+    return "<0.1%" if 0 < part < whole / 1000 else f"{min(100.0, 100.0 * part / whole):.1f}%"
+
+
+def human_size(size: int) -> str:
+    """Three digits or so and a unit, as ``9.3 GiB``; exact where there is no point."""
+    for shift, unit in ((60, "EiB"), (50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        whole, rest = divmod(size, 1 << shift)
+        if whole:
+            return f"{size / (1 << shift):.1f} {unit}" if rest else f"{whole} {unit}"
+    return f"{size} B"

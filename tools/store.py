@@ -1,0 +1,67 @@
+"""`dirtmap store`: stores as files."""
+
+from __future__ import annotations
+
+import click
+
+from dirtmap.fmt.errors import printable
+from dirtmap.tools import options
+from dirtmap.tools.output import write_json
+from dirtmap.tools.sizes import human_size
+
+
+@click.group("store", no_args_is_help=False)
+def store_command() -> None:
+    """Make and compact stores: files that hold the bitmaps of many images, each in a namespace of its own."""
+
+
+@options.command(
+    "create",
+    examples="""
+    dirtmap store create backup.dmap
+    dirtmap store create --cluster-size 64K big.dmap
+    """,
+)
+@click.argument("file", type=click.Path())
+@click.option("--cluster-size", type=options.SIZE, default="4K", show_default=True, help="4K to 2M, a power of two.")
+@options.quiet
+def create_command(file: str, cluster_size: int) -> None:
+    """Make an empty store.
+
+    FILE must not exist. Then "dirtmap node add" gives it images to hold bitmaps for.
+    """
+    from dirtmap.engine.store.store import create
+    from dirtmap.fmt.geometry import is_power_of_two
+
+    if not is_power_of_two(cluster_size):
+        raise click.BadParameter(f"{cluster_size} is not a power of two", param_hint="--cluster-size")
+    create(file, cluster_bits=cluster_size.bit_length() - 1)
+
+
+@options.command(
+    "compact",
+    examples="""
+    dirtmap store compact backup.dmap
+    """,
+)
+@click.argument("file", type=click.Path())
+@options.speaking
+def compact_command(file: str, quiet: bool, output: str) -> None:
+    """Write a store anew without its free space, in its own place.
+
+    The new file replaces the old one when it is durable; a crash before that leaves the old one.
+    """
+    from dirtmap.engine.store.compact import compact
+
+    result = compact(file)
+    if output == "json" and not quiet:
+        write_json({"filename": file, "before": result.before, "after": result.after, "namespaces": result.namespaces})
+    elif not quiet:
+        print(
+            f"{printable(file)}: {human_size(result.before)} -> {human_size(result.after)}, "
+            f"{result.namespaces} namespaces"
+        )
+
+
+store_command.add_command(create_command)
+store_command.add_command(compact_command)

@@ -1,0 +1,61 @@
+"""What commands do with targets: open one for a change, take a bitmap, tell whether two are one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import dirtmap.engine as dm
+from dirtmap.engine.containers import Target, locate
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Bitmap, Transaction
+
+
+@contextlib.contextmanager
+def transaction(target: Target) -> Iterator[Transaction]:
+    """The target's bitmaps, to be changed: all of it lands at the end of the block, or nothing.
+
+    Raises:
+        dirtmap.engine.Error: as `dirtmap.engine.Namespace.transaction`.
+    """
+    # Reading proves nothing here: the transaction locks and judges the image anew, and knows better who holds it.
+    with dm.open(target, force_share=True) as image, image.transaction() as bitmaps:
+        yield bitmaps
+
+
+def same_image(one: Target, other: Target, store: str | None = None) -> bool:
+    """True where both targets mean the same bitmaps, whatever the names of their file.
+
+    Raises:
+        dirtmap.engine.Error: one of them is not there.
+    """
+    first, second = locate(one, store), locate(other, store)
+    try:
+        return first.node == second.node and os.path.samefile(first.path, second.path)
+    except OSError:
+        return False  # opening the one that is not there tells more
+
+
+def same_container(one: Target, other: Target, store: str | None = None) -> bool:
+    """True where one commit can change both: they are one image, or nodes of one store. Errors as `same_image`."""
+    try:
+        return os.path.samefile(locate(one, store).path, locate(other, store).path)
+    except OSError:
+        return False
+
+
+def usable(where: str, bitmaps: Mapping[str, Bitmap], name: str) -> Bitmap:
+    """That bitmap, for its bits to be used.
+
+    Raises:
+        BitmapError: it is not there or inconsistent; names it.
+    """
+    from dirtmap.engine import changes
+    from dirtmap.engine.namespace import label
+
+    bitmap = bitmaps[name]
+    changes.require_usable(bitmap, f"{where}: {label(name)}")
+    return bitmap

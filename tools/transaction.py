@@ -1,0 +1,85 @@
+"""`dirtmap transaction`: several changes to one image, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import click
+
+import dirtmap.engine as dm
+from dirtmap.tools import options
+from dirtmap.tools.inputs import read_input
+from dirtmap.tools.targets import same_container, same_image, usable
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Bitmap, Transaction
+    from dirtmap.engine.containers import Target
+    from dirtmap.tools.qmp import Action
+
+
+@options.command(
+    "transaction",
+    examples="""
+    dirtmap transaction actions.json
+    echo '{"actions": [
+      {"type": "block-dirty-bitmap-disable", "data": {"node": "disk.qcow2", "name": "monday"}},
+      {"type": "block-dirty-bitmap-add", "data": {"node": "disk.qcow2", "name": "tuesday"}}
+    ]}' | dirtmap transaction -
+    """,
+)
+@click.argument("file", type=click.Path(allow_dash=True))
+@options.store
+@options.quiet
+def transaction_command(file: str, store: str | None) -> None:
+    """Change several bitmaps of one image or store: all or nothing.
+
+    FILE, or standard input for "-", is the document of a QMP "transaction" command, {"actions": [{"type": ..., "data":
+    {...}}, ...]}, with the types block-dirty-bitmap-add, -remove, -clear, -enable, -disable and -merge. A "node" is a
+    TARGET: the path of an image, or a node's name. All actions change the same container, a qcow2 image or a store; the
+    sources of a merge may be elsewhere. The actions are carried out in their order. If one fails, nothing has changed.
+    """
+    from dirtmap.tools.qmp import parse_transaction
+
+    actions = parse_transaction(*read_input(file))
+    if not actions:
+        return
+    node = actions[0].node
+    for action in actions:
+        if not same_container(action.node, node, store):
+            what = f"'{action.node}' is in another container than '{node}'; a transaction changes one"
+            raise dm.UnsupportedError(f"{action.place}.data.node", what)
+    with contextlib.ExitStack() as others, dm.transaction([action.node for action in actions], store=store) as nodes:
+        for action in actions:
+            try:
+                _apply(nodes, action, others, store)
+            except dm.Error as error:
+                raise dm.Error(f"{action.place}: {error.where}", error.what) from error
+
+
+def _apply(nodes: dict[Target, Transaction], action: Action, others: contextlib.ExitStack, store: str | None) -> None:
+    from dirtmap.engine import changes
+
+    bitmaps = nodes[action.node]
+
+    if action.verb == "add":
+        changes.add(bitmaps, action.name, action.granularity, recording=not action.disabled)
+    elif action.verb == "remove":
+        changes.remove(bitmaps, action.name)
+    elif action.verb == "clear":
+        changes.clear(bitmaps, action.name)
+    elif action.verb == "merge":
+
+        def source(node: str | None, name: str) -> Bitmap:
+            if node is None:
+                return usable(bitmaps.where, bitmaps, name)
+            for changed, there in nodes.items():
+                # One that is being changed is taken as the actions before this one have left it.
+                if node == changed or same_image(node, changed, store):
+                    return usable(there.where, there, name)
+            image = others.enter_context(dm.open(node, store=store))
+            return usable(image.path, image, name)
+
+        changes.merge(bitmaps, action.name, (source(*item) for item in action.sources))
+    else:
+        changes.set_recording(bitmaps, action.name, action.verb == "enable")
