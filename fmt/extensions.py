@@ -67,11 +67,11 @@ def parse_chain(data: bytes, start: int, limit: int) -> Chain:
     while at + EXTENSION_HEAD.size <= limit:
         head = EXTENSION_HEAD.parse(data, at)
         kind, length = head.type, head.length
+        body = at + EXTENSION_HEAD.size
+        if length > limit - body:  # QEMU judges an end marker by that as well
+            return Chain(extensions, at, False, f"extension {kind:#010x} of {length} bytes ends past byte {limit}")
         if kind == END:
             return Chain(extensions, at, True, None)
-        body = at + EXTENSION_HEAD.size
-        if length > limit - body:
-            return Chain(extensions, at, False, f"extension {kind:#010x} of {length} bytes ends past byte {limit}")
         extensions.append(Extension(kind, at, data[body : body + length]))
         at = align_up(body + length, 8)
     return Chain(extensions, at, False, None)

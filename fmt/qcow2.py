@@ -264,6 +264,8 @@ def header_faults(header: Header) -> Iterator[tuple[str, str]]:
         return
     if header.length % 8:
         yield "header_length", f"{header.length} is not a multiple of 8"
+    if header.autoclear & AUTOCLEAR_RAW_EXTERNAL_DATA and not header.incompatible & INCOMPATIBLE_DATA_FILE:
+        yield "autoclear_features", "bit 1 (raw external data) is set, but there is no external data file"
     if header.refcount_order > MAX_REFCOUNT_ORDER:
         yield "refcount_order", f"{header.refcount_order} is above {MAX_REFCOUNT_ORDER}"
     if v2.crypt_method > CRYPT_LUKS:
@@ -327,8 +329,6 @@ def extension_faults(header: Header, chain: Iterable[Extension]) -> Iterator[tup
         yield "backing file format", f"{len(found[EXTENSION_BACKING_FORMAT])} bytes are above {MAX_BACKING_FORMAT}"
     if header.incompatible & INCOMPATIBLE_DATA_FILE and not found.get(EXTENSION_DATA_FILE):
         yield "external data file", "there is none, but incompatible feature bit 2 is set"
-    if header.autoclear & AUTOCLEAR_RAW_EXTERNAL_DATA and not header.incompatible & INCOMPATIBLE_DATA_FILE:
-        yield "header.autoclear_features", "bit 1 (raw external data) is set, but there is no external data file"
     encrypted, data = header.v2.crypt_method == CRYPT_LUKS, found.get(EXTENSION_CRYPTO)
     if encrypted != (data is not None):
         yield "full disk encryption header", f"contradicts crypt_method {header.v2.crypt_method}"

@@ -22,3 +22,9 @@ def pytest_sessionstart() -> None:
     missing = [f"{tool} (Debian package {package})" for tool, package in needed if not shutil.which(tool)]
     if missing:
         pytest.exit(f"the tests need {', '.join(missing)}: see `make tools`", returncode=1)
+
+
+@pytest.fixture(autouse=True)
+def no_default_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine keeps in its default store is none of the tests' business."""
+    monkeypatch.setenv("DIRTMAP_STORE", str(tmp_path / "default.dmap"))

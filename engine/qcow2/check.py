@@ -159,14 +159,22 @@ def _mend(file: File, repair: str, progress: Callable[[int, int], None] | None) 
     if not (report.corruptions or report.leaks):
         return report
     require_writable(before.layout)
-    dropped = _drop_bad(file, before) if repair == "all" else None
-    between = before if dropped is None else _Check(file, None).run()
-    _set_right(file, between, low=repair == "all")
-    left = _Check(file, None).run().report
+    now = before
+    if repair == "all":
+        dropped = _drop_bad(file, now)
+        if dropped is not None:
+            report.dropped = dropped
+            now = _Check(file, None).run()
+        if _set_right(file, now, np.less):
+            now = _Check(file, None).run()
+    leaks = max(report.leaks, now.report.leaks)
+    # Where a reference is wrong, what seems to leak may be what it ought to lead to.
+    if not now.report.corruptions and _set_right(file, now, np.greater):
+        now = _Check(file, None).run()
+    left = now.report
     report.corruptions_fixed = max(0, report.corruptions - left.corruptions)
-    report.leaks_fixed = max(0, max(report.leaks, between.report.leaks) - left.leaks)
+    report.leaks_fixed = leaks - left.leaks
     report.corruptions, report.leaks, report.check_errors = left.corruptions, left.leaks, left.check_errors
-    report.dropped = dropped or []
     return report
 
 
@@ -190,29 +198,33 @@ def _drop_bad(file: File, found: _Check) -> list[str] | None:
     return names
 
 
-def _set_right(file: File, found: _Check, *, low: bool) -> None:
-    """Corrects the refcounts that a complete walk has proven wrong.
+def _set_right(file: File, found: _Check, wrong: np.ufunc) -> bool:
+    """Corrects the refcounts that a complete walk has proven wrong; False where there is nothing to write.
 
-    A guest cluster whose L2 entry does not say that its refcount is 1 is not given that: QEMU would call it corrupt.
-    So its leak is left to ``qemu-img check``, which changes both.
+    An L2 entry says whether the refcount of its cluster is 1. A count that would contradict it is left as it is:
+    QEMU would call that corrupt, and ``qemu-img check`` changes both.
+
+    Args:
+        file: open for writing.
+        found: what was found in it, as it is now.
+        wrong: which stored counts to correct, from what they are and what they should be: `np.less`, `np.greater`.
     """
     if found.references is None or found.references.faults or found.layout.faults:
-        return
+        return False
     runs, uncopied = found.references.runs, found.references.uncopied
     refcounts = Refcounts(file, found.layout.header)
     places = np.unique(refcounts.table // np.uint64(refcounts.cluster_size)).astype(np.int64)
     if (runs.of(places) > 1).any():
-        return  # a refcount block that is something else as well
+        return False  # a refcount block that is something else as well
 
-    def right() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    def corrections() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         for first, stored in refcounts.pieces():
-            expected = runs.between(first, first + len(stored))
-            wrong = stored.astype(np.uint64) > expected.astype(np.uint64)
-            if low:
-                wrong |= stored.astype(np.uint64) < expected.astype(np.uint64)
-            at = np.flatnonzero(wrong)
-            at = at[(expected[at] != 1) | (stored[at] == 0) | (uncopied.of(first + at) == 0)]
+            right = runs.between(first, first + len(stored))
+            at = np.flatnonzero(wrong(stored.astype(np.uint64), right.astype(np.uint64)))
+            old, new = stored[at], right[at]
+            copied = uncopied.of(first + at) == 0
+            at = at[(new == 0) | ((old == 1) == (new == 1)) | ((new == 1) == copied)]
             if len(at):
-                yield first + at, expected[at]
+                yield first + at, right[at]
 
-    set_refcounts(file, found.layout, right())
+    return set_refcounts(file, found.layout, corrections())

@@ -47,7 +47,7 @@ def make_sidecar(raw: str, path: str) -> None:
     data_clusters = ceil_div(size, cluster)
     per_l2 = cluster // qcow2.TABLE_ENTRY_SIZE
     l2_tables = ceil_div(data_clusters, per_l2)
-    l1_clusters = max(1, ceil_div(l2_tables * qcow2.TABLE_ENTRY_SIZE, cluster))
+    l1_clusters = ceil_div(l2_tables * qcow2.TABLE_ENTRY_SIZE, cluster)
     per_block = cluster * 8 // _REFCOUNT_BITS
     blocks = 1
     while blocks * per_block < 2 + blocks + l1_clusters + l2_tables:

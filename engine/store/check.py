@@ -146,33 +146,54 @@ class _Check:
             released = self.snapshot.released()
             read = self.snapshot.read
             space = SpaceMap(self.snapshot.file.path, self.cluster, header.clusters, root, released, read)
-            for place in space.places:
-                self.area(place, "space map leaf")
-            leaves = [space.leaf(index) for index in range(len(space.places))]
         except FormatError as error:
             self.wrong(error)
             return
-        marked = np.concatenate(leaves) if leaves else np.empty(0, np.bool_)
-        used = self.in_use(len(marked))
-        kept = used.copy()
-        for first, count in released:
-            if used[first : first + count].any():
-                self.report.found(CORRUPTION, "released clusters", f"run at {first * self.cluster:#x} is in use")
-            kept[first : first + count] = True
-        self.runs(CORRUPTION, used & ~marked, "in use, but marked as free")
-        if complete:
-            self.runs(LEAK, marked & ~kept, "marked as used, but nothing uses them")
+        for index, place in enumerate(space.places):
+            self.area(place, f"space map leaf {index}")
+        used = self.in_use(silent=True)
+        self.used += [(range(first, first + count), "released clusters") for first, count in released]
+        kept = self.in_use(silent=False)
+        for index in range(len(space.places)):
+            try:
+                marked = space.read_leaf(index)
+            except FormatError as error:
+                self.wrong(error)
+                continue
+            first = index * space.per_leaf
+            self.runs(CORRUPTION, _part(used, first, space.per_leaf) & ~marked, first, "in use, but marked as free")
+            if complete:
+                leaked = marked & ~_part(kept, first, space.per_leaf)
+                self.runs(LEAK, leaked, first, "marked as used, but nothing uses them")
 
-    def in_use(self, clusters: int) -> NDArray[np.bool_]:
-        used = np.zeros(clusters, np.bool_)
-        for numbers, what in self.used:
-            part = used[numbers.start : numbers.stop]
-            if part.any() or len(part) < len(numbers):
-                self.report.found(CORRUPTION, what, f"at {numbers.start * self.cluster:#x}: overlaps something else")
-            part[:] = True
-        return used
+    def in_use(self, *, silent: bool) -> NDArray[np.int64]:
+        """What is used as runs of clusters: int64, shape (n, 2), first and end, ascending and disjoint."""
+        runs: list[list[int]] = []
+        last = ""
+        for numbers, what in sorted(self.used, key=lambda pair: pair[0].start):
+            start, stop = numbers.start, numbers.stop
+            fault = None
+            if runs and start < runs[-1][1]:
+                fault = f"overlaps {last}"
+                runs[-1][1] = max(runs[-1][1], stop)
+            else:
+                runs.append([start, stop])
+            if stop > self.snapshot.header.clusters:
+                fault = "ends behind the last cluster"
+            if fault and not silent:
+                self.report.found(CORRUPTION, what, f"at {start * self.cluster:#x}: {fault}")
+            last = what
+        return np.array(runs, np.int64)
 
-    def runs(self, severity: str, wrong: NDArray[np.bool_], what: str) -> None:
+    def runs(self, severity: str, wrong: NDArray[np.bool_], start: int, what: str) -> None:
         for first, count in _runs(np.flatnonzero(wrong).tolist()):
-            where = f"clusters {first * self.cluster:#x}..{(first + count) * self.cluster:#x}"
-            self.report.found(severity, where, what, count)
+            at = (start + first) * self.cluster
+            self.report.found(severity, f"clusters {at:#x}..{at + count * self.cluster:#x}", what, count)
+
+
+def _part(runs: NDArray[np.int64], first: int, count: int) -> NDArray[np.bool_]:
+    """Which of ``count`` clusters from ``first`` on lie in the runs: bool, shape (count,)."""
+    found = np.zeros(count, np.bool_)
+    for start, stop in runs[np.searchsorted(runs[:, 1], first, "right") : np.searchsorted(runs[:, 0], first + count)]:
+        found[max(start - first, 0) : stop - first] = True
+    return found

@@ -64,7 +64,7 @@ def compact(path: str, *, mend: bool = False, progress: Callable[[int, int], Non
         LockedError: another process is writing to it.
         StorageError: the operating system failed; the old file stands.
     """
-    with Store(path)._locked() as old:
+    with Store(path) as target, target._locked() as old:
         chosen = headers.choose(path, old.read(0, store.RESERVED))
         snapshot = Snapshot(old, chosen)
         header = chosen.header
@@ -87,12 +87,22 @@ def compact(path: str, *, mend: bool = False, progress: Callable[[int, int], Non
                     if progress:
                         progress(done + 1, len(records))
                 change.commit()
+                _fill_older_slot(new)
                 result.after = new.size()
             replace_file(temporary, path)
         except BaseException:
             remove_file(temporary)
             raise
         return result
+
+
+def _fill_older_slot(file: File) -> None:
+    """Has both slots say the same: the older one is still the empty store, so losing the newest would lose all."""
+    chosen = headers.choose(file.path, file.read(0, store.RESERVED))
+    block = headers.build_block(replace(chosen.header, generation=chosen.header.generation + 1))
+    for offset in headers.blocks_of(1 - chosen.slot):
+        file.write(offset, block)
+    file.sync()
 
 
 def _records(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[tuple[Snapshot, Record]]:

@@ -20,6 +20,7 @@ from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.store import Area, Record
 
 _MOST_HEX = 1 << 20  # bytes of one bitmap's bits
+_MOST_BAD_ENTRIES = 100  # of one directory: what follows so many is no directory
 
 _FLAGS: dict[str, dict[int, str]] = {
     "incompatible_features": {},
@@ -197,20 +198,22 @@ class _Dump(Shown):
             return
         if doubt := doubts(snapshot, record):
             self.note(f"counts as all dirty: {doubt}")
-        area, count = record.directory, 0
+        area, count, bad = record.directory, 0, 0
         if entries := self.area(snapshot, area, f"directory of {where}"):
             try:
                 for at, entry in directory.parse_entries(entries):
-                    self.entry(snapshot, record, entry, area.offset + at, entries[at : at + entry.packed_size])
+                    raw = entries[at : at + entry.packed_size]
+                    bad += not self.entry(snapshot, record, entry, area.offset + at, raw)
                     count += 1
-                    if count > record.nb_bitmaps:
+                    if count > record.nb_bitmaps or bad > _MOST_BAD_ENTRIES:
                         break
             except directory.BrokenEntryError as error:
                 self.fault(f"directory of {where} at {area.offset + error.offset:#x}", str(error))
         if count != record.nb_bitmaps:
             self.fault(f"{where}.nb_bitmaps", f"{record.nb_bitmaps}, but the directory has another number")
 
-    def entry(self, snapshot: Snapshot, record: Record, entry: Entry, offset: int, raw: bytes) -> None:
+    def entry(self, snapshot: Snapshot, record: Record, entry: Entry, offset: int, raw: bytes) -> bool:
+        """One entry and its bits; False where it breaks a rule."""
         where = f"{namespace_label(record.name)}, {label(decode_name(entry.name))}"
         fields = self.fields(directory.DIRECTORY_ENTRY, offset, raw[: directory.DIRECTORY_ENTRY.size])
         meaning = {store.ALL_ZEROS: "all zeros", store.ALL_ONES: "all ones"}.get(entry.table_offset)
@@ -229,6 +232,7 @@ class _Dump(Shown):
             self.fault(f"{where}.{field_name}", what)
         if not faults and not meaning:
             self.bits(snapshot, record, entry, where)
+        return not faults
 
     def bits(self, snapshot: Snapshot, record: Record, entry: Entry, where: str) -> None:
         length = geometry.packed_bytes(record.size, entry.granularity)

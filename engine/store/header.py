@@ -23,6 +23,7 @@ from dirtmap.fmt.qcow2 import feature_text
 from dirtmap.fmt.store import Area
 
 _CHECKED = store.BLOCK - store.CHECKSUM.size
+_WIPED = b"\xff" * store.BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +225,9 @@ def choose(path: str, data: bytes) -> Chosen:
         newest = max(other, key=lambda number: headers[number].generation)
         mends += [(n, blocks[newest]) for n in store.COPIES[1 - slot] if blocks[n] != blocks[newest]]
     else:
-        # Wiped, or a torn write over what is left of them could bring back a header whose areas are gone by then.
-        mends += [(n, bytes(store.BLOCK)) for n in store.COPIES[1 - slot] if any(blocks[n])]
+        # Wiped, or a torn write over what is left of them could bring back a header whose areas are gone by then. Not
+        # with zeros: a header is full of them, so a torn wipe could do just that.
+        mends += [(n, _WIPED) for n in store.COPIES[1 - slot] if blocks[n] != _WIPED]
     return Chosen(header, slot, not other, tuple(mends))
 
 

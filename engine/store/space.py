@@ -58,11 +58,13 @@ class SpaceMap:
     ) -> None:
         self._where, self._cluster, self.clusters, self._read = where, cluster_size, clusters, read
         self.per_leaf = store.leaf_clusters(cluster_size)
+        if (count := len(root) // store.LEAF.size) != ceil_div(clusters, self.per_leaf):
+            raise FormatError(f"{where}: space map", f"{count} leaves do not cover {clusters} clusters")
         leaves = [store.LEAF.parse(root, at) for at in range(0, len(root), store.LEAF.size)]
         self.places = [Area(leaf.offset, cluster_size, leaf.checksum) for leaf in leaves]
         self.free = [int(leaf.free) for leaf in leaves]
-        if len(leaves) != ceil_div(clusters, self.per_leaf):
-            raise FormatError(f"{where}: space map", f"{len(leaves)} leaves do not cover {clusters} clusters")
+        if len({place.offset for place in self.places}) != count:
+            raise FormatError(f"{where}: space map", "two leaves share a place")
         self._released = list(released)
         self._newly_released: list[int] = []
         self._leaves: dict[int, NDArray[np.bool_]] = {}
@@ -71,15 +73,23 @@ class SpaceMap:
     def leaf(self, index: int) -> NDArray[np.bool_]:
         """Leaf ``index`` unpacked: bool, shape (per_leaf,), True where used or released."""
         if index not in self._leaves:
-            raw = self._read(self.places[index], f"space map leaf {index}")
-            leaf = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little", count=self.per_leaf).view(np.bool_)
-            where = f"{self._where}: space map[{index}]"
-            if (free := int(np.count_nonzero(~leaf))) != self.free[index]:
-                raise FormatError(f"{where}.free", f"{self.free[index]}, but {free} are free")
-            if index == 0 and not leaf[: ceil_div(store.RESERVED, self._cluster)].all():
-                raise FormatError(where, "the headers' clusters are marked as free")
-            self._leaves[index] = leaf
+            self._leaves[index] = self.read_leaf(index)
         return self._leaves[index]
+
+    def read_leaf(self, index: int) -> NDArray[np.bool_]:
+        """The same, as the last commit left it, and not kept in memory.
+
+        Raises:
+            FormatError: damaged, or it contradicts the root.
+        """
+        raw = self._read(self.places[index], f"space map leaf {index}")
+        leaf = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little", count=self.per_leaf).view(np.bool_)
+        where = f"{self._where}: space map[{index}]"
+        if (free := int(np.count_nonzero(~leaf))) != self.free[index]:
+            raise FormatError(f"{where}.free", f"{self.free[index]}, but {free} are free")
+        if index == 0 and not leaf[: ceil_div(store.RESERVED, self._cluster)].all():
+            raise FormatError(where, "the headers' clusters are marked as free")
+        return leaf
 
     def take(self, count: int) -> int:
         """``count`` adjacent clusters that neither slot refers to, marked as used; the number of the first."""

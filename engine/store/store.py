@@ -153,7 +153,10 @@ class Store:
             if failure is None and now.generation <= snapshot.header.generation + 1:
                 return answer
             if failure is not None and now.commit_id == snapshot.header.commit_id and self._file.is_current():
-                raise failure
+                try:
+                    raise failure
+                finally:
+                    failure = None  # which refers to this frame, and would keep in memory what was read
         raise LockedError(self.path, "changes faster than it can be read")
 
     def _settled(self) -> Chosen:

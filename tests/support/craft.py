@@ -117,7 +117,9 @@ class Craft:
         found = []
         for _ in range(self.get(self.bitmaps("nb_bitmaps"))):
             found.append(at)
-            name, extra = (self.get(_place(directory.DIRECTORY_ENTRY, at, f"{what}_size")) for what in ("name", "extra_data"))
+            name, extra = (
+                self.get(_place(directory.DIRECTORY_ENTRY, at, f"{what}_size")) for what in ("name", "extra_data")
+            )
             at += -(-(directory.DIRECTORY_ENTRY.size + extra + name) // 8) * 8
         return found
 

@@ -59,12 +59,13 @@ def qemu_img(command: str, *arguments: Target, status: int = 0) -> str:
 
 def opened(target: Target) -> list[str]:
     """The arguments by which `qemu-img` and its like open an image."""
-    if isinstance(target, Encrypted):
-        return [*_SECRET, "--image-opts", f"{_ENCRYPTED},file.filename={os.fspath(target)}"]
-    return ["-f", "qcow2", os.fspath(target)]
+    secret = _SECRET if isinstance(target, Encrypted) else ()
+    return [*secret, "--image-opts", f"{_driver(target)},file.filename={os.fspath(target)}"]
 
 
-_ENCRYPTED = "driver=qcow2,encrypt.format=luks,encrypt.key-secret=secret"
+def _driver(target: Target) -> str:
+    encryption = ",encrypt.format=luks,encrypt.key-secret=secret" if isinstance(target, Encrypted) else ""
+    return f"driver=qcow2{encryption}"
 
 
 def create(path: Path, size: int | str, options: str = "", *arguments: Target, encrypted: bool = False) -> Target:
@@ -180,13 +181,11 @@ class StorageDaemon:
         self._folder = tempfile.TemporaryDirectory(prefix="dirtmap-")  # short: a socket's path has 107 bytes at most
         self._nbd = f"{self._folder.name}/nbd"
         ours, theirs = socket.socketpair()
-        encrypted = isinstance(self._target, Encrypted)
-        opening = _ENCRYPTED if encrypted else "driver=qcow2"
-        options = [opening, "node-name=disk", "discard=unmap", "file.driver=file", *self._options]
+        options = [_driver(self._target), "node-name=disk", "discard=unmap", "file.driver=file", *self._options]
         self._process = subprocess.Popen(
             [
                 "qemu-storage-daemon",
-                *(_SECRET if encrypted else ()),
+                *(_SECRET if isinstance(self._target, Encrypted) else ()),
                 *("--blockdev", f"{','.join(options)},file.filename={os.fspath(self._target)}"),
                 *("--chardev", f"socket,id=qmp,fd={theirs.fileno()}", "--monitor", "qmp"),
                 *("--nbd-server", f"addr.type=unix,addr.path={self._nbd}"),

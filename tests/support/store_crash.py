@@ -18,7 +18,7 @@ import crc32c
 from dirtmap.engine import changes, fileio
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.check import check
-from dirtmap.engine.store.namespace import StoredImage
+from dirtmap.engine.store.namespace import StoredImage, add_node
 from dirtmap.engine.store.nodes import nodes
 from dirtmap.engine.store.store import Store
 from dirtmap.fmt import store as fmt_store
@@ -245,6 +245,12 @@ def packed_size(size: int, granularity_bits: int) -> int:
     return -(-granules // 8)
 
 
+def damage(image: bytearray, *copies: int) -> None:
+    """Flips a bit of the store's UUID in header copies, by number: where every later header is the same."""
+    for copy in copies:
+        image[copy * BLOCK + 40] ^= 1
+
+
 # What was done.
 
 
@@ -317,10 +323,11 @@ def shredded(recording: Recording) -> Recording:
 
 
 def next_commit(path: str) -> None:
-    """Something to do after a crash: a bitmap added to the last node, or removed from it."""
+    """Something to do after a crash: a bitmap added to the last node, or removed from it; or the first node."""
     with Store(path) as target:
         names = [node.name for node in nodes(target)]
         if not names:
+            add_node(target, "after the crash", __file__)
             return
         with StoredImage(target, names[-1]).transaction() as bitmaps:
             if "after the crash" in bitmaps:

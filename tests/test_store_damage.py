@@ -1,0 +1,860 @@
+"""A damaged store: errors that say where, never a traceback, a hang, or a clean bit that was dirty.
+
+A store of a few clusters is damaged in every way: each bit flipped, cut at every sector, filled with garbage, and with
+numbers that lie although every checksum is right. Each time all that reads a store reads it, and one change is made.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import crc32c
+import numpy as np
+import pytest
+
+import dirtmap.engine as dm
+from dirtmap.engine.containers import Place
+from dirtmap.engine.store import header as headers
+from dirtmap.engine.store import store as engine
+from dirtmap.engine.store.namespace import add_node
+from dirtmap.engine.store.store import Store, create
+from dirtmap.fmt import directory, store
+from dirtmap.fmt.errors import Error
+from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.structure import Structure
+
+SIZE = 300_001  # of each disk
+NOTHING_LOST = np.uint64(0)
+Bits = dict[tuple[str, str], np.ndarray[Any, Any]]
+
+
+class Region(NamedTuple):
+    """A part of the store that something leads to."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Sound:
+    """The undamaged store.
+
+    Attributes:
+        path: where it is damaged.
+        data: its bytes.
+        bits: the words of each bitmap, by node and name.
+        regions: where its parts are.
+    """
+
+    path: str
+    data: bytes
+    bits: Bits
+    regions: list[Region]
+
+    def region(self, name: str) -> Region:
+        return next(region for region in self.regions if region.name == name)
+
+    def write(self, data: bytes | bytearray) -> None:
+        with open(self.path, "r+b") as file:
+            file.write(data)
+            file.truncate(len(data))
+
+    def read(self) -> bytes:
+        return Path(self.path).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """In memory where that can be: thousands of stores are written and synced."""
+    where = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    yield where
+    shutil.rmtree(where)
+
+
+@pytest.fixture(scope="module")
+def sound(folder: Path) -> Sound:
+    return _sound(folder)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers are parsed once for each content, and nobody waits for a writer that is not there."""
+    monkeypatch.setattr(headers, "parse_block", lru_cache(maxsize=64)(headers.parse_block))
+    monkeypatch.setattr(engine, "time", _Hurried)
+
+
+class _Hurried:
+    monotonic = staticmethod(time.monotonic)
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        pass
+
+
+def _sound(folder: Path) -> Sound:
+    path = str(folder / "s.dmap")
+    create(path)
+    rng = np.random.default_rng(3)
+    with Store(path) as target:
+        for node in ("a", "b", "empty"):
+            (folder / f"{node}.raw").write_bytes(bytes(SIZE))
+            add_node(target, node, str(folder / f"{node}.raw"))
+
+    def some(granularity: int, share: float) -> dm.Bitmap:
+        granules = np.flatnonzero(rng.random(SIZE // granularity) < share)
+        return dm.Bitmap.from_extents(SIZE, granules * granularity, np.full(len(granules), granularity), granularity)
+
+    with dm.open(Place(path, "a")) as image:
+        with image.transaction() as bitmaps:
+            bitmaps["monday"] = some(4096, 0.3)
+            bitmaps["clean"] = dm.Bitmap(SIZE)
+            bitmaps["full"] = dm.Bitmap.from_extents(SIZE, [0], [SIZE], 65536, recording=False)
+        with image.transaction() as bitmaps:
+            bitmaps["monday"] |= some(4096, 0.3)
+    with dm.open(Place(path, "b")) as image, image.transaction() as bitmaps:
+        bitmaps["\udcff"] = some(512, 0.2)
+    with dm.open(Place(path, "a")) as image, image.transaction() as bitmaps:
+        bitmaps["monday"].mark(SIZE - 1, 1)
+    found: Bits = {}
+    for node in ("a", "b"):
+        with dm.open(Place(path, node)) as image:
+            found |= {(node, name): image[name].words.copy() for name in image}
+    assert len(found) == 4
+    assert not dm.check(path).findings
+    return Sound(path, Path(path).read_bytes(), found, _regions(path))
+
+
+def _regions(path: str) -> list[Region]:
+    """Every area of the newest commit, and the headers, from a dump."""
+    names = {"header": "header copy", "record": "namespace record", "entry": "directory entry"}
+    document = dm.dump(path)
+    assert not document["faults"]
+    found = []
+    for structure in document["structures"]:
+        name, start = structure["name"], structure["offset"]
+        if name.startswith(names["header"]) and "," not in name:
+            found.append(Region(name, start, start + store.BLOCK))
+        elif not name.startswith(names["header"]):
+            found.append(Region(name, start, start + structure["length"]))
+    return found
+
+
+# What is done with each damaged store, and what must hold.
+
+
+@contextmanager
+def bounded(seconds: float = 2.0) -> Iterator[None]:
+    """Ends what takes more of the processor's time than that."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took longer than {seconds} s")
+
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
+
+
+def attempt(act: Callable[[], Any]) -> Any:
+    """What it returns, or the Error it raises; any other exception is a failure."""
+    try:
+        return act()
+    except Error as error:
+        failure = error.with_traceback(None)  # which would keep what was read
+        failure.__context__ = None
+    assert "\n" not in str(failure), "an error is one line"
+    return failure
+
+
+def no_bit_lost(sound: Sound, node: str, image: dm.Namespace) -> set[tuple[str, str]]:
+    """Every bitmap that can be read has all dirty bits that it had; which there still are, readable or not."""
+    names = attempt(lambda: list(iter(image)))
+    if isinstance(names, Error):
+        return set()
+    for name in names:
+        bitmap = attempt(lambda name=name: image[name])
+        if isinstance(bitmap, Error):
+            continue
+        expected = sound.bits.get((node, name))
+        if expected is not None:
+            assert not (expected & ~bitmap.words).any(), f"{node}:{name} lost a dirty bit"
+    return {(node, name) for name in names} & sound.bits.keys()
+
+
+def read_everything(sound: Sound) -> set[tuple[str, str]]:
+    """Which of the sound store's bitmaps there still are; none of those that can be read has lost a bit."""
+    names = set()
+    for node in ("a", "b"):
+        image = attempt(lambda node=node: dm.open(Place(sound.path, node)))
+        if not isinstance(image, Error):
+            with image:
+                names |= no_bit_lost(sound, node, image)
+    return names
+
+
+def use(sound: Sound) -> dict[str, Any]:
+    """Reads the damaged store in every way, then changes it; the answers, or the errors, by what was done."""
+    answers: dict[str, Any] = {}
+    with bounded(20):
+        answers["names"] = read_everything(sound)
+        answers["describe"] = info = attempt(lambda: dm.describe(sound.path))
+        if not isinstance(info, Error):
+            for bitmap in info.bitmaps:
+                expected = sound.bits.get((bitmap.node, bitmap.name))
+                if expected is not None:
+                    dirty = int(np.bitwise_count(expected).sum()) * bitmap.granularity
+                    assert bitmap.count is None or bitmap.count >= dirty
+        answers["check"] = attempt(lambda: dm.check(sound.path))
+        answers["dump"] = dump = attempt(lambda: dm.dump(sound.path))
+        if not isinstance(dump, Error):
+            assert dump.keys() == {"filename", "format", "file-size", "structures", "faults", "stopped"}
+        before = sound.read()
+        answers["change"] = changed = attempt(lambda: _change(sound.path))
+        if isinstance(changed, Error):
+            assert sound.read() == before
+        else:
+            read_everything(sound)
+    return answers
+
+
+def _change(path: str) -> None:
+    with dm.open(Place(path, "a")) as image, image.transaction() as bitmaps:
+        bitmaps["new"] = dm.Bitmap.from_extents(SIZE, [5000], [10_000], 512)
+        bitmaps["full"].mark(0, 1)
+
+
+def flipped(sound: Sound, bits: range | list[int]) -> Iterator[int]:
+    """For each of these bits of the file: flips it, hands it over, and puts the sound store back."""
+    sound.write(sound.data)
+    for bit in bits:
+        damaged = bytearray(sound.data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with open(sound.path, "r+b", buffering=0) as file:
+            file.seek(bit // 8)
+            file.write(damaged[bit // 8 : bit // 8 + 1])
+        yield bit
+        sound.write(sound.data)
+
+
+def found_damage(answers: dict[str, Any]) -> bool:
+    """True where the check says that something is wrong; that one header copy is damaged is a note."""
+    report = answers["check"]
+    return isinstance(report, Error) or report.corruptions > 0 or any("header" in f.where for f in report.findings)
+
+
+# Every bit
+
+
+def test_flipped_bit_of_one_header_copy_changes_nothing(sound: Sound) -> None:
+    """Every bit of the four blocks: the header that counts is the same, and the damaged copy is to be mended.
+
+    Whatever a reader does depends on that choice and the areas alone.
+    """
+    before = headers.choose(sound.path, sound.data)
+    for number in range(4):
+        block = sound.data[number * store.BLOCK : (number + 1) * store.BLOCK]
+        for bit in range(store.BLOCK * 8):
+            damaged = bytearray(block)
+            damaged[bit // 8] ^= 1 << bit % 8
+            data = (
+                sound.data[: number * store.BLOCK] + damaged + sound.data[(number + 1) * store.BLOCK : store.RESERVED]
+            )
+            chosen = headers.choose(sound.path, data)
+            assert (chosen.header, chosen.slot, chosen.in_doubt) == (before.header, before.slot, False)
+            assert chosen.mends == ((number, block),)
+
+
+def _sampled(region: Region, count: int, seed: int) -> list[int]:
+    return sorted(random.Random(seed).sample(range(region.start * 8, region.stop * 8), count))
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize(("step", "count"), [(23, 20), pytest.param(1, 500, marks=pytest.mark.long)])
+def test_flipped_bit_of_one_header_copy_is_invisible(sound: Sound, number: int, step: int, count: int) -> None:
+    region = sound.regions[number]
+    assert region.name.startswith(f"header copy {number}")
+    used = range(region.start * 8, (region.start + 180) * 8, step)  # the fields
+    for _ in flipped(sound, sorted({*used, *_sampled(region, count, number)})):
+        answers = use(sound)
+        assert answers["names"] == set(sound.bits)
+        assert not answers["describe"].notes
+        assert found_damage(answers)
+        assert answers["change"] is None
+
+
+METADATA = ["namespace table", "namespace record", "directory entry", "bits", "space map", "released clusters"]
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_flipped_bit_of_anything_else_is_an_error_at_most(sound: Sound, kind: str) -> None:
+    """Every bit of the table, the records, the directories, the bits, the space map's root and the released runs."""
+    regions = [region for region in sound.regions if region.name.split(":")[0] == kind]
+    assert regions
+    for region in regions:
+        for bit in flipped(sound, range(region.start * 8, region.stop * 8)):
+            answers = use(sound)
+            assert found_damage(answers), f"bit {bit} of {region.name}"
+            assert answers["dump"]["faults"], f"bit {bit} of {region.name}"
+
+
+@pytest.mark.parametrize("step", [127, pytest.param(1, marks=pytest.mark.long)])
+def test_flipped_bit_of_a_space_map_leaf_is_an_error_at_most(sound: Sound, step: int) -> None:
+    region = sound.region("space map leaf 0")
+    used = range(region.start * 8, region.start * 8 + 64)
+    for bit in flipped(sound, sorted({*used, *range(region.start * 8, region.stop * 8, step)})):
+        answers = use(sound)
+        assert answers["names"] == set(sound.bits), "readers do not need it"
+        assert found_damage(answers), f"bit {bit}"
+        assert isinstance(answers["change"], Error), "a writer does not trust it"
+
+
+def test_every_flipped_bit_of_a_space_map_leaf_is_noticed(sound: Sound) -> None:
+    region = sound.region("space map leaf 0")
+    snapshot_area = Area(
+        region.start, region.stop - region.start, crc32c.crc32c(sound.data[region.start : region.stop])
+    )
+    leaf = bytearray(sound.data[region.start : region.stop])
+    for bit in range(len(leaf) * 8):
+        leaf[bit // 8] ^= 1 << bit % 8
+        assert crc32c.crc32c(leaf) != snapshot_area.checksum
+        leaf[bit // 8] ^= 1 << bit % 8
+
+
+# Both copies of a header
+
+
+def _break_blocks(sound: Sound, *numbers: int) -> bytearray:
+    damaged = bytearray(sound.data)
+    for number in numbers:
+        damaged[number * store.BLOCK + 1000] ^= 1
+    return damaged
+
+
+def test_without_the_newest_header_the_older_state_is_all_dirty(sound: Sound) -> None:
+    newest = headers.choose(sound.path, sound.data).slot
+    damaged = _break_blocks(sound, *store.COPIES[newest])
+    sound.write(damaged)
+    info = dm.describe(sound.path)
+    assert {(bitmap.node, bitmap.name) for bitmap in info.bitmaps} == set(sound.bits), "as one commit earlier"
+    assert len(info.notes) == 2
+    assert all("both copies of a header are damaged" in note for note in info.notes)
+    assert all(bitmap.count >= SIZE for bitmap in info.bitmaps)
+    for node, name in sound.bits:
+        with dm.open(Place(sound.path, node)) as image:
+            assert image[name].extents()[1].tolist() == [SIZE]
+    report = dm.check(sound.path)
+    assert report.corruptions >= 2
+    assert any(finding.severity == "note" and "all dirty" in finding.what for finding in report.findings)
+    assert any("all dirty" in fault["what"] for fault in dm.dump(sound.path)["faults"])
+
+
+def test_doubt_outlives_the_next_commits_and_ends_with_recover(sound: Sound) -> None:
+    newest = headers.choose(sound.path, sound.data).slot
+    sound.write(_break_blocks(sound, *store.COPIES[newest]))
+    generation = headers.choose(sound.path, sound.data).header.generation
+    with dm.open(Place(sound.path, "a")) as image, image.transaction() as bitmaps:
+        bitmaps["monday"].clear(0, SIZE)
+        bitmaps["new"] = dm.Bitmap(SIZE)
+    chosen = headers.choose(sound.path, sound.read())
+    assert not chosen.in_doubt
+    assert chosen.header.generation == generation + 1, "past the number of the commit that was lost"
+    for _ in range(3):
+        with dm.open(Place(sound.path, "a")) as image:
+            assert image["monday"].count == 0, "cleared since"
+            assert image["full"].count >= SIZE
+            assert image["clean"].count >= SIZE, "written down as all dirty with the first change"
+            with image.transaction() as bitmaps:
+                bitmaps["more"] = dm.Bitmap.from_extents(SIZE, [0], [1], 512)
+            with image.transaction() as bitmaps:
+                del bitmaps["more"]
+        with dm.open(Place(sound.path, "b")) as image:
+            assert image["\udcff"].extents()[1].tolist() == [SIZE]
+            assert "lost a commit" in image.info().notes[0]
+    assert not dm.check(sound.path).corruptions
+    with dm.open(Place(sound.path, "b")) as image:
+        assert [recovery.how for recovery in image.recover()] == ["all dirty"]
+        assert not image.info().notes
+        assert image.recover() == []
+
+
+@pytest.mark.parametrize("damaged", [(0, 1, 2, 3), (0, 2), (1, 3), (0, 1), (2, 3), (0, 1, 2), (1, 2, 3)])
+def test_damaged_header_copies_never_lose_a_bit(sound: Sound, damaged: tuple[int, ...]) -> None:
+    sound.write(_break_blocks(sound, *damaged))
+    answers = use(sound)
+    if len(damaged) == 4:
+        assert all(isinstance(answers[key], Error) for key in ("describe", "check", "change"))
+        assert not answers["names"]
+        assert answers["dump"]["stopped"]
+    else:
+        assert answers["names"] == set(sound.bits)
+        assert found_damage(answers)
+        assert answers["change"] is None
+
+
+# Mending
+
+
+def mended(sound: Sound) -> dm.CheckReport:
+    """Repairs the damaged store; the result must be without fault, and have lost no bit of what it still has."""
+    with bounded(20):
+        report = dm.check(sound.path, repair="all")
+        after = dm.check(sound.path)
+        assert (after.corruptions, after.leaks, after.check_errors) == (0, 0, 0), after.findings
+        assert (report.corruptions, report.leaks) == (0, 0)
+        assert read_everything(sound) == sound.bits.keys() or report.dropped, "what is gone is named"
+        for bitmap in dm.describe(sound.path).bitmaps:
+            expected = sound.bits[str(bitmap.node), bitmap.name]
+            assert bitmap.count is not None
+            assert bitmap.count >= int(np.bitwise_count(expected).sum()) * bitmap.granularity
+        attempt(lambda: _change(sound.path))  # the node may be one of what was lost
+        read_everything(sound)
+        assert not dm.check(sound.path).corruptions
+    return report
+
+
+@pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.long)])
+def test_every_damage_but_to_all_headers_is_mended(sound: Sound, step: int) -> None:
+    for region in sound.regions:
+        stop = region.start + 180 if region.name.startswith("header") else region.stop
+        wide = 41 * step if region.name.startswith("space map leaf") else step
+        for _ in flipped(sound, range(region.start * 8, stop * 8, wide)):
+            report = mended(sound)
+            assert report.corruptions_fixed > 0 or region.name.startswith("header"), region.name
+
+
+def test_mending_a_lost_header_keeps_the_doubt(sound: Sound) -> None:
+    newest = headers.choose(sound.path, sound.data).slot
+    sound.write(_break_blocks(sound, *store.COPIES[newest]))
+    mended(sound)
+    sound.write(_break_blocks(sound, *store.COPIES[newest]))
+    dm.check(sound.path, repair="all")
+    for node, name in sound.bits:
+        with dm.open(Place(sound.path, node)) as image:
+            assert image[name].extents()[1].tolist() == [SIZE]
+
+
+def test_mending_damaged_bits_makes_that_bitmap_all_dirty_and_no_other(sound: Sound) -> None:
+    region = sound.region("bits: node 'a', bitmap 'monday'")
+    for _ in flipped(sound, [region.start * 8]):
+        report = dm.check(sound.path, repair="all")
+        assert len(report.dropped) == 1
+        assert "monday" in report.dropped[0]
+        for (node, name), expected in sound.bits.items():
+            with dm.open(Place(sound.path, node)) as image:
+                if name == "monday":
+                    assert image[name].extents()[1].tolist() == [SIZE]
+                else:
+                    assert np.array_equal(image[name].words, expected)
+
+
+def test_recover_makes_damaged_bits_all_dirty(sound: Sound) -> None:
+    region = sound.region("bits: node 'a', bitmap 'monday'")
+    for _ in flipped(sound, [region.start * 8 + 9]):
+        with dm.open(Place(sound.path, "a")) as image:
+            with pytest.raises(dm.FormatError, match=r"monday.*checksum is wrong; recover"):
+                image["monday"]
+            assert image["full"].count >= SIZE, "others are not concerned"
+            assert [(r.name, r.how) for r in image.recover()] == [("monday", "all dirty")]
+            assert image["monday"].extents()[1].tolist() == [SIZE]
+        assert not dm.check(sound.path).findings
+
+
+def test_repair_of_leaks_alone_leaves_a_damaged_store_as_it_is(sound: Sound) -> None:
+    for _ in flipped(sound, [sound.region("namespace table").start * 8]):
+        before = sound.read()
+        assert dm.check(sound.path, repair="leaks").corruptions
+        assert sound.read() == before
+
+
+# Cut short, and garbage
+
+
+def test_store_cut_at_every_sector(sound: Sound) -> None:
+    for length in range(0, len(sound.data), 512):
+        sound.write(sound.data[:length])
+        answers = use(sound)
+        assert found_damage(answers) or answers["names"] == set(sound.bits)
+
+
+def test_store_cut_and_filled_up_with_zeros(sound: Sound) -> None:
+    for length in range(0, len(sound.data), 512):
+        sound.write(sound.data[:length].ljust(len(sound.data), b"\0"))
+        use(sound)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_garbage_in_places(sound: Sound, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(60):
+        damaged = bytearray(sound.data)
+        for _ in range(rng.randrange(1, 5)):
+            at = rng.randrange(len(damaged))
+            length = rng.choice([1, 4, 8, 100, 512, 4096, 20000])
+            garbage = rng.choice([rng.randbytes(length), bytes(length), b"\xff" * length])
+            damaged[at : at + length] = garbage[: len(damaged) - at]
+        sound.write(damaged)
+        use(sound)
+
+
+def test_nothing_but_garbage(sound: Sound) -> None:
+    rng = random.Random(7)
+    for _ in range(100):
+        data = store.MAGIC + rng.randbytes(rng.choice([0, 1, 91, 92, 4092, 16380, 60000]))
+        sound.write(data)
+        answers = use(sound)
+        assert not answers["names"]
+        assert isinstance(answers["change"], Error)
+
+
+def test_areas_swapped_with_each_other(sound: Sound) -> None:
+    """A cluster that was written to the wrong place, or never: old content, sound in itself."""
+    clusters = range(store.RESERVED, len(sound.data) - 4096, 4096)
+    for one, other in pairwise(clusters):
+        damaged = bytearray(sound.data)
+        damaged[one : one + 4096], damaged[other : other + 4096] = (
+            sound.data[other : other + 4096],
+            sound.data[one : one + 4096],
+        )
+        sound.write(damaged)
+        use(sound)
+
+
+# Numbers that lie under checksums that are right
+
+
+class Forged:
+    """A copy of the sound store whose structures can be set to anything; `data` puts all checksums right."""
+
+    def __init__(self, sound: Sound) -> None:
+        self.raw = bytearray(sound.data)
+        chosen = headers.choose(sound.path, sound.data)
+        self.header = chosen.header
+        self.table = self._at(self.header.table)
+        self.root = self._at(self.header.space)
+        self.released = self._at(self.header.released)
+        leaf = store.LEAF.parse(self.root)
+        self.leaf_offset = int(leaf.offset)
+        self.leaf = self._at(Area(self.leaf_offset, self.header.cluster_size, 0))
+        number, self.bucket_area = next(
+            (number, area) for number, area in enumerate(store.parse_areas(self.table)) if area.length
+        )
+        self.position = number * store.AREA.size
+        self.bucket = self._at(self.bucket_area)
+        self.records: list[Record] = list(store.parse_records(bytes(self.bucket)))
+        self.directories = {bytes(record.name): self._at(record.directory) for record in self.records}
+        self.fields: dict[str, dict[str, int]] = {}  # of the header and its extensions, to be set at the end
+        self.record_fields: dict[str, int] = {}  # of the first record
+        self.pointer_fields: dict[str, int] = {}  # of the pointer to the bucket
+        self.leaf_fields: dict[str, int] = {}  # of the root's first entry
+
+    def _at(self, area: Area) -> bytearray:
+        return bytearray(self.raw[area.offset : area.offset + area.length])
+
+    def _put(self, offset: int, data: bytes | bytearray) -> int:
+        self.raw[offset : offset + len(data)] = data
+        return crc32c.crc32c(data)
+
+    def data(self) -> bytes:
+        """The whole file, checksums right from the leaves to the headers."""
+        bucket = b""
+        for record in self.records:
+            area = record.directory
+            if area.length:
+                area = area._replace(checksum=self._put(area.offset, self.directories[record.name]))
+            raw = bytearray(store.build_record(replace(record, directory=area)))
+            if record.name == b"a":
+                _set_fields(store.RECORD, raw, 0, self.record_fields)
+            bucket += raw
+        checksum = self._put(self.bucket_area.offset, bucket)
+        pointer = bytearray(store.AREA.build(offset=self.bucket_area.offset, length=len(bucket), checksum=checksum))
+        _set_fields(store.AREA, pointer, 0, self.pointer_fields)
+        if any(self.table):  # else the table itself is forged
+            self.table[self.position : self.position + store.AREA.size] = pointer
+        table = self.header.table._replace(checksum=self._put(self.header.table.offset, self.table))
+        leaf = bytearray(self.root[: store.LEAF.size])
+        _set_fields(store.LEAF, leaf, 0, {"checksum": self._put(self.leaf_offset, self.leaf)} | self.leaf_fields)
+        self.root[: store.LEAF.size] = leaf
+        space = self.header.space._replace(checksum=self._put(self.header.space.offset, self.root))
+        released = self.header.released._replace(checksum=self._put(self.header.released.offset, self.released))
+        block = bytearray(headers.build_block(replace(self.header, table=table, space=space, released=released)))
+        at = store.HEADER.size + 8
+        for name, structure in (
+            ("header", store.HEADER),
+            ("namespaces", store.NAMESPACES_EXTENSION),
+            ("space", store.AREA),
+            ("released", store.AREA),
+        ):
+            place = 0 if name == "header" else at
+            _set_fields(structure, block, place, self.fields.get(name, {}))
+            at += 0 if name == "header" else structure.size + 8
+        block[-4:] = crc32c.crc32c(block[:-4]).to_bytes(4, "big")
+        for number in range(4):
+            self._put(number * store.BLOCK, block)
+        return bytes(self.raw)
+
+
+def _set_fields(structure: Structure, raw: bytearray, start: int, values: dict[str, int]) -> None:
+    for name, value in values.items():
+        field = structure.field(name)
+        at = start + field.offset
+        raw[at : at + field.size] = (value % 256**field.size).to_bytes(field.size, "big")
+
+
+def _extremes(size: int) -> list[int]:
+    most = 256**size - 1
+    near = [0, 1, 2, 7, 8, 255, 4096, 1 << 16, 1 << 20, 1 << 31, 1 << 40, 1 << 62, 1 << 63, most // 2, most - 7, most]
+    return sorted({value for value in near if value <= most})
+
+
+def _forgeries() -> Iterator[tuple[str, Callable[[Forged], None]]]:
+    """Each numeric field of each structure at its limits and beyond."""
+    for part, structure in (
+        ("header", store.HEADER),
+        ("namespaces", store.NAMESPACES_EXTENSION),
+        ("space", store.AREA),
+        ("released", store.AREA),
+    ):
+        for field in structure.fields:
+            if field.size < 16 and field.name not in ("magic", "checksum"):
+                for value in _extremes(field.size):
+                    yield (
+                        f"{part}.{field.name}={value:#x}",
+                        lambda f, part=part, name=field.name, value=value: f.fields.update({part: {name: value}}),
+                    )
+    for target, structure in (
+        ("record_fields", store.RECORD),
+        ("pointer_fields", store.AREA),
+        ("leaf_fields", store.LEAF),
+    ):
+        for field in structure.fields:
+            if field.size < 16 and field.name != "checksum":
+                for value in _extremes(field.size):
+                    yield (
+                        f"{target}.{field.name}={value:#x}",
+                        lambda f, target=target, name=field.name, value=value: getattr(f, target).update({name: value}),
+                    )
+    for field in directory.DIRECTORY_ENTRY.fields:
+        for value in _extremes(field.size):
+            yield (
+                f"entry.{field.name}={value:#x}",
+                lambda f, name=field.name, value=value: _set_fields(
+                    directory.DIRECTORY_ENTRY, f.directories[b"a"], 0, {name: value}
+                ),
+            )
+    for field in store.RUN.fields:
+        for value in _extremes(field.size):
+            yield (
+                f"run.{field.name}={value:#x}",
+                lambda f, name=field.name, value=value: _set_fields(store.RUN, f.released, 0, {name: value}),
+            )
+    for name in ("table", "root", "released", "leaf", "bucket"):
+        for filler in (0, 0xFF, 0x55):
+            yield (f"{name} of {filler:#x}", lambda f, name=name, filler=filler: _fill(f, name, filler))
+    yield "all free", lambda f: _fill(f, "leaf", 0, then={"free": 32768})
+    yield "all used", lambda f: _fill(f, "leaf", 0xFF, then={"free": 0})
+    yield "headers free", lambda f: _free_headers(f)
+    yield "twice the bucket", lambda f: f.records.extend(f.records)
+    yield (
+        "shared directory",
+        lambda f: f.records.__setitem__(
+            1, replace(f.records[1], directory=f.records[0].directory, nb_bitmaps=f.records[0].nb_bitmaps)
+        ),
+    )
+
+
+def _fill(forged: Forged, name: str, filler: int, then: dict[str, int] | None = None) -> None:
+    raw = getattr(forged, name)
+    raw[:] = bytes([filler]) * len(raw)
+    if name == "bucket":
+        forged.records = []
+    forged.leaf_fields.update(then or {})
+
+
+def _free_headers(forged: Forged) -> None:
+    forged.leaf[0] &= 0xF0
+    forged.leaf_fields["free"] = 32768 - sum(map(int.bit_count, forged.leaf))
+
+
+@contextmanager
+def little_memory(extra: int = 256 << 20) -> Iterator[None]:
+    """While active, this process may take that many bytes more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def use_forged(sound: Sound) -> None:
+    """All that must not take long, or much memory, however large the numbers are.
+
+    Bits are not read: a bitmap of 512 MiB is one that the format allows.
+    """
+    with bounded(2):
+        attempt(lambda: dm.describe(sound.path))
+    with bounded(2):
+        attempt(lambda: dm.check(sound.path))
+    with bounded(2):
+        attempt(lambda: dm.dump(sound.path))
+    for node in ("a", "b", "empty"):
+        with bounded(2):
+            image = attempt(lambda node=node: dm.open(Place(sound.path, node)))
+            if isinstance(image, Error):
+                continue
+            with image:
+                attempt(lambda image=image: list(image))
+                attempt(lambda image=image: _add(image))
+    with bounded(4):
+        attempt(lambda: dm.check(sound.path, repair="all"))
+    with bounded(2):
+        attempt(lambda: dm.check(sound.path))
+
+
+def _add(image: dm.Namespace) -> None:
+    with image.transaction() as bitmaps:
+        bitmaps["new"] = dm.Bitmap(image.size, 1 << 31)
+
+
+def test_forging_nothing_changes_nothing(sound: Sound) -> None:
+    sound.write(Forged(sound).data())
+    assert not dm.check(sound.path).findings
+    assert use(sound)["names"] == set(sound.bits)
+
+
+@pytest.mark.parametrize("part", ["header", "namespaces", "space", "released", "record_fields", "pointer_fields",
+                                  "leaf_fields", "entry", "run", "other"])  # fmt: skip
+def test_numbers_that_lie(sound: Sound, part: str) -> None:
+    parts = (
+        "header",
+        "namespaces",
+        "space",
+        "released",
+        "record_fields",
+        "pointer_fields",
+        "leaf_fields",
+        "entry",
+        "run",
+    )
+    count = 0
+    for name, forge in _forgeries():
+        if (name.split(".")[0] if name.split(".")[0] in parts else "other") != part:
+            continue
+        forged = Forged(sound)
+        forge(forged)
+        sound.write(forged.data())
+        try:
+            with little_memory():
+                use_forged(sound)
+        except BaseException as error:
+            error.add_note(f"forged: {name}")
+            raise
+        count += 1
+    assert count
+
+
+def test_forged_header_that_frees_itself_is_not_written_over(sound: Sound) -> None:
+    forged = Forged(sound)
+    _free_headers(forged)
+    data = forged.data()
+    sound.write(data)
+    with pytest.raises(dm.FormatError, match="headers' clusters are marked as free"):
+        _change(sound.path)
+    assert sound.read() == data
+
+
+@pytest.mark.parametrize("length", [1 << 32, 1 << 40, 1 << 45])
+def test_long_areas_of_a_sparse_file(sound: Sound, length: int) -> None:
+    """The file's length, which costs nothing, backs no claim."""
+    cases = [
+        lambda f: f.fields.update(space={"length": 4 << 20}),
+        lambda f: f.fields.update(released={"length": 16 << 20}),
+        lambda f: f.fields.update(namespaces={"length": 1 << 20, "bucket_bits": 16}),
+        lambda f: f.pointer_fields.update(length=2**32 - 1),
+        lambda f: f.pointer_fields.update(length=128 << 20),
+        lambda f: f.record_fields.update(directory_length=2**32 - 1),
+        lambda f: f.record_fields.update(directory_length=128 << 20),
+        lambda f: f.record_fields.update(size=2**63 - 1),
+    ]
+    for forge in cases:
+        forged = Forged(sound)
+        forge(forged)
+        sound.write(forged.data())
+        with suppress(OSError):
+            os.truncate(sound.path, length)
+        with little_memory():
+            use_forged(sound)
+        sound.write(sound.data)
+
+
+def test_sparse_areas_with_right_checksums(sound: Sound) -> None:
+    """Zeros that nobody stored, with the checksum of so many zeros."""
+    zeros = bytes(128 << 20)
+    for part, length in (("pointer", 128 << 20), ("directory", 128 << 20), ("released", 16 << 20), ("space", 4 << 20)):
+        forged = Forged(sound)
+        start, checksum = 1 << 30, crc32c.crc32c(memoryview(zeros)[:length])
+        where = {"offset": start, "length": length, "checksum": checksum}
+        if part == "pointer":
+            forged.pointer_fields.update(where)
+        elif part == "directory":
+            forged.record_fields.update({f"directory_{name}": value for name, value in where.items()}, nb_bitmaps=65535)
+        else:
+            forged.fields[part] = where
+        sound.write(forged.data())
+        os.truncate(sound.path, 1 << 34)
+        with little_memory():
+            use_forged(sound)
+        sound.write(sound.data)
+
+
+def test_check_names_each_kind_of_damage_by_its_place(sound: Sound) -> None:
+    for kind, where in (
+        ("header copy 2 (slot A)", "header copy 2"),
+        ("namespace table", "namespace table"),
+        ("namespace record: node 'a'", "bucket"),
+        ("directory entry: node 'a', bitmap 'monday'", "directory of node 'a'"),
+        ("bits: node 'a', bitmap 'monday'", "bitmap 'monday'"),
+        ("space map", "space map"),
+        ("space map leaf 0", "space map leaf 0"),
+        ("released clusters", "released clusters"),
+    ):
+        region = sound.region(kind)
+        for _ in flipped(sound, [region.start * 8 + 3]):
+            findings = dm.check(sound.path).findings
+            assert any(where in finding.where for finding in findings), (kind, findings)
+            severity = "note" if kind.startswith("header") else "corruption"
+            assert severity in {finding.severity for finding in findings}
+
+
+def test_leak_is_found_and_reclaimed(sound: Sound) -> None:
+    forged = Forged(sound)
+    used = forged.header.clusters - 1
+    forged.leaf[used // 8] |= 0xF << used % 8 & 0xFF
+    forged.leaf_fields["free"] = 32768 - sum(map(int.bit_count, forged.leaf))
+    sound.write(forged.data())
+    report = dm.check(sound.path)
+    assert report.leaks > 0
+    assert report.corruptions == 0
+    report = dm.check(sound.path, repair="leaks")
+    assert report.leaks == 0
+    assert report.leaks_fixed > 0
+    assert read_everything(sound) == sound.bits.keys()
+    assert not dm.check(sound.path).findings
