@@ -133,10 +133,8 @@ def set_identity(file: File, layout: Layout, data: bytes | None) -> None:
     new = None if data is None else NewExtension(layout, qcow2.EXTENSION_NAMESPACE, len(data))
     plan = Plan()
     plan.add(*_known_autoclear_only(layout.header))
-    if new and data:
-        plan.add(*new.unreferenced(data))
-    if old is not None:
-        plan.add(_vacated(old))  # not the end marker: the new one may lie behind it
+    vacated = [] if old is None else [_vacated(old)]  # not the end marker: the new one may lie behind it
+    plan.add(*(new.unreferenced(data) if new and data else []), *vacated)
     if new and data:
         plan.add(*new.references())
         for epoch in new.rest(data):

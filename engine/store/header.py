@@ -23,7 +23,7 @@ from dirtmap.fmt.qcow2 import feature_text
 from dirtmap.fmt.store import Area
 
 _CHECKED = store.BLOCK - store.CHECKSUM.size
-_WIPED = b"\xff" * store.BLOCK
+_GENERATION = store.HEADER.field("generation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,10 +225,17 @@ def choose(path: str, data: bytes) -> Chosen:
         newest = max(other, key=lambda number: headers[number].generation)
         mends += [(n, blocks[newest]) for n in store.COPIES[1 - slot] if blocks[n] != blocks[newest]]
     else:
-        # Wiped, or a torn write over what is left of them could bring back a header whose areas are gone by then. Not
-        # with zeros: a header is full of them, so a torn wipe could do just that.
-        mends += [(n, _WIPED) for n in store.COPIES[1 - slot] if blocks[n] != _WIPED]
+        # Their generation is wiped, or a torn write over what is left of them could bring back a header whose areas are
+        # gone by then. Nothing else: zeros over a damaged word could be what that word was before.
+        mends += [(n, wiped) for n in store.COPIES[1 - slot] if (wiped := _wiped(blocks[n])) != blocks[n]]
     return Chosen(header, slot, not other, tuple(mends))
+
+
+def _wiped(block: bytes) -> bytes:
+    end = _GENERATION.offset + _GENERATION.size
+    return (block[: _GENERATION.offset].ljust(_GENERATION.offset, b"\0") + bytes(_GENERATION.size) + block[end:]).ljust(
+        store.BLOCK, b"\0"
+    )
 
 
 def blocks_of(slot: int) -> Sequence[int]:

@@ -386,7 +386,7 @@ class Judge:
         self.guests = np.array(sorted(self.guest))
         finished = plain.Reader(self.final)
         self.new = finished.bitmaps()
-        self.extension = finished.header.find(plain.BITMAPS)
+        self.finished = finished.header
         self.protected = protected(recording)
 
     def __call__(self, image: bytearray) -> None:
@@ -427,13 +427,16 @@ class Judge:
             restored[88:96] = self.original[88:96]
             if unknown != self.header.autoclear & ~3 or restored != self.original:
                 raise Harm("autoclear bits that dirtmap does not know are on although the image was changed")
-        ours = (plain.BITMAPS, plain.VACANT)
-        chains = ([(e.kind, e.data) for e in h.chain if e.kind not in ours] for h in (header, self.header))
+        chains = ([(e.kind, e.data) for e in h.chain if e.kind not in plain.OURS] for h in (header, self.header))
         if next(chains) != next(chains):
             raise Harm("other extensions have changed")
-        extension = header.find(plain.BITMAPS)
-        if extension and not self.header.find(plain.BITMAPS) and extension != self.extension:
+        bitmaps, identity = ([e for e in header.chain if e.kind == kind] for kind in (plain.BITMAPS, plain.NAMESPACE))
+        if bitmaps and not self.header.find(plain.BITMAPS) and bitmaps != [self.finished.find(plain.BITMAPS)]:
             raise Harm("a bitmaps extension appears that is not whole")
+        # While an image gets another identity, it may be without.
+        old, new = (h.find(plain.NAMESPACE) for h in (self.header, self.finished))
+        if identity not in ([old], [new]) and (identity or old == new) and (identity or old):
+            raise Harm("an identity that is neither old nor new")
 
     def counted(self, reader: plain.Reader) -> None:
         """No refcount is too low, nothing shares a cluster, and guest clusters are counted as before."""
@@ -462,7 +465,8 @@ class Judge:
     def finish(self, image: bytearray) -> None:
         """Judges what is durable when the operation has returned: what was asked for, and nothing leaked."""
         self(image)
-        if plain.Reader(image).bitmaps() != self.new:
+        reader = plain.Reader(image)
+        if reader.bitmaps() != self.new or reader.header.chain != self.finished.chain:
             raise Harm("what was asked for is not there")
         if checked(image).leaks > checked(bytearray(self.original)).leaks:
             raise Harm("clusters have leaked")
@@ -523,14 +527,17 @@ def checked(image: bytearray) -> CheckReport:
 def protected(recording: Recording) -> list[tuple[int, int]]:
     """Ranges that are written to and must stay as they were: whatever is counted or in use, but for a few fields."""
     reader = plain.Reader(recording.original)
-    header, cluster = reader.header, reader.cluster
+    header, cluster, finished = reader.header, reader.cluster, plain.read_header(recording.final)
     used = {*reader.guest(), *np.flatnonzero(reader.counts()).tolist()} - set(reader.refcounts()) - {0}
-    room = next((e for e in header.chain if e.kind in (plain.BITMAPS, plain.VACANT) and len(e.data) == 24), None)
-    start = room.offset if room else header.chain_end
-    free = {*range(48, 60), *range(88, 96), *range(start, start + (32 if room else 40))}
-    name = plain.read_header(recording.final).backing
-    if name != header.backing:
-        free.update(range(8, 16), range(name[0], sum(name)))
+    free = {*range(48, 60), *range(88, 96)}
+    for extension in header.chain:
+        if extension.kind in plain.OURS:
+            whole = extension.kind != plain.NAMESPACE
+            free.update(range(extension.offset, extension.offset + 8 + (len(extension.data) if whole else 0)))
+    if finished.chain_end > header.chain_end:
+        free.update(range(header.chain_end, finished.chain_end + 8))
+    if finished.backing != header.backing:
+        free.update(range(8, 16), range(finished.backing[0], sum(finished.backing)))
     return [
         (max(start, first), min(end, last))
         for start, end in runs(used, cluster) + runs(set(range(cluster)) - free, 1)

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 BITMAPS = 0x23852875
 CRYPTO = 0x0537BE77
-VACANT = 0x646D7046  # dirtmap's own: room for a bitmaps extension
+VACANT = 0x646D7046  # dirtmap's own: room for an extension
+NAMESPACE = 0x646D704E  # dirtmap's own: the image's identity
+OURS = (BITMAPS, VACANT, NAMESPACE)
 AUTOCLEAR_AT = 88
 OFFSET = 0x00FFFFFFFFFFFE00
 
