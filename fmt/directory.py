@@ -122,15 +122,16 @@ def parse_entries(data: bytes, start: int = 0) -> Iterator[tuple[int, Entry]]:
         if at + DIRECTORY_ENTRY.size > total:
             raise BrokenEntryError(at, f"{total - at} bytes are left, too few for an entry")
         fixed = DIRECTORY_ENTRY.parse(data, at)
+        name_size, extra_data_size = fixed.name_size, fixed.extra_data_size
         extra = at + DIRECTORY_ENTRY.size
-        name = extra + fixed.extra_data_size
-        end = geometry.align_up(name + fixed.name_size, 8)
+        name = extra + extra_data_size
+        end = geometry.align_up(name + name_size, 8)
         if end > total:
             raise BrokenEntryError(at, f"entry of {end - at} bytes ends past the directory's {total} bytes")
         yield (
             at,
             Entry(
-                name=data[name : name + fixed.name_size],
+                name=data[name : name + name_size],
                 table_offset=fixed.table_offset,
                 table_size=fixed.table_size,
                 flags=fixed.flags,

@@ -251,7 +251,7 @@ def header_faults(header: Header) -> Iterator[tuple[str, str]]:
     if unknown := header.incompatible & ~KNOWN_INCOMPATIBLE:
         yield (
             "incompatible_features",
-            ", ".join(feature_text(unknown, {})) + " set: the image needs newer software",
+            f"{unknown:#x} has bits that are unknown: the image needs newer software",
         )
         return
     if not geometry.MIN_CLUSTER_BITS <= v2.cluster_bits <= geometry.MAX_CLUSTER_BITS:

@@ -13,6 +13,7 @@ import dirtmap.engine as dm
 from dirtmap.engine import changes
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store import nodes
+from dirtmap.engine.store.namespace import add_node
 from dirtmap.engine.store.store import Store, create
 
 MIB = 1 << 20
@@ -135,7 +136,7 @@ def test_a_moved_file_is_no_twin(store: Store) -> None:
 
 
 def test_nodes_are_found_by_name_in_either_container(store: Store) -> None:
-    nodes.add_node(store, "raw0", raw("disk.raw"))
+    add_node(store, "raw0", raw("disk.raw"))
     nodes.add_qcow2(store, "drive0", qcow2("disk.qcow2"))
     for name in ("raw0", "drive0", "node:drive0"):
         with dm.open(name) as image, image.transaction() as bitmaps:
@@ -151,9 +152,9 @@ def test_nodes_are_found_by_name_in_either_container(store: Store) -> None:
 
 
 def test_a_node_with_bitmaps_is_neither_renamed_nor_removed(store: Store) -> None:
-    nodes.add_node(store, "raw0", raw("disk.raw"))
+    add_node(store, "raw0", raw("disk.raw"))
     nodes.add_qcow2(store, "drive0", qcow2("disk.qcow2"))
-    nodes.add_node(store, "taken", raw("other.raw"))
+    add_node(store, "taken", raw("other.raw"))
     for name in ("raw0", "drive0"):
         with dm.open(name) as image, image.transaction() as bitmaps:
             changes.add(bitmaps, "b")
@@ -176,7 +177,7 @@ def test_a_node_with_bitmaps_is_neither_renamed_nor_removed(store: Store) -> Non
     ("size", "expected"), [(2 * GIB, [(MIB, 65536), (GIB, GIB)]), (MIB, []), (GIB, [(MIB, 65536)])]
 )
 def test_a_new_size_is_adopted_on_request(store: Store, size: int, expected: list[tuple[int, int]]) -> None:
-    nodes.add_node(store, "raw0", raw("disk.raw"))
+    add_node(store, "raw0", raw("disk.raw"))
     with dm.open("raw0") as image, image.transaction() as bitmaps:
         changes.add(bitmaps, "b")
         bitmaps["b"].mark(MIB, 1)
@@ -194,7 +195,7 @@ def test_a_new_size_is_adopted_on_request(store: Store, size: int, expected: lis
 
 
 def test_an_image_changed_by_others_counts_as_all_dirty(store: Store) -> None:
-    nodes.add_node(store, "raw0", raw("disk.raw"))
+    add_node(store, "raw0", raw("disk.raw"))
     with dm.open("raw0") as image, image.transaction() as bitmaps:
         changes.add(bitmaps, "b")
     assert dm.open("raw0")["b"].count == 0
@@ -217,7 +218,7 @@ def test_an_image_changed_by_others_counts_as_all_dirty(store: Store) -> None:
 
 def test_names_are_unique_in_a_namespace_and_free_elsewhere(store: Store) -> None:
     for number in range(50):
-        nodes.add_node(store, f"n{number}", raw(f"disk{number}"))
+        add_node(store, f"n{number}", raw(f"disk{number}"))
     with dm.transaction([f"n{number}" for number in range(50)]) as by_name:
         for number in range(50):
             changes.add(by_name[f"n{number}"], "backup")
@@ -225,12 +226,12 @@ def test_names_are_unique_in_a_namespace_and_free_elsewhere(store: Store) -> Non
     for number in range(50):
         assert qemu.extents(dm.open(f"n{number}")["backup"]) == [(number * MIB, 65536)]
     with pytest.raises(dm.BitmapError, match="the name is taken"):
-        nodes.add_node(store, "n7", "disk7")
+        add_node(store, "n7", "disk7")
 
 
 def test_a_transaction_over_namespaces_is_all_or_nothing(store: Store) -> None:
     for name in ("a", "b"):
-        nodes.add_node(store, name, raw(f"disk-{name}"))
+        add_node(store, name, raw(f"disk-{name}"))
     before = Path("nodes.dmap").read_bytes()
 
     def act() -> None:
@@ -247,7 +248,7 @@ def test_a_transaction_over_namespaces_is_all_or_nothing(store: Store) -> None:
 
 
 def test_bitmaps_move_between_a_store_and_an_image_bit_for_bit(store: Store) -> None:
-    nodes.add_node(store, "raw0", raw("disk.raw", 3 * GIB + 12345 * 512))
+    add_node(store, "raw0", raw("disk.raw", 3 * GIB + 12345 * 512))
     path = qcow2("disk.qcow2", 3 * GIB + 12345 * 512)
     for granularity in (512, 65536, 1 << 22):
         with dm.open("raw0") as image, image.transaction() as bitmaps:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.qemu import StorageDaemon, ToolError, bitmaps, check, create, dirty, extents, qemu_img, qemu_io
+from support.qemu import StorageDaemon, ToolError, bitmaps, check, create, dirty, extents, qemu_img, qemu_io, run
 
 import dirtmap.engine as dm
 from dirtmap.engine import changes, fileio
@@ -109,6 +109,7 @@ def test_qemu_is_kept_out_of_a_transaction(path: Path) -> None:
             lambda: qemu_img("resize", "-f", "qcow2", path, "8M"),
             lambda: qemu_img("info", path),
             lambda: StorageDaemon(path).__enter__(),
+            lambda: run("qemu-io", "-f", "raw", "-c", "write 0 1", str(path)),  # would let others write beside it
         ):
             with pytest.raises(ToolError, match=r'Failed to get (shared )?"write" lock'):
                 attempt()

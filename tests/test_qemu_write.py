@@ -213,16 +213,28 @@ def test_more_bits_than_qemu_accepts(path: Path, size: str) -> None:
     assert path.read_bytes() == before
 
 
-def test_bits_behind_the_disk_are_clean_for_qemu_as_well(path: Path) -> None:
+@pytest.mark.parametrize("granules", [1, 8, 64, 65, 72, 128])
+def test_bits_behind_the_disk_are_clean_for_qemu_as_well(path: Path, granules: int) -> None:
     """An all-ones table entry would make QEMU set them, and a disk that grows be dirty where nobody wrote."""
-    create(path, 65 * 512)
+    size = granules * 512
+    create(path, size)
     with changing(path) as changed:
-        changed["b0"] = dm.Bitmap.from_extents(65 * 512, [0], [65 * 512], 512)
+        changed["b0"] = dm.Bitmap.from_extents(size, [0], [size], 512)
     with StorageDaemon(path, "read-only=on") as daemon:
-        assert daemon.digest("b0") == digest(65 * 512, 512, [(0, 65 * 512)])
+        assert daemon.digest("b0") == digest(size, 512, [(0, size)])
         daemon.quit()
-    qemu_img("resize", "-q", "-f", "qcow2", path, "64k")
-    assert assert_qemu_reads(path) == {"b0": [(0, 65 * 512)]}
+    qemu_img("resize", "-q", "-f", "qcow2", path, "1M")
+    assert assert_qemu_reads(path) == {"b0": [(0, size)]}
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 12, 14, 16, 21])
+def test_the_default_granularity_is_that_of_qemu(path: Path, cluster_bits: int) -> None:
+    create(path, MIB, f"cluster_size={1 << cluster_bits}")
+    qemu_img("bitmap", "--add", path, "theirs")
+    with changing(path) as changed:
+        changes.add(changed, "ours")
+    listed = bitmaps(path)
+    assert listed["ours"] == listed["theirs"]
 
 
 def test_an_empty_disk_has_no_room_for_a_bit(path: Path) -> None:

@@ -14,8 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import dirtmap.engine as dm
 import pytest
+from support import crash, store_crash
+from support.crash import Recording, Tally
+from support.store_crash import Judge
+
+import dirtmap.engine as dm
 from dirtmap.engine import changes, fileio
 from dirtmap.engine.fileio import File
 from dirtmap.engine.namespace import Transaction
@@ -25,9 +29,6 @@ from dirtmap.engine.store.namespace import StoredImage, add_node, describe_store
 from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import directory
 from dirtmap.fmt import store as fmt_store
-from support import crash, store_crash
-from support.crash import Recording, Tally
-from support.store_crash import Judge
 
 EFFORT = crash.Effort(pieces=8, most=48, random=150).times(int(os.environ.get("DIRTMAP_CRASH_EFFORT", "1")))
 CHAIN_EFFORT = crash.Effort(pieces=4, most=8, random=20)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -29,6 +30,7 @@ import dirtmap.engine as dm
 from dirtmap.engine.containers import Place
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store import store as engine
+from dirtmap.engine.store.compact import compact
 from dirtmap.engine.store.namespace import add_node
 from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import directory, store
@@ -37,7 +39,6 @@ from dirtmap.fmt.store import Area, Record
 from dirtmap.fmt.structure import Structure
 
 SIZE = 300_001  # of each disk
-NOTHING_LOST = np.uint64(0)
 Bits = dict[tuple[str, str], np.ndarray[Any, Any]]
 
 
@@ -858,3 +859,83 @@ def test_leak_is_found_and_reclaimed(sound: Sound) -> None:
     assert report.leaks_fixed > 0
     assert read_everything(sound) == sound.bits.keys()
     assert not dm.check(sound.path).findings
+
+
+def _used_but_free(forged: Forged) -> None:
+    cluster = forged.header.table.offset // 4096
+    forged.leaf[cluster // 8] &= ~(1 << cluster % 8) & 0xFF
+    forged.leaf_fields["free"] = 32768 - sum(map(int.bit_count, forged.leaf))
+
+
+def _shared_bits(forged: Forged) -> None:
+    (_, entry), *others = directory.parse_entries(bytes(forged.directories[b"a"]))
+    assert entry.name == b"monday"
+    twin = replace(entry, name=b"clean")
+    entries = [entry, *(twin if other.name == b"clean" else other for _, other in others)]
+    forged.directories[b"a"] = bytearray(directory.build_directory(entries))
+    number = next(n for n, record in enumerate(forged.records) if record.name == b"a")
+    area = forged.records[number].directory
+    forged.records[number] = replace(
+        forged.records[number], directory=area._replace(length=len(forged.directories[b"a"]))
+    )
+
+
+def _released_but_used(forged: Forged) -> None:
+    _set_fields(store.RUN, forged.released, 0, {"first": forged.header.table.offset // 4096, "count": 1})
+
+
+def _too_short(forged: Forged) -> None:
+    forged.fields.update(
+        header={"clusters": forged.header.space.offset // 4096}, released={"offset": 0, "length": 0, "checksum": 0}
+    )
+
+
+@pytest.mark.parametrize(
+    ("forge", "where", "what"),
+    [
+        (_used_but_free, "clusters", "in use, but marked as free"),
+        (_shared_bits, "bits of node 'a', bitmap 'clean'", "overlaps bits of node 'a', bitmap 'monday'"),
+        (_released_but_used, "released clusters", "overlaps namespace table|out of range"),
+        (_too_short, "space map", "behind the last cluster"),
+        (lambda f: f.fields.update(namespaces={"namespaces": 4}), "namespaces extension.namespaces", "there are 3"),
+        (lambda f: f.leaf_fields.update(free=3), "space map[0].free", "are free"),
+    ],
+)
+def test_contradictions_are_found_and_mended(
+    sound: Sound, forge: Callable[[Forged], None], where: str, what: str
+) -> None:
+    forged = Forged(sound)
+    forge(forged)
+    sound.write(forged.data())
+    findings = dm.check(sound.path).findings
+    assert any(where in f.where and re.search(what, f.what) and f.severity == "corruption" for f in findings), findings
+    expected = dict(sound.bits)
+    if forge is _shared_bits:
+        expected["a", "clean"] = expected["a", "monday"]
+    report = dm.check(sound.path, repair="all")
+    assert (report.corruptions, report.leaks, report.dropped) == (0, 0, [])
+    assert not dm.check(sound.path).findings
+    for (node, name), words in expected.items():
+        with dm.open(Place(sound.path, node)) as image:
+            assert name == "clean" or np.array_equal(image[name].words, words)
+    read_everything(sound)
+
+
+def test_compaction_through_a_link_leaves_the_link(sound: Sound, folder: Path) -> None:
+    sound.write(sound.data)
+    link = folder / "link"
+    link.symlink_to(sound.path)
+    compact(str(link))
+    assert link.is_symlink()
+    assert read_everything(sound) == sound.bits.keys()
+    assert sound.read() != sound.data
+    link.unlink()
+
+
+def test_compaction_of_a_store_with_two_names_is_refused(sound: Sound, folder: Path) -> None:
+    sound.write(sound.data)
+    os.link(sound.path, folder / "second")
+    with pytest.raises(dm.StorageError, match="hard link"):
+        compact(sound.path)
+    assert sound.read() == sound.data
+    (folder / "second").unlink()

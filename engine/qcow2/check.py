@@ -142,12 +142,14 @@ class _Check:
 
     def _uncounted(self, runs: Runs, first: int, last: int) -> None:
         """Clusters ``first..last - 1`` have no counts: what is referenced there ought to have some."""
-        for start, end, count in runs.within(first, last):
-            if len(self.report.findings) < _MOST_FINDINGS:
-                what = f"refcount 0, referenced {count} times"
-                self.report.found(CORRUPTION, self._where(start, end), what, end - start)
-            else:
-                self.report.count(CORRUPTION, end - start)
+        missing = runs.within(first, last)
+        shown = max(0, _MOST_FINDINGS - len(self.report.findings))
+        for start, end, count in zip(
+            *(column[:shown].tolist() for column in (missing.starts, missing.ends, missing.counts)), strict=True
+        ):
+            what = f"refcount 0, referenced {count} times"
+            self.report.found(CORRUPTION, self._where(start, end), what, end - start)
+        self.report.count(CORRUPTION, int((missing.ends[shown:] - missing.starts[shown:]).sum()))
 
     def _where(self, first: int, last: int) -> str:
         return f"clusters {first * self.layout.cluster_size:#x}..{last * self.layout.cluster_size:#x}"
@@ -213,7 +215,7 @@ def _set_right(file: File, found: _Check, wrong: np.ufunc) -> bool:
         return False
     runs, uncopied = found.references.runs, found.references.uncopied
     refcounts = Refcounts(file, found.layout.header)
-    places = np.unique(refcounts.table // np.uint64(refcounts.cluster_size)).astype(np.int64)
+    places = (refcounts.table // np.uint64(refcounts.cluster_size)).astype(np.int64)
     if (runs.of(places) > 1).any():
         return False  # a refcount block that is something else as well
 

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# A hostile image could claim any number.
-_MOST_STRUCTURES = 1 << 15
-_MOST_TABLE_BYTES = 1 << 26  # of all tables together
+# A hostile image could claim any number; those of tables are of all together.
+_MOST_STRUCTURES = 10_000
+_MOST_TABLE_BYTES = 1 << 26
+_MOST_TABLE_RUNS = 1 << 16
+_MOST_TABLE_HEX = 1 << 22
 _READ = 1 << 20
 
 # What entries of 0, of 1, and others are called.
@@ -84,7 +86,7 @@ class _Dump(Shown):
     def __init__(self, file: File, layout: Layout, with_hex: bool) -> None:
         super().__init__(with_hex, _FLAGS)
         self.file, self.layout = file, layout
-        self.left = _MOST_TABLE_BYTES
+        self.left, self.runs_left, self.hex_left = _MOST_TABLE_BYTES, _MOST_TABLE_RUNS, _MOST_TABLE_HEX
 
     def all(self) -> None:
         self.header()
@@ -155,20 +157,23 @@ class _Dump(Shown):
         starts: list[int] = []
         values: list[int] = []
         count = runs = 0
+        most = min(MOST_RUNS, self.runs_left)
         before = np.empty(0, np.uint64)
         for at in range(offset, offset + shown, _READ):
             raw = self.file.read(at, min(_READ, offset + shown - at))
             entries = qcow2.table_view(raw[: len(raw) // 8 * 8]).astype(np.uint64)
             begins = np.flatnonzero(_begins(np.append(before, entries), self.layout.cluster_size)[len(before) :])
-            kept = begins[: MOST_RUNS - len(starts)]
+            kept = begins[: most - len(starts)]
             starts += (kept + count).tolist()
             values += entries[kept].tolist()
             runs += len(begins)
             count += len(entries)
             before = entries[-1:]
-        if runs > MOST_RUNS:
-            notes.append(f"{runs - MOST_RUNS} more runs not shown")
-        ends = [*starts[1:], count] if runs <= MOST_RUNS else starts[1:]
+        ends = [*starts[1:], count]
+        if runs > most:
+            ends.pop()
+            notes.append(f"{runs - len(ends)} more runs not shown")
+        self.runs_left -= len(ends)
         found = [
             {
                 "index": start,
@@ -178,7 +183,8 @@ class _Dump(Shown):
             }
             for start, end, value in zip(starts, ends, values, strict=False)
         ]
-        raw = self.file.read(offset, min(shown, _READ) if self.with_hex else 0)
+        raw = self.file.read(offset, min(shown, self.hex_left) if self.with_hex else 0)
+        self.hex_left -= len(raw)
         notes += [f"only the first {len(raw)} bytes in hexadecimal"] if self.with_hex and len(raw) < shown else []
         note = {"note": "; ".join(notes)} if notes else {}
         self.add(name, offset, raw, entries=count, runs=found, **note)

@@ -266,7 +266,7 @@ def _changing(file: File, layout: Layout) -> Iterator[Transaction]:
     from dirtmap.engine.qcow2.commit import Kept, commit, require_writable
 
     require_writable(layout)
-    bad = sorted({fault.bitmap for fault in layout.faults if fault.bitmap is not None})  # stay as they are
+    bad = {fault.bitmap for fault in layout.faults}  # those stay as they are
     bitmaps = Transaction(
         layout.path,
         layout.header.size,
@@ -276,8 +276,9 @@ def _changing(file: File, layout: Layout) -> Iterator[Transaction]:
     try:
         yield bitmaps
         wanted = _wanted(layout, bitmaps)
-        for index in bad:
-            wanted.insert(index, Kept(layout.slots[index].entry))
+        if bad:
+            good = iter(wanted)
+            wanted = [Kept(s.entry) if i in bad else next(good) for i, s in enumerate(layout.slots)]
         if _is_change(layout, wanted):
             commit(file, layout, wanted)
     finally:

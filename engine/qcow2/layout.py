@@ -297,18 +297,18 @@ def _read_directory(file: File, layout: Layout, bad: set[str]) -> None:
         layout.pointer = pointer
     size = directory.MAX_DIRECTORY_SIZE if "directory_size" in bad else pointer.directory_size
     data = file.read(pointer.directory_offset, size)
+    size, cluster = layout.header.size, layout.cluster_size
     names: dict[bytes, int] = {}
     left = _MOST_TABLE_ENTRIES
     for offset, entry in _entries(layout, data, pointer):
         index = len(layout.slots)
         slot = Slot(entry, pointer.directory_offset + offset)
         layout.slots.append(slot)
-        label = bitmap_label(entry.name)
-        faults = list(directory.entry_faults(entry, layout.header.size, layout.cluster_size))
-        layout.blame(faults, label, index)
-        if entry.name in names:
-            layout.faults.append(Fault(f"{label}.name", f"entries {names[entry.name]} and {index} share it", index))
-        names.setdefault(entry.name, index)
+        faults = list(directory.entry_faults(entry, size, cluster))
+        if names.setdefault(entry.name, index) != index:
+            faults.append(("name", f"entries {names[entry.name]} and {index} share it"))
+        if faults:
+            layout.blame(faults, bitmap_label(entry.name), index)
         if not any(name.startswith("table") or name == "granularity_bits" for name, _ in faults):
             left -= entry.table_size
             if left >= 0:
@@ -339,6 +339,9 @@ def _entries(layout: Layout, data: bytes, pointer: Any) -> list[tuple[int, Entry
         layout.faults.append(Fault("bitmaps extension.nb_bitmaps", what))
     good = next((index for index, (_, entry) in enumerate(found) if _is_bad(layout, entry)), len(found))
     if good >= wanted or (good == len(found) and broken is None):
+        return found[:good]
+    if len(found) > directory.MAX_BITMAPS:
+        layout.undecided = True
         return found[:good]
     at = found[good][0] if good < len(found) else broken
     rest = _resynchronised(layout, data, at or 0, wanted - good - 1)
@@ -380,21 +383,22 @@ def _is_bad(layout: Layout, entry: Entry) -> bool:
 
 def _read_table(file: File, layout: Layout, slot: Slot, index: int) -> None:
     entry = slot.entry
-    label = bitmap_label(entry.name)
     length = entry.table_size * directory.TABLE_ENTRY_SIZE
-    if entry.table_offset + length > layout.file_size:
-        end = entry.table_offset + length
-        what = f"the table ends at {end:#x}, past the end of the file ({layout.file_size:#x})"
-        layout.faults.append(Fault(f"{label}.table_offset", what, index))
-        return
-    table = file.read_exactly(entry.table_offset, length)
-    faults = directory.table_faults(directory.parse_table(table), layout.cluster_size, layout.file_size)
+    end = entry.table_offset + length
+    if end > layout.file_size:
+        faults = iter(
+            [("table_offset", f"the table ends at {end:#x}, past the end of the file ({layout.file_size:#x})")]
+        )
+    else:
+        table = file.read_exactly(entry.table_offset, length)
+        found = directory.table_faults(directory.parse_table(table), layout.cluster_size, layout.file_size)
+        faults = ((f"table[{position}]", what) for position, what in found)
     # The first fault of a table says enough; a hostile one could have a million.
     fault = next(faults, None)
     if fault is None:
         slot.table = table
     else:
-        layout.faults.append(Fault(f"{label}.table[{fault[0]}]", fault[1], index))
+        layout.blame([fault], bitmap_label(entry.name), index)
 
 
 def _find_overlaps(layout: Layout) -> None:

@@ -162,8 +162,9 @@ class Refcounts:
         last = np.uint64(max(0, self._file_size - self.cluster_size))
         possible = (self.table % np.uint64(self.cluster_size) == 0) & (self.table <= last)
         indices = np.flatnonzero((self.table != 0) & possible)
-        indices = indices[np.argsort(self.table[indices], kind="stable")]
-        found = [int(indices[at]) for at in self._file.with_data(self.table[indices].tolist(), self.cluster_size)]
+        # By place, each once: where several entries lead to one block, the first has it.
+        offsets, first = np.unique(self.table[indices], return_index=True)
+        found = [int(indices[first[at]]) for at in self._file.with_data(offsets.data, self.cluster_size)]
         for index in sorted(found):
             block = self._read(self.block_offset(index))
             for at in range(0, self.per_block, _PIECE):

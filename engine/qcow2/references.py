@@ -53,14 +53,16 @@ class Runs:
 
     @classmethod
     def laid_over(cls, parts: list[Runs]) -> Runs:
-        """All of them together; in a part given alone, runs may overlap and be in any order."""
+        """All of them together; in a part given alone, runs may overlap and be in any order. Empties the list."""
         #   runs       ----2----            steps  +2    +1   -2   -1
         #                   ---1---         levels  2     3    1    0     from each position to the next
-        starts, ends, counts = (
-            np.concatenate([np.empty(0, np.int64), *(getattr(part, name) for part in parts)])
-            for name in ("starts", "ends", "counts")
-        )
+        empty = np.empty(0, np.int64)
+        starts = np.concatenate([empty, *(part.starts for part in parts)])
+        ends = np.concatenate([empty, *(part.ends for part in parts)])
+        counts = np.concatenate([empty, *(part.counts for part in parts)])
+        parts.clear()
         positions, steps = np.concatenate([starts, ends]), np.concatenate([counts, -counts])
+        del starts, ends, counts
         order = np.argsort(positions, kind="stable")
         positions, levels = positions[order], np.cumsum(steps[order])
         last = np.flatnonzero(np.diff(positions, append=-1))  # of those at the same position
@@ -94,12 +96,12 @@ class Runs:
         found = np.maximum.reduceat(np.append(self.counts, 0), np.stack([low, np.maximum(high, low)], 1).ravel())[::2]
         return np.where(low < high, found, 0)
 
-    def within(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """The runs among clusters ``first..last - 1``, cut off there: start, end, count."""
+    def within(self, first: int, last: int) -> Runs:
+        """The runs among clusters ``first..last - 1``, cut off there."""
         low = np.searchsorted(self.ends, first, side="right")
         high = np.searchsorted(self.starts, last, side="left")
-        for at in range(int(low), int(high)):
-            yield max(int(self.starts[at]), first), min(int(self.ends[at]), last), int(self.counts[at])
+        starts, ends = np.maximum(self.starts[low:high], first), np.minimum(self.ends[low:high], last)
+        return Runs(starts, ends, self.counts[low:high])
 
     @property
     def end(self) -> int:
@@ -171,7 +173,8 @@ class _Walk:
 
     def entries(self, offset: int, length: int) -> Iterator[NDArray[np.uint64]]:
         """The entries of a long table that are not 0, piece by piece, as far as the file has them."""
-        for at in range(offset, min(offset + length, self.layout.file_size), _READ):
+        end = min(offset + length, self.layout.file_size)
+        for at in range(offset, end if self.file.has_data(offset, length) else offset, _READ):
             size = min(_READ, offset + length - at)
             if self.file.has_data(at, size):
                 raw = self.file.read(at, size)
@@ -216,9 +219,12 @@ class _Walk:
         if budget is not None and len(tables) * self.cluster > budget:
             self.faults.append(Fault("references", "not followed: too many L2 tables"))
             return
-        in_use = np.isin(tables, np.concatenate(active))
-        for index in self.file.with_data(tables.tolist(), self.cluster):
-            self.l2_table(int(tables[index]), int(weights[index]), bool(in_use[index]))
+        del parts
+        in_use = np.sort(np.concatenate(active))
+        for index in self.file.with_data(tables.data, self.cluster):
+            at = int(np.searchsorted(in_use, tables[index]))
+            is_active = at < len(in_use) and in_use[at] == tables[index]
+            self.l2_table(int(tables[index]), int(weights[index]), bool(is_active))
             if self.progress:
                 self.progress(index + 1, len(tables))
         if self.progress:

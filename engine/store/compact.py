@@ -20,7 +20,7 @@ from dirtmap.engine.store.namespace import load, namespace_label, read_entries
 from dirtmap.engine.store.store import Change, Snapshot, Store, create
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import Error, FormatError
+from dirtmap.fmt.errors import Error, FormatError, StorageError
 from dirtmap.fmt.store import Area, Record
 
 
@@ -64,7 +64,10 @@ def compact(path: str, *, mend: bool = False, progress: Callable[[int, int], Non
         LockedError: another process is writing to it.
         StorageError: the operating system failed; the old file stands.
     """
+    path = os.path.realpath(path)  # a link shall go on leading to the store
     with Store(path) as target, target._locked() as old:
+        if old.status.st_nlink > 1:
+            raise StorageError(path, "has another hard link, which would go on leading to the old content")
         chosen = headers.choose(path, old.read(0, store.RESERVED))
         snapshot = Snapshot(old, chosen)
         header = chosen.header

@@ -19,7 +19,6 @@ import crc32c
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.extensions import Chain, build_chain, parse_chain
-from dirtmap.fmt.qcow2 import feature_text
 from dirtmap.fmt.store import Area
 
 _CHECKED = store.BLOCK - store.CHECKSUM.size
@@ -117,7 +116,7 @@ def parse_block(path: str, block: bytes) -> Header:
     if raw.version != store.VERSION:
         raise UnsupportedError(f"{path}: header.version", f"{raw.version} is not {store.VERSION}")
     if raw.incompatible_features:
-        what = ", ".join(feature_text(raw.incompatible_features, {})) + " set: the store needs newer software"
+        what = f"{raw.incompatible_features:#x} has bits that are unknown: the store needs newer software"
         raise UnsupportedError(f"{path}: header.incompatible_features", what)
     if not store.MIN_CLUSTER_BITS <= raw.cluster_bits <= store.MAX_CLUSTER_BITS:
         limits = f"{store.MIN_CLUSTER_BITS}..{store.MAX_CLUSTER_BITS}"

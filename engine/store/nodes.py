@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from dirtmap.engine.namespace import decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.namespace import (
-    add_node,
     bitmap_of,
     doubts,
     identity_of,

@@ -6,6 +6,7 @@ anew, without the engine, so that what it believes about an image can be held ag
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,12 +143,42 @@ class Craft:
         raw = [self.get(self.table(index, position)) for position in range(size)]
         return [value for value in raw if value > directory.TABLE_ALL_ONES]
 
+    def snapshot(self, index: int, name: str) -> Place:
+        """A field of an entry of the snapshot table."""
+        at = self.get(self.header("snapshots_offset"))
+        for _ in range(index):
+            sizes = ("extra_data_size", "id_size", "name_size")
+            size = sum(self.get(_place(qcow2.SNAPSHOT, at, what)) for what in sizes)
+            at += -(-(qcow2.SNAPSHOT.size + size) // 8) * 8
+        return _place(qcow2.SNAPSHOT, at, name)
+
+    def l1(self, index: int = 0) -> Place:
+        """An entry of the active L1 table."""
+        return Place(self.get(self.header("l1_table_offset")) + 8 * index, 8)
+
+    def l2(self, index: int = 0) -> Place:
+        """An entry of the first L2 table, whose entries have 8 bytes."""
+        return Place((self.get(self.l1()) & qcow2.OFFSET_MASK) + 8 * index, 8)
+
+    def block(self, index: int = 0) -> Place:
+        """An entry of the refcount table."""
+        return Place(self.get(self.header("refcount_table_offset")) + 8 * index, 8)
+
     def fields(self) -> Iterator[tuple[str, Place]]:
-        """Every field of the header, of the bitmaps extension, of all directory entries, and each table's first entry."""
+        """Every field of the header, the bitmaps extension and the entries of directory and snapshot table, and the
+        first entry of each table."""
         version3 = self.get(self.header("version")) > 2
         for structure in (qcow2.HEADER_V2, *((qcow2.HEADER_V3, qcow2.HEADER_MORE) if version3 else ())):
             for field in structure.fields:
                 yield f"header.{field.name}", self.header(field.name)
+        yield from (("L1[0]", self.l1()), ("L2[0]", self.l2()), ("refcount_table[0]", self.block()))
+        if self.get(self.header("nb_snapshots")):
+            for field in qcow2.SNAPSHOT.fields:
+                yield f"snapshot[0].{field.name}", self.snapshot(0, field.name)
+        with contextlib.suppress(KeyError):
+            start = self.extension(qcow2.EXTENSION_CRYPTO) + EXTENSION_HEAD.size
+            for field in qcow2.CRYPTO_EXTENSION.fields:
+                yield f"crypto.{field.name}", _place(qcow2.CRYPTO_EXTENSION, start, field.name)
         try:
             self.extension(qcow2.EXTENSION_BITMAPS)
         except KeyError:
@@ -184,7 +215,7 @@ class Craft:
         order = self.get(self.header("refcount_order")) if self.get(self.header("version")) > 2 else 4
         bits, number = 1 << order, offset // self.cluster_size
         block, position = divmod(number, self.cluster_size * 8 // bits)
-        at = self.get(Place(self.get(self.header("refcount_table_offset")) + 8 * block, 8))
+        at = self.get(self.block(block))
         if not at:
             raise KeyError(offset)
         if bits >= 8:

@@ -1,8 +1,8 @@
 """What a crash can leave of a store: `support.crash` for headers torn at 8 bytes, and for one crash after another.
 
 A `Judge` reads every state with a reader of its own, which shares nothing with dirtmap, and has dirtmap choose its
-header each time. What dirtmap does from there on, reading all bitmaps, checking, committing again, depends on nothing but that
-choice and the bytes it reads; so it is done once for each choice and each content of what was read.
+header each time. What dirtmap does from there on, reading all bitmaps, checking, committing again, depends on nothing
+but that choice and the bytes it reads; so it is done once for each choice and each content of what was read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import crc32c
+
 from dirtmap.engine import changes, fileio
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.check import check
@@ -23,7 +24,6 @@ from dirtmap.engine.store.nodes import nodes
 from dirtmap.engine.store.store import Store
 from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.errors import Error
-
 from support import crash
 from support.crash import Effort, Harm, Recording, Tally, Write
 
