@@ -2,11 +2,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup tools test lint demo bench wheel clean
+.PHONY: help setup tools test test-long lint demo bench wheel clean
 .NOTPARALLEL:
 
 help: ## show these targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
 # Shell: installs the Debian packages in $missing where it may; else names them and fails.
 install_missing = if [ -z "$$missing" ]; then :; \
@@ -36,7 +36,10 @@ tools: ## check for the QEMU and NBD tools that the tests and the demo compare w
 		command -v "$$command" >/dev/null || echo "$$package"; \
 	done <tests/tools.txt | sort -u | xargs); $(install_missing)
 
-test: setup tools ## run the tests
+test: setup tools ## run the tests, but for the longest
+	$(BIN)/pytest -m 'not long'
+
+test-long: setup tools ## run all tests, exhaustive searches included
 	$(BIN)/pytest
 
 lint: setup ## check style, types and who imports whom

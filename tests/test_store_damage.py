@@ -127,7 +127,7 @@ def _sound(folder: Path) -> Sound:
         with image.transaction() as bitmaps:
             bitmaps["monday"] |= some(4096, 0.3)
     with dm.open(Place(path, "b")) as image, image.transaction() as bitmaps:
-        bitmaps["\udcff"] = some(512, 0.2)
+        bitmaps["\udcff"] = some(1024, 0.2)
     with dm.open(Place(path, "a")) as image, image.transaction() as bitmaps:
         bitmaps["monday"].mark(SIZE - 1, 1)
     found: Bits = {}

@@ -24,7 +24,7 @@ from typing import TypeVar
 import crc32c
 
 from dirtmap.engine import locks
-from dirtmap.engine.fileio import File, open_file, sync_folder
+from dirtmap.engine.fileio import File, open_file, remove_file, sync_folder
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.header import Chosen, Header
 from dirtmap.engine.store.table import NamespaceTable
@@ -321,12 +321,16 @@ def create(
     )
     blocks = [headers.build_block(header), headers.build_block(replace(header, generation=generation + 1))]
     with open_file(path, writable=True, create=True) as file:
-        file.write(first * cluster, pointers)
-        file.write(leaf_offset, leaf)
-        file.write((first + 2) * cluster, root.ljust(cluster, b"\0"))
-        file.sync()
-        for slot, block in enumerate(blocks):
-            for offset in headers.blocks_of(slot):
-                file.write(offset, block)
-        file.sync()
+        try:
+            file.write(first * cluster, pointers)
+            file.write(leaf_offset, leaf)
+            file.write((first + 2) * cluster, root.ljust(cluster, b"\0"))
+            file.sync()
+            for slot, block in enumerate(blocks):
+                for offset in headers.blocks_of(slot):
+                    file.write(offset, block)
+            file.sync()
+        except BaseException:
+            remove_file(path)  # half a store is of no use, and would be in the way of the next attempt
+            raise
     sync_folder(os.path.abspath(path))

@@ -81,24 +81,27 @@ class NamespaceTable:
         """
         if not self._changed:
             return old
-        areas = store.parse_areas(self._pointers)
+        # Patched, not built: there are thousands of pointers, and one or two of them change.
+        pointers = bytearray(self._pointers)
         if self.count > self._buckets * store.RECORDS_PER_BUCKET and self.bucket_bits < store.MAX_BUCKET_BITS:
             records = list(self)
-            for area in areas:
+            for area in self.areas():
                 release(area)
             while (
                 self.count > self._buckets * store.RECORDS_PER_BUCKET // 2 and self.bucket_bits < store.MAX_BUCKET_BITS
             ):
                 self._buckets *= 2
-            areas = [Area()] * self._buckets
+            pointers = bytearray(self._buckets * store.AREA.size)
             self._changed = {}
             for record in records:
                 self._changed.setdefault(self._number(record.name), {})[record.name] = record
         for number, bucket in self._changed.items():
-            release(areas[number])
-            areas[number] = place(b"".join(map(store.build_record, bucket.values()))) if bucket else Area()
+            at = slice(number * store.AREA.size, (number + 1) * store.AREA.size)
+            release(*store.parse_areas(bytes(pointers[at])))
+            area = place(b"".join(map(store.build_record, bucket.values()))) if bucket else Area()
+            pointers[at] = store.AREA.build(**area._asdict())
         release(old)
-        self._pointers = b"".join(store.AREA.build(**area._asdict()) for area in areas)
+        self._pointers = bytes(pointers)
         return place(self._pointers)
 
     def _number(self, name: bytes) -> int:
