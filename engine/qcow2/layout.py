@@ -188,9 +188,10 @@ class Layout:
         """All that is known to lie where without following guest data."""
         yield from self.structures()
         for index, snapshot in enumerate(self.snapshots):
-            length = snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
-            where = f"snapshot {index}.l1_table_offset"
-            yield Region(snapshot.l1_table_offset, length, f"the L1 table of snapshot {index}", where)
+            offset, length = snapshot.l1_table_offset, snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
+            if offset + length <= self.file_size:  # else the walk finds out: it matters to nobody who only reads
+                where = f"snapshot {index}.l1_table_offset"
+                yield Region(offset, length, f"the L1 table of snapshot {index}", where)
         if self.pointer:
             where = "bitmaps extension.directory_offset"
             pointer = self.pointer

@@ -204,7 +204,9 @@ class SpaceMap:
     def _resized(self, place: tuple[int, int], length: int) -> tuple[int, int]:
         wanted = ceil_div(length, self._cluster)
         if place[1] >= wanted:
-            return place
+            # Runs can merge while leaves find their places: then less is needed than was taken.
+            self._mark(place[0] + wanted, place[1] - wanted, used=False)
+            return place[0], wanted
         if place[1]:
             self._mark(*place, used=False)  # taken a moment ago, and nobody refers to it
         return self.take(wanted), wanted
