@@ -60,7 +60,7 @@ def _require_unchanged(path: Path, before: bytes) -> None:
 def reads(path: Path) -> bool:
     """Tries every way to read; True where the image was accepted. Nothing but a one-line error is let through."""
     accepted = True
-    started = time.monotonic()
+    started = time.process_time()  # of this process: the machine may be busy
     try:
         info = dm.describe(path)
         with dm.open(path) as image:
@@ -76,7 +76,7 @@ def reads(path: Path) -> bool:
             act(path)
         except dm.Error as error:
             _require_one_line(error, path)
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     return accepted
 
 
