@@ -13,7 +13,7 @@ import dirtmap.engine as dm
 from dirtmap.engine import changes
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store import nodes
-from dirtmap.engine.store.namespace import add_node
+from dirtmap.engine.store.nodes import add_node
 from dirtmap.engine.store.store import Store, create
 
 MIB = 1 << 20

@@ -16,6 +16,7 @@ from test_spec import SPEC, judged, rows
 
 import dirtmap.engine as dm
 from dirtmap.engine.containers import Place
+from dirtmap.engine.store import bitmaps as stored
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store import namespace, nodes
 from dirtmap.engine.store import store as engine
@@ -96,12 +97,12 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The store of the example, made as its text says."""
     digits = itertools.count(1)
     monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(f"{next(digits)}" * 32))
-    for module in (namespace, nodes):
+    for module in (stored, namespace, nodes):
         monkeypatch.setattr(module, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
     path = tmp_path / "example"
     create(str(path))
     with Store(str(path)) as target:
-        namespace.add_node(target, "disk", "/images/disk.raw")
+        nodes.add_node(target, "disk", "/images/disk.raw")
     with dm.open(Place(str(path), "disk")) as image, image.transaction() as bitmaps:
         bitmaps["monday"] = dm.Bitmap.from_extents(image.size, [64 << 10], [192 << 10], 64 << 10)
     return path
@@ -130,7 +131,7 @@ def test_example_is_what_dirtmap_reads(tmp_path: Path, monkeypatch: pytest.Monke
     report = dm.check(str(path))
     assert (report.corruptions, report.leaks) == (0, 0)
     assert [finding.what.partition(":")[0] for finding in report.findings] == ["counts as all dirty"], "no such image"
-    monkeypatch.setattr(namespace, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
+    monkeypatch.setattr(stored, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
     assert not dm.check(str(path)).findings
     with dm.open(Place(str(path), "disk")) as opened:
         offsets, lengths = opened["monday"].extents()

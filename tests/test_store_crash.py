@@ -17,15 +17,17 @@ from pathlib import Path
 import pytest
 from support import crash, store_crash
 from support.crash import Recording, Tally
-from support.store_crash import Judge
+from support.store_crash import Judge, Reader
 
 import dirtmap.engine as dm
 from dirtmap.engine import changes, fileio
 from dirtmap.engine.fileio import File
 from dirtmap.engine.namespace import Transaction
 from dirtmap.engine.store import compact, nodes
+from dirtmap.engine.store.bitmaps import read_entries
 from dirtmap.engine.store.check import check
-from dirtmap.engine.store.namespace import StoredImage, add_node, describe_store, read_entries, transaction
+from dirtmap.engine.store.namespace import StoredImage, describe_store, transaction
+from dirtmap.engine.store.nodes import add_node
 from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import directory
 from dirtmap.fmt import store as fmt_store
@@ -195,12 +197,17 @@ def resized(size: int) -> Operation:
     return lambda path: os.truncate(image_of(path, "a"), size)
 
 
-def damaged(*copies: int) -> Operation:
-    """Header copies by number, each with a wrong bit."""
+def doubting(path: Path) -> None:
+    with Store(str(path)) as target, target.change() as change:
+        change.doubt_everything()
+
+
+def damaged(*copies: int, at: int = store_crash.UUID_AT) -> Operation:
+    """Header copies by number, each with a wrong bit in that byte."""
 
     def operate(path: Path) -> None:
         data = bytearray(path.read_bytes())
-        store_crash.damage(data, *copies)
+        store_crash.damage(data, *copies, at=at)
         path.write_bytes(data)
 
     return operate
@@ -271,6 +278,8 @@ CASES = {
     "disable": Case(TWO, on("a", enable("b0", False))),
     "recover, inconsistent": Case(after(TWO, in_use), recovering),
     "recover, changed image": Case(after(TWO, touched), recovering),
+    "recover, everything in doubt": Case(after(TWO, doubting), recovering),
+    "doubt everything": Case(TWO, doubting),
     "several changes": Case(
         USED, on("a", add("b2", 512), merge("b2", "b0", "b1"), remove("b0"), mark("b1"), enable("b1", False))
     ),
@@ -312,6 +321,8 @@ CASES = {
     "copies: one torn, one damaged, of one slot": Case(after(USED, damaged(0), crashed(CRASHED, 3)), MARK),
     "a lost slot": Case(after(USED, damaged(0, 2)), MARK),
     "a lost slot, the other one": Case(after(USED, damaged(1, 3)), together(b=[mark("b0")])),
+    "a lost slot, wrong generation": Case(after(USED, damaged(1, 3, at=63)), MARK),
+    "a lost slot, wrong checksum": Case(after(USED, damaged(1, 3, at=4095)), MARK),
     "a lost slot, recover": Case(after(USED, damaged(0, 2)), recovering),
 }  # fmt: skip
 
@@ -396,6 +407,19 @@ def test_every_sync_is_needed(name: str, recorded: Recorded, tallies: dict[str, 
     assert harmless == ["no sync 1"] * name.startswith("a lost slot") + ["swapped at sync 1"]
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("a lost slot")])
+def test_doubt_outlives_the_next_commit(name: str, recorded: Recorded) -> None:
+    """Once a commit may be lost, every bitmap is all dirty: those that are written, and those that are not."""
+    _, recording = recorded(name)
+    assert all(namespace.doubted for namespace in store_crash.contents(recording.original).values())
+    image = recording.final
+    for _ in range(3):
+        for namespace in store_crash.contents(image).values():
+            old = [bitmap for bitmap in namespace.bitmaps if bitmap.name.startswith(b"b")]
+            assert namespace.doubted or all(bitmap.bits == 1 for bitmap in old)
+        image = store_crash.record_in_memory(image, store_crash.next_commit).final
+
+
 def test_a_crash_while_a_store_is_made_leaves_an_empty_one_or_none(tmp_path: Path, tallies: dict[str, Tally]) -> None:
     path = tmp_path / "store"
     path.touch()
@@ -448,6 +472,74 @@ def test_one_crash_after_another(seed: int, tmp_path: Path, tallies: dict[str, T
             path.write_bytes(rng.choice([state.image for state in found.sample.values()] + [recording.final]))
 
 
+# The judge. Each of these is done to a store that a whole, harmless operation has left.
+
+
+def flipped(image: bytearray, pointer: store_crash.Pointer) -> None:
+    image[pointer[0]] ^= 1
+
+
+def leaking(image: bytearray) -> None:
+    with store_crash.in_memory(image) as path, Store(path) as target, target.change() as change:
+        change.space.take(1)
+        record = change.table.get(b"a")
+        assert record
+        change.table.put(record)
+
+
+def twice(image: bytearray) -> None:
+    """A directory is given up, and in use."""
+    with store_crash.in_memory(image) as path, Store(path) as target, target.change() as change:
+        record = change.table.get(b"a")
+        assert record
+        change.release(record.directory)
+        change.table.put(record)
+
+
+def going_on(image: bytearray) -> None:
+    image[:] = store_crash.record_in_memory(image, store_crash.next_commit).final
+
+
+HARM: dict[str, tuple[str, Callable[[bytearray], object]]] = {
+    "the newest header": ("in doubt", lambda image: store_crash.damage(image, 0, 2)),
+    "the older header": ("in doubt", lambda image: store_crash.damage(image, 1, 3)),
+    "all headers": ("no header copy is whole", lambda image: store_crash.damage(image, 0, 1, 2, 3)),
+    "the table": ("damaged", lambda image: flipped(image, Reader(image).header.table)),
+    "what the older header leads to": ("damaged", lambda image: flipped(image, Reader(image).newest(1).table)),
+    "the space map": ("damaged", lambda image: flipped(image, Reader(image).header.space)),
+    "a leak": ("leaked", leaking),
+    "used and released": ("used twice", twice),
+    "another change": ("neither old nor new", going_on),
+}
+
+
+@pytest.mark.parametrize("what", HARM)
+def test_the_judge_sees(what: str, recorded: Recorded) -> None:
+    _, recording = recorded("mark, free clusters inside")
+    judge = Judge(recording)
+    image = bytearray(recording.final)
+    judge.finish(image)
+    assert Reader(image).slot == 0
+    message, damage = HARM[what]
+    damage(image)
+    with pytest.raises(crash.Harm, match=message):
+        judge(image)
+
+
+def test_the_judge_sees_what_is_missing_at_the_end(recorded: Recorded) -> None:
+    _, recording = recorded("mark, free clusters inside")
+    judge = Judge(recording)
+    judge(bytearray(recording.original))
+    with pytest.raises(crash.Harm, match="asked for"):
+        judge.finish(bytearray(recording.original))
+    # One copy of the new header is missing.
+    image = bytearray(recording.final)
+    image[8192:12288] = recording.original[8192:12288]
+    judge(image)
+    with pytest.raises(crash.Harm, match="not without"):
+        judge.finish(image)
+
+
 # Compaction makes another file.
 
 
@@ -481,31 +573,29 @@ def compacted(path: Path, act: Operation) -> tuple[Recording, list[str]]:
     return recording, events
 
 
-# What is compacted, and whether something is mended.
-COMPACTED: dict[str, tuple[Operation, bool]] = {
-    "empty": (EMPTY, False),
-    "used": (USED, False),
-    "many": (after(EIGHT, node("i")), False),
-    "inconsistent": (after(TWO, in_use), False),
-    "a lost slot": (after(USED, damaged(0, 2)), False),
-    "after a crash": (after(USED, crashed(CRASHED, 2, 100)), False),
+COMPACTED = {
+    "empty": EMPTY,
+    "used": USED,
+    "many": after(EIGHT, node("i")),
+    "inconsistent": after(TWO, in_use),
+    "a lost slot": after(USED, damaged(0, 2)),
+    "after a crash": after(USED, crashed(CRASHED, 2, 100)),
 }
 
 
 @pytest.mark.parametrize("name", COMPACTED)
 def test_a_crash_during_compaction_leaves_the_old_file_or_the_new_one(name: str, tmp_path: Path) -> None:
     path = tmp_path / "store"
-    prepare, mend = COMPACTED[name]
-    prepare(path)
-    before = store_crash.Reader(path.read_bytes())
-    _, events = compacted(path, lambda path: compact.compact(str(path), mend=mend))
+    COMPACTED[name](path)
+    before = Reader(path.read_bytes())
+    _, events = compacted(path, lambda path: compact.compact(str(path)))
     assert events == ["replace", f"sync folder of {path}"]
     image = bytearray(path.read_bytes())
     judge = Judge(Recording(before.image, [[crash.Truncate(0), crash.Write(0, bytes(image))]]), CHAIN_EFFORT)
     assert judge.new == judge.old
     judge(image)
     judge.finish(image)
-    after = store_crash.Reader(image)
+    after = Reader(image)
     assert after.header.generation > before.header.generation
     # Loss of the newest header leads to what was there before: the same, all dirty.
     store_crash.damage(image, after.slot, after.slot + 2)

@@ -31,7 +31,7 @@ from dirtmap.engine.containers import Place
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store import store as engine
 from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.namespace import add_node
+from dirtmap.engine.store.nodes import add_node
 from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.errors import Error

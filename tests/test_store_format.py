@@ -21,7 +21,7 @@ import dirtmap.engine as dm
 from dirtmap.engine.containers import Place
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.header import Header
-from dirtmap.engine.store.namespace import add_node
+from dirtmap.engine.store.nodes import add_node
 from dirtmap.engine.store.space import SpaceMap
 from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.store.table import NamespaceTable

@@ -19,7 +19,8 @@ import dirtmap.engine as dm
 from dirtmap.engine import changes, fileio
 from dirtmap.engine.fileio import File
 from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.namespace import StoredImage, add_node, transaction
+from dirtmap.engine.store.namespace import StoredImage, transaction
+from dirtmap.engine.store.nodes import add_node
 from dirtmap.engine.store.store import Store, create
 
 EFFORT = crash.Effort(pieces=6, most=16, random=16)

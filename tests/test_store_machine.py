@@ -35,7 +35,8 @@ from dirtmap.engine.fileio import File
 from dirtmap.engine.namespace import Namespace, Transaction
 from dirtmap.engine.store import nodes
 from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.namespace import StoredImage, add_node, transaction
+from dirtmap.engine.store.namespace import StoredImage, transaction
+from dirtmap.engine.store.nodes import add_node
 from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import store as fmt_store
 

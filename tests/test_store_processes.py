@@ -30,9 +30,12 @@ from numpy.typing import NDArray
 from support import store_crash
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes
+from dirtmap.engine import changes, fileio
+from dirtmap.engine.fileio import File
+from dirtmap.engine.store.bitmaps import bitmap_of, read_entries
 from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.namespace import StoredImage, add_node, bitmap_of, read_entries, transaction
+from dirtmap.engine.store.namespace import StoredImage, transaction
+from dirtmap.engine.store.nodes import add_node
 from dirtmap.engine.store.store import Snapshot, Store, create
 
 WRITERS = 16
@@ -268,3 +271,87 @@ def test_writers_and_readers_of_one_store(board: Board, capsys: pytest.CaptureFi
 def test_writers_and_readers_of_one_store_for_long(board: Board, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         hammer(board, 30)
+
+
+# One reader, overtaken at every point.
+
+
+def commit(path: str) -> None:
+    """Makes the next number of what both bitmaps of node 0 hold; the clusters that they had are soon used again."""
+    with Store(path) as target, StoredImage(target, "0").transaction() as bitmaps:
+        following = bitmap(pattern(number_in(bitmaps["v"].words) + 1))
+        bitmaps["v"] = bitmaps["w"] = following
+
+
+def read_one(path: str) -> int:
+    with Store(path) as target, StoredImage(target, "0") as image:
+        return number_in(image["v"].words)
+
+
+def read_both(path: str) -> int:
+    def both(snapshot: Snapshot) -> int:
+        record = snapshot.table().get(b"0")
+        assert record
+        found = {number_in(bitmap_of(snapshot, record, entry, False).words) for entry in read_entries(snapshot, record)}
+        (number,) = found
+        return number
+
+    with Store(path) as target:
+        return target.read(both)
+
+
+def count_all(path: str) -> None:
+    v, w = dm.describe(path).bitmaps
+    assert v.count == w.count
+
+
+def check_all(path: str) -> None:
+    assert dm.check(path).findings == []
+
+
+@pytest.mark.parametrize(
+    ("commits", "compacting"), [(1, False), (2, False), (3, False), (4, False), (0, True), (2, True)]
+)
+@pytest.mark.parametrize("act", [read_one, read_both, count_all, check_all])
+def test_reader_overtaken_at_every_point(
+    act: Callable[[str], int | None], commits: int, compacting: bool, tmp_path: Path
+) -> None:
+    """Between any two of its reads, others commit: the answer is right as of some moment since it began."""
+    path = str(tmp_path / "store")
+    create(path)
+    with Store(path) as target:
+        image = tmp_path / "image"
+        image.touch()
+        os.truncate(image, SIZE)
+        add_node(target, "0", str(image))
+        with StoredImage(target, "0").transaction() as bitmaps:
+            bitmaps["v"] = bitmaps["w"] = bitmap(pattern(0))
+    reads = at = 0
+
+    class Overtaken(File):
+        def _before(self) -> None:
+            nonlocal reads
+            reads += 1
+            if reads == at:
+                with fileio.using(File):
+                    if compacting:
+                        compact(path)
+                    for _ in range(commits):
+                        commit(path)
+
+        def read(self, offset: int, length: int) -> bytes:
+            self._before()
+            return super().read(offset, length)
+
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            self._before()
+            super().read_into(offset, buffer)
+
+    while reads >= at:
+        at, reads = at + 1, 0
+        least = read_one(path)
+        with fileio.using(Overtaken):
+            found = act(path)
+        if found is not None:
+            assert least <= found <= read_one(path)
+    assert at > 5

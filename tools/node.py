@@ -56,8 +56,7 @@ def add_command(name: str, image: str, store: str | None, new_identity: bool) ->
     A qcow2 image keeps its name and its UUID in its own header, and its bitmaps as before; the store remembers where it
     is. For anything else (a raw file, a block device) the store will hold the bitmaps.
     """
-    from dirtmap.engine.store.namespace import add_node
-    from dirtmap.engine.store.nodes import add_qcow2
+    from dirtmap.engine.store.nodes import add_node, add_qcow2
 
     with _opened(store, make=True) as opened:
         if probe(image) == QCOW2:

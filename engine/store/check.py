@@ -16,8 +16,8 @@ import numpy as np
 from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.report import CORRUPTION, LEAK, NOTE, CheckReport
 from dirtmap.engine.store import header as headers
+from dirtmap.engine.store.bitmaps import doubts, namespace_label, read_entries, verify
 from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.namespace import doubts, namespace_label, read_entries, verify
 from dirtmap.engine.store.space import SpaceMap, _runs
 from dirtmap.engine.store.store import FORMAT, Snapshot, Store
 from dirtmap.fmt import geometry, store

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from dirtmap.engine.fileio import File, open_file, remove_file, replace_file
 from dirtmap.engine.namespace import decode_name
 from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.namespace import load, namespace_label, read_entries
+from dirtmap.engine.store.bitmaps import load, namespace_label, read_entries
 from dirtmap.engine.store.store import Change, Snapshot, Store, create
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry

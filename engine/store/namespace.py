@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
-
-import crc32c
 
 from dirtmap.engine.namespace import (
     BitmapInfo,
@@ -20,209 +17,30 @@ from dirtmap.engine.namespace import (
     Transaction,
     decode_name,
     encode_name,
-    label,
 )
+from dirtmap.engine.store.bitmaps import (
+    Source,
+    bitmap_of,
+    doubts,
+    is_readable,
+    namespace_label,
+    no_namespace,
+    place_bitmap,
+    read_entries,
+    release_bits,
+    require_same_size,
+)
+from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError
-from dirtmap.fmt.store import Area, Identity, Record
+from dirtmap.fmt.errors import BitmapError, StorageError
+from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from dirtmap.engine.bitmap import Bitmap
 
 T = TypeVar("T")
-
-_PIECE = 1 << 20  # bytes read at once where the whole is not needed
-
-
-def identity_of(path: str) -> Identity:
-    """What an image looks like now: a file by inode, size and mtime; a block device by number and size.
-
-    Raises:
-        StorageError: it cannot be looked at, or is neither.
-    """
-    try:
-        status = os.stat(path)
-        if stat.S_ISREG(status.st_mode):
-            # Before 1970 the time is negative; it is only ever compared.
-            return Identity(status.st_dev, status.st_ino, status.st_mtime_ns % 2**64, status.st_size)
-        if stat.S_ISBLK(status.st_mode):
-            from dirtmap.engine.fileio import open_file
-
-            with open_file(path) as file:
-                return Identity(status.st_rdev, 0, 0, file.size())
-    except OSError as error:
-        raise StorageError(path, error.strerror or str(error)) from error
-    raise StorageError(path, "neither a regular file nor a block device")
-
-
-def add_node(target: Store, name: str, image: str) -> None:
-    """Gives an image a namespace of its own.
-
-    Args:
-        target: the store that will hold its bitmaps.
-        name: of the node; unique among the nodes and devices of the store.
-        image: its path; remembered as an absolute one.
-
-    Raises:
-        BitmapError: the name is taken.
-        StorageError: the image cannot be looked at.
-    """
-    path = os.path.abspath(image)
-    identity = identity_of(path)
-    raw_name = encode_name(name)
-    with target.change() as change:
-        if change.table.get(raw_name):
-            raise BitmapError(f"{target.path}: {namespace_label(raw_name)}", "the name is taken")
-        change.table.put(
-            Record(
-                name=raw_name,
-                kind=store.KIND_NODE,
-                uuid=uuid.uuid4().bytes,
-                size=identity.size,
-                generation=change.generation,
-                path=os.fsencode(path),
-                identity=identity,
-            )
-        )
-
-
-def no_namespace(path: str, name: bytes) -> BitmapError:
-    """The error for a namespace that is not there."""
-    return BitmapError(f"{path}: {namespace_label(name)}", "there is no such namespace")
-
-
-def namespace_label(name: bytes) -> str:
-    """How messages name a namespace."""
-    return f"node '{name.decode('utf-8', 'backslashreplace')}'"
-
-
-@dataclass(eq=False, slots=True)
-class _Source:
-    """Where a bitmap of a transaction has its bits while nobody has asked for them; none where it is all dirty."""
-
-    snapshot: Snapshot
-    record: Record
-    entry: Entry
-    doubted: bool
-
-    def load(self) -> NDArray[np.uint64]:
-        if self.snapshot.file.fd < 0:
-            raise Error(self.snapshot.file.path, "the transaction has ended")
-        return load(self.snapshot, self.record, self.entry, self.doubted)
-
-
-def load(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> NDArray[np.uint64]:
-    """A bitmap's bits as words: uint64, shape (ceil(granules / 64),), verified, tail bits zero.
-
-    Raises:
-        FormatError: the checksum is wrong.
-    """
-    import numpy as np
-
-    from dirtmap.engine import bits
-
-    nbits = geometry.granules(record.size, entry.granularity)
-    length = geometry.packed_bytes(record.size, entry.granularity)
-    if doubted or entry.table_offset == store.ALL_ONES:
-        words = np.full(geometry.ceil_div(nbits, 64), 2**64 - 1, "<u8")
-        bits.mask_tail(words, nbits)
-        return words
-    words = np.zeros(geometry.ceil_div(nbits, 64), "<u8")
-    if entry.table_offset != store.ALL_ZEROS:
-        buffer = words.view(np.uint8).data[:length]
-        snapshot.file.read_into(entry.table_offset, buffer)
-        checksum = store.BITS_CHECKSUM.parse(entry.extra_data).checksum
-        if crc32c.crc32c(buffer) != checksum:
-            raise _wrong_bits(snapshot, entry)
-        bits.mask_tail(words, nbits)
-    return words
-
-
-def verify(snapshot: Snapshot, record: Record, entry: Entry) -> None:
-    """Holds a bitmap's bits against their checksum, without keeping them in memory.
-
-    Raises:
-        FormatError: the checksum is wrong.
-    """
-    if entry.table_offset in (store.ALL_ZEROS, store.ALL_ONES):
-        return
-    checksum = 0
-    end = entry.table_offset + geometry.packed_bytes(record.size, entry.granularity)
-    for offset in range(entry.table_offset, end, _PIECE):
-        checksum = crc32c.crc32c(snapshot.file.read(offset, min(_PIECE, end - offset)), checksum)
-    if checksum != store.BITS_CHECKSUM.parse(entry.extra_data).checksum:
-        raise _wrong_bits(snapshot, entry)
-
-
-def _wrong_bits(snapshot: Snapshot, entry: Entry) -> FormatError:
-    where = f"{snapshot.file.path}: {label(decode_name(entry.name))} at {entry.table_offset:#x}"
-    return FormatError(where, "its checksum is wrong; recover makes it all dirty")
-
-
-def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
-    """A namespace's directory.
-
-    Raises:
-        FormatError: damaged, or an entry makes no sense.
-    """
-    where = f"{snapshot.file.path}: {namespace_label(record.name)}"
-    data = snapshot.read(record.directory, f"directory of {namespace_label(record.name)}")
-    entries: dict[bytes, Entry] = {}
-    try:
-        for _, entry in directory.parse_entries(data):
-            faults = store.entry_faults(entry, record.size, snapshot.header.cluster_size, snapshot.size)
-            for field, what in faults:
-                raise FormatError(f"{where}: {label(decode_name(entry.name))}.{field}", what)
-            if entry.name in entries:
-                raise FormatError(f"{where}: directory", f"two entries for {label(decode_name(entry.name))}")
-            entries[entry.name] = entry
-            if len(entries) > record.nb_bitmaps:
-                break
-    except directory.BrokenEntryError as error:
-        raise FormatError(f"{where}: directory", str(error)) from None
-    if len(entries) != record.nb_bitmaps:
-        raise FormatError(f"{where}.nb_bitmaps", f"{record.nb_bitmaps}, but the directory has another number")
-    return list(entries.values())
-
-
-def require_same_size(snapshot: Snapshot, record: Record) -> None:
-    """Refuses bitmaps whose image has grown or shrunk: they say nothing about the new space.
-
-    Raises:
-        BitmapError: names both sizes and the command that adopts the new one.
-    """
-    if record.kind == store.KIND_NODE and record.nb_bitmaps:
-        with contextlib.suppress(StorageError):
-            now = identity_of(os.fsdecode(record.path)).size
-            if now != record.identity.size:
-                where = f"{snapshot.file.path}: {namespace_label(record.name)}"
-                what = (
-                    f"its image has {now} bytes now, and had {record.identity.size}; 'node resize' adopts the new size"
-                )
-                raise BitmapError(where, what)
-
-
-def doubts(snapshot: Snapshot, record: Record) -> str | None:
-    """Why a namespace's bits cannot be relied on, so that all of them count as dirty; None where they can."""
-    if not record.nb_bitmaps:
-        return None
-    if snapshot.chosen.in_doubt:
-        return "both copies of a header are damaged, perhaps those of the newest"
-    if record.generation <= snapshot.header.doubt_generation:
-        return "the store lost a commit"
-    if record.kind == store.KIND_NODE:
-        try:
-            now = identity_of(os.fsdecode(record.path))
-        except StorageError as error:
-            return f"the image cannot be looked at ({error.what})"
-        if now != record.identity:
-            return "the image has changed while nobody tracked it"
-    return None
 
 
 class StoredImage(Namespace):
@@ -280,7 +98,7 @@ class StoredImage(Namespace):
             with changing(change, record) as bitmaps:
                 for name in list(names) or list(bitmaps):
                     bitmap = bitmaps[name]
-                    if doubted or bitmap.inconsistent or not _is_readable(change.snapshot, record, entries[name]):
+                    if doubted or bitmap.inconsistent or not is_readable(change.snapshot, record, entries[name]):
                         bitmaps[name] = bitmap.recovered()
                         recovered.append(Recovery(name, "all dirty"))
         return recovered
@@ -349,22 +167,6 @@ def describe_store(path: str) -> ImageInfo:
         return target.read(read)
 
 
-def _is_readable(snapshot: Snapshot, record: Record, entry: Entry) -> bool:
-    try:
-        verify(snapshot, record, entry)
-    except FormatError:
-        return False
-    return True
-
-
-def bitmap_of(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> Bitmap:
-    """A bitmap of a directory, its bits still unread; all dirty where ``doubted``."""
-    from dirtmap.engine.bitmap import Bitmap
-
-    source = _Source(snapshot, record, entry, doubted)
-    return Bitmap._lazy(record.size, entry.granularity, entry.auto, entry.in_use, source)
-
-
 @contextlib.contextmanager
 def changing(change: Change, record: Record) -> Iterator[Transaction]:
     """One namespace's part of a change: a transaction whose end puts the new directory into ``change``."""
@@ -425,7 +227,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
         # Bits of another namespace or store are copied. Those in doubt are written as they are shown, all dirty; those
         # of an inconsistent bitmap are not shown at all.
         if (
-            isinstance(source, _Source)
+            isinstance(source, Source)
             and source.record is record
             and (not source.doubted or bitmap.inconsistent)
             and source.entry.table_offset not in kept
@@ -459,36 +261,3 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             identity=identity,
         )
     )
-
-
-def release_bits(change: Change, record: Record, entry: Entry) -> None:
-    """Gives up the clusters of a bitmap's bits, if it has any."""
-    if entry.table_offset > store.ALL_ONES:
-        change.release(Area(entry.table_offset, geometry.packed_bytes(record.size, entry.granularity)))
-
-
-def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap) -> Entry:
-    """Has a bitmap's bits written, and makes the entry that leads to them.
-
-    Raises:
-        BitmapError: inconsistent, or too fine for the disk's size.
-    """
-    where = f"{change.snapshot.file.path}: {label(name)}"
-    if bitmap.inconsistent:
-        raise BitmapError(where, "an inconsistent bitmap cannot be copied")
-    length = geometry.packed_bytes(record.size, bitmap.granularity)
-    if length > directory.MAX_DATA_BYTES:
-        what = f"granularity {bitmap.granularity} needs {length} bytes of bits, more than {directory.MAX_DATA_BYTES}"
-        raise BitmapError(where, what)
-    packed = bitmap.packed()
-    flags = directory.FLAG_AUTO if bitmap.recording else 0
-    bits = bitmap.granularity.bit_length() - 1
-    dirty = bitmap.count // bitmap.granularity
-    if dirty == 0:
-        return Entry(encode_name(name), store.ALL_ZEROS, 0, flags, bits)
-    if dirty == geometry.granules(record.size, bitmap.granularity):
-        return Entry(encode_name(name), store.ALL_ONES, 0, flags, bits)
-    area = change.place(packed)
-    clusters = len(area.clusters(change.header.cluster_size))
-    extra = store.BITS_CHECKSUM.build(checksum=area.checksum, reserved=0)
-    return Entry(encode_name(name), area.offset, clusters, flags, bits, extra_data=extra)

@@ -8,25 +8,56 @@ from __future__ import annotations
 
 import os
 import uuid
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from dirtmap.engine.namespace import decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image
-from dirtmap.engine.store.namespace import (
+from dirtmap.engine.store.bitmaps import (
     bitmap_of,
     doubts,
-    identity_of,
     namespace_label,
     no_namespace,
     place_bitmap,
     read_entries,
     release_bits,
 )
+from dirtmap.engine.store.identity import identity_of, is_twin
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import directory, store
-from dirtmap.fmt.errors import BitmapError, StorageError
+from dirtmap.fmt.errors import BitmapError
 from dirtmap.fmt.store import Record
+
+
+def add_node(target: Store, name: str, image: str) -> None:
+    """Gives an image a namespace of its own.
+
+    Args:
+        target: the store that will hold its bitmaps.
+        name: of the node; unique among the nodes and devices of the store.
+        image: its path; remembered as an absolute one.
+
+    Raises:
+        BitmapError: the name is taken.
+        StorageError: the image cannot be looked at.
+    """
+    path = os.path.abspath(image)
+    identity = identity_of(path)
+    raw_name = encode_name(name)
+    with target.change() as change:
+        if change.table.get(raw_name):
+            raise BitmapError(f"{target.path}: {namespace_label(raw_name)}", "the name is taken")
+        change.table.put(
+            Record(
+                name=raw_name,
+                kind=store.KIND_NODE,
+                uuid=uuid.uuid4().bytes,
+                size=identity.size,
+                generation=change.generation,
+                path=os.fsencode(path),
+                identity=identity,
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,21 +149,6 @@ def place_of(target: Store, name: str) -> tuple[str, str | None] | None:
     if record is None or record.kind == store.KIND_DEVICE:
         return None
     return (os.fsdecode(record.path), None) if record.kind == store.KIND_PLACE else (target.path, name)
-
-
-def is_twin(record: Record, path: str) -> bool:
-    """True where ``path`` is another file than the one remembered, and that one is still there.
-
-    If it is not, the image was moved.
-    """
-    here = identity_of(path)
-    there = record.identity
-    if (here.device, here.inode) == (there.device, there.inode):
-        return False
-    with suppress(StorageError):
-        original = identity_of(os.fsdecode(record.path))
-        return (original.device, original.inode) == (there.device, there.inode)
-    return False
 
 
 def refuse_twin(target: Store, path: str, name: str, image_uuid: str) -> None:

@@ -19,8 +19,8 @@ import crc32c
 from dirtmap.engine import changes, fileio
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.check import check
-from dirtmap.engine.store.namespace import StoredImage, add_node
-from dirtmap.engine.store.nodes import nodes
+from dirtmap.engine.store.namespace import StoredImage
+from dirtmap.engine.store.nodes import add_node, nodes
 from dirtmap.engine.store.store import Store
 from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.errors import Error
@@ -30,6 +30,7 @@ from support.crash import Effort, Harm, Recording, Tally, Write
 BLOCK = 4096
 RESERVED = 4 * BLOCK
 WORD = 8  # what a header is torn at
+UUID_AT = 40
 
 Pointer = tuple[int, int, int]  # offset, length, CRC32C
 
@@ -100,10 +101,10 @@ class Reader:
         if not whole:
             raise Broken("no header copy is whole")
         self.slot = max(whole)[1] % 2
-        self.header = self._newest(self.slot)
+        self.header = self.newest(self.slot)
         self.in_doubt = not any(self.blocks[1 - self.slot :: 2])
 
-    def _newest(self, slot: int) -> Header:
+    def newest(self, slot: int) -> Header:
         return max((block for block in self.blocks[slot::2] if block), key=lambda header: header.generation)
 
     def contents(self) -> Contents:
@@ -115,7 +116,7 @@ class Reader:
 
     def older(self) -> Contents | None:
         """All namespaces as the other slot has them, if it is there: what the loss of the newest header leads to."""
-        return None if self.in_doubt else self._walk(self._newest(1 - self.slot), 0)[0]
+        return None if self.in_doubt else self._walk(self.newest(1 - self.slot), 0)[0]
 
     def _area(self, pointer: Pointer, header: Header, used: list[range]) -> bytes:
         offset, length, checksum = pointer
@@ -245,10 +246,10 @@ def packed_size(size: int, granularity_bits: int) -> int:
     return -(-granules // 8)
 
 
-def damage(image: bytearray, *copies: int) -> None:
-    """Flips a bit of the store's UUID in header copies, by number: where every later header is the same."""
+def damage(image: bytearray, *copies: int, at: int = UUID_AT) -> None:
+    """Flips a bit in header copies, by number: if not told where, in the store's UUID, which all headers share."""
     for copy in copies:
-        image[copy * BLOCK + 40] ^= 1
+        image[copy * BLOCK + at] ^= 1
 
 
 # What was done.
@@ -362,8 +363,6 @@ class Judge:
             Harm: it must not be.
         """
         reader = self._read(image)
-        if reader.in_doubt and not self.in_doubt:
-            raise Harm("a mere crash has put the store in doubt")
         chosen = headers.choose("memory", bytes(image[:RESERVED]))
         if (chosen.header.generation, chosen.in_doubt) != (reader.header.generation, reader.in_doubt):
             raise Harm("dirtmap chooses another header")
@@ -372,6 +371,8 @@ class Judge:
     def _read(self, image: bytearray) -> Reader:
         try:
             reader = Reader(image)
+            if reader.in_doubt and not self.in_doubt:
+                raise Harm("a mere crash has put the store in doubt")
             found = reader.contents()
             if found not in (self.old, self.new):
                 raise Harm(f"neither old nor new: {sorted(found)}")

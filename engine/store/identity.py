@@ -1,0 +1,45 @@
+"""What an image looks like from outside: by this it is known again, and seen to have changed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+
+from dirtmap.engine.fileio import open_file
+from dirtmap.fmt.errors import StorageError
+from dirtmap.fmt.store import Identity, Record
+
+
+def identity_of(path: str) -> Identity:
+    """What an image looks like now: a file by inode, size and mtime; a block device by number and size.
+
+    Raises:
+        StorageError: it cannot be looked at, or is neither.
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):
+            # Before 1970 the time is negative; it is only ever compared.
+            return Identity(status.st_dev, status.st_ino, status.st_mtime_ns % 2**64, status.st_size)
+        if stat.S_ISBLK(status.st_mode):
+            with open_file(path) as file:
+                return Identity(status.st_rdev, 0, 0, file.size())
+    except OSError as error:
+        raise StorageError(path, error.strerror or str(error)) from error
+    raise StorageError(path, "neither a regular file nor a block device")
+
+
+def is_twin(record: Record, path: str) -> bool:
+    """True where ``path`` is another file than the one remembered, and that one is still there.
+
+    If it is not, the image was moved.
+    """
+    here = identity_of(path)
+    there = record.identity
+    if (here.device, here.inode) == (there.device, there.inode):
+        return False
+    with suppress(StorageError):
+        original = identity_of(os.fsdecode(record.path))
+        return (original.device, original.inode) == (there.device, there.inode)
+    return False
