@@ -22,6 +22,7 @@ from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 
 from dirtmap.fmt import geometry
 from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DATA_BYTES, TYPE_DIRTY_TRACKING, Entry, name_fault
+from dirtmap.fmt.extensions import EXTENSION_HEAD, build_extension, parse_chain
 from dirtmap.fmt.structure import Structure
 
 MAGIC = b"DMS\xfb"
@@ -96,6 +97,7 @@ DEFAULT_CLUSTER_BITS = 12
 MAX_BUCKET_BITS = 16
 MAX_NAMESPACES = 65536
 MAX_PATH = 4096
+MAX_RECORD_EXTENSIONS = 1 << 16  # bytes
 MAX_SPACE_MAP_BYTES = 4 << 20  # of its root: enough for 32 TiB in clusters of 4 KiB, 8 PiB in those of 64 KiB
 MAX_RELEASED_BYTES = 16 << 20
 MAX_METADATA_BYTES = 128 << 20  # of any other area but bits: 65,535 entries with the longest names take 66 MiB
@@ -182,6 +184,7 @@ class Record:
         path: of the image, raw bytes; empty for a device.
         identity: of the image.
         root_uuid: of a device's root node; zeros for a node.
+        extensions: what else is known of the namespace, as (type, data); types that nobody knows are kept.
     """
 
     name: bytes
@@ -194,6 +197,11 @@ class Record:
     path: bytes = b""
     identity: Identity = NO_IDENTITY
     root_uuid: bytes = bytes(16)
+    extensions: tuple[tuple[int, bytes], ...] = ()
+
+    def extension(self, kind: int) -> bytes | None:
+        """The data of the first extension of that type, or None."""
+        return next((data for found, data in self.extensions if found == kind), None)
 
 
 def parse_records(data: bytes) -> Iterator[Record]:
@@ -208,9 +216,13 @@ def parse_records(data: bytes) -> Iterator[Record]:
             raise ValueError(f"{len(data) - at} bytes are left, too few for a record")
         raw = RECORD.parse(data, at)
         name = at + RECORD.size
-        end = geometry.align_up(name + raw.name_size + raw.path_size, 8)
-        if raw.length != end - at or end > len(data):
+        first = geometry.align_up(name + raw.name_size + raw.path_size, 8)
+        end = at + raw.length
+        if end < first or end > len(data) or raw.length % 8:
             raise ValueError(f"a record of {raw.length} bytes at {at} does not fit its name and path, or the bucket")
+        chain = parse_chain(data, first, end)
+        if chain.fault or chain.end != end:
+            raise ValueError(f"a record at {at} has extensions that do not fit it")
         yield Record(
             name=data[name : name + raw.name_size],
             kind=raw.kind,
@@ -222,13 +234,16 @@ def parse_records(data: bytes) -> Iterator[Record]:
             path=data[name + raw.name_size : name + raw.name_size + raw.path_size],
             identity=Identity(raw.image_device, raw.image_inode, raw.image_mtime, raw.image_size),
             root_uuid=raw.root_uuid,
+            extensions=tuple((extension.type, extension.data) for extension in chain.extensions),
         )
         at = end
 
 
 def build_record(record: Record) -> bytes:
     """The bytes of one record, padded with zeros to a multiple of 8."""
-    length = geometry.align_up(RECORD.size + len(record.name) + len(record.path), 8)
+    names = (record.name + record.path).ljust(geometry.align_up(len(record.name) + len(record.path), 8), b"\0")
+    extensions = b"".join(build_extension(kind, data) for kind, data in record.extensions)
+    length = RECORD.size + len(names) + len(extensions)
     fixed = RECORD.build(
         length=length,
         kind=record.kind,
@@ -248,7 +263,7 @@ def build_record(record: Record) -> bytes:
         image_mtime=record.identity.mtime_ns,
         image_size=record.identity.size,
     )
-    return (fixed + record.name + record.path).ljust(length, b"\0")
+    return fixed + names + extensions
 
 
 def record_faults(record: Record) -> Iterator[tuple[str, str]]:
@@ -261,6 +276,8 @@ def record_faults(record: Record) -> Iterator[tuple[str, str]]:
         yield "size", f"{record.size} is above {geometry.MAX_DISK_SIZE}"
     if len(record.path) > MAX_PATH or b"\0" in record.path:
         yield "path", "too long, or contains a NUL byte"
+    if sum(len(data) + EXTENSION_HEAD.size for _, data in record.extensions) > MAX_RECORD_EXTENSIONS:
+        yield "extensions", f"more than {MAX_RECORD_EXTENSIONS} bytes"
     if record.nb_bitmaps > MAX_BITMAPS:
         yield "nb_bitmaps", f"{record.nb_bitmaps} is above {MAX_BITMAPS}"
     if bool(record.nb_bitmaps) != bool(record.directory.length):

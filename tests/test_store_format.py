@@ -782,3 +782,23 @@ def _patched(block: bytes, name: str, value: int) -> bytes:
     changed[field.offset : field.offset + field.size] = value.to_bytes(field.size, "big")
     changed[-4:] = crc32c.crc32c(changed[:-4]).to_bytes(4, "big")
     return bytes(changed)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 2**32 - 1), st.binary(max_size=40)), max_size=4),
+    st.binary(min_size=1, max_size=9),
+)
+def test_extensions_of_a_record_come_back(extensions: list[tuple[int, bytes]], path: bytes) -> None:
+    record = Record(name=b"n", kind=store.KIND_NODE, uuid=bytes(16), size=5, path=path, extensions=tuple(extensions))
+    packed = store.build_record(record)
+    assert list(store.parse_records(packed + packed)) == [record, record]
+    assert len(packed) % 8 == 0
+
+
+@pytest.mark.parametrize(("at", "value"), [(-4, 1), (-4, 12), (-8, 0)])
+def test_extensions_that_do_not_end_where_their_record_does_are_refused(at: int, value: int) -> None:
+    record = Record(name=b"n", kind=store.KIND_NODE, uuid=bytes(16), size=5, extensions=((7, b""),))
+    packed = bytearray(store.build_record(record))
+    packed[at : len(packed) + at + 4] = value.to_bytes(4, "big")
+    with pytest.raises(ValueError, match="extensions"):
+        list(store.parse_records(bytes(packed)))

@@ -190,6 +190,11 @@ class _Dump(Shown):
                 field["meaning"] = store.KIND_NAMES.get(record.kind, "unknown")
         at = offset + store.RECORD.size
         fields += [text("name", at, record.name), text("path", at + len(record.name), record.path)]
+        first = offset + len(raw) - sum(len(extensions.build_extension(*item)) for item in record.extensions)
+        for kind, contents in record.extensions:
+            fields += self.fields(extensions.EXTENSION_HEAD, first, extensions.build_extension(kind, contents))
+            fields.append(data("data", first + extensions.EXTENSION_HEAD.size, contents))
+            first += len(extensions.build_extension(kind, contents))
         self.add(f"namespace record: {where}", offset, raw, fields=fields)
         faults = list(store.record_faults(record))
         for field_name, what in faults:
