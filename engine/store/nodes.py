@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -139,18 +140,6 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
         )
 
 
-def place_of(target: Store, name: str) -> tuple[str, str | None] | None:
-    """Which container has the bitmaps of a node, and under which name: a qcow2 image has only its own.
-
-    Returns:
-        (path, None) for a qcow2 image, (path of the store, name) for a node of the store, None where there is no such.
-    """
-    record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
-    if record is None or record.kind == store.KIND_DEVICE:
-        return None
-    return (os.fsdecode(record.path), None) if record.kind == store.KIND_PLACE else (target.path, name)
-
-
 def refuse_twin(target: Store, path: str, name: str, image_uuid: str) -> None:
     """Refuses a qcow2 image that carries the identity of another file.
 
@@ -186,8 +175,22 @@ def _refuse_with_bitmaps(where: str, count: int) -> None:
         raise BitmapError(where, f"has {count} bitmaps; remove or move them first")
 
 
-def rename_node(target: Store, name: str, new: str, *, with_bitmaps: bool = False) -> None:
+def rename_node(
+    target: Store,
+    name: str,
+    new: str,
+    *,
+    with_bitmaps: bool = False,
+    keep: Callable[[Image], None] = lambda image: None,
+) -> None:
     """Gives a node another name.
+
+    Args:
+        target: the store that knows it.
+        name: what it is called now.
+        new: what it will be called.
+        with_bitmaps: also where it has bitmaps.
+        keep: called with a qcow2 image before it is changed.
 
     Raises:
         BitmapError: there is none of that name, the new one is taken, or it has bitmaps and ``with_bitmaps`` is not
@@ -202,6 +205,7 @@ def rename_node(target: Store, name: str, new: str, *, with_bitmaps: bool = Fals
             image = None
             if record.kind == store.KIND_PLACE:
                 image = stack.enter_context(Image(os.fsdecode(record.path)))
+                keep(image)
             count = record.nb_bitmaps if image is None else len(image)
             if count and not with_bitmaps:
                 what = f"has {count} bitmaps, whose addresses would change; --with-bitmaps renames them, too"

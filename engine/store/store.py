@@ -105,10 +105,12 @@ class Store:
 
     Attributes:
         path: as it was opened.
+        committed: called after each commit that this object has made.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.committed: Callable[[], None] | None = None
         self._file = open_file(path)
         try:
             self._choose(self._file)
@@ -188,6 +190,8 @@ class Store:
             change = Change(file, self._choose(file))
             yield change
             change.commit()
+        if self.committed:
+            self.committed()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[File]:
