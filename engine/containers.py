@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.namespace import ImageInfo, Namespace, Recovery, Transaction
 from dirtmap.fmt import qcow2
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError, UnsupportedError
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, FormatError, StorageError, UnsupportedError
 
 if TYPE_CHECKING:
     from dirtmap.engine.host import Host
@@ -78,6 +78,16 @@ def host(store: str | None = None, index: str | None = None) -> Host:
     from dirtmap.engine.host import Host
 
     return Host(store or default_store(index), default_index(index))
+
+
+def remember(store: str | None, index: str | None = None) -> None:
+    """Has the usual default store know a store that was chosen, so that what is in it is found without choosing it.
+
+    Where that cannot be written, it stays as it is: whoever chose the store can choose it again.
+    """
+    if store is not None:
+        with contextlib.suppress(Error):
+            host(None, index).remember_store(store)
 
 
 def locate(target: Target, store: str | None = None, index: str | None = None) -> Place:

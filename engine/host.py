@@ -24,11 +24,11 @@ from dirtmap.engine.store import devices, nodes
 from dirtmap.engine.store.devices import Root
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.namespace import held_by, holding
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.store.store import Change, Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, StorageError, printable
-from dirtmap.fmt.index import SOUND, Member
+from dirtmap.fmt.index import QCOW2, SOUND, Member
 
 T = TypeVar("T")
 
@@ -90,6 +90,11 @@ class Hit:
     flags: int
     granularity: int
 
+    @property
+    def in_image(self) -> bool:
+        """True where the container is a qcow2 image."""
+        return self.container.kind == QCOW2
+
 
 class Host:
     """The containers that a default store knows, and an index of them.
@@ -97,10 +102,16 @@ class Host:
     Args:
         store: path of the default store; it need not exist.
         index: path of the index; it is made on first need.
+
+    Attributes:
+        store: as given.
+        home: the same as an absolute path.
+        index: the index.
     """
 
     def __init__(self, store: str, index: str) -> None:
-        self.store = os.path.abspath(store)
+        self.store = store
+        self.home = os.path.abspath(store)
         self.index = Index(index)
 
     # Stores, and whether they are what was last seen.
@@ -119,7 +130,7 @@ class Host:
         """
         path = path or self.store
         if make and path == self.store and not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
             with contextlib.suppress(StorageError):  # another process was faster
                 create(path)
         with Store(path) as target:
@@ -188,9 +199,9 @@ class Host:
             return []
 
         def learn(index: Index) -> list[str]:
-            first = self._refresh_store(index, self.store)
+            first = self._refresh_store(index, self.home)
             others = index.stores(first.number) if first else []
-            return [self.store, *(path for path in others if path != self.store and self._refresh_store(index, path))]
+            return [self.home, *(path for path in others if path != self.home and self._refresh_store(index, path))]
 
         return self._asking(learn)
 
@@ -201,7 +212,7 @@ class Host:
             with self.opened(path):
                 pass
         except StorageError:
-            if path == self.store:
+            if path == self.home:
                 raise
         for container, problem in index.refresh([path]):
             if problem:
@@ -265,6 +276,8 @@ class Host:
 
     def _unique(self, name: str) -> Found | None:
         found = self._claims(name)
+        # What the default store itself has under that name keeps it, whatever other stores turn up.
+        found = [claim for claim in found if claim.store == self.store] or found
         if len(found) > 1:
             one, other = found[:2]
             what = f"names a namespace of {one.store}, and another of {other.store}; say which with --store"
@@ -278,7 +291,7 @@ class Host:
         def ask(index: Index) -> list[Found]:
             paths = {index.path_of(container): (container, member) for container, member in index.namespaces(raw_name)}
             return [
-                _found(path, member)
+                self._found(path, member)
                 for path, (_, member) in paths.items()
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
@@ -289,6 +302,17 @@ class Host:
             unique.setdefault(found.uuid, found)
         return list(unique.values())
 
+    def _found(self, path: str, member: Member) -> Found:
+        return Found(
+            name=decode_name(member.name),
+            kind=member.kind,
+            uuid=member.uuid,
+            root_uuid=member.root_uuid,
+            store=self.store if path == self.home else path,
+            path=os.fsdecode(member.path),
+            size=member.size,
+        )
+
     def by_uuid(self, namespace_uuid: bytes) -> Found | None:
         """The node of that UUID, as far as a store of the host knows it."""
         stores = self.stores()
@@ -296,7 +320,7 @@ class Host:
         def ask(index: Index) -> list[Found]:
             claims = [(index.path_of(number), member) for number, member in index.carriers(namespace_uuid)]
             return [
-                _found(path, member)
+                self._found(path, member)
                 for path, member in claims
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
@@ -378,6 +402,24 @@ class Host:
             if found is None or found.kind != store.KIND_PLACE or found.store != self.store:
                 self._require_free(name)
             nodes.add_qcow2(target, name, image, new_identity=new_identity)
+
+    def remember_store(self, path: str) -> None:
+        """Has the default store know another store, so that names in it are found.
+
+        Raises:
+            As `opened`.
+        """
+        path = os.path.abspath(path)
+        if path == self.home:
+            return
+        with Store(path) as other:
+            store_uuid = other.read(lambda snapshot: snapshot.header.uuid)
+        with self.opened(make=True) as target:
+            name = store.container_name(os.fsencode(path))
+            known = target.read(lambda snapshot: snapshot.table().get(name))
+            if known is None or known.uuid != store_uuid:
+                with target.change() as change:
+                    remember_container(change, path, store_uuid)
 
     def remove_node(self, name: str) -> None:
         """Forgets a node.
@@ -466,7 +508,7 @@ class Host:
             record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
         if record is None or record.kind != store.KIND_PLACE:
             return Keeper()
-        return _Keeper(self, replace(_found(self.store, _member(record)), path=os.path.abspath(path)))
+        return _Keeper(self, replace(self._found(self.home, _member(record)), path=os.path.abspath(path)))
 
     def marked_busy(self, info: ImageInfo) -> ImageInfo:
         """The same, with the bitmaps busy that are held."""
@@ -517,17 +559,32 @@ class _Keeper(Keeper):
             yield
 
 
+def remember_container(change: Change, path: str, container_uuid: bytes) -> bool:
+    """Has a store know where a container is that has no place there by name.
+
+    Args:
+        change: of the default store.
+        path: absolute.
+        container_uuid: of a store; zeros for an image.
+
+    Returns:
+        True where it did not know.
+    """
+    name = store.container_name(os.fsencode(path))
+    known = change.table.get(name)
+    if known is None or known.uuid != container_uuid:
+        change.table.put(
+            store.Record(
+                name=name,
+                kind=store.KIND_CONTAINER,
+                uuid=container_uuid,
+                size=0,
+                generation=change.generation,
+                path=os.fsencode(path),
+            )
+        )
+    return known is None
+
+
 def _member(record: store.Record) -> Member:
     return Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path)
-
-
-def _found(path: str, member: Member) -> Found:
-    return Found(
-        name=decode_name(member.name),
-        kind=member.kind,
-        uuid=member.uuid,
-        root_uuid=member.root_uuid,
-        store=path,
-        path=os.fsdecode(member.path),
-        size=member.size,
-    )

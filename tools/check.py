@@ -43,12 +43,8 @@ def check_command(
     """
     if repair and force_share:
         raise click.UsageError("-U goes with reading only, not with -r.")
-    bar, progress = (None, None) if quiet or output == "json" else progress_bar("checking")
-    if bar is None:
-        report = dm.check(target, repair=repair, force_share=force_share)
-    else:
-        with bar:
-            report = dm.check(target, repair=repair, force_share=force_share, progress=progress)
+    with progress_bar("checking", quiet=quiet or output == "json") as progress:
+        report = dm.check(target, repair=repair, force_share=force_share, progress=progress)
     if not quiet:
         if output == "json":
             write_json(_document(report))

@@ -35,9 +35,13 @@ _HOMES = {
     "mark": "mark",
     "recover": "recover",
     "check": "check",
+    "hold": "hold",
     "transaction": "transaction",
+    "find": "find",
+    "index": "index",
     "store": "store",
     "node": "node",
+    "device": "device",
     "sidecar": "sidecar",
     "completion": "completion",
 }

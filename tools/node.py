@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.containers import QCOW2, host, probe
+from dirtmap.engine.containers import QCOW2, host, probe, remember
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
@@ -47,6 +47,7 @@ def add_command(name: str, image: str, store: str | None, index: str | None, new
         raise click.UsageError("--new-identity is for qcow2 images.")
     else:
         here.add_node(name, image)
+    remember(store, index)
 
 
 @options.command(

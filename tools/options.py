@@ -14,6 +14,8 @@ from dirtmap.tools.sizes import parse_size
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from dirtmap.engine.host import Host
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
@@ -159,6 +161,18 @@ def host(command: Decorated) -> Decorated:
     store = click.option("--store", type=click.Path(), metavar="STORE", help=_STORE_HELP)
     index = click.option("--index", type=click.Path(), metavar="PATH", help=_INDEX_HELP)
     return store(index(command))
+
+
+def where(ctx: click.Context) -> dict[str, Any]:
+    """The default store and the index that the user asked for, as the engine's functions take them."""
+    return {"store": ctx.meta.get(_STORE), "index": ctx.meta.get(_INDEX)}
+
+
+def host_of(ctx: click.Context) -> Host:
+    """The host, as the default store and the index of the user's choice tell of it."""
+    from dirtmap.engine.containers import host as find
+
+    return find(**where(ctx))
 
 
 def speaking(command: Decorated) -> Decorated:

@@ -122,13 +122,14 @@ class Index:
         path: of the LMDB database, a directory.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, database: Database | None = None) -> None:
         self.path = path
+        self._given = database
 
     @property
     def database(self) -> Database:
         """The database, opened on first use."""
-        return connect(self.path)
+        return self._given or connect(self.path)
 
     def open(self) -> None:
         """Makes the database, where there is none that can be used."""
@@ -207,7 +208,37 @@ class Index:
         raw = SEEN_VALUE.parse(contents)
         return raw.generation, raw.commit_id, self.path_of(raw.container)
 
+    def all_seen(self) -> list[tuple[bytes, int, bytes, str | None]]:
+        """The last commits seen of all stores: UUID, generation, commit id, and where the store was."""
+        rows = self.database.read(lambda reader: list(reader.scan(SEEN)))
+        parsed = [(key[1:], SEEN_VALUE.parse(value)) for key, value in rows]
+        return [(uuid, raw.generation, raw.commit_id, self.path_of(raw.container)) for uuid, raw in parsed]
+
+    def all_bitmaps(self) -> Iterator[tuple[bytes, bytes, Claim]]:
+        """Every bitmap: its holder, its name, and who has it."""
+
+        def search(reader: Reader) -> list[tuple[bytes, bytes, Claim]]:
+            found = []
+            for holder in dict.fromkeys(holder for _, holder in reader.scan(FOUND)):
+                for _, value in reader.scan(BITMAP + part(holder)):
+                    name, claims = layout_of.parse_bitmap(value)
+                    found += [(holder, name, claim) for claim in claims]
+            return found
+
+        yield from self.database.read(search)
+
     # How it learns.
+
+    def remember_seen(self, store_uuid: bytes, generation: int, commit_id: bytes, path: str) -> None:
+        """Takes over a commit that another index has seen."""
+
+        def work(writer: Writer) -> None:
+            container = _container(writer.get, path)
+            taken = container.number if container else _new_number(writer, path)
+            value = SEEN_VALUE.build(generation=generation, commit_id=commit_id, container=taken)
+            writer.put(SEEN + store_uuid, value)
+
+        self.database.change(work)
 
     def refresh(self, paths: Iterable[str], *, force_share: bool = False) -> Iterator[tuple[Container, Error | None]]:
         """Makes the index say what containers say now, reading what has changed.
@@ -268,13 +299,7 @@ class Index:
         if self.seen(header.uuid) == (header.generation, header.commit_id, path):
             return
 
-        def work(writer: Writer) -> None:
-            container = _container(writer.get, path)
-            taken = container.number if container else _new_number(writer, path)
-            value = SEEN_VALUE.build(generation=header.generation, commit_id=header.commit_id, container=taken)
-            writer.put(SEEN + header.uuid, value)
-
-        self.database.change(work)
+        self.remember_seen(header.uuid, header.generation, header.commit_id, path)
 
     def _look(self, path: str, known: Container | None, force_share: bool) -> _Reading | None:
         """What a container says; None where it says what is known already."""

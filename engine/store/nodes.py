@@ -96,7 +96,7 @@ def nodes(target: Store) -> list[Node]:
                 doubt=doubt,
             )
             for record, doubt in found
-            if record.kind != store.KIND_DEVICE
+            if record.kind in (store.KIND_NODE, store.KIND_PLACE)
         ),
         key=lambda node: node.name,
     )
@@ -127,6 +127,8 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
         if new_identity or opened.name is None:
             opened.set_identity(name, new_uuid=new_identity)
         assert opened.uuid is not None  # it has an identity now
+        if change.table.get(store.container_name(os.fsencode(path))):
+            change.table.remove(store.container_name(os.fsencode(path)))  # found by a scan, before it had a name
         change.table.put(
             Record(
                 name=encode_name(name),
@@ -269,7 +271,7 @@ def confirm_node(target: Store, name: str) -> None:
 
 def _record(change: Change, name: str) -> Record:
     record = change.table.get(encode_name(name))
-    if record is None or record.kind == store.KIND_DEVICE:
+    if record is None or record.kind not in (store.KIND_NODE, store.KIND_PLACE):
         raise no_namespace(change.snapshot.file.path, encode_name(name))
     return record
 
