@@ -266,6 +266,8 @@ def recover(target: Target, names: Iterable[str] = (), *, store: str | None = No
     if place.node is not None:
         with open(place) as image:
             return image.recover(names)
+    if probe(place.path) == STORE:
+        raise BitmapError(place.path, "a store of many images: name one of its nodes")
     from dirtmap.engine.qcow2.image import read_identity, recover
 
     if identity := read_identity(place.path):

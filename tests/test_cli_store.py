@@ -58,6 +58,13 @@ def test_every_bitmap_command_works_on_a_node() -> None:
     assert dirtmap("recover", "one").status == 0
 
 
+def test_recover_of_a_whole_store_asks_for_a_node() -> None:
+    before = Path("default.dmap").read_bytes()
+    assert error_of("recover", "default.dmap") == "default.dmap: a store of many images: name one of its nodes"
+    assert error_of("recover", "default.dmap", "b").endswith("name one of its nodes")
+    assert Path("default.dmap").read_bytes() == before
+
+
 def test_the_same_name_in_every_namespace() -> None:
     for node, offset in (("one", "0"), ("two", "1M"), ("disk.qcow2", "2M")):
         dirtmap("add", node, "backup")
