@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from dirtmap.engine.fileio import File, open_file, remove_file, replace_file
-from dirtmap.engine.namespace import decode_name
+from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import load, namespace_label, read_entries
 from dirtmap.engine.store.store import Change, Snapshot, Store, create
@@ -31,13 +31,15 @@ class Compaction:
     Attributes:
         before, after: the file's length in bytes.
         namespaces: how many were carried over.
-        lost: what could not be, a line each; empty unless it was damaged.
+        dropped: what could not be, a line each; empty unless it was damaged.
+        made_dirty: bitmaps whose bits could not be, and are all dirty now, a line each.
     """
 
     before: int
     after: int = 0
     namespaces: int = 0
-    lost: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    made_dirty: list[str] = field(default_factory=list)
 
 
 class _Eager(Change):
@@ -115,26 +117,34 @@ def _records(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[tupl
     # The older slot's table first, in doubt; what the newest says then replaces it.
     older = _older(snapshot.file, snapshot.chosen.slot)
     for source in (older, snapshot) if older else (snapshot,):
+        faults = []
         try:
             table = source.table()
+            numbers = range(1 << table.bucket_bits)
         except FormatError as error:
-            result.lost.append(str(error))
-            continue
-        complete = True
-        for number in range(1 << table.bucket_bits):
+            faults.append(error)
+            numbers = range(0)
+        for number in numbers:
             try:
                 bucket = table.bucket(number)
             except FormatError as error:
-                complete = False
-                result.lost.append(str(error))
+                faults.append(error)
                 continue
             for record in bucket.values():
                 doubted = replace(record, generation=0) if source is older else record
                 found[record.name] = (source, doubted)
-        if source is snapshot and complete:
-            # Nothing is missing, so what only the older slot knows was removed on purpose.
-            found = {name: pair for name, pair in found.items() if pair[0] is snapshot}
+        if source is snapshot:
+            unknown = "namespaces that the older header slot does not know"
+            result.dropped += [f"{unknown}: {_text(source, error)}" for error in faults]
+            if not faults:
+                # Nothing is missing, so what only the older slot knows was removed on purpose.
+                found = {name: pair for name, pair in found.items() if pair[0] is snapshot}
     return list(found.values())
+
+
+def _text(snapshot: Snapshot, error: Error) -> str:
+    """What is wrong, and where in the file."""
+    return f"{error.where.removeprefix(f'{snapshot.file.path}: ')}: {error.what}"
 
 
 def _older(file: File, newest: int) -> Snapshot | None:
@@ -153,7 +163,7 @@ def _carry_over(source: Snapshot, record: Record, change: Change, result: Compac
     except FormatError as error:
         if not mend:
             raise
-        result.lost.append(f"{error}; its bitmaps are gone")
+        result.dropped.append(f"{namespace_label(record.name)}, all its bitmaps: {_text(source, error)}")
         entries = []
     doubted = record.generation == 0
     copied = [_carry_bits(source, record, entry, change, result, mend=mend, doubted=doubted) for entry in entries]
@@ -166,17 +176,18 @@ def _carry_bits(
     source: Snapshot, record: Record, entry: Entry, change: Change, result: Compaction, *, mend: bool, doubted: bool
 ) -> Entry:
     all_dirty = replace(entry, table_offset=store.ALL_ONES, table_size=0, extra_data=b"")
+    where = f"{namespace_label(record.name)}, {label(decode_name(entry.name))}"
     if doubted:
+        result.made_dirty.append(f"{where}: as the older header slot knows it")
         return all_dirty
     if entry.table_offset in (store.ALL_ZEROS, store.ALL_ONES):
         return entry
     try:
         load(source, record, entry, False)  # proves the checksum before the bits are believed
-    except Error as error:
+    except Error:
         if not mend:
             raise
-        name = f"{namespace_label(record.name)}, bitmap '{decode_name(entry.name)!a}'"
-        result.lost.append(f"{name}: all dirty now: {error}")
+        result.made_dirty.append(f"{where}: its bits are damaged")
         return all_dirty
     length = geometry.packed_bytes(record.size, entry.granularity)
     area = change.place(source.file.read_exactly(entry.table_offset, length))
