@@ -160,7 +160,7 @@ def spoil(name: str) -> None:
         ("bits: node 'two', bitmap 'b'", "node 'two', bitmap 'b': its bits are damaged", "made-dirty"),
         (
             "directory entry: node 'one', bitmap 'b'",
-            "node 'one', all its bitmaps: directory of node 'one' at 0x",
+            "node 'one', 1 of its 1 bitmaps: directory of node 'one' at 0x",
             "dropped",
         ),
     ],
