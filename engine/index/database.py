@@ -22,11 +22,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import lmdb
-from construct import Int16ul, Int32ul, Int64ul
+from construct import Int16ul, Int32ul, Int64ul, Struct
 
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import StorageError
-from dirtmap.fmt.structure import Structure
 
 T = TypeVar("T")
 
@@ -35,8 +34,7 @@ _FIRST_SIZE = 64 << 20  # bytes of address space; doubled when they are full
 _READERS = 1024
 _MAGIC, _LMDB_VERSION, _META_FLAG = 0xBEEFC0DE, 1, 0x08
 # Both on little-endian 64-bit machines; elsewhere a database would look foreign at every opening, and be useless.
-_PAGE = Structure(
-    "LMDB meta page",
+_PAGE = Struct(
     "number" / Int64ul,
     "pad" / Int16ul,
     "flags" / Int16ul,
@@ -230,12 +228,12 @@ def fault(path: str) -> str | None:
         return f"without {_DATA}"
     except OSError as error:
         raise StorageError(path, error.strerror or str(error)) from error
-    if len(pages) < _PAGE.size:
+    if len(pages) < _PAGE.sizeof():
         return f"{_DATA} is cut short"
     page_size = _PAGE.parse(pages).page_size
-    if page_size not in (1 << bits for bits in range(9, 17)) or len(pages) < page_size + _PAGE.size:
+    if page_size not in (1 << bits for bits in range(9, 17)) or len(pages) < page_size + _PAGE.sizeof():
         return f"{_DATA} has no second meta page"
-    metas = [_PAGE.parse(pages), _PAGE.parse(pages, page_size)]
+    metas = [_PAGE.parse(pages), _PAGE.parse(pages[page_size:])]
     for meta in metas:
         if meta.magic != _MAGIC or meta.version != _LMDB_VERSION or not meta.flags & _META_FLAG:
             return f"{_DATA} is not an LMDB database"

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 # new clusters are taken past the end, where no proof is needed.
 _PROOF_BUDGET = 16 << 20
 _SECTOR = 512  # the most that a disk writes whole
+_ZEROS = memoryview(bytes(1 << geometry.MAX_CLUSTER_BITS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +216,7 @@ def make_plan(
     written += refcounts.touched()
     written += [offset // layout.cluster_size for offset, _ in _refcount_pointers(refcounts)]
     _refuse_shared(layout, references, [*abandoned, *written])
+    _refuse_claimed(layout, contents)
 
     plan = Plan()
     if wanted or not layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS:
@@ -266,6 +268,17 @@ def _refuse_shared(layout: Layout, references: References, clusters: Sequence[in
         raise FormatError(where, "used twice; run check")
 
 
+def _refuse_claimed(layout: Layout, contents: Sequence[Write]) -> None:
+    """What goes past the end of the file must not become part of a snapshot's L1 table that reaches there."""
+    end = max((offset + len(data) for offset, data in contents), default=0)
+    for index, snapshot in enumerate(layout.snapshots):
+        reach = snapshot.l1_table_offset + snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
+        if layout.file_size < reach and snapshot.l1_table_offset < end:
+            where = f"{layout.path}: snapshot {index}.l1_table_offset"
+            what = f"the table ends at {reach:#x}, past the end of the file ({layout.file_size:#x}), in the way"
+            raise FormatError(where, what)
+
+
 def _place(file: File, layout: Layout, item: Written, allocator: Allocator, contents: list[Write]) -> Entry:
     """Gives a bitmap's table and changed clusters a place; adds what to write there to ``contents``."""
     cluster = layout.cluster_size
@@ -288,7 +301,9 @@ def _place(file: File, layout: Layout, item: Written, allocator: Allocator, cont
 
 def _place_cluster(chunk: memoryview, cluster: int, allocator: Allocator, contents: list[Write]) -> int:
     offset = allocator.take(1) * cluster
-    contents.append((offset, chunk if len(chunk) == cluster else bytes(chunk).ljust(cluster, b"\0")))
+    contents.append((offset, chunk))
+    if len(chunk) < cluster:  # the rest apart, and shared: thousands of short bitmaps would take gigabytes
+        contents.append((offset + len(chunk), _ZEROS[: cluster - len(chunk)]))
     return offset
 
 

@@ -339,9 +339,10 @@ def _wanted(layout: Layout, bitmaps: Transaction) -> list[Kept | Written]:
         source = bitmap._source
         if isinstance(source, _Source) and places.get(source.slot.entry.name) is source.slot:
             del places[source.slot.entry.name]
-            entry = source.slot.entry
             flags = {"set": directory.FLAG_AUTO} if bitmap.recording else {"clear": directory.FLAG_AUTO}
-            kept[name] = Kept(replace(entry.with_flags(**flags), name=encode_name(name)))
+            entry = source.slot.entry.with_flags(**flags)
+            raw = encode_name(name)
+            kept[name] = Kept(entry if entry.name == raw else replace(entry, name=raw))
         elif bitmap.inconsistent:
             raise BitmapError(f"{bitmaps.where}: {label(name)}", "an inconsistent bitmap cannot be copied")
     return [
