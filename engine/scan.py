@@ -82,12 +82,13 @@ def scan(
     files = list(_files(roots))
     found: list[Container] = []
     host.index.open()
+    known_paths = host.index.paths()
 
     def candidates() -> Iterator[str]:
         for done, (path, known) in enumerate(files):
             if progress and done % 64 == 0:
                 progress(done, len(files))
-            if known or host.index.container(path) or _looks_like_container(path):
+            if known or path in known_paths or _looks_like_container(path):
                 yield path
         if progress:
             progress(len(files), len(files))
@@ -103,7 +104,7 @@ def scan(
         summary.stores += container.kind == STORE
     _Registration(host, summary, roots).take_in(found)
     numbers = {container.number for container in found}
-    for _, _, claim in host.index.all_bitmaps():
+    for claim in host.index.claims():
         if claim.container in numbers:
             summary.bitmaps += 1
             summary.inconsistent += bool(claim.flags & FLAG_IN_USE)
@@ -124,6 +125,7 @@ def _files(roots: list[str]) -> Iterator[tuple[str, bool]]:
             folder = waiting.pop()
             try:
                 with os.scandir(folder) as entries:
+                    device = os.stat(folder).st_dev
                     ordered = sorted(entries, key=lambda entry: entry.name)
             except OSError as error:
                 if folder == root:
@@ -133,7 +135,7 @@ def _files(roots: list[str]) -> Iterator[tuple[str, bool]]:
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(entry.path)
                 elif entry.is_file(follow_symlinks=False):
-                    inode = (entry.stat(follow_symlinks=False).st_dev, entry.inode())
+                    inode = (device, entry.inode())
                     if inode not in seen:
                         seen.add(inode)
                         yield entry.path, False
@@ -161,31 +163,53 @@ class _Registration:
 
     def take_in(self, found: list[Container]) -> None:
         """Remembers what is new, and where moved images are now."""
-        wanted = [(container, self._host.index.members(container.number)) for container in found]
+        index = self._host.index
+        self._host.stores()  # brings the index up to date with them
+        home = index.container(self._host.home)
+        assert home is not None
+        places = {os.fsdecode(member.path): member for member in index.members(home.number) if member.path}
+        news: list[tuple[Container, Member | None]] = []
         carriers: dict[bytes, list[str]] = {}
         names: dict[bytes, set[bytes]] = {}
-        for container, members in wanted:
-            for member in members:
-                if container.kind == QCOW2 and member.name:
-                    carriers.setdefault(member.uuid, []).append(container.path)
-                    names.setdefault(member.name, set()).add(member.uuid)
+        for container in found:
+            place = places.get(container.path)
+            same = place is not None and place.uuid == container.uuid
+            if container.kind == STORE or not any(container.uuid):
+                if not same and container.path != self._host.home:
+                    news.append((container, None))
+                continue
+            (member,) = index.members(container.number)
+            carriers.setdefault(member.uuid, []).append(container.path)
+            names.setdefault(member.name, set()).add(member.uuid)
+            if not same or place is None or place.name != member.name:
+                news.append((container, member))
+        there = {container.path for container in found}
+        gone = [item for item in places.items() if item[0] not in there and not os.path.exists(item[0])]
+        dropped = [place for path, place in gone if place.kind == store.KIND_CONTAINER and self._is_below(path)]
         moved: list[tuple[bytes, str]] = []
-        with self._host.opened() as target, target.change() as change:
-            for container, members in wanted:
-                if container.kind == STORE:
-                    if container.path != self._host.home:
+        if news or dropped:
+            with self._host.opened() as target, target.change() as change:
+                for container, new in news:
+                    if new is None:
                         self._remember(change, container.path, container.uuid)
-                    continue
-                (member,) = members
-                if not member.name:
-                    self._remember(change, container.path, bytes(16))
-                else:
-                    self._place(change, container, member, carriers, names, moved)
-            self._look_for_gone(change)
+                    else:
+                        self._place(change, container, new, carriers, names, moved)
+                for place in dropped:  # nothing but its place was known, and there it is not any more
+                    if change.table.get(place.name):
+                        change.table.remove(place.name)
         for image_uuid, path in moved:
             for where, on_it in self._host.devices_of(image_uuid).items():
                 with self._host.opened(where) as target:
                     devices.move_roots(target, on_it, path)
+        elsewhere = {image_uuid for image_uuid, _ in moved}
+        for path, place in gone:
+            # A device's image is that of its root, and told with it.
+            if place.kind != store.KIND_DEVICE and place.uuid not in elsewhere:
+                named = place.kind != store.KIND_CONTAINER
+                self._summary.gone.append((path, decode_name(place.name) if named else ""))
+
+    def _is_below(self, path: str) -> bool:
+        return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._roots)
 
     def _remember(self, change: Change, path: str, container_uuid: bytes) -> None:
         self._summary.learned += remember_container(change, path, container_uuid)
@@ -237,19 +261,6 @@ class _Registration:
         )
         if change.table.get(store.container_name(os.fsencode(path))):
             change.table.remove(store.container_name(os.fsencode(path)))
-
-    def _look_for_gone(self, change: Change) -> None:
-        for record in list(change.table):
-            path = os.fsdecode(record.path)
-            # A device's image is that of its root, and told with it.
-            if not path or record.kind == store.KIND_DEVICE or os.path.exists(path):
-                continue
-            if record.kind != store.KIND_CONTAINER:
-                self._summary.gone.append((path, decode_name(record.name)))
-            elif any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._roots):
-                # Nothing but its place was known, and there it is not any more.
-                self._summary.gone.append((path, ""))
-                change.table.remove(record.name)
 
 
 def _is_same_file(one: str, other: str) -> bool:

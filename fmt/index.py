@@ -8,8 +8,8 @@
                                                                               f bitmap holder    the same, by bitmap
 
 A *holder* is a named namespace, or the path of an image without a name; its first byte keeps the two apart. Variable
-parts are length-prefixed, or replaced by a digest where they are long, so that no two keys can be taken for each other
-and "all keys that begin with these parts" is a prefix. Every value begins with a CRC32C over its key and the rest.
+parts end with a NUL, or are replaced by a digest where they are long, so that no two keys can be taken for each other
+and "all keys that begin with these parts" is a prefix. Every value ends with a CRC32C over its key and the rest.
 All numbers are big-endian. Source of every rule: SPEC.md, "The index".
 """
 
@@ -26,6 +26,8 @@ from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 from dirtmap.fmt.structure import Structure
 
 VERSION = 1
+# The CRC32C of anything followed by its own CRC32C, little-endian.
+RESIDUE = 0x48674BC7
 
 CONTAINER, PATH, MEMBERS, SEEN, STATE = b"c", b"i", b"m", b"s", b"v"
 NAME, UUID, ROOT, OTHERS, BITMAP, FOUND = b"n", b"u", b"r", b"t", b"b", b"f"
@@ -44,6 +46,7 @@ TAGS = {
 }
 NAMED, UNNAMED = b"N", b"P"  # first byte of a holder: a node or device, or an image that has no name
 _LONGEST = 200  # bytes of a part that stand in a key as they are; LMDB keys have 511 at most
+_SURE = _LONGEST // 4  # characters that are no more bytes than that, with a holder's first one
 _DIGEST = 32
 
 STATE_VALUE = Structure("index state", "version" / Int32ub, "reserved" / Int32ub, "containers" / Int64ub)
@@ -101,11 +104,10 @@ class BadValueError(ValueError):
 
 
 def part(data: bytes) -> bytes:
-    """A variable part of a key: its length and itself, or 255 and a digest of it where it is long."""
-    length = len(data)
-    if length <= _LONGEST:
-        return b"%c%b" % (length, data)
-    return b"\xff" + hashlib.blake2b(data, digest_size=_DIGEST).digest()
+    """A variable part of a key, itself without NUL: it and a NUL; or, where it is long, a NUL and a digest of it."""
+    if len(data) <= _LONGEST:
+        return data + b"\0"
+    return b"\0" + hashlib.blake2b(data, digest_size=_DIGEST).digest()
 
 
 def number(value: int) -> bytes:
@@ -116,6 +118,13 @@ def number(value: int) -> bytes:
 def bitmap_key(holder: bytes, bitmap: bytes) -> bytes:
     """Of a bitmap's address; ``holder`` as `named` or `unnamed` make it."""
     return BITMAP + part(holder) + part(bitmap)
+
+
+def address_key(node: str, name: str) -> bytes:
+    """`bitmap_key` of a node's or device's bitmap: the same, for the path that has to be fast."""
+    if len(node) < _SURE and len(name) < _SURE:
+        return f"bN{node}\0{name}\0".encode("utf-8", "surrogateescape")
+    return bitmap_key(named(node.encode("utf-8", "surrogateescape")), name.encode("utf-8", "surrogateescape"))
 
 
 def named(name: bytes) -> bytes:
@@ -129,20 +138,18 @@ def unnamed(path: bytes) -> bytes:
 
 
 def seal(key: bytes, contents: bytes) -> bytes:
-    """A value as stored: the CRC32C of key and contents, then the contents."""
-    return crc32c.crc32c(contents, crc32c.crc32c(key)).to_bytes(4, "big") + contents
+    """A value as stored: the contents, then the CRC32C of key and contents, little-endian."""
+    return contents + crc32c.crc32c(key + contents).to_bytes(4, "little")
 
 
-def unseal(key: bytes, value: bytes) -> bytes:
-    """The contents of a value.
+def is_sound(key: bytes, value: bytes) -> bool:
+    """True where a value's checksum is right."""
+    return bool(crc32c.crc32c(key + value) == RESIDUE)
 
-    Raises:
-        BadValueError: its checksum is wrong.
-    """
-    contents = value[4:]
-    if crc32c.crc32c(contents, crc32c.crc32c(key)).to_bytes(4, "big") != value[:4]:
-        raise BadValueError(f"{TAGS.get(key[:1], 'unknown')} {key[1:41].hex()}: its checksum is wrong")
-    return contents
+
+def damage(key: bytes) -> str:
+    """What is said of a value with a wrong checksum."""
+    return f"{TAGS.get(key[:1], 'unknown')} {key[1:41].hex()}: its checksum is wrong"
 
 
 def parse_all(structure: Structure, contents: bytes) -> list[Any]:
@@ -235,20 +242,18 @@ class Claim(NamedTuple):
     container: int
     flags: int
     granularity_bits: int
+    reserved: int
     uuid: bytes
 
 
 def build_bitmap(name: bytes, claims: Iterable[Claim]) -> bytes:
-    """The contents of a bitmap's value: its name behind its length in two bytes, then all who have one there."""
-    return (
-        len(name).to_bytes(2, "big")
-        + name
-        + b"".join(BITMAP_VALUE.build(**claim._asdict(), reserved=0) for claim in claims)
-    )
+    """The contents of a bitmap's value: all who have one at the address, then its name, and the name's length."""
+    return b"".join(BITMAP_VALUE.build(**claim._asdict()) for claim in claims) + name + len(name).to_bytes(2, "big")
 
 
 def parse_bitmap(contents: bytes) -> tuple[bytes, list[Claim]]:
     """A bitmap's name and who has one at that address. Errors as `parse_all`."""
-    start = 2 + int.from_bytes(contents[:2], "big")
-    claims = parse_all(BITMAP_VALUE, contents[start:])
-    return contents[2:start], [Claim(raw.container, raw.flags, raw.granularity_bits, raw.uuid) for raw in claims]
+    end = len(contents) - 2 - int.from_bytes(contents[-2:], "big")
+    if end < 0:
+        raise BadValueError("a bitmap's name is cut short")
+    return contents[end:-2], [Claim._make(raw) for raw in parse_all(BITMAP_VALUE, contents[:end])]

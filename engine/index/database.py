@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import crc32c
 import lmdb
 from construct import Int16ul, Int32ul, Int64ul, Struct
 
@@ -28,6 +29,7 @@ from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import StorageError
 
 T = TypeVar("T")
+_crc = crc32c.crc32c
 
 _DATA = "data.mdb"
 _FIRST_SIZE = 64 << 20  # bytes of address space; doubled when they are full
@@ -73,19 +75,23 @@ class Database:
 
     Attributes:
         path: its directory.
+        usable: False once it is closed, and in the child of a fork.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.usable = True
         self._lock = threading.RLock()  # LMDB forbids to change the map's size while any transaction is open
         with _errors(path):
             self._env = lmdb.open(path, map_size=_FIRST_SIZE, max_readers=_READERS, mode=0o600, max_dbs=0)
             self._env.reader_check()
+        self._begin = self._env.begin
         self.status = os.stat(os.path.join(path, _DATA))
 
     def close(self) -> None:
         """Unmaps it."""
         with self._lock:
+            self.usable = False
             self._env.close()
 
     def is_current(self) -> bool:
@@ -106,16 +112,17 @@ class Database:
         value: Any
         with self._lock:
             try:
-                with self._env.begin() as txn:
-                    value = txn.get(key)
+                txn = self._begin()
+                value = txn.get(key)
+                txn.abort()  # cheaper than its context manager; after an error it goes with its last reference
             except lmdb.Error:
                 value = self._read(lambda txn: txn.get(key))
         if value is None:
             return None
-        try:
-            return layout.unseal(key, value)
-        except layout.BadValueError as error:
-            raise DamagedError(self.path, str(error)) from None
+        if _crc(key + value) != layout.RESIDUE:  # as `layout.is_sound`, without a call
+            raise DamagedError(self.path, layout.damage(key))
+        contents: bytes = value[:-4]
+        return contents
 
     def read(self, work: Callable[[Reader], T]) -> T:
         """Runs ``work`` on one state of the database. Errors as `get`."""
@@ -182,10 +189,10 @@ class Reader:
         return None if value is None else self._unseal(key, value)
 
     def _unseal(self, key: bytes, value: Any) -> bytes:
-        try:
-            return layout.unseal(key, value)
-        except layout.BadValueError as error:
-            raise DamagedError(self._path, str(error)) from None
+        if not layout.is_sound(key, value):
+            raise DamagedError(self._path, layout.damage(key))
+        contents: bytes = value[:-4]
+        return contents
 
     def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Keys that begin so, in their order, with their contents."""
@@ -273,7 +280,9 @@ _registry = threading.RLock()
 
 
 def _forget_after_fork() -> None:
-    _abandoned.extend(_connected.values())
+    for database in _connected.values():
+        database.usable = False
+        _abandoned.append(database)
     _connected.clear()
 
 

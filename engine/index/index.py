@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.index.database import Database, Reader, Writer, connect
@@ -58,11 +58,13 @@ T = TypeVar("T")
 # without looking different.
 _RACY_NS = 50_000_000
 _TOGETHER = 512  # images that one commit of the index takes in
+# Bound for the one look-up that has to be fast.
+_address_key, _unpack_bitmap, _new_claim = layout_of.address_key, layout_of.BITMAP_VALUE.unpack, tuple.__new__
+_SOLE = layout_of.BITMAP_VALUE.size + 2  # and the name: bytes of a value with one claim
 _NO_AREA = bytes(store.AREA.size)
 
 
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
+class Fingerprint(NamedTuple):
     """What a container looks like from outside: numbers from ``stat``; times in ns, size in bytes."""
 
     device: int
@@ -72,8 +74,7 @@ class Fingerprint:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Container:
+class Container(NamedTuple):
     """A container as the index knows it.
 
     Attributes:
@@ -124,16 +125,20 @@ class Index:
 
     def __init__(self, path: str, database: Database | None = None) -> None:
         self.path = path
-        self._given = database
+        self._given = self._known = database
 
     @property
     def database(self) -> Database:
-        """The database, opened on first use."""
-        return self._given or connect(self.path)
+        """The database, opened on first use, and anew in the child of a fork."""
+        known = self._known
+        if known is None or not known.usable:
+            known = self.open()
+        return known
 
-    def open(self) -> None:
-        """Makes the database, where there is none that can be used."""
-        connect(self.path)
+    def open(self) -> Database:
+        """Opens the database that the path leads to now; makes it, where there is none that can be used."""
+        self._known = self._given or connect(self.path)
+        return self._known
 
     # What it says.
 
@@ -174,12 +179,15 @@ class Index:
     def bitmap(self, node: str, name: str) -> list[Claim]:
         """Who has a bitmap of that address: more than one only where a name is not unique.
 
-        The fast path: one look-up, with its checksum.
+        One look-up, with its checksum, and made to be fast.
         """
-        holder = layout_of.NAMED + node.encode("utf-8", "surrogateescape")
-        bitmap = name.encode("utf-8", "surrogateescape")
-        contents = self.database.get(BITMAP + part(holder) + part(bitmap))
-        return [] if contents is None else layout_of.parse_bitmap(contents)[1]
+        contents = self.database.get(_address_key(node, name))
+        if contents is None:
+            return []
+        if len(contents) == _SOLE + len(name) and name.isascii():  # else its length in bytes would have to be known
+            return [_new_claim(Claim, _unpack_bitmap(contents))]
+        found, claims = layout_of.parse_bitmap(contents)
+        return claims if found == name.encode("utf-8", "surrogateescape") else []
 
     def bitmaps(self, holder: bytes) -> list[tuple[bytes, list[Claim]]]:
         """All bitmaps of a holder, with who has them."""
@@ -213,6 +221,16 @@ class Index:
         rows = self.database.read(lambda reader: list(reader.scan(SEEN)))
         parsed = [(key[1:], SEEN_VALUE.parse(value)) for key, value in rows]
         return [(uuid, raw.generation, raw.commit_id, self.path_of(raw.container)) for uuid, raw in parsed]
+
+    def paths(self) -> set[str]:
+        """The paths of all containers that it knows or has known."""
+        return {os.fsdecode(path) for path in self.database.read(lambda reader: [p for _, p in reader.scan(PATH)])}
+
+    def claims(self) -> Iterator[Claim]:
+        """Every bitmap, by who has it."""
+        rows = self.database.read(lambda reader: list(reader.scan(BITMAP)))
+        for _, contents in rows:
+            yield from layout_of.parse_bitmap(contents)[1]
 
     def all_bitmaps(self) -> Iterator[tuple[bytes, bytes, Claim]]:
         """Every bitmap: its holder, its name, and who has it."""
@@ -251,6 +269,7 @@ class Index:
             Each container as it is known now, with what is wrong with it where it was read just now.
         """
         waiting: list[_Reading | str] = []
+        self.open()
         for path in paths:
             known = self.container(path)
             try:
@@ -303,9 +322,10 @@ class Index:
 
     def _look(self, path: str, known: Container | None, force_share: bool) -> _Reading | None:
         """What a container says; None where it says what is known already."""
-        status = os.stat(path) if os.path.lexists(path) else None
-        if status is None:
-            raise StorageError(path, "not there any more")
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise StorageError(path, error.strerror or str(error)) from error
         now = Fingerprint(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
         if known and known.kind == STORE:
             return self._look_at_store(path, known, now)
@@ -317,9 +337,9 @@ class Index:
             magic = file.read(0, 4)
         blank = Container(path, known.number if known else 0, FAULTY, DAMAGED, racy, now)
         if magic == qcow2.MAGIC:
-            return _read_image(replace(blank, kind=QCOW2), force_share)
+            return _read_image(blank._replace(kind=QCOW2), force_share)
         if _is_store(path):
-            return self._look_at_store(path, replace(blank, kind=STORE), now)
+            return self._look_at_store(path, blank._replace(kind=STORE), now)
         return _Reading(blank, {0: (_NO_AREA, [])}, FormatError(path, "neither a qcow2 image nor a store"))
 
     def _look_at_store(self, path: str, known: Container, now: Fingerprint) -> _Reading | None:
@@ -328,7 +348,7 @@ class Index:
                 return self._read_store(target, known, now)
         except FormatError as error:
             return _Reading(
-                replace(known, kind=STORE, condition=DAMAGED, fingerprint=now, commit_id=bytes(16)), {}, error
+                known._replace(kind=STORE, condition=DAMAGED, fingerprint=now, commit_id=bytes(16)), {}, error
             )
 
     def _read_store(self, target: Store, known: Container, now: Fingerprint) -> _Reading | None:
@@ -338,8 +358,7 @@ class Index:
                 return None
             table = snapshot.table()
             areas = table.areas()
-            found = replace(
-                known,
+            found = known._replace(
                 condition=SOUND,
                 racy=False,
                 fingerprint=now,
@@ -399,10 +418,10 @@ def _read_image(blank: Container, force_share: bool) -> _Reading:
         with open_file(blank.path) as file:
             member, bitmaps = read_session(file, look, force_share=force_share)
     except LockedError as error:
-        return _Reading(replace(blank, condition=HELD), nothing, error)
+        return _Reading(blank._replace(condition=HELD), nothing, error)
     except (FormatError, UnsupportedError) as error:
-        return _Reading(replace(blank, condition=DAMAGED), nothing, error)
-    return _Reading(replace(blank, condition=SOUND, uuid=member.uuid), {0: (_NO_AREA, [(member, bitmaps)])})
+        return _Reading(blank._replace(condition=DAMAGED), nothing, error)
+    return _Reading(blank._replace(condition=SOUND, uuid=member.uuid), {0: (_NO_AREA, [(member, bitmaps)])})
 
 
 def _is_store(path: str) -> bool:
@@ -458,7 +477,7 @@ def _apply(writer: Writer, reading: _Reading) -> Container | None:
     if known != reading.base:
         return None
     taken = known.number if known else _new_number(writer, reading.container.path)
-    container = replace(reading.container, number=taken)
+    container = reading.container._replace(number=taken)
     if known and known.buckets != container.buckets:
         # Namespaces have moved between buckets: the old ones go first.
         for key, value in list(writer.scan(MEMBERS + number(taken))):
@@ -562,7 +581,7 @@ def _claim(writer: Writer, key: bytes, container: int, member: Member) -> None:
 
 def _set_bitmaps(writer: Writer, container: Container, member: Member, bitmaps: Bitmaps) -> None:
     holder = holder_of(container, member)
-    wanted = {name: Claim(container.number, flags, bits, member.uuid) for name, flags, bits in bitmaps}
+    wanted = {name: Claim(container.number, flags, bits, 0, member.uuid) for name, flags, bits in bitmaps}
     for key, value in list(writer.scan(BITMAP + part(holder))):
         name, claims = layout_of.parse_bitmap(value)
         kept = [claim for claim in claims if claim.container != container.number]

@@ -128,6 +128,14 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def headers(self) -> bytes | None:
+        """The header copies as they are; while they stay so, byte for byte, so does all that they lead to.
+
+        Returns:
+            None where the path leads to another file by now.
+        """
+        return self._file.read(0, store.RESERVED) if self._file.is_current() else None
+
     @staticmethod
     def _choose(file: File) -> Chosen:
         return headers.choose(file.path, file.read(0, store.RESERVED))
