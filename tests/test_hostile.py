@@ -48,8 +48,8 @@ def unsynced() -> Iterator[None]:
         yield
 
 
-def built(path: Path, options: str, *, snapshot: bool = False, encrypted: bool = False) -> Craft:
-    target = qemu.create(path, MIB, options, encrypted=encrypted)
+def built(path: Path, options: str, *, snapshot: bool = False) -> Craft:
+    target = qemu.create(path, MIB, options)
     if "compat=0.10" not in options:
         with dm.open(path) as image, image.transaction() as bitmaps:  # QEMU's own tool wants a password for some
             for name in NAMES:
@@ -70,7 +70,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Craft]:
         "version 2": built(folder / "v2", f"cluster_size={CLUSTER},compat=0.10", snapshot=True),
         "one bit": built(folder / "1bit", f"cluster_size={CLUSTER},refcount_bits=1"),
         "small clusters": built(folder / "small", "cluster_size=512", snapshot=True),
-        "encrypted": built(folder / "luks", "cluster_size=65536", encrypted=True),
     }
 
 
@@ -241,7 +240,7 @@ def limits(craft: Craft, place: Place) -> list[int]:
     return sorted(value for value in values if 0 <= value <= place.most and value != own)
 
 
-SAMPLES = {"plain": 4, "snapshot": 6, "version 2": 4, "one bit": 3, "small clusters": 4}
+SAMPLES = {"plain": 4, "snapshot": 4, "version 2": 3, "one bit": 3, "small clusters": 4}
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
@@ -257,7 +256,7 @@ def test_fields_as_qemu_judges_them(sound: dict[str, Craft], path: Path, kind: s
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", [*SAMPLES, "encrypted"])
+@pytest.mark.parametrize("kind", SAMPLES)
 def test_all_fields_as_qemu_judges_them(sound: dict[str, Craft], path: Path, kind: str) -> None:
     craft = sound[kind]
     judged = [
@@ -265,6 +264,24 @@ def test_all_fields_as_qemu_judges_them(sound: dict[str, Craft], path: Path, kin
     ]
     assert len(judged) > 500
     assert any(outcome.accepted for outcome in judged)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("L1 entry", lambda craft: craft.l1()),
+        ("L2 entry", lambda craft: craft.l2()),
+        ("a snapshot's L1 table", lambda craft: craft.snapshot(0, "l1_table_offset")),
+    ],
+)
+def test_nothing_is_written_where_the_guest_would_find_it(
+    sound: dict[str, Craft], path: Path, name: str, place: Callable[[Craft], Place]
+) -> None:
+    """References to the end of the file, where a change would put what is new."""
+    craft = sound["snapshot"].copy()
+    craft.set(place(craft), -(-len(craft.data) // CLUSTER) * CLUSTER)
+    outcome = judge(craft, path)
+    assert "a reference that makes no sense leads there" in outcome.refused["add"]
 
 
 @pytest.mark.long

@@ -216,7 +216,7 @@ def make_plan(
     written += refcounts.touched()
     written += [offset // layout.cluster_size for offset, _ in _refcount_pointers(refcounts)]
     _refuse_shared(layout, references, [*abandoned, *written])
-    _refuse_claimed(layout, contents)
+    _refuse_astray(layout, references, [*written, *_clusters_of(contents, layout.cluster_size)])
 
     plan = Plan()
     if wanted or not layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS:
@@ -268,15 +268,18 @@ def _refuse_shared(layout: Layout, references: References, clusters: Sequence[in
         raise FormatError(where, "used twice; run check")
 
 
-def _refuse_claimed(layout: Layout, contents: Sequence[Write]) -> None:
-    """What goes past the end of the file must not become part of a snapshot's L1 table that reaches there."""
-    end = max((offset + len(data) for offset, data in contents), default=0)
-    for index, snapshot in enumerate(layout.snapshots):
-        reach = snapshot.l1_table_offset + snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
-        if layout.file_size < reach and snapshot.l1_table_offset < end:
-            where = f"{layout.path}: snapshot {index}.l1_table_offset"
-            what = f"the table ends at {reach:#x}, past the end of the file ({layout.file_size:#x}), in the way"
-            raise FormatError(where, what)
+def _refuse_astray(layout: Layout, references: References, clusters: Sequence[int]) -> None:
+    """What is written must not become part of something that a broken reference leads to, past the end of the file."""
+    numbers = np.array(clusters, np.int64)
+    claimed = numbers[references.astray.of(numbers) > 0]
+    if len(claimed):
+        where = f"{layout.path}: cluster {int(claimed[0]) * layout.cluster_size:#x}"
+        raise FormatError(where, "to be written, but a reference that makes no sense leads there; run check")
+
+
+def _clusters_of(contents: Sequence[Write], cluster_size: int) -> Iterator[int]:
+    for offset, data in contents:
+        yield from range(offset // cluster_size, geometry.ceil_div(offset + len(data), cluster_size))
 
 
 def _place(file: File, layout: Layout, item: Written, allocator: Allocator, contents: list[Write]) -> Entry:
