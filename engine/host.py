@@ -35,6 +35,15 @@ T = TypeVar("T")
 RESERVED = store.CONTAINER_PREFIX.decode()
 
 
+class CopiedStoreError(BitmapError):
+    """A store that carries the identity of another, which is still there: ``original`` is its path."""
+
+    def __init__(self, path: str, original: str) -> None:
+        self.original = original
+        what = f"a copy of {original}, with its identity; 'store new-identity' gives it one of its own"
+        super().__init__(path, what)
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What a name was found to mean.
@@ -155,8 +164,7 @@ class Host:
             return
         generation, commit_id, path = seen
         if path != os.path.abspath(target.path) and path is not None and self._is_copy(target, path, header.uuid):
-            what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
-            raise BitmapError(target.path, what)
+            raise CopiedStoreError(target.path, path)
         if (header.generation, header.commit_id) == (generation, commit_id) or header.generation > generation:
             if path != os.path.abspath(target.path) or header.generation > generation:
                 self._saw(target)

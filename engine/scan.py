@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from dirtmap.engine.host import Host, remember_container
+from dirtmap.engine.host import CopiedStoreError, Host, remember_container
 from dirtmap.engine.index.index import Container
 from dirtmap.engine.namespace import decode_name
 from dirtmap.engine.store import devices
@@ -20,7 +20,7 @@ from dirtmap.engine.store.identity import identity_of, is_twin
 from dirtmap.engine.store.store import Change
 from dirtmap.fmt import qcow2, store
 from dirtmap.fmt.directory import FLAG_IN_USE
-from dirtmap.fmt.errors import StorageError
+from dirtmap.fmt.errors import Error, StorageError
 from dirtmap.fmt.index import DAMAGED, HELD, QCOW2, STORE, Member
 from dirtmap.fmt.store import Record
 
@@ -94,14 +94,16 @@ def scan(
             progress(len(files), len(files))
 
     for container, problem in host.index.refresh(candidates(), force_share=force_share):
-        if container.condition == DAMAGED:
+        summary.images += container.kind == QCOW2
+        summary.stores += container.kind == STORE
+        if container.kind == STORE and (original := _original(host, container.path)):
+            summary.twins.append((container.path, original))
+        elif container.condition == DAMAGED:
             summary.damaged.append((container.path, problem.what if problem else "as found before"))
         elif container.condition == HELD:
             summary.held.append(container.path)
         else:
             found.append(container)
-        summary.images += container.kind == QCOW2
-        summary.stores += container.kind == STORE
     _Registration(host, summary, roots).take_in(found)
     numbers = {container.number for container in found}
     for claim in host.index.claims():
@@ -139,6 +141,17 @@ def _files(roots: list[str]) -> Iterator[tuple[str, bool]]:
                     if inode not in seen:
                         seen.add(inode)
                         yield entry.path, False
+
+
+def _original(host: Host, path: str) -> str | None:
+    """The store that this one is a copy of; looks after it as well, if it is none."""
+    try:
+        with host.opened(path):
+            return None
+    except CopiedStoreError as error:
+        return error.original
+    except Error:
+        return None  # told by whoever reads it
 
 
 def _looks_like_container(path: str) -> bool:

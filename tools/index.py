@@ -80,7 +80,7 @@ def _complain(summary: Summary) -> None:
     for path, what in summary.damaged:
         complain(f"{path}: damaged: {what}")
     for path, original in summary.twins:
-        complain(f"{path}: a twin of {original}; 'node add --new-identity' gives it an identity of its own")
+        complain(f"{path}: a twin of {original}; 'node add --new-identity' or 'store new-identity' gives it its own")
     for path, name in summary.clashes:
         complain(f"{path}: its name '{name}' is another's; 'node add --new-identity' gives it another")
     for path, name in summary.moved:

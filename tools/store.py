@@ -63,5 +63,24 @@ def compact_command(file: str, quiet: bool, output: str) -> None:
         )
 
 
-store_command.add_command(create_command)
-store_command.add_command(compact_command)
+@options.command(
+    "new-identity",
+    examples="""
+    cp backup.dmap copy.dmap && dirtmap store new-identity copy.dmap
+    """,
+)
+@click.argument("file", type=click.Path())
+@options.quiet
+def new_identity_command(file: str) -> None:
+    """Make a copy of a store one of its own.
+
+    A copied store is refused while the original is there, since both would be the home of the same bitmaps. This gives
+    it, its nodes and its devices other UUIDs.
+    """
+    from dirtmap.engine.store.compact import compact
+
+    compact(file, new_identity=True)
+
+
+for _command in (create_command, compact_command, new_identity_command):
+    store_command.add_command(_command)

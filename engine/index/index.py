@@ -514,11 +514,6 @@ def _apply(writer: Writer, reading: _Reading) -> Container | None:
         uuid=container.uuid,
     )
     writer.put(CONTAINER + part(os.fsencode(container.path)), value)
-    if container.kind == STORE and container.condition == SOUND:
-        writer.put(
-            SEEN + container.uuid,
-            SEEN_VALUE.build(generation=container.generation, commit_id=container.commit_id, container=taken),
-        )
     return container
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from dirtmap.engine import holds
 from dirtmap.engine.fileio import File, open_file, remove_file, replace_file
 from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.store import header as headers
@@ -65,12 +66,19 @@ class _Eager(Change):
         return area
 
 
-def compact(path: str, *, mend: bool = False, progress: Callable[[int, int], None] | None = None) -> Compaction:
+def compact(
+    path: str,
+    *,
+    mend: bool = False,
+    new_identity: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Compaction:
     """Writes the store anew, without free space, in its own place.
 
     Args:
         path: the store.
         mend: carry over what can be read of a damaged store, instead of refusing it.
+        new_identity: the store is a copy of another, and gets a UUID of its own, as do its nodes and devices.
         progress: called with (namespaces done, namespaces in all).
 
     Raises:
@@ -91,7 +99,7 @@ def compact(path: str, *, mend: bool = False, progress: Callable[[int, int], Non
             create(
                 temporary,
                 cluster_bits=header.cluster_bits,
-                store_uuid=header.uuid,
+                store_uuid=None if new_identity else header.uuid,
                 generation=header.generation + 1,
                 doubt_generation=header.doubt_generation,
             )
@@ -99,6 +107,8 @@ def compact(path: str, *, mend: bool = False, progress: Callable[[int, int], Non
                 os.fchmod(new.fd, old.status.st_mode & 0o777)
                 change = _Eager(new, headers.choose(temporary, new.read(0, store.RESERVED)))
                 readable = _readable(snapshot, result, mend=mend)
+                if new_identity:
+                    readable = _with_new_identities(readable)
                 for done, found in enumerate(readable):
                     _carry_over(found, change, result, mend=mend)
                     if progress:
@@ -120,6 +130,18 @@ def _fill_older_slot(file: File) -> None:
     for offset in headers.blocks_of(1 - chosen.slot):
         file.write(offset, block)
     file.sync()
+
+
+def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
+    """The same with other UUIDs for what is in this store; images have their own. Holds are on the original."""
+    ours = (store.KIND_NODE, store.KIND_DEVICE)
+    fresh = {found.record.uuid: uuid.uuid4().bytes for found in readable if found.record.kind in ours}
+
+    def renewed(record: Record) -> Record:
+        own = fresh.get(record.uuid, record.uuid) if record.kind in ours else record.uuid
+        return holds.with_holds(replace(record, uuid=own, root_uuid=fresh.get(record.root_uuid, record.root_uuid)), [])
+
+    return [found._replace(record=renewed(found.record)) for found in readable]
 
 
 def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Readable]:
