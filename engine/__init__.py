@@ -24,6 +24,7 @@ from dirtmap.fmt.errors import (
     LockedError,
     RangeError,
     StorageError,
+    SyncError,
     UnsupportedError,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "RangeError",
     "Recovery",
     "StorageError",
+    "SyncError",
     "Transaction",
     "UnsupportedError",
     "check",

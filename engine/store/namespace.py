@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine.namespace import (
     BitmapInfo,
@@ -27,8 +27,10 @@ from dirtmap.engine.store.bitmaps import (
     no_namespace,
     place_bitmap,
     read_entries,
+    refuse_tracked,
     release_bits,
     require_same_size,
+    tracked_view,
 )
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
@@ -39,6 +41,7 @@ from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
+    from dirtmap.engine.tracking.tracker import Tracker
 
 T = TypeVar("T")
 
@@ -54,6 +57,12 @@ class StoredImage(Namespace):
         self._raw_name = encode_name(name)
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
+
+    def track(self, **options: Any) -> Tracker:
+        """Begins to track writes to the image; see `Namespace.track`."""
+        from dirtmap.engine.tracking.tracker import track_node
+
+        return track_node(self, options)
 
     def close(self) -> None:
         """Closes the store."""
@@ -94,13 +103,16 @@ class StoredImage(Namespace):
         with self._store.change() as change:
             record = self._record(change.snapshot)
             doubted = doubts(change.snapshot, record) is not None
+            view = tracked_view(change.snapshot, record)
             entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
             with changing(change, record) as bitmaps:
                 for name in list(names) or list(bitmaps):
                     bitmap = bitmaps[name]
                     if doubted or bitmap.inconsistent or not is_readable(change.snapshot, record, entries[name]):
                         bitmaps[name] = bitmap.recovered()
-                        recovered.append(Recovery(name, "all dirty"))
+                        recovered.append(Recovery(name, view.how if view and view.doubt else "all dirty"))
+                    elif view:
+                        recovered.append(Recovery(name, view.how))
         return recovered
 
     def __repr__(self) -> str:
@@ -114,7 +126,10 @@ class StoredImage(Namespace):
 
 
 def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
-    doubt = doubts(snapshot, record)
+    doubt, view = doubts(snapshot, record), tracked_view(snapshot, record)
+    notes = [f"{namespace_label(record.name)} counts as all dirty: {doubt}"] if doubt else []
+    if view and not doubt:
+        notes.append(f"{namespace_label(record.name)} is {view.note}")
     return ImageInfo(
         path=snapshot.file.path,
         format=FORMAT,
@@ -126,14 +141,14 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
                 granularity=entry.granularity,
                 recording=entry.auto,
                 inconsistent=entry.in_use,
-                busy=False,
+                busy=view is not None and view.is_busy(entry),
                 count=None if entry.in_use else _count(snapshot, record, entry, doubt is not None),
                 namespace=str(uuid.UUID(bytes=record.uuid)),
                 node=decode_name(record.name),
             )
             for entry in read_entries(snapshot, record)
         ),
-        notes=(f"{namespace_label(record.name)} counts as all dirty: {doubt}",) if doubt else (),
+        notes=tuple(notes),
     )
 
 
@@ -141,7 +156,9 @@ def _count(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> i
     """A bitmap's dirty bytes in whole granules; reads nothing where it takes no space."""
     if doubted or entry.table_offset == store.ALL_ONES:
         return geometry.granules(record.size, entry.granularity) * entry.granularity
-    return 0 if entry.table_offset == store.ALL_ZEROS else bitmap_of(snapshot, record, entry, False).count
+    if entry.table_offset == store.ALL_ZEROS and not tracked_view(snapshot, record):
+        return 0
+    return bitmap_of(snapshot, record, entry, False).count
 
 
 def describe_store(path: str) -> ImageInfo:
@@ -171,6 +188,7 @@ def describe_store(path: str) -> ImageInfo:
 def changing(change: Change, record: Record) -> Iterator[Transaction]:
     """One namespace's part of a change: a transaction whose end puts the new directory into ``change``."""
     snapshot = change.snapshot
+    refuse_tracked(snapshot.file.path, record)
     require_same_size(snapshot, record)
     doubted = doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
@@ -222,6 +240,9 @@ def transaction(target: Store) -> Iterator[StoreTransaction]:
 def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction, doubted: bool) -> None:
     wanted: list[Entry] = []
     kept: set[int] = set()
+    # The tracker of a session has died, or we would not be here: what it marked is in the bits that we have read, and
+    # is written with them, and the session ends.
+    view = tracked_view(change.snapshot, record)
     for name, bitmap in bitmaps.items():
         source = bitmap._source
         # Bits of another namespace or store are copied. Those in doubt are written as they are shown, all dirty; those
@@ -230,6 +251,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             isinstance(source, Source)
             and source.record is record
             and (not source.doubted or bitmap.inconsistent)
+            and not (view and not bitmap.inconsistent)
             and source.entry.table_offset not in kept
         ):
             if source.entry.table_offset > store.ALL_ONES:
@@ -238,7 +260,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             wanted.append(replace(source.entry.with_flags(**flags), name=encode_name(name)))
         else:
             wanted.append(place_bitmap(change, record, name, bitmap))
-    if wanted == old and not doubted:
+    if wanted == old and not doubted and not view:
         return
     packed = directory.build_directory(wanted)
     if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
@@ -248,10 +270,14 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             release_bits(change, record, entry)
     change.release(record.directory)
     identity = record.identity
-    if record.kind == store.KIND_NODE and (doubted or not record.nb_bitmaps):
+    if view and view.identity:
+        identity = view.identity
+    elif record.kind == store.KIND_NODE and (doubted or not record.nb_bitmaps):
         # All that was in doubt is dirty now, on disk, or the first bitmap begins: from here on changes count.
         with contextlib.suppress(StorageError):
             identity = identity_of(os.fsdecode(record.path))
+    if view:
+        change.afterwards.append(view.clean_up)
     change.table.put(
         replace(
             record,
@@ -259,5 +285,6 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             directory=change.place(packed),
             nb_bitmaps=len(wanted),
             identity=identity,
+            extensions=view.without() if view else record.extensions,
         )
     )

@@ -20,6 +20,7 @@ from dirtmap.engine.store.bitmaps import (
     no_namespace,
     place_bitmap,
     read_entries,
+    refuse_session,
     release_bits,
 )
 from dirtmap.engine.store.identity import identity_of, is_twin
@@ -267,6 +268,7 @@ def _record(change: Change, name: str) -> Record:
     record = change.table.get(encode_name(name))
     if record is None or record.kind == store.KIND_DEVICE:
         raise no_namespace(change.snapshot.file.path, encode_name(name))
+    refuse_session(change.snapshot.file.path, record)
     return record
 
 
