@@ -49,7 +49,7 @@ class Shown:
         values = structure.parse(raw)
         found = []
         for field in structure.fields:
-            value = values[field.name]
+            value = getattr(values, field.name)
             shown = {"name": field.name, "offset": int(offset) + field.offset, "length": field.size}
             shown["value"] = value.hex() if isinstance(value, bytes) else value
             if field.name in self._flags and value:

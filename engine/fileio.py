@@ -241,7 +241,7 @@ def create_live(path: str, size: int) -> mmap.mmap:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, size)  # else a full tmpfs would be a SIGBUS at some mark
-            return mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            return mmap.mmap(fd, size)
         except BaseException:
             os.unlink(path)
             raise

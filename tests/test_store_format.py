@@ -101,7 +101,7 @@ def header_values(draw: st.DrawFn) -> Header:
 def test_structure_is_built_as_it_is_parsed(structure: Structure, data: st.DataObject) -> None:
     raw = data.draw(st.binary(min_size=structure.size, max_size=structure.size))
     parsed = structure.parse(b"xyz" + raw, 3)
-    values = {field.name: parsed[field.name] for field in structure.fields}
+    values = {field.name: getattr(parsed, field.name) for field in structure.fields}
     assert structure.build(**values) == raw
     for field in structure.fields:
         part = raw[field.offset : field.offset + field.size]

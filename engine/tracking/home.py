@@ -110,6 +110,17 @@ class HomeChange(View):
         self.entries[name] = place_bitmap(self.change, self.record, name, bitmap)
         self.set_window(name, window)
 
+    def put_empty(self, name: str, granularity: int, window: Window | None, *, recording: bool) -> None:
+        """As `put` for a clean bitmap: takes no time, however large the disk."""
+        if fault := directory.name_fault(encode_name(name)):
+            raise BitmapError(f"{self.where}: {label(name)}", fault)
+        flags = directory.FLAG_AUTO if recording else 0
+        entry = Entry(encode_name(name), store.ALL_ZEROS, 0, flags, granularity.bit_length() - 1)
+        for field, what in store.entry_faults(entry, self.record.size, self.change.header.cluster_size, 0):
+            raise BitmapError(f"{self.where}: {label(name)}.{field}", what)
+        self.entries[name] = entry
+        self.set_window(name, window)
+
     def finish(self) -> None:
         """Plans the new record and directory."""
         change, record = self.change, self.record
@@ -163,7 +174,9 @@ class Home:
 
     def record(self, snapshot: Snapshot, session: bytes | None = None) -> Record:
         """The namespace's record; errors as `change`."""
-        record = snapshot.table().get(self.name)
+        return self._judged(snapshot.table().get(self.name), session)
+
+    def _judged(self, record: Record | None, session: bytes | None) -> Record:
         if record is None:
             raise no_namespace(self.store.path, self.name)
         found = session_of(self.store.path, record)
@@ -196,6 +209,6 @@ class Home:
             As `Store.change`.
         """
         with self.store.change() as change:
-            home = HomeChange(change, self.record(change.snapshot, session))
+            home = HomeChange(change, self._judged(change.table.get(self.name), session))
             yield home
             home.finish()

@@ -14,6 +14,7 @@ from dirtmap.engine import bits, fileio
 from dirtmap.fmt import geometry, live
 
 DEFAULT_FOLDER: Final = "/dev/shm"
+_BLOCK: Final = 16384  # words
 
 
 def user_folder(folder: str) -> str:
@@ -64,7 +65,6 @@ class Writeset:
     Attributes:
         number: of the interval.
         granularity_bits: log2 of bytes of the disk for each bit.
-        bits: what marks are set in; one item assignment of it is one act under the interpreter's lock.
         flights: the writes that have begun in this interval and not ended.
     """
 
@@ -77,7 +77,8 @@ class Writeset:
         self._map[: live.WRITESET.size] = live.WRITESET.build(
             magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
         )
-        self.bits = self.view()
+        # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
+        self.words[:: live.PAGE // 8].max(initial=0)
         self.flights: set[object] = set()
 
     def view(self) -> bitarray:
@@ -115,11 +116,18 @@ class Words:
 
 
 def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:
-    """What any of them has, at that granularity: new words."""
-    words = bits.zeros(geometry.granules(size, granularity))
-    for part in parts:
-        np.bitwise_or(words, part.at(granularity), out=words)
-    return words
+    """What any of them has, at that granularity: new words. A block at a time, which stays in the cache."""
+    result = np.empty(geometry.ceil_div(geometry.granules(size, granularity), 64), bits.WORD)
+    all_words = [part.at(granularity) for part in parts]
+    for at in range(0, len(result), _BLOCK):
+        block = result[at : at + _BLOCK]
+        if len(all_words) < 2:
+            block[:] = all_words[0][at : at + _BLOCK] if all_words else 0
+            continue
+        np.bitwise_or(all_words[0][at : at + _BLOCK], all_words[1][at : at + _BLOCK], out=block)
+        for words in all_words[2:]:
+            np.bitwise_or(block, words[at : at + _BLOCK], out=block)
+    return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,8 +195,8 @@ class Tracker:
 
         def edit(home: HomeChange, number: int) -> None:
             entry = self._usable(home, name)
-            empty = Bitmap(self.size, entry.granularity, entry.auto)
-            home.put(name, empty, Window(number) if entry.auto else None)
+            window = Window(number) if entry.auto else None
+            home.put_empty(name, entry.granularity, window, recording=entry.auto)
 
         self._cut(edit)
 
@@ -244,7 +244,8 @@ class Tracker:
     def take(self, name: str) -> Bitmap:
         """Takes a recording bitmap for a backup: what it holds at this cut, frozen.
 
-        It is busy until `drop` or `give_back`. What is written from here on is kept apart. If the tracker dies, it is as if the backup had failed.
+        It is busy until `drop` or `give_back`. What is written from here on is kept apart. If the tracker dies, it is
+        as if the backup had failed.
         """
 
         def edit(home: HomeChange, number: int) -> None:
@@ -418,10 +419,12 @@ class Tracker:
             self._control.fields[CURRENT] = fresh.number  # before anything is marked in it
             self._kernel.swap(fresh)
             self.mark = self._kernel.mark
-            self._wanted.set()
-            self._kernel.drain(old)
-            with self._changing() as home:
-                edit(home, fresh.number)
+            try:
+                self._kernel.drain(old)
+                with self._changing() as home:
+                    edit(home, fresh.number)
+            finally:
+                self._wanted.set()  # another spare
             return fresh.number
 
     def _take_spare(self, granularity_bits: int) -> Writeset:
@@ -436,7 +439,7 @@ class Tracker:
     def _add(self, name: str, granularity: int | None, *, recording: bool, checkpoint: bool) -> None:
         with self._using():
             chosen = DEFAULT_GRANULARITY if granularity is None else granularity
-            empty = Bitmap(self.size, chosen, recording)  # judges the granularity
+            Bitmap(self.size, chosen)  # judges the granularity
 
             def edit(home: HomeChange, number: int) -> None:
                 if name in home.entries:
@@ -449,7 +452,7 @@ class Tracker:
                         ended = replace(window, ended=min(window.ended, number)) if window else None
                         home.set_window(before, ended, recording=False)
                     home.checkpoints.append(name)
-                home.put(name, empty, Window(number) if recording else None)
+                home.put_empty(name, chosen, Window(number) if recording else None, recording=recording)
 
             self._cut(edit, chosen if recording else None)
 
