@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.namespace import ImageInfo, Namespace, Recovery, Transaction
 from dirtmap.fmt import qcow2
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError, UnsupportedError
+from dirtmap.fmt.errors import (
+    BitmapError,
+    BitmapNotFoundError,
+    FormatError,
+    LockedError,
+    StorageError,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:
     from dirtmap.engine.report import CheckReport
@@ -171,14 +178,50 @@ def open(target: Target, *, store: str | None = None, force_share: bool = False)
         raise BitmapError(place.path, "a store of many images: name one of its nodes")
     from dirtmap.engine.qcow2.image import Image
 
-    image = Image(place.path, force_share=force_share)
-    if image.uuid is not None and image.name is not None:
-        try:
+    try:
+        image = Image(place.path, force_share=force_share)
+    except LockedError:
+        if tracked := _tracked(place.path, store):
+            return tracked  # whoever has it open: the bitmaps are in the store
+        raise
+    try:
+        if image.uuid is not None and image.name is not None:
             _refuse_twin(image.path, image.name, image.uuid, store)
-        except BaseException:
-            image.close()
-            raise
+            if tracked := _tracked(image.path, store, (image.name, image.uuid)):
+                image.close()
+                return tracked
+    except BaseException:
+        image.close()
+        raise
     return image
+
+
+def _tracked(path: str, store: str | None, identity: tuple[str, str] | None = None) -> Namespace | None:
+    """The bitmaps of a qcow2 image that a tracker has, or had when it died; None where they are in the image.
+
+    Args:
+        path: the image.
+        store: what remembers its place.
+        identity: its name and UUID, where they are known.
+    """
+    where = store or default_store()
+    if not os.path.exists(where):
+        return None
+    if identity is None:
+        from dirtmap.engine.qcow2.image import read_identity
+
+        identity = read_identity(path)
+    if identity is None:
+        return None
+    from dirtmap.engine.store.nodes import is_checked_out
+    from dirtmap.engine.store.store import Store
+
+    with Store(where) as target:
+        if not is_checked_out(target, path, *identity):
+            return None
+    from dirtmap.engine.tracking.checkout import TrackedImage
+
+    return TrackedImage(path, where, identity[0])
 
 
 def _refuse_twin(path: str, name: str, uuid: str, store: str | None) -> None:
@@ -208,9 +251,18 @@ def describe(target: Target, *, store: str | None = None, force_share: bool = Fa
             return describe_store(place.path)
         from dirtmap.engine.qcow2.image import describe
 
-        info = describe(file, force_share=force_share)
+        try:
+            info = describe(file, force_share=force_share)
+        except LockedError:
+            if not (tracked := _tracked(place.path, store)):
+                raise
+            with tracked:
+                return tracked.info()
     if info.uuid is not None and info.node is not None:
         _refuse_twin(info.path, info.node, info.uuid, store)
+        if tracked := _tracked(place.path, store, (info.node, info.uuid)):
+            with tracked:
+                return tracked.info()
     return info
 
 
@@ -268,6 +320,9 @@ def recover(target: Target, names: Iterable[str] = (), *, store: str | None = No
             return image.recover(names)
     from dirtmap.engine.qcow2.image import read_identity, recover
 
+    if tracked := _tracked(place.path, store):
+        with tracked:
+            return tracked.recover(names)
     if identity := read_identity(place.path):
         _refuse_twin(place.path, *identity, store)
     return recover(place.path, names)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from dirtmap.engine.namespace import decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import (
+    EXTENSION_SESSION,
     bitmap_of,
     doubts,
     namespace_label,
@@ -118,6 +119,8 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
     path = os.path.abspath(image)
     with target.change() as change, Image(path) as opened:
         known = change.table.get(encode_name(name))
+        if known:
+            refuse_session(target.path, known)
         mine = known and opened.uuid and known.uuid == uuid.UUID(opened.uuid).bytes
         if known and (new_identity or not mine or is_twin(known, path)):
             raise BitmapError(f"{target.path}: {namespace_label(known.name)}", "the name is taken")
@@ -136,6 +139,7 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
                 generation=change.generation,
                 path=os.fsencode(path),
                 identity=replace(identity_of(path), mtime_ns=0, size=0),
+                extensions=known.extensions if known and mine else (),
             )
         )
 
@@ -150,6 +154,17 @@ def place_of(target: Store, name: str) -> tuple[str, str | None] | None:
     if record is None or record.kind == store.KIND_DEVICE:
         return None
     return (os.fsdecode(record.path), None) if record.kind == store.KIND_PLACE else (target.path, name)
+
+
+def is_checked_out(target: Store, path: str, name: str, image_uuid: str) -> bool:
+    """True where a tracker has a qcow2 image's bitmaps, or had them when it died; not for a copy of the file."""
+    record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
+    if record is None or record.uuid != uuid.UUID(image_uuid).bytes or record.extension(EXTENSION_SESSION) is None:
+        return False
+    try:
+        return os.path.samefile(path, record.path)
+    except OSError:
+        return False
 
 
 def refuse_twin(target: Store, path: str, name: str, image_uuid: str) -> None:

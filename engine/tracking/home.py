@@ -36,7 +36,7 @@ class View:
         record: of the namespace.
         session: the tracker's, or None before it has begun.
         entries: the directory, by name, in order.
-        checkpoints: which of them are checkpoints, oldest first; names that are no bitmaps any more included.
+        checkpoints: which of them are checkpoints, oldest first; those between that are no bitmaps any more included.
     """
 
     def __init__(self, snapshot: Snapshot, record: Record) -> None:
@@ -50,6 +50,8 @@ class View:
             self.checkpoints = [decode_name(name) for name in names]
         except ValueError as error:
             raise FormatError(f"{self.where}: checkpoints", str(error)) from None
+        while self.checkpoints and self.checkpoints[0] not in self.entries:
+            del self.checkpoints[0]  # nobody asks what was written since, and no older one needs it
         self._doubted = header_doubts(snapshot, record) is not None
 
     def entry(self, name: str) -> Entry:

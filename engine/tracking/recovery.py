@@ -32,7 +32,7 @@ from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.tracking import intent, livefile, process
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import FormatError, LockedError, StorageError
+from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
 from dirtmap.fmt.store import Identity, Record
 
 if TYPE_CHECKING:
@@ -209,8 +209,8 @@ class View:
         return self._unions[key]
 
     def _changed(self, record: Record, log: intent.Logged | None) -> str | None:
-        if record.kind != store.KIND_NODE:
-            return None
+        if record.kind == store.KIND_PLACE:
+            return _opened_by_others(os.fsdecode(record.path))
         now, session = self.identity, self.session
         if now is None:
             return "the image cannot be looked at"
@@ -231,6 +231,18 @@ class View:
             return max(found.event, found.heartbeat) + int(TOLERANCE_SECONDS * _NS)
         beat = max(log.beat if log else 0, self.session.started)
         return beat + int(DURABLE_TOLERANCE_SECONDS * _NS)
+
+
+def _opened_by_others(path: str) -> str | None:
+    from dirtmap.engine.qcow2.layout import read_layout
+    from dirtmap.fmt import qcow2
+
+    try:
+        with fileio.open_file(path) as file:
+            marked = read_layout(file).header.autoclear & qcow2.AUTOCLEAR_TRACKED
+    except Error:
+        return "the image cannot be read"
+    return None if marked else "another program has opened the image for writing since"
 
 
 def _look_at(record: Record) -> Identity | None:

@@ -106,9 +106,9 @@ class Tracker:
         last_error: what went wrong with the last save in the background, or None.
     """
 
-    def __init__(self, home: Home, image: str, options: Options, checked_out: Callable[[], None] | None) -> None:
+    def __init__(self, home: Home, image: str, options: Options, check_in: Callable[[], object] | None) -> None:
         self._homes = [home]
-        self._image, self._options, self._check_in = image, options, checked_out
+        self._image, self._options, self._check_in = image, options, check_in
         self.last_error: Error | None = None
         # Held to cut, to save and to close: one at a time. Marks never take it.
         self._lock = threading.RLock()
@@ -319,6 +319,14 @@ class Tracker:
         if failure:
             raise failure
 
+    def abandon(self) -> None:
+        """Ends at once, as if the process had died, but for the marks that nobody made: for a check-out that failed."""
+        with self._lock:
+            self._kernel.refuse(Error(self._where, "the tracker is closed"))
+            self._closed = True
+            self._stop_thread()
+            self._release()
+
     def __enter__(self) -> Self:
         return self
 
@@ -396,7 +404,9 @@ class Tracker:
         self._kernel = Kernel(self._where, self.size, self._current, region_bits, log, self._control)
         for name in recording:
             change.set_window(name, Window(0))
-        change.session, change.identity = session, identity
+        change.session = session
+        if record.kind == store.KIND_NODE:
+            change.identity = identity
 
     def _new_writeset(self, number: int, granularity_bits: int) -> Writeset:
         folder = os.fsdecode(self._session.live)
