@@ -14,6 +14,7 @@ from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error
 
 if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
+    from dirtmap.engine.tracking.status import Status
     from dirtmap.engine.tracking.tracker import Tracker
 
 
@@ -129,6 +130,10 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         Args:
             names: which; none for all that need it.
         """
+
+    def tracking(self) -> Status | None:
+        """Who tracks the image, or did until it died without being recovered since; None where nobody does."""
+        return None
 
     @abc.abstractmethod
     def track(self, **options: Any) -> Tracker:

@@ -38,6 +38,7 @@ _HOMES = {
     "transaction": "transaction",
     "store": "store",
     "node": "node",
+    "track": "track",
     "sidecar": "sidecar",
     "completion": "completion",
 }

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from dirtmap.engine.bitmap import Bitmap
     from dirtmap.engine.tracking.recovery import View
+    from dirtmap.engine.tracking.status import Status
 
 EXTENSION_SESSION = 0x5452414B  # fmt.live.EXTENSION_SESSION; that module is imported only where there is one
 
@@ -189,6 +190,15 @@ def tracked_view(snapshot: Snapshot, record: Record) -> View | None:
     from dirtmap.engine.tracking.recovery import view_of
 
     return view_of(snapshot, record)
+
+
+def tracking_status(snapshot: Snapshot, record: Record) -> Status | None:
+    """Who tracks a namespace's image; None where nobody does, or did."""
+    if record.extension(EXTENSION_SESSION) is None:
+        return None
+    from dirtmap.engine.tracking.status import status_of
+
+    return status_of(snapshot, record)
 
 
 def doubts(snapshot: Snapshot, record: Record) -> str | None:

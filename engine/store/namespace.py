@@ -31,6 +31,7 @@ from dirtmap.engine.store.bitmaps import (
     release_bits,
     require_same_size,
     tracked_view,
+    tracking_status,
 )
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
@@ -41,6 +42,7 @@ from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
+    from dirtmap.engine.tracking.status import Status
     from dirtmap.engine.tracking.tracker import Tracker
 
 T = TypeVar("T")
@@ -57,6 +59,10 @@ class StoredImage(Namespace):
         self._raw_name = encode_name(name)
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
+
+    def tracking(self) -> Status | None:
+        """Who tracks the image; see `Namespace.tracking`."""
+        return self._read(tracking_status)
 
     def track(self, **options: Any) -> Tracker:
         """Begins to track writes to the image; see `Namespace.track`."""

@@ -47,6 +47,7 @@ from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking import recovery
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.recovery import Row, View
+from dirtmap.engine.tracking.status import Status, status_of
 from dirtmap.engine.tracking.tracker import Options, Tracker
 from dirtmap.fmt import directory, live, qcow2, store
 from dirtmap.fmt.errors import BitmapError
@@ -326,6 +327,10 @@ class TrackedImage(Namespace):
         chosen = set(names)
         recovered = check_in(self.path, self._store_path, self._raw_name)
         return [item for item in recovered if not chosen or item.name in chosen]
+
+    def tracking(self) -> Status | None:
+        """Who tracks the image; see `Namespace.tracking`."""
+        return self._store.read(lambda snapshot: status_of(snapshot, self._record(snapshot)))
 
     def track(self, **options: Any) -> Tracker:
         """Begins to track, after recovery; see `Namespace.track`."""
