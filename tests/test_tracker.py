@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,92 @@ def test_a_cut_waits_for_the_writes_that_began_before_it(tracker: Tracker) -> No
     assert dirty(tracker.bitmap("b0")) == [0, 1]
 
 
+# What falls in between
+
+
+class Interrupted(set[int]):
+    """Regions; when they are first asked for one, something else happens before the answer, which is yes."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__(range(SIZE // (1 << 20)))
+        self.act: Callable[[], None] | None = act
+
+    def __contains__(self, region: object) -> bool:
+        act, self.act = self.act, None
+        if act:
+            act()
+        return super().__contains__(region)
+
+
+MARKS: dict[str, Callable[[Tracker], object]] = {
+    "mark": lambda tracker: tracker.mark(5 * GRANULE, 1),
+    "long mark": lambda tracker: tracker.mark(5 * GRANULE, 2 * GRANULE),
+    "begin": lambda tracker: tracker.end(tracker.begin(5 * GRANULE, 1)),
+    "many": lambda tracker: tracker.mark_many([5 * GRANULE] * 500, [1] * 500),
+}
+
+
+@pytest.mark.parametrize("way", MARKS)
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_mark_that_a_cut_and_a_save_overtake_is_not_lost(
+    image: dm.Namespace, monkeypatch: pytest.MonkeyPatch, way: str, cut: bool
+) -> None:
+    with image.track(save_interval=0, region_size=1 << 20) as tracker:
+        tracker.mark(5 * GRANULE, 1)
+        tracker.clear("b0")
+        tracker.save()
+
+        def act() -> None:
+            if cut:
+                # Not waiting: this mark is itself what a cut would wait for.
+                monkeypatch.setattr(tracker._kernel, "drain", lambda _: None)
+                tracker.checkpoint("x")
+                tracker.save()  # drops the writeset that the mark has already chosen
+            tracker.save()
+
+        regions = Interrupted(act)
+        if way == "mark":
+            tracker._kernel._swap_fast(None, regions)
+        else:
+            tracker._kernel._state.logged = regions
+        MARKS[way](tracker)
+        assert regions.act is None, "nothing came in between"
+        assert 5 in dirty(tracker.bitmap("b0"))
+        # The log that counts from now on has it, too: a power loss right here must not lose it.
+        assert 5 * GRANULE // (1 << 20) in tracker._kernel._state.logged
+
+
+def test_regions_are_logged_anew_after_a_save(tracker: Tracker) -> None:
+    for _ in range(3):
+        for _ in range(2):  # the slow way, then the fast one
+            tracker.mark(0, 1)
+            assert tracker._kernel.logged == 1
+        tracker.save()
+        assert tracker._kernel.logged == 0
+
+
+def test_the_interval_a_write_is_of_is_settled_before_it_begins(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut between a write's choice of an interval and its joining it: the write moves on to the new one."""
+    old = tracker._kernel._state.flights
+
+    class Flights(set[object]):
+        done = False
+
+        def add(self, ticket: object) -> None:
+            if not self.done:
+                self.done = True
+                tracker.checkpoint("x")
+            super().add(ticket)
+
+    tracker._kernel._state.flights = tracker._current.flights = Flights(old)
+    ticket = tracker.begin(0, 1)
+    assert ticket in tracker._current.flights
+    assert dirty(tracker.changed_since("x")) == [0]
+    tracker.end(ticket)
+
+
 # Backups
 
 
@@ -414,6 +501,15 @@ def work_beside_cuts(folder: Path, seconds_of_marks: int, threads: int, batch: i
             found |= image[f"c{cut}"]
         assert not lost(since, found)
     return sum(marks)
+
+
+@pytest.fixture(autouse=True)
+def switching_often() -> Iterator[None]:
+    """Threads take turns a thousand times as often as usual."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(interval)
 
 
 def test_threads_lose_no_mark_beside_cuts_saves_and_readers(tmp_path: Path) -> None:

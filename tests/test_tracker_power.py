@@ -29,7 +29,7 @@ from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt.errors import StorageError, SyncError
 
 SIZE = 64 << 20
-REGION = 1 << 20
+REGION = 4 << 20
 SECTOR = 512
 
 
@@ -219,7 +219,7 @@ def lose_power(folder: Path, intent: str, seed: int, acts: int, crashes: int) ->
 
 @pytest.mark.parametrize("intent", ["region", "off"])
 def test_power_loss_at_any_moment_loses_no_mark(tmp_path: Path, intent: str) -> None:
-    print(lose_power(tmp_path, intent, 1, 60, 150), "crashes")
+    print(lose_power(tmp_path, intent, 1, 120, 150), "crashes")
 
 
 @pytest.mark.long
