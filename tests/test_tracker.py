@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bitarray import bitarray
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tracking import GRANULE, Model, lost, make_node, mark, model_of
@@ -514,6 +515,49 @@ def switching_often() -> Iterator[None]:
 
 def test_threads_lose_no_mark_beside_cuts_saves_and_readers(tmp_path: Path) -> None:
     print(work_beside_cuts(tmp_path, 20_000, 4, 500), "marks")
+
+
+def test_no_other_thread_runs_while_a_batch_gets_into_the_bits(tmp_path: Path) -> None:
+    """A mark that came in between would be read before, and overwritten after."""
+    make_node(tmp_path, 1 << 40, granularity=4096)  # 32 MiB of bits: an OR takes some milliseconds
+    turns = [0]
+    stop = threading.Event()
+
+    def turn() -> None:
+        while not stop.is_set():
+            turns[0] += 1
+
+    class Watched:
+        """Bits; counts the turns of another thread while something is ORed into them."""
+
+        def __init__(self, real: bitarray) -> None:
+            self.real = real
+            self.seen: list[int] = []
+
+        def __len__(self) -> int:
+            return len(self.real)
+
+        def __ior__(self, other: bitarray) -> Watched:
+            before = turns[0]
+            self.real |= other
+            self.seen.append(turns[0] - before)
+            return self
+
+    with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
+        state = tracker._kernel._state
+        state.bits = watched = Watched(state.bits)  # type: ignore[assignment]
+        sys.setswitchinterval(0.001)
+        thread = threading.Thread(target=turn)
+        thread.start()
+        for _ in range(10):
+            tracker.mark_many(np.arange(0, 1 << 39, 1 << 31), np.ones(256, np.int64))
+        stop.set()
+        thread.join()
+        state.bits = watched.real
+        # Between the OR and the look at the counter the other thread may get its turn, as anywhere in Python code.
+        assert len(watched.seen) == 10
+        assert sum(seen == 0 for seen in watched.seen) >= 5, watched.seen
+        assert tracker.bitmap("b0").count == 256 * 4096
 
 
 @pytest.mark.long
