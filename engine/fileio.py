@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator, Sequence
@@ -261,11 +262,12 @@ def read_live(path: str) -> bytes | None:
         return None
 
 
-def remove_live_folder(path: str) -> None:
-    """Removes a folder of live files with all files in it; nothing where it is gone."""
+def remove_live_folder(path: str, pattern: re.Pattern[str]) -> None:
+    """Removes the live files in a folder, by their names, and the folder once nothing else is in it."""
     with contextlib.suppress(OSError):
         for name in os.listdir(path):
-            os.unlink(os.path.join(path, name))
+            if pattern.fullmatch(name):
+                os.unlink(os.path.join(path, name))
         os.rmdir(path)
 
 

@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,10 @@ from support.tracking import GRANULE, Model, make_node, mark, model_of
 import dirtmap.engine as dm
 from dirtmap.engine import fileio
 from dirtmap.engine.fileio import File
+from dirtmap.engine.store.store import Store
 from dirtmap.engine.tracking import livefile
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import live
 from dirtmap.fmt.errors import StorageError, SyncError
 
 SIZE = 64 << 20
@@ -187,9 +189,9 @@ def lose_power(folder: Path, intent: str, seed: int, acts: int, crashes: int) ->
         tracker = opened.track(save_interval=0, region_size=REGION, intent=intent)
         recording.events.append("begun")
         use(recording, tracker, rng, acts)
-    live = os.fsdecode(tracker._session.live)
+    live_path = os.fsdecode(tracker._session.live)
     lose(tracker)
-    shutil.rmtree(live)
+    shutil.rmtree(live_path)
     opened.close()
     everything = np.ones(SIZE // GRANULE, np.uint8)
     begun = recording.events.index("begun")
@@ -291,12 +293,78 @@ def test_a_raw_image_that_has_grown_is_refused_until_it_is_resized(tmp_path: Pat
 def test_after_a_power_loss_a_later_write_by_others_is_noticed(tmp_path: Path) -> None:
     path = died(tmp_path, bare=False)
     with dm.open("node:drive0") as image:
-        live = image.tracking().live
-        shutil.rmtree(live)
+        shutil.rmtree(image.tracking().live)
         assert image.tracking().how.startswith("logged regions")
         now = os.stat(path).st_mtime_ns
         os.utime(path, ns=(now, now + 20_000_000_000))
         assert image.tracking().how.startswith("all dirty")
+
+
+# A store that is not to be believed
+
+
+def with_session(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Changes the session that a dead tracker has left."""
+    with Store(str(tmp_path / "default.dmap")) as target, target.change() as changed:
+        record = changed.table.get(b"drive0")
+        assert record
+        session = record.extension(live.EXTENSION_SESSION)
+        assert session
+        changed.table.put(replace(record, extensions=((live.EXTENSION_SESSION, change(session)),)))
+
+
+def test_paths_of_a_hostile_session_are_not_touched(tmp_path: Path) -> None:
+    died(tmp_path, bare=False)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for name in ("control", "writeset-0", "letter"):
+        (precious / name).write_bytes(bytes(live.PAGE))
+
+    def lie(session: bytes) -> bytes:
+        found = live.parse_session(session)
+        return live.build_session(replace(found, live=os.fsencode(precious), log_path=os.fsencode(precious / "letter")))
+
+    with_session(tmp_path, lie)
+    with dm.open("node:drive0") as image:
+        assert [item.how.partition(":")[0] for item in image.recover()] == ["all dirty"]
+        assert image.tracking() is None
+    assert sorted(os.listdir(precious)) == ["control", "letter", "writeset-0"]
+
+
+@pytest.mark.parametrize("change", [lambda s: b"", lambda s: s[:-1], lambda s: s + b"x", lambda s: b"\xff" * len(s)])
+def test_a_session_that_makes_no_sense_is_all_dirty(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    died(tmp_path, bare=False)
+    with_session(tmp_path, change)
+    with dm.open("node:drive0") as image:
+        assert model_of(image["b0"]).all()
+        assert [item.how.partition(":")[0] for item in image.recover()] == ["all dirty"]
+        with image.track() as tracker:
+            assert model_of(tracker.bitmap("b0")).all()
+
+
+@pytest.mark.parametrize("name", ["control", "writeset-0", "log"])
+def test_damaged_live_files_are_never_believed(tmp_path: Path, name: str) -> None:
+    died(tmp_path, bare=False)
+    with dm.open("node:drive0") as image:
+        tracking = image.tracking()
+        path = Path(tracking.log if name == "log" else f"{tracking.live}/{name}")
+        whole = path.read_bytes()
+        for damage in (
+            b"",
+            whole[:-1],
+            whole[:100],
+            bytes(len(whole)),
+            b"\xff" * len(whole),
+            whole[:8] + bytes(16) + whole[24:],
+        ):
+            path.write_bytes(damage)
+            how = image.tracking().how
+            assert how.startswith("exact" if name == "log" else "logged regions")
+            assert model_of(image["b0"])[0]
+        path.unlink()
+        assert model_of(image["b0"])[0]
+        image.recover()
+        assert model_of(image["b0"])[0]
 
 
 # A full disk, a full tmpfs, a sync that fails

@@ -150,7 +150,7 @@ def refuse_tracked(path: str, record: Record) -> None:
         from dirtmap.engine.tracking import recovery
 
         where = f"{path}: {namespace_label(record.name)}"
-        recovery.refuse_tracked(where, recovery.session_of(where, record))
+        recovery.refuse_tracked(where, recovery.session_of(record))
 
 
 def refuse_session(path: str, record: Record) -> None:

@@ -108,7 +108,7 @@ def _copy_out(home: Home, image: Image, file: File, layout: Layout) -> None:
         if record is None or record.kind != store.KIND_PLACE or uuid.UUID(bytes=record.uuid) != uuid.UUID(image.uuid):
             raise _homeless(image.path)
         where = f"{home.store.path}: {record.name!r}"
-        recovery.refuse_tracked(where, recovery.session_of(where, record))
+        recovery.refuse_tracked(where, recovery.session_of(record))
     with home.change(None) as changed:
         changed.record = replace(changed.record, size=layout.header.size)
         changed.session = None
@@ -149,7 +149,7 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> l
         layout.require_sound()
         require_writable(layout)
         record = change.table.get(name)
-        session = None if record is None else recovery.session_of(store_path, record)
+        session = None if record is None else recovery.session_of(record)
         if record is None or session is None:
             return []
         if not own:

@@ -42,7 +42,7 @@ class View:
     def __init__(self, snapshot: Snapshot, record: Record) -> None:
         self.snapshot, self.record = snapshot, record
         self.where = f"{snapshot.file.path}: {namespace_label(record.name)}"
-        self.session = session_of(self.where, record)
+        self.session = session_of(record)
         self.found = read_entries(snapshot, record)
         self.entries = {decode_name(entry.name): entry for entry in self.found}
         try:
@@ -181,7 +181,7 @@ class Home:
     def _judged(self, record: Record | None, session: bytes | None) -> Record:
         if record is None:
             raise no_namespace(self.store.path, self.name)
-        found = session_of(self.store.path, record)
+        found = session_of(record)
         if session is not None and (found is None or found.uuid != session):
             raise LockedError(
                 f"{self.store.path}: {namespace_label(self.name)}", "the store has lost this tracker's session"
@@ -191,7 +191,7 @@ class Home:
     def needs_recovery(self, snapshot: Snapshot) -> bool:
         """True where the bitmaps cannot be relied on as they are, or a session has ended without being closed."""
         record = self.record(snapshot)
-        session = session_of(self.store.path, record)
+        session = session_of(record)
         refuse_tracked(f"{self.store.path}: {namespace_label(record.name)}", session)
         return session is not None or doubts(snapshot, record) is not None
 

@@ -109,6 +109,22 @@ def read_log(session: live.Session, size: int) -> Logged | None:
     return Logged(frozenset(region for region in found if region < regions), max(beats))
 
 
+def remove_log(session: live.Session) -> None:
+    """Removes the log of a session that has ended; nothing where that path is anything else."""
+    try:
+        with open_file(os.fsdecode(session.log_path)) as file:
+            mine = (
+                file.read(0, live.LOG.size)[: live.LOG.field("intent").offset]
+                == live.build_log(session.uuid, session.intent, session.region_bits, 0)[
+                    : live.LOG.field("intent").offset
+                ]
+            )
+    except Error:
+        return
+    if mine:
+        remove_file(os.fsdecode(session.log_path))
+
+
 def is_held(session: live.Session) -> bool | None:
     """True while the tracker that made the log has it open, in whichever process namespace; None where it is gone."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -15,11 +16,23 @@ from dirtmap.fmt import geometry, live
 
 DEFAULT_FOLDER: Final = "/dev/shm"
 _BLOCK: Final = 16384  # words
+_NAMES: Final = re.compile(r"control|writeset-[0-9]+")
 
 
 def user_folder(folder: str) -> str:
     """Where this user's live files are, under a folder that all users share."""
     return os.path.join(folder, f"dirtmap-{os.geteuid()}")
+
+
+def remove_files(folder: str) -> None:
+    """Removes the live files of a session that has ended; the caller knows that the folder is one of ours."""
+    fileio.remove_live_folder(folder, _NAMES)
+
+
+def is_of(folder: str, uuid: bytes) -> bool:
+    """True where the live files in a folder are those of that session."""
+    data = fileio.read_live(_control_path(folder)) or b""
+    return len(data) == live.PAGE and data[:24] == live.CONTROL_MAGIC + uuid
 
 
 def _control_path(folder: str) -> str:

@@ -80,19 +80,15 @@ def decide(facts: Facts) -> tuple[Row, str]:
     return Row.ALL_DIRTY, f"{lost}, and there is no log of regions"
 
 
-def session_of(where: str, record: Record) -> live.Session | None:
-    """The session in a record, or None.
-
-    Raises:
-        FormatError: it makes no sense.
-    """
+def session_of(record: Record) -> live.Session | None:
+    """The session in a record, or None. One that makes no sense counts as one of which nothing is left."""
     data = record.extension(live.EXTENSION_SESSION)
     if data is None:
         return None
     try:
         return live.parse_session(data)
-    except ValueError as error:
-        raise FormatError(f"{where}: session", str(error)) from None
+    except ValueError:
+        return live.NO_SESSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +174,13 @@ class View:
         return tuple(item for item in self._record.extensions if item[0] != live.EXTENSION_SESSION)
 
     def clean_up(self) -> None:
-        """Removes what the session has left on tmpfs and beside the store, once it has ended."""
-        fileio.remove_live_folder(os.fsdecode(self.session.live))
-        fileio.remove_file(os.fsdecode(self.session.log_path))
+        """Removes what the session has left on tmpfs and beside the store, once it has ended.
+
+        The paths are from the store, which may be anybody's: only what carries the session's UUID is touched.
+        """
+        if livefile.is_of(os.fsdecode(self.session.live), self.session.uuid):
+            livefile.remove_files(os.fsdecode(self.session.live))
+        intent.remove_log(self.session)
 
     def add(self, entry: Entry, words: bits.Words) -> None:
         """ORs into a bitmap's saved bits what the session adds."""
@@ -259,13 +259,9 @@ def is_alive(session: live.Session) -> bool:
 
 
 def view_of(snapshot: Snapshot, record: Record) -> View | None:
-    """A record's session as found now, once for each snapshot; None where it has none.
-
-    Raises:
-        FormatError: the session makes no sense.
-    """
+    """A record's session as found now, once for each snapshot; None where it has none."""
     if record.uuid not in snapshot.views:
-        session = session_of(f"{snapshot.file.path}: namespace {record.name!r}", record)
+        session = session_of(record)
         snapshot.views[record.uuid] = session and View(snapshot, record, session)
     found: View | None = snapshot.views[record.uuid]
     return found

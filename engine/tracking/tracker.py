@@ -35,7 +35,7 @@ from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap
 from dirtmap.engine.namespace import encode_name, label
 from dirtmap.engine.store.bitmaps import doubts
 from dirtmap.engine.store.identity import identity_of
-from dirtmap.engine.tracking import process, recovery
+from dirtmap.engine.tracking import livefile, process, recovery
 from dirtmap.engine.tracking.home import Home, HomeChange, View
 from dirtmap.engine.tracking.intent import IntentLog
 from dirtmap.engine.tracking.livefile import (
@@ -390,9 +390,9 @@ class Tracker:
             live=os.fsencode(live_path),
             log_path=os.fsencode(f"{os.path.abspath(self._home.store.path)}.{name}.intent"),
         )
-        fileio.remove_live_folder(live_path)  # what a crash left before its session was in the store
+        livefile.remove_files(live_path)  # what a crash left before its session was in the store
         fileio.make_live_folder(live_path)
-        undo.callback(fileio.remove_live_folder, live_path)
+        undo.callback(livefile.remove_files, live_path)
         self._control = Control(live_path, session.uuid)
         self._control.fields[EVENT] = self._control.fields[HEARTBEAT] = session.started
         self._current = self._new_writeset(0, finest)
@@ -668,7 +668,7 @@ class Tracker:
             ended = record is None or record.extension(live.EXTENSION_SESSION) is None
         self._log.close(remove=ended)
         if ended:
-            fileio.remove_live_folder(os.fsdecode(self._session.live))
+            livefile.remove_files(os.fsdecode(self._session.live))
         self._home.close()
 
     def _abandon(self) -> None:
