@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.containers import check, describe, dump, open, recover, transaction
     from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
     from dirtmap.engine.report import CheckReport, Finding
+    from dirtmap.engine.tracking.tracker import Tracker
 
 _HOMES = {
     "Bitmap": "bitmap",
@@ -42,6 +43,7 @@ _HOMES = {
     "ImageInfo": "namespace",
     "Namespace": "namespace",
     "Recovery": "namespace",
+    "Tracker": "tracking.tracker",
     "Transaction": "namespace",
     "check": "containers",
     "describe": "containers",
@@ -67,6 +69,7 @@ __all__ = [
     "Recovery",
     "StorageError",
     "SyncError",
+    "Tracker",
     "Transaction",
     "UnsupportedError",
     "check",

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -357,6 +358,64 @@ def test_a_backup_takes_a_bitmap_and_gives_it_back_or_drops_it(
     assert not image.info().bitmaps[0].busy
     tracker.close()
     assert dirty(image["b0"]) == expected
+
+
+def test_a_backup_that_died_has_failed(image: dm.Namespace) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            tracker = image.track(save_interval=0)
+            tracker.mark(0, 1)
+            assert tracker.take("b0").count == GRANULE
+            tracker.mark(GRANULE, 1)
+            tracker.save()
+            tracker.mark(2 * GRANULE, 1)
+        finally:
+            os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    for _ in range(2):
+        assert not image.info().bitmaps[0].busy
+        assert dirty(image["b0"]) == [0, 1, 2]
+        image.recover()
+
+
+def test_saves_happen_by_themselves(image: dm.Namespace) -> None:
+    with image.track(save_interval=0.01) as tracker:
+        tracker.mark(0, 1)
+        tracker.checkpoint("x")
+        while tracker._kernel.logged or tracker._frozen:
+            time.sleep(0.01)
+        assert tracker.last_error is None
+        assert tracker._session.log >= 1
+        assert dirty(image["b0"]) == dirty(tracker.bitmap("b0")) == [0]
+
+
+def test_processes_track_different_nodes_of_one_store(tmp_path: Path) -> None:
+    names = ["one", "two", "three"]
+    for name in names:
+        make_node(tmp_path, SIZE, name)
+    children = []
+    for number, name in enumerate(names):
+        child = os.fork()
+        if child == 0:
+            try:
+                with dm.open(f"node:{name}") as image, image.track(save_interval=0) as tracker:
+                    for at in range(number, SIZE // GRANULE, 7):
+                        tracker.mark(at * GRANULE, 1)
+                        if at % 5 == 0:
+                            tracker.save()
+                        if at % 50 == 0:
+                            tracker.checkpoint(f"c{at}")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    for child in children:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    for number, name in enumerate(names):
+        with dm.open(f"node:{name}") as image:
+            assert dirty(image["b0"]) == list(range(number, SIZE // GRANULE, 7))
+    assert dm.check(str(tmp_path / "default.dmap")).corruptions == 0
 
 
 # What is refused

@@ -122,7 +122,6 @@ def lose(tracker: Tracker) -> None:
     tracker._kernel.refuse(StorageError("tracker", "the machine has stopped"))
     tracker._closed = True
     tracker._ended.set()
-    tracker._wanted.set()
     if tracker._thread:
         tracker._thread.join()
     tracker._log.close(remove=False)

@@ -115,7 +115,6 @@ class Tracker:
         self._frozen: dict[int, Writeset] = {}
         self._held: dict[str, int] = {}
         self._spare: Writeset | None = None
-        self._wanted = threading.Event()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -429,12 +428,9 @@ class Tracker:
             self._control.fields[CURRENT] = fresh.number  # before anything is marked in it
             self._kernel.swap(fresh)
             self.mark = self._kernel.mark
-            try:
-                self._kernel.drain(old)
-                with self._changing() as home:
-                    edit(home, fresh.number)
-            finally:
-                self._wanted.set()  # another spare
+            self._kernel.drain(old)
+            with self._changing() as home:
+                edit(home, fresh.number)
             return fresh.number
 
     def _take_spare(self, granularity_bits: int) -> Writeset:
@@ -610,10 +606,8 @@ class Tracker:
         """Signs of life, spare writesets, and saves, until the tracker ends."""
         next_save = time.monotonic() + self._options.save_interval
         next_beat, beaten = 0.0, 0
-        while not self._ended.is_set():
-            self._wanted.wait(recovery.HEARTBEAT_SECONDS)
-            self._wanted.clear()
-            if self._ended.is_set() or self._kernel.failure:
+        while True:
+            if self._kernel.failure or self._ended.wait(recovery.HEARTBEAT_SECONDS):
                 return
             self._control.fields[HEARTBEAT] = time.time_ns()
             try:
@@ -650,7 +644,6 @@ class Tracker:
 
     def _stop_thread(self) -> None:
         self._ended.set()
-        self._wanted.set()
         thread, self._thread = self._thread, None
         if thread and thread is not threading.current_thread():
             # It may be waiting for the lock that we hold.
