@@ -142,7 +142,7 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         What an earlier tracker has left when it died is recovered first.
 
         Args:
-            options: of `dirtmap.engine.tracking.tracker.Options`; for a qcow2 image also ``store``, which remembers
+            options: of `dirtmap.engine.tracking.recorder.Options`; for a qcow2 image also ``store``, which remembers
                 the image's place and keeps its bitmaps meanwhile: the default store where None.
 
         Raises:

@@ -125,6 +125,35 @@ def test_exact_after_sigkill(path: Path) -> None:
     goes_on(path, "b0", [0, 5, 6])
 
 
+def test_logged_regions_after_a_power_loss(path: Path) -> None:
+    def act() -> None:
+        tracker = dm.open(path).track(region_size=1 << 20)
+        tracker.mark(5 * GRANULE, 1)
+        tracker.save()
+        tracker.mark(40 * GRANULE, 1)
+        tracker.checkpoint("monday")
+
+    in_child(act)
+    with dm.open(path) as image:
+        tracking = image.tracking()
+        assert tracking
+        shutil.rmtree(tracking.live)
+        assert dirty(image["b0"]) == [0, 5, *range(32, 48)]
+    assert {item.how.partition(":")[0] for item in dm.recover(path)} == {"logged regions"}
+    goes_on(path, "monday", list(range(32, 48)))
+    assert qemu_dirty(path, "b0") == [0, 5, *range(32, 48), 500]
+
+
+def test_all_dirty_after_a_power_loss_without_a_log(path: Path) -> None:
+    in_child(lambda: dm.open(path).track(intent="off").mark(5 * GRANULE, 1))
+    with dm.open(path) as image:
+        tracking = image.tracking()
+        assert tracking
+        shutil.rmtree(tracking.live)
+    assert {item.how.partition(":")[0] for item in dm.recover(path)} == {ALL_DIRTY}
+    goes_on(path, "b0", list(range(SIZE // GRANULE)))
+
+
 def test_the_first_change_recovers_too(path: Path) -> None:
     in_child(lambda: dm.open(path).track().mark(5 * GRANULE, 1))
     with dm.open(path) as image, image.transaction() as bitmaps:

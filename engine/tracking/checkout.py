@@ -46,9 +46,10 @@ from dirtmap.engine.store.bitmaps import bitmap_of, doubts, read_entries, releas
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking import recovery
 from dirtmap.engine.tracking.home import Home
+from dirtmap.engine.tracking.recorder import Options
 from dirtmap.engine.tracking.recovery import Row, View
 from dirtmap.engine.tracking.status import Status, status_of
-from dirtmap.engine.tracking.tracker import Options, Tracker
+from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory, live, qcow2, store
 from dirtmap.fmt.errors import BitmapError
 from dirtmap.fmt.store import NOWHERE, Record
