@@ -24,6 +24,7 @@ from support.tracking import GRANULE, Model, make_node, mark, model_of
 import dirtmap.engine as dm
 from dirtmap.engine import fileio
 from dirtmap.engine.fileio import File
+from dirtmap.engine.store.nodes import resize_node
 from dirtmap.engine.store.store import Store
 from dirtmap.engine.tracking import livefile
 from dirtmap.engine.tracking.tracker import Tracker
@@ -287,6 +288,13 @@ def test_a_raw_image_that_has_grown_is_refused_until_it_is_resized(tmp_path: Pat
     os.truncate(path, 2 * SIZE)
     with dm.open("node:drive0") as image, pytest.raises(dm.BitmapError, match="node resize"):
         image.recover()
+    with Store(str(tmp_path / "default.dmap")) as target:
+        resize_node(target, "drive0")
+    with dm.open("node:drive0") as image:
+        assert image.tracking() is None
+        assert image["b0"].size == 2 * SIZE
+        assert model_of(image["b0"]).all()
+    assert not list(tmp_path.glob("*.intent"))
 
 
 def test_after_a_power_loss_a_later_write_by_others_is_noticed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from support import qemu
 from support.tracking import model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.store.nodes import add_qcow2
+from dirtmap.engine.store.nodes import add_qcow2, remove_node
 from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import checkout
 from dirtmap.engine.tracking.tracker import Tracker
@@ -274,6 +274,28 @@ def test_death_within_the_check_in(path: Path, monkeypatch: pytest.MonkeyPatch, 
     dm.recover(path)
     assert dirty(dm.open(path)["b0"]) == sorted({0, *expected})
     goes_on(path, "monday", expected)
+
+
+def test_a_node_whose_image_is_gone_can_be_removed(path: Path) -> None:
+    in_child(lambda: dm.open(path).track().mark(0, 1))
+    with Store(str(path.with_name("default.dmap"))) as target:
+        with pytest.raises(dm.BitmapError, match="recover"):
+            remove_node(target, "drive0")
+        path.unlink()
+        remove_node(target, "drive0")
+    assert os.listdir(path.parent) == ["default.dmap"]
+    assert dm.check(str(path.with_name("default.dmap"))).corruptions == 0
+
+
+def test_a_tool_may_change_its_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setenv("DIRTMAP_STORE", "default.dmap")
+    with dm.open(path.name) as image, image.track() as tracker:
+        monkeypatch.chdir("/")
+        tracker.mark(5 * GRANULE, 1)
+        tracker.checkpoint("monday")
+    monkeypatch.chdir(path.parent)
+    goes_on(path, "b0", [0, 5])
 
 
 def test_a_copy_of_a_tracked_image_is_refused(path: Path) -> None:

@@ -22,7 +22,9 @@ from dirtmap.engine.store.bitmaps import (
     place_bitmap,
     read_entries,
     refuse_session,
+    refuse_tracked,
     release_bits,
+    tracked_view,
 )
 from dirtmap.engine.store.identity import identity_of, is_twin
 from dirtmap.engine.store.store import Change, Store
@@ -187,9 +189,19 @@ def remove_node(target: Store, name: str) -> None:
         BitmapError: there is none of that name, or it has bitmaps.
     """
     with target.change() as change:
-        record = _record(change, name)
+        record = _record(change, name, died=True)
         where = f"{target.path}: {namespace_label(record.name)}"
-        if record.kind == store.KIND_PLACE and os.path.exists(record.path):
+        if record.kind == store.KIND_PLACE and not os.path.exists(record.path):
+            # With the image its bitmaps are gone; what a tracker had of them when it died is of no use.
+            for entry in read_entries(change.snapshot, record):
+                release_bits(change, record, entry)
+            change.release(record.directory)
+            if view := tracked_view(change.snapshot, record):
+                change.afterwards.append(view.clean_up)
+            change.table.remove(record.name)
+            return
+        refuse_session(target.path, record)
+        if record.kind == store.KIND_PLACE:
             with Image(os.fsdecode(record.path)) as image:
                 _refuse_with_bitmaps(where, len(image))
                 image.set_identity(None)
@@ -241,10 +253,14 @@ def resize_node(target: Store, name: str) -> int:
         StorageError: the image cannot be looked at.
     """
     with target.change() as change:
-        record = _stored(change, name)
+        record = _stored(change, name, died=True)
+        view = tracked_view(change.snapshot, record)
         identity = identity_of(os.fsdecode(record.path))
         entries = read_entries(change.snapshot, record)
         resized = replace(record, size=identity.size, identity=identity, generation=change.generation)
+        if view:  # recovered with it: what its tracker marked is in the bits that are read below
+            resized = replace(resized, extensions=view.without())
+            change.afterwards.append(view.clean_up)
         # A lost commit, or the like, stays a doubt; that the image has changed is what the caller has just explained.
         doubted = doubts(change.snapshot, replace(record, identity=identity)) is not None
         placed = [
@@ -279,16 +295,17 @@ def confirm_node(target: Store, name: str) -> None:
         change.table.put(replace(record, identity=identity))
 
 
-def _record(change: Change, name: str) -> Record:
+def _record(change: Change, name: str, *, died: bool = False) -> Record:
+    """The record of a node that nobody tracks; with ``died``, of one whose tracker has died, too."""
     record = change.table.get(encode_name(name))
     if record is None or record.kind == store.KIND_DEVICE:
         raise no_namespace(change.snapshot.file.path, encode_name(name))
-    refuse_session(change.snapshot.file.path, record)
+    (refuse_tracked if died else refuse_session)(change.snapshot.file.path, record)
     return record
 
 
-def _stored(change: Change, name: str) -> Record:
-    record = _record(change, name)
+def _stored(change: Change, name: str, *, died: bool = False) -> Record:
+    record = _record(change, name, died=died)
     if record.kind != store.KIND_NODE:
         where = f"{change.snapshot.file.path}: {namespace_label(record.name)}"
         raise BitmapError(where, "keeps its bitmaps itself; QEMU resizes them with the image")

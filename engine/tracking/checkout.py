@@ -80,7 +80,8 @@ def track_image(image: Image, options: dict[str, Any]) -> Tracker:
         home = Home(path, name)
         try:
             _copy_out(home, image, file, layout)
-            tracker = Tracker(home, image.path, chosen, lambda: check_in(image.path, path, name, own=True))
+            image_path = os.path.abspath(image.path)  # the tool may change its folder
+            tracker = Tracker(home, image_path, chosen, lambda: check_in(image_path, home.store.path, name, own=True))
             try:
                 set_tracked(file, layout, True)
                 layout = read_layout(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
@@ -168,7 +169,7 @@ class Home:
 
     def __init__(self, path: str, name: bytes) -> None:
         self.name = name
-        self.store = Store(path)
+        self.store = Store(os.path.abspath(path))  # the tool may change its folder
 
     def close(self) -> None:
         """Closes the store."""
