@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.cli import dirtmap, error_of, json_of
+from support.cli import COMMAND, dirtmap, error_of, json_of
 from support.tracking import GRANULE, make_node
 
 import dirtmap.engine as dm
@@ -44,6 +46,30 @@ def test_status_of_a_tracked_image(tracker: Tracker) -> None:
     tracker.save()
     assert json_of("track", "status", "drive0")["regions"] == 0
     assert dirtmap("track", "status", "-q", "drive0").out == ""
+
+
+def test_status_on_a_terminal_goes_on_until_the_tracker_ends(tracker: Tracker) -> None:
+    screen, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    command = [COMMAND, "track", "status", "drive0"]
+    shown = b""
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        marked = False
+        while True:
+            try:
+                shown += os.read(screen, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not marked and b"0 of 64" in shown:
+                tracker.mark(0, 1)
+                marked = True
+            elif marked and b"1 of 64" in shown:
+                tracker.close()
+        assert process.wait() == 0
+    os.close(screen)
+    assert b"not tracked" in shown
 
 
 def test_status_of_an_image_that_nobody_tracks(tmp_path: Path) -> None:
