@@ -24,6 +24,7 @@ from dirtmap.fmt.errors import (
     LockedError,
     RangeError,
     StorageError,
+    SyncError,
     UnsupportedError,
 )
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.containers import check, describe, dump, open, recover, transaction
     from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
     from dirtmap.engine.report import CheckReport, Finding
+    from dirtmap.engine.tracking.tracker import Tracker
 
 _HOMES = {
     "Bitmap": "bitmap",
@@ -41,6 +43,7 @@ _HOMES = {
     "ImageInfo": "namespace",
     "Namespace": "namespace",
     "Recovery": "namespace",
+    "Tracker": "tracking.tracker",
     "Transaction": "namespace",
     "check": "containers",
     "describe": "containers",
@@ -65,6 +68,8 @@ __all__ = [
     "RangeError",
     "Recovery",
     "StorageError",
+    "SyncError",
+    "Tracker",
     "Transaction",
     "UnsupportedError",
     "check",

@@ -154,7 +154,7 @@ class Bitmap:
             RangeError: not as many lengths as offsets, or a range is not inside the disk. Nothing is marked.
             BitmapError: frozen or inconsistent.
         """
-        offset, length = _int64(offsets), _int64(lengths)
+        offset, length = as_int64(offsets), as_int64(lengths)
         if offset.shape != length.shape:
             raise RangeError(WHERE, f"{len(offset)} offsets and {len(length)} lengths")
         # `offset + length` could overflow; `size - length` only where a length is negative, which is bad anyway.
@@ -330,7 +330,7 @@ def _checked_granularity(granularity: SupportsIndex) -> int:
     return granularity
 
 
-def _int64(values: Iterable[SupportsIndex]) -> NDArray[np.int64]:
+def as_int64(values: Iterable[SupportsIndex]) -> NDArray[np.int64]:
     """A 1-D int64 array of exactly these numbers; those past it are outside any disk.
 
     Raises:

@@ -133,6 +133,25 @@ def set_many(words: Words, starts: Positions, ends: Positions) -> None:
     words[inside] = ALL
 
 
+def scatter(words: Words, starts: Positions, lasts: Positions) -> None:
+    """As `set_many`, with the last bit of each range in place of its end: faster where ranges are short.
+
+    Unsorted: each range sets the bits of its first word and of its last; the few words between, one range at a time.
+    """
+    for at in range(0, len(starts), BLOCK):
+        start, last = starts[at : at + BLOCK], lasts[at : at + BLOCK]
+        first_word, last_word = start >> 6, last >> 6
+        heads = np.left_shift(np.uint64(ALL), (start & 63).view(WORD))
+        tails = np.right_shift(np.uint64(ALL), (~last & 63).view(WORD))
+        one = first_word == last_word
+        both = heads & tails
+        np.bitwise_or.at(words, first_word, np.where(one, both, heads))
+        more = np.flatnonzero(~one)
+        np.bitwise_or.at(words, last_word[more], tails[more])
+        for index in more[last_word[more] - first_word[more] > 1].tolist():
+            words[int(first_word[index]) + 1 : int(last_word[index])] = ALL
+
+
 def extents(words: Words, size: int, unit: int = 1) -> tuple[Positions, Positions]:
     """The maximal runs of set bits, in order: where each starts, and how long it is.
 

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.namespace import ImageInfo, Namespace, Recovery, Transaction
 from dirtmap.fmt import qcow2
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, FormatError, StorageError, UnsupportedError
+from dirtmap.fmt.errors import (
+    BitmapError,
+    BitmapNotFoundError,
+    Error,
+    FormatError,
+    LockedError,
+    StorageError,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:
     from dirtmap.engine.host import Host
@@ -191,10 +199,18 @@ def open(target: Target, *, store: str | None = None, index: str | None = None, 
         raise _a_whole_store(place.path)
     from dirtmap.engine.qcow2.image import Image
 
-    image = Image(place.path, force_share=force_share)
+    try:
+        image = Image(place.path, force_share=force_share)
+    except LockedError:
+        if tracked := _tracked(place.path, here):
+            return tracked  # whoever has it open: the bitmaps are in the store
+        raise
     try:
         if image.uuid is not None and image.name is not None and here.exists():
             here().refuse_twin(image.path, image.name, image.uuid)
+            if tracked := _tracked(image.path, here, (image.name, image.uuid)):
+                image.close()
+                return tracked
             here().keep(image)
     except BaseException:
         image.close()
@@ -204,6 +220,33 @@ def open(target: Target, *, store: str | None = None, index: str | None = None, 
 
 def _a_whole_store(path: str) -> BitmapError:
     return BitmapError(path, "a store of many images: name one of its nodes")
+
+
+def _tracked(path: str, here: _HostOf, identity: tuple[str, str] | None = None) -> Namespace | None:
+    """The bitmaps of a qcow2 image that a tracker has, or had when it died; None where they are in the image.
+
+    Args:
+        path: the image.
+        here: the host, whose default store remembers the image's place.
+        identity: its name and UUID, where they are known.
+    """
+    if not here.exists():
+        return None
+    if identity is None:
+        from dirtmap.engine.qcow2.image import read_identity
+
+        identity = read_identity(path)
+    if identity is None:
+        return None
+    from dirtmap.engine.store.nodes import is_checked_out
+
+    where = here().store
+    with here().opened(where) as target:
+        if not is_checked_out(target, path, *identity):
+            return None
+    from dirtmap.engine.tracking.checkout import TrackedImage
+
+    return TrackedImage(path, where, identity[0])
 
 
 class _HostOf:
@@ -246,10 +289,19 @@ def describe(
                 return describe_store(opened)
         from dirtmap.engine.qcow2.image import describe
 
-        info = describe(file, force_share=force_share)
+        try:
+            info = describe(file, force_share=force_share)
+        except LockedError:
+            if not (tracked := _tracked(place.path, here)):
+                raise
+            with tracked:
+                return tracked.info()
     if info.uuid is None or info.node is None or not here.exists():
         return info
     here().refuse_twin(info.path, info.node, info.uuid)
+    if tracked := _tracked(place.path, here, (info.node, info.uuid)):
+        with tracked:
+            return tracked.info()
     return here().marked_busy(info)
 
 
@@ -316,6 +368,9 @@ def recover(
         raise _a_whole_store(place.path)
     from dirtmap.engine.qcow2.image import Keeper, read_identity, recover
 
+    if tracked := _tracked(place.path, here):
+        with tracked:
+            return tracked.recover(names)
     identity = read_identity(place.path)
     keeper = Keeper()
     if identity and here.exists():

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator, Sequence
 
-from dirtmap.fmt.errors import Error, StorageError
+from dirtmap.fmt.errors import Error, StorageError, SyncError
 
 # struct flock of Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi")
@@ -138,7 +140,7 @@ class File:
         """Returns once everything written before is durable.
 
         Raises:
-            StorageError: it is not known to be; the handle is poisoned.
+            SyncError: it is not known to be; the handle is poisoned.
         """
         self._refuse_if_poisoned()
         try:
@@ -146,7 +148,7 @@ class File:
                 os.fdatasync(self.fd)
         except Error as error:
             self._poisoned = str(error)
-            raise
+            raise SyncError(error.where, error.what) from error
 
     def lock(self, offset: int) -> None:
         """Takes a shared open-file-description lock on one byte (never waits: QEMU takes shared ones only)."""
@@ -212,6 +214,61 @@ def open_file(path: str, *, writable: bool = False, create: bool = False) -> Fil
         StorageError: it cannot be opened, is neither a regular file nor a block device, or exists and was to be made.
     """
     return _factory(path, writable=writable, create=create)
+
+
+def make_live_folder(path: str) -> None:
+    """Makes a folder for live files, which only this user can look into; one that is there has to be like that.
+
+    Raises:
+        StorageError: it cannot be made, or is somebody else's, or open to others.
+    """
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        status = os.lstat(path)
+    except (OSError, ValueError) as error:
+        raise StorageError(path, f"live folder: {error}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise StorageError(path, "not a folder that belongs to this user alone")
+
+
+def create_live(path: str, size: int) -> mmap.mmap:
+    """Makes a live file of ``size`` zeros, all of which have their memory, and maps it.
+
+    Raises:
+        StorageError: it exists, or there is no room.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, size)  # else a full tmpfs would be a SIGBUS at some mark
+            return mmap.mmap(fd, size)
+        except BaseException:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        raise StorageError(path, f"live file: {error}") from error
+
+
+def read_live(path: str) -> bytes | None:
+    """A live file as it is now; None where there is none. Copied, not mapped: nobody can cut it off under us."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    except (OSError, ValueError):
+        return None
+
+
+def remove_live_folder(path: str, pattern: re.Pattern[str]) -> None:
+    """Removes the live files in a folder, by their names, and the folder once nothing else is in it."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path):
+            if pattern.fullmatch(name):
+                os.unlink(os.path.join(path, name))
+        os.rmdir(path)
 
 
 def sync_folder(path: str) -> None:

@@ -6,7 +6,7 @@ import abc
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from dirtmap.fmt import geometry
 from dirtmap.fmt.directory import MAX_DATA_BYTES, name_fault
@@ -14,6 +14,8 @@ from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error
 
 if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
+    from dirtmap.engine.tracking.status import Status
+    from dirtmap.engine.tracking.tracker import Tracker
 
 
 def decode_name(name: bytes) -> str:
@@ -129,6 +131,26 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
 
         Args:
             names: which; none for all that need it.
+        """
+
+    def tracking(self) -> Status | None:
+        """Who tracks the image, or did until it died without being recovered since; None where nobody does."""
+        return None
+
+    @abc.abstractmethod
+    def track(self, **options: Any) -> Tracker:
+        """Begins to track writes to the image: no other process changes its bitmaps until the tracker is closed.
+
+        What an earlier tracker has left when it died is recovered first.
+
+        Args:
+            options: of `dirtmap.engine.tracking.recorder.Options`; for a qcow2 image also ``store``, which remembers
+                the image's place and keeps its bitmaps meanwhile: the default store where None.
+
+        Raises:
+            LockedError: the image is tracked, or in use, already; names by whom.
+            BitmapError: the image has no name or identity, or its size has changed.
+            StorageError: there is no room for the live files or the log.
         """
 
     @abc.abstractmethod

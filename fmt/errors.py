@@ -63,5 +63,9 @@ class StorageError(Error):
     """The operating system refused to open, read, write or sync."""
 
 
+class SyncError(StorageError):
+    """A sync failed: what of the data is durable is not known, and asking again would not tell."""
+
+
 class RangeError(Error, ValueError):
     """A byte range that lies outside the disk, is negative or overflows; nothing was marked."""

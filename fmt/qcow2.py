@@ -72,6 +72,8 @@ INCOMPATIBLE_EXTENDED_L2 = 1 << 4
 COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
 AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_RAW_EXTERNAL_DATA = 1 << 1
+# Ours: a tracker has the bitmaps, and no other program has opened the image for writing since: it would clear the bit.
+AUTOCLEAR_TRACKED = 1 << 62
 
 INCOMPATIBLE_NAMES = {
     INCOMPATIBLE_DIRTY: "dirty",
@@ -81,7 +83,11 @@ INCOMPATIBLE_NAMES = {
     INCOMPATIBLE_EXTENDED_L2: "extended L2 entries",
 }
 COMPATIBLE_NAMES = {COMPATIBLE_LAZY_REFCOUNTS: "lazy refcounts"}
-AUTOCLEAR_NAMES = {AUTOCLEAR_BITMAPS: "bitmaps", AUTOCLEAR_RAW_EXTERNAL_DATA: "raw external data"}
+AUTOCLEAR_NAMES = {
+    AUTOCLEAR_BITMAPS: "bitmaps",
+    AUTOCLEAR_RAW_EXTERNAL_DATA: "raw external data",
+    AUTOCLEAR_TRACKED: "dirtmap: tracked",
+}
 KNOWN_INCOMPATIBLE = sum(INCOMPATIBLE_NAMES)
 KNOWN_AUTOCLEAR = sum(AUTOCLEAR_NAMES)
 

@@ -27,10 +27,11 @@ class Structure:
 
     Args:
         name: what messages and dumps call it.
-        fields: ``"field" / construct.Type`` declarations, in order: unsigned big-endian numbers, and ``Bytes(n)``.
+        fields: ``"field" / construct.Type`` declarations, in order: unsigned numbers, all of one byte order, and
+            ``Bytes(n)``.
 
     Raises:
-        TypeError: a field of another type.
+        TypeError: a field of another type, or of another byte order.
     """
 
     def __init__(self, name: str, *fields: Any) -> None:
@@ -41,7 +42,11 @@ class Structure:
         for subcon in declared:
             self.fields.append(Field(str(subcon.name), offset, subcon.sizeof()))
             offset += subcon.sizeof()
-        self._struct = struct.Struct(">" + "".join(_code(subcon) for subcon in declared))
+        codes = [_code(subcon) for subcon in declared]
+        orders = {code[0] for code in codes if code[0] in "<>="} or {">"}
+        if len(orders) > 1:
+            raise TypeError(f"{name}: fields of several byte orders")
+        self._struct = struct.Struct(orders.pop() + "".join(code.lstrip("<>=") for code in codes))
         self._bytes = [field for field, subcon in zip(self.fields, declared, strict=True) if _is_bytes(subcon)]
         self.size: int = self._struct.size
 
@@ -49,7 +54,7 @@ class Structure:
     def _record(self) -> Any:
         return namedtuple("_".join(re.findall(r"\w+", self.name)), [field.name for field in self.fields])
 
-    def parse(self, data: bytes, offset: int = 0) -> Any:
+    def parse(self, data: bytes | memoryview, offset: int = 0) -> Any:
         """The record at ``offset`` of ``data``, a named tuple of its fields.
 
         Raises:
@@ -85,10 +90,10 @@ def _is_bytes(subcon: Any) -> bool:
 
 
 def _code(subcon: Any) -> str:
-    """A field's code in a format of `struct`."""
+    """A field's code in a format of `struct`, a number's behind its byte order."""
     if _is_bytes(subcon):
         return f"{subcon.sizeof()}s"
-    code: object = getattr(subcon.subcon, "fmtstr", None)
-    if code not in (">B", ">H", ">L", ">Q"):
-        raise TypeError(f"{subcon.name}: neither an unsigned big-endian number nor bytes")
-    return str(code)[1:]
+    code = str(getattr(subcon.subcon, "fmtstr", None))
+    if code[:1] not in ("<", ">", "=") or code[1:] not in ("B", "H", "L", "Q"):
+        raise TypeError(f"{subcon.name}: neither an unsigned number nor bytes")
+    return code

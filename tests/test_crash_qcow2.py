@@ -170,7 +170,7 @@ def stale_end(craft: Craft) -> None:
 
 def unknown_bits(craft: Craft) -> None:
     place = craft.header("autoclear_features")
-    craft.set(place, craft.get(place) | 1 << 62 | 1 << 7)
+    craft.set(place, craft.get(place) | 1 << 61 | 1 << 7)
 
 
 def void(craft: Craft) -> None:

@@ -401,7 +401,7 @@ def test_autoclear_bits(path: Path, tmp_path: Path) -> None:
     data = tmp_path / "disk.raw"
     create(path, MIB, f"data_file={data},data_file_raw=on")
     qemu_img("bitmap", "--add", path, "b0")
-    patch(path, 88, struct.pack(">Q", 1 << 62 | 3))
+    patch(path, 88, struct.pack(">Q", 1 << 61 | 3))
     with changing(path) as changed:
         changes.mark(changed, "b0", [0], [1])
     assert path.read_bytes()[88:96] == struct.pack(">Q", 3)

@@ -42,6 +42,7 @@ _HOMES = {
     "store": "store",
     "node": "node",
     "device": "device",
+    "track": "track",
     "sidecar": "sidecar",
     "completion": "completion",
 }

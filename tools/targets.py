@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import dirtmap.engine as dm
 from dirtmap.engine.containers import Target, locate
+from dirtmap.tools.output import complain
 
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap, Transaction
@@ -22,8 +23,12 @@ def transaction(target: Target) -> Iterator[Transaction]:
         dirtmap.engine.Error: as `dirtmap.engine.Namespace.transaction`.
     """
     # Reading proves nothing here: the transaction locks and judges the image anew, and knows better who holds it.
-    with dm.open(target, force_share=True) as image, image.transaction() as bitmaps:
-        yield bitmaps
+    with dm.open(target, force_share=True) as image:
+        tracking = image.tracking()
+        with image.transaction() as bitmaps:
+            yield bitmaps
+    if tracking:  # it has died, or we would have been refused
+        complain(f"{image.path}: recovered first: {tracking.how}")
 
 
 def same_image(one: Target, other: Target, store: str | None = None, index: str | None = None) -> bool:

@@ -396,6 +396,8 @@ def _member(snapshot: Snapshot, record: store.Record, old: dict[bytes, Member]) 
     before = old.get(record.name)
     if before and (before.directory, before.uuid) == (member.directory, member.uuid):
         return member, None
+    if record.kind == store.KIND_PLACE:
+        return member, []  # the image says what it has; what is here while it is tracked is the same
     try:
         entries = read_entries(snapshot, record)
     except FormatError:

@@ -143,6 +143,17 @@ def set_identity(file: File, layout: Layout, data: bytes | None) -> None:
     _carry_out(file, plan)
 
 
+def set_tracked(file: File, layout: Layout, tracked: bool) -> None:
+    """Sets or clears the autoclear bit of a tracked image. Other arguments and errors as `commit`."""
+    require_writable(layout)
+    known = layout.header.autoclear & qcow2.KNOWN_AUTOCLEAR
+    bits = known | qcow2.AUTOCLEAR_TRACKED if tracked else known & ~qcow2.AUTOCLEAR_TRACKED
+    plan = Plan()
+    if bits != layout.header.autoclear:
+        plan.add(_autoclear(bits))
+    _carry_out(file, plan)
+
+
 def set_refcounts(file: File, layout: Layout, counts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> bool:
     """Sets the counts of clusters, given as their numbers and counts, those of one refcount block at a time.
 

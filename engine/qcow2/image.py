@@ -6,7 +6,7 @@ import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine import locks
 from dirtmap.engine.fileio import File, open_file
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from dirtmap.engine.bitmap import Bitmap
     from dirtmap.engine.qcow2.commit import Kept, Written
+    from dirtmap.engine.tracking.tracker import Tracker
 
 T = TypeVar("T")
 
@@ -220,6 +221,12 @@ class Image(Namespace):
                     raise BitmapError(f"{self.path}: {field}", what)
             set_identity(file, layout, data)
         self._read(self._remember)
+
+    def track(self, **options: Any) -> Tracker:
+        """Begins to track writes to the image; see `Namespace.track`."""
+        from dirtmap.engine.tracking.checkout import track_image
+
+        return track_image(self, options)
 
     def close(self) -> None:
         """Closes the image's file."""

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dirtmap.engine.bitmap import Bitmap
+    from dirtmap.engine.tracking.recovery import View
+    from dirtmap.engine.tracking.status import Status
+
+EXTENSION_SESSION = 0x5452414B  # fmt.live.EXTENSION_SESSION; that module is imported only where there is one
 
 _PIECE = 1 << 20  # bytes read at once where the whole is not needed
 
@@ -38,7 +42,8 @@ def namespace_label(name: bytes) -> str:
 
 def kind_label(record: Record) -> str:
     """How messages name a namespace whose kind is known."""
-    return f"{store.KIND_NAMES[record.kind]} '{record.name.decode('utf-8', 'backslashreplace')}'"
+    kind = "node" if record.kind == store.KIND_PLACE else store.KIND_NAMES[record.kind]
+    return f"{kind} '{record.name.decode('utf-8', 'backslashreplace')}'"
 
 
 @dataclass(eq=False, slots=True)
@@ -60,9 +65,19 @@ class Source:
 def load(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> NDArray[np.uint64]:
     """A bitmap's bits as words: uint64, shape (ceil(granules / 64),), verified, tail bits zero.
 
+    Those of a tracked image, or of one whose tracker has died, include what the tracker has marked.
+
     Raises:
         FormatError: the checksum is wrong.
     """
+    words = load_saved(snapshot, record, entry, doubted)
+    if not doubted and (view := tracked_view(snapshot, record)):
+        view.add(entry, words)
+    return words
+
+
+def load_saved(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> NDArray[np.uint64]:
+    """As `load`, as far as it is in the store."""
     import numpy as np
 
     from dirtmap.engine import bits
@@ -131,6 +146,32 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
     return list(entries.values())
 
 
+def refuse_tracked(path: str, record: Record) -> None:
+    """Refuses to change a namespace behind the back of the process that tracks it.
+
+    Raises:
+        LockedError: names the process.
+    """
+    if record.extension(EXTENSION_SESSION) is not None:
+        from dirtmap.engine.tracking import recovery
+
+        where = f"{path}: {namespace_label(record.name)}"
+        recovery.refuse_tracked(where, recovery.session_of(record))
+
+
+def refuse_session(path: str, record: Record) -> None:
+    """As `refuse_tracked`; a session whose tracker has died is to be recovered first, too.
+
+    Raises:
+        LockedError: names the process.
+        BitmapError: names the command that recovers.
+    """
+    refuse_tracked(path, record)
+    if record.extension(EXTENSION_SESSION) is not None:
+        what = "its tracker has died; 'dirtmap recover' first"
+        raise BitmapError(f"{path}: {namespace_label(record.name)}", what)
+
+
 def require_same_size(snapshot: Snapshot, record: Record) -> None:
     """Refuses bitmaps whose image has grown or shrunk: they say nothing about the new space.
 
@@ -149,14 +190,32 @@ def require_same_size(snapshot: Snapshot, record: Record) -> None:
                 raise BitmapError(f"{snapshot.file.path}: {kind_label(record)}", what)
 
 
+def tracked_view(snapshot: Snapshot, record: Record) -> View | None:
+    """What a tracker, alive or dead, says about a namespace; None where none was there since it was last whole."""
+    if record.extension(EXTENSION_SESSION) is None:
+        return None
+    from dirtmap.engine.tracking.recovery import view_of
+
+    return view_of(snapshot, record)
+
+
+def tracking_status(snapshot: Snapshot, record: Record) -> Status | None:
+    """Who tracks a namespace's image; None where nobody does, or did."""
+    if record.extension(EXTENSION_SESSION) is None:
+        return None
+    from dirtmap.engine.tracking.status import status_of
+
+    return status_of(snapshot, record)
+
+
 def doubts(snapshot: Snapshot, record: Record) -> str | None:
     """Why a namespace's bits cannot be relied on, so that all of them count as dirty; None where they can."""
     if not record.nb_bitmaps:
         return None
-    if snapshot.chosen.in_doubt:
-        return "both copies of a header are damaged, perhaps those of the newest"
-    if record.generation <= snapshot.header.doubt_generation:
-        return "the store lost a commit"
+    if doubt := header_doubts(snapshot, record):
+        return doubt
+    if view := tracked_view(snapshot, record):
+        return view.doubt
     if record.kind in (store.KIND_NODE, store.KIND_DEVICE):
         try:
             now = identity_of(os.fsdecode(record.path))
@@ -164,6 +223,15 @@ def doubts(snapshot: Snapshot, record: Record) -> str | None:
             return f"the image cannot be looked at ({error.what})"
         if now != record.identity:
             return "the image has changed while nobody tracked it"
+    return None
+
+
+def header_doubts(snapshot: Snapshot, record: Record) -> str | None:
+    """As `doubts`, as far as the store itself tells."""
+    if snapshot.chosen.in_doubt:
+        return "both copies of a header are damaged, perhaps those of the newest"
+    if record.generation <= snapshot.header.doubt_generation:
+        return "the store lost a commit"
     return None
 
 

@@ -18,7 +18,7 @@ from dirtmap.engine import holds
 from dirtmap.engine.fileio import File, open_file, remove_file, replace_file
 from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.bitmaps import load, namespace_label, read_entries
+from dirtmap.engine.store.bitmaps import namespace_label, read_entries, verify
 from dirtmap.engine.store.store import Change, Snapshot, Store, create
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
@@ -244,7 +244,7 @@ def _carry_bits(
     if entry.table_offset in (store.ALL_ZEROS, store.ALL_ONES):
         return entry
     try:
-        load(source, record, entry, False)  # proves the checksum before the bits are believed
+        verify(source, record, entry)  # proves the checksum before the bits are believed
     except Error:
         if not mend:
             raise

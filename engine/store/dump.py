@@ -14,7 +14,7 @@ from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import doubts, namespace_label, verify
 from dirtmap.engine.store.store import FORMAT, Snapshot, Store
-from dirtmap.fmt import directory, extensions, geometry, store
+from dirtmap.fmt import directory, extensions, geometry, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.store import Area, Record
@@ -193,7 +193,11 @@ class _Dump(Shown):
         first = offset + len(raw) - sum(len(extensions.build_extension(*item)) for item in record.extensions)
         for kind, contents in record.extensions:
             fields += self.fields(extensions.EXTENSION_HEAD, first, extensions.build_extension(kind, contents))
-            fields.append(data("data", first + extensions.EXTENSION_HEAD.size, contents))
+            known = 0  # bytes that have a declaration
+            if kind == live.EXTENSION_SESSION and len(contents) >= live.SESSION.size:
+                known = live.SESSION.size
+                fields += self.fields(live.SESSION, first + extensions.EXTENSION_HEAD.size, contents[:known])
+            fields.append(data("data", first + extensions.EXTENSION_HEAD.size + known, contents[known:]))
             first += len(extensions.build_extension(kind, contents))
         self.add(f"namespace record: {where}", offset, raw, fields=fields)
         faults = list(store.record_faults(record))

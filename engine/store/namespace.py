@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine import holds
 from dirtmap.engine.namespace import (
@@ -29,8 +29,11 @@ from dirtmap.engine.store.bitmaps import (
     no_namespace,
     place_bitmap,
     read_entries,
+    refuse_tracked,
     release_bits,
     require_same_size,
+    tracked_view,
+    tracking_status,
 )
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
@@ -41,6 +44,8 @@ from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
+    from dirtmap.engine.tracking.status import Status
+    from dirtmap.engine.tracking.tracker import Tracker
 
 T = TypeVar("T")
 
@@ -56,6 +61,16 @@ class StoredImage(Namespace):
         self._raw_name = encode_name(name)
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
+
+    def tracking(self) -> Status | None:
+        """Who tracks the image; see `Namespace.tracking`."""
+        return self._read(tracking_status)
+
+    def track(self, **options: Any) -> Tracker:
+        """Begins to track writes to the image; see `Namespace.track`."""
+        from dirtmap.engine.tracking.tracker import track_node
+
+        return track_node(self, options)
 
     def close(self) -> None:
         """Closes the store."""
@@ -97,13 +112,16 @@ class StoredImage(Namespace):
         with self._store.change() as change:
             record = self._record(change.snapshot)
             doubted = doubts(change.snapshot, record) is not None
+            view = tracked_view(change.snapshot, record)
             entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
             with changing(change, record) as bitmaps:
                 for name in list(names) or list(bitmaps):
                     bitmap = bitmaps[name]
                     if doubted or bitmap.inconsistent or not is_readable(change.snapshot, record, entries[name]):
                         bitmaps[name] = bitmap.recovered()
-                        recovered.append(Recovery(name, "all dirty"))
+                        recovered.append(Recovery(name, view.how if view and view.doubt else "all dirty"))
+                    elif view:
+                        recovered.append(Recovery(name, view.how))
         return recovered
 
     def __repr__(self) -> str:
@@ -151,7 +169,10 @@ def held_by(record: Record) -> dict[str, str]:
 
 
 def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
-    doubt = doubts(snapshot, record)
+    doubt, view = doubts(snapshot, record), tracked_view(snapshot, record)
+    notes = [f"{kind_label(record)} counts as all dirty: {doubt}"] if doubt else []
+    if view and not doubt:
+        notes.append(f"{kind_label(record)} is {view.note}")
     busy = held_by(record)
     name = decode_name(record.name)
     return ImageInfo(
@@ -165,7 +186,7 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
                 granularity=entry.granularity,
                 recording=entry.auto,
                 inconsistent=entry.in_use,
-                busy=decode_name(entry.name) in busy,
+                busy=decode_name(entry.name) in busy or (view is not None and view.is_busy(entry)),
                 count=None if entry.in_use else _count(snapshot, record, entry, doubt is not None),
                 namespace=str(uuid.UUID(bytes=record.uuid)),
                 node=name if record.kind == store.KIND_NODE else None,
@@ -173,7 +194,7 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
             )
             for entry in read_entries(snapshot, record)
         ),
-        notes=(f"{kind_label(record)} counts as all dirty: {doubt}",) if doubt else (),
+        notes=tuple(notes),
     )
 
 
@@ -181,7 +202,9 @@ def _count(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> i
     """A bitmap's dirty bytes in whole granules; reads nothing where it takes no space."""
     if doubted or entry.table_offset == store.ALL_ONES:
         return geometry.granules(record.size, entry.granularity) * entry.granularity
-    return 0 if entry.table_offset == store.ALL_ZEROS else bitmap_of(snapshot, record, entry, False).count
+    if entry.table_offset == store.ALL_ZEROS and not tracked_view(snapshot, record):
+        return 0
+    return bitmap_of(snapshot, record, entry, False).count
 
 
 def describe_store(target: Store) -> ImageInfo:
@@ -210,6 +233,7 @@ def describe_store(target: Store) -> ImageInfo:
 def changing(change: Change, record: Record) -> Iterator[Transaction]:
     """One namespace's part of a change: a transaction whose end puts the new directory into ``change``."""
     snapshot = change.snapshot
+    refuse_tracked(snapshot.file.path, record)
     require_same_size(snapshot, record)
     doubted = doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
@@ -263,6 +287,9 @@ def transaction(target: Store) -> Iterator[StoreTransaction]:
 def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction, doubted: bool) -> None:
     wanted: list[Entry] = []
     kept: set[int] = set()
+    # The tracker of a session has died, or we would not be here: what it marked is in the bits that we have read, and
+    # is written with them, and the session ends.
+    view = tracked_view(change.snapshot, record)
     for name, bitmap in bitmaps.items():
         source = bitmap._source
         # Bits of another namespace or store are copied. Those in doubt are written as they are shown, all dirty; those
@@ -271,6 +298,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             isinstance(source, Source)
             and source.record is record
             and (not source.doubted or bitmap.inconsistent)
+            and not (view and not bitmap.inconsistent)
             and source.entry.table_offset not in kept
         ):
             if source.entry.table_offset > store.ALL_ONES:
@@ -279,7 +307,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             wanted.append(replace(source.entry.with_flags(**flags), name=encode_name(name)))
         else:
             wanted.append(place_bitmap(change, record, name, bitmap))
-    if wanted == old and not doubted:
+    if wanted == old and not doubted and not view:
         return
     packed = directory.build_directory(wanted)
     if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
@@ -289,10 +317,14 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             release_bits(change, record, entry)
     change.release(record.directory)
     identity = record.identity
-    if doubted or not record.nb_bitmaps:
+    if view and view.identity:
+        identity = view.identity
+    elif record.kind in (store.KIND_NODE, store.KIND_DEVICE) and (doubted or not record.nb_bitmaps):
         # All that was in doubt is dirty now, on disk, or the first bitmap begins: from here on changes count.
         with contextlib.suppress(StorageError):
             identity = identity_of(os.fsdecode(record.path))
+    if view:
+        change.afterwards.append(view.clean_up)
     change.table.put(
         replace(
             record,
@@ -300,5 +332,6 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             directory=change.place(packed),
             nb_bitmaps=len(wanted),
             identity=identity,
+            extensions=view.without() if view else record.extensions,
         )
     )

@@ -15,13 +15,17 @@ from dataclasses import dataclass, replace
 from dirtmap.engine.namespace import decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import (
+    EXTENSION_SESSION,
     bitmap_of,
     doubts,
     namespace_label,
     no_namespace,
     place_bitmap,
     read_entries,
+    refuse_session,
+    refuse_tracked,
     release_bits,
+    tracked_view,
 )
 from dirtmap.engine.store.identity import identity_of, is_twin
 from dirtmap.engine.store.store import Change, Store
@@ -118,6 +122,8 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
     path = os.path.abspath(image)
     with target.change() as change, Image(path) as opened:
         known = change.table.get(encode_name(name))
+        if known:
+            refuse_session(target.path, known)
         mine = known and opened.uuid and known.uuid == uuid.UUID(opened.uuid).bytes
         if known and (new_identity or not mine or is_twin(known, path)):
             raise BitmapError(f"{target.path}: {namespace_label(known.name)}", "the name is taken")
@@ -138,8 +144,20 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
                 generation=change.generation,
                 path=os.fsencode(path),
                 identity=replace(identity_of(path), mtime_ns=0, size=0),
+                extensions=known.extensions if known and mine else (),
             )
         )
+
+
+def is_checked_out(target: Store, path: str, name: str, image_uuid: str) -> bool:
+    """True where a tracker has a qcow2 image's bitmaps, or had them when it died; not for a copy of the file."""
+    record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
+    if record is None or record.uuid != uuid.UUID(image_uuid).bytes or record.extension(EXTENSION_SESSION) is None:
+        return False
+    try:
+        return os.path.samefile(path, record.path)
+    except OSError:
+        return False
 
 
 def refuse_twin(target: Store, path: str, name: str, image_uuid: str) -> None:
@@ -162,9 +180,19 @@ def remove_node(target: Store, name: str) -> None:
         BitmapError: there is none of that name, or it has bitmaps.
     """
     with target.change() as change:
-        record = _record(change, name)
+        record = _record(change, name, died=True)
         where = f"{target.path}: {namespace_label(record.name)}"
-        if record.kind == store.KIND_PLACE and os.path.exists(record.path):
+        if record.kind == store.KIND_PLACE and not os.path.exists(record.path):
+            # With the image its bitmaps are gone; what a tracker had of them when it died is of no use.
+            for entry in read_entries(change.snapshot, record):
+                release_bits(change, record, entry)
+            change.release(record.directory)
+            if view := tracked_view(change.snapshot, record):
+                change.afterwards.append(view.clean_up)
+            change.table.remove(record.name)
+            return
+        refuse_session(target.path, record)
+        if record.kind == store.KIND_PLACE:
             with Image(os.fsdecode(record.path)) as image:
                 _refuse_with_bitmaps(where, len(image))
                 image.set_identity(None)
@@ -231,10 +259,14 @@ def resize_node(target: Store, name: str) -> int:
         StorageError: the image cannot be looked at.
     """
     with target.change() as change:
-        record = _stored(change, name)
+        record = _stored(change, name, died=True)
+        view = tracked_view(change.snapshot, record)
         identity = identity_of(os.fsdecode(record.path))
         entries = read_entries(change.snapshot, record)
         resized = replace(record, size=identity.size, identity=identity, generation=change.generation)
+        if view:  # recovered with it: what its tracker marked is in the bits that are read below
+            resized = replace(resized, extensions=view.without())
+            change.afterwards.append(view.clean_up)
         # A lost commit, or the like, stays a doubt; that the image has changed is what the caller has just explained.
         doubted = doubts(change.snapshot, replace(record, identity=identity)) is not None
         placed = [
@@ -269,15 +301,17 @@ def confirm_node(target: Store, name: str) -> None:
         change.table.put(replace(record, identity=identity))
 
 
-def _record(change: Change, name: str) -> Record:
+def _record(change: Change, name: str, *, died: bool = False) -> Record:
+    """The record of a node that nobody tracks; with ``died``, of one whose tracker has died, too."""
     record = change.table.get(encode_name(name))
     if record is None or record.kind not in (store.KIND_NODE, store.KIND_PLACE):
         raise no_namespace(change.snapshot.file.path, encode_name(name))
+    (refuse_tracked if died else refuse_session)(change.snapshot.file.path, record)
     return record
 
 
-def _stored(change: Change, name: str) -> Record:
-    record = _record(change, name)
+def _stored(change: Change, name: str, *, died: bool = False) -> Record:
+    record = _record(change, name, died=died)
     if record.kind != store.KIND_NODE:
         where = f"{change.snapshot.file.path}: {namespace_label(record.name)}"
         raise BitmapError(where, "keeps its bitmaps itself; QEMU resizes them with the image")

@@ -33,6 +33,8 @@ Write = tuple[int, bytes | memoryview]
 # Leaves that may be read, from the first on and again from the emptiest, in search of a run of clusters before it is
 # taken at the end instead.
 _MOST_LEAVES_SEARCHED = 4
+# Below that many, numpy's calls take longer than a loop.
+_FEW = 128
 
 
 class SpaceMap:
@@ -230,18 +232,28 @@ def _written(writes: list[Write], offset: int, raw: bytes) -> Area:
 def _run(free: NDArray[np.bool_], count: int) -> int | None:
     """Where the first ``count`` adjacent free clusters begin.
 
-    free    0 1 1 0 1 1 1 0        edges +1 at 1, 4; -1 at 3, 7; lengths 2, 3
+    free    0 1 1 0 1 1 1 0        edges at 1 3, 4 7; lengths 2, 3
     """
-    edges = np.diff(free.astype(np.int8), prepend=0, append=0)
-    starts = np.flatnonzero(edges == 1)
-    long_enough = np.flatnonzero(np.flatnonzero(edges == -1) - starts >= count)
-    return int(starts[long_enough[0]]) if len(long_enough) else None
+    if count == 1:
+        first = int(free.argmax())
+        return first if free[first] else None
+    padded = np.zeros(len(free) + 2, np.bool_)
+    padded[1:-1] = free
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    long_enough = np.flatnonzero(edges[1::2] - edges[::2] >= count)
+    return int(edges[2 * long_enough[0]]) if len(long_enough) else None
 
 
 def _runs(clusters: list[int]) -> list[tuple[int, int]]:
     """Cluster numbers as runs (first, count), ascending."""
-    if not clusters:
-        return []
+    if len(clusters) < _FEW:
+        found: list[tuple[int, int]] = []
+        for number in sorted(set(clusters)):
+            if found and sum(found[-1]) == number:
+                found[-1] = (found[-1][0], found[-1][1] + 1)
+            else:
+                found.append((number, 1))
+        return found
     numbers = np.unique(np.array(clusters, np.int64))
     starts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
     counts = np.diff(starts, append=len(numbers))

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import crc32c
 
@@ -50,10 +50,12 @@ class Snapshot:
         file: the store.
         chosen: which header counts, and why.
         header: the header that counts.
+        views: the sessions of trackers as found, by namespace UUID; see `dirtmap.engine.tracking.recovery`.
     """
 
     def __init__(self, file: File, chosen: Chosen) -> None:
         self.file, self.chosen, self.header = file, chosen, chosen.header
+        self.views: dict[bytes, Any] = {}
         self.size = file.size()
 
     def check_area(self, area: Area, what: str) -> None:
@@ -198,6 +200,8 @@ class Store:
             change = Change(file, self._choose(file))
             yield change
             change.commit()
+            for act in change.afterwards:
+                act()
         if self.committed:
             self.committed()
 
@@ -223,6 +227,7 @@ class Change:
         snapshot: the state it starts from.
         table: its namespaces, to be changed.
         generation: the number that the commit will have.
+        afterwards: what to do once it is durable.
     """
 
     def __init__(self, file: File, chosen: Chosen) -> None:
@@ -240,6 +245,7 @@ class Change:
         self.generation = header.generation + (2 if chosen.in_doubt else 1)
         self._writes: list[tuple[int, bytes | memoryview]] = []
         self._doubt = header.doubt_generation
+        self.afterwards: list[Callable[[], None]] = []
 
     def place(self, data: bytes | memoryview) -> Area:
         """Finds room for bytes, to be written by the commit."""

@@ -34,6 +34,7 @@ class NamespaceTable:
         self._buckets = len(pointers) // store.AREA.size
         self.count = count
         self._changed: dict[int, dict[bytes, Record]] = {}
+        self._last: tuple[int, dict[bytes, Record]] | None = None  # the bucket read last: it is often read again
 
     @property
     def bucket_bits(self) -> int:
@@ -92,7 +93,7 @@ class NamespaceTable:
             ):
                 self._buckets *= 2
             pointers = bytearray(self._buckets * store.AREA.size)
-            self._changed = {}
+            self._changed, self._last = {}, None
             for record in records:
                 self._changed.setdefault(self._number(record.name), {})[record.name] = record
         for number, bucket in self._changed.items():
@@ -119,6 +120,8 @@ class NamespaceTable:
         """
         if number in self._changed:
             return self._changed[number]
+        if self._last and self._last[0] == number:
+            return self._last[1]
         raw = store.AREA.parse(self._pointers, number * store.AREA.size)
         where = f"bucket {number}"
         data = self._read(Area(raw.offset, raw.length, raw.checksum), where)
@@ -136,11 +139,12 @@ class NamespaceTable:
                     raise FormatError(f"{self._where}: {where}", f"more namespaces than all there are, {self.count}")
         except ValueError as error:
             raise FormatError(f"{self._where}: {where}", str(error)) from None
+        self._last = number, found
         return found
 
     def _change(self, number: int) -> dict[bytes, Record]:
         if number not in self._changed:
-            self._changed[number] = self.bucket(number)
+            self._changed[number] = dict(self.bucket(number))
         return self._changed[number]
 
 

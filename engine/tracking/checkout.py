@@ -1,0 +1,362 @@
+"""A qcow2 image's bitmaps while it is tracked: checked out into a store, and checked in again.
+
+    check-out   1  store: the session, with a copy of the bits     check-in   1  store: all that was marked
+                2  image: its autoclear bit "tracked" on                      2  image: the bits, not in use any more
+                3  image: all bitmaps in use                                  3  image: "tracked" off
+                                                                              4  store: the session and its copy gone
+
+Any other program that opens the image for writing takes "tracked" away, which it does not know; QEMU does not touch
+bitmaps in use. So after a crash at any step, or between, what each bitmap holds is decided for each by itself:
+
+    image: not in use, "tracked" off    what the image has: never checked out, or checked in, or made usable by others
+    image: not in use, "tracked" on     what either has: the crash was within steps 2 and 3
+    in use, or not there; on            what the session has: see `dirtmap.engine.tracking.recovery`
+    in use, or not there; off           all dirty: others may have written to the image
+
+A bitmap in use that the session does not have was removed by the tracker where "tracked" is on; else it is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from dirtmap.engine import locks
+from dirtmap.engine.bitmap import Bitmap
+from dirtmap.engine.fileio import File, open_file
+from dirtmap.engine.namespace import (
+    BitmapInfo,
+    ImageInfo,
+    Namespace,
+    Recovery,
+    Transaction,
+    decode_name,
+    encode_name,
+    label,
+)
+from dirtmap.engine.qcow2 import image as qcow2_image
+from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
+from dirtmap.engine.qcow2.image import Image
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
+from dirtmap.engine.store.bitmaps import bitmap_of, doubts, read_entries, release_bits
+from dirtmap.engine.store.namespace import holding
+from dirtmap.engine.store.store import Change, Snapshot, Store
+from dirtmap.engine.tracking import recovery
+from dirtmap.engine.tracking.home import Home
+from dirtmap.engine.tracking.recorder import Options
+from dirtmap.engine.tracking.recovery import Row, View
+from dirtmap.engine.tracking.status import Status, status_of
+from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import directory, live, qcow2, store
+from dirtmap.fmt.errors import BitmapError
+from dirtmap.fmt.store import NOWHERE, Record
+
+
+def is_marked(layout: Layout) -> bool:
+    """True while no other program has opened a tracked image for writing."""
+    return bool(layout.header.autoclear & qcow2.AUTOCLEAR_TRACKED)
+
+
+def track_image(image: Image, options: dict[str, Any]) -> Tracker:
+    """Checks an image's bitmaps out and tracks it; see `Namespace.track`."""
+    from dirtmap.engine.containers import default_store
+
+    path = options.pop("store", None) or default_store()
+    chosen = Options(**options)
+    if image.name is None or image.uuid is None or not os.path.exists(path):
+        raise _homeless(image.path)
+    name = encode_name(image.name)
+    with open_file(image.path, writable=True) as file, locks.writing(file):
+        layout = read_layout(file)
+        layout.require_sound()
+        require_writable(layout)
+        for slot in layout.slots:
+            if slot.entry.in_use:
+                where = f"{image.path}: {label(decode_name(slot.entry.name))}"
+                raise BitmapError(where, "inconsistent; recover or remove it")
+        home = Home(path, name)
+        try:
+            _copy_out(home, image, file, layout)
+            image_path = os.path.abspath(image.path)  # the tool may change its folder
+            tracker = Tracker(home, image_path, chosen, lambda: check_in(image_path, home.store.path, name, own=True))
+            try:
+                set_tracked(file, layout, True)
+                layout = read_layout(file)
+                if layout.slots:
+                    commit(
+                        file, layout, [Kept(slot.entry.with_flags(set=directory.FLAG_IN_USE)) for slot in layout.slots]
+                    )
+            except BaseException:
+                tracker.abandon()
+                raise
+        except BaseException:
+            home.close()
+            raise
+    return tracker
+
+
+def _homeless(path: str) -> BitmapError:
+    what = "has no place for its bitmaps while it is tracked; 'dirtmap node add NAME IMAGE' gives it one, and a name"
+    return BitmapError(path, what)
+
+
+def _copy_out(home: Home, image: Image, file: File, layout: Layout) -> None:
+    """Copies the bits into the image's record, which has none before a session."""
+    with home.store.change() as change:
+        record = change.table.get(home.name)
+        if record is None or record.kind != store.KIND_PLACE or uuid.UUID(bytes=record.uuid) != uuid.UUID(image.uuid):
+            raise _homeless(image.path)
+        where = f"{home.store.path}: {record.name!r}"
+        recovery.refuse_tracked(where, recovery.session_of(record))
+    with home.change(None) as changed:
+        changed.record = replace(changed.record, size=layout.header.size)
+        changed.session = None
+        changed.entries = {}
+        for slot in layout.slots:
+            changed.put(decode_name(slot.entry.name), _of_slot(file, layout, slot), None)
+
+
+def _of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
+    bitmap = Bitmap(layout.header.size, slot.entry.granularity, slot.entry.auto)
+    bitmap._words = qcow2_image.load(file, layout, slot)
+    return bitmap
+
+
+def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> list[Recovery]:
+    """Writes a session's bitmaps into the image, and ends the session; see the module's head.
+
+    Args:
+        path: the image.
+        store_path: the store that has the session.
+        name: of the node, raw bytes.
+        own: the session is the caller's, who has saved all marks.
+
+    Returns:
+        What became of each bitmap.
+
+    Raises:
+        LockedError: another process tracks the image, or has it open.
+        As `Namespace.transaction`.
+    """
+    with (
+        open_file(path, writable=True) as file,
+        locks.writing(file),
+        Store(store_path) as target,
+        target.change() as change,
+    ):
+        layout = read_layout(file)
+        layout.require_sound()
+        require_writable(layout)
+        record = change.table.get(name)
+        session = None if record is None else recovery.session_of(record)
+        if record is None or session is None:
+            return []
+        if not own:
+            recovery.refuse_tracked(path, session)
+        settled, recovered = _settle(file, layout, change.snapshot, record)
+        commit(file, layout, settled)
+        set_tracked(file, read_layout(file), False)
+        _forget(change, record)
+        if not own:
+            view = recovery.view_of(change.snapshot, record)
+            assert view
+            change.afterwards.append(view.clean_up)
+        return recovered
+
+
+def _forget(change: Change, record: Record) -> None:
+    """Takes the session and the bitmaps out of the record."""
+    for entry in read_entries(change.snapshot, record):
+        release_bits(change, record, entry)
+    change.release(record.directory)
+    extensions = tuple(item for item in record.extensions if item[0] != live.EXTENSION_SESSION)
+    change.table.put(replace(record, directory=NOWHERE, nb_bitmaps=0, extensions=extensions))
+
+
+def _settle(
+    file: File, layout: Layout, snapshot: Snapshot, record: Record
+) -> tuple[list[Kept | Written], list[Recovery]]:
+    """The image's new directory, and what became of each bitmap of the session."""
+    slots = {slot.entry.name: slot for slot in layout.slots}
+    contents = _contents(file, layout, snapshot, record)
+    settled: list[Kept | Written] = []
+    recovered = []
+    for name, (bitmap, how) in contents.items():
+        slot = slots.pop(encode_name(name), None)
+        if bitmap is None:
+            assert slot
+            settled.append(Kept(slot.entry))
+            continue
+        recovered.append(Recovery(name, how))
+        settled.append(
+            Written(
+                name=encode_name(name),
+                flags=directory.FLAG_AUTO if bitmap.recording else 0,
+                granularity_bits=bitmap.granularity.bit_length() - 1,
+                packed=memoryview(bitmap.packed()),
+                base=slot,
+            )
+        )
+    return settled, recovered
+
+
+def _contents(file: File, layout: Layout, snapshot: Snapshot, record: Record) -> dict[str, tuple[Bitmap | None, str]]:
+    """What each bitmap holds, and how that was found; None for what stays in the image as it is."""
+    view = recovery.view_of(snapshot, record)
+    assert view
+    marked, size = is_marked(layout), layout.header.size
+    all_dirty = not marked or doubts(snapshot, record) is not None or size != record.size
+    how = view.how
+    if not marked:
+        how = f"{Row.ALL_DIRTY.value}: another program has opened the image for writing since"
+    found: dict[str, tuple[Bitmap | None, str]] = {}
+    slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
+    for entry in read_entries(snapshot, record):
+        name = decode_name(entry.name)
+        slot = slots.pop(name, None)
+        if slot and not slot.entry.in_use and not marked:
+            found[name] = None, ""
+            continue
+        if all_dirty:
+            bitmap = Bitmap(size, entry.granularity, entry.auto)
+            bitmap.mark(0, size)
+        else:
+            bitmap = bitmap_of(snapshot, record, entry, False)
+        if slot and not slot.entry.in_use:
+            bitmap = (bitmap | _of_slot(file, layout, slot).at(bitmap.granularity)).replace(recording=entry.auto)
+        found[name] = bitmap, how
+    for name, slot in slots.items():
+        if not (slot.entry.in_use and marked):
+            found[name] = None, ""
+    return found
+
+
+class TrackedImage(Namespace):
+    """A qcow2 image whose bitmaps are checked out: read from its session; changed once the tracker is gone."""
+
+    format = qcow2_image.FORMAT
+
+    def __init__(self, path: str, store_path: str, name: str) -> None:
+        self.path, self.name, self._store_path = path, name, store_path
+        self._raw_name = encode_name(name)
+        self._store = Store(store_path)
+        try:
+            record = self._store.read(self._record)
+            self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
+            with open_file(path) as file:
+                self.cluster_size = read_layout(file).cluster_size
+        except BaseException:
+            self._store.close()
+            raise
+
+    def _record(self, snapshot: Snapshot) -> Record:
+        record = snapshot.table().get(self._raw_name)
+        if record is None or record.extension(live.EXTENSION_SESSION) is None:
+            raise BitmapError(self.path, "is not tracked any more; open it again")
+        return record
+
+    def _read(self) -> tuple[View, dict[str, Bitmap]]:
+        """The session, and the bitmaps as they are now, or as recovery would make them."""
+
+        def read(snapshot: Snapshot) -> tuple[View, dict[str, Bitmap]]:
+            record = self._record(snapshot)
+            view = recovery.view_of(snapshot, record)
+            assert view
+            found: dict[str, Bitmap] = {}
+            if view.row is Row.LIVE:
+                for entry in read_entries(snapshot, record):
+                    found[decode_name(entry.name)] = bitmap_of(snapshot, record, entry, False)
+            else:
+                with open_file(self.path) as file, locks.reading(file, force_share=True):
+                    layout = read_layout(file)
+                    layout.require_sound()
+                    slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
+                    for name, (bitmap, _) in _contents(file, layout, snapshot, record).items():
+                        if bitmap is not None:
+                            found[name] = bitmap
+                        elif slots[name].entry.in_use:
+                            entry = slots[name].entry
+                            found[name] = Bitmap._lazy(self.size, entry.granularity, entry.auto, True, None)
+                        else:
+                            found[name] = _of_slot(file, layout, slots[name])
+            for bitmap in found.values():
+                if not bitmap.inconsistent:
+                    _ = bitmap.words  # now, while it is known to be whole
+                bitmap.freeze()
+            return view, found
+
+        return self._store.read(read)
+
+    @contextlib.contextmanager
+    def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
+        """Holds a bitmap for a backup; see `Namespace.hold`."""
+        self[name].required(f"{self.path}: {label(name)}")
+        with holding(self._store, self._raw_name, name, owner):
+            yield self[name].required(f"{self.path}: {label(name)}")
+
+    def info(self) -> ImageInfo:
+        """The image and its bitmaps, as its session has them."""
+        view, found = self._read()
+        windows = self._store.read(
+            lambda snapshot: {entry.name: entry for entry in read_entries(snapshot, self._record(snapshot))}
+        )
+        return ImageInfo(
+            path=self.path,
+            format=self.format,
+            size=self.size,
+            cluster_size=self.cluster_size,
+            bitmaps=tuple(
+                BitmapInfo(
+                    name=name,
+                    granularity=bitmap.granularity,
+                    recording=bitmap.recording,
+                    inconsistent=bitmap.inconsistent,
+                    busy=(entry := windows.get(encode_name(name))) is not None and view.is_busy(entry),
+                    count=None if bitmap.inconsistent else bitmap.count,
+                )
+                for name, bitmap in found.items()
+            ),
+            notes=(f"node '{self.name}' is {view.note}",),
+            node=self.name,
+            uuid=self.uuid,
+        )
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Changes the bitmaps, after they were recovered; see `Namespace.transaction`."""
+        self.recover()
+        with Image(self.path, force_share=True) as image, image.transaction() as bitmaps:
+            yield bitmaps
+
+    def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
+        """Checks in what a dead tracker has left, whichever bitmaps are named; see `Namespace.recover`."""
+        chosen = set(names)
+        recovered = check_in(self.path, self._store_path, self._raw_name)
+        return [item for item in recovered if not chosen or item.name in chosen]
+
+    def tracking(self) -> Status | None:
+        """Who tracks the image; see `Namespace.tracking`."""
+        return self._store.read(lambda snapshot: status_of(snapshot, self._record(snapshot)))
+
+    def track(self, **options: Any) -> Tracker:
+        """Begins to track, after recovery; see `Namespace.track`."""
+        self.recover()
+        with Image(self.path) as image:
+            return track_image(image, {"store": self._store_path, **options})
+
+    def close(self) -> None:
+        """Closes the store."""
+        self._store.close()
+
+    def _names(self) -> list[bytes]:
+        return [encode_name(name) for name in self._read()[1]]
+
+    def _load(self, name: bytes) -> Bitmap | None:
+        return self._read()[1].get(decode_name(name))
+
+    def __repr__(self) -> str:
+        return f"<TrackedImage {self.path!r}>"

@@ -1,0 +1,217 @@
+"""`Home`: the namespace of a store that a tracker feeds, and the one way in which the tracker changes it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+from dirtmap.engine.bitmap import Bitmap
+from dirtmap.engine.namespace import decode_name, encode_name, label
+from dirtmap.engine.store.bitmaps import (
+    doubts,
+    header_doubts,
+    load_saved,
+    namespace_label,
+    no_namespace,
+    place_bitmap,
+    read_entries,
+    release_bits,
+)
+from dirtmap.engine.store.store import Change, Snapshot, Store
+from dirtmap.engine.tracking.recovery import Window, refuse_tracked, session_of, window_of
+from dirtmap.fmt import directory, live, store
+from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.errors import BitmapError, FormatError, LockedError
+from dirtmap.fmt.store import Record
+
+T = TypeVar("T")
+
+
+class View:
+    """A home's bitmaps as of one commit, as the tracker sees them: saved bits and windows, without what is live.
+
+    Attributes:
+        record: of the namespace.
+        session: the tracker's, or None before it has begun.
+        entries: the directory, by name, in order.
+        checkpoints: which of them are checkpoints, oldest first; those between that are no bitmaps any more included.
+    """
+
+    def __init__(self, snapshot: Snapshot, record: Record) -> None:
+        self.snapshot, self.record = snapshot, record
+        self.where = f"{snapshot.file.path}: {namespace_label(record.name)}"
+        self.session = session_of(record)
+        self.found = read_entries(snapshot, record)
+        self.entries = {decode_name(entry.name): entry for entry in self.found}
+        try:
+            names = live.parse_checkpoints(record.extension(live.EXTENSION_CHECKPOINTS) or b"")
+            self.checkpoints = [decode_name(name) for name in names]
+        except ValueError as error:
+            raise FormatError(f"{self.where}: checkpoints", str(error)) from None
+        while self.checkpoints and self.checkpoints[0] not in self.entries:
+            del self.checkpoints[0]  # nobody asks what was written since, and no older one needs it
+        self._doubted = header_doubts(snapshot, record) is not None
+
+    def entry(self, name: str) -> Entry:
+        """A bitmap's entry.
+
+        Raises:
+            BitmapError: there is none, or it is inconsistent.
+        """
+        if name not in self.entries:
+            raise BitmapError(f"{self.where}: {label(name)}", "there is no such bitmap")
+        if self.entries[name].in_use:
+            raise BitmapError(f"{self.where}: {label(name)}", "inconsistent; recover or remove it")
+        return self.entries[name]
+
+    def saved(self, name: str) -> Bitmap:
+        """A bitmap with its saved bits."""
+        entry = self.entry(name)
+        words = load_saved(self.snapshot, self.record, entry, self._doubted)
+        bitmap = Bitmap(self.record.size, entry.granularity, entry.auto)
+        bitmap._words = words
+        return bitmap
+
+    def is_clean(self, name: str) -> bool:
+        """True where no bit is saved for it."""
+        return self.entries[name].table_offset == store.ALL_ZEROS and not self._doubted
+
+
+class HomeChange(View):
+    """A home while the tracker changes it; at the end of the block all is durable."""
+
+    def __init__(self, change: Change, record: Record) -> None:
+        super().__init__(change.snapshot, record)
+        self.change = change
+        self.identity = record.identity
+        if self._doubted:
+            # This commit ends the doubt, so what is in doubt has to be dirty in it.
+            for name, entry in self.entries.items():
+                if not entry.in_use:
+                    self.put(name, self.saved(name), window_of(entry))
+
+    def window(self, name: str) -> Window | None:
+        """A bitmap's window."""
+        return window_of(self.entries[name])
+
+    def set_window(self, name: str, window: Window | None, *, recording: bool | None = None) -> None:
+        """Gives a bitmap another window, or none; and records, or not, where said."""
+        entry = self.entries[name]
+        checksum = entry.extra_data[: store.BITS_CHECKSUM.size].ljust(store.BITS_CHECKSUM.size, b"\0")
+        extra = checksum + window.build() if window else b"" if checksum == bytes(len(checksum)) else checksum
+        if recording is not None:
+            entry = entry.with_flags(**{"set" if recording else "clear": directory.FLAG_AUTO})
+        self.entries[name] = replace(entry, extra_data=extra)
+
+    def put(self, name: str, bitmap: Bitmap, window: Window | None) -> None:
+        """A bitmap's saved bits, from now on; a new one where there is none of that name."""
+        if fault := directory.name_fault(encode_name(name)):
+            raise BitmapError(f"{self.where}: {label(name)}", fault)
+        self.entries[name] = place_bitmap(self.change, self.record, name, bitmap)
+        self.set_window(name, window)
+
+    def put_empty(self, name: str, granularity: int, window: Window | None, *, recording: bool) -> None:
+        """As `put` for a clean bitmap: takes no time, however large the disk."""
+        if fault := directory.name_fault(encode_name(name)):
+            raise BitmapError(f"{self.where}: {label(name)}", fault)
+        flags = directory.FLAG_AUTO if recording else 0
+        entry = Entry(encode_name(name), store.ALL_ZEROS, 0, flags, granularity.bit_length() - 1)
+        for field, what in store.entry_faults(entry, self.record.size, self.change.header.cluster_size, 0):
+            raise BitmapError(f"{self.where}: {label(name)}.{field}", what)
+        self.entries[name] = entry
+        self.set_window(name, window)
+
+    def finish(self) -> None:
+        """Plans the new record and directory."""
+        change, record = self.change, self.record
+        wanted = list(self.entries.values())
+        packed = directory.build_directory(wanted)
+        if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
+            raise BitmapError(self.where, f"{len(wanted)} bitmaps are more than {directory.MAX_BITMAPS}")
+        kept = {entry.table_offset for entry in wanted}
+        for entry in self.found:
+            if entry.table_offset not in kept:
+                release_bits(change, record, entry)
+        area = record.directory
+        if wanted != self.found:
+            change.release(area)
+            area = change.place(packed)
+        extensions = [
+            item for item in record.extensions if item[0] not in (live.EXTENSION_SESSION, live.EXTENSION_CHECKPOINTS)
+        ]
+        if self.session:
+            extensions.append((live.EXTENSION_SESSION, live.build_session(self.session)))
+        if self.checkpoints:
+            names = live.build_checkpoints(map(encode_name, self.checkpoints))
+            extensions.append((live.EXTENSION_CHECKPOINTS, names))
+        change.table.put(
+            replace(
+                record,
+                generation=change.generation,
+                directory=area,
+                nb_bitmaps=len(wanted),
+                identity=self.identity,
+                extensions=tuple(extensions),
+            )
+        )
+
+
+class Home:
+    """One namespace of a store.
+
+    Args:
+        path: of the store.
+        name: of the namespace, raw bytes.
+    """
+
+    def __init__(self, path: str, name: bytes) -> None:
+        self.name = name
+        self.store = Store(os.path.abspath(path))  # the tool may change its folder
+
+    def close(self) -> None:
+        """Closes the store."""
+        self.store.close()
+
+    def record(self, snapshot: Snapshot, session: bytes | None = None) -> Record:
+        """The namespace's record; errors as `change`."""
+        return self._judged(snapshot.table().get(self.name), session)
+
+    def _judged(self, record: Record | None, session: bytes | None) -> Record:
+        if record is None:
+            raise no_namespace(self.store.path, self.name)
+        found = session_of(record)
+        if session is not None and (found is None or found.uuid != session):
+            raise LockedError(
+                f"{self.store.path}: {namespace_label(self.name)}", "the store has lost this tracker's session"
+            )
+        return record
+
+    def needs_recovery(self, snapshot: Snapshot) -> bool:
+        """True where the bitmaps cannot be relied on as they are, or a session has ended without being closed."""
+        record = self.record(snapshot)
+        session = session_of(record)
+        refuse_tracked(f"{self.store.path}: {namespace_label(record.name)}", session)
+        return session is not None or doubts(snapshot, record) is not None
+
+    def read(self, session: bytes, read: Callable[[View], T]) -> T:
+        """Runs ``read`` on one commit's state. Errors as `Store.read`."""
+        return self.store.read(lambda snapshot: read(View(snapshot, self.record(snapshot, session))))
+
+    @contextlib.contextmanager
+    def change(self, session: bytes | None) -> Iterator[HomeChange]:
+        """Changes it, in one commit.
+
+        Args:
+            session: the tracker's, which the record must have; None where it has yet to begin.
+
+        Raises:
+            LockedError: the session is another one.
+            As `Store.change`.
+        """
+        with self.store.change() as change:
+            home = HomeChange(change, self._judged(change.table.get(self.name), session))
+            yield home
+            home.finish()

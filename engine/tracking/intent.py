@@ -1,0 +1,134 @@
+"""The intent log: which regions of the disk may have been written to since the last save, durable before the write.
+
+Two areas, used in turn by logs of rising number. A record's checksum begins with the session and the log's number, so
+records of an older log in the same area are void without being wiped, and a new log is durable by existing: rotation
+writes nothing. The store's commit says which is the oldest log that counts.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from dirtmap.engine.fileio import open_file, remove_file, sync_folder
+from dirtmap.fmt import geometry, live
+from dirtmap.fmt.errors import Error
+
+_OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; behind any log
+
+
+class IntentLog:
+    """A tracker's own log.
+
+    Attributes:
+        number: of the log that records go to now.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+
+    def __init__(self, path: str, uuid: bytes, intent: int, region_bits: int, size: int) -> None:
+        self.path, self._uuid = path, uuid
+        self._regions = geometry.ceil_div(size, 1 << region_bits)
+        self.number = 0
+        self._next, self._seed, self._beat = 0, live.record_seed(uuid, 0), 0
+        remove_file(path)  # what a crash left before its session was in the store
+        self._file = open_file(path, writable=True, create=True)
+        try:
+            self._file.lock_alone(_OWNER)
+            self._file.write(0, live.build_log(uuid, intent, region_bits, self._regions).ljust(live.PAGE, b"\0"))
+            # All of it now, so that logging a region later needs no room and no change of the file's length.
+            for offset in range(live.PAGE, live.log_bytes(self._regions), live.PAGE):
+                self._file.write(offset, bytes(live.PAGE))
+            self._file.sync()
+            sync_folder(path)
+        except BaseException:
+            self._file.close()
+            remove_file(path)
+            raise
+
+    def append(self, regions: list[int]) -> None:
+        """Returns once those regions, which are not in this log yet, are durable.
+
+        Raises:
+            SyncError: it is not known whether they are.
+            StorageError: they could not be written.
+        """
+        records = b"".join(live.build_log_record(self._seed, region) for region in regions)
+        at = live.area_offset(self._regions, self.number) + self._next * live.LOG_RECORD.size
+        self._file.write(at, records)
+        self._next += len(regions)
+        self._file.sync()
+
+    def rotate(self) -> None:
+        """From here on records go to the next log, which is empty.
+
+        It takes the place of the one before last, which the caller knows to be void.
+        """
+        self.number += 1
+        self._next, self._seed = 0, live.record_seed(self._uuid, self.number)
+
+    def beat(self, time: int) -> None:
+        """Makes a sign of life durable: a time, ns since 1970. Errors as `append`."""
+        self._file.write(live.BEATS[self._beat], live.build_beat(self._uuid, time))
+        self._beat = 1 - self._beat
+        self._file.sync()
+
+    def close(self, *, remove: bool) -> None:
+        """Gives up the lock, and the file with it where its session has ended."""
+        if remove:
+            remove_file(self.path)
+        self._file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """What a log says: the ``regions`` in it, and when its tracker last showed a sign of life, ns since 1970."""
+
+    regions: frozenset[int]
+    beat: int
+
+
+def read_log(session: live.Session, size: int) -> Logged | None:
+    """What the log of a session says; None where it cannot be relied on."""
+    regions = geometry.ceil_div(size, 1 << session.region_bits)
+    expected = live.build_log(session.uuid, session.intent, session.region_bits, regions)
+    if regions > live.MAX_REGIONS:
+        return None
+    try:
+        with open_file(os.fsdecode(session.log_path)) as file:
+            if file.read(0, live.LOG.size) != expected:
+                return None
+            found: set[int] = set()
+            for number in (session.log, session.log + 1):
+                data = file.read_exactly(live.area_offset(regions, number), regions * live.LOG_RECORD.size)
+                found.update(live.parse_log_records(data, live.record_seed(session.uuid, number)))
+            beats = [live.parse_beat(session.uuid, file.read(at, live.BEAT.size)) for at in live.BEATS]
+    except Error:
+        return None
+    return Logged(frozenset(region for region in found if region < regions), max(beats))
+
+
+def remove_log(session: live.Session) -> None:
+    """Removes the log of a session that has ended; nothing where that path is anything else."""
+    try:
+        with open_file(os.fsdecode(session.log_path)) as file:
+            mine = (
+                file.read(0, live.LOG.size)[: live.LOG.field("intent").offset]
+                == live.build_log(session.uuid, session.intent, session.region_bits, 0)[
+                    : live.LOG.field("intent").offset
+                ]
+            )
+    except Error:
+        return
+    if mine:
+        remove_file(os.fsdecode(session.log_path))
+
+
+def is_held(session: live.Session) -> bool | None:
+    """True while the tracker that made the log has it open, in whichever process namespace; None where it is gone."""
+    try:
+        with open_file(os.fsdecode(session.log_path)) as file:
+            return file.locked_by_other(_OWNER)
+    except Error:
+        return None

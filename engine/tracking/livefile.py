@@ -1,0 +1,200 @@
+"""The live files: a tracker's control file and its writesets, mapped for the tracker, copied for whoever reads them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from bitarray import bitarray
+
+from dirtmap.engine import bits, fileio
+from dirtmap.fmt import geometry, live
+
+DEFAULT_FOLDER: Final = "/dev/shm"
+_BLOCK: Final = 16384  # words
+_NAMES: Final = re.compile(r"control|writeset-[0-9]+")
+
+
+def user_folder(folder: str) -> str:
+    """Where this user's live files are, under a folder that all users share."""
+    return os.path.join(folder, f"dirtmap-{os.geteuid()}")
+
+
+def remove_files(folder: str) -> None:
+    """Removes the live files of a session that has ended; the caller knows that the folder is one of ours."""
+    fileio.remove_live_folder(folder, _NAMES)
+
+
+def is_of(folder: str, uuid: bytes) -> bool:
+    """True where the live files in a folder are those of that session."""
+    data = fileio.read_live(_control_path(folder)) or b""
+    return len(data) == live.PAGE and data[:24] == live.CONTROL_MAGIC + uuid
+
+
+def _control_path(folder: str) -> str:
+    return os.path.join(folder, "control")
+
+
+def _writeset_path(folder: str, number: int) -> str:
+    return os.path.join(folder, f"writeset-{number}")
+
+
+def _index(name: str) -> int:
+    """Which of the mapped u64 that field of the control file is."""
+    return live.CONTROL.field(name).offset // 8
+
+
+POISONED, CURRENT, HEARTBEAT, EVENT, IN_FLIGHT, BARE, WRITES, LOGGED = map(
+    _index, ("poisoned", "current", "heartbeat", "event", "in_flight", "bare", "writes", "logged")
+)
+
+
+class Control:
+    """A tracker's own control file, mapped.
+
+    Attributes:
+        fields: its numbers: a memoryview of u64, each changed by one store; index it with the constants above.
+    """
+
+    def __init__(self, folder: str, uuid: bytes) -> None:
+        self._map = fileio.create_live(_control_path(folder), live.PAGE)
+        zeros = dict.fromkeys((field.name for field in live.CONTROL.fields), 0)
+        self._map[: live.CONTROL.size] = live.CONTROL.build(**zeros | {"magic": live.CONTROL_MAGIC, "uuid": uuid})
+        self.fields = memoryview(self._map).cast("Q")
+
+    def close(self) -> None:
+        """Unmaps it."""
+        self.fields.release()
+        self._map.close()
+
+
+class Writeset:
+    """The bits of one interval, mapped; all clean at first.
+
+    Attributes:
+        number: of the interval.
+        granularity_bits: log2 of bytes of the disk for each bit.
+        flights: the writes that have begun in this interval and not ended.
+    """
+
+    def __init__(self, folder: str, uuid: bytes, number: int, size: int, granularity_bits: int) -> None:
+        self.number, self.size, self.granularity_bits = number, size, granularity_bits
+        self.path = _writeset_path(folder, number)
+        nbits = geometry.granules(size, 1 << granularity_bits)
+        self._octets = geometry.ceil_div(nbits, 64) * 8
+        self._map = fileio.create_live(self.path, live.PAGE + max(self._octets, 8))
+        self._map[: live.WRITESET.size] = live.WRITESET.build(
+            magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
+        )
+        # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
+        self.words[:: live.PAGE // 8].max(initial=0)
+        self.flights: set[object] = set()
+
+    def view(self) -> bitarray:
+        """Another bitarray over the same bits."""
+        return bitarray(buffer=memoryview(self._map)[live.PAGE :], endian="little")
+
+    @property
+    def words(self) -> bits.Words:
+        """The bits as words, as they are now and as they will be: never to be written through."""
+        words = np.frombuffer(self._map, bits.WORD, self._octets // 8, live.PAGE)
+        words.flags.writeable = False
+        return words
+
+    def forget(self) -> None:
+        """Removes the file; the memory goes with the last view of it."""
+        fileio.remove_file(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The bits of one or several intervals: at one granularity, bytes, of a disk of ``size`` bytes."""
+
+    words: bits.Words
+    size: int
+    granularity: int
+
+    def at(self, granularity: int) -> bits.Words:
+        """The words at another granularity, rounded outward; never to be written to."""
+        if granularity > self.granularity:
+            nbits = geometry.granules(self.size, self.granularity)
+            return bits.coarsen(self.words, nbits, granularity // self.granularity)
+        if granularity < self.granularity:
+            return bits.refine(self.words, geometry.granules(self.size, granularity), self.granularity // granularity)
+        return self.words
+
+
+def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:
+    """What any of them has, at that granularity: new words. A block at a time, which stays in the cache."""
+    result = np.empty(geometry.ceil_div(geometry.granules(size, granularity), 64), bits.WORD)
+    all_words = [part.at(granularity) for part in parts]
+    for at in range(0, len(result), _BLOCK):
+        block = result[at : at + _BLOCK]
+        if len(all_words) < 2:
+            block[:] = all_words[0][at : at + _BLOCK] if all_words else 0
+            continue
+        np.bitwise_or(all_words[0][at : at + _BLOCK], all_words[1][at : at + _BLOCK], out=block)
+        for words in all_words[2:]:
+            np.bitwise_or(block, words[at : at + _BLOCK], out=block)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The live files of a session as a reader finds them.
+
+    Attributes:
+        poisoned, current, heartbeat, event, in_flight, bare, writes, logged: see `fmt.live.CONTROL`.
+        writesets: the intervals from the oldest one asked for to the current one, by number.
+    """
+
+    poisoned: int
+    current: int
+    heartbeat: int
+    event: int
+    in_flight: int
+    bare: int
+    writes: int
+    logged: int
+    writesets: dict[int, Words]
+
+
+def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
+    """Reads a session's live files; None where one that is needed is not there, or is another session's."""
+    data = fileio.read_live(_control_path(folder))
+    if data is None or len(data) != live.PAGE:
+        return None
+    control = live.CONTROL.parse(data)
+    if control.magic != live.CONTROL_MAGIC or control.uuid != uuid:
+        return None
+    writesets = {}
+    for number in range(oldest, control.current + 1):
+        words = _read_writeset(folder, uuid, number, size)
+        if words is None:
+            return None
+        writesets[number] = words
+    numbers = ("poisoned", "current", "heartbeat", "event", "in_flight", "bare", "writes", "logged")
+    return Found(**{name: getattr(control, name) for name in numbers}, writesets=writesets)
+
+
+def _read_writeset(folder: str, uuid: bytes, number: int, size: int) -> Words | None:
+    data = fileio.read_live(_writeset_path(folder, number))
+    if data is None or len(data) < live.PAGE:
+        return None
+    head = live.WRITESET.parse(data)
+    if (head.magic, head.uuid, head.number, head.size) != (live.WRITESET_MAGIC, uuid, number, size):
+        return None
+    granularity = 1 << min(head.granularity_bits, 63)
+    if not geometry.is_granularity(granularity):
+        return None
+    nbits = geometry.granules(size, granularity)
+    octets = geometry.ceil_div(nbits, 64) * 8
+    if len(data) != live.PAGE + max(octets, 8):
+        return None
+    words = np.frombuffer(data, bits.WORD, octets // 8, live.PAGE).copy()
+    bits.mask_tail(words, nbits)
+    return Words(words, size, granularity)

@@ -1,0 +1,406 @@
+"""`Recorder`: a session while it runs: its writesets and its log, how intervals begin, and how they are saved."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Final, Self
+
+from dirtmap.engine import fileio
+from dirtmap.engine.bitmap import Bitmap
+from dirtmap.engine.store.bitmaps import doubts
+from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.tracking import livefile, process, recovery
+from dirtmap.engine.tracking.home import Home, HomeChange
+from dirtmap.engine.tracking.intent import IntentLog
+from dirtmap.engine.tracking.livefile import (
+    CURRENT,
+    DEFAULT_FOLDER,
+    EVENT,
+    HEARTBEAT,
+    Control,
+    Words,
+    Writeset,
+    union,
+    user_folder,
+)
+from dirtmap.engine.tracking.marking import Kernel
+from dirtmap.engine.tracking.recovery import Window
+from dirtmap.fmt import geometry, live, store
+from dirtmap.fmt.errors import BitmapError, Error, StorageError, SyncError
+
+INTENTS: Final = {"off": live.INTENT_OFF, "region": live.INTENT_REGION}
+SAVE_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to track.
+
+    Attributes:
+        live: the folder for live files; on a tmpfs, or they do not survive what they are for at the speed they have.
+        intent: ``region``: after a power loss dirty is what was saved and the regions written to since; ``off``: all.
+        region_size: bytes of the disk for each region of the intent log; a power of two; None for what suits the disk.
+        save_interval: seconds between saves; 0 for none but those asked for.
+    """
+
+    live: str = DEFAULT_FOLDER
+    intent: str = "region"
+    region_size: int | None = None
+    save_interval: float = SAVE_SECONDS
+
+    def region_bits(self, size: int) -> int:
+        """log2 of the region size.
+
+        Raises:
+            BitmapError: what was asked for cannot be.
+        """
+        if self.region_size is None:
+            return live.region_bits(size)
+        chosen = self.region_size.bit_length() - 1
+        too_many = size >> chosen >= live.MAX_REGIONS if self.region_size > 0 else True
+        if not geometry.is_power_of_two(self.region_size) or chosen < live.MIN_REGION_BITS or too_many:
+            what = (
+                f"{self.region_size} is no power of two from {1 << live.MIN_REGION_BITS} bytes up, or too small for "
+                "the disk"
+            )
+            raise BitmapError("region size", what)
+        return chosen
+
+
+class Recorder:
+    """A session of an image; `Tracker` is what tools use of it.
+
+    Attributes:
+        mark: ``mark(offset, length)``: makes a range dirty; see there. The fastest; right only where no cut can fall
+            between the mark and the end of its write.
+        size: of the disk, bytes.
+        last_error: what went wrong with the last save in the background, or None.
+    """
+
+    def __init__(self, home: Home, image: str, options: Options, check_in: Callable[[], object] | None) -> None:
+        self._homes = [home]
+        self._image, self._options, self._check_in = image, options, check_in
+        self.last_error: Error | None = None
+        # Held to cut, to save and to close: one at a time. Marks never take it.
+        self._lock = threading.RLock()
+        self._frozen: dict[int, Writeset] = {}
+        self._held: dict[str, int] = {}
+        self._spare: Writeset | None = None
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._begin()
+
+    def save(self) -> None:
+        """Writes all marks to the store: durable on return, and the intent log begins anew.
+
+        Raises:
+            SyncError: the tracker is poisoned; recovery will treat it as a power loss.
+            StorageError, LockedError: not saved; nothing is lost, and it can be tried again.
+        """
+        with self._using():
+            self._save(final=False)
+
+    def close(self) -> None:
+        """Saves, and ends the session. Writes still in flight are marked; one that ends later looks like another's.
+
+        Raises:
+            As `save`. A poisoned tracker ends without the store being touched; `dirtmap recover` does the rest.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            failure = self._kernel.failure
+            try:
+                if failure is None:
+                    self._kernel.refuse(Error(self._where, "the tracker is closed"))
+                    self._save(final=True)
+            finally:
+                self._closed = True
+                self._stop_thread()
+                self._release()
+        if failure:
+            raise failure
+
+    def abandon(self) -> None:
+        """Ends at once, as if the process had died, but for the marks that nobody made: for a check-out that failed."""
+        with self._lock:
+            self._kernel.refuse(Error(self._where, "the tracker is closed"))
+            self._closed = True
+            self._stop_thread()
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(Error):  # the first error is the one to hear of
+            self.close()
+
+    # How.
+
+    @property
+    def _home(self) -> Home:
+        return self._homes[0]
+
+    def _begin(self) -> None:
+        """Makes the live files and the log, then names the session in the store: from then on a death is recovered."""
+        home, folder = self._home, user_folder(self._options.live)
+        fileio.make_live_folder(folder)
+        with contextlib.ExitStack() as undo:
+            with home.change(None) as change:
+                self._prepare(change, folder, undo)
+            undo.pop_all()
+        self.mark = self._kernel.mark
+        _recorders.add(self)
+        self._thread = threading.Thread(target=self._in_background, name="dirtmap tracker", daemon=True)
+        self._thread.start()
+
+    def _prepare(self, change: HomeChange, folder: str, undo: contextlib.ExitStack) -> None:
+        options, record = self._options, change.record
+        if change.session or doubts(change.snapshot, record):
+            raise BitmapError(change.where, "its image changed while tracking began; try again")
+        if options.intent not in INTENTS:
+            raise BitmapError("intent", f"'{options.intent}' is none of {', '.join(INTENTS)}")
+        self.size, self._where = record.size, change.where
+        identity = identity_of(self._image)
+        if record.kind == store.KIND_NODE and identity.size != record.size:
+            what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
+            raise BitmapError(change.where, what)
+        recording = [name for name, entry in change.entries.items() if entry.auto and not entry.in_use]
+        region_bits = options.region_bits(self.size)
+        finest = min([region_bits, 16, *(change.entries[name].granularity_bits for name in recording)])
+        name = uuid.UUID(bytes=record.uuid).hex
+        live_path = os.path.join(folder, name)
+        pid, start = process.own()
+        self._session = session = live.Session(
+            uuid=uuid.uuid4().bytes,
+            boot_id=process.boot_id(),
+            pid=pid,
+            process_start=start,
+            started=time.time_ns(),
+            intent=INTENTS[options.intent],
+            region_bits=region_bits,
+            oldest=0,
+            log=0,
+            image_device=identity.device,
+            image_inode=identity.inode,
+            image_mtime=identity.mtime_ns,
+            image_size=identity.size,
+            live=os.fsencode(live_path),
+            log_path=os.fsencode(f"{os.path.abspath(self._home.store.path)}.{name}.intent"),
+        )
+        livefile.remove_files(live_path)  # what a crash left before its session was in the store
+        fileio.make_live_folder(live_path)
+        undo.callback(livefile.remove_files, live_path)
+        self._control = Control(live_path, session.uuid)
+        self._control.fields[EVENT] = self._control.fields[HEARTBEAT] = session.started
+        self._current = self._new_writeset(0, finest)
+        self._spare = self._new_writeset(1, finest)
+        log_path = os.fsdecode(session.log_path)
+        self._log = IntentLog(log_path, session.uuid, session.intent, region_bits, self.size)
+        undo.callback(self._log.close, remove=True)
+        log = self._log if session.intent == live.INTENT_REGION else None
+        self._kernel = Kernel(self._where, self.size, self._current, region_bits, log, self._control)
+        for name in recording:
+            change.set_window(name, Window(0))
+        change.session = session
+        if record.kind == store.KIND_NODE:
+            change.identity = identity
+
+    def _new_writeset(self, number: int, granularity_bits: int) -> Writeset:
+        folder = os.fsdecode(self._session.live)
+        return Writeset(folder, self._session.uuid, number, self.size, granularity_bits)
+
+    def _cut(self, edit: Callable[[HomeChange, int], None], granularity: int | None = None) -> int:
+        """Begins an interval, waits for the writes of the one before, then commits ``edit``.
+
+        Args:
+            edit: changes the windows; gets the home and the number of the new interval.
+            granularity: what the new interval has to be as fine as, bytes.
+        """
+        with self._using():
+            finest = self._current.granularity_bits
+            if granularity is not None:
+                finest = min(finest, granularity.bit_length() - 1)
+            fresh = self._take_spare(finest)
+            old, self._current = self._current, fresh
+            self._frozen[old.number] = old
+            self._control.fields[CURRENT] = fresh.number  # before anything is marked in it
+            self._kernel.swap(fresh)
+            self.mark = self._kernel.mark
+            self._kernel.drain(old)
+            with self._changing() as home:
+                edit(home, fresh.number)
+            return fresh.number
+
+    def _take_spare(self, granularity_bits: int) -> Writeset:
+        spare, self._spare = self._spare, None
+        number = self._current.number + 1
+        if spare is None or spare.granularity_bits != granularity_bits or spare.number != number:
+            if spare:
+                spare.forget()
+            spare = self._new_writeset(number, granularity_bits)
+        return spare
+
+    def _save(self, *, final: bool) -> None:
+        """Folds what is live into the store. The new log is there before the writesets are read: see `marking`."""
+        session, current = self._session, self._current
+        if not final:
+            # Not twice without a commit between: the log of the last commit has to stay until the next.
+            self._kernel.swap(rotate=self._log.number == session.log)
+        parts = {number: words_of(one) for number, one in self._frozen.items() if number >= session.oldest}
+        parts[current.number] = Words(current.words.copy(), self.size, 1 << current.granularity_bits)
+        unions: dict[tuple[int, int, int], Any] = {}
+        with self._changing() as home:
+            for name, entry in list(home.entries.items()):
+                window = home.window(name)
+                if window is None:
+                    continue
+                numbers = [number for number in sorted(parts) if window.began <= number < window.ended]
+                kept = None if final else window
+                if numbers:
+                    key = numbers[0], numbers[-1], entry.granularity
+                    if key not in unions:
+                        chosen = (parts[number] for number in numbers)
+                        unions[key] = Bitmap(self.size, entry.granularity)
+                        unions[key]._words = union(chosen, self.size, entry.granularity)
+                    saved = home.saved(name)
+                    merged = saved | unions[key]
+                    if merged != saved:
+                        home.put(name, merged.replace(recording=entry.auto), kept)
+                        continue
+                home.set_window(name, kept)
+            if final:
+                if not self._check_in:
+                    home.session = None
+                    home.identity = identity_of(self._image)
+            else:
+                home.session = replace(session, oldest=current.number, log=self._log.number)
+        if final:
+            if self._check_in:
+                self._check_in()
+            return
+        self._session = replace(session, oldest=current.number, log=self._log.number)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops the frozen writesets that are saved; in memory stay those that a taken bitmap needs to be dropped."""
+        needed = min(self._held.values(), default=live.OPEN)
+        for number in [number for number in self._frozen if number < self._session.oldest]:
+            self._frozen[number].forget()
+            if number < needed:
+                del self._frozen[number]
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        """One act at a time, and none on a tracker that has failed or ended."""
+        with self._lock:
+            if self._kernel.failure:
+                raise self._kernel.failure
+            yield
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[HomeChange]:
+        """A commit; a failed sync poisons the tracker."""
+        try:
+            with self._home.change(self._session.uuid) as home:
+                yield home
+        except SyncError as error:
+            self._kernel.poison(error)
+            raise
+
+    def _in_background(self) -> None:
+        """Signs of life, spare writesets, and saves, until the tracker ends."""
+        next_save = time.monotonic() + self._options.save_interval
+        next_beat, beaten = 0.0, 0
+        while True:
+            if self._kernel.failure or self._ended.wait(recovery.HEARTBEAT_SECONDS):
+                return
+            self._control.fields[HEARTBEAT] = time.time_ns()
+            try:
+                if time.monotonic() >= next_beat:
+                    next_beat = time.monotonic() + recovery.DURABLE_HEARTBEAT_SECONDS
+                    beaten = self._beat(beaten)
+                if self._spare is None and self._lock.acquire(blocking=False):
+                    try:
+                        if self._spare is None and not self._closed:
+                            current = self._current
+                            self._spare = self._new_writeset(current.number + 1, current.granularity_bits)
+                    finally:
+                        self._lock.release()
+                if self._options.save_interval and time.monotonic() >= next_save:
+                    if self._kernel.logged or self._frozen:
+                        self.save()
+                    self.last_error = None
+                    next_save = time.monotonic() + self._options.save_interval
+            except Error as error:
+                # A full disk: the marks stay where they are, and it is tried again.
+                self.last_error = error
+                next_save = time.monotonic() + self._options.save_interval
+
+    def _beat(self, before: int) -> int:
+        """A sign of life on disk, where the image has changed since the last; returns when it changed."""
+        modified = identity_of(self._image).mtime_ns
+        if modified != before:
+            try:
+                self._log.beat(time.time_ns())
+            except SyncError as error:
+                self._kernel.poison(error)
+                raise
+        return modified
+
+    def _stop_thread(self) -> None:
+        self._ended.set()
+        thread, self._thread = self._thread, None
+        if thread and thread is not threading.current_thread():
+            # It may be waiting for the lock that we hold.
+            self._lock.release()
+            try:
+                thread.join()
+            finally:
+                self._lock.acquire()
+
+    def _release(self) -> None:
+        """Gives up the files; those of a session that has ended are removed."""
+        ended = True
+        with contextlib.suppress(Error):
+            record = self._home.store.read(lambda snapshot: snapshot.table().get(self._home.name))
+            ended = record is None or record.extension(live.EXTENSION_SESSION) is None
+        self._log.close(remove=ended)
+        if ended:
+            livefile.remove_files(os.fsdecode(self._session.live))
+        self._home.close()
+
+    def _abandon(self) -> None:
+        """In a forked child: the tracker is the parent's, whose marks ours would undo."""
+        self._kernel.abandon(StorageError(self._where, "a tracker cannot be used in a forked process"))
+        self._log.close(remove=False)  # the lock is the parent's, and ends with it
+        self._closed = True
+
+
+def words_of(writeset: Writeset) -> Words:
+    """A writeset's bits, as they are now and as they will be."""
+    return Words(writeset.words, writeset.size, 1 << writeset.granularity_bits)
+
+
+_recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for recorder in list(_recorders):
+        recorder._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)

@@ -1,0 +1,277 @@
+"""What a session's bitmaps hold: while its tracker lives, and after its death. The table of SPEC.md, "Recovery".
+
+    alive    its image changed    live files, same boot,    log of regions    what the bitmaps hold
+             by others            not poisoned
+    yes      -                    -                         -                 saved bits, and the live ones
+    no       yes                  -                         -                 all dirty
+    no       no                   yes                       -                 saved bits, and the live ones: exact
+    no       no                   no                        yes               saved bits, and all logged regions
+    no       no                   no                        no                all dirty
+
+Changed by others. Of a raw file only size, inode and time of the last write can tell. The tracker writes down in its
+control file when a write began or ended: where none is in flight, a file modified after the last end was modified by
+someone else. The kernel's clock for files is never ahead of the one we read, but may be a tick (at most 10 ms) behind:
+a write of others within a tick of our last one is not seen. Where a write was in flight, or `mark` was used, whose
+writes have no end that we hear of, what counts is the last sign of life, given four times a second, and half a second
+more. After a power loss only signs of life on disk are left, given once a second while the image changes: five seconds
+more. A clock that is set back hides what others write until it has caught up. A block device tells nothing at all. Of
+a qcow2 image a bit in its header tells, which every other program that opens it for writing takes away.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dirtmap.engine import bits, fileio
+from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.tracking import intent, livefile, process
+from dirtmap.fmt import geometry, live, store
+from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
+from dirtmap.fmt.store import Identity, Record
+
+if TYPE_CHECKING:
+    from dirtmap.engine.store.store import Snapshot
+
+HEARTBEAT_SECONDS = 0.25
+TOLERANCE_SECONDS = 0.5
+DURABLE_HEARTBEAT_SECONDS = 1.0
+DURABLE_TOLERANCE_SECONDS = 5.0
+_NS = 1_000_000_000
+
+
+class Row(Enum):
+    """The rows of the table."""
+
+    LIVE = "tracked"
+    EXACT = "exact"
+    LOGGED = "logged regions"
+    ALL_DIRTY = "all dirty"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What decides; ``changed`` says why the image is not as the tracker left it, or is None."""
+
+    alive: bool
+    changed: str | None
+    same_boot: bool
+    live: bool
+    poisoned: bool
+    log: bool
+
+
+def decide(facts: Facts) -> tuple[Row, str]:
+    """The row of the table that applies, and why, in words."""
+    if facts.alive:
+        return Row.LIVE, "its tracker is alive"
+    if facts.changed:
+        return Row.ALL_DIRTY, facts.changed
+    if facts.live and facts.same_boot and not facts.poisoned:
+        return Row.EXACT, "the tracker's process ended without closing, and its live file is whole"
+    lost = "a sync of the tracker had failed" if facts.poisoned else "the live file is gone, as after a power loss"
+    if facts.log:
+        return Row.LOGGED, f"{lost}; dirty is what was saved, and every region that was logged since"
+    return Row.ALL_DIRTY, f"{lost}, and there is no log of regions"
+
+
+def session_of(record: Record) -> live.Session | None:
+    """The session in a record, or None. One that makes no sense counts as one of which nothing is left."""
+    data = record.extension(live.EXTENSION_SESSION)
+    if data is None:
+        return None
+    try:
+        return live.parse_session(data)
+    except ValueError:
+        return live.NO_SESSION
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The intervals that a bitmap records: ``began`` and all up to, and without, ``ended``; ``busy``: taken."""
+
+    began: int
+    ended: int = live.OPEN
+    busy: bool = False
+
+    def build(self) -> bytes:
+        """Its bytes."""
+        return live.WINDOW.build(began=self.began, ended=self.ended, flags=int(self.busy), reserved=0)
+
+
+def window_of(entry: Entry) -> Window | None:
+    """The window of a bitmap in a session; None where it records nothing in it."""
+    data = entry.extra_data[store.BITS_CHECKSUM.size :]
+    if len(data) < live.WINDOW.size:
+        return None
+    raw = live.WINDOW.parse(data)
+    return Window(raw.began, raw.ended, bool(raw.flags & live.WINDOW_BUSY))
+
+
+class View:
+    """A session as found, and what it adds to the saved bits.
+
+    Attributes:
+        session: as in the record.
+        row: of the table.
+        why: in words, one line.
+        found: the live files, or None.
+        identity: of the image now; None where it cannot be looked at or has none.
+    """
+
+    def __init__(self, snapshot: Snapshot, record: Record, session: live.Session) -> None:
+        self.session, self._size = session, record.size
+        alive = is_alive(session)
+        self.found = livefile.find(os.fsdecode(session.live), session.uuid, session.oldest, record.size)
+        if alive and self.found is None:
+            # The store moves on before live files go: then this is read again.
+            where = f"{snapshot.file.path}: session of {record.name!r}"
+            raise FormatError(where, f"tracked by {process.describe(session)}, whose live files cannot be read")
+        log = None if alive else intent.read_log(session, record.size)
+        self.identity = _look_at(record)
+        facts = Facts(
+            alive=alive,
+            changed=None if alive else self._changed(record, log),
+            same_boot=session.boot_id == process.boot_id(),
+            live=self.found is not None,
+            poisoned=self.found is not None and bool(self.found.poisoned),
+            log=log is not None and session.intent == live.INTENT_REGION,
+        )
+        self.row, self.why = decide(facts)
+        self._record = record
+        self._regions = log.regions if log and self.row is Row.LOGGED else frozenset()
+        self._unions: dict[tuple[int, int, int], bits.Words] = {}
+
+    @property
+    def how(self) -> str:
+        """What recovery did, or will do: the row, and why."""
+        return f"{self.row.value}: {self.why}"
+
+    @property
+    def note(self) -> str:
+        """What a listing says of the namespace."""
+        if self.row is Row.LIVE:
+            return f"tracked by {process.describe(self.session)}"
+        return f"not recovered yet: {self.how}"
+
+    @property
+    def doubt(self) -> str | None:
+        """Why all is dirty, or None."""
+        return self.why if self.row is Row.ALL_DIRTY else None
+
+    def is_busy(self, entry: Entry) -> bool:
+        """True while a reader has taken that bitmap; not once the tracker is dead."""
+        window = window_of(entry)
+        return self.row is Row.LIVE and window is not None and window.busy
+
+    def without(self) -> tuple[tuple[int, bytes], ...]:
+        """The record's extensions once the session has ended."""
+        return tuple(item for item in self._record.extensions if item[0] != live.EXTENSION_SESSION)
+
+    def clean_up(self) -> None:
+        """Removes what the session has left on tmpfs and beside the store, once it has ended.
+
+        The paths are from the store, which may be anybody's: only what carries the session's UUID is touched.
+        """
+        if livefile.is_of(os.fsdecode(self.session.live), self.session.uuid):
+            livefile.remove_files(os.fsdecode(self.session.live))
+        intent.remove_log(self.session)
+
+    def add(self, entry: Entry, words: bits.Words) -> None:
+        """ORs into a bitmap's saved bits what the session adds."""
+        window = window_of(entry)
+        if window is None or window.ended <= self.session.oldest:
+            return
+        if self.row is Row.LOGGED:
+            shift = self.session.region_bits - entry.granularity_bits
+            nbits = geometry.granules(self._size, entry.granularity)
+            for region in self._regions:
+                if shift >= 0:
+                    bits.set_range(words, region << shift, min((region + 1) << shift, nbits))
+                else:
+                    bits.set_range(words, region >> -shift, (region >> -shift) + 1)
+        elif self.found:
+            numbers = [number for number in self.found.writesets if window.began <= number < window.ended]
+            if numbers:
+                np.bitwise_or(words, self._union(numbers[0], numbers[-1], entry.granularity), out=words)
+
+    def _union(self, first: int, last: int, granularity: int) -> bits.Words:
+        assert self.found
+        key = first, last, granularity
+        if key not in self._unions:
+            parts = [self.found.writesets[number] for number in range(first, last + 1)]
+            self._unions[key] = livefile.union(parts, self._size, granularity)
+        return self._unions[key]
+
+    def _changed(self, record: Record, log: intent.Logged | None) -> str | None:
+        if record.kind == store.KIND_PLACE:
+            return _opened_by_others(os.fsdecode(record.path))
+        now, session = self.identity, self.session
+        if now is None:
+            return "the image cannot be looked at"
+        then = Identity(session.image_device, session.image_inode, session.image_mtime, session.image_size)
+        if now == then:
+            return None
+        what = "the image has changed while nobody tracked it"
+        if (now.device, now.inode, now.size) != (then.device, then.inode, then.size) or now.mtime_ns < then.mtime_ns:
+            return what
+        return what if now.mtime_ns > self._last_sign(log) else None
+
+    def _last_sign(self, log: intent.Logged | None) -> int:
+        """Until when a write to the image counts as the tracker's own; ns since 1970."""
+        found = self.found
+        if found and self.session.boot_id == process.boot_id():
+            if not found.in_flight and not found.bare:
+                return found.event
+            return max(found.event, found.heartbeat) + int(TOLERANCE_SECONDS * _NS)
+        beat = max(log.beat if log else 0, self.session.started)
+        return beat + int(DURABLE_TOLERANCE_SECONDS * _NS)
+
+
+def _opened_by_others(path: str) -> str | None:
+    from dirtmap.engine.qcow2.layout import read_layout
+    from dirtmap.fmt import qcow2
+
+    try:
+        with fileio.open_file(path) as file:
+            marked = read_layout(file).header.autoclear & qcow2.AUTOCLEAR_TRACKED
+    except Error:
+        return "the image cannot be read"
+    return None if marked else "another program has opened the image for writing since"
+
+
+def _look_at(record: Record) -> Identity | None:
+    try:
+        return identity_of(os.fsdecode(record.path))
+    except StorageError:
+        return None
+
+
+def is_alive(session: live.Session) -> bool:
+    """True while the session's tracker lives: it locks its log; where that is gone, its process tells."""
+    held = intent.is_held(session)
+    return process.is_alive(session) if held is None else held
+
+
+def view_of(snapshot: Snapshot, record: Record) -> View | None:
+    """A record's session as found now, once for each snapshot; None where it has none."""
+    if record.uuid not in snapshot.views:
+        session = session_of(record)
+        snapshot.views[record.uuid] = session and View(snapshot, record, session)
+    found: View | None = snapshot.views[record.uuid]
+    return found
+
+
+def refuse_tracked(where: str, session: live.Session | None) -> None:
+    """Refuses what must not happen behind a tracker's back.
+
+    Raises:
+        LockedError: names the tracker.
+    """
+    if session and is_alive(session):
+        raise LockedError(where, f"tracked by {process.describe(session)}; ask it, or end it first")

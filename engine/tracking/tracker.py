@@ -1,0 +1,340 @@
+"""`Tracker`: an image's recording bitmaps while an embedding tool writes to it.
+
+A bitmap's content is its saved bits OR the writesets of its *window*, the intervals that it records:
+
+    interval      0      |      1      |   2   |    3       (current)
+    writeset    folded   |    frozen   | frozen|  marked into
+    "sunday"    [========|=============)               ended by the checkpoint "monday"
+    "monday"                           [=======|===========>
+    "all"       [========|=============|=======|===========>
+
+A cut begins an interval, and its commit to the store moves windows' ends, nothing else, whatever is dirty. A save ORs
+the frozen writesets and what is in the current one into the saved bits, in one commit that also says which writesets
+and logs count from then on; then the frozen ones are dropped. The windows are in the store and not in the live file, so
+that an end of one bitmap and the beginning of the next are one commit: killed between swap and commit, a cut has not
+happened, and its two intervals are both in the window that is still open.
+
+What is lost when: see `dirtmap.engine.tracking.marking` for marks, `dirtmap.engine.tracking.recovery` for deaths.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap
+from dirtmap.engine.namespace import encode_name, label
+from dirtmap.engine.tracking.home import Home, HomeChange, View
+from dirtmap.engine.tracking.livefile import Words, union
+from dirtmap.engine.tracking.marking import Kernel, Ticket
+from dirtmap.engine.tracking.recorder import Options, Recorder, words_of
+from dirtmap.engine.tracking.recovery import Window, window_of
+from dirtmap.fmt import live
+from dirtmap.fmt.errors import BitmapError
+
+if TYPE_CHECKING:
+    from dirtmap.engine.store.namespace import StoredImage
+
+
+class Tracker(Recorder):
+    """Tracks writes to an image; made by `Namespace.track`. Threads may share it.
+
+    Attributes:
+        mark: ``mark(offset, length)``: makes a range dirty; see there. The fastest; right only where no cut can fall
+            between the mark and the end of its write.
+        size: of the disk, bytes.
+        last_error: what went wrong with the last save in the background, or None.
+    """
+
+    # Marking.
+
+    def begin(self, offset: SupportsIndex, length: SupportsIndex) -> Ticket:
+        """Marks a write that is about to begin; every later cut waits until its ticket is given to `end`.
+
+        Raises:
+            RangeError: not inside the disk; nothing is marked.
+            StorageError: its region could not be logged, or the tracker is poisoned; the write must not be made.
+        """
+        return self._kernel.begin(offset, length)
+
+    def end(self, ticket: Ticket) -> None:
+        """The write of that ticket has ended, well or not."""
+        self._kernel.end(ticket)
+
+    def write(self, offset: SupportsIndex, length: SupportsIndex) -> Write:
+        """`begin` and `end` as a ``with`` block, in which the write is made. No cut may be asked for inside it."""
+        return Write(self._kernel, offset, length)
+
+    def mark_many(self, offsets: Iterable[SupportsIndex], lengths: Iterable[SupportsIndex]) -> None:
+        """As `mark` for each offset and its length, all or none; for arrays or any integers."""
+        self._kernel.mark_many(offsets, lengths)
+
+    # Reading.
+
+    def bitmap(self, name: str) -> Bitmap:
+        """A bitmap as it is now, frozen.
+
+        Raises:
+            BitmapNotFoundError, BitmapError: none of that name, or inconsistent.
+        """
+        with self._using():
+            return self._home.read(self._session.uuid, lambda view: self._content(view, [name])).freeze()
+
+    def checkpoints(self) -> list[str]:
+        """The names of the checkpoints, oldest first."""
+        with self._using():
+            return self._home.read(self._session.uuid, lambda view: view.checkpoints)
+
+    def changed_since(self, name: str) -> Bitmap:
+        """What was written since a checkpoint, or since any recording bitmap began; frozen.
+
+        Raises:
+            BitmapError: there is none of that name, or one after it is gone or does not record.
+        """
+        return self._changed(name, None)
+
+    def changed_between(self, name: str, end: str) -> Bitmap:
+        """What was written after one checkpoint and before a later one; frozen. Errors as `changed_since`."""
+        return self._changed(name, end)
+
+    # Cuts.
+
+    def add(self, name: str, granularity: int | None = None, *, recording: bool = True) -> None:
+        """A new, empty bitmap, that records from this cut on.
+
+        Raises:
+            BitmapError: the name is taken or not allowed, or the granularity is not.
+            StorageError: the live file has no room, or the store could not be written; nothing has changed.
+        """
+        self._add(name, granularity, recording=recording, checkpoint=False)
+
+    def checkpoint(self, name: str, granularity: int | None = None) -> None:
+        """A point in time, durable on return: the checkpoint before it ends here, and a new bitmap begins.
+
+        Takes the same time whatever is dirty. Errors as `add`.
+        """
+        self._add(name, granularity, recording=True, checkpoint=True)
+
+    def clear(self, name: str) -> None:
+        """Makes a bitmap clean: it begins anew at this cut. Not a checkpoint, which others rely on. Errors as `add`."""
+
+        def edit(home: HomeChange, number: int) -> None:
+            entry = self._usable(home, name)
+            window = Window(number) if entry.auto else None
+            home.put_empty(name, entry.granularity, window, recording=entry.auto)
+
+        self._cut(edit)
+
+    def enable(self, name: str) -> None:
+        """Has a bitmap record from this cut on. Errors as `add`."""
+
+        def edit(home: HomeChange, number: int) -> None:
+            entry = self._usable(home, name)
+            if entry.auto:
+                return
+            # What an earlier window has that is not saved yet, is: a bitmap has one window.
+            bitmap = self._content(home, [name])
+            if bitmap != home.saved(name):
+                home.put(name, bitmap, None)
+            home.set_window(name, Window(number), recording=True)
+
+        self._cut(edit, self._granularity_of(name))
+
+    def disable(self, name: str) -> None:
+        """Has a bitmap record no more from this cut on. Errors as `add`."""
+
+        def edit(home: HomeChange, number: int) -> None:
+            self._usable(home, name)
+            window = home.window(name)
+            ended = replace(window, ended=min(window.ended, number)) if window else None
+            home.set_window(name, ended, recording=False)
+
+        self._cut(edit)
+
+    def remove(self, name: str) -> None:
+        """Removes a bitmap; what a checkpoint has goes to the one before it, so that no answer loses a bit.
+
+        Errors as `add`.
+        """
+        with self._using(), self._changing() as home:
+            self._refuse_busy(home, name)
+            home.entry(name)
+            if name in home.checkpoints and (at := home.checkpoints.index(name)):
+                self._fold(home, home.checkpoints[at - 1], name)
+            home.checkpoints = [other for other in home.checkpoints if other != name]
+            del home.entries[name]
+
+    # Backups.
+
+    def take(self, name: str) -> Bitmap:
+        """Takes a recording bitmap for a backup: what it holds at this cut, frozen.
+
+        It is busy until `drop` or `give_back`. What is written from here on is kept apart. If the tracker dies, it is
+        as if the backup had failed.
+        """
+
+        def edit(home: HomeChange, number: int) -> None:
+            self._usable(home, name)
+            window = home.window(name)
+            if window is None or window.ended != live.OPEN:
+                raise BitmapError(f"{home.where}: {label(name)}", "does not record")
+            home.set_window(name, replace(window, busy=True))
+
+        with self._lock:
+            number = self._cut(edit)
+            self._held[name] = number
+            return self._home.read(self._session.uuid, lambda view: self._content(view, [name], before=number)).freeze()
+
+    def drop(self, name: str) -> None:
+        """The backup has succeeded: of a taken bitmap only what was written since `take` is left. Errors as `add`."""
+        with self._using():
+            number = self._holding(name)
+            with self._changing() as home:
+                entry = home.entry(name)
+                since = Bitmap(self.size, entry.granularity, recording=True)
+                if number < self._session.oldest:  # saved already, together with what is to go
+                    parts = [words_of(one) for at, one in self._frozen.items() if number <= at < self._session.oldest]
+                    parts.append(words_of(self._current))
+                    since._words = union(parts, self.size, entry.granularity)
+                home.put(name, since, Window(number))
+            del self._held[name]
+            self._forget()
+
+    def give_back(self, name: str) -> None:
+        """The backup has failed: the taken bitmap holds what it held, and what was written since. Errors as `add`."""
+        with self._using():
+            self._holding(name)
+            with self._changing() as home:
+                window = home.window(name)
+                assert window  # a taken bitmap records, and cannot be disabled
+                home.set_window(name, replace(window, busy=False))
+            del self._held[name]
+            self._forget()
+
+    # How.
+
+    def _add(self, name: str, granularity: int | None, *, recording: bool, checkpoint: bool) -> None:
+        with self._using():
+            chosen = DEFAULT_GRANULARITY if granularity is None else granularity
+            Bitmap(self.size, chosen)  # judges the granularity
+
+            def edit(home: HomeChange, number: int) -> None:
+                if name in home.entries:
+                    raise BitmapError(f"{home.where}: {label(name)}", "the name is taken")
+                if checkpoint:
+                    home.checkpoints = [other for other in home.checkpoints if other != name]
+                    if home.checkpoints and home.checkpoints[-1] in home.entries:
+                        before = home.checkpoints[-1]
+                        window = home.window(before)
+                        ended = replace(window, ended=min(window.ended, number)) if window else None
+                        home.set_window(before, ended, recording=False)
+                    home.checkpoints.append(name)
+                home.put_empty(name, chosen, Window(number) if recording else None, recording=recording)
+
+            self._cut(edit, chosen if recording else None)
+
+    def _usable(self, home: HomeChange, name: str) -> Any:
+        entry = home.entry(name)
+        self._refuse_busy(home, name)
+        if name in home.checkpoints:
+            raise BitmapError(f"{home.where}: {label(name)}", "a checkpoint, which others rely on; it can be removed")
+        return entry
+
+    def _refuse_busy(self, home: HomeChange, name: str) -> None:
+        if name in self._held:
+            raise BitmapError(f"{home.where}: {label(name)}", "busy: taken for a backup")
+
+    def _holding(self, name: str) -> int:
+        if name not in self._held:
+            raise BitmapError(f"{self._where}: {label(name)}", "not taken")
+        return self._held[name]
+
+    def _granularity_of(self, name: str) -> int:
+        with self._using():
+            return self._home.read(self._session.uuid, lambda view: view.entry(name).granularity)
+
+    def _fold(self, home: HomeChange, into: str, name: str) -> None:
+        """Adds a checkpoint to the one before it."""
+        older, newer = home.entry(into), home.entry(name)
+        first, second = home.window(into), home.window(name)
+        if not home.is_clean(name):
+            merged = home.saved(into) | home.saved(name).at(older.granularity)
+            home.put(into, merged.at(older.granularity).replace(recording=newer.auto), None)
+        window = second
+        if first and second:
+            window = Window(first.began, second.ended)
+        elif first:
+            window = first
+        home.set_window(into, window, recording=newer.auto)
+
+    def _content(self, view: View, names: list[str], *, before: int = live.OPEN) -> Bitmap:
+        """The union of bitmaps, saved and live, without intervals from ``before`` on."""
+        numbers: set[int] = set()
+        finest = min(view.entry(name).granularity for name in names)
+        every = {**self._frozen, self._current.number: self._current}
+        for name in names:
+            if window := window_of(view.entry(name)):
+                end = min(window.ended, before)
+                numbers.update(number for number in every if window.began <= number < end)
+        parts = [words_of(every[number]) for number in sorted(numbers)]
+        saved = [view.saved(name) for name in names if not view.is_clean(name)]
+        parts += [Words(bitmap.words, self.size, bitmap.granularity) for bitmap in saved]
+        result = Bitmap(self.size, finest, view.entry(names[-1]).auto)
+        result._words = union(parts, self.size, finest)
+        return result
+
+    def _changed(self, name: str, end: str | None) -> Bitmap:
+        def read(view: View) -> Bitmap:
+            if name not in view.checkpoints:
+                if end is not None or not view.entry(name).auto:
+                    raise BitmapError(f"{view.where}: {label(name)}", "not a checkpoint, nor recording")
+                return self._content(view, [name])
+            names = view.checkpoints[view.checkpoints.index(name) :]
+            if end is not None:
+                if end not in names[1:]:
+                    raise BitmapError(f"{view.where}: {label(end)}", f"not a checkpoint after {label(name)}")
+                names = names[: names.index(end)]
+            for one in names:
+                if one not in view.entries:
+                    what = f"was removed by itself, so what was written since {label(name)} is not known"
+                    raise BitmapError(f"{view.where}: {label(one)}", what)
+            if end is None and not view.entry(names[-1]).auto:
+                what = f"does not record, so what was written since {label(name)} is not known"
+                raise BitmapError(f"{view.where}: {label(names[-1])}", what)
+            return self._content(view, names)
+
+        with self._using():
+            return self._home.read(self._session.uuid, read).freeze()
+
+
+class Write:
+    """A write in progress; see `Tracker.write`."""
+
+    __slots__ = ("_kernel", "_length", "_offset", "_ticket")
+
+    def __init__(self, kernel: Kernel, offset: SupportsIndex, length: SupportsIndex) -> None:
+        self._kernel, self._offset, self._length = kernel, offset, length
+        self._ticket: Ticket | None = None
+
+    def __enter__(self) -> None:
+        self._ticket = self._kernel.begin(self._offset, self._length)
+
+    def __exit__(self, *_: object) -> None:
+        if self._ticket:
+            self._kernel.end(self._ticket)
+
+
+def track_node(image: StoredImage, options: dict[str, Any]) -> Tracker:
+    """Tracks an image whose bitmaps are in a store; see `Namespace.track`."""
+    chosen = Options(**options)
+    home = Home(image.path, encode_name(image.name or ""))
+    try:
+        if home.store.read(home.needs_recovery):
+            image.recover()
+        path = home.store.read(lambda snapshot: home.record(snapshot).path)
+        return Tracker(home, os.fsdecode(path), chosen, None)
+    except BaseException:
+        home.close()
+        raise

@@ -1,0 +1,147 @@
+"""`dirtmap track status`, and how other commands meet a tracked image."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.cli import COMMAND, dirtmap, error_of, json_of
+from support.tracking import GRANULE, make_node
+
+import dirtmap.engine as dm
+from dirtmap.engine.tracking.tracker import Tracker
+
+SIZE = 64 << 20
+
+
+@pytest.fixture
+def tracker(tmp_path: Path) -> Iterator[Tracker]:
+    make_node(tmp_path, SIZE)
+    with dm.open("node:drive0") as image, image.track(save_interval=0, region_size=1 << 20) as tracker:
+        yield tracker
+
+
+def test_status_of_a_tracked_image(tracker: Tracker) -> None:
+    with tracker.write(0, 1):
+        pass
+    tracker.mark(5 << 20, 2 * GRANULE)
+    found = json_of("track", "status", "drive0")
+    assert found["tracked"] is True
+    assert found["pid"] == os.getpid()
+    assert (found["writes"], found["dirty"], found["regions"], found["regions-in-all"]) == (1, 3 * GRANULE, 2, 64)
+    assert (found["intent"], found["region-size"], found["poisoned"], found["recovery"]) == (
+        "region",
+        1 << 20,
+        False,
+        None,
+    )
+    text = dirtmap("track", "status", "drive0").out
+    assert f"(process {os.getpid()})" in text
+    assert "2 of 64 (3.1%), 1 MiB each" in text
+    tracker.save()
+    assert json_of("track", "status", "drive0")["regions"] == 0
+    assert dirtmap("track", "status", "-q", "drive0").out == ""
+
+
+def test_status_on_a_terminal_goes_on_until_the_tracker_ends(tracker: Tracker) -> None:
+    screen, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    command = [COMMAND, "track", "status", "drive0"]
+    shown = b""
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        marked = False
+        while True:
+            try:
+                shown += os.read(screen, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not marked and b"0 of 64" in shown:
+                tracker.mark(0, 1)
+                marked = True
+            elif marked and b"1 of 64" in shown:
+                tracker.close()
+        assert process.wait() == 0
+    os.close(screen)
+    assert b"not tracked" in shown
+
+
+def test_status_of_an_image_that_nobody_tracks(tmp_path: Path) -> None:
+    make_node(tmp_path, SIZE)
+    assert json_of("track", "status", "drive0") == {"filename": "drive0", "tracked": False}
+    assert dirtmap("track", "status", "drive0").out == "drive0: not tracked\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("add", "drive0", "x"),
+        ("remove", "drive0", "b0"),
+        ("clear", "drive0", "b0"),
+        ("disable", "drive0", "b0"),
+        ("rename", "drive0", "b0", "x"),
+        ("mark", "drive0", "b0", 0, 1),
+        ("copy", "drive0", "b0", "drive0", "--as", "x"),
+        ("recover", "drive0"),
+        ("node", "rename", "drive0", "x", "--with-bitmaps"),
+        ("node", "remove", "drive0"),
+        ("node", "resize", "drive0"),
+        ("node", "confirm", "drive0"),
+    ],
+    ids=lambda command: " ".join(map(str, command[:2])),
+)
+def test_what_changes_a_tracked_image_is_refused_with_the_trackers_name(
+    tracker: Tracker, command: tuple[str | int, ...]
+) -> None:
+    assert f"(process {os.getpid()}); ask it, or end it first" in error_of(*command)
+    assert list(map(str, tracker.bitmap("b0").extents()[0])) == []
+
+
+def test_a_tracked_image_is_listed_mapped_dumped_and_checked(tracker: Tracker) -> None:
+    tracker.mark(GRANULE, 1)
+    tracker.take("b0")
+    done = dirtmap("list", "drive0")
+    assert "recording, busy" in done.out
+    assert "tracked by" in done.error
+    assert json_of("map", "drive0", "b0", "--dirty") == [
+        {"offset": GRANULE, "length": GRANULE, "type": 1, "description": "dirty"}
+    ]
+    store = os.environ["DIRTMAP_STORE"]
+    dirtmap("dump", store)
+    assert json_of("check", store)["corruptions"] == 0
+
+
+def killed(tmp_path: Path) -> None:
+    make_node(tmp_path, SIZE)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            dm.open("node:drive0").track().mark(GRANULE, 1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def test_recover_says_which_row_applied(tmp_path: Path) -> None:
+    killed(tmp_path)
+    assert "not recovered yet: exact" in dirtmap("list", "drive0").error
+    assert "its tracker has died" in dirtmap("track", "status", "drive0").out
+    assert json_of("track", "status", "drive0")["recovery"].startswith("exact: ")
+    assert "recover' first" in error_of("node", "rename", "drive0", "x", "--with-bitmaps")
+    assert dirtmap("recover", "drive0").out.startswith("b0: exact: ")
+    assert dirtmap("recover", "drive0").out == ""
+    assert [extent["offset"] for extent in json_of("map", "drive0", "b0", "--dirty")] == [GRANULE]
+
+
+def test_the_first_change_recovers_and_says_so(tmp_path: Path) -> None:
+    killed(tmp_path)
+    assert "recovered first: exact: " in dirtmap("add", "drive0", "x").error
+    assert dirtmap("recover", "drive0").out == ""
+    assert [extent["offset"] for extent in json_of("map", "drive0", "b0", "--dirty")] == [GRANULE]

@@ -1,0 +1,331 @@
+"""Tracking a qcow2 image: its bitmaps are checked out, and checked in again whatever happens, and QEMU takes them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import qemu
+from support.tracking import model_of
+
+import dirtmap.engine as dm
+from dirtmap.engine.store.nodes import add_qcow2, remove_node
+from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.tracking import checkout
+from dirtmap.engine.tracking.tracker import Tracker
+
+SIZE = 64 << 20
+GRANULE = 65536
+EXACT, ALL_DIRTY = "exact", "all dirty"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    qemu.create(path, SIZE)
+    qemu.qemu_img("bitmap", "--add", path, "b0")
+    qemu.qemu_img("bitmap", "--add", "--disable", path, "still")
+    qemu.qemu_io(path, "write 0 1")  # b0 has its first granule
+    store = tmp_path / "default.dmap"
+    create(str(store))
+    with Store(str(store)) as target:
+        add_qcow2(target, "drive0", str(path))
+    return path
+
+
+def dirty(bitmap: dm.Bitmap) -> list[int]:
+    return np.flatnonzero(model_of(bitmap)).tolist()  # type: ignore[no-any-return]
+
+
+def qemu_dirty(path: Path, name: str) -> list[int]:
+    """What QEMU says."""
+    return [at // GRANULE for first, length in qemu.dirty(path, name) for at in range(first, first + length, GRANULE)]
+
+
+def flags(path: Path) -> dict[str, set[str]]:
+    return {name: flags for name, (_, flags) in qemu.bitmaps(path).items()}
+
+
+def is_marked(path: Path) -> bool:
+    return bool(int.from_bytes(path.read_bytes()[88:96], "big") >> 62 & 1)
+
+
+def in_child(act: Callable[[], object]) -> None:
+    """Has a child do it, that kills itself when it is done, or fails the test."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+            os.kill(os.getpid(), signal.SIGKILL)
+        except BaseException as error:
+            print(repr(error), flush=True)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def goes_on(path: Path, name: str, expected: list[int]) -> None:
+    """QEMU finds nothing wrong, has the same map, and goes on recording."""
+    qemu.check(path)
+    assert not is_marked(path)
+    assert qemu_dirty(path, name) == expected
+    with dm.open(path) as image:
+        assert dirty(image[name]) == expected
+    qemu.qemu_io(path, f"write {500 * GRANULE} 1")
+    assert qemu_dirty(path, name) == sorted({*expected, 500})
+    assert not list(path.parent.glob("*.intent"))
+
+
+def test_a_clean_close_checks_in(path: Path) -> None:
+    with dm.open(path) as image, image.track() as tracker:
+        assert is_marked(path)
+        assert flags(path) == {"b0": {"in-use", "auto"}, "still": {"in-use"}}
+        tracker.mark(5 * GRANULE, 1)
+        tracker.checkpoint("monday")
+        tracker.mark(6 * GRANULE, 1)
+        for target in (path, "node:drive0"):
+            with dm.open(target) as other:
+                assert dirty(other["b0"]) == [0, 5, 6]
+                assert other.format == "qcow2"
+                assert "tracked by" in other.info().notes[0]
+                with pytest.raises(dm.LockedError, match="tracked by"), other.transaction():
+                    pass
+                with pytest.raises(dm.LockedError, match="tracked by"):
+                    other.track()
+    goes_on(path, "monday", [6])
+    assert qemu_dirty(path, "b0") == [0, 5, 6, 500]
+    assert flags(path) == {"b0": {"auto"}, "still": set(), "monday": {"auto"}}
+    with dm.open(path) as image, image.track() as tracker:
+        assert dirty(tracker.changed_since("monday")) == [6, 500]
+
+
+def test_exact_after_sigkill(path: Path) -> None:
+    def act() -> None:
+        tracker = dm.open(path).track()
+        tracker.mark(5 * GRANULE, 1)
+        tracker.checkpoint("monday")
+        tracker.remove("still")
+        tracker.save()
+        tracker.mark(6 * GRANULE, 1)
+
+    in_child(act)
+    qemu.check(path)
+    with dm.open(path) as image:
+        assert "not recovered yet: exact" in image.info().notes[0]
+        assert {name: dirty(image[name]) for name in image} == {"b0": [0, 5, 6], "monday": [6]}
+    recovered = dm.recover(path)
+    assert {item.name: item.how.partition(":")[0] for item in recovered} == {"b0": EXACT, "monday": EXACT}
+    assert dm.recover(path) == []
+    assert qemu_dirty(path, "monday") == [6]
+    goes_on(path, "b0", [0, 5, 6])
+
+
+def test_logged_regions_after_a_power_loss(path: Path) -> None:
+    def act() -> None:
+        tracker = dm.open(path).track(region_size=1 << 20)
+        tracker.mark(5 * GRANULE, 1)
+        tracker.save()
+        tracker.mark(40 * GRANULE, 1)
+        tracker.checkpoint("monday")
+
+    in_child(act)
+    with dm.open(path) as image:
+        tracking = image.tracking()
+        assert tracking
+        shutil.rmtree(tracking.live)
+        assert dirty(image["b0"]) == [0, 5, *range(32, 48)]
+    assert {item.how.partition(":")[0] for item in dm.recover(path)} == {"logged regions"}
+    goes_on(path, "monday", list(range(32, 48)))
+    assert qemu_dirty(path, "b0") == [0, 5, *range(32, 48), 500]
+
+
+def test_all_dirty_after_a_power_loss_without_a_log(path: Path) -> None:
+    in_child(lambda: dm.open(path).track(intent="off").mark(5 * GRANULE, 1))
+    with dm.open(path) as image:
+        tracking = image.tracking()
+        assert tracking
+        shutil.rmtree(tracking.live)
+    assert {item.how.partition(":")[0] for item in dm.recover(path)} == {ALL_DIRTY}
+    goes_on(path, "b0", list(range(SIZE // GRANULE)))
+
+
+def test_the_first_change_recovers_too(path: Path) -> None:
+    in_child(lambda: dm.open(path).track().mark(5 * GRANULE, 1))
+    with dm.open(path) as image, image.transaction() as bitmaps:
+        assert dirty(bitmaps["b0"]) == [0, 5]
+        bitmaps["b0"].mark(7 * GRANULE, 1)
+    goes_on(path, "b0", [0, 5, 7])
+
+
+def test_all_dirty_where_qemu_opened_it_in_between(path: Path) -> None:
+    in_child(lambda: dm.open(path).track().checkpoint("monday"))
+    qemu.qemu_io(path, f"write {9 * GRANULE} 1")
+    everything = list(range(SIZE // GRANULE))
+    with dm.open(path) as image:
+        assert dirty(image["b0"]) == dirty(image["monday"]) == everything
+    assert {item.name: item.how.partition(":")[0] for item in dm.recover(path)} == {
+        "b0": ALL_DIRTY,
+        "still": ALL_DIRTY,
+        "monday": ALL_DIRTY,
+    }
+    goes_on(path, "b0", everything)
+
+
+def test_all_dirty_where_qemu_opened_it_while_it_was_tracked(path: Path) -> None:
+    with dm.open(path) as image, image.track():
+        qemu.qemu_io(path, f"write {9 * GRANULE} 1")
+    goes_on(path, "b0", list(range(SIZE // GRANULE)))
+
+
+def test_a_checkpoint_of_an_image_without_bitmaps_survives(tmp_path: Path, path: Path) -> None:
+    for name in ("b0", "still"):
+        qemu.qemu_img("bitmap", "--remove", path, name)
+
+    def act() -> None:
+        tracker = dm.open(path).track()
+        tracker.checkpoint("monday")
+        tracker.mark(6 * GRANULE, 1)
+
+    in_child(act)
+    with dm.open(path) as image:
+        assert dirty(image["monday"]) == [6]
+    dm.recover(path)
+    goes_on(path, "monday", [6])
+
+
+class Stop(Exception):
+    """Where a test has a process die."""
+
+
+STEPS = {
+    "before the session is in the store": (Tracker, "_begin", False),
+    "before the image is marked": (checkout, "set_tracked", False),
+    "before the bitmaps are in use": (checkout, "commit", False),
+    "after the check-out": (checkout, "commit", True),
+}
+
+
+@pytest.mark.parametrize("qemu_came", [False, True])
+@pytest.mark.parametrize("step", STEPS)
+def test_death_within_the_check_out(path: Path, monkeypatch: pytest.MonkeyPatch, step: str, qemu_came: bool) -> None:
+    room, name, after = STEPS[step]
+    whole = getattr(room, name)
+
+    def dies(*args: object) -> None:
+        if after:
+            whole(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def act() -> None:
+        monkeypatch.setattr(room, name, dies)
+        dm.open(path).track()
+
+    in_child(act)
+    in_use = step == "after the check-out"
+    expected = [0]
+    if qemu_came:
+        qemu.qemu_io(path, f"write {9 * GRANULE} 1")
+        expected = list(range(SIZE // GRANULE)) if in_use else [0, 9]
+    with dm.open(path) as image:
+        assert dirty(image["b0"]) == expected
+    dm.recover(path)
+    with dm.open(path) as image, image.track() as tracker:
+        assert dirty(tracker.bitmap("b0")) == expected
+    goes_on(path, "b0", expected)
+
+
+LATE_STEPS = {
+    "before the image is written": ("commit", False),
+    "before the mark is taken off": ("set_tracked", False),
+    "before the session is gone": ("set_tracked", True),
+}
+
+
+@pytest.mark.parametrize("qemu_came", [False, True])
+@pytest.mark.parametrize("step", LATE_STEPS)
+def test_death_within_the_check_in(path: Path, monkeypatch: pytest.MonkeyPatch, step: str, qemu_came: bool) -> None:
+    name, after = LATE_STEPS[step]
+    whole = getattr(checkout, name)
+
+    def dies(*args: object) -> None:
+        if after:
+            whole(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def act() -> None:
+        tracker = dm.open(path).track()
+        tracker.checkpoint("monday")
+        tracker.mark(5 * GRANULE, 1)
+        monkeypatch.setattr(checkout, name, dies)
+        tracker.close()
+
+    in_child(act)
+    expected = [5]
+    if qemu_came:
+        qemu.qemu_io(path, f"write {9 * GRANULE} 1")
+        expected = list(range(SIZE // GRANULE)) if step == "before the image is written" else [5, 9]
+    with dm.open(path) as image:
+        assert dirty(image["monday"]) == expected
+    dm.recover(path)
+    assert dirty(dm.open(path)["b0"]) == sorted({0, *expected})
+    goes_on(path, "monday", expected)
+
+
+def test_a_node_whose_image_is_gone_can_be_removed(path: Path) -> None:
+    in_child(lambda: dm.open(path).track().mark(0, 1))
+    with Store(str(path.with_name("default.dmap"))) as target:
+        with pytest.raises(dm.BitmapError, match="recover"):
+            remove_node(target, "drive0")
+        path.unlink()
+        remove_node(target, "drive0")
+    assert os.listdir(path.parent) == ["default.dmap"]
+    assert dm.check(str(path.with_name("default.dmap"))).corruptions == 0
+
+
+def test_a_tool_may_change_its_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setenv("DIRTMAP_STORE", "default.dmap")
+    with dm.open(path.name) as image, image.track() as tracker:
+        monkeypatch.chdir("/")
+        tracker.mark(5 * GRANULE, 1)
+        tracker.checkpoint("monday")
+    monkeypatch.chdir(path.parent)
+    goes_on(path, "b0", [0, 5])
+
+
+def test_a_copy_of_a_tracked_image_is_refused(path: Path) -> None:
+    with dm.open(path) as image, image.track() as tracker:
+        tracker.mark(5 * GRANULE, 1)
+        copy = path.with_name("copy.qcow2")
+        shutil.copy(path, copy)
+        with pytest.raises(dm.BitmapError, match="a copy of"):
+            dm.open(copy)
+    goes_on(path, "b0", [0, 5])
+
+
+def test_an_image_without_a_name_has_nowhere_to_keep_its_bitmaps(tmp_path: Path) -> None:
+    path = tmp_path / "plain.qcow2"
+    qemu.create(path, SIZE)
+    with dm.open(path) as image, pytest.raises(dm.BitmapError, match="'dirtmap node add NAME IMAGE'"):
+        image.track()
+    assert not is_marked(path)
+
+
+def test_a_check_out_that_fails_is_undone_by_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise dm.StorageError("disk.qcow2", "injected")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkout, "commit", fails)
+        with dm.open(path) as image, pytest.raises(dm.StorageError, match="injected"):
+            image.track()
+    with dm.open(path) as image:
+        assert dirty(image["b0"]) == [0]
+        with image.track() as tracker:
+            tracker.mark(5 * GRANULE, 1)
+    goes_on(path, "b0", [0, 5])

@@ -1,0 +1,101 @@
+"""`dirtmap track`: what programs that track writes are doing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import dirtmap.engine as dm
+from dirtmap.engine.containers import Target
+from dirtmap.fmt.errors import printable
+from dirtmap.tools import options
+from dirtmap.tools.output import colourful, complain, write_json
+from dirtmap.tools.sizes import human_share, human_size
+
+if TYPE_CHECKING:
+    from dirtmap.engine.tracking.status import Status
+
+_REFRESH_SECONDS = 0.5
+
+
+@click.group("track")
+def track_command() -> None:
+    """Look at programs that track writes to an image."""
+
+
+@options.command(
+    "status",
+    examples="""
+    dirtmap track status drive0
+    dirtmap track status --output=json disk.qcow2 | jq .dirty
+    """,
+)
+@options.target
+@click.option("--once", is_flag=True, help="On a terminal: show it once, as to a pipe.")
+@options.reporting
+def status_command(target: Target, once: bool, quiet: bool, output: str) -> None:
+    """Tell which program tracks TARGET, since when, and what it has marked and logged.
+
+    On a terminal the answer is kept up to date until you interrupt it, or the program ends. Where the program has died,
+    tells what "dirtmap recover" will do.
+    """
+    with dm.open(target, force_share=True) as image:
+        status = image.tracking()
+    if quiet:
+        return
+    if output == "json":
+        write_json(_document(str(target), status))
+    elif once or status is None or not status.alive or not colourful():
+        print("\n".join(_lines(str(target), status)))
+    else:
+        _watch(target)
+
+
+def _watch(target: Target) -> None:
+    """Shows the status until the tracker ends."""
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(auto_refresh=False) as shown:
+        while True:
+            with dm.open(target, force_share=True) as image:
+                status = image.tracking()
+            shown.update(Text("\n".join(_lines(str(target), status))), refresh=True)
+            if status is None or not status.alive:
+                return
+            time.sleep(_REFRESH_SECONDS)
+
+
+def _document(target: str, status: Status | None) -> dict[str, Any]:
+    if status is None:
+        return {"filename": target, "tracked": False}
+    named = {key.replace("_", "-"): value for key, value in asdict(status).items() if key not in ("alive", "how")}
+    return {"filename": target, "tracked": status.alive, "recovery": None if status.alive else status.how, **named}
+
+
+def _lines(target: str, status: Status | None) -> list[str]:
+    name = printable(target)
+    if status is None:
+        return [f"{name}: not tracked"]
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
+    if not status.alive:
+        return [f"{name}: its tracker has died; it began {since}", f"  recover   {printable(status.how)}"]
+    ago = "never" if status.seen is None else f"{max(0.0, time.time() - status.seen):.1f} s ago"
+    share = human_share(status.regions, status.regions_in_all)
+    regions = f"{status.regions} of {status.regions_in_all} ({share}), {human_size(status.region_size)} each"
+    if status.poisoned:
+        complain(f"{target}: a sync has failed: the tracker takes no more marks")
+    return [
+        f"{name}: tracked by {printable(status.tracker)}",
+        f"  since     {since}, last sign of life {ago}",
+        f"  writes    {status.writes}",
+        f"  dirty     {human_size(status.dirty)} to be saved, in {status.intervals} intervals",
+        f"  logged    {regions if status.intent == 'region' else 'off'}",
+        f"  live      {printable(status.live)}",
+    ]
+
+
+track_command.add_command(status_command)
