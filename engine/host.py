@@ -33,6 +33,7 @@ from dirtmap.fmt.index import QCOW2, SOUND, Member
 T = TypeVar("T")
 
 RESERVED = store.CONTAINER_PREFIX.decode()
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +185,21 @@ class Host:
             self._asking(lambda index: index.saw(target))
 
     def _asking(self, question: Callable[[Index], T]) -> T:
-        """Asks the index; a damaged one is put aside, and a new one asked."""
-        try:
-            return question(self.index)
-        except (DamagedError, layout.BadValueError):
-            replace_database(self.index.path, even_if_good=True)
-            return question(self.index)
+        """Asks the index; a damaged one is put aside, and a new one asked.
+
+        Args:
+            question: brings the index up to date with what it needs: it is asked again where another index has taken
+                the old one's place meanwhile, which is empty.
+        """
+        for _ in range(_ATTEMPTS):
+            try:
+                before = self.index.database
+                answer = question(self.index)
+                if self.index.database is before:
+                    return answer
+            except (DamagedError, layout.BadValueError):
+                replace_database(self.index.path, even_if_good=True)
+        raise StorageError(self.index.path, "index: is replaced again and again")
 
     # Which containers there are.
 
@@ -222,13 +232,13 @@ class Host:
 
     def containers(self) -> list[str]:
         """The paths of all containers of the host, stores first; those that are gone included."""
-        stores = self.stores()
 
         def read(index: Index) -> list[str]:
-            found = list(stores)
-            for path in stores:
+            found = self.stores()
+            for path in list(found):
                 container = index.container(path)
-                assert container is not None
+                if container is None:
+                    raise DamagedError(index.path, "another index has taken its place")
                 found += [
                     os.fsdecode(member.path)
                     for member in index.members(container.number)
@@ -244,10 +254,9 @@ class Host:
         Returns:
             The containers that are sound, by their number in the index.
         """
-        paths = self.containers()
 
         def learn(index: Index) -> dict[int, Container]:
-            found = index.refresh(paths, force_share=force_share)
+            found = index.refresh(self.containers(), force_share=force_share)
             return {container.number: container for container, _ in found if container.condition == SOUND}
 
         return self._asking(learn)
@@ -286,9 +295,9 @@ class Host:
 
     def _claims(self, name: str) -> list[Found]:
         raw_name = encode_name(name)
-        stores = self.stores()
 
         def ask(index: Index) -> list[Found]:
+            stores = self.stores()
             paths = {index.path_of(container): (container, member) for container, member in index.namespaces(raw_name)}
             return [
                 self._found(path, member)
@@ -296,7 +305,7 @@ class Host:
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
 
-        claims = self._asking(ask) if stores else []
+        claims = self._asking(ask) if os.path.exists(self.store) else []
         unique: dict[bytes, Found] = {}
         for found in claims:
             unique.setdefault(found.uuid, found)
@@ -315,9 +324,9 @@ class Host:
 
     def by_uuid(self, namespace_uuid: bytes) -> Found | None:
         """The node of that UUID, as far as a store of the host knows it."""
-        stores = self.stores()
 
         def ask(index: Index) -> list[Found]:
+            stores = self.stores()
             claims = [(index.path_of(number), member) for number, member in index.carriers(namespace_uuid)]
             return [
                 self._found(path, member)
@@ -325,14 +334,14 @@ class Host:
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
 
-        found = self._asking(ask) if stores else []
+        found = self._asking(ask) if os.path.exists(self.store) else []
         return found[0] if found else None
 
     def devices_of(self, root: bytes) -> dict[str, list[bytes]]:
         """The devices whose root has that UUID: raw names by the path of their store."""
-        stores = self.stores()
 
         def ask(index: Index) -> dict[str, list[bytes]]:
+            stores = self.stores()
             found: dict[str, list[bytes]] = {}
             for container, member in index.devices(root):
                 path = index.path_of(container)
@@ -340,31 +349,24 @@ class Host:
                     found.setdefault(path, []).append(member.name)
             return found
 
-        return self._asking(ask) if stores else {}
+        return self._asking(ask) if os.path.exists(self.store) else {}
 
     def find(self, bitmap: str, *, force_share: bool = False) -> list[Hit]:
         """Every bitmap of that name, in all containers that can be read, ordered by holder."""
-        sound = self.refresh(force_share=force_share)
-        stores = set(self.stores())
         raw_name = encode_name(bitmap)
-        hits = []
-        for holder, claims in self._asking(lambda index: index.find(raw_name)):
-            for claim in claims:
-                container = sound.get(claim.container)
-                if container is None:
-                    continue
-                name = decode_name(holder[1:])
-                kind = "image"
-                if holder[:1] == layout.NAMED:
-                    kind = "node"
-                    if container.path in stores and self._kind(container, holder[1:]) == store.KIND_DEVICE:
-                        kind = "device"
-                hits.append(Hit(container, kind, name, bitmap, claim.uuid, claim.flags, 1 << claim.granularity_bits))
-        return sorted(hits, key=lambda hit: (hit.holder, hit.container.path))
 
-    def _kind(self, container: Container, raw_name: bytes) -> int:
-        claims = self._asking(lambda index: index.namespaces(raw_name))
-        return next((member.kind for number, member in claims if number == container.number), 0)
+        def ask(index: Index) -> list[Hit]:
+            sound = self.refresh(force_share=force_share)
+            hits = []
+            for holder, claims in index.find(raw_name):
+                for claim in claims:
+                    if container := sound.get(claim.container):
+                        kind = _kind(index, container, holder)
+                        name, granularity = decode_name(holder[1:]), 1 << claim.granularity_bits
+                        hits.append(Hit(container, kind, name, bitmap, claim.uuid, claim.flags, granularity))
+            return sorted(hits, key=lambda hit: (hit.holder, hit.container.path))
+
+        return self._asking(ask) if os.path.exists(self.store) else []
 
     # Nodes and devices. Each act is refused before anything is written if it would break an address.
 
@@ -584,6 +586,14 @@ def remember_container(change: Change, path: str, container_uuid: bytes) -> bool
             )
         )
     return known is None
+
+
+def _kind(index: Index, container: Container, holder: bytes) -> str:
+    """What a holder of bitmaps in a container is: ``image``, ``node`` or ``device``."""
+    if holder[:1] != layout.NAMED:
+        return "image"
+    kinds = {member.kind for number, member in index.namespaces(holder[1:]) if number == container.number}
+    return "device" if store.KIND_DEVICE in kinds else "node"
 
 
 def _member(record: store.Record) -> Member:

@@ -525,7 +525,7 @@ def _set(writer: Writer, container: Container, old: Member | None, new: Member, 
         _drop(writer, container, old)
         old = None
     if old != new:
-        for key in _keys(container, new):
+        for key in keys_of(container.number, new):
             _claim(writer, key, container.number, new)
     if bitmaps is not None:
         _set_bitmaps(writer, container, new, bitmaps)
@@ -533,18 +533,18 @@ def _set(writer: Writer, container: Container, old: Member | None, new: Member, 
 
 def _drop(writer: Writer, container: Container, member: Member) -> None:
     _set_bitmaps(writer, container, member, [])
-    for key in _keys(container, member):
+    for key in keys_of(container.number, member):
         _claim(writer, key, container.number, replace(member, kind=0))
 
 
-def _keys(container: Container, member: Member) -> Iterator[bytes]:
+def keys_of(container: int, member: Member) -> Iterator[bytes]:
     """Where a namespace can be found."""
     if member.name:
         yield NAME + part(member.name)
     if any(member.uuid):
         yield UUID + member.uuid
         if member.kind == store.KIND_CONTAINER:
-            yield OTHERS + number(container.number) + part(member.name)
+            yield OTHERS + number(container) + part(member.name)
     if any(member.root_uuid):
         yield ROOT + member.root_uuid + part(member.name)
 
