@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from dirtmap.engine.afterwards import afterwards, changing_a_store
 from dirtmap.engine.index.database import DamagedError
 from dirtmap.engine.index.database import replace as replace_database
 from dirtmap.engine.index.index import Container, Index
@@ -246,7 +247,7 @@ class Host:
                 ]
             return list(dict.fromkeys(found))
 
-        return self._asking(read)
+        return self._asking(read) if os.path.exists(self.store) else []
 
     def refresh(self, *, force_share: bool = False) -> dict[int, Container]:
         """Makes the index say what all containers say now.
@@ -259,7 +260,7 @@ class Host:
             found = index.refresh(self.containers(), force_share=force_share)
             return {container.number: container for container, _ in found if container.condition == SOUND}
 
-        return self._asking(learn)
+        return self._asking(learn) if os.path.exists(self.store) else {}
 
     # What names mean.
 
@@ -440,17 +441,8 @@ class Host:
         """Gives a node another name; see `nodes.rename_node`."""
         found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
         self._require_free(new)
-        later: list[Callable[[], None]] = []
-
-        def keep(image: Image) -> None:
-            self.keep(image)
-            if isinstance(image.keeper, _Keeper):
-                image.keeper.later = later
-
-        with self.opened(found.store) as target:
-            nodes.rename_node(target, name, new, with_bitmaps=with_bitmaps, keep=keep)
-        for act in later:
-            act()
+        with changing_a_store(), self.opened(found.store) as target:
+            nodes.rename_node(target, name, new, with_bitmaps=with_bitmaps, keep=self.keep)
 
     def resize_node(self, name: str) -> int:
         """Adopts the size that a node's image has now; see `nodes.resize_node`."""
@@ -525,8 +517,6 @@ class _Keeper(Keeper):
 
     def __init__(self, host: Host, found: Found) -> None:
         self._host, self._found = host, found
-        # Where to leave what has to wait until a store is not being changed any more.
-        self.later: list[Callable[[], None]] | None = None
 
     def held(self) -> dict[str, str]:
         with Store(self._found.store) as target:
@@ -547,10 +537,7 @@ class _Keeper(Keeper):
                         with self._host.opened(path) as target:
                             devices.confirm_roots(target, names, before, after)
 
-                if self.later is None:
-                    confirm()
-                else:
-                    self.later.append(confirm)
+                afterwards(confirm)
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str) -> Iterator[None]:
