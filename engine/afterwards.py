@@ -11,7 +11,7 @@ _waiting: ContextVar[list[Callable[[], None]] | None] = ContextVar("waiting", de
 
 @contextlib.contextmanager
 def changing_a_store() -> Iterator[None]:
-    """Around every change of a store that others' code runs in; what was put off is done at the end of the outermost."""
+    """Around a change of a store in which others' code runs; what was put off is done when the outermost ends."""
     if _waiting.get() is not None:
         yield
         return

@@ -17,10 +17,10 @@ from dirtmap.engine.index.index import Container
 from dirtmap.engine.namespace import decode_name
 from dirtmap.engine.store import devices
 from dirtmap.engine.store.identity import identity_of, is_twin
-from dirtmap.engine.store.store import Change
+from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import qcow2, store
 from dirtmap.fmt.directory import FLAG_IN_USE
-from dirtmap.fmt.errors import StorageError
+from dirtmap.fmt.errors import Error, StorageError
 from dirtmap.fmt.index import DAMAGED, HELD, QCOW2, STORE, Member
 from dirtmap.fmt.store import Record
 
@@ -36,7 +36,7 @@ class Summary:
         inconsistent: of those, the ones that were left in use.
         held: images that another process has open for writing.
         damaged: what cannot be read, with the reason where it was read just now.
-        twins: (path, original): images that carry another's identity.
+        twins: (path, original): images and stores that carry another's identity.
         clashes: (path, name): images or stores whose name is another's.
         moved: (path, name): images that are elsewhere now.
         gone: (path, name): images that are remembered and not there.
@@ -164,7 +164,10 @@ class _Registration:
         wanted = [(container, self._host.index.members(container.number)) for container in found]
         carriers: dict[bytes, list[str]] = {}
         names: dict[bytes, set[bytes]] = {}
+        stores: dict[bytes, list[str]] = {}
         for container, members in wanted:
+            if container.kind == STORE:
+                stores.setdefault(container.uuid, []).append(container.path)
             for member in members:
                 if container.kind == QCOW2 and member.name:
                     carriers.setdefault(member.uuid, []).append(container.path)
@@ -173,8 +176,7 @@ class _Registration:
         with self._host.opened() as target, target.change() as change:
             for container, members in wanted:
                 if container.kind == STORE:
-                    if container.path != self._host.home:
-                        self._remember(change, container.path, container.uuid)
+                    self._take_in_store(change, container, stores)
                     continue
                 (member,) = members
                 if not member.name:
@@ -186,6 +188,21 @@ class _Registration:
             for where, on_it in self._host.devices_of(image_uuid).items():
                 with self._host.opened(where) as target:
                     devices.move_roots(target, on_it, path)
+
+    def _take_in_store(self, change: Change, container: Container, found: dict[bytes, list[str]]) -> None:
+        """Remembers a store, unless it is a copy of the default store, or of one that is known or was found as well."""
+        if container.path == self._host.home:
+            return
+        known = [os.fsdecode(record.path) for record in change.table if record.uuid == container.uuid]
+        if container.path not in known:
+            others = [path for path in known if _has_uuid(path, container.uuid)] or found[container.uuid]
+            if change.header.uuid == container.uuid:
+                others = [self._host.home]
+            for original in others:
+                if original != container.path and not _is_same_file(original, container.path):
+                    self._summary.twins.append((container.path, original))
+                    return
+        self._remember(change, container.path, container.uuid)
 
     def _remember(self, change: Change, path: str, container_uuid: bytes) -> None:
         self._summary.learned += remember_container(change, path, container_uuid)
@@ -250,6 +267,14 @@ class _Registration:
                 # Nothing but its place was known, and there it is not any more.
                 self._summary.gone.append((path, ""))
                 change.table.remove(record.name)
+
+
+def _has_uuid(path: str, store_uuid: bytes) -> bool:
+    try:
+        with Store(path) as target:
+            return target.read(lambda snapshot: snapshot.header.uuid) == store_uuid
+    except Error:
+        return False
 
 
 def _is_same_file(one: str, other: str) -> bool:

@@ -496,10 +496,12 @@ def _apply(writer: Writer, reading: _Reading) -> Container | None:
     )
     writer.put(CONTAINER + part(os.fsencode(container.path)), value)
     if container.kind == STORE and container.condition == SOUND:
-        writer.put(
-            SEEN + container.uuid,
-            SEEN_VALUE.build(generation=container.generation, commit_id=container.commit_id, container=taken),
-        )
+        contents = writer.get(SEEN + container.uuid)
+        before = SEEN_VALUE.parse(contents) if contents else None
+        # Elsewhere it may be a copy, or have been moved: that is for those who open it to find out.
+        if before is None or (before.container == taken and before.generation < container.generation):
+            value = SEEN_VALUE.build(generation=container.generation, commit_id=container.commit_id, container=taken)
+            writer.put(SEEN + container.uuid, value)
     return container
 
 
@@ -521,11 +523,12 @@ def holder_of(container: Container, member: Member) -> bytes:
 
 
 def _set(writer: Writer, container: Container, old: Member | None, new: Member, bitmaps: Bitmaps | None) -> None:
-    if old and (old.uuid, old.root_uuid) != (new.uuid, new.root_uuid):
-        _drop(writer, container, old)
-        old = None
     if old != new:
-        for key in keys_of(container.number, new):
+        keys = list(keys_of(container.number, new))
+        for key in keys_of(container.number, old) if old else ():
+            if key not in keys:
+                _claim(writer, key, container.number, replace(new, kind=0))
+        for key in keys:
             _claim(writer, key, container.number, new)
     if bitmaps is not None:
         _set_bitmaps(writer, container, new, bitmaps)
