@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from dirtmap.engine.afterwards import afterwards, changing_a_store
 from dirtmap.engine.index.database import DamagedError
 from dirtmap.engine.index.database import replace as replace_database
 from dirtmap.engine.index.index import Container, Index
@@ -33,15 +34,7 @@ from dirtmap.fmt.index import QCOW2, SOUND, Member
 T = TypeVar("T")
 
 RESERVED = store.CONTAINER_PREFIX.decode()
-
-
-class CopiedStoreError(BitmapError):
-    """A store that carries the identity of another, which is still there: ``original`` is its path."""
-
-    def __init__(self, path: str, original: str) -> None:
-        self.original = original
-        what = f"a copy of {original}, with its identity; 'store new-identity' gives it one of its own"
-        super().__init__(path, what)
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +157,8 @@ class Host:
             return
         generation, commit_id, path = seen
         if path != os.path.abspath(target.path) and path is not None and self._is_copy(target, path, header.uuid):
-            raise CopiedStoreError(target.path, path)
+            what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
+            raise BitmapError(target.path, what)
         if (header.generation, header.commit_id) == (generation, commit_id) or header.generation > generation:
             if path != os.path.abspath(target.path) or header.generation > generation:
                 self._saw(target)
@@ -192,12 +186,21 @@ class Host:
             self._asking(lambda index: index.saw(target))
 
     def _asking(self, question: Callable[[Index], T]) -> T:
-        """Asks the index; a damaged one is put aside, and a new one asked."""
-        try:
-            return question(self.index)
-        except (DamagedError, layout.BadValueError):
-            replace_database(self.index.path, even_if_good=True)
-            return question(self.index)
+        """Asks the index; a damaged one is put aside, and a new one asked.
+
+        Args:
+            question: brings the index up to date with what it needs: it is asked again where another index has taken
+                the old one's place meanwhile, which is empty.
+        """
+        for _ in range(_ATTEMPTS):
+            try:
+                before = self.index.database
+                answer = question(self.index)
+                if self.index.database is before:
+                    return answer
+            except (DamagedError, layout.BadValueError):
+                replace_database(self.index.path, even_if_good=True)
+        raise StorageError(self.index.path, "index: is replaced again and again")
 
     # Which containers there are.
 
@@ -230,13 +233,13 @@ class Host:
 
     def containers(self) -> list[str]:
         """The paths of all containers of the host, stores first; those that are gone included."""
-        stores = self.stores()
 
         def read(index: Index) -> list[str]:
-            found = list(stores)
-            for path in stores:
+            found = self.stores()
+            for path in list(found):
                 container = index.container(path)
-                assert container is not None
+                if container is None:
+                    raise DamagedError(index.path, "another index has taken its place")
                 found += [
                     os.fsdecode(member.path)
                     for member in index.members(container.number)
@@ -244,7 +247,7 @@ class Host:
                 ]
             return list(dict.fromkeys(found))
 
-        return self._asking(read)
+        return self._asking(read) if os.path.exists(self.store) else []
 
     def refresh(self, *, force_share: bool = False) -> dict[int, Container]:
         """Makes the index say what all containers say now.
@@ -252,13 +255,12 @@ class Host:
         Returns:
             The containers that are sound, by their number in the index.
         """
-        paths = self.containers()
 
         def learn(index: Index) -> dict[int, Container]:
-            found = index.refresh(paths, force_share=force_share)
+            found = index.refresh(self.containers(), force_share=force_share)
             return {container.number: container for container, _ in found if container.condition == SOUND}
 
-        return self._asking(learn)
+        return self._asking(learn) if os.path.exists(self.store) else {}
 
     # What names mean.
 
@@ -294,9 +296,9 @@ class Host:
 
     def _claims(self, name: str) -> list[Found]:
         raw_name = encode_name(name)
-        stores = self.stores()
 
         def ask(index: Index) -> list[Found]:
+            stores = self.stores()
             paths = {index.path_of(container): (container, member) for container, member in index.namespaces(raw_name)}
             return [
                 self._found(path, member)
@@ -304,7 +306,7 @@ class Host:
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
 
-        claims = self._asking(ask) if stores else []
+        claims = self._asking(ask) if os.path.exists(self.store) else []
         unique: dict[bytes, Found] = {}
         for found in claims:
             unique.setdefault(found.uuid, found)
@@ -323,9 +325,9 @@ class Host:
 
     def by_uuid(self, namespace_uuid: bytes) -> Found | None:
         """The node of that UUID, as far as a store of the host knows it."""
-        stores = self.stores()
 
         def ask(index: Index) -> list[Found]:
+            stores = self.stores()
             claims = [(index.path_of(number), member) for number, member in index.carriers(namespace_uuid)]
             return [
                 self._found(path, member)
@@ -333,14 +335,14 @@ class Host:
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
 
-        found = self._asking(ask) if stores else []
+        found = self._asking(ask) if os.path.exists(self.store) else []
         return found[0] if found else None
 
     def devices_of(self, root: bytes) -> dict[str, list[bytes]]:
         """The devices whose root has that UUID: raw names by the path of their store."""
-        stores = self.stores()
 
         def ask(index: Index) -> dict[str, list[bytes]]:
+            stores = self.stores()
             found: dict[str, list[bytes]] = {}
             for container, member in index.devices(root):
                 path = index.path_of(container)
@@ -348,31 +350,24 @@ class Host:
                     found.setdefault(path, []).append(member.name)
             return found
 
-        return self._asking(ask) if stores else {}
+        return self._asking(ask) if os.path.exists(self.store) else {}
 
     def find(self, bitmap: str, *, force_share: bool = False) -> list[Hit]:
         """Every bitmap of that name, in all containers that can be read, ordered by holder."""
-        sound = self.refresh(force_share=force_share)
-        stores = set(self.stores())
         raw_name = encode_name(bitmap)
-        hits = []
-        for holder, claims in self._asking(lambda index: index.find(raw_name)):
-            for claim in claims:
-                container = sound.get(claim.container)
-                if container is None:
-                    continue
-                name = decode_name(holder[1:])
-                kind = "image"
-                if holder[:1] == layout.NAMED:
-                    kind = "node"
-                    if container.path in stores and self._kind(container, holder[1:]) == store.KIND_DEVICE:
-                        kind = "device"
-                hits.append(Hit(container, kind, name, bitmap, claim.uuid, claim.flags, 1 << claim.granularity_bits))
-        return sorted(hits, key=lambda hit: (hit.holder, hit.container.path))
 
-    def _kind(self, container: Container, raw_name: bytes) -> int:
-        claims = self._asking(lambda index: index.namespaces(raw_name))
-        return next((member.kind for number, member in claims if number == container.number), 0)
+        def ask(index: Index) -> list[Hit]:
+            sound = self.refresh(force_share=force_share)
+            hits = []
+            for holder, claims in index.find(raw_name):
+                for claim in claims:
+                    if container := sound.get(claim.container):
+                        kind = _kind(index, container, holder)
+                        name, granularity = decode_name(holder[1:]), 1 << claim.granularity_bits
+                        hits.append(Hit(container, kind, name, bitmap, claim.uuid, claim.flags, granularity))
+            return sorted(hits, key=lambda hit: (hit.holder, hit.container.path))
+
+        return self._asking(ask) if os.path.exists(self.store) else []
 
     # Nodes and devices. Each act is refused before anything is written if it would break an address.
 
@@ -446,17 +441,8 @@ class Host:
         """Gives a node another name; see `nodes.rename_node`."""
         found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
         self._require_free(new)
-        later: list[Callable[[], None]] = []
-
-        def keep(image: Image) -> None:
-            self.keep(image)
-            if isinstance(image.keeper, _Keeper):
-                image.keeper.later = later
-
-        with self.opened(found.store) as target:
-            nodes.rename_node(target, name, new, with_bitmaps=with_bitmaps, keep=keep)
-        for act in later:
-            act()
+        with changing_a_store(), self.opened(found.store) as target:
+            nodes.rename_node(target, name, new, with_bitmaps=with_bitmaps, keep=self.keep)
 
     def resize_node(self, name: str) -> int:
         """Adopts the size that a node's image has now; see `nodes.resize_node`."""
@@ -531,8 +517,6 @@ class _Keeper(Keeper):
 
     def __init__(self, host: Host, found: Found) -> None:
         self._host, self._found = host, found
-        # Where to leave what has to wait until a store is not being changed any more.
-        self.later: list[Callable[[], None]] | None = None
 
     def held(self) -> dict[str, str]:
         with Store(self._found.store) as target:
@@ -553,10 +537,7 @@ class _Keeper(Keeper):
                         with self._host.opened(path) as target:
                             devices.confirm_roots(target, names, before, after)
 
-                if self.later is None:
-                    confirm()
-                else:
-                    self.later.append(confirm)
+                afterwards(confirm)
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str) -> Iterator[None]:
@@ -592,6 +573,14 @@ def remember_container(change: Change, path: str, container_uuid: bytes) -> bool
             )
         )
     return known is None
+
+
+def _kind(index: Index, container: Container, holder: bytes) -> str:
+    """What a holder of bitmaps in a container is: ``image``, ``node`` or ``device``."""
+    if holder[:1] != layout.NAMED:
+        return "image"
+    kinds = {member.kind for number, member in index.namespaces(holder[1:]) if number == container.number}
+    return "device" if store.KIND_DEVICE in kinds else "node"
 
 
 def _member(record: store.Record) -> Member:

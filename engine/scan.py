@@ -12,12 +12,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from dirtmap.engine.host import CopiedStoreError, Host, remember_container
+from dirtmap.engine.host import Host, remember_container
 from dirtmap.engine.index.index import Container
 from dirtmap.engine.namespace import decode_name
 from dirtmap.engine.store import devices
 from dirtmap.engine.store.identity import identity_of, is_twin
-from dirtmap.engine.store.store import Change
+from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import qcow2, store
 from dirtmap.fmt.directory import FLAG_IN_USE
 from dirtmap.fmt.errors import Error, StorageError
@@ -36,7 +36,7 @@ class Summary:
         inconsistent: of those, the ones that were left in use.
         held: images that another process has open for writing.
         damaged: what cannot be read, with the reason where it was read just now.
-        twins: (path, original): images that carry another's identity.
+        twins: (path, original): images and stores that carry another's identity.
         clashes: (path, name): images or stores whose name is another's.
         moved: (path, name): images that are elsewhere now.
         gone: (path, name): images that are remembered and not there.
@@ -96,9 +96,7 @@ def scan(
     for container, problem in host.index.refresh(candidates(), force_share=force_share):
         summary.images += container.kind == QCOW2
         summary.stores += container.kind == STORE
-        if container.kind == STORE and (original := _original(host, container.path)):
-            summary.twins.append((container.path, original))
-        elif container.condition == DAMAGED:
+        if container.condition == DAMAGED:
             summary.damaged.append((container.path, problem.what if problem else "as found before"))
         elif container.condition == HELD:
             summary.held.append(container.path)
@@ -143,17 +141,6 @@ def _files(roots: list[str]) -> Iterator[tuple[str, bool]]:
                         yield entry.path, False
 
 
-def _original(host: Host, path: str) -> str | None:
-    """The store that this one is a copy of; looks after it as well, if it is none."""
-    try:
-        with host.opened(path):
-            return None
-    except CopiedStoreError as error:
-        return error.original
-    except Error:
-        return None  # told by whoever reads it
-
-
 def _looks_like_container(path: str) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -184,7 +171,10 @@ class _Registration:
         news: list[tuple[Container, Member | None]] = []
         carriers: dict[bytes, list[str]] = {}
         names: dict[bytes, set[bytes]] = {}
+        stores: dict[bytes, list[str]] = {}
         for container in found:
+            if container.kind == STORE:
+                stores.setdefault(container.uuid, []).append(container.path)
             place = places.get(container.path)
             same = place is not None and place.uuid == container.uuid
             if container.kind == STORE or not any(container.uuid):
@@ -203,7 +193,9 @@ class _Registration:
         if news or dropped:
             with self._host.opened() as target, target.change() as change:
                 for container, new in news:
-                    if new is None:
+                    if container.kind == STORE:
+                        self._take_in_store(change, container, stores)
+                    elif new is None:
                         self._remember(change, container.path, container.uuid)
                     else:
                         self._place(change, container, new, carriers, names, moved)
@@ -223,6 +215,21 @@ class _Registration:
 
     def _is_below(self, path: str) -> bool:
         return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._roots)
+
+    def _take_in_store(self, change: Change, container: Container, found: dict[bytes, list[str]]) -> None:
+        """Remembers a store, unless it is a copy of the default store, or of one that is known or was found as well."""
+        if container.path == self._host.home:
+            return
+        known = [os.fsdecode(record.path) for record in change.table if record.uuid == container.uuid]
+        if container.path not in known:
+            others = [path for path in known if _has_uuid(path, container.uuid)] or found[container.uuid]
+            if change.header.uuid == container.uuid:
+                others = [self._host.home]
+            for original in others:
+                if original != container.path and not _is_same_file(original, container.path):
+                    self._summary.twins.append((container.path, original))
+                    return
+        self._remember(change, container.path, container.uuid)
 
     def _remember(self, change: Change, path: str, container_uuid: bytes) -> None:
         self._summary.learned += remember_container(change, path, container_uuid)
@@ -274,6 +281,14 @@ class _Registration:
         )
         if change.table.get(store.container_name(os.fsencode(path))):
             change.table.remove(store.container_name(os.fsencode(path)))
+
+
+def _has_uuid(path: str, store_uuid: bytes) -> bool:
+    try:
+        with Store(path) as target:
+            return target.read(lambda snapshot: snapshot.header.uuid) == store_uuid
+    except Error:
+        return False
 
 
 def _is_same_file(one: str, other: str) -> bool:

@@ -76,6 +76,7 @@ def move_command(target: Target, bitmap: str, dest_target: Target, new: str | No
         return
     with transaction(target) as bitmaps:
         source = usable(bitmaps.where, bitmaps, bitmap)
+        bitmaps.refuse_held(bitmap)  # now, before the destination has it
         with transaction(dest_target) as there:
             changes.put(there, name, source)
         # Durable there. The source's own commit follows, at the end of its transaction.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.containers import host
+from dirtmap.engine.containers import STORE, host, probe
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, progress_bar, write_json, write_table
@@ -74,13 +74,17 @@ def scan_command(
     )
 
 
+def _new_identity(path: str) -> str:
+    return "'store new-identity'" if probe(path) == STORE else "'node add --new-identity'"
+
+
 def _complain(summary: Summary) -> None:
     for path in summary.held:
         complain(f"{path}: skipped: open for writing elsewhere; -U reads it all the same")
     for path, what in summary.damaged:
         complain(f"{path}: damaged: {what}")
     for path, original in summary.twins:
-        complain(f"{path}: a twin of {original}; 'node add --new-identity' or 'store new-identity' gives it its own")
+        complain(f"{path}: a twin of {original}; {_new_identity(path)} gives it an identity of its own")
     for path, name in summary.clashes:
         complain(f"{path}: its name '{name}' is another's; 'node add --new-identity' gives it another")
     for path, name in summary.moved:

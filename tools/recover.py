@@ -34,7 +34,7 @@ def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, outpu
         return
     if output == "json":
         found = [{"name": item.name, "result": item.how} for item in recovered]
-        write_json({"filename": target, "recovered": found})
+        write_json({"filename": str(target), "recovered": found})
         return
     for item in recovered:
         print(f"{printable(item.name)}: {item.how}")

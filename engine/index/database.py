@@ -6,6 +6,7 @@ are looked at first, and what does not hold water is put aside and begun anew; n
     PATH/data.mdb, PATH/lock.mdb     the database; of one directory: a new one never meets an old one's lock
     PATH.guard                       locked while PATH is opened (shared) or replaced (alone)
     PATH.bad                         what was last put aside
+    PATH.new-PID-...                 being made; removed if its maker has died
 
 Source: LMDB's lmdb.h ("Restrictions and caveats") and mdb.c (MDB_meta, mdb_env_read_header).
 """
@@ -25,6 +26,7 @@ import crc32c
 import lmdb
 from construct import Int16ul, Int32ul, Int64ul, Struct
 
+from dirtmap.engine.holds import started
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import StorageError
 
@@ -32,9 +34,11 @@ T = TypeVar("T")
 _crc = crc32c.crc32c
 
 _DATA = "data.mdb"
+_NEW = ".new-"  # then its maker's process number
 _FIRST_SIZE = 64 << 20  # bytes of address space; doubled when they are full
 _READERS = 1024
-_MAGIC, _LMDB_VERSION, _META_FLAG = 0xBEEFC0DE, 1, 0x08
+_MAGIC, _LMDB_VERSION, _META_FLAG, _INTEGER_KEYS = 0xBEEFC0DE, 1, 0x08, 0x08
+_MOST_SPACE = 1 << 46  # bytes; what a process can map is not much more
 # Both on little-endian 64-bit machines; elsewhere a database would look foreign at every opening, and be useless.
 _PAGE = Struct(
     "number" / Int64ul,
@@ -46,14 +50,16 @@ _PAGE = Struct(
     "address" / Int64ul,
     "mapsize" / Int64ul,
     "page_size" / Int32ul,  # md_pad of the free list
-    "free_flags" / Int32ul,
+    "free_flags" / Int16ul,
+    "free_depth" / Int16ul,
     "free_branch_pages" / Int64ul,
     "free_leaf_pages" / Int64ul,
     "free_overflow_pages" / Int64ul,
     "free_entries" / Int64ul,
     "free_root" / Int64ul,
     "pad2" / Int32ul,
-    "main_flags" / Int32ul,
+    "main_flags" / Int16ul,
+    "main_depth" / Int16ul,
     "branch_pages" / Int64ul,
     "leaf_pages" / Int64ul,
     "overflow_pages" / Int64ul,
@@ -63,6 +69,16 @@ _PAGE = Struct(
     "transaction" / Int64ul,
 )
 _NONE = 2**64 - 1
+_DAMAGE = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.InvalidError,
+    lmdb.PanicError,
+    lmdb.VersionMismatchError,
+    lmdb.IncompatibleError,
+    lmdb.BadTxnError,
+    lmdb.BadValsizeError,
+)
 _NETWORK = ("nfs", "cifs", "smb", "ceph", "9p", "afs", "gfs2", "ocfs2", "lustre", "gluster", "beegfs", "fuse.sshfs")
 
 
@@ -75,24 +91,42 @@ class Database:
 
     Attributes:
         path: its directory.
-        usable: False once it is closed, and in the child of a fork.
+        usable: False once it is closed.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        # LMDB forbids to change the map's size, or to close it, while any transaction is open.
+        self.lock = threading.RLock()
+        self._env: lmdb.Environment | None = None
+        self._begin: Any = None
         self.usable = True
-        self._lock = threading.RLock()  # LMDB forbids to change the map's size while any transaction is open
-        with _errors(path):
-            self._env = lmdb.open(path, map_size=_FIRST_SIZE, max_readers=_READERS, mode=0o600, max_dbs=0)
-            self._env.reader_check()
-        self._begin = self._env.begin
+        self._open()
         self.status = os.stat(os.path.join(path, _DATA))
 
+    def _open(self) -> lmdb.Environment:
+        with _errors(self.path):
+            if not self.usable:
+                raise DamagedError(self.path, "another index has taken its place")
+            if self._env is None:
+                self._env = lmdb.open(self.path, map_size=_FIRST_SIZE, max_readers=_READERS, mode=0o600, max_dbs=0)
+                self._env.reader_check()
+                self._begin = self._env.begin
+            return self._env
+
+    def suspend(self) -> None:
+        """Unmaps it until it is used again."""
+        with self.lock:
+            if self._env is not None:
+                self._begin = None
+                self._env.close()
+                self._env = None
+
     def close(self) -> None:
-        """Unmaps it."""
-        with self._lock:
+        """Unmaps it for good."""
+        with self.lock:
             self.usable = False
-            self._env.close()
+            self.suspend()
 
     def is_current(self) -> bool:
         """True while the path still leads to this very database."""
@@ -110,9 +144,9 @@ class Database:
             StorageError: LMDB failed.
         """
         value: Any
-        with self._lock:
+        with self.lock:
             try:
-                txn = self._begin()
+                txn = (self._begin or self._open().begin)()
                 value = txn.get(key)
                 txn.abort()  # cheaper than its context manager; after an error it goes with its last reference
             except lmdb.Error:
@@ -129,13 +163,14 @@ class Database:
         return self._read(lambda txn: work(Reader(self.path, txn)))
 
     def _read(self, work: Callable[[lmdb.Transaction], T]) -> T:
-        with self._lock, _errors(self.path):
+        with self.lock, _errors(self.path):
+            env = self._open()
             try:
-                with self._env.begin() as txn:
+                with env.begin() as txn:
                     return work(txn)
             except lmdb.MapResizedError:  # another process has grown it
-                self._env.set_mapsize(0)
-            with self._env.begin() as txn:
+                env.set_mapsize(0)
+            with env.begin() as txn:
                 return work(txn)
 
     def change(self, work: Callable[[Writer], T]) -> T:
@@ -143,31 +178,37 @@ class Database:
 
         Errors as `get`.
         """
-        with self._lock, _errors(self.path):
+        with self.lock, _errors(self.path):
+            env = self._open()
             while True:
                 try:
-                    with self._env.begin(write=True) as txn:
+                    with env.begin(write=True) as txn:
                         answer = work(Writer(self.path, txn))
                     break
                 except lmdb.MapFullError:
-                    self._env.set_mapsize(self._env.info()["map_size"] * 2)
+                    env.set_mapsize(env.info()["map_size"] * 2)
                 except lmdb.MapResizedError:
-                    self._env.set_mapsize(0)
-            self._extend()
+                    env.set_mapsize(0)
+            self._extend(env)
             return answer
 
-    def _extend(self) -> None:
+    def _extend(self, env: lmdb.Environment) -> None:
         """LMDB does not write pages it has got and given up in one transaction: the file must not look cut short."""
-        info = self._env.info()
-        needed = (info["last_pgno"] + 1) * self._env.stat()["psize"]
+        needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
         path = os.path.join(self.path, _DATA)
         if os.path.getsize(path) < needed:
-            os.truncate(path, needed)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                # Never cuts off what another process may have added meanwhile, as ftruncate would.
+                os.posix_fallocate(fd, 0, needed)
+            finally:
+                os.close(fd)
 
     def info(self) -> dict[str, int]:
         """What LMDB tells of itself: ``entries``, ``depth``, ``file_size`` and ``map_size`` in bytes, ``readers``."""
-        with self._lock, _errors(self.path):
-            stat, info = self._env.stat(), self._env.info()
+        with self.lock, _errors(self.path):
+            env = self._open()
+            stat, info = env.stat(), env.info()
         return {
             "entries": stat["entries"],
             "depth": stat["depth"],
@@ -244,6 +285,10 @@ def fault(path: str) -> str | None:
     for meta in metas:
         if meta.magic != _MAGIC or meta.version != _LMDB_VERSION or not meta.flags & _META_FLAG:
             return f"{_DATA} is not an LMDB database"
+        if (meta.page_size, meta.free_flags, meta.main_flags) != (page_size, _INTEGER_KEYS, 0):
+            return f"{_DATA} has flags that an index does not have"
+        if meta.mapsize > _MOST_SPACE or meta.last_page > _MOST_SPACE // page_size:
+            return f"{_DATA} says to be larger than any file can be"
     newest = max(metas, key=lambda meta: int(meta.transaction))
     if (newest.last_page + 1) * page_size > size:
         return f"{_DATA} is cut short"
@@ -275,18 +320,26 @@ def _file_system(folder: str) -> str:
 
 
 _connected: dict[str, Database] = {}
-_abandoned: list[Database] = []  # of a parent: a child must neither use nor close them
 _registry = threading.RLock()
+_suspended: list[Database] = []
 
 
-def _forget_after_fork() -> None:
+def _before_fork() -> None:
+    """Unmaps all that is mapped, once nobody uses it: a child must neither use nor close what its parent has mapped."""
+    _registry.acquire()
     for database in _connected.values():
-        database.usable = False
-        _abandoned.append(database)
-    _connected.clear()
+        database.lock.acquire()
+        database.suspend()
+        _suspended.append(database)
 
 
-os.register_at_fork(after_in_child=_forget_after_fork)
+def _after_fork() -> None:
+    while _suspended:
+        _suspended.pop().lock.release()
+    _registry.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 def connect(path: str) -> Database:
@@ -306,23 +359,29 @@ def connect(path: str) -> Database:
         with _errors(path):
             os.makedirs(os.path.dirname(key), mode=0o700, exist_ok=True)
         with _guard(key, fcntl.LOCK_SH):
-            usable = os.path.isdir(key) and bool(os.listdir(key)) and fault(key) is None
-            if usable:
-                database = Database(key)
-                if _is_ours(database):
-                    return _connected.setdefault(key, database)
-                database.close()
+            if database := _opened(key):
+                return _connected.setdefault(key, database)
         replace(key)
         with _guard(key, fcntl.LOCK_SH):
             return _connected.setdefault(key, Database(key))
 
 
-def _is_ours(database: Database) -> bool:
+def _opened(path: str) -> Database | None:
+    """The database at ``path``; None where there is none, or it is damaged or not of this version."""
+    if not os.path.isdir(path) or not os.listdir(path) or fault(path) is not None:
+        return None
     try:
-        state = database.get(layout.STATE)
-    except StorageError:
-        return False
-    return state is not None and len(state) == layout.STATE_VALUE.size and layout.STATE_VALUE.parse(state).version == 1
+        database = Database(path)
+    except DamagedError:
+        return None
+    try:
+        state = database.get(layout.STATE) or b""
+        if len(state) == layout.STATE_VALUE.size and layout.STATE_VALUE.parse(state).version == layout.VERSION:
+            return database
+    except DamagedError:
+        pass
+    database.close()
+    return None
 
 
 def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_if_good: bool = False) -> None:
@@ -337,7 +396,8 @@ def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_i
     with _registry, _errors(path):
         if database := _connected.pop(key, None):
             database.close()
-        fresh = tempfile.mkdtemp(prefix=f"{os.path.basename(key)}.new-", dir=os.path.dirname(key))
+        _remove_leftovers(key)
+        fresh = tempfile.mkdtemp(prefix=f"{os.path.basename(key)}{_NEW}{os.getpid()}-", dir=os.path.dirname(key))
         try:
             new = Database(fresh)
             try:
@@ -348,7 +408,8 @@ def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_i
             finally:
                 new.close()
             with _guard(key, fcntl.LOCK_EX):
-                if not even_if_good and os.path.isdir(key) and os.listdir(key) and not fault(key) and _is_ours_at(key):
+                if not even_if_good and (good := _opened(key)):
+                    good.close()
                     return
                 _put_aside(key)
                 os.rename(fresh, key)
@@ -356,12 +417,13 @@ def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_i
             shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _is_ours_at(path: str) -> bool:
-    database = Database(path)
-    try:
-        return _is_ours(database)
-    finally:
-        database.close()
+def _remove_leftovers(path: str) -> None:
+    """Removes new databases whose makers ended before they took their place."""
+    folder, start = os.path.dirname(path), os.path.basename(path) + _NEW
+    for name in os.listdir(folder):
+        maker = name.removeprefix(start).partition("-")[0]
+        if name.startswith(start) and maker.isdecimal() and started(int(maker)) is None:
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
 
 def _put_aside(path: str) -> None:
@@ -390,7 +452,7 @@ def _guard(path: str, how: int) -> Iterator[None]:
 def _errors(path: str) -> Iterator[None]:
     try:
         yield
-    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError) as error:
+    except _DAMAGE as error:
         raise DamagedError(path, f"the index is damaged: {error}") from error
     except lmdb.Error as error:
         raise StorageError(path, f"index: {error}") from error

@@ -537,11 +537,12 @@ def holder_of(container: Container, member: Member) -> bytes:
 
 
 def _set(writer: Writer, container: Container, old: Member | None, new: Member, bitmaps: Bitmaps | None) -> None:
-    if old and (old.uuid, old.root_uuid) != (new.uuid, new.root_uuid):
-        _drop(writer, container, old)
-        old = None
     if old != new:
-        for key in _keys(container, new):
+        keys = list(keys_of(container.number, new))
+        for key in keys_of(container.number, old) if old else ():
+            if key not in keys:
+                _claim(writer, key, container.number, replace(new, kind=0))
+        for key in keys:
             _claim(writer, key, container.number, new)
     if bitmaps is not None:
         _set_bitmaps(writer, container, new, bitmaps)
@@ -549,18 +550,18 @@ def _set(writer: Writer, container: Container, old: Member | None, new: Member, 
 
 def _drop(writer: Writer, container: Container, member: Member) -> None:
     _set_bitmaps(writer, container, member, [])
-    for key in _keys(container, member):
+    for key in keys_of(container.number, member):
         _claim(writer, key, container.number, replace(member, kind=0))
 
 
-def _keys(container: Container, member: Member) -> Iterator[bytes]:
+def keys_of(container: int, member: Member) -> Iterator[bytes]:
     """Where a namespace can be found."""
     if member.name:
         yield NAME + part(member.name)
     if any(member.uuid):
         yield UUID + member.uuid
         if member.kind == store.KIND_CONTAINER:
-            yield OTHERS + number(container.number) + part(member.name)
+            yield OTHERS + number(container) + part(member.name)
     if any(member.root_uuid):
         yield ROOT + member.root_uuid + part(member.name)
 

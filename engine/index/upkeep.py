@@ -119,10 +119,10 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
     Raises:
         StorageError: it cannot be written.
     """
-    seen = []
-    with contextlib.suppress(StorageError, ValueError):
-        if os.path.isdir(host.index.path) and fault(host.index.path) is None and not _walked(host.index.path)[1]:
-            seen = host.index.all_seen()
+    if os.path.lexists(host.index.path) and (fault(host.index.path) or _walked(host.index.path)[1]):
+        replace(host.index.path, even_if_good=True)  # before this process reads what would harm it
+    host.stores()  # so that a rollback is found while the old index still knows
+    seen = host.index.all_seen()
     count = 0
 
     def fill(database: Database) -> None:
@@ -134,9 +134,6 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
             if path is not None and (known is None or known[0] < generation):
                 fresh.remember_seen(store_uuid, generation, commit_id, path)
 
-    if fault(host.index.path) is not None:
-        replace(host.index.path)
-    host.stores()  # so that a rollback is found while the old index still knows
     replace(host.index.path, fill, even_if_good=True)
     return count
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 
 from dirtmap.engine.index.database import Database, Reader, fault
+from dirtmap.engine.index.index import keys_of
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error
+from dirtmap.fmt.index import Member
+from dirtmap.fmt.store import AREA
+
+Members = dict[tuple[int, bytes], Member]  # by container and name
 
 _MOST = 20  # faults that are told
 
@@ -31,10 +35,15 @@ def walk(path: str) -> tuple[int, list[str]]:
 def _walk(reader: Reader) -> tuple[int, list[str]]:
     entries, faults = 0, []
     numbers = {contents[:8] for _, contents in reader.scan(layout.CONTAINER)}
+    members = {
+        (container, member.name): member
+        for _, contents in reader.scan(layout.MEMBERS)
+        for container, member in layout.parse_namespaces(contents[AREA.size :])
+    }
     for key, contents in reader.scan(b""):
         entries += 1
         try:
-            _judge(reader, key, contents, numbers)
+            _judge(reader, key, contents, numbers, members)
         except ValueError as error:
             faults.append(f"{layout.TAGS.get(key[:1], 'unknown')} {key[1:41].hex()}: {error}")
             if len(faults) >= _MOST:
@@ -42,34 +51,44 @@ def _walk(reader: Reader) -> tuple[int, list[str]]:
     return entries, faults
 
 
-def _judge(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes]) -> None:
+def _judge(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes], members: Members) -> None:
     """Holds an entry against its form, and against the entries that must be there as well.
 
     Raises:
         ValueError: says what is wrong.
     """
     tag = key[:1]
-    checks: dict[bytes, Callable[[], None]] = {
-        layout.BITMAP: lambda: _judge_bitmap(reader, key, contents, numbers),
-        layout.FOUND: lambda: _judge_found(reader, key, contents),
-    }
     fixed = {
         layout.STATE: layout.STATE_VALUE,
         layout.CONTAINER: layout.CONTAINER_VALUE,
         layout.SEEN: layout.SEEN_VALUE,
     }
-    if tag in checks:
-        checks[tag]()
-    elif tag in fixed:
-        if len(contents) != fixed[tag].size:
-            raise ValueError(f"{len(contents)} bytes are not {fixed[tag].size}")
-    elif tag in (layout.NAME, layout.UUID, layout.ROOT, layout.OTHERS, layout.MEMBERS):
-        start = 16 if tag == layout.MEMBERS else 0
-        for container, _ in layout.parse_namespaces(contents[start:]):
-            if layout.number(container) not in numbers:
-                raise ValueError(f"of container {container}, which is not known")
-    elif tag != layout.PATH:
+    if tag in fixed and len(contents) != fixed[tag].size:
+        raise ValueError(f"{len(contents)} bytes are not {fixed[tag].size}")
+    if tag == layout.BITMAP:
+        _judge_bitmap(reader, key, contents, numbers)
+    elif tag == layout.FOUND:
+        _judge_found(reader, key, contents)
+    elif tag == layout.CONTAINER:
+        if layout.CONTAINER + layout.part(reader.get(layout.PATH + contents[:8]) or b"") != key:
+            raise ValueError("its path is not known")
+    elif tag == layout.MEMBERS:
+        _judge_members(reader, contents, numbers)
+    elif tag in (layout.NAME, layout.UUID, layout.ROOT, layout.OTHERS):
+        for container, member in layout.parse_namespaces(contents):
+            if members.get((container, member.name)) != member:
+                raise ValueError(f"container {container} does not say so")
+    elif tag not in (*fixed, layout.PATH):
         raise ValueError("nobody knows what this is")
+
+
+def _judge_members(reader: Reader, contents: bytes, numbers: set[bytes]) -> None:
+    for container, member in layout.parse_namespaces(contents[AREA.size :]):
+        if layout.number(container) not in numbers:
+            raise ValueError(f"of container {container}, which is not known")
+        for key in keys_of(container, member):
+            if (container, member) not in layout.parse_namespaces(reader.get(key) or b""):
+                raise ValueError(f"{member.name!r} cannot be found by its {layout.TAGS[key[:1]]}")
 
 
 def _judge_bitmap(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine import holds
+from dirtmap.engine.afterwards import changing_a_store
 from dirtmap.engine.namespace import (
     BitmapInfo,
     ImageInfo,
@@ -137,7 +138,11 @@ class StoredImage(Namespace):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, in one commit of the store; see `Namespace.transaction`."""
-        with self._store.change() as change, changing(change, self._record(change.snapshot)) as bitmaps:
+        with (
+            changing_a_store(),
+            self._store.change() as change,
+            changing(change, self._record(change.snapshot)) as bitmaps,
+        ):
             yield bitmaps
 
 
@@ -280,7 +285,7 @@ def transaction(target: Store) -> Iterator[StoreTransaction]:
 
     Errors as `Namespace.transaction`.
     """
-    with target.change() as change, contextlib.ExitStack() as stack:
+    with changing_a_store(), target.change() as change, contextlib.ExitStack() as stack:
         yield StoreTransaction(change, stack)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+from dirtmap.engine import holds
 from dirtmap.engine.namespace import decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import (
@@ -223,14 +224,15 @@ def rename_node(
         keep: called with a qcow2 image before it is changed.
 
     Raises:
-        BitmapError: there is none of that name, the new one is taken, or it has bitmaps and ``with_bitmaps`` is not
-            said: their addresses change.
+        BitmapError: there is none of that name, the new one is taken, a bitmap is held, or it has bitmaps and
+            ``with_bitmaps`` is not said: their addresses change.
     """
     with target.change() as change:
         record = _record(change, name)
         where = f"{target.path}: {namespace_label(record.name)}"
         if change.table.get(encode_name(new)):
             raise BitmapError(f"{target.path}: {namespace_label(encode_name(new))}", "the name is taken")
+        _refuse_held(where, record)
         with ExitStack() as stack:
             image = None
             if record.kind == store.KIND_PLACE:
@@ -255,11 +257,12 @@ def resize_node(target: Store, name: str) -> int:
         The new size, bytes.
 
     Raises:
-        BitmapError: there is no such node, or a bitmap is inconsistent.
+        BitmapError: there is no such node, or a bitmap is inconsistent or held.
         StorageError: the image cannot be looked at.
     """
     with target.change() as change:
         record = _stored(change, name, died=True)
+        _refuse_held(f"{target.path}: {namespace_label(record.name)}", record)
         view = tracked_view(change.snapshot, record)
         identity = identity_of(os.fsdecode(record.path))
         entries = read_entries(change.snapshot, record)
@@ -299,6 +302,11 @@ def confirm_node(target: Store, name: str) -> None:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
             raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
         change.table.put(replace(record, identity=identity))
+
+
+def _refuse_held(where: str, record: Record) -> None:
+    for held in holds.living(record):
+        raise BitmapError(f"{where}: bitmap '{decode_name(held.bitmap)}'", f"busy: held by {held}")
 
 
 def _record(change: Change, name: str, *, died: bool = False) -> Record:

@@ -1,0 +1,607 @@
+"""The index's database: looked at before it is mapped, whatever is there; grown, forked, shared, killed, full.
+
+What may kill the process that reads it is tried in a child, whose end is looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+from support import qemu
+from support.child import died_of, in_child
+from support.cli import dirtmap, error_of, json_of
+
+import dirtmap.engine as dm
+from dirtmap.engine import changes
+from dirtmap.engine.host import Host
+from dirtmap.engine.index import database
+from dirtmap.engine.index.database import DamagedError, Database, connect, fault, replace
+from dirtmap.engine.index.upkeep import rebuild, verify
+from dirtmap.engine.store import nodes
+from dirtmap.engine.store.store import Store
+from dirtmap.fmt import index as layout
+from dirtmap.fmt.errors import StorageError
+
+MIB = 1 << 20
+NODES = 24
+PAGE = 4096
+
+Answers = dict[str, Any]
+
+
+def tiny(path: Path) -> str:
+    path.touch()
+    os.truncate(path, MIB)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """A host with a store, another store, a device, images, and an index of it all, which `pristine` brings back."""
+    folder = tmp_path_factory.mktemp("database")
+    here = Host(str(folder / "default.dmap"), str(folder / "index"))
+    other = Host(str(folder / "other.dmap"), here.index.path)
+    for number in range(NODES):
+        (here if number % 4 else other).add_node(f"n{number}", tiny(folder / f"{number}.raw"))
+    here.remember_store(other.store)
+    qemu.create(folder / "disk.qcow2", MIB)
+    here.add_qcow2("q", str(folder / "disk.qcow2"))
+    here.add_device("d", "n1")
+    for name in [f"n{number}" for number in range(NODES)] + ["q", "d"]:
+        with dm.open(name, store=here.store, index=here.index.path) as image, image.transaction() as bitmaps:
+            for number in range(12):
+                changes.add(bitmaps, f"b{number}")
+    here.refresh()
+    connect(here.index.path).suspend()
+    with lmdb.open(here.index.path) as env:
+        (folder / "pristine").mkdir()
+        env.copy(str(folder / "pristine"), compact=True)  # so that no page is of an older state
+    return here
+
+
+@pytest.fixture
+def host(made: Host) -> Iterator[Host]:
+    """A `Host` with an index as it was; a new one, so that nothing of it is remembered."""
+    yield from _fresh(made)
+
+
+def _fresh(made: Host) -> Iterator[Host]:
+    restore(made)
+    yield Host(made.store, made.index.path)
+    restore(made)
+
+
+def restore(made: Host) -> None:
+    if known := database._connected.pop(made.index.path, None):
+        known.close()
+    for path in Path(made.store).parent.glob("index*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    shutil.copytree(Path(made.store).with_name("pristine"), made.index.path)
+
+
+def answers(made: Host) -> Answers:
+    """What the host says of everything there is; asked anew."""
+    here = Host(made.store, made.index.path)
+    found: Answers = {}
+    for name in [f"n{number}" for number in range(NODES)] + ["q", "d", "none"]:
+        found[name] = here.resolve(name)
+    for bitmap in ("b3", "none"):
+        found[f"bitmap {bitmap}"] = [(hit.container.path, hit.kind, hit.holder, hit.uuid) for hit in here.find(bitmap)]
+    found["containers"] = sorted(here.containers())
+    one = here.resolve("n1")
+    assert one
+    found["devices"] = here.devices_of(one.uuid)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(made: Host) -> Answers:
+    found = in_child(lambda: answers(made))
+    assert len(found["bitmap b3"]) == NODES + 2
+    assert found["none"] is None
+    assert found["d"].is_device
+    return found
+
+
+def data_of(host: Host) -> Path:
+    return Path(host.index.path, "data.mdb")
+
+
+def verified(host: Host) -> list[str]:
+    return in_child(lambda: verify(Host(host.store, host.index.path)).faults)
+
+
+# What is there is looked at first.
+
+
+def test_a_file_cut_short_anywhere_is_begun_anew(host: Host, expected: Answers) -> None:
+    whole = data_of(host).read_bytes()
+    sizes = {0, 1, 100, PAGE - 1, PAGE, PAGE + 1, PAGE + 100, 2 * PAGE - 1, 2 * PAGE, 2 * PAGE + 1, len(whole) - 1}
+    sizes |= set(range(2 * PAGE, len(whole), len(whole) // 12 // PAGE * PAGE))
+    for size in sorted(sizes):
+        restore(host)
+        os.truncate(data_of(host), size)
+        assert fault(host.index.path), size
+        assert in_child(lambda: answers(host)) == expected, size
+        assert Path(host.index.path + ".bad", "data.mdb").stat().st_size == size
+        assert fault(host.index.path) is None
+
+
+def _zeros(data: bytearray) -> None:
+    data[:] = bytes(len(data))
+
+
+def _first_meta(data: bytearray) -> None:
+    data[:PAGE] = bytes(PAGE)
+
+
+def _second_meta(data: bytearray) -> None:
+    data[PAGE : 2 * PAGE] = bytes(PAGE)
+
+
+def _noise(data: bytearray) -> None:
+    data[:] = random.Random(1).randbytes(len(data))
+
+
+def _first_magic(data: bytearray) -> None:
+    data[16] ^= 1
+
+
+def _second_magic(data: bytearray) -> None:
+    data[PAGE + 16] ^= 1
+
+
+def _version(data: bytearray) -> None:
+    data[PAGE + 20] ^= 2
+
+
+def _text(data: bytearray) -> None:
+    data[:] = b"hello\n"
+
+
+@pytest.mark.parametrize(
+    "damage", [_zeros, _first_meta, _second_meta, _noise, _first_magic, _second_magic, _version, _text]
+)
+def test_what_is_no_database_is_put_aside(host: Host, expected: Answers, damage: Callable[[bytearray], None]) -> None:
+    data = bytearray(data_of(host).read_bytes())
+    damage(data)
+    data_of(host).write_bytes(data)
+    assert fault(host.index.path)
+    assert in_child(lambda: answers(host)) == expected
+    assert Path(host.index.path + ".bad", "data.mdb").read_bytes() == data
+    assert verified(host) == []
+
+
+def test_every_bit_of_the_meta_pages_may_be_wrong(host: Host, expected: Answers) -> None:
+    whole = data_of(host).read_bytes()
+    chance = random.Random(2)
+    places = [(page, bit) for page in (0, PAGE) for bit in range(152 * 8)]
+    for page, bit in chance.sample(places, 60):
+        restore(host)
+        data = bytearray(whole)
+        data[page + bit // 8] ^= 1 << bit % 8
+        data_of(host).write_bytes(data)
+        assert in_child(lambda: answers(host)) == expected, (page, bit)
+
+
+def test_a_file_or_nothing_in_its_place(host: Host, expected: Answers) -> None:
+    path = Path(host.index.path)
+    for make in (path.mkdir, lambda: path.write_bytes(b"a file"), lambda: path.symlink_to("nowhere")):
+        shutil.rmtree(path)
+        make()
+        assert in_child(lambda: answers(host)) == expected
+    path.unlink()
+    shutil.rmtree(path.with_name("nowhere"))
+    path.mkdir()
+    Path(path, "other").touch()
+    assert fault(host.index.path) == "without data.mdb"
+    assert in_child(lambda: answers(host)) == expected
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_foreign_database_is_put_aside_whole(host: Host, expected: Answers, named: bool) -> None:
+    shutil.rmtree(host.index.path)
+
+    def make() -> None:
+        with lmdb.open(host.index.path, max_dbs=4) as env, env.begin(write=True) as txn:
+            for number in range(100):
+                txn.put(f"k{number}".encode(), b"v" * 50, db=env.open_db(b"x", txn=txn) if named else None)
+
+    in_child(make)
+    before = data_of(host).read_bytes()
+    assert in_child(lambda: answers(host)) == expected
+    assert Path(host.index.path + ".bad", "data.mdb").read_bytes() == before
+
+
+def test_an_index_of_another_version_is_begun_anew(host: Host, expected: Answers) -> None:
+    def make() -> None:
+        state = layout.STATE_VALUE.build(version=2, reserved=0, containers=0)
+        Database(host.index.path).change(lambda writer: writer.put(layout.STATE, state))
+
+    in_child(make)
+    assert in_child(lambda: answers(host)) == expected
+    assert Path(host.index.path + ".bad").is_dir()
+
+
+def test_what_is_put_aside_replaces_what_was(host: Host, expected: Answers) -> None:
+    bad = Path(host.index.path + ".bad")
+    for make in (bad.touch, bad.mkdir, lambda: bad.symlink_to(host.store)):
+        restore(host)
+        make()
+        os.truncate(data_of(host), 100)
+        assert in_child(lambda: answers(host)) == expected
+        assert Path(bad, "data.mdb").stat().st_size == 100
+    assert Path(host.store).stat().st_size > 100
+
+
+# Damage inside.
+
+
+def test_a_wrong_value_is_noticed(host: Host, expected: Answers) -> None:
+    """A bit of the contents of every kind of value, which LMDB itself takes for sound."""
+    whole = data_of(host).read_bytes()
+    with lmdb.open(host.index.path, readonly=True, lock=False) as env, env.begin() as txn:
+        stored = list(txn.cursor())
+    chance = random.Random(3)
+    kinds = {key[:1] for key, _ in stored}
+    assert kinds == set(layout.TAGS)
+    for kind in sorted(kinds):
+        for key, value in chance.sample(mine := [item for item in stored if item[0][:1] == kind], min(2, len(mine))):
+            assert whole.count(key + value) == 1, key
+            at = whole.index(key + value)
+            data = bytearray(whole)
+            data[at + len(key) + chance.randrange(len(value))] ^= 1 << chance.randrange(8)
+            restore(host)
+            data_of(host).write_bytes(data)
+            assert in_child(lambda: answers(host)) == expected, key
+            restore(host)
+            data_of(host).write_bytes(data)
+            assert any(verified(host)), key
+            assert in_child(lambda: answers(host)) == expected
+            assert verified(host) == []
+
+
+def test_pages_that_are_zero_or_noise(host: Host, expected: Answers) -> None:
+    """The answer is right, or LMDB gives up; `verify` outlives it, and then all is well."""
+    whole = data_of(host).read_bytes()
+    chance = random.Random(4)
+    died = 0
+    for page in chance.sample(range(2, len(whole) // PAGE), min(25, len(whole) // PAGE - 2)):
+        for new in (bytes(PAGE), chance.randbytes(PAGE)):
+            restore(host)
+            data = bytearray(whole)
+            data[page * PAGE : (page + 1) * PAGE] = new
+            data_of(host).write_bytes(data)
+            if end := died_of(lambda: answers(host)):
+                died += 1
+                assert end == signal.SIGABRT, page
+                restore(host)
+                data_of(host).write_bytes(data)
+                assert verified(host)
+            else:
+                restore(host)
+                data_of(host).write_bytes(data)
+            assert in_child(lambda: answers(host)) == expected, page
+    assert died < 10
+
+
+def test_verify_outlives_any_damage_and_rebuilds(host: Host, expected: Answers) -> None:
+    whole = data_of(host).read_bytes()
+    chance = random.Random(5)
+    for _ in range(12):
+        restore(host)
+        data = bytearray(whole)
+        for _ in range(40):  # enough for LMDB to lose its way
+            at = chance.randrange(2 * PAGE, len(data) - 16)
+            data[at : at + 8] = chance.randbytes(8)
+        data_of(host).write_bytes(data)
+        result = in_child(lambda: verify(Host(host.store, host.index.path)))
+        assert result.rebuilt
+        assert result.faults
+        assert in_child(lambda: answers(host)) == expected
+        assert verified(host) == []
+
+
+def test_verify_tells_an_index_that_says_too_little_or_too_much(host: Host, expected: Answers) -> None:
+    def spoil(work: Callable[[database.Writer], None]) -> None:
+        Database(host.index.path).change(work)
+
+    def one(writer: database.Writer, tag: bytes) -> bytes:
+        return next(key for key, _ in writer.scan(tag))
+
+    for tag in (layout.BITMAP, layout.FOUND, layout.NAME, layout.UUID, layout.MEMBERS):
+        restore(host)
+        in_child(lambda tag=tag: spoil(lambda writer: writer.delete(one(writer, tag))))
+        assert verified(host), tag
+        assert verified(host) == []
+        assert in_child(lambda: answers(host)) == expected
+    restore(host)
+    in_child(lambda: spoil(lambda writer: writer.put(b"z", b"unheard of")))
+    assert "nobody knows" in verified(host)[0]
+
+
+def test_a_rebuilt_index_still_knows_what_it_has_seen(host: Host) -> None:
+    before = in_child(lambda: Host(host.store, host.index.path).index.all_seen())
+    assert len(before) == 2
+    in_child(lambda: rebuild(Host(host.store, host.index.path)))
+    assert in_child(lambda: Host(host.store, host.index.path).index.all_seen()) == before
+
+
+# Growth.
+
+
+def _fill(here: Database, start: int, count: int) -> None:
+    here.change(
+        lambda writer: [writer.put(b"x" + number.to_bytes(4, "big"), bytes(4000)) for number in range(start, count)]
+    )
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    monkeypatch.setattr(database, "_FIRST_SIZE", 1 << 18)
+    return str(tmp_path / "small")
+
+
+def test_it_grows(small: str) -> None:
+    here = connect(small)
+    _fill(here, 0, 1000)
+    assert here.info()["map-size"] >= 4_000_000
+    assert sum(1 for _ in here.read(lambda reader: list(reader.scan(b"x")))) == 1000
+    here.suspend()
+    assert in_child(lambda: connect(small).get(b"x" + bytes(4))) == bytes(4000)  # which asks for less space
+
+
+def test_it_sees_that_another_process_has_grown_it(small: str) -> None:
+    here = connect(small)
+    _fill(here, 0, 3)
+    ready, go = os.pipe(), os.pipe()
+
+    def grow() -> None:
+        os.write(ready[1], b".")
+        os.read(go[0], 1)
+        _fill(connect(small), 3, 600)
+
+    grown = threading.Thread(target=in_child, args=(grow,))
+    grown.start()
+    os.read(ready[0], 1)
+    assert here.info()["map-size"] == 1 << 18  # mapped here, too
+    assert here.get(b"x" + bytes(4)) == bytes(4000)
+    os.write(go[1], b".")
+    grown.join()
+    assert here.get(b"x" + (599).to_bytes(4, "big")) == bytes(4000)
+    assert len(here.read(lambda reader: list(reader.scan(b"x")))) == 600
+    in_child(lambda: _fill(connect(small), 600, 2000))
+    _fill(here, 2000, 2100)
+    assert len(here.read(lambda reader: list(reader.scan(b"x")))) == 2100
+    for end in (*ready, *go):
+        os.close(end)
+
+
+def test_a_file_never_looks_cut_short_and_is_never_cut(small: str) -> None:
+    here = connect(small)
+    for number in range(30):
+        here.change(lambda writer: [writer.put(b"y" + bytes([n]), bytes(9000)) for n in range(8)])
+        here.change(lambda writer: [writer.delete(b"y" + bytes([n])) for n in range(8)])
+        _fill(here, number, number + 1)
+        assert fault(small) is None
+
+
+# Processes.
+
+
+def test_a_child_opens_it_anew(host: Host, expected: Answers) -> None:
+    assert answers(host) == expected
+    mapped = database._connected[os.path.realpath(host.index.path)]
+    assert mapped._env is not None
+
+    def work() -> tuple[bool, Answers]:
+        inherited = any("data.mdb" in line for line in Path("/proc/self/maps").read_text().splitlines())
+        return inherited, answers(host)
+
+    assert in_child(work) == (False, expected)
+    assert answers(host) == expected
+    assert database._connected[os.path.realpath(host.index.path)] is mapped
+    # A grandchild, and changes on both sides.
+    in_child(lambda: in_child(lambda: _fill(connect(host.index.path), 0, 10)))
+    assert mapped.get(b"x" + bytes(4)) == bytes(4000)
+
+
+def test_a_fork_waits_for_threads_that_use_it(host: Host, expected: Answers) -> None:
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def use() -> None:
+        here = Host(host.store, host.index.path)
+        try:
+            while not stop.is_set():
+                assert here.resolve("n1") == expected["n1"]
+                connect(host.index.path).change(lambda writer: writer.put(b"x", os.urandom(8)))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(30):
+            assert in_child(lambda: Host(host.store, host.index.path).resolve("n2")) == expected["n2"]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
+
+
+def test_many_processes_at_once(tmp_path: Path) -> None:
+    here = Host(str(tmp_path / "default.dmap"), str(tmp_path / "index"))
+    here.add_node("first", tiny(tmp_path / "first.raw"))
+
+    def work(worker: int) -> None:
+        mine = Host(here.store, here.index.path)
+        for number in range(6):
+            name = f"{worker}-{number}"
+            mine.add_node(name, tiny(tmp_path / f"{name}.raw"))
+            assert mine.resolve(name)
+            assert mine.resolve("first")
+            with dm.open(name, store=here.store, index=here.index.path) as image, image.transaction() as bitmaps:
+                changes.add(bitmaps, "b")
+
+    failed: list[BaseException] = []
+
+    def run(worker: int) -> None:
+        try:
+            in_child(lambda: work(worker))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert len(here.find("b")) == 24
+    assert not verify(here).faults
+    assert not Path(here.index.path + ".bad").exists()
+
+
+def test_an_index_replaced_under_a_process_is_not_used_any_more(host: Host, expected: Answers) -> None:
+    assert answers(host) == expected
+    in_child(lambda: rebuild(Host(host.store, host.index.path)))
+    assert answers(host) == expected
+    shutil.rmtree(host.index.path)
+    assert answers(host) == expected
+    os.rename(host.index.path, host.index.path + ".elsewhere")
+    assert answers(host) == expected
+
+
+@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "ceph", "9p", "fuse.sshfs", "lustre"])
+def test_network_file_systems_are_refused(host: Host, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    shutil.rmtree(host.index.path)
+    monkeypatch.setattr(database, "_file_system", lambda folder: kind)
+    with pytest.raises(StorageError, match=rf"network file system \({kind}\).*choose another --index"):
+        host.resolve("n1")
+    assert not Path(host.index.path).exists()
+    # What names a path needs no index.
+    monkeypatch.setenv("DIRTMAP_STORE", "none")
+    assert len(json_of("list", Path(host.store).with_name("disk.qcow2"))[0]["bitmaps"]) == 12
+
+
+def test_the_file_system_is_known() -> None:
+    assert database._file_system("/proc") == "proc"
+    assert database._file_system("/") != ""
+
+
+# Killed, or without room.
+
+
+class Killer:
+    """Ends its process with the n-th step in a module."""
+
+    def __init__(self, module: str, left: int) -> None:
+        self.module, self.left = module, left
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> None:
+        if frame.f_code.co_filename == self.module:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("act", ["replace", "rebuild"])
+def test_killed_at_every_step_of_a_replacement(host: Host, expected: Answers, act: str) -> None:
+    folder = Path(host.store).parent
+
+    def work(left: int) -> None:
+        here = Host(host.store, host.index.path)
+        sys.setprofile(Killer(database.__file__, left))
+        if act == "replace":
+            replace(host.index.path, even_if_good=True)
+        else:
+            rebuild(here)
+        sys.setprofile(None)
+
+    step = 3 if act == "replace" else 307
+    killed = 0
+    while end := died_of(functools.partial(work, 1 + killed * step)):
+        assert end == signal.SIGKILL
+        killed += 1
+        assert in_child(lambda: answers(host)) == expected, killed
+    assert killed > 10
+    # The one that came through has removed what the others left behind.
+    assert not list(folder.glob("index.new-*"))
+    assert verified(host) == []
+
+
+def test_a_full_disk_does_not_make_a_commit_look_failed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Database, work: object) -> None:
+        with database._errors(self.path):
+            raise lmdb.DiskError(": No space left on device")
+
+    with dm.open("n1", store=host.store, index=host.index.path) as image:
+        with monkeypatch.context() as patch:
+            patch.setattr(Database, "change", full)
+            with image.transaction() as bitmaps:
+                bitmaps["b0"].mark(0, 1)
+            with pytest.raises(StorageError, match="No space left"):
+                Host(host.store, host.index.path).resolve("n1")
+        assert image["b0"].count == 65536
+    found = Host(host.store, host.index.path)
+    assert found.resolve("n1")
+    with Store(host.store) as target:
+        assert not [node.doubt for node in nodes.nodes(target) if node.doubt]
+    with dm.open("n1", store=host.store, index=host.index.path) as image, image.transaction() as bitmaps:
+        bitmaps["b0"].clear(0, MIB)
+
+
+def test_lmdb_that_loses_its_way_is_damage(host: Host) -> None:
+    for error in (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError):
+        with pytest.raises(DamagedError), database._errors(host.index.path):
+            raise error("x")
+
+
+# The commands.
+
+
+@pytest.fixture
+def chosen(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setenv("DIRTMAP_STORE", host.store)
+    monkeypatch.setenv("DIRTMAP_INDEX", host.index.path)
+    return host
+
+
+def test_index_verify_rebuild_and_stats(chosen: Host) -> None:
+    clean = json_of("index", "verify")
+    assert clean["faults"] == []
+    assert not clean["rebuilt"]
+    assert clean["entries"] > NODES * 12
+    stats = json_of("index", "stats")
+    assert (stats["containers"], stats["sound"], stats["bitmaps"]) == (3, 3, (NODES + 2) * 12)
+    assert stats["entries"] == clean["entries"]
+    assert json_of("index", "rebuild") == {"containers": 3}
+    assert "all as the containers say" in dirtmap("index", "verify").out
+    database.connect(chosen.index.path).suspend()
+    os.truncate(data_of(chosen), 5 * PAGE)
+    done = dirtmap("index", "verify")
+    assert "rebuilt" in done.out
+    assert "cut short" in done.error
+    assert dirtmap("index", "verify", "-q").out == dirtmap("index", "verify", "-q").error == ""
+    shutil.rmtree(chosen.index.path)
+    for command in ("verify", "stats"):
+        assert "there is no index" in error_of("index", command)
+    assert json_of("index", "rebuild") == {"containers": 3}
+    assert json_of("index", "verify")["faults"] == []
