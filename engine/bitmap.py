@@ -189,6 +189,17 @@ class Bitmap:
 
     __copy__ = copy
 
+    def required(self, where: str) -> Bitmap:
+        """This bitmap, if its content can be used.
+
+        Raises:
+            BitmapError: it is inconsistent; ``where`` names it.
+        """
+        if self.inconsistent:
+            what = "inconsistent: left in use by a writer that did not finish; recover or remove it"
+            raise BitmapError(where, what)
+        return self
+
     def replace(self, *, recording: bool | None = None, busy: bool | None = None) -> Bitmap:
         """A `copy` with other flags, where given."""
         other = Bitmap(self.size, self.granularity, self.recording if recording is None else recording)

@@ -115,7 +115,7 @@ def _usable(bitmaps: Transaction, name: str, *, inconsistent: bool = False) -> B
     bitmap = bitmaps[name]
     where = f"{bitmaps.where}: {label(name)}"
     if bitmap.busy:
-        raise BitmapError(where, "busy: held by an operation")
+        bitmaps.refuse_held(name)
     if not inconsistent:
         require_usable(bitmap, where)
     return bitmap
@@ -127,5 +127,4 @@ def require_usable(bitmap: Bitmap, where: str) -> None:
     Raises:
         BitmapError: inconsistent; ``where`` names it.
     """
-    if bitmap.inconsistent:
-        raise BitmapError(where, "inconsistent: left in use by a writer that did not finish; recover or remove it")
+    bitmap.required(where)

@@ -1,7 +1,7 @@
 """The way in: what a target means, which kind of container holds it, and the room that knows that kind.
 
 "disk.qcow2", "file:a b"      a path: a qcow2 image, or a whole store
-"drive0", "node:drive0"       a namespace of the store given, else of the default store
+"drive0", "node:drive0"       a node or device, wherever its container is; see `dirtmap.engine.host`
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dirtmap.fmt import qcow2
 from dirtmap.fmt.errors import (
     BitmapError,
     BitmapNotFoundError,
+    Error,
     FormatError,
     LockedError,
     StorageError,
@@ -25,6 +26,7 @@ from dirtmap.fmt.errors import (
 )
 
 if TYPE_CHECKING:
+    from dirtmap.engine.host import Host
     from dirtmap.engine.report import CheckReport
 
 QCOW2, STORE = "qcow2", "dirtmap"
@@ -49,10 +51,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A target still to be looked up, in a store of the user's choice."""
+    """A target still to be looked up, in a default store and with an index of the user's choice."""
 
     text: str
-    store: str
+    store: str | None = None
+    index: str | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -61,66 +64,80 @@ class Named:
 Target = str | os.PathLike[str] | Place | Named
 
 
-def default_store() -> str:
+def default_store(index: str | None = None) -> str:
     """Where the default store is: ``$DIRTMAP_STORE``, else ``default.dmap`` beside the index."""
     if path := os.environ.get("DIRTMAP_STORE"):
         return path
-    if index := os.environ.get("DIRTMAP_INDEX"):
-        folder = os.path.dirname(index)
-    elif os.geteuid() == 0:
-        folder = "/var/lib/dirtmap"
-    else:
-        state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-        folder = os.path.join(state, "dirtmap")
-    return os.path.join(folder, "default.dmap")
+    return os.path.join(os.path.dirname(default_index(index)), "default.dmap")
 
 
-def locate(target: Target, store: str | None = None) -> Place:
+def default_index(index: str | None = None) -> str:
+    """Where the index is: as given, else ``$DIRTMAP_INDEX``, else the place that is usual for the user."""
+    if path := index or os.environ.get("DIRTMAP_INDEX"):
+        return path
+    if os.geteuid() == 0:
+        return "/var/lib/dirtmap/index"
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(state, "dirtmap", "index")
+
+
+def host(store: str | None = None, index: str | None = None) -> Host:
+    """The host as a default store and an index tell of it; the usual ones where None."""
+    from dirtmap.engine.host import Host
+
+    return Host(store or default_store(index), default_index(index))
+
+
+def remember(store: str | None, index: str | None = None) -> None:
+    """Has the usual default store know a store that was chosen, so that what is in it is found without choosing it.
+
+    Where that cannot be written, it stays as it is: whoever chose the store can choose it again.
+    """
+    if store is not None:
+        with contextlib.suppress(Error):
+            host(None, index).remember_store(store)
+
+
+def locate(target: Target, store: str | None = None, index: str | None = None) -> Place:
     """Finds out what a target means, without opening it.
 
     Args:
-        target: a path or a node's name; ``file:`` or ``node:`` in front says which.
-        store: where nodes are looked up; the default store where None.
+        target: a path, a node's name or a device's; ``file:``, ``node:`` or ``device:`` in front says which.
+        store: the default store, which knows the others; the usual one where None.
+        index: path of the index; the usual one where None.
 
     Raises:
-        BitmapError: it could be either.
-        StorageError: neither a file nor, for want of a store, a node.
+        BitmapError: it could be either; or the name is not unique.
+        BitmapNotFoundError: neither a file nor a name.
+        StorageError: not a file, and there is no store to look names up in.
     """
     if isinstance(target, Place):
         return target
     if isinstance(target, Named):
-        return locate(target.text, target.store)
+        return locate(target.text, target.store or store, target.index or index)
     text = os.fspath(target)
     if text.startswith("file:"):
         return Place(text.removeprefix("file:"))
-    if text.startswith("device:"):
-        raise StorageError(text, "devices are not known yet")
-    where = store or default_store()
-    explicit = text.startswith("node:")
-    name = text.removeprefix("node:")
-    is_file = not explicit and os.path.lexists(text)
+    where = store or default_store(index)
+    kind = next((kind for kind in ("node", "device") if text.startswith(f"{kind}:")), None)
+    is_file = kind is None and os.path.lexists(text)
     if is_file and ("/" in text or "." in text or not os.path.exists(where)):
         return Place(text)
     if not os.path.exists(where):
-        what = f"no store at {where} to look the node up in" if explicit else "no such file, and no store to look in"
+        what = f"no store at {where} to look the {kind} up in" if kind else "no such file, and no store to look in"
         raise StorageError(text, what)
-    node = _find_node(where, name)
-    if is_file and node:
-        raise BitmapError(text, f"both a file and a node of {where}: say file:{text} or node:{text}")
+    found = host(where, index).resolve(text.removeprefix(f"{kind}:"))
+    if found is not None and kind is not None and (kind == "device") != found.is_device:
+        found = None
+    if is_file and found:
+        what = f"both a file and a {found.what} of {found.store}: say file:{text} or {found.what}:{text}"
+        raise BitmapError(text, what)
     if is_file:
         return Place(text)
-    if node is None:
-        raise BitmapNotFoundError(text, f"no node of {where}" if explicit else f"neither a file nor a node of {where}")
-    return node
-
-
-def _find_node(path: str, name: str) -> Place | None:
-    from dirtmap.engine.store.nodes import place_of
-    from dirtmap.engine.store.store import Store
-
-    with Store(path) as store:
-        found = place_of(store, name)
-        return None if found is None else Place(*found)
+    if found is None:
+        what = f"no {kind} of {where}" if kind else f"neither a file nor a node or device of {where}"
+        raise BitmapNotFoundError(text, what)
+    return Place(found.container, found.name if found.in_store else None)
 
 
 def probe(path: str) -> str | None:
@@ -151,61 +168,65 @@ def require_format(target: Target, wanted: str | None) -> None:
         raise FormatError(path, f"not of format {wanted}")
 
 
-def open(target: Target, *, store: str | None = None, force_share: bool = False) -> Namespace:
+def open(target: Target, *, store: str | None = None, index: str | None = None, force_share: bool = False) -> Namespace:
     """Opens the bitmaps of an image.
 
     Args:
-        target: a path or a node's name.
-        store: where nodes are looked up; the default store where None.
+        target: a path, a node's name or a device's.
+        store: the default store, which knows the others; the usual one where None.
+        index: path of the index; the usual one where None.
         force_share: read a qcow2 image although another process writes to it; what it has in memory is not seen.
 
     Raises:
         FormatError: neither a qcow2 image nor in a store, one that QEMU would refuse, or one that is unsafe to use.
-        BitmapError: no such node, or the target is ambiguous.
+        BitmapError: no such node or device, the target is ambiguous, or a copy of something else.
         LockedError: open for writing elsewhere.
         StorageError: cannot be opened or read.
     """
-    place = locate(target, store)
+    place = locate(target, store, index)
+    here = _host_of(target, store, index)
     if place.node is not None:
         from dirtmap.engine.store.namespace import StoredImage
         from dirtmap.engine.store.store import Store
 
         with contextlib.ExitStack() as stack:
-            stored = StoredImage(stack.enter_context(Store(place.path)), place.node)
+            opened = stack.enter_context(Store(place.path))
+            here().look_after(opened)
+            stored = StoredImage(opened, place.node)
             stack.pop_all()
             return stored
     if probe(place.path) == STORE:
-        raise BitmapError(place.path, "a store of many images: name one of its nodes")
+        raise _a_whole_store(place.path)
     from dirtmap.engine.qcow2.image import Image
 
     try:
         image = Image(place.path, force_share=force_share)
     except LockedError:
-        if tracked := _tracked(place.path, store):
+        if tracked := _tracked(place.path, here):
             return tracked  # whoever has it open: the bitmaps are in the store
         raise
     try:
-        if image.uuid is not None and image.name is not None:
-            _refuse_twin(image.path, image.name, image.uuid, store)
-            if tracked := _tracked(image.path, store, (image.name, image.uuid)):
+        if image.uuid is not None and image.name is not None and here.exists():
+            here().refuse_twin(image.path, image.name, image.uuid)
+            if tracked := _tracked(image.path, here, (image.name, image.uuid)):
                 image.close()
                 return tracked
+            here().keep(image)
     except BaseException:
         image.close()
         raise
     return image
 
 
-def _tracked(path: str, store: str | None, identity: tuple[str, str] | None = None) -> Namespace | None:
+def _tracked(path: str, here: _HostOf, identity: tuple[str, str] | None = None) -> Namespace | None:
     """The bitmaps of a qcow2 image that a tracker has, or had when it died; None where they are in the image.
 
     Args:
         path: the image.
-        store: what remembers its place.
+        here: the host, whose default store remembers its place.
         identity: its name and UUID, where they are known.
     """
-    where = store or default_store()
-    if not os.path.exists(where):
+    if not here.exists():
         return None
     if identity is None:
         from dirtmap.engine.qcow2.image import read_identity
@@ -216,6 +237,7 @@ def _tracked(path: str, store: str | None, identity: tuple[str, str] | None = No
     from dirtmap.engine.store.nodes import is_checked_out
     from dirtmap.engine.store.store import Store
 
+    where = here.store or default_store(here.index)
     with Store(where) as target:
         if not is_checked_out(target, path, *identity):
             return None
@@ -224,55 +246,76 @@ def _tracked(path: str, store: str | None, identity: tuple[str, str] | None = No
     return TrackedImage(path, where, identity[0])
 
 
-def _refuse_twin(path: str, name: str, uuid: str, store: str | None) -> None:
-    """Where no store remembers the image, there is nothing to compare it with."""
-    where = store or default_store()
-    if os.path.exists(where):
-        from dirtmap.engine.store.nodes import refuse_twin
-        from dirtmap.engine.store.store import Store
-
-        with Store(where) as target:
-            refuse_twin(target, path, name, uuid)
+def _a_whole_store(path: str) -> BitmapError:
+    return BitmapError(path, "a store of many images: name one of its nodes")
 
 
-def describe(target: Target, *, store: str | None = None, force_share: bool = False) -> ImageInfo:
+class _HostOf:
+    """The host that a target is to be seen in, made when it is needed."""
+
+    def __init__(self, store: str | None, index: str | None) -> None:
+        self.store, self.index = store, index
+
+    def __call__(self) -> Host:
+        return host(self.store, self.index)
+
+    def exists(self) -> bool:
+        """True where there is a default store."""
+        return os.path.exists(self.store or default_store(self.index))
+
+
+def _host_of(target: Target, store: str | None, index: str | None) -> _HostOf:
+    if isinstance(target, Named):
+        return _HostOf(target.store or store, target.index or index)
+    return _HostOf(store, index)
+
+
+def describe(
+    target: Target, *, store: str | None = None, index: str | None = None, force_share: bool = False
+) -> ImageInfo:
     """An image and all its bitmaps without their bits, as of one moment; a store's path stands for all it holds.
 
     Arguments and errors as `open`.
     """
-    place = locate(target, store)
+    place = locate(target, store, index)
+    here = _host_of(target, store, index)
     if place.node is not None:
-        with open(place) as image:
+        with open(place, store=here.store, index=here.index) as image:
             return image.info()
     with open_file(place.path) as file:
         if _kind(file) == STORE:
             from dirtmap.engine.store.namespace import describe_store
 
-            return describe_store(place.path)
+            with here().opened(place.path) as opened:
+                return describe_store(opened)
         from dirtmap.engine.qcow2.image import describe
 
         try:
             info = describe(file, force_share=force_share)
         except LockedError:
-            if not (tracked := _tracked(place.path, store)):
+            if not (tracked := _tracked(place.path, here)):
                 raise
             with tracked:
                 return tracked.info()
-    if info.uuid is not None and info.node is not None:
-        _refuse_twin(info.path, info.node, info.uuid, store)
-        if tracked := _tracked(place.path, store, (info.node, info.uuid)):
-            with tracked:
-                return tracked.info()
-    return info
+    if info.uuid is None or info.node is None or not here.exists():
+        return info
+    here().refuse_twin(info.path, info.node, info.uuid)
+    if tracked := _tracked(place.path, here, (info.node, info.uuid)):
+        with tracked:
+            return tracked.info()
+    return here().marked_busy(info)
 
 
 @contextlib.contextmanager
-def transaction(targets: Iterable[Target], *, store: str | None = None) -> Iterator[dict[Target, Transaction]]:
+def transaction(
+    targets: Iterable[Target], *, store: str | None = None, index: str | None = None
+) -> Iterator[dict[Target, Transaction]]:
     """Changes the bitmaps of several targets in one commit of the container that holds them all.
 
     Args:
-        targets: paths or nodes' names; the same image may be named in several ways.
-        store: where nodes are looked up.
+        targets: paths or names; the same image may be named in several ways.
+        store: the default store; the usual one where None.
+        index: path of the index; the usual one where None.
 
     Yields:
         The transaction of each target. At the end of the block all changes are durable; after an exception there are
@@ -282,20 +325,20 @@ def transaction(targets: Iterable[Target], *, store: str | None = None) -> Itera
         UnsupportedError: they are in different containers, and nothing can commit two at once.
         As `Namespace.transaction`.
     """
-    places = {target: locate(target, store) for target in targets}
+    places = {target: locate(target, store, index) for target in targets}
     first, *others = places
     for target in others:
         if not _same_file(places[first].path, places[target].path):
             raise UnsupportedError(str(target), f"in another container than '{first}', and one commit cannot span two")
     if places[first].node is None:
         # The transaction locks and judges the image anew, and knows better who holds it.
-        with open(places[first], store=store, force_share=True) as image, image.transaction() as bitmaps:
+        with open(places[first], store=store, index=index, force_share=True) as image, image.transaction() as bitmaps:
             yield dict.fromkeys(places, bitmaps)
         return
     from dirtmap.engine.store.namespace import transaction as store_transaction
-    from dirtmap.engine.store.store import Store
 
-    with Store(places[first].path) as target_store, store_transaction(target_store) as namespaces:
+    here = _host_of(first, store, index)()
+    with here.opened(places[first].path) as target_store, store_transaction(target_store) as namespaces:
         yield {target: namespaces[place.node or ""] for target, place in places.items()}
 
 
@@ -306,26 +349,35 @@ def _same_file(one: str, other: str) -> bool:
         raise StorageError(other, error.strerror or str(error)) from error
 
 
-def recover(target: Target, names: Iterable[str] = (), *, store: str | None = None) -> list[Recovery]:
+def recover(
+    target: Target, names: Iterable[str] = (), *, store: str | None = None, index: str | None = None
+) -> list[Recovery]:
     """Makes bitmaps usable whose bits cannot be relied on; works on images that `open` refuses for other bitmaps.
 
     Args:
-        target: a path or a node's name.
+        target: a path, a node's name or a device's.
         names: which; none for all that need it.
-        store: where nodes are looked up.
+        store: the default store; the usual one where None.
+        index: path of the index; the usual one where None.
     """
-    place = locate(target, store)
+    place = locate(target, store, index)
+    here = _host_of(target, store, index)
     if place.node is not None:
-        with open(place) as image:
+        with open(place, store=here.store, index=here.index) as image:
             return image.recover(names)
-    from dirtmap.engine.qcow2.image import read_identity, recover
+    if probe(place.path) == STORE:
+        raise _a_whole_store(place.path)
+    from dirtmap.engine.qcow2.image import Keeper, read_identity, recover
 
-    if tracked := _tracked(place.path, store):
+    if tracked := _tracked(place.path, here):
         with tracked:
             return tracked.recover(names)
-    if identity := read_identity(place.path):
-        _refuse_twin(place.path, *identity, store)
-    return recover(place.path, names)
+    identity = read_identity(place.path)
+    keeper = Keeper()
+    if identity and here.exists():
+        here().refuse_twin(place.path, *identity)
+        keeper = here().keeper_of(place.path, identity[0])
+    return recover(place.path, names, keeper=keeper)
 
 
 def check(

@@ -46,10 +46,8 @@ class Shown:
 
     def fields(self, structure: Structure, offset: int, raw: bytes) -> list[dict[str, Any]]:
         """The fields of a declared structure, each with its value and, where there is one, its meaning."""
-        values = structure.parse(raw)
         found = []
-        for field in structure.fields:
-            value = getattr(values, field.name)
+        for field, value in zip(structure.fields, structure.parse(raw), strict=True):
             shown = {"name": field.name, "offset": int(offset) + field.offset, "length": field.size}
             shown["value"] = value.hex() if isinstance(value, bytes) else value
             if field.name in self._flags and value:

@@ -47,7 +47,8 @@ class BitmapInfo:
         busy: held by an operation.
         count: dirty bytes in whole granules, as QEMU counts; None where inconsistent.
         namespace: in a store, the namespace's UUID as text.
-        node: in a store, the node's name.
+        node: in a store, the node's name; None of a device's bitmap.
+        device: in a store, the device's name; None of a node's bitmap.
     """
 
     name: str
@@ -58,6 +59,7 @@ class BitmapInfo:
     count: int | None
     namespace: str | None = None
     node: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,24 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         """
 
     @abc.abstractmethod
+    def hold(self, name: str, owner: str = "dirtmap") -> contextlib.AbstractContextManager[Bitmap]:
+        """Holds a bitmap for the time of a backup: it is busy, and nobody can remove, clear, move or change it.
+
+        The hold ends with the block, or with the process.
+
+        Args:
+            name: of the bitmap.
+            owner: what others are told who ask.
+
+        Yields:
+            The bitmap, frozen.
+
+        Raises:
+            BitmapNotFoundError: there is none of that name.
+            BitmapError: inconsistent; or a qcow2 image without a name, so that no store knows it.
+        """
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Closes the container's file."""
 
@@ -209,11 +229,21 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         default_granularity: bytes; for bitmaps added without one.
     """
 
-    def __init__(self, where: str, size: int, default_granularity: int, bitmaps: Mapping[str, Bitmap]) -> None:
+    def __init__(
+        self,
+        where: str,
+        size: int,
+        default_granularity: int,
+        bitmaps: Mapping[str, Bitmap],
+        held: Mapping[str, str] | None = None,
+    ) -> None:
         self.where = where
         self.size = size
         self.default_granularity = default_granularity
         self._bitmaps = dict(bitmaps)
+        self._held = {name: (who, self._bitmaps[name].copy()) for name, who in (held or {}).items() if name in bitmaps}
+        for name in self._held:
+            self._bitmaps[name].busy = True
         self._open = True
 
     def __getitem__(self, name: str) -> Bitmap:
@@ -225,6 +255,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
 
     def __setitem__(self, name: str, bitmap: Bitmap) -> None:
         self._require_open()
+        self.refuse_held(name)
         where = f"{self.where}: {label(name)}"
         if fault := name_fault(encode_name(name)):
             raise BitmapError(where, fault)
@@ -238,9 +269,11 @@ class Transaction(MutableMapping[str, "Bitmap"]):
             what = f"granularity {bitmap.granularity} needs {needed} bytes of bits, more than {MAX_DATA_BYTES}"
             raise BitmapError(where, what)
         self._bitmaps[name] = bitmap.copy()
+        self._bitmaps[name].busy = False
 
     def __delitem__(self, name: str) -> None:
         self[name]
+        self.refuse_held(name)
         del self._bitmaps[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -256,10 +289,30 @@ class Transaction(MutableMapping[str, "Bitmap"]):
             BitmapError: no such bitmap, or the new name is taken or not allowed.
         """
         bitmap = self[name]
+        self.refuse_held(name)
         if new in self:
             raise BitmapError(f"{self.where}: {label(new)}", "the name is taken")
         self[new] = bitmap
         self._bitmaps = {new if key == name else key: value for key, value in self._bitmaps.items() if key != new}
+
+    def require_held_untouched(self) -> None:
+        """Refuses to commit where the bits of a held bitmap were changed in place.
+
+        Raises:
+            BitmapError: names the bitmap and who holds it.
+        """
+        for name, (_, bitmap) in self._held.items():
+            if self._bitmaps[name]._source is not bitmap._source:
+                self.refuse_held(name)
+
+    def refuse_held(self, name: str) -> None:
+        """Refuses a bitmap that is held.
+
+        Raises:
+            BitmapError: names it and who holds it.
+        """
+        if name in self._held:
+            raise BitmapError(f"{self.where}: {label(name)}", f"busy: held by {self._held[name][0]}")
 
     def close(self) -> None:
         """Ends it: nothing got from it afterwards would be committed."""

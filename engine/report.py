@@ -28,6 +28,7 @@ class CheckReport:
         corruptions_fixed, leaks_fixed: what was mended.
         findings: each with its place, mended or not.
         dropped: what mending had to give up: bitmaps by name in a qcow2 image; in a store a line for each loss.
+        made_dirty: bitmaps of a store that mending made all dirty, a line each.
     """
 
     path: str
@@ -39,6 +40,7 @@ class CheckReport:
     leaks_fixed: int = 0
     findings: list[Finding] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    made_dirty: list[str] = field(default_factory=list)
 
     def found(self, severity: str, where: str, what: str, count: int = 1) -> None:
         """Adds a finding and counts it."""

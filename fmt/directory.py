@@ -93,7 +93,8 @@ class Entry:
 
     def with_flags(self, *, set: int = 0, clear: int = 0) -> Entry:
         """The same entry with those flag bits changed and all others as found."""
-        return replace(self, flags=self.flags & ~clear | set)
+        flags = self.flags & ~clear | set
+        return self if flags == self.flags else replace(self, flags=flags)
 
     @property
     def packed_size(self) -> int:

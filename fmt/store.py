@@ -14,6 +14,7 @@ All numbers are big-endian. Source of every rule: SPEC.md, "The store".
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,6 +83,18 @@ RECORD = Structure(
 # The extra data of a directory entry in a store.
 BITS_CHECKSUM = Structure("bits checksum", "checksum" / Int32ub, "reserved" / Int32ub)
 
+# A record's extension, one for each hold; followed by the bitmap's name and the owner.
+HOLD = Structure(
+    "hold",
+    "process" / Int32ub,
+    "name_size" / Int16ub,
+    "owner_size" / Int16ub,
+    "start" / Int64ub,
+    "boot_id" / Bytes(16),
+    "token" / Bytes(16),
+)
+EXTENSION_HOLD = 0x484F4C44
+
 EXTENSION_NAMESPACES = 0x4E535043
 EXTENSION_SPACE = 0x53504143
 EXTENSION_RELEASED = 0x52454C53
@@ -109,7 +122,10 @@ KIND_NODE = 1
 KIND_DEVICE = 2
 # Where a qcow2 image with an identity of its own is; its bitmaps are in it.
 KIND_PLACE = 3
-KIND_NAMES = {KIND_NODE: "node", KIND_DEVICE: "device", KIND_PLACE: "place"}
+# Where any other container of the host is; only in the default store.
+KIND_CONTAINER = 4
+KIND_NAMES = {KIND_NODE: "node", KIND_DEVICE: "device", KIND_PLACE: "place", KIND_CONTAINER: "container"}
+CONTAINER_PREFIX = b"container:"  # of such a record's name; followed by a digest of the path
 
 # A directory entry's table_offset where a bitmap takes no space.
 ALL_ZEROS = 0
@@ -264,6 +280,11 @@ def build_record(record: Record) -> bytes:
         image_size=record.identity.size,
     )
     return fixed + names + extensions
+
+
+def container_name(path: bytes) -> bytes:
+    """The name of the record that remembers the container at a path: `CONTAINER_PREFIX` and 32 hexadecimal digits."""
+    return CONTAINER_PREFIX + hashlib.blake2b(path, digest_size=16).hexdigest().encode()
 
 
 def record_faults(record: Record) -> Iterator[tuple[str, str]]:

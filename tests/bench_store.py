@@ -19,6 +19,7 @@ import pytest
 
 from dirtmap.engine import changes
 from dirtmap.engine.bitmap import Bitmap
+from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.namespace import StoredImage, transaction
 from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import geometry, store
@@ -130,8 +131,12 @@ def test_load_16_tib(against: Callable[..., None], tmp_path: Path, percent: int)
         [np.packbits(random.random(1 << 24, np.float32) < percent / 100) for _ in range(length // (1 << 21))]
     )
     with Store(str(path)) as target:
-        with target.change() as change:  # a device, or there would have to be a file of that size
-            change.table.put(store.Record(name=b"a", kind=store.KIND_DEVICE, uuid=bytes(16), size=size))
+        disk = tmp_path / "disk"
+        disk.touch()
+        # A device that claims to be larger than its root: few file systems have files of that size.
+        where, identity = os.fsencode(disk), identity_of(str(disk))
+        with target.change() as change:
+            change.table.put(store.Record(b"a", store.KIND_DEVICE, bytes(16), size, path=where, identity=identity))
         with StoredImage(target, "a").transaction() as bitmaps:
             bitmaps["b0"] = Bitmap.from_packed(size, GRANULARITY, packed)
         offset = path.read_bytes().index(packed[:64].tobytes())

@@ -28,3 +28,4 @@ def pytest_sessionstart() -> None:
 def no_default_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine keeps in its default store is none of the tests' business."""
     monkeypatch.setenv("DIRTMAP_STORE", str(tmp_path / "default.dmap"))
+    monkeypatch.setenv("DIRTMAP_INDEX", str(tmp_path / "index"))

@@ -44,7 +44,7 @@ def process(*arguments: str | Path | bytes, **settings: object) -> subprocess.Co
     [
         ([], "Missing command. See dirtmap --help."),
         (["nonsense"], "No such command 'nonsense'."),
-        (["list"], "list: Missing argument 'TARGET...'."),
+        (["dump"], "dump: Missing argument 'FILE'."),
         (["list", "--nonsense", "x"], "list: No such option"),
         (["list", "--output=xml", "x"], "list: Invalid value for '--output': 'xml' is not one of 'human', 'json'."),
         (["map", "x"], "map: Missing argument 'BITMAP'."),
@@ -83,7 +83,7 @@ def test_every_command_explains_itself() -> None:
 def test_usage_is_pinned() -> None:
     usages = [dirtmap(command, "--help").out.splitlines()[0].removeprefix("Usage: dirtmap ") for command in COMMANDS]
     assert [usage.replace(" [OPTIONS]", "") for usage in usages] == [
-        "list TARGET...",
+        "list [TARGET]...",
         "dump FILE",
         "map TARGET BITMAP",
         "add TARGET BITMAP",
@@ -98,7 +98,10 @@ def test_usage_is_pinned() -> None:
         "mark TARGET BITMAP [OFFSET] [LENGTH]",
         "recover TARGET [BITMAP]...",
         "check TARGET",
+        "find BITMAP",
+        "hold TARGET BITMAP COMMAND...",
         "transaction FILE",
+        "sidecar RAW QCOW2",
         "completion {bash|zsh|fish}",
     ]
 

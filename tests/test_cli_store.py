@@ -58,6 +58,13 @@ def test_every_bitmap_command_works_on_a_node() -> None:
     assert dirtmap("recover", "one").status == 0
 
 
+def test_recover_of_a_whole_store_asks_for_a_node() -> None:
+    before = Path("default.dmap").read_bytes()
+    assert error_of("recover", "default.dmap") == "default.dmap: a store of many images: name one of its nodes"
+    assert error_of("recover", "default.dmap", "b").endswith("name one of its nodes")
+    assert Path("default.dmap").read_bytes() == before
+
+
 def test_the_same_name_in_every_namespace() -> None:
     for node, offset in (("one", "0"), ("two", "1M"), ("disk.qcow2", "2M")):
         dirtmap("add", node, "backup")
@@ -134,6 +141,42 @@ def test_compact_frees_space_and_changes_no_answer() -> None:
     assert done["after"] < done["before"]
     assert os.path.getsize("default.dmap") == done["after"]
     assert json_of("list", "default.dmap") == before
+    assert json_of("check", "default.dmap")["findings"] == []
+
+
+def spoil(name: str) -> None:
+    """Flips a bit of that structure of the store."""
+    (at,) = (each["offset"] for each in json_of("dump", "default.dmap")["structures"] if each["name"] == name)
+    with open("default.dmap", "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("structure", "line", "key"),
+    [
+        ("bits: node 'two', bitmap 'b'", "node 'two', bitmap 'b': its bits are damaged", "made-dirty"),
+        (
+            "directory entry: node 'one', bitmap 'b'",
+            "node 'one', 1 of its 1 bitmaps: directory of node 'one' at 0x",
+            "dropped",
+        ),
+    ],
+)
+def test_check_says_what_mending_dropped_and_what_it_made_dirty(structure: str, line: str, key: str) -> None:
+    for node in ("one", "two"):
+        dirtmap("add", node, "b")
+        dirtmap("mark", node, "b", "1M", "1")
+    spoil(structure)
+    spoiled = Path("default.dmap").read_bytes()
+    human = {"made-dirty": "all dirty now", "dropped": "dropped"}[key]
+    assert f"\n{human}: {line}" in dirtmap("check", "-r", "all", "default.dmap").out
+    Path("default.dmap").write_bytes(spoiled)
+    report = json_of("check", "-r", "all", "default.dmap")
+    assert (len(report["dropped"]), len(report["made-dirty"])) == ((1, 0) if key == "dropped" else (0, 1))
+    assert report[key][0].startswith(line)
     assert json_of("check", "default.dmap")["findings"] == []
 
 

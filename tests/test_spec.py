@@ -13,7 +13,7 @@ import pytest
 
 from dirtmap.engine import locks
 from dirtmap.engine.qcow2 import layout
-from dirtmap.fmt import directory, extensions, geometry, live, qcow2, store
+from dirtmap.fmt import directory, extensions, geometry, index, live, qcow2, store
 from dirtmap.fmt.structure import Structure
 from dirtmap.tools.cli import main
 
@@ -22,7 +22,7 @@ SPEC = (ROOT / "SPEC.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 # SPEC.md describes every structure and every limit of these modules.
-DESCRIBED: list[ModuleType] = [geometry, extensions, directory, qcow2, store, live]
+DESCRIBED: list[ModuleType] = [geometry, extensions, directory, qcow2, store, index, live]
 STRUCTURES = {
     found.name: found for module in DESCRIBED for found in vars(module).values() if isinstance(found, Structure)
 }

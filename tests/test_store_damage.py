@@ -455,14 +455,113 @@ def test_mending_damaged_bits_makes_that_bitmap_all_dirty_and_no_other(sound: So
     region = sound.region("bits: node 'a', bitmap 'monday'")
     for _ in flipped(sound, [region.start * 8]):
         report = dm.check(sound.path, repair="all")
-        assert len(report.dropped) == 1
-        assert "monday" in report.dropped[0]
+        assert report.dropped == []
+        assert report.made_dirty == ["node 'a', bitmap 'monday': its bits are damaged"]
         for (node, name), expected in sound.bits.items():
             with dm.open(Place(sound.path, node)) as image:
                 if name == "monday":
                     assert image[name].extents()[1].tolist() == [SIZE]
                 else:
                     assert np.array_equal(image[name].words, expected)
+
+
+def everything_of(path: str, node: str) -> dict[str, tuple[int, bool, int]]:
+    """The bitmaps of a node: granularity, whether they record, dirty bytes."""
+    with dm.open(Place(path, node)) as image:
+        return {b.name: (b.granularity, b.recording, b.count or 0) for b in image.info().bitmaps}
+
+
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.long)])
+def test_mending_a_damaged_directory_takes_the_names_from_the_commit_before(sound: Sound, step: int) -> None:
+    """The last commit changed node 'a', so the older slot leads to another directory of it."""
+    sound.write(sound.data)
+    before = everything_of(sound.path, "a")
+    regions = [r for r in sound.regions if r.name.startswith("directory entry: node 'a'")]
+    start, stop = min(r.start for r in regions), max(r.stop for r in regions)
+    for _ in flipped(sound, range(start * 8, stop * 8, step)):
+        report = mended(sound)
+        assert report.dropped == []
+        assert sorted(report.made_dirty) == sorted(
+            f"node 'a', bitmap '{name}': known from the older header slot only" for name in before
+        )
+    for _ in flipped(sound, [start * 8]):
+        dm.check(sound.path, repair="all")
+        assert everything_of(sound.path, "a") == {
+            name: (granularity, recording, -(-SIZE // granularity) * granularity)
+            for name, (granularity, recording, _) in before.items()
+        }
+        with dm.open(Place(sound.path, "b")) as image:
+            assert np.array_equal(image["\udcff"].words, sound.bits["b", "\udcff"]), "others are not concerned"
+            assert not image.info().notes
+
+
+def test_mending_a_directory_that_both_slots_lead_to_drops_its_bitmaps(sound: Sound) -> None:
+    region = next(region for region in sound.regions if region.name.startswith("directory entry: node 'b'"))
+    for _ in flipped(sound, [region.start * 8]):
+        report = mended(sound)
+        (line,) = report.dropped
+        assert line.startswith("node 'b', 1 of its 1 bitmaps: directory of node 'b' at 0x")
+        assert report.made_dirty == []
+        assert everything_of(sound.path, "b") == {}
+        with dm.open(Place(sound.path, "a")) as image:
+            assert np.array_equal(image["monday"].words, sound.bits["a", "monday"])
+
+
+def _spoil_directory(path: str, node: bytes) -> None:
+    with Store(path) as target:
+        record = target.read(lambda snapshot: snapshot.table().get(node))
+    assert record is not None
+    with open(path, "r+b") as file:
+        file.seek(record.directory.offset + 24)
+        file.write(b"?")
+
+
+def test_mending_a_damaged_directory_names_what_the_commit_before_did_not_have(sound: Sound) -> None:
+    sound.write(sound.data)
+    with dm.open(Place(sound.path, "a")) as image, image.transaction() as bitmaps:
+        bitmaps["new"] = dm.Bitmap.from_extents(SIZE, [0], [1], 512)
+        del bitmaps["full"]
+        bitmaps["newer"] = dm.Bitmap(SIZE)
+    _spoil_directory(sound.path, b"a")
+    report = dm.check(sound.path, repair="all")
+    (line,) = report.dropped
+    assert line.startswith("node 'a', 1 of its 4 bitmaps: directory of node 'a'")
+    assert {name: count >= SIZE for name, (_, _, count) in everything_of(sound.path, "a").items()} == {
+        "monday": True,
+        "clean": True,
+        "full": True,
+    }
+    assert not dm.check(sound.path).findings
+
+
+def test_mending_never_takes_the_bitmaps_of_another_node_of_that_name(sound: Sound, folder: Path) -> None:
+    sound.write(sound.data)
+    with Store(sound.path) as target, target.change() as change:
+        record = change.table.get(b"b")
+        assert record is not None
+        place = change.place(directory.build_directory([directory.Entry(b"other", store.ALL_ONES, 0, 0, 16)]))
+        change.table.put(replace(record, uuid=b"another one here", directory=place, generation=change.generation))
+    _spoil_directory(sound.path, b"b")
+    report = dm.check(sound.path, repair="all")
+    assert len(report.dropped) == 1
+    assert everything_of(sound.path, "b") == {}
+
+
+def test_mending_after_a_disk_has_grown_drops_what_is_too_fine_for_it(sound: Sound) -> None:
+    sound.write(sound.data)
+    with Store(sound.path) as target:
+        with target.change() as change:  # a device, or there would have to be a file of that size
+            place = change.place(directory.build_directory([directory.Entry(b"fine", store.ALL_ONES, 0, 0, 9)]))
+            node = Record(b"d", store.KIND_DEVICE, bytes(16), SIZE, change.generation, place, 1)
+            change.table.put(node)
+        with target.change() as change:
+            place = change.place(directory.build_directory([directory.Entry(b"coarse", store.ALL_ONES, 0, 0, 30)]))
+            change.table.put(replace(node, size=1 << 62, directory=place, generation=change.generation))
+    _spoil_directory(sound.path, b"d")
+    report = dm.check(sound.path, repair="all")
+    assert [line.partition(":")[0] for line in report.dropped] == ["node 'd', 1 of its 1 bitmaps"]
+    assert everything_of(sound.path, "d") == {}
+    assert not dm.check(sound.path).findings
 
 
 def test_recover_makes_damaged_bits_all_dirty(sound: Sound) -> None:

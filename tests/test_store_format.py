@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import struct
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 import crc32c
 import numpy as np
 import pytest
+from construct import Array, Bytes, Const, Float32b, Int8ub, Int16ub, Int24ub, Int32sb, Int32ub, Int32ul, Padded
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -106,6 +108,42 @@ def test_structure_is_built_as_it_is_parsed(structure: Structure, data: st.DataO
     for field in structure.fields:
         part = raw[field.offset : field.offset + field.size]
         assert values[field.name] in (part, int.from_bytes(part, "big")), "bytes as they are, numbers big-endian"
+
+
+@pytest.mark.parametrize(
+    "declared", [Int32ul, Int32sb, Int24ub, Float32b, Array(2, Int8ub), Const(b"magic"), Padded(8, Int32ub)]
+)
+def test_structure_takes_unsigned_big_endian_numbers_and_bytes_only(declared: object) -> None:
+    with pytest.raises(TypeError, match="field: neither an unsigned big-endian number nor bytes"):
+        Structure("s", "field" / declared)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"magic": b"abc", "count": 1}, ValueError),
+        ({"magic": b"abcde", "count": 1}, ValueError),
+        ({"magic": b"abcd", "count": -1}, struct.error),
+        ({"magic": b"abcd", "count": 1 << 16}, struct.error),
+        ({"magic": b"abcd"}, TypeError),
+        ({"count": 1}, TypeError),
+        ({"magic": b"abcd", "count": 1, "more": 1}, TypeError),
+    ],
+)
+def test_structure_builds_nothing_that_does_not_fit(values: dict[str, Any], error: type[Exception]) -> None:
+    structure = Structure("s", "magic" / Bytes(4), "count" / Int16ub)
+    assert structure.build(magic=b"abcd", count=1) == b"abcd\0\1"
+    with pytest.raises(error):
+        structure.build(**values)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 7])
+def test_structure_is_not_parsed_past_the_end(offset: int) -> None:
+    structure = Structure("s", "magic" / Bytes(4), "count" / Int16ub)
+    data = bytes(structure.size + offset)
+    assert structure.parse(data, offset).count == 0
+    with pytest.raises(struct.error):
+        structure.parse(data[:-1], offset)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.name)

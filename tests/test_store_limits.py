@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import dirtmap.engine as dm
 from dirtmap.engine import changes
 from dirtmap.engine.store import bitmaps as stored
 from dirtmap.engine.store import namespace, nodes
+from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.namespace import StoredImage
 from dirtmap.engine.store.nodes import add_node
 from dirtmap.engine.store.store import Store, create
@@ -32,8 +34,14 @@ def _add(image: StoredImage, name: str, granularity: int | None = None) -> None:
 
 
 def test_65536_namespaces_and_not_one_more(target: Store, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.touch()
+    os.truncate(disk, 1 << 40)
+    identity = identity_of(str(disk))
+
     def record(number: int) -> Record:
-        return Record(b"node%d" % number, store.KIND_DEVICE, uuid.uuid4().bytes, 1 << 40)
+        name, path = b"node%d" % number, os.fsencode(disk)
+        return Record(name, store.KIND_NODE, uuid.uuid4().bytes, 1 << 40, path=path, identity=identity)
 
     with target.change() as change:
         for number in range(store.MAX_NAMESPACES):

@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from bitarray import bitarray
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tracking import GRANULE, Model, lost, make_node, mark, model_of
+from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine import bits
@@ -407,6 +408,8 @@ def test_processes_track_different_nodes_of_one_store(tmp_path: Path) -> None:
                         if at % 50 == 0:
                             tracker.checkpoint(f"c{at}")
                 os._exit(0)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         children.append(child)
@@ -470,7 +473,7 @@ def test_nothing_is_left_behind(image: dm.Namespace, tmp_path: Path) -> None:
         tracker.checkpoint("x")
         assert sorted(file.name for file in live.glob("*/*/*"))[0] == "control"
     assert list(live.glob("*/*")) == []
-    assert sorted(os.listdir(tmp_path)) == ["default.dmap", "drive0.raw", "live"]
+    assert files_in(tmp_path) == ["default.dmap", "drive0.raw", "live"]
 
 
 # Threads

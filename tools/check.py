@@ -43,12 +43,8 @@ def check_command(
     """
     if repair and force_share:
         raise click.UsageError("-U goes with reading only, not with -r.")
-    bar, progress = (None, None) if quiet or output == "json" else progress_bar("checking")
-    if bar is None:
-        report = dm.check(target, repair=repair, force_share=force_share)
-    else:
-        with bar:
-            report = dm.check(target, repair=repair, force_share=force_share, progress=progress)
+    with progress_bar("checking", quiet=quiet or output == "json") as progress:
+        report = dm.check(target, repair=repair, force_share=force_share, progress=progress)
     if not quiet:
         if output == "json":
             write_json(_document(report))
@@ -68,14 +64,18 @@ def _document(report: CheckReport) -> dict[str, Any]:
         "leaks-fixed": report.leaks_fixed,
         "findings": [{"severity": f.severity, "where": f.where, "what": f.what} for f in report.findings],
         "dropped": report.dropped,
+        "made-dirty": report.made_dirty,
     }
 
 
 def _show(report: CheckReport) -> None:
     for finding in report.findings:
         print(f"{finding.severity}: {printable(finding.where)}: {printable(finding.what)}")
-    for name in report.dropped:
-        print(f"dropped: bitmap '{printable(name)}'")
+    for lost in report.dropped:
+        what = f"bitmap '{printable(lost)}'" if report.format == "qcow2" else printable(lost)
+        print(f"dropped: {what}")
+    for bitmap in report.made_dirty:
+        print(f"all dirty now: {printable(bitmap)}")
     if report.corruptions_fixed or report.leaks_fixed:
         print(
             f"mended: {_count(report.corruptions_fixed, 'corruption')}, {_count(report.leaks_fixed, 'leaked cluster')}"

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     dirtmap list disk.qcow2
     dirtmap list -U running.qcow2
     dirtmap list --output=json *.qcow2 | jq '.[].bitmaps[].name'
+    dirtmap list
     """,
 )
-@click.argument("targets", metavar="TARGET...", type=options.TARGET, nargs=-1, required=True)
+@click.argument("targets", metavar="[TARGET]...", type=options.TARGET, nargs=-1)
 @options.force_share
 @options.reporting
 @click.pass_context
@@ -34,13 +35,18 @@ def list_command(ctx: click.Context, targets: tuple[Target, ...], force_share: b
 
     Tells each bitmap's granularity, how much of the disk it calls dirty (whole granules, as QEMU counts), and whether
     QEMU goes on recording into it. An inconsistent bitmap was left in use by a writer that did not finish; see
-    "dirtmap recover". A TARGET that cannot be read does not keep the others from being listed; the exit status is 1.
+    "dirtmap recover". Without a TARGET: all bitmaps of the host, in every image and store that it knows; see "dirtmap
+    index scan". A TARGET that cannot be read does not keep the others from being listed; the exit status is 1.
     """
     failed = False
     documents = []
+    if not targets:
+        targets = tuple(f"file:{path}" for path in options.host_of(ctx).containers())
+        if not targets:
+            complain("no images are known yet; 'index scan' finds them")
     for target in targets:
         try:
-            info = dm.describe(target, force_share=force_share)
+            info = dm.describe(target, force_share=force_share, **options.where(ctx))
         except dm.Error as error:
             complain(str(error))
             failed = True
@@ -74,11 +80,20 @@ def _document(info: ImageInfo) -> dict[str, Any]:
                 "inconsistent": bitmap.inconsistent,
                 "busy": bitmap.busy,
                 "count": bitmap.count,
-                **({"namespace": bitmap.namespace, "node": bitmap.node} if bitmap.namespace else {}),
+                **_attachment(info, bitmap),
             }
             for bitmap in info.bitmaps
         ],
     }
+
+
+def _attachment(info: ImageInfo, bitmap: BitmapInfo) -> dict[str, str | None]:
+    """The namespace of a bitmap, where it has a name: the node or device that it is attached to."""
+    if bitmap.device is not None:
+        return {"namespace": bitmap.namespace, "device": bitmap.device}
+    if bitmap.namespace is not None:
+        return {"namespace": bitmap.namespace, "node": bitmap.node}
+    return {} if info.node is None else {"namespace": info.uuid, "node": info.node}
 
 
 def _show(info: ImageInfo) -> None:
@@ -90,8 +105,11 @@ def _show(info: ImageInfo) -> None:
     if info.format == "qcow2":
         write_table(title, columns, rows, right=(1, 2, 3))
     else:
-        nodes = [printable(bitmap.node or "") for bitmap in info.bitmaps]
-        rows = [(node, *row) for node, row in zip(nodes, rows, strict=True)]
+        holders = [
+            f"device {printable(bitmap.device)}" if bitmap.device is not None else printable(bitmap.node or "")
+            for bitmap in info.bitmaps
+        ]
+        rows = [(holder, *row) for holder, row in zip(holders, rows, strict=True)]
         write_table(title, ("NODE", *columns), rows, right=(2, 3, 4))
 
 

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.containers import QCOW2, default_store, probe
+from dirtmap.engine.containers import QCOW2, host, probe, remember
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
 
 if TYPE_CHECKING:
-    from dirtmap.engine.store.store import Store
-
-
-@contextmanager
-def _opened(path: str | None, *, make: bool = False) -> Iterator[Store]:
-    """The store asked for, else the default one, which is made on first need."""
-    from dirtmap.engine.store.store import Store, create
-
-    chosen = path or default_store()
-    if make and path is None and not os.path.exists(chosen):
-        os.makedirs(os.path.dirname(chosen) or ".", mode=0o700, exist_ok=True)
-        create(chosen)
-    with Store(chosen) as opened:
-        yield opened
+    pass
 
 
 @click.group("node", no_args_is_help=False)
 def node_command() -> None:
-    """Name images: a node is an image under a name that is unique in its store."""
+    """Name images: a node is an image under a name that is unique on its host."""
 
 
 @options.command(
@@ -47,24 +31,23 @@ def node_command() -> None:
 )
 @click.argument("name", type=options.NAME)
 @click.argument("image", type=click.Path())
-@options.store
+@options.host
 @click.option("--new-identity", is_flag=True, help="IMAGE is a copy of another qcow2 image; make it one of its own.")
 @options.quiet
-def add_command(name: str, image: str, store: str | None, new_identity: bool) -> None:
+def add_command(name: str, image: str, store: str | None, index: str | None, new_identity: bool) -> None:
     """Give an image a name and an identity.
 
     A qcow2 image keeps its name and its UUID in its own header, and its bitmaps as before; the store remembers where it
     is. For anything else (a raw file, a block device) the store will hold the bitmaps.
     """
-    from dirtmap.engine.store.nodes import add_node, add_qcow2
-
-    with _opened(store, make=True) as opened:
-        if probe(image) == QCOW2:
-            add_qcow2(opened, name, image, new_identity=new_identity)
-        elif new_identity:
-            raise click.UsageError("--new-identity is for qcow2 images.")
-        else:
-            add_node(opened, name, image)
+    here = host(store, index)
+    if probe(image) == QCOW2:
+        here.add_qcow2(name, image, new_identity=new_identity)
+    elif new_identity:
+        raise click.UsageError("--new-identity is for qcow2 images.")
+    else:
+        here.add_node(name, image)
+    remember(store, index)
 
 
 @options.command(
@@ -74,14 +57,11 @@ def add_command(name: str, image: str, store: str | None, new_identity: bool) ->
     """,
 )
 @click.argument("name", type=options.NAME)
-@options.store
+@options.host
 @options.quiet
-def remove_command(name: str, store: str | None) -> None:
+def remove_command(name: str, store: str | None, index: str | None) -> None:
     """Forget a node; it must not have bitmaps."""
-    from dirtmap.engine.store.nodes import remove_node
-
-    with _opened(store) as opened:
-        remove_node(opened, name)
+    host(store, index).remove_node(name)
 
 
 @options.command(
@@ -94,14 +74,11 @@ def remove_command(name: str, store: str | None) -> None:
 @click.argument("old", type=options.NAME)
 @click.argument("new", type=options.NAME)
 @click.option("--with-bitmaps", is_flag=True, help="Also where it has bitmaps, whose addresses change.")
-@options.store
+@options.host
 @options.quiet
-def rename_command(old: str, new: str, with_bitmaps: bool, store: str | None) -> None:
+def rename_command(old: str, new: str, with_bitmaps: bool, store: str | None, index: str | None) -> None:
     """Give a node another name."""
-    from dirtmap.engine.store.nodes import rename_node
-
-    with _opened(store) as opened:
-        rename_node(opened, old, new, with_bitmaps=with_bitmaps)
+    host(store, index).rename_node(old, new, with_bitmaps=with_bitmaps)
 
 
 @options.command(
@@ -111,18 +88,15 @@ def rename_command(old: str, new: str, with_bitmaps: bool, store: str | None) ->
     """,
 )
 @click.argument("name", type=options.NAME)
-@options.store
+@options.host
 @options.quiet
-def resize_command(name: str, store: str | None) -> None:
+def resize_command(name: str, store: str | None, index: str | None) -> None:
     """Adopt the size that a node's image has now.
 
     Old bits stay, new space is dirty. You state with it that the image was resized and nothing else; if it was written
     to as well, say "dirtmap recover" instead, which makes all dirty.
     """
-    from dirtmap.engine.store.nodes import resize_node
-
-    with _opened(store) as opened:
-        resize_node(opened, name)
+    host(store, index).resize_node(name)
 
 
 @options.command(
@@ -132,18 +106,15 @@ def resize_command(name: str, store: str | None) -> None:
     """,
 )
 @click.argument("name", type=options.NAME)
-@options.store
+@options.host
 @options.quiet
-def confirm_command(name: str, store: str | None) -> None:
+def confirm_command(name: str, store: str | None, index: str | None) -> None:
     """State that a node's bitmaps are right although its image looks changed.
 
     An image that was changed while nobody tracked it has bitmaps that count as all dirty. Use this where only the time
     stamp changed, or the file was moved. If anything was written to the image, its bitmaps have missed that.
     """
-    from dirtmap.engine.store.nodes import confirm_node
-
-    with _opened(store) as opened:
-        confirm_node(opened, name)
+    host(store, index).confirm_node(name)
 
 
 @options.command(
@@ -153,17 +124,21 @@ def confirm_command(name: str, store: str | None) -> None:
     dirtmap node list --store backup.dmap --output=json
     """,
 )
-@options.store
+@options.host
 @click.option(
     "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to report."
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def list_command(store: str | None, output: str, quiet: bool) -> None:
+def list_command(store: str | None, index: str | None, output: str, quiet: bool) -> None:
     """List the nodes of a store, and where their images are."""
     from dirtmap.engine.store.nodes import nodes
 
-    with _opened(store) as opened:
-        found = nodes(opened)
+    here = host(store, index)
+    found = []
+    for path in here.stores() or [here.store]:
+        with here.opened(path) as opened:
+            found += nodes(opened)
+    found.sort(key=lambda node: node.name)
     if quiet:
         return
     if output == "json":
@@ -184,7 +159,7 @@ def list_command(store: str | None, output: str, quiet: bool) -> None:
         for node in found
     ]
     none = "" if rows else ", no nodes"
-    write_table(f"{printable(opened.path)}{none}", ("NODE", "SIZE", "BITMAPS", "IMAGE"), rows, right=(1,))
+    write_table(f"{printable(here.store)}{none}", ("NODE", "SIZE", "BITMAPS", "IMAGE"), rows, right=(1,))
 
 
 for _command in (add_command, remove_command, rename_command, resize_command, confirm_command, list_command):

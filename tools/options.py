@@ -14,6 +14,8 @@ from dirtmap.tools.sizes import parse_size
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from dirtmap.engine.host import Host
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
@@ -84,8 +86,8 @@ class _Target(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Target:  # type: ignore[override]
         found: Target = value
-        if ctx and (store := ctx.meta.get(_STORE)):
-            found = Named(value, store)
+        if ctx and (ctx.meta.get(_STORE) or ctx.meta.get(_INDEX)):
+            found = Named(value, ctx.meta.get(_STORE), ctx.meta.get(_INDEX))
         if ctx and (wanted := ctx.meta.get(_FORMAT)):
             require_format(found, wanted)
         return found
@@ -96,6 +98,7 @@ NAME = _Name()
 TARGET = _Target()
 _FORMAT = "dirtmap.format"
 _STORE = "dirtmap.store"
+_INDEX = "dirtmap.index"
 
 
 def _remember_format(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -104,6 +107,10 @@ def _remember_format(ctx: click.Context, _: click.Parameter, value: str | None) 
 
 def _remember_store(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
     ctx.meta[_STORE] = value
+
+
+def _remember_index(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    ctx.meta[_INDEX] = value
 
 
 target = click.argument("target", type=TARGET)
@@ -125,6 +132,10 @@ _format = click.option(
 )
 
 
+_STORE_HELP = (
+    "The default store, which knows all others.  [default: $DIRTMAP_STORE, else default.dmap beside the index]"
+)
+_INDEX_HELP = "The index.  [default: $DIRTMAP_INDEX, else /var/lib/dirtmap/index or ~/.local/state/dirtmap/index]"
 _store = click.option(
     "--store",
     type=click.Path(),
@@ -132,15 +143,36 @@ _store = click.option(
     callback=_remember_store,
     is_eager=True,
     expose_value=False,
-    help="Where nodes are looked up.  [default: $DIRTMAP_STORE, else the default store]",
+    help=_STORE_HELP,
 )
-# For commands that work on a store itself.
-store = click.option(
-    "--store",
+_index = click.option(
+    "--index",
     type=click.Path(),
-    metavar="STORE",
-    help="Which store.  [default: $DIRTMAP_STORE, else the default store]",
+    metavar="PATH",
+    callback=_remember_index,
+    is_eager=True,
+    expose_value=False,
+    help=_INDEX_HELP,
 )
+
+
+def host(command: Decorated) -> Decorated:
+    """Options of a command that takes names and no TARGET; it is passed ``store`` and ``index``."""
+    store = click.option("--store", type=click.Path(), metavar="STORE", help=_STORE_HELP)
+    index = click.option("--index", type=click.Path(), metavar="PATH", help=_INDEX_HELP)
+    return store(index(command))
+
+
+def where(ctx: click.Context) -> dict[str, Any]:
+    """The default store and the index that the user asked for, as the engine's functions take them."""
+    return {"store": ctx.meta.get(_STORE), "index": ctx.meta.get(_INDEX)}
+
+
+def host_of(ctx: click.Context) -> Host:
+    """The host, as the default store and the index of the user's choice tell of it."""
+    from dirtmap.engine.containers import host as find
+
+    return find(**where(ctx))
 
 
 def speaking(command: Decorated) -> Decorated:
@@ -150,9 +182,9 @@ def speaking(command: Decorated) -> Decorated:
 
 def reporting(command: Decorated) -> Decorated:
     """Options of a command that reports; it is passed ``quiet`` and ``output``."""
-    return speaking(_store(_format(command)))
+    return speaking(_store(_index(_format(command))))
 
 
 def changing(command: Decorated) -> Decorated:
     """Options of a command that changes bitmaps and has nothing to report."""
-    return quiet(_store(_format(command)))
+    return quiet(_store(_index(_format(command))))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dirtmap.fmt.errors import printable
@@ -86,18 +87,19 @@ def colourful() -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
-def progress_bar(title: str) -> tuple[Any, Callable[[int, int], None] | None]:
-    """A bar on standard error that goes away at the end: a context manager, and what moves it (done, in all).
+@contextlib.contextmanager
+def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on standard error that goes away at the end of the block.
 
-    The mover is None where standard error is no terminal.
+    Yields:
+        What moves it (done, in all); None where standard error is no terminal, or ``quiet``.
     """
-    if not sys.stderr.isatty():
-        from contextlib import nullcontext
-
-        return nullcontext(), None
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
     from rich.console import Console
     from rich.progress import Progress
 
-    bar = Progress(console=Console(stderr=True), transient=True)
-    task = bar.add_task(title, total=None)
-    return bar, lambda done, total: bar.update(task, completed=done, total=total)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

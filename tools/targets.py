@@ -31,23 +31,23 @@ def transaction(target: Target) -> Iterator[Transaction]:
         complain(f"{image.path}: recovered first: {tracking.how}")
 
 
-def same_image(one: Target, other: Target, store: str | None = None) -> bool:
+def same_image(one: Target, other: Target, store: str | None = None, index: str | None = None) -> bool:
     """True where both targets mean the same bitmaps, whatever the names of their file.
 
     Raises:
         dirtmap.engine.Error: one of them is not there.
     """
-    first, second = locate(one, store), locate(other, store)
+    first, second = locate(one, store, index), locate(other, store, index)
     try:
         return first.node == second.node and os.path.samefile(first.path, second.path)
     except OSError:
         return False  # opening the one that is not there tells more
 
 
-def same_container(one: Target, other: Target, store: str | None = None) -> bool:
+def same_container(one: Target, other: Target, store: str | None = None, index: str | None = None) -> bool:
     """True where one commit can change both: they are one image, or nodes of one store. Errors as `same_image`."""
     try:
-        return os.path.samefile(locate(one, store).path, locate(other, store).path)
+        return os.path.samefile(locate(one, store, index).path, locate(other, store, index).path)
     except OSError:
         return False
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     """,
 )
 @click.argument("file", type=click.Path(allow_dash=True))
-@options.store
+@options.host
 @options.quiet
-def transaction_command(file: str, store: str | None) -> None:
+def transaction_command(file: str, store: str | None, index: str | None) -> None:
     """Change several bitmaps of one image or store: all or nothing.
 
     FILE, or standard input for "-", is the document of a QMP "transaction" command, {"actions": [{"type": ..., "data":
@@ -46,18 +46,23 @@ def transaction_command(file: str, store: str | None) -> None:
         return
     node = actions[0].node
     for action in actions:
-        if not same_container(action.node, node, store):
+        if not same_container(action.node, node, store, index):
             what = f"'{action.node}' is in another container than '{node}'; a transaction changes one"
             raise dm.UnsupportedError(f"{action.place}.data.node", what)
-    with contextlib.ExitStack() as others, dm.transaction([action.node for action in actions], store=store) as nodes:
+    with (
+        contextlib.ExitStack() as others,
+        dm.transaction([action.node for action in actions], store=store, index=index) as nodes,
+    ):
         for action in actions:
             try:
-                _apply(nodes, action, others, store)
+                _apply(nodes, action, others, store, index)
             except dm.Error as error:
                 raise dm.Error(f"{action.place}: {error.where}", error.what) from error
 
 
-def _apply(nodes: dict[Target, Transaction], action: Action, others: contextlib.ExitStack, store: str | None) -> None:
+def _apply(
+    nodes: dict[Target, Transaction], action: Action, others: contextlib.ExitStack, store: str | None, index: str | None
+) -> None:
     from dirtmap.engine import changes
 
     bitmaps = nodes[action.node]
@@ -75,9 +80,9 @@ def _apply(nodes: dict[Target, Transaction], action: Action, others: contextlib.
                 return usable(bitmaps.where, bitmaps, name)
             for changed, there in nodes.items():
                 # One that is being changed is taken as the actions before this one have left it.
-                if node == changed or same_image(node, changed, store):
+                if node == changed or same_image(node, changed, store, index):
                     return usable(there.where, there, name)
-            image = others.enter_context(dm.open(node, store=store))
+            image = others.enter_context(dm.open(node, store=store, index=index))
             return usable(image.path, image, name)
 
         changes.merge(bitmaps, action.name, (source(*item) for item in action.sources))

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 # new clusters are taken past the end, where no proof is needed.
 _PROOF_BUDGET = 16 << 20
 _SECTOR = 512  # the most that a disk writes whole
+_ZEROS = memoryview(bytes(1 << geometry.MAX_CLUSTER_BITS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +227,7 @@ def make_plan(
     written += refcounts.touched()
     written += [offset // layout.cluster_size for offset, _ in _refcount_pointers(refcounts)]
     _refuse_shared(layout, references, [*abandoned, *written])
+    _refuse_astray(layout, references, [*written, *_clusters_of(contents, layout.cluster_size)])
 
     plan = Plan()
     if wanted or not layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS:
@@ -277,6 +279,20 @@ def _refuse_shared(layout: Layout, references: References, clusters: Sequence[in
         raise FormatError(where, "used twice; run check")
 
 
+def _refuse_astray(layout: Layout, references: References, clusters: Sequence[int]) -> None:
+    """What is written must not become part of something that a broken reference leads to, past the end of the file."""
+    numbers = np.array(clusters, np.int64)
+    claimed = numbers[references.astray.of(numbers) > 0]
+    if len(claimed):
+        where = f"{layout.path}: cluster {int(claimed[0]) * layout.cluster_size:#x}"
+        raise FormatError(where, "to be written, but a reference that makes no sense leads there; run check")
+
+
+def _clusters_of(contents: Sequence[Write], cluster_size: int) -> Iterator[int]:
+    for offset, data in contents:
+        yield from range(offset // cluster_size, geometry.ceil_div(offset + len(data), cluster_size))
+
+
 def _place(file: File, layout: Layout, item: Written, allocator: Allocator, contents: list[Write]) -> Entry:
     """Gives a bitmap's table and changed clusters a place; adds what to write there to ``contents``."""
     cluster = layout.cluster_size
@@ -299,7 +315,9 @@ def _place(file: File, layout: Layout, item: Written, allocator: Allocator, cont
 
 def _place_cluster(chunk: memoryview, cluster: int, allocator: Allocator, contents: list[Write]) -> int:
     offset = allocator.take(1) * cluster
-    contents.append((offset, chunk if len(chunk) == cluster else bytes(chunk).ljust(cluster, b"\0")))
+    contents.append((offset, chunk))
+    if len(chunk) < cluster:  # the rest apart, and shared: thousands of short bitmaps would take gigabytes
+        contents.append((offset + len(chunk), _ZEROS[: cluster - len(chunk)]))
     return offset
 
 

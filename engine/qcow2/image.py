@@ -159,6 +159,27 @@ class _Source:
         return load(self.file, self.layout, self.slot)
 
 
+class Keeper:
+    """What a host keeps about an image outside of it. This one keeps nothing."""
+
+    def held(self) -> dict[str, str]:
+        """Which bitmaps are held, and by whom."""
+        return {}
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around a change of the image's metadata, which leaves the guest's data alone."""
+        yield
+
+    def hold(self, name: str, owner: str) -> contextlib.AbstractContextManager[None]:
+        """Holds a bitmap for the time of the block.
+
+        Raises:
+            BitmapError: there is no place to remember that.
+        """
+        raise BitmapError(label(name), "only bitmaps of an image with a name can be held; 'node add' gives it one")
+
+
 class Image(Namespace):
     """A qcow2 image's bitmaps, read and changed under QEMU's locks."""
 
@@ -166,6 +187,7 @@ class Image(Namespace):
 
     def __init__(self, path: str, *, force_share: bool = False) -> None:
         self.path = path
+        self.keeper = Keeper()
         self._force_share = force_share
         self._file = open_file(path)
         try:
@@ -189,7 +211,7 @@ class Image(Namespace):
         """
         from dirtmap.engine.qcow2.commit import set_identity
 
-        with _write_session(self.path) as (file, layout):
+        with _write_session(self.path) as (file, layout), self.keeper.changing():
             layout.require_sound()
             data = None
             if name is not None:
@@ -212,7 +234,10 @@ class Image(Namespace):
 
     def info(self) -> ImageInfo:
         """The image and all its bitmaps as of one moment."""
-        return describe(self._file, force_share=self._force_share)
+        found = describe(self._file, force_share=self._force_share)
+        if not (held := self.keeper.held()):
+            return found
+        return replace(found, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in found.bitmaps))
 
     def _load(self, name: bytes) -> Bitmap | None:
         def read(layout: Layout) -> Bitmap | None:
@@ -231,7 +256,14 @@ class Image(Namespace):
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes inconsistent bitmaps usable; see `recover`."""
-        return recover(self.path, names)
+        return recover(self.path, names, keeper=self.keeper)
+
+    @contextlib.contextmanager
+    def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
+        """Holds a bitmap for a backup; see `Namespace.hold`."""
+        self[name].required(f"{self.path}: {label(name)}")
+        with self.keeper.hold(name, owner):
+            yield self[name].required(f"{self.path}: {label(name)}")
 
     def __repr__(self) -> str:
         return f"<Image {self.path!r}>"
@@ -246,7 +278,7 @@ class Image(Namespace):
             if not self._file.is_current():
                 raise LockedError(self.path, "was replaced since it was opened")
             layout.require_sound()
-            with _changing(file, layout) as bitmaps:
+            with self.keeper.changing(), _changing(file, layout, self.keeper.held()) as bitmaps:
                 yield bitmaps
 
 
@@ -269,7 +301,7 @@ def _lazy(file: File, layout: Layout, slot: Slot) -> Bitmap:
 
 
 @contextlib.contextmanager
-def _changing(file: File, layout: Layout) -> Iterator[Transaction]:
+def _changing(file: File, layout: Layout, held: dict[str, str]) -> Iterator[Transaction]:
     from dirtmap.engine.qcow2.commit import Kept, commit, require_writable
 
     require_writable(layout)
@@ -279,9 +311,11 @@ def _changing(file: File, layout: Layout) -> Iterator[Transaction]:
         layout.header.size,
         geometry.default_granularity(layout.cluster_size),
         {decode_name(s.entry.name): _lazy(file, layout, s) for i, s in enumerate(layout.slots) if i not in bad},
+        held,
     )
     try:
         yield bitmaps
+        bitmaps.require_held_untouched()
         wanted = _wanted(layout, bitmaps)
         if bad:
             good = iter(wanted)
@@ -312,9 +346,10 @@ def _wanted(layout: Layout, bitmaps: Transaction) -> list[Kept | Written]:
         source = bitmap._source
         if isinstance(source, _Source) and places.get(source.slot.entry.name) is source.slot:
             del places[source.slot.entry.name]
-            entry = source.slot.entry
             flags = {"set": directory.FLAG_AUTO} if bitmap.recording else {"clear": directory.FLAG_AUTO}
-            kept[name] = Kept(replace(entry.with_flags(**flags), name=encode_name(name)))
+            entry = source.slot.entry.with_flags(**flags)
+            raw = encode_name(name)
+            kept[name] = Kept(entry if entry.name == raw else replace(entry, name=raw))
         elif bitmap.inconsistent:
             raise BitmapError(f"{bitmaps.where}: {label(name)}", "an inconsistent bitmap cannot be copied")
     return [
@@ -343,12 +378,13 @@ def read_identity(path: str) -> tuple[str, str] | None:
         return decode_name(layout.name), str(uuid.UUID(bytes=layout.uuid))
 
 
-def recover(path: str, names: Iterable[str] = ()) -> list[Recovery]:
+def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = None) -> list[Recovery]:
     """Makes inconsistent bitmaps usable; others are left alone, damaged ones included.
 
     Args:
         path: the image.
         names: which; none for all that are inconsistent.
+        keeper: what the host keeps about the image.
 
     Raises:
         BitmapError: a name is not there, or its entry is damaged.
@@ -363,7 +399,8 @@ def recover(path: str, names: Iterable[str] = ()) -> list[Recovery]:
         if not by_bitmap or len(set(_names(layout))) < len(layout.slots):
             layout.require_sound()
         bad = {decode_name(layout.slots[fault.bitmap or 0].entry.name): fault for fault in layout.faults}
-        with _changing(file, layout) as bitmaps:
+        keeper = keeper or Keeper()
+        with keeper.changing(), _changing(file, layout, keeper.held()) as bitmaps:
             for name in list(names) or [name for name, bitmap in bitmaps.items() if bitmap.inconsistent]:
                 if fault := bad.get(name):
                     raise FormatError(f"{path}: {fault.field}", fault.what)

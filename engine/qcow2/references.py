@@ -116,17 +116,20 @@ class References:
     Attributes:
         runs: of all clusters that are referenced.
         uncopied: of those that an active table refers to without the flag that says it alone does so.
+        astray: of clusters that references lead to which do not lead to a cluster inside the file: whatever is written
+            there, QEMU would take for a table or for data of the guest.
         faults: references that lead nowhere sensible, or were not followed. With any, absence proves nothing.
     """
 
     runs: Runs
     uncopied: Runs
+    astray: Runs
     faults: list[Fault] = field(default_factory=list)
 
     @classmethod
     def unknown(cls, why: str) -> References:
         """What is referenced cannot be told, so no cluster inside the file is proven free."""
-        return cls(Runs.laid_over([]), Runs.laid_over([]), [Fault("references", why)])
+        return cls(Runs.laid_over([]), Runs.laid_over([]), Runs.laid_over([]), [Fault("references", why)])
 
 
 class _Walk:
@@ -136,6 +139,7 @@ class _Walk:
         self.cluster = layout.cluster_size
         self.parts: list[Runs] = []
         self.uncopied: list[Runs] = []
+        self.astray: list[Runs] = []
         self.faults: list[Fault] = []
 
     def add(self, numbers: NDArray[np.int64], weight: int = 1) -> None:
@@ -153,6 +157,8 @@ class _Walk:
             wrong = offsets[~good]
             others = f" and {len(wrong) - 1} more like it" if len(wrong) > 1 else ""
             self.faults.append(Fault(where, f"{int(wrong[0]):#x} is not a cluster inside the file{others}"))
+            ends = self.numbers(wrong + np.uint64(self.cluster - 1))
+            self.astray.append(Runs.of_clusters(np.concatenate([self.numbers(wrong), ends]), 1))
         offsets = offsets[good]
         self.add(self.numbers(offsets), weight)
         return offsets
@@ -194,6 +200,9 @@ class _Walk:
                 self.faults.append(Fault(where, f"{length} bytes are more than QEMU accepts"))
             elif offset % self.cluster or offset + length > self.layout.file_size:
                 self.faults.append(Fault(where, f"{offset:#x} is not a place for {length} bytes inside the file"))
+                first, last = offset // self.cluster, ceil_div(offset + length, self.cluster)
+                if length:
+                    self.astray.append(Runs(*np.array([[first], [last], [1]], np.int64)))
             elif offset < reach:
                 self.faults.append(Fault(where, f"overlaps another one at {offset:#x}"))
             else:
@@ -280,4 +289,5 @@ def walk(file: File, layout: Layout, *, progress: Progress | None = None, budget
     steps.regions()
     steps.refcount_blocks()
     steps.guest(budget)
-    return References(Runs.laid_over(steps.parts), Runs.laid_over(steps.uncopied), steps.faults)
+    parts, uncopied, astray = (Runs.laid_over(each) for each in (steps.parts, steps.uncopied, steps.astray))
+    return References(parts, uncopied, astray, steps.faults)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import crc32c
 
 from dirtmap.engine.namespace import decode_name, encode_name, label
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import disk_size, identity_of
 from dirtmap.engine.store.store import Change, Snapshot
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
@@ -38,6 +38,11 @@ def no_namespace(path: str, name: bytes) -> BitmapError:
 def namespace_label(name: bytes) -> str:
     """How messages name a namespace."""
     return f"node '{name.decode('utf-8', 'backslashreplace')}'"
+
+
+def kind_label(record: Record) -> str:
+    """How messages name a namespace whose kind is known."""
+    return f"{store.KIND_NAMES[record.kind]} '{record.name.decode('utf-8', 'backslashreplace')}'"
 
 
 @dataclass(eq=False, slots=True)
@@ -172,15 +177,16 @@ def require_same_size(snapshot: Snapshot, record: Record) -> None:
     Raises:
         BitmapError: names both sizes and the command that adopts the new one.
     """
-    if record.kind == store.KIND_NODE and record.nb_bitmaps:
+    if record.kind in (store.KIND_NODE, store.KIND_DEVICE) and record.nb_bitmaps:
         with contextlib.suppress(StorageError):
-            now = identity_of(os.fsdecode(record.path)).size
-            if now != record.identity.size:
-                where = f"{snapshot.file.path}: {namespace_label(record.name)}"
-                what = (
-                    f"its image has {now} bytes now, and had {record.identity.size}; 'node resize' adopts the new size"
-                )
-                raise BitmapError(where, what)
+            now = identity_of(os.fsdecode(record.path))
+            if now == record.identity:
+                return
+            size = now.size if record.kind == store.KIND_NODE else disk_size(os.fsdecode(record.path))
+            if size != record.size:
+                verb = "node resize" if record.kind == store.KIND_NODE else "device set-root"
+                what = f"its image has {size} bytes now, and had {record.size}; '{verb}' adopts the new size"
+                raise BitmapError(f"{snapshot.file.path}: {kind_label(record)}", what)
 
 
 def tracked_view(snapshot: Snapshot, record: Record) -> View | None:
@@ -209,7 +215,7 @@ def doubts(snapshot: Snapshot, record: Record) -> str | None:
         return doubt
     if view := tracked_view(snapshot, record):
         return view.doubt
-    if record.kind == store.KIND_NODE:
+    if record.kind in (store.KIND_NODE, store.KIND_DEVICE):
         try:
             now = identity_of(os.fsdecode(record.path))
         except StorageError as error:

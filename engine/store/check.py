@@ -52,7 +52,7 @@ def check(path: str, *, repair: str | None = None, progress: Progress | None = N
         after = target.read(lambda snapshot: _Check(snapshot, None).run())
     report.corruptions_fixed, report.leaks_fixed = report.corruptions - after.corruptions, report.leaks - after.leaks
     report.corruptions, report.leaks, report.check_errors = after.corruptions, after.leaks, after.check_errors
-    report.dropped = compaction.lost
+    report.dropped, report.made_dirty = compaction.dropped, compaction.made_dirty
     return report
 
 

@@ -3,7 +3,7 @@
     old file, locked --> every readable namespace --> new file beside it, synced --> renamed over the old one
 
 A crash leaves the old file, or the new one. Nothing becomes clean that was dirty: bits that fail their checksum become
-all dirty; a namespace that can only be read through the older header slot is taken from there, and put in doubt.
+all dirty; so does what only the older header slot still leads to, a namespace or the directory of one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from dirtmap.engine.fileio import File, open_file, remove_file, replace_file
-from dirtmap.engine.namespace import decode_name
+from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import namespace_label, read_entries, verify
 from dirtmap.engine.store.store import Change, Snapshot, Store, create
@@ -31,13 +32,26 @@ class Compaction:
     Attributes:
         before, after: the file's length in bytes.
         namespaces: how many were carried over.
-        lost: what could not be, a line each; empty unless it was damaged.
+        dropped: what could not be, a line each; empty unless it was damaged.
+        made_dirty: bitmaps whose bits could not be, and are all dirty now, a line each.
     """
 
     before: int
     after: int = 0
     namespaces: int = 0
-    lost: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    made_dirty: list[str] = field(default_factory=list)
+
+
+class _Readable(NamedTuple):
+    """A namespace as ``source`` has it, and what the older header slot has under that name, if that is not the source.
+
+    The generation is 0 where the older slot is the source: its bits count as dirty.
+    """
+
+    source: Snapshot
+    record: Record
+    spare: tuple[Snapshot, Record] | None = None
 
 
 class _Eager(Change):
@@ -84,11 +98,11 @@ def compact(path: str, *, mend: bool = False, progress: Callable[[int, int], Non
             with open_file(temporary, writable=True) as new:
                 os.fchmod(new.fd, old.status.st_mode & 0o777)
                 change = _Eager(new, headers.choose(temporary, new.read(0, store.RESERVED)))
-                records = _records(snapshot, result, mend=mend)
-                for done, (source, record) in enumerate(records):
-                    _carry_over(source, record, change, result, mend=mend)
+                readable = _readable(snapshot, result, mend=mend)
+                for done, found in enumerate(readable):
+                    _carry_over(found, change, result, mend=mend)
                     if progress:
-                        progress(done + 1, len(records))
+                        progress(done + 1, len(readable))
                 change.commit()
                 _fill_older_slot(new)
                 result.after = new.size()
@@ -108,33 +122,43 @@ def _fill_older_slot(file: File) -> None:
     file.sync()
 
 
-def _records(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[tuple[Snapshot, Record]]:
+def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Readable]:
     if not mend:
-        return [(snapshot, record) for record in snapshot.table()]
-    found: dict[bytes, tuple[Snapshot, Record]] = {}
-    # The older slot's table first, in doubt; what the newest says then replaces it.
+        return [_Readable(snapshot, record) for record in snapshot.table()]
+    faults: list[FormatError] = []
+    newest = {record.name: record for record in _records(snapshot, faults)}
+    unknown = "namespaces that the older header slot does not know"
+    result.dropped += [f"{unknown}: {_text(snapshot, error)}" for error in faults]
     older = _older(snapshot.file, snapshot.chosen.slot)
-    for source in (older, snapshot) if older else (snapshot,):
+    if older is None:
+        return [_Readable(snapshot, record) for record in newest.values()]
+    before = {record.name: (older, record) for record in _records(older, [])}
+    found = [_Readable(snapshot, record, before.get(name)) for name, record in newest.items()]
+    if faults:  # else nothing is missing, so what only the older slot knows was removed on purpose
+        lost = [record for name, (_, record) in before.items() if name not in newest]
+        found += [_Readable(older, replace(record, generation=0)) for record in lost]
+    return found
+
+
+def _records(snapshot: Snapshot, faults: list[FormatError]) -> list[Record]:
+    """All that can be read; adds to ``faults`` what cannot."""
+    found: list[Record] = []
+    try:
+        table = snapshot.table()
+    except FormatError as error:
+        faults.append(error)
+        return found
+    for number in range(1 << table.bucket_bits):
         try:
-            table = source.table()
+            found += table.bucket(number).values()
         except FormatError as error:
-            result.lost.append(str(error))
-            continue
-        complete = True
-        for number in range(1 << table.bucket_bits):
-            try:
-                bucket = table.bucket(number)
-            except FormatError as error:
-                complete = False
-                result.lost.append(str(error))
-                continue
-            for record in bucket.values():
-                doubted = replace(record, generation=0) if source is older else record
-                found[record.name] = (source, doubted)
-        if source is snapshot and complete:
-            # Nothing is missing, so what only the older slot knows was removed on purpose.
-            found = {name: pair for name, pair in found.items() if pair[0] is snapshot}
-    return list(found.values())
+            faults.append(error)
+    return found
+
+
+def _text(snapshot: Snapshot, error: Error) -> str:
+    """What is wrong, and where in the file."""
+    return f"{error.where.removeprefix(f'{snapshot.file.path}: ')}: {error.what}"
 
 
 def _older(file: File, newest: int) -> Snapshot | None:
@@ -147,37 +171,63 @@ def _older(file: File, newest: int) -> Snapshot | None:
     return None
 
 
-def _carry_over(source: Snapshot, record: Record, change: Change, result: Compaction, *, mend: bool) -> None:
+def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: bool) -> None:
+    source, record = found.source, found.record
+    doubted = record.generation == 0
     try:
         entries = read_entries(source, record)
     except FormatError as error:
         if not mend:
             raise
-        result.lost.append(f"{error}; its bitmaps are gone")
-        entries = []
-    doubted = record.generation == 0
+        entries, doubted = _spare_entries(found), True
+        if len(entries) < record.nb_bitmaps:
+            many = f"{record.nb_bitmaps - len(entries)} of its {record.nb_bitmaps} bitmaps"
+            result.dropped.append(f"{namespace_label(record.name)}, {many}: {_text(source, error)}")
     copied = [_carry_bits(source, record, entry, change, result, mend=mend, doubted=doubted) for entry in entries]
     place = change.place(directory.build_directory(copied))
     change.table.put(replace(record, directory=place, nb_bitmaps=len(copied), generation=max(record.generation, 1)))
     result.namespaces += 1
 
 
+def _spare_entries(found: _Readable) -> list[Entry]:
+    """What a namespace with a damaged directory had one commit earlier; nothing where that is damaged, too.
+
+    Only names and granularities are of use: which bits the lost directory led to cannot be known.
+    """
+    if found.spare is None:
+        return []
+    older, spare = found.spare
+    if spare.uuid != found.record.uuid:  # another namespace of that name
+        return []
+    try:
+        entries = read_entries(older, spare)
+    except FormatError:
+        return []
+    # The disk may have grown since, so that a bitmap would be too long.
+    limits = found.record.size, older.header.cluster_size, older.size
+    return [entry for entry in entries if not any(store.entry_faults(_all_dirty(entry), *limits))]
+
+
+def _all_dirty(entry: Entry) -> Entry:
+    return replace(entry, table_offset=store.ALL_ONES, table_size=0, extra_data=b"")
+
+
 def _carry_bits(
     source: Snapshot, record: Record, entry: Entry, change: Change, result: Compaction, *, mend: bool, doubted: bool
 ) -> Entry:
-    all_dirty = replace(entry, table_offset=store.ALL_ONES, table_size=0, extra_data=b"")
+    where = f"{namespace_label(record.name)}, {label(decode_name(entry.name))}"
     if doubted:
-        return all_dirty
+        result.made_dirty.append(f"{where}: known from the older header slot only")
+        return _all_dirty(entry)
     if entry.table_offset in (store.ALL_ZEROS, store.ALL_ONES):
         return entry
     try:
         verify(source, record, entry)  # proves the checksum before the bits are believed
-    except Error as error:
+    except Error:
         if not mend:
             raise
-        name = f"{namespace_label(record.name)}, bitmap '{decode_name(entry.name)!a}'"
-        result.lost.append(f"{name}: all dirty now: {error}")
-        return all_dirty
+        result.made_dirty.append(f"{where}: its bits are damaged")
+        return _all_dirty(entry)
     length = geometry.packed_bytes(record.size, entry.granularity)
     area = change.place(source.file.read_exactly(entry.table_offset, length))
     return replace(entry, table_offset=area.offset)

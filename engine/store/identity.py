@@ -7,6 +7,7 @@ import stat
 from contextlib import suppress
 
 from dirtmap.engine.fileio import open_file
+from dirtmap.fmt import qcow2
 from dirtmap.fmt.errors import StorageError
 from dirtmap.fmt.store import Identity, Record
 
@@ -28,6 +29,19 @@ def identity_of(path: str) -> Identity:
     except OSError as error:
         raise StorageError(path, error.strerror or str(error)) from error
     raise StorageError(path, "neither a regular file nor a block device")
+
+
+def disk_size(path: str) -> int:
+    """The size in bytes of the disk that an image holds: as its header says where it is qcow2, else its own.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    with open_file(path) as file:
+        head = file.read(0, qcow2.HEADER_V2.size)
+        if head[: len(qcow2.MAGIC)] == qcow2.MAGIC and len(head) == qcow2.HEADER_V2.size:
+            return int(qcow2.HEADER_V2.parse(head).size)
+        return file.size()
 
 
 def is_twin(record: Record, path: str) -> bool:

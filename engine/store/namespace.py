@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dirtmap.engine import holds
 from dirtmap.engine.namespace import (
     BitmapInfo,
     ImageInfo,
@@ -17,13 +18,14 @@ from dirtmap.engine.namespace import (
     Transaction,
     decode_name,
     encode_name,
+    label,
 )
 from dirtmap.engine.store.bitmaps import (
     Source,
     bitmap_of,
     doubts,
     is_readable,
-    namespace_label,
+    kind_label,
     no_namespace,
     place_bitmap,
     read_entries,
@@ -93,6 +95,7 @@ class StoredImage(Namespace):
                 if entry.name == name:
                     require_same_size(snapshot, record)
                     bitmap = bitmap_of(snapshot, record, entry, doubts(snapshot, record) is not None)
+                    bitmap.busy = decode_name(name) in held_by(record)
                     if not bitmap.inconsistent:
                         _ = bitmap.words  # now, while it is known to be whole
                     return bitmap.freeze()
@@ -125,17 +128,55 @@ class StoredImage(Namespace):
         return f"<StoredImage {self.name!r} in {self.path!r}>"
 
     @contextlib.contextmanager
+    def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
+        """Holds a bitmap for a backup; see `Namespace.hold`."""
+        self[name].required(f"{self.path}: {label(name)}")
+        with holding(self._store, self._raw_name, name, owner):
+            yield self[name].required(f"{self.path}: {label(name)}")
+
+    @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, in one commit of the store; see `Namespace.transaction`."""
         with self._store.change() as change, changing(change, self._record(change.snapshot)) as bitmaps:
             yield bitmaps
 
 
+@contextlib.contextmanager
+def holding(target: Store, node: bytes, name: str, owner: str) -> Iterator[None]:
+    """A hold on a bitmap, in the record of its namespace, for the time of the block; see `Namespace.hold`."""
+    taken = holds.hold(encode_name(name), owner)
+
+    def change_holds(add: bool) -> None:
+        with target.change() as change:
+            record = change.table.get(node)
+            if record is None:
+                if add:
+                    raise no_namespace(target.path, node)
+                return  # and with it the hold
+            if add:
+                refuse_tracked(target.path, record)  # its tracker takes bitmaps for backups
+            others = [found for found in holds.living(record) if found.token != taken.token]
+            change.table.put(holds.with_holds(record, [*others, taken] if add else others))
+
+    change_holds(True)
+    try:
+        yield
+    finally:
+        change_holds(False)
+
+
+def held_by(record: Record) -> dict[str, str]:
+    """Which bitmaps of a namespace are held, and by whom."""
+    return {decode_name(found.bitmap): str(found) for found in holds.living(record)}
+
+
 def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     doubt, view = doubts(snapshot, record), tracked_view(snapshot, record)
-    notes = [f"{namespace_label(record.name)} counts as all dirty: {doubt}"] if doubt else []
+    notes = [f"{kind_label(record)} counts as all dirty: {doubt}"] if doubt else []
     if view and not doubt:
-        notes.append(f"{namespace_label(record.name)} is {view.note}")
+        notes.append(f"{kind_label(record)} is {view.note}")
+    busy = held_by(record)
+    name = decode_name(record.name)
     return ImageInfo(
         path=snapshot.file.path,
         format=FORMAT,
@@ -147,10 +188,11 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
                 granularity=entry.granularity,
                 recording=entry.auto,
                 inconsistent=entry.in_use,
-                busy=view is not None and view.is_busy(entry),
+                busy=decode_name(entry.name) in busy or (view is not None and view.is_busy(entry)),
                 count=None if entry.in_use else _count(snapshot, record, entry, doubt is not None),
                 namespace=str(uuid.UUID(bytes=record.uuid)),
-                node=decode_name(record.name),
+                node=name if record.kind == store.KIND_NODE else None,
+                device=name if record.kind == store.KIND_DEVICE else None,
             )
             for entry in read_entries(snapshot, record)
         ),
@@ -167,7 +209,7 @@ def _count(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> i
     return bitmap_of(snapshot, record, entry, False).count
 
 
-def describe_store(path: str) -> ImageInfo:
+def describe_store(target: Store) -> ImageInfo:
     """All bitmaps of all namespaces of a store, as of one commit; ``size`` is None: each disk has its own.
 
     Raises:
@@ -178,7 +220,7 @@ def describe_store(path: str) -> ImageInfo:
     def read(snapshot: Snapshot) -> ImageInfo:
         parts = [_describe(snapshot, record) for record in snapshot.table()]
         return ImageInfo(
-            path=path,
+            path=target.path,
             format=FORMAT,
             size=None,
             cluster_size=snapshot.header.cluster_size,
@@ -186,8 +228,7 @@ def describe_store(path: str) -> ImageInfo:
             notes=tuple(note for part in parts for note in part.notes),
         )
 
-    with Store(path) as target:
-        return target.read(read)
+    return target.read(read)
 
 
 @contextlib.contextmanager
@@ -199,13 +240,15 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     doubted = doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
     bitmaps = Transaction(
-        f"{snapshot.file.path}: {namespace_label(record.name)}",
+        f"{snapshot.file.path}: {kind_label(record)}",
         record.size,
         geometry.MAX_DEFAULT_GRANULARITY,
         {decode_name(entry.name): bitmap_of(snapshot, record, entry, doubted) for entry in entries},
+        held_by(record),
     )
     try:
         yield bitmaps
+        bitmaps.require_held_untouched()
         _put(change, record, entries, bitmaps, doubted)
     finally:
         bitmaps.close()
@@ -278,7 +321,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
     identity = record.identity
     if view and view.identity:
         identity = view.identity
-    elif record.kind == store.KIND_NODE and (doubted or not record.nb_bitmaps):
+    elif doubted or not record.nb_bitmaps:
         # All that was in doubt is dirty now, on disk, or the first bitmap begins: from here on changes count.
         with contextlib.suppress(StorageError):
             identity = identity_of(os.fsdecode(record.path))

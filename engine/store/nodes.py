@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -99,7 +100,7 @@ def nodes(target: Store) -> list[Node]:
                 doubt=doubt,
             )
             for record, doubt in found
-            if record.kind != store.KIND_DEVICE
+            if record.kind in (store.KIND_NODE, store.KIND_PLACE)
         ),
         key=lambda node: node.name,
     )
@@ -132,6 +133,8 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
         if new_identity or opened.name is None:
             opened.set_identity(name, new_uuid=new_identity)
         assert opened.uuid is not None  # it has an identity now
+        if change.table.get(store.container_name(os.fsencode(path))):
+            change.table.remove(store.container_name(os.fsencode(path)))  # found by a scan, before it had a name
         change.table.put(
             Record(
                 name=encode_name(name),
@@ -144,18 +147,6 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
                 extensions=known.extensions if known and mine else (),
             )
         )
-
-
-def place_of(target: Store, name: str) -> tuple[str, str | None] | None:
-    """Which container has the bitmaps of a node, and under which name: a qcow2 image has only its own.
-
-    Returns:
-        (path, None) for a qcow2 image, (path of the store, name) for a node of the store, None where there is no such.
-    """
-    record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
-    if record is None or record.kind == store.KIND_DEVICE:
-        return None
-    return (os.fsdecode(record.path), None) if record.kind == store.KIND_PLACE else (target.path, name)
 
 
 def is_checked_out(target: Store, path: str, name: str, image_uuid: str) -> bool:
@@ -214,8 +205,22 @@ def _refuse_with_bitmaps(where: str, count: int) -> None:
         raise BitmapError(where, f"has {count} bitmaps; remove or move them first")
 
 
-def rename_node(target: Store, name: str, new: str, *, with_bitmaps: bool = False) -> None:
+def rename_node(
+    target: Store,
+    name: str,
+    new: str,
+    *,
+    with_bitmaps: bool = False,
+    keep: Callable[[Image], None] = lambda image: None,
+) -> None:
     """Gives a node another name.
+
+    Args:
+        target: the store that knows it.
+        name: what it is called now.
+        new: what it will be called.
+        with_bitmaps: also where it has bitmaps.
+        keep: called with a qcow2 image before it is changed.
 
     Raises:
         BitmapError: there is none of that name, the new one is taken, or it has bitmaps and ``with_bitmaps`` is not
@@ -230,6 +235,7 @@ def rename_node(target: Store, name: str, new: str, *, with_bitmaps: bool = Fals
             image = None
             if record.kind == store.KIND_PLACE:
                 image = stack.enter_context(Image(os.fsdecode(record.path)))
+                keep(image)
             count = record.nb_bitmaps if image is None else len(image)
             if count and not with_bitmaps:
                 what = f"has {count} bitmaps, whose addresses would change; --with-bitmaps renames them, too"
@@ -298,7 +304,7 @@ def confirm_node(target: Store, name: str) -> None:
 def _record(change: Change, name: str, *, died: bool = False) -> Record:
     """The record of a node that nobody tracks; with ``died``, of one whose tracker has died, too."""
     record = change.table.get(encode_name(name))
-    if record is None or record.kind == store.KIND_DEVICE:
+    if record is None or record.kind not in (store.KIND_NODE, store.KIND_PLACE):
         raise no_namespace(change.snapshot.file.path, encode_name(name))
     (refuse_tracked if died else refuse_session)(change.snapshot.file.path, record)
     return record

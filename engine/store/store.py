@@ -107,10 +107,12 @@ class Store:
 
     Attributes:
         path: as it was opened.
+        committed: called after each commit that this object has made.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.committed: Callable[[], None] | None = None
         self._file = open_file(path)
         try:
             self._choose(self._file)
@@ -127,6 +129,14 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def headers(self) -> bytes | None:
+        """The header copies as they are; while they stay so, byte for byte, so does all that they lead to.
+
+        Returns:
+            None where the path leads to another file by now.
+        """
+        return self._file.read(0, store.RESERVED) if self._file.is_current() else None
 
     @staticmethod
     def _choose(file: File) -> Chosen:
@@ -192,6 +202,8 @@ class Store:
             change.commit()
             for act in change.afterwards:
                 act()
+        if self.committed:
+            self.committed()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[File]:

@@ -27,6 +27,7 @@ from typing import Any
 
 from dirtmap.engine import locks
 from dirtmap.engine.bitmap import Bitmap
+from dirtmap.engine.containers import open as open_image
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.namespace import (
     BitmapInfo,
@@ -321,8 +322,15 @@ class TrackedImage(Namespace):
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, after they were recovered; see `Namespace.transaction`."""
         self.recover()
-        with Image(self.path, force_share=True) as image, image.transaction() as bitmaps:
+        with open_image(self.path, store=self._store_path, force_share=True) as image, image.transaction() as bitmaps:
             yield bitmaps
+
+    @contextlib.contextmanager
+    def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
+        """Holds a bitmap for a backup, after recovery; see `Namespace.hold`. A living tracker takes it itself."""
+        self.recover()
+        with open_image(self.path, store=self._store_path) as image, image.hold(name, owner) as held:
+            yield held
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Checks in what a dead tracker has left, whichever bitmaps are named; see `Namespace.recover`."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Self
 
-from dirtmap.engine import fileio
+from dirtmap.engine import fileio, holds
 from dirtmap.engine.bitmap import Bitmap
+from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.store.bitmaps import doubts
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.tracking import livefile, process, recovery
@@ -34,7 +35,7 @@ from dirtmap.engine.tracking.livefile import (
 from dirtmap.engine.tracking.marking import Kernel
 from dirtmap.engine.tracking.recovery import Window
 from dirtmap.fmt import geometry, live, store
-from dirtmap.fmt.errors import BitmapError, Error, StorageError, SyncError
+from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, SyncError
 
 INTENTS: Final = {"off": live.INTENT_OFF, "region": live.INTENT_REGION}
 SAVE_SECONDS: Final = 60.0
@@ -173,6 +174,8 @@ class Recorder:
             raise BitmapError(change.where, "its image changed while tracking began; try again")
         if options.intent not in INTENTS:
             raise BitmapError("intent", f"'{options.intent}' is none of {', '.join(INTENTS)}")
+        for held in holds.living(record):
+            raise LockedError(f"{change.where}: {label(decode_name(held.bitmap))}", f"held by {held}")
         self.size, self._where = record.size, change.where
         identity = identity_of(self._image)
         if record.kind == store.KIND_NODE and identity.size != record.size:

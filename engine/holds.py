@@ -1,0 +1,112 @@
+"""Holds: who is reading a bitmap for a backup, so that nobody changes it meanwhile.
+
+A hold lives in the namespace's record of a store, so that every process sees it, and names the process that took it:
+its number, its start and the boot. One whose process is gone is stale: the backup has failed, and the hold counts no
+more.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dirtmap.fmt.errors import printable
+from dirtmap.fmt.store import EXTENSION_HOLD, HOLD, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process of this host, once and for all: its number, its start in clock ticks since boot, the boot's UUID."""
+
+    number: int
+    start: int
+    boot_id: bytes
+
+    def lives(self) -> bool:
+        """False where it is known to have ended."""
+        return self.boot_id == boot_id() and started(self.number) == self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """One hold on a bitmap: raw name, who says to have it, which process, and what tells it from others of that."""
+
+    bitmap: bytes
+    owner: str
+    process: Process
+    token: bytes
+
+    def __str__(self) -> str:
+        return f"'{printable(self.owner)}' (process {self.process.number})"
+
+
+@functools.cache
+def boot_id() -> bytes:
+    """16 bytes that are others after the next boot."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return uuid.UUID(file.read().strip()).bytes
+
+
+def started(process: int) -> int | None:
+    """When a process began, in clock ticks since boot; None where there is none, or only what is left of it."""
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def this_process() -> Process:
+    """The process that asks."""
+    number = os.getpid()
+    return Process(number, started(number) or 0, boot_id())
+
+
+def hold(bitmap: bytes, owner: str) -> Hold:
+    """A new hold of this process."""
+    return Hold(bitmap, owner, this_process(), uuid.uuid4().bytes)
+
+
+def all_holds(record: Record) -> Iterator[Hold]:
+    """The holds in a namespace's record, stale ones included; what cannot be read is skipped."""
+    for kind, data in record.extensions:
+        if kind != EXTENSION_HOLD or len(data) < HOLD.size:
+            continue
+        raw = HOLD.parse(data)
+        middle = HOLD.size + raw.name_size
+        if len(data) != middle + raw.owner_size:
+            continue
+        yield Hold(
+            bitmap=data[HOLD.size : middle],
+            owner=data[middle:].decode("utf-8", "backslashreplace"),
+            process=Process(raw.process, raw.start, raw.boot_id),
+            token=raw.token,
+        )
+
+
+def living(record: Record) -> list[Hold]:
+    """The holds that count."""
+    return [found for found in all_holds(record) if found.process.lives()]
+
+
+def with_holds(record: Record, holds: list[Hold]) -> Record:
+    """The record with these holds and no others."""
+    others = [item for item in record.extensions if item[0] != EXTENSION_HOLD]
+    return replace(record, extensions=(*others, *((EXTENSION_HOLD, _build(found)) for found in holds)))
+
+
+def _build(found: Hold) -> bytes:
+    owner = found.owner.encode("utf-8", "backslashreplace")
+    fixed = HOLD.build(
+        process=found.process.number,
+        name_size=len(found.bitmap),
+        owner_size=len(owner),
+        start=found.process.start,
+        boot_id=found.process.boot_id,
+        token=found.token,
+    )
+    return fixed + found.bitmap + owner

@@ -1,0 +1,590 @@
+"""`Host`: what a name means across all containers of a host, and which changes would break an address.
+
+    default store ---places---> images and stores ---what they say---> index ---> a name's namespace, verified there
+
+The default store remembers where this host's containers are; the containers say what is in them; the index only makes
+that fast. So every answer is the same without an index, and one that the index gives is verified before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from dirtmap.engine.index.database import DamagedError
+from dirtmap.engine.index.database import replace as replace_database
+from dirtmap.engine.index.index import Container, Index
+from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
+from dirtmap.engine.qcow2.image import Image, Keeper, read_identity
+from dirtmap.engine.store import devices, nodes
+from dirtmap.engine.store.devices import Root
+from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.namespace import held_by, holding
+from dirtmap.engine.store.store import Change, Store, create
+from dirtmap.fmt import index as layout
+from dirtmap.fmt import store
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, StorageError, printable
+from dirtmap.fmt.index import QCOW2, SOUND, Member
+
+T = TypeVar("T")
+
+RESERVED = store.CONTAINER_PREFIX.decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a name was found to mean.
+
+    Attributes:
+        name: of the node or device.
+        kind: ``KIND_NODE`` or ``KIND_DEVICE``, in a store; ``KIND_PLACE``, a qcow2 image.
+        uuid: of the namespace, 16 bytes.
+        root_uuid: of a device's root.
+        store: the store that has its record.
+        path: of the image; of a device, that of its root.
+        size: of the disk, bytes.
+    """
+
+    name: str
+    kind: int
+    uuid: bytes
+    root_uuid: bytes
+    store: str
+    path: str
+    size: int
+
+    @property
+    def is_device(self) -> bool:
+        """True of a device, False of a node."""
+        return self.kind == store.KIND_DEVICE
+
+    @property
+    def what(self) -> str:
+        """``node`` or ``device``."""
+        return "device" if self.is_device else "node"
+
+    @property
+    def in_store(self) -> bool:
+        """True where its bitmaps are in a store, False where they are in the image itself."""
+        return self.kind != store.KIND_PLACE
+
+    @property
+    def container(self) -> str:
+        """The path of the container that has its bitmaps."""
+        return self.store if self.in_store else self.path
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A bitmap that was found by its name: in which container, and of which node, device or unnamed image."""
+
+    container: Container
+    kind: str
+    holder: str
+    bitmap: str
+    uuid: bytes
+    flags: int
+    granularity: int
+
+    @property
+    def in_image(self) -> bool:
+        """True where the container is a qcow2 image."""
+        return self.container.kind == QCOW2
+
+
+class Host:
+    """The containers that a default store knows, and an index of them.
+
+    Args:
+        store: path of the default store; it need not exist.
+        index: path of the index; it is made on first need.
+
+    Attributes:
+        store: as given.
+        home: the same as an absolute path.
+        index: the index.
+    """
+
+    def __init__(self, store: str, index: str) -> None:
+        self.store = store
+        self.home = os.path.abspath(store)
+        self.index = Index(index)
+
+    # Stores, and whether they are what was last seen.
+
+    @contextlib.contextmanager
+    def opened(self, path: str | None = None, *, make: bool = False) -> Iterator[Store]:
+        """A store, looked after: a rollback is found before any answer, and what is committed is remembered.
+
+        Args:
+            path: which; the default store where None.
+            make: the default store, where it does not exist yet.
+
+        Raises:
+            BitmapError: it is a copy of another store.
+            As `Store` and `Store.change`.
+        """
+        path = path or self.store
+        if make and path == self.store and not os.path.exists(path):
+            os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
+            with contextlib.suppress(StorageError):  # another process was faster
+                create(path)
+        with Store(path) as target:
+            self.look_after(target)
+            yield target
+
+    def look_after(self, target: Store) -> None:
+        """Commits the suspicion that a store was rolled back, and has its later commits remembered.
+
+        Does nothing where there is no index yet.
+
+        Raises:
+            As `opened`.
+        """
+        if not os.path.isdir(self.index.path):
+            return
+        target.committed = lambda: self._saw(target)
+        header = target.read(lambda snapshot: snapshot.header)
+        seen = self._asking(lambda index: index.seen(header.uuid))
+        if seen is None:
+            self._saw(target)
+            return
+        generation, commit_id, path = seen
+        if path != os.path.abspath(target.path) and path is not None and self._is_copy(target, path, header.uuid):
+            what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
+            raise BitmapError(target.path, what)
+        if (header.generation, header.commit_id) == (generation, commit_id) or header.generation > generation:
+            if path != os.path.abspath(target.path) or header.generation > generation:
+                self._saw(target)
+            return
+        with target.change() as change:
+            now = change.header
+            if now.generation > generation or (now.generation, now.commit_id) == (generation, commit_id):
+                return  # another process was faster
+            change.doubt_everything()
+            change.generation = max(change.generation, generation + 1)
+
+    @staticmethod
+    def _is_copy(target: Store, path: str, store_uuid: bytes) -> bool:
+        try:
+            if os.path.samefile(path, target.path):
+                return False
+            with Store(path) as other:
+                return other.read(lambda snapshot: snapshot.header.uuid) == store_uuid
+        except (Error, OSError):
+            return False
+
+    def _saw(self, target: Store) -> None:
+        # The store's commit is durable; an index that cannot be written must not make it look failed.
+        with contextlib.suppress(StorageError):
+            self._asking(lambda index: index.saw(target))
+
+    def _asking(self, question: Callable[[Index], T]) -> T:
+        """Asks the index; a damaged one is put aside, and a new one asked."""
+        try:
+            return question(self.index)
+        except (DamagedError, layout.BadValueError):
+            replace_database(self.index.path, even_if_good=True)
+            return question(self.index)
+
+    # Which containers there are.
+
+    def stores(self) -> list[str]:
+        """The paths of all stores of the host, with the index up to date for them; none where there is no default."""
+        if not os.path.exists(self.store):
+            return []
+
+        def learn(index: Index) -> list[str]:
+            first = self._refresh_store(index, self.home)
+            others = index.stores(first.number) if first else []
+            return [self.home, *(path for path in others if path != self.home and self._refresh_store(index, path))]
+
+        return self._asking(learn)
+
+    def _refresh_store(self, index: Index, path: str) -> Container | None:
+        """What the index knows of a store, now; None where it is gone."""
+        index.open()  # there has to be one before a rollback can be seen
+        try:
+            with self.opened(path):
+                pass
+        except StorageError:
+            if path == self.home:
+                raise
+        for container, problem in index.refresh([path]):
+            if problem:
+                raise problem
+            return container
+        return None
+
+    def containers(self) -> list[str]:
+        """The paths of all containers of the host, stores first; those that are gone included."""
+        stores = self.stores()
+
+        def read(index: Index) -> list[str]:
+            found = list(stores)
+            for path in stores:
+                container = index.container(path)
+                assert container is not None
+                found += [
+                    os.fsdecode(member.path)
+                    for member in index.members(container.number)
+                    if member.kind in (store.KIND_PLACE, store.KIND_CONTAINER)
+                ]
+            return list(dict.fromkeys(found))
+
+        return self._asking(read)
+
+    def refresh(self, *, force_share: bool = False) -> dict[int, Container]:
+        """Makes the index say what all containers say now.
+
+        Returns:
+            The containers that are sound, by their number in the index.
+        """
+        paths = self.containers()
+
+        def learn(index: Index) -> dict[int, Container]:
+            found = index.refresh(paths, force_share=force_share)
+            return {container.number: container for container, _ in found if container.condition == SOUND}
+
+        return self._asking(learn)
+
+    # What names mean.
+
+    def resolve(self, name: str) -> Found | None:
+        """The node or device of that name, as its container says; None where there is none.
+
+        Raises:
+            BitmapError: the name is not unique; names both places.
+            BitmapNotFoundError: its image is not where it was.
+            As `opened`.
+        """
+        found = self._unique(name)
+        if found and not found.in_store:
+            try:
+                identity = read_identity(found.path)
+            except StorageError as error:
+                what = f"its image cannot be read ({error}); 'index scan' finds one that was moved"
+                raise BitmapNotFoundError(f"node '{printable(name)}'", what) from None
+            if identity != (name, str(uuid.UUID(bytes=found.uuid))):
+                what = f"{found.path} is not its image any more; 'index scan' finds one that was moved"
+                raise BitmapNotFoundError(f"node '{printable(name)}'", what)
+        return found
+
+    def _unique(self, name: str) -> Found | None:
+        found = self._claims(name)
+        # What the default store itself has under that name keeps it, whatever other stores turn up.
+        found = [claim for claim in found if claim.store == self.store] or found
+        if len(found) > 1:
+            one, other = found[:2]
+            what = f"names a namespace of {one.store}, and another of {other.store}; say which with --store"
+            raise BitmapError(f"node '{printable(name)}'", what)
+        return found[0] if found else None
+
+    def _claims(self, name: str) -> list[Found]:
+        raw_name = encode_name(name)
+        stores = self.stores()
+
+        def ask(index: Index) -> list[Found]:
+            paths = {index.path_of(container): (container, member) for container, member in index.namespaces(raw_name)}
+            return [
+                self._found(path, member)
+                for path, (_, member) in paths.items()
+                if path in stores and member.kind != store.KIND_CONTAINER
+            ]
+
+        claims = self._asking(ask) if stores else []
+        unique: dict[bytes, Found] = {}
+        for found in claims:
+            unique.setdefault(found.uuid, found)
+        return list(unique.values())
+
+    def _found(self, path: str, member: Member) -> Found:
+        return Found(
+            name=decode_name(member.name),
+            kind=member.kind,
+            uuid=member.uuid,
+            root_uuid=member.root_uuid,
+            store=self.store if path == self.home else path,
+            path=os.fsdecode(member.path),
+            size=member.size,
+        )
+
+    def by_uuid(self, namespace_uuid: bytes) -> Found | None:
+        """The node of that UUID, as far as a store of the host knows it."""
+        stores = self.stores()
+
+        def ask(index: Index) -> list[Found]:
+            claims = [(index.path_of(number), member) for number, member in index.carriers(namespace_uuid)]
+            return [
+                self._found(path, member)
+                for path, member in claims
+                if path in stores and member.kind != store.KIND_CONTAINER
+            ]
+
+        found = self._asking(ask) if stores else []
+        return found[0] if found else None
+
+    def devices_of(self, root: bytes) -> dict[str, list[bytes]]:
+        """The devices whose root has that UUID: raw names by the path of their store."""
+        stores = self.stores()
+
+        def ask(index: Index) -> dict[str, list[bytes]]:
+            found: dict[str, list[bytes]] = {}
+            for container, member in index.devices(root):
+                path = index.path_of(container)
+                if path in stores:
+                    found.setdefault(path, []).append(member.name)
+            return found
+
+        return self._asking(ask) if stores else {}
+
+    def find(self, bitmap: str, *, force_share: bool = False) -> list[Hit]:
+        """Every bitmap of that name, in all containers that can be read, ordered by holder."""
+        sound = self.refresh(force_share=force_share)
+        stores = set(self.stores())
+        raw_name = encode_name(bitmap)
+        hits = []
+        for holder, claims in self._asking(lambda index: index.find(raw_name)):
+            for claim in claims:
+                container = sound.get(claim.container)
+                if container is None:
+                    continue
+                name = decode_name(holder[1:])
+                kind = "image"
+                if holder[:1] == layout.NAMED:
+                    kind = "node"
+                    if container.path in stores and self._kind(container, holder[1:]) == store.KIND_DEVICE:
+                        kind = "device"
+                hits.append(Hit(container, kind, name, bitmap, claim.uuid, claim.flags, 1 << claim.granularity_bits))
+        return sorted(hits, key=lambda hit: (hit.holder, hit.container.path))
+
+    def _kind(self, container: Container, raw_name: bytes) -> int:
+        claims = self._asking(lambda index: index.namespaces(raw_name))
+        return next((member.kind for number, member in claims if number == container.number), 0)
+
+    # Nodes and devices. Each act is refused before anything is written if it would break an address.
+
+    def _require_free(self, name: str) -> None:
+        if name.startswith(RESERVED):
+            raise BitmapError(f"node '{name}'", f"names that begin with '{RESERVED}' are reserved")
+        for found in self._claims(name):
+            kind = store.KIND_NAMES[found.kind].replace("place", "node")
+            raise BitmapError(f"{found.store}: {kind} '{name}'", "the name is taken")
+
+    def require(self, name: str, *kinds: int) -> Found:
+        """The node or device of that name.
+
+        Raises:
+            BitmapNotFoundError: there is none, or it is of another kind.
+        """
+        found = self._unique(name)
+        if found is None or (kinds and found.kind not in kinds):
+            what = "device" if kinds == (store.KIND_DEVICE,) else "node"
+            text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            other = f"; it is a {store.KIND_NAMES[found.kind]}" if found and found.kind != store.KIND_PLACE else ""
+            raise BitmapNotFoundError(f"{self.store}: {what} '{text}'", f"there is no such {what}{other}")
+        return found
+
+    def add_node(self, name: str, image: str) -> None:
+        """A node whose bitmaps the default store holds; see `nodes.add_node`."""
+        with self.opened(make=True) as target:
+            self._require_free(name)
+            nodes.add_node(target, name, image)
+
+    def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
+        """A node that is a qcow2 image; see `nodes.add_qcow2`."""
+        with self.opened(make=True) as target:
+            found = self._unique(name)
+            if found is None or found.kind != store.KIND_PLACE or found.store != self.store:
+                self._require_free(name)
+            nodes.add_qcow2(target, name, image, new_identity=new_identity)
+
+    def remember_store(self, path: str) -> None:
+        """Has the default store know another store, so that names in it are found.
+
+        Raises:
+            As `opened`.
+        """
+        path = os.path.abspath(path)
+        if path == self.home:
+            return
+        with Store(path) as other:
+            store_uuid = other.read(lambda snapshot: snapshot.header.uuid)
+        with self.opened(make=True) as target:
+            name = store.container_name(os.fsencode(path))
+            known = target.read(lambda snapshot: snapshot.table().get(name))
+            if known is None or known.uuid != store_uuid:
+                with target.change() as change:
+                    remember_container(change, path, store_uuid)
+
+    def remove_node(self, name: str) -> None:
+        """Forgets a node.
+
+        Raises:
+            BitmapError: there is none of that name, it has bitmaps, or is a device's root.
+        """
+        found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
+        for names in self.devices_of(found.uuid).values():
+            what = f"root of device '{decode_name(names[0])}'; give that another with 'device set-root', or remove it"
+            raise BitmapError(f"{found.store}: node '{name}'", what)
+        with self.opened(found.store) as target:
+            nodes.remove_node(target, name)
+
+    def rename_node(self, name: str, new: str, *, with_bitmaps: bool = False) -> None:
+        """Gives a node another name; see `nodes.rename_node`."""
+        found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
+        self._require_free(new)
+        later: list[Callable[[], None]] = []
+
+        def keep(image: Image) -> None:
+            self.keep(image)
+            if isinstance(image.keeper, _Keeper):
+                image.keeper.later = later
+
+        with self.opened(found.store) as target:
+            nodes.rename_node(target, name, new, with_bitmaps=with_bitmaps, keep=keep)
+        for act in later:
+            act()
+
+    def resize_node(self, name: str) -> int:
+        """Adopts the size that a node's image has now; see `nodes.resize_node`."""
+        with self.opened(self.require(name, store.KIND_NODE, store.KIND_PLACE).store) as target:
+            return nodes.resize_node(target, name)
+
+    def confirm_node(self, name: str) -> None:
+        """States that a node's bitmaps are right; see `nodes.confirm_node`."""
+        with self.opened(self.require(name, store.KIND_NODE, store.KIND_PLACE).store) as target:
+            nodes.confirm_node(target, name)
+
+    def root(self, name: str) -> Root:
+        """A node, to be a device's root.
+
+        Raises:
+            BitmapNotFoundError: there is no such node.
+        """
+        found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
+        return Root(found.uuid, found.path)
+
+    def add_device(self, name: str, root: str) -> None:
+        """A device on a node, in the default store; see `devices.add_device`."""
+        with self.opened(make=True) as target:
+            self._require_free(name)
+            devices.add_device(target, name, self.root(root))
+
+    def set_root(self, name: str, root: str, *, content_unchanged: bool = False) -> None:
+        """Gives a device another root; see `devices.set_root`."""
+        found = self.require(name, store.KIND_DEVICE)
+        with self.opened(found.store) as target:
+            devices.set_root(target, name, self.root(root), content_unchanged=content_unchanged)
+
+    def remove_device(self, name: str) -> None:
+        """Forgets a device; see `devices.remove_device`."""
+        found = self.require(name, store.KIND_DEVICE)
+        with self.opened(found.store) as target:
+            devices.remove_device(target, name)
+
+    # Images with a name.
+
+    def refuse_twin(self, path: str, name: str, image_uuid: str) -> None:
+        """Refuses an image that carries the identity of another file; see `nodes.refuse_twin`."""
+        if os.path.exists(self.store):
+            with Store(self.store) as target:
+                nodes.refuse_twin(target, path, name, image_uuid)
+
+    def keep(self, image: Image) -> None:
+        """Has an image with a name know what the host keeps about it."""
+        if image.name is not None:
+            image.keeper = self.keeper_of(image.path, image.name)
+
+    def keeper_of(self, path: str, name: str) -> Keeper:
+        """What the host keeps about the image at a path, if the default store knows its name."""
+        if not os.path.exists(self.store):
+            return Keeper()
+        with Store(self.store) as target:
+            record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
+        if record is None or record.kind != store.KIND_PLACE:
+            return Keeper()
+        return _Keeper(self, replace(self._found(self.home, _member(record)), path=os.path.abspath(path)))
+
+    def marked_busy(self, info: ImageInfo) -> ImageInfo:
+        """The same, with the bitmaps busy that are held."""
+        held = self.keeper_of(info.path, info.node).held() if info.node is not None else {}
+        if not held:
+            return info
+        return replace(info, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in info.bitmaps))
+
+
+class _Keeper(Keeper):
+    """Holds on the bitmaps of a qcow2 image are in the record of its place; devices on it stay right."""
+
+    def __init__(self, host: Host, found: Found) -> None:
+        self._host, self._found = host, found
+        # Where to leave what has to wait until a store is not being changed any more.
+        self.later: list[Callable[[], None]] | None = None
+
+    def held(self) -> dict[str, str]:
+        with Store(self._found.store) as target:
+            record = target.read(lambda snapshot: snapshot.table().get(encode_name(self._found.name)))
+        return held_by(record) if record else {}
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        on_it = self._host.devices_of(self._found.uuid)
+        before = identity_of(self._found.path) if on_it else None
+        try:
+            yield
+        finally:
+            if before is not None and (after := identity_of(self._found.path)) != before:
+
+                def confirm() -> None:
+                    for path, names in on_it.items():
+                        with self._host.opened(path) as target:
+                            devices.confirm_roots(target, names, before, after)
+
+                if self.later is None:
+                    confirm()
+                else:
+                    self.later.append(confirm)
+
+    @contextlib.contextmanager
+    def hold(self, name: str, owner: str) -> Iterator[None]:
+        with (
+            self._host.opened(self._found.store) as target,
+            holding(target, encode_name(self._found.name), name, owner),
+        ):
+            yield
+
+
+def remember_container(change: Change, path: str, container_uuid: bytes) -> bool:
+    """Has a store know where a container is that has no place there by name.
+
+    Args:
+        change: of the default store.
+        path: absolute.
+        container_uuid: of a store; zeros for an image.
+
+    Returns:
+        True where it did not know.
+    """
+    name = store.container_name(os.fsencode(path))
+    known = change.table.get(name)
+    if known is None or known.uuid != container_uuid:
+        change.table.put(
+            store.Record(
+                name=name,
+                kind=store.KIND_CONTAINER,
+                uuid=container_uuid,
+                size=0,
+                generation=change.generation,
+                path=os.fsencode(path),
+            )
+        )
+    return known is None
+
+
+def _member(record: store.Record) -> Member:
+    return Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path)

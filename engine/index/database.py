@@ -1,0 +1,403 @@
+"""`Database`: an LMDB environment, checked before it is mapped, opened once a process, grown when it is full.
+
+LMDB trusts its file: a page that is not there kills the process with SIGBUS. So the two meta pages and the file's size
+are looked at first, and what does not hold water is put aside and begun anew; nothing is lost by it.
+
+    PATH/data.mdb, PATH/lock.mdb     the database; of one directory: a new one never meets an old one's lock
+    PATH.guard                       locked while PATH is opened (shared) or replaced (alone)
+    PATH.bad                         what was last put aside
+
+Source: LMDB's lmdb.h ("Restrictions and caveats") and mdb.c (MDB_meta, mdb_env_read_header).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import crc32c
+import lmdb
+from construct import Int16ul, Int32ul, Int64ul, Struct
+
+from dirtmap.fmt import index as layout
+from dirtmap.fmt.errors import StorageError
+
+T = TypeVar("T")
+_crc = crc32c.crc32c
+
+_DATA = "data.mdb"
+_FIRST_SIZE = 64 << 20  # bytes of address space; doubled when they are full
+_READERS = 1024
+_MAGIC, _LMDB_VERSION, _META_FLAG = 0xBEEFC0DE, 1, 0x08
+# Both on little-endian 64-bit machines; elsewhere a database would look foreign at every opening, and be useless.
+_PAGE = Struct(
+    "number" / Int64ul,
+    "pad" / Int16ul,
+    "flags" / Int16ul,
+    "bounds" / Int32ul,
+    "magic" / Int32ul,
+    "version" / Int32ul,
+    "address" / Int64ul,
+    "mapsize" / Int64ul,
+    "page_size" / Int32ul,  # md_pad of the free list
+    "free_flags" / Int32ul,
+    "free_branch_pages" / Int64ul,
+    "free_leaf_pages" / Int64ul,
+    "free_overflow_pages" / Int64ul,
+    "free_entries" / Int64ul,
+    "free_root" / Int64ul,
+    "pad2" / Int32ul,
+    "main_flags" / Int32ul,
+    "branch_pages" / Int64ul,
+    "leaf_pages" / Int64ul,
+    "overflow_pages" / Int64ul,
+    "entries" / Int64ul,
+    "root" / Int64ul,
+    "last_page" / Int64ul,
+    "transaction" / Int64ul,
+)
+_NONE = 2**64 - 1
+_NETWORK = ("nfs", "cifs", "smb", "ceph", "9p", "afs", "gfs2", "ocfs2", "lustre", "gluster", "beegfs", "fuse.sshfs")
+
+
+class DamagedError(StorageError):
+    """What is in the database cannot be right; it has to be begun anew."""
+
+
+class Database:
+    """An open environment. Get one with `connect`, which keeps to one a process.
+
+    Attributes:
+        path: its directory.
+        usable: False once it is closed, and in the child of a fork.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.usable = True
+        self._lock = threading.RLock()  # LMDB forbids to change the map's size while any transaction is open
+        with _errors(path):
+            self._env = lmdb.open(path, map_size=_FIRST_SIZE, max_readers=_READERS, mode=0o600, max_dbs=0)
+            self._env.reader_check()
+        self._begin = self._env.begin
+        self.status = os.stat(os.path.join(path, _DATA))
+
+    def close(self) -> None:
+        """Unmaps it."""
+        with self._lock:
+            self.usable = False
+            self._env.close()
+
+    def is_current(self) -> bool:
+        """True while the path still leads to this very database."""
+        try:
+            now = os.stat(os.path.join(self.path, _DATA))
+        except OSError:
+            return False
+        return (now.st_dev, now.st_ino) == (self.status.st_dev, self.status.st_ino)
+
+    def get(self, key: bytes) -> bytes | None:
+        """A value's contents; None where there is none.
+
+        Raises:
+            DamagedError: its checksum is wrong.
+            StorageError: LMDB failed.
+        """
+        value: Any
+        with self._lock:
+            try:
+                txn = self._begin()
+                value = txn.get(key)
+                txn.abort()  # cheaper than its context manager; after an error it goes with its last reference
+            except lmdb.Error:
+                value = self._read(lambda txn: txn.get(key))
+        if value is None:
+            return None
+        if _crc(key + value) != layout.RESIDUE:  # as `layout.is_sound`, without a call
+            raise DamagedError(self.path, layout.damage(key))
+        contents: bytes = value[:-4]
+        return contents
+
+    def read(self, work: Callable[[Reader], T]) -> T:
+        """Runs ``work`` on one state of the database. Errors as `get`."""
+        return self._read(lambda txn: work(Reader(self.path, txn)))
+
+    def _read(self, work: Callable[[lmdb.Transaction], T]) -> T:
+        with self._lock, _errors(self.path):
+            try:
+                with self._env.begin() as txn:
+                    return work(txn)
+            except lmdb.MapResizedError:  # another process has grown it
+                self._env.set_mapsize(0)
+            with self._env.begin() as txn:
+                return work(txn)
+
+    def change(self, work: Callable[[Writer], T]) -> T:
+        """Runs ``work`` and makes what it has put durable, all or nothing; runs it again where the map had to grow.
+
+        Errors as `get`.
+        """
+        with self._lock, _errors(self.path):
+            while True:
+                try:
+                    with self._env.begin(write=True) as txn:
+                        answer = work(Writer(self.path, txn))
+                    break
+                except lmdb.MapFullError:
+                    self._env.set_mapsize(self._env.info()["map_size"] * 2)
+                except lmdb.MapResizedError:
+                    self._env.set_mapsize(0)
+            self._extend()
+            return answer
+
+    def _extend(self) -> None:
+        """LMDB does not write pages it has got and given up in one transaction: the file must not look cut short."""
+        info = self._env.info()
+        needed = (info["last_pgno"] + 1) * self._env.stat()["psize"]
+        path = os.path.join(self.path, _DATA)
+        if os.path.getsize(path) < needed:
+            os.truncate(path, needed)
+
+    def info(self) -> dict[str, int]:
+        """What LMDB tells of itself: ``entries``, ``depth``, ``file_size`` and ``map_size`` in bytes, ``readers``."""
+        with self._lock, _errors(self.path):
+            stat, info = self._env.stat(), self._env.info()
+        return {
+            "entries": stat["entries"],
+            "depth": stat["depth"],
+            "file-size": os.path.getsize(os.path.join(self.path, _DATA)),
+            "map-size": info["map_size"],
+            "readers": info["num_readers"],
+        }
+
+
+class Reader:
+    """One state of the database."""
+
+    def __init__(self, path: str, txn: lmdb.Transaction) -> None:
+        self._path, self._txn = path, txn
+
+    def get(self, key: bytes) -> bytes | None:
+        """See `Database.get`."""
+        value = self._txn.get(key)
+        return None if value is None else self._unseal(key, value)
+
+    def _unseal(self, key: bytes, value: Any) -> bytes:
+        if not layout.is_sound(key, value):
+            raise DamagedError(self._path, layout.damage(key))
+        contents: bytes = value[:-4]
+        return contents
+
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Keys that begin so, in their order, with their contents."""
+        with self._txn.cursor() as cursor:
+            if cursor.set_range(prefix):
+                key: Any
+                for key, value in cursor:
+                    if not key.startswith(prefix):
+                        return
+                    yield key, self._unseal(key, value)
+
+
+class Writer(Reader):
+    """One state of the database, being changed."""
+
+    def put(self, key: bytes, contents: bytes) -> None:
+        """Sets a value."""
+        self._txn.put(key, layout.seal(key, contents))
+
+    def delete(self, key: bytes) -> None:
+        """Forgets a key; nothing where it is not there."""
+        self._txn.delete(key)
+
+
+def fault(path: str) -> str | None:
+    """Why LMDB must not map the database in that directory; None where it may, or where there is none yet.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    try:
+        if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
+            return None
+        if not os.path.isdir(path):
+            return "not a directory"
+        with open(os.path.join(path, _DATA), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            pages = file.read(2 << 16)
+    except FileNotFoundError:
+        return f"without {_DATA}"
+    except OSError as error:
+        raise StorageError(path, error.strerror or str(error)) from error
+    if len(pages) < _PAGE.sizeof():
+        return f"{_DATA} is cut short"
+    page_size = _PAGE.parse(pages).page_size
+    if page_size not in (1 << bits for bits in range(9, 17)) or len(pages) < page_size + _PAGE.sizeof():
+        return f"{_DATA} has no second meta page"
+    metas = [_PAGE.parse(pages), _PAGE.parse(pages[page_size:])]
+    for meta in metas:
+        if meta.magic != _MAGIC or meta.version != _LMDB_VERSION or not meta.flags & _META_FLAG:
+            return f"{_DATA} is not an LMDB database"
+    newest = max(metas, key=lambda meta: int(meta.transaction))
+    if (newest.last_page + 1) * page_size > size:
+        return f"{_DATA} is cut short"
+    if any(root != _NONE and root > newest.last_page for root in (newest.root, newest.free_root)):
+        return f"{_DATA} has a root outside of the file"
+    return None
+
+
+def _refuse_network(path: str) -> None:
+    """LMDB needs one memory for all who map the file, and locks that end with their process."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    kind = _file_system(folder)
+    if kind.startswith(_NETWORK):
+        raise StorageError(path, f"on a network file system ({kind}), where LMDB is not safe; choose another --index")
+
+
+def _file_system(folder: str) -> str:
+    """The type of the file system that a folder is on, as /proc/self/mountinfo has it; empty where unknown."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            mount, _, source = line.partition(" - ")
+            if mount.split()[2] == number:
+                return source.split()[0]
+    return ""
+
+
+_connected: dict[str, Database] = {}
+_abandoned: list[Database] = []  # of a parent: a child must neither use nor close them
+_registry = threading.RLock()
+
+
+def _forget_after_fork() -> None:
+    for database in _connected.values():
+        database.usable = False
+        # Closed, where no thread of the parent was using it: lmdb keeps a list of what is open, and would refuse to
+        # open it again. LMDB leaves alone what is the parent's.
+        if database._lock.acquire(blocking=False):
+            database._env.close()
+        else:
+            _abandoned.append(database)
+    _connected.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def connect(path: str) -> Database:
+    """The database at ``path``, begun anew where it is missing or damaged.
+
+    Raises:
+        StorageError: it cannot be made or opened, or is on a network file system.
+    """
+    key = os.path.realpath(path)
+    with _registry:
+        database = _connected.get(key)
+        if database is not None:
+            if database.is_current():
+                return database
+            _connected.pop(key).close()
+        _refuse_network(path)
+        with _errors(path):
+            os.makedirs(os.path.dirname(key), mode=0o700, exist_ok=True)
+        with _guard(key, fcntl.LOCK_SH):
+            usable = os.path.isdir(key) and bool(os.listdir(key)) and fault(key) is None
+            if usable:
+                database = Database(key)
+                if _is_ours(database):
+                    return _connected.setdefault(key, database)
+                database.close()
+        replace(key)
+        with _guard(key, fcntl.LOCK_SH):
+            return _connected.setdefault(key, Database(key))
+
+
+def _is_ours(database: Database) -> bool:
+    try:
+        state = database.get(layout.STATE)
+    except StorageError:
+        return False
+    return state is not None and len(state) == layout.STATE_VALUE.size and layout.STATE_VALUE.parse(state).version == 1
+
+
+def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_if_good: bool = False) -> None:
+    """Puts a new database in the place of the one at ``path``.
+
+    Args:
+        path: where; what is there is put aside as PATH.bad.
+        fill: puts everything into the new one, before it takes its place.
+        even_if_good: else another process's new database, made meanwhile, is kept.
+    """
+    key = os.path.realpath(path)
+    with _registry, _errors(path):
+        if database := _connected.pop(key, None):
+            database.close()
+        fresh = tempfile.mkdtemp(prefix=f"{os.path.basename(key)}.new-", dir=os.path.dirname(key))
+        try:
+            new = Database(fresh)
+            try:
+                state = layout.STATE_VALUE.build(version=layout.VERSION, reserved=0, containers=0)
+                new.change(lambda writer: writer.put(layout.STATE, state))
+                if fill:
+                    fill(new)
+            finally:
+                new.close()
+            with _guard(key, fcntl.LOCK_EX):
+                if not even_if_good and os.path.isdir(key) and os.listdir(key) and not fault(key) and _is_ours_at(key):
+                    return
+                _put_aside(key)
+                os.rename(fresh, key)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _is_ours_at(path: str) -> bool:
+    database = Database(path)
+    try:
+        return _is_ours(database)
+    finally:
+        database.close()
+
+
+def _put_aside(path: str) -> None:
+    if not os.path.lexists(path):
+        return
+    bad = path + ".bad"
+    if os.path.isdir(bad) and not os.path.islink(bad):
+        shutil.rmtree(bad, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(bad)
+    os.rename(path, bad)
+
+
+@contextlib.contextmanager
+def _guard(path: str, how: int) -> Iterator[None]:
+    fd = os.open(path + ".guard", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, how)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError) as error:
+        raise DamagedError(path, f"the index is damaged: {error}") from error
+    except lmdb.Error as error:
+        raise StorageError(path, f"index: {error}") from error
+    except OSError as error:
+        raise StorageError(path, f"index: {error.strerror or error}") from error

@@ -1,0 +1,794 @@
+"""Images made to do harm: where structures lead, QEMU as the judge of what is refused, bounds of time and memory.
+
+`test_hostile_fields` tries single fields in process; here are the images that are dangerous as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import qemu
+from support.craft import Craft, Place
+
+import dirtmap.engine as dm
+from dirtmap.engine import changes
+from dirtmap.engine.fileio import File, using
+from dirtmap.fmt import directory, qcow2
+from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.extensions import END_MARKER, build_extension
+
+MIB = 1 << 20
+CLUSTER = 4096
+NAMES = ("one", "two", "three")
+
+
+class Unsynced(File):
+    """Thousands of images are written to, none of which shall last."""
+
+    def sync(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unsynced() -> Iterator[None]:
+    with using(Unsynced):
+        yield
+
+
+def built(path: Path, options: str, *, snapshot: bool = False) -> Craft:
+    target = qemu.create(path, MIB, options)
+    if "compat=0.10" not in options:
+        with dm.open(path) as image, image.transaction() as bitmaps:  # QEMU's own tool wants a password for some
+            for name in NAMES:
+                changes.add(bitmaps, name, 4096)
+    qemu.qemu_io(target, "write -q 0 64k", "write -q 512k 4k")
+    if snapshot:
+        qemu.qemu_img("snapshot", "-c", "s", path)
+        qemu.qemu_io(target, "write -q 0 4k")
+    return Craft(path)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Craft]:
+    folder = tmp_path_factory.mktemp("sound")
+    return {
+        "plain": built(folder / "plain", f"cluster_size={CLUSTER}"),
+        "snapshot": built(folder / "snapshot", f"cluster_size={CLUSTER}", snapshot=True),
+        "version 2": built(folder / "v2", f"cluster_size={CLUSTER},compat=0.10", snapshot=True),
+        "one bit": built(folder / "1bit", f"cluster_size={CLUSTER},refcount_bits=1"),
+        "small clusters": built(folder / "small", "cluster_size=512", snapshot=True),
+    }
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    """Where each damaged image is put: memory, since thousands are."""
+    memory = Path("/dev/shm")
+    place = (memory if memory.is_dir() else tmp_path) / f"dirtmap-hostile-{os.getpid()}.qcow2"
+    yield place
+    place.unlink(missing_ok=True)
+
+
+# Every operation, and how it came out.
+
+
+def _change(act: Callable[[dm.Transaction], None]) -> Callable[[Path], object]:
+    def run(path: Path) -> None:
+        with dm.open(path) as image, image.transaction() as bitmaps:
+            act(bitmaps)
+
+    return run
+
+
+def _read_all(path: Path) -> None:
+    with dm.open(path) as image:
+        for name in list(image)[:3]:
+            if not image[name].inconsistent:
+                image[name].extents()
+
+
+READING: dict[str, Callable[[Path], object]] = {
+    "describe": dm.describe,
+    "read": _read_all,
+    "check": dm.check,
+    "dump": lambda path: json.dumps(dm.dump(path, with_hex=True)),
+}
+CHANGING: dict[str, Callable[[Path], object]] = {
+    "add": _change(lambda bitmaps: changes.add(bitmaps, "new")),
+    "remove": _change(lambda bitmaps: changes.remove(bitmaps, next(iter(bitmaps), "none"))),
+    "mark": _change(lambda bitmaps: changes.mark(bitmaps, "two", [0], [bitmaps.size])),
+    "recover": dm.recover,
+    "check -r leaks": lambda path: dm.check(path, repair="leaks"),
+    "check -r all": lambda path: dm.check(path, repair="all"),
+}
+
+
+@dataclass
+class Outcome:
+    """What became of an image: the complaint of each operation that refused it, and what the others made of it."""
+
+    refused: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> bool:
+        return "describe" not in self.refused
+
+
+def require_good_message(error: dm.Error, path: Path) -> None:
+    text = str(error)
+    assert text.isprintable()
+    assert error.where.startswith(str(path))
+    assert text.startswith(str(path))
+    assert len(text) < 2000
+
+
+def tried(craft: Craft, path: Path, *, rewrite: bool = True) -> Outcome:
+    """Every operation on that image: each works or raises `Error`, which leaves the file as it was."""
+    before = bytes(craft.data)
+    outcome = Outcome()
+    path.write_bytes(before)
+    for name, act in (READING | CHANGING).items():
+        try:
+            act(path)
+        except dm.Error as error:
+            require_good_message(error, path)
+            outcome.refused[name] = str(error)
+        if name in outcome.refused:
+            assert path.read_bytes() == before, f"{name} refused, and has changed it: {outcome.refused[name]}"
+            continue
+        assert path.stat().st_size < len(before) + 16 * MIB, name
+        after = path.read_bytes()
+        if after != before:
+            assert name in CHANGING
+            outcome.changed[name] = after
+            path.write_bytes(before)
+    return outcome
+
+
+# QEMU as the judge.
+
+
+def qemu_refuses(path: Path) -> str | None:
+    """Why `qemu-img info` does not open it."""
+    done = subprocess.run(["qemu-img", "info", "-f", "qcow2", path], capture_output=True, check=False, timeout=60)
+    return done.stderr.decode(errors="replace") if done.returncode else None
+
+
+def qemu_check(path: Path) -> tuple[int, int] | None:
+    """Errors, corruptions included, and leaks that `qemu-img check` counts; None where it does not open the image."""
+    command = ["qemu-img", "check", "--output=json", "-f", "qcow2", path]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=60)
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:
+        return None
+    return found.get("corruptions", 0) + found["check-errors"], found.get("leaks", 0)
+
+
+def require_no_worse(craft: Craft, outcome: Outcome, path: Path) -> None:
+    """What an operation made of an image QEMU opens, and finds no more errors in than before."""
+    if not outcome.changed:
+        return
+    craft.save(path)
+    before = qemu_check(path)
+    if before is None:  # without its bitmaps, then
+        autoclear = craft.header("autoclear_features")
+        craft.copy().set(autoclear, craft.get(autoclear) & ~qcow2.AUTOCLEAR_BITMAPS).save(path)
+        before = qemu_check(path)
+    for name, data in outcome.changed.items():
+        path.write_bytes(data)
+        after = qemu_check(path)
+        if outcome.accepted or name == "check -r all":  # `recover` leaves what else is wrong as it is
+            # There are images that QEMU opens and then cannot check.
+            assert after is not None or (before is None and qemu_refuses(path) is None), name
+        if before is not None and after is not None:
+            assert after[0] <= before[0], (name, before, after)
+
+
+# What dirtmap refuses although QEMU opens it, and why that is right.
+STRICTER = {
+    r"past the end of the file": "QEMU reads zeros there: dirty bits lost, or another structure to be written there",
+    r"overlaps": "freeing or writing one would destroy the other",
+    r"0 is the header's place": "a table over the header",
+    r"header_length: \d+ is not a multiple of 8": "the format demands it; extensions would lie askew",
+    r"backing_file_offset: \d+ lies inside the header": "the name would be part of the header",
+    r"name contains a NUL byte": "QEMU takes names for C strings: two could be one",
+    r"autoclear feature bit 0 \(bitmaps\) is set": "bitmaps were there, and were lost",
+    r"appears twice": "which was meant cannot be known",
+    r"external data file: there is none": "QEMU finds out when it opens it for more than its information",
+    r"raw external data\) is set": "the same",
+    r"is not a power of two|header ends": "sizes that only `info` takes",
+}
+
+
+def judge(craft: Craft, path: Path) -> Outcome:
+    """Tries everything; then what dirtmap accepts, QEMU does, and the other way round but for `STRICTER`."""
+    outcome = tried(craft, path)
+    craft.save(path)
+    complaint = qemu_refuses(path)
+    if outcome.accepted:
+        assert complaint is None
+    elif complaint is None:
+        assert any(re.search(reason, outcome.refused["describe"]) for reason in STRICTER), outcome.refused["describe"]
+    require_no_worse(craft, outcome, path)
+    return outcome
+
+
+def limits(craft: Craft, place: Place) -> list[int]:
+    """A field's limits, the places of other structures, and numbers about as long as the file."""
+    cluster, end = craft.cluster_size, len(craft.data)
+    values = {0, 1, 2, 8, 511, 512, cluster - 1, cluster, cluster + 512, 2 * cluster, 3 * cluster}
+    values |= {end - 1, end, -(-end // cluster) * cluster, end // cluster * cluster, 1 << 31, (1 << 32) - 1, 1 << 55}
+    values |= {(1 << 56) - cluster, (1 << 63) - cluster, place.most, place.most - 1, place.most >> 1, 1 << 62}
+    values |= {craft.get(where) & qcow2.OFFSET_MASK for _, where in craft.fields() if where.size == 8}
+    own = craft.get(place)
+    values |= {own - 1, own + 1, own ^ 1 << 63, own ^ 1 << 62, own + cluster}
+    return sorted(value for value in values if 0 <= value <= place.most and value != own)
+
+
+SAMPLES = {"plain": 4, "snapshot": 4, "version 2": 3, "one bit": 3, "small clusters": 4}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_fields_as_qemu_judges_them(sound: dict[str, Craft], path: Path, kind: str) -> None:
+    """A sample; `test_all_fields_as_qemu_judges_them` takes all."""
+    craft = sound[kind]
+    number = 0
+    for _, place in craft.fields():
+        for value in limits(craft, place):
+            number += 7  # not a divisor of how many there are of each
+            if number % 300 < 7 * SAMPLES[kind]:
+                judge(craft.copy().set(place, value), path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_all_fields_as_qemu_judges_them(sound: dict[str, Craft], path: Path, kind: str) -> None:
+    craft = sound[kind]
+    judged = [
+        judge(craft.copy().set(place, value), path) for _, place in craft.fields() for value in limits(craft, place)
+    ]
+    assert len(judged) > 500
+    assert any(outcome.accepted for outcome in judged)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("L1 entry", lambda craft: craft.l1()),
+        ("L2 entry", lambda craft: craft.l2()),
+        ("a snapshot's L1 table", lambda craft: craft.snapshot(0, "l1_table_offset")),
+    ],
+)
+def test_nothing_is_written_where_the_guest_would_find_it(
+    sound: dict[str, Craft], path: Path, name: str, place: Callable[[Craft], Place]
+) -> None:
+    """References to the end of the file, where a change would put what is new."""
+    craft = sound["snapshot"].copy()
+    craft.set(place(craft), -(-len(craft.data) // CLUSTER) * CLUSTER)
+    outcome = judge(craft, path)
+    assert "a reference that makes no sense leads there" in outcome.refused["add"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["snapshot", "version 2", "small clusters"])
+def test_cut_at_every_sector(sound: dict[str, Craft], path: Path, kind: str) -> None:
+    for size in range(0, len(sound[kind].data), 512):
+        judge(Craft(sound[kind].data[:size]), path)
+
+
+# Structures that lead to each other.
+
+
+def _table_at(index: int, where: Callable[[Craft], int]) -> Callable[[Craft], Craft]:
+    return lambda c: c.set(c.entry(index, "table_offset"), where(c))
+
+
+def _bits_at(index: int, where: Callable[[Craft], int]) -> Callable[[Craft], Craft]:
+    return lambda c: c.set(c.table(index), where(c))
+
+
+def _directory_at(where: Callable[[Craft], int]) -> Callable[[Craft], Craft]:
+    def act(c: Craft) -> Craft:
+        at, size = c.get(c.bitmaps("directory_offset")), c.get(c.bitmaps("directory_size"))
+        return c.put(where(c), bytes(c.data[at : at + size])).set(c.bitmaps("directory_offset"), where(c))
+
+    return act
+
+
+PLACES: dict[str, Callable[[Craft], int]] = {
+    "refcount table": lambda c: c.get(c.header("refcount_table_offset")),
+    "L1 table": lambda c: c.get(c.header("l1_table_offset")),
+    "snapshot table": lambda c: c.get(c.header("snapshots_offset")),
+    "L1 table of a snapshot": lambda c: c.get(c.snapshot(0, "l1_table_offset")),
+    "directory": lambda c: c.get(c.bitmaps("directory_offset")),
+    "table of another bitmap": lambda c: c.get(c.entry(1, "table_offset")),
+    "bits of another bitmap": lambda c: c.data_clusters(1)[0],
+}
+# These are found by a walk only: reading harms nothing, and whatever would free or write to them is refused.
+WALKED: dict[str, Callable[[Craft], int]] = {
+    "refcount block": lambda c: c.get(c.block()),
+    "L2 table": lambda c: c.get(c.l1()) & qcow2.OFFSET_MASK,
+    "guest data": lambda c: c.get(c.l2()) & qcow2.OFFSET_MASK,
+}
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("what", ["table", "bits", "directory"])
+def test_overlaps_are_refused(sound: dict[str, Craft], path: Path, what: str, where: str) -> None:
+    craft = sound["snapshot"].copy()
+    moved = {"table": _table_at, "bits": _bits_at}
+    (moved[what](0, PLACES[where]) if what in moved else _directory_at(PLACES[where]))(craft)
+    if (what, where) == ("directory", "directory"):
+        return  # where it is already
+    outcome = tried(craft, path)
+    assert set(outcome.refused) >= {"describe", "read", "add", "remove", "mark"}
+    craft.save(path)
+    assert dm.check(path).corruptions
+    if what != "directory":
+        assert "bitmap 'one'" in str(dm.check(path).findings)
+    if qemu_refuses(path) is None:
+        require_no_worse(craft, outcome, path)
+
+
+@pytest.mark.parametrize("where", WALKED)
+@pytest.mark.parametrize("what", ["table", "bits", "directory"])
+def test_overlaps_with_guest_data_and_refcounts(sound: dict[str, Craft], path: Path, what: str, where: str) -> None:
+    craft = sound["snapshot"].copy()
+    at = WALKED[where](craft)
+    if what == "table":  # an empty table, or QEMU's check of entries would refuse whatever lies there
+        craft.put(at, bytes(8))
+    moved = {"table": _table_at, "bits": _bits_at}
+    (moved[what](0, WALKED[where]) if what in moved else _directory_at(WALKED[where]))(craft)
+    outcome = tried(craft, path)
+    if outcome.accepted:
+        assert "remove" in outcome.refused  # it would free the cluster
+        if where == "refcount block":
+            assert "add" in outcome.refused  # it would write there
+    craft.save(path)
+    assert dm.check(path).corruptions
+    require_no_worse(craft, outcome, path)
+
+
+BLOCKS: dict[str, Callable[[Craft], int]] = {
+    **{f"over the {name}": where for name, where in PLACES.items()},
+    "over guest data": WALKED["guest data"],
+    "over an L2 table": WALKED["L2 table"],
+    "past the end": lambda c: -(-len(c.data) // CLUSTER) * CLUSTER,
+    "askew": lambda c: c.get(c.block()) + 512,
+    "far away": lambda c: 1 << 62,
+    "nowhere": lambda c: 0,
+}
+
+
+@pytest.mark.parametrize("where", BLOCKS)
+@pytest.mark.parametrize("entry", [0, 1, 511])
+def test_refcount_blocks_in_bad_places(sound: dict[str, Craft], path: Path, where: str, entry: int) -> None:
+    """Writing to such a block would destroy what lies there; so would allocating by what it says."""
+    craft = sound["snapshot"].copy()
+    if entry == 0:
+        at = craft.get(craft.block())
+        copied = bytes(craft.data[at : at + CLUSTER])
+        if where.startswith("over"):
+            return  # its counts would be the other structure's: nothing says so but chaos
+        if BLOCKS[where](craft) and BLOCKS[where](craft) < len(craft.data):
+            craft.put(BLOCKS[where](craft), copied)
+    craft.set(craft.block(entry), BLOCKS[where](craft))
+    outcome = tried(craft, path)
+    require_no_worse(craft, outcome, path)
+
+
+def test_two_entries_lead_to_one_refcount_block(sound: dict[str, Craft], path: Path) -> None:
+    craft = sound["plain"].copy()
+    craft.set(craft.block(1), craft.get(craft.block()))
+    outcome = tried(craft, path)
+    assert {"add", "remove", "mark"} <= set(outcome.refused)
+    assert "used twice" in outcome.refused["add"]
+
+
+def test_counts_up_to_the_end_of_the_world(path: Path) -> None:
+    """The last cluster that can be addressed is counted: behind it there is no room, and none is made."""
+    cluster = 2 * MIB
+    qemu.create(path, MIB, "cluster_size=2M,refcount_bits=1")
+    qemu.qemu_img("bitmap", "--add", path, "b")
+    craft = Craft(path)
+    # 2**24 counts a block, 2**45 bytes: entry 2047 ends at 2**56.
+    block = craft.append(b"\xff" * cluster)
+    craft.set(craft.block(2047), block).set_refcount(block, 1)
+    outcome = tried(craft, path)
+    assert "end of what can be addressed" in outcome.refused.get("add", "end of what can be addressed")
+    assert path.stat().st_size < 1 << 40
+
+
+@pytest.mark.parametrize("kind", ["two bitmaps extensions", "two, the first unknown before", "end marker too long"])
+def test_chains(sound: dict[str, Craft], path: Path, kind: str) -> None:
+    craft = sound["plain"].copy()
+    at = craft.extension(qcow2.EXTENSION_BITMAPS)
+    extension = bytes(craft.data[at : at + 32])
+    end = craft.extension(0)
+    if kind == "end marker too long":
+        craft.put(end, struct.pack(">II", 0, 1 << 20))
+    else:
+        craft.put(end, extension + END_MARKER)
+    outcome = judge(craft, path)
+    assert not outcome.accepted
+    assert "check -r all" not in outcome.changed  # neither can be told to be the wrong one
+
+
+# Random damage.
+
+
+@settings(max_examples=80)
+@given(data=st.data())
+def test_flipped_bits_of_all_metadata(sound: dict[str, Craft], data: st.DataObject) -> None:
+    """In tables, directory, refcounts and L2 tables as well, where no single field shows what goes wrong."""
+    craft = sound[data.draw(st.sampled_from(["plain", "snapshot", "small clusters"]))].copy()
+    places = [where for _, where in craft.fields()]
+    offsets = st.sampled_from([where.offset + step for where in places for step in range(where.size)])
+    block, l2 = craft.get(craft.block()), craft.l2().offset
+    offsets |= st.sampled_from([*range(block, block + 80), *range(l2, l2 + 128)])
+    for offset, bit in data.draw(st.lists(st.tuples(offsets, st.integers(0, 7)), min_size=1, max_size=4)):
+        craft.data[offset % len(craft.data)] ^= 1 << bit
+    place = Path("/dev/shm") / f"dirtmap-flip-{os.getpid()}.qcow2"
+    try:
+        judge(craft, place)
+    finally:
+        place.unlink(missing_ok=True)
+
+
+@settings(max_examples=100)
+@given(noise=st.binary(max_size=4096), start=st.sampled_from([0, 4, 72, 104, 112]))
+def test_noise(sound: dict[str, Craft], noise: bytes, start: int) -> None:
+    """A header that begins well and goes on with anything."""
+    craft = Craft(sound["plain"].data[:start] + noise)
+    place = Path("/dev/shm") / f"dirtmap-noise-{os.getpid()}.qcow2"
+    try:
+        tried(craft, place)
+    finally:
+        place.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("act", READING | CHANGING)
+@pytest.mark.parametrize("kind", ["nul", "surrogate", "loop", "long", "newline", "null", "zero", "fifo", "folder"])
+def test_paths_that_are_no_images(tmp_path: Path, act: str, kind: str) -> None:
+    path = {
+        "nul": tmp_path / "a\0b",
+        "surrogate": tmp_path / "\ud800",
+        "long": tmp_path / ("x" * 5000),
+        "newline": tmp_path / "two\nlines\x1b[31m\udcff",
+        "null": Path("/dev/null"),
+        "zero": Path("/dev/zero"),
+    }.get(kind, tmp_path / kind)
+    if kind == "loop":
+        path.symlink_to(path)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(dm.Error) as caught:
+        (READING | CHANGING)[act](path)
+    assert str(caught.value).isprintable()
+
+
+# Bounds. What a small file can claim to hold.
+
+
+class Forged:
+    """An image put together from nothing, sparse: clusters 0 to 3 are header, refcount table, refcount block, L1."""
+
+    def __init__(self, path: Path, cluster_bits: int = 16, **fields: int) -> None:
+        self.path, self.cluster = path, 1 << cluster_bits
+        self.fields: dict[str, Any] = {
+            "magic": qcow2.MAGIC,
+            "version": 3,
+            "backing_file_offset": 0,
+            "backing_file_size": 0,
+            "cluster_bits": cluster_bits,
+            "size": MIB,
+            "crypt_method": 0,
+            "l1_size": 1,
+            "l1_table_offset": 3 * self.cluster,
+            "refcount_table_offset": self.cluster,
+            "refcount_table_clusters": 1,
+            "nb_snapshots": 0,
+            "snapshots_offset": 0,
+            "incompatible_features": 0,
+            "compatible_features": 0,
+            "autoclear_features": 0,
+            "refcount_order": 4,
+            "header_length": qcow2.MORE_OFFSET,
+            **fields,
+        }
+        self.extensions = b""
+        self.data: list[tuple[int, bytes]] = []
+        self.put(self.cluster, struct.pack(">Q", 2 * self.cluster))
+        self.put(2 * self.cluster, struct.pack(">4H", 1, 1, 1, 1))
+        self.put(3 * self.cluster, bytes(8))
+
+    def put(self, offset: int, data: bytes) -> Forged:
+        self.data.append((offset, data))
+        return self
+
+    def numbers(self, offset: int, values: np.ndarray) -> Forged:
+        return self.put(offset, values.astype(">u8").tobytes())
+
+    def directory(self, offset: int, data: bytes, count: int, size: int = 0) -> Forged:
+        payload = qcow2.BITMAPS_EXTENSION.build(
+            nb_bitmaps=count, reserved=0, directory_size=size or len(data), directory_offset=offset
+        )
+        self.extensions = build_extension(qcow2.EXTENSION_BITMAPS, payload)
+        self.fields["autoclear_features"] = qcow2.AUTOCLEAR_BITMAPS
+        return self.put(offset, data)
+
+    def entries(self, offset: int, entries: list[Entry]) -> Forged:
+        return self.directory(offset, directory.build_directory(entries), len(entries))
+
+    def save(self, size: int) -> Path:
+        parts = [
+            structure.build(**{field.name: self.fields[field.name] for field in structure.fields})
+            for structure in (qcow2.HEADER_V2, qcow2.HEADER_V3)
+        ]
+        self.put(0, b"".join(parts) + self.extensions + END_MARKER)
+        with self.path.open("wb") as file:
+            for offset, data in self.data:
+                file.seek(offset)
+                file.write(data)
+            file.truncate(size)
+        return self.path
+
+
+C = 65536
+MANY = directory.MAX_BITMAPS
+# With 512-byte clusters: the longest L1 table QEMU accepts, and a bitmap of 65,536 clusters over its disk.
+WIDE_L1 = qcow2.MAX_L1_BYTES // 8
+WIDE = {"cluster_bits": 9, "size": WIDE_L1 * 64 * 512, "l1_size": WIDE_L1, "l1_table_offset": 1 << 26}
+
+
+def _l1(values: Callable[[np.ndarray], np.ndarray], size: int) -> Callable[[Path], Path]:
+    def forge(path: Path) -> Path:
+        forged = Forged(path, size=1 << 40, l1_size=WIDE_L1, l1_table_offset=16 * MIB)
+        forged.numbers(16 * MIB, values(np.arange(WIDE_L1, dtype=np.uint64)))
+        return forged.save(size)
+
+    return forge
+
+
+def _named(**fields: int) -> Callable[[Path], Path]:
+    def forge(path: Path) -> Path:
+        entries = [
+            Entry(b"b%d" % number, fields.get("at", (1000 + number) * C), 1, fields.get("flags", 0), 16)
+            for number in range(MANY)
+        ]
+        if "type" in fields:
+            entries = [Entry(e.name, e.table_offset, 1, 0, 16, fields["type"]) for e in entries]
+        if "same_name" in fields:
+            entries = [Entry(b"same", e.table_offset, 1, 0, 16) for e in entries]
+        return Forged(path).entries(8 * C, entries).save(67000 * C)
+
+    return forge
+
+
+def _tables(count: int, stride: int) -> Callable[[Path], Path]:
+    """Bitmaps with tables of 65,536 entries each: in a hole, or each with its own clusters, no two of them adjacent."""
+
+    def forge(path: Path) -> Path:
+        forged = Forged(path, **WIDE)
+        at = [(1 << 30) + number * 65536 * 8 for number in range(count)]
+        forged.entries(1 << 20, [Entry(b"b%d" % number, place, 65536, 0, 9) for number, place in enumerate(at)])
+        for number, place in enumerate(at if stride else ()):
+            clusters = np.arange(65536, dtype=np.uint64) + np.uint64(number * 65536)
+            forged.numbers(place, clusters * np.uint64(stride) + np.uint64(1 << 37))
+        return forged.save(1 << 42)
+
+    return forge
+
+
+def _snapshots(l1_table: Callable[[int], int], l1_size: int) -> Callable[[Path], Path]:
+    def forge(path: Path) -> Path:
+        records = b"".join(
+            qcow2.SNAPSHOT.build(
+                l1_table_offset=l1_table(number),
+                l1_size=l1_size,
+                id_size=0,
+                name_size=0,
+                date_seconds=0,
+                date_nanoseconds=0,
+                vm_clock=0,
+                vm_state_size=0,
+                extra_data_size=0,
+            )
+            for number in range(qcow2.MAX_SNAPSHOTS)
+        )
+        forged = Forged(path, nb_snapshots=qcow2.MAX_SNAPSHOTS, snapshots_offset=8 * C).put(8 * C, records)
+        forged.put(1 << 30, struct.pack(">Q", 1 << 63 | 2 << 30) * 1024)
+        return forged.save(1 << 42)
+
+    return forge
+
+
+def _refcount_table(values: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], Path]:
+    def forge(path: Path) -> Path:
+        forged = Forged(path, refcount_table_offset=16 * MIB, refcount_table_clusters=128)
+        forged.numbers(16 * MIB, values(np.arange(1 << 20, dtype=np.uint64)))
+        return forged.save(1 << 37)
+
+    return forge
+
+
+def _one_bit_counts(pattern: bytes) -> Callable[[Path], Path]:
+    """16 million counts in one refcount block."""
+    big = 2 * MIB
+    return lambda path: Forged(path, 21, refcount_order=0).put(2 * big, pattern * big).save(4 * big)
+
+
+def _crypto(offset: int, length: int) -> Callable[[Path], Path]:
+    def forge(path: Path) -> Path:
+        forged = Forged(path, crypt_method=2)
+        payload = qcow2.CRYPTO_EXTENSION.build(offset=offset, length=length)
+        forged.extensions = build_extension(qcow2.EXTENSION_CRYPTO, payload)
+        return forged.save(1 << 42)
+
+    return forge
+
+
+def _broken_directory(path: Path) -> Path:
+    """A broken entry and 60,000 good ones: where does it end?"""
+    good = directory.build_directory([Entry(b"a", 4 * C, 1, 0, 16)])
+    data = good[:20] + b"\xff" * 4 + bytes(8) + good * 60000 + b"\xff" * 40
+    return Forged(path).directory(8 * C, data, 60001).save(100 * MIB)
+
+
+def _scattered_guest(path: Path) -> Path:
+    """Half a million guest clusters, none next to another, all over a file of 4 PiB."""
+    forged = Forged(path, size=1 << 35, l1_size=64)
+    steps = np.arange(64 * 8192, dtype=np.uint64) * np.uint64(1 << 32) + np.uint64(1 << 30) | np.uint64(1 << 63)
+    forged.numbers(3 * C, np.arange(16, 80, dtype=np.uint64) * np.uint64(C) | np.uint64(1 << 63))
+    forged.numbers(16 * C, steps)
+    return forged.save(1 << 52)
+
+
+def _widest_bitmap(path: Path) -> Path:
+    """The longest bitmap that QEMU accepts, 512 MiB of bits, none of them there."""
+    big = 2 * MIB
+    forged = Forged(path, 21, size=1 << 41, l1_size=4)
+    forged.entries(5 * big, [Entry(b"b", 6 * big, 256, 0, 9), Entry(b"used", 7 * big, 256, 1, 9)])
+    return forged.save(8 * big)
+
+
+FORGED: dict[str, Callable[[Path], Path]] = {
+    "L1 table of 32 MiB, all in a hole": lambda path: Forged(
+        path, size=1 << 40, l1_size=WIDE_L1, l1_table_offset=16 * MIB
+    ).save(64 * MIB),
+    "L1 table of 32 MiB, one L2 table": _l1(lambda n: n * np.uint64(0) + np.uint64(1 << 63 | 1 << 27), (1 << 27) + C),
+    "65,535 bitmaps of a bad type": _named(type=7),
+    "65,535 bitmaps with bad flags": _named(flags=0xFFFFFFFC),
+    "65,535 bitmaps in use": _named(flags=1),
+    "65,535 bitmaps with one table": _named(at=4 * C),
+    "65,535 bitmaps of one name": _named(same_name=1),
+    "65,535 good bitmaps": _named(),
+    "32 GiB of tables": _tables(MANY, 0),
+    "4 million clusters of bits, scattered": _tables(64, 1024),
+    "200,000 clusters of bits, scattered": _tables(3, 1024),
+    "directory of 64 MiB of zeros": lambda path: (
+        Forged(path).directory(8 * C, b"", MANY, directory.MAX_DIRECTORY_SIZE).save(100 * MIB)
+    ),
+    "directory broken at its beginning": _broken_directory,
+    "65,536 snapshots of nothing": _snapshots(lambda number: 0, 0),
+    "65,536 snapshots with 32 MiB of L1 each": _snapshots(lambda number: (1 << 30) + (number << 25), WIDE_L1),
+    "65,536 snapshots with the same L1": _snapshots(lambda number: 1 << 30, WIDE_L1),
+    "65,536 snapshots beyond everything": _snapshots(lambda number: (1 << 64) - C, (1 << 32) - 1),
+    "a million times the same refcount block": _refcount_table(lambda n: n * np.uint64(0) + np.uint64(2 * C)),
+    "a million refcount blocks in a hole": _refcount_table(lambda n: n * np.uint64(C) + np.uint64(1 << 30)),
+    "a million refcount blocks beyond everything": _refcount_table(
+        lambda n: n * np.uint64(0) + np.uint64((1 << 64) - C)
+    ),
+    "16 million leaks": _one_bit_counts(b"\xff"),
+    "8 million leaks, every other cluster": _one_bit_counts(b"\x55"),
+    "encryption header beyond everything": _crypto(16 * C, (1 << 64) - 1),
+    "encryption header of a PiB": _crypto(16 * C, 1 << 40),
+    "guest data all over 4 PiB": _scattered_guest,
+    "the widest bitmap": _widest_bitmap,
+    "nothing but its length": lambda path: Forged(path).save((1 << 43) - C),
+}
+
+# In a process of its own: every operation, what it took, and what the process ever had resident.
+WATCHED = """
+import resource, sys, time
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_CPU, (100, 100))  # where it hangs
+from typing import Any
+sys.path.insert(0, sys.argv[3])
+import numpy
+import dirtmap.engine.qcow2.check, dirtmap.engine.qcow2.dump, dirtmap.engine.qcow2.commit
+from dirtmap.engine.fileio import File, using
+import test_hostile as tests
+
+class Counting(tests.Unsynced):
+    writes = 0
+    def write(self, offset, data):
+        Counting.writes += 1
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+path, before = Path(sys.argv[1]), peak()
+with using(Counting):
+    for name in sys.argv[2].split(","):
+        Counting.writes, start, said = 0, time.process_time(), "done"
+        try:
+            (tests.READING | tests.CHANGING)[name](path)
+        except tests.dm.Error as error:
+            tests.require_good_message(error, path)
+            said = "refused" if not Counting.writes else "REFUSED AND WRITTEN"
+        print(name, said, round(time.process_time() - start, 2), peak() - before, sep="|", flush=True)
+"""
+ACTS = ("describe", "check", "dump", "add", "remove", "recover", "check -r leaks")
+# Of CPU time, so that a busy machine does not matter; a slow one may take twice as long.
+SECONDS = 2 * 2.0
+MEBIBYTES = 256
+# What is not a claim but there, or asked for, takes what it takes: 65,535 bitmaps written anew, 512 MiB of bits.
+HONEST_SECONDS = {("65,535 bitmaps in use", "recover"): 5 * SECONDS}
+HONEST_MEBIBYTES = {"the widest bitmap": MEBIBYTES + 512}
+# The others are like one of these, or take longer.
+QUICK = {
+    "L1 table of 32 MiB, all in a hole",
+    "65,535 bitmaps with one table",
+    "directory of 64 MiB of zeros",
+    "65,536 snapshots with 32 MiB of L1 each",
+    "a million refcount blocks in a hole",
+    "16 million leaks",
+    "encryption header of a PiB",
+    "guest data all over 4 PiB",
+    "the widest bitmap",
+    "nothing but its length",
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.long) for kind in FORGED]
+)
+def test_bounds_of_time_and_memory(path: Path, kind: str) -> None:
+    """2 seconds of CPU and 256 MiB for each operation: by its own words or because there is not more to do."""
+    try:
+        FORGED[kind](path)
+    except OSError as error:
+        pytest.skip(f"no such file can be made here: {error}")
+    size, blocks = path.stat().st_size, path.stat().st_blocks
+    command = [sys.executable, "-c", WATCHED, path, ",".join(ACTS), Path(__file__).parent]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    told = [line.split("|") for line in done.stdout.splitlines()]
+    assert [line[0] for line in told] == list(ACTS)
+    assert not [line for line in told if "WRITTEN" in line[1]]
+    assert not [line for line in told if float(line[2]) > HONEST_SECONDS.get((kind, line[0]), SECONDS)]
+    assert not [line for line in told if int(line[3]) > HONEST_MEBIBYTES.get(kind, MEBIBYTES)]
+    assert (path.stat().st_size, path.stat().st_blocks) == (size, blocks)
+
+
+def test_a_disk_too_large_for_bitmaps(tmp_path: Path) -> None:
+    """16 TiB of bits are refused before anyone asks for them."""
+    path = Forged(tmp_path / "forged.qcow2", 21, size=1 << 60, l1_size=1 << 21, l1_table_offset=1 << 27).save(1 << 30)
+    for granularity in (None, 512, 65536):
+        with (
+            dm.open(path) as image,
+            pytest.raises(dm.BitmapError, match="bytes of bits"),
+            image.transaction() as bitmaps,
+        ):
+            changes.add(bitmaps, "b", granularity)
+    with dm.open(path) as image, image.transaction() as bitmaps:
+        changes.add(bitmaps, "b", 1 << 31)
+    assert dm.describe(path).bitmaps[0].count == 0

@@ -1,0 +1,69 @@
+"""`dirtmap find`: where there is a bitmap of a name."""
+
+from __future__ import annotations
+
+import uuid
+
+import click
+
+from dirtmap.engine.containers import host
+from dirtmap.fmt.errors import printable
+from dirtmap.tools import options
+from dirtmap.tools.output import write_json, write_table
+from dirtmap.tools.sizes import human_size
+
+
+@options.command(
+    "find",
+    examples="""
+    dirtmap find backup
+    dirtmap find --output=json backup | jq -r '.[].filename'
+    """,
+)
+@click.argument("bitmap", type=options.NAME)
+@options.force_share
+@options.host
+@options.speaking
+def find_command(
+    bitmap: str, force_share: bool, store: str | None, index: str | None, quiet: bool, output: str
+) -> None:
+    """Find every bitmap of that name on this host.
+
+    In all images and stores that are known: "dirtmap index scan" finds them. Each is shown with the node or device that
+    it is attached to, or with the path of an image that has no name.
+    """
+    from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
+
+    hits = host(store, index).find(bitmap, force_share=force_share)
+    if quiet:
+        return
+    if output == "json":
+        write_json(
+            [
+                {
+                    "node": hit.holder if hit.kind == "node" else None,
+                    "device": hit.holder if hit.kind == "device" else None,
+                    "name": hit.bitmap,
+                    "filename": hit.container.path,
+                    "format": "qcow2" if hit.in_image else "dirtmap",
+                    "namespace": str(uuid.UUID(bytes=hit.uuid)) if any(hit.uuid) else None,
+                    "granularity": hit.granularity,
+                    "recording": bool(hit.flags & FLAG_AUTO),
+                    "inconsistent": bool(hit.flags & FLAG_IN_USE),
+                }
+                for hit in hits
+            ]
+        )
+        return
+    rows = [
+        (
+            printable(hit.holder) if hit.kind != "image" else "",
+            hit.kind,
+            human_size(hit.granularity),
+            "inconsistent" if hit.flags & FLAG_IN_USE else "recording" if hit.flags & FLAG_AUTO else "disabled",
+            printable(hit.container.path),
+        )
+        for hit in hits
+    ]
+    title = f"{printable(bitmap)}: {len(rows)} bitmaps"
+    write_table(title, ("ATTACHED TO", "KIND", "GRANULARITY", "STATE", "FILE"), rows, right=(2,))

@@ -1,0 +1,166 @@
+"""`dirtmap index`: find the containers of a host, and keep the index of what is in them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from dirtmap.engine.containers import host
+from dirtmap.fmt.errors import printable
+from dirtmap.tools import options
+from dirtmap.tools.output import complain, progress_bar, write_json, write_table
+
+if TYPE_CHECKING:
+    from dirtmap.engine.scan import Summary
+
+
+@click.group("index", no_args_is_help=False)
+def index_command() -> None:
+    """Find images and stores, and keep the index that resolves names across all of them.
+
+    The index is never the truth: delete it, and every answer stays the same, only slower.
+    """
+
+
+@options.command(
+    "scan",
+    examples="""
+    dirtmap index scan /var/lib/libvirt/images
+    dirtmap index scan --output=json /srv/vm1 /srv/vm2
+    """,
+)
+@click.argument("paths", metavar="PATH...", type=click.Path(), nargs=-1, required=True)
+@options.force_share
+@options.host
+@options.speaking
+def scan_command(
+    paths: tuple[str, ...], force_share: bool, store: str | None, index: str | None, quiet: bool, output: str
+) -> None:
+    """Find every qcow2 image and store below folders.
+
+    The default store remembers where they are. An image that was moved is found again by its UUID, and a name that is
+    in an image but in no store comes back. Images that another process has open for writing are skipped, unless -U.
+    """
+    from dirtmap.engine.scan import scan
+
+    with progress_bar("scanning", quiet=quiet) as progress:
+        summary = scan(host(store, index), paths, force_share=force_share, progress=progress)
+    _complain(summary)
+    if quiet:
+        return
+    if output == "json":
+        write_json(
+            {
+                "images": summary.images,
+                "stores": summary.stores,
+                "bitmaps": summary.bitmaps,
+                "inconsistent": summary.inconsistent,
+                "new": summary.learned,
+                "held": summary.held,
+                "damaged": [{"filename": path, "what": what} for path, what in summary.damaged],
+                "twins": [{"filename": path, "original": original} for path, original in summary.twins],
+                "clashes": [{"filename": path, "node": name} for path, name in summary.clashes],
+                "moved": [{"filename": path, "node": name} for path, name in summary.moved],
+                "gone": [{"filename": path, "node": name or None} for path, name in summary.gone],
+            }
+        )
+        return
+    print(
+        f"{summary.images} images, {summary.stores} stores, {summary.bitmaps} bitmaps, "
+        f"{summary.inconsistent} of them inconsistent; {summary.learned} new, {len(summary.moved)} moved, "
+        f"{len(summary.held)} held, {len(summary.damaged)} damaged, {len(summary.twins)} twins, "
+        f"{len(summary.clashes)} names that clash, {len(summary.gone)} gone"
+    )
+
+
+def _complain(summary: Summary) -> None:
+    for path in summary.held:
+        complain(f"{path}: skipped: open for writing elsewhere; -U reads it all the same")
+    for path, what in summary.damaged:
+        complain(f"{path}: damaged: {what}")
+    for path, original in summary.twins:
+        complain(f"{path}: a twin of {original}; 'node add --new-identity' gives it an identity of its own")
+    for path, name in summary.clashes:
+        complain(f"{path}: its name '{name}' is another's; 'node add --new-identity' gives it another")
+    for path, name in summary.moved:
+        complain(f"{path}: here is node '{name}' now")
+    for path, name in summary.gone:
+        complain(f"{path}: gone" + (f": the image of '{name}'" if name else ""))
+
+
+@options.command(
+    "verify",
+    examples="""
+    dirtmap index verify
+    """,
+)
+@options.host
+@options.speaking
+def verify_command(store: str | None, index: str | None, quiet: bool, output: str) -> None:
+    """Read the whole index, and hold it against what the containers say.
+
+    It is read in a process of its own, since damage inside can kill the reader. Where anything is wrong, the index is
+    rebuilt; nothing is lost by that.
+    """
+    from dirtmap.engine.index.upkeep import verify
+
+    with progress_bar("reading containers", quiet=quiet) as progress:
+        result = verify(host(store, index), progress)
+    for what in result.faults:
+        complain(what)
+    if quiet:
+        return
+    if output == "json":
+        write_json({"entries": result.entries, "faults": result.faults, "rebuilt": result.rebuilt})
+    else:
+        print(f"{result.entries} entries, " + ("rebuilt" if result.rebuilt else "all as the containers say"))
+
+
+@options.command(
+    "rebuild",
+    examples="""
+    dirtmap index rebuild
+    """,
+)
+@options.host
+@options.speaking
+def rebuild_command(store: str | None, index: str | None, quiet: bool, output: str) -> None:
+    """Make the index anew, from the containers that the default store knows."""
+    from dirtmap.engine.index.upkeep import rebuild
+
+    with progress_bar("reading containers", quiet=quiet) as progress:
+        count = rebuild(host(store, index), progress)
+    if quiet:
+        return
+    if output == "json":
+        write_json({"containers": count})
+    else:
+        print(f"{count} containers")
+
+
+@options.command(
+    "stats",
+    examples="""
+    dirtmap index stats --output=json
+    """,
+)
+@options.host
+@options.speaking
+def stats_command(store: str | None, index: str | None, quiet: bool, output: str) -> None:
+    """Tell how much is in the index."""
+    from dirtmap.engine.index.upkeep import stats
+
+    here = host(store, index)
+    found = stats(here)
+    if quiet:
+        return
+    if output == "json":
+        write_json({"filename": here.index.path, **found})
+    else:
+        rows = [(key, str(value)) for key, value in found.items()]
+        write_table(printable(here.index.path), ("WHAT", "NUMBER"), rows, right=(1,))
+
+
+for _command in (scan_command, verify_command, rebuild_command, stats_command):
+    index_command.add_command(_command)
