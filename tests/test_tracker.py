@@ -434,6 +434,15 @@ def test_one_tracker_a_node_and_no_change_behind_its_back(tracker: Tracker, imag
         image.recover()
 
 
+def test_holds_and_trackers_keep_apart(image: dm.Namespace) -> None:
+    with image.hold("b0", "a backup"), pytest.raises(dm.LockedError, match="held by 'a backup'"):
+        image.track()
+    with image.track(), pytest.raises(dm.LockedError, match="tracked by"), image.hold("b0"):
+        pass
+    with image.hold("b0") as held:
+        assert held.count == 0
+
+
 def test_a_closed_tracker_refuses_everything(image: dm.Namespace) -> None:
     tracker = image.track()
     tracker.mark(0, 1)
