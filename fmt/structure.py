@@ -95,5 +95,7 @@ def _code(subcon: Any) -> tuple[str, str]:
         return "", f"{subcon.sizeof()}s"
     code = str(getattr(subcon.subcon, "fmtstr", None))
     if code[:1] not in (">", "=") or code[1:] not in ("B", "H", "L", "Q"):
-        raise TypeError(f"{subcon.name}: neither an unsigned number of a byte order that we write, nor bytes")
+        raise TypeError(
+            f"{subcon.name}: neither an unsigned big-endian number nor bytes, nor a number in the machine's order"
+        )
     return code[0], code[1]

@@ -124,7 +124,7 @@ def kill_often(folder: Path, kills: int, seed: int = 0) -> int:
     with dm.open("node:drive0") as image, image.track():
         pass  # takes away what a process left that was killed while it began
     name = uuid.UUID(image.uuid).hex
-    assert not os.path.exists(os.path.join(livefile.user_folder(livefile.DEFAULT_FOLDER), name))
+    assert not os.path.exists(os.path.join(livefile.user_folder(livefile.default_folder()), name))
     assert files_in(folder) == ["default.dmap", "drive0.raw"]
     return kills
 

@@ -23,12 +23,12 @@ from dirtmap.engine.tracking.home import Home, HomeChange
 from dirtmap.engine.tracking.intent import IntentLog
 from dirtmap.engine.tracking.livefile import (
     CURRENT,
-    DEFAULT_FOLDER,
     EVENT,
     HEARTBEAT,
     Control,
     Words,
     Writeset,
+    default_folder,
     union,
     user_folder,
 )
@@ -47,12 +47,13 @@ class Options:
 
     Attributes:
         live: the folder for live files; on a tmpfs, or they do not survive what they are for at the speed they have.
+            None for ``$DIRTMAP_LIVE``, else ``/dev/shm``.
         intent: ``region``: after a power loss dirty is what was saved and the regions written to since; ``off``: all.
         region_size: bytes of the disk for each region of the intent log; a power of two; None for what suits the disk.
         save_interval: seconds between saves; 0 for none but those asked for.
     """
 
-    live: str = DEFAULT_FOLDER
+    live: str | None = None
     intent: str = "region"
     region_size: int | None = None
     save_interval: float = SAVE_SECONDS
@@ -157,7 +158,7 @@ class Recorder:
 
     def _begin(self) -> None:
         """Makes the live files and the log, then names the session in the store: from then on a death is recovered."""
-        home, folder = self._home, user_folder(self._options.live)
+        home, folder = self._home, user_folder(self._options.live or default_folder())
         fileio.make_live_folder(folder)
         with contextlib.ExitStack() as undo:
             with home.change(None) as change:
