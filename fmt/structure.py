@@ -27,11 +27,11 @@ class Structure:
 
     Args:
         name: what messages and dumps call it.
-        fields: ``"field" / construct.Type`` declarations, in order: unsigned numbers, all of one byte order, and
-            ``Bytes(n)``.
+        fields: ``"field" / construct.Type`` declarations, in order: ``Bytes(n)``, and unsigned numbers, all of them
+            big-endian, or, for what never leaves the machine, all of them in its own byte order.
 
     Raises:
-        TypeError: a field of another type, or of another byte order.
+        TypeError: a field of another type, or of another byte order than those before.
     """
 
     def __init__(self, name: str, *fields: Any) -> None:
@@ -43,10 +43,10 @@ class Structure:
             self.fields.append(Field(str(subcon.name), offset, subcon.sizeof()))
             offset += subcon.sizeof()
         codes = [_code(subcon) for subcon in declared]
-        orders = {code[0] for code in codes if code[0] in "<>="} or {">"}
+        orders = {order for order, _ in codes if order}
         if len(orders) > 1:
-            raise TypeError(f"{name}: fields of several byte orders")
-        self._struct = struct.Struct(orders.pop() + "".join(code.lstrip("<>=") for code in codes))
+            raise TypeError(f"{name}: more than one byte order")
+        self._struct = struct.Struct("".join([*(orders or ">"), *(code for _, code in codes)]))
         self._bytes = [field for field, subcon in zip(self.fields, declared, strict=True) if _is_bytes(subcon)]
         self.size: int = self._struct.size
 
@@ -89,11 +89,11 @@ def _is_bytes(subcon: Any) -> bool:
     return isinstance(subcon.subcon, construct.Bytes)
 
 
-def _code(subcon: Any) -> str:
-    """A field's code in a format of `struct`, a number's behind its byte order."""
+def _code(subcon: Any) -> tuple[str, str]:
+    """A field's byte order, empty for bytes, and its code in a format of `struct`."""
     if _is_bytes(subcon):
-        return f"{subcon.sizeof()}s"
+        return "", f"{subcon.sizeof()}s"
     code = str(getattr(subcon.subcon, "fmtstr", None))
-    if code[:1] not in ("<", ">", "=") or code[1:] not in ("B", "H", "L", "Q"):
+    if code[:1] not in (">", "=") or code[1:] not in ("B", "H", "L", "Q"):
         raise TypeError(f"{subcon.name}: neither an unsigned number nor bytes")
-    return code
+    return code[0], code[1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,11 @@ def no_default_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine keeps in its default store is none of the tests' business."""
     monkeypatch.setenv("DIRTMAP_STORE", str(tmp_path / "default.dmap"))
     monkeypatch.setenv("DIRTMAP_INDEX", str(tmp_path / "index"))
+
+
+@pytest.fixture(autouse=True)
+def no_live_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Trackers that a test kills leave their live files on a tmpfs; not for good."""
+    with tempfile.TemporaryDirectory(prefix="dirtmap-tests-", dir="/dev/shm") as folder:
+        monkeypatch.setenv("DIRTMAP_LIVE", folder)
+        yield

@@ -290,7 +290,7 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
 
 def test_the_script_has_every_command() -> None:
     used = {command[0] for command in SCRIPT if not callable(command)}
-    assert used == set(_HOMES) - {"completion"}
+    assert used == set(_HOMES) - {"completion", "track"}
     groups = {command[:2] for command in [*SCRIPT, *OF_THE_INDEX] if not callable(command) and len(command) > 1}
     for group in ("node", "device", "index", "store"):
         module = __import__(f"dirtmap.tools.{group}", fromlist=["x"])

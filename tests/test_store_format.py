@@ -15,7 +15,7 @@ from typing import Any
 import crc32c
 import numpy as np
 import pytest
-from construct import Array, Bytes, Const, Float32b, Int8ub, Int16ub, Int24ub, Int32sb, Int32ub, Padded
+from construct import Array, Bytes, Const, Float32b, Int8ub, Int16ub, Int24ub, Int32sb, Int32ub, Int32ul, Padded
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -111,7 +111,7 @@ def test_structure_is_built_as_it_is_parsed(structure: Structure, data: st.DataO
 
 
 @pytest.mark.parametrize(
-    "declared", [Int32sb, Int24ub, Float32b, Array(2, Int8ub), Const(b"magic"), Padded(8, Int32ub)]
+    "declared", [Int32ul, Int32sb, Int24ub, Float32b, Array(2, Int8ub), Const(b"magic"), Padded(8, Int32ub)]
 )
 def test_structure_takes_unsigned_numbers_and_bytes_only(declared: object) -> None:
     with pytest.raises(TypeError, match="field: neither an unsigned number nor bytes"):

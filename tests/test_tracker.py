@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from bitarray import bitarray
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tracking import GRANULE, Model, lost, make_node, mark, model_of
+from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine import bits
@@ -407,6 +408,8 @@ def test_processes_track_different_nodes_of_one_store(tmp_path: Path) -> None:
                         if at % 50 == 0:
                             tracker.checkpoint(f"c{at}")
                 os._exit(0)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         children.append(child)
@@ -429,6 +432,15 @@ def test_one_tracker_a_node_and_no_change_behind_its_back(tracker: Tracker, imag
         pass
     with pytest.raises(dm.LockedError, match=who):
         image.recover()
+
+
+def test_holds_and_trackers_keep_apart(image: dm.Namespace) -> None:
+    with image.hold("b0", "a backup"), pytest.raises(dm.LockedError, match="held by 'a backup'"):
+        image.track()
+    with image.track(), pytest.raises(dm.LockedError, match="tracked by"), image.hold("b0"):
+        pass
+    with image.hold("b0") as held:
+        assert held.count == 0
 
 
 def test_a_closed_tracker_refuses_everything(image: dm.Namespace) -> None:
@@ -470,7 +482,7 @@ def test_nothing_is_left_behind(image: dm.Namespace, tmp_path: Path) -> None:
         tracker.checkpoint("x")
         assert sorted(file.name for file in live.glob("*/*/*"))[0] == "control"
     assert list(live.glob("*/*")) == []
-    assert sorted(os.listdir(tmp_path)) == ["default.dmap", "drive0.raw", "live"]
+    assert files_in(tmp_path) == ["default.dmap", "drive0.raw", "live"]
 
 
 # Threads

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tracking import GRANULE, Model, make_node, mark, model_of
+from support.tracking import GRANULE, Model, files_in, make_node, mark, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.tracking import livefile
@@ -124,8 +124,8 @@ def kill_often(folder: Path, kills: int, seed: int = 0) -> int:
     with dm.open("node:drive0") as image, image.track():
         pass  # takes away what a process left that was killed while it began
     name = uuid.UUID(image.uuid).hex
-    assert not os.path.exists(os.path.join(livefile.user_folder(livefile.DEFAULT_FOLDER), name))
-    assert sorted(os.listdir(folder)) == ["default.dmap", "drive0.raw"]
+    assert not os.path.exists(os.path.join(livefile.user_folder(livefile.default_folder()), name))
+    assert files_in(folder) == ["default.dmap", "drive0.raw"]
     return kills
 
 

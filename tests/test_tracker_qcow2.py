@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import qemu
-from support.tracking import model_of
+from support.tracking import files_in, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.store.nodes import add_qcow2, remove_node
@@ -283,7 +283,7 @@ def test_a_node_whose_image_is_gone_can_be_removed(path: Path) -> None:
             remove_node(target, "drive0")
         path.unlink()
         remove_node(target, "drive0")
-    assert os.listdir(path.parent) == ["default.dmap"]
+    assert files_in(path.parent) == ["default.dmap"]
     assert dm.check(str(path.with_name("default.dmap"))).corruptions == 0
 
 

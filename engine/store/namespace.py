@@ -158,6 +158,8 @@ def holding(target: Store, node: bytes, name: str, owner: str) -> Iterator[None]
                 if add:
                     raise no_namespace(target.path, node)
                 return  # and with it the hold
+            if add:
+                refuse_tracked(target.path, record)  # its tracker takes bitmaps for backups
             others = [found for found in holds.living(record) if found.token != taken.token]
             change.table.put(holds.with_holds(record, [*others, taken] if add else others))
 

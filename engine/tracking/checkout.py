@@ -27,6 +27,7 @@ from typing import Any
 
 from dirtmap.engine import locks
 from dirtmap.engine.bitmap import Bitmap
+from dirtmap.engine.containers import open as open_image
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.namespace import (
     BitmapInfo,
@@ -43,7 +44,6 @@ from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable,
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
 from dirtmap.engine.store.bitmaps import bitmap_of, doubts, read_entries, release_bits
-from dirtmap.engine.store.namespace import holding
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking import recovery
 from dirtmap.engine.tracking.home import Home
@@ -291,13 +291,6 @@ class TrackedImage(Namespace):
 
         return self._store.read(read)
 
-    @contextlib.contextmanager
-    def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
-        """Holds a bitmap for a backup; see `Namespace.hold`."""
-        self[name].required(f"{self.path}: {label(name)}")
-        with holding(self._store, self._raw_name, name, owner):
-            yield self[name].required(f"{self.path}: {label(name)}")
-
     def info(self) -> ImageInfo:
         """The image and its bitmaps, as its session has them."""
         view, found = self._read()
@@ -329,8 +322,15 @@ class TrackedImage(Namespace):
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, after they were recovered; see `Namespace.transaction`."""
         self.recover()
-        with Image(self.path, force_share=True) as image, image.transaction() as bitmaps:
+        with open_image(self.path, store=self._store_path, force_share=True) as image, image.transaction() as bitmaps:
             yield bitmaps
+
+    @contextlib.contextmanager
+    def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
+        """Holds a bitmap for a backup, after recovery; see `Namespace.hold`. A living tracker takes it itself."""
+        self.recover()
+        with open_image(self.path, store=self._store_path) as image, image.hold(name, owner) as held:
+            yield held
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Checks in what a dead tracker has left, whichever bitmaps are named; see `Namespace.recover`."""

@@ -14,9 +14,13 @@ from bitarray import bitarray
 from dirtmap.engine import bits, fileio
 from dirtmap.fmt import geometry, live
 
-DEFAULT_FOLDER: Final = "/dev/shm"
 _BLOCK: Final = 16384  # words
 _NAMES: Final = re.compile(r"control|writeset-[0-9]+")
+
+
+def default_folder() -> str:
+    """Where live files are kept: ``$DIRTMAP_LIVE``, else the tmpfs that every Linux has."""
+    return os.environ.get("DIRTMAP_LIVE") or "/dev/shm"
 
 
 def user_folder(folder: str) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Self
 
-from dirtmap.engine import fileio
+from dirtmap.engine import fileio, holds
 from dirtmap.engine.bitmap import Bitmap
+from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.store.bitmaps import doubts
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.tracking import livefile, process, recovery
@@ -22,19 +23,19 @@ from dirtmap.engine.tracking.home import Home, HomeChange
 from dirtmap.engine.tracking.intent import IntentLog
 from dirtmap.engine.tracking.livefile import (
     CURRENT,
-    DEFAULT_FOLDER,
     EVENT,
     HEARTBEAT,
     Control,
     Words,
     Writeset,
+    default_folder,
     union,
     user_folder,
 )
 from dirtmap.engine.tracking.marking import Kernel
 from dirtmap.engine.tracking.recovery import Window
 from dirtmap.fmt import geometry, live, store
-from dirtmap.fmt.errors import BitmapError, Error, StorageError, SyncError
+from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, SyncError
 
 INTENTS: Final = {"off": live.INTENT_OFF, "region": live.INTENT_REGION}
 SAVE_SECONDS: Final = 60.0
@@ -46,12 +47,13 @@ class Options:
 
     Attributes:
         live: the folder for live files; on a tmpfs, or they do not survive what they are for at the speed they have.
+            None for ``$DIRTMAP_LIVE``, else ``/dev/shm``.
         intent: ``region``: after a power loss dirty is what was saved and the regions written to since; ``off``: all.
         region_size: bytes of the disk for each region of the intent log; a power of two; None for what suits the disk.
         save_interval: seconds between saves; 0 for none but those asked for.
     """
 
-    live: str = DEFAULT_FOLDER
+    live: str | None = None
     intent: str = "region"
     region_size: int | None = None
     save_interval: float = SAVE_SECONDS
@@ -156,7 +158,7 @@ class Recorder:
 
     def _begin(self) -> None:
         """Makes the live files and the log, then names the session in the store: from then on a death is recovered."""
-        home, folder = self._home, user_folder(self._options.live)
+        home, folder = self._home, user_folder(self._options.live or default_folder())
         fileio.make_live_folder(folder)
         with contextlib.ExitStack() as undo:
             with home.change(None) as change:
@@ -173,6 +175,8 @@ class Recorder:
             raise BitmapError(change.where, "its image changed while tracking began; try again")
         if options.intent not in INTENTS:
             raise BitmapError("intent", f"'{options.intent}' is none of {', '.join(INTENTS)}")
+        for held in holds.living(record):
+            raise LockedError(f"{change.where}: {label(decode_name(held.bitmap))}", f"held by {held}")
         self.size, self._where = record.size, change.where
         identity = identity_of(self._image)
         if record.kind == store.KIND_NODE and identity.size != record.size:

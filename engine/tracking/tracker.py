@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap
 from dirtmap.engine.namespace import encode_name, label
+from dirtmap.engine.store.bitmaps import kind_label
 from dirtmap.engine.tracking.home import Home, HomeChange, View
 from dirtmap.engine.tracking.livefile import Words, union
 from dirtmap.engine.tracking.marking import Kernel, Ticket
 from dirtmap.engine.tracking.recorder import Options, Recorder, words_of
 from dirtmap.engine.tracking.recovery import Window, window_of
-from dirtmap.fmt import live
-from dirtmap.fmt.errors import BitmapError
+from dirtmap.fmt import live, store
+from dirtmap.fmt.errors import BitmapError, UnsupportedError
 
 if TYPE_CHECKING:
     from dirtmap.engine.store.namespace import StoredImage
@@ -333,8 +334,10 @@ def track_node(image: StoredImage, options: dict[str, Any]) -> Tracker:
     try:
         if home.store.read(home.needs_recovery):
             image.recover()
-        path = home.store.read(lambda snapshot: home.record(snapshot).path)
-        return Tracker(home, os.fsdecode(path), chosen, None)
+        record = home.store.read(home.record)
+        if record.kind != store.KIND_NODE:
+            raise UnsupportedError(f"{image.path}: {kind_label(record)}", "cannot be tracked; its root node can")
+        return Tracker(home, os.fsdecode(record.path), chosen, None)
     except BaseException:
         home.close()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +52,14 @@ def lost(model: Model, bitmap: dm.Bitmap) -> list[int]:
 def bytes_of(words: bits.Words, count: int) -> Model:
     """As `model_of`, of plain words."""
     return np.unpackbits(words.view(np.uint8), count=count, bitorder="little")
+
+
+def files_in(folder: Path) -> list[str]:
+    """What is in a folder, but for the index of the default store that it has."""
+    return sorted(file.name for file in folder.iterdir() if not file.name.startswith("index"))
+
+
+def forget_index(folder: Path) -> None:
+    """Takes the index away: it knows later commits than a store has that a test puts back."""
+    for path in folder.glob("index*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
