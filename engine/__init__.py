@@ -30,9 +30,12 @@ from dirtmap.fmt.errors import (
 
 if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
-    from dirtmap.engine.containers import check, describe, dump, open, recover, transaction
+    from dirtmap.engine.containers import check, describe, dump, open, recover, this_host, transaction
+    from dirtmap.engine.host import Host
+    from dirtmap.engine.index.lookup import Lookup
     from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
     from dirtmap.engine.report import CheckReport, Finding
+    from dirtmap.engine.scan import scan
     from dirtmap.engine.tracking.tracker import Tracker
 
 _HOMES = {
@@ -40,7 +43,9 @@ _HOMES = {
     "BitmapInfo": "namespace",
     "CheckReport": "report",
     "Finding": "report",
+    "Host": "host",
     "ImageInfo": "namespace",
+    "Lookup": "index.lookup",
     "Namespace": "namespace",
     "Recovery": "namespace",
     "Tracker": "tracking.tracker",
@@ -50,6 +55,8 @@ _HOMES = {
     "dump": "containers",
     "open": "containers",
     "recover": "containers",
+    "scan": "scan",
+    "this_host": "containers",
     "transaction": "containers",
 }
 
@@ -62,8 +69,10 @@ __all__ = [
     "Error",
     "Finding",
     "FormatError",
+    "Host",
     "ImageInfo",
     "LockedError",
+    "Lookup",
     "Namespace",
     "RangeError",
     "Recovery",
@@ -77,6 +86,8 @@ __all__ = [
     "dump",
     "open",
     "recover",
+    "scan",
+    "this_host",
     "transaction",
 ]
 

@@ -81,7 +81,7 @@ def default_index(index: str | None = None) -> str:
     return os.path.join(state, "dirtmap", "index")
 
 
-def host(store: str | None = None, index: str | None = None) -> Host:
+def this_host(store: str | None = None, index: str | None = None) -> Host:
     """The host as a default store and an index tell of it; the usual ones where None."""
     from dirtmap.engine.host import Host
 
@@ -95,7 +95,7 @@ def remember(store: str | None, index: str | None = None) -> None:
     """
     if store is not None:
         with contextlib.suppress(Error):
-            host(None, index).remember_store(store)
+            this_host(None, index).remember_store(store)
 
 
 def locate(target: Target, store: str | None = None, index: str | None = None) -> Place:
@@ -126,7 +126,7 @@ def locate(target: Target, store: str | None = None, index: str | None = None) -
     if not os.path.exists(where):
         what = f"no store at {where} to look the {kind} up in" if kind else "no such file, and no store to look in"
         raise StorageError(text, what)
-    found = host(where, index).resolve(text.removeprefix(f"{kind}:"))
+    found = this_host(where, index).resolve(text.removeprefix(f"{kind}:"))
     if found is not None and kind is not None and (kind == "device") != found.is_device:
         found = None
     if is_file and found:
@@ -256,7 +256,7 @@ class _HostOf:
         self.store, self.index = store, index
 
     def __call__(self) -> Host:
-        return host(self.store, self.index)
+        return this_host(self.store, self.index)
 
     def exists(self) -> bool:
         """True where there is a default store."""

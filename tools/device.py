@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dirtmap.engine.containers import host, remember
+from dirtmap.engine.containers import remember, this_host
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
@@ -32,7 +32,7 @@ def add_command(name: str, root: str, store: str | None, index: str | None) -> N
     Its bitmaps live in the default store, and record what is written through the device. A device's name is never
     another name for its root: "drive0" and the node under it have different bitmaps.
     """
-    host(store, index).add_device(name, root)
+    this_host(store, index).add_device(name, root)
     remember(store, index)
 
 
@@ -52,7 +52,7 @@ def set_root_command(name: str, node: str, content_unchanged: bool, store: str |
 
     All its bitmaps are dirty then, unless you state that the content is unchanged. Bitmaps of nodes never move.
     """
-    host(store, index).set_root(name, node, content_unchanged=content_unchanged)
+    this_host(store, index).set_root(name, node, content_unchanged=content_unchanged)
 
 
 @options.command(
@@ -66,7 +66,7 @@ def set_root_command(name: str, node: str, content_unchanged: bool, store: str |
 @options.quiet
 def remove_command(name: str, store: str | None, index: str | None) -> None:
     """Forget a device; it must not have bitmaps."""
-    host(store, index).remove_device(name)
+    this_host(store, index).remove_device(name)
 
 
 @options.command(
@@ -83,7 +83,7 @@ def list_command(store: str | None, index: str | None, quiet: bool, output: str)
 
     from dirtmap.engine.store.devices import devices
 
-    here = host(store, index)
+    here = this_host(store, index)
     found = []
     for path in here.stores() or [here.store]:
         with here.opened(path) as opened:

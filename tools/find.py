@@ -6,7 +6,7 @@ import uuid
 
 import click
 
-from dirtmap.engine.containers import host
+from dirtmap.engine.containers import this_host
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import write_json, write_table
@@ -34,7 +34,7 @@ def find_command(
     """
     from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
 
-    hits = host(store, index).find(bitmap, force_share=force_share)
+    hits = this_host(store, index).find(bitmap, force_share=force_share)
     if quiet:
         return
     if output == "json":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.containers import STORE, host, probe
+from dirtmap.engine.containers import STORE, probe, this_host
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, progress_bar, write_json, write_table
@@ -45,7 +45,7 @@ def scan_command(
     from dirtmap.engine.scan import scan
 
     with progress_bar("scanning", quiet=quiet) as progress:
-        summary = scan(host(store, index), paths, force_share=force_share, progress=progress)
+        summary = scan(this_host(store, index), paths, force_share=force_share, progress=progress)
     _complain(summary)
     if quiet:
         return
@@ -110,7 +110,7 @@ def verify_command(store: str | None, index: str | None, quiet: bool, output: st
     from dirtmap.engine.index.upkeep import verify
 
     with progress_bar("reading containers", quiet=quiet) as progress:
-        result = verify(host(store, index), progress)
+        result = verify(this_host(store, index), progress)
     for what in result.faults:
         complain(what)
     if quiet:
@@ -134,7 +134,7 @@ def rebuild_command(store: str | None, index: str | None, quiet: bool, output: s
     from dirtmap.engine.index.upkeep import rebuild
 
     with progress_bar("reading containers", quiet=quiet) as progress:
-        count = rebuild(host(store, index), progress)
+        count = rebuild(this_host(store, index), progress)
     if quiet:
         return
     if output == "json":
@@ -155,7 +155,7 @@ def stats_command(store: str | None, index: str | None, quiet: bool, output: str
     """Tell how much is in the index."""
     from dirtmap.engine.index.upkeep import stats
 
-    here = host(store, index)
+    here = this_host(store, index)
     found = stats(here)
     if quiet:
         return

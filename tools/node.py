@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.containers import QCOW2, host, probe, remember
+from dirtmap.engine.containers import QCOW2, probe, remember, this_host
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
@@ -40,7 +40,7 @@ def add_command(name: str, image: str, store: str | None, index: str | None, new
     A qcow2 image keeps its name and its UUID in its own header, and its bitmaps as before; the store remembers where it
     is. For anything else (a raw file, a block device) the store will hold the bitmaps.
     """
-    here = host(store, index)
+    here = this_host(store, index)
     if probe(image) == QCOW2:
         here.add_qcow2(name, image, new_identity=new_identity)
     elif new_identity:
@@ -61,7 +61,7 @@ def add_command(name: str, image: str, store: str | None, index: str | None, new
 @options.quiet
 def remove_command(name: str, store: str | None, index: str | None) -> None:
     """Forget a node; it must not have bitmaps."""
-    host(store, index).remove_node(name)
+    this_host(store, index).remove_node(name)
 
 
 @options.command(
@@ -78,7 +78,7 @@ def remove_command(name: str, store: str | None, index: str | None) -> None:
 @options.quiet
 def rename_command(old: str, new: str, with_bitmaps: bool, store: str | None, index: str | None) -> None:
     """Give a node another name."""
-    host(store, index).rename_node(old, new, with_bitmaps=with_bitmaps)
+    this_host(store, index).rename_node(old, new, with_bitmaps=with_bitmaps)
 
 
 @options.command(
@@ -96,7 +96,7 @@ def resize_command(name: str, store: str | None, index: str | None) -> None:
     Old bits stay, new space is dirty. You state with it that the image was resized and nothing else; if it was written
     to as well, say "dirtmap recover" instead, which makes all dirty.
     """
-    host(store, index).resize_node(name)
+    this_host(store, index).resize_node(name)
 
 
 @options.command(
@@ -114,7 +114,7 @@ def confirm_command(name: str, store: str | None, index: str | None) -> None:
     An image that was changed while nobody tracked it has bitmaps that count as all dirty. Use this where only the time
     stamp changed, or the file was moved. If anything was written to the image, its bitmaps have missed that.
     """
-    host(store, index).confirm_node(name)
+    this_host(store, index).confirm_node(name)
 
 
 @options.command(
@@ -133,7 +133,7 @@ def list_command(store: str | None, index: str | None, output: str, quiet: bool)
     """List the nodes of a store, and where their images are."""
     from dirtmap.engine.store.nodes import nodes
 
-    here = host(store, index)
+    here = this_host(store, index)
     found = []
     for path in here.stores() or [here.store]:
         with here.opened(path) as opened:

@@ -170,9 +170,9 @@ def where(ctx: click.Context) -> dict[str, Any]:
 
 def host_of(ctx: click.Context) -> Host:
     """The host, as the default store and the index of the user's choice tell of it."""
-    from dirtmap.engine.containers import host as find
+    from dirtmap.engine.containers import this_host
 
-    return find(**where(ctx))
+    return this_host(**where(ctx))
 
 
 def speaking(command: Decorated) -> Decorated:
