@@ -99,4 +99,38 @@ show diff ours.json qemus.json
 echo "(no difference)"
 show qemu-img check disk.qcow2
 
+say "A raw disk has no place for bitmaps: a store keeps them, under a name. Names hold for the whole host."
+DIRTMAP_STORE=$folder/default.dmap DIRTMAP_INDEX=$folder/index DIRTMAP_LIVE=$folder/live
+export DIRTMAP_STORE DIRTMAP_INDEX DIRTMAP_LIVE
+mkdir live
+show truncate -s 1G data.raw
+show dirtmap node add data data.raw
+show dirtmap add data monday
+show dirtmap node add system disk.qcow2
+show dirtmap index scan .
+show dirtmap find monday
+
+say "A program that writes the raw disk itself marks each write before it makes it, and is killed."
+cat >writer.py <<'EOF'
+import os, signal
+import dirtmap.engine as dm
+
+with dm.open("data") as image, image.track() as tracker, open("data.raw", "r+b") as disk:
+    for offset in (0, 300 << 20, 777 << 20):
+        with tracker.write(offset, 5000):
+            os.pwrite(disk.fileno(), b"x" * 5000, offset)
+    os.kill(os.getpid(), signal.SIGKILL)
+EOF
+show cat writer.py
+echo "\$ python writer.py"
+python writer.py 2>/dev/null && { echo "demo: the program should have been killed" >&2; exit 1; }
+show dirtmap track status data
+
+say "Every mark that had returned is there, no more and no less; a change, or recover, writes them into the store."
+show dirtmap recover data
+show dirtmap map --dirty data monday
+dirtmap map --dirty data monday >map
+[ "$(wc -l <map)" = 3 ] || { echo "demo: there should be three extents" >&2; exit 1; }
+show dirtmap check default.dmap
+
 say "Done."

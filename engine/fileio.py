@@ -227,7 +227,7 @@ def make_live_folder(path: str) -> None:
             os.mkdir(path, 0o700)
         status = os.lstat(path)
     except (OSError, ValueError) as error:
-        raise StorageError(path, f"live folder: {error}") from error
+        raise StorageError(path, f"live folder: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise StorageError(path, "not a folder that belongs to this user alone")
 
@@ -249,7 +249,7 @@ def create_live(path: str, size: int) -> mmap.mmap:
         finally:
             os.close(fd)
     except (OSError, ValueError) as error:
-        raise StorageError(path, f"live file: {error}") from error
+        raise StorageError(path, f"live file: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_live(path: str) -> bytes | None:
