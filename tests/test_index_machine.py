@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from support import qemu
 from support.child import died_of
 from support.cli import dirtmap, error_of, json_of
@@ -156,6 +156,15 @@ class Machine(RuleBasedStateMachine):
 
     # Nodes and devices.
 
+    @initialize(choices=st.lists(numbers, min_size=2, max_size=3, unique=True))
+    def begin(self, choices: list[int]) -> None:
+        """With something to work on."""
+        for name, choice in zip(NAMES, choices, strict=False):
+            self.add_node(name, choice)
+        self.add_device(NAMES[3], next(image.name for image in self.images if image.name))
+        self.add(3, "x", {1, 5})
+        self.add(len(choices), "y", {2})
+
     @rule(name=names, choice=numbers)
     def add_node(self, name: str, choice: int) -> None:
         image = self.images[choice % len(self.images)]
@@ -216,8 +225,16 @@ class Machine(RuleBasedStateMachine):
             dirtmap("device", "remove", name)
             del self.devices[name]
 
+    @rule(choice=numbers, other=numbers, unchanged=st.booleans())
+    def set_root(self, choice: int, other: int, unchanged: bool) -> None:
+        roots = [image.name for image in self.images if image.name is not None]
+        if not self.devices or not roots:
+            return
+        name = sorted(self.devices)[choice % len(self.devices)]
+        self._set_root(name, roots[other % len(roots)], unchanged)
+
     @rule(name=names, root=names, unchanged=st.booleans())
-    def set_root(self, name: str, root: str, unchanged: bool) -> None:
+    def _set_root(self, name: str, root: str, unchanged: bool) -> None:
         device, image = self.devices.get(name), self.node(root)
         command = ["device", "set-root", name, root, *(["--content-unchanged"] if unchanged else [])]
         if device is None or image is None:
@@ -481,7 +498,7 @@ def no_leftovers() -> Iterator[None]:
 
 
 def test_addresses_are_as_the_model_has_them(qcow2: Path) -> None:
-    run(qcow2, max_examples=40, stateful_step_count=30)
+    run(qcow2, max_examples=25, stateful_step_count=30)
 
 
 @pytest.mark.long
