@@ -207,12 +207,8 @@ def killed(count: int, seed: int) -> None:
             judge(model)
     assert min(ends.values()) > count // 12, ends
     # All that is reported by a command that comes through is there for the next.
-    for arguments in (
-        ["index", "scan", "images"],
-        ["mark", MARKS, "b", "0", "1"],
-        ["device", "set-root", DEVICE, "q1"],
-    ):
-        subprocess.run([COMMAND, *arguments], check=True, capture_output=True, timeout=60)
+    for line in ("index scan images", f"mark {MARKS} b 0 1", f"device set-root {DEVICE} q1"):
+        subprocess.run([COMMAND, *line.split()], check=True, capture_output=True, timeout=60)
     assert len(json_of("find", "b")) == 3
     assert not list(Path().glob("index.new-*")) or dirtmap("index", "rebuild")
     assert not list(Path().glob("index.new-*"))
