@@ -60,8 +60,13 @@ def reading(file: File, *, force_share: bool = False) -> Iterator[None]:
         file.unlock(_USE + _READ)
 
 
+def is_written(file: File) -> bool:
+    """True while someone else has the file open for writing."""
+    return file.locked_by_other(_USE + _WRITE)
+
+
 def _refuse_if_written(file: File) -> None:
-    if file.locked_by_other(_USE + _WRITE):
+    if is_written(file):
         raise LockedError(file.path, f"open for writing by {holders(file)}; -U reads it all the same")
     _refuse_if_replaced(file)
 

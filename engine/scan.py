@@ -36,7 +36,8 @@ class Summary:
         inconsistent: of those, the ones that were left in use.
         held: images that another process has open for writing.
         damaged: what cannot be read, with the reason where it was read just now.
-        twins: (path, original): images and stores that carry another's identity.
+        twins: (path, original): images that carry another's identity.
+        copies: (path, original): stores that do.
         clashes: (path, name): images or stores whose name is another's.
         moved: (path, name): images that are elsewhere now.
         gone: (path, name): images that are remembered and not there.
@@ -50,6 +51,7 @@ class Summary:
     held: list[str] = field(default_factory=list)
     damaged: list[tuple[str, str]] = field(default_factory=list)
     twins: list[tuple[str, str]] = field(default_factory=list)
+    copies: list[tuple[str, str]] = field(default_factory=list)
     clashes: list[tuple[str, str]] = field(default_factory=list)
     moved: list[tuple[str, str]] = field(default_factory=list)
     gone: list[tuple[str, str]] = field(default_factory=list)
@@ -114,11 +116,14 @@ def scan(
 def _files(roots: list[str]) -> Iterator[tuple[str, bool]]:
     """Regular files at or below those paths, each once, and whether it was named itself. Links are not followed."""
     seen: set[tuple[int, int]] = set()
-    for root in roots:
+    for root in sorted(roots, key=os.path.isdir):
         if not os.path.isdir(root):
             if not os.path.exists(root):
                 raise StorageError(root, "No such file or directory")
-            yield root, True
+            status = os.stat(root)
+            if (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                yield root, True
             continue
         waiting = [root]
         while waiting:
@@ -227,7 +232,7 @@ class _Registration:
                 others = [self._host.home]
             for original in others:
                 if original != container.path and not _is_same_file(original, container.path):
-                    self._summary.twins.append((container.path, original))
+                    self._summary.copies.append((container.path, original))
                     return
         self._remember(change, container.path, container.uuid)
 

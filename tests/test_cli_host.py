@@ -580,6 +580,7 @@ def test_find_says_where_each_is() -> None:
     with qemu.StorageDaemon("q0.qcow2"):
         assert len(json_of("find", "b")) == 4
         assert len(json_of("find", "-U", "b")) == 5
+        assert len(json_of("find", "b")) == 4
     assert len(json_of("find", "b")) == 5
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.containers import STORE, probe, this_host
+from dirtmap.engine.containers import this_host
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, progress_bar, write_json, write_table
@@ -59,7 +59,7 @@ def scan_command(
                 "new": summary.learned,
                 "held": summary.held,
                 "damaged": [{"filename": path, "what": what} for path, what in summary.damaged],
-                "twins": [{"filename": path, "original": original} for path, original in summary.twins],
+                "twins": [{"filename": path, "original": first} for path, first in summary.twins + summary.copies],
                 "clashes": [{"filename": path, "node": name} for path, name in summary.clashes],
                 "moved": [{"filename": path, "node": name} for path, name in summary.moved],
                 "gone": [{"filename": path, "node": name or None} for path, name in summary.gone],
@@ -69,13 +69,9 @@ def scan_command(
     print(
         f"{summary.images} images, {summary.stores} stores, {summary.bitmaps} bitmaps, "
         f"{summary.inconsistent} of them inconsistent; {summary.learned} new, {len(summary.moved)} moved, "
-        f"{len(summary.held)} held, {len(summary.damaged)} damaged, {len(summary.twins)} twins, "
+        f"{len(summary.held)} held, {len(summary.damaged)} damaged, {len(summary.twins + summary.copies)} twins, "
         f"{len(summary.clashes)} names that clash, {len(summary.gone)} gone"
     )
-
-
-def _new_identity(path: str) -> str:
-    return "'store new-identity'" if probe(path) == STORE else "'node add --new-identity'"
 
 
 def _complain(summary: Summary) -> None:
@@ -84,7 +80,9 @@ def _complain(summary: Summary) -> None:
     for path, what in summary.damaged:
         complain(f"{path}: damaged: {what}")
     for path, original in summary.twins:
-        complain(f"{path}: a twin of {original}; {_new_identity(path)} gives it an identity of its own")
+        complain(f"{path}: a twin of {original}; 'node add --new-identity' gives it an identity of its own")
+    for path, original in summary.copies:
+        complain(f"{path}: a copy of {original}; 'store new-identity' gives it an identity of its own")
     for path, name in summary.clashes:
         complain(f"{path}: its name '{name}' is another's; 'node add --new-identity' gives it another")
     for path, name in summary.moved:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
+from dirtmap.engine import locks
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.index.database import Database, Reader, Writer, connect
 from dirtmap.engine.qcow2.image import read_session
@@ -419,11 +420,14 @@ def _read_image(blank: Container, force_share: bool) -> _Reading:
     try:
         with open_file(blank.path) as file:
             member, bitmaps = read_session(file, look, force_share=force_share)
+            # Whoever does not force it is to be told, next time.
+            held = force_share and locks.is_written(file)
     except LockedError as error:
         return _Reading(blank._replace(condition=HELD), nothing, error)
     except (FormatError, UnsupportedError) as error:
         return _Reading(blank._replace(condition=DAMAGED), nothing, error)
-    return _Reading(blank._replace(condition=SOUND, uuid=member.uuid), {0: (_NO_AREA, [(member, bitmaps)])})
+    found = blank._replace(condition=SOUND, uuid=member.uuid, racy=blank.racy or held)
+    return _Reading(found, {0: (_NO_AREA, [(member, bitmaps)])})
 
 
 def _is_store(path: str) -> bool:
