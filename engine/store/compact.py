@@ -168,13 +168,13 @@ def _records(snapshot: Snapshot, faults: list[FormatError]) -> list[Record]:
     try:
         table = snapshot.table()
     except FormatError as error:
-        faults.append(error)
+        faults.append(FormatError(error.where, error.what))  # the one raised keeps in memory what was read
         return found
     for number in range(1 << table.bucket_bits):
         try:
             found += table.bucket(number).values()
         except FormatError as error:
-            faults.append(error)
+            faults.append(FormatError(error.where, error.what))  # the one raised keeps in memory what was read
     return found
 
 
