@@ -196,15 +196,18 @@ def _older(file: File, newest: int) -> Snapshot | None:
 def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: bool) -> None:
     source, record = found.source, found.record
     doubted = record.generation == 0
+    lost = None
     try:
         entries = read_entries(source, record)
     except FormatError as error:
         if not mend:
             raise
+        lost = _text(source, error)
+    if lost is not None:  # by now the error does not keep in memory any more what was read
         entries, doubted = _spare_entries(found), True
         if len(entries) < record.nb_bitmaps:
             many = f"{record.nb_bitmaps - len(entries)} of its {record.nb_bitmaps} bitmaps"
-            result.dropped.append(f"{namespace_label(record.name)}, {many}: {_text(source, error)}")
+            result.dropped.append(f"{namespace_label(record.name)}, {many}: {lost}")
     copied = [_carry_bits(source, record, entry, change, result, mend=mend, doubted=doubted) for entry in entries]
     place = change.place(directory.build_directory(copied))
     change.table.put(replace(record, directory=place, nb_bitmaps=len(copied), generation=max(record.generation, 1)))
