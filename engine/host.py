@@ -273,15 +273,8 @@ class Host:
             As `opened`.
         """
         found = self._unique(name)
-        if found and not found.in_store:
-            try:
-                identity = read_identity(found.path)
-            except StorageError as error:
-                what = f"its image cannot be read ({error}); 'index scan' finds one that was moved"
-                raise BitmapNotFoundError(f"node '{printable(name)}'", what) from None
-            if identity != (name, str(uuid.UUID(bytes=found.uuid))):
-                what = f"{found.path} is not its image any more; 'index scan' finds one that was moved"
-                raise BitmapNotFoundError(f"node '{printable(name)}'", what)
+        if found:
+            _require_its_image(found)
         return found
 
     def _unique(self, name: str) -> Found | None:
@@ -458,9 +451,10 @@ class Host:
         """A node, to be a device's root.
 
         Raises:
-            BitmapNotFoundError: there is no such node.
+            BitmapNotFoundError: there is no such node, or its image is not where it was.
         """
         found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
+        _require_its_image(found)
         return Root(found.uuid, found.path)
 
     def add_device(self, name: str, root: str) -> None:
@@ -573,6 +567,25 @@ def remember_container(change: Change, path: str, container_uuid: bytes) -> bool
             )
         )
     return known is None
+
+
+def _require_its_image(found: Found) -> None:
+    """Refuses a node whose image is not where it was.
+
+    Raises:
+        BitmapNotFoundError: says what can be done.
+    """
+    if found.in_store:
+        return
+    where = f"node '{printable(found.name)}'"
+    try:
+        identity = read_identity(found.path)
+    except StorageError as error:
+        what = f"its image cannot be read ({error}); 'index scan' finds one that was moved"
+        raise BitmapNotFoundError(where, what) from None
+    if identity != (found.name, str(uuid.UUID(bytes=found.uuid))):
+        what = f"{found.path} is not its image any more; 'index scan' finds one that was moved"
+        raise BitmapNotFoundError(where, what)
 
 
 def _kind(index: Index, container: Container, holder: bytes) -> str:

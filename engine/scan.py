@@ -22,7 +22,7 @@ from dirtmap.fmt import qcow2, store
 from dirtmap.fmt.directory import FLAG_IN_USE
 from dirtmap.fmt.errors import Error, StorageError
 from dirtmap.fmt.index import DAMAGED, HELD, QCOW2, STORE, Member
-from dirtmap.fmt.store import Record
+from dirtmap.fmt.store import Identity, Record
 
 
 @dataclass(slots=True)
@@ -263,7 +263,13 @@ class _Registration:
             self._summary.clashes.append((path, name))
             return
         elif os.fsdecode(known.path) == path:
-            return
+            if _is_file(path, known.identity):
+                return
+            # Another file is in its place. Where it itself is elsewhere, it is the original still.
+            for other in carriers[member.uuid]:
+                if _is_file(other, known.identity):
+                    self._summary.twins.append((path, other))
+                    return
         elif is_twin(known, path):
             self._summary.twins.append((path, os.fsdecode(known.path)))
             return
@@ -286,6 +292,11 @@ class _Registration:
         )
         if change.table.get(store.container_name(os.fsencode(path))):
             change.table.remove(store.container_name(os.fsencode(path)))
+
+
+def _is_file(path: str, identity: Identity) -> bool:
+    found = identity_of(path)
+    return (found.device, found.inode) == (identity.device, identity.inode)
 
 
 def _has_uuid(path: str, store_uuid: bytes) -> bool:

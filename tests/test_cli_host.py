@@ -451,6 +451,51 @@ def test_another_file_in_the_old_place_is_not_taken_for_the_image() -> None:
     assert (mapped("q0", "b"), mapped("q1", "b")) == ([(0, 64 * KIB)], [])
 
 
+def test_a_node_whose_place_another_image_has_taken_is_not_changed() -> None:
+    os.rename("q0.qcow2", "x")
+    os.rename("q1.qcow2", "q0.qcow2")
+    assert "is not its image any more" in refused("node", "rename", "q0", "new", "--with-bitmaps")
+    assert "is not its image any more" in refused("device", "add", "d1", "--root", "q0")
+    assert "is not its image any more" in refused("device", "set-root", "d0", "q0", "--content-unchanged")
+    assert "its image cannot be read" in refused("device", "add", "d1", "--root", "q1")
+    dirtmap("device", "remove", "d0")
+    images = {name: data for name, data in everything().items() if not name.endswith(".dmap")}
+    dirtmap("node", "remove", "q0")  # is forgotten, and comes back by a scan
+    assert everything() | images == everything()
+    dirtmap("index", "scan", ".")
+    assert {Path(n["filename"]).name: n["name"] for n in json_of("node", "list")}.items() >= {
+        ("q0.qcow2", "q1"),
+        ("x", "q0"),
+    }
+
+
+def test_an_image_put_back_from_a_backup_stays_the_one_meant() -> None:
+    dirtmap("add", "q0", "b")
+    shutil.copy("q0.qcow2", "backup")
+    dirtmap("mark", "q0", "b", MIB, 1)
+    shutil.copy("backup", "new")
+    os.replace("new", "q0.qcow2")  # another file now, with the same identity
+    assert mapped("q0", "b") == []
+    for _ in range(2):
+        assert "a copy of" in refused("map", "backup", "b")
+        done = json_of("index", "scan", ".")
+        assert [Path(twin["filename"]).name for twin in done["twins"]] == ["backup"]
+        assert done["moved"] == []
+        assert json_of("list", "q0")[0]["filename"].endswith("q0.qcow2")
+
+
+@pytest.mark.parametrize("name", ["aside", "z-aside"])
+def test_an_image_moved_aside_and_copied_back(name: str) -> None:
+    """The copy is at the old path, and the file that is remembered elsewhere: that is the original."""
+    os.rename("q0.qcow2", name)
+    shutil.copy(name, "q0.qcow2")
+    done = json_of("index", "scan", ".")
+    assert [Path(twin["filename"]).name for twin in done["twins"]] == ["q0.qcow2"]
+    assert [Path(moved["filename"]).name for moved in done["moved"]] == [name]
+    assert "a copy of" in refused("list", "q0.qcow2")
+    assert json_of("list", "q0")[0]["filename"].endswith(name)
+
+
 def test_snapshots_and_other_acts_of_qemu_keep_addresses() -> None:
     dirtmap("add", "q0", "b")
     dirtmap("mark", "q0", "b", MIB, 1)

@@ -254,6 +254,10 @@ class Index:
         def work(writer: Writer) -> None:
             container = _container(writer.get, path)
             taken = container.number if container else _new_number(writer, path)
+            contents = writer.get(SEEN + store_uuid)
+            before = SEEN_VALUE.parse(contents) if contents else None
+            if before and before.container == taken and before.generation > generation:
+                return  # another process has seen a later one meanwhile
             value = SEEN_VALUE.build(generation=generation, commit_id=commit_id, container=taken)
             writer.put(SEEN + store_uuid, value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import uuid
 from contextlib import suppress
 
 from dirtmap.engine.fileio import open_file
@@ -45,9 +46,9 @@ def disk_size(path: str) -> int:
 
 
 def is_twin(record: Record, path: str) -> bool:
-    """True where ``path`` is another file than the one remembered, and that one is still there.
+    """True where ``path`` is another file than the one remembered, and that one, or one put in its place, is there.
 
-    If it is not, the image was moved.
+    If none is, the image was moved.
     """
     here = identity_of(path)
     there = record.identity
@@ -55,5 +56,15 @@ def is_twin(record: Record, path: str) -> bool:
         return False
     with suppress(StorageError):
         original = identity_of(os.fsdecode(record.path))
-        return (original.device, original.inode) == (there.device, there.inode)
+        if (original.device, original.inode) == (there.device, there.inode):
+            return True
+        return (original.device, original.inode) != (here.device, here.inode) and _carries(record)
     return False
+
+
+def _carries(record: Record) -> bool:
+    """True where the file in a qcow2 image's place has its UUID, as one that was put back from a backup."""
+    from dirtmap.engine.qcow2.image import read_identity
+
+    found = read_identity(os.fsdecode(record.path))
+    return found is not None and uuid.UUID(found[1]).bytes == record.uuid

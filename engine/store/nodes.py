@@ -195,10 +195,15 @@ def remove_node(target: Store, name: str) -> None:
         refuse_session(target.path, record)
         if record.kind == store.KIND_PLACE:
             with Image(os.fsdecode(record.path)) as image:
-                _refuse_with_bitmaps(where, len(image))
-                image.set_identity(None)
+                if _is_its_image(record, image):
+                    _refuse_with_bitmaps(where, len(image))
+                    image.set_identity(None)
         _refuse_with_bitmaps(where, record.nb_bitmaps)
         change.table.remove(record.name)
+
+
+def _is_its_image(record: Record, image: Image) -> bool:
+    return image.uuid is not None and uuid.UUID(image.uuid).bytes == record.uuid
 
 
 def _refuse_with_bitmaps(where: str, count: int) -> None:
@@ -237,6 +242,10 @@ def rename_node(
             image = None
             if record.kind == store.KIND_PLACE:
                 image = stack.enter_context(Image(os.fsdecode(record.path)))
+                if not _is_its_image(record, image):
+                    raise BitmapError(
+                        where, f"{image.path} is not its image any more; 'index scan' finds where that is"
+                    )
                 keep(image)
             count = record.nb_bitmaps if image is None else len(image)
             if count and not with_bitmaps:
