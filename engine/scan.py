@@ -213,10 +213,11 @@ class _Registration:
                     devices.move_roots(target, on_it, path)
         elsewhere = {image_uuid for image_uuid, _ in moved}
         for path, place in gone:
-            # A device's image is that of its root, and told with it.
-            if place.kind != store.KIND_DEVICE and place.uuid not in elsewhere:
-                named = place.kind != store.KIND_CONTAINER
-                self._summary.gone.append((path, decode_name(place.name) if named else ""))
+            named = place.kind != store.KIND_CONTAINER
+            # A device's image is that of its root, and told with it. What nobody named is no news where nobody looked.
+            if place.kind == store.KIND_DEVICE or place.uuid in elsewhere or not (named or self._is_below(path)):
+                continue
+            self._summary.gone.append((path, decode_name(place.name) if named else ""))
 
     def _is_below(self, path: str) -> bool:
         return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._roots)
