@@ -18,7 +18,8 @@ from typing import TypeVar
 from dirtmap.engine.afterwards import afterwards, changing_a_store
 from dirtmap.engine.index.database import DamagedError
 from dirtmap.engine.index.database import replace as replace_database
-from dirtmap.engine.index.index import Container, Index
+from dirtmap.engine.index.index import Index
+from dirtmap.engine.index.reading import Container
 from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image, Keeper, read_identity
 from dirtmap.engine.store import devices, nodes

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from dirtmap.engine.host import Host, remember_container
-from dirtmap.engine.index.index import Container
+from dirtmap.engine.index.reading import Container
 from dirtmap.engine.namespace import decode_name
 from dirtmap.engine.store import devices
 from dirtmap.engine.store.identity import identity_of, is_twin

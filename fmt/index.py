@@ -257,3 +257,13 @@ def parse_bitmap(contents: bytes) -> tuple[bytes, list[Claim]]:
     if end < 0:
         raise BadValueError("a bitmap's name is cut short")
     return contents[end:-2], [Claim._make(raw) for raw in parse_all(BITMAP_VALUE, contents[:end])]
+
+
+def members_key(container: int, bucket: int) -> bytes:
+    """Of what a bucket of a container's namespace table contributed; an image has bucket 0."""
+    return MEMBERS + number(container) + bucket.to_bytes(4, "big")
+
+
+def namespaces_in(contents: bytes | None) -> list[tuple[int, Member]]:
+    """The namespaces in a value, each with the number of its container; none where there is no value."""
+    return list(parse_namespaces(contents)) if contents else []

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 
 from dirtmap.engine.host import Host
-from dirtmap.engine.index.index import Container
+from dirtmap.engine.index.reading import Container
 from dirtmap.engine.namespace import Namespace, encode_name
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import read_entries

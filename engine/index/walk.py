@@ -10,7 +10,7 @@ import json
 import sys
 
 from dirtmap.engine.index.database import Database, Reader, fault
-from dirtmap.engine.index.index import keys_of
+from dirtmap.engine.index.writing import keys_of
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.index import Member

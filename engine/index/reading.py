@@ -1,0 +1,220 @@
+"""Reads what a container says, as far as it may have changed since the index knew it.
+
+An image is read again when it looks different from outside (device, inode, size, mtime, ctime), a store when its commit
+is another one; and of a store only the buckets, and the directories, whose place has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from dirtmap.engine import locks
+from dirtmap.engine.fileio import File, open_file
+from dirtmap.engine.qcow2.image import read_session
+from dirtmap.engine.qcow2.layout import Layout
+from dirtmap.engine.store.bitmaps import read_entries
+from dirtmap.engine.store.store import Snapshot, Store
+from dirtmap.fmt import qcow2, store
+from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError
+from dirtmap.fmt.index import (
+    DAMAGED,
+    FAULTY,
+    HELD,
+    QCOW2,
+    SOUND,
+    STORE,
+    Member,
+    members_key,
+    namespaces_in,
+)
+from dirtmap.fmt.store import MAGIC as STORE_MAGIC
+
+Get = Callable[[bytes], bytes | None]
+Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity
+
+# A file's time may step as seldom as every 10 ms: what was changed so shortly before it was read may change again
+# without looking different.
+_RACY_NS = 50_000_000
+NO_AREA = bytes(store.AREA.size)  # where a container has no namespace table
+
+
+class Fingerprint(NamedTuple):
+    """What a container looks like from outside: numbers from ``stat``; times in ns, size in bytes."""
+
+    device: int
+    inode: int
+    mtime: int
+    ctime: int
+    size: int
+
+
+class Container(NamedTuple):
+    """A container as the index knows it.
+
+    Attributes:
+        path: absolute.
+        number: the index's own, never used again.
+        kind: `QCOW2`, `STORE` or `FAULTY`.
+        condition: `SOUND`, `DAMAGED` or `HELD`.
+        racy: it may have changed since without looking different.
+        fingerprint: what it looked like when it was read.
+        buckets: of a store's namespace table.
+        generation: of a store's commit.
+        commit_id: 16 bytes; of a store.
+        uuid: 16 bytes; of a store, or of an image's namespace; zeros where there is none.
+    """
+
+    path: str
+    number: int
+    kind: int
+    condition: int
+    racy: bool
+    fingerprint: Fingerprint
+    buckets: int = 0
+    generation: int = 0
+    commit_id: bytes = bytes(16)
+    uuid: bytes = bytes(16)
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a container says: its condition, and what has to be changed in the index, bucket by bucket."""
+
+    container: Container
+    # Of each bucket that changed: its area pointer, and its namespaces, with their bitmaps where those changed.
+    buckets: dict[int, tuple[bytes, list[tuple[Member, Bitmaps | None]]]] = field(default_factory=dict)
+    problem: Error | None = None
+    base: Container | None = None  # what was known when it was read
+
+
+def look(get: Get, path: str, known: Container | None, force_share: bool) -> Reading | None:
+    """What a container says.
+
+    Args:
+        get: tells what the index has under a key.
+        path: of the container, absolute.
+        known: what the index knows of it.
+        force_share: read an image although it is held by a writer.
+
+    Returns:
+        None where it says what is known already.
+
+    Raises:
+        StorageError: there is nothing, or it cannot be looked at.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise StorageError(path, error.strerror or str(error)) from error
+    now = Fingerprint(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+    if known and known.kind == STORE and _is_store(path):
+        return _look_at_store(get, path, known, now)
+    if known and known.condition != HELD and not known.racy and known.fingerprint == now:
+        return None
+    # Before reading: what changes from here on looks different next time, or is racy.
+    racy = time.time_ns() - max(now.mtime, now.ctime) < _RACY_NS
+    with open_file(path) as file:
+        magic = file.read(0, 4)
+    blank = Container(path, known.number if known else 0, FAULTY, DAMAGED, racy, now)
+    if magic == qcow2.MAGIC:
+        return _read_image(blank._replace(kind=QCOW2), force_share)
+    if _is_store(path):
+        return _look_at_store(get, path, blank._replace(kind=STORE), now)
+    return Reading(blank, {0: (NO_AREA, [])}, FormatError(path, "neither a qcow2 image nor a store"))
+
+
+def _look_at_store(get: Get, path: str, known: Container, now: Fingerprint) -> Reading | None:
+    try:
+        with Store(path) as target:
+            return _read_store(get, target, known, now)
+    except FormatError as error:
+        return Reading(known._replace(kind=STORE, condition=DAMAGED, fingerprint=now, commit_id=bytes(16)), {}, error)
+
+
+def _read_store(get: Get, target: Store, known: Container, now: Fingerprint) -> Reading | None:
+    def look(snapshot: Snapshot) -> Reading | None:
+        header = snapshot.header
+        if known.condition == SOUND and known.commit_id == header.commit_id:
+            return None
+        table = snapshot.table()
+        areas = table.areas()
+        found = known._replace(
+            condition=SOUND,
+            racy=False,
+            fingerprint=now,
+            buckets=len(areas),
+            generation=header.generation,
+            commit_id=header.commit_id,
+            uuid=header.uuid,
+        )
+        reading = Reading(found)
+        same = known.buckets == len(areas)
+        for bucket, area in enumerate(areas):
+            pointer = store.AREA.build(**area._asdict())
+            before = get(members_key(known.number, bucket)) if known.number else None
+            if same and before is not None and before[: len(pointer)] == pointer:
+                continue
+            # Where namespaces have moved between buckets, all are taken in anew.
+            old = (
+                {member.name: member for _, member in namespaces_in(before[len(pointer) :])} if same and before else {}
+            )
+            reading.buckets[bucket] = (
+                pointer,
+                [_member(snapshot, record, old) for record in table.bucket(bucket).values()],
+            )
+        return reading
+
+    return target.read(look)
+
+
+def _member(snapshot: Snapshot, record: store.Record, old: dict[bytes, Member]) -> tuple[Member, Bitmaps | None]:
+    """A store's namespace, and its bitmaps, if its directory is another one than before."""
+    area = (record.directory.offset, record.directory.length, record.directory.checksum)
+    member = Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path, area)
+    before = old.get(record.name)
+    if before and (before.directory, before.uuid) == (member.directory, member.uuid):
+        return member, None
+    if record.kind == store.KIND_PLACE:
+        return member, []  # the image says what it has; what is here while it is tracked is the same
+    try:
+        entries = read_entries(snapshot, record)
+    except FormatError:
+        # Its other namespaces are none the worse; `check` tells what is wrong with this one.
+        return replace(member, directory=(0, 0, 0)), []
+    return member, [(entry.name, entry.flags, entry.granularity_bits) for entry in entries]
+
+
+def _read_image(blank: Container, force_share: bool) -> Reading:
+    def look(layout: Layout) -> tuple[Member, Bitmaps]:
+        bitmaps = [(slot.entry.name, slot.entry.flags, slot.entry.granularity_bits) for slot in layout.slots]
+        uuid = layout.uuid or bytes(16)
+        member = Member(
+            layout.name or b"", store.KIND_PLACE, uuid, bytes(16), layout.header.size, os.fsencode(blank.path)
+        )
+        return member, bitmaps
+
+    nothing: dict[int, tuple[bytes, list[tuple[Member, Bitmaps | None]]]] = {0: (NO_AREA, [])}
+    try:
+        with open_file(blank.path) as file:
+            member, bitmaps = read_session(file, look, force_share=force_share)
+            # Whoever does not force it is to be told, next time.
+            held = force_share and locks.is_written(file)
+    except LockedError as error:
+        return Reading(blank._replace(condition=HELD), nothing, error)
+    except (FormatError, UnsupportedError) as error:
+        return Reading(blank._replace(condition=DAMAGED), nothing, error)
+    found = blank._replace(condition=SOUND, uuid=member.uuid, racy=blank.racy or held)
+    return Reading(found, {0: (NO_AREA, [(member, bitmaps)])})
+
+
+def _is_store(path: str) -> bool:
+    with open_file(path) as file:
+        return any(_magic(file, at) == STORE_MAGIC for at in range(0, store.RESERVED, store.BLOCK))
+
+
+def _magic(file: File, at: int) -> bytes:
+    return file.read(at, len(STORE_MAGIC))

@@ -1,0 +1,188 @@
+"""Puts what a container says into the index, and takes out what it does not say any more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+from dirtmap.engine.index.database import Writer
+from dirtmap.engine.index.reading import NO_AREA, Bitmaps, Container, Fingerprint, Get, Reading
+from dirtmap.fmt import index as layout
+from dirtmap.fmt import store
+from dirtmap.fmt.index import (
+    BITMAP,
+    CONTAINER,
+    CONTAINER_VALUE,
+    FOUND,
+    MEMBERS,
+    NAME,
+    OTHERS,
+    PATH,
+    ROOT,
+    STATE,
+    STATE_VALUE,
+    UUID,
+    Claim,
+    Member,
+    members_key,
+    namespaces_in,
+    number,
+    part,
+)
+
+
+def container_at(get: Get, path: str) -> Container | None:
+    """What is known of the container at a path."""
+    contents = get(CONTAINER + part(os.fsencode(path)))
+    if contents is None:
+        return None
+    raw = CONTAINER_VALUE.parse(contents)
+    return Container(
+        path=path,
+        number=raw.number,
+        kind=raw.kind,
+        condition=raw.condition,
+        racy=bool(raw.racy),
+        fingerprint=Fingerprint(raw.device, raw.inode, raw.mtime, raw.ctime, raw.size),
+        buckets=raw.buckets,
+        generation=raw.generation,
+        commit_id=raw.commit_id,
+        uuid=raw.uuid,
+    )
+
+
+def new_number(writer: Writer, path: str) -> int:
+    """Gives a container's path a number that no other has had."""
+    state = STATE_VALUE.parse(writer.get(STATE) or bytes(STATE_VALUE.size))
+    taken = int(state.containers) + 1
+    writer.put(STATE, STATE_VALUE.build(version=layout.VERSION, reserved=0, containers=taken))
+    writer.put(PATH + number(taken), os.fsencode(path))
+    return taken
+
+
+def apply(writer: Writer, reading: Reading) -> Container | None:
+    """Puts a reading into the database; None where another process was faster, and it says nothing any more."""
+    known = container_at(writer.get, reading.container.path)
+    if known != reading.base:
+        return None
+    taken = known.number if known else new_number(writer, reading.container.path)
+    container = reading.container._replace(number=taken)
+    if known and known.buckets != container.buckets:
+        # Namespaces have moved between buckets: the old ones go first.
+        for key, value in list(writer.scan(MEMBERS + number(taken))):
+            for _, member in namespaces_in(value[len(NO_AREA) :]):
+                _drop(writer, container, member)
+            writer.delete(key)
+    for bucket, (pointer, found) in reading.buckets.items():
+        key = members_key(taken, bucket)
+        before = writer.get(key)
+        old = {member.name: member for _, member in namespaces_in(before[len(pointer) :])} if before else {}
+        new = {member.name for member, _ in found}
+        for name, member in old.items():
+            if name not in new:
+                _drop(writer, container, member)
+        for member, bitmaps in found:
+            _set(writer, container, old.get(member.name), member, bitmaps)
+        members = b"".join(layout.build_namespace(taken, member) for member, _ in found)
+        writer.put(key, pointer + members)
+    seen = container.fingerprint
+    value = CONTAINER_VALUE.build(
+        number=taken,
+        kind=container.kind,
+        condition=container.condition,
+        racy=int(container.racy),
+        reserved=0,
+        buckets=container.buckets,
+        device=seen.device,
+        inode=seen.inode,
+        mtime=seen.mtime % 2**64,
+        ctime=seen.ctime % 2**64,
+        size=seen.size,
+        generation=container.generation,
+        commit_id=container.commit_id,
+        uuid=container.uuid,
+    )
+    writer.put(CONTAINER + part(os.fsencode(container.path)), value)
+    return container
+
+
+def forget(writer: Writer, path: str) -> None:
+    """Takes a container out of the index; the last commit seen of a store stays."""
+    container = container_at(writer.get, path)
+    if container is None:
+        return
+    for key, value in list(writer.scan(MEMBERS + number(container.number))):
+        for _, member in namespaces_in(value[len(NO_AREA) :]):
+            _drop(writer, container, member)
+        writer.delete(key)
+    writer.delete(CONTAINER + part(os.fsencode(path)))
+
+
+def holder_of(container: Container, member: Member) -> bytes:
+    """Under what a namespace's bitmaps stand: its name, or its image's path."""
+    return layout.named(member.name) if member.name else layout.unnamed(os.fsencode(container.path))
+
+
+def _set(writer: Writer, container: Container, old: Member | None, new: Member, bitmaps: Bitmaps | None) -> None:
+    if old != new:
+        keys = list(keys_of(container.number, new))
+        for key in keys_of(container.number, old) if old else ():
+            if key not in keys:
+                _claim(writer, key, container.number, replace(new, kind=0))
+        for key in keys:
+            _claim(writer, key, container.number, new)
+    if bitmaps is not None:
+        _set_bitmaps(writer, container, new, bitmaps)
+
+
+def _drop(writer: Writer, container: Container, member: Member) -> None:
+    _set_bitmaps(writer, container, member, [])
+    for key in keys_of(container.number, member):
+        _claim(writer, key, container.number, replace(member, kind=0))
+
+
+def keys_of(container: int, member: Member) -> Iterator[bytes]:
+    """Where a namespace can be found."""
+    if member.name:
+        yield NAME + part(member.name)
+    if any(member.uuid):
+        yield UUID + member.uuid
+        if member.kind == store.KIND_CONTAINER:
+            yield OTHERS + number(container) + part(member.name)
+    if any(member.root_uuid):
+        yield ROOT + member.root_uuid + part(member.name)
+
+
+def _claim(writer: Writer, key: bytes, container: int, member: Member) -> None:
+    """Sets what a container says of a namespace of that name; kind 0 takes it away."""
+    claims = [
+        claim for claim in namespaces_in(writer.get(key)) if (claim[0], claim[1].name) != (container, member.name)
+    ]
+    if member.kind:
+        claims.append((container, member))
+    if claims:
+        writer.put(key, b"".join(layout.build_namespace(*claim) for claim in claims))
+    else:
+        writer.delete(key)
+
+
+def _set_bitmaps(writer: Writer, container: Container, member: Member, bitmaps: Bitmaps) -> None:
+    holder = holder_of(container, member)
+    wanted = {name: Claim(container.number, flags, bits, 0, member.uuid) for name, flags, bits in bitmaps}
+    for key, value in list(writer.scan(BITMAP + part(holder))):
+        name, claims = layout.parse_bitmap(value)
+        kept = [claim for claim in claims if claim.container != container.number]
+        claim = wanted.pop(name, None)
+        if claim is not None:
+            kept.append(claim)
+        if kept == claims:
+            continue
+        if kept:
+            writer.put(key, layout.build_bitmap(name, kept))
+        else:
+            writer.delete(key)
+            writer.delete(FOUND + part(name) + part(holder))
+    for name, claim in wanted.items():
+        writer.put(layout.bitmap_key(holder, name), layout.build_bitmap(name, [claim]))
+        writer.put(FOUND + part(name) + part(holder), holder)
