@@ -101,7 +101,7 @@ class StoredImage(Namespace):
             if record.uuid == wanted and record.kind == store.KIND_NODE:
                 return StoredImage(Store(self.path), decode_name(record.name))
         what = f"its root, {uuid.UUID(bytes=wanted)}, is not known; 'index scan' finds images and stores"
-        raise BitmapNotFoundError(f"{self.path}: device '{printable(self.name or str())}'", what)
+        raise BitmapNotFoundError(f"{self.path}: device '{printable(self.name or '')}'", what)
 
     def close(self) -> None:
         """Closes the store."""

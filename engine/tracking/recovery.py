@@ -222,14 +222,14 @@ class View:
     def _changed(self, record: Record, log: intent.Logged | None) -> str | None:
         if self._root is None:
             return "the session of its root ended without it"
+        now, session = self.identity, self.session
+        then = Identity(session.image_device, session.image_inode, session.image_mtime, session.image_size)
+        if now == then and record.kind != store.KIND_PLACE:
+            return None  # of a qcow2 root: it was not even checked out
         if self._root.kind == store.KIND_PLACE:
             return opened_by_others(os.fsdecode(self._root.path))
-        now, session = self.identity, self.session
         if now is None:
             return "the image cannot be looked at"
-        then = Identity(session.image_device, session.image_inode, session.image_mtime, session.image_size)
-        if now == then:
-            return None
         what = "the image has changed while nobody tracked it"
         if (now.device, now.inode, now.size) != (then.device, then.inode, then.size) or now.mtime_ns < then.mtime_ns:
             return what
