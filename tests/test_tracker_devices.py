@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,8 @@ import dirtmap.engine as dm
 from dirtmap.engine import containers, fileio
 from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import recorder
-from dirtmap.engine.tracking.home import Home
+from dirtmap.engine.tracking.home import Home, HomeChange
+from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.tools.cli import main
 
 SIZE = 64 << 20
@@ -174,51 +176,100 @@ def test_exact_against_a_model_with_threads_cuts_and_saves(path: Path) -> None:
     assert both() == (expected, expected)
 
 
-def test_a_root_whose_save_failed_loses_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved in the device's store, not in the root's; then killed."""
+def failing(tracker: Tracker, patch: pytest.MonkeyPatch) -> list[bool]:
+    """Has the root's store fail, as long as the list is not empty."""
+    fails, change = [True], Home.change
+
+    def changing(home: Home, session: bytes | None) -> AbstractContextManager[HomeChange]:
+        if fails and home is tracker._homes[-1]:
+            raise dm.StorageError("root", "no space left on device")
+        return change(home, session)
+
+    patch.setattr(Home, "change", changing)
+    return fails
+
+
+@pytest.mark.parametrize("then", ["killed", "power loss", "saved"])
+def test_a_root_whose_save_failed_loses_nothing(path: Path, then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved in the device's store, not in the root's; then the process dies."""
 
     def act() -> None:
-        tracker = dm.open("disk0").track(save_interval=0)
+        tracker = dm.open("disk0").track(save_interval=0, region_size=1 << 20)
         tracker.mark(1 * GRANULE, 1)
         tracker.checkpoint("one")
-        fail, change = [True], Home.change
-
-        def changing(home: Home, session: bytes | None) -> object:
-            if fail[0] and home is tracker._homes[-1]:
-                raise dm.StorageError("root", "no space left on device")
-            return change(home, session)
-
-        monkeypatch.setattr(Home, "change", changing)
-        for granule in (2, 3, 4):  # logs may not be reused while the root needs them
+        fails = failing(tracker, monkeypatch)
+        for granule in (20, 40, 60):  # no log may be begun anew while the root needs it
             tracker.mark(granule * GRANULE, 1)
-            with pytest.raises(dm.StorageError):
+            with pytest.raises(dm.StorageError, match="no space"):
                 tracker.save()
         tracker.checkpoint("two")
-        if way == "later":
-            fail[0] = False
+        tracker.take("d0")
+        tracker.give_back("d0")  # which forgets the writesets that nobody needs
+        if then == "saved":
+            fails.clear()
             tracker.save()
-        tracker.mark(9 * GRANULE, 1)
+        tracker.mark(80 * GRANULE, 1)
 
-    for way in ("never", "later"):
-        in_child(act)
-        if way == "never":
-            with dm.open(NODE) as root:
-                status = root.tracking()
-            assert status
-            shutil.rmtree(status.live)
-            device, node = both()
-            assert {1, 2, 3, 4, 9} <= set(device)
-            assert {1, 2, 3, 4, 9} <= set(node)
-            with dm.open(DEVICE) as image, image.transaction() as bitmaps:
-                for name in [name for name in bitmaps if name != "d0"]:
-                    del bitmaps[name]
-                bitmaps["d0"].clear(0, SIZE)
-            assert recover(NODE) == {"b0": LOGGED}
-            with dm.open(NODE) as root, root.transaction() as bitmaps:
-                bitmaps["b0"].clear(0, SIZE)
-        else:
-            assert both() == ([1, 2, 3, 4, 9], [1, 2, 3, 4, 9])
-            assert set(recover(NODE).values()) | set(recover(DEVICE).values()) == {EXACT}
+    in_child(act)
+    marked = [1, 20, 40, 60, 80]
+    if then == "power loss":
+        with dm.open(NODE) as root:
+            status = root.tracking()
+        assert status
+        shutil.rmtree(status.live)
+        for target, name in ((DEVICE, "d0"), (NODE, "b0")):
+            found = set(dirty(target, name))
+            assert set(marked) <= found <= {granule // 16 * 16 + at for granule in marked for at in range(16)}
+        assert recover(NODE) == {"b0": LOGGED}
+        return
+    assert dirty(NODE, "b0") == marked
+    assert sorted({*dirty(DEVICE, "d0"), *dirty(DEVICE, "one"), *dirty(DEVICE, "two")}) == marked
+    assert recover(NODE) == {"b0": EXACT}
+    assert dirty(NODE, "b0") == marked
+
+
+def test_a_root_whose_end_failed_is_recovered(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with dm.open("disk0") as image, monkeypatch.context() as patch:
+        tracker = image.track(save_interval=0)
+        tracker.mark(3 * GRANULE, 1)
+        failing(tracker, patch)
+        with pytest.raises(dm.StorageError, match="no space"):
+            tracker.close()
+    assert sessions() == [False, True]
+    assert both() == ([3], [3])
+    assert recover(NODE) == {"b0": EXACT}
+    assert both() == ([3], [3])
+    no_traces(tmp_path)
+
+
+def test_as_fine_as_the_finest_of_both(raw: Path) -> None:
+    with dm.open(NODE) as image, image.transaction() as bitmaps:
+        bitmaps["fine"] = dm.Bitmap(SIZE, 512)
+    with dm.open(DEVICE) as image, image.transaction() as bitmaps:
+        bitmaps["finer"] = dm.Bitmap(SIZE, 4096)
+    with dm.open("disk0") as image, image.track() as tracker:
+        tracker.mark(8192, 512)
+    assert dirty(NODE, "fine") == [16]
+    assert dirty(DEVICE, "finer") == [2]
+    with dm.open(NODE) as image, image.transaction() as bitmaps:
+        del bitmaps["fine"]
+    with dm.open("disk0") as image, image.track() as tracker:
+        tracker.mark(1 << 20, 4096)
+    assert dirty(DEVICE, "finer") == [2, 256]
+
+
+@pytest.mark.parametrize("bitmaps", [0, 1])
+def test_others_that_write_to_a_qcow2_root_while_it_is_tracked_make_both_all_dirty(
+    tmp_path: Path, bitmaps: int
+) -> None:
+    path = make(tmp_path, qcow2)
+    if not bitmaps:  # then a check-in has nothing to write
+        qemu.qemu_img("bitmap", "--remove", path, "b0")
+    with dm.open("disk0") as image, image.track() as tracker:
+        tracker.mark(0, 1)
+        qemu.qemu_io(path, "write 1M 1")
+    for target, name in ((DEVICE, "d0"), (NODE, "b0"))[: bitmaps + 1]:
+        assert dirty(target, name) == list(range(COUNT))
 
 
 # Deaths.
