@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from dirtmap.engine.fileio import File, open_file
-from dirtmap.engine.namespace import ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.namespace import ImageInfo, Namespace, Recovery, Transaction, encode_name
 from dirtmap.fmt import qcow2
 from dirtmap.fmt.errors import (
     BitmapError,
@@ -193,6 +194,7 @@ def open(target: Target, *, store: str | None = None, index: str | None = None, 
             opened = stack.enter_context(Store(place.path))
             here().look_after(opened)
             stored = StoredImage(opened, place.node)
+            stored.find_node = lambda node: _open_node(node, here)
             stack.pop_all()
             return stored
     if probe(place.path) == STORE:
@@ -216,6 +218,19 @@ def open(target: Target, *, store: str | None = None, index: str | None = None, 
         image.close()
         raise
     return image
+
+
+def _open_node(node: bytes, here: _HostOf) -> Namespace | None:
+    """Opens the node of a UUID; None where no store of the host has it."""
+    found = here().by_uuid(node)
+    if found is None or found.is_device:
+        return None
+    place = Place(found.store, found.name) if found.in_store else Place(found.path)
+    image = open(place, store=found.store, index=here.index)
+    if image.uuid is not None and UUID(image.uuid).bytes == node:
+        return image
+    image.close()
+    return None
 
 
 def _a_whole_store(path: str) -> BitmapError:
@@ -334,11 +349,15 @@ def transaction(
         with open(places[first], store=store, index=index, force_share=True) as image, image.transaction() as bitmaps:
             yield dict.fromkeys(places, bitmaps)
         return
+    from dirtmap.engine.store.bitmaps import settle_device
     from dirtmap.engine.store.namespace import transaction as store_transaction
 
     here = _host_of(first, store, index)()
-    with here.opened(places[first].path) as target_store, store_transaction(target_store) as namespaces:
-        yield {target: namespaces[place.node or ""] for target, place in places.items()}
+    with here.opened(places[first].path) as target_store:
+        for place in places.values():
+            settle_device(target_store, encode_name(place.node or ""))
+        with store_transaction(target_store) as namespaces:
+            yield {target: namespaces[place.node or ""] for target, place in places.items()}
 
 
 def _same_file(one: str, other: str) -> bool:

@@ -511,7 +511,7 @@ class _Keeper(Keeper):
     """Holds on the bitmaps of a qcow2 image are in the record of its place; devices on it stay right."""
 
     def __init__(self, host: Host, found: Found) -> None:
-        self._host, self._found = host, found
+        self._host, self._found, self.store = host, found, found.store
 
     def held(self) -> dict[str, str]:
         with Store(self._found.store) as target:

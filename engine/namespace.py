@@ -14,6 +14,7 @@ from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error
 
 if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
+    from dirtmap.engine.tracking.home import Home
     from dirtmap.engine.tracking.status import Status
     from dirtmap.engine.tracking.tracker import Tracker
 
@@ -141,7 +142,8 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
     def track(self, **options: Any) -> Tracker:
         """Begins to track writes to the image: no other process changes its bitmaps until the tracker is closed.
 
-        What an earlier tracker has left when it died is recovered first.
+        What an earlier tracker has left when it died is recovered first. Of a device: its root node is tracked with it,
+        and the tracker's acts are about the device's bitmaps.
 
         Args:
             options: of `dirtmap.engine.tracking.recorder.Options`; for a qcow2 image also ``store``, which remembers
@@ -152,6 +154,10 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
             BitmapError: the image has no name or identity, or its size has changed.
             StorageError: there is no room for the live files or the log.
         """
+
+    @abc.abstractmethod
+    def _track_with(self, device: Home, options: dict[str, Any]) -> Tracker:
+        """As `track`, of a device's root: feeds the device's bitmaps, too."""
 
     @abc.abstractmethod
     def hold(self, name: str, owner: str = "dirtmap") -> contextlib.AbstractContextManager[Bitmap]:

@@ -1,6 +1,6 @@
 """What a tracker keeps: its session in the store, the live files on tmpfs, and the intent log beside the store.
 
-    store    record: SESSION, paths     directory entries: WINDOW behind the checksum in the extra data
+    store    record: SESSION, paths; PEER  directory entries: WINDOW behind the checksum in the extra data
     tmpfs    control                    writeset-0, writeset-1, ...: one for each interval between two cuts
     disk     LOG | beats | area 0: records of logs 0, 2, ... | area 1: records of logs 1, 3, ...
 
@@ -24,6 +24,8 @@ PAGE = 4096
 
 EXTENSION_SESSION = 0x5452414B
 EXTENSION_CHECKPOINTS = 0x434B5054
+EXTENSION_PEER = 0x50454552
+OF_A_SESSION = (EXTENSION_SESSION, EXTENSION_PEER)  # the record extensions that end with it
 
 SESSION = Structure(
     "session",
@@ -43,6 +45,7 @@ SESSION = Structure(
     "live_size" / Int32ub,
     "log_size" / Int32ub,
 )
+PEER = Structure("peer", "uuid" / Bytes(16), "name_size" / Int32ub, "store_size" / Int32ub)
 CHECKPOINT_NAME = Structure("checkpoint", "length" / Int32ub)
 WINDOW = Structure("window", "began" / Int64ub, "ended" / Int64ub, "flags" / Int32ub, "reserved" / Int32ub)
 OPEN = 2**64 - 1  # a window that has not ended
@@ -166,6 +169,44 @@ def parse_session(data: bytes) -> Session:
     if b"\0" in live + log_path:
         raise ValueError("a path contains a NUL byte")
     return Session(**{name: getattr(raw, name) for name in _NUMBERS}, live=live, log_path=log_path)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The other namespace of a session: a device's root, or the device that is tracked with a node.
+
+    Attributes:
+        uuid: of the namespace, 16 bytes.
+        name: of the node or device, raw bytes.
+        store: the path of the store that has its record, raw bytes; empty: the same store.
+    """
+
+    uuid: bytes
+    name: bytes
+    store: bytes
+
+
+def build_peer(peer: Peer) -> bytes:
+    """The data of the record extension."""
+    head = PEER.build(uuid=peer.uuid, name_size=len(peer.name), store_size=len(peer.store))
+    return head + peer.name + peer.store
+
+
+def parse_peer(data: bytes) -> Peer:
+    """The peer in a record.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    if len(data) < PEER.size:
+        raise ValueError(f"{len(data)} bytes are too few for a peer")
+    raw = PEER.parse(data)
+    middle = PEER.size + raw.name_size
+    if middle + raw.store_size != len(data) or raw.store_size > MAX_PATH:
+        raise ValueError("its name and path do not fit it")
+    if b"\0" in data[PEER.size :]:
+        raise ValueError("a name or path contains a NUL byte")
+    return Peer(raw.uuid, data[PEER.size : middle], data[middle:])
 
 
 def build_checkpoints(names: Iterable[bytes]) -> bytes:

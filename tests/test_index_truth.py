@@ -96,6 +96,10 @@ SCRIPT: list[Step] = [
     ("map", "--dirty", "two", "copied"),
     ("node", "rename", "--with-bitmaps", "q0", "q"),
     ("list", "d0"),
+    ("track", "status", "d0"),
+    ("track", "status", "--output=json", "q"),
+    ("track", "status", "zwei"),
+    ("track", "status", "two"),
     ("device", "list"),
     ("node", "remove", "q"),
     ("node", "remove", "far"),
@@ -290,7 +294,7 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
 
 def test_the_script_has_every_command() -> None:
     used = {command[0] for command in SCRIPT if not callable(command)}
-    assert used == set(_HOMES) - {"completion", "track"}
+    assert used == set(_HOMES) - {"completion"}
     groups = {command[:2] for command in [*SCRIPT, *OF_THE_INDEX] if not callable(command) and len(command) > 1}
     for group in ("node", "device", "index", "store"):
         module = __import__(f"dirtmap.tools.{group}", fromlist=["x"])

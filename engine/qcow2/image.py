@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from dirtmap.engine.bitmap import Bitmap
     from dirtmap.engine.qcow2.commit import Kept, Written
+    from dirtmap.engine.tracking.home import Home
     from dirtmap.engine.tracking.tracker import Tracker
 
 T = TypeVar("T")
@@ -160,7 +161,13 @@ class _Source:
 
 
 class Keeper:
-    """What a host keeps about an image outside of it. This one keeps nothing."""
+    """What a host keeps about an image outside of it. This one keeps nothing.
+
+    Attributes:
+        store: the path of the store that remembers the image's place; None where none is known to.
+    """
+
+    store: str | None = None
 
     def held(self) -> dict[str, str]:
         """Which bitmaps are held, and by whom."""
@@ -227,6 +234,11 @@ class Image(Namespace):
         from dirtmap.engine.tracking.checkout import track_image
 
         return track_image(self, options)
+
+    def _track_with(self, device: Home, options: dict[str, Any]) -> Tracker:
+        from dirtmap.engine.tracking.checkout import track_image
+
+        return track_image(self, {"store": self.keeper.store, **options}, device)
 
     def close(self) -> None:
         """Closes the image's file."""

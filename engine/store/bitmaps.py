@@ -11,10 +11,10 @@ import crc32c
 
 from dirtmap.engine.namespace import decode_name, encode_name, label
 from dirtmap.engine.store.identity import disk_size, identity_of
-from dirtmap.engine.store.store import Change, Snapshot
+from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, printable
 from dirtmap.fmt.store import Area, Record
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def refuse_tracked(path: str, record: Record) -> None:
     if record.extension(EXTENSION_SESSION) is not None:
         from dirtmap.engine.tracking import recovery
 
-        where = f"{path}: {namespace_label(record.name)}"
+        where = f"{path}: {kind_label(record)}"
         recovery.refuse_tracked(where, recovery.session_of(record))
 
 
@@ -169,7 +169,30 @@ def refuse_session(path: str, record: Record) -> None:
     refuse_tracked(path, record)
     if record.extension(EXTENSION_SESSION) is not None:
         what = "its tracker has died; 'dirtmap recover' first"
-        raise BitmapError(f"{path}: {namespace_label(record.name)}", what)
+        raise BitmapError(f"{path}: {kind_label(record)}", what)
+
+
+def refuse_unsettled(path: str, record: Record) -> None:
+    """Refuses to end a node's session while a device that was tracked with it has yet to be recovered.
+
+    Raises:
+        BitmapError: names the device, and the command that recovers.
+    """
+    if record.extension(EXTENSION_SESSION) is not None:
+        from dirtmap.engine.tracking import peers
+
+        if peer := peers.unsettled(path, record):
+            what = f"tracked with device '{printable(decode_name(peer.name))}' until that died; 'dirtmap recover' first"
+            raise BitmapError(f"{path}: {kind_label(record)}", what)
+
+
+def settle_device(target: Store, name: bytes) -> None:
+    """Recovers the device that was tracked with a node; see `dirtmap.engine.tracking.peers.settle`."""
+    record = target.read(lambda snapshot: snapshot.table().get(name))
+    if record is not None and record.extension(EXTENSION_SESSION) is not None:
+        from dirtmap.engine.tracking import peers
+
+        peers.settle(target, name)
 
 
 def require_same_size(snapshot: Snapshot, record: Record) -> None:

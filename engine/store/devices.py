@@ -19,7 +19,10 @@ from dirtmap.engine.store.bitmaps import (
     namespace_label,
     place_bitmap,
     read_entries,
+    refuse_session,
+    refuse_tracked,
     release_bits,
+    tracked_view,
 )
 from dirtmap.engine.store.identity import disk_size, identity_of
 from dirtmap.engine.store.store import Change, Store
@@ -120,6 +123,7 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
             Else all of them are dirty from now on.
 
     Raises:
+        LockedError: it is tracked; names by whom.
         BitmapError: no such device, a bitmap is held, or the content cannot be the same since the size is not.
         StorageError: the root's image cannot be looked at.
     """
@@ -127,6 +131,7 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
     with target.change() as change:
         record = require_device(change, name)
         where = f"{target.path}: {kind_label(record)}"
+        refuse_tracked(target.path, record)
         for held in holds.living(record):
             raise BitmapError(f"{where}: bitmap '{decode_name(held.bitmap)}'", f"busy: held by {held}")
         if content_unchanged and size != record.size:
@@ -139,16 +144,23 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
             identity=identity,
             generation=change.generation,
         )
+        view = tracked_view(change.snapshot, record)
+        if view:  # recovered with it: what its tracker marked is in the bits that are read below
+            new = replace(new, extensions=view.without())
+            change.afterwards.append(view.clean_up)
         # What was in doubt before stays so: the caller vouches for this step, not for what happened earlier.
-        if content_unchanged and doubts(change.snapshot, record) is None:
+        unchanged = content_unchanged and doubts(change.snapshot, record) is None
+        if unchanged and not view:
             change.table.put(new)
             return
         entries = read_entries(change.snapshot, record)
         placed = []
         for entry in entries:
-            bitmap = bitmap_of(change.snapshot, record, entry, True)
+            bitmap = bitmap_of(change.snapshot, record, entry, not unchanged)
             dirty = bitmap.recovered() if bitmap.inconsistent else bitmap
-            placed.append(place_bitmap(change, new, decode_name(entry.name), dirty.resized(size).recovered()))
+            if not unchanged:
+                dirty = dirty.resized(size).recovered()
+            placed.append(place_bitmap(change, new, decode_name(entry.name), dirty))
         for entry in entries:
             release_bits(change, record, entry)
         change.release(record.directory)
@@ -163,6 +175,7 @@ def remove_device(target: Store, name: str) -> None:
     """
     with target.change() as change:
         record = require_device(change, name)
+        refuse_session(target.path, record)
         if record.nb_bitmaps:
             where = f"{target.path}: {kind_label(record)}"
             raise BitmapError(where, f"has {record.nb_bitmaps} bitmaps; remove or move them first")

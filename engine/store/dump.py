@@ -197,6 +197,9 @@ class _Dump(Shown):
             if kind == live.EXTENSION_SESSION and len(contents) >= live.SESSION.size:
                 known = live.SESSION.size
                 fields += self.fields(live.SESSION, first + extensions.EXTENSION_HEAD.size, contents[:known])
+            if kind == live.EXTENSION_PEER and len(contents) >= live.PEER.size:
+                known = live.PEER.size
+                fields += self.fields(live.PEER, first + extensions.EXTENSION_HEAD.size, contents[:known])
             fields.append(data("data", first + extensions.EXTENSION_HEAD.size + known, contents[known:]))
             first += len(extensions.build_extension(kind, contents))
         self.add(f"namespace record: {where}", offset, raw, fields=fields)

@@ -31,8 +31,10 @@ from dirtmap.engine.store.bitmaps import (
     place_bitmap,
     read_entries,
     refuse_tracked,
+    refuse_unsettled,
     release_bits,
     require_same_size,
+    settle_device,
     tracked_view,
     tracking_status,
 )
@@ -40,11 +42,12 @@ from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, StorageError
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, StorageError, printable
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
+    from dirtmap.engine.tracking.home import Home
     from dirtmap.engine.tracking.status import Status
     from dirtmap.engine.tracking.tracker import Tracker
 
@@ -52,7 +55,11 @@ T = TypeVar("T")
 
 
 class StoredImage(Namespace):
-    """One namespace of a store; see `Namespace`."""
+    """One namespace of a store; see `Namespace`.
+
+    Attributes:
+        find_node: opens the node of a UUID, wherever the host has it; None: only this store is known.
+    """
 
     format = FORMAT
 
@@ -60,6 +67,7 @@ class StoredImage(Namespace):
         self._store = target
         self.path, self.name = target.path, name
         self._raw_name = encode_name(name)
+        self.find_node: Callable[[bytes], Namespace | None] | None = None
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
 
@@ -69,9 +77,31 @@ class StoredImage(Namespace):
 
     def track(self, **options: Any) -> Tracker:
         """Begins to track writes to the image; see `Namespace.track`."""
+        from dirtmap.engine.tracking.tracker import track_device, track_node
+
+        if self._read(lambda _, record: record.kind) == store.KIND_DEVICE:
+            return track_device(self, options)
+        return track_node(self, options)
+
+    def _track_with(self, device: Home, options: dict[str, Any]) -> Tracker:
         from dirtmap.engine.tracking.tracker import track_node
 
-        return track_node(self, options)
+        return track_node(self, options, device)
+
+    def open_root(self) -> Namespace:
+        """A device's root node, opened.
+
+        Raises:
+            BitmapNotFoundError: no store that is known has it.
+        """
+        wanted = self._read(lambda _, record: record.root_uuid)
+        if self.find_node and (found := self.find_node(wanted)):
+            return found
+        for record in self._store.read(lambda snapshot: list(snapshot.table())):
+            if record.uuid == wanted and record.kind == store.KIND_NODE:
+                return StoredImage(Store(self.path), decode_name(record.name))
+        what = f"its root, {uuid.UUID(bytes=wanted)}, is not known; 'index scan' finds images and stores"
+        raise BitmapNotFoundError(f"{self.path}: device '{printable(self.name or '')}'", what)
 
     def close(self) -> None:
         """Closes the store."""
@@ -110,6 +140,7 @@ class StoredImage(Namespace):
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes all dirty what is inconsistent, in doubt or damaged; see `Namespace.recover`."""
         recovered = []
+        settle_device(self._store, self._raw_name)
         with self._store.change() as change:
             record = self._record(change.snapshot)
             doubted = doubts(change.snapshot, record) is not None
@@ -138,6 +169,7 @@ class StoredImage(Namespace):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, in one commit of the store; see `Namespace.transaction`."""
+        settle_device(self._store, self._raw_name)
         with (
             changing_a_store(),
             self._store.change() as change,
@@ -241,6 +273,7 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     """One namespace's part of a change: a transaction whose end puts the new directory into ``change``."""
     snapshot = change.snapshot
     refuse_tracked(snapshot.file.path, record)
+    refuse_unsettled(snapshot.file.path, record)
     require_same_size(snapshot, record)
     doubted = doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)

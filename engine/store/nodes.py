@@ -25,6 +25,7 @@ from dirtmap.engine.store.bitmaps import (
     read_entries,
     refuse_session,
     refuse_tracked,
+    refuse_unsettled,
     release_bits,
     tracked_view,
 )
@@ -271,6 +272,7 @@ def resize_node(target: Store, name: str) -> int:
     """
     with target.change() as change:
         record = _stored(change, name, died=True)
+        refuse_unsettled(target.path, record)
         _refuse_held(f"{target.path}: {namespace_label(record.name)}", record)
         view = tracked_view(change.snapshot, record)
         identity = identity_of(os.fsdecode(record.path))

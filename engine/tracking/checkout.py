@@ -13,6 +13,9 @@ bitmaps in use. So after a crash at any step, or between, what each bitmap holds
     in use, or not there; on            what the session has: see `dirtmap.engine.tracking.recovery`
     in use, or not there; off           all dirty: others may have written to the image
 
+A device on the image that is tracked with it ends its session before step 2 of the check-in, and takes note of how
+the image looks behind step 3. After a crash between it is all dirty.
+
 A bitmap in use that the session does not have was removed by the tracker where "tracked" is on; else it is left alone.
 """
 
@@ -44,8 +47,9 @@ from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable,
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
 from dirtmap.engine.store.bitmaps import bitmap_of, doubts, read_entries, release_bits
+from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.store import Change, Snapshot, Store
-from dirtmap.engine.tracking import recovery
+from dirtmap.engine.tracking import peers, recovery
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.recorder import Options
 from dirtmap.engine.tracking.recovery import Row, View
@@ -61,8 +65,14 @@ def is_marked(layout: Layout) -> bool:
     return bool(layout.header.autoclear & qcow2.AUTOCLEAR_TRACKED)
 
 
-def track_image(image: Image, options: dict[str, Any]) -> Tracker:
-    """Checks an image's bitmaps out and tracks it; see `Namespace.track`."""
+def track_image(image: Image, options: dict[str, Any], device: Home | None = None) -> Tracker:
+    """Checks an image's bitmaps out and tracks it; see `Namespace.track`.
+
+    Args:
+        image: a node.
+        options: as given.
+        device: whose root it is, and which is fed, too; the caller closes it after an error.
+    """
     from dirtmap.engine.containers import default_store
 
     path = options.pop("store", None) or default_store()
@@ -82,7 +92,8 @@ def track_image(image: Image, options: dict[str, Any]) -> Tracker:
         try:
             _copy_out(home, image, file, layout)
             image_path = os.path.abspath(image.path)  # the tool may change its folder
-            tracker = Tracker(home, image_path, chosen, lambda: check_in(image_path, home.store.path, name, own=True))
+            homes = [device, home] if device else [home]
+            tracker = Tracker(homes, image_path, chosen, lambda: check_in(image_path, home.store.path, name, own=True))
             try:
                 set_tracked(file, layout, True)
                 layout = read_layout(file)
@@ -142,6 +153,8 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> l
         LockedError: another process tracks the image, or has it open.
         As `Namespace.transaction`.
     """
+    with Store(store_path) as target:
+        peers.settle(target, name)
     with (
         open_file(path, writable=True) as file,
         locks.writing(file),
@@ -158,8 +171,11 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> l
         if not own:
             recovery.refuse_tracked(path, session)
         settled, recovered = _settle(file, layout, change.snapshot, record)
+        before = identity_of(path)
         commit(file, layout, settled)
         set_tracked(file, read_layout(file), False)
+        if is_marked(layout):
+            peers.confirm(change, record, before, identity_of(path))
         _forget(change, record)
         if not own:
             view = recovery.view_of(change.snapshot, record)
@@ -173,7 +189,7 @@ def _forget(change: Change, record: Record) -> None:
     for entry in read_entries(change.snapshot, record):
         release_bits(change, record, entry)
     change.release(record.directory)
-    extensions = tuple(item for item in record.extensions if item[0] != live.EXTENSION_SESSION)
+    extensions = tuple(item for item in record.extensions if item[0] not in live.OF_A_SESSION)
     change.table.put(replace(record, directory=NOWHERE, nb_bitmaps=0, extensions=extensions))
 
 
@@ -344,9 +360,12 @@ class TrackedImage(Namespace):
 
     def track(self, **options: Any) -> Tracker:
         """Begins to track, after recovery; see `Namespace.track`."""
+        return self._track_with(None, options)
+
+    def _track_with(self, device: Home | None, options: dict[str, Any]) -> Tracker:
         self.recover()
         with Image(self.path) as image:
-            return track_image(image, {"store": self._store_path, **options})
+            return track_image(image, {"store": self._store_path, **options}, device)
 
     def close(self) -> None:
         """Closes the store."""

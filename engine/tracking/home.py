@@ -13,6 +13,7 @@ from dirtmap.engine.namespace import decode_name, encode_name, label
 from dirtmap.engine.store.bitmaps import (
     doubts,
     header_doubts,
+    kind_label,
     load_saved,
     namespace_label,
     no_namespace,
@@ -21,10 +22,11 @@ from dirtmap.engine.store.bitmaps import (
     release_bits,
 )
 from dirtmap.engine.store.store import Change, Snapshot, Store
+from dirtmap.engine.tracking.peers import peer_of
 from dirtmap.engine.tracking.recovery import Window, refuse_tracked, session_of, window_of
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, FormatError, LockedError
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError
 from dirtmap.fmt.store import Record
 
 T = TypeVar("T")
@@ -42,7 +44,7 @@ class View:
 
     def __init__(self, snapshot: Snapshot, record: Record) -> None:
         self.snapshot, self.record = snapshot, record
-        self.where = f"{snapshot.file.path}: {namespace_label(record.name)}"
+        self.where = f"{snapshot.file.path}: {kind_label(record)}"
         self.session = session_of(record)
         self.found = read_entries(snapshot, record)
         self.entries = {decode_name(entry.name): entry for entry in self.found}
@@ -54,6 +56,11 @@ class View:
         while self.checkpoints and self.checkpoints[0] not in self.entries:
             del self.checkpoints[0]  # nobody asks what was written since, and no older one needs it
         self._doubted = header_doubts(snapshot, record) is not None
+
+    @property
+    def recording(self) -> list[str]:
+        """The names of the bitmaps that record."""
+        return [name for name, entry in self.entries.items() if entry.auto and not entry.in_use]
 
     def entry(self, name: str) -> Entry:
         """A bitmap's entry.
@@ -87,6 +94,7 @@ class HomeChange(View):
         super().__init__(change.snapshot, record)
         self.change = change
         self.identity = record.identity
+        self.peer = peer_of(record)
         if self._doubted:
             # This commit ends the doubt, so what is in doubt has to be dirty in it.
             for name, entry in self.entries.items():
@@ -124,6 +132,14 @@ class HomeChange(View):
         self.entries[name] = entry
         self.set_window(name, window)
 
+    def make_all_dirty(self) -> None:
+        """Every bitmap, but for inconsistent ones, whose bits mean nothing."""
+        for name, entry in list(self.entries.items()):
+            if not entry.in_use:
+                bitmap = Bitmap(self.record.size, entry.granularity, entry.auto)
+                bitmap.mark(0, self.record.size)
+                self.put(name, bitmap, None)
+
     def finish(self) -> None:
         """Plans the new record and directory."""
         change, record = self.change, self.record
@@ -140,10 +156,12 @@ class HomeChange(View):
             change.release(area)
             area = change.place(packed)
         extensions = [
-            item for item in record.extensions if item[0] not in (live.EXTENSION_SESSION, live.EXTENSION_CHECKPOINTS)
+            item for item in record.extensions if item[0] not in (*live.OF_A_SESSION, live.EXTENSION_CHECKPOINTS)
         ]
         if self.session:
             extensions.append((live.EXTENSION_SESSION, live.build_session(self.session)))
+            if self.peer:
+                extensions.append((live.EXTENSION_PEER, live.build_peer(self.peer)))
         if self.checkpoints:
             names = live.build_checkpoints(map(encode_name, self.checkpoints))
             extensions.append((live.EXTENSION_CHECKPOINTS, names))
@@ -165,7 +183,12 @@ class Home:
     Args:
         path: of the store.
         name: of the namespace, raw bytes.
+
+    Attributes:
+        session: as this namespace's record has it, once the tracker has begun: what is saved here may not be elsewhere.
     """
+
+    session: live.Session
 
     def __init__(self, path: str, name: bytes) -> None:
         self.name = name
@@ -193,8 +216,21 @@ class Home:
         """True where the bitmaps cannot be relied on as they are, or a session has ended without being closed."""
         record = self.record(snapshot)
         session = session_of(record)
-        refuse_tracked(f"{self.store.path}: {namespace_label(record.name)}", session)
+        refuse_tracked(f"{self.store.path}: {kind_label(record)}", session)
         return session is not None or doubts(snapshot, record) is not None
+
+    def view(self, snapshot: Snapshot) -> View:
+        """The namespace as it is, whatever its session."""
+        return View(snapshot, self.record(snapshot))
+
+    def has(self, session: bytes) -> bool:
+        """False where its record is known not to name that session."""
+        try:
+            found = self.store.read(lambda snapshot: snapshot.table().get(self.name))
+        except Error:
+            return True
+        data = found.extension(live.EXTENSION_SESSION) if found else None
+        return data is not None and data[: len(session)] == session
 
     def read(self, session: bytes, read: Callable[[View], T]) -> T:
         """Runs ``read`` on one commit's state. Errors as `Store.read`."""

@@ -19,7 +19,7 @@ from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.store.bitmaps import doubts
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.tracking import livefile, process, recovery
-from dirtmap.engine.tracking.home import Home, HomeChange
+from dirtmap.engine.tracking.home import Home, HomeChange, View
 from dirtmap.engine.tracking.intent import IntentLog
 from dirtmap.engine.tracking.livefile import (
     CURRENT,
@@ -36,6 +36,7 @@ from dirtmap.engine.tracking.marking import Kernel
 from dirtmap.engine.tracking.recovery import Window
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, SyncError
+from dirtmap.fmt.live import Peer
 
 INTENTS: Final = {"off": live.INTENT_OFF, "region": live.INTENT_REGION}
 SAVE_SECONDS: Final = 60.0
@@ -87,8 +88,9 @@ class Recorder:
         last_error: what went wrong with the last save in the background, or None.
     """
 
-    def __init__(self, home: Home, image: str, options: Options, check_in: Callable[[], object] | None) -> None:
-        self._homes = [home]
+    def __init__(self, homes: list[Home], image: str, options: Options, check_in: Callable[[], object] | None) -> None:
+        # The last is the image's node: it begins first and ends last. The first is what the tracker's acts are about.
+        self._homes = homes
         self._image, self._options, self._check_in = image, options, check_in
         self.last_error: Error | None = None
         # Held to cut, to save and to close: one at a time. Marks never take it.
@@ -156,39 +158,63 @@ class Recorder:
     def _home(self) -> Home:
         return self._homes[0]
 
+    @property
+    def _session(self) -> live.Session:
+        return self._home.session
+
     def _begin(self) -> None:
         """Makes the live files and the log, then names the session in the store: from then on a death is recovered."""
-        home, folder = self._home, user_folder(self._options.live or default_folder())
+        folder = user_folder(self._options.live or default_folder())
         fileio.make_live_folder(folder)
+        *others, node = self._homes
         with contextlib.ExitStack() as undo:
-            with home.change(None) as change:
+            with node.change(None) as change:
+                self._require_free(change)
                 self._prepare(change, folder, undo)
+                self._enter(change)
+            try:
+                for home in others:
+                    with home.change(None) as change:
+                        self._require_free(change)
+                        self._enter(change)
+            except BaseException:
+                self._withdraw(node, undo)
+                raise
             undo.pop_all()
         self.mark = self._kernel.mark
         _recorders.add(self)
         self._thread = threading.Thread(target=self._in_background, name="dirtmap tracker", daemon=True)
         self._thread.start()
 
-    def _prepare(self, change: HomeChange, folder: str, undo: contextlib.ExitStack) -> None:
-        options, record = self._options, change.record
-        if change.session or doubts(change.snapshot, record):
+    def _require_free(self, change: HomeChange) -> None:
+        if change.session or doubts(change.snapshot, change.record):
             raise BitmapError(change.where, "its image changed while tracking began; try again")
+        for held in holds.living(change.record):
+            raise LockedError(f"{change.where}: {label(decode_name(held.bitmap))}", f"held by {held}")
+
+    def _prepare(self, change: HomeChange, folder: str, undo: contextlib.ExitStack) -> None:
+        options, node = self._options, change.record
         if options.intent not in INTENTS:
             raise BitmapError("intent", f"'{options.intent}' is none of {', '.join(INTENTS)}")
-        for held in holds.living(record):
-            raise LockedError(f"{change.where}: {label(decode_name(held.bitmap))}", f"held by {held}")
-        self.size, self._where = record.size, change.where
-        identity = identity_of(self._image)
-        if record.kind == store.KIND_NODE and identity.size != record.size:
+        self.size, identity = node.size, identity_of(self._image)
+        if node.kind == store.KIND_NODE and identity.size != node.size:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
             raise BitmapError(change.where, what)
-        recording = [name for name, entry in change.entries.items() if entry.auto and not entry.in_use]
+        views: list[View] = [home.store.read(home.view) for home in self._homes[:-1]]
+        for view in views:
+            if view.record.size != self.size:
+                what = f"has {view.record.size} bytes, and its root {self.size}; 'device set-root' adopts the new size"
+                raise BitmapError(view.where, what)
+        views.append(change)
+        self._where, record = views[0].where, views[0].record
         region_bits = options.region_bits(self.size)
-        finest = min([region_bits, 16, *(change.entries[name].granularity_bits for name in recording)])
+        finest = min(
+            [region_bits, 16, *(view.entries[name].granularity_bits for view in views for name in view.recording)]
+        )
         name = uuid.UUID(bytes=record.uuid).hex
         live_path = os.path.join(folder, name)
         pid, start = process.own()
-        self._session = session = live.Session(
+        session = live.Session(
             uuid=uuid.uuid4().bytes,
             boot_id=process.boot_id(),
             pid=pid,
@@ -205,6 +231,9 @@ class Recorder:
             live=os.fsencode(live_path),
             log_path=os.fsencode(f"{os.path.abspath(self._home.store.path)}.{name}.intent"),
         )
+        for home in self._homes:
+            home.session = session
+        self._peers = [self._peer_of(view) for view in reversed(views)] if len(views) > 1 else [None]
         livefile.remove_files(live_path)  # what a crash left before its session was in the store
         fileio.make_live_folder(live_path)
         undo.callback(livefile.remove_files, live_path)
@@ -217,11 +246,35 @@ class Recorder:
         undo.callback(self._log.close, remove=True)
         log = self._log if session.intent == live.INTENT_REGION else None
         self._kernel = Kernel(self._where, self.size, self._current, region_bits, log, self._control)
-        for name in recording:
-            change.set_window(name, Window(0))
-        change.session = session
-        if record.kind == store.KIND_NODE:
+        if node.kind == store.KIND_NODE:
             change.identity = identity
+
+    def _peer_of(self, view: View) -> Peer:
+        paths = {os.path.realpath(home.store.path) for home in self._homes}
+        elsewhere = os.path.abspath(view.snapshot.file.path) if len(paths) > 1 else ""
+        return Peer(view.record.uuid, view.record.name, os.fsencode(elsewhere))
+
+    def _enter(self, change: HomeChange) -> None:
+        """Has a home's record name the session."""
+        if change.record.size != self.size:
+            raise BitmapError(change.where, "its image changed while tracking began; try again")
+        for name in change.recording:
+            change.set_window(name, Window(0))
+        change.session = self._session
+        change.peer = self._peers[0 if change.record.kind == store.KIND_DEVICE else -1]
+
+    def _withdraw(self, node: Home, undo: contextlib.ExitStack) -> None:
+        """Takes the session from the node again: it did not begin."""
+        try:
+            with node.change(self._session.uuid) as change:
+                for name in change.entries:
+                    change.set_window(name, None)
+                change.session = None
+        except BaseException:
+            # It is there, then, and recovery will find what it needs: that nothing was marked.
+            undo.pop_all()
+            self._log.close(remove=False)
+            raise
 
     def _new_writeset(self, number: int, granularity_bits: int) -> Writeset:
         folder = os.fsdecode(self._session.live)
@@ -260,14 +313,27 @@ class Recorder:
 
     def _save(self, *, final: bool) -> None:
         """Folds what is live into the store. The new log is there before the writesets are read: see `marking`."""
-        session, current = self._session, self._current
+        current = self._current
         if not final:
-            # Not twice without a commit between: the log of the last commit has to stay until the next.
-            self._kernel.swap(rotate=self._log.number == session.log)
-        parts = {number: words_of(one) for number, one in self._frozen.items() if number >= session.oldest}
-        parts[current.number] = Words(current.words.copy(), self.size, 1 << current.granularity_bits)
+            # Not twice without a commit between, in every home: the log of its last commit has to stay until the next.
+            self._kernel.swap(rotate=all(self._log.number == home.session.log for home in self._homes))
+        marked = {number: words_of(one) for number, one in self._frozen.items()}
+        marked[current.number] = Words(current.words.copy(), self.size, 1 << current.granularity_bits)
         unions: dict[tuple[int, int, int], Any] = {}
-        with self._changing() as home:
+        for one in self._homes:
+            self._save_to(one, marked, unions, final=final)
+        if not final:
+            self._forget()
+        elif self._check_in:
+            self._check_in()
+
+    def _save_to(
+        self, target: Home, marked: dict[int, Words], unions: dict[tuple[int, int, int], Any], *, final: bool
+    ) -> None:
+        """One home's part of a save: one commit. ``unions`` are those that another home had use for."""
+        session = target.session
+        parts = {number: words for number, words in marked.items() if number >= session.oldest}
+        with self._changing(target) as home:
             for name, entry in list(home.entries.items()):
                 window = home.window(name)
                 if window is None:
@@ -286,23 +352,21 @@ class Recorder:
                         home.put(name, merged.replace(recording=entry.auto), kept)
                         continue
                 home.set_window(name, kept)
-            if final:
-                if not self._check_in:
-                    home.session = None
-                    home.identity = identity_of(self._image)
-            else:
-                home.session = replace(session, oldest=current.number, log=self._log.number)
-        if final:
-            if self._check_in:
-                self._check_in()
-            return
-        self._session = replace(session, oldest=current.number, log=self._log.number)
-        self._forget()
+            if not final:
+                home.session = replace(session, oldest=max(marked), log=self._log.number)
+            elif not (self._check_in and target is self._homes[-1]):
+                home.session = None
+                home.identity = identity_of(self._image)  # before the look below: what comes later, shows
+                if self._check_in and recovery.opened_by_others(self._image):
+                    home.make_all_dirty()
+        if not final:
+            target.session = replace(session, oldest=max(marked), log=self._log.number)
 
     def _forget(self) -> None:
         """Drops the frozen writesets that are saved; in memory stay those that a taken bitmap needs to be dropped."""
         needed = min(self._held.values(), default=live.OPEN)
-        for number in [number for number in self._frozen if number < self._session.oldest]:
+        oldest = min(home.session.oldest for home in self._homes)
+        for number in [number for number in self._frozen if number < oldest]:
             self._frozen[number].forget()
             if number < needed:
                 del self._frozen[number]
@@ -316,10 +380,10 @@ class Recorder:
             yield
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[HomeChange]:
+    def _changing(self, target: Home | None = None) -> Iterator[HomeChange]:
         """A commit; a failed sync poisons the tracker."""
         try:
-            with self._home.change(self._session.uuid) as home:
+            with (target or self._home).change(self._session.uuid) as home:
                 yield home
         except SyncError as error:
             self._kernel.poison(error)
@@ -378,14 +442,12 @@ class Recorder:
 
     def _release(self) -> None:
         """Gives up the files; those of a session that has ended are removed."""
-        ended = True
-        with contextlib.suppress(Error):
-            record = self._home.store.read(lambda snapshot: snapshot.table().get(self._home.name))
-            ended = record is None or record.extension(live.EXTENSION_SESSION) is None
+        ended = not any(home.has(self._session.uuid) for home in self._homes)
         self._log.close(remove=ended)
         if ended:
             livefile.remove_files(os.fsdecode(self._session.live))
-        self._home.close()
+        for home in self._homes:
+            home.close()
 
     def _abandon(self) -> None:
         """In a forked child: the tracker is the parent's, whose marks ours would undo."""

@@ -16,6 +16,9 @@ writes have no end that we hear of, what counts is the last sign of life, given 
 more. After a power loss only signs of life on disk are left, given once a second while the image changes: five seconds
 more. A clock that is set back hides what others write until it has caught up. A block device tells nothing at all. Of
 a qcow2 image a bit in its header tells, which every other program that opens it for writing takes away.
+
+A device is as its root is; and changed, too, where the root's session has ended without the device's, which no order
+of recovery leads to: see `dirtmap.engine.tracking.peers`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import numpy as np
 
 from dirtmap.engine import bits, fileio
 from dirtmap.engine.store.identity import identity_of
-from dirtmap.engine.tracking import intent, livefile, process
+from dirtmap.engine.tracking import intent, livefile, peers, process
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
@@ -125,7 +128,7 @@ class View:
     """
 
     def __init__(self, snapshot: Snapshot, record: Record, session: live.Session) -> None:
-        self.session, self._size = session, record.size
+        self.session, self._size, self._path = session, record.size, snapshot.file.path
         alive = is_alive(session)
         self.found = livefile.find(os.fsdecode(session.live), session.uuid, session.oldest, record.size)
         if alive and self.found is None:
@@ -134,6 +137,10 @@ class View:
             raise FormatError(where, f"tracked by {process.describe(session)}, whose live files cannot be read")
         log = None if alive else intent.read_log(session, record.size)
         self.identity = _look_at(record)
+        self._root: Record | None = record
+        if record.kind == store.KIND_DEVICE and not alive:
+            peer = peers.peer_of(record)
+            self._root = peers.find(self._path, peer, session.uuid).record if peer else None
         facts = Facts(
             alive=alive,
             changed=None if alive else self._changed(record, log),
@@ -171,13 +178,17 @@ class View:
 
     def without(self) -> tuple[tuple[int, bytes], ...]:
         """The record's extensions once the session has ended."""
-        return tuple(item for item in self._record.extensions if item[0] != live.EXTENSION_SESSION)
+        return tuple(item for item in self._record.extensions if item[0] not in live.OF_A_SESSION)
 
     def clean_up(self) -> None:
         """Removes what the session has left on tmpfs and beside the store, once it has ended.
 
-        The paths are from the store, which may be anybody's: only what carries the session's UUID is touched.
+        The paths are from the store, which may be anybody's: only what carries the session's UUID is touched. What the
+        session's other namespace still needs stays: whichever ends last removes it.
         """
+        peer = peers.peer_of(self._record)
+        if peer and peers.find(self._path, peer, self.session.uuid).needs_files:
+            return
         if livefile.is_of(os.fsdecode(self.session.live), self.session.uuid):
             livefile.remove_files(os.fsdecode(self.session.live))
         intent.remove_log(self.session)
@@ -209,14 +220,16 @@ class View:
         return self._unions[key]
 
     def _changed(self, record: Record, log: intent.Logged | None) -> str | None:
-        if record.kind == store.KIND_PLACE:
-            return _opened_by_others(os.fsdecode(record.path))
+        if self._root is None:
+            return "the session of its root ended without it"
         now, session = self.identity, self.session
+        then = Identity(session.image_device, session.image_inode, session.image_mtime, session.image_size)
+        if now == then and record.kind != store.KIND_PLACE:
+            return None  # of a qcow2 root: it was not even checked out
+        if self._root.kind == store.KIND_PLACE:
+            return opened_by_others(os.fsdecode(self._root.path))
         if now is None:
             return "the image cannot be looked at"
-        then = Identity(session.image_device, session.image_inode, session.image_mtime, session.image_size)
-        if now == then:
-            return None
         what = "the image has changed while nobody tracked it"
         if (now.device, now.inode, now.size) != (then.device, then.inode, then.size) or now.mtime_ns < then.mtime_ns:
             return what
@@ -233,7 +246,8 @@ class View:
         return beat + int(DURABLE_TOLERANCE_SECONDS * _NS)
 
 
-def _opened_by_others(path: str) -> str | None:
+def opened_by_others(path: str) -> str | None:
+    """Why a tracked qcow2 image is not the tracker's alone any more, or None."""
     from dirtmap.engine.qcow2.layout import read_layout
     from dirtmap.fmt import qcow2
 

@@ -14,11 +14,14 @@ and logs count from then on; then the frozen ones are dropped. The windows are i
 that an end of one bitmap and the beginning of the next are one commit: killed between swap and commit, a cut has not
 happened, and its two intervals are both in the window that is still open.
 
+Of a device's tracker all that is about the device's bitmaps. Those of its root go on recording, and are saved as well.
+
 What is lost when: see `dirtmap.engine.tracking.marking` for marks, `dirtmap.engine.tracking.recovery` for deaths.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -26,14 +29,13 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap
 from dirtmap.engine.namespace import encode_name, label
-from dirtmap.engine.store.bitmaps import kind_label
 from dirtmap.engine.tracking.home import Home, HomeChange, View
 from dirtmap.engine.tracking.livefile import Words, union
 from dirtmap.engine.tracking.marking import Kernel, Ticket
 from dirtmap.engine.tracking.recorder import Options, Recorder, words_of
 from dirtmap.engine.tracking.recovery import Window, window_of
-from dirtmap.fmt import live, store
-from dirtmap.fmt.errors import BitmapError, UnsupportedError
+from dirtmap.fmt import live
+from dirtmap.fmt.errors import BitmapError, LockedError
 
 if TYPE_CHECKING:
     from dirtmap.engine.store.namespace import StoredImage
@@ -327,17 +329,40 @@ class Write:
             self._kernel.end(self._ticket)
 
 
-def track_node(image: StoredImage, options: dict[str, Any]) -> Tracker:
-    """Tracks an image whose bitmaps are in a store; see `Namespace.track`."""
+def track_node(image: StoredImage, options: dict[str, Any], device: Home | None = None) -> Tracker:
+    """Tracks an image whose bitmaps are in a store; see `Namespace.track`.
+
+    Args:
+        image: the node.
+        options: as given.
+        device: whose root it is, and which is fed, too; the caller has recovered it, and closes it after an error.
+    """
     chosen = Options(**options)
     home = Home(image.path, encode_name(image.name or ""))
     try:
         if home.store.read(home.needs_recovery):
             image.recover()
         record = home.store.read(home.record)
-        if record.kind != store.KIND_NODE:
-            raise UnsupportedError(f"{image.path}: {kind_label(record)}", "cannot be tracked; its root node can")
-        return Tracker(home, os.fsdecode(record.path), chosen, None)
+        return Tracker([device, home] if device else [home], os.fsdecode(record.path), chosen, None)
     except BaseException:
         home.close()
         raise
+
+
+def track_device(image: StoredImage, options: dict[str, Any]) -> Tracker:
+    """Tracks a device, and its root node with it; see `Namespace.track`."""
+    with contextlib.closing(image.open_root()) as root:
+        if (session := root.tracking()) and session.alive:
+            raise LockedError(
+                f"{root.path}: node '{root.name}'", f"tracked by {session.tracker}; ask it, or end it first"
+            )
+        home = Home(image.path, encode_name(image.name or ""))
+        try:
+            if session:
+                root.recover()  # and the device before it, as far as they had it in common
+            if home.store.read(home.needs_recovery):
+                image.recover()
+            return root._track_with(home, options)
+        except BaseException:
+            home.close()
+            raise

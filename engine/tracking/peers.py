@@ -1,0 +1,143 @@
+"""The two namespaces of a device's session, the device's and its root node's, and the order that keeps them right.
+
+One session, one log, one set of live files; but a record in each namespace, perhaps in different stores, and so commits
+of their own. Each says what it has saved itself: its own ``oldest`` and ``log``. What neither order nor a crash between
+two commits may lose:
+
+    begin    the root's record, then the device's, then the first mark
+    save     each by itself; writesets and logs are dropped once both have been saved
+    end      the device's record, then the root's; so is recovery, which may also end the device's alone
+
+So a session that the device has is in the root's record, too. Where it is not, it was lost, and the device is all
+dirty. And who begins to track the root later has ended the device's session before: no write of ours that the device
+has missed can come before the device is judged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, replace
+
+from dirtmap.engine.namespace import decode_name
+from dirtmap.engine.store.store import Change, Store
+from dirtmap.fmt import live, store
+from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
+from dirtmap.fmt.live import Peer
+from dirtmap.fmt.store import Identity, Record
+
+
+def peer_of(record: Record) -> Peer | None:
+    """The other namespace of a record's session; None where there is none, or none that makes sense."""
+    data = record.extension(live.EXTENSION_PEER)
+    if data is None:
+        return None
+    try:
+        return live.parse_peer(data)
+    except ValueError:
+        return None
+
+
+def path_of(path: str, peer: Peer) -> str:
+    """The path of the peer's store.
+
+    Args:
+        path: of the store whose record names the peer.
+        peer: as it names it.
+    """
+    return os.fsdecode(peer.store) or path
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What became of a peer.
+
+    Attributes:
+        record: the peer's, where the session is in it; else None.
+        needs_files: False where the peer is known to have done with the session.
+    """
+
+    record: Record | None
+    needs_files: bool
+
+
+def find(path: str, peer: Peer, session: bytes) -> Found:
+    """The peer's record as it is now.
+
+    Args:
+        path: of the store whose record names the peer.
+        peer: as it names it.
+        session: UUID of the session.
+    """
+    try:
+        with Store(path_of(path, peer)) as target:
+            record = target.read(lambda snapshot: snapshot.table().get(peer.name))
+    except (FormatError, LockedError, StorageError):
+        return Found(None, True)
+    data = record.extension(live.EXTENSION_SESSION) if record and record.uuid == peer.uuid else None
+    named = data is not None and data[: len(session)] == session
+    return Found(record if named else None, named)
+
+
+def unsettled(path: str, record: Record) -> Peer | None:
+    """The device that has to end its session before this node does; None where there is none, or none to be found."""
+    session, peer = record.extension(live.EXTENSION_SESSION), peer_of(record)
+    if record.kind == store.KIND_DEVICE or session is None or peer is None:
+        return None
+    return peer if find(path, peer, session[:16]).record else None
+
+
+def settle(target: Store, name: bytes) -> None:
+    """Recovers the device that was tracked with a node, if it is still to be: before the node itself is.
+
+    Args:
+        target: the store that has the node's session.
+        name: of the node, raw bytes.
+
+    Raises:
+        LockedError: the tracker lives.
+        BitmapError: the root's size is not the device's any more.
+    """
+    from dirtmap.engine.store.bitmaps import refuse_tracked
+    from dirtmap.engine.store.namespace import StoredImage
+
+    record = target.read(lambda snapshot: snapshot.table().get(name))
+    peer = unsettled(target.path, record) if record else None
+    if record is None or peer is None:
+        return
+    refuse_tracked(target.path, record)
+    if not peer.store:
+        StoredImage(target, decode_name(peer.name)).recover()
+        return
+    with Store(path_of(target.path, peer)) as other:
+        StoredImage(other, decode_name(peer.name)).recover()
+
+
+def confirm(change: Change, root: Record, before: Identity, after: Identity) -> None:
+    """Takes note that a check-in has changed the root's image, and not what a guest reads: its device stays right.
+
+    Where that fails, or a crash comes first, the device is all dirty.
+
+    Args:
+        change: of the store that has the root.
+        root: its record, with the session.
+        before: what the image looked like before.
+        after: and behind it.
+    """
+    if peer := peer_of(root):
+        if not peer.store:
+            _confirm(change, peer, before, after)
+            return
+        with (
+            contextlib.suppress(Error),
+            Store(path_of(change.snapshot.file.path, peer)) as other,
+            other.change() as there,
+        ):
+            _confirm(there, peer, before, after)
+
+
+def _confirm(change: Change, peer: Peer, before: Identity, after: Identity) -> None:
+    record = change.table.get(peer.name)
+    ended = record is not None and record.extension(live.EXTENSION_SESSION) is None
+    if record and ended and record.uuid == peer.uuid and record.identity == before:
+        change.table.put(replace(record, identity=after))
