@@ -50,7 +50,7 @@ def raw_elsewhere(folder: Path) -> Path:
     there.mkdir()
     path = make_node(there, SIZE)
     create(str(folder / "default.dmap"))
-    containers.host().remember_store(str(there / "default.dmap"))
+    containers.this_host().remember_store(str(there / "default.dmap"))
     return path
 
 
@@ -60,7 +60,7 @@ def qcow2(folder: Path) -> Path:
     qemu.create(path, SIZE)
     qemu.qemu_img("bitmap", "--add", path, "b0")
     create(str(folder / "default.dmap"))
-    containers.host().add_qcow2("drive0", str(path))
+    containers.this_host().add_qcow2("drive0", str(path))
     return path
 
 
@@ -70,7 +70,7 @@ ROOTS = (raw_here, raw_elsewhere, qcow2)
 def make(folder: Path, root: Callable[[Path], Path]) -> Path:
     """A device ``disk0`` with a recording bitmap ``d0``, on the node ``drive0``, which has ``b0``; the image's path."""
     path = root(folder)
-    containers.host().add_device("disk0", "drive0")
+    containers.this_host().add_device("disk0", "drive0")
     with dm.open(DEVICE) as image, image.transaction() as bitmaps:
         bitmaps["d0"] = dm.Bitmap(SIZE, GRANULE)
     return path
@@ -630,12 +630,12 @@ def other(path: Path) -> Path:
     image = path.with_name("other.raw")
     image.touch()
     os.truncate(image, SIZE)
-    containers.host().add_node("other", str(image))
+    containers.this_host().add_node("other", str(image))
     return image
 
 
 def test_one_live_session_a_node(path: Path, other: Path) -> None:
-    containers.host().add_device("disk1", "drive0")
+    containers.this_host().add_device("disk1", "drive0")
     mine = f"process {os.getpid()}"
     with dm.open("disk0") as image, image.track() as tracker:
         for target in (*BOTH, "disk1"):
@@ -650,9 +650,9 @@ def test_one_live_session_a_node(path: Path, other: Path) -> None:
                 pass
         for unchanged in (False, True):
             with pytest.raises(dm.LockedError, match=mine):
-                containers.host().set_root("disk0", "other", content_unchanged=unchanged)
+                containers.this_host().set_root("disk0", "other", content_unchanged=unchanged)
         with pytest.raises(dm.LockedError, match=mine):
-            containers.host().remove_device("disk0")
+            containers.this_host().remove_device("disk0")
         tracker.mark(0, 1)
     assert both() == ([0], [0])
     with dm.open(NODE) as image, image.track(), dm.open("disk0") as device, pytest.raises(dm.LockedError, match=mine):
@@ -663,7 +663,7 @@ def test_one_live_session_a_node(path: Path, other: Path) -> None:
 
 def test_set_root_after_a_death_takes_the_session_along(path: Path, other: Path, tmp_path: Path) -> None:
     in_child(lambda: dm.open("disk0").track().mark(3 * GRANULE, 1))
-    containers.host().set_root("disk0", "other", content_unchanged=True)
+    containers.this_host().set_root("disk0", "other", content_unchanged=True)
     assert both() == ([3], [3])
     assert sessions() == [False, True]
     assert recover(NODE) == {"b0": EXACT}
@@ -674,7 +674,7 @@ def test_a_device_of_another_size_than_its_root_is_refused(raw: Path) -> None:
     with dm.open(DEVICE) as image, image.transaction() as bitmaps:
         del bitmaps["d0"]
     os.truncate(raw, 2 * SIZE)
-    containers.host().resize_node("drive0")
+    containers.this_host().resize_node("drive0")
     with dm.open(DEVICE) as image, pytest.raises(dm.BitmapError, match="set-root"):
         image.track()
     assert sessions() == [False, False]
