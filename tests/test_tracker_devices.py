@@ -316,6 +316,20 @@ def test_exact_after_sigkill_in_either_order(path: Path, tmp_path: Path, order: 
     assert both() == ([5, 6, 7], [5, 6, 7])
 
 
+def test_neither_needs_bitmaps(path: Path, tmp_path: Path) -> None:
+    for target in BOTH:
+        with dm.open(target) as image, image.transaction() as bitmaps:
+            bitmaps.clear()
+    with dm.open("disk0") as image, image.track() as tracker:
+        tracker.mark(0, 1)
+    assert sessions() == [False, False]
+    in_child(lambda: dm.open("disk0").track().mark(0, 1))
+    assert sessions() == [True, True]
+    assert recover(NODE) == {}
+    assert sessions() == [False, False]
+    no_traces(tmp_path)
+
+
 @pytest.mark.parametrize("order", [BOTH, BOTH[::-1]], ids=["device first", "root first"])
 @pytest.mark.parametrize("intent", ["region", "off"])
 def test_a_power_loss_leaves_a_superset_of_both(
