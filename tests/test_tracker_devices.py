@@ -29,6 +29,8 @@ from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import recorder
 from dirtmap.engine.tracking.home import Home, HomeChange
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import live
+from dirtmap.fmt.store import Record
 from dirtmap.tools.cli import main
 
 SIZE = 64 << 20
@@ -543,6 +545,51 @@ def test_power_loss_at_any_of_many_moments_loses_no_mark_of_either(
     tmp_path: Path, root: Callable[[Path], Path], seed: int
 ) -> None:
     print(lose_power(tmp_path, root, 100 + seed, 200, 500), "crashes")
+
+
+# What a damaged or hostile store says of peers.
+
+
+def replace_peer(name: bytes, data: Callable[[Record], bytes]) -> None:
+    with Store(os.environ["DIRTMAP_STORE"]) as target, target.change() as change:
+        record = change.table.get(name)
+        assert record
+        kept = tuple(item for item in record.extensions if item[0] != live.EXTENSION_PEER)
+        change.table.put(replace(record, extensions=(*kept, (live.EXTENSION_PEER, data(record)))))
+
+
+def itself(record: Record) -> bytes:
+    return live.build_peer(live.Peer(record.uuid, record.name, b""))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        itself,
+        lambda record: itself(record)[:-1],
+        lambda record: b"",
+        lambda record: live.build_peer(live.Peer(bytes(16), b"\0", b"")),
+        lambda record: live.build_peer(live.Peer(bytes(16), b"drive0", b"")),
+        lambda record: live.build_peer(live.Peer(record.uuid, b"none", b"")),
+        lambda record: live.build_peer(live.Peer(record.uuid, record.name, b"/nowhere")),
+        lambda record: live.build_peer(live.Peer(record.uuid, record.name, b"/dev/zero")),
+    ],
+)
+def test_a_peer_that_is_none_makes_the_device_all_dirty(raw: Path, data: Callable[[Record], bytes]) -> None:
+    in_child(lambda: dm.open("disk0").track().mark(0, 1))
+    replace_peer(b"disk0", data)
+    replace_peer(b"drive0", data)
+    assert both() == (list(range(COUNT)), [0])
+    assert recover(NODE) == {"b0": EXACT}
+    assert recover(DEVICE) == {"d0": ALL_DIRTY}
+    assert both() == (list(range(COUNT)), [0])
+
+
+def test_dump_tells_the_peers(path: Path) -> None:
+    with dm.open("disk0") as image, image.track():
+        for target in {containers.locate(DEVICE).path, os.environ["DIRTMAP_STORE"]}:
+            fields = [field for area in dm.dump(target)["structures"] for field in area.get("fields", [])]
+            assert {"name_size", "store_size"} <= {field["name"] for field in fields}
 
 
 # Real processes, killed in the middle of everything.
