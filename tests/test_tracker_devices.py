@@ -30,7 +30,7 @@ from dirtmap.engine.tracking import recorder
 from dirtmap.engine.tracking.home import Home, HomeChange
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
-from dirtmap.fmt.store import Record
+from dirtmap.fmt.store import KIND_DEVICE, Record
 from dirtmap.tools.cli import main
 
 SIZE = 64 << 20
@@ -729,6 +729,34 @@ def test_set_root_after_a_death_takes_the_session_along(path: Path, other: Path,
     assert sessions() == [False, True]
     assert recover(NODE) == {"b0": EXACT}
     no_traces(tmp_path)
+
+
+def test_files_of_a_root_stay_when_its_device_is_tracked_on_another(path: Path, other: Path, tmp_path: Path) -> None:
+    in_child(lambda: dm.open("disk0").track().mark(3 * GRANULE, 1))
+    containers.host().set_root("disk0", "other", content_unchanged=True)
+    with dm.open("disk0") as image, image.track() as tracker:
+        tracker.mark(4 * GRANULE, 1)
+        assert both() == ([3, 4], [3])
+        assert recover(NODE) == {"b0": EXACT}
+    assert both() == ([3, 4], [3])
+    no_traces(tmp_path)
+
+
+def test_a_device_that_gets_another_root_while_tracking_begins_is_refused(
+    path: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dm.open("disk0") as image, monkeypatch.context() as patch:
+        enter = recorder.Recorder._enter
+
+        def entering(tracker: recorder.Recorder, change: HomeChange) -> None:
+            if change.record.kind == KIND_DEVICE:
+                change.record = replace(change.record, root_uuid=bytes(16))
+            enter(tracker, change)
+
+        patch.setattr(recorder.Recorder, "_enter", entering)
+        with pytest.raises(dm.BitmapError, match="try again"):
+            image.track()
+    assert sessions() == [False, False]
 
 
 def test_a_device_of_another_size_than_its_root_is_refused(raw: Path) -> None:
