@@ -605,9 +605,10 @@ class Shared:
         self.started = halves[2 * COUNT :]
 
 
-def tracking(seed: int, shared: Shared) -> None:
-    """What the child does until it is killed: marks by threads, beside cuts and saves."""
+def tracking(seed: int, shared: Shared, path: Path) -> None:
+    """What the child does until it is killed: marks by threads, with writes to a raw root, beside cuts and saves."""
     rng = random.Random(seed)
+    fd = os.open(path, os.O_RDWR)
     tracker = dm.open("disk0").track(save_interval=0, region_size=1 << 20)
 
     def work(number: int) -> None:
@@ -617,6 +618,8 @@ def tracking(seed: int, shared: Shared) -> None:
             mark(shared.asked, offset, length)
             with tracker.write(offset, length):
                 mark(shared.returned, offset, length)
+                if path.suffix == ".raw":
+                    os.pwrite(fd, b"x", offset)
             time.sleep(0.001)
 
     for number in range(3):
@@ -633,14 +636,14 @@ def tracking(seed: int, shared: Shared) -> None:
 
 def kill_often(folder: Path, kills: int, root: Callable[[Path], Path]) -> int:
     """Kills trackers of a device; both namespaces have what had returned, and no more than was asked for."""
-    make(folder, root)
+    path = make(folder, root)
     shared, rng = Shared(), random.Random(kills)
     for number in range(kills):
         shared.started[0] = 0
         pid = os.fork()
         if pid == 0:
             try:
-                tracking(number, shared)
+                tracking(number, shared, path)
             except BaseException as error:
                 print(repr(error), file=sys.stderr)
             finally:
