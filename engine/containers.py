@@ -204,13 +204,13 @@ def open(target: Target, *, store: str | None = None, index: str | None = None, 
     try:
         image = Image(place.path, force_share=force_share)
     except LockedError:
-        if tracked := _tracked(place.path, here):
+        if (tracked := _tracked(place.path, here)) is not None:
             return tracked  # whoever has it open: the bitmaps are in the store
         raise
     try:
         if image.uuid is not None and image.name is not None and here.exists():
             here().refuse_twin(image.path, image.name, image.uuid)
-            if tracked := _tracked(image.path, here, (image.name, image.uuid)):
+            if (tracked := _tracked(image.path, here, (image.name, image.uuid))) is not None:
                 image.close()
                 return tracked
             here().keep(image)
@@ -307,14 +307,14 @@ def describe(
         try:
             info = describe(file, force_share=force_share)
         except LockedError:
-            if not (tracked := _tracked(place.path, here)):
+            if (tracked := _tracked(place.path, here)) is None:
                 raise
             with tracked:
                 return tracked.info()
     if info.uuid is None or info.node is None or not here.exists():
         return info
     here().refuse_twin(info.path, info.node, info.uuid)
-    if tracked := _tracked(place.path, here, (info.node, info.uuid)):
+    if (tracked := _tracked(place.path, here, (info.node, info.uuid))) is not None:
         with tracked:
             return tracked.info()
     return here().marked_busy(info)
@@ -387,7 +387,7 @@ def recover(
         raise _a_whole_store(place.path)
     from dirtmap.engine.qcow2.image import Keeper, read_identity, recover
 
-    if tracked := _tracked(place.path, here):
+    if (tracked := _tracked(place.path, here)) is not None:
         with tracked:
             return tracked.recover(names)
     identity = read_identity(place.path)

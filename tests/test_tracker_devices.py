@@ -29,6 +29,8 @@ from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import recorder
 from dirtmap.engine.tracking.home import Home, HomeChange
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import live
+from dirtmap.fmt.store import KIND_DEVICE, Record
 from dirtmap.tools.cli import main
 
 SIZE = 64 << 20
@@ -316,6 +318,20 @@ def test_exact_after_sigkill_in_either_order(path: Path, tmp_path: Path, order: 
     assert both() == ([5, 6, 7], [5, 6, 7])
 
 
+def test_neither_needs_bitmaps(path: Path, tmp_path: Path) -> None:
+    for target in BOTH:
+        with dm.open(target) as image, image.transaction() as bitmaps:
+            bitmaps.clear()
+    with dm.open("disk0") as image, image.track() as tracker:
+        tracker.mark(0, 1)
+    assert sessions() == [False, False]
+    in_child(lambda: dm.open("disk0").track().mark(0, 1))
+    assert sessions() == [True, True]
+    assert recover(NODE) == {}
+    assert sessions() == [False, False]
+    no_traces(tmp_path)
+
+
 @pytest.mark.parametrize("order", [BOTH, BOTH[::-1]], ids=["device first", "root first"])
 @pytest.mark.parametrize("intent", ["region", "off"])
 def test_a_power_loss_leaves_a_superset_of_both(
@@ -531,6 +547,51 @@ def test_power_loss_at_any_of_many_moments_loses_no_mark_of_either(
     print(lose_power(tmp_path, root, 100 + seed, 200, 500), "crashes")
 
 
+# What a damaged or hostile store says of peers.
+
+
+def replace_peer(name: bytes, data: Callable[[Record], bytes]) -> None:
+    with Store(os.environ["DIRTMAP_STORE"]) as target, target.change() as change:
+        record = change.table.get(name)
+        assert record
+        kept = tuple(item for item in record.extensions if item[0] != live.EXTENSION_PEER)
+        change.table.put(replace(record, extensions=(*kept, (live.EXTENSION_PEER, data(record)))))
+
+
+def itself(record: Record) -> bytes:
+    return live.build_peer(live.Peer(record.uuid, record.name, b""))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        itself,
+        lambda record: itself(record)[:-1],
+        lambda record: b"",
+        lambda record: live.build_peer(live.Peer(bytes(16), b"\0", b"")),
+        lambda record: live.build_peer(live.Peer(bytes(16), b"drive0", b"")),
+        lambda record: live.build_peer(live.Peer(record.uuid, b"none", b"")),
+        lambda record: live.build_peer(live.Peer(record.uuid, record.name, b"/nowhere")),
+        lambda record: live.build_peer(live.Peer(record.uuid, record.name, b"/dev/zero")),
+    ],
+)
+def test_a_peer_that_is_none_makes_the_device_all_dirty(raw: Path, data: Callable[[Record], bytes]) -> None:
+    in_child(lambda: dm.open("disk0").track().mark(0, 1))
+    replace_peer(b"disk0", data)
+    replace_peer(b"drive0", data)
+    assert both() == (list(range(COUNT)), [0])
+    assert recover(NODE) == {"b0": EXACT}
+    assert recover(DEVICE) == {"d0": ALL_DIRTY}
+    assert both() == (list(range(COUNT)), [0])
+
+
+def test_dump_tells_the_peers(path: Path) -> None:
+    with dm.open("disk0") as image, image.track():
+        for target in {containers.locate(DEVICE).path, os.environ["DIRTMAP_STORE"]}:
+            fields = [field for area in dm.dump(target)["structures"] for field in area.get("fields", [])]
+            assert {"name_size", "store_size"} <= {field["name"] for field in fields}
+
+
 # Real processes, killed in the middle of everything.
 
 
@@ -544,9 +605,10 @@ class Shared:
         self.started = halves[2 * COUNT :]
 
 
-def tracking(seed: int, shared: Shared) -> None:
-    """What the child does until it is killed: marks by threads, beside cuts and saves."""
+def tracking(seed: int, shared: Shared, path: Path) -> None:
+    """What the child does until it is killed: marks by threads, with writes to a raw root, beside cuts and saves."""
     rng = random.Random(seed)
+    fd = os.open(path, os.O_RDWR)
     tracker = dm.open("disk0").track(save_interval=0, region_size=1 << 20)
 
     def work(number: int) -> None:
@@ -556,6 +618,8 @@ def tracking(seed: int, shared: Shared) -> None:
             mark(shared.asked, offset, length)
             with tracker.write(offset, length):
                 mark(shared.returned, offset, length)
+                if path.suffix == ".raw":
+                    os.pwrite(fd, b"x", offset)
             time.sleep(0.001)
 
     for number in range(3):
@@ -572,14 +636,14 @@ def tracking(seed: int, shared: Shared) -> None:
 
 def kill_often(folder: Path, kills: int, root: Callable[[Path], Path]) -> int:
     """Kills trackers of a device; both namespaces have what had returned, and no more than was asked for."""
-    make(folder, root)
+    path = make(folder, root)
     shared, rng = Shared(), random.Random(kills)
     for number in range(kills):
         shared.started[0] = 0
         pid = os.fork()
         if pid == 0:
             try:
-                tracking(number, shared)
+                tracking(number, shared, path)
             except BaseException as error:
                 print(repr(error), file=sys.stderr)
             finally:
@@ -668,6 +732,34 @@ def test_set_root_after_a_death_takes_the_session_along(path: Path, other: Path,
     assert sessions() == [False, True]
     assert recover(NODE) == {"b0": EXACT}
     no_traces(tmp_path)
+
+
+def test_files_of_a_root_stay_when_its_device_is_tracked_on_another(path: Path, other: Path, tmp_path: Path) -> None:
+    in_child(lambda: dm.open("disk0").track().mark(3 * GRANULE, 1))
+    containers.host().set_root("disk0", "other", content_unchanged=True)
+    with dm.open("disk0") as image, image.track() as tracker:
+        tracker.mark(4 * GRANULE, 1)
+        assert both() == ([3, 4], [3])
+        assert recover(NODE) == {"b0": EXACT}
+    assert both() == ([3, 4], [3])
+    no_traces(tmp_path)
+
+
+def test_a_device_that_gets_another_root_while_tracking_begins_is_refused(
+    path: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dm.open("disk0") as image, monkeypatch.context() as patch:
+        enter = recorder.Recorder._enter
+
+        def entering(tracker: recorder.Recorder, change: HomeChange) -> None:
+            if change.record.kind == KIND_DEVICE:
+                change.record = replace(change.record, root_uuid=bytes(16))
+            enter(tracker, change)
+
+        patch.setattr(recorder.Recorder, "_enter", entering)
+        with pytest.raises(dm.BitmapError, match="try again"):
+            image.track()
+    assert sessions() == [False, False]
 
 
 def test_a_device_of_another_size_than_its_root_is_refused(raw: Path) -> None:

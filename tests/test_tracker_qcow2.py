@@ -125,6 +125,25 @@ def test_exact_after_sigkill(path: Path) -> None:
     goes_on(path, "b0", [0, 5, 6])
 
 
+def test_an_image_without_bitmaps_is_tracked_all_the_same(path: Path) -> None:
+    with dm.open(path) as image, image.transaction() as bitmaps:
+        bitmaps.clear()
+    with dm.open(path) as image, image.track():
+        for target in (path, "node:drive0"):
+            with dm.open(target) as other:
+                assert other.tracking()
+            assert "tracked by" in dm.describe(target).notes[0]
+            with pytest.raises(dm.LockedError, match="tracked by"):
+                dm.recover(target)
+    in_child(lambda: dm.open(path).track().mark(0, 1))
+    assert is_marked(path)
+    dm.recover(path)
+    assert not is_marked(path)
+    with dm.open(path) as image:
+        assert image.tracking() is None
+    assert not list(path.parent.glob("*.intent"))
+
+
 def test_logged_regions_after_a_power_loss(path: Path) -> None:
     def act() -> None:
         tracker = dm.open(path).track(region_size=1 << 20)

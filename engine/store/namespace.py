@@ -95,7 +95,7 @@ class StoredImage(Namespace):
             BitmapNotFoundError: no store that is known has it.
         """
         wanted = self._read(lambda _, record: record.root_uuid)
-        if self.find_node and (found := self.find_node(wanted)):
+        if self.find_node and (found := self.find_node(wanted)) is not None:  # one without bitmaps is false
             return found
         for record in self._store.read(lambda snapshot: list(snapshot.table())):
             if record.uuid == wanted and record.kind == store.KIND_NODE:

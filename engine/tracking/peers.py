@@ -61,21 +61,23 @@ class Found:
     needs_files: bool
 
 
-def find(path: str, peer: Peer, session: bytes) -> Found:
+def find(path: str, peer: Peer, session: bytes, *, of_node: bool) -> Found:
     """The peer's record as it is now.
 
     Args:
         path: of the store whose record names the peer.
         peer: as it names it.
         session: UUID of the session.
+        of_node: the record is a node's, whose peer has to be a device; else it is the other way round.
     """
     try:
         with Store(path_of(path, peer)) as target:
             record = target.read(lambda snapshot: snapshot.table().get(peer.name))
     except (FormatError, LockedError, StorageError):
         return Found(None, True)
-    data = record.extension(live.EXTENSION_SESSION) if record and record.uuid == peer.uuid else None
-    named = data is not None and data[: len(session)] == session
+    if record is None or record.uuid != peer.uuid or (record.kind == store.KIND_DEVICE) != of_node:
+        return Found(None, False)
+    named = (record.extension(live.EXTENSION_SESSION) or b"")[: len(session)] == session
     return Found(record if named else None, named)
 
 
@@ -84,7 +86,7 @@ def unsettled(path: str, record: Record) -> Peer | None:
     session, peer = record.extension(live.EXTENSION_SESSION), peer_of(record)
     if record.kind == store.KIND_DEVICE or session is None or peer is None:
         return None
-    return peer if find(path, peer, session[:16]).record else None
+    return peer if find(path, peer, session[:16], of_node=True).record else None
 
 
 def settle(target: Store, name: bytes) -> None:
@@ -139,5 +141,6 @@ def confirm(change: Change, root: Record, before: Identity, after: Identity) -> 
 def _confirm(change: Change, peer: Peer, before: Identity, after: Identity) -> None:
     record = change.table.get(peer.name)
     ended = record is not None and record.extension(live.EXTENSION_SESSION) is None
-    if record and ended and record.uuid == peer.uuid and record.identity == before:
+    same = record is not None and record.uuid == peer.uuid and record.kind == store.KIND_DEVICE
+    if record and ended and same and record.identity == before:
         change.table.put(replace(record, identity=after))

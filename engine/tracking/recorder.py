@@ -206,12 +206,12 @@ class Recorder:
                 what = f"has {view.record.size} bytes, and its root {self.size}; 'device set-root' adopts the new size"
                 raise BitmapError(view.where, what)
         views.append(change)
-        self._where, record = views[0].where, views[0].record
+        self._where = views[0].where
         region_bits = options.region_bits(self.size)
         finest = min(
             [region_bits, 16, *(view.entries[name].granularity_bits for view in views for name in view.recording)]
         )
-        name = uuid.UUID(bytes=record.uuid).hex
+        name = uuid.UUID(bytes=node.uuid).hex  # which has the session for as long as anybody needs the files
         live_path = os.path.join(folder, name)
         pid, start = process.own()
         session = live.Session(
@@ -229,7 +229,7 @@ class Recorder:
             image_mtime=identity.mtime_ns,
             image_size=identity.size,
             live=os.fsencode(live_path),
-            log_path=os.fsencode(f"{os.path.abspath(self._home.store.path)}.{name}.intent"),
+            log_path=os.fsencode(f"{os.path.abspath(change.snapshot.file.path)}.{name}.intent"),
         )
         for home in self._homes:
             home.session = session
@@ -256,12 +256,14 @@ class Recorder:
 
     def _enter(self, change: HomeChange) -> None:
         """Has a home's record name the session."""
-        if change.record.size != self.size:
+        peer = self._peers[0 if change.record.kind == store.KIND_DEVICE else -1]
+        moved = peer is not None and change.record.kind == store.KIND_DEVICE and change.record.root_uuid != peer.uuid
+        if change.record.size != self.size or moved:
             raise BitmapError(change.where, "its image changed while tracking began; try again")
         for name in change.recording:
             change.set_window(name, Window(0))
         change.session = self._session
-        change.peer = self._peers[0 if change.record.kind == store.KIND_DEVICE else -1]
+        change.peer = peer
 
     def _withdraw(self, node: Home, undo: contextlib.ExitStack) -> None:
         """Takes the session from the node again: it did not begin."""

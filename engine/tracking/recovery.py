@@ -140,7 +140,7 @@ class View:
         self._root: Record | None = record
         if record.kind == store.KIND_DEVICE and not alive:
             peer = peers.peer_of(record)
-            self._root = peers.find(self._path, peer, session.uuid).record if peer else None
+            self._root = peers.find(self._path, peer, session.uuid, of_node=False).record if peer else None
         facts = Facts(
             alive=alive,
             changed=None if alive else self._changed(record, log),
@@ -187,7 +187,8 @@ class View:
         session's other namespace still needs stays: whichever ends last removes it.
         """
         peer = peers.peer_of(self._record)
-        if peer and peers.find(self._path, peer, self.session.uuid).needs_files:
+        of_node = self._record.kind != store.KIND_DEVICE
+        if peer and peers.find(self._path, peer, self.session.uuid, of_node=of_node).needs_files:
             return
         if livefile.is_of(os.fsdecode(self.session.live), self.session.uuid):
             livefile.remove_files(os.fsdecode(self.session.live))
