@@ -736,7 +736,7 @@ def test_set_root_after_a_death_takes_the_session_along(path: Path, other: Path,
 
 def test_files_of_a_root_stay_when_its_device_is_tracked_on_another(path: Path, other: Path, tmp_path: Path) -> None:
     in_child(lambda: dm.open("disk0").track().mark(3 * GRANULE, 1))
-    containers.host().set_root("disk0", "other", content_unchanged=True)
+    containers.this_host().set_root("disk0", "other", content_unchanged=True)
     with dm.open("disk0") as image, image.track() as tracker:
         tracker.mark(4 * GRANULE, 1)
         assert both() == ([3, 4], [3])
