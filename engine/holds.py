@@ -7,27 +7,13 @@ more.
 
 from __future__ import annotations
 
-import functools
-import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from dirtmap.engine.process import Process, this_process
 from dirtmap.fmt.errors import printable
 from dirtmap.fmt.store import EXTENSION_HOLD, HOLD, Record
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """A process of this host, once and for all: its number, its start in clock ticks since boot, the boot's UUID."""
-
-    number: int
-    start: int
-    boot_id: bytes
-
-    def lives(self) -> bool:
-        """False where it is known to have ended."""
-        return self.boot_id == boot_id() and started(self.number) == self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +27,6 @@ class Hold:
 
     def __str__(self) -> str:
         return f"'{printable(self.owner)}' (process {self.process.number})"
-
-
-@functools.cache
-def boot_id() -> bytes:
-    """16 bytes that are others after the next boot."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return uuid.UUID(file.read().strip()).bytes
-
-
-def started(process: int) -> int | None:
-    """When a process began, in clock ticks since boot; None where there is none, or only what is left of it."""
-    try:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
-def this_process() -> Process:
-    """The process that asks."""
-    number = os.getpid()
-    return Process(number, started(number) or 0, boot_id())
 
 
 def hold(bitmap: bytes, owner: str) -> Hold:

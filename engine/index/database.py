@@ -26,7 +26,7 @@ import crc32c
 import lmdb
 from construct import Int16ul, Int32ul, Int64ul, Struct
 
-from dirtmap.engine.holds import started
+from dirtmap.engine.process import start_of
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import StorageError
 
@@ -422,7 +422,7 @@ def _remove_leftovers(path: str) -> None:
     folder, start = os.path.dirname(path), os.path.basename(path) + _NEW
     for name in os.listdir(folder):
         maker = name.removeprefix(start).partition("-")[0]
-        if name.startswith(start) and maker.isdecimal() and started(int(maker)) is None:
+        if name.startswith(start) and maker.isdecimal() and start_of(int(maker)) is None:
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
 

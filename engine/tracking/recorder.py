@@ -16,9 +16,10 @@ from typing import Any, Final, Self
 from dirtmap.engine import fileio, holds
 from dirtmap.engine.bitmap import Bitmap
 from dirtmap.engine.namespace import decode_name, label
+from dirtmap.engine.process import this_process
 from dirtmap.engine.store.bitmaps import doubts
 from dirtmap.engine.store.identity import identity_of
-from dirtmap.engine.tracking import livefile, process, recovery
+from dirtmap.engine.tracking import livefile, recovery
 from dirtmap.engine.tracking.home import Home, HomeChange, View
 from dirtmap.engine.tracking.intent import IntentLog
 from dirtmap.engine.tracking.livefile import (
@@ -213,12 +214,12 @@ class Recorder:
         )
         name = uuid.UUID(bytes=node.uuid).hex  # which has the session for as long as anybody needs the files
         live_path = os.path.join(folder, name)
-        pid, start = process.own()
+        me = this_process()
         session = live.Session(
             uuid=uuid.uuid4().bytes,
-            boot_id=process.boot_id(),
-            pid=pid,
-            process_start=start,
+            boot_id=me.boot_id,
+            pid=me.number,
+            process_start=me.start,
             started=time.time_ns(),
             intent=INTENTS[options.intent],
             region_bits=region_bits,

@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dirtmap.engine import bits, fileio
+from dirtmap.engine.process import Process, boot_id
 from dirtmap.engine.store.identity import identity_of
-from dirtmap.engine.tracking import intent, livefile, peers, process
+from dirtmap.engine.tracking import intent, livefile, peers
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
@@ -134,7 +135,7 @@ class View:
         if alive and self.found is None:
             # The store moves on before live files go: then this is read again.
             where = f"{snapshot.file.path}: session of {record.name!r}"
-            raise FormatError(where, f"tracked by {process.describe(session)}, whose live files cannot be read")
+            raise FormatError(where, f"tracked by {tracker_of(session)}, whose live files cannot be read")
         log = None if alive else intent.read_log(session, record.size)
         self.identity = _look_at(record)
         self._root: Record | None = record
@@ -144,7 +145,7 @@ class View:
         facts = Facts(
             alive=alive,
             changed=None if alive else self._changed(record, log),
-            same_boot=session.boot_id == process.boot_id(),
+            same_boot=session.boot_id == boot_id(),
             live=self.found is not None,
             poisoned=self.found is not None and bool(self.found.poisoned),
             log=log is not None and session.intent == live.INTENT_REGION,
@@ -163,7 +164,7 @@ class View:
     def note(self) -> str:
         """What a listing says of the namespace."""
         if self.row is Row.LIVE:
-            return f"tracked by {process.describe(self.session)}"
+            return f"tracked by {tracker_of(self.session)}"
         return f"not recovered yet: {self.how}"
 
     @property
@@ -239,7 +240,7 @@ class View:
     def _last_sign(self, log: intent.Logged | None) -> int:
         """Until when a write to the image counts as the tracker's own; ns since 1970."""
         found = self.found
-        if found and self.session.boot_id == process.boot_id():
+        if found and self.session.boot_id == boot_id():
             if not found.in_flight and not found.bare:
                 return found.event
             return max(found.event, found.heartbeat) + int(TOLERANCE_SECONDS * _NS)
@@ -267,10 +268,15 @@ def _look_at(record: Record) -> Identity | None:
         return None
 
 
+def tracker_of(session: live.Session) -> Process:
+    """The process that tracks, or did."""
+    return Process(session.pid, session.process_start, session.boot_id)
+
+
 def is_alive(session: live.Session) -> bool:
     """True while the session's tracker lives: it locks its log; where that is gone, its process tells."""
     held = intent.is_held(session)
-    return process.is_alive(session) if held is None else held
+    return tracker_of(session).lives() if held is None else held
 
 
 def view_of(snapshot: Snapshot, record: Record) -> View | None:
@@ -289,4 +295,4 @@ def refuse_tracked(where: str, session: live.Session | None) -> None:
         LockedError: names the tracker.
     """
     if session and is_alive(session):
-        raise LockedError(where, f"tracked by {process.describe(session)}; ask it, or end it first")
+        raise LockedError(where, f"tracked by {tracker_of(session)}; ask it, or end it first")

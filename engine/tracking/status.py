@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dirtmap.engine import bits
 from dirtmap.engine.store.store import Snapshot
-from dirtmap.engine.tracking import livefile, process
-from dirtmap.engine.tracking.recovery import Row, view_of
+from dirtmap.engine.tracking import livefile
+from dirtmap.engine.tracking.recovery import Row, tracker_of, view_of
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.store import Record
 
@@ -66,7 +66,7 @@ def status_of(snapshot: Snapshot, record: Record) -> Status | None:
         union = livefile.union(found.writesets.values(), record.size, granularity)
         dirty = bits.count(union) * granularity
     return Status(
-        tracker=process.describe(session),
+        tracker=str(tracker_of(session)),
         pid=session.pid,
         alive=view.row is Row.LIVE,
         how=view.how,
