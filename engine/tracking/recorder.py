@@ -99,7 +99,9 @@ class Recorder:
         self._frozen: dict[int, Writeset] = {}
         self._held: dict[str, int] = {}
         self._spare: Writeset | None = None
-        self._ended = threading.Event()
+        # Held to make or take the spare; taken with the lock held, never the other way round.
+        self._spare_guard = threading.Lock()
+        self._ended, self._wake = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
         self._begin()
@@ -294,8 +296,9 @@ class Recorder:
             finest = self._current.granularity_bits
             if granularity is not None:
                 finest = min(finest, granularity.bit_length() - 1)
-            fresh = self._take_spare(finest)
-            old, self._current = self._current, fresh
+            with self._spare_guard:
+                fresh = self._take_spare(finest)
+                old, self._current = self._current, fresh
             self._frozen[old.number] = old
             self._control.fields[CURRENT] = fresh.number  # before anything is marked in it
             self._kernel.swap(fresh)
@@ -303,6 +306,7 @@ class Recorder:
             self._kernel.drain(old)
             with self._changing() as home:
                 edit(home, fresh.number)
+            self._wake.set()  # the next cut needs a spare
             return fresh.number
 
     def _take_spare(self, granularity_bits: int) -> Writeset:
@@ -397,20 +401,21 @@ class Recorder:
         next_save = time.monotonic() + self._options.save_interval
         next_beat, beaten = 0.0, 0
         while True:
-            if self._kernel.failure or self._ended.wait(recovery.HEARTBEAT_SECONDS):
+            if self._kernel.failure or self._ended.is_set():
+                return
+            self._wake.wait(recovery.HEARTBEAT_SECONDS)
+            self._wake.clear()
+            if self._ended.is_set():
                 return
             self._control.fields[HEARTBEAT] = time.time_ns()
             try:
                 if time.monotonic() >= next_beat:
                     next_beat = time.monotonic() + recovery.DURABLE_HEARTBEAT_SECONDS
                     beaten = self._beat(beaten)
-                if self._spare is None and self._lock.acquire(blocking=False):
-                    try:
-                        if self._spare is None and not self._closed:
-                            current = self._current
-                            self._spare = self._new_writeset(current.number + 1, current.granularity_bits)
-                    finally:
-                        self._lock.release()
+                with self._spare_guard:  # not the lock: a cut only waits for this if it wants the very same
+                    if self._spare is None and not self._closed:
+                        current = self._current
+                        self._spare = self._new_writeset(current.number + 1, current.granularity_bits)
                 if self._options.save_interval and time.monotonic() >= next_save:
                     if self._kernel.logged or self._frozen:
                         self.save()
@@ -434,6 +439,7 @@ class Recorder:
 
     def _stop_thread(self) -> None:
         self._ended.set()
+        self._wake.set()
         thread, self._thread = self._thread, None
         if thread and thread is not threading.current_thread():
             # It may be waiting for the lock that we hold.
