@@ -145,3 +145,10 @@ def test_the_first_change_recovers_and_says_so(tmp_path: Path) -> None:
     assert "recovered first: exact: " in dirtmap("add", "drive0", "x").error
     assert dirtmap("recover", "drive0").out == ""
     assert [extent["offset"] for extent in json_of("map", "drive0", "b0", "--dirty")] == [GRANULE]
+
+
+def test_a_transaction_recovers_and_says_so(tmp_path: Path) -> None:
+    killed(tmp_path)
+    document = '{"actions": [{"type": "block-dirty-bitmap-add", "data": {"node": "drive0", "name": "x"}}]}'
+    assert "drive0: recovered first: exact: " in dirtmap("transaction", "-", given=document).error
+    assert [extent["offset"] for extent in json_of("map", "drive0", "b0", "--dirty")] == [GRANULE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,7 @@ import click
 import dirtmap.engine as dm
 from dirtmap.tools import options
 from dirtmap.tools.inputs import read_input
+from dirtmap.tools.output import complain
 from dirtmap.tools.targets import same_container, same_image, usable
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def transaction_command(file: str, store: str | None, index: str | None) -> None
         if not same_container(action.node, node, store, index):
             what = f"'{action.node}' is in another container than '{node}'; a transaction changes one"
             raise dm.UnsupportedError(f"{action.place}.data.node", what)
+    recovered = dict(_dead_trackers({action.node for action in actions}, store, index))
     with (
         contextlib.ExitStack() as others,
         dm.transaction([action.node for action in actions], store=store, index=index) as nodes,
@@ -58,6 +61,16 @@ def transaction_command(file: str, store: str | None, index: str | None) -> None
                 _apply(nodes, action, others, store, index)
             except dm.Error as error:
                 raise dm.Error(f"{action.place}: {error.where}", error.what) from error
+    for node, how in recovered.items():
+        complain(f"{node}: recovered first: {how}")
+
+
+def _dead_trackers(nodes: set[str], store: str | None, index: str | None) -> Iterator[tuple[str, str]]:
+    """What a tracker that has died left to recover: the node, and how. One that lives refuses the transaction."""
+    for node in sorted(nodes):
+        with dm.open(node, store=store, index=index, force_share=True) as image:
+            if tracking := image.tracking():
+                yield node, tracking.how
 
 
 def _apply(
