@@ -23,12 +23,14 @@ from dirtmap.engine.index.reading import Container
 from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image, Keeper, read_identity
 from dirtmap.engine.store import devices, nodes
+from dirtmap.engine.store.bitmaps import EXTENSION_SESSION
 from dirtmap.engine.store.devices import Root
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.namespace import held_by, holding
 from dirtmap.engine.store.store import Change, Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
+from dirtmap.fmt.directory import FLAG_IN_USE
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, StorageError, printable
 from dirtmap.fmt.index import QCOW2, SOUND, Member
 
@@ -346,6 +348,11 @@ class Host:
 
         return self._asking(ask) if os.path.exists(self.store) else {}
 
+    def _is_checked_out(self, name: str, image_uuid: bytes) -> bool:
+        with Store(self.home) as target:
+            record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
+        return record is not None and record.uuid == image_uuid and record.extension(EXTENSION_SESSION) is not None
+
     def find(self, bitmap: str, *, force_share: bool = False) -> list[Hit]:
         """Every bitmap of that name, in all containers that can be read, ordered by holder."""
         raw_name = encode_name(bitmap)
@@ -358,7 +365,10 @@ class Host:
                     if container := sound.get(claim.container):
                         kind = _kind(index, container, holder)
                         name, granularity = decode_name(holder[1:]), 1 << claim.granularity_bits
-                        hits.append(Hit(container, kind, name, bitmap, claim.uuid, claim.flags, granularity))
+                        flags = claim.flags
+                        if flags & FLAG_IN_USE and container.kind == QCOW2 and self._is_checked_out(name, claim.uuid):
+                            flags &= ~FLAG_IN_USE  # its tracker has what the image lacks
+                        hits.append(Hit(container, kind, name, bitmap, claim.uuid, flags, granularity))
             return sorted(hits, key=lambda hit: (hit.holder, hit.container.path))
 
         return self._asking(ask) if os.path.exists(self.store) else []

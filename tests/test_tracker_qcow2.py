@@ -18,6 +18,7 @@ from dirtmap.engine.store.nodes import add_qcow2, remove_node
 from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import checkout
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt.directory import FLAG_IN_USE
 
 SIZE = 64 << 20
 GRANULE = 65536
@@ -348,3 +349,11 @@ def test_a_check_out_that_fails_is_undone_by_the_next(path: Path, monkeypatch: p
         with image.track() as tracker:
             tracker.mark(5 * GRANULE, 1)
     goes_on(path, "b0", [0, 5])
+
+
+def test_a_tracked_image_is_found_with_usable_bitmaps(path: Path) -> None:
+    with dm.open(path) as image, image.track():
+        (hit,) = dm.this_host().find("b0")
+        assert not hit.flags & FLAG_IN_USE
+    (hit,) = dm.this_host().find("b0")
+    assert not hit.flags & FLAG_IN_USE
