@@ -47,7 +47,8 @@ class Structure:
         if len(orders) > 1:
             raise TypeError(f"{name}: more than one byte order")
         self._struct = struct.Struct("".join([*(orders or ">"), *(code for _, code in codes)]))
-        self._bytes = [field for field, subcon in zip(self.fields, declared, strict=True) if _is_bytes(subcon)]
+        self._bytes = [(f.name, f.size) for f, subcon in zip(self.fields, declared, strict=True) if _is_bytes(subcon)]
+        self._names = dict.fromkeys(field.name for field in self.fields).keys()
         self.size: int = self._struct.size
 
     @cached_property  # most commands use a few structures only, and making such a class takes 0.1 ms
@@ -74,11 +75,12 @@ class Structure:
             ValueError: bytes are not as long as their field.
             struct.error: a number is negative or does not fit its field.
         """
-        record = self._record(**values)
-        for field in self._bytes:  # `struct` would pad or cut them
-            if len(values[field.name]) != field.size:
-                raise ValueError(f"{self.name}.{field.name}: {len(values[field.name])} bytes, not {field.size}")
-        return self._struct.pack(*record)
+        for name, size in self._bytes:  # `struct` would pad or cut them
+            if name in values and len(values[name]) != size:
+                raise ValueError(f"{self.name}.{name}: {len(values[name])} bytes, not {size}")
+        if values.keys() != self._names:
+            raise TypeError(f"{self.name} has the fields {', '.join(self._names)}, not {', '.join(values)}")
+        return self._struct.pack(*[values[name] for name in self._names])
 
     def field(self, name: str) -> Field:
         """Where that field lies."""

@@ -107,14 +107,19 @@ class SpaceMap:
         if count > self.per_leaf:
             return self._found_across(count)
         possible = [index for index, free in enumerate(self.free) if free >= count]
-        # Leaves that are written anyway come first. The emptiest come last, so that they stay empty.
-        near = [index for index in possible if index not in self._changed][:_MOST_LEAVES_SEARCHED]
-        emptiest = heapq.nlargest(_MOST_LEAVES_SEARCHED, possible, key=lambda index: self.free[index])
-        for index in dict.fromkeys([*sorted(self._changed.intersection(possible)), *near, *emptiest]):
+        if len(possible) > 1:
+            possible = self._ordered(possible)
+        for index in possible:
             start = _run(~self.leaf(index), count)
             if start is not None and index * self.per_leaf + start + count <= self.clusters:
                 return index * self.per_leaf + start
         return None
+
+    def _ordered(self, possible: list[int]) -> list[int]:
+        """Where to search: leaves that are written anyway first; the emptiest last, so that they stay empty."""
+        near = [index for index in possible if index not in self._changed][:_MOST_LEAVES_SEARCHED]
+        emptiest = heapq.nlargest(_MOST_LEAVES_SEARCHED, possible, key=lambda index: self.free[index])
+        return list(dict.fromkeys([*sorted(self._changed.intersection(possible)), *near, *emptiest]))
 
     def _found_across(self, count: int) -> int | None:
         """The same for more than a leaf shows: the free end of one, whole free ones, the free beginning of another."""
