@@ -281,6 +281,30 @@ def release_bits(change: Change, record: Record, entry: Entry) -> None:
         change.release(Area(entry.table_offset, geometry.packed_bytes(record.size, entry.granularity)))
 
 
+def replace_directory(change: Change, record: Record, old: list[Entry], wanted: list[Entry]) -> Area:
+    """Has a namespace's directory written anew, and gives up the bits that only the old one leads to.
+
+    Args:
+        change: plans all of it.
+        record: of the namespace, as it was.
+        old: its entries so far.
+        wanted: those from now on; those that keep their bits lead to the same place.
+
+    Raises:
+        BitmapError: there are too many.
+    """
+    packed = directory.build_directory(wanted)
+    if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
+        where = f"{change.snapshot.file.path}: {kind_label(record)}"
+        raise BitmapError(where, f"{len(wanted)} bitmaps are more than {directory.MAX_BITMAPS}")
+    kept = {entry.table_offset for entry in wanted}
+    for entry in old:
+        if entry.table_offset not in kept:
+            release_bits(change, record, entry)
+    change.release(record.directory)
+    return change.place(packed)
+
+
 def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap) -> Entry:
     """Has a bitmap's bits written, and makes the entry that leads to them.
 

@@ -21,12 +21,12 @@ from dirtmap.engine.store.bitmaps import (
     read_entries,
     refuse_session,
     refuse_tracked,
-    release_bits,
+    replace_directory,
     tracked_view,
 )
 from dirtmap.engine.store.identity import disk_size, identity_of
 from dirtmap.engine.store.store import Change, Store
-from dirtmap.fmt import directory, store
+from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError
 from dirtmap.fmt.store import Identity, Record
 
@@ -161,10 +161,7 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
             if not unchanged:
                 dirty = dirty.resized(size).recovered()
             placed.append(place_bitmap(change, new, decode_name(entry.name), dirty))
-        for entry in entries:
-            release_bits(change, record, entry)
-        change.release(record.directory)
-        change.table.put(replace(new, directory=change.place(directory.build_directory(placed))))
+        change.table.put(replace(new, directory=replace_directory(change, record, entries, placed)))
 
 
 def remove_device(target: Store, name: str) -> None:

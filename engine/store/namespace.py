@@ -32,7 +32,7 @@ from dirtmap.engine.store.bitmaps import (
     read_entries,
     refuse_tracked,
     refuse_unsettled,
-    release_bits,
+    replace_directory,
     require_same_size,
     settle_device,
     tracked_view,
@@ -42,7 +42,7 @@ from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, StorageError, printable
+from dirtmap.fmt.errors import BitmapNotFoundError, StorageError, printable
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
@@ -349,13 +349,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             wanted.append(place_bitmap(change, record, name, bitmap))
     if wanted == old and not doubted and not view:
         return
-    packed = directory.build_directory(wanted)
-    if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
-        raise BitmapError(bitmaps.where, f"{len(wanted)} bitmaps are more than {directory.MAX_BITMAPS}")
-    for entry in old:
-        if entry.table_offset not in kept:
-            release_bits(change, record, entry)
-    change.release(record.directory)
+    area = replace_directory(change, record, old, wanted)
     identity = record.identity
     if view and view.identity:
         identity = view.identity
@@ -369,7 +363,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
         replace(
             record,
             generation=change.generation,
-            directory=change.place(packed),
+            directory=area,
             nb_bitmaps=len(wanted),
             identity=identity,
             extensions=view.without() if view else record.extensions,

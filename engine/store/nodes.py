@@ -27,11 +27,12 @@ from dirtmap.engine.store.bitmaps import (
     refuse_tracked,
     refuse_unsettled,
     release_bits,
+    replace_directory,
     tracked_view,
 )
 from dirtmap.engine.store.identity import identity_of, is_twin
 from dirtmap.engine.store.store import Change, Store
-from dirtmap.fmt import directory, store
+from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError
 from dirtmap.fmt.store import Record
 
@@ -292,10 +293,7 @@ def resize_node(target: Store, name: str) -> int:
             )
             for entry in entries
         ]
-        for entry in entries:
-            release_bits(change, record, entry)
-        change.release(record.directory)
-        change.table.put(replace(resized, directory=change.place(directory.build_directory(placed))))
+        change.table.put(replace(resized, directory=replace_directory(change, record, entries, placed)))
         return identity.size
 
 

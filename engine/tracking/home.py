@@ -19,7 +19,7 @@ from dirtmap.engine.store.bitmaps import (
     no_namespace,
     place_bitmap,
     read_entries,
-    release_bits,
+    replace_directory,
 )
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking.peers import peer_of
@@ -144,17 +144,9 @@ class HomeChange(View):
         """Plans the new record and directory."""
         change, record = self.change, self.record
         wanted = list(self.entries.values())
-        packed = directory.build_directory(wanted)
-        if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
-            raise BitmapError(self.where, f"{len(wanted)} bitmaps are more than {directory.MAX_BITMAPS}")
-        kept = {entry.table_offset for entry in wanted}
-        for entry in self.found:
-            if entry.table_offset not in kept:
-                release_bits(change, record, entry)
         area = record.directory
         if wanted != self.found:
-            change.release(area)
-            area = change.place(packed)
+            area = replace_directory(change, record, self.found, wanted)
         extensions = [
             item for item in record.extensions if item[0] not in (*live.OF_A_SESSION, live.EXTENSION_CHECKPOINTS)
         ]
