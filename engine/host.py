@@ -23,7 +23,6 @@ from dirtmap.engine.index.reading import Container
 from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image, Keeper, read_identity
 from dirtmap.engine.store import devices, nodes
-from dirtmap.engine.store.bitmaps import EXTENSION_SESSION
 from dirtmap.engine.store.devices import Root
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.namespace import held_by, holding
@@ -292,21 +291,23 @@ class Host:
 
     def _claims(self, name: str) -> list[Found]:
         raw_name = encode_name(name)
+        unique: dict[bytes, Found] = {}
+        for found in self._in_stores(lambda index: index.namespaces(raw_name)):
+            unique.setdefault(found.uuid, found)
+        return list(unique.values())
+
+    def _in_stores(self, claims: Callable[[Index], list[tuple[int, Member]]]) -> list[Found]:
+        """Those of an index's claims that a store of the host makes."""
 
         def ask(index: Index) -> list[Found]:
             stores = self.stores()
-            paths = {index.path_of(container): (container, member) for container, member in index.namespaces(raw_name)}
             return [
                 self._found(path, member)
-                for path, (_, member) in paths.items()
+                for path, member in ((index.path_of(number), member) for number, member in claims(index))
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
 
-        claims = self._asking(ask) if os.path.exists(self.store) else []
-        unique: dict[bytes, Found] = {}
-        for found in claims:
-            unique.setdefault(found.uuid, found)
-        return list(unique.values())
+        return self._asking(ask) if os.path.exists(self.store) else []
 
     def _found(self, path: str, member: Member) -> Found:
         return Found(
@@ -321,37 +322,19 @@ class Host:
 
     def by_uuid(self, namespace_uuid: bytes) -> Found | None:
         """The node of that UUID, as far as a store of the host knows it."""
-
-        def ask(index: Index) -> list[Found]:
-            stores = self.stores()
-            claims = [(index.path_of(number), member) for number, member in index.carriers(namespace_uuid)]
-            return [
-                self._found(path, member)
-                for path, member in claims
-                if path in stores and member.kind != store.KIND_CONTAINER
-            ]
-
-        found = self._asking(ask) if os.path.exists(self.store) else []
+        found = self._in_stores(lambda index: index.carriers(namespace_uuid))
         return found[0] if found else None
 
     def devices_of(self, root: bytes) -> dict[str, list[bytes]]:
         """The devices whose root has that UUID: raw names by the path of their store."""
+        names: dict[str, list[bytes]] = {}
+        for found in self._in_stores(lambda index: index.devices(root)):
+            names.setdefault(found.store, []).append(encode_name(found.name))
+        return names
 
-        def ask(index: Index) -> dict[str, list[bytes]]:
-            stores = self.stores()
-            found: dict[str, list[bytes]] = {}
-            for container, member in index.devices(root):
-                path = index.path_of(container)
-                if path in stores:
-                    found.setdefault(path, []).append(member.name)
-            return found
-
-        return self._asking(ask) if os.path.exists(self.store) else {}
-
-    def _is_checked_out(self, name: str, image_uuid: bytes) -> bool:
+    def _is_checked_out(self, path: str, name: str, image_uuid: bytes) -> bool:
         with Store(self.home) as target:
-            record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
-        return record is not None and record.uuid == image_uuid and record.extension(EXTENSION_SESSION) is not None
+            return nodes.is_checked_out(target, path, name, str(uuid.UUID(bytes=image_uuid)))
 
     def find(self, bitmap: str, *, force_share: bool = False) -> list[Hit]:
         """Every bitmap of that name, in all containers that can be read, ordered by holder."""
@@ -366,7 +349,8 @@ class Host:
                         kind = _kind(index, container, holder)
                         name, granularity = decode_name(holder[1:]), 1 << claim.granularity_bits
                         flags = claim.flags
-                        if flags & FLAG_IN_USE and container.kind == QCOW2 and self._is_checked_out(name, claim.uuid):
+                        in_use = flags & FLAG_IN_USE and container.kind == QCOW2
+                        if in_use and self._is_checked_out(container.path, name, claim.uuid):
                             flags &= ~FLAG_IN_USE  # its tracker has what the image lacks
                         hits.append(Hit(container, kind, name, bitmap, claim.uuid, flags, granularity))
             return sorted(hits, key=lambda hit: (hit.holder, hit.container.path))
@@ -379,8 +363,7 @@ class Host:
         if name.startswith(RESERVED):
             raise BitmapError(f"node '{name}'", f"names that begin with '{RESERVED}' are reserved")
         for found in self._claims(name):
-            kind = store.KIND_NAMES[found.kind].replace("place", "node")
-            raise BitmapError(f"{found.store}: {kind} '{name}'", "the name is taken")
+            raise BitmapError(f"{found.store}: {found.what} '{name}'", "the name is taken")
 
     def require(self, name: str, *kinds: int) -> Found:
         """The node or device of that name.
