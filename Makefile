@@ -40,7 +40,7 @@ test: setup tools ## run the tests, but for the longest
 	$(BIN)/pytest -m 'not long'
 
 test-long: setup tools ## run all tests, exhaustive searches included
-	$(BIN)/pytest
+	$(BIN)/pytest -o faulthandler_timeout=7200
 
 lint: setup ## check style, types and who imports whom
 	$(BIN)/ruff check

@@ -232,12 +232,15 @@ def test_a_cut_waits_for_the_writes_that_began_before_it(tracker: Tracker) -> No
 
     thread = threading.Thread(target=cut)
     thread.start()
-    while tracker._current.number == 0:
-        pass
+    while tracker._kernel._state.writeset.number == 0:  # the swap, not merely the beginning of the cut
+        time.sleep(0)
     with tracker.write(GRANULE, 1):  # of the new interval, so nobody waits for it
-        assert not done.wait(0.1)
-        tracker.end(ticket)
-        thread.join()
+        try:
+            assert not done.wait(0.1)
+        finally:
+            tracker.end(ticket)
+        assert done.wait(60)
+    thread.join()
     assert dirty(tracker.changed_since("monday")) == [1]
     assert dirty(tracker.bitmap("b0")) == [0, 1]
 
