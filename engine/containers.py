@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from dirtmap.engine.fileio import File, open_file
+from dirtmap.engine.fileio import open_file
 from dirtmap.engine.namespace import ImageInfo, Namespace, Recovery, Transaction, encode_name
-from dirtmap.fmt import qcow2
+from dirtmap.engine.probe import STORE, probe, probe_path
 from dirtmap.fmt.errors import (
     BitmapError,
     BitmapNotFoundError,
@@ -29,9 +29,6 @@ from dirtmap.fmt.errors import (
 if TYPE_CHECKING:
     from dirtmap.engine.host import Host
     from dirtmap.engine.report import CheckReport
-
-QCOW2, STORE = "qcow2", "dirtmap"
-_STORE_MAGIC = b"DMS\xfb"  # fmt.store.MAGIC; that module is imported only where there is a store
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,23 +138,6 @@ def locate(target: Target, store: str | None = None, index: str | None = None) -
     return Place(found.container, found.name if found.in_store else None)
 
 
-def probe(path: str) -> str | None:
-    """``qcow2``, ``dirtmap`` (a store) or None.
-
-    Raises:
-        StorageError: cannot be opened or read.
-    """
-    with open_file(path) as file:
-        return _kind(file)
-
-
-def _kind(file: File) -> str | None:
-    if file.read(0, 4) == qcow2.MAGIC:
-        return QCOW2
-    # Any of the four header copies: damage to one must not hide a store.
-    return STORE if any(file.read(at, 4) == _STORE_MAGIC for at in range(0, 4 * 4096, 4096)) else None
-
-
 def require_format(target: Target, wanted: str | None) -> None:
     """Holds a user's ``-f`` against what the container is.
 
@@ -165,7 +145,7 @@ def require_format(target: Target, wanted: str | None) -> None:
         FormatError: it is something else.
     """
     path = locate(target).path
-    if wanted and wanted != probe(path):
+    if wanted and wanted != probe_path(path):
         raise FormatError(path, f"not of format {wanted}")
 
 
@@ -197,7 +177,7 @@ def open(target: Target, *, store: str | None = None, index: str | None = None, 
             stored.find_node = lambda node: _open_node(node, here)
             stack.pop_all()
             return stored
-    if probe(place.path) == STORE:
+    if probe_path(place.path) == STORE:
         raise _a_whole_store(place.path)
     from dirtmap.engine.qcow2.image import Image
 
@@ -297,7 +277,7 @@ def describe(
         with open(place, store=here.store, index=here.index) as image:
             return image.info()
     with open_file(place.path) as file:
-        if _kind(file) == STORE:
+        if probe(file) == STORE:
             from dirtmap.engine.store.namespace import describe_store
 
             with here().opened(place.path) as opened:
@@ -383,7 +363,7 @@ def recover(
     if place.node is not None:
         with open(place, store=here.store, index=here.index) as image:
             return image.recover(names)
-    if probe(place.path) == STORE:
+    if probe_path(place.path) == STORE:
         raise _a_whole_store(place.path)
     from dirtmap.engine.qcow2.image import Keeper, read_identity, recover
 
@@ -410,7 +390,7 @@ def check(
     See `dirtmap.engine.qcow2.check.check` and `dirtmap.engine.store.check.check`.
     """
     path = locate(target).path
-    if probe(path) == STORE:
+    if probe_path(path) == STORE:
         from dirtmap.engine.store.check import check as check_store
 
         return check_store(path, repair=repair, progress=progress)
@@ -422,7 +402,7 @@ def check(
 def dump(target: Target, *, with_hex: bool = False, force_share: bool = False) -> dict[str, Any]:
     """Every structure on disk, as far as it can be read; see `dirtmap.engine.qcow2.dump.dump`."""
     path = locate(target).path
-    if probe(path) == STORE:
+    if probe_path(path) == STORE:
         from dirtmap.engine.store.dump import dump as dump_store
 
         return dump_store(path, with_hex=with_hex)

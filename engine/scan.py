@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from dirtmap.engine.host import Host, remember_container
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.namespace import decode_name
+from dirtmap.engine.probe import probe_path
 from dirtmap.engine.store import devices
 from dirtmap.engine.store.identity import identity_of, is_twin
 from dirtmap.engine.store.store import Change, Store
-from dirtmap.fmt import qcow2, store
+from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
 from dirtmap.fmt.errors import Error, StorageError
 from dirtmap.fmt.index import DAMAGED, HELD, QCOW2, STORE, Member
@@ -90,7 +91,7 @@ def scan(
         for done, (path, known) in enumerate(files):
             if progress and done % 64 == 0:
                 progress(done, len(files))
-            if known or path in known_paths or _looks_like_container(path):
+            if known or path in known_paths or _is_container(path):
                 yield path
         if progress:
             progress(len(files), len(files))
@@ -146,18 +147,11 @@ def _files(roots: list[str]) -> Iterator[tuple[str, bool]]:
                         yield entry.path, False
 
 
-def _looks_like_container(path: str) -> bool:
+def _is_container(path: str) -> bool:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        magics = [os.pread(fd, 4, at) for at in range(0, store.RESERVED, store.BLOCK)]
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return magics[0] == qcow2.MAGIC or store.MAGIC in magics
+        return probe_path(path) is not None
+    except StorageError:
+        return False  # not ours to read, or gone meanwhile
 
 
 class _Registration:

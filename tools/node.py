@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.containers import QCOW2, probe, remember, this_host
+from dirtmap.engine.containers import remember, this_host
+from dirtmap.engine.probe import QCOW2, probe_path
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
@@ -41,7 +42,7 @@ def add_command(name: str, image: str, store: str | None, index: str | None, new
     is. For anything else (a raw file, a block device) the store will hold the bitmaps.
     """
     here = this_host(store, index)
-    if probe(image) == QCOW2:
+    if probe_path(image) == QCOW2:
         here.add_qcow2(name, image, new_identity=new_identity)
     elif new_identity:
         raise click.UsageError("--new-identity is for qcow2 images.")

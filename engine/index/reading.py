@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from dirtmap.engine import locks
-from dirtmap.engine.fileio import File, open_file
+from dirtmap.engine import locks, probe
+from dirtmap.engine.fileio import open_file
 from dirtmap.engine.qcow2.image import read_session
 from dirtmap.engine.qcow2.layout import Layout
 from dirtmap.engine.store.bitmaps import read_entries
 from dirtmap.engine.store.store import Snapshot, Store
-from dirtmap.fmt import qcow2, store
+from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError
 from dirtmap.fmt.index import (
     DAMAGED,
@@ -31,7 +31,6 @@ from dirtmap.fmt.index import (
     members_key,
     namespaces_in,
 )
-from dirtmap.fmt.store import MAGIC as STORE_MAGIC
 
 Get = Callable[[bytes], bytes | None]
 Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity
@@ -111,18 +110,17 @@ def look(get: Get, path: str, known: Container | None, force_share: bool) -> Rea
     except OSError as error:
         raise StorageError(path, error.strerror or str(error)) from error
     now = Fingerprint(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-    if known and known.kind == STORE and _is_store(path):
+    if known and known.kind == STORE and probe.probe_path(path) == probe.STORE:
         return _look_at_store(get, path, known, now)
     if known and known.condition != HELD and not known.racy and known.fingerprint == now:
         return None
     # Before reading: what changes from here on looks different next time, or is racy.
     racy = time.time_ns() - max(now.mtime, now.ctime) < _RACY_NS
-    with open_file(path) as file:
-        magic = file.read(0, 4)
+    kind = probe.probe_path(path)
     blank = Container(path, known.number if known else 0, FAULTY, DAMAGED, racy, now)
-    if magic == qcow2.MAGIC:
+    if kind == probe.QCOW2:
         return _read_image(blank._replace(kind=QCOW2), force_share)
-    if _is_store(path):
+    if kind == probe.STORE:
         return _look_at_store(get, path, blank._replace(kind=STORE), now)
     return Reading(blank, {0: (NO_AREA, [])}, FormatError(path, "neither a qcow2 image nor a store"))
 
@@ -209,12 +207,3 @@ def _read_image(blank: Container, force_share: bool) -> Reading:
         return Reading(blank._replace(condition=DAMAGED), nothing, error)
     found = blank._replace(condition=SOUND, uuid=member.uuid, racy=blank.racy or held)
     return Reading(found, {0: (NO_AREA, [(member, bitmaps)])})
-
-
-def _is_store(path: str) -> bool:
-    with open_file(path) as file:
-        return any(_magic(file, at) == STORE_MAGIC for at in range(0, store.RESERVED, store.BLOCK))
-
-
-def _magic(file: File, at: int) -> bytes:
-    return file.read(at, len(STORE_MAGIC))
