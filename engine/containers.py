@@ -1,7 +1,7 @@
 """The way in: what a target means, which kind of container holds it, and the room that knows that kind.
 
 "disk.qcow2", "file:a b"      a path: a qcow2 image, or a whole store
-"drive0", "node:drive0"       a node or device, wherever its container is; see `dirtmap.engine.host`
+"drive0", "node:drive0"       a node or device, wherever its container is; see `dirtmap.engine.names`
 """
 
 from __future__ import annotations

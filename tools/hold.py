@@ -30,7 +30,7 @@ def hold_command(ctx: click.Context, target: Target, bitmap: str, command: tuple
     """
     import subprocess
 
-    with dm.open(target, **options.where(ctx)) as image, image.hold(bitmap, owner or command[0]):
+    with dm.open(target) as image, image.hold(bitmap, owner or command[0]):
         try:
             status = subprocess.run(command, check=False).returncode
         except FileNotFoundError:

@@ -128,7 +128,7 @@ class Lookup:
     @staticmethod
     def _read(store: Store, node: str) -> tuple[bytes, frozenset[bytes]] | None:
         def read(snapshot: Snapshot) -> tuple[bytes, frozenset[bytes]] | None:
-            record = snapshot.table().get(encode_name(node))
+            record = snapshot.record(encode_name(node))
             if record is None:
                 return None
             return record.uuid, frozenset(entry.name for entry in read_entries(snapshot, record))

@@ -35,6 +35,16 @@ def no_namespace(path: str, name: bytes) -> BitmapError:
     return BitmapError(f"{path}: {namespace_label(name)}", "there is no such namespace")
 
 
+def require_free(change: Change, name: bytes) -> None:
+    """Refuses a new namespace of a name that is taken.
+
+    Raises:
+        BitmapError: it is.
+    """
+    if change.table.get(name):
+        raise BitmapError(f"{change.snapshot.file.path}: {namespace_label(name)}", "the name is taken")
+
+
 def namespace_label(name: bytes) -> str:
     """How messages name a namespace."""
     return f"node '{name.decode('utf-8', 'backslashreplace')}'"
@@ -188,7 +198,7 @@ def refuse_unsettled(path: str, record: Record) -> None:
 
 def settle_device(target: Store, name: bytes) -> None:
     """Recovers the device that was tracked with a node; see `dirtmap.engine.tracking.peers.settle`."""
-    record = target.read(lambda snapshot: snapshot.table().get(name))
+    record = target.record(name)
     if record is not None and record.extension(EXTENSION_SESSION) is not None:
         from dirtmap.engine.tracking import peers
 

@@ -16,12 +16,12 @@ from dirtmap.engine.store.bitmaps import (
     bitmap_of,
     doubts,
     kind_label,
-    namespace_label,
     place_bitmap,
     read_entries,
     refuse_session,
     refuse_tracked,
     replace_directory,
+    require_free,
     tracked_view,
 )
 from dirtmap.engine.store.identity import disk_size, identity_of
@@ -96,8 +96,7 @@ def add_device(target: Store, name: str, root: Root) -> None:
     raw_name = encode_name(name)
     identity, size = identity_of(root.path), disk_size(root.path)
     with target.change() as change:
-        if change.table.get(raw_name):
-            raise BitmapError(f"{target.path}: {namespace_label(raw_name)}", "the name is taken")
+        require_free(change, raw_name)
         change.table.put(
             Record(
                 name=raw_name,

@@ -108,7 +108,7 @@ class StoredImage(Namespace):
         self._store.close()
 
     def _record(self, snapshot: Snapshot) -> Record:
-        record = snapshot.table().get(self._raw_name)
+        record = snapshot.record(self._raw_name)
         if record is None:
             raise no_namespace(self.path, self._raw_name)
         return record

@@ -28,6 +28,7 @@ from dirtmap.engine.store.bitmaps import (
     refuse_unsettled,
     release_bits,
     replace_directory,
+    require_free,
     tracked_view,
 )
 from dirtmap.engine.store.identity import identity_of, is_twin
@@ -53,8 +54,7 @@ def add_node(target: Store, name: str, image: str) -> None:
     identity = identity_of(path)
     raw_name = encode_name(name)
     with target.change() as change:
-        if change.table.get(raw_name):
-            raise BitmapError(f"{target.path}: {namespace_label(raw_name)}", "the name is taken")
+        require_free(change, raw_name)
         change.table.put(
             Record(
                 name=raw_name,
@@ -154,7 +154,7 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
 
 def is_checked_out(target: Store, path: str, name: str, image_uuid: str) -> bool:
     """True where a tracker has a qcow2 image's bitmaps, or had them when it died; not for a copy of the file."""
-    record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
+    record = target.record(encode_name(name))
     if record is None or record.uuid != uuid.UUID(image_uuid).bytes or record.extension(EXTENSION_SESSION) is None:
         return False
     try:
@@ -169,7 +169,7 @@ def refuse_twin(target: Store, path: str, name: str, image_uuid: str) -> None:
     Raises:
         BitmapError: names the original, and how to mend it.
     """
-    record = target.read(lambda snapshot: snapshot.table().get(encode_name(name)))
+    record = target.record(encode_name(name))
     if record and record.uuid == uuid.UUID(image_uuid).bytes and is_twin(record, path):
         original = os.fsdecode(record.path)
         what = f"a copy of {original}, with its identity; 'node add --new-identity' gives it one of its own"
@@ -237,8 +237,7 @@ def rename_node(
     with target.change() as change:
         record = _record(change, name)
         where = f"{target.path}: {namespace_label(record.name)}"
-        if change.table.get(encode_name(new)):
-            raise BitmapError(f"{target.path}: {namespace_label(encode_name(new))}", "the name is taken")
+        require_free(change, encode_name(new))
         _refuse_held(where, record)
         with ExitStack() as stack:
             image = None

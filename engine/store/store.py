@@ -32,7 +32,7 @@ from dirtmap.fmt import store
 from dirtmap.fmt.directory import parse_table
 from dirtmap.fmt.errors import FormatError, LockedError, StorageError
 from dirtmap.fmt.geometry import ceil_div
-from dirtmap.fmt.store import Area
+from dirtmap.fmt.store import Area, Record
 
 T = TypeVar("T")
 
@@ -85,6 +85,10 @@ class Snapshot:
         """The namespaces."""
         header = self.header
         return NamespaceTable(self.file.path, self.read(header.table, "namespace table"), header.namespaces, self.read)
+
+    def record(self, name: bytes) -> Record | None:
+        """The namespace of that name, or None."""
+        return self.table().get(name)
 
     def released(self) -> list[tuple[int, int]]:
         """The runs of clusters that the commit released, (first, count), ascending.
@@ -141,6 +145,10 @@ class Store:
     @staticmethod
     def _choose(file: File) -> Chosen:
         return headers.choose(file.path, file.read(0, store.RESERVED))
+
+    def record(self, name: bytes) -> Record | None:
+        """The namespace of that name as of the newest commit, or None. Errors as `read`."""
+        return self.read(lambda snapshot: snapshot.record(name))
 
     def read(self, read: Callable[[Snapshot], T]) -> T:
         """Runs ``read`` on one commit's state; if the store moved on under it, on a later one instead.

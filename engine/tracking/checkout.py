@@ -270,7 +270,7 @@ class TrackedImage(Namespace):
             raise
 
     def _record(self, snapshot: Snapshot) -> Record:
-        record = snapshot.table().get(self._raw_name)
+        record = snapshot.record(self._raw_name)
         if record is None or record.extension(live.EXTENSION_SESSION) is None:
             raise BitmapError(self.path, "is not tracked any more; open it again")
         return record

@@ -192,7 +192,7 @@ class Home:
 
     def record(self, snapshot: Snapshot, session: bytes | None = None) -> Record:
         """The namespace's record; errors as `change`."""
-        return self._judged(snapshot.table().get(self.name), session)
+        return self._judged(snapshot.record(self.name), session)
 
     def _judged(self, record: Record | None, session: bytes | None) -> Record:
         if record is None:
@@ -218,7 +218,7 @@ class Home:
     def has(self, session: bytes) -> bool:
         """False where its record is known not to name that session."""
         try:
-            found = self.store.read(lambda snapshot: snapshot.table().get(self.name))
+            found = self.store.record(self.name)
         except Error:
             return True
         data = found.extension(live.EXTENSION_SESSION) if found else None

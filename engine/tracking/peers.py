@@ -72,7 +72,7 @@ def find(path: str, peer: Peer, session: bytes, *, of_node: bool) -> Found:
     """
     try:
         with Store(path_of(path, peer)) as target:
-            record = target.read(lambda snapshot: snapshot.table().get(peer.name))
+            record = target.record(peer.name)
     except (FormatError, LockedError, StorageError):
         return Found(None, True)
     if record is None or record.uuid != peer.uuid or (record.kind == store.KIND_DEVICE) != of_node:
@@ -103,7 +103,7 @@ def settle(target: Store, name: bytes) -> None:
     from dirtmap.engine.store.bitmaps import refuse_tracked
     from dirtmap.engine.store.namespace import StoredImage
 
-    record = target.read(lambda snapshot: snapshot.table().get(name))
+    record = target.record(name)
     peer = unsettled(target.path, record) if record else None
     if record is None or peer is None:
         return
