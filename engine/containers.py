@@ -83,7 +83,10 @@ def this_host(store: str | None = None, index: str | None = None) -> Host:
     """The host as a default store and an index tell of it; the usual ones where None."""
     from dirtmap.engine.host import Host
 
-    return Host(store or default_store(index), default_index(index))
+    usual = Host(default_store(index), default_index(index))
+    if store is None or os.path.abspath(store) == usual.home:
+        return usual
+    return Host(store, default_index(index), usual)
 
 
 def remember(store: str | None, index: str | None = None) -> None:
@@ -222,7 +225,7 @@ def _tracked(path: str, here: _HostOf, identity: tuple[str, str] | None = None) 
 
     Args:
         path: the image.
-        here: the host, whose default store remembers the image's place.
+        here: the host, one of whose stores remembers the image's place.
         identity: its name and UUID, where they are known.
     """
     if not here.exists():
@@ -233,15 +236,12 @@ def _tracked(path: str, here: _HostOf, identity: tuple[str, str] | None = None) 
         identity = read_identity(path)
     if identity is None:
         return None
-    from dirtmap.engine.store.nodes import is_checked_out
-
-    where = here().store
-    with here().opened(where) as target:
-        if not is_checked_out(target, path, *identity):
-            return None
+    place = here().is_checked_out(path, *identity)
+    if place is None:
+        return None
     from dirtmap.engine.tracking.checkout import TrackedImage
 
-    return TrackedImage(path, where, identity[0])
+    return TrackedImage(path, place.store, place.name)
 
 
 class _HostOf:
@@ -374,7 +374,7 @@ def recover(
     keeper = Keeper()
     if identity and here.exists():
         here().refuse_twin(place.path, *identity)
-        keeper = here().keeper_of(place.path, identity[0])
+        keeper = here().keeper_of(place.path, *identity)
     return recover(place.path, names, keeper=keeper)
 
 

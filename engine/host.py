@@ -20,7 +20,6 @@ from dirtmap.engine.store.namespace import held_by, holding
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError
-from dirtmap.fmt.index import Member
 
 RESERVED = store.CONTAINER_PREFIX.decode()
 
@@ -31,7 +30,7 @@ class Host(Names):
     def _require_free(self, name: str) -> None:
         if name.startswith(RESERVED):
             raise BitmapError(f"node '{name}'", f"names that begin with '{RESERVED}' are reserved")
-        for found in self._claims(name):
+        for found in self.asked(lambda here: here.claims(name)):
             raise BitmapError(f"{found.store}: {found.what} '{name}'", "the name is taken")
 
     def add_node(self, name: str, image: str) -> None:
@@ -54,8 +53,8 @@ class Host(Names):
         Raises:
             As `opened`.
         """
-        path = os.path.abspath(path)
-        if path == self.home:
+        path = os.path.realpath(path)  # as a scan finds it
+        if path == os.path.realpath(self.home):
             return
         with Store(path) as other:
             store_uuid = other.read(lambda snapshot: snapshot.header.uuid)
@@ -118,29 +117,27 @@ class Host(Names):
 
     def refuse_twin(self, path: str, name: str, image_uuid: str) -> None:
         """Refuses an image that carries the identity of another file; see `nodes.refuse_twin`."""
-        if os.path.exists(self.store):
-            with Store(self.store) as target:
-                nodes.refuse_twin(target, path, name, image_uuid)
+        if place := self.place_of(name, image_uuid):
+            with Store(place.store) as target:
+                nodes.refuse_twin(target, path, place.name, image_uuid)
 
     def keep(self, image: Image) -> None:
         """Has an image with a name know what the host keeps about it."""
-        if image.name is not None:
-            image.keeper = self.keeper_of(image.path, image.name)
+        if image.name is not None and image.uuid is not None:
+            image.keeper = self.keeper_of(image.path, image.name, image.uuid)
 
-    def keeper_of(self, path: str, name: str) -> Keeper:
-        """What the host keeps about the image at a path, if the default store knows its name."""
-        if not os.path.exists(self.store):
-            return Keeper()
-        with Store(self.store) as target:
-            record = target.record(encode_name(name))
-        if record is None or record.kind != store.KIND_PLACE:
-            return Keeper()
-        return _Keeper(self, replace(self._found(self.home, _member(record)), path=os.path.abspath(path)))
+    def keeper_of(self, path: str, name: str, image_uuid: str) -> Keeper:
+        """What the host keeps about the image at a path, if one of its stores has its place."""
+        place = self.place_of(name, image_uuid)
+        return Keeper() if place is None else _Keeper(self, replace(place, path=os.path.abspath(path)))
 
     def marked_busy(self, info: ImageInfo) -> ImageInfo:
         """The same, with the bitmaps busy that are held."""
-        held = self.keeper_of(info.path, info.node).held() if info.node is not None else {}
-        if not held:
+        if (
+            info.node is None
+            or info.uuid is None
+            or not (held := self.keeper_of(info.path, info.node, info.uuid).held())
+        ):
             return info
         return replace(info, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in info.bitmaps))
 
@@ -206,7 +203,3 @@ def remember_container(change: Change, path: str, container_uuid: bytes) -> bool
             )
         )
     return known is None
-
-
-def _member(record: store.Record) -> Member:
-    return Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path)

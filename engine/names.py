@@ -102,6 +102,7 @@ class Names:
     Args:
         store: path of the default store; it need not exist.
         index: path of the index; it is made on first need.
+        usual: the names that the usual default store knows, where another was chosen.
 
     Attributes:
         store: as given.
@@ -109,8 +110,9 @@ class Names:
         index: the index.
     """
 
-    def __init__(self, store: str, index: str) -> None:
+    def __init__(self, store: str, index: str, usual: Names | None = None) -> None:
         self.store = store
+        self._usual = usual
         self.home = os.path.abspath(store)
         self.index = Index(index)
 
@@ -276,7 +278,7 @@ class Names:
         return found
 
     def _unique(self, name: str) -> Found | None:
-        found = self._claims(name)
+        found = self.claims(name)
         # What the default store itself has under that name keeps it, whatever other stores turn up.
         found = [claim for claim in found if claim.store == self.store] or found
         if len(found) > 1:
@@ -285,7 +287,8 @@ class Names:
             raise BitmapError(f"node '{printable(name)}'", what)
         return found[0] if found else None
 
-    def _claims(self, name: str) -> list[Found]:
+    def claims(self, name: str) -> list[Found]:
+        """All nodes and devices of a name, those of the default store first: more than one where it is not unique."""
         raw_name = encode_name(name)
         unique: dict[bytes, Found] = {}
         for found in self._in_stores(lambda index: index.namespaces(raw_name)):
@@ -303,7 +306,8 @@ class Names:
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
 
-        return self._asking(ask) if os.path.exists(self.store) else []
+        found = self._asking(ask) if os.path.exists(self.store) else []
+        return sorted(found, key=lambda claim: claim.store != self.store)  # the default store's first
 
     def _found(self, path: str, member: Member) -> Found:
         return Found(
@@ -321,6 +325,40 @@ class Names:
         found = self._in_stores(lambda index: index.carriers(namespace_uuid))
         return found[0] if found else None
 
+    def place_of(self, name: str, image_uuid: str) -> Found | None:
+        """The place of a qcow2 image, in whichever store of the host has it; None where none does.
+
+        Args:
+            name: of the node, as the image says it. The store may know the image under another still, where a rename
+                was killed halfway.
+            image_uuid: as text.
+        """
+
+        def place(here: Names) -> list[Found]:
+            if not os.path.exists(here.store):
+                return []
+            with Store(here.home) as target:  # first, since that needs no index
+                record = target.record(encode_name(name))
+            if record and record.kind == store.KIND_PLACE and record.uuid == uuid.UUID(image_uuid).bytes:
+                member = Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path)
+                return [here._found(here.home, member)]
+            carriers = here._in_stores(lambda index: index.carriers(uuid.UUID(image_uuid).bytes))
+            return [found for found in carriers if found.kind == store.KIND_PLACE]
+
+        found = self.asked(place)
+        return found[0] if found else None
+
+    def asked(self, question: Callable[[Names], list[Found]]) -> list[Found]:
+        """What the stores answer that the default store knows; else those that the usual one does.
+
+        One that was chosen need not know what the usual one does, and where that cannot be read, is not of its host.
+        """
+        if (found := question(self)) or self._usual is None:
+            return found
+        with contextlib.suppress(Error):
+            found = question(self._usual)
+        return found
+
     def devices_of(self, root: bytes) -> dict[str, list[bytes]]:
         """The devices whose root has that UUID: raw names by the path of their store."""
         names: dict[str, list[bytes]] = {}
@@ -328,9 +366,13 @@ class Names:
             names.setdefault(found.store, []).append(encode_name(found.name))
         return names
 
-    def _is_checked_out(self, path: str, name: str, image_uuid: bytes) -> bool:
-        with Store(self.home) as target:
-            return nodes.is_checked_out(target, path, name, str(uuid.UUID(bytes=image_uuid)))
+    def is_checked_out(self, path: str, name: str, image_uuid: str) -> Found | None:
+        """The place of a qcow2 image whose bitmaps a tracker has, or had when it died; None where they are in it."""
+        place = self.place_of(name, image_uuid)
+        if place is None:
+            return None
+        with self.opened(place.store) as target:
+            return place if nodes.is_checked_out(target, path, place.name, image_uuid) else None
 
     def find(self, bitmap: str, *, force_share: bool = False) -> list[Hit]:
         """Every bitmap of that name, in all containers that can be read, ordered by holder."""
@@ -346,7 +388,7 @@ class Names:
                         name, granularity = decode_name(holder[1:]), 1 << claim.granularity_bits
                         flags = claim.flags
                         in_use = flags & FLAG_IN_USE and container.kind == QCOW2
-                        if in_use and self._is_checked_out(container.path, name, claim.uuid):
+                        if in_use and self.is_checked_out(container.path, name, str(uuid.UUID(bytes=claim.uuid))):
                             flags &= ~FLAG_IN_USE  # its tracker has what the image lacks
                         hits.append(Hit(container, kind, name, bitmap, claim.uuid, flags, granularity))
             return sorted(hits, key=lambda hit: (hit.holder, hit.container.path))

@@ -119,9 +119,11 @@ def test_a_transaction_over_nodes_of_one_store() -> None:
     assert Path("default.dmap").read_bytes() == before
 
 
-def test_another_store_than_the_default_one() -> None:
+def test_another_store_than_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
     dirtmap("store", "create", "other.dmap", "--cluster-size", "64K")
-    dirtmap("node", "add", "one", "two.raw", "--store", "other.dmap")
+    with monkeypatch.context() as patch:  # of another host, so that it may have the name, too
+        patch.setenv("DIRTMAP_STORE", "other.dmap")
+        dirtmap("node", "add", "one", "two.raw")
     dirtmap("add", "one", "b", "--store", "other.dmap")
     dirtmap("mark", "one", "b", "0", "1", "--store", "other.dmap")
     assert json_of("list", "one")[0]["bitmaps"] == []

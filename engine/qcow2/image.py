@@ -238,7 +238,7 @@ class Image(Namespace):
     def _track_with(self, device: Home, options: dict[str, Any]) -> Tracker:
         from dirtmap.engine.tracking.checkout import track_image
 
-        return track_image(self, {"store": self.keeper.store, **options}, device)
+        return track_image(self, options, device)
 
     def close(self) -> None:
         """Closes the image's file."""

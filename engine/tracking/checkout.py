@@ -75,7 +75,7 @@ def track_image(image: Image, options: dict[str, Any], device: Home | None = Non
     """
     from dirtmap.engine.containers import default_store
 
-    path = options.pop("store", None) or default_store()
+    path = options.pop("store", None) or image.keeper.store or default_store()
     chosen = Options(**options)
     if image.name is None or image.uuid is None or not os.path.exists(path):
         raise _homeless(image.path)
