@@ -254,10 +254,15 @@ def known_paths() -> set[str]:
 
 
 def scanned(folder: Path, *options: str) -> tuple[dict[str, Any], set[str]]:
-    """What a scan told, and which files it read, but for stores, whose newest commit is always asked for."""
+    """What a scan told, and which files it read.
+
+    Not counting stores, whose newest commit is always asked for, and what is damaged, which is read again to say how.
+    """
     Quick.examined.clear()
     done = json_of("index", "scan", *options, folder)
-    return done, {path for path, times in Quick.examined.items() if times and not path.endswith(".dmap")}
+    damaged = {each["filename"] for each in done["damaged"]}
+    examined = {path for path, times in Quick.examined.items() if times and not path.endswith(".dmap")}
+    return done, examined - damaged
 
 
 def examine(folder: Path, templates: list[bytes], count: int) -> None:
@@ -430,7 +435,7 @@ def test_a_scan_says_it_in_words(folder: Path, templates: list[bytes]) -> None:
         done = dirtmap("index", "scan", folder)
     assert done.out == (
         "5 images, 0 stores, 6 bitmaps, 3 of them inconsistent; 0 new, 0 moved, 1 held, 1 damaged, 1 twins, "
-        "1 names that clash, 0 gone\n"
+        "1 names that clash, 0 gone, 0 unreadable\n"
     )
     assert sorted(line.split(": ")[2].split(";")[0] for line in done.error.splitlines()) == [
         *("a twin of " + str(folder / "a.qcow2"), "damaged", "its name 'a' is another's", "skipped")

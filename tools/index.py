@@ -41,6 +41,10 @@ def scan_command(
 
     The default store remembers where they are. An image that was moved is found again by its UUID, and a name that is
     in an image but in no store comes back. Images that another process has open for writing are skipped, unless -U.
+
+    Copies that still carry the identity of another image are told of, as are names that are another's. Such images are
+    not taken: "dirtmap list" and "dirtmap find" leave them out until "dirtmap node add --new-identity" gives them an
+    identity of their own.
     """
     from dirtmap.engine.scan import scan
 
@@ -63,6 +67,7 @@ def scan_command(
                 "clashes": [{"filename": path, "node": name} for path, name in summary.clashes],
                 "moved": [{"filename": path, "node": name} for path, name in summary.moved],
                 "gone": [{"filename": path, "node": name or None} for path, name in summary.gone],
+                "unreadable": [{"filename": path, "what": what} for path, what in summary.unreadable],
             }
         )
         return
@@ -70,7 +75,7 @@ def scan_command(
         f"{summary.images} images, {summary.stores} stores, {summary.bitmaps} bitmaps, "
         f"{summary.inconsistent} of them inconsistent; {summary.learned} new, {len(summary.moved)} moved, "
         f"{len(summary.held)} held, {len(summary.damaged)} damaged, {len(summary.twins + summary.copies)} twins, "
-        f"{len(summary.clashes)} names that clash, {len(summary.gone)} gone"
+        f"{len(summary.clashes)} names that clash, {len(summary.gone)} gone, {len(summary.unreadable)} unreadable"
     )
 
 
@@ -84,11 +89,14 @@ def _complain(summary: Summary) -> None:
     for path, original in summary.copies:
         complain(f"{path}: a copy of {original}; 'store new-identity' gives it an identity of its own")
     for path, name in summary.clashes:
-        complain(f"{path}: its name '{name}' is another's; 'node add --new-identity' gives it another")
+        what = "'node add --new-identity' gives an image another, 'node rename --store' a node of a store"
+        complain(f"{path}: its name '{name}' is another's; {what}")
     for path, name in summary.moved:
         complain(f"{path}: here is node '{name}' now")
     for path, name in summary.gone:
         complain(f"{path}: gone" + (f": the image of '{name}'" if name else ""))
+    for path, what in summary.unreadable:
+        complain(f"{path}: skipped: {what}")
 
 
 @options.command(

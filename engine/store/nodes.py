@@ -205,7 +205,9 @@ def remove_node(target: Store, name: str) -> None:
 
 
 def _is_its_image(record: Record, image: Image) -> bool:
-    return image.uuid is not None and uuid.UUID(image.uuid).bytes == record.uuid
+    """True of the image that a place remembers; one of another name is what a rename left that was killed halfway."""
+    name = None if image.name is None else encode_name(image.name)
+    return name == record.name and image.uuid is not None and uuid.UUID(image.uuid).bytes == record.uuid
 
 
 def _refuse_with_bitmaps(where: str, count: int) -> None:
