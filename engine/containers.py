@@ -254,8 +254,8 @@ class _HostOf:
         return this_host(self.store, self.index)
 
     def exists(self) -> bool:
-        """True where there is a default store."""
-        return os.path.exists(self.store or default_store(self.index))
+        """True where there is a default store: the one that was chosen, or the usual one, which is asked, too."""
+        return os.path.exists(self.store or "") or os.path.exists(default_store(self.index))
 
 
 def _host_of(target: Target, store: str | None, index: str | None) -> _HostOf:

@@ -201,6 +201,7 @@ class _Registration:
         # By UUID: the store that has an image's place, and its name there; the files that say they are that image.
         self._places: dict[bytes, tuple[str, bytes]] = {}
         self._carriers: dict[bytes, list[str]] = {}
+        self._images: list[tuple[Container, Member]] = []  # with a name
         self._names: dict[bytes, set[bytes]] = {}  # of images that were found: their UUIDs
         self._owners: dict[bytes, dict[bytes, str]] = {}  # of nodes and devices: by UUID the store that has it
         self._moved: list[tuple[bytes, str]] = []
@@ -210,7 +211,7 @@ class _Registration:
         self._take_in_containers(found)
         self._look(found)
         self._tell_clashes(found)
-        for where, images in self._news(found).items():
+        for where, images in self._news().items():
             with self._host.opened(where) as target, target.change() as change:
                 for container, member in images:
                     self._place(change, container, member)
@@ -273,10 +274,11 @@ class _Registration:
                     self._carriers.setdefault(image_uuid, []).append(container.path)
             elif container.kind == QCOW2 and any(container.uuid):
                 (member,) = index.members(container.number)
+                self._images.append((container, member))
                 self._carriers.setdefault(member.uuid, []).append(container.path)
                 self._names.setdefault(member.name, set()).add(member.uuid)
 
-    def _news(self, found: list[Container]) -> dict[str, list[tuple[Container, Member]]]:
+    def _news(self) -> dict[str, list[tuple[Container, Member]]]:
         """Images whose place is not known as it is, or is claimed by several: by the store that has it."""
         known = {
             (member.path, member.uuid, member.name)
@@ -285,13 +287,11 @@ class _Registration:
             if member.kind == store.KIND_PLACE
         }
         news: dict[str, list[tuple[Container, Member]]] = {}
-        for container in found:
-            if container.condition == SOUND and container.kind == QCOW2 and any(container.uuid):
-                (member,) = self._host.index.members(container.number)
-                as_it_is = (os.fsencode(container.path), member.uuid, member.name) in known
-                if not as_it_is or len(self._carriers[member.uuid]) > 1:
-                    where, _ = self._places.get(member.uuid, (self._host.home, b""))
-                    news.setdefault(where, []).append((container, member))
+        for container, member in self._images:
+            as_it_is = (os.fsencode(container.path), member.uuid, member.name) in known
+            if not as_it_is or len(self._carriers[member.uuid]) > 1:
+                where, _ = self._places.get(member.uuid, (self._host.home, b""))
+                news.setdefault(where, []).append((container, member))
         return news
 
     def _tell_clashes(self, found: list[Container]) -> None:
