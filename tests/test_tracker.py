@@ -20,6 +20,7 @@ from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, mo
 
 import dirtmap.engine as dm
 from dirtmap.engine import bits
+from dirtmap.engine.tracking.livefile import IN_FLIGHT
 from dirtmap.engine.tracking.tracker import Tracker
 
 SIZE = 64 << 20
@@ -309,24 +310,34 @@ def test_regions_are_logged_anew_after_a_save(tracker: Tracker) -> None:
         assert tracker._kernel.logged == 0
 
 
+def test_a_cut_does_not_wait_for_a_write_whose_ticket_is_lost(tracker: Tracker) -> None:
+    tracker.begin(0, 1)  # and nobody has the ticket
+    kept = tracker.begin(GRANULE, 1)
+    tracker.end(kept)
+    tracker.checkpoint("monday")
+    assert tracker._control.fields[IN_FLIGHT] == len(tracker._kernel._flying) == 0
+    assert dirty(tracker.bitmap("b0")) == [0, 1]
+    assert dirty(tracker.changed_since("monday")) == [0]  # it may still be written
+
+
 def test_the_interval_a_write_is_of_is_settled_before_it_begins(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cut between a write's choice of an interval and its joining it: the write moves on to the new one."""
     old = tracker._kernel._state.flights
 
-    class Flights(set[object]):
+    class Flights(dict[int, tuple[int, int, int | None]]):
         done = False
 
-        def add(self, ticket: object) -> None:
+        def __setitem__(self, number: int, flight: tuple[int, int, int | None]) -> None:
             if not self.done:
                 self.done = True
                 tracker.checkpoint("x")
-            super().add(ticket)
+            super().__setitem__(number, flight)
 
     tracker._kernel._state.flights = tracker._current.flights = Flights(old)
     ticket = tracker.begin(0, 1)
-    assert ticket in tracker._current.flights
+    assert ticket.number in tracker._current.flights
     assert dirty(tracker.changed_since("x")) == [0]
     tracker.end(ticket)
 

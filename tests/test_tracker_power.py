@@ -124,8 +124,8 @@ def lose(tracker: Tracker) -> None:
     tracker._kernel.refuse(StorageError("tracker", "the machine has stopped"))
     tracker._closed = True
     tracker._ended.set()
-    if tracker._thread:
-        tracker._thread.join()
+    for thread in tracker._threads:
+        thread.join()
     tracker._log.close(remove=False)
     tracker._home.close()
 

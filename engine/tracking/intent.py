@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dirtmap.engine.fileio import open_file, remove_file, sync_folder
 from dirtmap.fmt import geometry, live
-from dirtmap.fmt.errors import Error
+from dirtmap.fmt.errors import Error, StorageError
 
 _OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; behind any log
 
@@ -52,8 +52,10 @@ class IntentLog:
 
         Raises:
             SyncError: it is not known whether they are.
-            StorageError: they could not be written.
+            StorageError: they could not be written, or there is no room before the next save.
         """
+        if self._next + len(regions) > self._regions:  # some were written twice, since a mark was interrupted
+            raise StorageError(self.path, "the log is full until the next save")
         records = b"".join(live.build_log_record(self._seed, region) for region in regions)
         at = live.area_offset(self._regions, self.number) + self._next * live.LOG_RECORD.size
         self._file.write(at, records)

@@ -6,13 +6,16 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from bitarray import bitarray
 
 from dirtmap.engine import bits, fileio
 from dirtmap.fmt import geometry, live
+
+if TYPE_CHECKING:
+    from dirtmap.engine.tracking.marking import Flights
 
 _BLOCK: Final = 16384  # words
 _NAMES: Final = re.compile(r"control|writeset-[0-9]+")
@@ -96,7 +99,7 @@ class Writeset:
         )
         # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
         self.words[:: live.PAGE // 8].max(initial=0)
-        self.flights: set[object] = set()
+        self.flights: Flights = {}
 
     def view(self) -> bitarray:
         """Another bitarray over the same bits."""

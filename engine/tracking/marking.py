@@ -28,6 +28,10 @@ Between a write and a cut. `begin` adds the write to the state's flights, then l
 same; if not it moves to the new one. So a write either is in the flights before a cut swaps, and the cut waits for it,
 or is of the new interval, bit and flight. `mark` alone has no end, so no cut can wait for its write.
 
+Between a mark and the end. The end sets the failure, then swaps, then reads the bits to save them. A mark looks for a
+failure behind its step 1: so either its state is the old one, and it finds another at step 4 if it came too late, or
+it finds the failure.
+
 Killed anywhere. The bits are in shared memory of a tmpfs: what step 3 has set stays set. Nothing there needs a second
 step to count.
 
@@ -41,6 +45,7 @@ tells whether there was one.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 import threading
@@ -56,9 +61,11 @@ from dirtmap.engine import bits as kernels
 from dirtmap.engine.bitmap import as_int64
 from dirtmap.engine.tracking.intent import IntentLog
 from dirtmap.engine.tracking.livefile import BARE, EVENT, IN_FLIGHT, LOGGED, POISONED, WRITES, Control, Writeset
-from dirtmap.fmt.errors import Error, RangeError, SyncError, UnsupportedError
+from dirtmap.fmt.errors import BitmapError, Error, RangeError, SyncError, UnsupportedError
 
 Mark = Callable[[int, int], None]
+# Writes that have begun in an interval and not ended: where they begin and end, bytes, and their thread, by number.
+Flights = dict[int, tuple[int, int, int | None]]
 _Swap = Callable[[bitarray | None, set[int]], None]
 # Below that many ranges, one by one is cheaper.
 _FEW: Final = 128
@@ -66,12 +73,20 @@ _PATIENCE_SECONDS: Final = 0.05  # a cut that waits looks again so often, whoeve
 
 
 class Ticket:
-    """A write that has begun; see `Kernel.begin`."""
+    """A write that has begun; see `Kernel.begin`. One that nobody has any more, though not ended, is lost."""
 
-    __slots__ = ("flights",)
+    __slots__ = ("_kernel", "flights", "number", "thread")
 
-    def __init__(self) -> None:
-        self.flights: set[object] | None = None
+    def __init__(self, kernel: Kernel, thread: int | None = None) -> None:
+        self._kernel = kernel
+        self.number = next(kernel.numbers)
+        self.thread = thread  # the one that is to end it, where it is known
+        self.flights: Flights = {}
+
+    def __del__(self) -> None:
+        # No more than that: it may come at any time, in the middle of anything.
+        if self.number in self.flights:
+            self._kernel.lost.append((self.flights, self.number))
 
 
 class _State:
@@ -105,6 +120,9 @@ class Kernel:
     Attributes:
         mark: see `Tracker.mark`.
         failure: why every further call is refused, or None.
+        numbers: of tickets.
+        lost: tickets that nobody has any more: their flights, and their number there.
+        guard: held to change the log or the state; never by a mark whose region is logged.
     """
 
     mark: Mark
@@ -117,10 +135,11 @@ class Kernel:
         self.where, self.size, self.region_bits = where, size, region_bits
         self.failure: Error | None = None
         self._log, self._control = log, control.fields
-        # Held to change the log or the state; never by a mark whose region is logged.
-        self._guard = threading.Lock()
+        self.guard = threading.RLock()
         self._state = _State(writeset, set())
-        self._flying: set[Ticket] = set()
+        self.numbers = itertools.count()
+        self.lost: list[tuple[Flights, int]] = []
+        self._flying: set[int] = set()
         self._landed = threading.Condition()
         self._waiting = 0
         self._swap_fast: _Swap
@@ -129,24 +148,30 @@ class Kernel:
 
     # What a tool calls.
 
-    def begin(self, offset: SupportsIndex, length: SupportsIndex) -> Ticket:
+    def begin(self, offset: SupportsIndex, length: SupportsIndex, ticket: Ticket | None = None) -> Ticket:
         """Marks a write that is about to begin, and has every later cut wait for its `end`.
+
+        Args:
+            offset: bytes from the start of the disk.
+            length: bytes.
+            ticket: a new one of the caller's, who can end it even if this call is interrupted.
 
         Raises:
             RangeError: not inside the disk; nothing is marked.
             StorageError: its region could not be logged; the write must not be made.
         """
         offset, end = self._range(offset, length)
-        ticket, control = Ticket(), self._control
-        self._flying.add(ticket)
+        ticket, control = ticket or Ticket(self), self._control
+        number, flight = ticket.number, (offset, end, ticket.thread)
+        self._flying.add(number)
         try:
             while True:
                 state = self._state
-                state.flights.add(ticket)
+                ticket.flights = state.flights  # first: whatever happens in between, `end` finds it there
+                state.flights[number] = flight
                 if state is self._state:
                     break
-                state.flights.discard(ticket)
-            ticket.flights = state.flights
+                state.flights.pop(number, None)
             self._set(offset, end)
         except BaseException:
             self.end(ticket)
@@ -159,9 +184,8 @@ class Kernel:
     def end(self, ticket: Ticket) -> None:
         """The write has ended, well or not; twice is as good as once."""
         control = self._control
-        if ticket.flights is not None:
-            ticket.flights.discard(ticket)
-        self._flying.discard(ticket)
+        ticket.flights.pop(ticket.number, None)
+        self._flying.discard(ticket.number)
         control[EVENT] = time.time_ns()
         control[IN_FLIGHT] = len(self._flying)
         if self._waiting:
@@ -178,8 +202,7 @@ class Kernel:
         ):
             bad = int(np.flatnonzero((offset < 0) | (length < 0) | (offset > self.size - length))[0])
             self._range(offset[bad], length[bad])  # raises
-        if self.failure:
-            raise self.failure
+        self.require_usable()
         self._control[BARE] = 1
         if len(offset) < _FEW:
             for one, size in zip(offset.tolist(), length.tolist(), strict=True):
@@ -191,6 +214,7 @@ class Kernel:
         last -= 1
         while True:
             state = self._state
+            self.require_usable()  # behind the read of the state: see the module's head, "Between a mark and the end"
             if not self._log_many(state, offset, last):
                 continue
             self._set_many(state, offset, last)
@@ -205,29 +229,66 @@ class Kernel:
         Returns:
             The writeset that was current.
         """
-        with self._guard:
+        with self.guard:
             return self._swap(writeset, rotate)
 
-    def drain(self, writeset: Writeset) -> None:
-        """Waits for the writes that have begun in a writeset that is no longer current."""
+    def refuse_own(self, writesets: Iterable[Writeset]) -> None:
+        """Refuses to wait for writes that cannot end while this thread waits.
+
+        Raises:
+            BitmapError: one of those in flight is this thread's own.
+        """
+        me = threading.get_ident()
+        for writeset in writesets:
+            if any(thread == me for _, _, thread in list(writeset.flights.values())):
+                raise BitmapError(self.where, "a cut inside a write of the same thread would wait for itself")
+
+    def drain(self, writesets: Iterable[Writeset]) -> None:
+        """Waits for the writes that have begun in writesets that are no longer current.
+
+        Nobody can end a write whose ticket is lost, say by Ctrl-C. It is marked again, in the new interval, and not
+        waited for: to whichever it belongs, it is there.
+        """
         with self._landed:
             self._waiting += 1
             try:
-                while writeset.flights:
+                while any(writeset.flights for writeset in writesets):
+                    while self.lost:
+                        flights, number = self.lost[0]
+                        if flight := flights.get(number):
+                            self._set(flight[0], flight[1])
+                        flights.pop(number, None)
+                        self._flying.discard(number)
+                        self._control[IN_FLIGHT] = len(self._flying)
+                        del self.lost[0]
                     self._landed.wait(_PATIENCE_SECONDS)
             finally:
                 self._waiting -= 1
 
     def refuse(self, failure: Error) -> None:
         """Has every further call fail."""
-        with self._guard:
+        with self.guard:
             self.failure = self.failure or failure
             self._swap(None, False)
 
     def abandon(self, failure: Error) -> None:
-        """As `refuse`, in a forked child, where another thread of the parent may have held the guard for ever."""
-        self._guard, self.failure = threading.Lock(), failure
+        """As `refuse`, in a forked child.
+
+        Another thread of the parent may have held the locks, for ever now; and the control file is the parent's, who
+        says there what the parent does.
+        """
+        self.guard, self._landed, self.failure = threading.RLock(), threading.Condition(), failure
+        self._control = memoryview(bytearray(len(self._control) * 8)).cast("Q")
         self._swap(None, False)
+
+    def require_usable(self) -> None:
+        """Refuses every call once there is a failure, each with an error of its own: one would gather all tracebacks.
+
+        Raises:
+            Error: the failure.
+        """
+        if failure := self.failure:
+            raise type(failure)(failure.where, failure.what)
 
     @property
     def logged(self) -> int:
@@ -279,19 +340,20 @@ class Kernel:
         per_region = self.region_bits - self._state.writeset.granularity_bits
         region = offset >> self.region_bits
         if end > offset and self.failure is None and (region + 1) << per_region <= whole:
-            with self._guard:
+            with self.guard:
                 if known is self._known and region in self._state.logged:
                     known.add(region)
 
     def _set(self, offset: int, end: int) -> None:
         """Steps 1 to 4."""
-        if self.failure:
-            raise self.failure
         if offset == end:
+            self.require_usable()
             return
         first_region, last_region = offset >> self.region_bits, (end - 1) >> self.region_bits
         while True:
             state = self._state
+            if self.failure:
+                self.require_usable()
             for region in range(first_region, last_region + 1):
                 if region not in state.logged and not self._log_regions(state, range(region, last_region + 1)):
                     break
@@ -303,9 +365,8 @@ class Kernel:
 
     def _log_regions(self, state: _State, regions: Iterable[int]) -> bool:
         """Makes regions durable in the log of that state; False where it is no longer the state."""
-        with self._guard:
-            if self.failure:
-                raise self.failure
+        with self.guard:
+            self.require_usable()
             if state is not self._state:
                 return False
             missing = [region for region in regions if region not in state.logged]
@@ -327,9 +388,23 @@ class Kernel:
 
     def poison(self, error: SyncError) -> None:
         """As after a failed sync of the log, for one of the store."""
-        with self._guard:
+        with self.guard:
             if self.failure is None:
                 self._fail(error)
+
+    def beat(self, log: IntentLog, time: int) -> None:
+        """Writes a sign of life to the log. Errors as `IntentLog.beat`; a failed sync poisons.
+
+        With the guard: the kernel tells of a failed write once, to the first sync of that file, and what a mark has
+        written must be for that mark's own sync to hear of.
+        """
+        with self.guard:
+            self.require_usable()
+            try:
+                log.beat(time)
+            except SyncError as error:
+                self._fail(error)
+                raise
 
     def _log_many(self, state: _State, offset: NDArray[np.int64], last: NDArray[np.int64]) -> bool:
         words = kernels.zeros((self.size >> self.region_bits) + 1)
@@ -383,11 +458,15 @@ def _make_mark(
             StorageError: its region could not be logged, or the tracker is poisoned; the write must not be made.
         """
         into = bits
-        first = offset >> shift
-        if (offset & inside) + length <= granularity and length > 0 and first >> per_region in known:
-            into[first] = 1
-            if into is bits:
-                return
+        try:
+            first = offset >> shift
+            # No sum: numpy's integers would wrap.
+            if 0 < length <= granularity - (offset & inside) and first >> per_region in known:
+                into[first] = 1
+                if into is bits:
+                    return
+        except OverflowError:
+            pass  # numpy's integer of a few bits
         slowly(offset, length)
 
     def swap(new_bits: bitarray | None, new_known: set[int]) -> None:

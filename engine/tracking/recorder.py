@@ -94,16 +94,21 @@ class Recorder:
         self._homes = homes
         self._image, self._options, self._check_in = image, options, check_in
         self.last_error: Error | None = None
-        # Held to cut, to save and to close: one at a time. Marks never take it.
+        # Held to cut: one at a time, and taken first. Not to read, to save or to close: whoever is in the middle of a
+        # write for whose end a cut waits may do all of these.
+        self._cuts = threading.Lock()
+        # Held to change or read the windows, to save and to close, not while a write is waited for. No mark takes it.
         self._lock = threading.RLock()
         self._frozen: dict[int, Writeset] = {}
+        self._undrained: list[Writeset] = []  # no longer current, but writes may be in flight in them
         self._held: dict[str, int] = {}
         self._spare: Writeset | None = None
         # Held to make or take the spare; taken with the lock held, never the other way round.
         self._spare_guard = threading.Lock()
         self._ended, self._wake = threading.Event(), threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._closed = False
+        self._failed: Error | None = None  # of a tracker that did not end well
         self._begin()
 
     def save(self) -> None:
@@ -123,26 +128,25 @@ class Recorder:
             As `save`. A poisoned tracker ends without the store being touched; `dirtmap recover` does the rest.
         """
         with self._lock:
-            if self._closed:
-                return
-            failure = self._kernel.failure
-            try:
-                if failure is None:
-                    self._kernel.refuse(Error(self._where, "the tracker is closed"))
-                    self._save(final=True)
-            finally:
-                self._closed = True
-                self._stop_thread()
-                self._release()
-        if failure:
-            raise failure
+            if not self._closed:
+                self._failed = self._kernel.failure
+                try:
+                    if self._failed is None:
+                        self._kernel.refuse(StorageError(self._where, "the tracker is closed"))
+                        self._save(final=True)
+                finally:
+                    self._closed = True
+                    self._stop_threads()
+                    self._release()
+        if failure := self._failed:
+            raise type(failure)(failure.where, failure.what)
 
     def abandon(self) -> None:
         """Ends at once, as if the process had died, but for the marks that nobody made: for a check-out that failed."""
         with self._lock:
-            self._kernel.refuse(Error(self._where, "the tracker is closed"))
+            self._kernel.refuse(StorageError(self._where, "the tracker is closed"))
             self._closed = True
-            self._stop_thread()
+            self._stop_threads()
             self._release()
 
     def __enter__(self) -> Self:
@@ -186,8 +190,10 @@ class Recorder:
             undo.pop_all()
         self.mark = self._kernel.mark
         _recorders.add(self)
-        self._thread = threading.Thread(target=self._in_background, name="dirtmap tracker", daemon=True)
-        self._thread.start()
+        for act in (self._give_signs, self._in_background):
+            thread = threading.Thread(target=act, name="dirtmap tracker", daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def _require_free(self, change: HomeChange) -> None:
         if change.session or doubts(change.snapshot, change.record):
@@ -285,29 +291,58 @@ class Recorder:
         folder = os.fsdecode(self._session.live)
         return Writeset(folder, self._session.uuid, number, self.size, granularity_bits)
 
-    def _cut(self, edit: Callable[[HomeChange, int], None], granularity: int | None = None) -> int:
-        """Begins an interval, waits for the writes of the one before, then commits ``edit``.
+    @contextlib.contextmanager
+    def _cut(self, granularity: int | None = None) -> Iterator[int]:
+        """Begins an interval, waits for the writes of those before, and gives its number to the block, to commit.
+
+            _cuts   |=====================================|
+            _lock   |= swap =|                  |= commit =|
+            waits             .................
+            others             read, save, close
+
+        A save while it waits is that of a cut which has not happened: it takes marks of the new interval into bitmaps
+        that end with the one before (too much, never too little), and their log is void then; see `_begin_window`.
 
         Args:
-            edit: changes the windows; gets the home and the number of the new interval.
             granularity: what the new interval has to be as fine as, bytes.
         """
-        with self._using():
-            finest = self._current.granularity_bits
-            if granularity is not None:
-                finest = min(finest, granularity.bit_length() - 1)
-            with self._spare_guard:
-                fresh = self._take_spare(finest)
-                old, self._current = self._current, fresh
-            self._frozen[old.number] = old
-            self._control.fields[CURRENT] = fresh.number  # before anything is marked in it
-            self._kernel.swap(fresh)
-            self.mark = self._kernel.mark
-            self._kernel.drain(old)
-            with self._changing() as home:
-                edit(home, fresh.number)
+        self._kernel.refuse_own([self._current, *self._undrained])
+        with self._cuts:
+            with self._using():
+                finest = self._current.granularity_bits
+                if granularity is not None:
+                    finest = min(finest, granularity.bit_length() - 1)
+                # What has to be waited for comes first: until then an interruption does no harm.
+                with self._spare_guard, self._kernel.guard, self._undivided():
+                    fresh = self._take_spare(finest)
+                    self._frozen[self._current.number] = self._current
+                    self._undrained.append(self._current)
+                    self._current = fresh
+                    self._control.fields[CURRENT] = fresh.number  # before anything is marked in it
+                    self._kernel.swap(fresh)
+                    self.mark = self._kernel.mark
+            # Those of cuts that were interrupted here, too: their writes are as much of the time before this one.
+            self._kernel.drain(self._undrained)
+            self._undrained.clear()
+            with self._using():
+                yield fresh.number
             self._wake.set()  # the next cut needs a spare
-            return fresh.number
+
+    @contextlib.contextmanager
+    def _undivided(self) -> Iterator[None]:
+        """Steps that go together: whoever breaks in between, by Ctrl-C or a signal's exception, ends the tracker.
+
+        It is as if the process had died there, which every order of these steps survives: the session stays as it is,
+        and recovery finds every mark.
+        """
+        try:
+            yield
+        except Error:
+            raise  # of our own making, where it does no harm
+        except BaseException:
+            what = "was interrupted in the middle of a cut or a save, and is not used any more; every mark is recovered"
+            self._kernel.refuse(StorageError(self._where, what))
+            raise
 
     def _take_spare(self, granularity_bits: int) -> Writeset:
         spare, self._spare = self._spare, None
@@ -323,7 +358,8 @@ class Recorder:
         current = self._current
         if not final:
             # Not twice without a commit between, in every home: the log of its last commit has to stay until the next.
-            self._kernel.swap(rotate=all(self._log.number == home.session.log for home in self._homes))
+            with self._kernel.guard, self._undivided():
+                self._kernel.swap(rotate=all(self._log.number == home.session.log for home in self._homes))
         marked = {number: words_of(one) for number, one in self._frozen.items()}
         marked[current.number] = Words(current.words.copy(), self.size, 1 << current.granularity_bits)
         unions: dict[tuple[int, int, int], Any] = {}
@@ -382,8 +418,7 @@ class Recorder:
     def _using(self) -> Iterator[None]:
         """One act at a time, and none on a tracker that has failed or ended."""
         with self._lock:
-            if self._kernel.failure:
-                raise self._kernel.failure
+            self._kernel.require_usable()
             yield
 
     @contextlib.contextmanager
@@ -396,8 +431,13 @@ class Recorder:
             self._kernel.poison(error)
             raise
 
+    def _give_signs(self) -> None:
+        """Signs of life in the live file, until the tracker ends; in a thread of its own, which waits for nothing."""
+        while not self._ended.wait(recovery.HEARTBEAT_SECONDS) and not self._kernel.failure:
+            self._control.fields[HEARTBEAT] = time.time_ns()
+
     def _in_background(self) -> None:
-        """Signs of life, spare writesets, and saves, until the tracker ends."""
+        """Signs of life on disk, spare writesets and saves, until the tracker ends; if one fails, the others go on."""
         next_save = time.monotonic() + self._options.save_interval
         next_beat, beaten = 0.0, 0
         while True:
@@ -407,47 +447,49 @@ class Recorder:
             self._wake.clear()
             if self._ended.is_set():
                 return
-            self._control.fields[HEARTBEAT] = time.time_ns()
-            try:
-                if time.monotonic() >= next_beat:
-                    next_beat = time.monotonic() + recovery.DURABLE_HEARTBEAT_SECONDS
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + recovery.DURABLE_HEARTBEAT_SECONDS
+                with self._noting():
                     beaten = self._beat(beaten)
-                with self._spare_guard:  # not the lock: a cut only waits for this if it wants the very same
-                    if self._spare is None and not self._closed:
-                        current = self._current
-                        self._spare = self._new_writeset(current.number + 1, current.granularity_bits)
-                if self._options.save_interval and time.monotonic() >= next_save:
+            with self._noting(), self._spare_guard:  # not the lock: a cut only waits if it wants the very same
+                if self._spare is None and not self._closed:
+                    current = self._current
+                    self._spare = self._new_writeset(current.number + 1, current.granularity_bits)
+            if self._options.save_interval and time.monotonic() >= next_save:
+                # A full disk: the marks stay where they are, and it is tried again.
+                with self._noting():
                     if self._kernel.logged or self._frozen:
                         self.save()
                     self.last_error = None
-                    next_save = time.monotonic() + self._options.save_interval
-            except Error as error:
-                # A full disk: the marks stay where they are, and it is tried again.
-                self.last_error = error
                 next_save = time.monotonic() + self._options.save_interval
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """An act in the background: its error is kept for whoever asks."""
+        try:
+            yield
+        except Error as error:
+            self.last_error = error
 
     def _beat(self, before: int) -> int:
         """A sign of life on disk, where the image has changed since the last; returns when it changed."""
         modified = identity_of(self._image).mtime_ns
         if modified != before:
-            try:
-                self._log.beat(time.time_ns())
-            except SyncError as error:
-                self._kernel.poison(error)
-                raise
+            self._kernel.beat(self._log, time.time_ns())
         return modified
 
-    def _stop_thread(self) -> None:
+    def _stop_threads(self) -> None:
         self._ended.set()
         self._wake.set()
-        thread, self._thread = self._thread, None
-        if thread and thread is not threading.current_thread():
-            # It may be waiting for the lock that we hold.
-            self._lock.release()
-            try:
-                thread.join()
-            finally:
-                self._lock.acquire()
+        threads, self._threads = self._threads, []
+        # They may be waiting for the lock that we hold.
+        self._lock.release()
+        try:
+            for thread in threads:
+                if thread is not threading.current_thread():
+                    thread.join()
+        finally:
+            self._lock.acquire()
 
     def _release(self) -> None:
         """Gives up the files; those of a session that has ended are removed."""
@@ -459,7 +501,11 @@ class Recorder:
             home.close()
 
     def _abandon(self) -> None:
-        """In a forked child: the tracker is the parent's, whose marks ours would undo."""
+        """In a forked child: the tracker is the parent's, whose marks ours would undo.
+
+        Another thread of the parent may have held a lock, which nobody gives back here.
+        """
+        self._cuts, self._lock, self._spare_guard = threading.Lock(), threading.RLock(), threading.Lock()
         self._kernel.abandon(StorageError(self._where, "a tracker cannot be used in a forked process"))
         self._log.close(remove=False)  # the lock is the parent's, and ends with it
         self._closed = True

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -122,39 +123,30 @@ class Tracker(Recorder):
 
     def clear(self, name: str) -> None:
         """Makes a bitmap clean: it begins anew at this cut. Not a checkpoint, which others rely on. Errors as `add`."""
-
-        def edit(home: HomeChange, number: int) -> None:
+        with self._cut() as number, self._changing() as home:
             entry = self._usable(home, name)
-            window = Window(number) if entry.auto else None
-            home.put_empty(name, entry.granularity, window, recording=entry.auto)
-
-        self._cut(edit)
+            if entry.auto:
+                self._begin_window(home, name, entry.granularity, number)
+            else:
+                home.put_empty(name, entry.granularity, None, recording=False)
 
     def enable(self, name: str) -> None:
         """Has a bitmap record from this cut on. Errors as `add`."""
-
-        def edit(home: HomeChange, number: int) -> None:
+        with self._cut(self._granularity_of(name)) as number, self._changing() as home:
             entry = self._usable(home, name)
             if entry.auto:
                 return
             # What an earlier window has that is not saved yet, is: a bitmap has one window.
-            bitmap = self._content(home, [name])
+            bitmap = self._content(home, [name]) | self._since(number, entry.granularity)
             if bitmap != home.saved(name):
                 home.put(name, bitmap, None)
             home.set_window(name, Window(number), recording=True)
 
-        self._cut(edit, self._granularity_of(name))
-
     def disable(self, name: str) -> None:
         """Has a bitmap record no more from this cut on. Errors as `add`."""
-
-        def edit(home: HomeChange, number: int) -> None:
+        with self._cut() as number, self._changing() as home:
             self._usable(home, name)
-            window = home.window(name)
-            ended = replace(window, ended=min(window.ended, number)) if window else None
-            home.set_window(name, ended, recording=False)
-
-        self._cut(edit)
+            self._end_window(home, name, number)
 
     def remove(self, name: str) -> None:
         """Removes a bitmap; what a checkpoint has goes to the one before it, so that no answer loses a bit.
@@ -177,16 +169,13 @@ class Tracker(Recorder):
         It is busy until `drop` or `give_back`. What is written from here on is kept apart. If the tracker dies, it is
         as if the backup had failed.
         """
-
-        def edit(home: HomeChange, number: int) -> None:
-            self._usable(home, name)
-            window = home.window(name)
-            if window is None or window.ended != live.OPEN:
-                raise BitmapError(f"{home.where}: {label(name)}", "does not record")
-            home.set_window(name, replace(window, busy=True))
-
-        with self._lock:
-            number = self._cut(edit)
+        with self._cut() as number:
+            with self._changing() as home:
+                self._usable(home, name)
+                window = home.window(name)
+                if window is None or window.ended != live.OPEN:
+                    raise BitmapError(f"{home.where}: {label(name)}", "does not record")
+                home.set_window(name, replace(window, busy=True))
             self._held[name] = number
             return self._home.read(self._session.uuid, lambda view: self._content(view, [name], before=number)).freeze()
 
@@ -195,13 +184,7 @@ class Tracker(Recorder):
         with self._using():
             number = self._holding(name)
             with self._changing() as home:
-                entry = home.entry(name)
-                since = Bitmap(self.size, entry.granularity, recording=True)
-                if number < self._session.oldest:  # saved already, together with what is to go
-                    parts = [words_of(one) for at, one in self._frozen.items() if number <= at < self._session.oldest]
-                    parts.append(words_of(self._current))
-                    since._words = union(parts, self.size, entry.granularity)
-                home.put(name, since, Window(number))
+                self._begin_window(home, name, home.entry(name).granularity, number)
             del self._held[name]
             self._forget()
 
@@ -219,24 +202,45 @@ class Tracker(Recorder):
     # How.
 
     def _add(self, name: str, granularity: int | None, *, recording: bool, checkpoint: bool) -> None:
-        with self._using():
-            chosen = DEFAULT_GRANULARITY if granularity is None else granularity
-            Bitmap(self.size, chosen)  # judges the granularity
+        chosen = DEFAULT_GRANULARITY if granularity is None else granularity
+        Bitmap(self.size, chosen)  # judges the granularity
+        with self._cut(chosen if recording else None) as number, self._changing() as home:
+            if name in home.entries:
+                raise BitmapError(f"{home.where}: {label(name)}", "the name is taken")
+            if checkpoint:
+                home.checkpoints = [other for other in home.checkpoints if other != name]
+                if home.checkpoints and home.checkpoints[-1] in home.entries:
+                    self._end_window(home, home.checkpoints[-1], number)
+                home.checkpoints.append(name)
+            if recording:
+                self._begin_window(home, name, chosen, number)
+            else:
+                home.put_empty(name, chosen, None, recording=False)
 
-            def edit(home: HomeChange, number: int) -> None:
-                if name in home.entries:
-                    raise BitmapError(f"{home.where}: {label(name)}", "the name is taken")
-                if checkpoint:
-                    home.checkpoints = [other for other in home.checkpoints if other != name]
-                    if home.checkpoints and home.checkpoints[-1] in home.entries:
-                        before = home.checkpoints[-1]
-                        window = home.window(before)
-                        ended = replace(window, ended=min(window.ended, number)) if window else None
-                        home.set_window(before, ended, recording=False)
-                    home.checkpoints.append(name)
-                home.put_empty(name, chosen, Window(number) if recording else None, recording=recording)
+    def _begin_window(self, home: HomeChange, name: str, granularity: int, number: int) -> None:
+        """A bitmap that holds what is written from that interval on, and records."""
+        if number > self._session.oldest:
+            home.put_empty(name, granularity, Window(number), recording=True)
+        else:
+            home.put(name, self._since(number, granularity), Window(number))
 
-            self._cut(edit, chosen if recording else None)
+    def _end_window(self, home: HomeChange, name: str, number: int) -> None:
+        """Has a bitmap record no more from that interval on."""
+        window = home.window(name)
+        ended = replace(window, ended=min(window.ended, number)) if window else None
+        home.set_window(name, ended, recording=False)
+
+    def _since(self, number: int, granularity: int) -> Bitmap:
+        """What has to be in the saved bits of a bitmap that begins with that interval: nothing, as a rule.
+
+        But where a save has come since, it has taken marks of that interval into the bitmaps of that time, and made
+        their log void: after a power loss only saved bits know of them.
+        """
+        since = Bitmap(self.size, granularity, recording=True)
+        if number <= self._session.oldest:
+            parts = [words_of(writeset) for at, writeset in self._frozen.items() if at >= number]
+            since._words = union([*parts, words_of(self._current)], self.size, granularity)
+        return since
 
     def _usable(self, home: HomeChange, name: str) -> Any:
         entry = home.entry(name)
@@ -322,7 +326,10 @@ class Write:
         self._ticket: Ticket | None = None
 
     def __enter__(self) -> None:
-        self._ticket = self._kernel.begin(self._offset, self._length)
+        if self._ticket:
+            raise BitmapError(self._kernel.where, "a write can be begun once; ask for another")
+        self._ticket = Ticket(self._kernel, threading.get_ident())
+        self._kernel.begin(self._offset, self._length, self._ticket)
 
     def __exit__(self, *_: object) -> None:
         if self._ticket:
