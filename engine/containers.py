@@ -178,6 +178,8 @@ def open(target: Target, *, store: str | None = None, index: str | None = None, 
             here().look_after(opened)
             stored = StoredImage(opened, place.node)
             stored.find_node = lambda node: _open_node(node, here)
+            name = place.node
+            stored.change_root = lambda root, unchanged: here().set_root(name, root, content_unchanged=unchanged)
             stack.pop_all()
             return stored
     if probe_path(place.path) == STORE:

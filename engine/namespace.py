@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -156,8 +156,8 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         """
 
     @abc.abstractmethod
-    def _track_with(self, device: Home, options: dict[str, Any]) -> Tracker:
-        """As `track`, of a device's root: feeds the device's bitmaps, too."""
+    def _track_with(self, device: Home, options: dict[str, Any], make: Callable[..., Tracker]) -> Tracker:
+        """As `track`, of a device's root: feeds the device's bitmaps, too; by a tracker of the caller's making."""
 
     @abc.abstractmethod
     def hold(self, name: str, owner: str = "dirtmap") -> contextlib.AbstractContextManager[Bitmap]:

@@ -27,6 +27,7 @@ import dirtmap.engine as dm
 from dirtmap.engine import containers, fileio
 from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import recorder
+from dirtmap.engine.tracking import tracker as tracker_module
 from dirtmap.engine.tracking.home import Home, HomeChange
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
@@ -88,9 +89,13 @@ def raw(tmp_path: Path) -> Path:
     return make(tmp_path, raw_here)
 
 
+def granules(bitmap: dm.Bitmap) -> list[int]:
+    return np.flatnonzero(model_of(bitmap)).tolist()  # type: ignore[no-any-return]
+
+
 def dirty(target: str, name: str) -> list[int]:
     with dm.open(target) as image:
-        return np.flatnonzero(model_of(image[name])).tolist()  # type: ignore[no-any-return]
+        return granules(image[name])
 
 
 def both() -> tuple[list[int], list[int]]:
@@ -732,6 +737,81 @@ def test_set_root_after_a_death_takes_the_session_along(path: Path, other: Path,
     assert sessions() == [False, True]
     assert recover(NODE) == {"b0": EXACT}
     no_traces(tmp_path)
+
+
+@pytest.mark.parametrize("unchanged", [False, True])
+def test_a_tracker_gives_its_device_another_root(path: Path, other: Path, tmp_path: Path, unchanged: bool) -> None:
+    with dm.open("other") as image, image.transaction() as bitmaps:
+        bitmaps["o"] = dm.Bitmap(SIZE)
+    with dm.open("disk0") as image, image.track() as tracker:
+        tracker.mark(1 * GRANULE, 1)
+        tracker.checkpoint("monday")
+        ticket = tracker.begin(2 * GRANULE, 1)
+        with pytest.raises(dm.BitmapError, match="in flight"):
+            tracker.set_root("other", content_unchanged=unchanged)
+        tracker.end(ticket)
+        tracker.take("d0")
+        with pytest.raises(dm.BitmapError, match="busy"):
+            tracker.set_root("other", content_unchanged=unchanged)
+        tracker.give_back("d0")
+        for wrong in ("nothing", "disk0"):
+            with pytest.raises(dm.BitmapError, match="no such node"):
+                tracker.set_root(wrong)
+            tracker.mark(3 * GRANULE, 1)  # it goes on with the old one
+        tracker.set_root("other", content_unchanged=unchanged)
+        status = image.tracking()
+        assert status
+        assert status.alive
+        tracker.mark(4 * GRANULE, 1)
+        with tracker.write(5 * GRANULE, 1):
+            pass
+        with dm.open("other") as root:
+            assert granules(root["o"]) == [4, 5]
+        with dm.open(NODE) as root, root.transaction() as bitmaps:  # it is free
+            assert granules(bitmaps["b0"]) == [1, 2, 3]
+        expected = [1, 2, 3, 4, 5] if unchanged else list(range(SIZE // GRANULE))
+        assert granules(tracker.bitmap("d0")) == granules(image["d0"]) == expected
+        assert granules(tracker.changed_since("monday")) == ([2, 3, 4, 5] if unchanged else expected)
+    assert sessions() == [False, False]
+    with dm.open("disk0") as image:
+        assert granules(image["d0"]) == expected
+        assert image.info().notes == ()
+    no_traces(tmp_path)
+
+
+def test_a_tracker_that_dies_while_it_changes_the_root_loses_nothing(path: Path, other: Path) -> None:
+    for step in ("close", "track_device", "end"):
+
+        def work(step: str = step) -> None:
+            with dm.open("disk0") as image:
+                tracker = image.track()
+                tracker.mark(3 * GRANULE, 1)
+
+                def die(*_: object) -> None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+                if step == "close":
+                    tracker._device.change_root = die  # type: ignore[union-attr]
+                elif step == "track_device":
+                    tracker_module.track_device = die  # type: ignore[assignment]
+                tracker.set_root("other", content_unchanged=True)
+                tracker.mark(4 * GRANULE, 1)
+
+        in_child(work)
+        with dm.open("disk0") as image:
+            image.recover()
+            assert granules(image["d0"]) == ([3, 4] if step == "end" else [3])
+        with dm.open(NODE) as image:
+            assert granules(image["b0"]) == [3]
+        containers.this_host().set_root("disk0", "drive0", content_unchanged=True)
+        for target, name in (("disk0", "d0"), (NODE, "b0")):
+            with dm.open(target) as image, image.transaction() as bitmaps:
+                bitmaps[name] = dm.Bitmap(SIZE)
+
+
+def test_a_tracker_of_a_node_has_no_root_to_change(path: Path, other: Path) -> None:
+    with dm.open(NODE) as image, image.track() as tracker, pytest.raises(dm.BitmapError, match="no root"):
+        tracker.set_root("other")
 
 
 def test_files_of_a_root_stay_when_its_device_is_tracked_on_another(path: Path, other: Path, tmp_path: Path) -> None:

@@ -235,10 +235,10 @@ class Image(Namespace):
 
         return track_image(self, options)
 
-    def _track_with(self, device: Home, options: dict[str, Any]) -> Tracker:
+    def _track_with(self, device: Home, options: dict[str, Any], make: Callable[..., Tracker]) -> Tracker:
         from dirtmap.engine.tracking.checkout import track_image
 
-        return track_image(self, options, device)
+        return track_image(self, options, device, make)
 
     def close(self) -> None:
         """Closes the image's file."""

@@ -59,6 +59,7 @@ class StoredImage(Namespace):
 
     Attributes:
         find_node: opens the node of a UUID, wherever the host has it; None: only this store is known.
+        change_root: gives a device another root, by its name and whether it reads the same; None: as before.
     """
 
     format = FORMAT
@@ -68,6 +69,7 @@ class StoredImage(Namespace):
         self.path, self.name = target.path, name
         self._raw_name = encode_name(name)
         self.find_node: Callable[[bytes], Namespace | None] | None = None
+        self.change_root: Callable[[str, bool], None] | None = None
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
 
@@ -83,10 +85,10 @@ class StoredImage(Namespace):
             return track_device(self, options)
         return track_node(self, options)
 
-    def _track_with(self, device: Home, options: dict[str, Any]) -> Tracker:
+    def _track_with(self, device: Home, options: dict[str, Any], make: Callable[..., Tracker]) -> Tracker:
         from dirtmap.engine.tracking.tracker import track_node
 
-        return track_node(self, options, device)
+        return track_node(self, options, device, make)
 
     def open_root(self) -> Namespace:
         """A device's root node, opened.

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -65,13 +65,16 @@ def is_marked(layout: Layout) -> bool:
     return bool(layout.header.autoclear & qcow2.AUTOCLEAR_TRACKED)
 
 
-def track_image(image: Image, options: dict[str, Any], device: Home | None = None) -> Tracker:
+def track_image(
+    image: Image, options: dict[str, Any], device: Home | None = None, make: Callable[..., Tracker] = Tracker
+) -> Tracker:
     """Checks an image's bitmaps out and tracks it; see `Namespace.track`.
 
     Args:
         image: a node.
         options: as given.
         device: whose root it is, and which is fed, too; the caller closes it after an error.
+        make: makes the tracker.
     """
     from dirtmap.engine.containers import default_store
 
@@ -93,7 +96,7 @@ def track_image(image: Image, options: dict[str, Any], device: Home | None = Non
             _copy_out(home, image, file, layout)
             image_path = os.path.abspath(image.path)  # the tool may change its folder
             homes = [device, home] if device else [home]
-            tracker = Tracker(homes, image_path, chosen, lambda: check_in(image_path, home.store.path, name, own=True))
+            tracker = make(homes, image_path, chosen, lambda: check_in(image_path, home.store.path, name, own=True))
             try:
                 set_tracked(file, layout, True)
                 layout = read_layout(file)
@@ -362,10 +365,12 @@ class TrackedImage(Namespace):
         """Begins to track, after recovery; see `Namespace.track`."""
         return self._track_with(None, options)
 
-    def _track_with(self, device: Home | None, options: dict[str, Any]) -> Tracker:
+    def _track_with(
+        self, device: Home | None, options: dict[str, Any], make: Callable[..., Tracker] = Tracker
+    ) -> Tracker:
         self.recover()
         with Image(self.path) as image:
-            return track_image(image, {"store": self._store_path, **options}, device)
+            return track_image(image, {"store": self._store_path, **options}, device, make)
 
     def close(self) -> None:
         """Closes the store."""

@@ -296,6 +296,11 @@ class Kernel:
         return len(self._state.logged)
 
     @property
+    def in_flight(self) -> int:
+        """How many writes have begun and not ended; those of lost tickets do not count."""
+        return len(self._flying) - len(self.lost)
+
+    @property
     def bare(self) -> bool:
         """True once there were marks whose writes have no end that we hear of."""
         return bool(self._control[BARE])

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -51,6 +51,10 @@ class Tracker(Recorder):
         size: of the disk, bytes.
         last_error: what went wrong with the last save in the background, or None.
     """
+
+    # For `set_root`, of a device's tracker.
+    _device: StoredImage | None = None
+    _asked: dict[str, Any]
 
     # Marking.
 
@@ -199,6 +203,47 @@ class Tracker(Recorder):
             del self._held[name]
             self._forget()
 
+    # A device's root.
+
+    def set_root(self, root: str, *, content_unchanged: bool = False) -> None:
+        """Gives the tracked device another root node, say an overlay, and goes on with that.
+
+        The old root's bitmaps are saved, and, in a qcow2 image, checked in; the new one's are fed from here on. All
+        writes before have to have ended, and none may begin until this returns. `mark` is another function afterwards.
+
+        Args:
+            root: name of the node.
+            content_unchanged: the caller vouches that it reads as the old root does; else all of the device's bitmaps
+                are dirty.
+
+        Raises:
+            BitmapError: not a device's tracker, a write is in flight, a bitmap is taken, or the root is refused as
+                `devices.set_root` does; the tracker goes on with the old one.
+            StorageError: could not be saved, or not be begun anew: the tracker has ended.
+        """
+        device = self._device
+        if device is None or device.change_root is None:
+            raise BitmapError(self._where, "is tracked as a node, which has no root")
+        with self._cuts:
+            with self._using():
+                for name in self._held:
+                    raise BitmapError(f"{self._where}: {label(name)}", "busy: taken for a backup")
+                if self._kernel.in_flight:
+                    raise BitmapError(self._where, "a write is in flight, to the root that is to go")
+            self.close()
+            try:
+                device.change_root(root, content_unchanged)
+            finally:
+                track_device(device, self._asked, self._begin_anew)
+
+    def _begin_anew(self, *how: Any) -> Tracker:
+        try:
+            Tracker.__init__(self, *how)
+        except BaseException:
+            self._closed = True
+            raise
+        return self
+
     # How.
 
     def _add(self, name: str, granularity: int | None, *, recording: bool, checkpoint: bool) -> None:
@@ -336,13 +381,16 @@ class Write:
             self._kernel.end(self._ticket)
 
 
-def track_node(image: StoredImage, options: dict[str, Any], device: Home | None = None) -> Tracker:
+def track_node(
+    image: StoredImage, options: dict[str, Any], device: Home | None = None, make: Callable[..., Tracker] = Tracker
+) -> Tracker:
     """Tracks an image whose bitmaps are in a store; see `Namespace.track`.
 
     Args:
         image: the node.
         options: as given.
         device: whose root it is, and which is fed, too; the caller has recovered it, and closes it after an error.
+        make: makes the tracker.
     """
     chosen = Options(**options)
     home = Home(image.path, encode_name(image.name or ""))
@@ -350,14 +398,14 @@ def track_node(image: StoredImage, options: dict[str, Any], device: Home | None 
         if home.store.read(home.needs_recovery):
             image.recover()
         record = home.store.read(home.record)
-        return Tracker([device, home] if device else [home], os.fsdecode(record.path), chosen, None)
+        return make([device, home] if device else [home], os.fsdecode(record.path), chosen, None)
     except BaseException:
         home.close()
         raise
 
 
-def track_device(image: StoredImage, options: dict[str, Any]) -> Tracker:
-    """Tracks a device, and its root node with it; see `Namespace.track`."""
+def track_device(image: StoredImage, options: dict[str, Any], make: Callable[..., Tracker] = Tracker) -> Tracker:
+    """Tracks a device, and its root node with it, by a tracker that ``make`` makes; see `Namespace.track`."""
     with contextlib.closing(image.open_root()) as root:
         if (session := root.tracking()) and session.alive:
             raise LockedError(
@@ -369,7 +417,9 @@ def track_device(image: StoredImage, options: dict[str, Any]) -> Tracker:
                 root.recover()  # and the device before it, as far as they had it in common
             if home.store.read(home.needs_recovery):
                 image.recover()
-            return root._track_with(home, options)
+            tracker = root._track_with(home, dict(options), make)
+            tracker._device, tracker._asked = image, options
+            return tracker
         except BaseException:
             home.close()
             raise
