@@ -320,6 +320,9 @@ def transaction(
         As `Namespace.transaction`.
     """
     places = {target: locate(target, store, index) for target in targets}
+    if not places:
+        yield {}
+        return
     first, *others = places
     for target in others:
         if not _same_file(places[first].path, places[target].path):

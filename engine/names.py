@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dirtmap.engine.index.database import DamagedError
+from dirtmap.engine.index.database import DamagedError, ForbiddenError
 from dirtmap.engine.index.database import replace as replace_database
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
@@ -140,7 +140,7 @@ class Names:
     def look_after(self, target: Store) -> None:
         """Commits the suspicion that a store was rolled back, and has its later commits remembered.
 
-        Does nothing where there is no index yet.
+        Does nothing where there is no index yet, or it is not this user's to open.
 
         Raises:
             As `opened`.
@@ -149,7 +149,10 @@ class Names:
             return
         target.committed = lambda: self._saw(target)
         header = target.read(lambda snapshot: snapshot.header)
-        seen = self._asking(lambda index: index.seen(header.uuid))
+        try:
+            seen = self._asking(lambda index: index.seen(header.uuid))
+        except ForbiddenError:
+            return  # as without an index; a name that has to be looked up there says so
         if seen is None:
             self._saw(target)
             return

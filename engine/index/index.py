@@ -49,9 +49,14 @@ class Index:
 
     Attributes:
         path: of the LMDB database, a directory.
+
+    Raises:
+        StorageError: no file can have such a path.
     """
 
     def __init__(self, path: str, database: Database | None = None) -> None:
+        if "\0" in path:
+            raise StorageError(path, "index: a path cannot hold a NUL")
         self.path = path
         self._given = self._known = database
 
