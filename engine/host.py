@@ -33,6 +33,7 @@ class Host(Names):
             raise BitmapError(f"node '{name}'", f"names that begin with '{RESERVED}' are reserved")
         for found in self._claims(name):
             raise BitmapError(f"{found.store}: {found.what} '{name}'", "the name is taken")
+        self._require_all_stores()
 
     def add_node(self, name: str, image: str) -> None:
         """A node whose bitmaps the default store holds; see `nodes.add_node`."""

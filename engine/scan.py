@@ -22,7 +22,7 @@ from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
 from dirtmap.fmt.errors import Error, StorageError
-from dirtmap.fmt.index import DAMAGED, HELD, QCOW2, STORE, Member
+from dirtmap.fmt.index import DAMAGED, FAULTY, HELD, QCOW2, STORE, Member
 from dirtmap.fmt.store import Identity, Record
 
 
@@ -84,6 +84,8 @@ def scan(
     host.stores()
     files = list(_files(roots))
     found: list[Container] = []
+    lost: set[str] = set()
+    remembered = {*host.containers(), *roots}
     host.index.open()
     known_paths = host.index.paths()
 
@@ -99,13 +101,17 @@ def scan(
     for container, problem in host.index.refresh(candidates(), force_share=force_share):
         summary.images += container.kind == QCOW2
         summary.stores += container.kind == STORE
+        if container.kind == FAULTY:
+            if container.path not in remembered:
+                continue  # only the index knows that there once was one
+            lost.add(container.path)
         if container.condition == DAMAGED:
             summary.damaged.append((container.path, problem.what if problem else "as found before"))
         elif container.condition == HELD:
             summary.held.append(container.path)
         else:
             found.append(container)
-    _Registration(host, summary, roots).take_in(found)
+    _Registration(host, summary, roots).take_in(found, lost)
     numbers = {container.number for container in found}
     for claim in host.index.claims():
         if claim.container in numbers:
@@ -160,8 +166,13 @@ class _Registration:
     def __init__(self, host: Host, summary: Summary, roots: list[str]) -> None:
         self._host, self._summary, self._roots = host, summary, roots
 
-    def take_in(self, found: list[Container]) -> None:
-        """Remembers what is new, and where moved images are now."""
+    def take_in(self, found: list[Container], lost: set[str]) -> None:
+        """Remembers what is new, and where moved images are now.
+
+        Args:
+            found: what is there and sound.
+            lost: paths of files that are no containers any more.
+        """
         index = self._host.index
         self._host.stores()  # brings the index up to date with them
         home = index.container(self._host.home)
@@ -188,6 +199,8 @@ class _Registration:
         there = {container.path for container in found}
         gone = [item for item in places.items() if item[0] not in there and not os.path.exists(item[0])]
         dropped = [place for path, place in gone if place.kind == store.KIND_CONTAINER and self._is_below(path)]
+        # Of a store that is none any more, nothing can be mended.
+        dropped += [place for path, place in places.items() if path in lost and _is_place_of_a_store(place)]
         moved: list[tuple[bytes, str]] = []
         if news or dropped:
             with self._host.opened() as target, target.change() as change:
@@ -287,6 +300,10 @@ class _Registration:
         )
         if change.table.get(store.container_name(os.fsencode(path))):
             change.table.remove(store.container_name(os.fsencode(path)))
+
+
+def _is_place_of_a_store(place: Member) -> bool:
+    return place.kind == store.KIND_CONTAINER and any(place.uuid)
 
 
 def _is_file(path: str, identity: Identity) -> bool:

@@ -254,10 +254,16 @@ def known_paths() -> set[str]:
 
 
 def scanned(folder: Path, *options: str) -> tuple[dict[str, Any], set[str]]:
-    """What a scan told, and which files it read, but for stores, whose newest commit is always asked for."""
+    """What a scan told, and which files it read.
+
+    But for stores, whose newest commit is always asked for, and for what is damaged, of which it tells what is wrong.
+    """
     Quick.examined.clear()
     done = json_of("index", "scan", *options, folder)
-    return done, {path for path, times in Quick.examined.items() if times and not path.endswith(".dmap")}
+    damaged = {each["filename"] for each in done["damaged"]}
+    assert not any(each["what"] == "as found before" for each in done["damaged"])
+    examined = {path for path, times in Quick.examined.items() if times and not path.endswith(".dmap")}
+    return done, examined - damaged
 
 
 def examine(folder: Path, templates: list[bytes], count: int) -> None:

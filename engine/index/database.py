@@ -86,11 +86,15 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NETWORK = ("nfs", "cifs", "smb", "ceph", "9p", "afs", "gfs2", "ocfs2", "lustre", "gluster", "beegfs", "fuse.sshfs")
 
 
-class DamagedError(StorageError):
+class DatabaseError(StorageError):
+    """The database cannot be used, whatever is right or wrong with containers."""
+
+
+class DamagedError(DatabaseError):
     """What is in the database cannot be right; it has to be begun anew."""
 
 
-class ForbiddenError(StorageError):
+class ForbiddenError(DatabaseError):
     """This user may not open the database, or make it."""
 
 
@@ -243,15 +247,21 @@ class Reader:
         contents: bytes = value[:-4]
         return contents
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Keys that begin so, in their order, with their contents."""
+    def scan(self, prefix: bytes, *, sound_only: bool = False) -> Iterator[tuple[bytes, bytes]]:
+        """Keys that begin so, in their order, with their contents; without those that are damaged, if only sound ones.
+
+        Raises:
+            DamagedError: a checksum is wrong.
+        """
         with self._txn.cursor() as cursor:
             if cursor.set_range(prefix):
                 key: Any
+                value: Any
                 for key, value in cursor:
                     if not key.startswith(prefix):
                         return
-                    yield key, self._unseal(key, value)
+                    if layout.is_sound(key, value) or not sound_only:
+                        yield key, self._unseal(key, value)
 
 
 class Writer(Reader):
@@ -311,7 +321,7 @@ def _require_ours(path: str) -> None:
     """
     with _errors(path):
         if not _is_ours(os.path.realpath(path)):
-            raise StorageError(path, "not an index; --index names another")
+            raise DatabaseError(path, "not an index; --index names another")
 
 
 def _is_ours(path: str) -> bool:
@@ -343,7 +353,7 @@ def _refuse_network(path: str) -> None:
         folder = os.path.dirname(folder)
     kind = _file_system(folder)
     if kind.startswith(_NETWORK):
-        raise StorageError(path, f"on a network file system ({kind}), where LMDB is not safe; choose another --index")
+        raise DatabaseError(path, f"on a network file system ({kind}), where LMDB is not safe; choose another --index")
 
 
 def _file_system(folder: str) -> str:
@@ -480,7 +490,7 @@ def _put_aside(path: str) -> None:
         return
     bad = path + ".bad"
     if not _is_ours(bad):
-        raise StorageError(bad, "in the place where a damaged index is put aside, and not one; move it away")
+        raise DatabaseError(bad, "in the place where a damaged index is put aside, and not one; move it away")
     _remove(bad)
     os.rename(path, bad)
 
@@ -506,8 +516,8 @@ def _errors(path: str) -> Iterator[None]:
     except lmdb.ReadonlyError as error:
         raise ForbiddenError(path, f"index: {error}; --index names another") from error
     except lmdb.Error as error:
-        raise StorageError(path, f"index: {error}") from error
+        raise DatabaseError(path, f"index: {error}") from error
     except OSError as error:
         if error.errno in _FORBIDDEN:
             raise ForbiddenError(path, f"index: {error.strerror}; --index names another") from error
-        raise StorageError(path, f"index: {error.strerror or error}") from error
+        raise DatabaseError(path, f"index: {error.strerror or error}") from error
