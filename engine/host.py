@@ -72,11 +72,13 @@ class Host(Names):
 
         Raises:
             BitmapError: there is none of that name, it has bitmaps, or is a device's root.
+            Error: a store cannot be read that may have such a device.
         """
         found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
         for names in self.devices_of(found.uuid).values():
             what = f"root of device '{decode_name(names[0])}'; give that another with 'device set-root', or remove it"
             raise BitmapError(f"{found.store}: node '{name}'", what)
+        self._require_all_stores()  # one that cannot be read may have a device on it
         with self.opened(found.store) as target:
             nodes.remove_node(target, name)
 

@@ -339,7 +339,7 @@ class Names:
         return found[0] if found else None
 
     def _require_all_stores(self) -> None:
-        """Refuses to say that there is no such name while a store cannot be read that may have it.
+        """Refuses to say that there is no such thing while a store cannot be read that may have it.
 
         Raises:
             Error: what is wrong with that store.

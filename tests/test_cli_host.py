@@ -679,7 +679,7 @@ def test_a_damaged_store_hides_only_its_own_names(damage: Callable[[Path], None]
     told = "other.dmap: "
     commands: list[tuple[str | int, ...]] = [
         *(("list", "other"), ("list", "nothing"), ("node", "rename", "two", "new"), ("node", "add", "new", "two.raw")),
-        *(("node", "add", "other", "two.raw"), ("device", "add", "new", "--root", "two"), ("device", "list", "-q")),
+        *(("node", "add", "other", "two.raw"), ("device", "add", "new", "--root", "two"), ("node", "remove", "two")),
     ]
     for command in [("list", "one"), ("map", "d0"), ("find",), ("list",), ("node", "list"), *commands]:
         if not indexed:

@@ -41,7 +41,8 @@ def scan_command(
     """Find every qcow2 image and store below folders.
 
     The default store remembers where they are. An image that was moved is found again by its UUID, and a name that is
-    in an image but in no store comes back. Images that another process has open for writing are skipped, unless -U.
+    in an image but in no store comes back; what is no store any more is forgotten. Images that another process has open
+    for writing are skipped, unless -U.
     """
     from dirtmap.engine.scan import scan
 
