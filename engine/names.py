@@ -134,9 +134,20 @@ class Names:
             os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
             with contextlib.suppress(StorageError):  # another process was faster
                 create(path)
-        with Store(path) as target:
+        try:
+            target = Store(path)
+        except FormatError as error:
+            raise self._advised(path, error) from error
+        with target:
             self.look_after(target)
             yield target
+
+    def _advised(self, path: str, error: Error) -> Error:
+        """What is wrong with a store, and of the default one, which everything needs, what can be done."""
+        if os.path.abspath(path) != self.home or not isinstance(error, FormatError):
+            return error
+        how = "'check -r all' may mend it, or 'index scan' make another once it is moved away"
+        return FormatError(error.where, f"{error.what}; it is the default store: {how}")
 
     def look_after(self, target: Store) -> None:
         """Commits the suspicion that a store was rolled back, and has its later commits remembered.
@@ -227,12 +238,7 @@ class Names:
 
         def learn(index: Index) -> dict[str, Error | None]:
             found: dict[str, Error | None] = {self.home: None}
-            try:
-                home = self._refresh_store(index, self.home)
-            except FormatError as error:
-                how = "'check -r all' may mend it, or 'index scan' make another once it is moved away"
-                what = f"{error.what}; it is the default store: {how}"
-                raise FormatError(error.where, what) from error
+            home = self._refresh_store(index, self.home)
             for path in index.stores(home.number):
                 try:
                     if path != self.home:
@@ -258,7 +264,7 @@ class Names:
             pass
         for container, problem in index.refresh([path]):
             if problem:
-                raise problem
+                raise self._advised(path, problem)
             return container
         raise StorageError(path, "is being replaced")
 

@@ -736,7 +736,8 @@ def test_a_damaged_default_store_says_what_to_do() -> None:
     dirtmap("index", "scan", ".")
     assert names("q0") == []
     _text(Path("default.dmap"))
-    assert "once it is moved away" in refused("list", "q0")
+    for command in (["list", "q0"], ["node", "add", "x", "one.raw"], ["index", "scan", "."], ["node", "list"]):
+        assert refused(*command).count("once it is moved away") == 1
     os.rename("default.dmap", "away")
     dirtmap("index", "scan", ".")
     assert (names("q0"), names("other")) == ([], [])
