@@ -392,9 +392,10 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 
 def connect(path: str) -> Database:
-    """The database at ``path``, begun anew where it is missing or damaged.
+    """The database at ``path``, begun anew where it is missing or nothing in it can be read.
 
     Raises:
+        DamagedError: what is in it is wrong.
         ForbiddenError: this user may not.
         StorageError: it cannot be made or opened, is on a network file system, or is no index.
     """
@@ -418,7 +419,11 @@ def connect(path: str) -> Database:
 
 
 def _opened(path: str) -> Database | None:
-    """The database at ``path``; None where there is none, or it is damaged or not of this version."""
+    """The database at ``path``; None where there is none, or it is not of this version, or LMDB cannot read it.
+
+    Raises:
+        DamagedError: LMDB can, but what it says is wrong.
+    """
     if fault(path) is not None or not os.path.isdir(path) or not os.listdir(path):
         return None
     try:
@@ -427,10 +432,11 @@ def _opened(path: str) -> Database | None:
         return None
     try:
         state = database.get(layout.STATE) or b""
-        if len(state) == layout.STATE_VALUE.size and layout.STATE_VALUE.parse(state).version == layout.VERSION:
-            return database
     except DamagedError:
-        pass
+        database.close()
+        raise
+    if len(state) == layout.STATE_VALUE.size and layout.STATE_VALUE.parse(state).version == layout.VERSION:
+        return database
     database.close()
     return None
 
