@@ -125,8 +125,10 @@ def locate(target: Target, store: str | None = None, index: str | None = None) -
     if is_file and ("/" in text or "." in text or not os.path.exists(where)):
         return Place(text)
     if not os.path.exists(where):
-        what = f"no store at {where} to look the {kind} up in" if kind else "no such file, and no store to look in"
-        raise StorageError(text, what)
+        what = "" if kind else "no such file, and "
+        raise StorageError(
+            text, f"{what}no store at {where} to look the {kind or 'name'} up in; 'index scan' makes one"
+        )
     found = this_host(where, index).resolve(text.removeprefix(f"{kind}:"))
     if found is not None and kind is not None and (kind == "device") != found.is_device:
         found = None
@@ -322,6 +324,9 @@ def transaction(
         As `Namespace.transaction`.
     """
     places = {target: locate(target, store, index) for target in targets}
+    if not places:
+        yield {}
+        return
     first, *others = places
     for target in others:
         if not _same_file(places[first].path, places[target].path):

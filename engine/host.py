@@ -32,6 +32,7 @@ class Host(Names):
             raise BitmapError(f"node '{name}'", f"names that begin with '{RESERVED}' are reserved")
         for found in self.asked(lambda here: here.claims(name)):
             raise BitmapError(f"{found.store}: {found.what} '{name}'", "the name is taken")
+        self._require_all_stores()
 
     def add_node(self, name: str, image: str) -> None:
         """A node whose bitmaps the default store holds; see `nodes.add_node`."""
@@ -70,11 +71,13 @@ class Host(Names):
 
         Raises:
             BitmapError: there is none of that name, it has bitmaps, or is a device's root.
+            Error: a store cannot be read that may have such a device.
         """
         found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
         for names in self.devices_of(found.uuid).values():
             what = f"root of device '{decode_name(names[0])}'; give that another with 'device set-root', or remove it"
             raise BitmapError(f"{found.store}: node '{name}'", what)
+        self._require_all_stores()  # one that cannot be read may have a device on it
         with self.opened(found.store) as target:
             nodes.remove_node(target, name)
 

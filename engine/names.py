@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dirtmap.engine.index.database import DamagedError
-from dirtmap.engine.index.database import replace as replace_database
+from dirtmap.engine.index.database import DamagedError, DatabaseError, ForbiddenError
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
+from dirtmap.engine.index.renewal import examine, renew
 from dirtmap.engine.namespace import decode_name, encode_name
+from dirtmap.engine.probe import probe_path
 from dirtmap.engine.qcow2.image import read_identity
 from dirtmap.engine.store import nodes
 from dirtmap.engine.store.devices import Root
@@ -27,8 +28,8 @@ from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, StorageError, printable
-from dirtmap.fmt.index import QCOW2, SOUND, Member
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, FormatError, StorageError, printable
+from dirtmap.fmt.index import QCOW2, Member
 
 T = TypeVar("T")
 
@@ -135,14 +136,25 @@ class Names:
             os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
             with contextlib.suppress(StorageError):  # another process was faster
                 create(path)
-        with Store(path) as target:
+        try:
+            target = Store(path)
+        except FormatError as error:
+            raise self._advised(path, error) from error
+        with target:
             self.look_after(target)
             yield target
+
+    def _advised(self, path: str, error: Error) -> Error:
+        """What is wrong with a store, and of the default one, which everything needs, what can be done."""
+        if os.path.abspath(path) != self.home or not isinstance(error, FormatError):
+            return error
+        how = "'check -r all' may mend it, or 'index scan' make another once it is moved away"
+        return FormatError(error.where, f"{error.what}; it is the default store: {how}")
 
     def look_after(self, target: Store) -> None:
         """Commits the suspicion that a store was rolled back, and has its later commits remembered.
 
-        Does nothing where there is no index yet.
+        Does nothing where there is no index yet, or it is not this user's to open.
 
         Raises:
             As `opened`.
@@ -151,7 +163,10 @@ class Names:
             return
         target.committed = lambda: self._saw(target)
         header = target.read(lambda snapshot: snapshot.header)
-        seen = self._asking(lambda index: index.seen(header.uuid))
+        try:
+            seen = self._asking(lambda index: index.seen(header.uuid))
+        except ForbiddenError:
+            return  # as without an index; a name that has to be looked up there says so
         if seen is None:
             self._saw(target)
             return
@@ -186,7 +201,7 @@ class Names:
             self._asking(lambda index: index.saw(target))
 
     def _asking(self, question: Callable[[Index], T]) -> T:
-        """Asks the index; a damaged one is put aside, and a new one asked.
+        """Asks the index; a damaged one is put aside, and one asked that knows only the commits seen of stores.
 
         Args:
             question: brings the index up to date with what it needs: it is asked again where another index has taken
@@ -199,68 +214,109 @@ class Names:
                 if self.index.database is before:
                     return answer
             except (DamagedError, layout.BadValueError):
-                replace_database(self.index.path, even_if_good=True)
+                renew(self.index.path, examine(self.index.path).seen)
         raise StorageError(self.index.path, "index: is replaced again and again")
 
     # Which containers there are.
 
     def stores(self) -> list[str]:
-        """The paths of all stores of the host, with the index up to date for them; none where there is no default."""
-        if not os.path.exists(self.store):
-            return []
+        """The paths of all stores of the host that can be read, with the index up to date for them.
 
-        def learn(index: Index) -> list[str]:
-            first = self._refresh_store(index, self.home)
-            others = index.stores(first.number) if first else []
-            return [self.home, *(path for path in others if path != self.home and self._refresh_store(index, path))]
+        None where there is no default store.
+
+        Raises:
+            FormatError: the default store is damaged.
+        """
+        return [path for path, problem in self._survey().items() if problem is None]
+
+    def problems(self) -> list[Error]:
+        """What is wrong with other stores: names in them are neither found nor free. None of those that are gone."""
+        return [problem for problem in self._survey().values() if problem]
+
+    def _survey(self) -> dict[str, Error | None]:
+        """The paths of all stores of the host that are there, the default one first, with what is wrong with each."""
+        if not os.path.exists(self.store):
+            return {}
+
+        def learn(index: Index) -> dict[str, Error | None]:
+            found: dict[str, Error | None] = {self.home: None}
+            home = self._refresh_store(index, self.home)
+            for path in index.stores(home.number):
+                try:
+                    if path != self.home:
+                        self._refresh_store(index, path)
+                        found[path] = None
+                except DatabaseError:
+                    raise
+                except Error as error:
+                    if not _is_gone(path):
+                        found[path] = error
+            return found
 
         return self._asking(learn)
 
-    def _refresh_store(self, index: Index, path: str) -> Container | None:
-        """What the index knows of a store, now; None where it is gone."""
+    def _refresh_store(self, index: Index, path: str) -> Container:
+        """What the index knows of a store, now.
+
+        Raises:
+            Error: what is wrong with it.
+        """
         index.open()  # there has to be one before a rollback can be seen
-        try:
-            with self.opened(path):
-                pass
-        except StorageError:
-            if path == self.home:
-                raise
+        with self.opened(path):
+            pass
         for container, problem in index.refresh([path]):
             if problem:
-                raise problem
+                raise self._advised(path, problem)
             return container
-        return None
+        raise StorageError(path, "is being replaced")
 
     def containers(self) -> list[str]:
-        """The paths of all containers of the host, stores first; those that are gone included."""
+        """The paths of all containers of the host, stores first; those that are gone or damaged included."""
+        if not os.path.exists(self.store):
+            return []
+        return self._asking(lambda index: self._containers(index, self.stores()))
 
-        def read(index: Index) -> list[str]:
-            found = self.stores()
-            for path in list(found):
-                container = index.container(path)
-                if container is None:
-                    raise DamagedError(index.path, "another index has taken its place")
-                found += [
-                    os.fsdecode(member.path)
-                    for member in index.members(container.number)
-                    if member.kind in (store.KIND_PLACE, store.KIND_CONTAINER)
-                ]
-            return list(dict.fromkeys(found))
+    @staticmethod
+    def _containers(index: Index, stores: list[str]) -> list[str]:
+        found = list(stores)
+        for path in stores:
+            container = index.container(path)
+            if container is None:
+                raise DamagedError(index.path, "another index has taken its place")
+            found += [
+                os.fsdecode(member.path)
+                for member in index.members(container.number)
+                if member.kind in (store.KIND_PLACE, store.KIND_CONTAINER)
+            ]
+        return list(dict.fromkeys(found))
 
-        return self._asking(read) if os.path.exists(self.store) else []
-
-    def refresh(self, *, force_share: bool = False) -> dict[int, Container]:
+    def refresh(self, *, force_share: bool = False) -> tuple[dict[int, Container], list[Error]]:
         """Makes the index say what all containers say now.
 
         Returns:
-            The containers that are sound, by their number in the index.
+            The containers that are sound, by their number in the index; and why others could not be read.
         """
 
-        def learn(index: Index) -> dict[int, Container]:
-            found = index.refresh(self.containers(), force_share=force_share)
-            return {container.number: container for container, _ in found if container.condition == SOUND}
+        def learn(index: Index) -> tuple[dict[int, Container], list[Error]]:
+            survey = self._survey()
+            problems = {path: problem for path, problem in survey.items() if problem}
+            paths = self._containers(index, [path for path in survey if path not in problems])
+            left = dict.fromkeys(paths)
+            sound = {}
+            for container, problem in index.refresh(paths, force_share=force_share):
+                left.pop(container.path)
+                if problem:
+                    problems.setdefault(container.path, problem)
+                elif container.path not in problems:
+                    sound[container.number] = container
+            for path in left:
+                try:
+                    probe_path(path)
+                except StorageError as error:
+                    problems.setdefault(path, error)
+            return sound, [problems[path] for path in paths if path in problems]
 
-        return self._asking(learn) if os.path.exists(self.store) else {}
+        return self._asking(learn) if os.path.exists(self.store) else ({}, [])
 
     # What names mean.
 
@@ -268,6 +324,7 @@ class Names:
         """The node or device of that name, as its container says; None where there is none.
 
         Raises:
+            Error: it was not found, and a store cannot be read that may have it.
             BitmapError: the name is not unique; names both places.
             BitmapNotFoundError: its image is not where it was.
             As `opened`.
@@ -285,7 +342,18 @@ class Names:
             one, other = found[:2]
             what = f"names a namespace of {one.store}, and another of {other.store}; say which with --store"
             raise BitmapError(f"node '{printable(name)}'", what)
+        if not found:
+            self._require_all_stores()
         return found[0] if found else None
+
+    def _require_all_stores(self) -> None:
+        """Refuses to say that there is no such thing while a store cannot be read that may have it.
+
+        Raises:
+            Error: what is wrong with that store.
+        """
+        for problem in self.problems():
+            raise problem
 
     def claims(self, name: str) -> list[Found]:
         """All nodes and devices of a name, those of the default store first: more than one where it is not unique."""
@@ -374,12 +442,20 @@ class Names:
         with self.opened(place.store) as target:
             return place if nodes.is_checked_out(target, path, place.name, image_uuid) else None
 
-    def find(self, bitmap: str, *, force_share: bool = False) -> list[Hit]:
-        """Every bitmap of that name, in all containers that can be read, ordered by holder."""
+    def find(
+        self, bitmap: str, *, force_share: bool = False, told: Callable[[Error], object] | None = None
+    ) -> list[Hit]:
+        """Every bitmap of that name, in all containers that can be read, ordered by holder.
+
+        Args:
+            bitmap: its name.
+            force_share: read images although another process writes to them.
+            told: called with each reason why a container could not be read.
+        """
         raw_name = encode_name(bitmap)
 
-        def ask(index: Index) -> list[Hit]:
-            sound = self.refresh(force_share=force_share)
+        def ask(index: Index) -> tuple[list[Hit], list[Error]]:
+            sound, problems = self.refresh(force_share=force_share)
             hits = []
             for holder, claims in index.find(raw_name):
                 for claim in claims:
@@ -391,9 +467,13 @@ class Names:
                         if in_use and self.is_checked_out(container.path, name, str(uuid.UUID(bytes=claim.uuid))):
                             flags &= ~FLAG_IN_USE  # its tracker has what the image lacks
                         hits.append(Hit(container, kind, name, bitmap, claim.uuid, flags, granularity))
-            return sorted(hits, key=lambda hit: (hit.holder, hit.container.path))
+            return sorted(hits, key=lambda hit: (hit.holder, hit.container.path)), problems
 
-        return self._asking(ask) if os.path.exists(self.store) else []
+        hits, problems = self._asking(ask) if os.path.exists(self.store) else ([], [])
+        for problem in problems:
+            if told:
+                told(problem)
+        return hits
 
     def require(self, name: str, *kinds: int) -> Found:
         """The node or device of that name.
@@ -437,6 +517,17 @@ def _require_its_image(found: Found) -> None:
     if identity != (found.name, str(uuid.UUID(bytes=found.uuid))):
         what = f"{found.path} is not its image any more; 'index scan' finds one that was moved"
         raise BitmapNotFoundError(where, what)
+
+
+def _is_gone(path: str) -> bool:
+    """True where there is nothing; not where that cannot be told."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _kind_of(index: Index, container: Container, holder: bytes) -> str:

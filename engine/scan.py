@@ -26,7 +26,7 @@ from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
 from dirtmap.fmt.errors import Error, StorageError
-from dirtmap.fmt.index import DAMAGED, HELD, QCOW2, SOUND, STORE, Member
+from dirtmap.fmt.index import DAMAGED, FAULTY, HELD, QCOW2, SOUND, STORE, Member
 from dirtmap.fmt.store import Identity, Record
 
 
@@ -90,6 +90,7 @@ def scan(
     host.stores()
     files = list(_files(roots, summary))
     found: list[Container] = []
+    remembered = {*host.containers(), *roots}
     host.index.open()
     known_paths = host.index.paths()
     asked: list[str] = []
@@ -108,6 +109,8 @@ def scan(
         found.append(container)
         summary.images += container.kind == QCOW2
         summary.stores += container.kind == STORE
+        if container.kind == FAULTY and container.path not in remembered:
+            continue  # only the index knows that there once was one
         if container.condition == DAMAGED:
             summary.damaged.append((container.path, _what(problem, container.path)))
         elif container.condition == HELD:
@@ -238,8 +241,12 @@ class _Registration:
         ]
         there = {container.path for container in found}
         # Where nobody looked, what nobody named is no news.
-        dropped = [path for path in known if path not in there and self._is_below(path) and _is_gone(path)]
-        if not news and not dropped:
+        gone = [path for path in known if path not in there and self._is_below(path) and _is_gone(path)]
+        self._summary.gone += [(path, "") for path in gone]
+        # Of a store that is none any more, nothing can be mended.
+        faulty = {container.path for container in found if container.kind == FAULTY}
+        lost = [path for path, place in known.items() if path in faulty and any(place.uuid)]
+        if not news and not gone and not lost:
             return
         stores: dict[bytes, list[str]] = {}
         for container in found:
@@ -251,10 +258,9 @@ class _Registration:
                     self._take_in_store(change, container, stores)
                 else:
                     self._remember(change, container.path, container.uuid)
-            for path in dropped:  # nothing but its place was known, and there it is not any more
+            for path in (*gone, *lost):  # nothing but its place was known, and there it is not any more
                 if change.table.get(known[path].name):
                     change.table.remove(known[path].name)
-                self._summary.gone.append((path, ""))
 
     def _look(self, found: list[Container]) -> None:
         """Learns what the stores know, and which images say what."""

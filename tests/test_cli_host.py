@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -623,10 +623,150 @@ def test_find_says_where_each_is() -> None:
     assert "5 bitmaps" in dirtmap("find", "b").out
     assert json_of("find", "none") == []
     with qemu.StorageDaemon("q0.qcow2"):
-        assert len(json_of("find", "b")) == 4
+        assert len(json_of("find", "b", status=1)) == 4
         assert len(json_of("find", "-U", "b")) == 5
-        assert len(json_of("find", "b")) == 4
+        assert len(json_of("find", "b", status=1)) == 4
     assert len(json_of("find", "b")) == 5
+
+
+def test_find_tells_what_it_cannot_read() -> None:
+    dirtmap("add", "one", "b")
+    for name in ("gone", "damaged", "held"):
+        shutil.copy("plain.qcow2", f"{name}.qcow2")
+    dirtmap("index", "scan", ".")
+    os.remove("gone.qcow2")
+    Path("damaged.qcow2").write_bytes(Path("plain.qcow2").read_bytes()[:60])
+    with qemu.StorageDaemon("held.qcow2"):
+        for _ in range(2):  # also where nothing has changed since
+            done = dirtmap("find", "b", status=1)
+            assert "b: 1 bitmaps" in done.out
+            assert sorted(Path(line.split(":")[1]).name for line in done.error.splitlines()) == [
+                *("damaged.qcow2", "gone.qcow2", "held.qcow2")
+            ]
+            assert set(done.error.splitlines()) == set(dirtmap("list", status=1).error.splitlines())
+            quiet = dirtmap("find", "b", "-q", status=1)
+            assert (quiet.out, quiet.error) == ("", done.error)
+        assert "held.qcow2" not in dirtmap("find", "-U", "b", status=1).error
+
+
+# A damaged store is in nobody's way.
+
+
+def _without_table(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: 16 * KIB] + bytes(len(data) - 16 * KIB))
+
+
+def _without_headers(path: Path) -> None:
+    path.write_bytes(bytes(16 * KIB) + path.read_bytes()[16 * KIB :])
+
+
+def _text(path: Path) -> None:
+    path.write_text("hello\n")
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, 10 * KIB)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("damage", [_without_table, _without_headers, _text, _cut])
+def test_a_damaged_store_hides_only_its_own_names(damage: Callable[[Path], None], indexed: bool) -> None:
+    for target in ("one", "other", "q0"):
+        dirtmap("add", target, "b")
+    assert len(json_of("find", "b")) == 3
+    damage(Path("other.dmap"))
+    told = "other.dmap: "
+    commands: list[tuple[str | int, ...]] = [
+        *(("list", "other"), ("list", "nothing"), ("node", "rename", "two", "new"), ("node", "add", "new", "two.raw")),
+        *(("node", "add", "other", "two.raw"), ("device", "add", "new", "--root", "two"), ("node", "remove", "two")),
+    ]
+    for command in [("list", "one"), ("map", "d0"), ("find",), ("list",), ("node", "list"), *commands]:
+        if not indexed:
+            shutil.rmtree("index")
+        if command in commands:
+            assert told in refused(*command), command
+        elif command[0] == "list" and len(command) > 1:
+            assert names("one") == ["b"]
+        elif command[0] == "map":
+            dirtmap("add", "d0", "x")
+            assert mapped("d0", "x") == []
+        else:
+            done = dirtmap(*command, *["b"] * (command[0] == "find"), status=1)
+            assert told in done.error
+            assert done.error.count("\n") == 1
+            assert "one" in done.out
+            assert "q0" in done.out
+            assert "other" not in done.out
+    assert told in dirtmap("index", "rebuild").error
+    done = dirtmap("index", "verify")
+    assert "all as the containers say" in done.out
+    assert done.error.startswith("dirtmap: left out: ")
+    assert told in done.error
+    with dm.Lookup(dm.this_host()) as lookup:
+        assert lookup.find("one", "b")
+        with pytest.raises(dm.Error, match=r"other\.dmap"):
+            lookup.find("other", "b")
+
+
+@pytest.mark.parametrize("damage", [_without_table, _without_headers, _text])
+def test_a_store_that_is_none_any_more_is_forgotten_by_a_scan(damage: Callable[[Path], None]) -> None:
+    whole = Path("other.dmap").read_bytes()
+    damage(Path("other.dmap"))
+    Path("elsewhere").mkdir()
+    assert json_of("index", "scan", "elsewhere")["damaged"] == []
+    assert "other.dmap" in refused("list", "nothing")
+    for again in (False, True):
+        found = [Path(item["filename"]).name for item in json_of("index", "scan", ".")["damaged"]]
+        assert found == ([] if again and damage is not _without_table else ["other.dmap"])
+    if damage is not _without_table:
+        assert "neither a file nor a node" in refused("list", "other")
+        dirtmap("node", "add", "other", "two.raw")
+        dirtmap("node", "remove", "other")
+    Path("other.dmap").write_bytes(whole)
+    dirtmap("index", "scan", ".")
+    assert names("other") == []
+
+
+def test_a_damaged_default_store_says_what_to_do() -> None:
+    _without_table(Path("default.dmap"))
+    for command in (["list", "one"], ["find", "b"], ["list"], ["node", "add", "x", "one.raw"], ["index", "scan", "."]):
+        assert "'check -r all' may mend it, or 'index scan' make another once it is moved away" in refused(*command)
+    dirtmap("check", "-r", "all", "default.dmap")
+    dirtmap("index", "scan", ".")
+    assert names("q0") == []
+    _text(Path("default.dmap"))
+    for command in (["list", "q0"], ["node", "add", "x", "one.raw"], ["index", "scan", "."], ["node", "list"]):
+        assert refused(*command).count("once it is moved away") == 1
+    os.rename("default.dmap", "away")
+    dirtmap("index", "scan", ".")
+    assert (names("q0"), names("other")) == ([], [])
+
+
+def test_without_a_default_store_nothing_is_said_to_be_right() -> None:
+    os.remove("default.dmap")
+    for command in (["list", "one"], ["map", "q0", "b"], ["list", "node:one"]):
+        message = refused(*command)
+        assert "default.dmap" in message
+        assert "'index scan' makes one" in message
+    assert dm.this_host().index.seen(b"x" * 16) is None
+    before = dm.this_host().index.all_seen()
+    assert before
+    for command in (["index", "verify"], ["index", "rebuild"]):
+        message = refused(*command)
+        assert "default.dmap: there is no default store" in message
+        assert "'index scan' makes one" in message
+    assert dm.this_host().index.all_seen() == before
+    for command in (["node", "list"], ["device", "list"], ["list"], ["find", "b"]):
+        assert json_of(*command) == []
+        dirtmap(*command)
+
+
+def test_a_list_says_which_node_an_image_is() -> None:
+    dirtmap("add", "q0", "b")
+    lines = dirtmap("list").out.splitlines()
+    assert any("q0.qcow2: qcow2, node q0, 8 MiB" in line for line in lines)
+    assert "plain.qcow2: qcow2, 8 MiB" in dirtmap("list", "plain.qcow2").out
 
 
 def test_odd_names() -> None:

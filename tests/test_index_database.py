@@ -5,6 +5,7 @@ What may kill the process that reads it is tried in a child, whose end is looked
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import random
@@ -198,17 +199,101 @@ def test_every_bit_of_the_meta_pages_may_be_wrong(host: Host, expected: Answers)
         assert in_child(lambda: answers(host)) == expected, (page, bit)
 
 
-def test_a_file_or_nothing_in_its_place(host: Host, expected: Answers) -> None:
+def test_nothing_in_its_place(host: Host, expected: Answers) -> None:
     path = Path(host.index.path)
-    for make in (path.mkdir, lambda: path.write_bytes(b"a file"), lambda: path.symlink_to("nowhere")):
-        shutil.rmtree(path)
+    for make in (
+        path.mkdir,
+        lambda: path.symlink_to("nowhere"),
+        lambda: (path.mkdir(), Path(path, "lock.mdb").touch()),
+    ):
+        if path.is_symlink():
+            path.unlink()
+            shutil.rmtree(path.with_name("nowhere"))
+        else:
+            shutil.rmtree(path)
         make()
         assert in_child(lambda: answers(host)) == expected
-    path.unlink()
-    shutil.rmtree(path.with_name("nowhere"))
+        assert fault(host.index.path) is None
+
+
+def _snapshot(folder: Path) -> dict[str, object]:
+    """What is in a folder: names with modes, and the contents of files."""
+    return {
+        str(path): (path.lstat().st_mode, path.read_bytes() if path.is_file() and not path.is_symlink() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def _folder(path: Path) -> None:
     path.mkdir()
-    Path(path, "other").touch()
-    assert fault(host.index.path) == "without data.mdb"
+    Path(path, "photo").write_bytes(b"a user's")
+
+
+def _folder_beside_an_index(path: Path) -> None:
+    with lmdb.open(str(path)):
+        Path(path, "photo").write_bytes(b"a user's")
+
+
+def _link_to_a_folder(path: Path) -> None:
+    _folder(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def _link_inside(path: Path) -> None:
+    path.mkdir()
+    path.with_name("precious").write_bytes(b"a user's")
+    Path(path, "data.mdb").symlink_to("../precious")
+
+
+def _pipe_inside(path: Path) -> None:
+    path.mkdir()
+    os.mkfifo(path / "data.mdb")
+
+
+_FOREIGN: list[Callable[[Path], object]] = [
+    *(_folder, _folder_beside_an_index, _link_to_a_folder, _link_inside, _pipe_inside),
+    *(os.mkfifo, lambda path: path.write_bytes(b"a file"), lambda path: path.symlink_to("/dev/null")),
+    lambda path: path.symlink_to(path.name),
+]
+
+
+@pytest.mark.parametrize("make", _FOREIGN)
+def test_what_is_no_index_is_refused_and_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], object]
+) -> None:
+    dirtmap("store", "create", tmp_path / "default.dmap")
+    monkeypatch.setenv("DIRTMAP_INDEX", str(tmp_path / "foreign"))
+    make(tmp_path / "foreign")
+    before = _snapshot(tmp_path)
+    commands = (["find", "b"], ["list", "a"], ["list"], ["index", "scan", str(tmp_path)])
+    for command in (*commands, ["index", "verify"], ["index", "rebuild"], ["index", "stats"]):
+        if command[0] == "list" or command[1] in ("b", "verify", "rebuild"):
+            message = f"{tmp_path}/foreign: not an index; --index names another"
+            assert in_child(lambda command=command: error_of(*command)) == message
+        else:
+            in_child(lambda command=command: error_of(*command))
+        assert _snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("make", _FOREIGN)
+def test_what_a_user_has_where_an_index_is_put_aside_stays(
+    host: Host, expected: Answers, make: Callable[[Path], object]
+) -> None:
+    bad = Path(host.index.path + ".bad")
+    try:
+        make(bad)
+        os.truncate(data_of(host), 100)
+        before = _snapshot(bad.parent)
+        with pytest.raises(StorageError, match="is put aside, and not one; move it away"):
+            Host(host.store, host.index.path).resolve("n1")
+        Path(host.index.path + ".guard").unlink()
+        before.pop(host.index.path + ".guard", None)
+        assert _snapshot(bad.parent) == before
+    finally:
+        for name in ("elsewhere", "precious"):
+            path = bad.with_name(name)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    restore(host)
     assert in_child(lambda: answers(host)) == expected
 
 
@@ -239,13 +324,12 @@ def test_an_index_of_another_version_is_begun_anew(host: Host, expected: Answers
 
 def test_what_is_put_aside_replaces_what_was(host: Host, expected: Answers) -> None:
     bad = Path(host.index.path + ".bad")
-    for make in (bad.touch, bad.mkdir, lambda: bad.symlink_to(host.store)):
+    for make in (bad.mkdir, lambda: shutil.copytree(host.index.path, bad)):
         restore(host)
         make()
         os.truncate(data_of(host), 100)
         assert in_child(lambda: answers(host)) == expected
         assert Path(bad, "data.mdb").stat().st_size == 100
-    assert Path(host.store).stat().st_size > 100
 
 
 # Damage inside.
@@ -572,6 +656,65 @@ def test_lmdb_that_loses_its_way_is_damage(host: Host) -> None:
     for error in (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError):
         with pytest.raises(DamagedError), database._errors(host.index.path):
             raise error("x")
+
+
+# Not to be opened, and other arguments that cannot be.
+
+
+@pytest.fixture
+def forbidden(chosen: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """An index of another user, as `os.open` sees it; root may open anything, so it is said here."""
+    real = os.open
+
+    def refuse(path: Any, *arguments: Any, **more: Any) -> int:
+        if os.fspath(path) == chosen.index.path + ".guard":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *arguments, **more)
+
+    database.connect(chosen.index.path).suspend()
+    database._connected.pop(chosen.index.path).close()
+    monkeypatch.setattr(os, "open", refuse)
+    return chosen
+
+
+def test_a_path_needs_no_index_that_may_not_be_opened(forbidden: Host) -> None:
+    image = Path(forbidden.store).with_name("disk.qcow2")
+    for path in (image, forbidden.store):
+        assert json_of("list", path)[0]["bitmaps"]
+    assert json_of("map", image, "b0")
+    with dm.open(image) as opened:
+        assert opened["b0"].count == 0
+
+
+def test_a_name_needs_an_index_and_says_so(forbidden: Host) -> None:
+    for command in (
+        ["list", "n1"],
+        ["map", "q", "b0"],
+        ["list"],
+        ["find", "b0"],
+        ["index", "verify"],
+        ["node", "list"],
+    ):
+        message = f"{forbidden.index.path}: index: Permission denied; --index names another"
+        assert error_of(*command) == message
+    elsewhere = forbidden.store + "-another-index"
+    assert json_of("list", "n1", "--index", elsewhere)[0]["bitmaps"]
+    shutil.rmtree(elsewhere)
+
+
+def test_arguments_that_cannot_be(host: Host, tmp_path: Path) -> None:
+    with pytest.raises(dm.Error, match="index"):
+        dm.open("n1", store=host.store, index="/proc/x")
+    with pytest.raises(dm.Error, match="NUL"):
+        dm.this_host(host.store, str(tmp_path / "a\0b"))
+    with pytest.raises(dm.Error):
+        dm.this_host(str(tmp_path / "a\0b"), host.index.path).opened().__enter__()
+    with dm.Lookup(host) as lookup:
+        for node, name in (("\ud800", "b0"), ("n1", "\ud800"), ("\ud800" * 300, "b0")):
+            with pytest.raises(dm.BitmapError, match="cannot be encoded"):
+                lookup.find(node, name)
+    with dm.transaction([]) as targets:
+        assert targets == {}
 
 
 # The commands.

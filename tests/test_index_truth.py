@@ -20,6 +20,8 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of
 
 from dirtmap.engine.index import database
+from dirtmap.engine.store.store import Store
+from dirtmap.fmt import index as layout
 from dirtmap.tools.cli import _HOMES, main
 
 MIB = 1 << 20
@@ -193,7 +195,7 @@ def deleted(base: Path, step: int) -> None:
 
 
 def damaged(base: Path, step: int) -> None:
-    """Cut short, without a sound page, with wrong values, or a file."""
+    """Cut short, without a sound page, with wrong values, or an empty folder."""
     path = forget(base)
     data = path / "data.mdb"
     if not data.exists():
@@ -205,18 +207,18 @@ def damaged(base: Path, step: int) -> None:
         data.write_bytes(bytes(data.stat().st_size))
     elif step % 4 == 2:
         shutil.rmtree(path)
-        path.write_bytes(b"?")
+        path.mkdir()
     else:
         spoil_values(path, chance)
 
 
-def spoil_values(path: Path, chance: random.Random) -> None:
-    """Makes the checksums of some values wrong."""
+def spoil_values(path: Path, chance: random.Random, share: float = 0.3, spared: bytes = b"") -> None:
+    """Makes the checksums of some values wrong, but of none of those kinds."""
     opened = database.Database(str(path))
 
     def work(writer: database.Writer) -> None:
         for key, value in list(writer.scan(b"")):
-            if chance.random() < 0.3:
+            if key[0] not in spared and chance.random() < share:
                 writer._txn.put(key, bytes(4) + value)
 
     opened.change(work)
@@ -334,7 +336,7 @@ def test_a_scan_brings_names_back_that_no_store_knows(base: Path) -> None:
         for path in lost:
             shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
         if "default.dmap" in lost:
-            assert "no store to look in" in error_of("list", "n0")
+            assert "no such file, and no store at default.dmap" in error_of("list", "n0")
             done = json_of("index", "scan", ".")
             assert done["new"] == 7  # with the two that have no name
         assert {node["name"]: node for node in json_of("node", "list")} == before
@@ -421,6 +423,59 @@ def test_a_list_says_that_a_store_was_put_back(rolled_back: Callable[[], None]) 
     rolled_back()
     done = dirtmap("list", "default.dmap", "other.dmap")
     assert done.error.count("counts as all dirty: the store lost a commit") == 4
+
+
+@pytest.mark.parametrize("command", [("index", "rebuild"), ("index", "verify"), ("list", "one"), ("find", "b")])
+@pytest.mark.parametrize("spared", [layout.SEEN + layout.PATH + layout.STATE, layout.SEEN + layout.STATE, layout.SEEN])
+def test_a_damaged_index_still_knows_the_commits_that_it_has_seen(
+    rolled_back: Callable[[], None], base: Path, command: tuple[str, ...], spared: bytes
+) -> None:
+    rolled_back()
+    spoil_values(forget(base), random.Random(1), share=1.0, spared=spared)
+    dirtmap(*command)
+    for target in ("one", "two", "far", "d0"):
+        assert mapped(target, "b") == ALL, target
+    assert json_of("index", "verify")["faults"] == []
+
+
+def test_a_rebuild_keeps_what_reads_well_of_the_commits_seen(rolled_back: Callable[[], None], base: Path) -> None:
+    index = forget(base)
+    with Store("other.dmap") as other:
+        lost = layout.SEEN + other.read(lambda snapshot: snapshot.header.uuid)
+    rolled_back()
+    opened = database.Database(str(index))
+    opened.change(lambda writer: writer._txn.put(lost, b"?"))
+    opened.change(lambda writer: writer._txn.put(layout.STATE, b"?"))
+    opened.close()
+    assert json_of("index", "verify")["rebuilt"]
+    assert (mapped("one", "b"), mapped("far", "b")) == (ALL, [])
+
+
+def test_verify_says_in_words_what_is_wrong(rolled_back: Callable[[], None], base: Path) -> None:
+    def spoil(tag: bytes) -> None:
+        opened = database.Database(str(forget(base)))
+        opened.change(lambda writer: [writer.delete(key) for key, _ in list(writer.scan(tag))])
+        opened.close()
+
+    def false_claim(writer: database.Writer) -> None:
+        key = layout.bitmap_key(layout.named(b"one"), b"b")
+        name, (claim,) = layout.parse_bitmap(writer.get(key) or b"")
+        writer.put(key, layout.build_bitmap(name, [claim._replace(granularity_bits=12)]))
+
+    dirtmap("find", "b")
+    opened = database.Database(str(forget(base)))
+    opened.change(false_claim)
+    opened.close()
+    told = dirtmap("index", "verify").error
+    assert "says what is not so: bitmap 'b' of 'one' in " in told
+    assert "default.dmap: granularity 4096, recording, namespace " in told
+    assert "says nothing of bitmap 'b' of 'one' in " in told
+    for tag in (layout.NAME, layout.FOUND, layout.MEMBERS):
+        spoil(tag)
+        told += dirtmap("index", "verify").error
+    assert " b'" not in told
+    assert "\\x" not in told
+    assert "' cannot be found by its name" in told
 
 
 def test_without_an_index_nothing_is_suspected(rolled_back: Callable[[], None], base: Path) -> None:

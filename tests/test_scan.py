@@ -261,6 +261,7 @@ def scanned(folder: Path, *options: str) -> tuple[dict[str, Any], set[str]]:
     Quick.examined.clear()
     done = json_of("index", "scan", *options, folder)
     damaged = {each["filename"] for each in done["damaged"]}
+    assert not any(each["what"] == "as found before" for each in done["damaged"])
     examined = {path for path, times in Quick.examined.items() if times and not path.endswith(".dmap")}
     return done, examined - damaged
 

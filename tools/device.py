@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from dirtmap.engine.containers import remember, this_host
@@ -9,6 +11,10 @@ from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
+from dirtmap.tools.targets import gather
+
+if TYPE_CHECKING:
+    from dirtmap.engine.store.devices import Device
 
 
 @click.group("device", no_args_is_help=False)
@@ -77,23 +83,19 @@ def remove_command(name: str, store: str | None, index: str | None) -> None:
 )
 @options.host
 @options.speaking
-def list_command(store: str | None, index: str | None, quiet: bool, output: str) -> None:
-    """List the devices, and their root nodes."""
+@click.pass_context
+def list_command(ctx: click.Context, store: str | None, index: str | None, quiet: bool, output: str) -> None:
+    """List the devices of all stores that are known, and their root nodes."""
     import uuid
 
     from dirtmap.engine.store.devices import devices
 
     here = this_host(store, index)
-    found = []
-    for path in here.stores() or [here.store]:
-        with here.opened(path) as opened:
-            found += devices(opened)
+    found, complete = gather(here, devices)
     found.sort(key=lambda device: device.name)
     roots = {device.root_uuid: here.by_uuid(uuid.UUID(device.root_uuid).bytes) for device in found}
-    if quiet:
-        return
     names = {key: root.name if root else None for key, root in roots.items()}
-    if output == "json":
+    if output == "json" and not quiet:
         write_json(
             [
                 {
@@ -109,7 +111,13 @@ def list_command(store: str | None, index: str | None, quiet: bool, output: str)
                 for device in found
             ]
         )
-        return
+    elif not quiet:
+        _show(here.store, found, names)
+    if not complete:
+        ctx.exit(1)
+
+
+def _show(title: str, found: list[Device], names: dict[str, str | None]) -> None:
     for device in found:
         if device.doubt:
             complain(f"{device.name}: its bitmaps count as all dirty: {device.doubt}")
@@ -124,7 +132,7 @@ def list_command(store: str | None, index: str | None, quiet: bool, output: str)
         for device in found
     ]
     none = "" if rows else ", no devices"
-    write_table(f"{printable(here.store)}{none}", ("DEVICE", "ROOT", "SIZE", "BITMAPS", "IMAGE"), rows, right=(2,))
+    write_table(f"{printable(title)}{none}", ("DEVICE", "ROOT", "SIZE", "BITMAPS", "IMAGE"), rows, right=(2,))
 
 
 for _command in (add_command, set_root_command, remove_command, list_command):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import uuid
+from typing import TYPE_CHECKING
 
 import click
 
 from dirtmap.engine.containers import this_host
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import Error, printable
 from dirtmap.tools import options
-from dirtmap.tools.output import write_json, write_table
+from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
+
+if TYPE_CHECKING:
+    from dirtmap.engine.names import Hit
 
 
 @options.command(
@@ -24,19 +28,35 @@ from dirtmap.tools.sizes import human_size
 @options.force_share
 @options.host
 @options.speaking
+@click.pass_context
 def find_command(
-    bitmap: str, force_share: bool, store: str | None, index: str | None, quiet: bool, output: str
+    ctx: click.Context,
+    bitmap: str,
+    force_share: bool,
+    store: str | None,
+    index: str | None,
+    quiet: bool,
+    output: str,
 ) -> None:
     """Find every bitmap of that name on this host.
 
     In all images and stores that are known: "dirtmap index scan" finds them. Each is shown with the node or device that
-    it is attached to, or with the path of an image that has no name.
+    it is attached to, or with the path of an image that has no name. One that cannot be read does not keep the others
+    from being shown; the exit status is 1.
     """
+    problems: list[Error] = []
+    hits = this_host(store, index).find(bitmap, force_share=force_share, told=problems.append)
+    for problem in problems:
+        complain(str(problem))
+    if not quiet:
+        _show(bitmap, hits, output)
+    if problems:
+        ctx.exit(1)
+
+
+def _show(bitmap: str, hits: list[Hit], output: str) -> None:
     from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
 
-    hits = this_host(store, index).find(bitmap, force_share=force_share)
-    if quiet:
-        return
     if output == "json":
         write_json(
             [

@@ -12,6 +12,7 @@ from dirtmap.tools import options
 from dirtmap.tools.output import complain, progress_bar, write_json, write_table
 
 if TYPE_CHECKING:
+    from dirtmap.engine import Host
     from dirtmap.engine.scan import Summary
 
 
@@ -40,7 +41,8 @@ def scan_command(
     """Find every qcow2 image and store below folders.
 
     The default store remembers where they are. An image that was moved is found again by its UUID, and a name that is
-    in an image but in no store comes back. Images that another process has open for writing are skipped, unless -U.
+    in an image but in no store comes back; what is no store any more is forgotten. Images that another process has open
+    for writing are skipped, unless -U.
 
     Copies that still carry the identity of another image are told of, as are names that are another's. Such images are
     not taken: "dirtmap list" and "dirtmap find" leave them out until "dirtmap node add --new-identity" gives them an
@@ -79,6 +81,12 @@ def scan_command(
     )
 
 
+def _complain_of_stores(host: Host) -> None:
+    """Names the stores that the index has to do without."""
+    for problem in host.problems():
+        complain(f"left out: {problem}")
+
+
 def _complain(summary: Summary) -> None:
     for path in summary.held:
         complain(f"{path}: skipped: open for writing elsewhere; -U reads it all the same")
@@ -115,10 +123,12 @@ def verify_command(store: str | None, index: str | None, quiet: bool, output: st
     """
     from dirtmap.engine.index.upkeep import verify
 
+    here = this_host(store, index)
     with progress_bar("reading containers", quiet=quiet) as progress:
-        result = verify(this_host(store, index), progress)
+        result = verify(here, progress)
     for what in result.faults:
         complain(what)
+    _complain_of_stores(here)
     if quiet:
         return
     if output == "json":
@@ -139,8 +149,10 @@ def rebuild_command(store: str | None, index: str | None, quiet: bool, output: s
     """Make the index anew, from the containers that the default store knows."""
     from dirtmap.engine.index.upkeep import rebuild
 
+    here = this_host(store, index)
     with progress_bar("reading containers", quiet=quiet) as progress:
-        count = rebuild(this_host(store, index), progress)
+        count = rebuild(here, progress)
+    _complain_of_stores(here)
     if quiet:
         return
     if output == "json":

@@ -12,9 +12,10 @@ from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
+from dirtmap.tools.targets import gather
 
 if TYPE_CHECKING:
-    pass
+    from dirtmap.engine.store.nodes import Node
 
 
 @click.group("node", no_args_is_help=False)
@@ -130,23 +131,25 @@ def confirm_command(name: str, store: str | None, index: str | None) -> None:
     "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to report."
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def list_command(store: str | None, index: str | None, output: str, quiet: bool) -> None:
-    """List the nodes of a store, and where their images are."""
+@click.pass_context
+def list_command(ctx: click.Context, store: str | None, index: str | None, output: str, quiet: bool) -> None:
+    """List the nodes of all stores that are known, and where their images are."""
     from dirtmap.engine.store.nodes import nodes
 
     here = this_host(store, index)
-    found = []
-    for path in here.stores() or [here.store]:
-        with here.opened(path) as opened:
-            found += nodes(opened)
+    found, complete = gather(here, nodes)
     found.sort(key=lambda node: node.name)
-    if quiet:
-        return
-    if output == "json":
+    if output == "json" and not quiet:
         keys = ("name", "uuid", "path", "size", "bitmaps", "doubt")
         names = {"path": "filename", "size": "virtual-size"}
         write_json([{names.get(key, key): getattr(node, key) for key in keys} for node in found])
-        return
+    elif not quiet:
+        _show(here.store, found)
+    if not complete:
+        ctx.exit(1)
+
+
+def _show(title: str, found: list[Node]) -> None:
     for node in found:
         if node.doubt:
             complain(f"{node.name}: its bitmaps count as all dirty: {node.doubt}")
@@ -160,7 +163,7 @@ def list_command(store: str | None, index: str | None, output: str, quiet: bool)
         for node in found
     ]
     none = "" if rows else ", no nodes"
-    write_table(f"{printable(here.store)}{none}", ("NODE", "SIZE", "BITMAPS", "IMAGE"), rows, right=(1,))
+    write_table(f"{printable(title)}{none}", ("NODE", "SIZE", "BITMAPS", "IMAGE"), rows, right=(1,))
 
 
 for _command in (add_command, remove_command, rename_command, resize_command, confirm_command, list_command):

@@ -1,18 +1,21 @@
-"""What commands do with targets: open one for a change, take a bitmap, tell whether two are one."""
+"""What commands do with targets: open one for a change, take a bitmap, tell whether two are one, ask all stores."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import dirtmap.engine as dm
 from dirtmap.engine.containers import Target, locate
 from dirtmap.tools.output import complain
 
 if TYPE_CHECKING:
-    from dirtmap.engine import Bitmap, Transaction
+    from dirtmap.engine import Bitmap, Host, Transaction
+    from dirtmap.engine.store.store import Store
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -50,6 +53,25 @@ def same_container(one: Target, other: Target, store: str | None = None, index: 
         return os.path.samefile(locate(one, store, index).path, locate(other, store, index).path)
     except OSError:
         return False
+
+
+def gather(host: Host, read: Callable[[Store], Iterable[T]]) -> tuple[list[T], bool]:
+    """What all stores of a host say, and False where one could not be read, of which it complains.
+
+    Raises:
+        dirtmap.engine.Error: the default store is damaged.
+    """
+    found: list[T] = []
+    problems = host.problems()
+    for path in host.stores():
+        try:
+            with host.opened(path) as opened:
+                found += read(opened)
+        except dm.Error as error:
+            problems.append(error)
+    for problem in problems:
+        complain(str(problem))
+    return found, not problems
 
 
 def usable(where: str, bitmaps: Mapping[str, Bitmap], name: str) -> Bitmap:

@@ -1,7 +1,8 @@
 """`Database`: an LMDB environment, checked before it is mapped, opened once a process, grown when it is full.
 
 LMDB trusts its file: a page that is not there kills the process with SIGBUS. So the two meta pages and the file's size
-are looked at first, and what does not hold water is put aside and begun anew; nothing is lost by it.
+are looked at first, and what does not hold water is put aside and begun anew; nothing is lost by it. What has
+anything in it that is not of an index is not touched: a user may have meant another path.
 
     PATH/data.mdb, PATH/lock.mdb     the database; of one directory: a new one never meets an old one's lock
     PATH.guard                       locked while PATH is opened (shared) or replaced (alone)
@@ -14,6 +15,7 @@ Source: LMDB's lmdb.h ("Restrictions and caveats") and mdb.c (MDB_meta, mdb_env_
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -34,6 +36,7 @@ T = TypeVar("T")
 _crc = crc32c.crc32c
 
 _DATA = "data.mdb"
+_FILES = (_DATA, "lock.mdb")
 _NEW = ".new-"  # then its maker's process number
 _FIRST_SIZE = 64 << 20  # bytes of address space; doubled when they are full
 _READERS = 1024
@@ -79,11 +82,20 @@ _DAMAGE = (
     lmdb.BadTxnError,
     lmdb.BadValsizeError,
 )
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NETWORK = ("nfs", "cifs", "smb", "ceph", "9p", "afs", "gfs2", "ocfs2", "lustre", "gluster", "beegfs", "fuse.sshfs")
 
 
-class DamagedError(StorageError):
+class DatabaseError(StorageError):
+    """The database cannot be used, whatever is right or wrong with containers."""
+
+
+class DamagedError(DatabaseError):
     """What is in the database cannot be right; it has to be begun anew."""
+
+
+class ForbiddenError(DatabaseError):
+    """This user may not open the database, or make it."""
 
 
 class Database:
@@ -235,15 +247,21 @@ class Reader:
         contents: bytes = value[:-4]
         return contents
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Keys that begin so, in their order, with their contents."""
+    def scan(self, prefix: bytes, *, sound_only: bool = False) -> Iterator[tuple[bytes, bytes]]:
+        """Keys that begin so, in their order, with their contents; without those that are damaged, if only sound ones.
+
+        Raises:
+            DamagedError: a checksum is wrong.
+        """
         with self._txn.cursor() as cursor:
             if cursor.set_range(prefix):
                 key: Any
+                value: Any
                 for key, value in cursor:
                     if not key.startswith(prefix):
                         return
-                    yield key, self._unseal(key, value)
+                    if layout.is_sound(key, value) or not sound_only:
+                        yield key, self._unseal(key, value)
 
 
 class Writer(Reader):
@@ -262,20 +280,18 @@ def fault(path: str) -> str | None:
     """Why LMDB must not map the database in that directory; None where it may, or where there is none yet.
 
     Raises:
-        StorageError: it cannot be looked at.
+        StorageError: it cannot be looked at, or is no index.
     """
-    try:
-        if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
+    _require_ours(path)
+    with _errors(path):
+        if not os.path.isdir(path) or not os.listdir(path):
             return None
-        if not os.path.isdir(path):
-            return "not a directory"
-        with open(os.path.join(path, _DATA), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            pages = file.read(2 << 16)
-    except FileNotFoundError:
-        return f"without {_DATA}"
-    except OSError as error:
-        raise StorageError(path, error.strerror or str(error)) from error
+        try:
+            with open(os.path.join(path, _DATA), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                pages = file.read(2 << 16)
+        except FileNotFoundError:
+            return f"without {_DATA}"
     if len(pages) < _PAGE.sizeof():
         return f"{_DATA} is cut short"
     page_size = _PAGE.parse(pages).page_size
@@ -297,6 +313,39 @@ def fault(path: str) -> str | None:
     return None
 
 
+def _require_ours(path: str) -> None:
+    """Refuses what is not an index, damaged or not, and not the room for one: nothing of it may be touched.
+
+    Raises:
+        StorageError: it is something else, or cannot be looked at.
+    """
+    with _errors(path):
+        if not _is_ours(os.path.realpath(path)):
+            raise DatabaseError(path, "not an index; --index names another")
+
+
+def _is_ours(path: str) -> bool:
+    """True where there is nothing, or a directory with nothing in it but the files of a database."""
+    if not os.path.lexists(path):
+        return True
+    if os.path.islink(path) or not os.path.isdir(path):
+        return False
+    try:
+        with os.scandir(path) as entries:
+            return all(entry.name in _FILES and entry.is_file(follow_symlinks=False) for entry in entries)
+    except FileNotFoundError:
+        return True  # replaced by another process meanwhile
+
+
+def _remove(path: str) -> None:
+    """Removes the directory of a database; what else has come into it meanwhile stays, and so does the directory."""
+    for name in _FILES:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(path, name))
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(path)
+
+
 def _refuse_network(path: str) -> None:
     """LMDB needs one memory for all who map the file, and locks that end with their process."""
     folder = os.path.dirname(os.path.abspath(path))
@@ -304,7 +353,7 @@ def _refuse_network(path: str) -> None:
         folder = os.path.dirname(folder)
     kind = _file_system(folder)
     if kind.startswith(_NETWORK):
-        raise StorageError(path, f"on a network file system ({kind}), where LMDB is not safe; choose another --index")
+        raise DatabaseError(path, f"on a network file system ({kind}), where LMDB is not safe; choose another --index")
 
 
 def _file_system(folder: str) -> str:
@@ -343,10 +392,12 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 
 def connect(path: str) -> Database:
-    """The database at ``path``, begun anew where it is missing or damaged.
+    """The database at ``path``, begun anew where it is missing or nothing in it can be read.
 
     Raises:
-        StorageError: it cannot be made or opened, or is on a network file system.
+        DamagedError: what is in it is wrong.
+        ForbiddenError: this user may not.
+        StorageError: it cannot be made or opened, is on a network file system, or is no index.
     """
     key = os.path.realpath(path)
     with _registry:
@@ -355,6 +406,7 @@ def connect(path: str) -> Database:
             if database.is_current():
                 return database
             _connected.pop(key).close()
+        _require_ours(path)
         _refuse_network(path)
         with _errors(path):
             os.makedirs(os.path.dirname(key), mode=0o700, exist_ok=True)
@@ -367,8 +419,12 @@ def connect(path: str) -> Database:
 
 
 def _opened(path: str) -> Database | None:
-    """The database at ``path``; None where there is none, or it is damaged or not of this version."""
-    if not os.path.isdir(path) or not os.listdir(path) or fault(path) is not None:
+    """The database at ``path``; None where there is none, or it is not of this version, or LMDB cannot read it.
+
+    Raises:
+        DamagedError: LMDB can, but what it says is wrong.
+    """
+    if fault(path) is not None or not os.path.isdir(path) or not os.listdir(path):
         return None
     try:
         database = Database(path)
@@ -376,10 +432,11 @@ def _opened(path: str) -> Database | None:
         return None
     try:
         state = database.get(layout.STATE) or b""
-        if len(state) == layout.STATE_VALUE.size and layout.STATE_VALUE.parse(state).version == layout.VERSION:
-            return database
     except DamagedError:
-        pass
+        database.close()
+        raise
+    if len(state) == layout.STATE_VALUE.size and layout.STATE_VALUE.parse(state).version == layout.VERSION:
+        return database
     database.close()
     return None
 
@@ -391,7 +448,11 @@ def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_i
         path: where; what is there is put aside as PATH.bad.
         fill: puts everything into the new one, before it takes its place.
         even_if_good: else another process's new database, made meanwhile, is kept.
+
+    Raises:
+        StorageError: it cannot be made, or what is in its place, or in that of PATH.bad, is no index.
     """
+    _require_ours(path)
     key = os.path.realpath(path)
     with _registry, _errors(path):
         if database := _connected.pop(key, None):
@@ -423,26 +484,30 @@ def _remove_leftovers(path: str) -> None:
     for name in os.listdir(folder):
         maker = name.removeprefix(start).partition("-")[0]
         if name.startswith(start) and maker.isdecimal() and start_of(int(maker)) is None:
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            leftover = os.path.join(folder, name)
+            with contextlib.suppress(OSError):  # another user's
+                if _is_ours(leftover):
+                    _remove(leftover)
 
 
 def _put_aside(path: str) -> None:
+    _require_ours(path)
     if not os.path.lexists(path):
         return
     bad = path + ".bad"
-    if os.path.isdir(bad) and not os.path.islink(bad):
-        shutil.rmtree(bad, ignore_errors=True)
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(bad)
+    if not _is_ours(bad):
+        raise DatabaseError(bad, "in the place where a damaged index is put aside, and not one; move it away")
+    _remove(bad)
     os.rename(path, bad)
 
 
 @contextlib.contextmanager
 def _guard(path: str, how: int) -> Iterator[None]:
-    fd = os.open(path + ".guard", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with _errors(path):
+        fd = os.open(path + ".guard", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, how)
+        with _errors(path):
+            fcntl.flock(fd, how)
         yield
     finally:
         os.close(fd)
@@ -454,7 +519,11 @@ def _errors(path: str) -> Iterator[None]:
         yield
     except _DAMAGE as error:
         raise DamagedError(path, f"the index is damaged: {error}") from error
+    except lmdb.ReadonlyError as error:
+        raise ForbiddenError(path, f"index: {error}; --index names another") from error
     except lmdb.Error as error:
-        raise StorageError(path, f"index: {error}") from error
+        raise DatabaseError(path, f"index: {error}") from error
     except OSError as error:
-        raise StorageError(path, f"index: {error.strerror or error}") from error
+        if error.errno in _FORBIDDEN:
+            raise ForbiddenError(path, f"index: {error.strerror}; --index names another") from error
+        raise DatabaseError(path, f"index: {error.strerror or error}") from error

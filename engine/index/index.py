@@ -37,6 +37,8 @@ from dirtmap.fmt.index import (
 )
 
 T = TypeVar("T")
+# The last commit seen of a store: the store's UUID, its generation, its id, and where the store was, if that is known.
+Seen = tuple[bytes, int, bytes, str | None]
 
 _TOGETHER = 512  # images that one commit of the index takes in
 # Bound for the one look-up that has to be fast.
@@ -49,9 +51,14 @@ class Index:
 
     Attributes:
         path: of the LMDB database, a directory.
+
+    Raises:
+        StorageError: no file can have such a path.
     """
 
     def __init__(self, path: str, database: Database | None = None) -> None:
+        if "\0" in path:
+            raise StorageError(path, "index: a path cannot hold a NUL")
         self.path = path
         self._given = self._known = database
 
@@ -144,11 +151,20 @@ class Index:
         raw = SEEN_VALUE.parse(contents)
         return raw.generation, raw.commit_id, self.path_of(raw.container)
 
-    def all_seen(self) -> list[tuple[bytes, int, bytes, str | None]]:
-        """The last commits seen of all stores: UUID, generation, commit id, and where the store was."""
-        rows = self.database.read(lambda reader: list(reader.scan(SEEN)))
-        parsed = [(key[1:], SEEN_VALUE.parse(value)) for key, value in rows]
-        return [(uuid, raw.generation, raw.commit_id, self.path_of(raw.container)) for uuid, raw in parsed]
+    def all_seen(self, *, sound_only: bool = False) -> list[Seen]:
+        """The last commits seen of all stores; without those that are damaged, if only sound ones."""
+
+        def read(reader: Reader) -> list[Seen]:
+            paths = dict(reader.scan(PATH, sound_only=sound_only))
+            found = []
+            for key, value in reader.scan(SEEN, sound_only=sound_only):
+                if len(value) == SEEN_VALUE.size:
+                    raw = SEEN_VALUE.parse(value)
+                    path = paths.get(PATH + number(raw.container))
+                    found.append((key[1:], raw.generation, raw.commit_id, None if path is None else os.fsdecode(path)))
+            return found
+
+        return self.database.read(read)
 
     def paths(self) -> set[str]:
         """The paths of all containers that it knows or has known."""
@@ -175,12 +191,12 @@ class Index:
 
     # How it learns.
 
-    def remember_seen(self, store_uuid: bytes, generation: int, commit_id: bytes, path: str) -> None:
-        """Takes over a commit that another index has seen."""
+    def remember_seen(self, store_uuid: bytes, generation: int, commit_id: bytes, path: str | None) -> None:
+        """Takes over a commit that another index has seen, of a store that was at that path, if it is known."""
 
         def work(writer: Writer) -> None:
-            container = container_at(writer.get, path)
-            taken = container.number if container else new_number(writer, path)
+            container = container_at(writer.get, path) if path is not None else None
+            taken = container.number if container else 0 if path is None else new_number(writer, path)
             contents = writer.get(SEEN + store_uuid)
             before = SEEN_VALUE.parse(contents) if contents else None
             if before and before.container == taken and before.generation > generation:
@@ -198,7 +214,7 @@ class Index:
             force_share: read images although they are held by a writer.
 
         Yields:
-            Each container as it is known now, with what is wrong with it where it was read just now.
+            Each container as it is known now, with what is wrong with it where it is not sound.
         """
         waiting: list[Reading | str] = []
         self.open()
@@ -213,6 +229,9 @@ class Index:
             if reading is None:
                 assert known is not None
                 yield known, None
+                continue
+            if known and reading.problem and reading.container == known:
+                yield known, reading.problem  # as wrong as before
                 continue
             reading.base = known
             waiting.append(reading)

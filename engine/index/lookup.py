@@ -14,7 +14,7 @@ from dirtmap.engine.namespace import Namespace, encode_name
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import read_entries
 from dirtmap.engine.store.store import Snapshot, Store
-from dirtmap.fmt.errors import Error
+from dirtmap.fmt.errors import BitmapError, Error
 from dirtmap.fmt.index import STORE, Claim
 
 
@@ -66,10 +66,13 @@ class Lookup:
         """Where a bitmap is; None where there is none of that address.
 
         Raises:
-            BitmapError: the address is not unique.
+            BitmapError: the address is not unique, or no name can be so.
             As `Host.resolve`.
         """
-        claims = self._index.bitmap(node, name)
+        try:
+            claims = self._index.bitmap(node, name)
+        except UnicodeEncodeError as error:
+            raise BitmapError(f"bitmap {name!a} of {node!a}", "the name cannot be encoded") from error
         if len(claims) == 1 and self._holds(claims[0], node, name):
             claim = claims[0]
             return Address(self._paths[claim.container], claim.uuid, 1 << claim.granularity_bits)

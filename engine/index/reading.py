@@ -1,7 +1,8 @@
 """Reads what a container says, as far as it may have changed since the index knew it.
 
 An image is read again when it looks different from outside (device, inode, size, mtime, ctime), a store when its commit
-is another one; and of a store only the buckets, and the directories, whose place has changed.
+is another one; and of a store only the buckets, and the directories, whose place has changed. What was not sound is
+read again each time, to say what is wrong with it now.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def look(get: Get, path: str, known: Container | None, force_share: bool) -> Rea
     now = Fingerprint(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
     if known and known.kind == STORE and probe.probe_path(path) == probe.STORE:
         return _look_at_store(get, path, known, now)
-    if known and known.condition != HELD and not known.racy and known.fingerprint == now:
+    if known and known.condition == SOUND and not known.racy and known.fingerprint == now:
         return None
     # Before reading: what changes from here on looks different next time, or is racy.
     racy = time.time_ns() - max(now.mtime, now.ctime) < _RACY_NS
@@ -129,16 +130,18 @@ def _look_at_store(get: Get, path: str, known: Container, now: Fingerprint) -> R
     try:
         with Store(path) as target:
             return _read_store(get, target, known, now)
-    except FormatError as error:
-        return Reading(known._replace(kind=STORE, condition=DAMAGED, fingerprint=now, commit_id=bytes(16)), {}, error)
+    except (FormatError, UnsupportedError) as error:
+        # Without buckets, what it said before goes.
+        blank = known._replace(kind=STORE, condition=DAMAGED, fingerprint=now, buckets=0, commit_id=bytes(16))
+        return Reading(blank, {}, error)
 
 
 def _read_store(get: Get, target: Store, known: Container, now: Fingerprint) -> Reading | None:
     def look(snapshot: Snapshot) -> Reading | None:
         header = snapshot.header
+        table = snapshot.table()  # a store that has lost it is damaged, whatever was known
         if known.condition == SOUND and known.commit_id == header.commit_id:
             return None
-        table = snapshot.table()
         areas = table.areas()
         found = known._replace(
             condition=SOUND,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dirtmap.engine.host import Host
-from dirtmap.engine.index.database import Database, fault, replace
+from dirtmap.engine.index.database import Database, replace
 from dirtmap.engine.index.index import Index
+from dirtmap.engine.index.renewal import examine, renew
+from dirtmap.engine.namespace import decode_name
 from dirtmap.fmt import index as layout
+from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
 from dirtmap.fmt.errors import StorageError
+from dirtmap.fmt.index import Claim, Member
+from dirtmap.fmt.store import KIND_CONTAINER, KIND_DEVICE
 
 Progress = Callable[[int, int], None]
 
@@ -46,16 +48,15 @@ def verify(host: Host, progress: Progress | None = None) -> Verification:
         progress: of reading the containers; called with (done, in all).
 
     Raises:
-        StorageError: there is no index, or it cannot be made anew.
+        StorageError: there is no index, or no default store, or it cannot be made anew.
     """
     path = host.index.path
+    _require_default_store(host)
     if not os.path.lexists(path):
         raise StorageError(path, "there is no index; 'index scan' or the first use of a name makes one")
     result = Verification()
-    if what := fault(path):
-        result.faults.append(what)
-    else:
-        result.entries, result.faults = _walked(path)
+    examined = examine(path)
+    result.entries, result.faults = examined.entries, examined.faults
     if not result.faults:
         host.refresh()
         result.faults = _differences(host, progress)
@@ -65,17 +66,10 @@ def verify(host: Host, progress: Progress | None = None) -> Verification:
     return result
 
 
-def _walked(path: str) -> tuple[int, list[str]]:
-    command = [sys.executable, "-m", "dirtmap.engine.index.walk", path]
-    done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    try:
-        answer = json.loads(done.stdout)
-        return answer["entries"], answer["faults"]
-    except ValueError:
-        if done.returncode < 0:
-            return 0, [f"reading it ended with {signal.Signals(-done.returncode).name}"]
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        return 0, [f"reading it failed: {lines[-1] if lines else done.returncode}"]
+def _require_default_store(host: Host) -> None:
+    """Refuses to hold an index against nothing, and to lose what it knows for that."""
+    if not os.path.exists(host.store):
+        raise StorageError(host.store, "there is no default store to compare with; 'index scan' makes one")
 
 
 def _differences(host: Host, progress: Progress | None) -> list[str]:
@@ -104,8 +98,33 @@ def _contents(index: Index, host: Host) -> Counter[str]:
             found[f"namespace {member.name!r} of {path}"] += 1
     for holder, name, claim in index.all_bitmaps():
         if index.path_of(claim.container) in paths:
-            found[f"bitmap {name!r} of {holder!r} in {index.path_of(claim.container)}, {claim[1:]}"] += 1
+            found[f"bitmap '{decode_name(name)}' of {_holder(holder)} in {_claimed(index, claim)}"] += 1
     return found
+
+
+def _what(member: Member) -> str:
+    """A namespace, for a line about it."""
+    if not member.name:
+        return "an image without a name"
+    if member.kind == KIND_CONTAINER:
+        return f"the place of {os.fsdecode(member.path)}"
+    return f"{'device' if member.kind == KIND_DEVICE else 'node'} '{decode_name(member.name)}'"
+
+
+def _holder(holder: bytes) -> str:
+    """A bitmap's holder, for a line about it."""
+    return f"'{decode_name(holder[1:])}'" if holder[:1] == layout.NAMED else "an image without a name"
+
+
+def _claimed(index: Index, claim: Claim) -> str:
+    """Who says to have a bitmap, and what it is like, for a line about it."""
+    says = [
+        f"granularity {1 << claim.granularity_bits}",
+        *["recording"] * bool(claim.flags & FLAG_AUTO),
+        *["in use"] * bool(claim.flags & FLAG_IN_USE),
+        *[f"namespace {uuid.UUID(bytes=claim.uuid)}"] * any(claim.uuid),
+    ]
+    return f"{index.path_of(claim.container)}: {', '.join(says)}"
 
 
 def rebuild(host: Host, progress: Progress | None = None) -> int:
@@ -117,10 +136,11 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
         How many containers there are.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: it cannot be written, or there is no default store.
     """
-    if os.path.lexists(host.index.path) and (fault(host.index.path) or _walked(host.index.path)[1]):
-        replace(host.index.path, even_if_good=True)  # before this process reads what would harm it
+    _require_default_store(host)
+    if os.path.lexists(host.index.path) and (examined := examine(host.index.path)).faults:
+        renew(host.index.path, examined.seen)  # before this process reads what would harm it
     host.stores()  # so that a rollback is found while the old index still knows
     seen = host.index.all_seen()
     count = 0
@@ -131,7 +151,7 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
         count = _fill(host, fresh, progress)
         for store_uuid, generation, commit_id, path in seen:
             known = fresh.seen(store_uuid)
-            if path is not None and (known is None or known[0] < generation):
+            if known is None or known[0] < generation:
                 fresh.remember_seen(store_uuid, generation, commit_id, path)
 
     replace(host.index.path, fill, even_if_good=True)

@@ -1,16 +1,20 @@
 """Reads a whole index, in a process of its own: ``python -m dirtmap.engine.index.walk PATH``.
 
 LMDB trusts its pages, so damage inside may kill whoever reads them: here that costs this process only. What it finds
-goes to standard output as JSON: ``entries``, and ``faults``, a line each.
+goes to standard output, two lines of JSON: the commits seen of stores, [UUID, generation, commit id, path]; then the
+number of entries, and what is wrong with them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 
 from dirtmap.engine.index.database import Database, Reader, fault
+from dirtmap.engine.index.index import Index, Seen
 from dirtmap.engine.index.writing import keys_of
+from dirtmap.engine.namespace import decode_name
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.index import Member
@@ -28,6 +32,15 @@ def walk(path: str) -> tuple[int, list[str]]:
     database = Database(path)
     try:
         return database.read(_walk)
+    finally:
+        database.close()
+
+
+def salvage(path: str) -> list[Seen]:
+    """The commits seen of stores that can be read, whatever else cannot."""
+    database = Database(path)
+    try:
+        return Index(path, database).all_seen(sound_only=True)
     finally:
         database.close()
 
@@ -88,7 +101,8 @@ def _judge_members(reader: Reader, contents: bytes, numbers: set[bytes]) -> None
             raise ValueError(f"of container {container}, which is not known")
         for key in keys_of(container, member):
             if (container, member) not in layout.parse_namespaces(reader.get(key) or b""):
-                raise ValueError(f"{member.name!r} cannot be found by its {layout.TAGS[key[:1]]}")
+                name = decode_name(member.name)
+                raise ValueError(f"'{name}' cannot be found by its {layout.TAGS[key[:1]]}")
 
 
 def _judge_bitmap(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes]) -> None:
@@ -114,11 +128,18 @@ def _judge_found(reader: Reader, key: bytes, contents: bytes) -> None:
 
 def main() -> int:
     """The command."""
+    seen: list[Seen] = []
+    with contextlib.suppress(Error):
+        seen = salvage(sys.argv[1])
+    print(
+        json.dumps([(uuid.hex(), generation, commit.hex(), path) for uuid, generation, commit, path in seen]),
+        flush=True,
+    )
     try:
-        entries, faults = walk(sys.argv[1])
+        found = walk(sys.argv[1])
     except Error as error:
-        entries, faults = 0, [str(error)]
-    json.dump({"entries": entries, "faults": faults}, sys.stdout)
+        found = 0, [str(error)]
+    print(json.dumps(found))
     return 0
 
 
