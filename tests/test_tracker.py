@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine import bits
+from dirtmap.engine import bits, changes
+from dirtmap.engine.namespace import Transaction
+from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt.directory import FLAG_AUTO, Entry
 
 SIZE = 64 << 20
 
@@ -171,16 +174,94 @@ def test_checkpoints(tracker: Tracker, image: dm.Namespace) -> None:
         assert dirty(again.changed_since("sunday")) == [1, 2, 3, 9, 10, 11, 12]
 
 
-def test_a_checkpoint_removed_by_other_means_makes_older_ones_unknown(image: dm.Namespace) -> None:
+def checkpoints_from_a_to_c(image: dm.Namespace) -> None:
+    """Three checkpoints, each with the granule of its number."""
     with image.track() as tracker:
-        for name in ("a", "b", "c"):
+        for number, name in enumerate("abc"):
             tracker.checkpoint(name)
+            tracker.mark(number * GRANULE, 1)
+
+
+@pytest.mark.parametrize("gone", ["a", "b", "c", "bc", "cb", "ab", "ca"])
+def test_checkpoints_removed_while_nobody_tracks_are_taken_over(image: dm.Namespace, gone: str) -> None:
+    checkpoints_from_a_to_c(image)
     with image.transaction() as bitmaps:
-        del bitmaps["b"]
+        for name in gone:
+            changes.remove(bitmaps, name)
     with image.track() as tracker:
-        with pytest.raises(dm.BitmapError, match="'b': was removed by itself"):
-            tracker.changed_since("a")
-        assert dirty(tracker.changed_since("c")) == []
+        tracker.mark(5 * GRANULE, 1)
+        left = [name for name in "abc" if name not in gone]
+        assert tracker.checkpoints() == left
+        for name in left:
+            assert dirty(tracker.changed_since(name)) == [*range("abc".index(name), 3), 5]
+
+
+def clean_in_place(bitmaps: Transaction) -> None:
+    bitmaps["b"].clear(0, SIZE)
+
+
+def put_another(bitmaps: Transaction) -> None:
+    bitmaps["b"] = dm.Bitmap(SIZE)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda bitmaps: changes.clear(bitmaps, "b"),
+        lambda bitmaps: changes.set_recording(bitmaps, "c", False),
+        lambda bitmaps: changes.set_recording(bitmaps, "a", True),
+        lambda bitmaps: changes.rename(bitmaps, "b", "x"),
+        clean_in_place,
+        put_another,
+    ],
+)
+def test_what_others_rely_on_is_not_taken_from_a_checkpoint(
+    image: dm.Namespace, act: Callable[[Transaction], None]
+) -> None:
+    checkpoints_from_a_to_c(image)
+    with pytest.raises(dm.BitmapError, match="a checkpoint, which others rely on"), image.transaction() as bitmaps:
+        act(bitmaps)
+    with image.transaction() as bitmaps:  # which only adds to it
+        changes.merge(bitmaps, "b", [bitmaps["b0"]])
+        bitmaps["c"].mark(7 * GRANULE, 1)
+    with image.track() as tracker:
+        assert dirty(tracker.changed_since("b")) == [0, 1, 2, 7]
+
+
+@pytest.mark.parametrize(
+    ("others", "gone", "later"),
+    [
+        (lambda entry: None if entry.name == b"b" else entry, {"a"}, ["c", "d"]),
+        (lambda entry: None if entry.name == b"c" else entry, {"a", "b"}, ["d"]),
+        (lambda entry: None if entry.name == b"a" else entry, set(), ["b", "c", "d"]),
+        (lambda entry: entry.with_flags(clear=FLAG_AUTO), {"a", "b", "c"}, ["d"]),
+    ],
+)
+def test_a_chain_that_others_have_broken_stays_broken(
+    image: dm.Namespace, tmp_path: Path, others: Callable[[Entry], Entry | None], gone: set[str], later: list[str]
+) -> None:
+    checkpoints_from_a_to_c(image)
+    with Home(str(tmp_path / "default.dmap"), b"drive0").change(None) as home:  # as software that knows no checkpoints
+        home.entries = {name: new for name, entry in home.entries.items() if (new := others(entry))}
+    with image.transaction() as bitmaps:
+        bitmaps["unrelated"] = dm.Bitmap(SIZE)
+    with image.track() as tracker:
+        tracker.mark(5 * GRANULE, 1)
+        tracker.checkpoint("d")
+        tracker.mark(6 * GRANULE, 1)
+        for name in gone & set(tracker.checkpoints()):
+            with pytest.raises(dm.BitmapError, match="not all that was written since is known"):
+                tracker.changed_since(name)
+        for name in set("abc") - set(tracker.checkpoints()):
+            tracker.add(name)  # which is no checkpoint
+        for name in gone & set(tracker.checkpoints()):
+            with pytest.raises(dm.BitmapError, match="not all that was written since is known"):
+                tracker.changed_since(name)
+        marked = {"b": [1, 2, 5, 6], "c": [2, 5, 6], "d": [6]}
+        assert {name: dirty(tracker.changed_since(name)) for name in later} == {name: marked[name] for name in later}
+        for name in sorted(gone & set(tracker.checkpoints())):
+            tracker.remove(name)
+        assert tracker.checkpoints() == later
 
 
 def test_every_change_of_a_tracked_bitmap_is_a_cut(tracker: Tracker, image: dm.Namespace) -> None:

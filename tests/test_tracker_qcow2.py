@@ -14,6 +14,8 @@ from support import qemu
 from support.tracking import files_in, model_of
 
 import dirtmap.engine as dm
+from dirtmap.engine import changes
+from dirtmap.engine.qcow2 import commit as qcow2_commit
 from dirtmap.engine.store.nodes import add_qcow2, remove_node
 from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import checkout
@@ -357,3 +359,83 @@ def test_a_tracked_image_is_found_with_usable_bitmaps(path: Path) -> None:
         assert not hit.flags & FLAG_IN_USE
     (hit,) = dm.this_host().find("b0")
     assert not hit.flags & FLAG_IN_USE
+
+
+def test_checkpoints_outlive_the_session(path: Path) -> None:
+    def act() -> None:
+        tracker = dm.open(path).track()
+        assert tracker.checkpoints() == ["sunday", "monday"]
+        tracker.checkpoint("tuesday")
+        tracker.mark(7 * GRANULE, 1)
+
+    with dm.open(path) as image, image.track() as tracker:
+        tracker.checkpoint("sunday")
+        tracker.mark(5 * GRANULE, 1)
+        tracker.checkpoint("monday")
+        tracker.mark(6 * GRANULE, 1)
+    in_child(act)
+    dm.recover(path)
+    with dm.open(path) as image, image.track() as tracker:
+        assert tracker.checkpoints() == ["sunday", "monday", "tuesday"]
+        assert dirty(tracker.changed_since("sunday")) == [5, 6, 7]
+
+
+def test_checkpoints_are_relied_on_while_nobody_tracks(path: Path) -> None:
+    with dm.open(path) as image, image.track() as tracker:
+        for number, name in enumerate("abc", 5):
+            tracker.checkpoint(name)
+            tracker.mark(number * GRANULE, 1)
+    for act in (
+        lambda bitmaps: changes.clear(bitmaps, "b"),
+        lambda bitmaps: changes.set_recording(bitmaps, "c", False),
+        lambda bitmaps: changes.rename(bitmaps, "c", "x"),
+    ):
+        with (
+            dm.open(path) as image,
+            pytest.raises(dm.BitmapError, match="which others rely on"),
+            image.transaction() as bitmaps,
+        ):
+            act(bitmaps)
+    with dm.open(path) as image, image.transaction() as bitmaps:
+        changes.remove(bitmaps, "b")
+    with dm.open(path) as image, image.track() as tracker:
+        assert tracker.checkpoints() == ["a", "c"]
+        assert dirty(tracker.changed_since("a")) == [5, 6, 7]
+    qemu.qemu_img("bitmap", "--disable", path, "c")
+    with dm.open(path) as image, image.transaction() as bitmaps:
+        changes.remove(bitmaps, "still")
+    qemu.qemu_img("bitmap", "--enable", path, "c")  # too late
+    with dm.open(path) as image, image.track() as tracker:
+        tracker.checkpoint("d")
+        for name in "ac":
+            with pytest.raises(dm.BitmapError, match="not all that was written since is known"):
+                tracker.changed_since(name)
+        tracker.remove("c")
+        assert dirty(tracker.changed_since("d")) == []
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_death_while_a_checkpoint_is_removed_never_joins_its_neighbours(
+    path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """A plain bitmap that takes a checkpoint's name in the same act is none, whatever was written down of it."""
+    with dm.open(path) as image, image.track() as tracker:
+        for number, name in enumerate("abc", 5):
+            tracker.checkpoint(name)
+            tracker.mark(number * GRANULE, 1)
+
+    def act() -> None:
+        def commit(*arguments: object) -> None:
+            if after:
+                real_commit(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(qcow2_commit, "commit", commit)
+        with dm.open(path) as image, image.transaction() as bitmaps:
+            changes.remove(bitmaps, "b")
+            changes.add(bitmaps, "b")
+
+    real_commit = qcow2_commit.commit
+    in_child(act)
+    with dm.open(path) as image, image.track() as tracker, pytest.raises(dm.BitmapError, match="not all that was"):
+        tracker.changed_since("a")

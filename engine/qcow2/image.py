@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -173,6 +173,13 @@ class Keeper:
         """Which bitmaps are held, and by whom."""
         return {}
 
+    def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
+        """The chain of its checkpoints; see `dirtmap.engine.store.bitmaps.checkpoints_of`."""
+        return []
+
+    def keep_checkpoints(self, chain: list[str]) -> None:
+        """Remembers another chain."""
+
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Around a change of the image's metadata, which leaves the guest's data alone."""
@@ -290,7 +297,7 @@ class Image(Namespace):
             if not self._file.is_current():
                 raise LockedError(self.path, "was replaced since it was opened")
             layout.require_sound()
-            with self.keeper.changing(), _changing(file, layout, self.keeper.held()) as bitmaps:
+            with self.keeper.changing(), _changing(file, layout, self.keeper) as bitmaps:
                 yield bitmaps
 
 
@@ -313,27 +320,35 @@ def _lazy(file: File, layout: Layout, slot: Slot) -> Bitmap:
 
 
 @contextlib.contextmanager
-def _changing(file: File, layout: Layout, held: dict[str, str]) -> Iterator[Transaction]:
+def _changing(file: File, layout: Layout, keeper: Keeper) -> Iterator[Transaction]:
     from dirtmap.engine.qcow2.commit import Kept, commit, require_writable
 
     require_writable(layout)
     bad = {fault.bitmap for fault in layout.faults}  # those stay as they are
+    chain = keeper.checkpoints({decode_name(slot.entry.name): slot.entry.auto for slot in layout.slots})
     bitmaps = Transaction(
         layout.path,
         layout.header.size,
         geometry.default_granularity(layout.cluster_size),
         {decode_name(s.entry.name): _lazy(file, layout, s) for i, s in enumerate(layout.slots) if i not in bad},
-        held,
+        keeper.held(),
+        chain,
     )
     try:
         yield bitmaps
-        bitmaps.require_held_untouched()
+        bitmaps.judge()
         wanted = _wanted(layout, bitmaps)
         if bad:
             good = iter(wanted)
             wanted = [Kept(s.entry) if i in bad else next(good) for i, s in enumerate(layout.slots)]
         if _is_change(layout, wanted):
+            if chain:  # what is not a checkpoint any more must not be taken for one if this ends in between
+                from dirtmap.engine.checkpoints import settle
+
+                keeper.keep_checkpoints(settle(chain, dict.fromkeys(bitmaps.checkpoints, True)))
             commit(file, layout, wanted)
+            if chain:
+                keeper.keep_checkpoints(bitmaps.checkpoints)
     finally:
         bitmaps.close()
 
@@ -412,7 +427,7 @@ def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = Non
             layout.require_sound()
         bad = {decode_name(layout.slots[fault.bitmap or 0].entry.name): fault for fault in layout.faults}
         keeper = keeper or Keeper()
-        with keeper.changing(), _changing(file, layout, keeper.held()) as bitmaps:
+        with keeper.changing(), _changing(file, layout, keeper) as bitmaps:
             for name in list(names) or [name for name, bitmap in bitmaps.items() if bitmap.inconsistent]:
                 if fault := bad.get(name):
                     raise FormatError(f"{path}: {fault.field}", fault.what)

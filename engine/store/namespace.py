@@ -24,6 +24,7 @@ from dirtmap.engine.namespace import (
 from dirtmap.engine.store.bitmaps import (
     Source,
     bitmap_of,
+    checkpoints_of,
     doubts,
     is_readable,
     kind_label,
@@ -37,6 +38,7 @@ from dirtmap.engine.store.bitmaps import (
     settle_device,
     tracked_view,
     tracking_status,
+    with_checkpoints,
 )
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
@@ -277,16 +279,18 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     require_same_size(snapshot, record)
     doubted = doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
+    where = f"{snapshot.file.path}: {kind_label(record)}"
     bitmaps = Transaction(
-        f"{snapshot.file.path}: {kind_label(record)}",
+        where,
         record.size,
         geometry.MAX_DEFAULT_GRANULARITY,
         {decode_name(entry.name): bitmap_of(snapshot, record, entry, doubted) for entry in entries},
         held_by(record),
+        checkpoints_of(where, record, {decode_name(entry.name): entry.auto for entry in entries}),
     )
     try:
         yield bitmaps
-        bitmaps.require_held_untouched()
+        bitmaps.judge()
         _put(change, record, entries, bitmaps, doubted)
     finally:
         bitmaps.close()
@@ -366,6 +370,6 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             directory=area,
             nb_bitmaps=len(wanted),
             identity=identity,
-            extensions=view.without() if view else record.extensions,
+            extensions=with_checkpoints(view.without() if view else record.extensions, bitmaps.checkpoints),
         )
     )

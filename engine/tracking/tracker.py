@@ -27,8 +27,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from dirtmap.engine import checkpoints
 from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap
-from dirtmap.engine.namespace import encode_name, label
+from dirtmap.engine.namespace import a_checkpoint, encode_name, label
 from dirtmap.engine.tracking.home import Home, HomeChange, View
 from dirtmap.engine.tracking.livefile import Words, union
 from dirtmap.engine.tracking.marking import Kernel, Ticket
@@ -88,13 +89,14 @@ class Tracker(Recorder):
     def checkpoints(self) -> list[str]:
         """The names of the checkpoints, oldest first."""
         with self._using():
-            return self._home.read(self._session.uuid, lambda view: view.checkpoints)
+            chain = self._home.read(self._session.uuid, lambda view: view.checkpoints)
+            return [name for name in chain if name != checkpoints.BREAK]
 
     def changed_since(self, name: str) -> Bitmap:
         """What was written since a checkpoint, or since any recording bitmap began; frozen.
 
         Raises:
-            BitmapError: there is none of that name, or one after it is gone or does not record.
+            BitmapError: there is none of that name, or it or one after it was removed or disabled by other means.
         """
         return self._changed(name, None)
 
@@ -164,9 +166,10 @@ class Tracker(Recorder):
         with self._using(), self._changing() as home:
             self._refuse_busy(home, name)
             home.entry(name)
-            if name in home.checkpoints and (at := home.checkpoints.index(name)):
-                self._fold(home, home.checkpoints[at - 1], name)
-            home.checkpoints = [other for other in home.checkpoints if other != name]
+            if name in home.checkpoints:
+                if (heir := checkpoints.heir(home.checkpoints, name)) is not None:
+                    self._fold(home, heir, name)
+                home.checkpoints = checkpoints.without(home.checkpoints, name)
             del home.entries[name]
 
     # Backups.
@@ -227,9 +230,7 @@ class Tracker(Recorder):
                 if name in home.entries:
                     raise BitmapError(f"{home.where}: {label(name)}", "the name is taken")
                 if checkpoint:
-                    home.checkpoints = [other for other in home.checkpoints if other != name]
-                    if home.checkpoints and home.checkpoints[-1] in home.entries:
-                        before = home.checkpoints[-1]
+                    if home.checkpoints and (before := home.checkpoints[-1]) != checkpoints.BREAK:
                         window = home.window(before)
                         ended = replace(window, ended=min(window.ended, number)) if window else None
                         home.set_window(before, ended, recording=False)
@@ -242,7 +243,7 @@ class Tracker(Recorder):
         entry = home.entry(name)
         self._refuse_busy(home, name)
         if name in home.checkpoints:
-            raise BitmapError(f"{home.where}: {label(name)}", "a checkpoint, which others rely on; it can be removed")
+            raise a_checkpoint(home.where, name)
         return entry
 
     def _refuse_busy(self, home: HomeChange, name: str) -> None:
@@ -260,11 +261,11 @@ class Tracker(Recorder):
 
     def _fold(self, home: HomeChange, into: str, name: str) -> None:
         """Adds a checkpoint to the one before it."""
-        older, newer = home.entry(into), home.entry(name)
+        home.entry(into)
+        newer = home.entry(name)
         first, second = home.window(into), home.window(name)
         if not home.is_clean(name):
-            merged = home.saved(into) | home.saved(name).at(older.granularity)
-            home.put(into, merged.at(older.granularity).replace(recording=newer.auto), None)
+            home.put(into, checkpoints.take_over(home.saved(into), home.saved(name)), None)
         window = second
         if first and second:
             window = Window(first.began, second.ended)
@@ -299,13 +300,10 @@ class Tracker(Recorder):
                 if end not in names[1:]:
                     raise BitmapError(f"{view.where}: {label(end)}", f"not a checkpoint after {label(name)}")
                 names = names[: names.index(end)]
-            for one in names:
-                if one not in view.entries:
-                    what = f"was removed by itself, so what was written since {label(name)} is not known"
-                    raise BitmapError(f"{view.where}: {label(one)}", what)
-            if end is None and not view.entry(names[-1]).auto:
-                what = f"does not record, so what was written since {label(name)} is not known"
-                raise BitmapError(f"{view.where}: {label(names[-1])}", what)
+            if checkpoints.BREAK in names:
+                last = label(names[names.index(checkpoints.BREAK) - 1])
+                what = f"not all that was written since is known: {last}, or one after it, was removed or disabled"
+                raise BitmapError(f"{view.where}: {label(name)}", what)
             return self._content(view, names)
 
         with self._using():
