@@ -16,6 +16,7 @@ from support.tracking import files_in, model_of
 import dirtmap.engine as dm
 from dirtmap.engine import changes
 from dirtmap.engine.qcow2 import commit as qcow2_commit
+from dirtmap.engine.qcow2.sidecar import make_sidecar
 from dirtmap.engine.store.nodes import add_qcow2, remove_node
 from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import checkout
@@ -439,3 +440,38 @@ def test_a_death_while_a_checkpoint_is_removed_never_joins_its_neighbours(
     in_child(act)
     with dm.open(path) as image, image.track() as tracker, pytest.raises(dm.BitmapError, match="not all that was"):
         tracker.changed_since("a")
+
+
+@pytest.mark.parametrize("others", ["nobody", "write", "replace", "remove"])
+def test_raw_external_data_is_judged_as_a_raw_image_is(path: Path, others: str) -> None:
+    """Whoever writes to it does not open the qcow2 file, so that does not tell."""
+    raw, sidecar, store = path.with_name("d.raw"), path.with_name("s.qcow2"), path.with_name("default.dmap")
+    raw.touch()
+    os.truncate(raw, SIZE)
+    make_sidecar(str(raw), str(sidecar))
+    qemu.qemu_img("bitmap", "--add", sidecar, "b0")
+    with Store(str(store)) as target:
+        add_qcow2(target, "s0", str(sidecar))
+
+    def act() -> None:
+        tracker = dm.open(sidecar).track()
+        with raw.open("r+b") as file, tracker.write(5 * GRANULE, 1):
+            file.seek(5 * GRANULE)
+            file.write(b"x")
+            file.flush()
+
+    in_child(act)
+    later = os.stat(raw).st_mtime_ns + 50_000_000
+    if others == "write":
+        with raw.open("r+b") as file:
+            file.write(b"y")
+        os.utime(raw, ns=(later, later))  # so much later did it write
+    elif others == "replace":
+        shutil.copy2(raw, path.with_name("copy"))
+        os.replace(path.with_name("copy"), raw)
+    elif others == "remove":
+        raw.unlink()
+    (how,) = (item.how.partition(":")[0] for item in dm.recover(sidecar))
+    assert how == (EXACT if others == "nobody" else ALL_DIRTY)
+    with dm.open(sidecar) as image:
+        assert dirty(image["b0"]) == ([5] if others == "nobody" else list(range(SIZE // GRANULE)))

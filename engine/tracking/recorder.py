@@ -199,7 +199,8 @@ class Recorder:
         options, node = self._options, change.record
         if options.intent not in INTENTS:
             raise BitmapError("intent", f"'{options.intent}' is none of {', '.join(INTENTS)}")
-        self.size, identity = node.size, identity_of(self._image)
+        self._data = recovery.data_path(node.kind, self._image)
+        self.size, identity = node.size, identity_of(self._data)
         if node.kind == store.KIND_NODE and identity.size != node.size:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
             raise BitmapError(change.where, what)
@@ -429,7 +430,7 @@ class Recorder:
 
     def _beat(self, before: int) -> int:
         """A sign of life on disk, where the image has changed since the last; returns when it changed."""
-        modified = identity_of(self._image).mtime_ns
+        modified = identity_of(self._data).mtime_ns
         if modified != before:
             try:
                 self._log.beat(time.time_ns())
