@@ -233,15 +233,31 @@ def _tracked(path: str, here: _HostOf, identity: tuple[str, str] | None = None) 
         identity = read_identity(path)
     if identity is None:
         return None
-    from dirtmap.engine.store.nodes import is_checked_out
+    from dirtmap.engine.store.nodes import is_checked_out, refuse_moved
 
     where = here().store
     with here().opened(where) as target:
         if not is_checked_out(target, path, *identity):
+            refuse_moved(target, path, *identity)
             return None
     from dirtmap.engine.tracking.checkout import TrackedImage
 
     return TrackedImage(path, where, identity[0])
+
+
+def _refuse_tracked(path: str, here: _HostOf) -> None:
+    """Refuses a qcow2 image whose bitmaps are checked out, for acts that do not recover them first.
+
+    Raises:
+        LockedError: names the tracker.
+        BitmapError: that has died.
+    """
+    if (tracked := _tracked(path, here)) is not None:
+        with tracked:
+            status = tracked.tracking()
+        if status and status.alive:
+            raise LockedError(path, f"tracked by {status.tracker}; ask it, or end it first")
+        raise BitmapError(path, "its tracker has died; 'dirtmap recover' first")
 
 
 class _HostOf:
@@ -396,6 +412,8 @@ def check(
         return check_store(path, repair=repair, progress=progress)
     from dirtmap.engine.qcow2.check import check
 
+    if repair is not None:
+        _refuse_tracked(path, _host_of(target, None, None))
     return check(path, repair=repair, force_share=force_share, progress=progress)
 
 

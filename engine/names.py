@@ -328,9 +328,12 @@ class Names:
             names.setdefault(found.store, []).append(encode_name(found.name))
         return names
 
-    def _is_checked_out(self, path: str, name: str, image_uuid: bytes) -> bool:
+    def is_checked_out(self, container: Container, name: str) -> bool:
+        """True of a qcow2 image whose tracker has its bitmaps; see `nodes.is_checked_out`."""
+        if container.kind != QCOW2:
+            return False
         with Store(self.home) as target:
-            return nodes.is_checked_out(target, path, name, str(uuid.UUID(bytes=image_uuid)))
+            return nodes.is_checked_out(target, container.path, name, str(uuid.UUID(bytes=container.uuid)))
 
     def find(self, bitmap: str, *, force_share: bool = False) -> list[Hit]:
         """Every bitmap of that name, in all containers that can be read, ordered by holder."""
@@ -345,8 +348,7 @@ class Names:
                         kind = _kind_of(index, container, holder)
                         name, granularity = decode_name(holder[1:]), 1 << claim.granularity_bits
                         flags = claim.flags
-                        in_use = flags & FLAG_IN_USE and container.kind == QCOW2
-                        if in_use and self._is_checked_out(container.path, name, claim.uuid):
+                        if flags & FLAG_IN_USE and self.is_checked_out(container, name):
                             flags &= ~FLAG_IN_USE  # its tracker has what the image lacks
                         hits.append(Hit(container, kind, name, bitmap, claim.uuid, flags, granularity))
             return sorted(hits, key=lambda hit: (hit.holder, hit.container.path))

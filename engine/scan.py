@@ -106,12 +106,21 @@ def scan(
         else:
             found.append(container)
     _Registration(host, summary, roots).take_in(found)
-    numbers = {container.number for container in found}
+    in_use = dict.fromkeys((container.number for container in found), 0)
     for claim in host.index.claims():
-        if claim.container in numbers:
+        if claim.container in in_use:
             summary.bitmaps += 1
-            summary.inconsistent += bool(claim.flags & FLAG_IN_USE)
+            in_use[claim.container] += bool(claim.flags & FLAG_IN_USE)
+    for container in found:
+        if in_use[container.number] and not _is_checked_out(host, container):
+            summary.inconsistent += in_use[container.number]
     return summary
+
+
+def _is_checked_out(host: Host, container: Container) -> bool:
+    return any(
+        host.is_checked_out(container, decode_name(member.name)) for member in host.index.members(container.number)
+    )
 
 
 def _files(roots: list[str]) -> Iterator[tuple[str, bool]]:
@@ -273,16 +282,16 @@ class _Registration:
         else:
             self._summary.moved.append((path, name))
             moved.append((member.uuid, path))
+        record = known or Record(
+            name=member.name, kind=store.KIND_PLACE, uuid=member.uuid, size=0, generation=change.generation
+        )
         change.table.put(
-            Record(
-                name=member.name,
-                kind=store.KIND_PLACE,
-                uuid=member.uuid,
-                size=member.size,
-                generation=change.generation,
+            replace(
+                record,
+                # That of its bitmaps, while they are in the store.
+                size=record.size if record.nb_bitmaps else member.size,
                 path=os.fsencode(path),
                 identity=replace(identity_of(path), mtime_ns=0, size=0),
-                extensions=known.extensions if known else (),
             )
         )
         if change.table.get(store.container_name(os.fsencode(path))):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import qemu
+from support.cli import dirtmap, error_of, json_of
 from support.tracking import files_in, model_of
 
 import dirtmap.engine as dm
@@ -475,3 +476,87 @@ def test_raw_external_data_is_judged_as_a_raw_image_is(path: Path, others: str) 
     assert how == (EXACT if others == "nobody" else ALL_DIRTY)
     with dm.open(sidecar) as image:
         assert dirty(image["b0"]) == ([5] if others == "nobody" else list(range(SIZE // GRANULE)))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, the default store is another one, which knows nothing."""
+
+    def go() -> None:
+        create(str(tmp_path / "other.dmap"))
+        monkeypatch.setenv("DIRTMAP_STORE", str(tmp_path / "other.dmap"))
+        monkeypatch.setenv("DIRTMAP_INDEX", str(tmp_path / "other-index"))
+
+    return go
+
+
+def test_who_does_not_know_the_store_changes_no_tracked_image(
+    path: Path, tmp_path: Path, elsewhere: Callable[[], None]
+) -> None:
+    tracker = dm.open(path).track()
+    before = path.read_bytes()
+    elsewhere()
+    for command in (
+        ("add", path, "x"),
+        ("remove", path, "b0"),
+        ("track", "status", path),
+    ):
+        assert "in another store; say which with --store" in error_of(*command), command
+    with dm.open(path) as image:
+        for act in (image.transaction, image.track):
+            with pytest.raises(dm.LockedError, match="in another store"), act():
+                pass
+    assert "in another store" in dirtmap("list", path).error
+    assert path.read_bytes() == before
+    known = "--store", tmp_path / "default.dmap", "--index", tmp_path / "index"
+    assert json_of("track", "status", path, *known)["tracked"]
+    tracker.mark(5 * GRANULE, 1)
+    tracker.close()
+    goes_on(path, "b0", [0, 5])
+
+
+def test_recover_gives_up_a_store_that_is_lost(path: Path, elsewhere: Callable[[], None]) -> None:
+    in_child(lambda: dm.open(path).track().mark(5 * GRANULE, 1))
+    elsewhere()
+    assert dirtmap("recover", path).out.splitlines() == [
+        f"{name}: all dirty: what its tracker had in another store is given up" for name in ("b0", "still")
+    ]
+    assert dirtmap("recover", path).out == ""
+    dirtmap("remove", path, "still")
+    for log in path.parent.glob("*.intent"):  # which nobody knows of
+        log.unlink()
+    goes_on(path, "b0", list(range(SIZE // GRANULE)))
+
+
+def test_a_copy_of_a_tracked_image_becomes_one_of_its_own(path: Path, tmp_path: Path) -> None:
+    with dm.open(path) as image, image.track():
+        shutil.copy(path, tmp_path / "copy.qcow2")
+        dirtmap("node", "add", "--new-identity", "drive1", tmp_path / "copy.qcow2")
+        assert dirtmap("recover", "drive1").out.splitlines() == ["b0: all dirty", "still: all dirty"]
+    goes_on(tmp_path / "copy.qcow2", "b0", list(range(SIZE // GRANULE)))
+
+
+def test_an_image_that_was_moved_after_its_trackers_death_is_recovered_where_it_is(path: Path, tmp_path: Path) -> None:
+    in_child(lambda: dm.open(path).track().mark(5 * GRANULE, 1))
+    moved = path.rename(tmp_path / "moved.qcow2")
+    before = moved.read_bytes()
+    for command in (("recover", moved), ("list", moved), ("add", moved, "x"), ("check", "-r", "all", moved)):
+        assert "node 'drive0', moved while a tracker had its bitmaps; 'index scan' finds" in error_of(*command)
+    assert moved.read_bytes() == before
+    dirtmap("index", "scan", tmp_path)
+    assert dirtmap("recover", moved).out.startswith("b0: exact")
+    goes_on(moved, "b0", [0, 5])
+
+
+def test_check_tells_a_tracked_image_from_one_left_in_use(path: Path) -> None:
+    qemu.qemu_io(path, "write 0 1")
+    with dm.open(path) as image, image.track():
+        assert {finding.what for finding in dm.check(path).findings} == {
+            "checked out: its tracker has it; 'track status' tells which that is"
+        }
+        summary = json_of("index", "scan", path.parent)
+        assert (summary["bitmaps"], summary["inconsistent"]) == (2, 0)
+        for repair in ("leaks", "all"):
+            assert f"(process {os.getpid()}); ask it, or end it first" in error_of("check", "-r", repair, path)
+    in_child(lambda: dm.open(path).track().mark(5 * GRANULE, 1))
+    assert "its tracker has died; 'dirtmap recover' first" in error_of("check", "-r", "all", path)

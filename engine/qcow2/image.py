@@ -68,6 +68,8 @@ def _describe(file: File, layout: Layout) -> ImageInfo:
     notes = []
     if layout.extension and not layout.valid:
         notes.append("its bitmaps are void: software that does not know them has changed the image")
+    if layout.tracked:
+        notes.append("tracked, with its bitmaps in another store; say which with --store")
     return ImageInfo(
         path=file.path,
         format=FORMAT,
@@ -223,10 +225,14 @@ class Image(Namespace):
         Raises:
             As `transaction`; UnsupportedError also where the first cluster has no room.
         """
-        from dirtmap.engine.qcow2.commit import set_identity
+        from dirtmap.engine.qcow2.commit import set_identity, set_tracked
 
         with _write_session(self.path) as (file, layout), self.keeper.changing():
             layout.require_sound()
+            if new_uuid and layout.tracked:  # of the image that this is a copy of
+                set_tracked(file, layout, False)
+                layout = read_layout(file)
+            layout.require_untracked()
             data = None
             if name is not None:
                 identity = uuid.uuid4().bytes if new_uuid or layout.uuid is None else layout.uuid
@@ -235,6 +241,14 @@ class Image(Namespace):
                     raise BitmapError(f"{self.path}: {field}", what)
             set_identity(file, layout, data)
         self._read(self._remember)
+
+    def tracking(self) -> None:
+        """None: nobody tracks it, as far as the image tells; see `Namespace.tracking`.
+
+        Raises:
+            LockedError: the tracker's store is not known.
+        """
+        self._read(Layout.require_untracked)
 
     def track(self, **options: Any) -> Tracker:
         """Begins to track writes to the image; see `Namespace.track`."""
@@ -297,6 +311,7 @@ class Image(Namespace):
             if not self._file.is_current():
                 raise LockedError(self.path, "was replaced since it was opened")
             layout.require_sound()
+            layout.require_untracked()
             with self.keeper.changing(), _changing(file, layout, self.keeper) as bitmaps:
                 yield bitmaps
 
@@ -408,6 +423,9 @@ def read_identity(path: str) -> tuple[str, str] | None:
 def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = None) -> list[Recovery]:
     """Makes inconsistent bitmaps usable; others are left alone, damaged ones included.
 
+    Of an image that is tracked gives up what its tracker's store has, which the caller does not know: all bitmaps
+    become all dirty, whichever are named.
+
     Args:
         path: the image.
         names: which; none for all that are inconsistent.
@@ -419,6 +437,7 @@ def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = Non
         LockedError, UnsupportedError, StorageError: as `Image.transaction`.
     """
     from dirtmap.engine import changes
+    from dirtmap.engine.qcow2.commit import set_tracked
 
     recovered = []
     with _write_session(path) as (file, layout):
@@ -428,10 +447,14 @@ def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = Non
         bad = {decode_name(layout.slots[fault.bitmap or 0].entry.name): fault for fault in layout.faults}
         keeper = keeper or Keeper()
         with keeper.changing(), _changing(file, layout, keeper) as bitmaps:
-            for name in list(names) or [name for name, bitmap in bitmaps.items() if bitmap.inconsistent]:
+            chosen = list(names) or [name for name, bitmap in bitmaps.items() if bitmap.inconsistent]
+            for name in [*bitmaps, *bad] if layout.tracked else chosen:
                 if fault := bad.get(name):
                     raise FormatError(f"{path}: {fault.field}", fault.what)
-                if bitmaps[name].inconsistent:
+                if bitmaps[name].inconsistent or layout.tracked:
                     changes.recover(bitmaps, name)
-                    recovered.append(Recovery(name, "all dirty"))
+                    how = "all dirty: what its tracker had in another store is given up"
+                    recovered.append(Recovery(name, how if layout.tracked else "all dirty"))
+        if layout.tracked:  # once they are all dirty
+            set_tracked(file, read_layout(file), False)
     return recovered

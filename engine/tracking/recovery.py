@@ -135,7 +135,9 @@ class View:
         self.found = livefile.find(os.fsdecode(session.live), session.uuid, session.oldest, record.size)
         if alive and self.found is None:
             # The store moves on before live files go: then this is read again.
-            where = f"{snapshot.file.path}: session of {record.name!r}"
+            from dirtmap.engine.store.bitmaps import kind_label
+
+            where = f"{snapshot.file.path}: {kind_label(record)}"
             raise FormatError(where, f"tracked by {tracker_of(session)}, whose live files cannot be read")
         log = None if alive else intent.read_log(session, record.size)
         self.identity = _look_at(record)
@@ -268,14 +270,13 @@ def data_path(kind: int, path: str) -> str:
 def opened_by_others(path: str) -> str | None:
     """Why a tracked qcow2 image is not the tracker's alone any more, or None."""
     from dirtmap.engine.qcow2.layout import read_layout
-    from dirtmap.fmt import qcow2
 
     try:
         with fileio.open_file(path) as file:
-            marked = read_layout(file).header.autoclear & qcow2.AUTOCLEAR_TRACKED
+            tracked = read_layout(file).tracked
     except Error:
         return "the image cannot be read"
-    return None if marked else "another program has opened the image for writing since"
+    return None if tracked else "another program has opened the image for writing since"
 
 
 def _look_at(record: Record) -> Identity | None:
