@@ -16,7 +16,7 @@ import stat
 import struct
 from collections.abc import Iterator, Sequence
 
-from dirtmap.fmt.errors import Error, StorageError, SyncError
+from dirtmap.fmt.errors import Error, LockedError, StorageError, SyncError
 
 # struct flock of Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi")
@@ -262,13 +262,37 @@ def read_live(path: str) -> bytes | None:
         return None
 
 
-def remove_live_folder(path: str, pattern: re.Pattern[str]) -> None:
-    """Removes the live files in a folder, by their names, and the folder once nothing else is in it."""
+def hold_live_folder(path: str) -> int:
+    """Takes a folder for live files for this process, until the descriptor is closed.
+
+    Raises:
+        LockedError: another has it.
+        StorageError: it cannot be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(fd), os.lstat(path)):
+                raise BlockingIOError  # whoever had it has just removed it
+        except BaseException:
+            os.close(fd)
+            raise
+    except BlockingIOError:
+        raise LockedError(path, "a tracker with another store has its live files here; end it first") from None
+    except OSError as error:
+        raise StorageError(path, f"live folder: {error.strerror or error}") from error
+    return fd
+
+
+def remove_live_files(path: str, pattern: re.Pattern[str], *, keep_folder: bool) -> None:
+    """Removes the live files in a folder, by their names, and the folder, unless something else is in it."""
     with contextlib.suppress(OSError):
         for name in os.listdir(path):
             if pattern.fullmatch(name):
                 os.unlink(os.path.join(path, name))
-        os.rmdir(path)
+        if not keep_folder:
+            os.rmdir(path)
 
 
 def sync_folder(path: str) -> None:

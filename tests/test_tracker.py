@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import shutil
+import signal
 import sys
 import threading
 import time
@@ -16,12 +19,14 @@ import pytest
 from bitarray import bitarray
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine import bits, changes
 from dirtmap.engine.namespace import Transaction
 from dirtmap.engine.tracking.home import Home
+from dirtmap.engine.tracking.livefile import Writeset
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt.directory import FLAG_AUTO, Entry
 
@@ -718,3 +723,119 @@ def test_no_other_thread_runs_while_a_batch_gets_into_the_bits(tmp_path: Path) -
 @pytest.mark.long
 def test_threads_lose_no_mark_of_tens_of_millions(tmp_path: Path) -> None:
     print(work_beside_cuts(tmp_path, 5_000_000, 4, 20_000), "marks")
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"save_interval": None}, TypeError),
+        ({"save_interval": "5"}, TypeError),
+        ({"save_interval": -1}, dm.BitmapError),
+        ({"save_interval": float("nan")}, dm.BitmapError),
+        ({"save_interval": float("inf")}, dm.BitmapError),
+        ({"region_size": 1 << 70}, dm.BitmapError),
+        ({"region_size": 1 << 64}, dm.BitmapError),
+        ({"region_size": 1 << 19}, dm.BitmapError),
+        ({"region_size": 3 << 20}, dm.BitmapError),
+        ({"region_size": 0}, dm.BitmapError),
+        ({"region_size": -(1 << 20)}, dm.BitmapError),
+        ({"region_size": 1.5}, TypeError),
+        ({"region_size": "1M"}, TypeError),
+        ({"live": 5}, TypeError),
+        ({"intent": "all"}, dm.BitmapError),
+        ({"interval": 5}, TypeError),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    image: dm.Namespace, tmp_path: Path, options: dict[str, object], error: type[Exception]
+) -> None:
+    before = files_in(tmp_path)
+    with pytest.raises(error):
+        image.track(**options)
+    assert image.tracking() is None
+    assert files_in(tmp_path) == before
+
+
+def test_numbers_of_numpy_are_taken(image: dm.Namespace) -> None:
+    with image.track(region_size=np.int64(1 << 62), save_interval=np.float32(0)) as tracker:
+        tracker.mark(5 * GRANULE, 1)
+    with image.track(region_size=np.int64(1 << 20), save_interval=np.int64(7)) as tracker:
+        tracker.add("g", np.int64(GRANULE))
+        tracker.checkpoint("c", np.uint16(4096))
+        tracker.mark(6 * GRANULE, 1)
+        assert tracker.bitmap("c").granularity == 4096
+        assert image.tracking().region_size == 1 << 20
+    assert [dirty(image[name]) for name in ("b0", "g")] == [[5, 6], [6]]
+
+
+# Live files
+
+
+def test_a_relative_folder_of_live_files_stays_where_it_is(
+    image: dm.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("live", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with image.track(live="live", save_interval=0) as tracker:
+        monkeypatch.chdir("elsewhere")
+        tracker.mark(5 * GRANULE, 1)
+        tracker.checkpoint("c")
+        assert dirty(image["b0"]) == [5]
+        assert Path(image.tracking().live).parent.parent == tmp_path / "live"
+    assert [path for path in (tmp_path / "live").rglob("*") if path.is_file()] == []
+    assert dirty(image["b0"]) == [5]
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_copy_of_the_store_takes_no_live_files_from_a_tracker(
+    image: dm.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: bool
+) -> None:
+    shutil.copy(tmp_path / "default.dmap", tmp_path / "copy.dmap")
+
+    def other() -> dm.Namespace:
+        monkeypatch.setenv("DIRTMAP_STORE", str(tmp_path / "copy.dmap"))
+        monkeypatch.setenv("DIRTMAP_INDEX", str(tmp_path / "copy-index"))
+        return dm.open("node:drive0")
+
+    if dead:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                image.track().mark(5 * GRANULE, 1)
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with other() as twin, twin.track() as tracker:
+            tracker.mark(6 * GRANULE, 1)
+        assert {5} <= set(dirty(image["b0"]))
+        return
+    with image.track(save_interval=0) as tracker:
+        tracker.mark(5 * GRANULE, 1)
+        files = sorted(Path(image.tracking().live).iterdir())
+        with other() as twin:
+            with pytest.raises(dm.LockedError, match="another store has its live files here"):
+                twin.track()
+            assert twin.tracking() is None
+        assert sorted(Path(image.tracking().live).iterdir()) == files
+        tracker.checkpoint("c")
+        tracker.mark(6 * GRANULE, 1)
+        assert dirty(image["b0"]) == [5, 6]
+    with other() as twin, twin.track():
+        pass
+
+
+def test_an_interrupt_while_a_writeset_is_made_leaves_no_file(tracker: Tracker) -> None:
+    class InterruptedWriteset(Writeset):
+        @property
+        def words(self) -> NDArray[np.uint64]:
+            raise KeyboardInterrupt
+
+    live = Path(os.fsdecode(tracker._session.live))
+    for kind, number in ((InterruptedWriteset, 70), (Writeset, 70), (Writeset, 70)):  # the last over one that was left
+        with pytest.raises(KeyboardInterrupt) if kind is InterruptedWriteset else contextlib.nullcontext():
+            kind(str(live), tracker._session.uuid, number, SIZE, 16)
+        assert (live / f"writeset-{number}").exists() == (kind is Writeset)

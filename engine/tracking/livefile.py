@@ -28,9 +28,30 @@ def user_folder(folder: str) -> str:
     return os.path.join(folder, f"dirtmap-{os.geteuid()}")
 
 
-def remove_files(folder: str) -> None:
+class Folder:
+    """The folder of a session's live files, made where it is not there; no other tracker's until it is closed.
+
+    It is known by the namespace's UUID, and so are those of copies of the store.
+
+    Raises:
+        LockedError: a tracker has its live files there.
+        StorageError: it cannot be made.
+    """
+
+    def __init__(self, path: str) -> None:
+        fileio.make_live_folder(path)
+        self._fd = fileio.hold_live_folder(path)
+
+    def close(self) -> None:
+        """Lets others have it."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def remove_files(folder: str, *, keep_folder: bool = False) -> None:
     """Removes the live files of a session that has ended; the caller knows that the folder is one of ours."""
-    fileio.remove_live_folder(folder, _NAMES)
+    fileio.remove_live_files(folder, _NAMES, keep_folder=keep_folder)
 
 
 def is_of(folder: str, uuid: bytes) -> bool:
@@ -80,7 +101,7 @@ class Writeset:
     """The bits of one interval, mapped; all clean at first.
 
     Attributes:
-        number: of the interval.
+        number: of the interval; one that has not begun.
         granularity_bits: log2 of bytes of the disk for each bit.
         flights: the writes that have begun in this interval and not ended.
     """
@@ -90,12 +111,17 @@ class Writeset:
         self.path = _writeset_path(folder, number)
         nbits = geometry.granules(size, 1 << granularity_bits)
         self._octets = geometry.ceil_div(nbits, 64) * 8
+        fileio.remove_file(self.path)  # what an interrupt left of the last attempt; the folder is ours alone
         self._map = fileio.create_live(self.path, live.PAGE + max(self._octets, 8))
-        self._map[: live.WRITESET.size] = live.WRITESET.build(
-            magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
-        )
-        # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
-        self.words[:: live.PAGE // 8].max(initial=0)
+        try:
+            self._map[: live.WRITESET.size] = live.WRITESET.build(
+                magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
+            )
+            # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
+            self.words[:: live.PAGE // 8].max(initial=0)
+        except BaseException:
+            self.forget()
+            raise
         self.flights: set[object] = set()
 
     def view(self) -> bitarray:

@@ -106,7 +106,7 @@ class Tracker(Recorder):
 
     # Cuts.
 
-    def add(self, name: str, granularity: int | None = None, *, recording: bool = True) -> None:
+    def add(self, name: str, granularity: SupportsIndex | None = None, *, recording: bool = True) -> None:
         """A new, empty bitmap, that records from this cut on.
 
         Raises:
@@ -115,7 +115,7 @@ class Tracker(Recorder):
         """
         self._add(name, granularity, recording=recording, checkpoint=False)
 
-    def checkpoint(self, name: str, granularity: int | None = None) -> None:
+    def checkpoint(self, name: str, granularity: SupportsIndex | None = None) -> None:
         """A point in time, durable on return: the checkpoint before it ends here, and a new bitmap begins.
 
         Takes the same time whatever is dirty. Errors as `add`.
@@ -221,10 +221,9 @@ class Tracker(Recorder):
 
     # How.
 
-    def _add(self, name: str, granularity: int | None, *, recording: bool, checkpoint: bool) -> None:
+    def _add(self, name: str, granularity: SupportsIndex | None, *, recording: bool, checkpoint: bool) -> None:
         with self._using():
-            chosen = DEFAULT_GRANULARITY if granularity is None else granularity
-            Bitmap(self.size, chosen)  # judges the granularity
+            chosen = Bitmap(self.size, DEFAULT_GRANULARITY if granularity is None else granularity).granularity
 
             def edit(home: HomeChange, number: int) -> None:
                 if name in home.entries:
