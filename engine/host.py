@@ -15,7 +15,7 @@ from dirtmap.engine.names import Found, Names
 from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image, Keeper
 from dirtmap.engine.store import devices, nodes
-from dirtmap.engine.store.bitmaps import checkpoints_of, kind_label, with_checkpoints
+from dirtmap.engine.store.bitmaps import EXTENSION_SESSION, checkpoints_of, kind_label, refuse_tracked, with_checkpoints
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.namespace import held_by, holding
 from dirtmap.engine.store.store import Change, Store
@@ -114,6 +114,20 @@ class Host(Names):
         found = self.require(name, store.KIND_DEVICE)
         with self.opened(found.store) as target:
             devices.remove_device(target, name)
+
+    def refuse_tracked(self, path: str) -> None:
+        """Refuses a raw image that is tracked as a node.
+
+        Raises:
+            LockedError: names the tracker.
+        """
+        for where in self.stores():
+            with Store(where) as target:
+                records = target.read(lambda snapshot: list(snapshot.table()))
+            for record in records:
+                with contextlib.suppress(OSError):
+                    if record.extension(EXTENSION_SESSION) is not None and os.path.samefile(record.path, path):
+                        refuse_tracked(where, record)
 
     # Images with a name.
 

@@ -230,7 +230,7 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
                 busy=decode_name(entry.name) in busy or (view is not None and view.is_busy(entry)),
                 count=None if entry.in_use else _count(snapshot, record, entry, doubt is not None),
                 namespace=str(uuid.UUID(bytes=record.uuid)),
-                node=name if record.kind == store.KIND_NODE else None,
+                node=None if record.kind == store.KIND_DEVICE else name,
                 device=name if record.kind == store.KIND_DEVICE else None,
             )
             for entry in read_entries(snapshot, record)
