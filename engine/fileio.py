@@ -16,7 +16,7 @@ import stat
 import struct
 from collections.abc import Iterator, Sequence
 
-from dirtmap.fmt.errors import Error, LockedError, StorageError, SyncError
+from dirtmap.fmt.errors import Error, StorageError, SyncError
 
 # struct flock of Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi")
@@ -262,27 +262,27 @@ def read_live(path: str) -> bytes | None:
         return None
 
 
-def hold_live_folder(path: str) -> int:
-    """Takes a folder for live files for this process, until the descriptor is closed.
+def hold_live_folder(path: str) -> int | None:
+    """Takes a folder for live files for this process, until the descriptor is closed; None where another has it.
 
     Raises:
-        LockedError: another has it.
         StorageError: it cannot be opened.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(fd), os.lstat(path)):
-                raise BlockingIOError  # whoever had it has just removed it
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):  # whoever had it may just have removed it
+                return fd
         except BaseException:
             os.close(fd)
             raise
-    except BlockingIOError:
-        raise LockedError(path, "a tracker with another store has its live files here; end it first") from None
-    except OSError as error:
-        raise StorageError(path, f"live folder: {error.strerror or error}") from error
-    return fd
+        os.close(fd)
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except (OSError, ValueError) as error:
+        raise StorageError(path, f"live folder: {getattr(error, 'strerror', None) or error}") from error
+    return None
 
 
 def remove_live_files(path: str, pattern: re.Pattern[str], *, keep_folder: bool) -> None:

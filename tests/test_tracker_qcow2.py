@@ -500,6 +500,8 @@ def test_who_does_not_know_the_store_changes_no_tracked_image(
         ("add", path, "x"),
         ("remove", path, "b0"),
         ("track", "status", path),
+        ("map", path, "b0"),
+        ("merge", path, "still", "b0"),
     ):
         assert "in another store; say which with --store" in error_of(*command), command
     with dm.open(path) as image:

@@ -276,6 +276,8 @@ class Image(Namespace):
         def read(layout: Layout) -> Bitmap | None:
             for slot in layout.slots:
                 if slot.entry.name == name:
+                    if slot.entry.in_use:
+                        layout.require_untracked()  # it is not inconsistent, but elsewhere
                     bitmap = _lazy(self._file, layout, slot)
                     if not bitmap.inconsistent:
                         _ = bitmap.words  # now, while nothing can change it

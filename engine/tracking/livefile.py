@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -13,8 +15,11 @@ from bitarray import bitarray
 
 from dirtmap.engine import bits, fileio
 from dirtmap.fmt import geometry, live
+from dirtmap.fmt.errors import LockedError, StorageError
 
 _BLOCK: Final = 16384  # words
+_ATTEMPTS: Final = 20
+_PAUSE_SECONDS: Final = 0.01
 _NAMES: Final = re.compile(r"control|writeset-[0-9]+")
 
 
@@ -39,8 +44,14 @@ class Folder:
     """
 
     def __init__(self, path: str) -> None:
-        fileio.make_live_folder(path)
-        self._fd = fileio.hold_live_folder(path)
+        self._fd = -1
+        for _ in range(_ATTEMPTS):  # who only removes what a dead one left has it for a moment
+            fileio.make_live_folder(path)
+            if (fd := fileio.hold_live_folder(path)) is not None:
+                self._fd = fd
+                return
+            time.sleep(_PAUSE_SECONDS)
+        raise LockedError(path, "a tracker with another store has its live files here; end it first")
 
     def close(self) -> None:
         """Lets others have it."""
@@ -49,8 +60,19 @@ class Folder:
             os.close(fd)
 
 
+def remove_session(folder: str, uuid: bytes) -> None:
+    """Removes the live files of a session that has ended, if they are in that folder."""
+    with contextlib.suppress(StorageError):
+        if is_of(folder, uuid) and (fd := fileio.hold_live_folder(folder)) is not None:
+            try:
+                if is_of(folder, uuid):
+                    remove_files(folder)
+            finally:
+                os.close(fd)
+
+
 def remove_files(folder: str, *, keep_folder: bool = False) -> None:
-    """Removes the live files of a session that has ended; the caller knows that the folder is one of ours."""
+    """Removes the live files in a folder that the caller holds."""
     fileio.remove_live_files(folder, _NAMES, keep_folder=keep_folder)
 
 

@@ -194,8 +194,7 @@ class View:
         of_node = self._record.kind != store.KIND_DEVICE
         if peer and peers.find(self._path, peer, self.session.uuid, of_node=of_node).needs_files:
             return
-        if livefile.is_of(os.fsdecode(self.session.live), self.session.uuid):
-            livefile.remove_files(os.fsdecode(self.session.live))
+        livefile.remove_session(os.fsdecode(self.session.live), self.session.uuid)
         intent.remove_log(self.session)
 
     def add(self, entry: Entry, words: bits.Words) -> None:
