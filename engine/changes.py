@@ -51,14 +51,17 @@ def remove(bitmaps: Transaction, name: str) -> None:
 
 
 def clear(bitmaps: Transaction, name: str) -> None:
-    """Makes all of it clean."""
+    """Makes all of it clean; not a checkpoint."""
     bitmap = _usable(bitmaps, name)
+    bitmaps.refuse_checkpoint(name)
     bitmaps[name] = Bitmap(bitmap.size, bitmap.granularity, recording=bitmap.recording)
 
 
 def set_recording(bitmaps: Transaction, name: str, recording: bool) -> None:
-    """Enables or disables it."""
-    bitmaps[name] = _usable(bitmaps, name).replace(recording=recording)
+    """Enables or disables it; not a checkpoint."""
+    bitmap = _usable(bitmaps, name)
+    bitmaps.refuse_checkpoint(name)
+    bitmaps[name] = bitmap.replace(recording=recording)
 
 
 def merge(bitmaps: Transaction, name: str, sources: Iterable[Bitmap]) -> None:

@@ -242,10 +242,26 @@ def _tracked(path: str, here: _HostOf, identity: tuple[str, str] | None = None) 
         return None
     place = here().is_checked_out(path, *identity)
     if place is None:
+        here().refuse_moved(path, *identity)
         return None
     from dirtmap.engine.tracking.checkout import TrackedImage
 
     return TrackedImage(path, place.store, place.name)
+
+
+def _refuse_tracked(path: str, here: _HostOf) -> None:
+    """Refuses a qcow2 image whose bitmaps are checked out, for acts that do not recover them first.
+
+    Raises:
+        LockedError: names the tracker.
+        BitmapError: that has died.
+    """
+    if (tracked := _tracked(path, here)) is not None:
+        with tracked:
+            status = tracked.tracking()
+        if status and status.alive:
+            raise LockedError(path, f"tracked by {status.tracker}; ask it, or end it first")
+        raise BitmapError(path, "its tracker has died; 'dirtmap recover' first")
 
 
 class _HostOf:
@@ -403,6 +419,8 @@ def check(
         return check_store(path, repair=repair, progress=progress)
     from dirtmap.engine.qcow2.check import check
 
+    if repair is not None:
+        _refuse_tracked(path, _host_of(target, None, None))
     return check(path, repair=repair, force_share=force_share, progress=progress)
 
 

@@ -262,13 +262,37 @@ def read_live(path: str) -> bytes | None:
         return None
 
 
-def remove_live_folder(path: str, pattern: re.Pattern[str]) -> None:
-    """Removes the live files in a folder, by their names, and the folder once nothing else is in it."""
+def hold_live_folder(path: str) -> int | None:
+    """Takes a folder for live files for this process, until the descriptor is closed; None where another has it.
+
+    Raises:
+        StorageError: it cannot be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):  # whoever had it may just have removed it
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except (OSError, ValueError) as error:
+        raise StorageError(path, f"live folder: {getattr(error, 'strerror', None) or error}") from error
+    return None
+
+
+def remove_live_files(path: str, pattern: re.Pattern[str], *, keep_folder: bool) -> None:
+    """Removes the live files in a folder, by their names, and the folder, unless something else is in it."""
     with contextlib.suppress(OSError):
         for name in os.listdir(path):
             if pattern.fullmatch(name):
                 os.unlink(os.path.join(path, name))
-        os.rmdir(path)
+        if not keep_folder:
+            os.rmdir(path)
 
 
 def sync_folder(path: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from dirtmap.engine.afterwards import afterwards, changing_a_store
@@ -15,6 +15,7 @@ from dirtmap.engine.names import Found, Names
 from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image, Keeper
 from dirtmap.engine.store import devices, nodes
+from dirtmap.engine.store.bitmaps import EXTENSION_SESSION, checkpoints_of, kind_label, refuse_tracked, with_checkpoints
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.namespace import held_by, holding
 from dirtmap.engine.store.store import Change, Store
@@ -116,6 +117,20 @@ class Host(Names):
         with self.opened(found.store) as target:
             devices.remove_device(target, name)
 
+    def refuse_tracked(self, path: str) -> None:
+        """Refuses a raw image that is tracked as a node.
+
+        Raises:
+            LockedError: names the tracker.
+        """
+        for where in self.stores():
+            with Store(where) as target:
+                records = target.read(lambda snapshot: list(snapshot.table()))
+            for record in records:
+                with contextlib.suppress(OSError):
+                    if record.extension(EXTENSION_SESSION) is not None and os.path.samefile(record.path, path):
+                        refuse_tracked(where, record)
+
     # Images with a name.
 
     def refuse_twin(self, path: str, name: str, image_uuid: str) -> None:
@@ -155,6 +170,22 @@ class _Keeper(Keeper):
         with Store(self._found.store) as target:
             record = target.record(encode_name(self._found.name))
         return held_by(record) if record else {}
+
+    def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
+        with Store(self._found.store) as target:
+            record = target.record(encode_name(self._found.name))
+        return checkpoints_of(f"{target.path}: {kind_label(record)}", record, recording) if record else []
+
+    def keep_checkpoints(self, chain: list[str]) -> None:
+        def keep() -> None:
+            with self._host.opened(self._found.store) as target, target.change() as change:
+                record = change.table.get(encode_name(self._found.name))
+                if record and record.uuid == self._found.uuid:
+                    extensions = with_checkpoints(record.extensions, chain)
+                    if extensions != record.extensions:
+                        change.table.put(replace(record, extensions=extensions))
+
+        afterwards(keep)
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:

@@ -442,6 +442,12 @@ class Names:
         with self.opened(place.store) as target:
             return place if nodes.is_checked_out(target, path, place.name, image_uuid) else None
 
+    def refuse_moved(self, path: str, name: str, image_uuid: str) -> None:
+        """Refuses a tracked qcow2 image that is not where it was; see `nodes.refuse_moved`."""
+        if place := self.place_of(name, image_uuid):
+            with self.opened(place.store) as target:
+                nodes.refuse_moved(target, path, place.name, image_uuid)
+
     def find(
         self, bitmap: str, *, force_share: bool = False, told: Callable[[Error], object] | None = None
     ) -> list[Hit]:

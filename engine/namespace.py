@@ -233,6 +233,8 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         where: the image, for messages.
         size: of the virtual disk, bytes.
         default_granularity: bytes; for bitmaps added without one.
+        checkpoints: the chain of `dirtmap.engine.checkpoints`, as it will be. What they have is relied on by others:
+            it may grow, or be taken over, and nothing else.
     """
 
     def __init__(
@@ -242,6 +244,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         default_granularity: int,
         bitmaps: Mapping[str, Bitmap],
         held: Mapping[str, str] | None = None,
+        checkpoints: Iterable[str] = (),
     ) -> None:
         self.where = where
         self.size = size
@@ -250,6 +253,8 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         self._held = {name: (who, self._bitmaps[name].copy()) for name, who in (held or {}).items() if name in bitmaps}
         for name in self._held:
             self._bitmaps[name].busy = True
+        self.checkpoints = list(checkpoints)
+        self._relied_on = {name: self._bitmaps[name].copy() for name in self.checkpoints if name in bitmaps}
         self._open = True
 
     def __getitem__(self, name: str) -> Bitmap:
@@ -280,7 +285,25 @@ class Transaction(MutableMapping[str, "Bitmap"]):
     def __delitem__(self, name: str) -> None:
         self[name]
         self.refuse_held(name)
+        if name in self._relied_on:
+            self._hand_over(name)
         del self._bitmaps[name]
+
+    def _hand_over(self, name: str) -> None:
+        """Has the checkpoint before one that is removed take over what it has."""
+        from dirtmap.engine import checkpoints
+
+        heir = checkpoints.heir(self.checkpoints, name)
+        gone = self._bitmaps[name]
+        older = self._bitmaps.get(heir) if heir is not None else None
+        if heir is None or (older and not older.inconsistent and not gone.inconsistent):
+            if heir is not None and older:
+                self[heir] = checkpoints.take_over(older, gone)
+                self._relied_on[heir] = self._bitmaps[heir].copy()
+            self.checkpoints = checkpoints.without(self.checkpoints, name)
+        else:
+            self.checkpoints = checkpoints.broken(self.checkpoints, name)
+        del self._relied_on[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bitmaps)
@@ -296,20 +319,35 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         """
         bitmap = self[name]
         self.refuse_held(name)
+        self.refuse_checkpoint(name)
         if new in self:
             raise BitmapError(f"{self.where}: {label(new)}", "the name is taken")
         self[new] = bitmap
         self._bitmaps = {new if key == name else key: value for key, value in self._bitmaps.items() if key != new}
 
-    def require_held_untouched(self) -> None:
-        """Refuses to commit where the bits of a held bitmap were changed in place.
+    def judge(self) -> None:
+        """Refuses to commit where the bits of a held bitmap were changed in place, or a checkpoint has lost some.
 
         Raises:
-            BitmapError: names the bitmap and who holds it.
+            BitmapError: names the bitmap, and who holds it.
         """
         for name, (_, bitmap) in self._held.items():
             if self._bitmaps[name]._source is not bitmap._source:
                 self.refuse_held(name)
+        for name, before in self._relied_on.items():
+            now = self._bitmaps[name]
+            changed = now._source is None or now._source is not before._source
+            if now.recording != before.recording or (changed and not before.inconsistent and (before - now).count):
+                self.refuse_checkpoint(name)
+
+    def refuse_checkpoint(self, name: str) -> None:
+        """Refuses a checkpoint.
+
+        Raises:
+            BitmapError: names it.
+        """
+        if name in self._relied_on:
+            raise a_checkpoint(self.where, name)
 
     def refuse_held(self, name: str) -> None:
         """Refuses a bitmap that is held.
@@ -333,6 +371,11 @@ def label(name: str) -> str:
     """How messages name a bitmap: always valid text, odd bytes escaped."""
     text = encode_name(name).decode("utf-8", "backslashreplace")
     return f"bitmap '{text}'"
+
+
+def a_checkpoint(where: str, name: str) -> BitmapError:
+    """The error for what cannot be done to a checkpoint."""
+    return BitmapError(f"{where}: {label(name)}", "a checkpoint, which others rely on; it can be removed")
 
 
 def not_found(where: str, name: str) -> BitmapNotFoundError:

@@ -120,11 +120,14 @@ def scan(
         if path not in read:
             _is_container(path, summary)
     _Registration(host, summary, roots).take_in(found)
-    numbers = {container.number for container in found if container.condition == SOUND}
+    in_use = {container.number: 0 for container in found if container.condition == SOUND}
     for claim in host.index.claims():
-        if claim.container in numbers:
+        if claim.container in in_use:
             summary.bitmaps += 1
-            summary.inconsistent += bool(claim.flags & FLAG_IN_USE)
+            in_use[claim.container] += bool(claim.flags & FLAG_IN_USE)
+    for container in found:
+        if in_use.get(container.number) and not _is_checked_out(host, container):
+            summary.inconsistent += in_use[container.number]
     return summary
 
 
@@ -135,6 +138,15 @@ def _what(problem: Error | None, path: str) -> str:
             again = look(lambda key: None, path, None, force_share=True)
             problem = again.problem if again else None
     return problem.what if problem else "as found before"
+
+
+def _is_checked_out(host: Host, container: Container) -> bool:
+    """True of a qcow2 image whose tracker has its bitmaps."""
+    return container.kind == QCOW2 and any(
+        host.is_checked_out(container.path, decode_name(member.name), str(uuid.UUID(bytes=member.uuid)))
+        for member in host.index.members(container.number)
+        if member.name
+    )
 
 
 def _files(roots: list[str], summary: Summary) -> Iterator[tuple[str, bool]]:

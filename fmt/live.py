@@ -97,6 +97,7 @@ LOG_RECORD = Structure("logged region", "region" / Int32ub, "checksum" / Int32ub
 _SEED = Structure("log seed", "uuid" / Bytes(16), "number" / Int64ub)
 
 MIN_REGION_BITS = 20
+MAX_REGION_BITS = 63
 MAX_REGIONS = 1 << 20
 DEFAULT_REGIONS = 2048  # a disk has at most that many, unless it is told otherwise, and at least half of them
 MAX_PATH = 4096
@@ -162,8 +163,8 @@ def parse_session(data: bytes) -> Session:
         raise ValueError("its paths do not fit it")
     if raw.intent not in (INTENT_OFF, INTENT_REGION):
         raise ValueError(f"intent {raw.intent} is unknown")
-    if not MIN_REGION_BITS <= raw.region_bits <= 63:
-        raise ValueError(f"region_bits {raw.region_bits} is outside {MIN_REGION_BITS}..63")
+    if not MIN_REGION_BITS <= raw.region_bits <= MAX_REGION_BITS:
+        raise ValueError(f"region_bits {raw.region_bits} is outside {MIN_REGION_BITS}..{MAX_REGION_BITS}")
     live = data[SESSION.size : SESSION.size + raw.live_size]
     log_path = data[SESSION.size + raw.live_size :]
     if b"\0" in live + log_path:

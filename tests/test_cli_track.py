@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import qemu
 from support.cli import COMMAND, dirtmap, error_of, json_of
 from support.tracking import GRANULE, make_node
 
@@ -152,3 +153,20 @@ def test_a_transaction_recovers_and_says_so(tmp_path: Path) -> None:
     document = '{"actions": [{"type": "block-dirty-bitmap-add", "data": {"node": "drive0", "name": "x"}}]}'
     assert "drive0: recovered first: exact: " in dirtmap("transaction", "-", given=document).error
     assert [extent["offset"] for extent in json_of("map", "drive0", "b0", "--dirty")] == [GRANULE]
+
+
+def test_a_tracked_raw_image_gets_no_sidecar(tracker: Tracker, tmp_path: Path) -> None:
+    assert "node 'drive0': tracked by" in error_of("sidecar", tmp_path / "drive0.raw", tmp_path / "new.qcow2")
+    assert not (tmp_path / "new.qcow2").exists()
+    tracker.close()
+    dirtmap("sidecar", tmp_path / "drive0.raw", tmp_path / "new.qcow2")
+
+
+def test_a_store_lists_checked_out_bitmaps_with_their_node(tmp_path: Path) -> None:
+    qemu.create(tmp_path / "disk.qcow2", SIZE)
+    dirtmap("node", "add", "drive1", tmp_path / "disk.qcow2")
+    dirtmap("add", "drive1", "b1")
+    with dm.open("drive1") as image, image.track():
+        (document,) = json_of("list", os.environ["DIRTMAP_STORE"])
+        assert [(bitmap["node"], bitmap["name"]) for bitmap in document["bitmaps"]] == [("drive1", "b1")]
+        assert "drive1" in dirtmap("list", os.environ["DIRTMAP_STORE"]).out

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import shutil
+import signal
 import sys
 import threading
 import time
@@ -16,12 +19,16 @@ import pytest
 from bitarray import bitarray
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine import bits
-from dirtmap.engine.tracking.livefile import IN_FLIGHT
+from dirtmap.engine import bits, changes
+from dirtmap.engine.namespace import Transaction
+from dirtmap.engine.tracking.home import Home
+from dirtmap.engine.tracking.livefile import IN_FLIGHT, Writeset
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt.directory import FLAG_AUTO, Entry
 
 SIZE = 64 << 20
 
@@ -172,16 +179,94 @@ def test_checkpoints(tracker: Tracker, image: dm.Namespace) -> None:
         assert dirty(again.changed_since("sunday")) == [1, 2, 3, 9, 10, 11, 12]
 
 
-def test_a_checkpoint_removed_by_other_means_makes_older_ones_unknown(image: dm.Namespace) -> None:
+def checkpoints_from_a_to_c(image: dm.Namespace) -> None:
+    """Three checkpoints, each with the granule of its number."""
     with image.track() as tracker:
-        for name in ("a", "b", "c"):
+        for number, name in enumerate("abc"):
             tracker.checkpoint(name)
+            tracker.mark(number * GRANULE, 1)
+
+
+@pytest.mark.parametrize("gone", ["a", "b", "c", "bc", "cb", "ab", "ca"])
+def test_checkpoints_removed_while_nobody_tracks_are_taken_over(image: dm.Namespace, gone: str) -> None:
+    checkpoints_from_a_to_c(image)
     with image.transaction() as bitmaps:
-        del bitmaps["b"]
+        for name in gone:
+            changes.remove(bitmaps, name)
     with image.track() as tracker:
-        with pytest.raises(dm.BitmapError, match="'b': was removed by itself"):
-            tracker.changed_since("a")
-        assert dirty(tracker.changed_since("c")) == []
+        tracker.mark(5 * GRANULE, 1)
+        left = [name for name in "abc" if name not in gone]
+        assert tracker.checkpoints() == left
+        for name in left:
+            assert dirty(tracker.changed_since(name)) == [*range("abc".index(name), 3), 5]
+
+
+def clean_in_place(bitmaps: Transaction) -> None:
+    bitmaps["b"].clear(0, SIZE)
+
+
+def put_another(bitmaps: Transaction) -> None:
+    bitmaps["b"] = dm.Bitmap(SIZE)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda bitmaps: changes.clear(bitmaps, "b"),
+        lambda bitmaps: changes.set_recording(bitmaps, "c", False),
+        lambda bitmaps: changes.set_recording(bitmaps, "a", True),
+        lambda bitmaps: changes.rename(bitmaps, "b", "x"),
+        clean_in_place,
+        put_another,
+    ],
+)
+def test_what_others_rely_on_is_not_taken_from_a_checkpoint(
+    image: dm.Namespace, act: Callable[[Transaction], None]
+) -> None:
+    checkpoints_from_a_to_c(image)
+    with pytest.raises(dm.BitmapError, match="a checkpoint, which others rely on"), image.transaction() as bitmaps:
+        act(bitmaps)
+    with image.transaction() as bitmaps:  # which only adds to it
+        changes.merge(bitmaps, "b", [bitmaps["b0"]])
+        bitmaps["c"].mark(7 * GRANULE, 1)
+    with image.track() as tracker:
+        assert dirty(tracker.changed_since("b")) == [0, 1, 2, 7]
+
+
+@pytest.mark.parametrize(
+    ("others", "gone", "later"),
+    [
+        (lambda entry: None if entry.name == b"b" else entry, {"a"}, ["c", "d"]),
+        (lambda entry: None if entry.name == b"c" else entry, {"a", "b"}, ["d"]),
+        (lambda entry: None if entry.name == b"a" else entry, set(), ["b", "c", "d"]),
+        (lambda entry: entry.with_flags(clear=FLAG_AUTO), {"a", "b", "c"}, ["d"]),
+    ],
+)
+def test_a_chain_that_others_have_broken_stays_broken(
+    image: dm.Namespace, tmp_path: Path, others: Callable[[Entry], Entry | None], gone: set[str], later: list[str]
+) -> None:
+    checkpoints_from_a_to_c(image)
+    with Home(str(tmp_path / "default.dmap"), b"drive0").change(None) as home:  # as software that knows no checkpoints
+        home.entries = {name: new for name, entry in home.entries.items() if (new := others(entry))}
+    with image.transaction() as bitmaps:
+        bitmaps["unrelated"] = dm.Bitmap(SIZE)
+    with image.track() as tracker:
+        tracker.mark(5 * GRANULE, 1)
+        tracker.checkpoint("d")
+        tracker.mark(6 * GRANULE, 1)
+        for name in gone & set(tracker.checkpoints()):
+            with pytest.raises(dm.BitmapError, match="not all that was written since is known"):
+                tracker.changed_since(name)
+        for name in set("abc") - set(tracker.checkpoints()):
+            tracker.add(name)  # which is no checkpoint
+        for name in gone & set(tracker.checkpoints()):
+            with pytest.raises(dm.BitmapError, match="not all that was written since is known"):
+                tracker.changed_since(name)
+        marked = {"b": [1, 2, 5, 6], "c": [2, 5, 6], "d": [6]}
+        assert {name: dirty(tracker.changed_since(name)) for name in later} == {name: marked[name] for name in later}
+        for name in sorted(gone & set(tracker.checkpoints())):
+            tracker.remove(name)
+        assert tracker.checkpoints() == later
 
 
 def test_every_change_of_a_tracked_bitmap_is_a_cut(tracker: Tracker, image: dm.Namespace) -> None:
@@ -648,3 +733,119 @@ def test_no_other_thread_runs_while_a_batch_gets_into_the_bits(tmp_path: Path) -
 @pytest.mark.long
 def test_threads_lose_no_mark_of_tens_of_millions(tmp_path: Path) -> None:
     print(work_beside_cuts(tmp_path, 5_000_000, 4, 20_000), "marks")
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"save_interval": None}, TypeError),
+        ({"save_interval": "5"}, TypeError),
+        ({"save_interval": -1}, dm.BitmapError),
+        ({"save_interval": float("nan")}, dm.BitmapError),
+        ({"save_interval": float("inf")}, dm.BitmapError),
+        ({"region_size": 1 << 70}, dm.BitmapError),
+        ({"region_size": 1 << 64}, dm.BitmapError),
+        ({"region_size": 1 << 19}, dm.BitmapError),
+        ({"region_size": 3 << 20}, dm.BitmapError),
+        ({"region_size": 0}, dm.BitmapError),
+        ({"region_size": -(1 << 20)}, dm.BitmapError),
+        ({"region_size": 1.5}, TypeError),
+        ({"region_size": "1M"}, TypeError),
+        ({"live": 5}, TypeError),
+        ({"intent": "all"}, dm.BitmapError),
+        ({"interval": 5}, TypeError),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    image: dm.Namespace, tmp_path: Path, options: dict[str, object], error: type[Exception]
+) -> None:
+    before = files_in(tmp_path)
+    with pytest.raises(error):
+        image.track(**options)
+    assert image.tracking() is None
+    assert files_in(tmp_path) == before
+
+
+def test_numbers_of_numpy_are_taken(image: dm.Namespace) -> None:
+    with image.track(region_size=np.int64(1 << 62), save_interval=np.float32(0)) as tracker:
+        tracker.mark(5 * GRANULE, 1)
+    with image.track(region_size=np.int64(1 << 20), save_interval=np.int64(7)) as tracker:
+        tracker.add("g", np.int64(GRANULE))
+        tracker.checkpoint("c", np.uint16(4096))
+        tracker.mark(6 * GRANULE, 1)
+        assert tracker.bitmap("c").granularity == 4096
+        assert image.tracking().region_size == 1 << 20
+    assert [dirty(image[name]) for name in ("b0", "g")] == [[5, 6], [6]]
+
+
+# Live files
+
+
+def test_a_relative_folder_of_live_files_stays_where_it_is(
+    image: dm.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("live", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with image.track(live="live", save_interval=0) as tracker:
+        monkeypatch.chdir("elsewhere")
+        tracker.mark(5 * GRANULE, 1)
+        tracker.checkpoint("c")
+        assert dirty(image["b0"]) == [5]
+        assert Path(image.tracking().live).parent.parent == tmp_path / "live"
+    assert [path for path in (tmp_path / "live").rglob("*") if path.is_file()] == []
+    assert dirty(image["b0"]) == [5]
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_copy_of_the_store_takes_no_live_files_from_a_tracker(
+    image: dm.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: bool
+) -> None:
+    shutil.copy(tmp_path / "default.dmap", tmp_path / "copy.dmap")
+
+    def other() -> dm.Namespace:
+        monkeypatch.setenv("DIRTMAP_STORE", str(tmp_path / "copy.dmap"))
+        monkeypatch.setenv("DIRTMAP_INDEX", str(tmp_path / "copy-index"))
+        return dm.open("node:drive0")
+
+    if dead:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                image.track().mark(5 * GRANULE, 1)
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with other() as twin, twin.track() as tracker:
+            tracker.mark(6 * GRANULE, 1)
+        assert {5} <= set(dirty(image["b0"]))
+        return
+    with image.track(save_interval=0) as tracker:
+        tracker.mark(5 * GRANULE, 1)
+        files = sorted(Path(image.tracking().live).iterdir())
+        with other() as twin:
+            with pytest.raises(dm.LockedError, match="another store has its live files here"):
+                twin.track()
+            assert twin.tracking() is None
+        assert sorted(Path(image.tracking().live).iterdir()) == files
+        tracker.checkpoint("c")
+        tracker.mark(6 * GRANULE, 1)
+        assert dirty(image["b0"]) == [5, 6]
+    with other() as twin, twin.track():
+        pass
+
+
+def test_an_interrupt_while_a_writeset_is_made_leaves_no_file(tracker: Tracker) -> None:
+    class InterruptedWriteset(Writeset):
+        @property
+        def words(self) -> NDArray[np.uint64]:
+            raise KeyboardInterrupt
+
+    live = Path(os.fsdecode(tracker._session.live))
+    for kind, number in ((InterruptedWriteset, 70), (Writeset, 70), (Writeset, 70)):  # the last over one that was left
+        with pytest.raises(KeyboardInterrupt) if kind is InterruptedWriteset else contextlib.nullcontext():
+            kind(str(live), tracker._session.uuid, number, SIZE, 16)
+        assert (live / f"writeset-{number}").exists() == (kind is Writeset)

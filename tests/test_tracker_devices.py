@@ -419,7 +419,7 @@ def die_at(point: int, folder: Path) -> set[int]:
             (fileio.File, "write"),
             (fileio.File, "sync"),
             (fileio, "create_live"),
-            (fileio, "remove_live_folder"),
+            (fileio, "remove_live_files"),
         ):
             setattr(holder, name, counting(getattr(holder, name)))
         with dm.open("disk0") as image:

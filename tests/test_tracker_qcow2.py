@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import qemu
+from support.cli import dirtmap, error_of, json_of
 from support.tracking import files_in, model_of
 
 import dirtmap.engine as dm
+from dirtmap.engine import changes
+from dirtmap.engine.qcow2 import commit as qcow2_commit
+from dirtmap.engine.qcow2.sidecar import make_sidecar
 from dirtmap.engine.store.nodes import add_qcow2, remove_node
 from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import checkout
@@ -357,3 +361,204 @@ def test_a_tracked_image_is_found_with_usable_bitmaps(path: Path) -> None:
         assert not hit.flags & FLAG_IN_USE
     (hit,) = dm.this_host().find("b0")
     assert not hit.flags & FLAG_IN_USE
+
+
+def test_checkpoints_outlive_the_session(path: Path) -> None:
+    def act() -> None:
+        tracker = dm.open(path).track()
+        assert tracker.checkpoints() == ["sunday", "monday"]
+        tracker.checkpoint("tuesday")
+        tracker.mark(7 * GRANULE, 1)
+
+    with dm.open(path) as image, image.track() as tracker:
+        tracker.checkpoint("sunday")
+        tracker.mark(5 * GRANULE, 1)
+        tracker.checkpoint("monday")
+        tracker.mark(6 * GRANULE, 1)
+    in_child(act)
+    dm.recover(path)
+    with dm.open(path) as image, image.track() as tracker:
+        assert tracker.checkpoints() == ["sunday", "monday", "tuesday"]
+        assert dirty(tracker.changed_since("sunday")) == [5, 6, 7]
+
+
+def test_checkpoints_are_relied_on_while_nobody_tracks(path: Path) -> None:
+    with dm.open(path) as image, image.track() as tracker:
+        for number, name in enumerate("abc", 5):
+            tracker.checkpoint(name)
+            tracker.mark(number * GRANULE, 1)
+    for act in (
+        lambda bitmaps: changes.clear(bitmaps, "b"),
+        lambda bitmaps: changes.set_recording(bitmaps, "c", False),
+        lambda bitmaps: changes.rename(bitmaps, "c", "x"),
+    ):
+        with (
+            dm.open(path) as image,
+            pytest.raises(dm.BitmapError, match="which others rely on"),
+            image.transaction() as bitmaps,
+        ):
+            act(bitmaps)
+    with dm.open(path) as image, image.transaction() as bitmaps:
+        changes.remove(bitmaps, "b")
+    with dm.open(path) as image, image.track() as tracker:
+        assert tracker.checkpoints() == ["a", "c"]
+        assert dirty(tracker.changed_since("a")) == [5, 6, 7]
+    qemu.qemu_img("bitmap", "--disable", path, "c")
+    with dm.open(path) as image, image.transaction() as bitmaps:
+        changes.remove(bitmaps, "still")
+    qemu.qemu_img("bitmap", "--enable", path, "c")  # too late
+    with dm.open(path) as image, image.track() as tracker:
+        tracker.checkpoint("d")
+        for name in "ac":
+            with pytest.raises(dm.BitmapError, match="not all that was written since is known"):
+                tracker.changed_since(name)
+        tracker.remove("c")
+        assert dirty(tracker.changed_since("d")) == []
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_death_while_a_checkpoint_is_removed_never_joins_its_neighbours(
+    path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """A plain bitmap that takes a checkpoint's name in the same act is none, whatever was written down of it."""
+    with dm.open(path) as image, image.track() as tracker:
+        for number, name in enumerate("abc", 5):
+            tracker.checkpoint(name)
+            tracker.mark(number * GRANULE, 1)
+
+    def act() -> None:
+        def commit(*arguments: object) -> None:
+            if after:
+                real_commit(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(qcow2_commit, "commit", commit)
+        with dm.open(path) as image, image.transaction() as bitmaps:
+            changes.remove(bitmaps, "b")
+            changes.add(bitmaps, "b")
+
+    real_commit = qcow2_commit.commit
+    in_child(act)
+    with dm.open(path) as image, image.track() as tracker, pytest.raises(dm.BitmapError, match="not all that was"):
+        tracker.changed_since("a")
+
+
+@pytest.mark.parametrize("others", ["nobody", "write", "replace", "remove"])
+def test_raw_external_data_is_judged_as_a_raw_image_is(path: Path, others: str) -> None:
+    """Whoever writes to it does not open the qcow2 file, so that does not tell."""
+    raw, sidecar, store = path.with_name("d.raw"), path.with_name("s.qcow2"), path.with_name("default.dmap")
+    raw.touch()
+    os.truncate(raw, SIZE)
+    make_sidecar(str(raw), str(sidecar))
+    qemu.qemu_img("bitmap", "--add", sidecar, "b0")
+    with Store(str(store)) as target:
+        add_qcow2(target, "s0", str(sidecar))
+
+    def act() -> None:
+        tracker = dm.open(sidecar).track()
+        with raw.open("r+b") as file, tracker.write(5 * GRANULE, 1):
+            file.seek(5 * GRANULE)
+            file.write(b"x")
+            file.flush()
+
+    in_child(act)
+    later = os.stat(raw).st_mtime_ns + 50_000_000
+    if others == "write":
+        with raw.open("r+b") as file:
+            file.write(b"y")
+        os.utime(raw, ns=(later, later))  # so much later did it write
+    elif others == "replace":
+        shutil.copy2(raw, path.with_name("copy"))
+        os.replace(path.with_name("copy"), raw)
+    elif others == "remove":
+        raw.unlink()
+    (how,) = (item.how.partition(":")[0] for item in dm.recover(sidecar))
+    assert how == (EXACT if others == "nobody" else ALL_DIRTY)
+    with dm.open(sidecar) as image:
+        assert dirty(image["b0"]) == ([5] if others == "nobody" else list(range(SIZE // GRANULE)))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, the default store is another one, which knows nothing."""
+
+    def go() -> None:
+        create(str(tmp_path / "other.dmap"))
+        monkeypatch.setenv("DIRTMAP_STORE", str(tmp_path / "other.dmap"))
+        monkeypatch.setenv("DIRTMAP_INDEX", str(tmp_path / "other-index"))
+
+    return go
+
+
+def test_who_does_not_know_the_store_changes_no_tracked_image(
+    path: Path, tmp_path: Path, elsewhere: Callable[[], None]
+) -> None:
+    tracker = dm.open(path).track()
+    before = path.read_bytes()
+    elsewhere()
+    for command in (
+        ("add", path, "x"),
+        ("remove", path, "b0"),
+        ("track", "status", path),
+        ("map", path, "b0"),
+        ("merge", path, "still", "b0"),
+    ):
+        assert "in another store; say which with --store" in error_of(*command), command
+    with dm.open(path) as image:
+        for act in (image.transaction, image.track):
+            with pytest.raises(dm.LockedError, match="in another store"), act():
+                pass
+    assert "in another store" in dirtmap("list", path).error
+    assert path.read_bytes() == before
+    known = "--store", tmp_path / "default.dmap", "--index", tmp_path / "index"
+    assert json_of("track", "status", path, *known)["tracked"]
+    tracker.mark(5 * GRANULE, 1)
+    tracker.close()
+    goes_on(path, "b0", [0, 5])
+
+
+def test_recover_gives_up_a_store_that_is_lost(path: Path, elsewhere: Callable[[], None]) -> None:
+    in_child(lambda: dm.open(path).track().mark(5 * GRANULE, 1))
+    elsewhere()
+    assert dirtmap("recover", path).out.splitlines() == [
+        f"{name}: all dirty: what its tracker had in another store is given up" for name in ("b0", "still")
+    ]
+    assert dirtmap("recover", path).out == ""
+    dirtmap("remove", path, "still")
+    for log in path.parent.glob("*.intent"):  # which nobody knows of
+        log.unlink()
+    goes_on(path, "b0", list(range(SIZE // GRANULE)))
+
+
+def test_a_copy_of_a_tracked_image_becomes_one_of_its_own(path: Path, tmp_path: Path) -> None:
+    with dm.open(path) as image, image.track():
+        shutil.copy(path, tmp_path / "copy.qcow2")
+        dirtmap("node", "add", "--new-identity", "drive1", tmp_path / "copy.qcow2")
+        assert dirtmap("recover", "drive1").out.splitlines() == ["b0: all dirty", "still: all dirty"]
+    goes_on(tmp_path / "copy.qcow2", "b0", list(range(SIZE // GRANULE)))
+
+
+def test_an_image_that_was_moved_after_its_trackers_death_is_recovered_where_it_is(path: Path, tmp_path: Path) -> None:
+    in_child(lambda: dm.open(path).track().mark(5 * GRANULE, 1))
+    moved = path.rename(tmp_path / "moved.qcow2")
+    before = moved.read_bytes()
+    for command in (("recover", moved), ("list", moved), ("add", moved, "x"), ("check", "-r", "all", moved)):
+        assert "node 'drive0', moved while a tracker had its bitmaps; 'index scan' finds" in error_of(*command)
+    assert moved.read_bytes() == before
+    dirtmap("index", "scan", tmp_path)
+    assert dirtmap("recover", moved).out.startswith("b0: exact")
+    goes_on(moved, "b0", [0, 5])
+
+
+def test_check_tells_a_tracked_image_from_one_left_in_use(path: Path) -> None:
+    qemu.qemu_io(path, "write 0 1")
+    with dm.open(path) as image, image.track():
+        assert {finding.what for finding in dm.check(path).findings} == {
+            "checked out: its tracker has it; 'track status' tells which that is"
+        }
+        summary = json_of("index", "scan", path.parent)
+        assert (summary["bitmaps"], summary["inconsistent"]) == (2, 0)
+        for repair in ("leaks", "all"):
+            assert f"(process {os.getpid()}); ask it, or end it first" in error_of("check", "-r", repair, path)
+    in_child(lambda: dm.open(path).track().mark(5 * GRANULE, 1))
+    assert "its tracker has died; 'dirtmap recover' first" in error_of("check", "-r", "all", path)

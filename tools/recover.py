@@ -28,6 +28,10 @@ def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, outpu
     missed cannot be known, and QEMU refuses to use it. It becomes dirty all over, so that the next backup copies
     everything and loses nothing. With no BITMAP, all inconsistent ones are recovered; others are left alone. Says what
     became of each.
+
+    What a tracker left when it died is recovered as exactly as can be, from the store that it used: the default one, or
+    that which --store names. Where no session is found there, a tracked image is taken for one whose store is lost: all
+    its bitmaps become dirty all over. Do that only once its tracker has ended.
     """
     recovered = dm.recover(target, bitmaps)
     if quiet:

@@ -39,6 +39,9 @@ def track_command() -> None:
 def status_command(target: Target, once: bool, quiet: bool, output: str) -> None:
     """Tell which program tracks TARGET, since when, and what it has marked and logged.
 
+    "writes" counts those whose begin and end the program tells; marks that it makes without are not counted, but what
+    they made dirty is.
+
     On a terminal the answer is kept up to date until you interrupt it, or the program ends. Where the program has died,
     tells what "dirtmap recover" will do.
     """

@@ -43,7 +43,8 @@ def check(
 
     Args:
         path: the image.
-        repair: None, ``leaks``, or ``all``, which also drops bitmaps that make QEMU refuse the image.
+        repair: None, ``leaks``, or ``all``, which also drops bitmaps that make QEMU refuse the image; not of one that
+            is tracked.
         force_share: check although another process writes to it; never with ``repair``.
         progress: called with (L2 tables walked, L2 tables in all).
 
@@ -82,7 +83,10 @@ class _Check:
             report.found(NOTE, "bitmap directory", "bitmaps behind the broken entry cannot be read")
         for slot in layout.slots:
             if slot.entry.in_use:
-                report.found(NOTE, bitmap_label(slot.entry.name), "inconsistent: left in use; recover or remove it")
+                what = "inconsistent: left in use; recover or remove it"
+                if layout.tracked:
+                    what = "checked out: its tracker has it; 'track status' tells which that is"
+                report.found(NOTE, bitmap_label(slot.entry.name), what)
         if layout.extension and not layout.valid:
             report.found(NOTE, "bitmaps extension", "void: its autoclear bit is clear; QEMU will drop it")
         try:
@@ -160,6 +164,7 @@ def _mend(file: File, repair: str, progress: Callable[[int, int], None] | None) 
     report = before.report
     if not (report.corruptions or report.leaks):
         return report
+    before.layout.require_untracked()
     require_writable(before.layout)
     now = before
     if repair == "all":

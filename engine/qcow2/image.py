@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,6 +68,8 @@ def _describe(file: File, layout: Layout) -> ImageInfo:
     notes = []
     if layout.extension and not layout.valid:
         notes.append("its bitmaps are void: software that does not know them has changed the image")
+    if layout.tracked:
+        notes.append("tracked, with its bitmaps in another store; say which with --store")
     return ImageInfo(
         path=file.path,
         format=FORMAT,
@@ -173,6 +175,13 @@ class Keeper:
         """Which bitmaps are held, and by whom."""
         return {}
 
+    def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
+        """The chain of its checkpoints; see `dirtmap.engine.store.bitmaps.checkpoints_of`."""
+        return []
+
+    def keep_checkpoints(self, chain: list[str]) -> None:
+        """Remembers another chain."""
+
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Around a change of the image's metadata, which leaves the guest's data alone."""
@@ -216,10 +225,14 @@ class Image(Namespace):
         Raises:
             As `transaction`; UnsupportedError also where the first cluster has no room.
         """
-        from dirtmap.engine.qcow2.commit import set_identity
+        from dirtmap.engine.qcow2.commit import set_identity, set_tracked
 
         with _write_session(self.path) as (file, layout), self.keeper.changing():
             layout.require_sound()
+            if new_uuid and layout.tracked:  # of the image that this is a copy of
+                set_tracked(file, layout, False)
+                layout = read_layout(file)
+            layout.require_untracked()
             data = None
             if name is not None:
                 identity = uuid.uuid4().bytes if new_uuid or layout.uuid is None else layout.uuid
@@ -228,6 +241,14 @@ class Image(Namespace):
                     raise BitmapError(f"{self.path}: {field}", what)
             set_identity(file, layout, data)
         self._read(self._remember)
+
+    def tracking(self) -> None:
+        """None: nobody tracks it, as far as the image tells; see `Namespace.tracking`.
+
+        Raises:
+            LockedError: the tracker's store is not known.
+        """
+        self._read(Layout.require_untracked)
 
     def track(self, **options: Any) -> Tracker:
         """Begins to track writes to the image; see `Namespace.track`."""
@@ -255,6 +276,8 @@ class Image(Namespace):
         def read(layout: Layout) -> Bitmap | None:
             for slot in layout.slots:
                 if slot.entry.name == name:
+                    if slot.entry.in_use:
+                        layout.require_untracked()  # it is not inconsistent, but elsewhere
                     bitmap = _lazy(self._file, layout, slot)
                     if not bitmap.inconsistent:
                         _ = bitmap.words  # now, while nothing can change it
@@ -290,7 +313,8 @@ class Image(Namespace):
             if not self._file.is_current():
                 raise LockedError(self.path, "was replaced since it was opened")
             layout.require_sound()
-            with self.keeper.changing(), _changing(file, layout, self.keeper.held()) as bitmaps:
+            layout.require_untracked()
+            with self.keeper.changing(), _changing(file, layout, self.keeper) as bitmaps:
                 yield bitmaps
 
 
@@ -313,27 +337,35 @@ def _lazy(file: File, layout: Layout, slot: Slot) -> Bitmap:
 
 
 @contextlib.contextmanager
-def _changing(file: File, layout: Layout, held: dict[str, str]) -> Iterator[Transaction]:
+def _changing(file: File, layout: Layout, keeper: Keeper) -> Iterator[Transaction]:
     from dirtmap.engine.qcow2.commit import Kept, commit, require_writable
 
     require_writable(layout)
     bad = {fault.bitmap for fault in layout.faults}  # those stay as they are
+    chain = keeper.checkpoints({decode_name(slot.entry.name): slot.entry.auto for slot in layout.slots})
     bitmaps = Transaction(
         layout.path,
         layout.header.size,
         geometry.default_granularity(layout.cluster_size),
         {decode_name(s.entry.name): _lazy(file, layout, s) for i, s in enumerate(layout.slots) if i not in bad},
-        held,
+        keeper.held(),
+        chain,
     )
     try:
         yield bitmaps
-        bitmaps.require_held_untouched()
+        bitmaps.judge()
         wanted = _wanted(layout, bitmaps)
         if bad:
             good = iter(wanted)
             wanted = [Kept(s.entry) if i in bad else next(good) for i, s in enumerate(layout.slots)]
         if _is_change(layout, wanted):
+            if chain:  # what is not a checkpoint any more must not be taken for one if this ends in between
+                from dirtmap.engine.checkpoints import settle
+
+                keeper.keep_checkpoints(settle(chain, dict.fromkeys(bitmaps.checkpoints, True)))
             commit(file, layout, wanted)
+            if chain:
+                keeper.keep_checkpoints(bitmaps.checkpoints)
     finally:
         bitmaps.close()
 
@@ -393,6 +425,9 @@ def read_identity(path: str) -> tuple[str, str] | None:
 def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = None) -> list[Recovery]:
     """Makes inconsistent bitmaps usable; others are left alone, damaged ones included.
 
+    Of an image that is tracked gives up what its tracker's store has, which the caller does not know: all bitmaps
+    become all dirty, whichever are named.
+
     Args:
         path: the image.
         names: which; none for all that are inconsistent.
@@ -404,6 +439,7 @@ def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = Non
         LockedError, UnsupportedError, StorageError: as `Image.transaction`.
     """
     from dirtmap.engine import changes
+    from dirtmap.engine.qcow2.commit import set_tracked
 
     recovered = []
     with _write_session(path) as (file, layout):
@@ -412,11 +448,15 @@ def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = Non
             layout.require_sound()
         bad = {decode_name(layout.slots[fault.bitmap or 0].entry.name): fault for fault in layout.faults}
         keeper = keeper or Keeper()
-        with keeper.changing(), _changing(file, layout, keeper.held()) as bitmaps:
-            for name in list(names) or [name for name, bitmap in bitmaps.items() if bitmap.inconsistent]:
+        with keeper.changing(), _changing(file, layout, keeper) as bitmaps:
+            chosen = list(names) or [name for name, bitmap in bitmaps.items() if bitmap.inconsistent]
+            for name in [*bitmaps, *bad] if layout.tracked else chosen:
                 if fault := bad.get(name):
                     raise FormatError(f"{path}: {fault.field}", fault.what)
-                if bitmaps[name].inconsistent:
+                if bitmaps[name].inconsistent or layout.tracked:
                     changes.recover(bitmaps, name)
-                    recovered.append(Recovery(name, "all dirty"))
+                    how = "all dirty: what its tracker had in another store is given up"
+                    recovered.append(Recovery(name, how if layout.tracked else "all dirty"))
+        if layout.tracked:  # once they are all dirty
+            set_tracked(file, read_layout(file), False)
     return recovered

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dirtmap.engine.fileio import File
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import FormatError, printable
+from dirtmap.fmt.errors import FormatError, LockedError, printable
 from dirtmap.fmt.extensions import Chain, Extension, parse_chain
 
 # Enough for the header and the extensions of every image that QEMU makes; a longer chain is read in full.
@@ -143,6 +143,24 @@ class Layout:
     def name(self) -> bytes | None:
         """The image's node name, raw bytes; None where it has no identity."""
         return self.identity_extension.data[qcow2.NAMESPACE_EXTENSION.size :] if self.identity_extension else None
+
+    @property
+    def tracked(self) -> bool:
+        """True where a tracker has the bitmaps, and no other program has opened the image for writing since."""
+        return bool(self.header.autoclear & qcow2.AUTOCLEAR_TRACKED)
+
+    def require_untracked(self) -> None:
+        """Refuses to change an image behind the back of a tracker whose store is not known.
+
+        Raises:
+            LockedError: says what can be done.
+        """
+        if self.tracked:
+            what = (
+                "tracked, with its bitmaps in another store; say which with --store, "
+                "or 'dirtmap recover' gives up what that has"
+            )
+            raise LockedError(self.path, what)
 
     def require_sound(self) -> None:
         """Refuses an image that QEMU would refuse, or that is unsafe.

@@ -18,14 +18,19 @@ from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, pr
 from dirtmap.fmt.store import Area, Record
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
     from dirtmap.engine.bitmap import Bitmap
+    from dirtmap.engine.checkpoints import Extensions
     from dirtmap.engine.tracking.recovery import View
     from dirtmap.engine.tracking.status import Status
 
-EXTENSION_SESSION = 0x5452414B  # fmt.live.EXTENSION_SESSION; that module is imported only where there is one
+# As in fmt.live; that module is imported only where there is one.
+EXTENSION_SESSION = 0x5452414B
+EXTENSION_CHECKPOINTS = 0x434B5054
 
 _PIECE = 1 << 20  # bytes read at once where the whole is not needed
 
@@ -239,6 +244,33 @@ def tracking_status(snapshot: Snapshot, record: Record) -> Status | None:
     from dirtmap.engine.tracking.status import status_of
 
     return status_of(snapshot, record)
+
+
+def checkpoints_of(where: str, record: Record, recording: Mapping[str, bool]) -> list[str]:
+    """The chain of checkpoints of a namespace with these bitmaps; see `dirtmap.engine.checkpoints`.
+
+    Args:
+        where: names the namespace.
+        record: of the namespace.
+        recording: the bitmaps that there are, and whether they record.
+
+    Raises:
+        FormatError: it makes no sense.
+    """
+    if record.extension(EXTENSION_CHECKPOINTS) is None:
+        return []
+    from dirtmap.engine import checkpoints
+
+    return checkpoints.settle(checkpoints.read_chain(where, record), recording)
+
+
+def with_checkpoints(extensions: Extensions, chain: list[str]) -> Extensions:
+    """A record's extensions with this chain of checkpoints and no other."""
+    if not chain and all(kind != EXTENSION_CHECKPOINTS for kind, _ in extensions):
+        return extensions
+    from dirtmap.engine import checkpoints
+
+    return checkpoints.with_chain(extensions, chain)
 
 
 def doubts(snapshot: Snapshot, record: Record) -> str | None:

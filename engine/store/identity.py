@@ -32,6 +32,24 @@ def identity_of(path: str) -> Identity:
     raise StorageError(path, "neither a regular file nor a block device")
 
 
+def data_file_of(path: str) -> str | None:
+    """The path of the file that has a qcow2 image's guest data; None where that is the image itself.
+
+    Raises:
+        StorageError: the image cannot be read.
+    """
+    from dirtmap.engine.qcow2.layout import read_layout
+
+    with open_file(path) as file:
+        layout = read_layout(file)
+    if not layout.header.incompatible & qcow2.INCOMPATIBLE_DATA_FILE or layout.chain is None:
+        return None
+    for extension in layout.chain.extensions:
+        if extension.type == qcow2.EXTENSION_DATA_FILE:
+            return os.path.join(os.path.dirname(path), os.fsdecode(extension.data))
+    return None
+
+
 def disk_size(path: str) -> int:
     """The size in bytes of the disk that an image holds: as its header says where it is qcow2, else its own.
 

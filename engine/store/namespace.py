@@ -24,6 +24,7 @@ from dirtmap.engine.namespace import (
 from dirtmap.engine.store.bitmaps import (
     Source,
     bitmap_of,
+    checkpoints_of,
     doubts,
     is_readable,
     kind_label,
@@ -37,6 +38,7 @@ from dirtmap.engine.store.bitmaps import (
     settle_device,
     tracked_view,
     tracking_status,
+    with_checkpoints,
 )
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
@@ -230,7 +232,7 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
                 busy=decode_name(entry.name) in busy or (view is not None and view.is_busy(entry)),
                 count=None if entry.in_use else _count(snapshot, record, entry, doubt is not None),
                 namespace=str(uuid.UUID(bytes=record.uuid)),
-                node=name if record.kind == store.KIND_NODE else None,
+                node=None if record.kind == store.KIND_DEVICE else name,
                 device=name if record.kind == store.KIND_DEVICE else None,
             )
             for entry in read_entries(snapshot, record)
@@ -279,16 +281,18 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     require_same_size(snapshot, record)
     doubted = doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
+    where = f"{snapshot.file.path}: {kind_label(record)}"
     bitmaps = Transaction(
-        f"{snapshot.file.path}: {kind_label(record)}",
+        where,
         record.size,
         geometry.MAX_DEFAULT_GRANULARITY,
         {decode_name(entry.name): bitmap_of(snapshot, record, entry, doubted) for entry in entries},
         held_by(record),
+        checkpoints_of(where, record, {decode_name(entry.name): entry.auto for entry in entries}),
     )
     try:
         yield bitmaps
-        bitmaps.require_held_untouched()
+        bitmaps.judge()
         _put(change, record, entries, bitmaps, doubted)
     finally:
         bitmaps.close()
@@ -368,6 +372,6 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             directory=area,
             nb_bitmaps=len(wanted),
             identity=identity,
-            extensions=view.without() if view else record.extensions,
+            extensions=with_checkpoints(view.without() if view else record.extensions, bitmaps.checkpoints),
         )
     )

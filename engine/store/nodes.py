@@ -34,7 +34,7 @@ from dirtmap.engine.store.bitmaps import (
 from dirtmap.engine.store.identity import identity_of, is_twin
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError
+from dirtmap.fmt.errors import BitmapError, printable
 from dirtmap.fmt.store import Record
 
 
@@ -161,6 +161,22 @@ def is_checked_out(target: Store, path: str, name: str, image_uuid: str) -> bool
         return os.path.samefile(path, record.path)
     except OSError:
         return False
+
+
+def refuse_moved(target: Store, path: str, name: str, image_uuid: str) -> None:
+    """Refuses a qcow2 image that was moved while its bitmaps were checked out, until its place is known again.
+
+    Raises:
+        BitmapError: says what makes it known.
+    """
+    record = target.record(encode_name(name))
+    if record is None or record.uuid != uuid.UUID(image_uuid).bytes or record.extension(EXTENSION_SESSION) is None:
+        return
+    if not is_checked_out(target, path, name, image_uuid) and not is_twin(record, path):
+        what = (
+            f"node '{printable(name)}', moved while a tracker had its bitmaps; 'index scan' finds it, then recover it"
+        )
+        raise BitmapError(path, what)
 
 
 def refuse_twin(target: Store, path: str, name: str, image_uuid: str) -> None:

@@ -46,7 +46,7 @@ from dirtmap.engine.qcow2 import image as qcow2_image
 from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
-from dirtmap.engine.store.bitmaps import bitmap_of, doubts, read_entries, release_bits
+from dirtmap.engine.store.bitmaps import bitmap_of, doubts, kind_label, read_entries, release_bits
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking import peers, recovery
@@ -55,14 +55,9 @@ from dirtmap.engine.tracking.recorder import Options
 from dirtmap.engine.tracking.recovery import Row, View
 from dirtmap.engine.tracking.status import Status, status_of
 from dirtmap.engine.tracking.tracker import Tracker
-from dirtmap.fmt import directory, live, qcow2, store
+from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.errors import BitmapError
 from dirtmap.fmt.store import NOWHERE, Record
-
-
-def is_marked(layout: Layout) -> bool:
-    """True while no other program has opened a tracked image for writing."""
-    return bool(layout.header.autoclear & qcow2.AUTOCLEAR_TRACKED)
 
 
 def track_image(
@@ -86,6 +81,7 @@ def track_image(
     with open_file(image.path, writable=True) as file, locks.writing(file):
         layout = read_layout(file)
         layout.require_sound()
+        layout.require_untracked()
         require_writable(layout)
         for slot in layout.slots:
             if slot.entry.in_use:
@@ -124,7 +120,7 @@ def _copy_out(home: Home, image: Image, file: File, layout: Layout) -> None:
         record = change.table.get(home.name)
         if record is None or record.kind != store.KIND_PLACE or uuid.UUID(bytes=record.uuid) != uuid.UUID(image.uuid):
             raise _homeless(image.path)
-        where = f"{home.store.path}: {record.name!r}"
+        where = f"{home.store.path}: {kind_label(record)}"
         recovery.refuse_tracked(where, recovery.session_of(record))
     with home.change(None) as changed:
         changed.record = replace(changed.record, size=layout.header.size)
@@ -177,7 +173,7 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> l
         before = identity_of(path)
         commit(file, layout, settled)
         set_tracked(file, read_layout(file), False)
-        if is_marked(layout):
+        if layout.tracked:
             peers.confirm(change, record, before, identity_of(path))
         _forget(change, record)
         if not own:
@@ -227,7 +223,7 @@ def _contents(file: File, layout: Layout, snapshot: Snapshot, record: Record) ->
     """What each bitmap holds, and how that was found; None for what stays in the image as it is."""
     view = recovery.view_of(snapshot, record)
     assert view
-    marked, size = is_marked(layout), layout.header.size
+    marked, size = layout.tracked, layout.header.size
     all_dirty = not marked or doubts(snapshot, record) is not None or size != record.size
     how = view.how
     if not marked:

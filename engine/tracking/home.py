@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
+from dirtmap.engine import checkpoints
 from dirtmap.engine.bitmap import Bitmap
 from dirtmap.engine.namespace import decode_name, encode_name, label
 from dirtmap.engine.store.bitmaps import (
@@ -26,7 +27,7 @@ from dirtmap.engine.tracking.peers import peer_of
 from dirtmap.engine.tracking.recovery import Window, refuse_tracked, session_of, window_of
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError
+from dirtmap.fmt.errors import BitmapError, Error, LockedError
 from dirtmap.fmt.store import Record
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class View:
         record: of the namespace.
         session: the tracker's, or None before it has begun.
         entries: the directory, by name, in order.
-        checkpoints: which of them are checkpoints, oldest first; those between that are no bitmaps any more included.
+        checkpoints: which of them are checkpoints, oldest first; a chain of `dirtmap.engine.checkpoints`.
     """
 
     def __init__(self, snapshot: Snapshot, record: Record) -> None:
@@ -48,13 +49,7 @@ class View:
         self.session = session_of(record)
         self.found = read_entries(snapshot, record)
         self.entries = {decode_name(entry.name): entry for entry in self.found}
-        try:
-            names = live.parse_checkpoints(record.extension(live.EXTENSION_CHECKPOINTS) or b"")
-            self.checkpoints = [decode_name(name) for name in names]
-        except ValueError as error:
-            raise FormatError(f"{self.where}: checkpoints", str(error)) from None
-        while self.checkpoints and self.checkpoints[0] not in self.entries:
-            del self.checkpoints[0]  # nobody asks what was written since, and no older one needs it
+        self.checkpoints = checkpoints.read_chain(self.where, record)
         self._doubted = header_doubts(snapshot, record) is not None
 
     @property
@@ -132,6 +127,11 @@ class HomeChange(View):
         self.entries[name] = entry
         self.set_window(name, window)
 
+    def settle_checkpoints(self) -> None:
+        """Takes note of what others have done to checkpoints since the last session."""
+        recording = {name: entry.auto for name, entry in self.entries.items()}
+        self.checkpoints = checkpoints.settle(self.checkpoints, recording)
+
     def make_all_dirty(self) -> None:
         """Every bitmap, but for inconsistent ones, whose bits mean nothing."""
         for name, entry in list(self.entries.items()):
@@ -147,16 +147,11 @@ class HomeChange(View):
         area = record.directory
         if wanted != self.found:
             area = replace_directory(change, record, self.found, wanted)
-        extensions = [
-            item for item in record.extensions if item[0] not in (*live.OF_A_SESSION, live.EXTENSION_CHECKPOINTS)
-        ]
+        extensions = [item for item in record.extensions if item[0] not in live.OF_A_SESSION]
         if self.session:
             extensions.append((live.EXTENSION_SESSION, live.build_session(self.session)))
             if self.peer:
                 extensions.append((live.EXTENSION_PEER, live.build_peer(self.peer)))
-        if self.checkpoints:
-            names = live.build_checkpoints(map(encode_name, self.checkpoints))
-            extensions.append((live.EXTENSION_CHECKPOINTS, names))
         change.table.put(
             replace(
                 record,
@@ -164,7 +159,7 @@ class HomeChange(View):
                 directory=area,
                 nb_bitmaps=len(wanted),
                 identity=self.identity,
-                extensions=tuple(extensions),
+                extensions=checkpoints.with_chain(tuple(extensions), self.checkpoints),
             )
         )
 

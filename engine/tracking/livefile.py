@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -13,11 +15,14 @@ from bitarray import bitarray
 
 from dirtmap.engine import bits, fileio
 from dirtmap.fmt import geometry, live
+from dirtmap.fmt.errors import LockedError, StorageError
 
 if TYPE_CHECKING:
     from dirtmap.engine.tracking.marking import Flights
 
 _BLOCK: Final = 16384  # words
+_ATTEMPTS: Final = 20
+_PAUSE_SECONDS: Final = 0.01
 _NAMES: Final = re.compile(r"control|writeset-[0-9]+")
 
 
@@ -31,9 +36,47 @@ def user_folder(folder: str) -> str:
     return os.path.join(folder, f"dirtmap-{os.geteuid()}")
 
 
-def remove_files(folder: str) -> None:
-    """Removes the live files of a session that has ended; the caller knows that the folder is one of ours."""
-    fileio.remove_live_folder(folder, _NAMES)
+class Folder:
+    """The folder of a session's live files, made where it is not there; no other tracker's until it is closed.
+
+    It is known by the namespace's UUID, and so are those of copies of the store.
+
+    Raises:
+        LockedError: a tracker has its live files there.
+        StorageError: it cannot be made.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = -1
+        for _ in range(_ATTEMPTS):  # who only removes what a dead one left has it for a moment
+            fileio.make_live_folder(path)
+            if (fd := fileio.hold_live_folder(path)) is not None:
+                self._fd = fd
+                return
+            time.sleep(_PAUSE_SECONDS)
+        raise LockedError(path, "a tracker with another store has its live files here; end it first")
+
+    def close(self) -> None:
+        """Lets others have it."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def remove_session(folder: str, uuid: bytes) -> None:
+    """Removes the live files of a session that has ended, if they are in that folder."""
+    with contextlib.suppress(StorageError):
+        if is_of(folder, uuid) and (fd := fileio.hold_live_folder(folder)) is not None:
+            try:
+                if is_of(folder, uuid):
+                    remove_files(folder)
+            finally:
+                os.close(fd)
+
+
+def remove_files(folder: str, *, keep_folder: bool = False) -> None:
+    """Removes the live files in a folder that the caller holds."""
+    fileio.remove_live_files(folder, _NAMES, keep_folder=keep_folder)
 
 
 def is_of(folder: str, uuid: bytes) -> bool:
@@ -83,7 +126,7 @@ class Writeset:
     """The bits of one interval, mapped; all clean at first.
 
     Attributes:
-        number: of the interval.
+        number: of the interval; one that has not begun.
         granularity_bits: log2 of bytes of the disk for each bit.
         flights: the writes that have begun in this interval and not ended.
     """
@@ -93,12 +136,17 @@ class Writeset:
         self.path = _writeset_path(folder, number)
         nbits = geometry.granules(size, 1 << granularity_bits)
         self._octets = geometry.ceil_div(nbits, 64) * 8
+        fileio.remove_file(self.path)  # what an interrupt left of the last attempt; the folder is ours alone
         self._map = fileio.create_live(self.path, live.PAGE + max(self._octets, 8))
-        self._map[: live.WRITESET.size] = live.WRITESET.build(
-            magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
-        )
-        # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
-        self.words[:: live.PAGE // 8].max(initial=0)
+        try:
+            self._map[: live.WRITESET.size] = live.WRITESET.build(
+                magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
+            )
+            # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
+            self.words[:: live.PAGE // 8].max(initial=0)
+        except BaseException:
+            self.forget()
+            raise
         self.flights: Flights = {}
 
     def view(self) -> bitarray:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import numbers
+import operator
 import os
 import threading
 import time
@@ -11,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, SupportsIndex
 
 from dirtmap.engine import fileio, holds
 from dirtmap.engine.bitmap import Bitmap
@@ -53,28 +56,47 @@ class Options:
         intent: ``region``: after a power loss dirty is what was saved and the regions written to since; ``off``: all.
         region_size: bytes of the disk for each region of the intent log; a power of two; None for what suits the disk.
         save_interval: seconds between saves; 0 for none but those asked for.
+
+    Raises:
+        BitmapError: one of them is not possible.
+        TypeError: one is of another type.
     """
 
-    live: str | None = None
+    live: str | os.PathLike[str] | None = None
     intent: str = "region"
-    region_size: int | None = None
+    region_size: SupportsIndex | None = None
     save_interval: float = SAVE_SECONDS
+
+    def __post_init__(self) -> None:
+        if self.live is not None:
+            os.fspath(self.live)
+        if self.intent not in INTENTS:
+            raise BitmapError("intent", f"'{self.intent}' is none of {', '.join(INTENTS)}")
+        if self.region_size is not None:
+            size, least, most = operator.index(self.region_size), 1 << live.MIN_REGION_BITS, 1 << live.MAX_REGION_BITS
+            if not (geometry.is_power_of_two(size) and least <= size <= most):
+                raise BitmapError("region size", f"{size} is no power of two from {least} to {most} bytes")
+        if not isinstance(self.save_interval, numbers.Real):
+            raise TypeError(f"save_interval is a number of seconds, not {type(self.save_interval).__name__}")
+        if not (math.isfinite(self.save_interval) and self.save_interval >= 0):
+            raise BitmapError("save interval", f"{self.save_interval} seconds cannot be waited for")
+
+    @property
+    def live_folder(self) -> str:
+        """The folder for this user's live files; absolute, for the tool may change its folder."""
+        return user_folder(os.path.abspath(self.live or default_folder()))
 
     def region_bits(self, size: int) -> int:
         """log2 of the region size.
 
         Raises:
-            BitmapError: what was asked for cannot be.
+            BitmapError: what was asked for is too small for the disk.
         """
         if self.region_size is None:
             return live.region_bits(size)
-        chosen = self.region_size.bit_length() - 1
-        too_many = size >> chosen >= live.MAX_REGIONS if self.region_size > 0 else True
-        if not geometry.is_power_of_two(self.region_size) or chosen < live.MIN_REGION_BITS or too_many:
-            what = (
-                f"{self.region_size} is no power of two from {1 << live.MIN_REGION_BITS} bytes up, or too small for "
-                "the disk"
-            )
+        chosen = operator.index(self.region_size).bit_length() - 1
+        if size >> chosen >= live.MAX_REGIONS:
+            what = f"{self.region_size} bytes are too small for a disk of {size}: {live.MAX_REGIONS} regions or more"
             raise BitmapError("region size", what)
         return chosen
 
@@ -171,7 +193,7 @@ class Recorder:
 
     def _begin(self) -> None:
         """Makes the live files and the log, then names the session in the store: from then on a death is recovered."""
-        folder = user_folder(self._options.live or default_folder())
+        folder = self._options.live_folder
         fileio.make_live_folder(folder)
         *others, node = self._homes
         with contextlib.ExitStack() as undo:
@@ -203,9 +225,8 @@ class Recorder:
 
     def _prepare(self, change: HomeChange, folder: str, undo: contextlib.ExitStack) -> None:
         options, node = self._options, change.record
-        if options.intent not in INTENTS:
-            raise BitmapError("intent", f"'{options.intent}' is none of {', '.join(INTENTS)}")
-        self.size, identity = node.size, identity_of(self._image)
+        self._data = recovery.data_path(node.kind, self._image)
+        self.size, identity = node.size, identity_of(self._data)
         if node.kind == store.KIND_NODE and identity.size != node.size:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
             raise BitmapError(change.where, what)
@@ -243,8 +264,9 @@ class Recorder:
         for home in self._homes:
             home.session = session
         self._peers = [self._peer_of(view) for view in reversed(views)] if len(views) > 1 else [None]
-        livefile.remove_files(live_path)  # what a crash left before its session was in the store
-        fileio.make_live_folder(live_path)
+        self._folder = livefile.Folder(live_path)
+        undo.callback(self._folder.close)
+        livefile.remove_files(live_path, keep_folder=True)  # of a death before the session was in a store that we know
         undo.callback(livefile.remove_files, live_path)
         self._control = Control(live_path, session.uuid)
         self._control.fields[EVENT] = self._control.fields[HEARTBEAT] = session.started
@@ -269,6 +291,7 @@ class Recorder:
         moved = peer is not None and change.record.kind == store.KIND_DEVICE and change.record.root_uuid != peer.uuid
         if change.record.size != self.size or moved:
             raise BitmapError(change.where, "its image changed while tracking began; try again")
+        change.settle_checkpoints()
         for name in change.recording:
             change.set_window(name, Window(0))
         change.session = self._session
@@ -285,6 +308,7 @@ class Recorder:
             # It is there, then, and recovery will find what it needs: that nothing was marked.
             undo.pop_all()
             self._log.close(remove=False)
+            self._folder.close()
             raise
 
     def _new_writeset(self, number: int, granularity_bits: int) -> Writeset:
@@ -473,7 +497,7 @@ class Recorder:
 
     def _beat(self, before: int) -> int:
         """A sign of life on disk, where the image has changed since the last; returns when it changed."""
-        modified = identity_of(self._image).mtime_ns
+        modified = identity_of(self._data).mtime_ns
         if modified != before:
             self._kernel.beat(self._log, time.time_ns())
         return modified
@@ -495,8 +519,10 @@ class Recorder:
         """Gives up the files; those of a session that has ended are removed."""
         ended = not any(home.has(self._session.uuid) for home in self._homes)
         self._log.close(remove=ended)
-        if ended:
-            livefile.remove_files(os.fsdecode(self._session.live))
+        folder = os.fsdecode(self._session.live)
+        if ended and livefile.is_of(folder, self._session.uuid):
+            livefile.remove_files(folder)
+        self._folder.close()
         for home in self._homes:
             home.close()
 
@@ -508,6 +534,7 @@ class Recorder:
         self._cuts, self._lock, self._spare_guard = threading.Lock(), threading.RLock(), threading.Lock()
         self._kernel.abandon(StorageError(self._where, "a tracker cannot be used in a forked process"))
         self._log.close(remove=False)  # the lock is the parent's, and ends with it
+        self._folder.close()
         self._closed = True
 
 

@@ -15,7 +15,8 @@ a write of others within a tick of our last one is not seen. Where a write was i
 writes have no end that we hear of, what counts is the last sign of life, given four times a second, and half a second
 more. After a power loss only signs of life on disk are left, given once a second while the image changes: five seconds
 more. A clock that is set back hides what others write until it has caught up. A block device tells nothing at all. Of
-a qcow2 image a bit in its header tells, which every other program that opens it for writing takes away.
+a qcow2 image a bit in its header tells, which every other program that opens it for writing takes away; where its
+guest data is in a file of its own, that is judged as a raw file is, too: it can be written to by itself.
 
 A device is as its root is; and changed, too, where the root's session has ended without the device's, which no order
 of recovery leads to: see `dirtmap.engine.tracking.peers`.
@@ -32,7 +33,7 @@ import numpy as np
 
 from dirtmap.engine import bits, fileio
 from dirtmap.engine.process import Process, boot_id
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import data_file_of, identity_of
 from dirtmap.engine.tracking import intent, livefile, peers
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
@@ -134,7 +135,9 @@ class View:
         self.found = livefile.find(os.fsdecode(session.live), session.uuid, session.oldest, record.size)
         if alive and self.found is None:
             # The store moves on before live files go: then this is read again.
-            where = f"{snapshot.file.path}: session of {record.name!r}"
+            from dirtmap.engine.store.bitmaps import kind_label
+
+            where = f"{snapshot.file.path}: {kind_label(record)}"
             raise FormatError(where, f"tracked by {tracker_of(session)}, whose live files cannot be read")
         log = None if alive else intent.read_log(session, record.size)
         self.identity = _look_at(record)
@@ -191,8 +194,7 @@ class View:
         of_node = self._record.kind != store.KIND_DEVICE
         if peer and peers.find(self._path, peer, self.session.uuid, of_node=of_node).needs_files:
             return
-        if livefile.is_of(os.fsdecode(self.session.live), self.session.uuid):
-            livefile.remove_files(os.fsdecode(self.session.live))
+        livefile.remove_session(os.fsdecode(self.session.live), self.session.uuid)
         intent.remove_log(self.session)
 
     def add(self, entry: Entry, words: bits.Words) -> None:
@@ -224,14 +226,17 @@ class View:
     def _changed(self, record: Record, log: intent.Logged | None) -> str | None:
         if self._root is None:
             return "the session of its root ended without it"
-        now, session = self.identity, self.session
+        session, path = self.session, os.fsdecode(self._root.path)
         then = Identity(session.image_device, session.image_inode, session.image_mtime, session.image_size)
+        try:
+            data = data_path(self._root.kind, path)
+            now = identity_of(data)
+        except StorageError:
+            return "the image cannot be looked at"
         if now == then and record.kind != store.KIND_PLACE:
             return None  # of a qcow2 root: it was not even checked out
-        if self._root.kind == store.KIND_PLACE:
-            return opened_by_others(os.fsdecode(self._root.path))
-        if now is None:
-            return "the image cannot be looked at"
+        if self._root.kind == store.KIND_PLACE and ((others := opened_by_others(path)) or data == path):
+            return others
         what = "the image has changed while nobody tracked it"
         if (now.device, now.inode, now.size) != (then.device, then.inode, then.size) or now.mtime_ns < then.mtime_ns:
             return what
@@ -248,17 +253,29 @@ class View:
         return beat + int(DURABLE_TOLERANCE_SECONDS * _NS)
 
 
+def data_path(kind: int, path: str) -> str:
+    """The file that a guest's writes go to, by which is seen whether others have written.
+
+    Args:
+        kind: of the root node's record: only a qcow2 image may say that its data is elsewhere, a guest may not.
+        path: of the image.
+
+    Raises:
+        StorageError: the image cannot be read.
+    """
+    return (data_file_of(path) if kind == store.KIND_PLACE else None) or path
+
+
 def opened_by_others(path: str) -> str | None:
     """Why a tracked qcow2 image is not the tracker's alone any more, or None."""
     from dirtmap.engine.qcow2.layout import read_layout
-    from dirtmap.fmt import qcow2
 
     try:
         with fileio.open_file(path) as file:
-            marked = read_layout(file).header.autoclear & qcow2.AUTOCLEAR_TRACKED
+            tracked = read_layout(file).tracked
     except Error:
         return "the image cannot be read"
-    return None if marked else "another program has opened the image for writing since"
+    return None if tracked else "another program has opened the image for writing since"
 
 
 def _look_at(record: Record) -> Identity | None:

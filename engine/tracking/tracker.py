@@ -28,8 +28,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from dirtmap.engine import checkpoints
 from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap
-from dirtmap.engine.namespace import encode_name, label
+from dirtmap.engine.namespace import a_checkpoint, encode_name, label
 from dirtmap.engine.tracking.home import Home, HomeChange, View
 from dirtmap.engine.tracking.livefile import Words, union
 from dirtmap.engine.tracking.marking import Kernel, Ticket
@@ -93,13 +94,14 @@ class Tracker(Recorder):
     def checkpoints(self) -> list[str]:
         """The names of the checkpoints, oldest first."""
         with self._using():
-            return self._home.read(self._session.uuid, lambda view: view.checkpoints)
+            chain = self._home.read(self._session.uuid, lambda view: view.checkpoints)
+            return [name for name in chain if name != checkpoints.BREAK]
 
     def changed_since(self, name: str) -> Bitmap:
         """What was written since a checkpoint, or since any recording bitmap began; frozen.
 
         Raises:
-            BitmapError: there is none of that name, or one after it is gone or does not record.
+            BitmapError: there is none of that name, or it or one after it was removed or disabled by other means.
         """
         return self._changed(name, None)
 
@@ -109,7 +111,7 @@ class Tracker(Recorder):
 
     # Cuts.
 
-    def add(self, name: str, granularity: int | None = None, *, recording: bool = True) -> None:
+    def add(self, name: str, granularity: SupportsIndex | None = None, *, recording: bool = True) -> None:
         """A new, empty bitmap, that records from this cut on.
 
         Raises:
@@ -118,7 +120,7 @@ class Tracker(Recorder):
         """
         self._add(name, granularity, recording=recording, checkpoint=False)
 
-    def checkpoint(self, name: str, granularity: int | None = None) -> None:
+    def checkpoint(self, name: str, granularity: SupportsIndex | None = None) -> None:
         """A point in time, durable on return: the checkpoint before it ends here, and a new bitmap begins.
 
         Takes the same time whatever is dirty. Errors as `add`.
@@ -160,9 +162,10 @@ class Tracker(Recorder):
         with self._using(), self._changing() as home:
             self._refuse_busy(home, name)
             home.entry(name)
-            if name in home.checkpoints and (at := home.checkpoints.index(name)):
-                self._fold(home, home.checkpoints[at - 1], name)
-            home.checkpoints = [other for other in home.checkpoints if other != name]
+            if name in home.checkpoints:
+                if (heir := checkpoints.heir(home.checkpoints, name)) is not None:
+                    self._fold(home, heir, name)
+                home.checkpoints = checkpoints.without(home.checkpoints, name)
             del home.entries[name]
 
     # Backups.
@@ -246,16 +249,14 @@ class Tracker(Recorder):
 
     # How.
 
-    def _add(self, name: str, granularity: int | None, *, recording: bool, checkpoint: bool) -> None:
-        chosen = DEFAULT_GRANULARITY if granularity is None else granularity
-        Bitmap(self.size, chosen)  # judges the granularity
+    def _add(self, name: str, granularity: SupportsIndex | None, *, recording: bool, checkpoint: bool) -> None:
+        chosen = Bitmap(self.size, DEFAULT_GRANULARITY if granularity is None else granularity).granularity
         with self._cut(chosen if recording else None) as number, self._changing() as home:
             if name in home.entries:
                 raise BitmapError(f"{home.where}: {label(name)}", "the name is taken")
             if checkpoint:
-                home.checkpoints = [other for other in home.checkpoints if other != name]
-                if home.checkpoints and home.checkpoints[-1] in home.entries:
-                    self._end_window(home, home.checkpoints[-1], number)
+                if home.checkpoints and (before := home.checkpoints[-1]) != checkpoints.BREAK:
+                    self._end_window(home, before, number)
                 home.checkpoints.append(name)
             if recording:
                 self._begin_window(home, name, chosen, number)
@@ -291,7 +292,7 @@ class Tracker(Recorder):
         entry = home.entry(name)
         self._refuse_busy(home, name)
         if name in home.checkpoints:
-            raise BitmapError(f"{home.where}: {label(name)}", "a checkpoint, which others rely on; it can be removed")
+            raise a_checkpoint(home.where, name)
         return entry
 
     def _refuse_busy(self, home: HomeChange, name: str) -> None:
@@ -309,11 +310,11 @@ class Tracker(Recorder):
 
     def _fold(self, home: HomeChange, into: str, name: str) -> None:
         """Adds a checkpoint to the one before it."""
-        older, newer = home.entry(into), home.entry(name)
+        home.entry(into)
+        newer = home.entry(name)
         first, second = home.window(into), home.window(name)
         if not home.is_clean(name):
-            merged = home.saved(into) | home.saved(name).at(older.granularity)
-            home.put(into, merged.at(older.granularity).replace(recording=newer.auto), None)
+            home.put(into, checkpoints.take_over(home.saved(into), home.saved(name)), None)
         window = second
         if first and second:
             window = Window(first.began, second.ended)
@@ -348,13 +349,10 @@ class Tracker(Recorder):
                 if end not in names[1:]:
                     raise BitmapError(f"{view.where}: {label(end)}", f"not a checkpoint after {label(name)}")
                 names = names[: names.index(end)]
-            for one in names:
-                if one not in view.entries:
-                    what = f"was removed by itself, so what was written since {label(name)} is not known"
-                    raise BitmapError(f"{view.where}: {label(one)}", what)
-            if end is None and not view.entry(names[-1]).auto:
-                what = f"does not record, so what was written since {label(name)} is not known"
-                raise BitmapError(f"{view.where}: {label(names[-1])}", what)
+            if checkpoints.BREAK in names:
+                last = label(names[names.index(checkpoints.BREAK) - 1])
+                what = f"not all that was written since is known: {last}, or one after it, was removed or disabled"
+                raise BitmapError(f"{view.where}: {label(name)}", what)
             return self._content(view, names)
 
         with self._using():
