@@ -118,8 +118,8 @@ class Host(Names):
 
     def refuse_twin(self, path: str, name: str, image_uuid: str) -> None:
         """Refuses an image that carries the identity of another file; see `nodes.refuse_twin`."""
-        if os.path.exists(self.store):
-            with Store(self.store) as target:
+        if self.exists:
+            with self.open_store(self.store) as target:
                 nodes.refuse_twin(target, path, name, image_uuid)
 
     def keep(self, image: Image) -> None:
@@ -129,9 +129,9 @@ class Host(Names):
 
     def keeper_of(self, path: str, name: str) -> Keeper:
         """What the host keeps about the image at a path, if the default store knows its name."""
-        if not os.path.exists(self.store):
+        if not self.exists:
             return Keeper()
-        with Store(self.store) as target:
+        with self.open_store(self.store) as target:
             record = target.record(encode_name(name))
         if record is None or record.kind != store.KIND_PLACE:
             return Keeper()
@@ -149,10 +149,10 @@ class _Keeper(Keeper):
     """Holds on the bitmaps of a qcow2 image are in the record of its place; devices on it stay right."""
 
     def __init__(self, host: Host, found: Found) -> None:
-        self._host, self._found, self.store = host, found, found.store
+        self._host, self._found, self.store = host, found, host.home
 
     def held(self) -> dict[str, str]:
-        with Store(self._found.store) as target:
+        with self._host.open_store(self._found.store) as target:
             record = target.record(encode_name(self._found.name))
         return held_by(record) if record else {}
 

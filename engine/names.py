@@ -23,6 +23,7 @@ from dirtmap.engine.namespace import decode_name, encode_name
 from dirtmap.engine.qcow2.image import read_identity
 from dirtmap.engine.store import nodes
 from dirtmap.engine.store.devices import Root
+from dirtmap.engine.store.header import Seen
 from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
@@ -104,15 +105,24 @@ class Names:
         index: path of the index; it is made on first need.
 
     Attributes:
-        store: as given.
-        home: the same as an absolute path.
+        store: as given, for messages.
+        home: the same as an absolute path: the process may change its folder.
         index: the index.
     """
 
     def __init__(self, store: str, index: str) -> None:
         self.store = store
         self.home = os.path.abspath(store)
-        self.index = Index(index)
+        self.index = Index(os.path.abspath(index))
+
+    @property
+    def exists(self) -> bool:
+        """True where there is a default store."""
+        return os.path.exists(self.home)
+
+    def open_store(self, path: str) -> Store:
+        """A store of the host, not looked after. Errors as `Store`."""
+        return Store(path, self.home if path == self.store else None)
 
     # Stores, and whether they are what was last seen.
 
@@ -129,11 +139,11 @@ class Names:
             As `Store` and `Store.change`.
         """
         path = path or self.store
-        if make and path == self.store and not os.path.exists(path):
+        if make and path == self.store and not self.exists:
             os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
             with contextlib.suppress(StorageError):  # another process was faster
-                create(path)
-        with Store(path) as target:
+                create(self.home)
+        with self.open_store(path) as target:
             self.look_after(target)
             yield target
 
@@ -147,39 +157,55 @@ class Names:
         """
         if not os.path.isdir(self.index.path):
             return
-        target.committed = lambda: self._saw(target)
-        header = target.read(lambda snapshot: snapshot.header)
-        seen = self._asking(lambda index: index.seen(header.uuid))
+
+        def look_again() -> None:
+            # The commit is durable; what fails here must not make it look failed, and the next look finds it.
+            with contextlib.suppress(Error):
+                self._judge(target)
+
+        target.committed = look_again
+        self._judge(target)
+
+    def expect(self, target: Store) -> str | None:
+        """Has a store know the last commit that the index has seen of it: where that is missing, all in it is dirty.
+
+        Returns:
+            Where the store was then; None where nothing was seen.
+        """
+        seen = self._asking(lambda index: index.seen(target.uuid)) if os.path.isdir(self.index.path) else None
         if seen is None:
+            return None
+        generation, commit_id, path = seen
+        target.expect(Seen(generation, commit_id))
+        return path
+
+    def _judge(self, target: Store) -> None:
+        before = self.expect(target)
+        if before is not None and before != target.place and self._is_copy(target, before):
+            what = f"a copy of {before}, with its identity; 'store new-identity' gives it one of its own"
+            raise BitmapError(target.path, what)
+        if not target.is_rolled_back():
             self._saw(target)
             return
-        generation, commit_id, path = seen
-        if path != os.path.abspath(target.path) and path is not None and self._is_copy(target, path, header.uuid):
-            what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
-            raise BitmapError(target.path, what)
-        if (header.generation, header.commit_id) == (generation, commit_id) or header.generation > generation:
-            if path != os.path.abspath(target.path) or header.generation > generation:
-                self._saw(target)
-            return
-        with target.change() as change:
-            now = change.header
-            if now.generation > generation or (now.generation, now.commit_id) == (generation, commit_id):
-                return  # another process was faster
-            change.doubt_everything()
-            change.generation = max(change.generation, generation + 1)
+        try:
+            with target.change():
+                pass  # but for the suspicion
+        except StorageError as error:
+            what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
+            raise StorageError(target.path, what) from error
 
     @staticmethod
-    def _is_copy(target: Store, path: str, store_uuid: bytes) -> bool:
+    def _is_copy(target: Store, path: str) -> bool:
         try:
-            if os.path.samefile(path, target.path):
+            if os.path.samefile(path, target.place):
                 return False
             with Store(path) as other:
-                return other.read(lambda snapshot: snapshot.header.uuid) == store_uuid
+                return other.uuid == target.uuid
         except (Error, OSError):
             return False
 
     def _saw(self, target: Store) -> None:
-        # The store's commit is durable; an index that cannot be written must not make it look failed.
+        # An index that cannot be written only makes the next look slower.
         with contextlib.suppress(StorageError):
             self._asking(lambda index: index.saw(target))
 
@@ -204,7 +230,7 @@ class Names:
 
     def stores(self) -> list[str]:
         """The paths of all stores of the host, with the index up to date for them; none where there is no default."""
-        if not os.path.exists(self.store):
+        if not self.exists:
             return []
 
         def learn(index: Index) -> list[str]:
@@ -245,7 +271,7 @@ class Names:
                 ]
             return list(dict.fromkeys(found))
 
-        return self._asking(read) if os.path.exists(self.store) else []
+        return self._asking(read) if self.exists else []
 
     def refresh(self, *, force_share: bool = False) -> dict[int, Container]:
         """Makes the index say what all containers say now.
@@ -258,7 +284,7 @@ class Names:
             found = index.refresh(self.containers(), force_share=force_share)
             return {container.number: container for container, _ in found if container.condition == SOUND}
 
-        return self._asking(learn) if os.path.exists(self.store) else {}
+        return self._asking(learn) if self.exists else {}
 
     # What names mean.
 
@@ -303,7 +329,7 @@ class Names:
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
 
-        return self._asking(ask) if os.path.exists(self.store) else []
+        return self._asking(ask) if self.exists else []
 
     def _found(self, path: str, member: Member) -> Found:
         return Found(
@@ -351,7 +377,7 @@ class Names:
                         hits.append(Hit(container, kind, name, bitmap, claim.uuid, flags, granularity))
             return sorted(hits, key=lambda hit: (hit.holder, hit.container.path))
 
-        return self._asking(ask) if os.path.exists(self.store) else []
+        return self._asking(ask) if self.exists else []
 
     def require(self, name: str, *kinds: int) -> Found:
         """The node or device of that name.

@@ -14,6 +14,7 @@ from typing import TypeVar
 from dirtmap.engine.index.database import Database, Reader, Writer, connect
 from dirtmap.engine.index.reading import Container, Reading, look
 from dirtmap.engine.index.writing import apply, container_at, forget, new_number
+from dirtmap.engine.store.header import Seen
 from dirtmap.engine.store.store import Store
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
@@ -183,8 +184,8 @@ class Index:
             taken = container.number if container else new_number(writer, path)
             contents = writer.get(SEEN + store_uuid)
             before = SEEN_VALUE.parse(contents) if contents else None
-            if before and before.container == taken and before.generation > generation:
-                return  # another process has seen a later one meanwhile
+            if before and Seen(before.generation, before.commit_id).is_missing_at(Seen(generation, commit_id)):
+                return  # a later one was seen meanwhile, or the store was rolled back: see `Names.look_after`
             value = SEEN_VALUE.build(generation=generation, commit_id=commit_id, container=taken)
             writer.put(SEEN + store_uuid, value)
 
@@ -245,7 +246,7 @@ class Index:
 
     def saw(self, target: Store) -> None:
         """Remembers a store's newest commit."""
-        path = os.path.abspath(target.path)
+        path = target.place
         header = target.read(lambda snapshot: snapshot.header)
         if self.seen(header.uuid) == (header.generation, header.commit_id, path):
             return

@@ -188,7 +188,11 @@ class Keeper:
 
 
 class Image(Namespace):
-    """A qcow2 image's bitmaps, read and changed under QEMU's locks."""
+    """A qcow2 image's bitmaps, read and changed under QEMU's locks.
+
+    Attributes:
+        place: its path, absolute: the process may change its folder.
+    """
 
     format = FORMAT
 
@@ -197,6 +201,7 @@ class Image(Namespace):
         self.keeper = Keeper()
         self._force_share = force_share
         self._file = open_file(path)
+        self.place = self._file.place
         try:
             self._read(self._remember)
         except BaseException:
@@ -218,7 +223,7 @@ class Image(Namespace):
         """
         from dirtmap.engine.qcow2.commit import set_identity
 
-        with _write_session(self.path) as (file, layout), self.keeper.changing():
+        with self._writing() as (file, layout), self.keeper.changing():
             layout.require_sound()
             data = None
             if name is not None:
@@ -231,11 +236,9 @@ class Image(Namespace):
 
     def track(self, **options: Any) -> Tracker:
         """Begins to track writes to the image; see `Namespace.track`."""
-        from dirtmap.engine.tracking.checkout import track_image
+        return self._track_with(None, options)
 
-        return track_image(self, options)
-
-    def _track_with(self, device: Home, options: dict[str, Any]) -> Tracker:
+    def _track_with(self, device: Home | None, options: dict[str, Any]) -> Tracker:
         from dirtmap.engine.tracking.checkout import track_image
 
         return track_image(self, {"store": self.keeper.store, **options}, device)
@@ -268,7 +271,7 @@ class Image(Namespace):
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes inconsistent bitmaps usable; see `recover`."""
-        return recover(self.path, names, keeper=self.keeper)
+        return recover(self.path, names, keeper=self.keeper, place=self.place)
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
@@ -284,11 +287,16 @@ class Image(Namespace):
         return read_session(self._file, read, force_share=self._force_share)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """Changes the bitmaps; see `Namespace.transaction`. QEMU is kept out from the beginning to the end."""
-        with _write_session(self.path) as (file, layout):
+    def _writing(self) -> Iterator[tuple[File, Layout]]:
+        with _write_session(self.path, self.place) as (file, layout):
             if not self._file.is_current():
                 raise LockedError(self.path, "was replaced since it was opened")
+            yield file, layout
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Changes the bitmaps; see `Namespace.transaction`. QEMU is kept out from the beginning to the end."""
+        with self._writing() as (file, layout):
             layout.require_sound()
             with self.keeper.changing(), _changing(file, layout, self.keeper.held()) as bitmaps:
                 yield bitmaps
@@ -299,8 +307,8 @@ def _names(layout: Layout) -> list[bytes]:
 
 
 @contextlib.contextmanager
-def _write_session(path: str) -> Iterator[tuple[File, Layout]]:
-    with open_file(path, writable=True) as file, locks.writing(file):
+def _write_session(path: str, place: str | None = None) -> Iterator[tuple[File, Layout]]:
+    with open_file(path, writable=True, place=place) as file, locks.writing(file):
         yield file, read_layout(file)
 
 
@@ -390,13 +398,16 @@ def read_identity(path: str) -> tuple[str, str] | None:
         return decode_name(layout.name), str(uuid.UUID(bytes=layout.uuid))
 
 
-def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = None) -> list[Recovery]:
+def recover(
+    path: str, names: Iterable[str] = (), *, keeper: Keeper | None = None, place: str | None = None
+) -> list[Recovery]:
     """Makes inconsistent bitmaps usable; others are left alone, damaged ones included.
 
     Args:
         path: the image.
         names: which; none for all that are inconsistent.
         keeper: what the host keeps about the image.
+        place: see `open_file`.
 
     Raises:
         BitmapError: a name is not there, or its entry is damaged.
@@ -406,7 +417,7 @@ def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = Non
     from dirtmap.engine import changes
 
     recovered = []
-    with _write_session(path) as (file, layout):
+    with _write_session(path, place) as (file, layout):
         by_bitmap = all(fault.bitmap is not None for fault in layout.faults)
         if not by_bitmap or len(set(_names(layout))) < len(layout.slots):
             layout.require_sound()

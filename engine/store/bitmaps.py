@@ -182,7 +182,7 @@ def refuse_session(path: str, record: Record) -> None:
         raise BitmapError(f"{path}: {kind_label(record)}", what)
 
 
-def refuse_unsettled(path: str, record: Record) -> None:
+def refuse_unsettled(snapshot: Snapshot, record: Record) -> None:
     """Refuses to end a node's session while a device that was tracked with it has yet to be recovered.
 
     Raises:
@@ -191,9 +191,9 @@ def refuse_unsettled(path: str, record: Record) -> None:
     if record.extension(EXTENSION_SESSION) is not None:
         from dirtmap.engine.tracking import peers
 
-        if peer := peers.unsettled(path, record):
+        if peer := peers.unsettled(snapshot.file.place, record):
             what = f"tracked with device '{printable(decode_name(peer.name))}' until that died; 'dirtmap recover' first"
-            raise BitmapError(f"{path}: {kind_label(record)}", what)
+            raise BitmapError(f"{snapshot.file.path}: {kind_label(record)}", what)
 
 
 def settle_device(target: Store, name: bytes) -> None:

@@ -58,6 +58,7 @@ class StoredImage(Namespace):
     """One namespace of a store; see `Namespace`.
 
     Attributes:
+        place: the path of the store, absolute: the process may change its folder.
         find_node: opens the node of a UUID, wherever the host has it; None: only this store is known.
     """
 
@@ -65,7 +66,7 @@ class StoredImage(Namespace):
 
     def __init__(self, target: Store, name: str) -> None:
         self._store = target
-        self.path, self.name = target.path, name
+        self.path, self.place, self.name = target.path, target.place, name
         self._raw_name = encode_name(name)
         self.find_node: Callable[[bytes], Namespace | None] | None = None
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
@@ -99,7 +100,7 @@ class StoredImage(Namespace):
             return found
         for record in self._store.read(lambda snapshot: list(snapshot.table())):
             if record.uuid == wanted and record.kind == store.KIND_NODE:
-                return StoredImage(Store(self.path), decode_name(record.name))
+                return StoredImage(Store(self.path, self.place), decode_name(record.name))
         what = f"its root, {uuid.UUID(bytes=wanted)}, is not known; 'index scan' finds images and stores"
         raise BitmapNotFoundError(f"{self.path}: device '{printable(self.name or '')}'", what)
 
@@ -273,7 +274,7 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     """One namespace's part of a change: a transaction whose end puts the new directory into ``change``."""
     snapshot = change.snapshot
     refuse_tracked(snapshot.file.path, record)
-    refuse_unsettled(snapshot.file.path, record)
+    refuse_unsettled(snapshot, record)
     require_same_size(snapshot, record)
     doubted = doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)

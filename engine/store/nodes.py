@@ -272,7 +272,7 @@ def resize_node(target: Store, name: str) -> int:
     """
     with target.change() as change:
         record = _stored(change, name, died=True)
-        refuse_unsettled(target.path, record)
+        refuse_unsettled(change.snapshot, record)
         _refuse_held(f"{target.path}: {namespace_label(record.name)}", record)
         view = tracked_view(change.snapshot, record)
         identity = identity_of(os.fsdecode(record.path))

@@ -80,7 +80,7 @@ def track_image(image: Image, options: dict[str, Any], device: Home | None = Non
     if image.name is None or image.uuid is None or not os.path.exists(path):
         raise _homeless(image.path)
     name = encode_name(image.name)
-    with open_file(image.path, writable=True) as file, locks.writing(file):
+    with open_file(image.path, writable=True, place=image.place) as file, locks.writing(file):
         layout = read_layout(file)
         layout.require_sound()
         require_writable(layout)
@@ -91,7 +91,7 @@ def track_image(image: Image, options: dict[str, Any], device: Home | None = Non
         home = Home(path, name)
         try:
             _copy_out(home, image, file, layout)
-            image_path = os.path.abspath(image.path)  # the tool may change its folder
+            image_path = image.place  # the tool may change its folder
             homes = [device, home] if device else [home]
             tracker = Tracker(homes, image_path, chosen, lambda: check_in(image_path, home.store.path, name, own=True))
             try:
@@ -257,7 +257,9 @@ class TrackedImage(Namespace):
     format = qcow2_image.FORMAT
 
     def __init__(self, path: str, store_path: str, name: str) -> None:
-        self.path, self.name, self._store_path = path, name, store_path
+        # Absolute but for the name in messages: the process may change its folder.
+        self.path, self.name, self._store_path = path, name, os.path.abspath(store_path)
+        self._place = os.path.abspath(path)
         self._raw_name = encode_name(name)
         self._store = Store(store_path)
         try:
@@ -287,7 +289,7 @@ class TrackedImage(Namespace):
                 for entry in read_entries(snapshot, record):
                     found[decode_name(entry.name)] = bitmap_of(snapshot, record, entry, False)
             else:
-                with open_file(self.path) as file, locks.reading(file, force_share=True):
+                with open_file(self.path, place=self._place) as file, locks.reading(file, force_share=True):
                     layout = read_layout(file)
                     layout.require_sound()
                     slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
@@ -338,20 +340,20 @@ class TrackedImage(Namespace):
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, after they were recovered; see `Namespace.transaction`."""
         self.recover()
-        with open_image(self.path, store=self._store_path, force_share=True) as image, image.transaction() as bitmaps:
+        with open_image(self._place, store=self._store_path, force_share=True) as image, image.transaction() as bitmaps:
             yield bitmaps
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup, after recovery; see `Namespace.hold`. A living tracker takes it itself."""
         self.recover()
-        with open_image(self.path, store=self._store_path) as image, image.hold(name, owner) as held:
+        with open_image(self._place, store=self._store_path) as image, image.hold(name, owner) as held:
             yield held
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Checks in what a dead tracker has left, whichever bitmaps are named; see `Namespace.recover`."""
         chosen = set(names)
-        recovered = check_in(self.path, self._store_path, self._raw_name)
+        recovered = check_in(self._place, self._store_path, self._raw_name)
         return [item for item in recovered if not chosen or item.name in chosen]
 
     def tracking(self) -> Status | None:
@@ -364,7 +366,7 @@ class TrackedImage(Namespace):
 
     def _track_with(self, device: Home | None, options: dict[str, Any]) -> Tracker:
         self.recover()
-        with Image(self.path) as image:
+        with Image(self._place) as image:
             return track_image(image, {"store": self._store_path, **options}, device)
 
     def close(self) -> None:

@@ -104,14 +104,14 @@ def settle(target: Store, name: bytes) -> None:
     from dirtmap.engine.store.namespace import StoredImage
 
     record = target.record(name)
-    peer = unsettled(target.path, record) if record else None
+    peer = unsettled(target.place, record) if record else None
     if record is None or peer is None:
         return
     refuse_tracked(target.path, record)
     if not peer.store:
         StoredImage(target, decode_name(peer.name)).recover()
         return
-    with Store(path_of(target.path, peer)) as other:
+    with Store(path_of(target.place, peer)) as other:
         StoredImage(other, decode_name(peer.name)).recover()
 
 
@@ -132,7 +132,7 @@ def confirm(change: Change, root: Record, before: Identity, after: Identity) -> 
             return
         with (
             contextlib.suppress(Error),
-            Store(path_of(change.snapshot.file.path, peer)) as other,
+            Store(path_of(change.snapshot.file.place, peer)) as other,
             other.change() as there,
         ):
             _confirm(there, peer, before, after)

@@ -232,7 +232,7 @@ class Recorder:
             image_mtime=identity.mtime_ns,
             image_size=identity.size,
             live=os.fsencode(live_path),
-            log_path=os.fsencode(f"{os.path.abspath(change.snapshot.file.path)}.{name}.intent"),
+            log_path=os.fsencode(f"{change.snapshot.file.place}.{name}.intent"),
         )
         for home in self._homes:
             home.session = session
@@ -253,8 +253,8 @@ class Recorder:
             change.identity = identity
 
     def _peer_of(self, view: View) -> Peer:
-        paths = {os.path.realpath(home.store.path) for home in self._homes}
-        elsewhere = os.path.abspath(view.snapshot.file.path) if len(paths) > 1 else ""
+        paths = {os.path.realpath(home.store.place) for home in self._homes}
+        elsewhere = view.snapshot.file.place if len(paths) > 1 else ""
         return Peer(view.record.uuid, view.record.name, os.fsencode(elsewhere))
 
     def _enter(self, change: HomeChange) -> None:

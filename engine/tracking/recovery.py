@@ -129,7 +129,7 @@ class View:
     """
 
     def __init__(self, snapshot: Snapshot, record: Record, session: live.Session) -> None:
-        self.session, self._size, self._path = session, record.size, snapshot.file.path
+        self.session, self._size, self._path = session, record.size, snapshot.file.place
         alive = is_alive(session)
         self.found = livefile.find(os.fsdecode(session.live), session.uuid, session.oldest, record.size)
         if alive and self.found is None:

@@ -338,7 +338,7 @@ def track_node(image: StoredImage, options: dict[str, Any], device: Home | None 
         device: whose root it is, and which is fed, too; the caller has recovered it, and closes it after an error.
     """
     chosen = Options(**options)
-    home = Home(image.path, encode_name(image.name or ""))
+    home = Home(image.place, encode_name(image.name or ""))
     try:
         if home.store.read(home.needs_recovery):
             image.recover()
@@ -356,7 +356,7 @@ def track_device(image: StoredImage, options: dict[str, Any]) -> Tracker:
             raise LockedError(
                 f"{root.path}: node '{root.name}'", f"tracked by {session.tracker}; ask it, or end it first"
             )
-        home = Home(image.path, encode_name(image.name or ""))
+        home = Home(image.place, encode_name(image.name or ""))
         try:
             if session:
                 root.recover()  # and the device before it, as far as they had it in common
