@@ -15,11 +15,11 @@ from dirtmap.engine.names import Found, Names
 from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image, Keeper
 from dirtmap.engine.store import devices, nodes
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import identity_of_disk
 from dirtmap.engine.store.namespace import held_by, holding
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError
+from dirtmap.fmt.errors import BitmapError, StorageError
 from dirtmap.fmt.index import Member
 
 RESERVED = store.CONTAINER_PREFIX.decode()
@@ -156,14 +156,19 @@ class _Keeper(Keeper):
             record = target.record(encode_name(self._found.name))
         return held_by(record) if record else {}
 
+    def _look(self) -> store.Identity | None:
+        with contextlib.suppress(StorageError):
+            return identity_of_disk(self._found.path)
+        return None
+
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         on_it = self._host.devices_of(self._found.uuid)
-        before = identity_of(self._found.path) if on_it else None
+        before = self._look() if on_it else None
         try:
             yield
         finally:
-            if before is not None and (after := identity_of(self._found.path)) != before:
+            if before is not None and (after := self._look()) is not None and after != before:
 
                 def confirm() -> None:
                     for path, names in on_it.items():

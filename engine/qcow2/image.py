@@ -20,7 +20,7 @@ from dirtmap.engine.namespace import (
     encode_name,
     label,
 )
-from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError
 
@@ -392,7 +392,7 @@ def read_identity(path: str) -> tuple[str, str] | None:
         LockedError, StorageError: as for any reading.
     """
     with open_file(path) as file, locks.reading(file, force_share=True):
-        layout = read_layout(file)
+        layout = read_head(file)
         if layout.name is None or layout.uuid is None or len(layout.uuid) < qcow2.NAMESPACE_EXTENSION.size:
             return None
         return decode_name(layout.name), str(uuid.UUID(bytes=layout.uuid))

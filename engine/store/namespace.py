@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -32,13 +31,14 @@ from dirtmap.engine.store.bitmaps import (
     read_entries,
     refuse_tracked,
     refuse_unsettled,
+    refuse_without_root,
     replace_directory,
     require_same_size,
     settle_device,
     tracked_view,
     tracking_status,
 )
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import identity_now
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
@@ -275,6 +275,7 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     snapshot = change.snapshot
     refuse_tracked(snapshot.file.path, record)
     refuse_unsettled(snapshot, record)
+    refuse_without_root(snapshot, record)
     require_same_size(snapshot, record)
     doubted = doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
@@ -357,7 +358,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
     elif record.kind in (store.KIND_NODE, store.KIND_DEVICE) and (doubted or not record.nb_bitmaps):
         # All that was in doubt is dirty now, on disk, or the first bitmap begins: from here on changes count.
         with contextlib.suppress(StorageError):
-            identity = identity_of(os.fsdecode(record.path))
+            identity = identity_now(record)
     if view:
         change.afterwards.append(view.clean_up)
     change.table.put(

@@ -47,7 +47,7 @@ from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable,
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
 from dirtmap.engine.store.bitmaps import bitmap_of, doubts, read_entries, release_bits
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import identity_of_disk
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking import peers, recovery
 from dirtmap.engine.tracking.home import Home
@@ -56,8 +56,8 @@ from dirtmap.engine.tracking.recovery import Row, View
 from dirtmap.engine.tracking.status import Status, status_of
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory, live, qcow2, store
-from dirtmap.fmt.errors import BitmapError
-from dirtmap.fmt.store import NOWHERE, Record
+from dirtmap.fmt.errors import BitmapError, StorageError
+from dirtmap.fmt.store import NOWHERE, Identity, Record
 
 
 def is_marked(layout: Layout) -> bool:
@@ -171,17 +171,23 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> l
         if not own:
             recovery.refuse_tracked(path, session)
         settled, recovered = _settle(file, layout, change.snapshot, record)
-        before = identity_of(path)
+        before = _look(path)
         commit(file, layout, settled)
         set_tracked(file, read_layout(file), False)
         if is_marked(layout):
-            peers.confirm(change, record, before, identity_of(path))
+            peers.confirm(change, record, before, _look(path))
         _forget(change, record)
         if not own:
             view = recovery.view_of(change.snapshot, record)
             assert view
             change.afterwards.append(view.clean_up)
         return recovered
+
+
+def _look(path: str) -> Identity | None:
+    with contextlib.suppress(StorageError):
+        return identity_of_disk(path)
+    return None
 
 
 def _forget(change: Change, record: Record) -> None:

@@ -115,7 +115,7 @@ def settle(target: Store, name: bytes) -> None:
         StoredImage(other, decode_name(peer.name)).recover()
 
 
-def confirm(change: Change, root: Record, before: Identity, after: Identity) -> None:
+def confirm(change: Change, root: Record, before: Identity | None, after: Identity | None) -> None:
     """Takes note that a check-in has changed the root's image, and not what a guest reads: its device stays right.
 
     Where that fails, or a crash comes first, the device is all dirty.
@@ -123,10 +123,10 @@ def confirm(change: Change, root: Record, before: Identity, after: Identity) -> 
     Args:
         change: of the store that has the root.
         root: its record, with the session.
-        before: what the image looked like before.
+        before: what the image looked like before; None where it could not be looked at.
         after: and behind it.
     """
-    if peer := peer_of(root):
+    if before and after and (peer := peer_of(root)):
         if not peer.store:
             _confirm(change, peer, before, after)
             return

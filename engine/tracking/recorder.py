@@ -18,7 +18,7 @@ from dirtmap.engine.bitmap import Bitmap
 from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.process import this_process
 from dirtmap.engine.store.bitmaps import doubts
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import identity_of, identity_of_disk
 from dirtmap.engine.tracking import livefile, recovery
 from dirtmap.engine.tracking.home import Home, HomeChange, View
 from dirtmap.engine.tracking.intent import IntentLog
@@ -199,7 +199,8 @@ class Recorder:
         options, node = self._options, change.record
         if options.intent not in INTENTS:
             raise BitmapError("intent", f"'{options.intent}' is none of {', '.join(INTENTS)}")
-        self.size, identity = node.size, identity_of(self._image)
+        self._look = identity_of if node.kind == store.KIND_NODE else identity_of_disk
+        self.size, identity = node.size, self._look(self._image)
         if node.kind == store.KIND_NODE and identity.size != node.size:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
             raise BitmapError(change.where, what)
@@ -363,7 +364,7 @@ class Recorder:
                 home.session = replace(session, oldest=max(marked), log=self._log.number)
             elif not (self._check_in and target is self._homes[-1]):
                 home.session = None
-                home.identity = identity_of(self._image)  # before the look below: what comes later, shows
+                home.identity = self._look(self._image)  # before the look below: what comes later, shows
                 if self._check_in and recovery.opened_by_others(self._image):
                     home.make_all_dirty()
         if not final:
@@ -428,7 +429,7 @@ class Recorder:
 
     def _beat(self, before: int) -> int:
         """A sign of life on disk, where the image has changed since the last; returns when it changed."""
-        modified = identity_of(self._image).mtime_ns
+        modified = self._look(self._image).mtime_ns
         if modified != before:
             try:
                 self._log.beat(time.time_ns())

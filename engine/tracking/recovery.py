@@ -32,7 +32,7 @@ import numpy as np
 
 from dirtmap.engine import bits, fileio
 from dirtmap.engine.process import Process, boot_id
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import identity_now
 from dirtmap.engine.tracking import intent, livefile, peers
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
@@ -263,7 +263,7 @@ def opened_by_others(path: str) -> str | None:
 
 def _look_at(record: Record) -> Identity | None:
     try:
-        return identity_of(os.fsdecode(record.path))
+        return identity_now(record)
     except StorageError:
         return None
 
