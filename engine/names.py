@@ -20,7 +20,8 @@ from dirtmap.engine.index.database import replace as replace_database
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.namespace import decode_name, encode_name
-from dirtmap.engine.qcow2.image import read_identity
+from dirtmap.engine.probe import STORE, probe_path
+from dirtmap.engine.qcow2.image import read_identity, require_header
 from dirtmap.engine.store import nodes
 from dirtmap.engine.store.devices import Root
 from dirtmap.engine.store.header import Seen
@@ -28,7 +29,7 @@ from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, StorageError, printable
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, FormatError, StorageError, printable
 from dirtmap.fmt.index import QCOW2, SOUND, Member
 
 T = TypeVar("T")
@@ -298,7 +299,8 @@ class Names:
         """
         found = self._unique(name)
         if found:
-            _require_its_image(found)
+            with contextlib.suppress(FormatError):  # whoever opens it tells, or works on what is damaged
+                _require_its_image(found)
         return found
 
     def _unique(self, name: str) -> Found | None:
@@ -398,6 +400,7 @@ class Names:
 
         Raises:
             BitmapNotFoundError: there is no such node, or its image is not where it was.
+            FormatError: its image is damaged.
         """
         found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
         _require_its_image(found)
@@ -409,6 +412,7 @@ def _require_its_image(found: Found) -> None:
 
     Raises:
         BitmapNotFoundError: says what can be done.
+        FormatError: the file's header is so damaged that nobody can tell.
     """
     if found.in_store:
         return
@@ -418,6 +422,8 @@ def _require_its_image(found: Found) -> None:
     except StorageError as error:
         what = f"its image cannot be read ({error}); 'index scan' finds one that was moved"
         raise BitmapNotFoundError(where, what) from None
+    if identity is None and probe_path(found.path) != STORE:
+        require_header(found.path)
     if identity != (found.name, str(uuid.UUID(bytes=found.uuid))):
         what = f"{found.path} is not its image any more; 'index scan' finds one that was moved"
         raise BitmapNotFoundError(where, what)

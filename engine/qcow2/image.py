@@ -398,6 +398,17 @@ def read_identity(path: str) -> tuple[str, str] | None:
         return decode_name(layout.name), str(uuid.UUID(bytes=layout.uuid))
 
 
+def require_header(path: str) -> None:
+    """Refuses what has no qcow2 header that can be relied on.
+
+    Raises:
+        FormatError: names the field.
+        StorageError: as for any reading.
+    """
+    with open_file(path) as file, locks.reading(file, force_share=True):
+        read_head(file).require_sound()
+
+
 def recover(
     path: str, names: Iterable[str] = (), *, keeper: Keeper | None = None, place: str | None = None
 ) -> list[Recovery]:

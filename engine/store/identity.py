@@ -112,12 +112,16 @@ def is_twin(record: Record, path: str) -> bool:
         original = identity_of(os.fsdecode(record.path))
         if (original.device, original.inode) == (there.device, there.inode):
             return True
-        return (original.device, original.inode) != (here.device, here.inode) and _carries(record)
+        return (original.device, original.inode) != (here.device, here.inode) and carries(record)
     return False
 
 
-def _carries(record: Record) -> bool:
-    """True where the file in a qcow2 image's place has its UUID, as one that was put back from a backup."""
+def carries(record: Record) -> bool:
+    """True where the file in a qcow2 image's place has its UUID: it itself, or one that was put back from a backup.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     from dirtmap.engine.qcow2.image import read_identity
 
     found = read_identity(os.fsdecode(record.path))
