@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,47 @@ def test_a_hold_of_another_process_and_of_a_dead_one(target: str) -> None:
         os.killpg(holder.pid, signal.SIGKILL)  # the command that it ran
     dirtmap("remove", target, "b")
     assert names(target) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_hold_that_is_told_to_end_tells_its_command_and_holds_until_that_has_ended(number: signal.Signals) -> None:
+    dirtmap("add", "one", "b")
+    script = (
+        "import signal, sys; signal.sigwait([*map(int, sys.argv[1:])]); print('told', flush=True); sys.stdin.read()"
+    )
+    ready = f"import signal; signal.pthread_sigmask(0, [{int(number)}]); print('held', flush=True); {script}"
+    command = [COMMAND, "hold", "one", "b", "--", sys.executable, "-c", ready, str(int(number))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as holder:
+        try:
+            assert holder.stdout
+            assert holder.stdin
+            assert holder.stdout.readline() == b"held\n"
+            holder.send_signal(number)
+            assert holder.stdout.readline() == b"told\n"
+            assert "busy: held by" in refused("remove", "one", "b")
+            holder.stdin.close()
+            assert holder.wait(30) == 0
+        finally:
+            if holder.poll() is None:
+                os.killpg(holder.pid, signal.SIGKILL)
+    dirtmap("remove", "one", "b")
+
+
+def test_a_command_that_ends_by_what_its_hold_was_told_says_so() -> None:
+    dirtmap("add", "one", "b")
+    command = [COMMAND, "hold", "one", "b", "--", "sh", "-c", "echo held; exec sleep 60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as holder:
+        try:
+            assert holder.stdout
+            assert holder.stdout.readline() == b"held\n"
+            holder.terminate()
+            assert holder.wait(30) == 128 + signal.SIGTERM
+            with pytest.raises(ProcessLookupError):  # the sleep is gone, too
+                os.killpg(holder.pid, 0)
+        finally:
+            if holder.poll() is None:
+                os.killpg(holder.pid, signal.SIGKILL)
+    dirtmap("remove", "one", "b")
 
 
 def test_the_hold_command_ends_as_its_command_does() -> None:
