@@ -268,14 +268,15 @@ class _HostOf:
     """The host that a target is to be seen in, made when it is needed."""
 
     def __init__(self, store: str | None, index: str | None) -> None:
-        self.store, self.index = store, index
+        # Absolute: the process may change its folder before they are needed.
+        self.store, self.index = os.path.abspath(store or default_store(index)), os.path.abspath(default_index(index))
 
     def __call__(self) -> Host:
         return this_host(self.store, self.index)
 
     def exists(self) -> bool:
         """True where there is a default store: the one that was chosen, or the usual one, which is asked, too."""
-        return os.path.exists(self.store or "") or os.path.exists(default_store(self.index))
+        return os.path.exists(self.store) or os.path.exists(default_store(self.index))
 
 
 def _host_of(target: Target, store: str | None, index: str | None) -> _HostOf:
@@ -416,7 +417,7 @@ def check(
     if probe_path(path) == STORE:
         from dirtmap.engine.store.check import check as check_store
 
-        return check_store(path, repair=repair, progress=progress)
+        return check_store(path, repair=repair, progress=progress, expect=_host_of(target, None, None)().expect)
     from dirtmap.engine.qcow2.check import check
 
     if repair is not None:

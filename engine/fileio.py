@@ -30,6 +30,10 @@ class File:
     Offsets and lengths are bytes. Every operating-system error becomes a `StorageError` that names the file.
     After a failed sync the handle is poisoned: the kernel may have dropped the data it could not write and will call
     the next sync a success, so nothing is retried and every later write or sync fails.
+
+    Attributes:
+        path: as messages name it.
+        place: absolute: the process may change its folder.
     """
 
     def __init__(self, path: str, *, writable: bool = False, create: bool = False) -> None:
@@ -39,6 +43,7 @@ class File:
         mode = os.O_RDWR if writable else os.O_RDONLY
         mode |= os.O_CREAT | os.O_EXCL if create else 0
         with self._errors("open"):
+            self.place = os.path.abspath(path)
             self.fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
             self.status = os.fstat(self.fd)
         if not (stat.S_ISREG(self.status.st_mode) or stat.S_ISBLK(self.status.st_mode)):
@@ -185,7 +190,7 @@ class File:
     def is_current(self) -> bool:
         """True while the path still leads to this very file: locks follow the inode, a rename moves the name."""
         try:
-            now = os.stat(self.path)
+            now = os.stat(self.place)
         except OSError:
             return False
         return (now.st_dev, now.st_ino) == (self.status.st_dev, self.status.st_ino)
@@ -207,13 +212,21 @@ class File:
 _factory: type[File] = File
 
 
-def open_file(path: str, *, writable: bool = False, create: bool = False) -> File:
+def open_file(path: str, *, writable: bool = False, create: bool = False, place: str | None = None) -> File:
     """Opens ``path``; with ``create``, makes it, readable by its owner only.
+
+    Args:
+        path: also what messages call it.
+        writable: for writing, too.
+        create: it must not exist.
+        place: where the path led when it was first opened: see `File`.
 
     Raises:
         StorageError: it cannot be opened, is neither a regular file nor a block device, or exists and was to be made.
     """
-    return _factory(path, writable=writable, create=create)
+    file = _factory(place or path, writable=writable, create=create)
+    file.path = path
+    return file
 
 
 def make_live_folder(path: str) -> None:

@@ -16,11 +16,11 @@ from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image, Keeper
 from dirtmap.engine.store import devices, nodes
 from dirtmap.engine.store.bitmaps import EXTENSION_SESSION, checkpoints_of, kind_label, refuse_tracked, with_checkpoints
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import identity_of_disk
 from dirtmap.engine.store.namespace import held_by, holding
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError
+from dirtmap.fmt.errors import BitmapError, StorageError
 
 RESERVED = store.CONTAINER_PREFIX.decode()
 
@@ -136,7 +136,7 @@ class Host(Names):
     def refuse_twin(self, path: str, name: str, image_uuid: str) -> None:
         """Refuses an image that carries the identity of another file; see `nodes.refuse_twin`."""
         if place := self.place_of(name, image_uuid):
-            with Store(place.store) as target:
+            with self.open_store(place.store) as target:
                 nodes.refuse_twin(target, path, place.name, image_uuid)
 
     def keep(self, image: Image) -> None:
@@ -164,15 +164,16 @@ class _Keeper(Keeper):
     """Holds on the bitmaps of a qcow2 image are in the record of its place; devices on it stay right."""
 
     def __init__(self, host: Host, found: Found) -> None:
-        self._host, self._found, self.store = host, found, found.store
+        self._host, self._found = host, found
+        self.store = host.home if found.store == host.store else found.store  # absolute
 
     def held(self) -> dict[str, str]:
-        with Store(self._found.store) as target:
+        with self._host.open_store(self._found.store) as target:
             record = target.record(encode_name(self._found.name))
         return held_by(record) if record else {}
 
     def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
-        with Store(self._found.store) as target:
+        with self._host.open_store(self._found.store) as target:
             record = target.record(encode_name(self._found.name))
         return checkpoints_of(f"{target.path}: {kind_label(record)}", record, recording) if record else []
 
@@ -187,14 +188,19 @@ class _Keeper(Keeper):
 
         afterwards(keep)
 
+    def _look(self) -> store.Identity | None:
+        with contextlib.suppress(StorageError):
+            return identity_of_disk(self._found.path)
+        return None
+
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         on_it = self._host.devices_of(self._found.uuid)
-        before = identity_of(self._found.path) if on_it else None
+        before = self._look() if on_it else None
         try:
             yield
         finally:
-            if before is not None and (after := identity_of(self._found.path)) != before:
+            if before is not None and (after := self._look()) is not None and after != before:
 
                 def confirm() -> None:
                     for path, names in on_it.items():

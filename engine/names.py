@@ -20,10 +20,11 @@ from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.index.renewal import examine, renew
 from dirtmap.engine.namespace import decode_name, encode_name
-from dirtmap.engine.probe import probe_path
-from dirtmap.engine.qcow2.image import read_identity
+from dirtmap.engine.probe import STORE, probe_path
+from dirtmap.engine.qcow2.image import read_identity, require_header
 from dirtmap.engine.store import nodes
 from dirtmap.engine.store.devices import Root
+from dirtmap.engine.store.header import Seen
 from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
@@ -106,8 +107,8 @@ class Names:
         usual: the names that the usual default store knows, where another was chosen.
 
     Attributes:
-        store: as given.
-        home: the same as an absolute path.
+        store: as given, for messages.
+        home: the same as an absolute path: the process may change its folder.
         index: the index.
     """
 
@@ -115,7 +116,16 @@ class Names:
         self.store = store
         self._usual = usual
         self.home = os.path.abspath(store)
-        self.index = Index(index)
+        self.index = Index(os.path.abspath(index))
+
+    @property
+    def exists(self) -> bool:
+        """True where there is a default store."""
+        return os.path.exists(self.home)
+
+    def open_store(self, path: str) -> Store:
+        """A store of the host, not looked after. Errors as `Store`."""
+        return Store(path, self.home if path == self.store else None)
 
     # Stores, and whether they are what was last seen.
 
@@ -132,12 +142,12 @@ class Names:
             As `Store` and `Store.change`.
         """
         path = path or self.store
-        if make and path == self.store and not os.path.exists(path):
+        if make and path == self.store and not self.exists:
             os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
             with contextlib.suppress(StorageError):  # another process was faster
-                create(path)
+                create(self.home)
         try:
-            target = Store(path)
+            target = self.open_store(path)
         except FormatError as error:
             raise self._advised(path, error) from error
         with target:
@@ -161,42 +171,58 @@ class Names:
         """
         if not os.path.isdir(self.index.path):
             return
-        target.committed = lambda: self._saw(target)
-        header = target.read(lambda snapshot: snapshot.header)
+
+        def look_again() -> None:
+            # The commit is durable; what fails here must not make it look failed, and the next look finds it.
+            with contextlib.suppress(Error):
+                self._judge(target)
+
+        target.committed = look_again
+        self._judge(target)
+
+    def expect(self, target: Store) -> str | None:
+        """Has a store know the last commit that the index has seen of it: where that is missing, all in it is dirty.
+
+        Returns:
+            Where the store was then; None where nothing was seen.
+        """
         try:
-            seen = self._asking(lambda index: index.seen(header.uuid))
+            seen = self._asking(lambda index: index.seen(target.uuid)) if os.path.isdir(self.index.path) else None
         except ForbiddenError:
-            return  # as without an index; a name that has to be looked up there says so
+            return None  # as without an index; a name that has to be looked up there says so
         if seen is None:
+            return None
+        generation, commit_id, path = seen
+        target.expect(Seen(generation, commit_id))
+        return path
+
+    def _judge(self, target: Store) -> None:
+        before = self.expect(target)
+        if before is not None and before != target.place and self._is_copy(target, before):
+            what = f"a copy of {before}, with its identity; 'store new-identity' gives it one of its own"
+            raise BitmapError(target.path, what)
+        if not target.is_rolled_back():
             self._saw(target)
             return
-        generation, commit_id, path = seen
-        if path != os.path.abspath(target.path) and path is not None and self._is_copy(target, path, header.uuid):
-            what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
-            raise BitmapError(target.path, what)
-        if (header.generation, header.commit_id) == (generation, commit_id) or header.generation > generation:
-            if path != os.path.abspath(target.path) or header.generation > generation:
-                self._saw(target)
-            return
-        with target.change() as change:
-            now = change.header
-            if now.generation > generation or (now.generation, now.commit_id) == (generation, commit_id):
-                return  # another process was faster
-            change.doubt_everything()
-            change.generation = max(change.generation, generation + 1)
+        try:
+            with target.change():
+                pass  # but for the suspicion
+        except StorageError as error:
+            what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
+            raise StorageError(target.path, what) from error
 
     @staticmethod
-    def _is_copy(target: Store, path: str, store_uuid: bytes) -> bool:
+    def _is_copy(target: Store, path: str) -> bool:
         try:
-            if os.path.samefile(path, target.path):
+            if os.path.samefile(path, target.place):
                 return False
             with Store(path) as other:
-                return other.read(lambda snapshot: snapshot.header.uuid) == store_uuid
+                return other.uuid == target.uuid
         except (Error, OSError):
             return False
 
     def _saw(self, target: Store) -> None:
-        # The store's commit is durable; an index that cannot be written must not make it look failed.
+        # An index that cannot be written only makes the next look slower.
         with contextlib.suppress(StorageError):
             self._asking(lambda index: index.saw(target))
 
@@ -235,7 +261,7 @@ class Names:
 
     def _survey(self) -> dict[str, Error | None]:
         """The paths of all stores of the host that are there, the default one first, with what is wrong with each."""
-        if not os.path.exists(self.store):
+        if not self.exists:
             return {}
 
         def learn(index: Index) -> dict[str, Error | None]:
@@ -272,7 +298,7 @@ class Names:
 
     def containers(self) -> list[str]:
         """The paths of all containers of the host, stores first; those that are gone or damaged included."""
-        if not os.path.exists(self.store):
+        if not self.exists:
             return []
         return self._asking(lambda index: self._containers(index, self.stores()))
 
@@ -316,7 +342,7 @@ class Names:
                     problems.setdefault(path, error)
             return sound, [problems[path] for path in paths if path in problems]
 
-        return self._asking(learn) if os.path.exists(self.store) else ({}, [])
+        return self._asking(learn) if self.exists else ({}, [])
 
     # What names mean.
 
@@ -331,7 +357,8 @@ class Names:
         """
         found = self._unique(name)
         if found:
-            _require_its_image(found)
+            with contextlib.suppress(FormatError):  # whoever opens it tells, or works on what is damaged
+                _require_its_image(found)
         return found
 
     def _unique(self, name: str) -> Found | None:
@@ -374,7 +401,7 @@ class Names:
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
 
-        found = self._asking(ask) if os.path.exists(self.store) else []
+        found = self._asking(ask) if self.exists else []
         return sorted(found, key=lambda claim: claim.store != self.store)  # the default store's first
 
     def _found(self, path: str, member: Member) -> Found:
@@ -475,7 +502,7 @@ class Names:
                         hits.append(Hit(container, kind, name, bitmap, claim.uuid, flags, granularity))
             return sorted(hits, key=lambda hit: (hit.holder, hit.container.path)), problems
 
-        hits, problems = self._asking(ask) if os.path.exists(self.store) else ([], [])
+        hits, problems = self._asking(ask) if self.exists else ([], [])
         for problem in problems:
             if told:
                 told(problem)
@@ -500,6 +527,7 @@ class Names:
 
         Raises:
             BitmapNotFoundError: there is no such node, or its image is not where it was.
+            FormatError: its image is damaged.
         """
         found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
         _require_its_image(found)
@@ -511,6 +539,7 @@ def _require_its_image(found: Found) -> None:
 
     Raises:
         BitmapNotFoundError: says what can be done.
+        FormatError: the file's header is so damaged that nobody can tell.
     """
     if found.in_store:
         return
@@ -520,6 +549,8 @@ def _require_its_image(found: Found) -> None:
     except StorageError as error:
         what = f"its image cannot be read ({error}); 'index scan' finds one that was moved"
         raise BitmapNotFoundError(where, what) from None
+    if identity is None and probe_path(found.path) != STORE:
+        require_header(found.path)
     if identity != (found.name, str(uuid.UUID(bytes=found.uuid))):
         what = f"{found.path} is not its image any more; 'index scan' finds one that was moved"
         raise BitmapNotFoundError(where, what)

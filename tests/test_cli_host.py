@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,47 @@ def test_a_hold_of_another_process_and_of_a_dead_one(target: str) -> None:
         os.killpg(holder.pid, signal.SIGKILL)  # the command that it ran
     dirtmap("remove", target, "b")
     assert names(target) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_hold_that_is_told_to_end_tells_its_command_and_holds_until_that_has_ended(number: signal.Signals) -> None:
+    dirtmap("add", "one", "b")
+    script = (
+        "import signal, sys; signal.sigwait([*map(int, sys.argv[1:])]); print('told', flush=True); sys.stdin.read()"
+    )
+    ready = f"import signal; signal.pthread_sigmask(0, [{int(number)}]); print('held', flush=True); {script}"
+    command = [COMMAND, "hold", "one", "b", "--", sys.executable, "-c", ready, str(int(number))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as holder:
+        try:
+            assert holder.stdout
+            assert holder.stdin
+            assert holder.stdout.readline() == b"held\n"
+            holder.send_signal(number)
+            assert holder.stdout.readline() == b"told\n"
+            assert "busy: held by" in refused("remove", "one", "b")
+            holder.stdin.close()
+            assert holder.wait(30) == 0
+        finally:
+            if holder.poll() is None:
+                os.killpg(holder.pid, signal.SIGKILL)
+    dirtmap("remove", "one", "b")
+
+
+def test_a_command_that_ends_by_what_its_hold_was_told_says_so() -> None:
+    dirtmap("add", "one", "b")
+    command = [COMMAND, "hold", "one", "b", "--", "sh", "-c", "echo held; exec sleep 60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as holder:
+        try:
+            assert holder.stdout
+            assert holder.stdout.readline() == b"held\n"
+            holder.terminate()
+            assert holder.wait(30) == 128 + signal.SIGTERM
+            with pytest.raises(ProcessLookupError):  # the sleep is gone, too
+                os.killpg(holder.pid, 0)
+        finally:
+            if holder.poll() is None:
+                os.killpg(holder.pid, signal.SIGKILL)
+    dirtmap("remove", "one", "b")
 
 
 def test_the_hold_command_ends_as_its_command_does() -> None:
@@ -782,3 +824,52 @@ def test_odd_names() -> None:
         (hit,) = json.loads(dirtmap("find", "--output=json", "--", name).out)
         assert hit["node"] == hit["name"]
     assert json_of("index", "verify")["faults"] == []
+
+
+def overwritten(path: str, at: int, data: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+DAMAGES: dict[str, tuple[Callable[[str], object], str]] = {
+    "no image": (lambda path: Path(path).write_bytes(b"zz"), "header.magic: not a qcow2 image"),
+    "empty": (lambda path: Path(path).write_bytes(b""), "header.magic: not a qcow2 image"),
+    "another version": (lambda path: overwritten(path, 4, b"\0\0\0\x09"), "header.version: 9 is neither 2 nor 3"),
+    "a broken chain": (lambda path: overwritten(path, 112, b"\1\2\3\4\xff"), "header extensions: "),
+    "another image": (lambda path: qemu.create(Path(path), SIZE), "is not its image any more"),
+    "a store": (lambda path: [os.remove(path), dirtmap("store", "create", path)], "is not its image any more"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_or_replaced_image_is_named_as_that_and_forgotten(damage: str) -> None:
+    act, said = DAMAGES[damage]
+    dirtmap("add", "q1", "b")
+    act("q1.qcow2")
+    data = Path("q1.qcow2").read_bytes()
+    for command in (("list", "q1"), ("map", "q1", "b"), ("add", "q1", "c"), ("recover", "q1"), ("clear", "q1", "b")):
+        assert said in error_of(*command), command
+    assert said in error_of("device", "add", "d1", "--root", "q1")
+    if said == "is not its image any more":
+        assert "'index scan' finds one that was moved" in error_of("check", "q1")
+        assert "'index scan' finds one that was moved" in error_of("dump", "q1")
+    else:
+        assert said in json_of("dump", "q1")["stopped"] or said.split(":")[0] in json_of("dump", "q1")["stopped"]
+        assert "q1.qcow2" in (error_of("check", "q1") if "magic" in said else dirtmap("check", "q1", status=2).out)
+    dirtmap("node", "remove", "q1")
+    assert Path("q1.qcow2").read_bytes() == data
+    assert "q1" not in {node["name"] for node in json_of("node", "list")}
+    os.remove("q1.qcow2")
+    qemu.create(Path("q1.qcow2"), SIZE)
+    dirtmap("node", "add", "q1", "q1.qcow2")
+
+
+def test_an_image_with_bad_bitmaps_is_not_forgotten() -> None:
+    """They can be mended, and it has its identity."""
+    dirtmap("add", "q1", "b")
+    (entry,) = (s for s in json_of("dump", "q1")["structures"] if s["name"].startswith("directory entry"))
+    overwritten("q1.qcow2", entry["offset"] + 12, b"\xff\xff\xff\xff")
+    assert "flags" in error_of("node", "remove", "q1")
+    dirtmap("check", "-r", "all", "q1")
+    dirtmap("node", "remove", "q1")

@@ -10,6 +10,8 @@ import pytest
 from support import qemu
 from support.cli import dirtmap, error_of, json_of
 
+import dirtmap.engine as dm
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
@@ -236,3 +238,31 @@ def test_wrong_usage() -> None:
     assert "the name is taken" in error_of("node", "add", "one", "two.raw")
     assert error_of("node", "add", "three", "none.raw").startswith("none.raw: ")
     assert not Path("x.dmap").exists()
+
+
+def test_a_dump_shows_every_field_of_what_a_record_is_extended_by() -> None:
+    """Holds, sessions with their peers, checkpoints, and the windows of bitmaps."""
+    dirtmap("device", "add", "d", "--root", "one")
+    for target in ("one", "d", "two"):
+        dirtmap("add", target, "m")
+    with dm.open("d") as device, device.track() as tracker, dm.open("two") as two, two.hold("m", "backup ü"):
+        tracker.checkpoint("monday")
+        structures = json_of("dump", "--hex", "default.dmap")["structures"]
+        human = dirtmap("dump", "default.dmap").out
+    found: dict[str, dict[str, object]] = {}
+    for structure in structures:
+        if structure["name"].startswith(("namespace record", "directory entry")):
+            raw = bytearray(bytes.fromhex(structure["hex"]))
+            for field in structure["fields"]:
+                start = field["offset"] - structure["offset"]
+                raw[start : start + field["length"]] = bytes(field["length"])
+                assert field["name"] != "data"
+            assert not any(raw), structure["name"]  # nothing but padding is left
+            fields = found.setdefault(structure["name"].split(": ")[1], {})
+            fields.update({field["name"]: field["value"] for field in structure["fields"]})
+    assert (found["node 'two'"]["bitmap"], found["node 'two'"]["owner"]) == ("m", "backup ü")
+    assert found["node 'two'"]["process"] == os.getpid()
+    assert found["node 'd'"]["[0].name"] == "monday"
+    assert human.count("0x484f4c44") == 1
+    for shown in ("hold", "session", "peer", "checkpoints", "token", "live", "log_path", "began"):
+        assert f" {shown}" in human, shown

@@ -381,6 +381,8 @@ FIRST: list[tuple[str, ...]] = [
     *(("index", "verify"), ("index", "rebuild"), ("node", "add", "new", "two.raw"), ("node", "rename", "one", "x")),
     *(("device", "set-root", "d0", "q0", "--content-unchanged"), ("node", "remove", "one"), ("list", "q0")),
     *(("device", "add", "d9", "--root", "one"), ("node", "confirm", "one"), ("mark", "q0", "b", "0", "1")),
+    *(("store", "compact", "default.dmap"), ("store", "new-identity", "default.dmap"), ("check", "default.dmap")),
+    ("check", "-r", "all", "default.dmap"),
 ]
 
 

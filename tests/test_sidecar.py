@@ -57,3 +57,14 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert error_of("sidecar", raw, sidecar) == f"{sidecar}: open: File exists"
     assert sidecar.read_bytes() == b"mine"
     assert error_of("sidecar", tmp_path / "none", sidecar).endswith("open: No such file or directory")
+
+
+def test_qemu_opens_it_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        os.mkdir(name)
+    Path("disk.raw").write_bytes(bytes(MIB))
+    dirtmap("sidecar", "disk.raw", "one/disk.qcow2")
+    for folder in (".", "one", "two"):
+        monkeypatch.chdir(tmp_path / folder)
+        qemu.check(os.path.relpath(tmp_path / "one/disk.qcow2"))

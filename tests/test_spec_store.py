@@ -16,9 +16,9 @@ from test_spec import SPEC, judged, rows
 
 import dirtmap.engine as dm
 from dirtmap.engine.containers import Place
-from dirtmap.engine.store import bitmaps as stored
 from dirtmap.engine.store import header as headers
-from dirtmap.engine.store import namespace, nodes
+from dirtmap.engine.store import identity as looks
+from dirtmap.engine.store import nodes
 from dirtmap.engine.store import store as engine
 from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import store
@@ -97,7 +97,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The store of the example, made as its text says."""
     digits = itertools.count(1)
     monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(f"{next(digits)}" * 32))
-    for module in (stored, namespace, nodes):
+    for module in (looks, nodes):
         monkeypatch.setattr(module, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
     path = tmp_path / "example"
     create(str(path))
@@ -131,7 +131,7 @@ def test_example_is_what_dirtmap_reads(tmp_path: Path, monkeypatch: pytest.Monke
     report = dm.check(str(path))
     assert (report.corruptions, report.leaks) == (0, 0)
     assert [finding.what.partition(":")[0] for finding in report.findings] == ["counts as all dirty"], "no such image"
-    monkeypatch.setattr(stored, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
+    monkeypatch.setattr(looks, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
     assert not dm.check(str(path)).findings
     with dm.open(Place(str(path), "disk")) as opened:
         offsets, lengths = opened["monday"].extents()

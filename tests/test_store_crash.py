@@ -26,6 +26,7 @@ from dirtmap.engine.namespace import Transaction
 from dirtmap.engine.store import compact, nodes
 from dirtmap.engine.store.bitmaps import read_entries
 from dirtmap.engine.store.check import check
+from dirtmap.engine.store.header import Seen
 from dirtmap.engine.store.namespace import StoredImage, describe_store, transaction
 from dirtmap.engine.store.nodes import add_node
 from dirtmap.engine.store.store import Store, create
@@ -198,8 +199,11 @@ def resized(size: int) -> Operation:
 
 
 def doubting(path: Path) -> None:
-    with Store(str(path)) as target, target.change() as change:
-        change.doubt_everything()
+    """Somebody has seen a commit that is not there any more."""
+    with Store(str(path)) as target:
+        target.expect(Seen(target.read(lambda snapshot: snapshot.header.generation), bytes(16)))
+        with target.change():
+            pass
 
 
 def damaged(*copies: int, at: int = store_crash.UUID_AT) -> Operation:

@@ -26,15 +26,50 @@ def hold_command(ctx: click.Context, target: Target, bitmap: str, command: tuple
     """Run a command while a bitmap is held.
 
     A held bitmap is busy: nobody can remove, clear, rename, move or change it. The hold ends with the command; one
-    whose process has died counts no more. Exit status: that of the command.
+    whose process has died counts no more. SIGTERM and SIGHUP are passed on to the command. Exit status: that of the
+    command.
     """
-    import subprocess
-
     with dm.open(target) as image, image.hold(bitmap, owner or command[0]):
         try:
-            status = subprocess.run(command, check=False).returncode
+            status = _run(command)
         except FileNotFoundError:
             raise Error(command[0], "no such command") from None
         except OSError as error:
             raise Error(command[0], error.strerror or str(error)) from error
     ctx.exit(status if status >= 0 else 128 - status)
+
+
+def _run(command: tuple[str, ...]) -> int:
+    """Runs a command to its end, and returns its status.
+
+    What asks this process to end is passed on: the command would go on without the hold.
+    """
+    import signal
+    import subprocess
+
+    begun: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        if begun:
+            begun[0].send_signal(number)
+        else:
+            early.append(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, pass_on)
+        with subprocess.Popen(command) as process:
+            begun.append(process)
+            for told in early:
+                process.send_signal(told)
+            try:
+                return process.wait()
+            except BaseException:
+                process.kill()
+                raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -51,9 +51,10 @@ def compact_command(file: str, quiet: bool, output: str) -> None:
 
     The new file replaces the old one when it is durable; a crash before that leaves the old one.
     """
+    from dirtmap.engine.containers import this_host
     from dirtmap.engine.store.compact import compact
 
-    result = compact(file)
+    result = compact(file, expect=this_host().expect)
     if output == "json" and not quiet:
         write_json({"filename": file, "before": result.before, "after": result.after, "namespaces": result.namespaces})
     elif not quiet:
@@ -77,9 +78,10 @@ def new_identity_command(file: str) -> None:
     A copied store is refused while the original is there, since both would be the home of the same bitmaps. This gives
     it, its nodes and its devices other UUIDs.
     """
+    from dirtmap.engine.containers import this_host
     from dirtmap.engine.store.compact import compact
 
-    compact(file, new_identity=True)
+    compact(file, new_identity=True, expect=this_host().expect)
 
 
 for _command in (create_command, compact_command, new_identity_command):

@@ -14,6 +14,7 @@ from typing import TypeVar
 from dirtmap.engine.index.database import Database, Reader, Writer, connect
 from dirtmap.engine.index.reading import Container, Reading, look
 from dirtmap.engine.index.writing import apply, container_at, forget, new_number
+from dirtmap.engine.store.header import Seen
 from dirtmap.engine.store.store import Store
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
@@ -38,7 +39,7 @@ from dirtmap.fmt.index import (
 
 T = TypeVar("T")
 # The last commit seen of a store: the store's UUID, its generation, its id, and where the store was, if that is known.
-Seen = tuple[bytes, int, bytes, str | None]
+SeenCommit = tuple[bytes, int, bytes, str | None]
 
 _TOGETHER = 512  # images that one commit of the index takes in
 # Bound for the one look-up that has to be fast.
@@ -151,10 +152,10 @@ class Index:
         raw = SEEN_VALUE.parse(contents)
         return raw.generation, raw.commit_id, self.path_of(raw.container)
 
-    def all_seen(self, *, sound_only: bool = False) -> list[Seen]:
+    def all_seen(self, *, sound_only: bool = False) -> list[SeenCommit]:
         """The last commits seen of all stores; without those that are damaged, if only sound ones."""
 
-        def read(reader: Reader) -> list[Seen]:
+        def read(reader: Reader) -> list[SeenCommit]:
             paths = dict(reader.scan(PATH, sound_only=sound_only))
             found = []
             for key, value in reader.scan(SEEN, sound_only=sound_only):
@@ -199,8 +200,8 @@ class Index:
             taken = container.number if container else 0 if path is None else new_number(writer, path)
             contents = writer.get(SEEN + store_uuid)
             before = SEEN_VALUE.parse(contents) if contents else None
-            if before and before.container == taken and before.generation > generation:
-                return  # another process has seen a later one meanwhile
+            if before and Seen(before.generation, before.commit_id).is_missing_at(Seen(generation, commit_id)):
+                return  # a later one was seen meanwhile, or the store was rolled back: see `Names.look_after`
             value = SEEN_VALUE.build(generation=generation, commit_id=commit_id, container=taken)
             writer.put(SEEN + store_uuid, value)
 
@@ -264,7 +265,7 @@ class Index:
 
     def saw(self, target: Store) -> None:
         """Remembers a store's newest commit."""
-        path = os.path.abspath(target.path)
+        path = target.place
         header = target.read(lambda snapshot: snapshot.header)
         if self.seen(header.uuid) == (header.generation, header.commit_id, path):
             return

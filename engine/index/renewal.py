@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 
 from dirtmap.engine.index.database import Database, fault, replace
-from dirtmap.engine.index.index import Index, Seen
+from dirtmap.engine.index.index import Index, SeenCommit
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Examined:
 
     entries: int = 0
     faults: list[str] = field(default_factory=list)
-    seen: list[Seen] = field(default_factory=list)
+    seen: list[SeenCommit] = field(default_factory=list)
 
 
 def examine(path: str) -> Examined:
@@ -54,7 +54,7 @@ def examine(path: str) -> Examined:
     return result
 
 
-def renew(path: str, seen: list[Seen]) -> None:
+def renew(path: str, seen: list[SeenCommit]) -> None:
     """Puts an index in the place of the one at a path that knows these commits and nothing else.
 
     Raises:

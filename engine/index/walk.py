@@ -12,7 +12,7 @@ import json
 import sys
 
 from dirtmap.engine.index.database import Database, Reader, fault
-from dirtmap.engine.index.index import Index, Seen
+from dirtmap.engine.index.index import Index, SeenCommit
 from dirtmap.engine.index.writing import keys_of
 from dirtmap.engine.namespace import decode_name
 from dirtmap.fmt import index as layout
@@ -36,7 +36,7 @@ def walk(path: str) -> tuple[int, list[str]]:
         database.close()
 
 
-def salvage(path: str) -> list[Seen]:
+def salvage(path: str) -> list[SeenCommit]:
     """The commits seen of stores that can be read, whatever else cannot."""
     database = Database(path)
     try:
@@ -128,7 +128,7 @@ def _judge_found(reader: Reader, key: bytes, contents: bytes) -> None:
 
 def main() -> int:
     """The command."""
-    seen: list[Seen] = []
+    seen: list[SeenCommit] = []
     with contextlib.suppress(Error):
         seen = salvage(sys.argv[1])
     print(

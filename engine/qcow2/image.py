@@ -20,7 +20,7 @@ from dirtmap.engine.namespace import (
     encode_name,
     label,
 )
-from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError
 
@@ -197,7 +197,11 @@ class Keeper:
 
 
 class Image(Namespace):
-    """A qcow2 image's bitmaps, read and changed under QEMU's locks."""
+    """A qcow2 image's bitmaps, read and changed under QEMU's locks.
+
+    Attributes:
+        place: its path, absolute: the process may change its folder.
+    """
 
     format = FORMAT
 
@@ -206,6 +210,7 @@ class Image(Namespace):
         self.keeper = Keeper()
         self._force_share = force_share
         self._file = open_file(path)
+        self.place = self._file.place
         try:
             self._read(self._remember)
         except BaseException:
@@ -227,7 +232,7 @@ class Image(Namespace):
         """
         from dirtmap.engine.qcow2.commit import set_identity, set_tracked
 
-        with _write_session(self.path) as (file, layout), self.keeper.changing():
+        with self._writing() as (file, layout), self.keeper.changing():
             layout.require_sound()
             if new_uuid and layout.tracked:  # of the image that this is a copy of
                 set_tracked(file, layout, False)
@@ -291,7 +296,7 @@ class Image(Namespace):
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes inconsistent bitmaps usable; see `recover`."""
-        return recover(self.path, names, keeper=self.keeper)
+        return recover(self.path, names, keeper=self.keeper, place=self.place)
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
@@ -307,11 +312,16 @@ class Image(Namespace):
         return read_session(self._file, read, force_share=self._force_share)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """Changes the bitmaps; see `Namespace.transaction`. QEMU is kept out from the beginning to the end."""
-        with _write_session(self.path) as (file, layout):
+    def _writing(self) -> Iterator[tuple[File, Layout]]:
+        with _write_session(self.path, self.place) as (file, layout):
             if not self._file.is_current():
                 raise LockedError(self.path, "was replaced since it was opened")
+            yield file, layout
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Changes the bitmaps; see `Namespace.transaction`. QEMU is kept out from the beginning to the end."""
+        with self._writing() as (file, layout):
             layout.require_sound()
             layout.require_untracked()
             with self.keeper.changing(), _changing(file, layout, self.keeper) as bitmaps:
@@ -323,8 +333,8 @@ def _names(layout: Layout) -> list[bytes]:
 
 
 @contextlib.contextmanager
-def _write_session(path: str) -> Iterator[tuple[File, Layout]]:
-    with open_file(path, writable=True) as file, locks.writing(file):
+def _write_session(path: str, place: str | None = None) -> Iterator[tuple[File, Layout]]:
+    with open_file(path, writable=True, place=place) as file, locks.writing(file):
         yield file, read_layout(file)
 
 
@@ -416,13 +426,26 @@ def read_identity(path: str) -> tuple[str, str] | None:
         LockedError, StorageError: as for any reading.
     """
     with open_file(path) as file, locks.reading(file, force_share=True):
-        layout = read_layout(file)
+        layout = read_head(file)
         if layout.name is None or layout.uuid is None or len(layout.uuid) < qcow2.NAMESPACE_EXTENSION.size:
             return None
         return decode_name(layout.name), str(uuid.UUID(bytes=layout.uuid))
 
 
-def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = None) -> list[Recovery]:
+def require_header(path: str) -> None:
+    """Refuses what has no qcow2 header that can be relied on.
+
+    Raises:
+        FormatError: names the field.
+        StorageError: as for any reading.
+    """
+    with open_file(path) as file, locks.reading(file, force_share=True):
+        read_head(file).require_sound()
+
+
+def recover(
+    path: str, names: Iterable[str] = (), *, keeper: Keeper | None = None, place: str | None = None
+) -> list[Recovery]:
     """Makes inconsistent bitmaps usable; others are left alone, damaged ones included.
 
     Of an image that is tracked gives up what its tracker's store has, which the caller does not know: all bitmaps
@@ -432,6 +455,7 @@ def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = Non
         path: the image.
         names: which; none for all that are inconsistent.
         keeper: what the host keeps about the image.
+        place: see `open_file`.
 
     Raises:
         BitmapError: a name is not there, or its entry is damaged.
@@ -442,7 +466,7 @@ def recover(path: str, names: Iterable[str] = (), *, keeper: Keeper | None = Non
     from dirtmap.engine.qcow2.commit import set_tracked
 
     recovered = []
-    with _write_session(path) as (file, layout):
+    with _write_session(path, place) as (file, layout):
         by_bitmap = all(fault.bitmap is not None for fault in layout.faults)
         if not by_bitmap or len(set(_names(layout))) < len(layout.slots):
             layout.require_sound()

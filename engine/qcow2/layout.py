@@ -226,8 +226,8 @@ def bitmap_label(name: bytes) -> str:
     return f"bitmap '{printable(name.decode('utf-8', 'backslashreplace'))}'"
 
 
-def read_layout(file: File) -> Layout:
-    """Reads and judges an image's metadata; a handful of small reads for an image with a few bitmaps."""
+def read_head(file: File) -> Layout:
+    """Reads and judges an image's header, and its extensions as a chain: not what they mean, or lead to."""
     file_size = file.size()
     head = file.read(0, _FIRST_READ)
     layout = Layout(file.path, file_size, qcow2.parse_header(head.ljust(qcow2.MORE_OFFSET + 8, b"\0")))
@@ -244,6 +244,17 @@ def read_layout(file: File) -> Layout:
     layout.first_cluster, layout.chain = head, chain
     if chain.fault:
         layout.faults.append(Fault("header extensions", chain.fault))
+    for extension in chain.extensions:
+        if extension.type == qcow2.EXTENSION_NAMESPACE:
+            layout.identity_extension = extension
+    return layout
+
+
+def read_layout(file: File) -> Layout:
+    """Reads and judges an image's metadata; a handful of small reads for an image with a few bitmaps."""
+    layout = read_head(file)
+    file_size, chain = layout.file_size, layout.chain
+    if chain is None or chain.fault:
         return layout
     _read_snapshots(file, layout)
     for region in layout.structures():
@@ -287,7 +298,6 @@ def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
         if extension.type == qcow2.EXTENSION_BITMAPS:
             layout.extension = extension
         elif extension.type == qcow2.EXTENSION_NAMESPACE:
-            layout.identity_extension = extension
             layout.blame(qcow2.namespace_extension_faults(extension.data), "namespace extension")
     layout.faults += [Fault(*fault) for fault in qcow2.extension_faults(layout.header, chain.extensions)]
     valid = bool(layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS)

@@ -30,8 +30,8 @@ def make_sidecar(raw: str, path: str) -> None:
     """Writes a new qcow2 file that has ``raw`` as raw external data. The raw file itself is only looked at.
 
     Args:
-        raw: a file or block device whose size is a multiple of 512 bytes. A relative path is stored relative to the
-            folder of ``path``, as QEMU reads it.
+        raw: a file or block device whose size is a multiple of 512 bytes. Its path is stored as an absolute one: QEMU
+            takes a relative one as relative to the folder that it runs in (tried with 7.2).
         path: must not exist.
 
     Raises:
@@ -57,7 +57,7 @@ def make_sidecar(raw: str, path: str) -> None:
     table, first_block, l1 = cluster, 2 * cluster, (2 + blocks) * cluster
     l2 = l1 + l1_clusters * cluster
     used = 2 + blocks + l1_clusters + l2_tables
-    name = os.fsencode(_stored_name(raw, path))
+    name = os.fsencode(os.path.abspath(raw))
     header = _header(size, bits, table, l1, l2_tables, name)
     if len(header) > cluster:
         raise UnsupportedError(raw, "its path is too long for the header")
@@ -88,13 +88,6 @@ def make_sidecar(raw: str, path: str) -> None:
         if not (error.where == path and error.what.startswith("open")):
             remove_file(path)
         raise
-
-
-def _stored_name(raw: str, path: str) -> str:
-    """QEMU takes a relative name as relative to the image's folder."""
-    if os.path.isabs(raw):
-        return raw
-    return os.path.relpath(raw, os.path.dirname(path) or ".")
 
 
 def _header(size: int, cluster_bits: int, refcount_table: int, l1: int, l1_size: int, data_file: bytes) -> bytes:

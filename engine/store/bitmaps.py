@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import crc32c
 
 from dirtmap.engine.namespace import decode_name, encode_name, label
-from dirtmap.engine.store.identity import disk_size, identity_of
+from dirtmap.engine.store.identity import disk_size, identity_now, root_elsewhere
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
@@ -187,7 +187,7 @@ def refuse_session(path: str, record: Record) -> None:
         raise BitmapError(f"{path}: {kind_label(record)}", what)
 
 
-def refuse_unsettled(path: str, record: Record) -> None:
+def refuse_unsettled(snapshot: Snapshot, record: Record) -> None:
     """Refuses to end a node's session while a device that was tracked with it has yet to be recovered.
 
     Raises:
@@ -196,9 +196,9 @@ def refuse_unsettled(path: str, record: Record) -> None:
     if record.extension(EXTENSION_SESSION) is not None:
         from dirtmap.engine.tracking import peers
 
-        if peer := peers.unsettled(path, record):
+        if peer := peers.unsettled(snapshot.file.place, record):
             what = f"tracked with device '{printable(decode_name(peer.name))}' until that died; 'dirtmap recover' first"
-            raise BitmapError(f"{path}: {kind_label(record)}", what)
+            raise BitmapError(f"{snapshot.file.path}: {kind_label(record)}", what)
 
 
 def settle_device(target: Store, name: bytes) -> None:
@@ -218,14 +218,29 @@ def require_same_size(snapshot: Snapshot, record: Record) -> None:
     """
     if record.kind in (store.KIND_NODE, store.KIND_DEVICE) and record.nb_bitmaps:
         with contextlib.suppress(StorageError):
-            now = identity_of(os.fsdecode(record.path))
-            if now == record.identity:
+            now = identity_now(record)
+            if now == record.identity or root_elsewhere(record):
                 return
             size = now.size if record.kind == store.KIND_NODE else disk_size(os.fsdecode(record.path))
             if size != record.size:
                 verb = "node resize" if record.kind == store.KIND_NODE else "device set-root"
                 what = f"its image has {size} bytes now, and had {record.size}; '{verb}' adopts the new size"
                 raise BitmapError(f"{snapshot.file.path}: {kind_label(record)}", what)
+
+
+def refuse_without_root(snapshot: Snapshot, record: Record) -> None:
+    """Refuses to change a device's bitmaps by the look of another image than its root's.
+
+    Raises:
+        BitmapError: there is one in its place.
+    """
+    if record.kind != store.KIND_DEVICE:
+        return
+    with contextlib.suppress(StorageError):
+        if identity_now(record) == record.identity:
+            return
+    if reason := root_elsewhere(record):
+        raise BitmapError(f"{snapshot.file.path}: {kind_label(record)}", reason)
 
 
 def tracked_view(snapshot: Snapshot, record: Record) -> View | None:
@@ -283,11 +298,11 @@ def doubts(snapshot: Snapshot, record: Record) -> str | None:
         return view.doubt
     if record.kind in (store.KIND_NODE, store.KIND_DEVICE):
         try:
-            now = identity_of(os.fsdecode(record.path))
+            now = identity_now(record)
         except StorageError as error:
             return f"the image cannot be looked at ({error.what})"
         if now != record.identity:
-            return "the image has changed while nobody tracked it"
+            return root_elsewhere(record) or "the image has changed while nobody tracked it"
     return None
 
 

@@ -30,24 +30,32 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 
-def check(path: str, *, repair: str | None = None, progress: Progress | None = None) -> CheckReport:
+def check(
+    path: str,
+    *,
+    repair: str | None = None,
+    progress: Progress | None = None,
+    expect: Callable[[Store], object] = lambda target: None,
+) -> CheckReport:
     """Checks a store.
 
     Args:
         path: the store.
         repair: ``leaks`` or ``all``: write it anew from all that can be read; ``leaks`` only where nothing is lost.
         progress: called with (namespaces checked, namespaces in all).
+        expect: has the store know what was seen of it; see `Store.expect`.
 
     Raises:
         FormatError: not a store, or no header copy is whole.
         LockedError, StorageError: as for reading, or writing with ``repair``.
     """
     with Store(path) as target:
+        expect(target)
         report = target.read(lambda snapshot: _Check(snapshot, progress).run())
     wrong = report.corruptions or report.leaks
     if not wrong or repair is None or (repair == "leaks" and report.corruptions):
         return report
-    compaction = compact(path, mend=repair == "all")
+    compaction = compact(path, mend=repair == "all", expect=expect)
     with Store(path) as target:
         after = target.read(lambda snapshot: _Check(snapshot, None).run())
     report.corruptions_fixed, report.leaks_fixed = report.corruptions - after.corruptions, report.leaks - after.leaks

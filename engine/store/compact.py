@@ -72,6 +72,7 @@ def compact(
     mend: bool = False,
     new_identity: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    expect: Callable[[Store], object] = lambda target: None,
 ) -> Compaction:
     """Writes the store anew, without free space, in its own place.
 
@@ -80,6 +81,8 @@ def compact(
         mend: carry over what can be read of a damaged store, instead of refusing it.
         new_identity: the store is a copy of another, and gets a UUID of its own, as do its nodes and devices.
         progress: called with (namespaces done, namespaces in all).
+        expect: has the store know what was seen of it; see `Store.expect`. What was rolled back is in doubt in the new
+            file.
 
     Raises:
         FormatError: damaged, and not ``mend``; or no header is whole.
@@ -90,7 +93,8 @@ def compact(
     with Store(path) as target, target._locked() as old:
         if old.status.st_nlink > 1:
             raise StorageError(path, "has another hard link, which would go on leading to the old content")
-        chosen = headers.choose(path, old.read(0, store.RESERVED))
+        expect(target)
+        chosen = target.choose(old)
         snapshot = Snapshot(old, chosen)
         header = chosen.header
         result = Compaction(before=old.size())
@@ -100,7 +104,7 @@ def compact(
                 temporary,
                 cluster_bits=header.cluster_bits,
                 store_uuid=None if new_identity else header.uuid,
-                generation=header.generation + 1,
+                generation=max(header.generation, chosen.lost) + 1,
                 doubt_generation=header.doubt_generation,
             )
             with open_file(temporary, writable=True) as new:

@@ -24,7 +24,7 @@ from dirtmap.engine.store.bitmaps import (
     require_free,
     tracked_view,
 )
-from dirtmap.engine.store.identity import disk_size, identity_of
+from dirtmap.engine.store.identity import disk_size, identity_of_disk
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError
@@ -94,7 +94,7 @@ def add_device(target: Store, name: str, root: Root) -> None:
         StorageError: the root's image cannot be looked at.
     """
     raw_name = encode_name(name)
-    identity, size = identity_of(root.path), disk_size(root.path)
+    identity, size = identity_of_disk(root.path), disk_size(root.path)
     with target.change() as change:
         require_free(change, raw_name)
         change.table.put(
@@ -126,7 +126,7 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
         BitmapError: no such device, a bitmap is held, or the content cannot be the same since the size is not.
         StorageError: the root's image cannot be looked at.
     """
-    identity, size = identity_of(root.path), disk_size(root.path)
+    identity, size = identity_of_disk(root.path), disk_size(root.path)
     with target.change() as change:
         record = require_device(change, name)
         where = f"{target.path}: {kind_label(record)}"

@@ -18,6 +18,7 @@ from dirtmap.fmt import directory, extensions, geometry, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.structure import Structure
 
 _MOST_HEX = 1 << 20  # bytes of one bitmap's bits
 _MOST_BAD_ENTRIES = 100  # of one directory: what follows so many is no directory
@@ -32,6 +33,17 @@ _EXTENSIONS = {
     store.EXTENSION_NAMESPACES: store.NAMESPACES_EXTENSION,
     store.EXTENSION_SPACE: store.AREA,
     store.EXTENSION_RELEASED: store.AREA,
+}
+
+# What a record's extensions are, each followed by texts whose lengths are in it.
+_RECORD_EXTENSIONS: dict[int, tuple[Structure, dict[str, str]]] = {
+    store.EXTENSION_HOLD: (store.HOLD, {"bitmap": "name_size", "owner": "owner_size"}),
+    live.EXTENSION_SESSION: (live.SESSION, {"live": "live_size", "log_path": "log_size"}),
+    live.EXTENSION_PEER: (live.PEER, {"name": "name_size", "store": "store_size"}),
+}
+_RECORD_EXTENSION_NAMES = {
+    **{kind: structure.name for kind, (structure, _) in _RECORD_EXTENSIONS.items()},
+    live.EXTENSION_CHECKPOINTS: "checkpoints",
 }
 
 
@@ -193,14 +205,8 @@ class _Dump(Shown):
         first = offset + len(raw) - sum(len(extensions.build_extension(*item)) for item in record.extensions)
         for kind, contents in record.extensions:
             fields += self.fields(extensions.EXTENSION_HEAD, first, extensions.build_extension(kind, contents))
-            known = 0  # bytes that have a declaration
-            if kind == live.EXTENSION_SESSION and len(contents) >= live.SESSION.size:
-                known = live.SESSION.size
-                fields += self.fields(live.SESSION, first + extensions.EXTENSION_HEAD.size, contents[:known])
-            if kind == live.EXTENSION_PEER and len(contents) >= live.PEER.size:
-                known = live.PEER.size
-                fields += self.fields(live.PEER, first + extensions.EXTENSION_HEAD.size, contents[:known])
-            fields.append(data("data", first + extensions.EXTENSION_HEAD.size + known, contents[known:]))
+            fields[-2]["meaning"] = _RECORD_EXTENSION_NAMES.get(kind, "unknown")
+            fields += self.extension(kind, first + extensions.EXTENSION_HEAD.size, contents)
             first += len(extensions.build_extension(kind, contents))
         self.add(f"namespace record: {where}", offset, raw, fields=fields)
         faults = list(store.record_faults(record))
@@ -224,6 +230,33 @@ class _Dump(Shown):
         if count != record.nb_bitmaps:
             self.fault(f"{where}.nb_bitmaps", f"{record.nb_bitmaps}, but the directory has another number")
 
+    def extension(self, kind: int, offset: int, contents: bytes) -> list[dict[str, Any]]:
+        """The fields of a record's extension; what has no declaration is data."""
+        fields: list[dict[str, Any]] = []
+        at = 0
+        if kind == live.EXTENSION_CHECKPOINTS:
+            number, size = 0, live.CHECKPOINT_NAME.size
+            while at + size <= len(contents):
+                raw = contents[at : at + size]
+                end = at + size + live.CHECKPOINT_NAME.parse(raw).length
+                if end > len(contents):
+                    break
+                for field in self.fields(live.CHECKPOINT_NAME, offset + at, raw):
+                    fields.append({**field, "name": f"[{number}].{field['name']}"})
+                fields.append(text(f"[{number}].name", offset + at + size, contents[at + size : end]))
+                number, at = number + 1, end
+        structure, texts = _RECORD_EXTENSIONS.get(kind, (None, {}))
+        if structure and len(contents) >= structure.size:
+            at = structure.size
+            fields += self.fields(structure, offset, contents[:at])
+            for name, size_field in texts.items():
+                part = contents[at : at + getattr(structure.parse(contents), size_field)]
+                fields.append(text(name, offset + at, part))
+                at += len(part)
+        if at < len(contents):
+            fields.append(data("data", offset + at, contents[at:]))
+        return fields
+
     def entry(self, snapshot: Snapshot, record: Record, entry: Entry, offset: int, raw: bytes) -> bool:
         """One entry and its bits; False where it breaks a rule."""
         where = f"{namespace_label(record.name)}, {label(decode_name(entry.name))}"
@@ -235,6 +268,11 @@ class _Dump(Shown):
         if len(extra) >= store.BITS_CHECKSUM.size:
             fields += self.fields(store.BITS_CHECKSUM, at, extra[: store.BITS_CHECKSUM.size])
             at, extra = at + store.BITS_CHECKSUM.size, extra[store.BITS_CHECKSUM.size :]
+        if len(extra) >= live.WINDOW.size:
+            window = self.fields(live.WINDOW, at, extra[: live.WINDOW.size])
+            window[2]["meaning"] = "busy" if window[2]["value"] & live.WINDOW_BUSY else ""
+            fields += window
+            at, extra = at + live.WINDOW.size, extra[live.WINDOW.size :]
         if extra:
             fields.append(data("extra_data", at, extra))
         fields.append(text("name", at + len(extra), entry.name))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import crc32c
 
@@ -23,6 +24,19 @@ from dirtmap.fmt.store import Area
 
 _CHECKED = store.BLOCK - store.CHECKSUM.size
 _GENERATION = store.HEADER.field("generation")
+
+
+class Seen(NamedTuple):
+    """A commit that was seen: its generation, and its id, 16 bytes."""
+
+    generation: int
+    commit_id: bytes
+
+    def is_missing_at(self, newest: Seen) -> bool:
+        """True where a store that has this newest commit was rolled back. The one rule for that."""
+        return newest.generation < self.generation or (
+            newest.generation == self.generation and newest.commit_id != self.commit_id
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +78,11 @@ class Header:
     def cluster_size(self) -> int:
         """Bytes."""
         return 1 << self.cluster_bits
+
+    @property
+    def commit(self) -> Seen:
+        """The commit whose header this is."""
+        return Seen(self.generation, self.commit_id)
 
 
 def build_block(header: Header) -> bytes:
@@ -188,16 +207,22 @@ class Chosen:
     """The header that counts.
 
     Attributes:
-        header: it; where ``in_doubt``, with every namespace put in doubt.
+        header: it; where ``in_doubt``, or a commit is lost, with every namespace put in doubt.
         slot: 0 (A) or 1 (B).
         in_doubt: both copies of the other slot are damaged, and may have been the newest.
         mends: (block, bytes): damaged or outdated copies, and what they should be, before anything new is written.
+        lost: generation of a commit that was seen and is missing; 0: none.
     """
 
     header: Header
     slot: int
     in_doubt: bool
     mends: tuple[tuple[int, bytes], ...]
+    lost: int = 0
+
+    def without(self, seen: Seen) -> Chosen:
+        """The same, where that commit is missing."""
+        return replace(self, header=_in_doubt(self.header), lost=seen.generation)
 
 
 def choose(path: str, data: bytes) -> Chosen:
@@ -218,7 +243,7 @@ def choose(path: str, data: bytes) -> Chosen:
     header = headers[best]
     other = [number for number in store.COPIES[1 - slot] if number in headers]
     if not other:
-        header = replace(header, doubt_generation=header.generation)
+        header = _in_doubt(header)
     mends = [(number, blocks[best]) for number in store.COPIES[slot] if blocks[number] != blocks[best]]
     if other:
         newest = max(other, key=lambda number: headers[number].generation)
@@ -228,6 +253,10 @@ def choose(path: str, data: bytes) -> Chosen:
         # gone by then. Nothing else: zeros over a damaged word could be what that word was before.
         mends += [(n, wiped) for n in store.COPIES[1 - slot] if (wiped := _wiped(blocks[n])) != blocks[n]]
     return Chosen(header, slot, not other, tuple(mends))
+
+
+def _in_doubt(header: Header) -> Header:
+    return replace(header, doubt_generation=header.generation)
 
 
 def _wiped(block: bytes) -> bytes:

@@ -7,9 +7,10 @@ import stat
 import uuid
 from contextlib import suppress
 
-from dirtmap.engine.fileio import open_file
-from dirtmap.fmt import qcow2
-from dirtmap.fmt.errors import StorageError
+from dirtmap.engine.fileio import File, open_file
+from dirtmap.engine.qcow2.layout import read_head
+from dirtmap.fmt import qcow2, store
+from dirtmap.fmt.errors import StorageError, printable
 from dirtmap.fmt.store import Identity, Record
 
 
@@ -27,8 +28,8 @@ def identity_of(path: str) -> Identity:
         if stat.S_ISBLK(status.st_mode):
             with open_file(path) as file:
                 return Identity(status.st_rdev, 0, 0, file.size())
-    except OSError as error:
-        raise StorageError(path, error.strerror or str(error)) from error
+    except (OSError, ValueError) as error:
+        raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
     raise StorageError(path, "neither a regular file nor a block device")
 
 
@@ -36,18 +37,63 @@ def data_file_of(path: str) -> str | None:
     """The path of the file that has a qcow2 image's guest data; None where that is the image itself.
 
     Raises:
-        StorageError: the image cannot be read.
+        StorageError: the image cannot be read, or does not say which file that is.
     """
-    from dirtmap.engine.qcow2.layout import read_layout
-
     with open_file(path) as file:
-        layout = read_layout(file)
-    if not layout.header.incompatible & qcow2.INCOMPATIBLE_DATA_FILE or layout.chain is None:
+        if not _is_qcow2(file):
+            return None
+        head = read_head(file)
+    if not head.header.incompatible & qcow2.INCOMPATIBLE_DATA_FILE:
         return None
-    for extension in layout.chain.extensions:
-        if extension.type == qcow2.EXTENSION_DATA_FILE:
-            return os.path.join(os.path.dirname(path), os.fsdecode(extension.data))
+    names = [e.data for e in head.chain.extensions if e.type == qcow2.EXTENSION_DATA_FILE] if head.chain else []
+    if len(names) != 1:
+        raise StorageError(path, "does not say which its external data file is")
+    # QEMU takes a relative name as relative to the folder that it runs in. That is the image's, as far as we can know.
+    return os.path.join(os.path.dirname(path), os.fsdecode(names[0]).removeprefix("file:"))
+
+
+def identity_of_disk(path: str) -> Identity:
+    """As `identity_of`, of an image as a guest reads it: the data of a qcow2 image may be in another file.
+
+    Raises:
+        StorageError: either cannot be looked at.
+    """
+    identity, data = identity_of(path), data_file_of(path)
+    if data is None:
+        return identity
+    try:
+        return identity.with_data(identity_of(data))
+    except StorageError as error:
+        raise StorageError(path, f"its external data file, {error}") from error
+
+
+def identity_now(record: Record) -> Identity:
+    """What the image of a node, or of a device's root, looks like now. Errors as `identity_of_disk`."""
+    look = identity_of_disk if record.kind == store.KIND_DEVICE else identity_of
+    return look(os.fsdecode(record.path))
+
+
+def root_elsewhere(record: Record) -> str | None:
+    """That another image is where a device's root was, which is named by its UUID; None where none is known to be.
+
+    A raw root has no UUID but its place.
+    """
+    if record.kind != store.KIND_DEVICE:
+        return None
+    path = os.fsdecode(record.path)
+    with suppress(StorageError), open_file(path) as file:
+        if _is_qcow2(file):
+            here = read_head(file).uuid == record.root_uuid
+        else:
+            # A raw root is as long as its disk, which a qcow2 image is by chance only.
+            here = record.identity.size == record.size or file.size() != record.size
+        if not here:
+            return f"its root's image is not at {printable(path)} any more; 'index scan' finds one that was moved"
     return None
+
+
+def _is_qcow2(file: File) -> bool:
+    return file.read(0, len(qcow2.MAGIC)) == qcow2.MAGIC
 
 
 def disk_size(path: str) -> int:
@@ -76,12 +122,16 @@ def is_twin(record: Record, path: str) -> bool:
         original = identity_of(os.fsdecode(record.path))
         if (original.device, original.inode) == (there.device, there.inode):
             return True
-        return (original.device, original.inode) != (here.device, here.inode) and _carries(record)
+        return (original.device, original.inode) != (here.device, here.inode) and carries(record)
     return False
 
 
-def _carries(record: Record) -> bool:
-    """True where the file in a qcow2 image's place has its UUID, as one that was put back from a backup."""
+def carries(record: Record) -> bool:
+    """True where the file in a qcow2 image's place has its UUID: it itself, or one that was put back from a backup.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     from dirtmap.engine.qcow2.image import read_identity
 
     found = read_identity(os.fsdecode(record.path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -33,6 +32,7 @@ from dirtmap.engine.store.bitmaps import (
     read_entries,
     refuse_tracked,
     refuse_unsettled,
+    refuse_without_root,
     replace_directory,
     require_same_size,
     settle_device,
@@ -40,7 +40,7 @@ from dirtmap.engine.store.bitmaps import (
     tracking_status,
     with_checkpoints,
 )
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import identity_now
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
@@ -60,6 +60,7 @@ class StoredImage(Namespace):
     """One namespace of a store; see `Namespace`.
 
     Attributes:
+        place: the path of the store, absolute: the process may change its folder.
         find_node: opens the node of a UUID, wherever the host has it; None: only this store is known.
         change_root: gives a device another root, by its name and whether it reads the same; None: as before.
     """
@@ -68,7 +69,7 @@ class StoredImage(Namespace):
 
     def __init__(self, target: Store, name: str) -> None:
         self._store = target
-        self.path, self.name = target.path, name
+        self.path, self.place, self.name = target.path, target.place, name
         self._raw_name = encode_name(name)
         self.find_node: Callable[[bytes], Namespace | None] | None = None
         self.change_root: Callable[[str, bool], None] | None = None
@@ -103,7 +104,7 @@ class StoredImage(Namespace):
             return found
         for record in self._store.read(lambda snapshot: list(snapshot.table())):
             if record.uuid == wanted and record.kind == store.KIND_NODE:
-                return StoredImage(Store(self.path), decode_name(record.name))
+                return StoredImage(Store(self.path, self.place), decode_name(record.name))
         what = f"its root, {uuid.UUID(bytes=wanted)}, is not known; 'index scan' finds images and stores"
         raise BitmapNotFoundError(f"{self.path}: device '{printable(self.name or '')}'", what)
 
@@ -277,7 +278,8 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     """One namespace's part of a change: a transaction whose end puts the new directory into ``change``."""
     snapshot = change.snapshot
     refuse_tracked(snapshot.file.path, record)
-    refuse_unsettled(snapshot.file.path, record)
+    refuse_unsettled(snapshot, record)
+    refuse_without_root(snapshot, record)
     require_same_size(snapshot, record)
     doubted = doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
@@ -362,7 +364,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
     elif record.kind in (store.KIND_NODE, store.KIND_DEVICE) and (doubted or not record.nb_bitmaps):
         # All that was in doubt is dirty now, on disk, or the first bitmap begins: from here on changes count.
         with contextlib.suppress(StorageError):
-            identity = identity_of(os.fsdecode(record.path))
+            identity = identity_now(record)
     if view:
         change.afterwards.append(view.clean_up)
     change.table.put(

@@ -31,7 +31,7 @@ from dirtmap.engine.store.bitmaps import (
     require_free,
     tracked_view,
 )
-from dirtmap.engine.store.identity import identity_of, is_twin
+from dirtmap.engine.store.identity import carries, identity_of, is_twin
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, printable
@@ -193,7 +193,7 @@ def refuse_twin(target: Store, path: str, name: str, image_uuid: str) -> None:
 
 
 def remove_node(target: Store, name: str) -> None:
-    """Forgets a node; a qcow2 image loses its identity.
+    """Forgets a node; a qcow2 image loses its identity, where it is still there and known by it.
 
     Raises:
         BitmapError: there is none of that name, or it has bitmaps.
@@ -201,8 +201,9 @@ def remove_node(target: Store, name: str) -> None:
     with target.change() as change:
         record = _record(change, name, died=True)
         where = f"{target.path}: {namespace_label(record.name)}"
-        if record.kind == store.KIND_PLACE and not os.path.exists(record.path):
-            # With the image its bitmaps are gone; what a tracker had of them when it died is of no use.
+        if record.kind == store.KIND_PLACE and not (os.path.exists(record.path) and carries(record)):
+            # With the image its bitmaps are gone, and nothing of ours is in what has taken its place; what a tracker
+            # had of them when it died is of no use.
             for entry in read_entries(change.snapshot, record):
                 release_bits(change, record, entry)
             change.release(record.directory)
@@ -290,7 +291,7 @@ def resize_node(target: Store, name: str) -> int:
     """
     with target.change() as change:
         record = _stored(change, name, died=True)
-        refuse_unsettled(target.path, record)
+        refuse_unsettled(change.snapshot, record)
         _refuse_held(f"{target.path}: {namespace_label(record.name)}", record)
         view = tracked_view(change.snapshot, record)
         identity = identity_of(os.fsdecode(record.path))

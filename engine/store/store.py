@@ -26,7 +26,7 @@ import crc32c
 from dirtmap.engine import locks
 from dirtmap.engine.fileio import File, open_file, remove_file, sync_folder
 from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.header import Chosen, Header
+from dirtmap.engine.store.header import Chosen, Header, Seen
 from dirtmap.engine.store.table import NamespaceTable
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import parse_table
@@ -109,20 +109,27 @@ class Snapshot:
 class Store:
     """A store file. Reading takes no lock; `change` is the one way to write.
 
+    A store in which a commit is missing that was seen once was rolled back, as by a copy that was put back: from then
+    on all in it counts as dirty, and the next change says so on disk.
+
     Attributes:
-        path: as it was opened.
+        path: as it was opened, for messages.
+        place: absolute: the process may change its folder.
+        uuid: of the store, 16 bytes.
         committed: called after each commit that this object has made.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, place: str | None = None) -> None:
         self.path = path
         self.committed: Callable[[], None] | None = None
-        self._file = open_file(path)
+        self._file = open_file(path, place=place)
+        self.place = self._file.place
         try:
-            self._choose(self._file)
+            header = headers.choose(path, self._file.read(0, store.RESERVED)).header
         except BaseException:
             self._file.close()
             raise
+        self.uuid, self._seen = header.uuid, header.commit
 
     def close(self) -> None:
         """Closes the file."""
@@ -142,9 +149,30 @@ class Store:
         """
         return self._file.read(0, store.RESERVED) if self._file.is_current() else None
 
-    @staticmethod
-    def _choose(file: File) -> Chosen:
-        return headers.choose(file.path, file.read(0, store.RESERVED))
+    def expect(self, seen: Seen) -> None:
+        """Takes note of a commit that was seen elsewhere."""
+        if seen.generation >= self._seen.generation:
+            self._seen = seen
+
+    def is_rolled_back(self) -> bool:
+        """True where a commit that was seen is missing. Errors as `read`."""
+        return self.read(lambda snapshot: bool(snapshot.chosen.lost))
+
+    def choose(self, file: File) -> Chosen:
+        """The header that counts, as far as this object knows what was committed.
+
+        Raises:
+            LockedError: it is another store by now.
+            As `headers.choose`.
+        """
+        seen = self._seen  # first: another thread may see a later commit than we are about to read
+        chosen = headers.choose(file.path, file.read(0, store.RESERVED))
+        if chosen.header.uuid != self.uuid:
+            raise LockedError(file.path, "was replaced since it was opened")
+        if seen.is_missing_at(chosen.header.commit):
+            return chosen.without(seen)
+        self.expect(chosen.header.commit)
+        return chosen
 
     def record(self, name: bytes) -> Record | None:
         """The namespace of that name as of the newest commit, or None. Errors as `read`."""
@@ -164,6 +192,8 @@ class Store:
             if not self._file.is_current():
                 self._reopen()
             snapshot = Snapshot(self._file, self._settled())
+            if snapshot.chosen.lost and not self._file.is_current():
+                continue  # a compaction has just put another file in its place
             try:
                 answer = read(snapshot)
                 failure = None
@@ -183,17 +213,17 @@ class Store:
         """The header; where it looks damaged, a second look tells a torn read from damage."""
         for _ in range(20):
             try:
-                chosen = self._choose(self._file)
+                chosen = self.choose(self._file)
             except FormatError:
                 chosen = None
             if chosen is not None and not chosen.in_doubt:
                 return chosen
             time.sleep(0.001)
-        return self._choose(self._file)
+        return self.choose(self._file)
 
     def _reopen(self) -> None:
         self._file.close()
-        self._file = open_file(self.path)
+        self._file = open_file(self.path, place=self.place)
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Change]:
@@ -205,19 +235,20 @@ class Store:
             StorageError: the operating system failed; the old state stands, or the new one does.
         """
         with self._locked() as file:
-            change = Change(file, self._choose(file))
+            change = Change(file, self.choose(file))
             yield change
-            change.commit()
+            commit = change.commit()
+            self.expect(commit)
             for act in change.afterwards:
                 act()
-        if self.committed:
+        if self.committed and commit != change.header.commit:
             self.committed()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[File]:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
-            with open_file(self.path, writable=True) as file:
+            with open_file(self.path, writable=True, place=self.place) as file:
                 if file.lock_alone(_WRITER):
                     # A compaction may have put another file in its place while we waited.
                     if file.is_current():
@@ -250,9 +281,8 @@ class Change:
             file.path, header.cluster_size, header.clusters, root, self.snapshot.released(), self.snapshot.read
         )
         # Past a lost newest header, too, which had the next number.
-        self.generation = header.generation + (2 if chosen.in_doubt else 1)
+        self.generation = max(header.generation + (2 if chosen.in_doubt else 1), chosen.lost + 1)
         self._writes: list[tuple[int, bytes | memoryview]] = []
-        self._doubt = header.doubt_generation
         self.afterwards: list[Callable[[], None]] = []
 
     def place(self, data: bytes | memoryview) -> Area:
@@ -269,22 +299,21 @@ class Change:
         """Gives up an area; it is reused once neither header slot refers to it."""
         self.space.release(area)
 
-    def doubt_everything(self) -> None:
-        """From this commit on every namespace counts as all dirty, until it is written again."""
-        self._doubt = self.header.generation
+    def commit(self) -> Seen:
+        """Makes the change durable; nothing is written where nothing changed, and no commit is lost.
 
-    def commit(self) -> None:
-        """Makes the change durable; nothing is written where nothing changed."""
+        Returns:
+            The commit, or the one before.
+        """
         old = self.header
         table = self.table.seal(self.place, self.release, old.table)
-        if table == old.table and self._doubt == old.doubt_generation and not self._writes:
-            return
+        if table == old.table and not self._chosen.lost and not self._writes:
+            return old.commit
         space, released, writes = self.space.seal(old.space, old.released)
         new = replace(
             old,
             generation=self.generation,
             commit_id=uuid.uuid4().bytes,
-            doubt_generation=self._doubt,
             clusters=self.space.clusters,
             table=table,
             bucket_bits=self.table.bucket_bits,
@@ -301,6 +330,7 @@ class Change:
         for offset in headers.blocks_of(1 - self._chosen.slot):
             self._file.write(offset, block)
             self._file.sync()
+        return new.commit
 
 
 def create(

@@ -47,7 +47,7 @@ from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable,
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
 from dirtmap.engine.store.bitmaps import bitmap_of, doubts, kind_label, read_entries, release_bits
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import identity_of_disk
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking import peers, recovery
 from dirtmap.engine.tracking.home import Home
@@ -56,8 +56,8 @@ from dirtmap.engine.tracking.recovery import Row, View
 from dirtmap.engine.tracking.status import Status, status_of
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory, live, store
-from dirtmap.fmt.errors import BitmapError
-from dirtmap.fmt.store import NOWHERE, Record
+from dirtmap.fmt.errors import BitmapError, StorageError
+from dirtmap.fmt.store import NOWHERE, Identity, Record
 
 
 def track_image(
@@ -78,7 +78,7 @@ def track_image(
     if image.name is None or image.uuid is None or not os.path.exists(path):
         raise _homeless(image.path)
     name = encode_name(image.name)
-    with open_file(image.path, writable=True) as file, locks.writing(file):
+    with open_file(image.path, writable=True, place=image.place) as file, locks.writing(file):
         layout = read_layout(file)
         layout.require_sound()
         layout.require_untracked()
@@ -90,7 +90,7 @@ def track_image(
         home = Home(path, name)
         try:
             _copy_out(home, image, file, layout)
-            image_path = os.path.abspath(image.path)  # the tool may change its folder
+            image_path = image.place  # the tool may change its folder
             homes = [device, home] if device else [home]
             tracker = make(homes, image_path, chosen, lambda: check_in(image_path, home.store.path, name, own=True))
             try:
@@ -170,17 +170,23 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> l
         if not own:
             recovery.refuse_tracked(path, session)
         settled, recovered = _settle(file, layout, change.snapshot, record)
-        before = identity_of(path)
+        before = _look(path)
         commit(file, layout, settled)
         set_tracked(file, read_layout(file), False)
         if layout.tracked:
-            peers.confirm(change, record, before, identity_of(path))
+            peers.confirm(change, record, before, _look(path))
         _forget(change, record)
         if not own:
             view = recovery.view_of(change.snapshot, record)
             assert view
             change.afterwards.append(view.clean_up)
         return recovered
+
+
+def _look(path: str) -> Identity | None:
+    with contextlib.suppress(StorageError):
+        return identity_of_disk(path)
+    return None
 
 
 def _forget(change: Change, record: Record) -> None:
@@ -256,7 +262,9 @@ class TrackedImage(Namespace):
     format = qcow2_image.FORMAT
 
     def __init__(self, path: str, store_path: str, name: str) -> None:
-        self.path, self.name, self._store_path = path, name, store_path
+        # Absolute but for the name in messages: the process may change its folder.
+        self.path, self.name, self._store_path = path, name, os.path.abspath(store_path)
+        self._place = os.path.abspath(path)
         self._raw_name = encode_name(name)
         self._store = Store(store_path)
         try:
@@ -286,7 +294,7 @@ class TrackedImage(Namespace):
                 for entry in read_entries(snapshot, record):
                     found[decode_name(entry.name)] = bitmap_of(snapshot, record, entry, False)
             else:
-                with open_file(self.path) as file, locks.reading(file, force_share=True):
+                with open_file(self.path, place=self._place) as file, locks.reading(file, force_share=True):
                     layout = read_layout(file)
                     layout.require_sound()
                     slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
@@ -337,20 +345,20 @@ class TrackedImage(Namespace):
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, after they were recovered; see `Namespace.transaction`."""
         self.recover()
-        with open_image(self.path, store=self._store_path, force_share=True) as image, image.transaction() as bitmaps:
+        with open_image(self._place, store=self._store_path, force_share=True) as image, image.transaction() as bitmaps:
             yield bitmaps
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup, after recovery; see `Namespace.hold`. A living tracker takes it itself."""
         self.recover()
-        with open_image(self.path, store=self._store_path) as image, image.hold(name, owner) as held:
+        with open_image(self._place, store=self._store_path) as image, image.hold(name, owner) as held:
             yield held
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Checks in what a dead tracker has left, whichever bitmaps are named; see `Namespace.recover`."""
         chosen = set(names)
-        recovered = check_in(self.path, self._store_path, self._raw_name)
+        recovered = check_in(self._place, self._store_path, self._raw_name)
         return [item for item in recovered if not chosen or item.name in chosen]
 
     def tracking(self) -> Status | None:
@@ -365,7 +373,7 @@ class TrackedImage(Namespace):
         self, device: Home | None, options: dict[str, Any], make: Callable[..., Tracker] = Tracker
     ) -> Tracker:
         self.recover()
-        with Image(self.path) as image:
+        with Image(self._place) as image:
             return track_image(image, {"store": self._store_path, **options}, device, make)
 
     def close(self) -> None:

@@ -104,18 +104,18 @@ def settle(target: Store, name: bytes) -> None:
     from dirtmap.engine.store.namespace import StoredImage
 
     record = target.record(name)
-    peer = unsettled(target.path, record) if record else None
+    peer = unsettled(target.place, record) if record else None
     if record is None or peer is None:
         return
     refuse_tracked(target.path, record)
     if not peer.store:
         StoredImage(target, decode_name(peer.name)).recover()
         return
-    with Store(path_of(target.path, peer)) as other:
+    with Store(path_of(target.place, peer)) as other:
         StoredImage(other, decode_name(peer.name)).recover()
 
 
-def confirm(change: Change, root: Record, before: Identity, after: Identity) -> None:
+def confirm(change: Change, root: Record, before: Identity | None, after: Identity | None) -> None:
     """Takes note that a check-in has changed the root's image, and not what a guest reads: its device stays right.
 
     Where that fails, or a crash comes first, the device is all dirty.
@@ -123,16 +123,16 @@ def confirm(change: Change, root: Record, before: Identity, after: Identity) -> 
     Args:
         change: of the store that has the root.
         root: its record, with the session.
-        before: what the image looked like before.
+        before: what the image looked like before; None where it could not be looked at.
         after: and behind it.
     """
-    if peer := peer_of(root):
+    if before and after and (peer := peer_of(root)):
         if not peer.store:
             _confirm(change, peer, before, after)
             return
         with (
             contextlib.suppress(Error),
-            Store(path_of(change.snapshot.file.path, peer)) as other,
+            Store(path_of(change.snapshot.file.place, peer)) as other,
             other.change() as there,
         ):
             _confirm(there, peer, before, after)

@@ -21,7 +21,7 @@ from dirtmap.engine.bitmap import Bitmap
 from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.process import this_process
 from dirtmap.engine.store.bitmaps import doubts
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import identity_of, identity_of_disk
 from dirtmap.engine.tracking import livefile, recovery
 from dirtmap.engine.tracking.home import Home, HomeChange, View
 from dirtmap.engine.tracking.intent import IntentLog
@@ -226,6 +226,7 @@ class Recorder:
     def _prepare(self, change: HomeChange, folder: str, undo: contextlib.ExitStack) -> None:
         options, node = self._options, change.record
         self._data = recovery.data_path(node.kind, self._image)
+        self._look = identity_of if node.kind == store.KIND_NODE else identity_of_disk
         self.size, identity = node.size, identity_of(self._data)
         if node.kind == store.KIND_NODE and identity.size != node.size:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
@@ -259,7 +260,7 @@ class Recorder:
             image_mtime=identity.mtime_ns,
             image_size=identity.size,
             live=os.fsencode(live_path),
-            log_path=os.fsencode(f"{os.path.abspath(change.snapshot.file.path)}.{name}.intent"),
+            log_path=os.fsencode(f"{change.snapshot.file.place}.{name}.intent"),
         )
         for home in self._homes:
             home.session = session
@@ -281,8 +282,8 @@ class Recorder:
             change.identity = identity
 
     def _peer_of(self, view: View) -> Peer:
-        paths = {os.path.realpath(home.store.path) for home in self._homes}
-        elsewhere = os.path.abspath(view.snapshot.file.path) if len(paths) > 1 else ""
+        paths = {os.path.realpath(home.store.place) for home in self._homes}
+        elsewhere = view.snapshot.file.place if len(paths) > 1 else ""
         return Peer(view.record.uuid, view.record.name, os.fsencode(elsewhere))
 
     def _enter(self, change: HomeChange) -> None:
@@ -423,7 +424,7 @@ class Recorder:
                 home.session = replace(session, oldest=max(marked), log=self._log.number)
             elif not (self._check_in and target is self._homes[-1]):
                 home.session = None
-                home.identity = identity_of(self._image)  # before the look below: what comes later, shows
+                home.identity = self._look(self._image)  # before the look below: what comes later, shows
                 if self._check_in and recovery.opened_by_others(self._image):
                     home.make_all_dirty()
         if not final:

@@ -33,7 +33,7 @@ import numpy as np
 
 from dirtmap.engine import bits, fileio
 from dirtmap.engine.process import Process, boot_id
-from dirtmap.engine.store.identity import data_file_of, identity_of
+from dirtmap.engine.store.identity import data_file_of, identity_now, identity_of
 from dirtmap.engine.tracking import intent, livefile, peers
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
@@ -130,7 +130,7 @@ class View:
     """
 
     def __init__(self, snapshot: Snapshot, record: Record, session: live.Session) -> None:
-        self.session, self._size, self._path = session, record.size, snapshot.file.path
+        self.session, self._size, self._path = session, record.size, snapshot.file.place
         alive = is_alive(session)
         self.found = livefile.find(os.fsdecode(session.live), session.uuid, session.oldest, record.size)
         if alive and self.found is None:
@@ -280,7 +280,7 @@ def opened_by_others(path: str) -> str | None:
 
 def _look_at(record: Record) -> Identity | None:
     try:
-        return identity_of(os.fsdecode(record.path))
+        return identity_now(record)
     except StorageError:
         return None
 

@@ -391,7 +391,7 @@ def track_node(
         make: makes the tracker.
     """
     chosen = Options(**options)
-    home = Home(image.path, encode_name(image.name or ""))
+    home = Home(image.place, encode_name(image.name or ""))
     try:
         if home.store.read(home.needs_recovery):
             image.recover()
@@ -409,7 +409,7 @@ def track_device(image: StoredImage, options: dict[str, Any], make: Callable[...
             raise LockedError(
                 f"{root.path}: node '{root.name}'", f"tracked by {session.tracker}; ask it, or end it first"
             )
-        home = Home(image.path, encode_name(image.name or ""))
+        home = Home(image.place, encode_name(image.name or ""))
         try:
             if session:
                 root.recover()  # and the device before it, as far as they had it in common
