@@ -292,6 +292,19 @@ def replace_file(new: str, old: str) -> None:
     sync_folder(old)
 
 
+def room_at(path: str) -> int:
+    """How many bytes a new file at ``path`` could take.
+
+    Raises:
+        StorageError: its folder cannot be looked at.
+    """
+    try:
+        status = os.statvfs(os.path.dirname(path) or ".")
+    except (OSError, ValueError) as error:
+        raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
+    return status.f_bavail * status.f_frsize
+
+
 def remove_file(path: str) -> None:
     """Removes a file that this process made; nothing where it is gone."""
     with contextlib.suppress(OSError):

@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 
-from dirtmap.engine.fileio import open_file, remove_file, sync_folder
+from dirtmap.engine.fileio import open_file, remove_file, room_at, sync_folder
 from dirtmap.fmt import geometry, qcow2
 from dirtmap.fmt.errors import StorageError, UnsupportedError
 from dirtmap.fmt.extensions import build_chain
@@ -30,13 +30,13 @@ def make_sidecar(raw: str, path: str) -> None:
     """Writes a new qcow2 file that has ``raw`` as raw external data. The raw file itself is only looked at.
 
     Args:
-        raw: a file or block device whose size is a multiple of 512 bytes. A relative path is stored relative to the
-            folder of ``path``, as QEMU reads it.
+        raw: a file or block device whose size is a multiple of 512 bytes. Stored as an absolute path: a relative one
+            QEMU would take as relative to the folder that it happens to be started in.
         path: must not exist.
 
     Raises:
         UnsupportedError: the raw file's size, or the length of its name, does not fit.
-        StorageError: ``path`` exists, or something cannot be read or written.
+        StorageError: ``path`` exists, there is no room for it, or something cannot be read or written.
     """
     with open_file(raw) as file:
         size = file.size()
@@ -57,10 +57,12 @@ def make_sidecar(raw: str, path: str) -> None:
     table, first_block, l1 = cluster, 2 * cluster, (2 + blocks) * cluster
     l2 = l1 + l1_clusters * cluster
     used = 2 + blocks + l1_clusters + l2_tables
-    name = os.fsencode(_stored_name(raw, path))
+    name = os.fsencode(os.path.abspath(raw))
     header = _header(size, bits, table, l1, l2_tables, name)
     if len(header) > cluster:
         raise UnsupportedError(raw, "its path is too long for the header")
+    if used * cluster > (room := room_at(path)):
+        raise StorageError(path, f"needs {used * cluster} bytes, and there is room for {room}")
     counts = np.zeros(blocks * per_block, np.uint64)
     counts[:used] = 1
     try:
@@ -88,13 +90,6 @@ def make_sidecar(raw: str, path: str) -> None:
         if not (error.where == path and error.what.startswith("open")):
             remove_file(path)
         raise
-
-
-def _stored_name(raw: str, path: str) -> str:
-    """QEMU takes a relative name as relative to the image's folder."""
-    if os.path.isabs(raw):
-        return raw
-    return os.path.relpath(raw, os.path.dirname(path) or ".")
 
 
 def _header(size: int, cluster_bits: int, refcount_table: int, l1: int, l1_size: int, data_file: bytes) -> bytes:
