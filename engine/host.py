@@ -15,7 +15,7 @@ from dirtmap.engine.names import Found, Names
 from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image, Keeper
 from dirtmap.engine.store import devices, nodes
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import identity_of, lasting_identity
 from dirtmap.engine.store.namespace import held_by, holding
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
@@ -163,7 +163,7 @@ class _Keeper(Keeper):
         try:
             yield
         finally:
-            if before is not None and (after := identity_of(self._found.path)) != before:
+            if before is not None and (after := lasting_identity(self._found.path)) != before:
 
                 def confirm() -> None:
                     for path, names in on_it.items():

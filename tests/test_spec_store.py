@@ -18,7 +18,7 @@ import dirtmap.engine as dm
 from dirtmap.engine.containers import Place
 from dirtmap.engine.store import bitmaps as stored
 from dirtmap.engine.store import header as headers
-from dirtmap.engine.store import namespace, nodes
+from dirtmap.engine.store import identity, nodes
 from dirtmap.engine.store import store as engine
 from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import store
@@ -97,7 +97,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The store of the example, made as its text says."""
     digits = itertools.count(1)
     monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(f"{next(digits)}" * 32))
-    for module in (stored, namespace, nodes):
+    for module in (stored, identity, nodes):
         monkeypatch.setattr(module, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
     path = tmp_path / "example"
     create(str(path))

@@ -12,7 +12,7 @@ from support import qemu
 import dirtmap.engine as dm
 from dirtmap.engine import changes
 from dirtmap.engine.store import bitmaps as stored
-from dirtmap.engine.store import namespace, nodes
+from dirtmap.engine.store import identity, nodes
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.namespace import StoredImage
 from dirtmap.engine.store.nodes import add_node
@@ -80,7 +80,7 @@ def test_65535_bitmaps_and_names_of_1023_bytes(target: Store, tmp_path: Path) ->
 
 @pytest.mark.parametrize("size", [2**63 - 1, 2**63 - 512, 1 << 60, 0, 1, 511, 513])
 def test_disks_up_to_8_exbibytes(target: Store, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    for module in (stored, namespace, nodes):
+    for module in (stored, identity, nodes):
         monkeypatch.setattr(module, "identity_of", lambda path: Identity(1, 2, 3, size))
     add_node(target, "n", "raw")
     with StoredImage(Store(target.path), "n") as image:

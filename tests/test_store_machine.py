@@ -225,6 +225,11 @@ class Machine(RuleBasedStateMachine):
             self.store = Store(self.path)
             with pytest.raises(dm.BitmapError, match="resize"):
                 nodes.confirm_node(self.store, name)
+        if size == node.size:
+            with pytest.raises(dm.BitmapError, match="no new size"):
+                nodes.resize_node(self.store, name)
+            node.changed = True  # by the truncation, whatever its size
+            return
         nodes.resize_node(self.store, name)
         node.size, node.changed = size, False
         for bits in node.bitmaps.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 import uuid
 from contextlib import suppress
 
@@ -11,6 +12,11 @@ from dirtmap.engine.fileio import open_file
 from dirtmap.fmt import qcow2
 from dirtmap.fmt.errors import StorageError
 from dirtmap.fmt.store import Identity, Record
+
+_SECOND_NS = 1_000_000_000
+# Linux before 6.13 takes the time of a write from a clock that steps every 1 to 10 ms. Where it has whole seconds, as
+# in ext4 with small inodes, or even seconds, as in FAT, that is the step.
+_TICK_NS = 20_000_000
 
 
 def identity_of(path: str) -> Identity:
@@ -30,6 +36,21 @@ def identity_of(path: str) -> Identity:
     except OSError as error:
         raise StorageError(path, error.strerror or str(error)) from error
     raise StorageError(path, "neither a regular file nor a block device")
+
+
+def lasting_identity(path: str) -> Identity:
+    """As `identity_of`, to be remembered: whoever writes to the image from now on gives it another time.
+
+    A time is only as fine as the clock it is taken from. So this waits until that has moved on since the last write: a
+    few milliseconds, and only if the image was written to just before; longer where times are in whole seconds.
+    """
+    found = identity_of(path)
+    tick = _TICK_NS if found.mtime_ns % _SECOND_NS else 2 * _SECOND_NS
+    # A time to come is another machine's: what passes here passes there, too.
+    age = max(time.time_ns() - found.mtime_ns, 0)
+    if found.mtime_ns and age < tick:
+        time.sleep((tick - age) / _SECOND_NS)
+    return found
 
 
 def disk_size(path: str) -> int:

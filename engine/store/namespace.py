@@ -20,6 +20,7 @@ from dirtmap.engine.namespace import (
     decode_name,
     encode_name,
     label,
+    not_found,
 )
 from dirtmap.engine.store.bitmaps import (
     Source,
@@ -28,17 +29,20 @@ from dirtmap.engine.store.bitmaps import (
     is_readable,
     kind_label,
     no_namespace,
+    other_size,
     place_bitmap,
     read_entries,
+    refuse_held,
     refuse_tracked,
     refuse_unsettled,
     replace_directory,
-    require_same_size,
+    rewrite,
     settle_device,
+    size_now,
     tracked_view,
     tracking_status,
 )
-from dirtmap.engine.store.identity import identity_of
+from dirtmap.engine.store.identity import lasting_identity
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
@@ -124,7 +128,8 @@ class StoredImage(Namespace):
         def read(snapshot: Snapshot, record: Record) -> Bitmap | None:
             for entry in read_entries(snapshot, record):
                 if entry.name == name:
-                    require_same_size(snapshot, record)
+                    if size_now(record) != record.size:
+                        raise other_size(snapshot, record)
                     bitmap = bitmap_of(snapshot, record, entry, doubts(snapshot, record) is not None)
                     bitmap.busy = decode_name(name) in held_by(record)
                     if not bitmap.inconsistent:
@@ -145,6 +150,8 @@ class StoredImage(Namespace):
             record = self._record(change.snapshot)
             doubted = doubts(change.snapshot, record) is not None
             view = tracked_view(change.snapshot, record)
+            if size_now(record) != record.size:
+                return _recover_resized(change, record, list(names))
             entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
             with changing(change, record) as bitmaps:
                 for name in list(names) or list(bitmaps):
@@ -176,6 +183,21 @@ class StoredImage(Namespace):
             changing(change, self._record(change.snapshot)) as bitmaps,
         ):
             yield bitmaps
+
+
+def _recover_resized(change: Change, record: Record, names: list[str]) -> list[Recovery]:
+    """Recovers a namespace whose disk has another size now, which is adopted with it: all its bitmaps, all dirty."""
+    path = change.snapshot.file.path
+    refuse_tracked(path, record)
+    refuse_unsettled(path, record)
+    refuse_held(path, record)
+    found = [decode_name(entry.name) for entry in read_entries(change.snapshot, record)]
+    for name in names:
+        if name not in found:
+            raise not_found(f"{path}: {kind_label(record)}", name)
+    identity, size = lasting_identity(os.fsdecode(record.path)), size_now(record)
+    rewrite(change, record, replace(record, size=size, identity=identity), doubted=True)
+    return [Recovery(name, f"all dirty: the disk has {size} bytes now, and had {record.size}") for name in found]
 
 
 @contextlib.contextmanager
@@ -274,8 +296,10 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     snapshot = change.snapshot
     refuse_tracked(snapshot.file.path, record)
     refuse_unsettled(snapshot.file.path, record)
-    require_same_size(snapshot, record)
-    doubted = doubts(snapshot, record) is not None
+    size = size_now(record)
+    if not record.nb_bitmaps:
+        record = replace(record, size=size)  # no bits that would have to be adopted
+    doubted = size != record.size or doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
     bitmaps = Transaction(
         f"{snapshot.file.path}: {kind_label(record)}",
@@ -287,7 +311,10 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     try:
         yield bitmaps
         bitmaps.require_held_untouched()
-        _put(change, record, entries, bitmaps, doubted)
+        if size == record.size:
+            _put(change, record, entries, bitmaps, doubted)
+        else:
+            _put_at_old_size(change, record, entries, bitmaps)
     finally:
         bitmaps.close()
 
@@ -324,6 +351,29 @@ def transaction(target: Store) -> Iterator[StoreTransaction]:
         yield StoreTransaction(change, stack)
 
 
+def _put_at_old_size(change: Change, record: Record, old: list[Entry], bitmaps: Transaction) -> None:
+    """As `_put` while the disk has another size than the bits are for: what is not written anew needs none.
+
+    All bits stay in doubt, and what a tracker has left stays, until the new size is adopted.
+    """
+    wanted: list[Entry] = []
+    for name, bitmap in bitmaps.items():
+        source = bitmap._source
+        kept = _kept(source.entry, name, bitmap) if isinstance(source, Source) and source.record is record else None
+        if kept is None or any(kept.table_offset == entry.table_offset > store.ALL_ONES for entry in wanted):
+            raise other_size(change.snapshot, record)
+        wanted.append(kept)
+    if wanted != old:
+        area = replace_directory(change, record, old, wanted)
+        change.table.put(replace(record, directory=area, nb_bitmaps=len(wanted)))
+
+
+def _kept(entry: Entry, name: str, bitmap: Bitmap) -> Entry:
+    """The entry of a bitmap whose bits stay where they are."""
+    flags = {"set": directory.FLAG_AUTO} if bitmap.recording else {"clear": directory.FLAG_AUTO}
+    return replace(entry.with_flags(**flags), name=encode_name(name))
+
+
 def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction, doubted: bool) -> None:
     wanted: list[Entry] = []
     kept: set[int] = set()
@@ -343,8 +393,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
         ):
             if source.entry.table_offset > store.ALL_ONES:
                 kept.add(source.entry.table_offset)
-            flags = {"set": directory.FLAG_AUTO} if bitmap.recording else {"clear": directory.FLAG_AUTO}
-            wanted.append(replace(source.entry.with_flags(**flags), name=encode_name(name)))
+            wanted.append(_kept(source.entry, name, bitmap))
         else:
             wanted.append(place_bitmap(change, record, name, bitmap))
     if wanted == old and not doubted and not view:
@@ -356,7 +405,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
     elif record.kind in (store.KIND_NODE, store.KIND_DEVICE) and (doubted or not record.nb_bitmaps):
         # All that was in doubt is dirty now, on disk, or the first bitmap begins: from here on changes count.
         with contextlib.suppress(StorageError):
-            identity = identity_of(os.fsdecode(record.path))
+            identity = lasting_identity(os.fsdecode(record.path))
     if view:
         change.afterwards.append(view.clean_up)
     change.table.put(

@@ -12,26 +12,24 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from dirtmap.engine import holds
 from dirtmap.engine.namespace import decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import (
     EXTENSION_SESSION,
-    bitmap_of,
     doubts,
     namespace_label,
     no_namespace,
-    place_bitmap,
     read_entries,
+    refuse_held,
     refuse_session,
     refuse_tracked,
     refuse_unsettled,
     release_bits,
-    replace_directory,
     require_free,
+    rewrite,
     tracked_view,
 )
-from dirtmap.engine.store.identity import identity_of, is_twin
+from dirtmap.engine.store.identity import identity_of, is_twin, lasting_identity
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError
@@ -238,7 +236,7 @@ def rename_node(
         record = _record(change, name)
         where = f"{target.path}: {namespace_label(record.name)}"
         require_free(change, encode_name(new))
-        _refuse_held(where, record)
+        refuse_held(target.path, record)
         with ExitStack() as stack:
             image = None
             if record.kind == store.KIND_PLACE:
@@ -261,38 +259,28 @@ def rename_node(
 def resize_node(target: Store, name: str) -> int:
     """Adopts the size that a node's image has now: old bits stay, new space is dirty.
 
-    The caller vouches that the image was resized and nothing else.
+    The caller vouches that the image was resized and nothing else. Whatever else puts its bitmaps in doubt, another
+    file in its image's place or a lost commit, makes all of them dirty.
 
     Returns:
         The new size, bytes.
 
     Raises:
-        BitmapError: there is no such node, or a bitmap is inconsistent or held.
+        BitmapError: there is no such node, its size has not changed, or a bitmap is held or too fine for the new size.
         StorageError: the image cannot be looked at.
     """
     with target.change() as change:
         record = _stored(change, name, died=True)
+        identity = lasting_identity(os.fsdecode(record.path))
+        if identity.size == record.size:
+            what = f"its image has {record.size} bytes, as before: there is no new size to adopt"
+            raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
         refuse_unsettled(target.path, record)
-        _refuse_held(f"{target.path}: {namespace_label(record.name)}", record)
-        view = tracked_view(change.snapshot, record)
-        identity = identity_of(os.fsdecode(record.path))
-        entries = read_entries(change.snapshot, record)
-        resized = replace(record, size=identity.size, identity=identity, generation=change.generation)
-        if view:  # recovered with it: what its tracker marked is in the bits that are read below
-            resized = replace(resized, extensions=view.without())
-            change.afterwards.append(view.clean_up)
-        # A lost commit, or the like, stays a doubt; that the image has changed is what the caller has just explained.
-        doubted = doubts(change.snapshot, replace(record, identity=identity)) is not None
-        placed = [
-            place_bitmap(
-                change,
-                resized,
-                decode_name(entry.name),
-                bitmap_of(change.snapshot, record, entry, doubted).resized(identity.size),
-            )
-            for entry in entries
-        ]
-        change.table.put(replace(resized, directory=replace_directory(change, record, entries, placed)))
+        refuse_held(target.path, record)
+        # Another size at another time is what the caller has just explained.
+        explained = replace(record.identity, size=identity.size, mtime_ns=identity.mtime_ns)
+        doubted = doubts(change.snapshot, replace(record, identity=explained)) is not None
+        rewrite(change, record, replace(record, size=identity.size, identity=identity), doubted=doubted)
         return identity.size
 
 
@@ -305,16 +293,11 @@ def confirm_node(target: Store, name: str) -> None:
     """
     with target.change() as change:
         record = _stored(change, name)
-        identity = identity_of(os.fsdecode(record.path))
-        if identity.size != record.identity.size:
+        identity = lasting_identity(os.fsdecode(record.path))
+        if identity.size != record.size:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
             raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
         change.table.put(replace(record, identity=identity))
-
-
-def _refuse_held(where: str, record: Record) -> None:
-    for held in holds.living(record):
-        raise BitmapError(f"{where}: bitmap '{decode_name(held.bitmap)}'", f"busy: held by {held}")
 
 
 def _record(change: Change, name: str, *, died: bool = False) -> Record:
