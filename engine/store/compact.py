@@ -151,7 +151,7 @@ def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Re
     newest = {record.name: record for record in _records(snapshot, faults)}
     unknown = "namespaces that the older header slot does not know"
     result.dropped += [f"{unknown}: {_text(snapshot, error)}" for error in faults]
-    older = _older(snapshot.file, snapshot.chosen.slot)
+    older = snapshot.older()
     if older is None:
         return [_Readable(snapshot, record) for record in newest.values()]
     before = {record.name: (older, record) for record in _records(older, [])}
@@ -181,16 +181,6 @@ def _records(snapshot: Snapshot, faults: list[FormatError]) -> list[Record]:
 def _text(snapshot: Snapshot, error: Error) -> str:
     """What is wrong, and where in the file."""
     return f"{error.where.removeprefix(f'{snapshot.file.path}: ')}: {error.what}"
-
-
-def _older(file: File, newest: int) -> Snapshot | None:
-    data = file.read(0, store.RESERVED)
-    for number in store.COPIES[1 - newest]:
-        block = data[number * store.BLOCK : (number + 1) * store.BLOCK]
-        if headers.is_whole(block):
-            header = headers.parse_block(file.path, block)
-            return Snapshot(file, headers.Chosen(header, 1 - newest, True, ()))
-    return None
 
 
 def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: bool) -> None:
