@@ -38,6 +38,12 @@ class Host(Names):
         """A node whose bitmaps the default store holds; see `nodes.add_node`."""
         with self.opened(make=True) as target:
             self._require_free(name)
+            path = os.path.abspath(image)
+            for other in self.stores():
+                if other != self.home:
+                    with Store(other) as known:
+                        records = known.read(lambda snapshot: list(snapshot.table()))
+                    nodes.refuse_second_name(records, path, identity_of(path))
             nodes.add_node(target, name, image)
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:

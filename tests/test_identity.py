@@ -113,6 +113,38 @@ def test_names_change_often_and_bitmaps_stay(store: Store) -> None:
     qemu.check(path)
 
 
+@pytest.mark.parametrize("how", ["path", "hard link", "symbolic link", "replaced"])
+def test_an_image_is_no_second_node(store: Store, how: str) -> None:
+    add_node(store, "raw0", raw("disk.raw"))
+    path = "disk.raw" if how in ("path", "replaced") else "link.raw"
+    if how == "hard link":
+        os.link("disk.raw", path)
+    elif how == "symbolic link":
+        os.symlink("disk.raw", path)
+    elif how == "replaced":
+        os.replace(raw("other.raw"), "disk.raw")
+    with pytest.raises(dm.BitmapError, match="is node 'raw0' already"):
+        add_node(store, "raw1", path)
+    os.unlink("disk.raw")
+    if how == "hard link":  # the first node's image is gone from its place
+        add_node(store, "raw1", path)
+
+
+def test_an_image_is_no_node_of_a_second_store(store: Store) -> None:
+    add_node(store, "raw0", raw("disk.raw"))
+    create("default.dmap")
+    host = dm.this_host("default.dmap", "index")
+    host.remember_store("nodes.dmap")
+    with pytest.raises(dm.BitmapError, match="is node 'raw0' already"):
+        host.add_node("raw1", "disk.raw")
+
+
+def test_a_store_is_no_image(store: Store) -> None:
+    with pytest.raises(dm.BitmapError, match="a store"):
+        add_node(store, "self", "nodes.dmap")
+    assert nodes.nodes(store) == []
+
+
 def test_a_copied_file_is_a_twin_and_refused(store: Store) -> None:
     path = qcow2("disk.qcow2")
     qemu.qemu_img("bitmap", "--add", path, "b")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from dirtmap.engine.namespace import decode_name, encode_name
+from dirtmap.engine.probe import STORE, probe_path
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import (
     EXTENSION_SESSION,
@@ -32,8 +33,8 @@ from dirtmap.engine.store.bitmaps import (
 from dirtmap.engine.store.identity import identity_of, is_twin, lasting_identity
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError
-from dirtmap.fmt.store import Record
+from dirtmap.fmt.errors import BitmapError, printable
+from dirtmap.fmt.store import Identity, Record
 
 
 def add_node(target: Store, name: str, image: str) -> None:
@@ -45,14 +46,17 @@ def add_node(target: Store, name: str, image: str) -> None:
         image: its path; remembered as an absolute one.
 
     Raises:
-        BitmapError: the name is taken.
+        BitmapError: the name is taken, or the image is another node's, or a store.
         StorageError: the image cannot be looked at.
     """
+    raw_name = encode_name(name)
     path = os.path.abspath(image)
     identity = identity_of(path)
-    raw_name = encode_name(name)
+    if probe_path(path) == STORE:
+        raise BitmapError(image, "a store, and not the image of a disk")
     with target.change() as change:
         require_free(change, raw_name)
+        refuse_second_name(change.table, path, identity)
         change.table.put(
             Record(
                 name=raw_name,
@@ -64,6 +68,27 @@ def add_node(target: Store, name: str, image: str) -> None:
                 identity=identity,
             )
         )
+
+
+def refuse_second_name(records: Iterable[Record], path: str, identity: Identity) -> None:
+    """Refuses a second node on one image: what is written through one would be missing in the other's bitmaps.
+
+    Args:
+        records: of the nodes that there are.
+        path: of the image.
+        identity: of the image.
+
+    Raises:
+        BitmapError: names the node that it is.
+    """
+    for record in records:
+        known = record.identity
+        if record.kind in (store.KIND_NODE, store.KIND_PLACE) and (
+            (known.device, known.inode) == (identity.device, identity.inode) or record.path == os.fsencode(path)
+        ):
+            with suppress(OSError):
+                if os.path.samefile(record.path, path):
+                    raise BitmapError(path, f"is node '{printable(decode_name(record.name))}' already")
 
 
 @dataclass(frozen=True, slots=True)
