@@ -136,6 +136,18 @@ class File:
         with self._errors("truncate"):
             os.ftruncate(self.fd, size)
 
+    def belong_as(self, other: File) -> None:
+        """Gives the file the owner, the group and the mode of another.
+
+        Raises:
+            StorageError: only root may.
+        """
+        with self._errors("owner and mode of the old file"):
+            owner = other.status.st_uid, other.status.st_gid
+            if owner != (self.status.st_uid, self.status.st_gid):
+                os.fchown(self.fd, *owner)
+            os.fchmod(self.fd, other.status.st_mode & 0o777)
+
     def sync(self) -> None:
         """Returns once everything written before is durable.
 

@@ -635,9 +635,9 @@ def test_after_a_commit_only_the_buckets_that_it_changed_are_looked_at(tmp_path:
                 return index.database.get(key)
 
             reading = look(get, path, index.container(path), False)
-            assert reading and len(reading.buckets) == len(keys) == 1
-            assert {member.name: member.size for _, found in reading.buckets.values() for member, _ in found}[
-                b"node%d" % number
-            ] == 2 << 20
+            assert reading
+            assert len(reading.buckets) == len(keys) == 1
+            sizes = {member.name: member.size for _, found in reading.buckets.values() for member, _ in found}
+            assert sizes[b"node%d" % number] == 2 << 20
             list(index.refresh([path]))
     index.database.close()

@@ -289,6 +289,9 @@ class Change:
         table = self.table.seal(self.place, self.release, old.table)
         if table == old.table and self._doubt == old.doubt_generation and not self._writes:
             return
+        if self.generation > store.MAX_GENERATION:
+            what = f"{old.generation} is so high that no commit can follow; copy its bitmaps into another store"
+            raise FormatError(f"{self._file.path}: header.generation", what)
         space, released, writes = self.space.seal(old.space, old.released)
         new = replace(
             old,
