@@ -23,7 +23,7 @@ from dirtmap.engine.namespace import decode_name, encode_name
 from dirtmap.engine.qcow2.image import read_identity
 from dirtmap.engine.store import nodes
 from dirtmap.engine.store.devices import Root
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.store.store import Snapshot, Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
@@ -130,7 +130,10 @@ class Names:
         """
         path = path or self.store
         if make and path == self.store and not os.path.exists(path):
-            os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
+            try:
+                os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
+            except (OSError, ValueError) as error:
+                raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
             with contextlib.suppress(StorageError):  # another process was faster
                 create(path)
         with Store(path) as target:
@@ -140,23 +143,24 @@ class Names:
     def look_after(self, target: Store) -> None:
         """Commits the suspicion that a store was rolled back, and has its later commits remembered.
 
-        Does nothing where there is no index yet.
+        Where there is no index yet, it only refuses a copy of a store that the default store knows.
 
         Raises:
             As `opened`.
         """
-        if not os.path.isdir(self.index.path):
+        header = target.read(lambda snapshot: snapshot.header)
+        indexed = os.path.isdir(self.index.path)
+        seen = self._asking(lambda index: index.seen(header.uuid)) if indexed else None
+        if seen is None:
+            self._refuse_copy(target, self._original(target, header.uuid), header.uuid)
+        if not indexed:
             return
         target.committed = lambda: self._saw(target)
-        header = target.read(lambda snapshot: snapshot.header)
-        seen = self._asking(lambda index: index.seen(header.uuid))
         if seen is None:
             self._saw(target)
             return
         generation, commit_id, path = seen
-        if path != os.path.abspath(target.path) and path is not None and self._is_copy(target, path, header.uuid):
-            what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
-            raise BitmapError(target.path, what)
+        self._refuse_copy(target, path, header.uuid)
         if (header.generation, header.commit_id) == (generation, commit_id) or header.generation > generation:
             if path != os.path.abspath(target.path) or header.generation > generation:
                 self._saw(target)
@@ -167,6 +171,28 @@ class Names:
                 return  # another process was faster
             change.doubt_everything()
             change.generation = max(change.generation, generation + 1)
+
+    def _original(self, target: Store, store_uuid: bytes) -> str | None:
+        """Where the default store says that the store of a UUID is; None where it does not know, or that is here."""
+        here = os.path.abspath(target.path)
+        if here == self.home or not os.path.exists(self.home):
+            return None
+
+        def look(snapshot: Snapshot) -> list[str]:
+            if snapshot.header.uuid == store_uuid:
+                return [self.home]
+            known = [record for record in snapshot.table() if record.kind == store.KIND_CONTAINER]
+            return [os.fsdecode(record.path) for record in known if record.uuid == store_uuid]
+
+        with contextlib.suppress(Error), Store(self.home) as default:
+            paths = default.read(look)
+            return paths[0] if paths and here not in paths else None
+        return None
+
+    def _refuse_copy(self, target: Store, path: str | None, store_uuid: bytes) -> None:
+        if path is not None and path != os.path.abspath(target.path) and self._is_copy(target, path, store_uuid):
+            what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
+            raise BitmapError(target.path, what)
 
     @staticmethod
     def _is_copy(target: Store, path: str, store_uuid: bytes) -> bool:
