@@ -105,7 +105,7 @@ def load_saved(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) 
         snapshot.file.read_into(entry.table_offset, buffer)
         checksum = store.BITS_CHECKSUM.parse(entry.extra_data).checksum
         if crc32c.crc32c(buffer) != checksum:
-            raise _wrong_bits(snapshot, entry)
+            raise _wrong_bits(snapshot, record, entry)
         bits.mask_tail(words, nbits)
     return words
 
@@ -123,11 +123,12 @@ def verify(snapshot: Snapshot, record: Record, entry: Entry) -> None:
     for offset in range(entry.table_offset, end, _PIECE):
         checksum = crc32c.crc32c(snapshot.file.read(offset, min(_PIECE, end - offset)), checksum)
     if checksum != store.BITS_CHECKSUM.parse(entry.extra_data).checksum:
-        raise _wrong_bits(snapshot, entry)
+        raise _wrong_bits(snapshot, record, entry)
 
 
-def _wrong_bits(snapshot: Snapshot, entry: Entry) -> FormatError:
-    where = f"{snapshot.file.path}: {label(decode_name(entry.name))} at {entry.table_offset:#x}"
+def _wrong_bits(snapshot: Snapshot, record: Record, entry: Entry) -> FormatError:
+    bitmap = f"{label(decode_name(entry.name))} at {entry.table_offset:#x}"
+    where = f"{snapshot.file.path}: {kind_label(record)}: {bitmap}"
     return FormatError(where, "its checksum is wrong; recover makes it all dirty")
 
 

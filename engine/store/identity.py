@@ -33,8 +33,8 @@ def identity_of(path: str) -> Identity:
         if stat.S_ISBLK(status.st_mode):
             with open_file(path) as file:
                 return Identity(status.st_rdev, 0, 0, file.size())
-    except OSError as error:
-        raise StorageError(path, error.strerror or str(error)) from error
+    except (OSError, ValueError) as error:  # the latter: a path that no file can have
+        raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
     raise StorageError(path, "neither a regular file nor a block device")
 
 

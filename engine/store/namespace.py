@@ -46,7 +46,7 @@ from dirtmap.engine.store.identity import lasting_identity
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapNotFoundError, StorageError, printable
+from dirtmap.fmt.errors import BitmapNotFoundError, FormatError, StorageError, printable
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
@@ -74,6 +74,10 @@ class StoredImage(Namespace):
         self.find_node: Callable[[bytes], Namespace | None] | None = None
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
+
+    def doubt(self) -> str | None:
+        """Why all bitmaps count as all dirty; see `Namespace.doubt`."""
+        return self._read(doubts)
 
     def tracking(self) -> Status | None:
         """Who tracks the image; see `Namespace.tracking`."""
@@ -236,6 +240,15 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
         notes.append(f"{kind_label(record)} is {view.note}")
     busy = held_by(record)
     name = decode_name(record.name)
+    errors: list[str] = []
+    counts: dict[bytes, int | None] = {}
+    entries: list[Entry] = []
+    # Damage to one of them must not hide the others.
+    with _noting(errors):
+        entries = read_entries(snapshot, record)
+    for entry in entries:
+        with _noting(errors):
+            counts[entry.name] = None if entry.in_use else _count(snapshot, record, entry, doubt is not None)
     return ImageInfo(
         path=snapshot.file.path,
         format=FORMAT,
@@ -248,15 +261,25 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
                 recording=entry.auto,
                 inconsistent=entry.in_use,
                 busy=decode_name(entry.name) in busy or (view is not None and view.is_busy(entry)),
-                count=None if entry.in_use else _count(snapshot, record, entry, doubt is not None),
+                count=counts.get(entry.name),
                 namespace=str(uuid.UUID(bytes=record.uuid)),
                 node=name if record.kind == store.KIND_NODE else None,
                 device=name if record.kind == store.KIND_DEVICE else None,
             )
-            for entry in read_entries(snapshot, record)
+            for entry in entries
         ),
         notes=tuple(notes),
+        doubt=doubt,
+        errors=tuple(errors),
     )
+
+
+@contextlib.contextmanager
+def _noting(errors: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except FormatError as error:
+        errors.append(str(error))
 
 
 def _count(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> int:
@@ -285,6 +308,8 @@ def describe_store(target: Store) -> ImageInfo:
             cluster_size=snapshot.header.cluster_size,
             bitmaps=tuple(bitmap for part in parts for bitmap in part.bitmaps),
             notes=tuple(note for part in parts for note in part.notes),
+            doubt=next((part.doubt for part in parts if part.doubt), None),
+            errors=tuple(error for part in parts for error in part.errors),
         )
 
     return target.read(read)

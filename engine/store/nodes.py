@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from dirtmap.engine.namespace import decode_name, encode_name
@@ -18,6 +18,7 @@ from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import (
     EXTENSION_SESSION,
     doubts,
+    header_doubts,
     namespace_label,
     no_namespace,
     read_entries,
@@ -30,10 +31,10 @@ from dirtmap.engine.store.bitmaps import (
     rewrite,
     tracked_view,
 )
-from dirtmap.engine.store.identity import identity_of, is_twin, lasting_identity
+from dirtmap.engine.store.identity import disk_size, identity_of, is_twin, lasting_identity
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError, printable
+from dirtmap.fmt.errors import BitmapError, Error, StorageError, printable
 from dirtmap.fmt.store import Identity, Record
 
 
@@ -121,7 +122,7 @@ def nodes(target: Store) -> list[Node]:
                 name=decode_name(record.name),
                 uuid=str(uuid.UUID(bytes=record.uuid)),
                 path=os.fsdecode(record.path),
-                size=record.size,
+                size=_size_of(record),
                 bitmaps=None if record.kind == store.KIND_PLACE else record.nb_bitmaps,
                 doubt=doubt,
             )
@@ -130,6 +131,14 @@ def nodes(target: Store) -> list[Node]:
         ),
         key=lambda node: node.name,
     )
+
+
+def _size_of(record: Record) -> int:
+    """Of a qcow2 image, what it says itself, if it can be read: whoever resizes it tells no store."""
+    if record.kind == store.KIND_PLACE:
+        with suppress(StorageError):
+            return disk_size(os.fsdecode(record.path))
+    return record.size
 
 
 def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = False) -> None:
@@ -205,7 +214,7 @@ def remove_node(target: Store, name: str) -> None:
     Raises:
         BitmapError: there is none of that name, or it has bitmaps.
     """
-    with target.change() as change:
+    with _identity_put_back(target, name) as changed, target.change() as change:
         record = _record(change, name, died=True)
         where = f"{target.path}: {namespace_label(record.name)}"
         if record.kind == store.KIND_PLACE and not os.path.exists(record.path):
@@ -222,9 +231,29 @@ def remove_node(target: Store, name: str) -> None:
             with Image(os.fsdecode(record.path)) as image:
                 if _is_its_image(record, image):
                     _refuse_with_bitmaps(where, len(image))
+                    changed.append(record)
                     image.set_identity(None)
         _refuse_with_bitmaps(where, record.nb_bitmaps)
         change.table.remove(record.name)
+
+
+@contextmanager
+def _identity_put_back(target: Store, name: str) -> Iterator[list[Record]]:
+    """Gives a qcow2 image its identity back where the store's commit fails and goes on saying that the image has it.
+
+    Yields:
+        To be filled with the record of the image, once that is changed.
+    """
+    changed: list[Record] = []
+    try:
+        yield changed
+    except Error:
+        with suppress(Error):
+            for record in changed:
+                if (now := target.record(encode_name(name))) and now.uuid == record.uuid:
+                    with Image(os.fsdecode(record.path)) as image:
+                        image.set_identity(name, image_uuid=record.uuid)
+        raise
 
 
 def _is_its_image(record: Record, image: Image) -> bool:
@@ -257,7 +286,7 @@ def rename_node(
         BitmapError: there is none of that name, the new one is taken, a bitmap is held, or it has bitmaps and
             ``with_bitmaps`` is not said: their addresses change.
     """
-    with target.change() as change:
+    with _identity_put_back(target, name) as changed, target.change() as change:
         record = _record(change, name)
         where = f"{target.path}: {namespace_label(record.name)}"
         require_free(change, encode_name(new))
@@ -276,6 +305,7 @@ def rename_node(
                 what = f"has {count} bitmaps, whose addresses would change; --with-bitmaps renames them, too"
                 raise BitmapError(where, what)
             if image is not None:
+                changed.append(record)
                 image.set_identity(new)
         change.table.remove(record.name)
         change.table.put(replace(record, name=encode_name(new)))
@@ -313,7 +343,7 @@ def confirm_node(target: Store, name: str) -> None:
     """States that a node's bitmaps are right for the image as it is now, though it looks changed.
 
     Raises:
-        BitmapError: there is no such node, or its size has changed.
+        BitmapError: there is no such node, its size has changed, or its bitmaps are in doubt for another reason.
         StorageError: the image cannot be looked at.
     """
     with target.change() as change:
@@ -321,6 +351,9 @@ def confirm_node(target: Store, name: str) -> None:
         identity = lasting_identity(os.fsdecode(record.path))
         if identity.size != record.size:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
+            raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
+        if record.nb_bitmaps and (doubt := header_doubts(change.snapshot, record)):
+            what = f"counts as all dirty, whatever its image is like: {doubt}; 'dirtmap recover' settles it"
             raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
         change.table.put(replace(record, identity=identity))
 
