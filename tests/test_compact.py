@@ -64,7 +64,8 @@ def test_a_copy_leaves_the_sessions_to_the_original(folder: Path) -> None:
     with dm.open("node:one") as image, image.track() as tracker:
         tracker.mark(0, 1)
         Path("copy.dmap").write_bytes(Path("s.dmap").read_bytes())
-        dirtmap("store", "new-identity", "copy.dmap")
+        told = dirtmap("store", "new-identity", "copy.dmap").error
+        assert "all dirty now: node 'one', bitmap 'b': its tracker is the original's" in told
         live = [path for path in (folder / "live").rglob("*") if path.is_file()]
         assert live
         here = ("--store", "copy.dmap", "--index", "other")

@@ -6,7 +6,7 @@ import click
 
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
-from dirtmap.tools.output import write_json
+from dirtmap.tools.output import complain, write_json
 from dirtmap.tools.sizes import human_size
 
 
@@ -75,11 +75,13 @@ def new_identity_command(file: str) -> None:
     """Make a copy of a store one of its own.
 
     A copied store is refused while the original is there, since both would be the home of the same bitmaps. This gives
-    it, its nodes and its devices other UUIDs.
+    it, its nodes and its devices other UUIDs. Of an image that was tracked when it was copied, the bitmaps are all
+    dirty in the copy.
     """
     from dirtmap.engine.store.compact import compact
 
-    compact(file, new_identity=True)
+    for line in compact(file, new_identity=True).made_dirty:
+        complain(f"{file}: all dirty now: {line}")
 
 
 for _command in (create_command, compact_command, new_identity_command):
