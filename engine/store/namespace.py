@@ -87,6 +87,7 @@ class StoredImage(Namespace):
         """Begins to track writes to the image; see `Namespace.track`."""
         from dirtmap.engine.tracking.tracker import track_device, track_node
 
+        self._read(_require_same_size)
         if self._read(lambda _, record: record.kind) == store.KIND_DEVICE:
             return track_device(self, options)
         return track_node(self, options)
@@ -94,6 +95,7 @@ class StoredImage(Namespace):
     def _track_with(self, device: Home, options: dict[str, Any]) -> Tracker:
         from dirtmap.engine.tracking.tracker import track_node
 
+        self._read(_require_same_size)
         return track_node(self, options, device)
 
     def open_root(self) -> Namespace:
@@ -132,8 +134,7 @@ class StoredImage(Namespace):
         def read(snapshot: Snapshot, record: Record) -> Bitmap | None:
             for entry in read_entries(snapshot, record):
                 if entry.name == name:
-                    if size_now(record) != record.size:
-                        raise other_size(snapshot, record)
+                    _require_same_size(snapshot, record)
                     bitmap = bitmap_of(snapshot, record, entry, doubts(snapshot, record) is not None)
                     bitmap.busy = decode_name(name) in held_by(record)
                     if not bitmap.inconsistent:
@@ -187,6 +188,11 @@ class StoredImage(Namespace):
             changing(change, self._record(change.snapshot)) as bitmaps,
         ):
             yield bitmaps
+
+
+def _require_same_size(snapshot: Snapshot, record: Record) -> None:
+    if record.nb_bitmaps and size_now(record) != record.size:
+        raise other_size(snapshot, record)
 
 
 def _recover_resized(change: Change, record: Record, names: list[str]) -> list[Recovery]:
