@@ -406,14 +406,17 @@ def check(
     target: Target,
     *,
     repair: str | None = None,
+    store: str | None = None,
+    index: str | None = None,
     force_share: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Checks a container and mends it.
 
-    See `dirtmap.engine.qcow2.check.check` and `dirtmap.engine.store.check.check`.
+    ``store`` and ``index`` as `open`; else see `dirtmap.engine.qcow2.check.check` and
+    `dirtmap.engine.store.check.check`.
     """
-    path = locate(target).path
+    path = locate(target, store, index).path
     if probe_path(path) == STORE:
         from dirtmap.engine.store.check import check as check_store
 
@@ -425,9 +428,19 @@ def check(
     return check(path, repair=repair, force_share=force_share, progress=progress)
 
 
-def dump(target: Target, *, with_hex: bool = False, force_share: bool = False) -> dict[str, Any]:
-    """Every structure on disk, as far as it can be read; see `dirtmap.engine.qcow2.dump.dump`."""
-    path = locate(target).path
+def dump(
+    target: Target,
+    *,
+    with_hex: bool = False,
+    store: str | None = None,
+    index: str | None = None,
+    force_share: bool = False,
+) -> dict[str, Any]:
+    """Every structure on disk, as far as it can be read; see `dirtmap.engine.qcow2.dump.dump`.
+
+    ``store`` and ``index`` as `open`.
+    """
+    path = locate(target, store, index).path
     if probe_path(path) == STORE:
         from dirtmap.engine.store.dump import dump as dump_store
 

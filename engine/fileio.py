@@ -141,6 +141,18 @@ class File:
         with self._errors("truncate"):
             os.ftruncate(self.fd, size)
 
+    def belong_as(self, other: File) -> None:
+        """Gives the file the owner, the group and the mode of another.
+
+        Raises:
+            StorageError: only root may.
+        """
+        with self._errors("owner and mode of the old file"):
+            owner = other.status.st_uid, other.status.st_gid
+            if owner != (self.status.st_uid, self.status.st_gid):
+                os.fchown(self.fd, *owner)
+            os.fchmod(self.fd, other.status.st_mode & 0o777)
+
     def sync(self) -> None:
         """Returns once everything written before is durable.
 
@@ -327,6 +339,19 @@ def replace_file(new: str, old: str) -> None:
     except OSError as error:
         raise StorageError(new, f"rename: {error.strerror or error}") from error
     sync_folder(old)
+
+
+def room_at(path: str) -> int:
+    """How many bytes a new file at ``path`` could take.
+
+    Raises:
+        StorageError: its folder cannot be looked at.
+    """
+    try:
+        status = os.statvfs(os.path.dirname(path) or ".")
+    except (OSError, ValueError) as error:
+        raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
+    return status.f_bavail * status.f_frsize
 
 
 def remove_file(path: str) -> None:

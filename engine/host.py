@@ -16,7 +16,7 @@ from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image, Keeper
 from dirtmap.engine.store import devices, nodes
 from dirtmap.engine.store.bitmaps import EXTENSION_SESSION, checkpoints_of, kind_label, refuse_tracked, with_checkpoints
-from dirtmap.engine.store.identity import identity_of_disk
+from dirtmap.engine.store.identity import identity_of, identity_of_disk, lasting_identity
 from dirtmap.engine.store.namespace import held_by, holding
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
@@ -39,6 +39,12 @@ class Host(Names):
         """A node whose bitmaps the default store holds; see `nodes.add_node`."""
         with self.opened(make=True) as target:
             self._require_free(name)
+            path = os.path.abspath(image)
+            for other in self.every_store():
+                if other != self.home:
+                    with Store(other) as known:
+                        records = known.read(lambda snapshot: list(snapshot.table()))
+                    nodes.refuse_second_name(records, path, identity_of(path))
             nodes.add_node(target, name, image)
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
@@ -188,9 +194,10 @@ class _Keeper(Keeper):
 
         afterwards(keep)
 
-    def _look(self) -> store.Identity | None:
+    def _look(self, *, lasting: bool = False) -> store.Identity | None:
         with contextlib.suppress(StorageError):
-            return identity_of_disk(self._found.path)
+            path = self._found.path
+            return lasting_identity(path, of_disk=True) if lasting else identity_of_disk(path)
         return None
 
     @contextlib.contextmanager
@@ -200,7 +207,7 @@ class _Keeper(Keeper):
         try:
             yield
         finally:
-            if before is not None and (after := self._look()) is not None and after != before:
+            if before is not None and (after := self._look(lasting=True)) is not None and after != before:
 
                 def confirm() -> None:
                     for path, names in on_it.items():

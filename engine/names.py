@@ -25,7 +25,7 @@ from dirtmap.engine.qcow2.image import read_identity, require_header
 from dirtmap.engine.store import nodes
 from dirtmap.engine.store.devices import Root
 from dirtmap.engine.store.header import Seen
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.store.store import Snapshot, Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
@@ -143,7 +143,10 @@ class Names:
         """
         path = path or self.store
         if make and path == self.store and not self.exists:
-            os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
+            try:
+                os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
+            except (OSError, ValueError) as error:
+                raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
             with contextlib.suppress(StorageError):  # another process was faster
                 create(self.home)
         try:
@@ -164,12 +167,13 @@ class Names:
     def look_after(self, target: Store) -> None:
         """Commits the suspicion that a store was rolled back, and has its later commits remembered.
 
-        Does nothing where there is no index yet, or it is not this user's to open.
+        Where there is no index yet, it only refuses a copy of a store that the default store knows.
 
         Raises:
             As `opened`.
         """
         if not os.path.isdir(self.index.path):
+            self._refuse_copy(target, self._original(target))
             return
 
         def look_again() -> None:
@@ -198,9 +202,7 @@ class Names:
 
     def _judge(self, target: Store) -> None:
         before = self.expect(target)
-        if before is not None and before != target.place and self._is_copy(target, before):
-            what = f"a copy of {before}, with its identity; 'store new-identity' gives it one of its own"
-            raise BitmapError(target.path, what)
+        self._refuse_copy(target, self._original(target) if before is None else before)
         if not target.is_rolled_back():
             self._saw(target)
             return
@@ -210,6 +212,27 @@ class Names:
         except StorageError as error:
             what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
             raise StorageError(target.path, what) from error
+
+    def _original(self, target: Store) -> str | None:
+        """Where the default store says that a store is; None where it does not know, or that is here."""
+        if target.place == self.home or not self.exists:
+            return None
+
+        def look(snapshot: Snapshot) -> list[str]:
+            if snapshot.header.uuid == target.uuid:
+                return [self.home]
+            known = [record for record in snapshot.table() if record.kind == store.KIND_CONTAINER]
+            return [os.fsdecode(record.path) for record in known if record.uuid == target.uuid]
+
+        with contextlib.suppress(Error), Store(self.home) as default:
+            paths = default.read(look)
+            return paths[0] if paths and target.place not in paths else None
+        return None
+
+    def _refuse_copy(self, target: Store, path: str | None) -> None:
+        if path is not None and path != target.place and self._is_copy(target, path):
+            what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
+            raise BitmapError(target.path, what)
 
     @staticmethod
     def _is_copy(target: Store, path: str) -> bool:
@@ -453,6 +476,14 @@ class Names:
         with contextlib.suppress(Error):
             found = question(self._usual)
         return found
+
+    def every_store(self) -> list[str]:
+        """The paths of the stores that the default store knows, and of those that the usual one does."""
+        found = self.stores()
+        if self._usual is not None:
+            with contextlib.suppress(Error):
+                found += self._usual.stores()
+        return list(dict.fromkeys(found))
 
     def devices_of(self, root: bytes) -> dict[str, list[bytes]]:
         """The devices whose root has that UUID: raw names by the path of their store."""

@@ -46,7 +46,7 @@ class BitmapInfo:
         recording: QEMU goes on tracking into it.
         inconsistent: left in use by a writer that did not finish; its bits mean nothing until `recover`.
         busy: held by an operation.
-        count: dirty bytes in whole granules, as QEMU counts; None where inconsistent.
+        count: dirty bytes in whole granules, as QEMU counts; None where inconsistent, or damaged.
         namespace: in a store, the namespace's UUID as text.
         node: in a store, the node's name; None of a device's bitmap.
         device: in a store, the device's name; None of a node's bitmap.
@@ -76,6 +76,8 @@ class ImageInfo:
         notes: what a user should know although nothing is wrong with the image, a line each.
         node: the image's name, or None.
         uuid: of its namespace, as text, or None.
+        doubt: why all bitmaps count as all dirty, or None; of a store, one such reason.
+        errors: what is damaged, a line each; such a bitmap is left out, or has no ``count``.
     """
 
     path: str
@@ -86,6 +88,8 @@ class ImageInfo:
     notes: tuple[str, ...] = ()
     node: str | None = None
     uuid: str | None = None
+    doubt: str | None = None
+    errors: tuple[str, ...] = ()
 
 
 class Namespace(Mapping[str, "Bitmap"], abc.ABC):
@@ -133,6 +137,10 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         Args:
             names: which; none for all that need it.
         """
+
+    def doubt(self) -> str | None:
+        """Why all bitmaps count as all dirty; None where they do not."""
+        return None
 
     def tracking(self) -> Status | None:
         """Who tracks the image, or did until it died without being recovered since; None where nobody does."""
@@ -207,7 +215,9 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         return bitmap
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and encode_name(name) in self._names()
+        with contextlib.suppress(BitmapError):  # a name that no bitmap can have
+            return isinstance(name, str) and encode_name(name) in self._names()
+        return False
 
     def __iter__(self) -> Iterator[str]:
         return map(decode_name, self._names())

@@ -26,6 +26,7 @@ from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 from dirtmap.fmt.structure import Structure
 
 VERSION = 1
+MAX_SEEN = 1 << 61  # generation of a store's commit that is remembered: half of what there can be
 # The CRC32C of anything followed by its own CRC32C, little-endian.
 RESIDUE = 0x48674BC7
 

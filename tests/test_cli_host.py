@@ -139,7 +139,8 @@ def test_files_and_names_that_could_be_either() -> None:
         assert refused(*command) == "one: both a file and a node of default.dmap: say file:one or node:one"
     assert (names("file:one"), names("node:one"), names("./one")) == ([], ["b"], [])
     # With a dot, what exists as a file is one.
-    dirtmap("node", "add", "plain.qcow2", "two.raw")
+    shutil.copy("two.raw", "third.raw")
+    dirtmap("node", "add", "plain.qcow2", "third.raw")
     dirtmap("add", "node:plain.qcow2", "b")
     assert (names("plain.qcow2"), names("file:plain.qcow2"), names("node:plain.qcow2")) == ([], [], ["b"])
     shutil.copy("plain.qcow2", "d0")
@@ -216,8 +217,8 @@ def test_moves_that_are_refused(source: str, target: str) -> None:
     for verb in ("move", "copy"):
         assert "the name is taken" in refused(verb, source, "b", target, "--as", "taken")
         assert "no such bitmap" in refused(verb, source, "none", target)
-        Path("small.raw").write_bytes(bytes(512))
-        dirtmap("node", "add", f"small-{verb}", "small.raw")
+        Path(f"small-{verb}.raw").write_bytes(bytes(512))
+        dirtmap("node", "add", f"small-{verb}", f"small-{verb}.raw")
         assert "made for a disk of" in refused(verb, source, "b", f"small-{verb}")
     assert mapped(source, "b") == [(MIB, 64 * KIB)]
     dirtmap("move", source, "b", target)
@@ -763,7 +764,8 @@ def test_a_store_that_is_none_any_more_is_forgotten_by_a_scan(damage: Callable[[
         assert found == ([] if again and damage is not _without_table else ["other.dmap"])
     if damage is not _without_table:
         assert "neither a file nor a node" in refused("list", "other")
-        dirtmap("node", "add", "other", "two.raw")
+        Path("three.raw").write_bytes(bytes(1 << 20))
+        dirtmap("node", "add", "other", "three.raw")
         dirtmap("node", "remove", "other")
     Path("other.dmap").write_bytes(whole)
     dirtmap("index", "scan", ".")

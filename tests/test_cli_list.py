@@ -33,6 +33,7 @@ def test_json_has_exactly_the_promised_keys(image: Path) -> None:
             "format": "qcow2",
             "virtual-size": 10 * MIB + 512,
             "cluster-size": 64 * KIB,
+            "doubt": None,
             "bitmaps": [
                 {
                     "name": "b0",

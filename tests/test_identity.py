@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ import dirtmap.engine as dm
 from dirtmap.engine import changes
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store import nodes
+from dirtmap.engine.store.bitmaps import read_entries
+from dirtmap.engine.store.identity import lasting_identity
+from dirtmap.engine.store.namespace import StoredImage
 from dirtmap.engine.store.nodes import add_node
 from dirtmap.engine.store.store import Store, create
 
@@ -108,6 +113,38 @@ def test_names_change_often_and_bitmaps_stay(store: Store) -> None:
     qemu.check(path)
 
 
+@pytest.mark.parametrize("how", ["path", "hard link", "symbolic link", "replaced"])
+def test_an_image_is_no_second_node(store: Store, how: str) -> None:
+    add_node(store, "raw0", raw("disk.raw"))
+    path = "disk.raw" if how in ("path", "replaced") else "link.raw"
+    if how == "hard link":
+        os.link("disk.raw", path)
+    elif how == "symbolic link":
+        os.symlink("disk.raw", path)
+    elif how == "replaced":
+        os.replace(raw("other.raw"), "disk.raw")
+    with pytest.raises(dm.BitmapError, match="is node 'raw0' already"):
+        add_node(store, "raw1", path)
+    os.unlink("disk.raw")
+    if how == "hard link":  # the first node's image is gone from its place
+        add_node(store, "raw1", path)
+
+
+def test_an_image_is_no_node_of_a_second_store(store: Store) -> None:
+    add_node(store, "raw0", raw("disk.raw"))
+    create("default.dmap")
+    host = dm.this_host("default.dmap", "index")
+    host.remember_store("nodes.dmap")
+    with pytest.raises(dm.BitmapError, match="is node 'raw0' already"):
+        host.add_node("raw1", "disk.raw")
+
+
+def test_a_store_is_no_image(store: Store) -> None:
+    with pytest.raises(dm.BitmapError, match="a store"):
+        add_node(store, "self", "nodes.dmap")
+    assert nodes.nodes(store) == []
+
+
 def test_a_copied_file_is_a_twin_and_refused(store: Store) -> None:
     path = qcow2("disk.qcow2")
     qemu.qemu_img("bitmap", "--add", path, "b")
@@ -173,25 +210,142 @@ def test_a_node_with_bitmaps_is_neither_renamed_nor_removed(store: Store) -> Non
     assert identity("disk.qcow2") == (None, None)
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [(2 * GIB, [(MIB, 65536), (GIB, GIB)]), (MIB, []), (GIB, [(MIB, 65536)])]
-)
+@pytest.mark.parametrize(("size", "expected"), [(2 * GIB, [(MIB, 65536), (GIB, GIB)]), (MIB, [])])
 def test_a_new_size_is_adopted_on_request(store: Store, size: int, expected: list[tuple[int, int]]) -> None:
     add_node(store, "raw0", raw("disk.raw"))
     with dm.open("raw0") as image, image.transaction() as bitmaps:
         changes.add(bitmaps, "b")
         bitmaps["b"].mark(MIB, 1)
     os.truncate("disk.raw", size)
-    if size != GIB:
-        with pytest.raises(dm.BitmapError, match="'node resize' adopts the new size"):
-            dm.open("raw0")["b"]
-        with dm.open("raw0") as image, pytest.raises(dm.BitmapError, match="resize"), image.transaction():
-            pass
+    with pytest.raises(dm.BitmapError, match="'node resize' adopts the new size"):
+        dm.open("raw0")["b"]
+    with dm.open("raw0") as image, pytest.raises(dm.BitmapError, match="resize"), image.transaction() as bitmaps:
+        bitmaps["b"].mark(0, 1)
+    with dm.open("raw0") as image, pytest.raises(dm.BitmapError, match="resize"):
+        image.track()  # which recovers first, and must not adopt the size with it
     assert nodes.resize_node(store, "raw0") == size
+    with pytest.raises(dm.BitmapError, match="no new size"):
+        nodes.resize_node(store, "raw0")
     with dm.open("raw0") as image:
         assert image.size == size
         assert qemu.extents(image["b"]) == expected
     assert dm.check("nodes.dmap").findings == []
+
+
+def with_a_bitmap(store: Store, **arguments: int) -> None:
+    """A node raw0 of 1 GiB, with the clean bitmap b."""
+    add_node(store, "raw0", raw("disk.raw"))
+    with dm.open("raw0") as image, image.transaction() as bitmaps:
+        changes.add(bitmaps, "b", **arguments)
+
+
+def test_a_resize_explains_no_other_doubt(store: Store) -> None:
+    with_a_bitmap(store)
+    os.utime("disk.raw", ns=(1, 1))
+    with pytest.raises(dm.BitmapError, match="no new size"):
+        nodes.resize_node(store, "raw0")
+    assert dm.open("raw0")["b"].count == GIB
+
+
+def test_another_file_in_an_images_place_is_all_dirty_at_its_size(store: Store) -> None:
+    with_a_bitmap(store)
+    os.replace(raw("other.raw", 2 * GIB), "disk.raw")
+    nodes.resize_node(store, "raw0")
+    assert dm.open("raw0")["b"].count == 2 * GIB
+    assert dm.describe("raw0").notes == ()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("size", [MIB, 2 * GIB])
+def test_recover_adopts_a_new_size_all_dirty(store: Store, size: int, damaged: bool) -> None:
+    with_a_bitmap(store)
+    with dm.open("raw0") as image, image.transaction() as bitmaps:
+        bitmaps["b"].mark(MIB, 1)
+    if damaged:
+        table = next(entry for entry in store.read(lambda s: read_entries(s, s.record(b"raw0"))))
+        with open("nodes.dmap", "r+b") as file:
+            file.seek(table.table_offset)
+            file.write(b"\x55")
+    os.truncate("disk.raw", size)
+    with dm.open("raw0") as image:
+        with pytest.raises(dm.BitmapNotFoundError):
+            image.recover(["nobody"])
+        assert [(item.name, item.how.split(":")[0]) for item in image.recover()] == [("b", "all dirty")]
+    with dm.open("raw0") as image:
+        assert (image.size, image["b"].size, image["b"].count) == (size, size, size)
+    assert dm.describe("raw0").notes == ()
+    assert dm.check("nodes.dmap").findings == []
+
+
+def test_recover_adopts_a_new_size_of_a_device(store: Store) -> None:
+    add_node(store, "raw0", raw("disk.raw"))
+    host = dm.this_host()
+    host.add_device("disk0", "raw0")
+    with dm.open("disk0") as image, image.transaction() as bitmaps:
+        changes.add(bitmaps, "b")
+    os.truncate("disk.raw", 2 * GIB)
+    with dm.open("disk0") as image:
+        image.recover()
+        assert image["b"].count == 2 * GIB
+
+
+def test_a_bitmap_too_fine_for_the_new_size_can_be_renamed_and_removed(store: Store) -> None:
+    with_a_bitmap(store, granularity=512)
+    with dm.open("raw0") as image, image.transaction() as bitmaps:
+        changes.add(bitmaps, "coarse")
+    os.truncate("disk.raw", 4 << 40)
+    with pytest.raises(dm.BitmapError, match="granularity 512 needs"):
+        nodes.resize_node(store, "raw0")
+    with dm.open("raw0") as image:
+        with image.transaction() as bitmaps:
+            bitmaps.rename("b", "fine")
+            bitmaps["coarse"] = bitmaps["coarse"].replace(recording=False)
+        with pytest.raises(dm.BitmapError, match="resize"), image.transaction() as bitmaps:
+            bitmaps["copy"] = bitmaps["fine"].recovered()
+        with image.transaction() as bitmaps:
+            del bitmaps["fine"]
+    assert dm.describe("raw0").notes  # and what is left is still in doubt
+    with dm.open("raw0") as image:
+        image.recover()
+        assert (image["coarse"].count, image["coarse"].recording) == (4 << 40, False)
+    assert dm.check("nodes.dmap").findings == []
+
+
+def test_a_node_without_bitmaps_takes_the_size_of_its_disk(store: Store) -> None:
+    add_node(store, "raw0", raw("disk.raw"))
+    os.truncate("disk.raw", 2 * GIB)
+    with dm.open("raw0") as image, image.transaction() as bitmaps:
+        changes.add(bitmaps, "b")
+        bitmaps["b"].mark(GIB, 1)
+    assert qemu.extents(dm.open("raw0")["b"]) == [(GIB, 65536)]
+
+
+def test_a_write_right_after_a_bitmap_was_made_shows(store: Store) -> None:
+    """Also where the clock for files has hardly moved on: the image itself was written to just before."""
+    for _ in range(20):
+        with contextlib.suppress(FileNotFoundError), Store("nodes.dmap"):
+            os.unlink("nodes.dmap")
+        create("nodes.dmap")
+        with Store("nodes.dmap") as fresh:
+            add_node(fresh, "raw0", raw("disk.raw"))
+            with open("disk.raw", "r+b", buffering=0) as file, StoredImage(fresh, "raw0") as image:
+                file.write(b"x")
+                with image.transaction() as bitmaps:
+                    changes.add(bitmaps, "b")
+                file.write(b"y")
+                assert image["b"].count == GIB
+
+
+def test_an_identity_waits_for_a_clock_of_whole_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = raw(str(tmp_path / "disk.raw"))
+    now = time.time_ns() // 10**9 * 10**9
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    for mtime, longest in ((now, 2), (now + 10**9, 2), (time.time_ns() - 1, 0.02), (now - 5 * 10**9, 0)):
+        os.utime(path, ns=(mtime, mtime))
+        waits.clear()
+        assert lasting_identity(path).mtime_ns == mtime
+        assert longest / 2 <= sum(waits) <= longest
 
 
 def test_an_image_changed_by_others_counts_as_all_dirty(store: Store) -> None:

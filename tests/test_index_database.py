@@ -5,6 +5,7 @@ What may kill the process that reads it is tried in a child, whose end is looked
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import os
@@ -13,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,15 @@ from dirtmap.engine import changes
 from dirtmap.engine.host import Host
 from dirtmap.engine.index import database
 from dirtmap.engine.index.database import DamagedError, Database, connect, fault, replace
+from dirtmap.engine.index.index import Index
+from dirtmap.engine.index.reading import look
 from dirtmap.engine.index.upkeep import rebuild, verify
 from dirtmap.engine.store import nodes
-from dirtmap.engine.store.store import Store
+from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import index as layout
+from dirtmap.fmt import store
 from dirtmap.fmt.errors import StorageError
+from dirtmap.fmt.store import Record
 
 MIB = 1 << 20
 NODES = 24
@@ -748,3 +754,33 @@ def test_index_verify_rebuild_and_stats(chosen: Host) -> None:
         assert "there is no index" in error_of("index", command)
     assert json_of("index", "rebuild") == {"containers": 3}
     assert json_of("index", "verify")["faults"] == []
+
+
+def test_after_a_commit_only_the_buckets_that_it_changed_are_looked_at(tmp_path: Path) -> None:
+    path = str(tmp_path / "store.dmap")
+    create(path)
+    with Store(path) as target:
+        with target.change() as change:
+            for number in range(400):
+                name = b"node%d" % number
+                change.table.put(Record(name, store.KIND_NODE, uuid.uuid4().bytes, 1 << 20, path=b"/none" + name))
+        index = Index(str(tmp_path / "index"))
+        list(index.refresh([path]))
+        for number in (7, 8):
+            with target.change() as change:
+                record = change.table.get(b"node%d" % number)
+                assert record
+                change.table.put(dataclasses.replace(record, size=2 << 20))
+            keys: list[bytes] = []
+
+            def get(key: bytes, keys: list[bytes] = keys) -> bytes | None:
+                keys.append(key)
+                return index.database.get(key)
+
+            reading = look(get, path, index.container(path), False)
+            assert reading
+            assert len(reading.buckets) == len(keys) == 1
+            sizes = {member.name: member.size for _, found in reading.buckets.values() for member, _ in found}
+            assert sizes[b"node%d" % number] == 2 << 20
+            list(index.refresh([path]))
+    index.database.close()

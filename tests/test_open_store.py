@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import qemu
-from support.cli import dirtmap, json_of
+from support.cli import COMMAND, dirtmap, json_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.index.index import Index
@@ -94,7 +94,8 @@ def test_a_host_stays_the_same(folder: Path) -> None:
     os.chdir("A")
     host = dm.this_host()
     os.chdir("../B")
-    host.add_node("new", "../A/data.raw")
+    shutil.copy("../A/data.raw", "../A/new.raw")
+    host.add_node("new", "../A/new.raw")
     assert host.resolve("new")
     assert not [node for node in json_of("node", "list") if node["name"] == "new"]
     os.chdir("../A")
@@ -163,7 +164,7 @@ def test_a_commit_on_a_rollback_is_not_taken_for_the_lost_one(folder: Path) -> N
 
 def test_a_rollback_during_a_hold_is_found(folder: Path) -> None:
     make(folder)
-    dirtmap("hold", "data", "m", "--", "sh", "-c", "cp s.dmap o; dirtmap mark other m 0 1; cp o s.dmap")
+    dirtmap("hold", "data", "m", "--", "sh", "-c", f"cp s.dmap o; {COMMAND} mark other m 0 1; cp o s.dmap")
     assert mapped("other") == mapped("data") == mapped("d") == ALL
 
 

@@ -10,6 +10,7 @@ from support import qemu
 from support.cli import dirtmap, error_of
 
 import dirtmap.engine as dm
+from dirtmap.engine.qcow2.sidecar import make_sidecar
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -59,12 +60,27 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert error_of("sidecar", tmp_path / "none", sidecar).endswith("open: No such file or directory")
 
 
-def test_qemu_opens_it_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("one", "two"):
-        os.mkdir(name)
-    Path("disk.raw").write_bytes(bytes(MIB))
-    dirtmap("sidecar", "disk.raw", "one/disk.qcow2")
-    for folder in (".", "one", "two"):
+def test_it_leads_to_its_disk_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU takes a relative name as relative to the folder that it is started in."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "disk.raw").write_bytes(bytes(MIB))
+    monkeypatch.chdir(tmp_path / "here")
+    dirtmap("sidecar", "disk.raw", "../there/disk.qcow2")
+    for folder in ("", "here", "there"):
         monkeypatch.chdir(tmp_path / folder)
-        qemu.check(os.path.relpath(tmp_path / "one/disk.qcow2"))
+        qemu.qemu_io(tmp_path / "there/disk.qcow2", "write -P 7 0 512")
+    assert (tmp_path / "here/disk.raw").read_bytes().startswith(b"\7" * 512)
+    assert not any((tmp_path / "there/disk.raw").read_bytes())
+
+
+def test_it_is_not_begun_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, sidecar = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    raw.touch()
+    os.truncate(raw, 1 << 40)
+    status = os.statvfs(tmp_path)
+    few = os.statvfs_result((status.f_bsize, status.f_frsize, *status[2:4], 1, *status[5:10]))
+    monkeypatch.setattr(os, "statvfs", lambda _: few)
+    with pytest.raises(dm.StorageError, match="there is room for"):
+        make_sidecar(str(raw), str(sidecar))
+    assert not sidecar.exists()

@@ -99,6 +99,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(f"{next(digits)}" * 32))
     for module in (looks, nodes):
         monkeypatch.setattr(module, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
+    monkeypatch.setattr(nodes, "probe_path", lambda path: None)
     path = tmp_path / "example"
     create(str(path))
     with Store(str(path)) as target:

@@ -82,6 +82,7 @@ def test_65535_bitmaps_and_names_of_1023_bytes(target: Store, tmp_path: Path) ->
 def test_disks_up_to_8_exbibytes(target: Store, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     for module in (looks, nodes):
         monkeypatch.setattr(module, "identity_of", lambda path: Identity(1, 2, 3, size))
+    monkeypatch.setattr(nodes, "probe_path", lambda path: None)
     add_node(target, "n", "raw")
     with StoredImage(Store(target.path), "n") as image:
         if size > 1 << 50:

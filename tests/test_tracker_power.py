@@ -333,13 +333,18 @@ def test_a_raw_image_that_is_another_one_is_all_dirty(tmp_path: Path, change: st
         assert model_of(image["b0"]).all()
 
 
-def test_a_raw_image_that_has_grown_is_refused_until_it_is_resized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recover", [False, True])
+def test_a_raw_image_that_has_grown_is_refused_until_its_size_is_adopted(tmp_path: Path, recover: bool) -> None:
     path = died(tmp_path, bare=False)
     os.truncate(path, 2 * SIZE)
     with dm.open("node:drive0") as image, pytest.raises(dm.BitmapError, match="node resize"):
-        image.recover()
-    with Store(str(tmp_path / "default.dmap")) as target:
-        resize_node(target, "drive0")
+        _ = image["b0"]
+    if recover:
+        with dm.open("node:drive0") as image:
+            image.recover()
+    else:
+        with Store(str(tmp_path / "default.dmap")) as target:
+            resize_node(target, "drive0")
     with dm.open("node:drive0") as image:
         assert image.tracking() is None
         assert image["b0"].size == 2 * SIZE

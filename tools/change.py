@@ -22,7 +22,8 @@ from dirtmap.tools.targets import transaction
     "-g",
     "--granularity",
     type=options.SIZE,
-    help="Bytes of the disk for each bit, a power of two from 512 to 2G.  [default: the cluster size, 4K to 64K]",
+    help="Bytes of the disk for each bit, a power of two from 512 to 2G.  "
+    "[default: 64K; in a qcow2 image its cluster size, 4K to 64K]",
 )
 @click.option("--disabled", is_flag=True, help="Do not record into it.")
 @options.changing

@@ -7,7 +7,7 @@ import click
 import dirtmap.engine as dm
 from dirtmap.engine.containers import Target
 from dirtmap.tools import options
-from dirtmap.tools.targets import same_container, same_image, transaction, usable
+from dirtmap.tools.targets import same_container, same_image, tell_doubt, transaction, usable
 
 _dest = click.argument("dest_target", type=options.TARGET)
 _as = click.option("--as", "new", metavar="NAME", type=options.NAME, help="Another name for it there.")
@@ -40,6 +40,7 @@ def copy_command(target: Target, bitmap: str, dest_target: Target, new: str | No
         return
     with dm.open(target) as image:
         source = usable(image.path, image, bitmap)
+        tell_doubt(image, image.doubt())
     with transaction(dest_target) as there:
         changes.put(there, name, source)
 

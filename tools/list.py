@@ -34,9 +34,10 @@ def list_command(ctx: click.Context, targets: tuple[Target, ...], force_share: b
     """List the bitmaps of images.
 
     Tells each bitmap's granularity, how much of the disk it calls dirty (whole granules, as QEMU counts), and whether
-    QEMU goes on recording into it. An inconsistent bitmap was left in use by a writer that did not finish; see
-    "dirtmap recover". Without a TARGET: all bitmaps of the host, in every image and store that it knows; see "dirtmap
-    index scan". A TARGET that cannot be read does not keep the others from being listed; the exit status is 1.
+    QEMU goes on recording into it. An inconsistent bitmap was left in use by a writer that did not finish, and the bits
+    of a damaged one are not what was written; see "dirtmap recover". Without a TARGET: all bitmaps of the host, in
+    every image and store that it knows; see "dirtmap index scan". A TARGET that cannot be read does not keep the others
+    from being listed, nor does a damaged bitmap; the exit status is 1.
     """
     failed = False
     documents = []
@@ -51,6 +52,9 @@ def list_command(ctx: click.Context, targets: tuple[Target, ...], force_share: b
             complain(str(error))
             failed = True
             continue
+        for damage in info.errors:
+            complain(damage)
+            failed = True
         if quiet:
             continue
         for note in info.notes:
@@ -71,6 +75,7 @@ def _document(info: ImageInfo) -> dict[str, Any]:
         "format": info.format,
         "virtual-size": info.size,
         "cluster-size": info.cluster_size,
+        "doubt": info.doubt,
         "bitmaps": [
             {
                 "name": bitmap.name,
@@ -119,5 +124,7 @@ def _row(bitmap: BitmapInfo, size: int | None) -> tuple[str, ...]:
     if bitmap.count is not None:
         dirty = human_size(bitmap.count)
         share = human_share(bitmap.count, size or 0)
-    state = "inconsistent" if bitmap.inconsistent else "recording" if bitmap.recording else "disabled"
+    state = "recording" if bitmap.recording else "disabled"
+    if dirty == "?":
+        state = "inconsistent" if bitmap.inconsistent else "damaged"
     return printable(bitmap.name), human_size(bitmap.granularity), dirty, share, state + ", busy" * bitmap.busy

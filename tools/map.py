@@ -13,7 +13,7 @@ import dirtmap.engine as dm
 from dirtmap.engine.containers import Target
 from dirtmap.tools import options
 from dirtmap.tools.output import colourful
-from dirtmap.tools.targets import usable
+from dirtmap.tools.targets import tell_doubt, usable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +61,7 @@ def map_command(
         raise click.UsageError("--picture goes with neither --totals, --dirty nor --output=json.")
     with dm.open(target, force_share=force_share) as image:
         found = usable(image.path, image, bitmap)
+        tell_doubt(image, image.doubt())
     offsets, lengths = found.extents()
     if quiet:
         return

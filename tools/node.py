@@ -96,7 +96,8 @@ def resize_command(name: str, store: str | None, index: str | None) -> None:
     """Adopt the size that a node's image has now.
 
     Old bits stay, new space is dirty. You state with it that the image was resized and nothing else; if it was written
-    to as well, say "dirtmap recover" instead, which makes all dirty.
+    to as well, say "dirtmap recover" instead, which adopts the size and makes all dirty. So does this command where
+    another file is in the image's place.
     """
     this_host(store, index).resize_node(name)
 

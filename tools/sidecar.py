@@ -22,7 +22,7 @@ def sidecar_command(raw: str, qcow2: str) -> None:
 
     Let QEMU open QCOW2 from then on: it reads and writes RAW through it, byte for byte as before, and keeps bitmaps of
     what it writes in QCOW2. What is written to RAW without going through QCOW2 is not recorded; so RAW must not be
-    tracked. QCOW2 must not exist, and a relative RAW is found from the folder that QCOW2 is in.
+    tracked. QCOW2 must not exist; it remembers the absolute path of RAW.
     """
     from dirtmap.engine.containers import this_host
     from dirtmap.engine.qcow2.sidecar import make_sidecar

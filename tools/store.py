@@ -6,7 +6,7 @@ import click
 
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
-from dirtmap.tools.output import write_json
+from dirtmap.tools.output import complain, write_json
 from dirtmap.tools.sizes import human_size
 
 
@@ -76,12 +76,14 @@ def new_identity_command(file: str) -> None:
     """Make a copy of a store one of its own.
 
     A copied store is refused while the original is there, since both would be the home of the same bitmaps. This gives
-    it, its nodes and its devices other UUIDs.
+    it, its nodes and its devices other UUIDs. Of an image that was tracked when it was copied, the bitmaps are all
+    dirty in the copy.
     """
     from dirtmap.engine.containers import this_host
     from dirtmap.engine.store.compact import compact
 
-    compact(file, new_identity=True, expect=this_host().expect)
+    for line in compact(file, new_identity=True, expect=this_host().expect).made_dirty:
+        complain(f"{file}: all dirty now: {line}")
 
 
 for _command in (create_command, compact_command, new_identity_command):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import dirtmap.engine as dm
 from dirtmap.engine.containers import Target, locate
+from dirtmap.fmt.errors import printable
 from dirtmap.tools.output import complain
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ def transaction(target: Target) -> Iterator[Transaction]:
     # Reading proves nothing here: the transaction locks and judges the image anew, and knows better who holds it.
     with dm.open(target, force_share=True) as image:
         tracking = image.tracking()
+        doubt = None if tracking else image.doubt()
         with image.transaction() as bitmaps:
             yield bitmaps
+        tell_doubt(image, doubt)
     if tracking:  # it has died, or we would have been refused
         complain(f"{image.path}: recovered first: {tracking.how}")
 
@@ -72,6 +75,12 @@ def gather(host: Host, read: Callable[[Store], Iterable[T]]) -> tuple[list[T], b
     for problem in problems:
         complain(str(problem))
     return found, not problems
+
+
+def tell_doubt(image: dm.Namespace, doubt: str | None) -> None:
+    """Says on standard error why all of an image's bitmaps count as all dirty, if they do."""
+    if doubt:
+        complain(f"{image.path}: {printable(image.name or '')}: its bitmaps count as all dirty: {doubt}")
 
 
 def usable(where: str, bitmaps: Mapping[str, Bitmap], name: str) -> Bitmap:

@@ -269,5 +269,6 @@ class Index:
         header = target.read(lambda snapshot: snapshot.header)
         if self.seen(header.uuid) == (header.generation, header.commit_id, path):
             return
-
+        if header.generation > layout.MAX_SEEN:
+            return  # made up: the store that is rolled back to would have to count on from there
         self.remember_seen(header.uuid, header.generation, header.commit_id, path)

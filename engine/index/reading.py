@@ -7,9 +7,10 @@ read again each time, to say what is wrong with it now.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from dirtmap.engine.qcow2.image import read_session
 from dirtmap.engine.qcow2.layout import Layout
 from dirtmap.engine.store.bitmaps import read_entries
 from dirtmap.engine.store.store import Snapshot, Store
+from dirtmap.engine.store.table import NamespaceTable
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError
 from dirtmap.fmt.index import (
@@ -142,20 +144,20 @@ def _read_store(get: Get, target: Store, known: Container, now: Fingerprint) -> 
         table = snapshot.table()  # a store that has lost it is damaged, whatever was known
         if known.condition == SOUND and known.commit_id == header.commit_id:
             return None
-        areas = table.areas()
+        pointers = table.pointers
         found = known._replace(
             condition=SOUND,
             racy=False,
             fingerprint=now,
-            buckets=len(areas),
+            buckets=len(pointers),
             generation=header.generation,
             commit_id=header.commit_id,
             uuid=header.uuid,
         )
         reading = Reading(found)
-        same = known.buckets == len(areas)
-        for bucket, area in enumerate(areas):
-            pointer = store.AREA.build(**area._asdict())
+        same = known.buckets == len(pointers)
+        for bucket in _changed(snapshot, table, known) if same else range(len(pointers)):
+            pointer = pointers[bucket]
             before = get(members_key(known.number, bucket)) if known.number else None
             if same and before is not None and before[: len(pointer)] == pointer:
                 continue
@@ -170,6 +172,17 @@ def _read_store(get: Get, target: Store, known: Container, now: Fingerprint) -> 
         return reading
 
     return target.read(look)
+
+
+def _changed(snapshot: Snapshot, table: NamespaceTable, known: Container) -> Iterable[int]:
+    """The buckets that may have changed since the index knew the store: few, where that was one commit ago."""
+    with contextlib.suppress(FormatError, UnsupportedError):
+        older = snapshot.older()
+        if older and older.header.commit_id == known.commit_id and older.header.uuid == known.uuid:
+            before = older.table()
+            if before.bucket_bits == table.bucket_bits:
+                return table.unlike(before)
+    return range(known.buckets)
 
 
 def _member(snapshot: Snapshot, record: store.Record, old: dict[bytes, Member]) -> tuple[Member, Bitmaps | None]:

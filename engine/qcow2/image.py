@@ -222,7 +222,7 @@ class Image(Namespace):
         self.name = None if layout.name is None else decode_name(layout.name)
         self.uuid = None if layout.uuid is None else str(uuid.UUID(bytes=layout.uuid))
 
-    def set_identity(self, name: str | None, *, new_uuid: bool = False) -> None:
+    def set_identity(self, name: str | None, *, new_uuid: bool = False, image_uuid: bytes | None = None) -> None:
         """Gives the image a node name, and a UUID where it has none or is to have another; None takes both away.
 
         QEMU keeps both through its own changes; a converted image has neither.
@@ -241,6 +241,7 @@ class Image(Namespace):
             data = None
             if name is not None:
                 identity = uuid.uuid4().bytes if new_uuid or layout.uuid is None else layout.uuid
+                identity = image_uuid or identity
                 data = identity + encode_name(name)
                 for field, what in qcow2.namespace_extension_faults(data):
                     raise BitmapError(f"{self.path}: {field}", what)

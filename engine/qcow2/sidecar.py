@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 
-from dirtmap.engine.fileio import open_file, remove_file, sync_folder
+from dirtmap.engine.fileio import open_file, remove_file, room_at, sync_folder
 from dirtmap.fmt import geometry, qcow2
 from dirtmap.fmt.errors import StorageError, UnsupportedError
 from dirtmap.fmt.extensions import build_chain
@@ -36,7 +36,7 @@ def make_sidecar(raw: str, path: str) -> None:
 
     Raises:
         UnsupportedError: the raw file's size, or the length of its name, does not fit.
-        StorageError: ``path`` exists, or something cannot be read or written.
+        StorageError: ``path`` exists, there is no room for it, or something cannot be read or written.
     """
     with open_file(raw) as file:
         size = file.size()
@@ -61,6 +61,8 @@ def make_sidecar(raw: str, path: str) -> None:
     header = _header(size, bits, table, l1, l2_tables, name)
     if len(header) > cluster:
         raise UnsupportedError(raw, "its path is too long for the header")
+    if used * cluster > (room := room_at(path)):
+        raise StorageError(path, f"needs {used * cluster} bytes, and there is room for {room}")
     counts = np.zeros(blocks * per_block, np.uint64)
     counts[:used] = 1
     try:

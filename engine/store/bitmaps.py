@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import crc32c
 
+from dirtmap.engine import holds
 from dirtmap.engine.namespace import decode_name, encode_name, label
 from dirtmap.engine.store.identity import disk_size, identity_now, root_elsewhere
 from dirtmap.engine.store.store import Change, Snapshot, Store
@@ -109,7 +110,7 @@ def load_saved(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) 
         snapshot.file.read_into(entry.table_offset, buffer)
         checksum = store.BITS_CHECKSUM.parse(entry.extra_data).checksum
         if crc32c.crc32c(buffer) != checksum:
-            raise _wrong_bits(snapshot, entry)
+            raise _wrong_bits(snapshot, record, entry)
         bits.mask_tail(words, nbits)
     return words
 
@@ -127,11 +128,12 @@ def verify(snapshot: Snapshot, record: Record, entry: Entry) -> None:
     for offset in range(entry.table_offset, end, _PIECE):
         checksum = crc32c.crc32c(snapshot.file.read(offset, min(_PIECE, end - offset)), checksum)
     if checksum != store.BITS_CHECKSUM.parse(entry.extra_data).checksum:
-        raise _wrong_bits(snapshot, entry)
+        raise _wrong_bits(snapshot, record, entry)
 
 
-def _wrong_bits(snapshot: Snapshot, entry: Entry) -> FormatError:
-    where = f"{snapshot.file.path}: {label(decode_name(entry.name))} at {entry.table_offset:#x}"
+def _wrong_bits(snapshot: Snapshot, record: Record, entry: Entry) -> FormatError:
+    bitmap = f"{label(decode_name(entry.name))} at {entry.table_offset:#x}"
+    where = f"{snapshot.file.path}: {kind_label(record)}: {bitmap}"
     return FormatError(where, "its checksum is wrong; recover makes it all dirty")
 
 
@@ -210,22 +212,36 @@ def settle_device(target: Store, name: bytes) -> None:
         peers.settle(target, name)
 
 
-def require_same_size(snapshot: Snapshot, record: Record) -> None:
-    """Refuses bitmaps whose image has grown or shrunk: they say nothing about the new space.
+def other_size(snapshot: Snapshot, record: Record) -> BitmapError:
+    """The error for bits that are for a disk of another size: they say nothing about the new space."""
+    verb = "node resize" if record.kind == store.KIND_NODE else "device set-root"
+    what = f"its image has {size_now(record)} bytes now, and had {record.size}; '{verb}' adopts the new size"
+    return BitmapError(f"{snapshot.file.path}: {kind_label(record)}", what)
 
-    Raises:
-        BitmapError: names both sizes and the command that adopts the new one.
-    """
-    if record.kind in (store.KIND_NODE, store.KIND_DEVICE) and record.nb_bitmaps:
+
+def size_now(record: Record) -> int:
+    """The size in bytes of a namespace's disk as its image has it now; as recorded where that cannot be looked at."""
+    if record.kind in (store.KIND_NODE, store.KIND_DEVICE):
         with contextlib.suppress(StorageError):
             now = identity_now(record)
-            if now == record.identity or root_elsewhere(record):
-                return
-            size = now.size if record.kind == store.KIND_NODE else disk_size(os.fsdecode(record.path))
-            if size != record.size:
-                verb = "node resize" if record.kind == store.KIND_NODE else "device set-root"
-                what = f"its image has {size} bytes now, and had {record.size}; '{verb}' adopts the new size"
-                raise BitmapError(f"{snapshot.file.path}: {kind_label(record)}", what)
+            if record.kind == store.KIND_NODE:
+                return now.size
+            if root_elsewhere(record):
+                return record.size
+            if now != record.identity or not record.nb_bitmaps:
+                return disk_size(os.fsdecode(record.path))
+    return record.size
+
+
+def refuse_held(path: str, record: Record) -> None:
+    """Refuses a change of all of a namespace's bitmaps, or of their addresses, while one of them is held.
+
+    Raises:
+        BitmapError: names the bitmap and who holds it.
+    """
+    for held in holds.living(record):
+        where = f"{path}: {kind_label(record)}: {label(decode_name(held.bitmap))}"
+        raise BitmapError(where, f"busy: held by {held}")
 
 
 def refuse_without_root(snapshot: Snapshot, record: Record) -> None:
@@ -387,3 +403,35 @@ def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap) -> E
     clusters = len(area.clusters(change.header.cluster_size))
     extra = store.BITS_CHECKSUM.build(checksum=area.checksum, reserved=0)
     return Entry(encode_name(name), area.offset, clusters, flags, bits, extra_data=extra)
+
+
+def rewrite(change: Change, record: Record, new: Record, *, doubted: bool) -> None:
+    """Has all bitmaps of a namespace written anew, for the disk and the image that its new record tells of.
+
+    Old bits stay and new space is dirty; an inconsistent bitmap becomes all dirty. The session of a tracker that has
+    died ends with it: what that marked is among the old bits.
+
+    Args:
+        change: plans all of it.
+        record: of the namespace, as it was.
+        new: as it will be, but for its directory.
+        doubted: nothing is known of the disk's content: all bits are dirty.
+
+    Raises:
+        BitmapError: a bitmap is too fine for the new size.
+        FormatError: damaged bits, unless ``doubted``.
+    """
+    if view := tracked_view(change.snapshot, record):
+        new = replace(new, extensions=view.without())
+        change.afterwards.append(view.clean_up)
+    entries = read_entries(change.snapshot, record)
+    placed = []
+    for entry in entries:
+        bitmap = bitmap_of(change.snapshot, record, entry, doubted)
+        if doubted or bitmap.inconsistent:
+            bitmap = type(bitmap)(new.size, entry.granularity, entry.auto).recovered()
+        elif new.size != record.size:
+            bitmap = bitmap.resized(new.size)
+        placed.append(place_bitmap(change, new, decode_name(entry.name), bitmap))
+    area = replace_directory(change, record, entries, placed)
+    change.table.put(replace(new, generation=change.generation, directory=area))

@@ -9,6 +9,7 @@ all dirty; so does what only the older header slot still leads to, a namespace o
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import namespace_label, read_entries, verify
 from dirtmap.engine.store.store import Change, Snapshot, Store, create
-from dirtmap.fmt import directory, geometry, store
+from dirtmap.fmt import directory, geometry, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, StorageError
 from dirtmap.fmt.store import Area, Record
@@ -47,12 +48,17 @@ class Compaction:
 class _Readable(NamedTuple):
     """A namespace as ``source`` has it, and what the older header slot has under that name, if that is not the source.
 
-    The generation is 0 where the older slot is the source: its bits count as dirty.
+    Where there is a ``doubt``, its bits count as dirty.
     """
 
     source: Snapshot
     record: Record
     spare: tuple[Snapshot, Record] | None = None
+    doubt: str = ""
+
+
+_COMMITS = 4  # how much higher a generation is after a compaction, at most
+_OLDER = "known from the older header slot only"
 
 
 class _Eager(Change):
@@ -97,7 +103,11 @@ def compact(
         chosen = target.choose(old)
         snapshot = Snapshot(old, chosen)
         header = chosen.header
+        if header.generation > store.MAX_GENERATION - _COMMITS:
+            raise FormatError(f"{path}: header.generation", f"{header.generation} is so high that no commit can follow")
         result = Compaction(before=old.size())
+        for left in _left_behind(path):  # whoever makes one has the lock that we have
+            remove_file(left)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
             create(
@@ -108,7 +118,7 @@ def compact(
                 doubt_generation=header.doubt_generation,
             )
             with open_file(temporary, writable=True) as new:
-                os.fchmod(new.fd, old.status.st_mode & 0o777)
+                new.belong_as(old)
                 change = _Eager(new, headers.choose(temporary, new.read(0, store.RESERVED)))
                 readable = _readable(snapshot, result, mend=mend)
                 if new_identity:
@@ -127,6 +137,16 @@ def compact(
         return result
 
 
+def _left_behind(path: str) -> list[str]:
+    """What compactions have left beside a store that were killed."""
+    folder, name = os.path.split(path)
+    left = re.compile(re.escape(name) + r"\.[0-9a-f]{32}\.tmp")
+    try:
+        return [os.path.join(folder, other) for other in os.listdir(folder) if left.fullmatch(other)]
+    except OSError:
+        return []
+
+
 def _fill_older_slot(file: File) -> None:
     """Has both slots say the same: the older one is still the empty store, so losing the newest would lose all."""
     chosen = headers.choose(file.path, file.read(0, store.RESERVED))
@@ -137,15 +157,28 @@ def _fill_older_slot(file: File) -> None:
 
 
 def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
-    """The same with other UUIDs for what is in this store; images have their own. Holds are on the original."""
+    """The same with other UUIDs for what is in this store; images have their own. Holds are on the original.
+
+    So are the sessions of trackers: what is marked in them is not in this store, and their files are not its own.
+    """
     ours = (store.KIND_NODE, store.KIND_DEVICE)
     fresh = {found.record.uuid: uuid.uuid4().bytes for found in readable if found.record.kind in ours}
 
-    def renewed(record: Record) -> Record:
+    def renewed(found: _Readable) -> _Readable:
+        record = found.record
         own = fresh.get(record.uuid, record.uuid) if record.kind in ours else record.uuid
-        return holds.with_holds(replace(record, uuid=own, root_uuid=fresh.get(record.root_uuid, record.root_uuid)), [])
+        record = holds.with_holds(
+            replace(record, uuid=own, root_uuid=fresh.get(record.root_uuid, record.root_uuid)), []
+        )
+        if record.extension(live.EXTENSION_SESSION) is None:
+            return found._replace(record=record)
+        kept = tuple(item for item in record.extensions if item[0] not in live.OF_A_SESSION)
+        record = replace(record, extensions=kept)
+        if record.kind == store.KIND_PLACE:  # the image goes back to the original
+            return found._replace(record=replace(record, directory=store.NOWHERE, nb_bitmaps=0), spare=None)
+        return found._replace(record=record, doubt="its tracker is the original's")
 
-    return [found._replace(record=renewed(found.record)) for found in readable]
+    return [renewed(found) for found in readable]
 
 
 def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Readable]:
@@ -155,14 +188,14 @@ def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Re
     newest = {record.name: record for record in _records(snapshot, faults)}
     unknown = "namespaces that the older header slot does not know"
     result.dropped += [f"{unknown}: {_text(snapshot, error)}" for error in faults]
-    older = _older(snapshot.file, snapshot.chosen.slot)
+    older = snapshot.older()
     if older is None:
         return [_Readable(snapshot, record) for record in newest.values()]
     before = {record.name: (older, record) for record in _records(older, [])}
     found = [_Readable(snapshot, record, before.get(name)) for name, record in newest.items()]
     if faults:  # else nothing is missing, so what only the older slot knows was removed on purpose
         lost = [record for name, (_, record) in before.items() if name not in newest]
-        found += [_Readable(older, replace(record, generation=0)) for record in lost]
+        found += [_Readable(older, record, doubt=_OLDER) for record in lost]
     return found
 
 
@@ -187,19 +220,9 @@ def _text(snapshot: Snapshot, error: Error) -> str:
     return f"{error.where.removeprefix(f'{snapshot.file.path}: ')}: {error.what}"
 
 
-def _older(file: File, newest: int) -> Snapshot | None:
-    data = file.read(0, store.RESERVED)
-    for number in store.COPIES[1 - newest]:
-        block = data[number * store.BLOCK : (number + 1) * store.BLOCK]
-        if headers.is_whole(block):
-            header = headers.parse_block(file.path, block)
-            return Snapshot(file, headers.Chosen(header, 1 - newest, True, ()))
-    return None
-
-
 def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: bool) -> None:
     source, record = found.source, found.record
-    doubted = record.generation == 0
+    doubt = found.doubt
     lost = None
     try:
         entries = read_entries(source, record)
@@ -208,13 +231,13 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
             raise
         lost = _text(source, error)
     if lost is not None:  # by now the error does not keep in memory any more what was read
-        entries, doubted = _spare_entries(found), True
+        entries, doubt = _spare_entries(found), _OLDER
         if len(entries) < record.nb_bitmaps:
             many = f"{record.nb_bitmaps - len(entries)} of its {record.nb_bitmaps} bitmaps"
             result.dropped.append(f"{namespace_label(record.name)}, {many}: {lost}")
-    copied = [_carry_bits(source, record, entry, change, result, mend=mend, doubted=doubted) for entry in entries]
+    copied = [_carry_bits(source, record, entry, change, result, mend=mend, doubt=doubt) for entry in entries]
     place = change.place(directory.build_directory(copied))
-    change.table.put(replace(record, directory=place, nb_bitmaps=len(copied), generation=max(record.generation, 1)))
+    change.table.put(replace(record, directory=place, nb_bitmaps=len(copied)))
     result.namespaces += 1
 
 
@@ -242,11 +265,11 @@ def _all_dirty(entry: Entry) -> Entry:
 
 
 def _carry_bits(
-    source: Snapshot, record: Record, entry: Entry, change: Change, result: Compaction, *, mend: bool, doubted: bool
+    source: Snapshot, record: Record, entry: Entry, change: Change, result: Compaction, *, mend: bool, doubt: str
 ) -> Entry:
     where = f"{namespace_label(record.name)}, {label(decode_name(entry.name))}"
-    if doubted:
-        result.made_dirty.append(f"{where}: known from the older header slot only")
+    if doubt:
+        result.made_dirty.append(f"{where}: {doubt}")
         return _all_dirty(entry)
     if entry.table_offset in (store.ALL_ZEROS, store.ALL_ONES):
         return entry

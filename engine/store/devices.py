@@ -10,21 +10,18 @@ import os
 import uuid
 from dataclasses import dataclass, replace
 
-from dirtmap.engine import holds
 from dirtmap.engine.namespace import decode_name, encode_name
 from dirtmap.engine.store.bitmaps import (
-    bitmap_of,
     doubts,
     kind_label,
-    place_bitmap,
-    read_entries,
+    refuse_held,
     refuse_session,
     refuse_tracked,
-    replace_directory,
     require_free,
+    rewrite,
     tracked_view,
 )
-from dirtmap.engine.store.identity import disk_size, identity_of_disk
+from dirtmap.engine.store.identity import disk_size, lasting_identity
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError
@@ -94,7 +91,7 @@ def add_device(target: Store, name: str, root: Root) -> None:
         StorageError: the root's image cannot be looked at.
     """
     raw_name = encode_name(name)
-    identity, size = identity_of_disk(root.path), disk_size(root.path)
+    identity, size = lasting_identity(root.path, of_disk=True), disk_size(root.path)
     with target.change() as change:
         require_free(change, raw_name)
         change.table.put(
@@ -126,13 +123,12 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
         BitmapError: no such device, a bitmap is held, or the content cannot be the same since the size is not.
         StorageError: the root's image cannot be looked at.
     """
-    identity, size = identity_of_disk(root.path), disk_size(root.path)
+    identity, size = lasting_identity(root.path, of_disk=True), disk_size(root.path)
     with target.change() as change:
         record = require_device(change, name)
         where = f"{target.path}: {kind_label(record)}"
         refuse_tracked(target.path, record)
-        for held in holds.living(record):
-            raise BitmapError(f"{where}: bitmap '{decode_name(held.bitmap)}'", f"busy: held by {held}")
+        refuse_held(target.path, record)
         if content_unchanged and size != record.size:
             raise BitmapError(where, f"has {record.size} bytes, and the new root {size}: the content is not unchanged")
         new = replace(
@@ -143,24 +139,12 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
             identity=identity,
             generation=change.generation,
         )
-        view = tracked_view(change.snapshot, record)
-        if view:  # recovered with it: what its tracker marked is in the bits that are read below
-            new = replace(new, extensions=view.without())
-            change.afterwards.append(view.clean_up)
         # What was in doubt before stays so: the caller vouches for this step, not for what happened earlier.
-        unchanged = content_unchanged and doubts(change.snapshot, record) is None
-        if unchanged and not view:
+        doubted = not content_unchanged or doubts(change.snapshot, record) is not None
+        if doubted or tracked_view(change.snapshot, record):
+            rewrite(change, record, new, doubted=doubted)
+        else:
             change.table.put(new)
-            return
-        entries = read_entries(change.snapshot, record)
-        placed = []
-        for entry in entries:
-            bitmap = bitmap_of(change.snapshot, record, entry, not unchanged)
-            dirty = bitmap.recovered() if bitmap.inconsistent else bitmap
-            if not unchanged:
-                dirty = dirty.resized(size).recovered()
-            placed.append(place_bitmap(change, new, decode_name(entry.name), dirty))
-        change.table.put(replace(new, directory=replace_directory(change, record, entries, placed)))
 
 
 def remove_device(target: Store, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 import uuid
 from contextlib import suppress
 
@@ -12,6 +13,11 @@ from dirtmap.engine.qcow2.layout import read_head
 from dirtmap.fmt import qcow2, store
 from dirtmap.fmt.errors import StorageError, printable
 from dirtmap.fmt.store import Identity, Record
+
+_SECOND_NS = 1_000_000_000
+# Linux before 6.13 takes the time of a write from a clock that steps every 1 to 10 ms. Where it has whole seconds, as
+# in ext4 with small inodes, or even seconds, as in FAT, that is the step.
+_TICK_NS = 20_000_000
 
 
 def identity_of(path: str) -> Identity:
@@ -28,7 +34,7 @@ def identity_of(path: str) -> Identity:
         if stat.S_ISBLK(status.st_mode):
             with open_file(path) as file:
                 return Identity(status.st_rdev, 0, 0, file.size())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # the latter: a path that no file can have
         raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
     raise StorageError(path, "neither a regular file nor a block device")
 
@@ -94,6 +100,37 @@ def root_elsewhere(record: Record) -> str | None:
 
 def _is_qcow2(file: File) -> bool:
     return file.read(0, len(qcow2.MAGIC)) == qcow2.MAGIC
+
+
+def lasting_identity(path: str, *, of_disk: bool = False) -> Identity:
+    """As `identity_of`, to be remembered: whoever writes to the image from now on gives it another time.
+
+    A time is only as fine as the clock it is taken from. So this waits until that has moved on since the last write: a
+    few milliseconds, and only if the image was written to just before; longer where times are in whole seconds.
+
+    Args:
+        path: of the image.
+        of_disk: as `identity_of_disk`.
+    """
+    data = data_file_of(path) if of_disk else None
+    found = identity_of_disk(path) if of_disk else identity_of(path)
+    for each in (path, data):
+        if each is not None:
+            _wait_out(identity_of(each).mtime_ns)
+    return found
+
+
+def lasting_identity_now(record: Record) -> Identity:
+    """As `identity_now`, to be remembered."""
+    return lasting_identity(os.fsdecode(record.path), of_disk=record.kind == store.KIND_DEVICE)
+
+
+def _wait_out(mtime_ns: int) -> None:
+    tick = _TICK_NS if mtime_ns % _SECOND_NS else 2 * _SECOND_NS
+    # A time to come is another machine's: what passes here passes there, too.
+    age = max(time.time_ns() - mtime_ns, 0)
+    if mtime_ns and age < tick:
+        time.sleep((tick - age) / _SECOND_NS)
 
 
 def disk_size(path: str) -> int:

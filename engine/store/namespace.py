@@ -19,6 +19,7 @@ from dirtmap.engine.namespace import (
     decode_name,
     encode_name,
     label,
+    not_found,
 )
 from dirtmap.engine.store.bitmaps import (
     Source,
@@ -28,23 +29,26 @@ from dirtmap.engine.store.bitmaps import (
     is_readable,
     kind_label,
     no_namespace,
+    other_size,
     place_bitmap,
     read_entries,
+    refuse_held,
     refuse_tracked,
     refuse_unsettled,
     refuse_without_root,
     replace_directory,
-    require_same_size,
+    rewrite,
     settle_device,
+    size_now,
     tracked_view,
     tracking_status,
     with_checkpoints,
 )
-from dirtmap.engine.store.identity import identity_now
+from dirtmap.engine.store.identity import lasting_identity_now
 from dirtmap.engine.store.store import FORMAT, Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapNotFoundError, StorageError, printable
+from dirtmap.fmt.errors import BitmapNotFoundError, FormatError, StorageError, printable
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
@@ -76,6 +80,10 @@ class StoredImage(Namespace):
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
 
+    def doubt(self) -> str | None:
+        """Why all bitmaps count as all dirty; see `Namespace.doubt`."""
+        return self._read(doubts)
+
     def tracking(self) -> Status | None:
         """Who tracks the image; see `Namespace.tracking`."""
         return self._read(tracking_status)
@@ -84,6 +92,7 @@ class StoredImage(Namespace):
         """Begins to track writes to the image; see `Namespace.track`."""
         from dirtmap.engine.tracking.tracker import track_device, track_node
 
+        self._read(_require_same_size)
         if self._read(lambda _, record: record.kind) == store.KIND_DEVICE:
             return track_device(self, options)
         return track_node(self, options)
@@ -91,6 +100,7 @@ class StoredImage(Namespace):
     def _track_with(self, device: Home, options: dict[str, Any], make: Callable[..., Tracker]) -> Tracker:
         from dirtmap.engine.tracking.tracker import track_node
 
+        self._read(_require_same_size)
         return track_node(self, options, device, make)
 
     def open_root(self) -> Namespace:
@@ -129,7 +139,7 @@ class StoredImage(Namespace):
         def read(snapshot: Snapshot, record: Record) -> Bitmap | None:
             for entry in read_entries(snapshot, record):
                 if entry.name == name:
-                    require_same_size(snapshot, record)
+                    _require_same_size(snapshot, record)
                     bitmap = bitmap_of(snapshot, record, entry, doubts(snapshot, record) is not None)
                     bitmap.busy = decode_name(name) in held_by(record)
                     if not bitmap.inconsistent:
@@ -150,6 +160,8 @@ class StoredImage(Namespace):
             record = self._record(change.snapshot)
             doubted = doubts(change.snapshot, record) is not None
             view = tracked_view(change.snapshot, record)
+            if size_now(record) != record.size:
+                return _recover_resized(change, record, list(names))
             entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
             with changing(change, record) as bitmaps:
                 for name in list(names) or list(bitmaps):
@@ -181,6 +193,26 @@ class StoredImage(Namespace):
             changing(change, self._record(change.snapshot)) as bitmaps,
         ):
             yield bitmaps
+
+
+def _require_same_size(snapshot: Snapshot, record: Record) -> None:
+    if record.nb_bitmaps and size_now(record) != record.size:
+        raise other_size(snapshot, record)
+
+
+def _recover_resized(change: Change, record: Record, names: list[str]) -> list[Recovery]:
+    """Recovers a namespace whose disk has another size now, which is adopted with it: all its bitmaps, all dirty."""
+    path = change.snapshot.file.path
+    refuse_tracked(path, record)
+    refuse_unsettled(change.snapshot, record)
+    refuse_held(path, record)
+    found = [decode_name(entry.name) for entry in read_entries(change.snapshot, record)]
+    for name in names:
+        if name not in found:
+            raise not_found(f"{path}: {kind_label(record)}", name)
+    identity, size = lasting_identity_now(record), size_now(record)
+    rewrite(change, record, replace(record, size=size, identity=identity), doubted=True)
+    return [Recovery(name, f"all dirty: the disk has {size} bytes now, and had {record.size}") for name in found]
 
 
 @contextlib.contextmanager
@@ -219,6 +251,15 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
         notes.append(f"{kind_label(record)} is {view.note}")
     busy = held_by(record)
     name = decode_name(record.name)
+    errors: list[str] = []
+    counts: dict[bytes, int | None] = {}
+    entries: list[Entry] = []
+    # Damage to one of them must not hide the others.
+    with _noting(errors):
+        entries = read_entries(snapshot, record)
+    for entry in entries:
+        with _noting(errors):
+            counts[entry.name] = None if entry.in_use else _count(snapshot, record, entry, doubt is not None)
     return ImageInfo(
         path=snapshot.file.path,
         format=FORMAT,
@@ -231,15 +272,25 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
                 recording=entry.auto,
                 inconsistent=entry.in_use,
                 busy=decode_name(entry.name) in busy or (view is not None and view.is_busy(entry)),
-                count=None if entry.in_use else _count(snapshot, record, entry, doubt is not None),
+                count=counts.get(entry.name),
                 namespace=str(uuid.UUID(bytes=record.uuid)),
                 node=None if record.kind == store.KIND_DEVICE else name,
                 device=name if record.kind == store.KIND_DEVICE else None,
             )
-            for entry in read_entries(snapshot, record)
+            for entry in entries
         ),
         notes=tuple(notes),
+        doubt=doubt,
+        errors=tuple(errors),
     )
+
+
+@contextlib.contextmanager
+def _noting(errors: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except FormatError as error:
+        errors.append(str(error))
 
 
 def _count(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> int:
@@ -268,6 +319,8 @@ def describe_store(target: Store) -> ImageInfo:
             cluster_size=snapshot.header.cluster_size,
             bitmaps=tuple(bitmap for part in parts for bitmap in part.bitmaps),
             notes=tuple(note for part in parts for note in part.notes),
+            doubt=next((part.doubt for part in parts if part.doubt), None),
+            errors=tuple(error for part in parts for error in part.errors),
         )
 
     return target.read(read)
@@ -280,8 +333,10 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     refuse_tracked(snapshot.file.path, record)
     refuse_unsettled(snapshot, record)
     refuse_without_root(snapshot, record)
-    require_same_size(snapshot, record)
-    doubted = doubts(snapshot, record) is not None
+    size = size_now(record)
+    if not record.nb_bitmaps:
+        record = replace(record, size=size)  # no bits that would have to be adopted
+    doubted = size != record.size or doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
     where = f"{snapshot.file.path}: {kind_label(record)}"
     bitmaps = Transaction(
@@ -295,7 +350,10 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     try:
         yield bitmaps
         bitmaps.judge()
-        _put(change, record, entries, bitmaps, doubted)
+        if size == record.size:
+            _put(change, record, entries, bitmaps, doubted)
+        else:
+            _put_at_old_size(change, record, entries, bitmaps)
     finally:
         bitmaps.close()
 
@@ -332,6 +390,29 @@ def transaction(target: Store) -> Iterator[StoreTransaction]:
         yield StoreTransaction(change, stack)
 
 
+def _put_at_old_size(change: Change, record: Record, old: list[Entry], bitmaps: Transaction) -> None:
+    """As `_put` while the disk has another size than the bits are for: what is not written anew needs none.
+
+    All bits stay in doubt, and what a tracker has left stays, until the new size is adopted.
+    """
+    wanted: list[Entry] = []
+    for name, bitmap in bitmaps.items():
+        source = bitmap._source
+        kept = _kept(source.entry, name, bitmap) if isinstance(source, Source) and source.record is record else None
+        if kept is None or any(kept.table_offset == entry.table_offset > store.ALL_ONES for entry in wanted):
+            raise other_size(change.snapshot, record)
+        wanted.append(kept)
+    if wanted != old:
+        area = replace_directory(change, record, old, wanted)
+        change.table.put(replace(record, directory=area, nb_bitmaps=len(wanted)))
+
+
+def _kept(entry: Entry, name: str, bitmap: Bitmap) -> Entry:
+    """The entry of a bitmap whose bits stay where they are."""
+    flags = {"set": directory.FLAG_AUTO} if bitmap.recording else {"clear": directory.FLAG_AUTO}
+    return replace(entry.with_flags(**flags), name=encode_name(name))
+
+
 def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction, doubted: bool) -> None:
     wanted: list[Entry] = []
     kept: set[int] = set()
@@ -351,8 +432,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
         ):
             if source.entry.table_offset > store.ALL_ONES:
                 kept.add(source.entry.table_offset)
-            flags = {"set": directory.FLAG_AUTO} if bitmap.recording else {"clear": directory.FLAG_AUTO}
-            wanted.append(replace(source.entry.with_flags(**flags), name=encode_name(name)))
+            wanted.append(_kept(source.entry, name, bitmap))
         else:
             wanted.append(place_bitmap(change, record, name, bitmap))
     if wanted == old and not doubted and not view:
@@ -364,7 +444,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
     elif record.kind in (store.KIND_NODE, store.KIND_DEVICE) and (doubted or not record.nb_bitmaps):
         # All that was in doubt is dirty now, on disk, or the first bitmap begins: from here on changes count.
         with contextlib.suppress(StorageError):
-            identity = identity_now(record)
+            identity = lasting_identity_now(record)
     if view:
         change.afterwards.append(view.clean_up)
     change.table.put(

@@ -8,34 +8,34 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
-from dirtmap.engine import holds
 from dirtmap.engine.namespace import decode_name, encode_name
+from dirtmap.engine.probe import STORE, probe_path
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import (
     EXTENSION_SESSION,
-    bitmap_of,
     doubts,
+    header_doubts,
     namespace_label,
     no_namespace,
-    place_bitmap,
     read_entries,
+    refuse_held,
     refuse_session,
     refuse_tracked,
     refuse_unsettled,
     release_bits,
-    replace_directory,
     require_free,
+    rewrite,
     tracked_view,
 )
-from dirtmap.engine.store.identity import carries, identity_of, is_twin
+from dirtmap.engine.store.identity import carries, disk_size, identity_of, is_twin, lasting_identity
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError, printable
-from dirtmap.fmt.store import Record
+from dirtmap.fmt.errors import BitmapError, Error, StorageError, printable
+from dirtmap.fmt.store import Identity, Record
 
 
 def add_node(target: Store, name: str, image: str) -> None:
@@ -47,14 +47,17 @@ def add_node(target: Store, name: str, image: str) -> None:
         image: its path; remembered as an absolute one.
 
     Raises:
-        BitmapError: the name is taken.
+        BitmapError: the name is taken, or the image is another node's, or a store.
         StorageError: the image cannot be looked at.
     """
+    raw_name = encode_name(name)
     path = os.path.abspath(image)
     identity = identity_of(path)
-    raw_name = encode_name(name)
+    if probe_path(path) == STORE:
+        raise BitmapError(image, "a store, and not the image of a disk")
     with target.change() as change:
         require_free(change, raw_name)
+        refuse_second_name(change.table, path, identity)
         change.table.put(
             Record(
                 name=raw_name,
@@ -66,6 +69,27 @@ def add_node(target: Store, name: str, image: str) -> None:
                 identity=identity,
             )
         )
+
+
+def refuse_second_name(records: Iterable[Record], path: str, identity: Identity) -> None:
+    """Refuses a second node on one image: what is written through one would be missing in the other's bitmaps.
+
+    Args:
+        records: of the nodes that there are.
+        path: of the image.
+        identity: of the image.
+
+    Raises:
+        BitmapError: names the node that it is.
+    """
+    for record in records:
+        known = record.identity
+        if record.kind in (store.KIND_NODE, store.KIND_PLACE) and (
+            (known.device, known.inode) == (identity.device, identity.inode) or record.path == os.fsencode(path)
+        ):
+            with suppress(OSError):
+                if os.path.samefile(record.path, path):
+                    raise BitmapError(path, f"is node '{printable(decode_name(record.name))}' already")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +122,7 @@ def nodes(target: Store) -> list[Node]:
                 name=decode_name(record.name),
                 uuid=str(uuid.UUID(bytes=record.uuid)),
                 path=os.fsdecode(record.path),
-                size=record.size,
+                size=_size_of(record),
                 bitmaps=None if record.kind == store.KIND_PLACE else record.nb_bitmaps,
                 doubt=doubt,
             )
@@ -107,6 +131,14 @@ def nodes(target: Store) -> list[Node]:
         ),
         key=lambda node: node.name,
     )
+
+
+def _size_of(record: Record) -> int:
+    """Of a qcow2 image, what it says itself, if it can be read: whoever resizes it tells no store."""
+    if record.kind == store.KIND_PLACE:
+        with suppress(StorageError):
+            return disk_size(os.fsdecode(record.path))
+    return record.size
 
 
 def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = False) -> None:
@@ -198,7 +230,7 @@ def remove_node(target: Store, name: str) -> None:
     Raises:
         BitmapError: there is none of that name, or it has bitmaps.
     """
-    with target.change() as change:
+    with _identity_put_back(target, name) as changed, target.change() as change:
         record = _record(change, name, died=True)
         where = f"{target.path}: {namespace_label(record.name)}"
         if record.kind == store.KIND_PLACE and not (os.path.exists(record.path) and carries(record)):
@@ -216,9 +248,29 @@ def remove_node(target: Store, name: str) -> None:
             with Image(os.fsdecode(record.path)) as image:
                 if _is_its_image(record, image):
                     _refuse_with_bitmaps(where, len(image))
+                    changed.append(record)
                     image.set_identity(None)
         _refuse_with_bitmaps(where, record.nb_bitmaps)
         change.table.remove(record.name)
+
+
+@contextmanager
+def _identity_put_back(target: Store, name: str) -> Iterator[list[Record]]:
+    """Gives a qcow2 image its identity back where the store's commit fails and goes on saying that the image has it.
+
+    Yields:
+        To be filled with the record of the image, once that is changed.
+    """
+    changed: list[Record] = []
+    try:
+        yield changed
+    except Error:
+        with suppress(Error):
+            for record in changed:
+                if (now := target.record(encode_name(name))) and now.uuid == record.uuid:
+                    with Image(os.fsdecode(record.path)) as image:
+                        image.set_identity(name, image_uuid=record.uuid)
+        raise
 
 
 def _is_its_image(record: Record, image: Image) -> bool:
@@ -253,11 +305,11 @@ def rename_node(
         BitmapError: there is none of that name, the new one is taken, a bitmap is held, or it has bitmaps and
             ``with_bitmaps`` is not said: their addresses change.
     """
-    with target.change() as change:
+    with _identity_put_back(target, name) as changed, target.change() as change:
         record = _record(change, name)
         where = f"{target.path}: {namespace_label(record.name)}"
         require_free(change, encode_name(new))
-        _refuse_held(where, record)
+        refuse_held(target.path, record)
         with ExitStack() as stack:
             image = None
             if record.kind == store.KIND_PLACE:
@@ -272,6 +324,7 @@ def rename_node(
                 what = f"has {count} bitmaps, whose addresses would change; --with-bitmaps renames them, too"
                 raise BitmapError(where, what)
             if image is not None:
+                changed.append(record)
                 image.set_identity(new)
         change.table.remove(record.name)
         change.table.put(replace(record, name=encode_name(new)))
@@ -280,38 +333,28 @@ def rename_node(
 def resize_node(target: Store, name: str) -> int:
     """Adopts the size that a node's image has now: old bits stay, new space is dirty.
 
-    The caller vouches that the image was resized and nothing else.
+    The caller vouches that the image was resized and nothing else. Whatever else puts its bitmaps in doubt, another
+    file in its image's place or a lost commit, makes all of them dirty.
 
     Returns:
         The new size, bytes.
 
     Raises:
-        BitmapError: there is no such node, or a bitmap is inconsistent or held.
+        BitmapError: there is no such node, its size has not changed, or a bitmap is held or too fine for the new size.
         StorageError: the image cannot be looked at.
     """
     with target.change() as change:
         record = _stored(change, name, died=True)
+        identity = lasting_identity(os.fsdecode(record.path))
+        if identity.size == record.size:
+            what = f"its image has {record.size} bytes, as before: there is no new size to adopt"
+            raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
         refuse_unsettled(change.snapshot, record)
-        _refuse_held(f"{target.path}: {namespace_label(record.name)}", record)
-        view = tracked_view(change.snapshot, record)
-        identity = identity_of(os.fsdecode(record.path))
-        entries = read_entries(change.snapshot, record)
-        resized = replace(record, size=identity.size, identity=identity, generation=change.generation)
-        if view:  # recovered with it: what its tracker marked is in the bits that are read below
-            resized = replace(resized, extensions=view.without())
-            change.afterwards.append(view.clean_up)
-        # A lost commit, or the like, stays a doubt; that the image has changed is what the caller has just explained.
-        doubted = doubts(change.snapshot, replace(record, identity=identity)) is not None
-        placed = [
-            place_bitmap(
-                change,
-                resized,
-                decode_name(entry.name),
-                bitmap_of(change.snapshot, record, entry, doubted).resized(identity.size),
-            )
-            for entry in entries
-        ]
-        change.table.put(replace(resized, directory=replace_directory(change, record, entries, placed)))
+        refuse_held(target.path, record)
+        # Another size at another time is what the caller has just explained.
+        explained = replace(record.identity, size=identity.size, mtime_ns=identity.mtime_ns)
+        doubted = doubts(change.snapshot, replace(record, identity=explained)) is not None
+        rewrite(change, record, replace(record, size=identity.size, identity=identity), doubted=doubted)
         return identity.size
 
 
@@ -319,21 +362,19 @@ def confirm_node(target: Store, name: str) -> None:
     """States that a node's bitmaps are right for the image as it is now, though it looks changed.
 
     Raises:
-        BitmapError: there is no such node, or its size has changed.
+        BitmapError: there is no such node, its size has changed, or its bitmaps are in doubt for another reason.
         StorageError: the image cannot be looked at.
     """
     with target.change() as change:
         record = _stored(change, name)
-        identity = identity_of(os.fsdecode(record.path))
-        if identity.size != record.identity.size:
+        identity = lasting_identity(os.fsdecode(record.path))
+        if identity.size != record.size:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
             raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
+        if record.nb_bitmaps and (doubt := header_doubts(change.snapshot, record)):
+            what = f"counts as all dirty, whatever its image is like: {doubt}; 'dirtmap recover' settles it"
+            raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
         change.table.put(replace(record, identity=identity))
-
-
-def _refuse_held(where: str, record: Record) -> None:
-    for held in holds.living(record):
-        raise BitmapError(f"{where}: bitmap '{decode_name(held.bitmap)}'", f"busy: held by {held}")
 
 
 def _record(change: Change, name: str, *, died: bool = False) -> Record:

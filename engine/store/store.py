@@ -90,6 +90,16 @@ class Snapshot:
         """The namespace of that name, or None."""
         return self.table().get(name)
 
+    def older(self) -> Snapshot | None:
+        """The store as the other header slot has it, all of it in doubt; None where no copy of that is whole."""
+        slot = 1 - self.chosen.slot
+        data = self.file.read(0, store.RESERVED)
+        for number in store.COPIES[slot]:
+            block = data[number * store.BLOCK : (number + 1) * store.BLOCK]
+            if headers.is_whole(block):
+                return Snapshot(self.file, Chosen(headers.parse_block(self.file.path, block), slot, True, ()))
+        return None
+
     def released(self) -> list[tuple[int, int]]:
         """The runs of clusters that the commit released, (first, count), ascending.
 
@@ -309,6 +319,9 @@ class Change:
         table = self.table.seal(self.place, self.release, old.table)
         if table == old.table and not self._chosen.lost and not self._writes:
             return old.commit
+        if self.generation > store.MAX_GENERATION:
+            what = f"{old.generation} is so high that no commit can follow; copy its bitmaps into another store"
+            raise FormatError(f"{self._file.path}: header.generation", what)
         space, released, writes = self.space.seal(old.space, old.released)
         new = replace(
             old,

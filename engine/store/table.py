@@ -17,6 +17,8 @@ from dirtmap.fmt.store import Area, Record
 Read = Callable[[Area, str], bytes]
 Place = Callable[[bytes], Area]
 
+_PIECE = 256 * store.AREA.size  # bytes of pointers that are compared at once
+
 
 class NamespaceTable:
     """The table as one commit finds it, and as the next one will.
@@ -107,6 +109,21 @@ class NamespaceTable:
 
     def _number(self, name: bytes) -> int:
         return int(crc32c.crc32c(name)) % self._buckets
+
+    @property
+    def pointers(self) -> list[bytes]:
+        """The bucket pointers as found, each as its bytes."""
+        size = store.AREA.size
+        return [self._pointers[at : at + size] for at in range(0, len(self._pointers), size)]
+
+    def unlike(self, other: NamespaceTable) -> Iterator[int]:
+        """The numbers of the buckets whose pointer is another one in a table of as many."""
+        mine, theirs = self._pointers, other._pointers
+        size = store.AREA.size
+        for start in range(0, len(mine), _PIECE):
+            if mine[start : start + _PIECE] != theirs[start : start + _PIECE]:
+                piece = range(start, min(start + _PIECE, len(mine)), size)
+                yield from (at // size for at in piece if mine[at : at + size] != theirs[at : at + size])
 
     def areas(self) -> list[Area]:
         """The bucket pointers as found."""

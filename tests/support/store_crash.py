@@ -20,7 +20,7 @@ from dirtmap.engine import changes, fileio
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.check import check
 from dirtmap.engine.store.namespace import StoredImage
-from dirtmap.engine.store.nodes import add_node, nodes
+from dirtmap.engine.store.nodes import nodes
 from dirtmap.engine.store.store import Store
 from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.errors import Error
@@ -328,7 +328,10 @@ def next_commit(path: str) -> None:
     with Store(path) as target:
         names = [node.name for node in nodes(target)]
         if not names:
-            add_node(target, "after the crash", __file__)
+            with target.change() as change:  # `add_node` would look at an image, and every file is the store here
+                name = b"after the crash"
+                record = fmt_store.Record(name, fmt_store.KIND_NODE, bytes(16), 0, path=os.fsencode(__file__))
+                change.table.put(record)
             return
         with StoredImage(target, names[-1]).transaction() as bitmaps:
             if "after the crash" in bitmaps:
