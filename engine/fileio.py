@@ -354,6 +354,17 @@ def room_at(path: str) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def is_gone(path: str) -> bool:
+    """True where there is nothing at a path; not where that cannot be told, as behind a folder of someone else's."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def remove_file(path: str) -> None:
     """Removes a file that this process made; nothing where it is gone."""
     with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from dirtmap.engine.fileio import is_gone
 from dirtmap.engine.host import Host, remember_container
 from dirtmap.engine.index.reading import Container, look
 from dirtmap.engine.namespace import decode_name
@@ -194,7 +195,7 @@ def _is_container(path: str, summary: Summary) -> bool:
 
 def _tell_unreadable(summary: Summary, path: str, error: OSError | StorageError) -> None:
     """Takes note of what cannot be read, unless it is gone meanwhile."""
-    if not _is_gone(path):
+    if not is_gone(path):
         summary.unreadable.append(
             (path, error.what if isinstance(error, StorageError) else error.strerror or str(error))
         )
@@ -253,7 +254,7 @@ class _Registration:
         ]
         there = {container.path for container in found}
         # Where nobody looked, what nobody named is no news.
-        gone = [path for path in known if path not in there and self._is_below(path) and _is_gone(path)]
+        gone = [path for path in known if path not in there and self._is_below(path) and is_gone(path)]
         self._summary.gone += [(path, "") for path in gone]
         # Of a store that is none any more, nothing can be mended.
         faulty = {container.path for container in found if container.kind == FAULTY}
@@ -335,7 +336,7 @@ class _Registration:
             for member in members
             if member.kind in (store.KIND_NODE, store.KIND_PLACE) and member.uuid not in elsewhere
         ]
-        gone = {path for path in {path for path, _ in named} if path not in there and _is_gone(path)}
+        gone = {path for path in {path for path, _ in named} if path not in there and is_gone(path)}
         self._summary.gone += [(path, decode_name(member.name)) for path, member in named if path in gone]
 
     def _is_home(self, path: str) -> bool:
@@ -431,7 +432,7 @@ def _original(known: Record, path: str, others: list[str]) -> str | None:
     there = os.fsdecode(known.path)
     if there == path:
         return None  # it was put in the place of the one that is remembered, as from a backup
-    if is_twin(known, path) or not (_is_gone(there) or os.access(there, os.R_OK)):
+    if is_twin(known, path) or not (is_gone(there) or os.access(there, os.R_OK)):
         return there
     return others[0] if others else None  # was moved to another file system; or that is a copy, and so are all
 
@@ -446,17 +447,6 @@ def _is_file(path: str, identity: Identity) -> bool:
 
 def _is_unnamed(member: Member) -> bool:
     return member.kind == store.KIND_CONTAINER
-
-
-def _is_gone(path: str) -> bool:
-    """True where there is nothing; not where it is only hidden."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _identity(path: str) -> bytes | None:
