@@ -83,13 +83,16 @@ def plans(draw: st.DrawFn) -> Plan:
     near = draw(st.sampled_from([0, 1 << 16, 1 << 20, 4 << 20, 1 << 30, 1 << 36, 1 << 40]))
     size = max(SECTOR, min(largest, near + SECTOR * draw(st.integers(-100, 1000))))
     unknown = st.tuples(st.integers(1, 0xFFFF), st.binary(max_size=40))
+    data_file = draw(st.sampled_from(["raw", "cooked"])) if kind == "data file" else None
+    if data_file == "raw":  # QEMU maps all of it, and takes seconds to look through millions of clusters
+        size = min(size, (1 << 17) << cluster_bits)
     return Plan(
         size,
         ",".join(options),
         encrypted=kind == "encrypted",
         backing=draw(st.sampled_from(["raw", "qcow2"])) if kind == "backing" else None,
         folders=draw(st.integers(0, 8)) if kind == "backing" else 0,
-        data_file=draw(st.sampled_from(["raw", "cooked"])) if kind == "data file" else None,
+        data_file=data_file,
         unknown=tuple(draw(st.lists(unknown, max_size=2))) if cluster_bits > 9 else (),
     )
 
