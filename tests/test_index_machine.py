@@ -498,7 +498,7 @@ def no_leftovers() -> Iterator[None]:
 
 
 def test_addresses_are_as_the_model_has_them(qcow2: Path) -> None:
-    run(qcow2, max_examples=25, stateful_step_count=30)
+    run(qcow2, max_examples=18, stateful_step_count=30)
 
 
 @pytest.mark.long
