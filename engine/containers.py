@@ -417,14 +417,15 @@ def check(
     `dirtmap.engine.store.check.check`.
     """
     path = locate(target, store, index).path
+    here = _host_of(target, store, index)
     if probe_path(path) == STORE:
         from dirtmap.engine.store.check import check as check_store
 
-        return check_store(path, repair=repair, progress=progress, expect=_host_of(target, None, None)().expect)
+        return check_store(path, repair=repair, progress=progress, expect=here().expect)
     from dirtmap.engine.qcow2.check import check
 
     if repair is not None:
-        _refuse_tracked(path, _host_of(target, None, None))
+        _refuse_tracked(path, here)
     return check(path, repair=repair, force_share=force_share, progress=progress)
 
 

@@ -13,14 +13,14 @@ from dataclasses import replace
 from dirtmap.engine.afterwards import afterwards, changing_a_store
 from dirtmap.engine.names import Found, Names
 from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
-from dirtmap.engine.qcow2.image import Image, Keeper
+from dirtmap.engine.qcow2.image import Image, Keeper, read_identity
 from dirtmap.engine.store import devices, nodes
 from dirtmap.engine.store.bitmaps import EXTENSION_SESSION, checkpoints_of, kind_label, refuse_tracked, with_checkpoints
 from dirtmap.engine.store.identity import identity_of, identity_of_disk, lasting_identity
 from dirtmap.engine.store.namespace import held_by, holding
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError, StorageError
+from dirtmap.fmt.errors import BitmapError, StorageError, printable
 
 RESERVED = store.CONTAINER_PREFIX.decode()
 
@@ -37,23 +37,33 @@ class Host(Names):
 
     def add_node(self, name: str, image: str) -> None:
         """A node whose bitmaps the default store holds; see `nodes.add_node`."""
+        self._require_free(name)
+        path = os.path.abspath(image)
+        for other in self.every_store():
+            if other != self.home:
+                with Store(other) as known:
+                    records = known.read(lambda snapshot: list(snapshot.table()))
+                nodes.refuse_second_name(records, path, identity_of(path))
         with self.opened(make=True) as target:
-            self._require_free(name)
-            path = os.path.abspath(image)
-            for other in self.every_store():
-                if other != self.home:
-                    with Store(other) as known:
-                        records = known.read(lambda snapshot: list(snapshot.table()))
-                    nodes.refuse_second_name(records, path, identity_of(path))
             nodes.add_node(target, name, image)
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
         """A node that is a qcow2 image; see `nodes.add_qcow2`."""
+        found = self._unique(name)
+        if found is None or found.kind != store.KIND_PLACE or found.store != self.store:
+            self._require_free(name)
+        if new_identity and (identity := read_identity(image)) and (place := self.place_of(*identity)):
+            self._refuse_original(image, place)
         with self.opened(make=True) as target:
-            found = self._unique(name)
-            if found is None or found.kind != store.KIND_PLACE or found.store != self.store:
-                self._require_free(name)
             nodes.add_qcow2(target, name, image, new_identity=new_identity)
+
+    @staticmethod
+    def _refuse_original(image: str, place: Found) -> None:
+        """Refuses a new identity for what is no copy: its tracker, holds and devices know it by the one it has."""
+        with contextlib.suppress(OSError):
+            if os.path.samefile(place.path, image):
+                what = f"is node '{printable(place.name)}' itself, and no copy; 'node rename' gives it another name"
+                raise BitmapError(image, what)
 
     def remember_store(self, path: str) -> None:
         """Has the default store know another store, so that names in it are found.
@@ -107,9 +117,10 @@ class Host(Names):
 
     def add_device(self, name: str, root: str) -> None:
         """A device on a node, in the default store; see `devices.add_device`."""
+        self._require_free(name)
+        found = self.root(root)
         with self.opened(make=True) as target:
-            self._require_free(name)
-            devices.add_device(target, name, self.root(root))
+            devices.add_device(target, name, found)
 
     def set_root(self, name: str, root: str, *, content_unchanged: bool = False) -> None:
         """Gives a device another root; see `devices.set_root`."""
@@ -171,7 +182,7 @@ class _Keeper(Keeper):
 
     def __init__(self, host: Host, found: Found) -> None:
         self._host, self._found = host, found
-        self.store = host.home if found.store == host.store else found.store  # absolute
+        self.store = host.home if found.store == host.store else os.path.abspath(found.store)
 
     def held(self) -> dict[str, str]:
         with self._host.open_store(self._found.store) as target:

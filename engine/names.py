@@ -179,8 +179,11 @@ class Names(Stores):
         def place(here: Names) -> list[Found]:
             if not here.exists:
                 return []
-            with Store(here.home) as target:  # first, since that needs no index
-                record = target.record(encode_name(name))
+            try:
+                with Store(here.home) as target:  # first, since that needs no index
+                    record = target.record(encode_name(name))
+            except FormatError as error:
+                raise here._advised(here.home, error) from error
             if record and record.kind == store.KIND_PLACE and record.uuid == uuid.UUID(image_uuid).bytes:
                 member = Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path)
                 return [here._found(here.home, member)]
@@ -210,10 +213,14 @@ class Names(Stores):
         return list(dict.fromkeys(found))
 
     def devices_of(self, root: bytes) -> dict[str, list[bytes]]:
-        """The devices whose root has that UUID: raw names by the path of their store."""
+        """The devices whose root has that UUID: raw names by the absolute path of their store."""
         names: dict[str, list[bytes]] = {}
-        for found in self._in_stores(lambda index: index.devices(root)):
-            names.setdefault(found.store, []).append(encode_name(found.name))
+        for here in (self, self._usual):
+            # What the usual stores say counts whichever was chosen, if they can be read.
+            with contextlib.nullcontext() if here is self else contextlib.suppress(Error):
+                for found in here._in_stores(lambda index: index.devices(root)) if here else ():
+                    known = names.setdefault(os.path.abspath(found.store), [])
+                    known += [name for name in [encode_name(found.name)] if name not in known]
         return names
 
     def is_checked_out(self, path: str, name: str, image_uuid: str) -> Found | None:

@@ -292,10 +292,10 @@ class _Registration:
                 if image_uuid := _identity(container.path):
                     self._carriers.setdefault(image_uuid, []).append(container.path)
             elif container.kind == QCOW2 and any(container.uuid):
-                (member,) = index.members(container.number)
-                self._images.append((container, member))
-                self._carriers.setdefault(member.uuid, []).append(container.path)
-                self._names.setdefault(member.name, set()).add(member.uuid)
+                for member in index.members(container.number):  # none, where another process has found it held since
+                    self._images.append((container, member))
+                    self._carriers.setdefault(member.uuid, []).append(container.path)
+                    self._names.setdefault(member.name, set()).add(member.uuid)
 
     def _news(self) -> dict[str, list[tuple[Container, Member]]]:
         """Images whose place is not known as it is, or is claimed by several: by the store that has it."""

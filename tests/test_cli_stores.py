@@ -188,3 +188,59 @@ def test_an_image_whose_name_another_store_has_is_not_taken() -> None:
     done = json_of("index", "scan", ".")
     assert [(os.path.basename(each["filename"]), each["node"]) for each in done["clashes"]] == [("q.qcow2", "r")]
     assert sorted(node["name"] for node in json_of("node", "list")) == ["r", "x"]
+
+
+def test_a_new_identity_is_for_copies(folder: Path) -> None:
+    """The original's tracker, holds and devices know it by the identity that it has."""
+    for store in ([], ["--store", "other.dmap"]):
+        error = error_of("node", "add", *store, "--new-identity", "z", "a.qcow2")
+        assert "is node 'x' itself, and no copy" in error
+    with dm.open("x") as image, image.track() as tracker:
+        assert "no copy" in error_of("node", "add", "--new-identity", "z", "./a.qcow2")
+        tracker.mark(0, 1)
+    assert mapped("x", "b") == [(0, 65536)]
+    shutil.copy("a.qcow2", "c.qcow2")
+    dirtmap("node", "add", "--new-identity", "z", "c.qcow2")
+    assert mapped("z", "b") == [(0, 65536)]
+
+
+def test_a_device_counts_whichever_store_is_chosen() -> None:
+    create("third.dmap")
+    dirtmap("device", "add", "d", "--root", "x")
+    dirtmap("add", "d", "m")
+    for store in ([], ["--store", "other.dmap"], ["--store", "third.dmap"]):
+        dirtmap("add", *store, "a.qcow2", f"n{len(store) and store[1]}")
+        assert json_of("list", "d")[0]["bitmaps"][0]["count"] == 0  # a change of dirtmap's own
+    for name in names("x"):
+        dirtmap("remove", "x", name)
+    for store in ([], ["--store", "other.dmap"]):
+        assert "root of device 'd'" in error_of("node", "remove", *store, "x")
+
+
+def test_a_refused_name_leaves_no_store_behind() -> None:
+    Path("r.raw").write_bytes(bytes(SIZE))
+    assert "the name is taken" in error_of("node", "add", "x", "r.raw", "--store", "new.dmap")
+    assert "there is no such node" in error_of("device", "add", "d", "--root", "nothing", "--store", "new.dmap")
+    assert not Path("new.dmap").exists()
+
+
+@pytest.mark.parametrize("act", ["check", "compact", "new-identity"])
+def test_a_rollback_that_another_index_has_seen_is_found(act: str) -> None:
+    """Whoever always says which index is told by that one."""
+    where = ["--store", "mine.dmap", "--index", "mine"]
+    Path("r.raw").write_bytes(bytes(SIZE))
+    create("mine.dmap")
+    dirtmap("node", "add", *where, "r", "r.raw")
+    dirtmap("add", *where, "r", "m")
+    shutil.copy("mine.dmap", "old")
+    dirtmap("mark", *where, "r", "m", "0", "1")
+    os.replace("old", "mine.dmap")
+    if act == "check":
+        with open("mine.dmap", "r+b") as file:  # one header copy, so that there is something to mend
+            file.seek(100)
+            file.write(b"damage")
+        dm.check("mine.dmap", store="mine.dmap", index="mine", repair="all")
+    else:
+        dirtmap("store", act, "--index", "mine", "mine.dmap")
+    with dm.open("r", store="mine.dmap", index="mine") as image:
+        assert image["m"].count == SIZE

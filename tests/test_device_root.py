@@ -135,10 +135,15 @@ def raw_image() -> None:
     os.truncate("a.qcow2", SIZE)
 
 
+def larger_raw_image() -> None:
+    Path("a.qcow2").touch()
+    os.truncate("a.qcow2", 2 * SIZE)
+
+
 CHANGES = [("clear", "d", "m"), ("add", "d", "x"), ("remove", "d", "m"), ("recover", "d"), ("mark", "d", "m", "0", "1")]
 
 
-@pytest.mark.parametrize("impostor", [qcow2_image, other_node, larger, raw_image])
+@pytest.mark.parametrize("impostor", [qcow2_image, other_node, larger, raw_image, larger_raw_image])
 def test_another_image_in_the_roots_place_is_not_taken_for_it(impostor: Callable[[], None]) -> None:
     qemu.create(Path("a.qcow2"), SIZE)
     device("a.qcow2")

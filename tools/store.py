@@ -45,8 +45,9 @@ def create_command(file: str, cluster_size: int) -> None:
     """,
 )
 @click.argument("file", type=click.Path())
+@options.host
 @options.speaking
-def compact_command(file: str, quiet: bool, output: str) -> None:
+def compact_command(file: str, quiet: bool, output: str, **where: str | None) -> None:
     """Write a store anew without its free space, in its own place.
 
     The new file replaces the old one when it is durable; a crash before that leaves the old one.
@@ -54,7 +55,7 @@ def compact_command(file: str, quiet: bool, output: str) -> None:
     from dirtmap.engine.containers import this_host
     from dirtmap.engine.store.compact import compact
 
-    result = compact(file, expect=this_host().expect)
+    result = compact(file, expect=this_host(**where).expect)
     if output == "json" and not quiet:
         write_json({"filename": file, "before": result.before, "after": result.after, "namespaces": result.namespaces})
     elif not quiet:
@@ -71,8 +72,9 @@ def compact_command(file: str, quiet: bool, output: str) -> None:
     """,
 )
 @click.argument("file", type=click.Path())
+@options.host
 @options.quiet
-def new_identity_command(file: str) -> None:
+def new_identity_command(file: str, **where: str | None) -> None:
     """Make a copy of a store one of its own.
 
     A copied store is refused while the original is there, since both would be the home of the same bitmaps. This gives
@@ -82,7 +84,7 @@ def new_identity_command(file: str) -> None:
     from dirtmap.engine.containers import this_host
     from dirtmap.engine.store.compact import compact
 
-    for line in compact(file, new_identity=True, expect=this_host().expect).made_dirty:
+    for line in compact(file, new_identity=True, expect=this_host(**where).expect).made_dirty:
         complain(f"{file}: all dirty now: {line}")
 
 

@@ -95,7 +95,7 @@ def _contents(index: Index, host: Host) -> Counter[str]:
         if container is None:
             continue
         for member in index.members(container.number):
-            found[f"namespace {member.name!r} of {path}"] += 1
+            found[f"{_what(member)} of {path}"] += 1
     for holder, name, claim in index.all_bitmaps():
         if index.path_of(claim.container) in paths:
             found[f"bitmap '{decode_name(name)}' of {_holder(holder)} in {_claimed(index, claim)}"] += 1
@@ -150,9 +150,7 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
         fresh = Index(host.index.path, database)
         count = _fill(host, fresh, progress)
         for store_uuid, generation, commit_id, path in seen:
-            known = fresh.seen(store_uuid)
-            if known is None or known[0] < generation:
-                fresh.remember_seen(store_uuid, generation, commit_id, path)
+            fresh.remember_seen(store_uuid, generation, commit_id, path)
 
     replace(host.index.path, fill, even_if_good=True)
     return count

@@ -88,12 +88,9 @@ def root_elsewhere(record: Record) -> str | None:
         return None
     path = os.fsdecode(record.path)
     with suppress(StorageError), open_file(path) as file:
-        if _is_qcow2(file):
-            here = read_head(file).uuid == record.root_uuid
-        else:
-            # A raw root is as long as its disk, which a qcow2 image is by chance only.
-            here = record.identity.size == record.size or file.size() != record.size
-        if not here:
+        # A raw root was as long as its disk, which a qcow2 image is by chance only.
+        was_raw = record.identity.size == record.size
+        if not (read_head(file).uuid == record.root_uuid if _is_qcow2(file) else was_raw):
             return f"its root's image is not at {printable(path)} any more; 'index scan' finds one that was moved"
     return None
 
