@@ -809,6 +809,72 @@ def test_a_tracker_that_dies_while_it_changes_the_root_loses_nothing(path: Path,
                 bitmaps[name] = dm.Bitmap(SIZE)
 
 
+def test_a_tracker_whose_new_root_cannot_be_tracked_has_ended(path: Path, other: Path) -> None:
+    with dm.open("other") as image, image.transaction() as bitmaps:
+        bitmaps["o"] = dm.Bitmap(SIZE)
+    with dm.open("disk0") as image, dm.open("other") as root, root.hold("o"):
+        tracker = image.track()
+        mark = tracker.mark
+        mark(GRANULE, 1)
+        with pytest.raises(dm.LockedError, match="held by"):
+            tracker.set_root("other", content_unchanged=True)
+        for act in (lambda: mark(0, 1), lambda: tracker.begin(0, 1), lambda: tracker.mark_many([0], [1]), tracker.save):
+            with pytest.raises(dm.StorageError):
+                act()
+        tracker.close()
+        assert granules(image["d0"]) == [1]
+    assert sessions() == [False, False]
+
+
+def test_other_threads_wait_for_another_root(path: Path, other: Path) -> None:
+    faults: list[BaseException] = []
+    stop = threading.Event()
+    with dm.open("disk0") as image, image.track() as tracker:
+
+        def use() -> None:
+            try:
+                while not stop.is_set():
+                    tracker.bitmap("d0")
+                    tracker.save()
+            except BaseException as error:
+                faults.append(error)
+
+        def cut() -> None:
+            number = 0
+            try:
+                while not stop.is_set():
+                    tracker.checkpoint(f"c{number}")
+                    tracker.remove(f"c{number}")
+                    number += 1
+            except BaseException as error:
+                faults.append(error)
+
+        threads = [threading.Thread(target=act) for act in (use, cut)]
+        for thread in threads:
+            thread.start()
+        for number in range(6):
+            tracker.set_root(("other", "drive0")[number % 2], content_unchanged=True)
+            tracker.mark(number * GRANULE, 1)
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        assert not faults
+        assert granules(tracker.bitmap("d0")) == list(range(6))
+
+
+def test_another_root_inside_a_write_is_refused_even_while_a_cut_waits(path: Path, other: Path) -> None:
+    with dm.open("disk0") as image, image.track() as tracker:
+        cut = threading.Thread(target=lambda: tracker.checkpoint("monday"))
+        with tracker.write(0, 1):
+            cut.start()
+            while tracker._kernel._state.writeset.number == 0:
+                time.sleep(0)
+            with pytest.raises(dm.BitmapError, match="in flight"):
+                tracker.set_root("other")
+        cut.join(60)
+        assert tracker.checkpoints() == ["monday"]
+
+
 def test_a_tracker_of_a_node_has_no_root_to_change(path: Path, other: Path) -> None:
     with dm.open(NODE) as image, image.track() as tracker, pytest.raises(dm.BitmapError, match="no root"):
         tracker.set_root("other")

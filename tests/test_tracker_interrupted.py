@@ -525,3 +525,165 @@ def test_a_tracker_that_refuses_gathers_no_tracebacks(image: dm.Namespace) -> No
                 depth, traceback = depth + 1, traceback.tb_next
             found.append(depth)
         assert len(set(found)) == 1
+
+
+# What a second look found.
+
+
+class FailingCommit(fileio.File):
+    """A disk that fails at the last write of a store's commit: the commit is durable all the same."""
+
+    failing = False
+    writes = 0
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        header = self.path.endswith(".dmap") and offset < 4 * 4096
+        if FailingCommit.failing and header:
+            FailingCommit.writes += 1
+            if FailingCommit.writes == 2:
+                FailingCommit.failing = False
+                raise dm.StorageError(self.path, "write: No space left on device")
+        super().write(offset, data)
+
+
+def fail_next_commit() -> None:
+    FailingCommit.failing, FailingCommit.writes = True, 0
+
+
+def test_a_backup_that_ends_after_a_save_that_was_durable_and_failed(folder: Path) -> None:
+    def work(tracker: Tracker) -> None:
+        tracker.take("b0")
+        tracker.mark(5 * GRANULE, 1)
+        tracker.checkpoint("between")
+        fail_next_commit()
+        with contextlib.suppress(Error):
+            tracker.save()
+        assert not FailingCommit.failing
+        tracker.drop("b0")
+
+    for live_files in (True, False):
+        with fileio.using(FailingCommit):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    work(dm.open("node:drive0").track(save_interval=0, region_size=1 << 20))
+                finally:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            os.waitpid(pid, 0)
+        if not live_files:
+            shutil.rmtree(folder / "live")
+        with dm.open("node:drive0") as image:
+            assert 5 in np.flatnonzero(model_of(image["b0"]))
+            image.recover()
+            with image.transaction() as bitmaps:
+                del bitmaps["between"]
+
+
+def test_a_session_whose_first_commit_was_durable_and_failed(folder: Path) -> None:
+    with dm.open("node:drive0") as image, image.transaction() as bitmaps:
+        bitmaps["b0"] = dm.Bitmap.from_extents(SIZE, [0], [1])
+    with fileio.using(FailingCommit), dm.open("node:drive0") as image:
+        fail_next_commit()
+        with pytest.raises(dm.StorageError):
+            image.track()
+        assert {item.how.partition(":")[0] for item in image.recover()} <= {"exact"}
+        assert np.flatnonzero(model_of(image["b0"])).tolist() == [0]
+        with image.track() as tracker:
+            tracker.mark(GRANULE, 1)
+        assert np.flatnonzero(model_of(image["b0"])).tolist() == [0, 1]
+
+
+def test_a_cut_that_waits_ends_with_the_tracker(image: dm.Namespace) -> None:
+    tracker = image.track(save_interval=0)
+    ticket = tracker.begin(0, 1)
+    failed: list[Error] = []
+
+    def cut() -> None:
+        try:
+            tracker.checkpoint("monday")
+        except Error as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    while tracker._kernel._state.writeset.number == 0:
+        time.sleep(0)
+    tracker.close()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert "closed" in str(failed[0])
+    tracker.end(ticket)
+    assert np.flatnonzero(model_of(image["b0"])).tolist() == [0]
+    assert list(image) == ["b0", "taken"]
+
+
+def test_close_in_a_signal_handler_in_the_middle_of_a_save(image: dm.Namespace) -> None:
+    tracker = image.track(save_interval=0.3)
+
+    def close(*_: object) -> None:
+        tracker.close()
+
+    before = signal.signal(signal.SIGALRM, close)
+    began = time.monotonic()
+    try:
+        tracker.mark(0, 1)
+        with fileio.using(SlowSync), contextlib.suppress(Error):
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            while True:
+                tracker.save()
+                tracker.mark(GRANULE, 1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 60
+    image.recover()
+    assert 0 in np.flatnonzero(model_of(image["b0"]))
+
+
+def test_a_save_in_the_background_that_failed_is_tried_again(
+    image: dm.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = [True]
+
+    class Full(fileio.File):
+        def write(self, offset: int, data: bytes | memoryview) -> None:
+            if failing[0] and self.path.endswith(".dmap"):
+                raise dm.StorageError(self.path, "write: No space left on device")
+            super().write(offset, data)
+
+    with image.track(save_interval=0.2) as tracker, fileio.using(Full):
+        tracker.mark(0, 1)
+        deadline = time.monotonic() + 30
+        while tracker.last_error is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(1)
+        assert "No space left" in str(tracker.last_error)
+        failing[0] = False
+        while tracker.last_error is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert tracker._is_log_saved()
+
+
+def test_a_bitmap_that_could_not_be_taken_is_not(image: dm.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    with image.track(save_interval=0) as tracker:
+        tracker.mark(0, 1)
+
+        def fail(*_: object) -> None:
+            raise dm.StorageError("x", "read: Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tracker._home, "read", fail)
+            with pytest.raises(dm.StorageError, match="Input"):
+                tracker.take("b0")
+        assert np.flatnonzero(model_of(tracker.take("b0"))).tolist() == [0]
+
+
+def test_a_ticket_ends_its_own_write_only(image: dm.Namespace) -> None:
+    with image.track(save_interval=0) as tracker:
+        ticket = tracker.begin(0, 1)
+        tracker.end(ticket)
+        other = tracker.begin(0, 1)
+        tracker.end(ticket)
+        assert tracker._kernel.in_flight == 1
+        tracker.end(other)
+        assert tracker._kernel.in_flight == 0

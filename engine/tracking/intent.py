@@ -58,8 +58,8 @@ class IntentLog:
             raise StorageError(self.path, "the log is full until the next save")
         records = b"".join(live.build_log_record(self._seed, region) for region in regions)
         at = live.area_offset(self._regions, self.number) + self._next * live.LOG_RECORD.size
+        self._next += len(regions)  # first: whatever comes in between, no record is written over
         self._file.write(at, records)
-        self._next += len(regions)
         self._file.sync()
 
     def rotate(self) -> None:

@@ -83,6 +83,10 @@ class Ticket:
         self.thread = thread  # the one that is to end it, where it is known
         self.flights: Flights = {}
 
+    def end(self) -> None:
+        """See `Kernel.end`."""
+        self._kernel.end(self)
+
     def __del__(self) -> None:
         # No more than that: it may come at any time, in the middle of anything.
         if self.number in self.flights:
@@ -163,8 +167,8 @@ class Kernel:
         offset, end = self._range(offset, length)
         ticket, control = ticket or Ticket(self), self._control
         number, flight = ticket.number, (offset, end, ticket.thread)
-        self._flying.add(number)
         try:
+            self._flying.add(number)
             while True:
                 state = self._state
                 ticket.flights = state.flights  # first: whatever happens in between, `end` finds it there
@@ -244,7 +248,7 @@ class Kernel:
                 raise BitmapError(self.where, "a cut inside a write of the same thread would wait for itself")
 
     def drain(self, writesets: Iterable[Writeset]) -> None:
-        """Waits for the writes that have begun in writesets that are no longer current.
+        """Waits for the writes that have begun in writesets that are no longer current, or for the tracker's end.
 
         Nobody can end a write whose ticket is lost, say by Ctrl-C. It is marked again, in the new interval, and not
         waited for: to whichever it belongs, it is there.
@@ -262,6 +266,7 @@ class Kernel:
                         self._control[IN_FLIGHT] = len(self._flying)
                         del self.lost[0]
                     self._landed.wait(_PATIENCE_SECONDS)
+                    self.require_usable()
             finally:
                 self._waiting -= 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import numbers
 import operator
 import os
@@ -44,6 +43,7 @@ from dirtmap.fmt.live import Peer
 
 INTENTS: Final = {"off": live.INTENT_OFF, "region": live.INTENT_REGION}
 SAVE_SECONDS: Final = 60.0
+_PATIENCE_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Options:
                 raise BitmapError("region size", f"{size} is no power of two from {least} to {most} bytes")
         if not isinstance(self.save_interval, numbers.Real):
             raise TypeError(f"save_interval is a number of seconds, not {type(self.save_interval).__name__}")
-        if not (math.isfinite(self.save_interval) and self.save_interval >= 0):
+        if not 0 <= self.save_interval <= threading.TIMEOUT_MAX:  # nor NaN
             raise BitmapError("save interval", f"{self.save_interval} seconds cannot be waited for")
 
     @property
@@ -112,21 +112,24 @@ class Recorder:
     """
 
     def __init__(self, homes: list[Home], image: str, options: Options, check_in: Callable[[], object] | None) -> None:
-        # The last is the image's node: it begins first and ends last. The first is what the tracker's acts are about.
-        self._homes = homes
-        self._image, self._options, self._check_in = image, options, check_in
-        self.last_error: Error | None = None
         # Held to cut: one at a time, and taken first. Not to read, to save or to close: whoever is in the middle of a
         # write for whose end a cut waits may do all of these.
         self._cuts = threading.Lock()
         # Held to change or read the windows, to save and to close, not while a write is waited for. No mark takes it.
         self._lock = threading.RLock()
+        # Held to make or take the spare; taken with the lock held, never the other way round.
+        self._spare_guard = threading.Lock()
+        self._start(homes, image, options, check_in)
+
+    def _start(self, homes: list[Home], image: str, options: Options, check_in: Callable[[], object] | None) -> None:
+        # The last is the image's node: it begins first and ends last. The first is what the tracker's acts are about.
+        self._homes = homes
+        self._image, self._options, self._check_in = image, options, check_in
+        self.last_error: Error | None = None
         self._frozen: dict[int, Writeset] = {}
         self._undrained: list[Writeset] = []  # no longer current, but writes may be in flight in them
         self._held: dict[str, int] = {}
         self._spare: Writeset | None = None
-        # Held to make or take the spare; taken with the lock held, never the other way round.
-        self._spare_guard = threading.Lock()
         self._ended, self._wake = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -197,10 +200,16 @@ class Recorder:
         fileio.make_live_folder(folder)
         *others, node = self._homes
         with contextlib.ExitStack() as undo:
-            with node.change(None) as change:
-                self._require_free(change)
-                self._prepare(change, folder, undo)
-                self._enter(change)
+            try:
+                with node.change(None) as change:
+                    self._require_free(change)
+                    self._prepare(change, folder, undo)
+                    self._enter(change)
+            except BaseException:
+                session = getattr(node, "session", None)
+                if session and node.has(session.uuid):  # the commit was durable before it failed
+                    self._leave(undo)
+                raise
             try:
                 for home in others:
                     with home.change(None) as change:
@@ -306,11 +315,14 @@ class Recorder:
                     change.set_window(name, None)
                 change.session = None
         except BaseException:
-            # It is there, then, and recovery will find what it needs: that nothing was marked.
-            undo.pop_all()
-            self._log.close(remove=False)
-            self._folder.close()
+            self._leave(undo)
             raise
+
+    def _leave(self, undo: contextlib.ExitStack) -> None:
+        """Leaves a session that is in a record: recovery finds what it needs, that nothing was marked."""
+        undo.pop_all()
+        self._log.close(remove=False)
+        self._folder.close()
 
     def _new_writeset(self, number: int, granularity_bits: int) -> Writeset:
         folder = os.fsdecode(self._session.live)
@@ -384,7 +396,7 @@ class Recorder:
         if not final:
             # Not twice without a commit between, in every home: the log of its last commit has to stay until the next.
             with self._kernel.guard, self._undivided():
-                self._kernel.swap(rotate=all(self._log.number == home.session.log for home in self._homes))
+                self._kernel.swap(rotate=self._is_log_saved())
         marked = {number: words_of(one) for number, one in self._frozen.items()}
         marked[current.number] = Words(current.words.copy(), self.size, 1 << current.granularity_bits)
         unions: dict[tuple[int, int, int], Any] = {}
@@ -458,35 +470,49 @@ class Recorder:
 
     def _give_signs(self) -> None:
         """Signs of life in the live file, until the tracker ends; in a thread of its own, which waits for nothing."""
-        while not self._ended.wait(recovery.HEARTBEAT_SECONDS) and not self._kernel.failure:
-            self._control.fields[HEARTBEAT] = time.time_ns()
+        ended, kernel, control = self._ended, self._kernel, self._control
+        while not ended.wait(recovery.HEARTBEAT_SECONDS) and not kernel.failure:
+            control.fields[HEARTBEAT] = time.time_ns()
 
     def _in_background(self) -> None:
         """Signs of life on disk, spare writesets and saves, until the tracker ends; if one fails, the others go on."""
         next_save = time.monotonic() + self._options.save_interval
         next_beat, beaten = 0.0, 0
+        ended, wake = self._ended, self._wake
         while True:
-            if self._kernel.failure or self._ended.is_set():
+            if self._kernel.failure or ended.is_set():
                 return
-            self._wake.wait(recovery.HEARTBEAT_SECONDS)
-            self._wake.clear()
-            if self._ended.is_set():
+            wake.wait(recovery.HEARTBEAT_SECONDS)
+            wake.clear()
+            if ended.is_set():
                 return
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + recovery.DURABLE_HEARTBEAT_SECONDS
                 with self._noting():
                     beaten = self._beat(beaten)
-            with self._noting(), self._spare_guard:  # not the lock: a cut only waits if it wants the very same
-                if self._spare is None and not self._closed:
-                    current = self._current
-                    self._spare = self._new_writeset(current.number + 1, current.granularity_bits)
-            if self._options.save_interval and time.monotonic() >= next_save:
-                # A full disk: the marks stay where they are, and it is tried again.
-                with self._noting():
-                    if self._kernel.logged or self._frozen:
-                        self.save()
-                    self.last_error = None
+            # No lock is waited for here: whoever has it may be about to wait for this thread's end.
+            if self._spare_guard.acquire(blocking=False):  # not the lock: a cut only waits if it wants the very same
+                try:
+                    with self._noting():
+                        if self._spare is None and not self._closed:
+                            current = self._current
+                            self._spare = self._new_writeset(current.number + 1, current.granularity_bits)
+                finally:
+                    self._spare_guard.release()
+            if self._options.save_interval and time.monotonic() >= next_save and self._lock.acquire(blocking=False):
+                try:
+                    # A full disk: the marks stay where they are, and it is tried again.
+                    with self._noting():
+                        if self._kernel.logged or self._frozen or not self._is_log_saved():
+                            self.save()
+                        self.last_error = None
+                finally:
+                    self._lock.release()
                 next_save = time.monotonic() + self._options.save_interval
+
+    def _is_log_saved(self) -> bool:
+        """False where a save has begun a new log and failed: no home knows of that yet."""
+        return all(self._log.number == home.session.log for home in self._homes)
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
@@ -507,14 +533,10 @@ class Recorder:
         self._ended.set()
         self._wake.set()
         threads, self._threads = self._threads, []
-        # They may be waiting for the lock that we hold.
-        self._lock.release()
-        try:
-            for thread in threads:
-                if thread is not threading.current_thread():
-                    thread.join()
-        finally:
-            self._lock.acquire()
+        for thread in threads:
+            if thread is not threading.current_thread():
+                # A signal's handler may have come between this thread and a lock that is waited for there.
+                thread.join(_PATIENCE_SECONDS)
 
     def _release(self) -> None:
         """Gives up the files; those of a session that has ended are removed."""

@@ -37,7 +37,7 @@ from dirtmap.engine.tracking.marking import Kernel, Ticket
 from dirtmap.engine.tracking.recorder import Options, Recorder, words_of
 from dirtmap.engine.tracking.recovery import Window, window_of
 from dirtmap.fmt import live
-from dirtmap.fmt.errors import BitmapError, LockedError
+from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError
 
 if TYPE_CHECKING:
     from dirtmap.engine.store.namespace import StoredImage
@@ -70,7 +70,7 @@ class Tracker(Recorder):
 
     def end(self, ticket: Ticket) -> None:
         """The write of that ticket has ended, well or not."""
-        self._kernel.end(ticket)
+        ticket.end()
 
     def write(self, offset: SupportsIndex, length: SupportsIndex) -> Write:
         """`begin` and `end` as a ``with`` block, in which the write is made. No cut may be asked for inside it."""
@@ -143,7 +143,7 @@ class Tracker(Recorder):
             if entry.auto:
                 return
             # What an earlier window has that is not saved yet, is: a bitmap has one window.
-            bitmap = self._content(home, [name]) | self._since(number, entry.granularity)
+            bitmap = self._content(home, [name]) | self._since(home, number, entry.granularity)
             if bitmap != home.saved(name):
                 home.put(name, bitmap, None)
             home.set_window(name, Window(number), recording=True)
@@ -184,7 +184,13 @@ class Tracker(Recorder):
                     raise BitmapError(f"{home.where}: {label(name)}", "does not record")
                 home.set_window(name, replace(window, busy=True))
             self._held[name] = number
-            return self._home.read(self._session.uuid, lambda view: self._content(view, [name], before=number)).freeze()
+            try:
+                uuid = self._session.uuid
+                return self._home.read(uuid, lambda view: self._content(view, [name], before=number)).freeze()
+            except BaseException:
+                with contextlib.suppress(Error):  # nobody has it
+                    self.give_back(name)
+                raise
 
     def drop(self, name: str) -> None:
         """The backup has succeeded: of a taken bitmap only what was written since `take` is left. Errors as `add`."""
@@ -220,30 +226,35 @@ class Tracker(Recorder):
                 are dirty.
 
         Raises:
-            BitmapError: not a device's tracker, a write is in flight, a bitmap is taken, or the root is refused as
-                `devices.set_root` does; the tracker goes on with the old one.
-            StorageError: could not be saved, or not be begun anew: the tracker has ended.
+            BitmapError: not a device's tracker, a write is in flight, or a bitmap is taken; or the root is refused as
+                `devices.set_root` does. The tracker goes on with the old one.
+            Error: as `close`, or the new root cannot be tracked: see `Namespace.track`. The tracker has ended, as all
+                later calls say; the device has the root that it has.
         """
         device = self._device
         if device is None or device.change_root is None:
             raise BitmapError(self._where, "is tracked as a node, which has no root")
-        with self._cuts:
-            with self._using():
-                for name in self._held:
-                    raise BitmapError(f"{self._where}: {label(name)}", "busy: taken for a backup")
-                if self._kernel.in_flight:
-                    raise BitmapError(self._where, "a write is in flight, to the root that is to go")
+        self._refuse_in_flight()  # before waiting for a cut, which may wait for just that write
+        with self._cuts, self._using():
+            for name in self._held:
+                raise BitmapError(f"{self._where}: {label(name)}", "busy: taken for a backup")
+            self._refuse_in_flight()
             self.close()
             try:
                 device.change_root(root, content_unchanged)
             finally:
                 track_device(device, self._asked, self._begin_anew)
 
+    def _refuse_in_flight(self) -> None:
+        if self._kernel.in_flight:
+            raise BitmapError(self._where, "a write is in flight, to the root that is to go")
+
     def _begin_anew(self, *how: Any) -> Tracker:
         try:
-            Tracker.__init__(self, *how)
+            self._start(*how)
         except BaseException:
             self._closed = True
+            self._kernel.refuse(StorageError(self._where, "the tracker has ended: its new root is not tracked"))
             raise
         return self
 
@@ -265,10 +276,10 @@ class Tracker(Recorder):
 
     def _begin_window(self, home: HomeChange, name: str, granularity: int, number: int) -> None:
         """A bitmap that holds what is written from that interval on, and records."""
-        if number > self._session.oldest:
+        if number > _oldest(home):
             home.put_empty(name, granularity, Window(number), recording=True)
         else:
-            home.put(name, self._since(number, granularity), Window(number))
+            home.put(name, self._since(home, number, granularity), Window(number))
 
     def _end_window(self, home: HomeChange, name: str, number: int) -> None:
         """Has a bitmap record no more from that interval on."""
@@ -276,14 +287,14 @@ class Tracker(Recorder):
         ended = replace(window, ended=min(window.ended, number)) if window else None
         home.set_window(name, ended, recording=False)
 
-    def _since(self, number: int, granularity: int) -> Bitmap:
+    def _since(self, home: HomeChange, number: int, granularity: int) -> Bitmap:
         """What has to be in the saved bits of a bitmap that begins with that interval: nothing, as a rule.
 
         But where a save has come since, it has taken marks of that interval into the bitmaps of that time, and made
         their log void: after a power loss only saved bits know of them.
         """
         since = Bitmap(self.size, granularity, recording=True)
-        if number <= self._session.oldest:
+        if number <= _oldest(home):
             parts = [words_of(writeset) for at, writeset in self._frozen.items() if at >= number]
             since._words = union([*parts, words_of(self._current)], self.size, granularity)
         return since
@@ -340,13 +351,13 @@ class Tracker(Recorder):
 
     def _changed(self, name: str, end: str | None) -> Bitmap:
         def read(view: View) -> Bitmap:
-            if name not in view.checkpoints:
+            if name not in view.checkpoints or name == checkpoints.BREAK:
                 if end is not None or not view.entry(name).auto:
                     raise BitmapError(f"{view.where}: {label(name)}", "not a checkpoint, nor recording")
                 return self._content(view, [name])
             names = view.checkpoints[view.checkpoints.index(name) :]
             if end is not None:
-                if end not in names[1:]:
+                if end not in names[1:] or end == checkpoints.BREAK:
                     raise BitmapError(f"{view.where}: {label(end)}", f"not a checkpoint after {label(name)}")
                 names = names[: names.index(end)]
             if checkpoints.BREAK in names:
@@ -357,6 +368,12 @@ class Tracker(Recorder):
 
         with self._using():
             return self._home.read(self._session.uuid, read).freeze()
+
+
+def _oldest(home: HomeChange) -> int:
+    """Intervals before that one are saved, and no log tells of them: as the store says, whatever this process knows."""
+    assert home.session
+    return home.session.oldest
 
 
 class Write:
@@ -376,7 +393,7 @@ class Write:
 
     def __exit__(self, *_: object) -> None:
         if self._ticket:
-            self._kernel.end(self._ticket)
+            self._ticket.end()
 
 
 def track_node(
