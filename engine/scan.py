@@ -250,7 +250,7 @@ class _Registration:
             if container.condition == SOUND
             and (container.kind == STORE or not any(container.uuid))
             and (container.path not in known or known[container.path].uuid != container.uuid)
-            and not self._is_home(container.path)
+            and not (container.kind == STORE and self._is_home(container.path))
         ]
         there = {container.path for container in found}
         # Where nobody looked, what nobody named is no news.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from dirtmap.engine import locks, probe
-from dirtmap.engine.fileio import open_file
+from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.qcow2.image import read_session
 from dirtmap.engine.qcow2.layout import Layout
 from dirtmap.engine.store.bitmaps import read_entries
@@ -119,10 +119,11 @@ def look(get: Get, path: str, known: Container | None, force_share: bool) -> Rea
         return None
     # Before reading: what changes from here on looks different next time, or is racy.
     racy = time.time_ns() - max(now.mtime, now.ctime) < _RACY_NS
-    kind = probe.probe_path(path)
     blank = Container(path, known.number if known else 0, FAULTY, DAMAGED, racy, now)
-    if kind == probe.QCOW2:
-        return _read_image(blank._replace(kind=QCOW2), force_share)
+    with open_file(path) as file:
+        kind = probe.probe(file)
+        if kind == probe.QCOW2:
+            return _read_image(file, blank._replace(kind=QCOW2), force_share)
     if kind == probe.STORE:
         return _look_at_store(get, path, blank._replace(kind=STORE), now)
     return Reading(blank, {0: (NO_AREA, [])}, FormatError(path, "neither a qcow2 image nor a store"))
@@ -202,7 +203,7 @@ def _member(snapshot: Snapshot, record: store.Record, old: dict[bytes, Member]) 
     return member, [(entry.name, entry.flags, entry.granularity_bits) for entry in entries]
 
 
-def _read_image(blank: Container, force_share: bool) -> Reading:
+def _read_image(file: File, blank: Container, force_share: bool) -> Reading:
     def look(layout: Layout) -> tuple[Member, Bitmaps]:
         bitmaps = [(slot.entry.name, slot.entry.flags, slot.entry.granularity_bits) for slot in layout.slots]
         uuid = layout.uuid or bytes(16)
@@ -213,10 +214,9 @@ def _read_image(blank: Container, force_share: bool) -> Reading:
 
     nothing: dict[int, tuple[bytes, list[tuple[Member, Bitmaps | None]]]] = {0: (NO_AREA, [])}
     try:
-        with open_file(blank.path) as file:
-            member, bitmaps = read_session(file, look, force_share=force_share)
-            # Whoever does not force it is to be told, next time.
-            held = force_share and locks.is_written(file)
+        member, bitmaps = read_session(file, look, force_share=force_share)
+        # Whoever does not force it is to be told, next time.
+        held = force_share and locks.is_written(file)
     except LockedError as error:
         return Reading(blank._replace(condition=HELD), nothing, error)
     except (FormatError, UnsupportedError) as error:
