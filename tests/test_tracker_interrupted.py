@@ -203,8 +203,8 @@ def image(folder: Path) -> Iterator[dm.Namespace]:
         yield opened
 
 
-def after_power_loss(folder: Path, work: Callable[[Tracker], object]) -> dm.Namespace:
-    """The image, not recovered, after a tracker that did some work and lost its power."""
+def killed(work: Callable[[Tracker], object]) -> None:
+    """A tracker that did some work, and died."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -212,6 +212,11 @@ def after_power_loss(folder: Path, work: Callable[[Tracker], object]) -> dm.Name
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def after_power_loss(folder: Path, work: Callable[[Tracker], object]) -> dm.Namespace:
+    """The image, not recovered, after a tracker that did some work and lost its power."""
+    killed(work)
     shutil.rmtree(folder / "live")
     return dm.open("node:drive0")
 
@@ -563,13 +568,7 @@ def test_a_backup_that_ends_after_a_save_that_was_durable_and_failed(folder: Pat
 
     for live_files in (True, False):
         with fileio.using(FailingCommit):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    work(dm.open("node:drive0").track(save_interval=0, region_size=1 << 20))
-                finally:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            os.waitpid(pid, 0)
+            killed(work)
         if not live_files:
             shutil.rmtree(folder / "live")
         with dm.open("node:drive0") as image:
