@@ -122,8 +122,9 @@ def test_a_copy_of_a_store_is_told_without_an_index() -> None:
 
 
 def test_python_gets_errors_of_ours_only(folder: Path) -> None:
+    (folder / "three.raw").write_bytes(bytes(1 << 20))
     with pytest.raises(dm.StorageError, match="Not a directory"):
-        dm.this_host(store="one.raw/x/s.dmap").add_node("r", "two.raw")
+        dm.this_host(store="one.raw/x/s.dmap").add_node("r", "three.raw")
     for path in ("a\0b", "\ud800"):
         with pytest.raises(dm.StorageError):
             dm.this_host().add_node("r", path)
