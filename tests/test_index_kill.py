@@ -215,7 +215,7 @@ def killed(count: int, seed: int) -> None:
 
 
 def test_commands_killed_at_random() -> None:
-    killed(40, 1)
+    killed(30, 1)
 
 
 @pytest.mark.long

@@ -435,7 +435,7 @@ def run(qcow2: Path, **options: Any) -> None:
 
 
 def test_store_is_its_model(qcow2: Path) -> None:
-    run(qcow2, max_examples=18, stateful_step_count=35)
+    run(qcow2, max_examples=14, stateful_step_count=35)
 
 
 @pytest.mark.long
