@@ -62,7 +62,7 @@ class Bitmap:
         self, size: SupportsIndex, granularity: SupportsIndex = DEFAULT_GRANULARITY, recording: bool = True
     ) -> None:
         self.size = operator.index(size)
-        self.granularity = _checked_granularity(granularity)
+        self.granularity = checked_granularity(granularity)
         if not 0 <= self.size <= geometry.MAX_DISK_SIZE:
             raise BitmapError(WHERE, f"a disk has 0 to 2**63 - 1 bytes, not {self.size}")
         self.recording = recording
@@ -235,7 +235,7 @@ class Bitmap:
         Raises:
             BitmapError: a granularity that no bitmap can have, or inconsistent.
         """
-        granularity = _checked_granularity(granularity)
+        granularity = checked_granularity(granularity)
         words = self._words_at(granularity)
         return self.copy() if granularity == self.granularity else self._like(granularity, words)
 
@@ -322,8 +322,12 @@ class Bitmap:
         return offset, offset + length
 
 
-def _checked_granularity(granularity: SupportsIndex) -> int:
-    """The granularity as int, if it is one."""
+def checked_granularity(granularity: SupportsIndex) -> int:
+    """The granularity as int, bytes.
+
+    Raises:
+        BitmapError: it is none.
+    """
     granularity = operator.index(granularity)
     if not geometry.is_granularity(granularity):
         raise BitmapError(WHERE, f"granularity {granularity} is not a power of two from 512 bytes to 2 GiB")

@@ -16,12 +16,16 @@ import stat
 import struct
 from collections.abc import Iterator, Sequence
 
-from dirtmap.fmt.errors import Error, StorageError, SyncError
+from dirtmap.fmt.errors import StorageError, SyncError
 
 # struct flock of Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi")
 MOST = 2**63 - 1  # the last offset that a file can have
 _TOGETHER = 512  # places that `File.with_data` skips at once, where all of them lie in one hole
+
+
+# What the operating system refuses; an offset past 2**63, a path that no file can have.
+_FAILURES = (OSError, OverflowError, ValueError)
 
 
 class File:
@@ -42,10 +46,12 @@ class File:
         # O_NONBLOCK: a FIFO given as an image must not block the open; it means nothing for files and disks.
         mode = os.O_RDWR if writable else os.O_RDONLY
         mode |= os.O_CREAT | os.O_EXCL if create else 0
-        with self._errors("open"):
+        try:
             self.place = os.path.abspath(path)
             self.fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
             self.status = os.fstat(self.fd)
+        except _FAILURES as error:
+            raise self._failed("open", error) from error
         if not (stat.S_ISREG(self.status.st_mode) or stat.S_ISBLK(self.status.st_mode)):
             os.close(self.fd)
             raise StorageError(path, "neither a regular file nor a block device")
@@ -69,14 +75,16 @@ class File:
 
     def size(self) -> int:
         """The file's length now, or the device's."""
-        with self._errors("size"):
+        try:
             return os.lseek(self.fd, 0, os.SEEK_END)
+        except _FAILURES as error:
+            raise self._failed("size", error) from error
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes at ``offset``: fewer only where the file ends."""
         if offset > MOST:
             return b""
-        with self._errors("read"):
+        try:
             data = os.pread(self.fd, length, offset)
             if len(data) == length or not data:
                 return data
@@ -86,6 +94,8 @@ class File:
                 parts.append(data)
                 done += len(data)
             return b"".join(parts)
+        except _FAILURES as error:
+            raise self._failed("read", error) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills ``buffer`` from ``offset`` on.
@@ -93,10 +103,12 @@ class File:
         Raises:
             StorageError: the file ends before it is full.
         """
-        with self._errors("read"):
+        try:
             done = 0
             while done < len(buffer) and (step := os.preadv(self.fd, [buffer[done:]], offset + done)):
                 done += step
+        except _FAILURES as error:
+            raise self._failed("read", error) from error
         if done < len(buffer):
             raise StorageError(self.path, f"ends before byte {offset + len(buffer):#x}")
 
@@ -129,17 +141,21 @@ class File:
         """Writes all of ``data`` at ``offset``; durable after the next `sync` only."""
         self._refuse_if_poisoned()
         view = memoryview(data).cast("B")
-        with self._errors("write"):
+        try:
             while len(view):
                 done = os.pwrite(self.fd, view, offset)
                 offset += done
                 view = view[done:]
+        except _FAILURES as error:
+            raise self._failed("write", error) from error
 
     def truncate(self, size: int) -> None:
         """Cuts the file to ``size`` bytes."""
         self._refuse_if_poisoned()
-        with self._errors("truncate"):
+        try:
             os.ftruncate(self.fd, size)
+        except _FAILURES as error:
+            raise self._failed("truncate", error) from error
 
     def belong_as(self, other: File) -> None:
         """Gives the file the owner, the group and the mode of another.
@@ -147,11 +163,13 @@ class File:
         Raises:
             StorageError: only root may.
         """
-        with self._errors("owner and mode of the old file"):
+        try:
             owner = other.status.st_uid, other.status.st_gid
             if owner != (self.status.st_uid, self.status.st_gid):
                 os.fchown(self.fd, *owner)
             os.fchmod(self.fd, other.status.st_mode & 0o777)
+        except _FAILURES as error:
+            raise self._failed("owner and mode of the old file", error) from error
 
     def sync(self) -> None:
         """Returns once everything written before is durable.
@@ -161,21 +179,25 @@ class File:
         """
         self._refuse_if_poisoned()
         try:
-            with self._errors("sync"):
-                os.fdatasync(self.fd)
-        except Error as error:
-            self._poisoned = str(error)
-            raise SyncError(error.where, error.what) from error
+            os.fdatasync(self.fd)
+        except _FAILURES as error:
+            failed = self._failed("sync", error)
+            self._poisoned = str(failed)
+            raise SyncError(failed.where, failed.what) from error
 
     def lock(self, offset: int) -> None:
         """Takes a shared open-file-description lock on one byte (never waits: QEMU takes shared ones only)."""
-        with self._errors("lock"):
+        try:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, offset, 1, 0))
+        except _FAILURES as error:
+            raise self._failed("lock", error) from error
 
     def unlock(self, offset: int) -> None:
         """Gives up the lock on that byte."""
-        with self._errors("unlock"):
+        try:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, offset, 1, 0))
+        except _FAILURES as error:
+            raise self._failed("unlock", error) from error
 
     def lock_alone(self, offset: int) -> bool:
         """Takes an exclusive open-file-description lock on one byte; False where someone else holds it."""
@@ -183,21 +205,25 @@ class File:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
         except (BlockingIOError, PermissionError):
             return False
-        except OSError as error:
-            raise StorageError(self.path, f"lock: {error.strerror or error}") from error
+        except _FAILURES as error:
+            raise self._failed("lock", error) from error
         return True
 
     def locked_by_other(self, offset: int) -> bool:
         """True where any other open file description holds a lock on that byte."""
         request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
-        with self._errors("lock"):
+        try:
             answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, request)
+        except _FAILURES as error:
+            raise self._failed("lock", error) from error
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
     def modified(self) -> int:
         """When it was last written to, in ns; the clock may step as seldom as every 10 ms before Linux 6.13."""
-        with self._errors("stat"):
+        try:
             return os.fstat(self.fd).st_mtime_ns
+        except _FAILURES as error:
+            raise self._failed("stat", error) from error
 
     def is_current(self) -> bool:
         """True while the path still leads to this very file: locks follow the inode, a rename moves the name."""
@@ -211,14 +237,8 @@ class File:
         if self._poisoned:
             raise StorageError(self.path, f"not used any more after a failed sync ({self._poisoned})")
 
-    @contextlib.contextmanager
-    def _errors(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(self.path, f"{action}: {error.strerror or error}") from error
-        except (OverflowError, ValueError) as error:  # an offset past 2**63, a path that no file can have
-            raise StorageError(self.path, f"{action}: {error}") from error
+    def _failed(self, action: str, error: Exception) -> StorageError:
+        return StorageError(self.path, f"{action}: {getattr(error, 'strerror', None) or error}")
 
 
 _factory: type[File] = File

@@ -583,8 +583,9 @@ class SpaceModel:
         released = set().union(*(range(f, f + n) for f, n in zip(values[::2], values[1::2], strict=True)))
         assert released >= self.older - self.used, "what this commit stopped using is not listed"
         assert not released & self.used
-        marked = np.concatenate([space.leaf(index) for index in range(len(space.places))])
-        assert set(np.flatnonzero(marked).tolist()) == self.used | released
+        leaves = b"".join(space.leaf(index).to_bytes(4096, "little") for index in range(len(space.places)))
+        marked = np.flatnonzero(np.unpackbits(np.frombuffer(leaves, np.uint8), bitorder="little"))
+        assert set(marked.tolist()) == self.used | released
         assert max(self.used) < self.clusters
 
 

@@ -74,8 +74,8 @@ class SpaceModel:
             used |= clusters
         released = {cluster for first, count in self.runs() for cluster in range(first, first + count)}
         assert not released & used
-        leaves = enumerate(space.read_leaf(index) for index in range(len(space.places)))
-        marked = {index * self.per_leaf + int(bit) for index, leaf in leaves for bit in leaf.nonzero()[0]}
+        bits = sum(space.read_leaf(index) << index * self.per_leaf for index in range(len(space.places)))
+        marked = {cluster for cluster in range(bits.bit_length()) if bits >> cluster & 1}
         assert marked == used | released
         assert max(marked) < self.clusters
         return used

@@ -18,7 +18,7 @@ from dirtmap.engine.report import CORRUPTION, LEAK, NOTE, CheckReport
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import doubts, namespace_label, read_entries, verify
 from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.space import SpaceMap, _runs
+from dirtmap.engine.store.space import SpaceMap, merged
 from dirtmap.engine.store.store import FORMAT, Snapshot, Store
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.errors import FormatError
@@ -164,10 +164,11 @@ class _Check:
         kept = self.in_use(silent=False)
         for index in range(len(space.places)):
             try:
-                marked = space.read_leaf(index)
+                raw = space.read_leaf(index).to_bytes(self.cluster, "little")
             except FormatError as error:
                 self.wrong(error)
                 continue
+            marked = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little").view(np.bool_)
             first = index * space.per_leaf
             self.runs(CORRUPTION, _part(used, first, space.per_leaf) & ~marked, first, "in use, but marked as free")
             if complete:
@@ -194,7 +195,7 @@ class _Check:
         return np.array(runs, np.int64)
 
     def runs(self, severity: str, wrong: NDArray[np.bool_], start: int, what: str) -> None:
-        for first, count in _runs(np.flatnonzero(wrong).tolist()):
+        for first, count in merged((number, 1) for number in np.flatnonzero(wrong).tolist()):
             at = (start + first) * self.cluster
             self.report.found(severity, f"clusters {at:#x}..{at + count * self.cluster:#x}", what, count)
 

@@ -10,9 +10,8 @@ no copy whole                                               refused
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import crc32c
@@ -123,7 +122,6 @@ def is_whole(block: bytes) -> bool:
     return bool(store.CHECKSUM.parse(block, _CHECKED).checksum == crc32c.crc32c(block[:_CHECKED]))
 
 
-@functools.lru_cache(maxsize=8)  # the copies of a slot are alike, and every read looks at all of them twice
 def parse_block(path: str, block: bytes) -> Header:
     """A whole copy's header.
 
@@ -212,6 +210,7 @@ class Chosen:
         in_doubt: both copies of the other slot are damaged, and may have been the newest.
         mends: (block, bytes): damaged or outdated copies, and what they should be, before anything new is written.
         lost: generation of a commit that was seen and is missing; 0: none.
+        copies: the whole copies, and what they say.
     """
 
     header: Header
@@ -219,14 +218,20 @@ class Chosen:
     in_doubt: bool
     mends: tuple[tuple[int, bytes], ...]
     lost: int = 0
+    copies: Mapping[bytes, Header] = field(default_factory=dict, compare=False, repr=False)
 
     def without(self, seen: Seen) -> Chosen:
         """The same, where that commit is missing."""
         return replace(self, header=_in_doubt(self.header), lost=seen.generation)
 
 
-def choose(path: str, data: bytes) -> Chosen:
+def choose(path: str, data: bytes, known: Mapping[bytes, Header] | None = None) -> Chosen:
     """Judges the first `store.RESERVED` bytes of a store.
+
+    Args:
+        path: for messages.
+        data: the bytes.
+        known: copies that need no second look: every read looks twice, and writers know what they wrote.
 
     Raises:
         FormatError: not a store, or no copy is whole.
@@ -235,7 +240,14 @@ def choose(path: str, data: bytes) -> Chosen:
     blocks = [data[at : at + store.BLOCK] for at in range(0, store.RESERVED, store.BLOCK)]
     if not any(block.startswith(store.MAGIC) for block in blocks):
         raise FormatError(f"{path}: header.magic", "not a dirtmap store")
-    headers = {number: parse_block(path, block) for number, block in enumerate(blocks) if is_whole(block)}
+    copies: dict[bytes, Header] = {}
+    for block in blocks:
+        if block not in copies:
+            if known and block in known:
+                copies[block] = known[block]
+            elif is_whole(block):
+                copies[block] = parse_block(path, block)
+    headers = {number: copies[block] for number, block in enumerate(blocks) if block in copies}
     if not headers:
         raise FormatError(f"{path}: header", "all four copies are damaged")
     best = max(headers, key=lambda number: headers[number].generation)
@@ -252,7 +264,7 @@ def choose(path: str, data: bytes) -> Chosen:
         # Their generation is wiped, or a torn write over what is left of them could bring back a header whose areas are
         # gone by then. Nothing else: zeros over a damaged word could be what that word was before.
         mends += [(n, wiped) for n in store.COPIES[1 - slot] if (wiped := _wiped(blocks[n])) != blocks[n]]
-    return Chosen(header, slot, not other, tuple(mends))
+    return Chosen(header, slot, not other, tuple(mends), copies=copies)
 
 
 def _in_doubt(header: Header) -> Header:

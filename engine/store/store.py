@@ -135,11 +135,11 @@ class Store:
         self._file = open_file(path, place=place)
         self.place = self._file.place
         try:
-            header = headers.choose(path, self._file.read(0, store.RESERVED)).header
+            chosen = headers.choose(path, self._file.read(0, store.RESERVED))
         except BaseException:
             self._file.close()
             raise
-        self.uuid, self._seen = header.uuid, header.commit
+        self.uuid, self._seen, self._copies = chosen.header.uuid, chosen.header.commit, chosen.copies
 
     def close(self) -> None:
         """Closes the file."""
@@ -176,7 +176,8 @@ class Store:
             As `headers.choose`.
         """
         seen = self._seen  # first: another thread may see a later commit than we are about to read
-        chosen = headers.choose(file.path, file.read(0, store.RESERVED))
+        chosen = headers.choose(file.path, file.read(0, store.RESERVED), self._copies)
+        self._copies = chosen.copies
         if chosen.header.uuid != self.uuid:
             raise LockedError(file.path, "was replaced since it was opened")
         if seen.is_missing_at(chosen.header.commit):
@@ -249,6 +250,7 @@ class Store:
             yield change
             commit = change.commit()
             self.expect(commit)
+            self._copies = change.copies
             for act in change.afterwards:
                 act()
         if self.committed and commit != change.header.commit:
@@ -277,12 +279,13 @@ class Change:
         table: its namespaces, to be changed.
         generation: the number that the commit will have.
         afterwards: what to do once it is durable.
+        copies: the header's copies, as far as they are known, and what they say.
     """
 
     def __init__(self, file: File, chosen: Chosen) -> None:
         from dirtmap.engine.store.space import SpaceMap
 
-        self._file, self._chosen = file, chosen
+        self._file, self._chosen, self.copies = file, chosen, chosen.copies
         self.snapshot = Snapshot(file, chosen)
         header = self.header = chosen.header
         self.table = self.snapshot.table()
@@ -333,6 +336,7 @@ class Change:
             namespaces=self.table.count,
             space=space,
             released=released,
+            autoclear=0,
         )
         block = headers.build_block(new)
         for number, data in self._chosen.mends:
@@ -343,6 +347,7 @@ class Change:
         for offset in headers.blocks_of(1 - self._chosen.slot):
             self._file.write(offset, block)
             self._file.sync()
+        self.copies = {**self.copies, block: new}
         return new.commit
 
 

@@ -185,19 +185,23 @@ class Home:
         """Closes the store."""
         self.store.close()
 
-    def record(self, snapshot: Snapshot, session: bytes | None = None) -> Record:
-        """The namespace's record; errors as `change`."""
-        return self._judged(snapshot.record(self.name), session)
+    def record(self, snapshot: Snapshot) -> Record:
+        """The namespace's record.
 
-    def _judged(self, record: Record | None, session: bytes | None) -> Record:
+        Raises:
+            BitmapError: there is no such namespace.
+        """
+        return self._found(snapshot.record(self.name))
+
+    def _found(self, record: Record | None) -> Record:
         if record is None:
             raise no_namespace(self.store.path, self.name)
-        found = session_of(record)
-        if session is not None and (found is None or found.uuid != session):
-            raise LockedError(
-                f"{self.store.path}: {namespace_label(self.name)}", "the store has lost this tracker's session"
-            )
         return record
+
+    def _require(self, view: View, session: bytes | None) -> None:
+        if session is not None and (view.session is None or view.session.uuid != session):
+            where = f"{self.store.path}: {namespace_label(self.name)}"
+            raise LockedError(where, "the store has lost this tracker's session")
 
     def needs_recovery(self, snapshot: Snapshot) -> bool:
         """True where the bitmaps cannot be relied on as they are, or a session has ended without being closed."""
@@ -221,7 +225,13 @@ class Home:
 
     def read(self, session: bytes, read: Callable[[View], T]) -> T:
         """Runs ``read`` on one commit's state. Errors as `Store.read`."""
-        return self.store.read(lambda snapshot: read(View(snapshot, self.record(snapshot, session))))
+
+        def read_view(snapshot: Snapshot) -> T:
+            view = self.view(snapshot)
+            self._require(view, session)
+            return read(view)
+
+        return self.store.read(read_view)
 
     @contextlib.contextmanager
     def change(self, session: bytes | None) -> Iterator[HomeChange]:
@@ -235,6 +245,7 @@ class Home:
             As `Store.change`.
         """
         with self.store.change() as change:
-            home = HomeChange(change, self._judged(change.table.get(self.name), session))
+            home = HomeChange(change, self._found(change.table.get(self.name)))
+            self._require(home, session)
             yield home
             home.finish()

@@ -29,7 +29,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from dirtmap.engine import checkpoints
-from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap
+from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
 from dirtmap.engine.namespace import a_checkpoint, encode_name, label
 from dirtmap.engine.tracking.home import Home, HomeChange, View
 from dirtmap.engine.tracking.livefile import Words, union
@@ -261,7 +261,7 @@ class Tracker(Recorder):
     # How.
 
     def _add(self, name: str, granularity: SupportsIndex | None, *, recording: bool, checkpoint: bool) -> None:
-        chosen = Bitmap(self.size, DEFAULT_GRANULARITY if granularity is None else granularity).granularity
+        chosen = checked_granularity(DEFAULT_GRANULARITY if granularity is None else granularity)
         with self._cut(chosen if recording else None) as number, self._changing() as home:
             if name in home.entries:
                 raise BitmapError(f"{home.where}: {label(name)}", "the name is taken")
