@@ -75,12 +75,12 @@ class Structure:
             ValueError: bytes are not as long as their field.
             struct.error: a number is negative or does not fit its field.
         """
-        for name, size in self._bytes:  # `struct` would pad or cut them
-            if name in values and len(values[name]) != size:
-                raise ValueError(f"{self.name}.{name}: {len(values[name])} bytes, not {size}")
         if values.keys() != self._names:
             raise TypeError(f"{self.name} has the fields {', '.join(self._names)}, not {', '.join(values)}")
-        return self._struct.pack(*[values[name] for name in self._names])
+        for name, size in self._bytes:  # `struct` would pad or cut them
+            if len(values[name]) != size:
+                raise ValueError(f"{self.name}.{name}: {len(values[name])} bytes, not {size}")
+        return self._struct.pack(*map(values.__getitem__, self._names))
 
     def field(self, name: str) -> Field:
         """Where that field lies."""
