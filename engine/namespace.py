@@ -228,7 +228,7 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What `Namespace.recover` did for one bitmap: its ``name``, and ``how``: ``all dirty``."""
+    """What `Namespace.recover` did for one bitmap: its ``name``, and ``how``: ``all dirty``, and why it is."""
 
     name: str
     how: str

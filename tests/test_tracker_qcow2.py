@@ -530,6 +530,30 @@ def test_recover_gives_up_a_store_that_is_lost(path: Path, elsewhere: Callable[[
     goes_on(path, "b0", list(range(SIZE // GRANULE)))
 
 
+def test_recover_of_a_session_with_a_damaged_directory_makes_all_dirty_that_the_image_names(path: Path) -> None:
+    def act() -> None:
+        tracker = dm.open(path).track()
+        tracker.mark(5 * GRANULE, 1)
+        tracker.save()
+
+    in_child(act)
+    place = path.parent / "default.dmap"
+    with Store(str(place)) as target:
+        record = target.record(b"drive0")
+    assert record
+    with place.open("r+b") as file:
+        file.seek(record.directory.offset + 20)
+        file.write(b"?")
+    with pytest.raises(dm.FormatError, match="directory of node 'drive0'"), dm.open(path) as image:
+        image["b0"]
+    recovered = {item.name: item.how for item in dm.recover(path)}
+    assert recovered == dict.fromkeys(["b0", "still"], "all dirty: its directory was damaged")
+    everything = list(range(SIZE // GRANULE))
+    assert qemu_dirty(path, "still") == everything
+    goes_on(path, "b0", everything)
+    assert dm.check(place).corruptions == 0
+
+
 def test_a_copy_of_a_tracked_image_becomes_one_of_its_own(path: Path, tmp_path: Path) -> None:
     with dm.open(path) as image, image.track():
         shutil.copy(path, tmp_path / "copy.qcow2")

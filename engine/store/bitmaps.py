@@ -144,7 +144,8 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
         FormatError: damaged, or an entry makes no sense.
     """
     where = f"{snapshot.file.path}: {namespace_label(record.name)}"
-    data = snapshot.read(record.directory, f"directory of {namespace_label(record.name)}")
+    what, remedy = f"directory of {namespace_label(record.name)}", "recover makes its bitmaps all dirty"
+    data = snapshot.read(record.directory, what, remedy)
     entries: dict[bytes, Entry] = {}
     try:
         for _, entry in directory.parse_entries(data):

@@ -3,7 +3,7 @@
     old file, locked --> every readable namespace --> new file beside it, synced --> renamed over the old one
 
 A crash leaves the old file, or the new one. Nothing becomes clean that was dirty: bits that fail their checksum become
-all dirty; so does what only the older header slot still leads to, a namespace or the directory of one.
+all dirty; so does a namespace that only the older header slot still leads to, and one with a damaged directory.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dirtmap.engine.fileio import File, open_file, remove_file, replace_file
 from dirtmap.engine.namespace import decode_name, label
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import namespace_label, read_entries, verify
+from dirtmap.engine.store.salvage import all_dirty, spare_entries
 from dirtmap.engine.store.store import Change, Snapshot, Store, create
 from dirtmap.fmt import directory, geometry, live, store
 from dirtmap.fmt.directory import Entry
@@ -46,14 +47,14 @@ class Compaction:
 
 
 class _Readable(NamedTuple):
-    """A namespace as ``source`` has it, and what the older header slot has under that name, if that is not the source.
+    """A namespace as ``source`` has it, and the store as the older header slot has it, if that is not the source.
 
     Where there is a ``doubt``, its bits count as dirty.
     """
 
     source: Snapshot
     record: Record
-    spare: tuple[Snapshot, Record] | None = None
+    older: Snapshot | None = None
     doubt: str = ""
 
 
@@ -175,7 +176,7 @@ def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
         kept = tuple(item for item in record.extensions if item[0] not in live.OF_A_SESSION)
         record = replace(record, extensions=kept)
         if record.kind == store.KIND_PLACE:  # the image goes back to the original
-            return found._replace(record=replace(record, directory=store.NOWHERE, nb_bitmaps=0), spare=None)
+            return found._replace(record=replace(record, directory=store.NOWHERE, nb_bitmaps=0), older=None)
         return found._replace(record=record, doubt="its tracker is the original's")
 
     return [renewed(found) for found in readable]
@@ -191,10 +192,9 @@ def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Re
     older = snapshot.older()
     if older is None:
         return [_Readable(snapshot, record) for record in newest.values()]
-    before = {record.name: (older, record) for record in _records(older, [])}
-    found = [_Readable(snapshot, record, before.get(name)) for name, record in newest.items()]
+    found = [_Readable(snapshot, record, older) for record in newest.values()]
     if faults:  # else nothing is missing, so what only the older slot knows was removed on purpose
-        lost = [record for name, (_, record) in before.items() if name not in newest]
+        lost = [record for record in _records(older, []) if record.name not in newest]
         found += [_Readable(older, record, doubt=_OLDER) for record in lost]
     return found
 
@@ -222,7 +222,7 @@ def _text(snapshot: Snapshot, error: Error) -> str:
 
 def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: bool) -> None:
     source, record = found.source, found.record
-    doubt = found.doubt
+    whys: dict[Entry, str] = {}
     lost = None
     try:
         entries = read_entries(source, record)
@@ -231,37 +231,17 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
             raise
         lost = _text(source, error)
     if lost is not None:  # by now the error does not keep in memory any more what was read
-        entries, doubt = _spare_entries(found), _OLDER
+        entries = list(whys := spare_entries(source, record, found.older))
         if len(entries) < record.nb_bitmaps:
             many = f"{record.nb_bitmaps - len(entries)} of its {record.nb_bitmaps} bitmaps"
             result.dropped.append(f"{namespace_label(record.name)}, {many}: {lost}")
-    copied = [_carry_bits(source, record, entry, change, result, mend=mend, doubt=doubt) for entry in entries]
+    copied = [
+        _carry_bits(source, record, entry, change, result, mend=mend, doubt=whys.get(entry, found.doubt))
+        for entry in entries
+    ]
     place = change.place(directory.build_directory(copied))
     change.table.put(replace(record, directory=place, nb_bitmaps=len(copied)))
     result.namespaces += 1
-
-
-def _spare_entries(found: _Readable) -> list[Entry]:
-    """What a namespace with a damaged directory had one commit earlier; nothing where that is damaged, too.
-
-    Only names and granularities are of use: which bits the lost directory led to cannot be known.
-    """
-    if found.spare is None:
-        return []
-    older, spare = found.spare
-    if spare.uuid != found.record.uuid:  # another namespace of that name
-        return []
-    try:
-        entries = read_entries(older, spare)
-    except FormatError:
-        return []
-    # The disk may have grown since, so that a bitmap would be too long.
-    limits = found.record.size, older.header.cluster_size, older.size
-    return [entry for entry in entries if not any(store.entry_faults(_all_dirty(entry), *limits))]
-
-
-def _all_dirty(entry: Entry) -> Entry:
-    return replace(entry, table_offset=store.ALL_ONES, table_size=0, extra_data=b"")
 
 
 def _carry_bits(
@@ -270,7 +250,7 @@ def _carry_bits(
     where = f"{namespace_label(record.name)}, {label(decode_name(entry.name))}"
     if doubt:
         result.made_dirty.append(f"{where}: {doubt}")
-        return _all_dirty(entry)
+        return all_dirty(entry)
     if entry.table_offset in (store.ALL_ZEROS, store.ALL_ONES):
         return entry
     try:
@@ -279,7 +259,7 @@ def _carry_bits(
         if not mend:
             raise
         result.made_dirty.append(f"{where}: its bits are damaged")
-        return _all_dirty(entry)
+        return all_dirty(entry)
     length = geometry.packed_bytes(record.size, entry.granularity)
     area = change.place(source.file.read_exactly(entry.table_offset, length))
     return replace(entry, table_offset=area.offset)

@@ -21,6 +21,7 @@ from dirtmap.engine.namespace import (
     label,
     not_found,
 )
+from dirtmap.engine.store import salvage
 from dirtmap.engine.store.bitmaps import (
     Source,
     bitmap_of,
@@ -153,16 +154,19 @@ class StoredImage(Namespace):
         return self._read(lambda snapshot, record: [entry.name for entry in read_entries(snapshot, record)])
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
-        """Makes all dirty what is inconsistent, in doubt or damaged; see `Namespace.recover`."""
+        """Makes all dirty what is inconsistent, in doubt or damaged, directory or bits; see `Namespace.recover`."""
         recovered = []
         settle_device(self._store, self._raw_name)
         with self._store.change() as change:
             record = self._record(change.snapshot)
+            try:
+                entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
+            except FormatError as error:
+                return salvage.recover(change, record, list(names), error)
             doubted = doubts(change.snapshot, record) is not None
             view = tracked_view(change.snapshot, record)
             if size_now(record) != record.size:
                 return _recover_resized(change, record, list(names))
-            entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
             with changing(change, record) as bitmaps:
                 for name in list(names) or list(bitmaps):
                     bitmap = bitmaps[name]

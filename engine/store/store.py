@@ -69,8 +69,13 @@ class Snapshot:
         if area.length > store.MAX_METADATA_BYTES:
             raise FormatError(f"{self.file.path}: {what}.length", f"{area.length} is above {store.MAX_METADATA_BYTES}")
 
-    def read(self, area: Area, what: str) -> bytes:
+    def read(self, area: Area, what: str, remedy: str = "'check -r all' mends the store") -> bytes:
         """An area's bytes.
+
+        Args:
+            area: where they are.
+            what: names it in errors.
+            remedy: what such an error tells to do.
 
         Raises:
             FormatError: the area lies nowhere sensible, or its checksum is wrong; names it.
@@ -78,7 +83,7 @@ class Snapshot:
         self.check_area(area, what)
         data = self.file.read(area.offset, area.length)
         if len(data) < area.length or (data and crc32c.crc32c(data) != area.checksum):
-            raise FormatError(f"{self.file.path}: {what} at {area.offset:#x}", "its checksum is wrong")
+            raise FormatError(f"{self.file.path}: {what} at {area.offset:#x}", f"its checksum is wrong; {remedy}")
         return data
 
     def table(self) -> NamespaceTable:

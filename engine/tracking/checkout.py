@@ -46,6 +46,7 @@ from dirtmap.engine.qcow2 import image as qcow2_image
 from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
+from dirtmap.engine.store import salvage
 from dirtmap.engine.store.bitmaps import bitmap_of, doubts, kind_label, read_entries, release_bits
 from dirtmap.engine.store.identity import identity_of_disk
 from dirtmap.engine.store.store import Change, Snapshot, Store
@@ -56,7 +57,8 @@ from dirtmap.engine.tracking.recovery import Row, View
 from dirtmap.engine.tracking.status import Status, status_of
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory, live, store
-from dirtmap.fmt.errors import BitmapError, StorageError
+from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.errors import BitmapError, FormatError, StorageError
 from dirtmap.fmt.store import NOWHERE, Identity, Record
 
 
@@ -169,13 +171,14 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> l
             return []
         if not own:
             recovery.refuse_tracked(path, session)
-        settled, recovered = _settle(file, layout, change.snapshot, record)
+        entries = _entries(change.snapshot, record)
+        settled, recovered = _settle(file, layout, change.snapshot, record, entries)
         before = _look(path)
         commit(file, layout, settled)
         set_tracked(file, read_layout(file), False)
         if layout.tracked:
             peers.confirm(change, record, before, _look(path))
-        _forget(change, record)
+        _forget(change, record, entries)
         if not own:
             view = recovery.view_of(change.snapshot, record)
             assert view
@@ -189,21 +192,29 @@ def _look(path: str) -> Identity | None:
     return None
 
 
-def _forget(change: Change, record: Record) -> None:
-    """Takes the session and the bitmaps out of the record."""
-    for entry in read_entries(change.snapshot, record):
-        release_bits(change, record, entry)
-    change.release(record.directory)
+def _entries(snapshot: Snapshot, record: Record) -> list[Entry] | None:
+    """A session's directory; None where that is damaged."""
+    with contextlib.suppress(FormatError):
+        return read_entries(snapshot, record)
+    return None
+
+
+def _forget(change: Change, record: Record, entries: list[Entry] | None) -> None:
+    """Takes the session and the bitmaps out of the record; what a damaged directory led to is not known."""
+    if entries is not None:
+        for entry in entries:
+            release_bits(change, record, entry)
+        change.release(record.directory)
     extensions = tuple(item for item in record.extensions if item[0] not in live.OF_A_SESSION)
     change.table.put(replace(record, directory=NOWHERE, nb_bitmaps=0, extensions=extensions))
 
 
 def _settle(
-    file: File, layout: Layout, snapshot: Snapshot, record: Record
+    file: File, layout: Layout, snapshot: Snapshot, record: Record, entries: list[Entry] | None
 ) -> tuple[list[Kept | Written], list[Recovery]]:
     """The image's new directory, and what became of each bitmap of the session."""
     slots = {slot.entry.name: slot for slot in layout.slots}
-    contents = _contents(file, layout, snapshot, record)
+    contents = _contents(file, layout, snapshot, record, entries)
     settled: list[Kept | Written] = []
     recovered = []
     for name, (bitmap, how) in contents.items():
@@ -225,8 +236,18 @@ def _settle(
     return settled, recovered
 
 
-def _contents(file: File, layout: Layout, snapshot: Snapshot, record: Record) -> dict[str, tuple[Bitmap | None, str]]:
-    """What each bitmap holds, and how that was found; None for what stays in the image as it is."""
+def _contents(
+    file: File, layout: Layout, snapshot: Snapshot, record: Record, entries: list[Entry] | None
+) -> dict[str, tuple[Bitmap | None, str]]:
+    """What each bitmap holds, and how that was found; None for what stays in the image as it is.
+
+    Args:
+        file: the image.
+        layout: of the image.
+        snapshot: has the session.
+        record: of the session.
+        entries: its directory; None where that is damaged: then all that it or the image can name is all dirty.
+    """
     view = recovery.view_of(snapshot, record)
     assert view
     marked, size = layout.tracked, layout.header.size
@@ -236,7 +257,13 @@ def _contents(file: File, layout: Layout, snapshot: Snapshot, record: Record) ->
         how = f"{Row.ALL_DIRTY.value}: another program has opened the image for writing since"
     found: dict[str, tuple[Bitmap | None, str]] = {}
     slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
-    for entry in read_entries(snapshot, record):
+    if entries is None:
+        all_dirty, how = True, f"{Row.ALL_DIRTY.value}: {salvage.KNOWN}"
+        entries = list(salvage.spare_entries(snapshot, record, snapshot.older()))
+        known = {entry.name for entry in entries}
+        lost = [slot.entry for slot in layout.slots if slot.entry.in_use and marked and slot.entry.name not in known]
+        entries += [entry.with_flags(set=directory.FLAG_AUTO) for entry in lost]
+    for entry in entries:
         name = decode_name(entry.name)
         slot = slots.pop(name, None)
         if slot and not slot.entry.in_use and not marked:
@@ -298,7 +325,9 @@ class TrackedImage(Namespace):
                     layout = read_layout(file)
                     layout.require_sound()
                     slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
-                    for name, (bitmap, _) in _contents(file, layout, snapshot, record).items():
+                    for name, (bitmap, _) in _contents(
+                        file, layout, snapshot, record, read_entries(snapshot, record)
+                    ).items():
                         if bitmap is not None:
                             found[name] = bitmap
                         elif slots[name].entry.in_use:
