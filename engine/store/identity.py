@@ -9,6 +9,7 @@ import uuid
 from contextlib import suppress
 
 from dirtmap.engine.fileio import File, open_file
+from dirtmap.engine.medium import medium_of
 from dirtmap.engine.qcow2.layout import read_head
 from dirtmap.fmt import qcow2, store
 from dirtmap.fmt.errors import StorageError, printable
@@ -21,7 +22,7 @@ _TICK_NS = 20_000_000
 
 
 def identity_of(path: str) -> Identity:
-    """What an image looks like now: a file by inode, size and mtime; a block device by number and size.
+    """What an image looks like now: a file by inode, size and mtime; a block device by number, size and medium.
 
     Raises:
         StorageError: it cannot be looked at, or is neither.
@@ -33,7 +34,7 @@ def identity_of(path: str) -> Identity:
             return Identity(status.st_dev, status.st_ino, status.st_mtime_ns % 2**64, status.st_size)
         if stat.S_ISBLK(status.st_mode):
             with open_file(path) as file:
-                return Identity(status.st_rdev, 0, 0, file.size())
+                return Identity(status.st_rdev, medium_of(status.st_rdev), 0, file.size())
     except (OSError, ValueError) as error:  # the latter: a path that no file can have
         raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
     raise StorageError(path, "neither a regular file nor a block device")

@@ -14,9 +14,9 @@ someone else. The kernel's clock for files is never ahead of the one we read, bu
 a write of others within a tick of our last one is not seen. Where a write was in flight, or `mark` was used, whose
 writes have no end that we hear of, what counts is the last sign of life, given four times a second, and half a second
 more. After a power loss only signs of life on disk are left, given once a second while the image changes: five seconds
-more. A clock that is set back hides what others write until it has caught up. A block device tells nothing at all. Of
-a qcow2 image a bit in its header tells, which every other program that opens it for writing takes away; where its
-guest data is in a file of its own, that is judged as a raw file is, too: it can be written to by itself.
+more. A clock that is set back hides what others write until it has caught up. A block device tells only that it is
+another one. Of a qcow2 image a bit in its header tells, which every other program that opens it for writing takes away;
+where its guest data is in a file of its own, that is judged as a raw file is, too: it can be written to by itself.
 
 A device is as its root is; and changed, too, where the root's session has ended without the device's, which no order
 of recovery leads to: see `dirtmap.engine.tracking.peers`.
