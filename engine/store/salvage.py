@@ -88,8 +88,9 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
     entries = spare_entries(change.snapshot, record, change.snapshot.older())
     if not entries:
         raise FormatError(damage.where, "damaged, and none of its bitmaps can be named; 'check -r all' gives them up")
+    known = {decode_name(entry.name) for entry in entries}
     for name in names:
-        if name not in [decode_name(entry.name) for entry in entries]:
+        if name not in known:
             raise not_found(f"{path}: {kind_label(record)}", name)
     extensions = record.extensions
     if view := tracked_view(change.snapshot, record):
