@@ -9,7 +9,8 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 from dirtmap.engine.bitmap import WHERE, Bitmap
-from dirtmap.engine.namespace import Transaction, label
+from dirtmap.engine.namespace import Transaction
+from dirtmap.engine.naming import label
 from dirtmap.fmt.errors import BitmapError, RangeError
 
 

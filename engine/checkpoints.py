@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dirtmap.engine.namespace import decode_name, encode_name
+from dirtmap.engine.naming import decode_name, encode_name
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import FormatError
 

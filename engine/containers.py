@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from dirtmap.engine.fileio import open_file
-from dirtmap.engine.namespace import ImageInfo, Namespace, Recovery, Transaction, encode_name
+from dirtmap.engine.namespace import ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.naming import encode_name
 from dirtmap.engine.probe import STORE, probe, probe_path
 from dirtmap.fmt.errors import (
     BitmapError,

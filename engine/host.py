@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from dirtmap.engine.afterwards import afterwards, changing_a_store
 from dirtmap.engine.names import Found, Names
-from dirtmap.engine.namespace import ImageInfo, decode_name, encode_name
+from dirtmap.engine.namespace import ImageInfo
+from dirtmap.engine.naming import decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image, Keeper, read_identity
 from dirtmap.engine.store import devices, nodes
 from dirtmap.engine.store.bitmaps import EXTENSION_SESSION, checkpoints_of, kind_label, refuse_tracked, with_checkpoints

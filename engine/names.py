@@ -15,7 +15,7 @@ from typing import Self
 
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
-from dirtmap.engine.namespace import decode_name, encode_name
+from dirtmap.engine.naming import decode_name, encode_name
 from dirtmap.engine.probe import STORE, probe_path
 from dirtmap.engine.qcow2.image import read_identity, require_header
 from dirtmap.engine.store import nodes

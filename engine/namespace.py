@@ -8,32 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from dirtmap.engine.naming import a_checkpoint, decode_name, encode_name, label, not_found
 from dirtmap.fmt import geometry
 from dirtmap.fmt.directory import MAX_DATA_BYTES, name_fault
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error
+from dirtmap.fmt.errors import BitmapError, Error
 
 if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
     from dirtmap.engine.tracking.home import Home
     from dirtmap.engine.tracking.status import Status
     from dirtmap.engine.tracking.tracker import Tracker
-
-
-def decode_name(name: bytes) -> str:
-    """A bitmap name from disk as text; bytes that are not UTF-8 become lone surrogates, and back with `encode_name`."""
-    return name.decode("utf-8", "surrogateescape")
-
-
-def encode_name(name: str) -> bytes:
-    """A bitmap name as it is stored.
-
-    Raises:
-        BitmapError: it holds a lone surrogate that stands for no byte.
-    """
-    try:
-        return name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:
-        raise BitmapError(f"bitmap {name!a}", "the name cannot be encoded") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,19 +359,3 @@ class Transaction(MutableMapping[str, "Bitmap"]):
     def _require_open(self) -> None:
         if not self._open:
             raise Error(self.where, "the transaction has ended")
-
-
-def label(name: str) -> str:
-    """How messages name a bitmap: always valid text, odd bytes escaped."""
-    text = encode_name(name).decode("utf-8", "backslashreplace")
-    return f"bitmap '{text}'"
-
-
-def a_checkpoint(where: str, name: str) -> BitmapError:
-    """The error for what cannot be done to a checkpoint."""
-    return BitmapError(f"{where}: {label(name)}", "a checkpoint, which others rely on; it can be removed")
-
-
-def not_found(where: str, name: str) -> BitmapNotFoundError:
-    """The error for a name that is not there."""
-    return BitmapNotFoundError(f"{where}: {label(name)}", "there is no such bitmap")

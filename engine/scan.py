@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from dirtmap.engine.fileio import is_gone
 from dirtmap.engine.host import Host, remember_container
 from dirtmap.engine.index.reading import Container, look
-from dirtmap.engine.namespace import decode_name
+from dirtmap.engine.naming import decode_name
 from dirtmap.engine.probe import probe_path
 from dirtmap.engine.qcow2.image import read_identity
 from dirtmap.engine.store import devices

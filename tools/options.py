@@ -63,7 +63,7 @@ class _Name(click.ParamType):  # type: ignore[type-arg]
     name = "name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from dirtmap.engine.namespace import decode_name
+        from dirtmap.engine.naming import decode_name
 
         return decode_name(os.fsencode(value))
 

@@ -90,7 +90,7 @@ def usable(where: str, bitmaps: Mapping[str, Bitmap], name: str) -> Bitmap:
         BitmapError: it is not there or inconsistent; names it.
     """
     from dirtmap.engine import changes
-    from dirtmap.engine.namespace import label
+    from dirtmap.engine.naming import label
 
     bitmap = bitmaps[name]
     changes.require_usable(bitmap, f"{where}: {label(name)}")

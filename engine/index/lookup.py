@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from dirtmap.engine.host import Host
 from dirtmap.engine.index.reading import Container
-from dirtmap.engine.namespace import Namespace, encode_name
+from dirtmap.engine.namespace import Namespace
+from dirtmap.engine.naming import encode_name
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import read_entries
 from dirtmap.engine.store.store import Snapshot, Store

@@ -15,7 +15,7 @@ from dirtmap.engine.host import Host
 from dirtmap.engine.index.database import Database, replace
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.renewal import examine, renew
-from dirtmap.engine.namespace import decode_name
+from dirtmap.engine.naming import decode_name
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
 from dirtmap.fmt.errors import StorageError

@@ -10,16 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine import locks
 from dirtmap.engine.fileio import File, open_file
-from dirtmap.engine.namespace import (
-    BitmapInfo,
-    ImageInfo,
-    Namespace,
-    Recovery,
-    Transaction,
-    decode_name,
-    encode_name,
-    label,
-)
+from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.naming import decode_name, encode_name, label
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import crc32c
 
 from dirtmap.engine import holds
-from dirtmap.engine.namespace import decode_name, encode_name, label
+from dirtmap.engine.naming import decode_name, encode_name, label
 from dirtmap.engine.store.identity import disk_size, identity_now, root_elsewhere
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dirtmap.engine.namespace import decode_name, label
+from dirtmap.engine.naming import decode_name, label
 from dirtmap.engine.report import CORRUPTION, LEAK, NOTE, CheckReport
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import doubts, namespace_label, read_entries, verify

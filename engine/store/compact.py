@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from dirtmap.engine import holds
 from dirtmap.engine.fileio import File, open_file, remove_file, replace_file
-from dirtmap.engine.namespace import decode_name, label
+from dirtmap.engine.naming import decode_name, label
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import namespace_label, read_entries, verify
 from dirtmap.engine.store.salvage import all_dirty, spare_entries

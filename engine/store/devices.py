@@ -10,7 +10,7 @@ import os
 import uuid
 from dataclasses import dataclass, replace
 
-from dirtmap.engine.namespace import decode_name, encode_name
+from dirtmap.engine.naming import decode_name, encode_name
 from dirtmap.engine.store.bitmaps import (
     doubts,
     kind_label,

@@ -10,7 +10,7 @@ import numpy as np
 
 from dirtmap.engine.dumping import MOST_RUNS, Shown, data, text
 from dirtmap.engine.fileio import File, open_file
-from dirtmap.engine.namespace import decode_name, label
+from dirtmap.engine.naming import decode_name, label
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import doubts, namespace_label, verify
 from dirtmap.engine.store.store import FORMAT, Snapshot, Store

@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine import holds
 from dirtmap.engine.afterwards import changing_a_store
-from dirtmap.engine.namespace import (
-    BitmapInfo,
-    ImageInfo,
-    Namespace,
-    Recovery,
-    Transaction,
-    decode_name,
-    encode_name,
-    label,
-    not_found,
-)
+from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.naming import decode_name, encode_name, label, not_found
 from dirtmap.engine.store import salvage
 from dirtmap.engine.store.bitmaps import (
     Source,

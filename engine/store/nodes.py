@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
-from dirtmap.engine.namespace import decode_name, encode_name
+from dirtmap.engine.naming import decode_name, encode_name
 from dirtmap.engine.probe import STORE, probe_path
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import (

@@ -13,7 +13,8 @@ import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dirtmap.engine.namespace import Recovery, decode_name, label, not_found
+from dirtmap.engine.namespace import Recovery
+from dirtmap.engine.naming import decode_name, label, not_found
 from dirtmap.engine.store.bitmaps import (
     kind_label,
     read_entries,

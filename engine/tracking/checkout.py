@@ -32,16 +32,8 @@ from dirtmap.engine import locks
 from dirtmap.engine.bitmap import Bitmap
 from dirtmap.engine.containers import open as open_image
 from dirtmap.engine.fileio import File, open_file
-from dirtmap.engine.namespace import (
-    BitmapInfo,
-    ImageInfo,
-    Namespace,
-    Recovery,
-    Transaction,
-    decode_name,
-    encode_name,
-    label,
-)
+from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.naming import decode_name, encode_name, label
 from dirtmap.engine.qcow2 import image as qcow2_image
 from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.image import Image

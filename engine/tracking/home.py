@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from dirtmap.engine import checkpoints
 from dirtmap.engine.bitmap import Bitmap
-from dirtmap.engine.namespace import decode_name, encode_name, label
+from dirtmap.engine.naming import decode_name, encode_name, label
 from dirtmap.engine.store.bitmaps import (
     doubts,
     header_doubts,

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from bitarray import bitarray
@@ -17,8 +17,8 @@ from dirtmap.engine import bits, fileio
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import LockedError, StorageError
 
-if TYPE_CHECKING:
-    from dirtmap.engine.tracking.marking import Flights
+# Writes that have begun in an interval and not ended: where they begin and end, bytes, and their thread, by number.
+Flights = dict[int, tuple[int, int, int | None]]
 
 _BLOCK: Final = 16384  # words
 _ATTEMPTS: Final = 20

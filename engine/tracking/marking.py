@@ -60,12 +60,20 @@ from numpy.typing import NDArray
 from dirtmap.engine import bits as kernels
 from dirtmap.engine.bitmap import as_int64
 from dirtmap.engine.tracking.intent import IntentLog
-from dirtmap.engine.tracking.livefile import BARE, EVENT, IN_FLIGHT, LOGGED, POISONED, WRITES, Control, Writeset
+from dirtmap.engine.tracking.livefile import (
+    BARE,
+    EVENT,
+    IN_FLIGHT,
+    LOGGED,
+    POISONED,
+    WRITES,
+    Control,
+    Flights,
+    Writeset,
+)
 from dirtmap.fmt.errors import BitmapError, Error, RangeError, SyncError, UnsupportedError
 
 Mark = Callable[[int, int], None]
-# Writes that have begun in an interval and not ended: where they begin and end, bytes, and their thread, by number.
-Flights = dict[int, tuple[int, int, int | None]]
 _Swap = Callable[[bitarray | None, set[int]], None]
 # Below that many ranges, one by one is cheaper.
 _FEW: Final = 128

@@ -19,7 +19,7 @@ import contextlib
 import os
 from dataclasses import dataclass, replace
 
-from dirtmap.engine.namespace import decode_name
+from dirtmap.engine.naming import decode_name
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import live, store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError

@@ -17,7 +17,7 @@ from typing import Any, Final, Self, SupportsIndex
 
 from dirtmap.engine import fileio, holds
 from dirtmap.engine.bitmap import Bitmap
-from dirtmap.engine.namespace import decode_name, label
+from dirtmap.engine.naming import decode_name, label
 from dirtmap.engine.process import this_process
 from dirtmap.engine.store.bitmaps import doubts
 from dirtmap.engine.store.identity import identity_of, identity_of_disk

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from dirtmap.engine import checkpoints
 from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
-from dirtmap.engine.namespace import a_checkpoint, encode_name, label
+from dirtmap.engine.naming import a_checkpoint, encode_name, label
 from dirtmap.engine.tracking.home import Home, HomeChange, View
 from dirtmap.engine.tracking.livefile import Words, union
 from dirtmap.engine.tracking.marking import Kernel, Ticket
