@@ -168,7 +168,8 @@ class _Check:
             except FormatError as error:
                 self.wrong(error)
                 continue
-            marked = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little").view(np.bool_)
+            bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little", count=space.per_leaf)
+            marked = bits.view(np.bool_)
             first = index * space.per_leaf
             self.runs(CORRUPTION, _part(used, first, space.per_leaf) & ~marked, first, "in use, but marked as free")
             if complete:

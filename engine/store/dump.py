@@ -113,6 +113,8 @@ class _Dump(Shown):
             self.fault(where, error.what)
             self.stopped = self.stopped or f"{where}: {error.what}"
             return None
+        if not area.length:
+            return b""
         self.shown.add(area.offset)
         raw = self.file.read(area.offset, area.length)
         if raw and crc32c.crc32c(raw) != area.checksum:
@@ -331,14 +333,15 @@ class _Dump(Shown):
         if raw is None:
             return
         cluster = snapshot.header.cluster_size
-        used = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little")
+        per_leaf = store.leaf_clusters(cluster)
+        used = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little", count=per_leaf)
         edges = np.flatnonzero(np.diff(used, prepend=1 - used[:1], append=1 - used[-1:]))
         found = [
             {
                 "index": int(start),
                 "count": int(end - start),
                 "kind": "used" if used[start] else "free",
-                "offset": (index * cluster * 8 + int(start)) * cluster,
+                "offset": (index * per_leaf + int(start)) * cluster,
             }
             for start, end in pairwise(edges[: MOST_RUNS + 1])
         ]

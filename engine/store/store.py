@@ -81,8 +81,10 @@ class Snapshot:
             FormatError: the area lies nowhere sensible, or its checksum is wrong; names it.
         """
         self.check_area(area, what)
+        if not area.length:
+            return b""
         data = self.file.read(area.offset, area.length)
-        if len(data) < area.length or (data and crc32c.crc32c(data) != area.checksum):
+        if len(data) < area.length or crc32c.crc32c(data) != area.checksum:
             raise FormatError(f"{self.file.path}: {what} at {area.offset:#x}", f"its checksum is wrong; {remedy}")
         return data
 
