@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.naming import decode_name, encode_name
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.store import EXTENSION_CHECKPOINTS
 
 if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
     from dirtmap.fmt.store import Record
 
 BREAK = ""  # in a chain; no bitmap has that name
-
-Extensions = tuple[tuple[int, bytes], ...]
 
 
 def read_chain(where: str, record: Record) -> list[str]:
@@ -35,18 +34,16 @@ def read_chain(where: str, record: Record) -> list[str]:
         FormatError: it makes no sense.
     """
     try:
-        names = live.parse_checkpoints(record.extension(live.EXTENSION_CHECKPOINTS) or b"")
+        names = live.parse_checkpoints(record.extension(EXTENSION_CHECKPOINTS) or b"")
         return [decode_name(name) for name in names]
     except ValueError as error:
         raise FormatError(f"{where}: checkpoints", str(error)) from None
 
 
-def with_chain(extensions: Extensions, chain: list[str]) -> Extensions:
-    """A record's extensions with this chain and no other."""
-    others = tuple(item for item in extensions if item[0] != live.EXTENSION_CHECKPOINTS)
-    if not chain:
-        return others
-    return (*others, (live.EXTENSION_CHECKPOINTS, live.build_checkpoints(map(encode_name, chain))))
+def with_chain(record: Record, chain: list[str]) -> Record:
+    """The record with this chain and no other."""
+    data = live.build_checkpoints(map(encode_name, chain))
+    return record.with_extensions([EXTENSION_CHECKPOINTS], [(EXTENSION_CHECKPOINTS, data)] if chain else [])
 
 
 def settle(chain: list[str], recording: Mapping[str, bool]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dirtmap.engine.process import Process, this_process
 from dirtmap.fmt.errors import printable
@@ -58,8 +58,7 @@ def living(record: Record) -> list[Hold]:
 
 def with_holds(record: Record, holds: list[Hold]) -> Record:
     """The record with these holds and no others."""
-    others = [item for item in record.extensions if item[0] != EXTENSION_HOLD]
-    return replace(record, extensions=(*others, *((EXTENSION_HOLD, _build(found)) for found in holds)))
+    return record.with_extensions([EXTENSION_HOLD], ((EXTENSION_HOLD, _build(found)) for found in holds))
 
 
 def _build(found: Hold) -> bytes:

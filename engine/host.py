@@ -16,7 +16,7 @@ from dirtmap.engine.namespace import ImageInfo
 from dirtmap.engine.naming import decode_name, encode_name
 from dirtmap.engine.qcow2.image import Image, Keeper, read_identity
 from dirtmap.engine.store import devices, nodes
-from dirtmap.engine.store.bitmaps import EXTENSION_SESSION, checkpoints_of, kind_label, refuse_tracked, with_checkpoints
+from dirtmap.engine.store.bitmaps import checkpoints_of, refuse_tracked, with_checkpoints
 from dirtmap.engine.store.identity import identity_of, identity_of_disk, lasting_identity
 from dirtmap.engine.store.namespace import held_by, holding
 from dirtmap.engine.store.store import Change, Store
@@ -146,7 +146,7 @@ class Host(Names):
                 records = target.read(lambda snapshot: list(snapshot.table()))
             for record in records:
                 with contextlib.suppress(OSError):
-                    if record.extension(EXTENSION_SESSION) is not None and os.path.samefile(record.path, path):
+                    if record.tracked and os.path.samefile(record.path, path):
                         refuse_tracked(where, record)
 
     # Images with a name.
@@ -193,16 +193,15 @@ class _Keeper(Keeper):
     def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
         with self._host.open_store(self._found.store) as target:
             record = target.record(encode_name(self._found.name))
-        return checkpoints_of(f"{target.path}: {kind_label(record)}", record, recording) if record else []
+        return checkpoints_of(f"{target.path}: {record.label}", record, recording) if record else []
 
     def keep_checkpoints(self, chain: list[str]) -> None:
         def keep() -> None:
             with self._host.opened(self._found.store) as target, target.change() as change:
                 record = change.table.get(encode_name(self._found.name))
-                if record and record.uuid == self._found.uuid:
-                    extensions = with_checkpoints(record.extensions, chain)
-                    if extensions != record.extensions:
-                        change.table.put(replace(record, extensions=extensions))
+                same = record is not None and record.uuid == self._found.uuid
+                if record and same and (kept := with_checkpoints(record, chain)) != record:
+                    change.table.put(kept)
 
         afterwards(keep)
 

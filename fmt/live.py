@@ -22,11 +22,6 @@ from dirtmap.fmt.structure import Structure
 
 PAGE = 4096
 
-EXTENSION_SESSION = 0x5452414B
-EXTENSION_CHECKPOINTS = 0x434B5054
-EXTENSION_PEER = 0x50454552
-OF_A_SESSION = (EXTENSION_SESSION, EXTENSION_PEER)  # the record extensions that end with it
-
 SESSION = Structure(
     "session",
     "uuid" / Bytes(16),

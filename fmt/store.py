@@ -15,7 +15,7 @@ All numbers are big-endian. Source of every rule: SPEC.md, "The store".
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -94,6 +94,10 @@ HOLD = Structure(
     "token" / Bytes(16),
 )
 EXTENSION_HOLD = 0x484F4C44
+EXTENSION_SESSION = 0x5452414B
+EXTENSION_PEER = 0x50454552
+EXTENSION_CHECKPOINTS = 0x434B5054
+OF_A_SESSION = (EXTENSION_SESSION, EXTENSION_PEER)  # what a record loses when a tracker's session ends
 
 EXTENSION_NAMESPACES = 0x4E535043
 EXTENSION_SPACE = 0x53504143
@@ -197,13 +201,13 @@ class Record:
 
     Attributes:
         name: raw bytes of the node's or device's name.
-        kind: `KIND_NODE`, `KIND_DEVICE` or `KIND_PLACE`.
+        kind: `KIND_NODE`, `KIND_DEVICE`, `KIND_PLACE` or `KIND_CONTAINER`.
         uuid: 16 bytes.
         size: of the virtual disk, bytes.
         generation: of the commit that wrote the directory.
         directory: where the directory is; no length where there are no bitmaps.
         nb_bitmaps: entries in it.
-        path: of the image, raw bytes; empty for a device.
+        path: of the image, raw bytes; of a device, of its root's image.
         identity: of the image.
         root_uuid: of a device's root node; zeros for a node.
         extensions: what else is known of the namespace, as (type, data); types that nobody knows are kept.
@@ -221,9 +225,34 @@ class Record:
     root_uuid: bytes = bytes(16)
     extensions: tuple[tuple[int, bytes], ...] = ()
 
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        kind = KIND_NODE if self.kind == KIND_PLACE else self.kind
+        return f"{KIND_NAMES[kind]} '{_readable(self.name)}'"
+
     def extension(self, kind: int) -> bytes | None:
         """The data of the first extension of that type, or None."""
         return next((data for found, data in self.extensions if found == kind), None)
+
+    @property
+    def tracked(self) -> bool:
+        """True where it names the session of a tracker, which may have died."""
+        return self.extension(EXTENSION_SESSION) is not None
+
+    def with_extensions(self, kinds: Collection[int], new: Iterable[tuple[int, bytes]] = ()) -> Record:
+        """The same with these extensions, (type, data), and no others of those types."""
+        others = (item for item in self.extensions if item[0] not in kinds)
+        return replace(self, extensions=(*others, *new))
+
+
+def namespace_label(name: bytes) -> str:
+    """How messages name a namespace whose kind is not known, or does not matter."""
+    return f"namespace '{_readable(name)}'"
+
+
+def _readable(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
 
 
 def parse_records(data: bytes) -> Iterator[Record]:

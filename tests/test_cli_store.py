@@ -11,6 +11,7 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
+from dirtmap.fmt.directory import DIRECTORY_ENTRY
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -148,32 +149,33 @@ def test_compact_frees_space_and_changes_no_answer() -> None:
     assert json_of("check", "default.dmap")["findings"] == []
 
 
-def spoil(name: str) -> None:
-    """Flips a bit of that structure of the store."""
+def spoil(name: str, byte: int = 0) -> None:
+    """Flips a bit in a byte of that structure of the store."""
     (at,) = (each["offset"] for each in json_of("dump", "default.dmap")["structures"] if each["name"] == name)
     with open("default.dmap", "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
+        file.seek(at + byte)
+        found = file.read(1)[0]
+        file.seek(at + byte)
+        file.write(bytes([found ^ 1]))
 
 
 @pytest.mark.parametrize(
-    ("structure", "line", "key"),
+    ("structure", "byte", "line", "key"),
     [
-        ("bits: node 'two', bitmap 'b'", "node 'two', bitmap 'b': its bits are damaged", "made-dirty"),
+        ("bits: node 'two', bitmap 'b'", 0, "node 'two', bitmap 'b': its bits are damaged", "made-dirty"),
         (
             "directory entry: node 'one', bitmap 'b'",
+            DIRECTORY_ENTRY.field("extra_data_size").offset,  # so that nothing in it can be told
             "node 'one', 1 of its 1 bitmaps: directory of node 'one' at 0x",
             "dropped",
         ),
     ],
 )
-def test_check_says_what_mending_dropped_and_what_it_made_dirty(structure: str, line: str, key: str) -> None:
+def test_check_says_what_mending_dropped_and_what_it_made_dirty(structure: str, byte: int, line: str, key: str) -> None:
     for node in ("one", "two"):
         dirtmap("add", node, "b")
         dirtmap("mark", node, "b", "1M", "1")
-    spoil(structure)
+    spoil(structure, byte)
     spoiled = Path("default.dmap").read_bytes()
     human = {"made-dirty": "all dirty now", "dropped": "dropped"}[key]
     assert f"\n{human}: {line}" in dirtmap("check", "-r", "all", "default.dmap").out

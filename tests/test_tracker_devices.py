@@ -31,6 +31,7 @@ from dirtmap.engine.tracking import tracker as tracker_module
 from dirtmap.engine.tracking.home import Home, HomeChange
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
+from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.store import KIND_DEVICE, Record
 from dirtmap.tools.cli import main
 
@@ -559,8 +560,8 @@ def replace_peer(name: bytes, data: Callable[[Record], bytes]) -> None:
     with Store(os.environ["DIRTMAP_STORE"]) as target, target.change() as change:
         record = change.table.get(name)
         assert record
-        kept = tuple(item for item in record.extensions if item[0] != live.EXTENSION_PEER)
-        change.table.put(replace(record, extensions=(*kept, (live.EXTENSION_PEER, data(record)))))
+        kept = tuple(item for item in record.extensions if item[0] != fmt_store.EXTENSION_PEER)
+        change.table.put(replace(record, extensions=(*kept, (fmt_store.EXTENSION_PEER, data(record)))))
 
 
 def itself(record: Record) -> bytes:

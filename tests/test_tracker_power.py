@@ -30,6 +30,7 @@ from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import livefile
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
+from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.errors import StorageError, SyncError
 
 SIZE = 64 << 20
@@ -370,9 +371,9 @@ def with_session(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     with Store(str(tmp_path / "default.dmap")) as target, target.change() as changed:
         record = changed.table.get(b"drive0")
         assert record
-        session = record.extension(live.EXTENSION_SESSION)
+        session = record.extension(fmt_store.EXTENSION_SESSION)
         assert session
-        changed.table.put(replace(record, extensions=((live.EXTENSION_SESSION, change(session)),)))
+        changed.table.put(replace(record, extensions=((fmt_store.EXTENSION_SESSION, change(session)),)))
 
 
 def test_paths_of_a_hostile_session_are_not_touched(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, printable
-from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.store import Area, Record, namespace_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,13 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dirtmap.engine.bitmap import Bitmap
-    from dirtmap.engine.checkpoints import Extensions
     from dirtmap.engine.tracking.recovery import View
     from dirtmap.engine.tracking.status import Status
-
-# As in fmt.live; that module is imported only where there is one.
-EXTENSION_SESSION = 0x5452414B
-EXTENSION_CHECKPOINTS = 0x434B5054
 
 _PIECE = 1 << 20  # bytes read at once where the whole is not needed
 
@@ -49,17 +44,6 @@ def require_free(change: Change, name: bytes) -> None:
     """
     if change.table.get(name):
         raise BitmapError(f"{change.snapshot.file.path}: {namespace_label(name)}", "the name is taken")
-
-
-def namespace_label(name: bytes) -> str:
-    """How messages name a namespace."""
-    return f"node '{name.decode('utf-8', 'backslashreplace')}'"
-
-
-def kind_label(record: Record) -> str:
-    """How messages name a namespace whose kind is known."""
-    kind = "node" if record.kind == store.KIND_PLACE else store.KIND_NAMES[record.kind]
-    return f"{kind} '{record.name.decode('utf-8', 'backslashreplace')}'"
 
 
 @dataclass(eq=False, slots=True)
@@ -133,7 +117,7 @@ def verify(snapshot: Snapshot, record: Record, entry: Entry) -> None:
 
 def _wrong_bits(snapshot: Snapshot, record: Record, entry: Entry) -> FormatError:
     bitmap = f"{label(decode_name(entry.name))} at {entry.table_offset:#x}"
-    where = f"{snapshot.file.path}: {kind_label(record)}: {bitmap}"
+    where = f"{snapshot.file.path}: {record.label}: {bitmap}"
     return FormatError(where, "its checksum is wrong; recover makes it all dirty")
 
 
@@ -143,8 +127,8 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
     Raises:
         FormatError: damaged, or an entry makes no sense.
     """
-    where = f"{snapshot.file.path}: {namespace_label(record.name)}"
-    what, remedy = f"directory of {namespace_label(record.name)}", "recover makes its bitmaps all dirty"
+    where = f"{snapshot.file.path}: {record.label}"
+    what, remedy = f"directory of {record.label}", "recover makes its bitmaps all dirty"
     data = snapshot.read(record.directory, what, remedy)
     entries: dict[bytes, Entry] = {}
     try:
@@ -170,10 +154,10 @@ def refuse_tracked(path: str, record: Record) -> None:
     Raises:
         LockedError: names the process.
     """
-    if record.extension(EXTENSION_SESSION) is not None:
+    if record.tracked:
         from dirtmap.engine.tracking import recovery
 
-        where = f"{path}: {kind_label(record)}"
+        where = f"{path}: {record.label}"
         recovery.refuse_tracked(where, recovery.session_of(record))
 
 
@@ -185,9 +169,9 @@ def refuse_session(path: str, record: Record) -> None:
         BitmapError: names the command that recovers.
     """
     refuse_tracked(path, record)
-    if record.extension(EXTENSION_SESSION) is not None:
+    if record.tracked:
         what = "its tracker has died; 'dirtmap recover' first"
-        raise BitmapError(f"{path}: {kind_label(record)}", what)
+        raise BitmapError(f"{path}: {record.label}", what)
 
 
 def refuse_unsettled(snapshot: Snapshot, record: Record) -> None:
@@ -196,18 +180,18 @@ def refuse_unsettled(snapshot: Snapshot, record: Record) -> None:
     Raises:
         BitmapError: names the device, and the command that recovers.
     """
-    if record.extension(EXTENSION_SESSION) is not None:
+    if record.tracked:
         from dirtmap.engine.tracking import peers
 
         if peer := peers.unsettled(snapshot.file.place, record):
             what = f"tracked with device '{printable(decode_name(peer.name))}' until that died; 'dirtmap recover' first"
-            raise BitmapError(f"{snapshot.file.path}: {kind_label(record)}", what)
+            raise BitmapError(f"{snapshot.file.path}: {record.label}", what)
 
 
 def settle_device(target: Store, name: bytes) -> None:
     """Recovers the device that was tracked with a node; see `dirtmap.engine.tracking.peers.settle`."""
     record = target.record(name)
-    if record is not None and record.extension(EXTENSION_SESSION) is not None:
+    if record is not None and record.tracked:
         from dirtmap.engine.tracking import peers
 
         peers.settle(target, name)
@@ -217,7 +201,7 @@ def other_size(snapshot: Snapshot, record: Record) -> BitmapError:
     """The error for bits that are for a disk of another size: they say nothing about the new space."""
     verb = "node resize" if record.kind == store.KIND_NODE else "device set-root"
     what = f"its image has {size_now(record)} bytes now, and had {record.size}; '{verb}' adopts the new size"
-    return BitmapError(f"{snapshot.file.path}: {kind_label(record)}", what)
+    return BitmapError(f"{snapshot.file.path}: {record.label}", what)
 
 
 def size_now(record: Record) -> int:
@@ -241,7 +225,7 @@ def refuse_held(path: str, record: Record) -> None:
         BitmapError: names the bitmap and who holds it.
     """
     for held in holds.living(record):
-        where = f"{path}: {kind_label(record)}: {label(decode_name(held.bitmap))}"
+        where = f"{path}: {record.label}: {label(decode_name(held.bitmap))}"
         raise BitmapError(where, f"busy: held by {held}")
 
 
@@ -257,12 +241,12 @@ def refuse_without_root(snapshot: Snapshot, record: Record) -> None:
         if identity_now(record) == record.identity:
             return
     if reason := root_elsewhere(record):
-        raise BitmapError(f"{snapshot.file.path}: {kind_label(record)}", reason)
+        raise BitmapError(f"{snapshot.file.path}: {record.label}", reason)
 
 
 def tracked_view(snapshot: Snapshot, record: Record) -> View | None:
     """What a tracker, alive or dead, says about a namespace; None where none was there since it was last whole."""
-    if record.extension(EXTENSION_SESSION) is None:
+    if not record.tracked:
         return None
     from dirtmap.engine.tracking.recovery import view_of
 
@@ -271,7 +255,7 @@ def tracked_view(snapshot: Snapshot, record: Record) -> View | None:
 
 def tracking_status(snapshot: Snapshot, record: Record) -> Status | None:
     """Who tracks a namespace's image; None where nobody does, or did."""
-    if record.extension(EXTENSION_SESSION) is None:
+    if not record.tracked:
         return None
     from dirtmap.engine.tracking.status import status_of
 
@@ -289,20 +273,27 @@ def checkpoints_of(where: str, record: Record, recording: Mapping[str, bool]) ->
     Raises:
         FormatError: it makes no sense.
     """
-    if record.extension(EXTENSION_CHECKPOINTS) is None:
+    if record.extension(store.EXTENSION_CHECKPOINTS) is None:
         return []
     from dirtmap.engine import checkpoints
 
     return checkpoints.settle(checkpoints.read_chain(where, record), recording)
 
 
-def with_checkpoints(extensions: Extensions, chain: list[str]) -> Extensions:
-    """A record's extensions with this chain of checkpoints and no other."""
-    if not chain and all(kind != EXTENSION_CHECKPOINTS for kind, _ in extensions):
-        return extensions
+def with_checkpoints(record: Record, chain: list[str]) -> Record:
+    """The record with this chain of checkpoints and no other."""
+    if not chain and record.extension(store.EXTENSION_CHECKPOINTS) is None:
+        return record
     from dirtmap.engine import checkpoints
 
-    return checkpoints.with_chain(extensions, chain)
+    return checkpoints.with_chain(record, chain)
+
+
+def end_session(change: Change, record: Record) -> Record:
+    """The record without the session of a tracker that has died, whose files go once the change is durable."""
+    if view := tracked_view(change.snapshot, record):
+        change.afterwards.append(view.clean_up)
+    return record.with_extensions(store.OF_A_SESSION)
 
 
 def doubts(snapshot: Snapshot, record: Record) -> str | None:
@@ -369,7 +360,7 @@ def replace_directory(change: Change, record: Record, old: list[Entry], wanted: 
     """
     packed = directory.build_directory(wanted)
     if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
-        where = f"{change.snapshot.file.path}: {kind_label(record)}"
+        where = f"{change.snapshot.file.path}: {record.label}"
         raise BitmapError(where, f"{len(wanted)} bitmaps are more than {directory.MAX_BITMAPS}")
     kept = {entry.table_offset for entry in wanted}
     for entry in old:
@@ -422,9 +413,7 @@ def rewrite(change: Change, record: Record, new: Record, *, doubted: bool) -> No
         BitmapError: a bitmap is too fine for the new size.
         FormatError: damaged bits, unless ``doubted``.
     """
-    if view := tracked_view(change.snapshot, record):
-        new = replace(new, extensions=view.without())
-        change.afterwards.append(view.clean_up)
+    end_session(change, record)
     entries = read_entries(change.snapshot, record)
     placed = []
     for entry in entries:
@@ -435,4 +424,5 @@ def rewrite(change: Change, record: Record, new: Record, *, doubted: bool) -> No
             bitmap = bitmap.resized(new.size)
         placed.append(place_bitmap(change, new, decode_name(entry.name), bitmap))
     area = replace_directory(change, record, entries, placed)
+    new = new.with_extensions(store.OF_A_SESSION)
     change.table.put(replace(new, generation=change.generation, directory=area))

@@ -16,7 +16,7 @@ import numpy as np
 from dirtmap.engine.naming import decode_name, label
 from dirtmap.engine.report import CORRUPTION, LEAK, NOTE, CheckReport
 from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.bitmaps import doubts, namespace_label, read_entries, verify
+from dirtmap.engine.store.bitmaps import doubts, read_entries, verify
 from dirtmap.engine.store.compact import compact
 from dirtmap.engine.store.space import SpaceMap, merged
 from dirtmap.engine.store.store import FORMAT, Snapshot, Store
@@ -125,7 +125,7 @@ class _Check:
 
     def namespace(self, record: Record) -> bool:
         """Checks one; False where what it uses is not known."""
-        where = namespace_label(record.name)
+        where = record.label
         self.area(record.directory, f"directory of {where}")
         if doubt := doubts(self.snapshot, record):
             self.report.found(NOTE, where, f"counts as all dirty: {doubt}")

@@ -19,10 +19,10 @@ from dirtmap.engine import holds
 from dirtmap.engine.fileio import File, open_file, remove_file, replace_file
 from dirtmap.engine.naming import decode_name, label
 from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.bitmaps import namespace_label, read_entries, verify
+from dirtmap.engine.store.bitmaps import read_entries, verify
 from dirtmap.engine.store.salvage import all_dirty, spare_entries
 from dirtmap.engine.store.store import Change, Snapshot, Store, create
-from dirtmap.fmt import directory, geometry, live, store
+from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, StorageError
 from dirtmap.fmt.store import Area, Record
@@ -171,10 +171,9 @@ def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
         record = holds.with_holds(
             replace(record, uuid=own, root_uuid=fresh.get(record.root_uuid, record.root_uuid)), []
         )
-        if record.extension(live.EXTENSION_SESSION) is None:
+        if not record.tracked:
             return found._replace(record=record)
-        kept = tuple(item for item in record.extensions if item[0] not in live.OF_A_SESSION)
-        record = replace(record, extensions=kept)
+        record = record.with_extensions(store.OF_A_SESSION)
         if record.kind == store.KIND_PLACE:  # the image goes back to the original
             return found._replace(record=replace(record, directory=store.NOWHERE, nb_bitmaps=0), older=None)
         return found._replace(record=record, doubt="its tracker is the original's")
@@ -234,7 +233,7 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
         entries = list(whys := spare_entries(source, record, found.older))
         if len(entries) < record.nb_bitmaps:
             many = f"{record.nb_bitmaps - len(entries)} of its {record.nb_bitmaps} bitmaps"
-            result.dropped.append(f"{namespace_label(record.name)}, {many}: {lost}")
+            result.dropped.append(f"{record.label}, {many}: {lost}")
     copied = [
         _carry_bits(source, record, entry, change, result, mend=mend, doubt=whys.get(entry, found.doubt))
         for entry in entries
@@ -247,7 +246,7 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
 def _carry_bits(
     source: Snapshot, record: Record, entry: Entry, change: Change, result: Compaction, *, mend: bool, doubt: str
 ) -> Entry:
-    where = f"{namespace_label(record.name)}, {label(decode_name(entry.name))}"
+    where = f"{record.label}, {label(decode_name(entry.name))}"
     if doubt:
         result.made_dirty.append(f"{where}: {doubt}")
         return all_dirty(entry)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from dirtmap.engine.naming import decode_name, encode_name
 from dirtmap.engine.store.bitmaps import (
     doubts,
-    kind_label,
     refuse_held,
     refuse_session,
     refuse_tracked,
@@ -126,7 +125,7 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
     identity, size = lasting_identity(root.path, of_disk=True), disk_size(root.path)
     with target.change() as change:
         record = require_device(change, name)
-        where = f"{target.path}: {kind_label(record)}"
+        where = f"{target.path}: {record.label}"
         refuse_tracked(target.path, record)
         refuse_held(target.path, record)
         if content_unchanged and size != record.size:
@@ -157,7 +156,7 @@ def remove_device(target: Store, name: str) -> None:
         record = require_device(change, name)
         refuse_session(target.path, record)
         if record.nb_bitmaps:
-            where = f"{target.path}: {kind_label(record)}"
+            where = f"{target.path}: {record.label}"
             raise BitmapError(where, f"has {record.nb_bitmaps} bitmaps; remove or move them first")
         change.table.remove(record.name)
 

@@ -12,7 +12,7 @@ from dirtmap.engine.dumping import MOST_RUNS, Shown, data, text
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.naming import decode_name, label
 from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.bitmaps import doubts, namespace_label, verify
+from dirtmap.engine.store.bitmaps import doubts, verify
 from dirtmap.engine.store.store import FORMAT, Snapshot, Store
 from dirtmap.fmt import directory, extensions, geometry, live, store
 from dirtmap.fmt.directory import Entry
@@ -38,12 +38,12 @@ _EXTENSIONS = {
 # What a record's extensions are, each followed by texts whose lengths are in it.
 _RECORD_EXTENSIONS: dict[int, tuple[Structure, dict[str, str]]] = {
     store.EXTENSION_HOLD: (store.HOLD, {"bitmap": "name_size", "owner": "owner_size"}),
-    live.EXTENSION_SESSION: (live.SESSION, {"live": "live_size", "log_path": "log_size"}),
-    live.EXTENSION_PEER: (live.PEER, {"name": "name_size", "store": "store_size"}),
+    store.EXTENSION_SESSION: (live.SESSION, {"live": "live_size", "log_path": "log_size"}),
+    store.EXTENSION_PEER: (live.PEER, {"name": "name_size", "store": "store_size"}),
 }
 _RECORD_EXTENSION_NAMES = {
     **{kind: structure.name for kind, (structure, _) in _RECORD_EXTENSIONS.items()},
-    live.EXTENSION_CHECKPOINTS: "checkpoints",
+    store.EXTENSION_CHECKPOINTS: "checkpoints",
 }
 
 
@@ -197,7 +197,7 @@ class _Dump(Shown):
         return count
 
     def namespace(self, snapshot: Snapshot, record: Record, offset: int, raw: bytes) -> None:
-        where = namespace_label(record.name)
+        where = record.label
         fields = self.fields(store.RECORD, offset, raw[: store.RECORD.size])
         for field in fields:
             if field["name"] == "kind":
@@ -236,7 +236,7 @@ class _Dump(Shown):
         """The fields of a record's extension; what has no declaration is data."""
         fields: list[dict[str, Any]] = []
         at = 0
-        if kind == live.EXTENSION_CHECKPOINTS:
+        if kind == store.EXTENSION_CHECKPOINTS:
             number, size = 0, live.CHECKPOINT_NAME.size
             while at + size <= len(contents):
                 raw = contents[at : at + size]
@@ -261,7 +261,7 @@ class _Dump(Shown):
 
     def entry(self, snapshot: Snapshot, record: Record, entry: Entry, offset: int, raw: bytes) -> bool:
         """One entry and its bits; False where it breaks a rule."""
-        where = f"{namespace_label(record.name)}, {label(decode_name(entry.name))}"
+        where = f"{record.label}, {label(decode_name(entry.name))}"
         fields = self.fields(directory.DIRECTORY_ENTRY, offset, raw[: directory.DIRECTORY_ENTRY.size])
         meaning = {store.ALL_ZEROS: "all zeros", store.ALL_ONES: "all ones"}.get(entry.table_offset)
         if meaning:

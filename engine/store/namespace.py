@@ -18,8 +18,8 @@ from dirtmap.engine.store.bitmaps import (
     bitmap_of,
     checkpoints_of,
     doubts,
+    end_session,
     is_readable,
-    kind_label,
     no_namespace,
     other_size,
     place_bitmap,
@@ -204,7 +204,7 @@ def _recover_resized(change: Change, record: Record, names: list[str]) -> list[R
     found = [decode_name(entry.name) for entry in read_entries(change.snapshot, record)]
     for name in names:
         if name not in found:
-            raise not_found(f"{path}: {kind_label(record)}", name)
+            raise not_found(f"{path}: {record.label}", name)
     identity, size = lasting_identity_now(record), size_now(record)
     rewrite(change, record, replace(record, size=size, identity=identity), doubted=True)
     return [Recovery(name, f"all dirty: the disk has {size} bytes now, and had {record.size}") for name in found]
@@ -241,9 +241,9 @@ def held_by(record: Record) -> dict[str, str]:
 
 def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     doubt, view = doubts(snapshot, record), tracked_view(snapshot, record)
-    notes = [f"{kind_label(record)} counts as all dirty: {doubt}"] if doubt else []
+    notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt else []
     if view and not doubt:
-        notes.append(f"{kind_label(record)} is {view.note}")
+        notes.append(f"{record.label} is {view.note}")
     busy = held_by(record)
     name = decode_name(record.name)
     errors: list[str] = []
@@ -333,7 +333,7 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
         record = replace(record, size=size)  # no bits that would have to be adopted
     doubted = size != record.size or doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
-    where = f"{snapshot.file.path}: {kind_label(record)}"
+    where = f"{snapshot.file.path}: {record.label}"
     bitmaps = Transaction(
         where,
         record.size,
@@ -440,15 +440,6 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
         # All that was in doubt is dirty now, on disk, or the first bitmap begins: from here on changes count.
         with contextlib.suppress(StorageError):
             identity = lasting_identity_now(record)
-    if view:
-        change.afterwards.append(view.clean_up)
-    change.table.put(
-        replace(
-            record,
-            generation=change.generation,
-            directory=area,
-            nb_bitmaps=len(wanted),
-            identity=identity,
-            extensions=with_checkpoints(view.without() if view else record.extensions, bitmaps.checkpoints),
-        )
-    )
+    new = with_checkpoints(end_session(change, record), bitmaps.checkpoints)
+    generation, count = change.generation, len(wanted)
+    change.table.put(replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=identity))

@@ -16,10 +16,9 @@ from dirtmap.engine.naming import decode_name, encode_name
 from dirtmap.engine.probe import STORE, probe_path
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import (
-    EXTENSION_SESSION,
     doubts,
+    end_session,
     header_doubts,
-    namespace_label,
     no_namespace,
     read_entries,
     refuse_held,
@@ -29,7 +28,6 @@ from dirtmap.engine.store.bitmaps import (
     release_bits,
     require_free,
     rewrite,
-    tracked_view,
 )
 from dirtmap.engine.store.identity import carries, disk_size, identity_of, is_twin, lasting_identity
 from dirtmap.engine.store.store import Change, Store
@@ -161,7 +159,7 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
             refuse_session(target.path, known)
         mine = known and opened.uuid and known.uuid == uuid.UUID(opened.uuid).bytes
         if known and (new_identity or not mine or is_twin(known, path)):
-            raise BitmapError(f"{target.path}: {namespace_label(known.name)}", "the name is taken")
+            raise BitmapError(f"{target.path}: {known.label}", "the name is taken")
         if opened.name not in (None, name) and not new_identity:
             what = f"is node '{opened.name}' already; rename that, or say --new-identity if it is a copy"
             raise BitmapError(path, what)
@@ -187,7 +185,7 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
 def is_checked_out(target: Store, path: str, name: str, image_uuid: str) -> bool:
     """True where a tracker has a qcow2 image's bitmaps, or had them when it died; not for a copy of the file."""
     record = target.record(encode_name(name))
-    if record is None or record.uuid != uuid.UUID(image_uuid).bytes or record.extension(EXTENSION_SESSION) is None:
+    if record is None or record.uuid != uuid.UUID(image_uuid).bytes or not record.tracked:
         return False
     try:
         return os.path.samefile(path, record.path)
@@ -202,7 +200,7 @@ def refuse_moved(target: Store, path: str, name: str, image_uuid: str) -> None:
         BitmapError: says what makes it known.
     """
     record = target.record(encode_name(name))
-    if record is None or record.uuid != uuid.UUID(image_uuid).bytes or record.extension(EXTENSION_SESSION) is None:
+    if record is None or record.uuid != uuid.UUID(image_uuid).bytes or not record.tracked:
         return
     if not is_checked_out(target, path, name, image_uuid) and not is_twin(record, path):
         what = (
@@ -232,15 +230,14 @@ def remove_node(target: Store, name: str) -> None:
     """
     with _identity_put_back(target, name) as changed, target.change() as change:
         record = _record(change, name, died=True)
-        where = f"{target.path}: {namespace_label(record.name)}"
+        where = f"{target.path}: {record.label}"
         if record.kind == store.KIND_PLACE and not (os.path.exists(record.path) and carries(record)):
             # With the image its bitmaps are gone, and nothing of ours is in what has taken its place; what a tracker
             # had of them when it died is of no use.
             for entry in read_entries(change.snapshot, record):
                 release_bits(change, record, entry)
             change.release(record.directory)
-            if view := tracked_view(change.snapshot, record):
-                change.afterwards.append(view.clean_up)
+            end_session(change, record)
             change.table.remove(record.name)
             return
         refuse_session(target.path, record)
@@ -307,7 +304,7 @@ def rename_node(
     """
     with _identity_put_back(target, name) as changed, target.change() as change:
         record = _record(change, name)
-        where = f"{target.path}: {namespace_label(record.name)}"
+        where = f"{target.path}: {record.label}"
         require_free(change, encode_name(new))
         refuse_held(target.path, record)
         with ExitStack() as stack:
@@ -348,7 +345,7 @@ def resize_node(target: Store, name: str) -> int:
         identity = lasting_identity(os.fsdecode(record.path))
         if identity.size == record.size:
             what = f"its image has {record.size} bytes, as before: there is no new size to adopt"
-            raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
+            raise BitmapError(f"{target.path}: {record.label}", what)
         refuse_unsettled(change.snapshot, record)
         refuse_held(target.path, record)
         # Another size at another time is what the caller has just explained.
@@ -370,10 +367,10 @@ def confirm_node(target: Store, name: str) -> None:
         identity = lasting_identity(os.fsdecode(record.path))
         if identity.size != record.size:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
-            raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
+            raise BitmapError(f"{target.path}: {record.label}", what)
         if record.nb_bitmaps and (doubt := header_doubts(change.snapshot, record)):
             what = f"counts as all dirty, whatever its image is like: {doubt}; 'dirtmap recover' settles it"
-            raise BitmapError(f"{target.path}: {namespace_label(record.name)}", what)
+            raise BitmapError(f"{target.path}: {record.label}", what)
         change.table.put(replace(record, identity=identity))
 
 
@@ -389,6 +386,6 @@ def _record(change: Change, name: str, *, died: bool = False) -> Record:
 def _stored(change: Change, name: str, *, died: bool = False) -> Record:
     record = _record(change, name, died=died)
     if record.kind != store.KIND_NODE:
-        where = f"{change.snapshot.file.path}: {namespace_label(record.name)}"
+        where = f"{change.snapshot.file.path}: {record.label}"
         raise BitmapError(where, "keeps its bitmaps itself; QEMU resizes them with the image")
     return record

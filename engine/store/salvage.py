@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.namespace import Recovery
 from dirtmap.engine.naming import decode_name, label, not_found
 from dirtmap.engine.store.bitmaps import (
-    kind_label,
+    end_session,
     read_entries,
     refuse_held,
     refuse_tracked,
     refuse_unsettled,
     refuse_without_root,
     size_now,
-    tracked_view,
 )
 from dirtmap.engine.store.identity import lasting_identity_now
 from dirtmap.fmt import directory, store
@@ -92,28 +91,23 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
     known = {decode_name(entry.name) for entry in entries}
     for name in names:
         if name not in known:
-            raise not_found(f"{path}: {kind_label(record)}", name)
-    extensions = record.extensions
-    if view := tracked_view(change.snapshot, record):
-        extensions = view.without()
-        change.afterwards.append(view.clean_up)
+            raise not_found(f"{path}: {record.label}", name)
     identity = record.identity
     with contextlib.suppress(StorageError):
         identity = lasting_identity_now(record)
     size = size_now(record)
     for entry in entries:
         for field, what in store.entry_faults(entry, size, change.header.cluster_size, 0):
-            raise BitmapError(f"{path}: {kind_label(record)}: {label(decode_name(entry.name))}.{field}", what)
+            raise BitmapError(f"{path}: {record.label}: {label(decode_name(entry.name))}.{field}", what)
     area = change.place(directory.build_directory(entries))
     change.table.put(
         replace(
-            record,
+            end_session(change, record),
             size=size,
             identity=identity,
             generation=change.generation,
             directory=area,
             nb_bitmaps=len(entries),
-            extensions=extensions,
         )
     )
     lost = record.nb_bitmaps - len(entries)

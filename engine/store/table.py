@@ -12,7 +12,7 @@ import crc32c
 
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError
-from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.store import Area, Record, namespace_label
 
 Read = Callable[[Area, str], bytes]
 Place = Callable[[bytes], Area]
@@ -59,7 +59,7 @@ class NamespaceTable:
             FormatError: the record breaks a rule, or the table is full.
         """
         for field, what in store.record_faults(record):
-            raise FormatError(f"{self._where}: {_label(record.name)}.{field}", what)
+            raise FormatError(f"{self._where}: {namespace_label(record.name)}.{field}", what)
         bucket = self._change(self._number(record.name))
         self.count += record.name not in bucket
         if self.count > store.MAX_NAMESPACES:
@@ -146,11 +146,13 @@ class NamespaceTable:
         try:
             for record in store.parse_records(data):
                 for field, what in store.record_faults(record):
-                    raise FormatError(f"{self._where}: {_label(record.name)}.{field}", what)
+                    raise FormatError(f"{self._where}: {namespace_label(record.name)}.{field}", what)
                 if self._number(record.name) != number:
-                    raise FormatError(f"{self._where}: {where}", f"{_label(record.name)} belongs into another bucket")
+                    raise FormatError(
+                        f"{self._where}: {where}", f"{namespace_label(record.name)} belongs into another bucket"
+                    )
                 if record.name in found:
-                    raise FormatError(f"{self._where}: {where}", f"{_label(record.name)} appears twice")
+                    raise FormatError(f"{self._where}: {where}", f"{namespace_label(record.name)} appears twice")
                 found[record.name] = record
                 if len(found) > self.count:
                     raise FormatError(f"{self._where}: {where}", f"more namespaces than all there are, {self.count}")
@@ -163,7 +165,3 @@ class NamespaceTable:
         if number not in self._changed:
             self._changed[number] = dict(self.bucket(number))
         return self._changed[number]
-
-
-def _label(name: bytes) -> str:
-    return f"namespace '{name.decode('utf-8', 'backslashreplace')}'"

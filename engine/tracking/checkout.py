@@ -39,7 +39,7 @@ from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable,
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
 from dirtmap.engine.store import salvage
-from dirtmap.engine.store.bitmaps import bitmap_of, doubts, kind_label, read_entries, release_bits
+from dirtmap.engine.store.bitmaps import bitmap_of, doubts, read_entries, release_bits
 from dirtmap.engine.store.identity import identity_of_disk
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking import peers, recovery
@@ -48,7 +48,7 @@ from dirtmap.engine.tracking.recorder import Options
 from dirtmap.engine.tracking.recovery import Row, View
 from dirtmap.engine.tracking.status import Status, status_of
 from dirtmap.engine.tracking.tracker import Tracker
-from dirtmap.fmt import directory, live, store
+from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, FormatError, StorageError
 from dirtmap.fmt.store import NOWHERE, Identity, Record
@@ -114,7 +114,7 @@ def _copy_out(home: Home, image: Image, file: File, layout: Layout) -> None:
         record = change.table.get(home.name)
         if record is None or record.kind != store.KIND_PLACE or uuid.UUID(bytes=record.uuid) != uuid.UUID(image.uuid):
             raise _homeless(image.path)
-        where = f"{home.store.path}: {kind_label(record)}"
+        where = f"{home.store.path}: {record.label}"
         recovery.refuse_tracked(where, recovery.session_of(record))
     with home.change(None) as changed:
         changed.record = replace(changed.record, size=layout.header.size)
@@ -197,8 +197,8 @@ def _forget(change: Change, record: Record, entries: list[Entry] | None) -> None
         for entry in entries:
             release_bits(change, record, entry)
         change.release(record.directory)
-    extensions = tuple(item for item in record.extensions if item[0] not in live.OF_A_SESSION)
-    change.table.put(replace(record, directory=NOWHERE, nb_bitmaps=0, extensions=extensions))
+    ended = record.with_extensions(store.OF_A_SESSION)
+    change.table.put(replace(ended, directory=NOWHERE, nb_bitmaps=0))
 
 
 def _settle(
@@ -297,7 +297,7 @@ class TrackedImage(Namespace):
 
     def _record(self, snapshot: Snapshot) -> Record:
         record = snapshot.record(self._raw_name)
-        if record is None or record.extension(live.EXTENSION_SESSION) is None:
+        if record is None or not record.tracked:
             raise BitmapError(self.path, "is not tracked any more; open it again")
         return record
 

@@ -14,9 +14,7 @@ from dirtmap.engine.naming import decode_name, encode_name, label
 from dirtmap.engine.store.bitmaps import (
     doubts,
     header_doubts,
-    kind_label,
     load_saved,
-    namespace_label,
     no_namespace,
     place_bitmap,
     read_entries,
@@ -45,7 +43,7 @@ class View:
 
     def __init__(self, snapshot: Snapshot, record: Record) -> None:
         self.snapshot, self.record = snapshot, record
-        self.where = f"{snapshot.file.path}: {kind_label(record)}"
+        self.where = f"{snapshot.file.path}: {record.label}"
         self.session = session_of(record)
         self.found = read_entries(snapshot, record)
         self.entries = {decode_name(entry.name): entry for entry in self.found}
@@ -147,21 +145,14 @@ class HomeChange(View):
         area = record.directory
         if wanted != self.found:
             area = replace_directory(change, record, self.found, wanted)
-        extensions = [item for item in record.extensions if item[0] not in live.OF_A_SESSION]
+        extensions = []
         if self.session:
-            extensions.append((live.EXTENSION_SESSION, live.build_session(self.session)))
+            extensions.append((store.EXTENSION_SESSION, live.build_session(self.session)))
             if self.peer:
-                extensions.append((live.EXTENSION_PEER, live.build_peer(self.peer)))
-        change.table.put(
-            replace(
-                record,
-                generation=change.generation,
-                directory=area,
-                nb_bitmaps=len(wanted),
-                identity=self.identity,
-                extensions=checkpoints.with_chain(tuple(extensions), self.checkpoints),
-            )
-        )
+                extensions.append((store.EXTENSION_PEER, live.build_peer(self.peer)))
+        new = checkpoints.with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints)
+        generation, count = change.generation, len(wanted)
+        change.table.put(replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=self.identity))
 
 
 class Home:
@@ -200,14 +191,14 @@ class Home:
 
     def _require(self, view: View, session: bytes | None) -> None:
         if session is not None and (view.session is None or view.session.uuid != session):
-            where = f"{self.store.path}: {namespace_label(self.name)}"
+            where = f"{self.store.path}: {view.record.label}"
             raise LockedError(where, "the store has lost this tracker's session")
 
     def needs_recovery(self, snapshot: Snapshot) -> bool:
         """True where the bitmaps cannot be relied on as they are, or a session has ended without being closed."""
         record = self.record(snapshot)
         session = session_of(record)
-        refuse_tracked(f"{self.store.path}: {kind_label(record)}", session)
+        refuse_tracked(f"{self.store.path}: {record.label}", session)
         return session is not None or doubts(snapshot, record) is not None
 
     def view(self, snapshot: Snapshot) -> View:
@@ -220,7 +211,7 @@ class Home:
             found = self.store.record(self.name)
         except Error:
             return True
-        data = found.extension(live.EXTENSION_SESSION) if found else None
+        data = found.extension(store.EXTENSION_SESSION) if found else None
         return data is not None and data[: len(session)] == session
 
     def read(self, session: bytes, read: Callable[[View], T]) -> T:

@@ -29,7 +29,7 @@ from dirtmap.fmt.store import Identity, Record
 
 def peer_of(record: Record) -> Peer | None:
     """The other namespace of a record's session; None where there is none, or none that makes sense."""
-    data = record.extension(live.EXTENSION_PEER)
+    data = record.extension(store.EXTENSION_PEER)
     if data is None:
         return None
     try:
@@ -77,13 +77,13 @@ def find(path: str, peer: Peer, session: bytes, *, of_node: bool) -> Found:
         return Found(None, True)
     if record is None or record.uuid != peer.uuid or (record.kind == store.KIND_DEVICE) != of_node:
         return Found(None, False)
-    named = (record.extension(live.EXTENSION_SESSION) or b"")[: len(session)] == session
+    named = (record.extension(store.EXTENSION_SESSION) or b"")[: len(session)] == session
     return Found(record if named else None, named)
 
 
 def unsettled(path: str, record: Record) -> Peer | None:
     """The device that has to end its session before this node does; None where there is none, or none to be found."""
-    session, peer = record.extension(live.EXTENSION_SESSION), peer_of(record)
+    session, peer = record.extension(store.EXTENSION_SESSION), peer_of(record)
     if record.kind == store.KIND_DEVICE or session is None or peer is None:
         return None
     return peer if find(path, peer, session[:16], of_node=True).record else None
@@ -140,7 +140,7 @@ def confirm(change: Change, root: Record, before: Identity | None, after: Identi
 
 def _confirm(change: Change, peer: Peer, before: Identity, after: Identity) -> None:
     record = change.table.get(peer.name)
-    ended = record is not None and record.extension(live.EXTENSION_SESSION) is None
+    ended = record is not None and not record.tracked
     same = record is not None and record.uuid == peer.uuid and record.kind == store.KIND_DEVICE
     if record and ended and same and record.identity == before:
         change.table.put(replace(record, identity=after))

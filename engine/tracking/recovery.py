@@ -87,7 +87,7 @@ def decide(facts: Facts) -> tuple[Row, str]:
 
 def session_of(record: Record) -> live.Session | None:
     """The session in a record, or None. One that makes no sense counts as one of which nothing is left."""
-    data = record.extension(live.EXTENSION_SESSION)
+    data = record.extension(store.EXTENSION_SESSION)
     if data is None:
         return None
     try:
@@ -135,9 +135,7 @@ class View:
         self.found = livefile.find(os.fsdecode(session.live), session.uuid, session.oldest, record.size)
         if alive and self.found is None:
             # The store moves on before live files go: then this is read again.
-            from dirtmap.engine.store.bitmaps import kind_label
-
-            where = f"{snapshot.file.path}: {kind_label(record)}"
+            where = f"{snapshot.file.path}: {record.label}"
             raise FormatError(where, f"tracked by {tracker_of(session)}, whose live files cannot be read")
         log = None if alive else intent.read_log(session, record.size)
         self.identity = _look_at(record)
@@ -179,10 +177,6 @@ class View:
         """True while a reader has taken that bitmap; not once the tracker is dead."""
         window = window_of(entry)
         return self.row is Row.LIVE and window is not None and window.busy
-
-    def without(self) -> tuple[tuple[int, bytes], ...]:
-        """The record's extensions once the session has ended."""
-        return tuple(item for item in self._record.extensions if item[0] not in live.OF_A_SESSION)
 
     def clean_up(self) -> None:
         """Removes what the session has left on tmpfs and beside the store, once it has ended.
