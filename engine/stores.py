@@ -105,7 +105,7 @@ class Stores:
             As `opened`.
         """
         if not os.path.isdir(self.index.path):
-            self._refuse_copy(target, self._original(target))
+            self._refuse_copy(target)
             return
 
         def look_again() -> None:
@@ -133,8 +133,7 @@ class Stores:
         return path
 
     def _judge(self, target: Store) -> None:
-        before = self.expect(target)
-        self._refuse_copy(target, self._original(target) if before is None else before)
+        self._refuse_copy(target)
         if not target.is_rolled_back():
             self._saw(target)
             return
@@ -161,8 +160,14 @@ class Stores:
             return paths[0] if paths and target.place not in paths else None
         return None
 
-    def _refuse_copy(self, target: Store, path: str | None) -> None:
-        if path is not None and path != target.place and self._is_copy(target, path):
+    def original_of(self, target: Store) -> str | None:
+        """The path of the store of which this one is a copy; None where it is not known to be one."""
+        before = self.expect(target) if os.path.isdir(self.index.path) else None
+        path = self._original(target) if before is None else before
+        return path if path and path != target.place and self._is_copy(target, path) else None
+
+    def _refuse_copy(self, target: Store) -> None:
+        if path := self.original_of(target):
             what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
             raise BitmapError(target.path, what)
 

@@ -78,6 +78,21 @@ def test_a_copy_leaves_the_sessions_to_the_original(folder: Path) -> None:
     assert [e["length"] for e in json_of("map", "--dirty", "node:one", "b")] == [65536]
 
 
+def test_a_store_in_use_keeps_its_identity() -> None:
+    Path("live").mkdir()
+    before = Path("s.dmap").read_bytes()[:48]
+    with dm.open("node:one") as image:
+        with image.hold("b"):
+            assert "node 'one': bitmap 'b': busy: held by" in error_of("store", "new-identity", "s.dmap")
+        with image.track() as tracker:
+            assert "node 'one': tracked by" in error_of("store", "new-identity", "s.dmap")
+            tracker.mark(0, 1)
+    assert [e["length"] for e in json_of("map", "--dirty", "node:one", "b")] == [65536]
+    assert Path("s.dmap").read_bytes()[:48] == before
+    dirtmap("store", "new-identity", "s.dmap")
+    assert Path("s.dmap").read_bytes()[:48] != before
+
+
 def number_all(path: str, generation: int) -> None:
     """Gives the newest header another generation."""
     data = Path(path).read_bytes()

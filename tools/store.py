@@ -79,12 +79,17 @@ def new_identity_command(file: str, **where: str | None) -> None:
 
     A copied store is refused while the original is there, since both would be the home of the same bitmaps. This gives
     it, its nodes and its devices other UUIDs. Of an image that was tracked when it was copied, the bitmaps are all
-    dirty in the copy.
+    dirty in the copy. A store that is not known to be a copy is refused while one of its images is tracked, or one of
+    its bitmaps held.
     """
     from dirtmap.engine.containers import this_host
     from dirtmap.engine.store.compact import compact
+    from dirtmap.engine.store.store import Store
 
-    for line in compact(file, new_identity=True, expect=this_host(**where).expect).made_dirty:
+    here = this_host(**where)
+    with Store(file) as target:
+        of_copy = here.original_of(target) is not None
+    for line in compact(file, new_identity=True, of_copy=of_copy, expect=here.expect).made_dirty:
         complain(f"{file}: all dirty now: {line}")
 
 

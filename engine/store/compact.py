@@ -19,7 +19,7 @@ from dirtmap.engine import holds
 from dirtmap.engine.fileio import File, open_file, remove_file, replace_file
 from dirtmap.engine.naming import decode_name, label
 from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.bitmaps import read_entries, verify
+from dirtmap.engine.store.bitmaps import read_entries, refuse_held, refuse_tracked, verify
 from dirtmap.engine.store.salvage import all_dirty, spare_entries
 from dirtmap.engine.store.store import Change, Snapshot, Store, create
 from dirtmap.fmt import directory, geometry, store
@@ -78,6 +78,7 @@ def compact(
     *,
     mend: bool = False,
     new_identity: bool = False,
+    of_copy: bool = False,
     progress: Callable[[int, int], None] | None = None,
     expect: Callable[[Store], object] = lambda target: None,
 ) -> Compaction:
@@ -86,14 +87,16 @@ def compact(
     Args:
         path: the store.
         mend: carry over what can be read of a damaged store, instead of refusing it.
-        new_identity: the store is a copy of another, and gets a UUID of its own, as do its nodes and devices.
+        new_identity: the store gets a UUID of its own, as do its nodes and devices.
+        of_copy: it is known to be a copy of another, whose trackers and holds are those that it tells of.
         progress: called with (namespaces done, namespaces in all).
         expect: has the store know what was seen of it; see `Store.expect`. What was rolled back is in doubt in the new
             file.
 
     Raises:
         FormatError: damaged, and not ``mend``; or no header is whole.
-        LockedError: another process is writing to it.
+        LockedError: another process is writing to it, or tracks an image in what is to get another identity.
+        BitmapError: a bitmap in what is to get another identity is held.
         StorageError: the operating system failed; the old file stands.
     """
     path = os.path.realpath(path)  # a link shall go on leading to the store
@@ -122,6 +125,8 @@ def compact(
                 new.belong_as(old)
                 change = _Eager(new, headers.choose(temporary, new.read(0, store.RESERVED)))
                 readable = _readable(snapshot, result, mend=mend)
+                if new_identity and not of_copy:
+                    _refuse_used(path, readable)
                 if new_identity:
                     readable = _with_new_identities(readable)
                 for done, found in enumerate(readable):
@@ -155,6 +160,12 @@ def _fill_older_slot(file: File) -> None:
     for offset in headers.blocks_of(1 - chosen.slot):
         file.write(offset, block)
     file.sync()
+
+
+def _refuse_used(path: str, readable: list[_Readable]) -> None:
+    for found in readable:
+        refuse_tracked(path, found.record)
+        refuse_held(path, found.record)
 
 
 def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
