@@ -180,6 +180,7 @@ def open(target: Target, *, store: str | None = None, index: str | None = None, 
             opened = stack.enter_context(Store(place.path))
             here().look_after(opened)
             stored = StoredImage(opened, place.node)
+            stored.look_after = here().look_after
             stored.find_node = lambda node: _open_node(node, here)
             name = place.node
             stored.change_root = lambda root, unchanged: here().set_root(name, root, content_unchanged=unchanged)

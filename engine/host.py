@@ -185,6 +185,9 @@ class _Keeper(Keeper):
         self._host, self._found = host, found
         self.store = host.home if found.store == host.store else os.path.abspath(found.store)
 
+    def look_after(self, target: Store) -> None:
+        self._host.look_after(target)
+
     def held(self) -> dict[str, str]:
         with self._host.open_store(self._found.store) as target:
             record = target.record(encode_name(self._found.name))

@@ -59,6 +59,10 @@ class LockedError(Error):
     """Another process holds the image; ``what`` names it as far as it can be known."""
 
 
+class GoneError(LockedError):
+    """What was open is another file by now, or has lost what this process had in it: it will not come back."""
+
+
 class StorageError(Error):
     """The operating system refused to open, read, write or sync."""
 

@@ -62,6 +62,8 @@ CONTROL = Structure(
     "bare" / Int64un,
     "writes" / Int64un,
     "logged" / Int64un,
+    "image_device" / Int64un,
+    "image_inode" / Int64un,
 )
 WRITESET_MAGIC = b"DMLBITS1"
 WRITESET = Structure(

@@ -194,6 +194,107 @@ def test_an_exception_at_any_line(folder: Path, act: str, end: str) -> None:
     interrupt(folder, act, end, 1 << 30)
 
 
+# Handlers of signals, which do not raise but act.
+
+
+class Handled:
+    """While active: behind so many operations of the tracker's code something else is done, as by a signal's handler.
+
+    A signal is handled between any two of them, lines or not.
+    """
+
+    def __init__(self, operation: int, handle: Callable[[], object]) -> None:
+        self.left, self._handle = operation, handle
+
+    def __enter__(self) -> Self:
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
+        if os.path.dirname(frame.f_code.co_filename) != HERE:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                with contextlib.suppress(Error):
+                    self._handle()
+        return self._trace
+
+
+HANDLERS: dict[str, Callable[[Tracker], object]] = {
+    "save": lambda tracker: tracker.save(),
+    "cut": lambda tracker: tracker.checkpoint("nested"),
+    "close": lambda tracker: tracker.close(),
+    "all": lambda tracker: [tracker.save(), tracker.checkpoint("nested"), tracker.save()],
+}
+
+
+def handle(folder: Path, act: str, handler: str, most: int) -> None:
+    """Handles a signal behind no more than so many operations of the act, evenly."""
+    kept = folder / "kept"
+    shutil.copy(folder / "default.dmap", kept)
+    shared = Shared()
+
+    def work(tracker: Tracker) -> None:
+        def marked(granule: int) -> None:
+            tracker.mark(granule * GRANULE, 1)
+            mark(shared.returned, granule * GRANULE, 1)
+
+        def handled() -> None:
+            marked(700)  # of a region that is not logged yet
+            if handler != "mark":
+                HANDLERS[handler](tracker)
+
+        signal.alarm(30)
+        tracker.add("off", recording=False)
+        marked(1)
+        with contextlib.suppress(Error), Handled(operation, handled) as tracing:
+            ACTS[act](tracker)
+        shared.lines[0] = operation - tracing.left
+        for step in (lambda: marked(5), tracker.save, lambda: marked(6)):
+            with contextlib.suppress(Error):
+                step()
+
+    waiting = [_NEVER]  # first, to count them
+    while waiting:
+        operation = waiting.pop()
+        shared.returned[:] = 0
+        killed(work)
+        lost_power = operation % 2
+        if lost_power:
+            shutil.rmtree(folder / "live")
+            (folder / "live").mkdir()
+        with dm.open("node:drive0") as image:
+            for bitmap in (image["b0"], image["taken"]):
+                assert not lost(shared.returned, bitmap), operation
+                if not lost_power:
+                    assert bitmap.count <= (300 + 16) * GRANULE, "not merely all dirty"
+            image.recover()
+        if operation == _NEVER:
+            count = int(shared.lines[0])
+            waiting = list(range(1 + count % 7, count + 1, -(-count // most)))
+        shutil.copy(kept, folder / "default.dmap")
+        forget_index(folder)
+
+
+@pytest.mark.parametrize("handler", ["mark", *HANDLERS])
+@pytest.mark.parametrize("act", ["mark", "checkpoint", "save"])
+def test_a_handler_behind_some_operations(folder: Path, act: str, handler: str) -> None:
+    handle(folder, act, handler, 12 if handler == "mark" else 6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("handler", ["mark", *HANDLERS])
+@pytest.mark.parametrize("act", ["mark", "begin", "mark many", "checkpoint", "finer", "save", "take"])
+def test_a_handler_behind_any_operation(folder: Path, act: str, handler: str) -> None:
+    handle(folder, act, handler, 1 << 30)
+
+
 # One by one.
 
 

@@ -201,7 +201,8 @@ def test_all_dirty_where_qemu_opened_it_in_between(path: Path) -> None:
 
 
 def test_all_dirty_where_qemu_opened_it_while_it_was_tracked(path: Path) -> None:
-    with dm.open(path) as image, image.track():
+    warned = pytest.warns(RuntimeWarning, match="another program has opened the image")
+    with warned, dm.open(path) as image, image.track():
         qemu.qemu_io(path, f"write {9 * GRANULE} 1")
     goes_on(path, "b0", list(range(SIZE // GRANULE)))
 
@@ -528,6 +529,52 @@ def test_recover_gives_up_a_store_that_is_lost(path: Path, elsewhere: Callable[[
     for log in path.parent.glob("*.intent"):  # which nobody knows of
         log.unlink()
     goes_on(path, "b0", list(range(SIZE // GRANULE)))
+
+
+def replace_b0(path: Path) -> None:
+    qemu.qemu_img("bitmap", "--remove", path, "b0")
+    qemu.qemu_img("bitmap", "--add", path, "b0")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_the_tracker_marks_is_in_a_bitmap_that_others_have_made_usable(path: Path, killed: bool) -> None:
+    def act() -> None:
+        tracker = dm.open(path).track()
+        tracker.mark(5 * GRANULE, 1)
+        replace_b0(path)
+        qemu.qemu_img("bitmap", "--add", path, "fresh")
+        qemu.qemu_io(path, f"write {8 * GRANULE} 1")
+        tracker.mark(6 * GRANULE, 1)
+        tracker.save()
+        tracker.mark(7 * GRANULE, 1)
+        if not killed:
+            with pytest.warns(RuntimeWarning, match="another program has opened the image"):
+                tracker.close()
+
+    everything = list(range(SIZE // GRANULE))
+    if killed:
+        in_child(act)
+        recovered = {item.name: item.how.partition(":")[0] for item in dm.recover(path)}
+        assert recovered == {"b0": EXACT, "still": ALL_DIRTY, "fresh": ALL_DIRTY}
+    else:
+        act()
+    with dm.open(path) as image:
+        assert dirty(image["fresh"]) == dirty(image["still"]) == everything
+        assert dirty(image["b0"]) == [0, 5, 6, 7, 8], "what QEMU has recorded, and what the tracker has"
+    goes_on(path, "fresh", everything)
+
+
+def test_who_does_not_know_the_store_gives_nothing_up_while_the_tracker_lives(
+    path: Path, elsewhere: Callable[[], None]
+) -> None:
+    with dm.open(path) as image, image.track() as tracker:
+        tracker.mark(5 * GRANULE, 1)
+        elsewhere()
+        assert "its tracker lives, and uses another store" in error_of("recover", path)
+        assert "its tracker lives, and uses another store" in error_of("node", "add", "--new-identity", "mine", path)
+        tracker.mark(6 * GRANULE, 1)
+    with dm.open(path) as image:
+        assert dirty(image["b0"]) == [0, 5, 6]
 
 
 def test_recover_of_a_session_with_a_damaged_directory_makes_all_dirty_that_the_image_names(path: Path) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from dirtmap.engine.bitmap import Bitmap
     from dirtmap.engine.qcow2.commit import Kept, Written
+    from dirtmap.engine.store.store import Store
     from dirtmap.engine.tracking.home import Home
     from dirtmap.engine.tracking.tracker import Tracker
 
@@ -174,6 +175,9 @@ class Keeper:
     def keep_checkpoints(self, chain: list[str]) -> None:
         """Remembers another chain."""
 
+    def look_after(self, target: Store) -> None:
+        """Has commits of a store remembered; see `dirtmap.engine.stores.Stores.look_after`."""
+
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Around a change of the image's metadata, which leaves the guest's data alone."""
@@ -227,6 +231,7 @@ class Image(Namespace):
         with self._writing() as (file, layout), self.keeper.changing():
             layout.require_sound()
             if new_uuid and layout.tracked:  # of the image that this is a copy of
+                _refuse_living(file, layout)
                 set_tracked(file, layout, False)
                 layout = read_layout(file)
             layout.require_untracked()
@@ -436,6 +441,14 @@ def require_header(path: str) -> None:
         read_head(file).require_sound()
 
 
+def _refuse_living(file: File, layout: Layout) -> None:
+    """Refuses to give up what a tracker has, whose session is in a store that is not known, as long as it lives."""
+    if layout.tracked and layout.uuid:
+        from dirtmap.engine.tracking.livefile import refuse_living
+
+        refuse_living(file.place, layout.uuid)
+
+
 def recover(
     path: str, names: Iterable[str] = (), *, keeper: Keeper | None = None, place: str | None = None
 ) -> list[Recovery]:
@@ -453,6 +466,7 @@ def recover(
     Raises:
         BitmapError: a name is not there, or its entry is damaged.
         FormatError: the header or the directory as a whole cannot be relied on.
+        LockedError: its tracker lives.
         LockedError, UnsupportedError, StorageError: as `Image.transaction`.
     """
     from dirtmap.engine import changes
@@ -460,6 +474,7 @@ def recover(
 
     recovered = []
     with _write_session(path, place) as (file, layout):
+        _refuse_living(file, layout)
         by_bitmap = all(fault.bitmap is not None for fault in layout.faults)
         if not by_bitmap or len(set(_names(layout))) < len(layout.slots):
             layout.require_sound()

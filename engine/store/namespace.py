@@ -58,6 +58,7 @@ class StoredImage(Namespace):
     Attributes:
         place: the path of the store, absolute: the process may change its folder.
         find_node: opens the node of a UUID, wherever the host has it; None: only this store is known.
+        look_after: has commits of a store remembered, by which a rollback is noticed; None: no index is known.
         change_root: gives a device another root, by its name and whether it reads the same; None: as before.
     """
 
@@ -68,6 +69,7 @@ class StoredImage(Namespace):
         self.path, self.place, self.name = target.path, target.place, name
         self._raw_name = encode_name(name)
         self.find_node: Callable[[bytes], Namespace | None] | None = None
+        self.look_after: Callable[[Store], None] | None = None
         self.change_root: Callable[[str, bool], None] | None = None
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
@@ -94,6 +96,12 @@ class StoredImage(Namespace):
 
         self._read(_require_same_size)
         return track_node(self, options, device, make)
+
+    def opened_anew(self) -> StoredImage:
+        """The same, with a file of its own."""
+        again = StoredImage(Store(self.path, self.place), self.name or "")
+        again.find_node, again.look_after, again.change_root = self.find_node, self.look_after, self.change_root
+        return again
 
     def open_root(self) -> Namespace:
         """A device's root node, opened.

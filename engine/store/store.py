@@ -30,7 +30,7 @@ from dirtmap.engine.store.header import Chosen, Header, Seen
 from dirtmap.engine.store.table import NamespaceTable
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import parse_table
-from dirtmap.fmt.errors import FormatError, LockedError, StorageError
+from dirtmap.fmt.errors import FormatError, GoneError, LockedError, StorageError
 from dirtmap.fmt.geometry import ceil_div
 from dirtmap.fmt.store import Area, Record
 
@@ -179,14 +179,14 @@ class Store:
         """The header that counts, as far as this object knows what was committed.
 
         Raises:
-            LockedError: it is another store by now.
+            GoneError: it is another store by now.
             As `headers.choose`.
         """
         seen = self._seen  # first: another thread may see a later commit than we are about to read
         chosen = headers.choose(file.path, file.read(0, store.RESERVED), self._copies)
         self._copies = chosen.copies
         if chosen.header.uuid != self.uuid:
-            raise LockedError(file.path, "was replaced since it was opened")
+            raise GoneError(file.path, "was replaced since it was opened")
         if seen.is_missing_at(chosen.header.commit):
             return chosen.without(seen)
         self.expect(chosen.header.commit)

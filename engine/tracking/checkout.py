@@ -39,13 +39,13 @@ from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable,
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
 from dirtmap.engine.store import salvage
-from dirtmap.engine.store.bitmaps import bitmap_of, doubts, read_entries, release_bits
+from dirtmap.engine.store.bitmaps import bitmap_of, doubts, header_doubts, read_entries, release_bits
 from dirtmap.engine.store.identity import identity_of_disk
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking import peers, recovery
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.recorder import Options
-from dirtmap.engine.tracking.recovery import Row, View
+from dirtmap.engine.tracking.recovery import Row, View, window_of
 from dirtmap.engine.tracking.status import Status, status_of
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory, store
@@ -81,7 +81,7 @@ def track_image(
             if slot.entry.in_use:
                 where = f"{image.path}: {label(decode_name(slot.entry.name))}"
                 raise BitmapError(where, "inconsistent; recover or remove it")
-        home = Home(path, name)
+        home = Home(path, name, image.keeper.look_after)
         try:
             _copy_out(home, image, file, layout)
             image_path = image.place  # the tool may change its folder
@@ -243,36 +243,70 @@ def _contents(
     view = recovery.view_of(snapshot, record)
     assert view
     marked, size = layout.tracked, layout.header.size
-    all_dirty = not marked or doubts(snapshot, record) is not None or size != record.size
-    how = view.how
-    if not marked:
-        how = f"{Row.ALL_DIRTY.value}: another program has opened the image for writing since"
-    found: dict[str, tuple[Bitmap | None, str]] = {}
+    why = _doubt(layout, snapshot, record, view)
     slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
+    whys: dict[Entry, str] = {}
     if entries is None:
-        all_dirty, how = True, f"{Row.ALL_DIRTY.value}: {salvage.KNOWN}"
-        entries = list(salvage.spare_entries(snapshot, record, snapshot.older()))
-        known = {entry.name for entry in entries}
-        lost = [slot.entry for slot in layout.slots if slot.entry.in_use and marked and slot.entry.name not in known]
-        entries += [entry.with_flags(set=directory.FLAG_AUTO) for entry in lost]
+        whys = salvage.spare_entries(snapshot, record, snapshot.older())
+        known = {entry.name for entry in whys}
+        for other in layout.slots:
+            if other.entry.in_use and marked and other.entry.name not in known:
+                whys[other.entry.with_flags(set=directory.FLAG_AUTO)] = salvage.KNOWN
+        entries = list(whys)
+    found: dict[str, tuple[Bitmap | None, str]] = {}
     for entry in entries:
         name = decode_name(entry.name)
         slot = slots.pop(name, None)
-        if slot and not slot.entry.in_use and not marked:
-            found[name] = None, ""
-            continue
-        if all_dirty:
-            bitmap = Bitmap(size, entry.granularity, entry.auto)
-            bitmap.mark(0, size)
+        found[name] = None, ""
+        usable = slot is not None and not slot.entry.in_use
+        if usable and not marked and not whys and (whole := _known(layout, snapshot, record, view, entry)):
+            # Not checked out yet, or checked in before a death; or others have made it usable, who do not know what the
+            # tracker has marked.
+            bitmap, how = whole
+        elif reason := whys.get(entry, why):
+            bitmap, how = Bitmap(size, entry.granularity, entry.auto).recovered(), f"{Row.ALL_DIRTY.value}: {reason}"
         else:
-            bitmap = bitmap_of(snapshot, record, entry, False)
-        if slot and not slot.entry.in_use:
-            bitmap = (bitmap | _of_slot(file, layout, slot).at(bitmap.granularity)).replace(recording=entry.auto)
+            bitmap, how = bitmap_of(snapshot, record, entry, False), view.how
+        if slot and usable:
+            there = _of_slot(file, layout, slot)
+            bitmap = (bitmap | there.at(bitmap.granularity)).replace(recording=there.recording or bitmap.recording)
+            if not marked and bitmap == there:
+                continue
         found[name] = bitmap, how
     for name, slot in slots.items():
-        if not (slot.entry.in_use and marked):
+        if slot.entry.auto and not slot.entry.in_use and not marked:
+            # Added by others, and what was written since then the tracker alone knows.
+            dirty = Bitmap(size, slot.entry.granularity, True).recovered()
+            found[name] = dirty, f"{Row.ALL_DIRTY.value}: another program has added it since"
+        elif not (slot.entry.in_use and marked):
             found[name] = None, ""
     return found
+
+
+def _doubt(layout: Layout, snapshot: Snapshot, record: Record, view: View) -> str | None:
+    """Why the session's bits cannot be relied on, or None."""
+    if not layout.tracked:
+        return "another program has opened the image for writing since"
+    if doubt := doubts(snapshot, record):
+        return doubt
+    if layout.header.size != record.size:
+        return f"the disk has {layout.header.size} bytes now, and had {record.size}"
+    return view.doubt
+
+
+def _known(layout: Layout, snapshot: Snapshot, record: Record, view: View, entry: Entry) -> tuple[Bitmap, str] | None:
+    """All that the tracker has marked for a bitmap, whoever else has written to the image; None where it is lost."""
+    if layout.header.size != record.size or header_doubts(snapshot, record) is not None:
+        return None
+    bitmap = bitmap_of(snapshot, record, entry, False)
+    if window_of(entry) is None or (view.found is not None and not view.found.poisoned):
+        return bitmap, f"{Row.EXACT.value}: what the image has, and what its tracker has marked"
+    if view.logged is None:
+        return None
+    region = 1 << view.session.region_bits
+    for number in view.logged:
+        bitmap.mark(number * region, min(region, record.size - number * region))
+    return bitmap, f"{Row.LOGGED.value}: what the image has, and every region that its tracker has logged"
 
 
 class TrackedImage(Namespace):

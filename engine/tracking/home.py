@@ -25,7 +25,7 @@ from dirtmap.engine.tracking.peers import peer_of
 from dirtmap.engine.tracking.recovery import Window, refuse_tracked, session_of, window_of
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, Error, LockedError
+from dirtmap.fmt.errors import BitmapError, Error, GoneError
 from dirtmap.fmt.store import Record
 
 T = TypeVar("T")
@@ -66,6 +66,20 @@ class View:
         if self.entries[name].in_use:
             raise BitmapError(f"{self.where}: {label(name)}", "inconsistent; recover or remove it")
         return self.entries[name]
+
+    def clean_entry(self, name: str, granularity: int, *, recording: bool) -> Entry:
+        """The entry of a clean bitmap.
+
+        Raises:
+            BitmapError: the name is not allowed, or the granularity too fine for the disk.
+        """
+        if fault := directory.name_fault(encode_name(name)):
+            raise BitmapError(f"{self.where}: {label(name)}", fault)
+        flags = directory.FLAG_AUTO if recording else 0
+        entry = Entry(encode_name(name), store.ALL_ZEROS, 0, flags, granularity.bit_length() - 1)
+        for field, what in store.entry_faults(entry, self.record.size, self.snapshot.header.cluster_size, 0):
+            raise BitmapError(f"{self.where}: {label(name)}.{field}", what)
+        return entry
 
     def saved(self, name: str) -> Bitmap:
         """A bitmap with its saved bits."""
@@ -116,13 +130,7 @@ class HomeChange(View):
 
     def put_empty(self, name: str, granularity: int, window: Window | None, *, recording: bool) -> None:
         """As `put` for a clean bitmap: takes no time, however large the disk."""
-        if fault := directory.name_fault(encode_name(name)):
-            raise BitmapError(f"{self.where}: {label(name)}", fault)
-        flags = directory.FLAG_AUTO if recording else 0
-        entry = Entry(encode_name(name), store.ALL_ZEROS, 0, flags, granularity.bit_length() - 1)
-        for field, what in store.entry_faults(entry, self.record.size, self.change.header.cluster_size, 0):
-            raise BitmapError(f"{self.where}: {label(name)}.{field}", what)
-        self.entries[name] = entry
+        self.entries[name] = self.clean_entry(name, granularity, recording=recording)
         self.set_window(name, window)
 
     def settle_checkpoints(self) -> None:
@@ -161,6 +169,7 @@ class Home:
     Args:
         path: of the store.
         name: of the namespace, raw bytes.
+        look_after: has commits of a store remembered, as `dirtmap.engine.stores.Stores.look_after`, or None.
 
     Attributes:
         session: as this namespace's record has it, once the tracker has begun: what is saved here may not be elsewhere.
@@ -168,9 +177,17 @@ class Home:
 
     session: live.Session
 
-    def __init__(self, path: str, name: bytes) -> None:
+    def __init__(self, path: str, name: bytes, look_after: Callable[[Store], None] | None = None) -> None:
         self.name = name
         self.store = Store(os.path.abspath(path))  # the tool may change its folder
+        if look_after:
+            try:
+                look_after(self.store)
+            except BaseException:
+                self.store.close()
+                raise
+        # Not after each commit, but when it suits: a cut takes less time than to write that down.
+        self._remember, self.store.committed = self.store.committed, None
 
     def close(self) -> None:
         """Closes the store."""
@@ -184,15 +201,16 @@ class Home:
         """
         return self._found(snapshot.record(self.name))
 
-    def _found(self, record: Record | None) -> Record:
+    def _found(self, record: Record | None, session: bytes | None = None) -> Record:
         if record is None:
-            raise no_namespace(self.store.path, self.name)
+            missing = no_namespace(self.store.path, self.name)
+            raise GoneError(missing.where, missing.what) if session else missing
         return record
 
     def _require(self, view: View, session: bytes | None) -> None:
         if session is not None and (view.session is None or view.session.uuid != session):
             where = f"{self.store.path}: {view.record.label}"
-            raise LockedError(where, "the store has lost this tracker's session")
+            raise GoneError(where, "the store has lost this tracker's session")
 
     def needs_recovery(self, snapshot: Snapshot) -> bool:
         """True where the bitmaps cannot be relied on as they are, or a session has ended without being closed."""
@@ -204,6 +222,11 @@ class Home:
     def view(self, snapshot: Snapshot) -> View:
         """The namespace as it is, whatever its session."""
         return View(snapshot, self.record(snapshot))
+
+    def remember(self) -> None:
+        """Has the store's last commit remembered, so that a rollback to one before it is noticed."""
+        if self._remember:
+            self._remember()
 
     def has(self, session: bytes) -> bool:
         """False where its record is known not to name that session."""
@@ -232,11 +255,11 @@ class Home:
             session: the tracker's, which the record must have; None where it has yet to begin.
 
         Raises:
-            LockedError: the session is another one.
+            GoneError: the session is another one.
             As `Store.change`.
         """
         with self.store.change() as change:
-            home = HomeChange(change, self._found(change.table.get(self.name)))
+            home = HomeChange(change, self._found(change.table.get(self.name), session))
             self._require(home, session)
             yield home
             home.finish()

@@ -7,6 +7,7 @@ writes nothing. The store's commit says which is the oldest log that counts.
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -17,11 +18,20 @@ from dirtmap.fmt.errors import Error, StorageError
 _OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; behind any log
 
 
+class _Log:
+    """A log while records go to it. ``places`` are what is free in its area: each is given out once, by a step of C.
+
+    So whatever comes in between, say a mark in a signal's handler, no record is written over.
+    """
+
+    __slots__ = ("number", "places", "seed")
+
+    def __init__(self, uuid: bytes, number: int) -> None:
+        self.number, self.seed, self.places = number, live.record_seed(uuid, number), itertools.count()
+
+
 class IntentLog:
     """A tracker's own log.
-
-    Attributes:
-        number: of the log that records go to now.
 
     Raises:
         StorageError: it cannot be made.
@@ -30,8 +40,7 @@ class IntentLog:
     def __init__(self, path: str, uuid: bytes, intent: int, region_bits: int, size: int) -> None:
         self.path, self._uuid = path, uuid
         self._regions = geometry.ceil_div(size, 1 << region_bits)
-        self.number = 0
-        self._next, self._seed, self._beat = 0, live.record_seed(uuid, 0), 0
+        self._log, self._beat = _Log(uuid, 0), 0
         remove_file(path)  # what a crash left before its session was in the store
         self._file = open_file(path, writable=True, create=True)
         try:
@@ -47,6 +56,11 @@ class IntentLog:
             remove_file(path)
             raise
 
+    @property
+    def number(self) -> int:
+        """Of the log that records go to now."""
+        return self._log.number
+
     def append(self, regions: list[int]) -> None:
         """Returns once those regions, which are not in this log yet, are durable.
 
@@ -54,12 +68,16 @@ class IntentLog:
             SyncError: it is not known whether they are.
             StorageError: they could not be written, or there is no room before the next save.
         """
-        if self._next + len(regions) > self._regions:  # some were written twice, since a mark was interrupted
+        log = self._log
+        records = [(next(log.places), live.build_log_record(log.seed, region)) for region in regions]
+        if records and records[-1][0] >= self._regions:  # some were written twice, since a mark was interrupted
             raise StorageError(self.path, "the log is full until the next save")
-        records = b"".join(live.build_log_record(self._seed, region) for region in regions)
-        at = live.area_offset(self._regions, self.number) + self._next * live.LOG_RECORD.size
-        self._next += len(regions)  # first: whatever comes in between, no record is written over
-        self._file.write(at, records)
+        area = live.area_offset(self._regions, log.number)
+        if records and records[-1][0] - records[0][0] < len(records):  # as a rule they are adjacent
+            self._file.write(area + records[0][0] * live.LOG_RECORD.size, b"".join(data for _, data in records))
+        else:
+            for place, data in records:
+                self._file.write(area + place * live.LOG_RECORD.size, data)
         self._file.sync()
 
     def rotate(self) -> None:
@@ -67,8 +85,7 @@ class IntentLog:
 
         It takes the place of the one before last, which the caller knows to be void.
         """
-        self.number += 1
-        self._next, self._seed = 0, live.record_seed(self._uuid, self.number)
+        self._log = _Log(self._uuid, self._log.number + 1)
 
     def beat(self, time: int) -> None:
         """Makes a sign of life durable: a time, ns since 1970. Errors as `append`."""

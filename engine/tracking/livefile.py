@@ -14,8 +14,10 @@ import numpy as np
 from bitarray import bitarray
 
 from dirtmap.engine import bits, fileio
+from dirtmap.engine.store.identity import identity_of
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import LockedError, StorageError
+from dirtmap.fmt.store import Identity
 
 # Writes that have begun in an interval and not ended: where they begin and end, bytes, and their thread, by number.
 Flights = dict[int, tuple[int, int, int | None]]
@@ -79,6 +81,28 @@ def remove_files(folder: str, *, keep_folder: bool = False) -> None:
     fileio.remove_live_files(folder, _NAMES, keep_folder=keep_folder)
 
 
+def refuse_living(path: str, uuid: bytes) -> None:
+    """Refuses what must not happen to an image while a tracker lives whose session is in a store that is not known.
+
+    Args:
+        path: of the image; copies of it have the same UUID.
+        uuid: of the namespace, 16 bytes.
+
+    Raises:
+        LockedError: this user tracks that very file, with live files in the usual folder.
+    """
+    folder = os.path.join(user_folder(default_folder()), uuid.hex())
+    data = fileio.read_live(_control_path(folder)) or b""
+    if len(data) != live.PAGE:
+        return
+    control, image = live.CONTROL.parse(data), identity_of(path)
+    if (control.magic, control.image_device, control.image_inode) != (live.CONTROL_MAGIC, image.device, image.inode):
+        return
+    if (fd := fileio.hold_live_folder(folder)) is None:
+        raise LockedError(path, "its tracker lives, and uses another store; end it first")
+    os.close(fd)
+
+
 def is_of(folder: str, uuid: bytes) -> bool:
     """True where the live files in a folder are those of that session."""
     data = fileio.read_live(_control_path(folder)) or b""
@@ -110,10 +134,11 @@ class Control:
         fields: its numbers: a memoryview of u64, each changed by one store; index it with the constants above.
     """
 
-    def __init__(self, folder: str, uuid: bytes) -> None:
+    def __init__(self, folder: str, uuid: bytes, image: Identity) -> None:
         self._map = fileio.create_live(_control_path(folder), live.PAGE)
-        zeros = dict.fromkeys((field.name for field in live.CONTROL.fields), 0)
-        self._map[: live.CONTROL.size] = live.CONTROL.build(**zeros | {"magic": live.CONTROL_MAGIC, "uuid": uuid})
+        values: dict[str, bytes | int] = dict.fromkeys((field.name for field in live.CONTROL.fields), 0)
+        values |= {"magic": live.CONTROL_MAGIC, "uuid": uuid, "image_device": image.device, "image_inode": image.inode}
+        self._map[: live.CONTROL.size] = live.CONTROL.build(**values)
         self.fields = memoryview(self._map).cast("Q")
 
     def close(self) -> None:

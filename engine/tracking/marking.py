@@ -405,9 +405,9 @@ class Kernel:
         self._swap(None, False)
 
     def poison(self, error: SyncError) -> None:
-        """As after a failed sync of the log, for one of the store."""
+        """As after a failed sync of the log, for one of the store, be the tracker about to end or not."""
         with self.guard:
-            if self.failure is None:
+            if not isinstance(self.failure, SyncError):
                 self._fail(error)
 
     def beat(self, log: IntentLog, time: int) -> None:

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 import uuid
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ from dirtmap.engine.tracking.livefile import (
 from dirtmap.engine.tracking.marking import Kernel
 from dirtmap.engine.tracking.recovery import Window
 from dirtmap.fmt import geometry, live, store
-from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, SyncError
+from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, StorageError, SyncError
 from dirtmap.fmt.live import Peer
 
 INTENTS: Final = {"off": live.INTENT_OFF, "region": live.INTENT_REGION}
@@ -114,7 +115,7 @@ class Recorder:
     def __init__(self, homes: list[Home], image: str, options: Options, check_in: Callable[[], object] | None) -> None:
         # Held to cut: one at a time, and taken first. Not to read, to save or to close: whoever is in the middle of a
         # write for whose end a cut waits may do all of these.
-        self._cuts = threading.Lock()
+        self._cuts = threading.RLock()
         # Held to change or read the windows, to save and to close, not while a write is waited for. No mark takes it.
         self._lock = threading.RLock()
         # Held to make or take the spare; taken with the lock held, never the other way round.
@@ -134,6 +135,7 @@ class Recorder:
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._failed: Error | None = None  # of a tracker that did not end well
+        self._doubt: str | None = None  # why bitmaps are dirty all over, of one that did
         self._begin()
 
     def save(self) -> None:
@@ -149,22 +151,42 @@ class Recorder:
     def close(self) -> None:
         """Saves, and ends the session. Writes still in flight are marked; one that ends later looks like another's.
 
+        Warns with a `RuntimeWarning` where another program has opened a qcow2 image meanwhile.
+
         Raises:
+            BitmapError: in the middle of another act of the same thread, as in a signal's handler: it ends unsaved.
             As `save`. A poisoned tracker ends without the store being touched; `dirtmap recover` does the rest.
         """
+        try:
+            self._refuse_nested(self._lock)
+        except BitmapError as error:  # a handler that closes as a rule ends the process next
+            self._failed = error
+            self.abandon()
+            raise
+        self._close()
+
+    def _close(self) -> None:
         with self._lock:
             if not self._closed:
-                self._failed = self._kernel.failure
+                what = "was interrupted while it was closed; what is not saved is recovered"
+                self._failed, failure = StorageError(self._where, what), self._kernel.failure
                 try:
-                    if self._failed is None:
+                    if failure is None:
                         self._kernel.refuse(StorageError(self._where, "the tracker is closed"))
                         self._save(final=True)
+                    self._failed = failure
+                except Error as error:
+                    self._failed = error
+                    raise
                 finally:
                     self._closed = True
                     self._stop_threads()
                     self._release()
-        if failure := self._failed:
-            raise type(failure)(failure.where, failure.what)
+                if self._doubt:
+                    what = f"{self._where}: {self._doubt}: bitmaps that missed that are dirty all over now"
+                    warnings.warn(what, RuntimeWarning, stacklevel=3)
+        if failed := self._failed:
+            raise type(failed)(failed.where, failed.what)
 
     def abandon(self) -> None:
         """Ends at once, as if the process had died, but for the marks that nobody made: for a check-out that failed."""
@@ -219,6 +241,8 @@ class Recorder:
                 self._withdraw(node, undo)
                 raise
             undo.pop_all()
+        for home in self._homes:
+            home.remember()
         self.mark = self._kernel.mark
         _recorders.add(self)
         for act in (self._give_signs, self._in_background):
@@ -278,7 +302,7 @@ class Recorder:
         undo.callback(self._folder.close)
         livefile.remove_files(live_path, keep_folder=True)  # of a death before the session was in a store that we know
         undo.callback(livefile.remove_files, live_path)
-        self._control = Control(live_path, session.uuid)
+        self._control = Control(live_path, session.uuid, identity_of(self._image))
         self._control.fields[EVENT] = self._control.fields[HEARTBEAT] = session.started
         self._current = self._new_writeset(0, finest)
         self._spare = self._new_writeset(1, finest)
@@ -343,6 +367,8 @@ class Recorder:
         Args:
             granularity: what the new interval has to be as fine as, bytes.
         """
+        self._refuse_nested(self._cuts)
+        self._refuse_nested(self._lock)
         self._kernel.refuse_own([self._current, *self._undrained])
         with self._cuts:
             with self._using():
@@ -402,10 +428,14 @@ class Recorder:
         unions: dict[tuple[int, int, int], Any] = {}
         for one in self._homes:
             self._save_to(one, marked, unions, final=final)
+            one.remember()
         if not final:
             self._forget()
         elif self._check_in:
-            self._check_in()
+            self._doubt = recovery.opened_by_others(self._image)
+            with self._poisoning():
+                self._check_in()
+            self._homes[-1].remember()
 
     def _save_to(
         self, target: Home, marked: dict[int, Words], unions: dict[tuple[int, int, int], Any], *, final: bool
@@ -453,17 +483,40 @@ class Recorder:
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
-        """One act at a time, and none on a tracker that has failed or ended."""
-        with self._lock:
-            self._kernel.require_usable()
+        """One act at a time, and none on a tracker that has failed or ended, or whose session is lost."""
+        self._refuse_nested(self._lock)
+        with self._lock, self._acting():
             yield
+
+    @contextlib.contextmanager
+    def _acting(self) -> Iterator[None]:
+        self._kernel.require_usable()
+        try:
+            yield
+        except GoneError as error:
+            self._kernel.refuse(error)  # or marks would go where nobody looks
+            raise
+
+    def _refuse_nested(self, lock: Any) -> None:
+        """Refuses an act in the middle of another of the same thread, which would have to wait for itself.
+
+        Raises:
+            BitmapError: it is.
+        """
+        if lock._is_owned():  # what `threading.Condition` asks, too
+            what = "asked for in the middle of another act of the same thread, as in a signal's handler"
+            raise BitmapError(self._where, what)
 
     @contextlib.contextmanager
     def _changing(self, target: Home | None = None) -> Iterator[HomeChange]:
         """A commit; a failed sync poisons the tracker."""
+        with self._poisoning(), (target or self._home).change(self._session.uuid) as home:
+            yield home
+
+    @contextlib.contextmanager
+    def _poisoning(self) -> Iterator[None]:
         try:
-            with (target or self._home).change(self._session.uuid) as home:
-                yield home
+            yield
         except SyncError as error:
             self._kernel.poison(error)
             raise
@@ -502,9 +555,9 @@ class Recorder:
             if self._options.save_interval and time.monotonic() >= next_save and self._lock.acquire(blocking=False):
                 try:
                     # A full disk: the marks stay where they are, and it is tried again.
-                    with self._noting():
+                    with self._noting(), self._acting():
                         if self._kernel.logged or self._frozen or not self._is_log_saved():
-                            self.save()
+                            self._save(final=False)
                         self.last_error = None
                 finally:
                     self._lock.release()
@@ -554,7 +607,7 @@ class Recorder:
 
         Another thread of the parent may have held a lock, which nobody gives back here.
         """
-        self._cuts, self._lock, self._spare_guard = threading.Lock(), threading.RLock(), threading.Lock()
+        self._cuts, self._lock, self._spare_guard = threading.RLock(), threading.RLock(), threading.Lock()
         self._kernel.abandon(StorageError(self._where, "a tracker cannot be used in a forked process"))
         self._log.close(remove=False)  # the lock is the parent's, and ends with it
         self._folder.close()

@@ -126,6 +126,7 @@ class View:
         row: of the table.
         why: in words, one line.
         found: the live files, or None.
+        logged: the regions that the log has; None where it was not kept, or cannot be read.
         identity: of the image now; None where it cannot be looked at or has none.
     """
 
@@ -153,7 +154,8 @@ class View:
         )
         self.row, self.why = decide(facts)
         self._record = record
-        self._regions = log.regions if log and self.row is Row.LOGGED else frozenset()
+        self.logged = log.regions if log and session.intent == live.INTENT_REGION else None
+        self._regions = self.logged or frozenset() if self.row is Row.LOGGED else frozenset()
         self._unions: dict[tuple[int, int, int], bits.Words] = {}
 
     @property

@@ -32,7 +32,7 @@ from dirtmap.engine import checkpoints
 from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
 from dirtmap.engine.naming import a_checkpoint, encode_name, label
 from dirtmap.engine.tracking.home import Home, HomeChange, View
-from dirtmap.engine.tracking.livefile import Words, union
+from dirtmap.engine.tracking.livefile import Words, default_folder, union
 from dirtmap.engine.tracking.marking import Kernel, Ticket
 from dirtmap.engine.tracking.recorder import Options, Recorder, words_of
 from dirtmap.engine.tracking.recovery import Window, window_of
@@ -189,7 +189,7 @@ class Tracker(Recorder):
                 return self._home.read(uuid, lambda view: self._content(view, [name], before=number)).freeze()
             except BaseException:
                 with contextlib.suppress(Error):  # nobody has it
-                    self.give_back(name)
+                    self._give_back(name)
                 raise
 
     def drop(self, name: str) -> None:
@@ -204,13 +204,16 @@ class Tracker(Recorder):
     def give_back(self, name: str) -> None:
         """The backup has failed: the taken bitmap holds what it held, and what was written since. Errors as `add`."""
         with self._using():
-            self._holding(name)
-            with self._changing() as home:
-                window = home.window(name)
-                assert window  # a taken bitmap records, and cannot be disabled
-                home.set_window(name, replace(window, busy=False))
-            del self._held[name]
-            self._forget()
+            self._give_back(name)
+
+    def _give_back(self, name: str) -> None:
+        self._holding(name)
+        with self._changing() as home:
+            window = home.window(name)
+            assert window  # a taken bitmap records, and cannot be disabled
+            home.set_window(name, replace(window, busy=False))
+        del self._held[name]
+        self._forget()
 
     # A device's root.
 
@@ -235,15 +238,18 @@ class Tracker(Recorder):
         if device is None or device.change_root is None:
             raise BitmapError(self._where, "is tracked as a node, which has no root")
         self._refuse_in_flight()  # before waiting for a cut, which may wait for just that write
-        with self._cuts, self._using():
+        self._refuse_nested(self._cuts)
+        self._refuse_nested(self._lock)
+        # Opened anew: the tool may have closed the one that it had.
+        with self._cuts, self._using(), device.opened_anew() as again:
             for name in self._held:
                 raise BitmapError(f"{self._where}: {label(name)}", "busy: taken for a backup")
             self._refuse_in_flight()
-            self.close()
+            self._close()
             try:
                 device.change_root(root, content_unchanged)
             finally:
-                track_device(device, self._asked, self._begin_anew)
+                track_device(again, self._asked, self._begin_anew)
 
     def _refuse_in_flight(self) -> None:
         if self._kernel.in_flight:
@@ -262,9 +268,12 @@ class Tracker(Recorder):
 
     def _add(self, name: str, granularity: SupportsIndex | None, *, recording: bool, checkpoint: bool) -> None:
         chosen = checked_granularity(DEFAULT_GRANULARITY if granularity is None else granularity)
+        if recording and chosen < 1 << self._current.granularity_bits:
+            # Writesets as fine as this may be large, and stay so: what will be refused is refused before.
+            self._require_possible(name, chosen)
         with self._cut(chosen if recording else None) as number, self._changing() as home:
             if name in home.entries:
-                raise BitmapError(f"{home.where}: {label(name)}", "the name is taken")
+                raise _taken(home, name)
             if checkpoint:
                 if home.checkpoints and (before := home.checkpoints[-1]) != checkpoints.BREAK:
                     self._end_window(home, before, number)
@@ -273,6 +282,15 @@ class Tracker(Recorder):
                 self._begin_window(home, name, chosen, number)
             else:
                 home.put_empty(name, chosen, None, recording=False)
+
+    def _require_possible(self, name: str, granularity: int) -> None:
+        def look(view: View) -> None:
+            if name in view.entries:
+                raise _taken(view, name)
+            view.clean_entry(name, granularity, recording=True)
+
+        with self._using():
+            self._home.read(self._session.uuid, look)
 
     def _begin_window(self, home: HomeChange, name: str, granularity: int, number: int) -> None:
         """A bitmap that holds what is written from that interval on, and records."""
@@ -370,6 +388,10 @@ class Tracker(Recorder):
             return self._home.read(self._session.uuid, read).freeze()
 
 
+def _taken(view: View, name: str) -> BitmapError:
+    return BitmapError(f"{view.where}: {label(name)}", "the name is taken")
+
+
 def _oldest(home: HomeChange) -> int:
     """Intervals before that one are saved, and no log tells of them: as the store says, whatever this process knows."""
     assert home.session
@@ -408,7 +430,7 @@ def track_node(
         make: makes the tracker.
     """
     chosen = Options(**options)
-    home = Home(image.place, encode_name(image.name or ""))
+    home = Home(image.place, encode_name(image.name or ""), image.look_after)
     try:
         if home.store.read(home.needs_recovery):
             image.recover()
@@ -426,14 +448,15 @@ def track_device(image: StoredImage, options: dict[str, Any], make: Callable[...
             raise LockedError(
                 f"{root.path}: node '{root.name}'", f"tracked by {session.tracker}; ask it, or end it first"
             )
-        home = Home(image.place, encode_name(image.name or ""))
+        home = Home(image.place, encode_name(image.name or ""), image.look_after)
         try:
             if session:
                 root.recover()  # and the device before it, as far as they had it in common
             if home.store.read(home.needs_recovery):
                 image.recover()
-            tracker = root._track_with(home, dict(options), make)
-            tracker._device, tracker._asked = image, options
+            chosen = {**options, "live": os.path.abspath(options.get("live") or default_folder())}
+            tracker = root._track_with(home, chosen, make)
+            tracker._device, tracker._asked = image, chosen
             return tracker
         except BaseException:
             home.close()
