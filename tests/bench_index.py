@@ -22,7 +22,7 @@ from support import qemu
 
 from dirtmap.engine import changes
 from dirtmap.engine.host import Host
-from dirtmap.engine.index.lookup import Lookup
+from dirtmap.engine.lookup import Lookup
 from dirtmap.engine.scan import scan
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.namespace import transaction

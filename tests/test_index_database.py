@@ -32,9 +32,9 @@ from dirtmap.engine.index import database
 from dirtmap.engine.index.database import DamagedError, Database, connect, fault, replace
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import look
-from dirtmap.engine.index.upkeep import rebuild, verify
 from dirtmap.engine.store import nodes
 from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.upkeep import rebuild, verify
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import StorageError

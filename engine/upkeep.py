@@ -1,4 +1,4 @@
-"""Verifies an index, makes it anew, and tells what is in it."""
+"""Upkeep of a host's index: verifies it, makes it anew, and tells what is in it."""
 
 from __future__ import annotations
 
