@@ -17,7 +17,6 @@ from dirtmap.engine.index.writing import apply, container_at, forget, new_number
 from dirtmap.engine.store.header import Seen
 from dirtmap.engine.store.store import Store
 from dirtmap.fmt import index as layout
-from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, StorageError
 from dirtmap.fmt.index import (
     BITMAP,
@@ -32,8 +31,9 @@ from dirtmap.fmt.index import (
     UUID,
     Claim,
     Member,
-    namespaces_in,
     number,
+    parse_members,
+    parse_namespaces,
     part,
 )
 
@@ -89,16 +89,16 @@ class Index:
 
     def namespaces(self, name: bytes) -> list[tuple[int, Member]]:
         """All namespaces of a name, each with the number of its container."""
-        return namespaces_in(self.database.get(NAME + part(name)))
+        return list(parse_namespaces(self.database.get(NAME + part(name))))
 
     def carriers(self, uuid: bytes) -> list[tuple[int, Member]]:
         """All namespaces of a UUID, each with the number of its container."""
-        return namespaces_in(self.database.get(UUID + uuid))
+        return list(parse_namespaces(self.database.get(UUID + uuid)))
 
     def members(self, container: int) -> list[Member]:
         """All namespaces of a container."""
         rows = self.database.read(lambda reader: list(reader.scan(MEMBERS + number(container))))
-        return [member for _, value in rows for _, member in namespaces_in(value[store.AREA.size :])]
+        return [member for _, value in rows for _, member in parse_members(value)[1]]
 
     def devices(self, root: bytes) -> list[tuple[int, Member]]:
         """All devices with that root node, each with the number of its container."""
@@ -110,7 +110,7 @@ class Index:
 
     def _scan(self, prefix: bytes) -> list[tuple[int, Member]]:
         rows = self.database.read(lambda reader: list(reader.scan(prefix)))
-        return [found for _, value in rows for found in namespaces_in(value)]
+        return [found for _, value in rows for found in parse_namespaces(value)]
 
     def bitmap(self, node: str, name: str) -> list[Claim]:
         """Who has a bitmap of that address: more than one only where a name is not unique.

@@ -27,12 +27,13 @@ from dirtmap.fmt.index import (
     DAMAGED,
     FAULTY,
     HELD,
+    NO_AREA,
     QCOW2,
     SOUND,
     STORE,
     Member,
     members_key,
-    namespaces_in,
+    parse_members,
 )
 
 Get = Callable[[bytes], bytes | None]
@@ -41,7 +42,6 @@ Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity
 # A file's time may step as seldom as every 10 ms: what was changed so shortly before it was read may change again
 # without looking different.
 _RACY_NS = 50_000_000
-NO_AREA = bytes(store.AREA.size)  # where a container has no namespace table
 
 
 class Fingerprint(NamedTuple):
@@ -146,7 +146,7 @@ def _read_store(get: Get, target: Store, known: Container, now: Fingerprint) -> 
         if known.condition == SOUND and known.commit_id == header.commit_id:
             return None
         pointers = table.pointers
-        found = known._replace(
+        container = known._replace(
             condition=SOUND,
             racy=False,
             fingerprint=now,
@@ -155,21 +155,17 @@ def _read_store(get: Get, target: Store, known: Container, now: Fingerprint) -> 
             commit_id=header.commit_id,
             uuid=header.uuid,
         )
-        reading = Reading(found)
+        reading = Reading(container)
         same = known.buckets == len(pointers)
         for bucket in _changed(snapshot, table, known) if same else range(len(pointers)):
             pointer = pointers[bucket]
-            before = get(members_key(known.number, bucket)) if known.number else None
-            if same and before is not None and before[: len(pointer)] == pointer:
-                continue
             # Where namespaces have moved between buckets, all are taken in anew.
-            old = (
-                {member.name: member for _, member in namespaces_in(before[len(pointer) :])} if same and before else {}
-            )
-            reading.buckets[bucket] = (
-                pointer,
-                [_member(snapshot, record, old) for record in table.bucket(bucket).values()],
-            )
+            before, members = parse_members(get(members_key(known.number, bucket)) if same else None)
+            if before == pointer:
+                continue
+            old = {member.name: member for _, member in members}
+            found = [_member(snapshot, record, old) for record in table.bucket(bucket).values()]
+            reading.buckets[bucket] = (pointer, found)
         return reading
 
     return target.read(look)
