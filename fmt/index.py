@@ -96,7 +96,6 @@ BITMAP_VALUE = Structure(
 
 # Kinds of containers.
 QCOW2, STORE, FAULTY = 1, 2, 3
-KIND_NAMES = {QCOW2: "qcow2", STORE: "dirtmap", FAULTY: "unknown"}
 # Conditions: what the last reading found.
 SOUND, DAMAGED, HELD = 0, 1, 2
 CONDITION_NAMES = {SOUND: "sound", DAMAGED: "damaged", HELD: "held"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 from dirtmap.engine.index.database import Database, Reader, Writer, connect
 from dirtmap.engine.index.reading import Container, Reading, look
@@ -37,7 +36,6 @@ from dirtmap.fmt.index import (
     part,
 )
 
-T = TypeVar("T")
 # The last commit seen of a store: the store's UUID, its generation, its id, and where the store was, if that is known.
 SeenCommit = tuple[bytes, int, bytes, str | None]
 
@@ -124,11 +122,6 @@ class Index:
             return [_new_claim(Claim, _unpack_bitmap(contents))]
         found, claims = layout.parse_bitmap(contents)
         return claims if found == name.encode("utf-8", "surrogateescape") else []
-
-    def bitmaps(self, holder: bytes) -> list[tuple[bytes, list[Claim]]]:
-        """All bitmaps of a holder, with who has them."""
-        rows = self.database.read(lambda reader: list(reader.scan(BITMAP + part(holder))))
-        return [layout.parse_bitmap(value) for _, value in rows]
 
     def find(self, bitmap: bytes) -> list[tuple[bytes, list[Claim]]]:
         """All holders of a bitmap of that name, with who has it there."""
