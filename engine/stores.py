@@ -19,7 +19,6 @@ from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.index.renewal import examine, renew
 from dirtmap.engine.probe import probe_path
-from dirtmap.engine.store.header import Seen
 from dirtmap.engine.store.store import Snapshot, Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
@@ -128,9 +127,8 @@ class Stores:
             return None  # as without an index; a name that has to be looked up there says so
         if seen is None:
             return None
-        generation, commit_id, path = seen
-        target.expect(Seen(generation, commit_id))
-        return path
+        target.expect(seen.commit)
+        return seen.path
 
     def _judge(self, target: Store) -> None:
         before = self.expect(target)

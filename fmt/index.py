@@ -95,7 +95,7 @@ BITMAP_VALUE = Structure(
 )
 
 # Kinds of containers.
-QCOW2, STORE, FAULTY = 1, 2, 3
+KIND_QCOW2, KIND_STORE, KIND_FAULTY = 1, 2, 3
 # Conditions: what the last reading found.
 SOUND, DAMAGED, HELD = 0, 1, 2
 CONDITION_NAMES = {SOUND: "sound", DAMAGED: "damaged", HELD: "held"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from dirtmap.engine.index.database import Database, Reader, Writer, connect
 from dirtmap.engine.index.reading import Container, Reading, look
@@ -36,13 +37,18 @@ from dirtmap.fmt.index import (
     part,
 )
 
-# The last commit seen of a store: the store's UUID, its generation, its id, and where the store was, if that is known.
-SeenCommit = tuple[bytes, int, bytes, str | None]
-
 _TOGETHER = 512  # images that one commit of the index takes in
 # Bound for the one look-up that has to be fast.
 _address_key, _unpack_bitmap, _new_claim = layout.address_key, layout.BITMAP_VALUE.unpack, tuple.__new__
 _SOLE = layout.BITMAP_VALUE.size + 2  # and the name: bytes of a value with one claim
+
+
+class SeenCommit(NamedTuple):
+    """The last commit seen of a store: the store's UUID, 16 bytes; the commit; where the store was, where known."""
+
+    store_uuid: bytes
+    commit: Seen
+    path: str | None
 
 
 class Index:
@@ -137,13 +143,13 @@ class Index:
 
         return self.database.read(search)
 
-    def seen(self, store_uuid: bytes) -> tuple[int, bytes, str | None] | None:
-        """The last commit seen of a store: its generation, its id, and where the store was."""
+    def seen(self, store_uuid: bytes) -> SeenCommit | None:
+        """The last commit seen of a store."""
         contents = self.database.get(SEEN + store_uuid)
         if contents is None:
             return None
         raw = SEEN_VALUE.parse(contents)
-        return raw.generation, raw.commit_id, self.path_of(raw.container)
+        return SeenCommit(store_uuid, Seen(raw.generation, raw.commit_id), self.path_of(raw.container))
 
     def all_seen(self, *, sound_only: bool = False) -> list[SeenCommit]:
         """The last commits seen of all stores; without those that are damaged, if only sound ones."""
@@ -155,7 +161,8 @@ class Index:
                 if len(value) == SEEN_VALUE.size:
                     raw = SEEN_VALUE.parse(value)
                     path = paths.get(PATH + number(raw.container))
-                    found.append((key[1:], raw.generation, raw.commit_id, None if path is None else os.fsdecode(path)))
+                    place = None if path is None else os.fsdecode(path)
+                    found.append(SeenCommit(key[1:], Seen(raw.generation, raw.commit_id), place))
             return found
 
         return self.database.read(read)
@@ -185,17 +192,18 @@ class Index:
 
     # How it learns.
 
-    def remember_seen(self, store_uuid: bytes, generation: int, commit_id: bytes, path: str | None) -> None:
-        """Takes over a commit that another index has seen, of a store that was at that path, if it is known."""
+    def remember_seen(self, seen: SeenCommit) -> None:
+        """Takes over a commit that was seen, unless one that it has seen itself is missing there."""
+        store_uuid, commit, path = seen
 
         def work(writer: Writer) -> None:
             container = container_at(writer.get, path) if path is not None else None
             taken = container.number if container else 0 if path is None else new_number(writer, path)
             contents = writer.get(SEEN + store_uuid)
             before = SEEN_VALUE.parse(contents) if contents else None
-            if before and Seen(before.generation, before.commit_id).is_missing_at(Seen(generation, commit_id)):
-                return  # a later one was seen meanwhile, or the store was rolled back: see `Names.look_after`
-            value = SEEN_VALUE.build(generation=generation, commit_id=commit_id, container=taken)
+            if before and Seen(before.generation, before.commit_id).is_missing_at(commit):
+                return  # a later one was seen meanwhile, or the store was rolled back: see `Stores.look_after`
+            value = SEEN_VALUE.build(**commit._asdict(), container=taken)
             writer.put(SEEN + store_uuid, value)
 
         self.database.change(work)
@@ -258,10 +266,10 @@ class Index:
 
     def saw(self, target: Store) -> None:
         """Remembers a store's newest commit."""
-        path = target.place
         header = target.read(lambda snapshot: snapshot.header)
-        if self.seen(header.uuid) == (header.generation, header.commit_id, path):
+        seen = SeenCommit(header.uuid, header.commit, target.place)
+        if self.seen(header.uuid) == seen:
             return
         if header.generation > layout.MAX_SEEN:
             return  # made up: the store that is rolled back to would have to count on from there
-        self.remember_seen(header.uuid, header.generation, header.commit_id, path)
+        self.remember_seen(seen)

@@ -25,12 +25,12 @@ from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError
 from dirtmap.fmt.index import (
     DAMAGED,
-    FAULTY,
     HELD,
+    KIND_FAULTY,
+    KIND_QCOW2,
+    KIND_STORE,
     NO_AREA,
-    QCOW2,
     SOUND,
-    STORE,
     Member,
     members_key,
     parse_members,
@@ -60,7 +60,7 @@ class Container(NamedTuple):
     Attributes:
         path: absolute.
         number: the index's own, never used again.
-        kind: `QCOW2`, `STORE` or `FAULTY`.
+        kind: `KIND_QCOW2`, `KIND_STORE` or `KIND_FAULTY`.
         condition: `SOUND`, `DAMAGED` or `HELD`.
         racy: it may have changed since without looking different.
         fingerprint: what it looked like when it was read.
@@ -113,19 +113,19 @@ def look(get: Get, path: str, known: Container | None, force_share: bool) -> Rea
     except OSError as error:
         raise StorageError(path, error.strerror or str(error)) from error
     now = Fingerprint(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-    if known and known.kind == STORE and probe.probe_path(path) == probe.STORE:
+    if known and known.kind == KIND_STORE and probe.probe_path(path) == probe.STORE:
         return _look_at_store(get, path, known, now)
     if known and known.condition == SOUND and not known.racy and known.fingerprint == now:
         return None
     # Before reading: what changes from here on looks different next time, or is racy.
     racy = time.time_ns() - max(now.mtime, now.ctime) < _RACY_NS
-    blank = Container(path, known.number if known else 0, FAULTY, DAMAGED, racy, now)
+    blank = Container(path, known.number if known else 0, KIND_FAULTY, DAMAGED, racy, now)
     with open_file(path) as file:
         kind = probe.probe(file)
         if kind == probe.QCOW2:
-            return _read_image(file, blank._replace(kind=QCOW2), force_share)
+            return _read_image(file, blank._replace(kind=KIND_QCOW2), force_share)
     if kind == probe.STORE:
-        return _look_at_store(get, path, blank._replace(kind=STORE), now)
+        return _look_at_store(get, path, blank._replace(kind=KIND_STORE), now)
     return Reading(blank, {0: (NO_AREA, [])}, FormatError(path, "neither a qcow2 image nor a store"))
 
 
@@ -135,7 +135,7 @@ def _look_at_store(get: Get, path: str, known: Container, now: Fingerprint) -> R
             return _read_store(get, target, known, now)
     except (FormatError, UnsupportedError) as error:
         # Without buckets, what it said before goes.
-        blank = known._replace(kind=STORE, condition=DAMAGED, fingerprint=now, buckets=0, commit_id=bytes(16))
+        blank = known._replace(kind=KIND_STORE, condition=DAMAGED, fingerprint=now, buckets=0, commit_id=bytes(16))
         return Reading(blank, {}, error)
 
 

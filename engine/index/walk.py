@@ -131,7 +131,7 @@ def main() -> int:
     with contextlib.suppress(Error):
         seen = salvage(sys.argv[1])
     print(
-        json.dumps([(uuid.hex(), generation, commit.hex(), path) for uuid, generation, commit, path in seen]),
+        json.dumps([(uuid.hex(), generation, commit.hex(), path) for uuid, (generation, commit), path in seen]),
         flush=True,
     )
     try:
