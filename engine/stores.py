@@ -201,7 +201,7 @@ class Stores:
     def stores(self) -> list[str]:
         """The paths of all stores of the host that can be read, with the index up to date for them.
 
-        None where there is no default store.
+        An empty list where there is no default store.
 
         Raises:
             FormatError: the default store is damaged.
@@ -209,7 +209,7 @@ class Stores:
         return [path for path, problem in self._survey().items() if problem is None]
 
     def problems(self) -> list[Error]:
-        """What is wrong with other stores: names in them are neither found nor free. None of those that are gone."""
+        """What is wrong with other stores that are there: names in them are neither found nor free."""
         return [problem for problem in self._survey().values() if problem]
 
     def _survey(self) -> dict[str, Error | None]:

@@ -185,7 +185,7 @@ class Database:
                 os.close(fd)
 
     def info(self) -> dict[str, int]:
-        """What LMDB tells of itself: ``entries``, ``depth``, ``file_size`` and ``map_size`` in bytes, ``readers``."""
+        """What LMDB tells of itself: ``entries``, ``depth``, ``file-size`` and ``map-size`` in bytes, ``readers``."""
         with self.lock, _errors(self.path):
             env = self._open()
             stat, info = env.stat(), env.info()
