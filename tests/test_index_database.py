@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import sys
 import threading
 import uuid
@@ -131,6 +132,33 @@ def data_of(host: Host) -> Path:
 
 def verified(host: Host) -> list[str]:
     return in_child(lambda: verify(Host(host.store, host.index.path)).faults)
+
+
+# The value that says what a bucket contributed, as SPEC.md has it.
+
+
+def test_members_are_an_area_pointer_and_namespaces() -> None:
+    one = layout.Member(b"n", store.KIND_NODE, b"u" * 16, bytes(16), MIB, b"/x", (4096, 100, 7))
+    other = layout.Member(b"", store.KIND_PLACE, bytes(16), b"r" * 16, 0)
+    raw = b"".join(
+        struct.pack(">QB3xHH16s16sQQLL", 9, m.kind, len(m.name), len(m.path), m.uuid, m.root_uuid, m.size, *m.directory)
+        + m.name
+        + m.path
+        for m in (one, other)
+    )
+    pointer = bytes(range(16))
+    assert layout.build_members(pointer, [(9, one), (9, other)]) == pointer + raw
+    found, members = layout.parse_members(pointer + raw)
+    assert (found, list(members)) == (pointer, [(9, one), (9, other)])
+    found, members = layout.parse_members(None)
+    assert (found, list(members)) == (b"", [])
+    for size in range(len(raw)):
+        members = layout.parse_members(pointer + raw[:size])[1]
+        if size in (0, len(raw) - layout.NAMESPACE_VALUE.size):  # between two
+            assert len(list(members)) == bool(size)
+        else:
+            with pytest.raises(layout.BadValueError, match="cut short"):
+                list(members)
 
 
 # What is there is looked at first.
