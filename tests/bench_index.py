@@ -59,6 +59,8 @@ def against(benchmark: Any, capsys: pytest.CaptureFixture[str], request: pytest.
                 taken[name].append(time.perf_counter() - start)
 
         benchmark.pedantic(ours, setup=call_others, rounds=rounds, warmup_rounds=1)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
         mine = benchmark.stats.stats.median / calls
         said = f"\n{request.node.name}: {mine * 1e6:.2f} us"
         for name, times in taken.items():
