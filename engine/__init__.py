@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.bitmap import Bitmap
     from dirtmap.engine.containers import check, describe, dump, open, recover, this_host, transaction
     from dirtmap.engine.host import Host
-    from dirtmap.engine.index.lookup import Lookup
+    from dirtmap.engine.lookup import Lookup
     from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
     from dirtmap.engine.report import CheckReport, Finding
     from dirtmap.engine.scan import scan
@@ -45,7 +45,7 @@ _HOMES = {
     "Finding": "report",
     "Host": "host",
     "ImageInfo": "namespace",
-    "Lookup": "index.lookup",
+    "Lookup": "lookup",
     "Namespace": "namespace",
     "Recovery": "namespace",
     "Tracker": "tracking.tracker",

@@ -451,8 +451,3 @@ def dump(
     from dirtmap.engine.qcow2.dump import dump
 
     return dump(path, with_hex=with_hex, force_share=force_share)
-
-
-def resolve(target: Target) -> str:
-    """The path of the container that a target is in. Errors as `locate`."""
-    return locate(target).path

@@ -26,7 +26,7 @@ from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, FormatError, StorageError, printable
-from dirtmap.fmt.index import QCOW2, Member
+from dirtmap.fmt.index import KIND_QCOW2, Member
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Hit:
     @property
     def in_image(self) -> bool:
         """True where the container is a qcow2 image."""
-        return self.container.kind == QCOW2
+        return self.container.kind == KIND_QCOW2
 
 
 class Names(Stores):
@@ -258,7 +258,7 @@ class Names(Stores):
                         kind = _kind_of(index, container, holder)
                         name, granularity = decode_name(holder[1:]), 1 << claim.granularity_bits
                         flags = claim.flags
-                        in_use = flags & FLAG_IN_USE and container.kind == QCOW2
+                        in_use = flags & FLAG_IN_USE and container.kind == KIND_QCOW2
                         if in_use and self.is_checked_out(container.path, name, str(uuid.UUID(bytes=claim.uuid))):
                             flags &= ~FLAG_IN_USE  # its tracker has what the image lacks
                         hits.append(Hit(container, kind, name, bitmap, claim.uuid, flags, granularity))

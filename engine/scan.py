@@ -27,7 +27,7 @@ from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
 from dirtmap.fmt.errors import Error, StorageError
-from dirtmap.fmt.index import DAMAGED, FAULTY, HELD, QCOW2, SOUND, STORE, Member
+from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_QCOW2, KIND_STORE, SOUND, Member
 from dirtmap.fmt.store import Identity, Record
 
 
@@ -108,9 +108,9 @@ def scan(
 
     for container, problem in host.index.refresh(candidates(), force_share=force_share):
         found.append(container)
-        summary.images += container.kind == QCOW2
-        summary.stores += container.kind == STORE
-        if container.kind == FAULTY and container.path not in remembered:
+        summary.images += container.kind == KIND_QCOW2
+        summary.stores += container.kind == KIND_STORE
+        if container.kind == KIND_FAULTY and container.path not in remembered:
             continue  # only the index knows that there once was one
         if container.condition == DAMAGED:
             summary.damaged.append((container.path, _what(problem, container.path)))
@@ -143,7 +143,7 @@ def _what(problem: Error | None, path: str) -> str:
 
 def _is_checked_out(host: Host, container: Container) -> bool:
     """True of a qcow2 image whose tracker has its bitmaps."""
-    return container.kind == QCOW2 and any(
+    return container.kind == KIND_QCOW2 and any(
         host.is_checked_out(container.path, decode_name(member.name), str(uuid.UUID(bytes=member.uuid)))
         for member in host.index.members(container.number)
         if member.name
@@ -248,26 +248,26 @@ class _Registration:
             container
             for container in found
             if container.condition == SOUND
-            and (container.kind == STORE or not any(container.uuid))
+            and (container.kind == KIND_STORE or not any(container.uuid))
             and (container.path not in known or known[container.path].uuid != container.uuid)
-            and not (container.kind == STORE and self._is_home(container.path))
+            and not (container.kind == KIND_STORE and self._is_home(container.path))
         ]
         there = {container.path for container in found}
         # Where nobody looked, what nobody named is no news.
         gone = [path for path in known if path not in there and self._is_below(path) and is_gone(path)]
         self._summary.gone += [(path, "") for path in gone]
         # Of a store that is none any more, nothing can be mended.
-        faulty = {container.path for container in found if container.kind == FAULTY}
+        faulty = {container.path for container in found if container.kind == KIND_FAULTY}
         lost = [path for path, place in known.items() if path in faulty and any(place.uuid)]
         if not news and not gone and not lost:
             return
         stores: dict[bytes, list[str]] = {}
         for container in found:
-            if container.kind == STORE:
+            if container.kind == KIND_STORE:
                 stores.setdefault(container.uuid, []).append(container.path)
         with self._host.opened() as target, target.change() as change:
             for container in news:
-                if container.kind == STORE:
+                if container.kind == KIND_STORE:
                     self._take_in_store(change, container, stores)
                 else:
                     self._remember(change, container.path, container.uuid)
@@ -291,7 +291,7 @@ class _Registration:
                 # Nobody can use it now; but it may be the original, of which others are copies.
                 if image_uuid := _identity(container.path):
                     self._carriers.setdefault(image_uuid, []).append(container.path)
-            elif container.kind == QCOW2 and any(container.uuid):
+            elif container.kind == KIND_QCOW2 and any(container.uuid):
                 for member in index.members(container.number):  # none, where another process has found it held since
                     self._images.append((container, member))
                     self._carriers.setdefault(member.uuid, []).append(container.path)
@@ -316,7 +316,7 @@ class _Registration:
     def _tell_clashes(self, found: list[Container]) -> None:
         """Tells of stores that have a name which is another's."""
         for container in found:
-            if container.kind == STORE and not self._is_home(container.path):
+            if container.kind == KIND_STORE and not self._is_home(container.path):
                 for member in self._members.get(container.path, ()):
                     if not _is_unnamed(member) and self._is_taken(member, container.path):
                         self._summary.clashes.append((container.path, decode_name(member.name)))

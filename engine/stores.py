@@ -19,7 +19,6 @@ from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.index.renewal import examine, renew
 from dirtmap.engine.probe import probe_path
-from dirtmap.engine.store.header import Seen
 from dirtmap.engine.store.store import Snapshot, Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
@@ -128,9 +127,8 @@ class Stores:
             return None  # as without an index; a name that has to be looked up there says so
         if seen is None:
             return None
-        generation, commit_id, path = seen
-        target.expect(Seen(generation, commit_id))
-        return path
+        target.expect(seen.commit)
+        return seen.path
 
     def _judge(self, target: Store) -> None:
         self._refuse_copy(target)
@@ -208,7 +206,7 @@ class Stores:
     def stores(self) -> list[str]:
         """The paths of all stores of the host that can be read, with the index up to date for them.
 
-        None where there is no default store.
+        An empty list where there is no default store.
 
         Raises:
             FormatError: the default store is damaged.
@@ -216,7 +214,7 @@ class Stores:
         return [path for path, problem in self._survey().items() if problem is None]
 
     def problems(self) -> list[Error]:
-        """What is wrong with other stores: names in them are neither found nor free. None of those that are gone."""
+        """What is wrong with other stores that are there: names in them are neither found nor free."""
         return [problem for problem in self._survey().values() if problem]
 
     def _survey(self) -> dict[str, Error | None]:

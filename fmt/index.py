@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import crc32c
 from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 
+from dirtmap.fmt.store import AREA
 from dirtmap.fmt.structure import Structure
 
 VERSION = 1
@@ -45,6 +46,7 @@ TAGS = {
     FOUND: "bitmap by name",
     STATE: "state",
 }
+NO_AREA = bytes(AREA.size)  # the area pointer in the members of what has no namespace table
 NAMED, UNNAMED = b"N", b"P"  # first byte of a holder: a node or device, or an image that has no name
 _LONGEST = 200  # bytes of a part that stand in a key as they are; LMDB keys have 511 at most
 _SURE = _LONGEST // 4  # characters that are no more bytes than that, with a holder's first one
@@ -93,8 +95,7 @@ BITMAP_VALUE = Structure(
 )
 
 # Kinds of containers.
-QCOW2, STORE, FAULTY = 1, 2, 3
-KIND_NAMES = {QCOW2: "qcow2", STORE: "dirtmap", FAULTY: "unknown"}
+KIND_QCOW2, KIND_STORE, KIND_FAULTY = 1, 2, 3
 # Conditions: what the last reading found.
 SOUND, DAMAGED, HELD = 0, 1, 2
 CONDITION_NAMES = {SOUND: "sound", DAMAGED: "damaged", HELD: "held"}
@@ -187,7 +188,7 @@ class Member:
     directory: tuple[int, int, int] = (0, 0, 0)
 
 
-def build_namespace(container: int, member: Member) -> bytes:
+def _build_namespace(container: int, member: Member) -> bytes:
     """A namespace as it stands in a value: fixed fields, then its name and its path."""
     offset, length, checksum = member.directory
     fixed = NAMESPACE_VALUE.build(
@@ -206,13 +207,18 @@ def build_namespace(container: int, member: Member) -> bytes:
     return fixed + member.name + member.path
 
 
-def parse_namespaces(contents: bytes) -> Iterator[tuple[int, Member]]:
-    """The namespaces in a value, each with the number of its container.
+def build_namespaces(namespaces: Iterable[tuple[int, Member]]) -> bytes:
+    """Namespaces as they stand in a value, each with the number of its container."""
+    return b"".join(_build_namespace(container, member) for container, member in namespaces)
+
+
+def parse_namespaces(contents: bytes | None) -> Iterator[tuple[int, Member]]:
+    """The namespaces in a value, each with the number of its container; none where there is no value.
 
     Raises:
         BadValueError: one ends behind the value.
     """
-    at = 0
+    at, contents = 0, contents or b""
     while at < len(contents):
         if at + NAMESPACE_VALUE.size > len(contents):
             raise BadValueError("a namespace is cut short")
@@ -265,6 +271,12 @@ def members_key(container: int, bucket: int) -> bytes:
     return MEMBERS + number(container) + bucket.to_bytes(4, "big")
 
 
-def namespaces_in(contents: bytes | None) -> list[tuple[int, Member]]:
-    """The namespaces in a value, each with the number of its container; none where there is no value."""
-    return list(parse_namespaces(contents)) if contents else []
+def build_members(pointer: bytes, members: Iterable[tuple[int, Member]]) -> bytes:
+    """The contents of its value: the bucket's area pointer, then its namespaces, as `build_namespaces`."""
+    return pointer + build_namespaces(members)
+
+
+def parse_members(contents: bytes | None) -> tuple[bytes, Iterator[tuple[int, Member]]]:
+    """The area pointer of a bucket, empty where there is no value, and its namespaces, as `parse_namespaces`."""
+    contents = contents or b""
+    return contents[: AREA.size], parse_namespaces(contents[AREA.size :])

@@ -22,7 +22,7 @@ from support import qemu
 
 from dirtmap.engine import changes
 from dirtmap.engine.host import Host
-from dirtmap.engine.index.lookup import Lookup
+from dirtmap.engine.lookup import Lookup
 from dirtmap.engine.scan import scan
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.namespace import transaction
@@ -59,6 +59,8 @@ def against(benchmark: Any, capsys: pytest.CaptureFixture[str], request: pytest.
                 taken[name].append(time.perf_counter() - start)
 
         benchmark.pedantic(ours, setup=call_others, rounds=rounds, warmup_rounds=1)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
         mine = benchmark.stats.stats.median / calls
         said = f"\n{request.node.name}: {mine * 1e6:.2f} us"
         for name, times in taken.items():

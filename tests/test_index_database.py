@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import sys
 import threading
 import uuid
@@ -32,10 +33,11 @@ from dirtmap.engine.index import database
 from dirtmap.engine.index.database import DamagedError, Database, connect, fault, replace
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import look
-from dirtmap.engine.index.upkeep import rebuild, verify
 from dirtmap.engine.store import nodes
 from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.upkeep import rebuild, verify
 from dirtmap.fmt import index as layout
+from dirtmap.fmt import lmdb as meta_pages
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import StorageError
 from dirtmap.fmt.store import Record
@@ -132,6 +134,33 @@ def verified(host: Host) -> list[str]:
     return in_child(lambda: verify(Host(host.store, host.index.path)).faults)
 
 
+# The value that says what a bucket contributed, as SPEC.md has it.
+
+
+def test_members_are_an_area_pointer_and_namespaces() -> None:
+    one = layout.Member(b"n", store.KIND_NODE, b"u" * 16, bytes(16), MIB, b"/x", (4096, 100, 7))
+    other = layout.Member(b"", store.KIND_PLACE, bytes(16), b"r" * 16, 0)
+    raw = b"".join(
+        struct.pack(">QB3xHH16s16sQQLL", 9, m.kind, len(m.name), len(m.path), m.uuid, m.root_uuid, m.size, *m.directory)
+        + m.name
+        + m.path
+        for m in (one, other)
+    )
+    pointer = bytes(range(16))
+    assert layout.build_members(pointer, [(9, one), (9, other)]) == pointer + raw
+    found, members = layout.parse_members(pointer + raw)
+    assert (found, list(members)) == (pointer, [(9, one), (9, other)])
+    found, members = layout.parse_members(None)
+    assert (found, list(members)) == (b"", [])
+    for size in range(len(raw)):
+        members = layout.parse_members(pointer + raw[:size])[1]
+        if size in (0, len(raw) - layout.NAMESPACE_VALUE.size):  # between two
+            assert len(list(members)) == bool(size)
+        else:
+            with pytest.raises(layout.BadValueError, match="cut short"):
+                list(members)
+
+
 # What is there is looked at first.
 
 
@@ -203,6 +232,60 @@ def test_every_bit_of_the_meta_pages_may_be_wrong(host: Host, expected: Answers)
         data[page + bit // 8] ^= 1 << bit % 8
         data_of(host).write_bytes(data)
         assert in_child(lambda: answers(host)) == expected, (page, bit)
+
+
+def test_the_meta_page_is_lmdbs(host: Host) -> None:
+    """What LMDB itself tells of the database, against what we read in the newer of its meta pages."""
+    with lmdb.open(host.index.path) as env:
+        info, stat = env.info(), env.stat()
+    pages = data_of(host).read_bytes()
+    assert meta_pages.meta_fault(pages, len(pages)) is None
+    metas = [meta_pages.META_PAGE.parse(pages, at) for at in (0, stat["psize"])]
+    newest = max(metas, key=lambda meta: meta.transaction)
+    assert (newest.mapsize, newest.last_page) == (info["map_size"], info["last_pgno"])
+    assert (newest.transaction, newest.page_size) == (info["last_txnid"], stat["psize"])
+    assert (newest.entries, newest.main_depth) == (stat["entries"], stat["depth"])
+    assert (newest.branch_pages, newest.leaf_pages) == (stat["branch_pages"], stat["leaf_pages"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("magic", 0xBEEFC0DF, "is not an LMDB database"),
+        ("version", 2, "is not an LMDB database"),
+        ("flags", 0x02, "is not an LMDB database"),
+        ("page_size", 4095, "has no second meta page"),
+        ("page_size", 1 << 17, "has no second meta page"),
+        ("free_flags", 0x0C, "has flags that an index does not have"),
+        ("main_flags", 0x04, "has flags that an index does not have"),
+        ("mapsize", (1 << 46) + 1, "says to be larger than any file can be"),
+        ("last_page", 1 << 46, "says to be larger than any file can be"),
+        ("last_page", 8, "is cut short"),
+        ("root", 8, "has a root outside of the file"),
+        ("free_root", 8, "has a root outside of the file"),
+    ],
+)
+def test_each_fault_of_a_meta_page_has_its_words(field: str, value: int, what: str) -> None:
+    sound = {field.name: 0 for field in meta_pages.META_PAGE.fields} | {
+        "flags": 0x08,
+        "magic": 0xBEEFC0DE,
+        "version": 1,
+        "mapsize": 1 << 20,
+        "page_size": 4096,
+        "free_flags": 0x08,
+        "free_root": 2**64 - 1,
+        "root": 7,
+        "last_page": 7,
+    }
+
+    def pages(**changed: int) -> bytes:
+        metas = [sound | {"transaction": 1}, sound | {"transaction": 2} | changed]
+        if "page_size" in changed:
+            metas.reverse()  # it is the first one's that says where the second is
+        return b"".join(meta_pages.META_PAGE.build(**meta).ljust(4096, b"\0") for meta in metas)
+
+    assert meta_pages.meta_fault(pages(), 8 * 4096) is None
+    assert meta_pages.meta_fault(pages(**{field: value}), 8 * 4096) == what
 
 
 def test_nothing_in_its_place(host: Host, expected: Answers) -> None:

@@ -12,7 +12,7 @@ from support import qemu
 from support.cli import COMMAND, dirtmap, json_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.index.index import Index
+from dirtmap.engine.index.index import Index, SeenCommit
 from dirtmap.engine.store.compact import compact
 from dirtmap.engine.store.header import Seen
 from dirtmap.engine.store.store import Store, create
@@ -184,10 +184,10 @@ def test_an_index_keeps_the_commit_that_it_has_seen(folder: Path) -> None:
         where = target.place
     index = Index(str(folder / "own"))
     for generation, kept in ((5, 5), (4, 5), (5, 5), (6, 6)):
-        index.remember_seen(b"u" * 16, generation, bytes([generation]) * 16, where)
-        assert index.seen(b"u" * 16) == (kept, bytes([kept]) * 16, where)
-    index.remember_seen(b"u" * 16, 6, b"other".ljust(16), where)
-    assert index.seen(b"u" * 16) == (6, bytes([6]) * 16, where)
+        index.remember_seen(SeenCommit(b"u" * 16, Seen(generation, bytes([generation]) * 16), where))
+        assert index.seen(b"u" * 16) == (b"u" * 16, (kept, bytes([kept]) * 16), where)
+    index.remember_seen(SeenCommit(b"u" * 16, Seen(6, b"other".ljust(16)), where))
+    assert index.seen(b"u" * 16) == (b"u" * 16, (6, bytes([6]) * 16), where)
 
 
 def test_a_compaction_under_an_open_store_is_no_rollback(folder: Path) -> None:

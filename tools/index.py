@@ -121,7 +121,7 @@ def verify_command(store: str | None, index: str | None, quiet: bool, output: st
     It is read in a process of its own, since damage inside can kill the reader. Where anything is wrong, the index is
     rebuilt; nothing is lost by that.
     """
-    from dirtmap.engine.index.upkeep import verify
+    from dirtmap.engine.upkeep import verify
 
     here = this_host(store, index)
     with progress_bar("reading containers", quiet=quiet) as progress:
@@ -147,7 +147,7 @@ def verify_command(store: str | None, index: str | None, quiet: bool, output: st
 @options.speaking
 def rebuild_command(store: str | None, index: str | None, quiet: bool, output: str) -> None:
     """Make the index anew, from the containers that the default store knows."""
-    from dirtmap.engine.index.upkeep import rebuild
+    from dirtmap.engine.upkeep import rebuild
 
     here = this_host(store, index)
     with progress_bar("reading containers", quiet=quiet) as progress:
@@ -171,7 +171,7 @@ def rebuild_command(store: str | None, index: str | None, quiet: bool, output: s
 @options.speaking
 def stats_command(store: str | None, index: str | None, quiet: bool, output: str) -> None:
     """Tell how much is in the index."""
-    from dirtmap.engine.index.upkeep import stats
+    from dirtmap.engine.upkeep import stats
 
     here = this_host(store, index)
     found = stats(here)

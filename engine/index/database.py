@@ -9,7 +9,7 @@ anything in it that is not of an index is not touched: a user may have meant ano
     PATH.bad                         what was last put aside
     PATH.new-PID-...                 being made; removed if its maker has died
 
-Source: LMDB's lmdb.h ("Restrictions and caveats") and mdb.c (MDB_meta, mdb_env_read_header).
+Source: LMDB's lmdb.h ("Restrictions and caveats").
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any, TypeVar
 
 import crc32c
 import lmdb
-from construct import Int16ul, Int32ul, Int64ul, Struct
 
 from dirtmap.engine.process import start_of
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import StorageError
+from dirtmap.fmt.lmdb import META_BYTES, meta_fault
 
 T = TypeVar("T")
 _crc = crc32c.crc32c
@@ -40,38 +40,6 @@ _FILES = (_DATA, "lock.mdb")
 _NEW = ".new-"  # then its maker's process number
 _FIRST_SIZE = 64 << 20  # bytes of address space; doubled when they are full
 _READERS = 1024
-_MAGIC, _LMDB_VERSION, _META_FLAG, _INTEGER_KEYS = 0xBEEFC0DE, 1, 0x08, 0x08
-_MOST_SPACE = 1 << 46  # bytes; what a process can map is not much more
-# Both on little-endian 64-bit machines; elsewhere a database would look foreign at every opening, and be useless.
-_PAGE = Struct(
-    "number" / Int64ul,
-    "pad" / Int16ul,
-    "flags" / Int16ul,
-    "bounds" / Int32ul,
-    "magic" / Int32ul,
-    "version" / Int32ul,
-    "address" / Int64ul,
-    "mapsize" / Int64ul,
-    "page_size" / Int32ul,  # md_pad of the free list
-    "free_flags" / Int16ul,
-    "free_depth" / Int16ul,
-    "free_branch_pages" / Int64ul,
-    "free_leaf_pages" / Int64ul,
-    "free_overflow_pages" / Int64ul,
-    "free_entries" / Int64ul,
-    "free_root" / Int64ul,
-    "pad2" / Int32ul,
-    "main_flags" / Int16ul,
-    "main_depth" / Int16ul,
-    "branch_pages" / Int64ul,
-    "leaf_pages" / Int64ul,
-    "overflow_pages" / Int64ul,
-    "entries" / Int64ul,
-    "root" / Int64ul,
-    "last_page" / Int64ul,
-    "transaction" / Int64ul,
-)
-_NONE = 2**64 - 1
 _DAMAGE = (
     lmdb.CorruptedError,
     lmdb.PageNotFoundError,
@@ -217,7 +185,7 @@ class Database:
                 os.close(fd)
 
     def info(self) -> dict[str, int]:
-        """What LMDB tells of itself: ``entries``, ``depth``, ``file_size`` and ``map_size`` in bytes, ``readers``."""
+        """What LMDB tells of itself: ``entries``, ``depth``, ``file-size`` and ``map-size`` in bytes, ``readers``."""
         with self.lock, _errors(self.path):
             env = self._open()
             stat, info = env.stat(), env.info()
@@ -289,28 +257,11 @@ def fault(path: str) -> str | None:
         try:
             with open(os.path.join(path, _DATA), "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                pages = file.read(2 << 16)
+                pages = file.read(META_BYTES)
         except FileNotFoundError:
             return f"without {_DATA}"
-    if len(pages) < _PAGE.sizeof():
-        return f"{_DATA} is cut short"
-    page_size = _PAGE.parse(pages).page_size
-    if page_size not in (1 << bits for bits in range(9, 17)) or len(pages) < page_size + _PAGE.sizeof():
-        return f"{_DATA} has no second meta page"
-    metas = [_PAGE.parse(pages), _PAGE.parse(pages[page_size:])]
-    for meta in metas:
-        if meta.magic != _MAGIC or meta.version != _LMDB_VERSION or not meta.flags & _META_FLAG:
-            return f"{_DATA} is not an LMDB database"
-        if (meta.page_size, meta.free_flags, meta.main_flags) != (page_size, _INTEGER_KEYS, 0):
-            return f"{_DATA} has flags that an index does not have"
-        if meta.mapsize > _MOST_SPACE or meta.last_page > _MOST_SPACE // page_size:
-            return f"{_DATA} says to be larger than any file can be"
-    newest = max(metas, key=lambda meta: int(meta.transaction))
-    if (newest.last_page + 1) * page_size > size:
-        return f"{_DATA} is cut short"
-    if any(root != _NONE and root > newest.last_page for root in (newest.root, newest.free_root)):
-        return f"{_DATA} has a root outside of the file"
-    return None
+    what = meta_fault(pages, size)
+    return f"{_DATA} {what}" if what else None
 
 
 def _require_ours(path: str) -> None:

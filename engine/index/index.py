@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import NamedTuple
 
 from dirtmap.engine.index.database import Database, Reader, Writer, connect
 from dirtmap.engine.index.reading import Container, Reading, look
@@ -17,7 +17,6 @@ from dirtmap.engine.index.writing import apply, container_at, forget, new_number
 from dirtmap.engine.store.header import Seen
 from dirtmap.engine.store.store import Store
 from dirtmap.fmt import index as layout
-from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, StorageError
 from dirtmap.fmt.index import (
     BITMAP,
@@ -32,19 +31,24 @@ from dirtmap.fmt.index import (
     UUID,
     Claim,
     Member,
-    namespaces_in,
     number,
+    parse_members,
+    parse_namespaces,
     part,
 )
-
-T = TypeVar("T")
-# The last commit seen of a store: the store's UUID, its generation, its id, and where the store was, if that is known.
-SeenCommit = tuple[bytes, int, bytes, str | None]
 
 _TOGETHER = 512  # images that one commit of the index takes in
 # Bound for the one look-up that has to be fast.
 _address_key, _unpack_bitmap, _new_claim = layout.address_key, layout.BITMAP_VALUE.unpack, tuple.__new__
 _SOLE = layout.BITMAP_VALUE.size + 2  # and the name: bytes of a value with one claim
+
+
+class SeenCommit(NamedTuple):
+    """The last commit seen of a store: the store's UUID, 16 bytes; the commit; where the store was, where known."""
+
+    store_uuid: bytes
+    commit: Seen
+    path: str | None
 
 
 class Index:
@@ -89,16 +93,16 @@ class Index:
 
     def namespaces(self, name: bytes) -> list[tuple[int, Member]]:
         """All namespaces of a name, each with the number of its container."""
-        return namespaces_in(self.database.get(NAME + part(name)))
+        return list(parse_namespaces(self.database.get(NAME + part(name))))
 
     def carriers(self, uuid: bytes) -> list[tuple[int, Member]]:
         """All namespaces of a UUID, each with the number of its container."""
-        return namespaces_in(self.database.get(UUID + uuid))
+        return list(parse_namespaces(self.database.get(UUID + uuid)))
 
     def members(self, container: int) -> list[Member]:
         """All namespaces of a container."""
         rows = self.database.read(lambda reader: list(reader.scan(MEMBERS + number(container))))
-        return [member for _, value in rows for _, member in namespaces_in(value[store.AREA.size :])]
+        return [member for _, value in rows for _, member in parse_members(value)[1]]
 
     def devices(self, root: bytes) -> list[tuple[int, Member]]:
         """All devices with that root node, each with the number of its container."""
@@ -110,7 +114,7 @@ class Index:
 
     def _scan(self, prefix: bytes) -> list[tuple[int, Member]]:
         rows = self.database.read(lambda reader: list(reader.scan(prefix)))
-        return [found for _, value in rows for found in namespaces_in(value)]
+        return [found for _, value in rows for found in parse_namespaces(value)]
 
     def bitmap(self, node: str, name: str) -> list[Claim]:
         """Who has a bitmap of that address: more than one only where a name is not unique.
@@ -124,11 +128,6 @@ class Index:
             return [_new_claim(Claim, _unpack_bitmap(contents))]
         found, claims = layout.parse_bitmap(contents)
         return claims if found == name.encode("utf-8", "surrogateescape") else []
-
-    def bitmaps(self, holder: bytes) -> list[tuple[bytes, list[Claim]]]:
-        """All bitmaps of a holder, with who has them."""
-        rows = self.database.read(lambda reader: list(reader.scan(BITMAP + part(holder))))
-        return [layout.parse_bitmap(value) for _, value in rows]
 
     def find(self, bitmap: bytes) -> list[tuple[bytes, list[Claim]]]:
         """All holders of a bitmap of that name, with who has it there."""
@@ -144,13 +143,13 @@ class Index:
 
         return self.database.read(search)
 
-    def seen(self, store_uuid: bytes) -> tuple[int, bytes, str | None] | None:
-        """The last commit seen of a store: its generation, its id, and where the store was."""
+    def seen(self, store_uuid: bytes) -> SeenCommit | None:
+        """The last commit seen of a store."""
         contents = self.database.get(SEEN + store_uuid)
         if contents is None:
             return None
         raw = SEEN_VALUE.parse(contents)
-        return raw.generation, raw.commit_id, self.path_of(raw.container)
+        return SeenCommit(store_uuid, Seen(raw.generation, raw.commit_id), self.path_of(raw.container))
 
     def all_seen(self, *, sound_only: bool = False) -> list[SeenCommit]:
         """The last commits seen of all stores; without those that are damaged, if only sound ones."""
@@ -162,7 +161,8 @@ class Index:
                 if len(value) == SEEN_VALUE.size:
                     raw = SEEN_VALUE.parse(value)
                     path = paths.get(PATH + number(raw.container))
-                    found.append((key[1:], raw.generation, raw.commit_id, None if path is None else os.fsdecode(path)))
+                    place = None if path is None else os.fsdecode(path)
+                    found.append(SeenCommit(key[1:], Seen(raw.generation, raw.commit_id), place))
             return found
 
         return self.database.read(read)
@@ -192,17 +192,18 @@ class Index:
 
     # How it learns.
 
-    def remember_seen(self, store_uuid: bytes, generation: int, commit_id: bytes, path: str | None) -> None:
-        """Takes over a commit that another index has seen, of a store that was at that path, if it is known."""
+    def remember_seen(self, seen: SeenCommit) -> None:
+        """Takes over a commit that was seen, unless one that it has seen itself is missing there."""
+        store_uuid, commit, path = seen
 
         def work(writer: Writer) -> None:
             container = container_at(writer.get, path) if path is not None else None
             taken = container.number if container else 0 if path is None else new_number(writer, path)
             contents = writer.get(SEEN + store_uuid)
             before = SEEN_VALUE.parse(contents) if contents else None
-            if before and Seen(before.generation, before.commit_id).is_missing_at(Seen(generation, commit_id)):
-                return  # a later one was seen meanwhile, or the store was rolled back: see `Names.look_after`
-            value = SEEN_VALUE.build(generation=generation, commit_id=commit_id, container=taken)
+            if before and Seen(before.generation, before.commit_id).is_missing_at(commit):
+                return  # a later one was seen meanwhile, or the store was rolled back: see `Stores.look_after`
+            value = SEEN_VALUE.build(**commit._asdict(), container=taken)
             writer.put(SEEN + store_uuid, value)
 
         self.database.change(work)
@@ -265,10 +266,10 @@ class Index:
 
     def saw(self, target: Store) -> None:
         """Remembers a store's newest commit."""
-        path = target.place
         header = target.read(lambda snapshot: snapshot.header)
-        if self.seen(header.uuid) == (header.generation, header.commit_id, path):
+        seen = SeenCommit(header.uuid, header.commit, target.place)
+        if self.seen(header.uuid) == seen:
             return
         if header.generation > layout.MAX_SEEN:
             return  # made up: the store that is rolled back to would have to count on from there
-        self.remember_seen(header.uuid, header.generation, header.commit_id, path)
+        self.remember_seen(seen)

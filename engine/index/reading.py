@@ -25,14 +25,15 @@ from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError
 from dirtmap.fmt.index import (
     DAMAGED,
-    FAULTY,
     HELD,
-    QCOW2,
+    KIND_FAULTY,
+    KIND_QCOW2,
+    KIND_STORE,
+    NO_AREA,
     SOUND,
-    STORE,
     Member,
     members_key,
-    namespaces_in,
+    parse_members,
 )
 
 Get = Callable[[bytes], bytes | None]
@@ -41,7 +42,6 @@ Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity
 # A file's time may step as seldom as every 10 ms: what was changed so shortly before it was read may change again
 # without looking different.
 _RACY_NS = 50_000_000
-NO_AREA = bytes(store.AREA.size)  # where a container has no namespace table
 
 
 class Fingerprint(NamedTuple):
@@ -60,7 +60,7 @@ class Container(NamedTuple):
     Attributes:
         path: absolute.
         number: the index's own, never used again.
-        kind: `QCOW2`, `STORE` or `FAULTY`.
+        kind: `KIND_QCOW2`, `KIND_STORE` or `KIND_FAULTY`.
         condition: `SOUND`, `DAMAGED` or `HELD`.
         racy: it may have changed since without looking different.
         fingerprint: what it looked like when it was read.
@@ -113,19 +113,19 @@ def look(get: Get, path: str, known: Container | None, force_share: bool) -> Rea
     except OSError as error:
         raise StorageError(path, error.strerror or str(error)) from error
     now = Fingerprint(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-    if known and known.kind == STORE and probe.probe_path(path) == probe.STORE:
+    if known and known.kind == KIND_STORE and probe.probe_path(path) == probe.STORE:
         return _look_at_store(get, path, known, now)
     if known and known.condition == SOUND and not known.racy and known.fingerprint == now:
         return None
     # Before reading: what changes from here on looks different next time, or is racy.
     racy = time.time_ns() - max(now.mtime, now.ctime) < _RACY_NS
-    blank = Container(path, known.number if known else 0, FAULTY, DAMAGED, racy, now)
+    blank = Container(path, known.number if known else 0, KIND_FAULTY, DAMAGED, racy, now)
     with open_file(path) as file:
         kind = probe.probe(file)
         if kind == probe.QCOW2:
-            return _read_image(file, blank._replace(kind=QCOW2), force_share)
+            return _read_image(file, blank._replace(kind=KIND_QCOW2), force_share)
     if kind == probe.STORE:
-        return _look_at_store(get, path, blank._replace(kind=STORE), now)
+        return _look_at_store(get, path, blank._replace(kind=KIND_STORE), now)
     return Reading(blank, {0: (NO_AREA, [])}, FormatError(path, "neither a qcow2 image nor a store"))
 
 
@@ -135,7 +135,7 @@ def _look_at_store(get: Get, path: str, known: Container, now: Fingerprint) -> R
             return _read_store(get, target, known, now)
     except (FormatError, UnsupportedError) as error:
         # Without buckets, what it said before goes.
-        blank = known._replace(kind=STORE, condition=DAMAGED, fingerprint=now, buckets=0, commit_id=bytes(16))
+        blank = known._replace(kind=KIND_STORE, condition=DAMAGED, fingerprint=now, buckets=0, commit_id=bytes(16))
         return Reading(blank, {}, error)
 
 
@@ -146,7 +146,7 @@ def _read_store(get: Get, target: Store, known: Container, now: Fingerprint) -> 
         if known.condition == SOUND and known.commit_id == header.commit_id:
             return None
         pointers = table.pointers
-        found = known._replace(
+        container = known._replace(
             condition=SOUND,
             racy=False,
             fingerprint=now,
@@ -155,21 +155,17 @@ def _read_store(get: Get, target: Store, known: Container, now: Fingerprint) -> 
             commit_id=header.commit_id,
             uuid=header.uuid,
         )
-        reading = Reading(found)
+        reading = Reading(container)
         same = known.buckets == len(pointers)
         for bucket in _changed(snapshot, table, known) if same else range(len(pointers)):
             pointer = pointers[bucket]
-            before = get(members_key(known.number, bucket)) if known.number else None
-            if same and before is not None and before[: len(pointer)] == pointer:
-                continue
             # Where namespaces have moved between buckets, all are taken in anew.
-            old = (
-                {member.name: member for _, member in namespaces_in(before[len(pointer) :])} if same and before else {}
-            )
-            reading.buckets[bucket] = (
-                pointer,
-                [_member(snapshot, record, old) for record in table.bucket(bucket).values()],
-            )
+            before, members = parse_members(get(members_key(known.number, bucket)) if same else None)
+            if before == pointer:
+                continue
+            old = {member.name: member for _, member in members}
+            found = [_member(snapshot, record, old) for record in table.bucket(bucket).values()]
+            reading.buckets[bucket] = (pointer, found)
         return reading
 
     return target.read(look)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from dirtmap.engine.index.database import Database, fault, replace
 from dirtmap.engine.index.index import Index, SeenCommit
+from dirtmap.engine.store.header import Seen
 
 
 @dataclass(slots=True)
@@ -43,7 +44,10 @@ def examine(path: str) -> Examined:
     lines = done.stdout.splitlines()  # what it has seen first, before it goes on to where it may die
     result = Examined()
     if lines:
-        result.seen = [(bytes.fromhex(a), b, bytes.fromhex(c), where) for a, b, c, where in json.loads(lines[0])]
+        result.seen = [
+            SeenCommit(bytes.fromhex(uuid), Seen(generation, bytes.fromhex(commit)), path)
+            for uuid, generation, commit, path in json.loads(lines[0])
+        ]
     if len(lines) > 1:
         result.entries, result.faults = json.loads(lines[1])
     elif done.returncode < 0:
@@ -64,6 +68,6 @@ def renew(path: str, seen: list[SeenCommit]) -> None:
     def fill(database: Database) -> None:
         fresh = Index(path, database)
         for commit in seen:
-            fresh.remember_seen(*commit)
+            fresh.remember_seen(commit)
 
     replace(path, fill, even_if_good=True)

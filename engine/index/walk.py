@@ -18,7 +18,6 @@ from dirtmap.engine.naming import decode_name
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.index import Member
-from dirtmap.fmt.store import AREA
 
 Members = dict[tuple[int, bytes], Member]  # by container and name
 
@@ -51,7 +50,7 @@ def _walk(reader: Reader) -> tuple[int, list[str]]:
     members = {
         (container, member.name): member
         for _, contents in reader.scan(layout.MEMBERS)
-        for container, member in layout.parse_namespaces(contents[AREA.size :])
+        for container, member in layout.parse_members(contents)[1]
     }
     for key, contents in reader.scan(b""):
         entries += 1
@@ -96,11 +95,11 @@ def _judge(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes], mem
 
 
 def _judge_members(reader: Reader, contents: bytes, numbers: set[bytes]) -> None:
-    for container, member in layout.parse_namespaces(contents[AREA.size :]):
+    for container, member in layout.parse_members(contents)[1]:
         if layout.number(container) not in numbers:
             raise ValueError(f"of container {container}, which is not known")
         for key in keys_of(container, member):
-            if (container, member) not in layout.parse_namespaces(reader.get(key) or b""):
+            if (container, member) not in layout.parse_namespaces(reader.get(key)):
                 name = decode_name(member.name)
                 raise ValueError(f"'{name}' cannot be found by its {layout.TAGS[key[:1]]}")
 
@@ -132,7 +131,7 @@ def main() -> int:
     with contextlib.suppress(Error):
         seen = salvage(sys.argv[1])
     print(
-        json.dumps([(uuid.hex(), generation, commit.hex(), path) for uuid, generation, commit, path in seen]),
+        json.dumps([(uuid.hex(), generation, commit.hex(), path) for uuid, (generation, commit), path in seen]),
         flush=True,
     )
     try:

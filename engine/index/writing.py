@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 
 from dirtmap.engine.index.database import Writer
-from dirtmap.engine.index.reading import NO_AREA, Bitmaps, Container, Fingerprint, Get, Reading
+from dirtmap.engine.index.reading import Bitmaps, Container, Fingerprint, Get, Reading
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.index import (
@@ -26,8 +25,9 @@ from dirtmap.fmt.index import (
     Claim,
     Member,
     members_key,
-    namespaces_in,
     number,
+    parse_members,
+    parse_namespaces,
     part,
 )
 
@@ -69,23 +69,17 @@ def apply(writer: Writer, reading: Reading) -> Container | None:
     taken = known.number if known else new_number(writer, reading.container.path)
     container = reading.container._replace(number=taken)
     if known and known.buckets != container.buckets:
-        # Namespaces have moved between buckets: the old ones go first.
-        for key, value in list(writer.scan(MEMBERS + number(taken))):
-            for _, member in namespaces_in(value[len(NO_AREA) :]):
-                _drop(writer, container, member)
-            writer.delete(key)
+        _drop_all(writer, container)  # first: namespaces have moved between buckets
     for bucket, (pointer, found) in reading.buckets.items():
         key = members_key(taken, bucket)
-        before = writer.get(key)
-        old = {member.name: member for _, member in namespaces_in(before[len(pointer) :])} if before else {}
+        old = {member.name: member for _, member in parse_members(writer.get(key))[1]}
         new = {member.name for member, _ in found}
         for name, member in old.items():
             if name not in new:
                 _drop(writer, container, member)
         for member, bitmaps in found:
             _set(writer, container, old.get(member.name), member, bitmaps)
-        members = b"".join(layout.build_namespace(taken, member) for member, _ in found)
-        writer.put(key, pointer + members)
+        writer.put(key, layout.build_members(pointer, [(taken, member) for member, _ in found]))
     seen = container.fingerprint
     value = CONTAINER_VALUE.build(
         number=taken,
@@ -112,10 +106,7 @@ def forget(writer: Writer, path: str) -> None:
     container = container_at(writer.get, path)
     if container is None:
         return
-    for key, value in list(writer.scan(MEMBERS + number(container.number))):
-        for _, member in namespaces_in(value[len(NO_AREA) :]):
-            _drop(writer, container, member)
-        writer.delete(key)
+    _drop_all(writer, container)
     writer.delete(CONTAINER + part(os.fsencode(path)))
 
 
@@ -129,17 +120,24 @@ def _set(writer: Writer, container: Container, old: Member | None, new: Member, 
         keys = list(keys_of(container.number, new))
         for key in keys_of(container.number, old) if old else ():
             if key not in keys:
-                _claim(writer, key, container.number, replace(new, kind=0))
+                _claim(writer, key, container.number, new.name, None)
         for key in keys:
-            _claim(writer, key, container.number, new)
+            _claim(writer, key, container.number, new.name, new)
     if bitmaps is not None:
         _set_bitmaps(writer, container, new, bitmaps)
+
+
+def _drop_all(writer: Writer, container: Container) -> None:
+    for key, value in list(writer.scan(MEMBERS + number(container.number))):
+        for _, member in parse_members(value)[1]:
+            _drop(writer, container, member)
+        writer.delete(key)
 
 
 def _drop(writer: Writer, container: Container, member: Member) -> None:
     _set_bitmaps(writer, container, member, [])
     for key in keys_of(container.number, member):
-        _claim(writer, key, container.number, replace(member, kind=0))
+        _claim(writer, key, container.number, member.name, None)
 
 
 def keys_of(container: int, member: Member) -> Iterator[bytes]:
@@ -154,15 +152,13 @@ def keys_of(container: int, member: Member) -> Iterator[bytes]:
         yield ROOT + member.root_uuid + part(member.name)
 
 
-def _claim(writer: Writer, key: bytes, container: int, member: Member) -> None:
-    """Sets what a container says of a namespace of that name; kind 0 takes it away."""
-    claims = [
-        claim for claim in namespaces_in(writer.get(key)) if (claim[0], claim[1].name) != (container, member.name)
-    ]
-    if member.kind:
+def _claim(writer: Writer, key: bytes, container: int, name: bytes, member: Member | None) -> None:
+    """Sets what a container says of a namespace of that name; None takes it away."""
+    claims = [claim for claim in parse_namespaces(writer.get(key)) if (claim[0], claim[1].name) != (container, name)]
+    if member:
         claims.append((container, member))
     if claims:
-        writer.put(key, b"".join(layout.build_namespace(*claim) for claim in claims))
+        writer.put(key, layout.build_namespaces(claims))
     else:
         writer.delete(key)
 

@@ -16,7 +16,7 @@ from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.store.bitmaps import read_entries
 from dirtmap.engine.store.store import Snapshot, Store
 from dirtmap.fmt.errors import BitmapError, Error
-from dirtmap.fmt.index import STORE, Claim
+from dirtmap.fmt.index import KIND_STORE, Claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Lookup:
     def _open(self, number: int) -> _Opened | None:
         path = self._paths[number] = self._index.path_of(number) or ""
         container: Container | None = self._index.container(path)
-        if container is None or container.kind != STORE or path not in self._host.stores():
+        if container is None or container.kind != KIND_STORE or path not in self._host.stores():
             return None
         store = Store(path)
         opened = self._stores[number] = _Opened(store, store.headers() or b"", {})

@@ -1,4 +1,4 @@
-"""Verifies an index, makes it anew, and tells what is in it."""
+"""Upkeep of a host's index: verifies it, makes it anew, and tells what is in it."""
 
 from __future__ import annotations
 
@@ -149,8 +149,8 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
         nonlocal count
         fresh = Index(host.index.path, database)
         count = _fill(host, fresh, progress)
-        for store_uuid, generation, commit_id, path in seen:
-            fresh.remember_seen(store_uuid, generation, commit_id, path)
+        for commit in seen:
+            fresh.remember_seen(commit)
 
     replace(host.index.path, fill, even_if_good=True)
     return count
