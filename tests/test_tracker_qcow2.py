@@ -15,7 +15,8 @@ from support.cli import dirtmap, error_of, json_of
 from support.tracking import files_in, model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes
+from dirtmap.engine import changes, fileio
+from dirtmap.engine.fileio import File
 from dirtmap.engine.qcow2 import commit as qcow2_commit
 from dirtmap.engine.qcow2.sidecar import make_sidecar
 from dirtmap.engine.store.nodes import add_qcow2, remove_node
@@ -299,6 +300,33 @@ def test_death_within_the_check_in(path: Path, monkeypatch: pytest.MonkeyPatch, 
     dm.recover(path)
     assert dirty(dm.open(path)["b0"]) == sorted({0, *expected})
     goes_on(path, "monday", expected)
+
+
+class Deadly(File):
+    """Kills the process before a write to the image, once so many are done."""
+
+    left = -1
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        if self.path.endswith(".qcow2") and Deadly.left >= 0:
+            if Deadly.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            Deadly.left -= 1
+        super().write(offset, data)
+
+
+@pytest.mark.parametrize("writes", range(8))
+def test_death_at_any_write_of_the_check_in_leaves_no_leak(path: Path, writes: int) -> None:
+    def act() -> None:
+        with fileio.using(Deadly):
+            tracker = dm.open(path).track()
+            tracker.mark(5 * GRANULE, 1)
+            Deadly.left = writes
+            tracker.close()
+
+    in_child(act)
+    dm.recover(path)
+    goes_on(path, "b0", [0, 5])
 
 
 def test_a_node_whose_image_is_gone_can_be_removed(path: Path) -> None:

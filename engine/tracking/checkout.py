@@ -35,6 +35,7 @@ from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
 from dirtmap.engine.naming import decode_name, encode_name, label
 from dirtmap.engine.qcow2 import image as qcow2_image
+from dirtmap.engine.qcow2.check import free_leaks
 from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
@@ -167,6 +168,8 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> l
         settled, recovered = _settle(file, layout, change.snapshot, record, entries)
         before = _look(path)
         commit(file, layout, settled)
+        if not own:
+            free_leaks(file)  # of a check-in that its death has cut off
         set_tracked(file, read_layout(file), False)
         if layout.tracked:
             peers.confirm(change, record, before, _look(path))

@@ -32,6 +32,11 @@ Between a mark and the end. The end sets the failure, then swaps, then reads the
 failure behind its step 1: so either its state is the old one, and it finds another at step 4 if it came too late, or
 it finds the failure.
 
+Within one thread. A signal's handler, or a finalizer, may mark between any two operations of a mark, a swap or a save.
+Steps 1 to 4 keep nothing but what they have read of the state, and step 4 sees every swap. A log gives each place out
+once, and is replaced whole; so a record goes to the old log or the new one, and over no other. Acts that take the
+windows apart are not begun in the middle of another of the same thread: see `Recorder`.
+
 Killed anywhere. The bits are in shared memory of a tmpfs: what step 3 has set stays set. Nothing there needs a second
 step to count.
 

@@ -62,6 +62,9 @@ class Tracker(Recorder):
     def begin(self, offset: SupportsIndex, length: SupportsIndex) -> Ticket:
         """Marks a write that is about to begin; every later cut waits until its ticket is given to `end`.
 
+        A cut in the same thread would wait for ever: an asynchronous program asks for cuts in a thread of their own, as
+        by ``asyncio.to_thread``.
+
         Raises:
             RangeError: not inside the disk; nothing is marked.
             StorageError: its region could not be logged, or the tracker is poisoned; the write must not be made.
