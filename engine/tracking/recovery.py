@@ -141,9 +141,13 @@ class View:
         log = None if alive else intent.read_log(session, record.size)
         self.identity = _look_at(record)
         self._root: Record | None = record
+        self._rootless = "the session of its root ended without it"
         if record.kind == store.KIND_DEVICE and not alive:
             peer = peers.peer_of(record)
-            self._root = peers.find(self._path, peer, session.uuid, of_node=False).record if peer else None
+            found = peers.find(self._path, peer, session.uuid, of_node=False) if peer else None
+            self._root = found.record if found else None
+            if found and found.needs_files:
+                self._rootless = "the store of its root cannot be read"
         facts = Facts(
             alive=alive,
             changed=None if alive else self._changed(record, log),
@@ -221,7 +225,7 @@ class View:
 
     def _changed(self, record: Record, log: intent.Logged | None) -> str | None:
         if self._root is None:
-            return "the session of its root ended without it"
+            return self._rootless
         session, path = self.session, os.fsdecode(self._root.path)
         then = Identity(session.image_device, session.image_inode, session.image_mtime, session.image_size)
         try:
