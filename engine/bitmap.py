@@ -105,6 +105,20 @@ class Bitmap:
         return bitmap
 
     @classmethod
+    def from_words(cls, size: SupportsIndex, granularity: SupportsIndex, words: bits.Words, recording: bool) -> Bitmap:
+        """A bitmap that takes over ``words`` as they are, in the form of `words`, without a copy.
+
+        Args:
+            size: as of `Bitmap`.
+            granularity: as of `Bitmap`.
+            words: uint64, shape (ceil(granules / 64),); bits behind the last granule are zero.
+            recording: as of `Bitmap`.
+        """
+        bitmap = cls(size, granularity, recording)
+        bitmap._words = words
+        return bitmap
+
+    @classmethod
     def _lazy(cls, size: int, granularity: int, recording: bool, inconsistent: bool, source: Source | None) -> Bitmap:
         """A bitmap in a container, its content still unread."""
         bitmap = cls(size, granularity, recording)
@@ -291,19 +305,11 @@ class Bitmap:
 
     def _words_at(self, granularity: int) -> bits.Words:
         """The content at any granularity, for reading."""
-        words = self._load()
-        if granularity > self.granularity:
-            return bits.coarsen(words, self._nbits, granularity // self.granularity)
-        if granularity < self.granularity:
-            nbits = geometry.granules(self.size, granularity)
-            return bits.refine(words, nbits, self.granularity // granularity)
-        return words
+        return bits.rescaled(self._load(), self.size, self.granularity, granularity)
 
     def _like(self, granularity: int, words: bits.Words) -> Bitmap:
         """Another bitmap for the same disk, recording as this one does."""
-        other = Bitmap(self.size, granularity, self.recording)
-        other._words = words
-        return other
+        return Bitmap.from_words(self.size, granularity, words, self.recording)
 
     def _combined(self, other: Bitmap, combine: Callable[[bits.Words, bits.Words], bits.Words]) -> Bitmap:
         """Both contents combined, at the finer of the two granularities."""

@@ -32,6 +32,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dirtmap.fmt import geometry
+
 Words = NDArray[np.uint64]
 Positions = NDArray[np.int64]
 Packed = bytes | bytearray | memoryview
@@ -223,6 +225,22 @@ def _edges(words: Words) -> Iterator[tuple[int | Positions, NDArray[np.uint8]]]:
         else:
             kept = np.flatnonzero(data != 0)
             yield (first + at[kept >> 3]) * 64 + (kept & 7) * 8, data[kept]
+
+
+def rescaled(words: Words, size: int, granularity: int, wanted: int) -> Words:
+    """The words at another granularity, rounded outward; the very same ones where that is theirs.
+
+    Args:
+        words: a bit a granule.
+        size: of the disk, bytes.
+        granularity: of the words, bytes.
+        wanted: bytes.
+    """
+    if wanted > granularity:
+        return coarsen(words, geometry.granules(size, granularity), wanted // granularity)
+    if wanted < granularity:
+        return refine(words, geometry.granules(size, wanted), granularity // wanted)
+    return words
 
 
 def coarsen(words: Words, nbits: int, factor: int) -> Words:

@@ -126,9 +126,8 @@ def _copy_out(home: Home, image: Image, file: File, layout: Layout) -> None:
 
 
 def _of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
-    bitmap = Bitmap(layout.header.size, slot.entry.granularity, slot.entry.auto)
-    bitmap._words = qcow2_image.load(file, layout, slot)
-    return bitmap
+    words = qcow2_image.load(file, layout, slot)
+    return Bitmap.from_words(layout.header.size, slot.entry.granularity, words, slot.entry.auto)
 
 
 def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> list[Recovery]:

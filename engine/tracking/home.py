@@ -85,9 +85,7 @@ class View:
         """A bitmap with its saved bits."""
         entry = self.entry(name)
         words = load_saved(self.snapshot, self.record, entry, self._doubted)
-        bitmap = Bitmap(self.record.size, entry.granularity, entry.auto)
-        bitmap._words = words
-        return bitmap
+        return Bitmap.from_words(self.record.size, entry.granularity, words, entry.auto)
 
     def is_clean(self, name: str) -> bool:
         """True where no bit is saved for it."""
@@ -142,9 +140,7 @@ class HomeChange(View):
         """Every bitmap, but for inconsistent ones, whose bits mean nothing."""
         for name, entry in list(self.entries.items()):
             if not entry.in_use:
-                bitmap = Bitmap(self.record.size, entry.granularity, entry.auto)
-                bitmap.mark(0, self.record.size)
-                self.put(name, bitmap, None)
+                self.put(name, Bitmap(self.record.size, entry.granularity, entry.auto).recovered(), None)
 
     def finish(self) -> None:
         """Plans the new record and directory."""

@@ -200,12 +200,7 @@ class Words:
 
     def at(self, granularity: int) -> bits.Words:
         """The words at another granularity, rounded outward; never to be written to."""
-        if granularity > self.granularity:
-            nbits = geometry.granules(self.size, self.granularity)
-            return bits.coarsen(self.words, nbits, granularity // self.granularity)
-        if granularity < self.granularity:
-            return bits.refine(self.words, geometry.granules(self.size, granularity), self.granularity // granularity)
-        return self.words
+        return bits.rescaled(self.words, self.size, self.granularity, granularity)
 
 
 def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:

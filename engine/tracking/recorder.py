@@ -454,8 +454,8 @@ class Recorder:
                     key = numbers[0], numbers[-1], entry.granularity
                     if key not in unions:
                         chosen = (parts[number] for number in numbers)
-                        unions[key] = Bitmap(self.size, entry.granularity)
-                        unions[key]._words = union(chosen, self.size, entry.granularity)
+                        words = union(chosen, self.size, entry.granularity)
+                        unions[key] = Bitmap.from_words(self.size, entry.granularity, words, True)
                     saved = home.saved(name)
                     merged = saved | unions[key]
                     if merged != saved:

@@ -317,7 +317,8 @@ class Tracker(Recorder):
         since = Bitmap(self.size, granularity, recording=True)
         if number <= _oldest(home):
             parts = [words_of(writeset) for at, writeset in self._frozen.items() if at >= number]
-            since._words = union([*parts, words_of(self._current)], self.size, granularity)
+            words = union([*parts, words_of(self._current)], self.size, granularity)
+            since = Bitmap.from_words(self.size, granularity, words, True)
         return since
 
     def _usable(self, home: HomeChange, name: str) -> Any:
@@ -366,9 +367,7 @@ class Tracker(Recorder):
         parts = [words_of(every[number]) for number in sorted(numbers)]
         saved = [view.saved(name) for name in names if not view.is_clean(name)]
         parts += [Words(bitmap.words, self.size, bitmap.granularity) for bitmap in saved]
-        result = Bitmap(self.size, finest, view.entry(names[-1]).auto)
-        result._words = union(parts, self.size, finest)
-        return result
+        return Bitmap.from_words(self.size, finest, union(parts, self.size, finest), view.entry(names[-1]).auto)
 
     def _changed(self, name: str, end: str | None) -> Bitmap:
         def read(view: View) -> Bitmap:
