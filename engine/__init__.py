@@ -92,6 +92,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """All names, also those not imported yet: what `dir`, `help` and pydoc go by."""
+    return sorted({*globals(), *_HOMES})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,8 +47,6 @@ class Tracker(Recorder):
     """Tracks writes to an image; made by `Namespace.track`. Threads may share it.
 
     Attributes:
-        mark: ``mark(offset, length)``: makes a range dirty; see there. The fastest; right only where no cut can fall
-            between the mark and the end of its write.
         size: of the disk, bytes.
         last_error: what went wrong with the last save in the background, or None.
     """
