@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import pydoc
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dirtmap.engine as dm
+from dirtmap import engine
 from dirtmap.engine.tracking.recorder import Options
 
 
@@ -54,3 +56,8 @@ def test_track_explains_its_options() -> None:
     for option in [*Options.__dataclass_fields__, "store"]:
         assert f"\n        {option}: " in text
     assert "$DIRTMAP_LIVE" in text
+
+
+def test_no_name_is_a_modules_too() -> None:
+    """Importing a module sets its name in the package: `dm.scan` was the module once `index scan` had run."""
+    assert engine._HOMES.keys().isdisjoint(module.name for module in pkgutil.iter_modules(engine.__path__))
