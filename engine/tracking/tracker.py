@@ -172,7 +172,12 @@ class Tracker(Recorder):
         """Takes a recording bitmap for a backup: what it holds at this cut, frozen.
 
         It is busy until `drop` or `give_back`. What is written from here on is kept apart. If the tracker dies, it is
-        as if the backup had failed.
+        as if the backup had failed. What changed since a checkpoint is not taken: begin a `checkpoint`, and copy what
+        `changed_between` tells.
+
+        Raises:
+            BitmapError: there is no such bitmap, it does not record, is taken already, or is a checkpoint.
+            StorageError: as `add`.
         """
         with self._cut() as number:
             with self._changing() as home:
