@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.lookup import Lookup
     from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
     from dirtmap.engine.report import CheckReport, Finding
-    from dirtmap.engine.scan import scan
+    from dirtmap.engine.scanning import scan
     from dirtmap.engine.tracking.tracker import Tracker
 
 _HOMES = {
@@ -55,7 +55,7 @@ _HOMES = {
     "dump": "containers",
     "open": "containers",
     "recover": "containers",
-    "scan": "scan",
+    "scan": "scanning",
     "this_host": "containers",
     "transaction": "containers",
 }
@@ -90,6 +90,11 @@ __all__ = [
     "this_host",
     "transaction",
 ]
+
+
+def __dir__() -> list[str]:
+    """All names, also those not imported yet: what `dir`, `help` and pydoc go by."""
+    return sorted({*globals(), *_HOMES})
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from uuid import UUID
 from dirtmap.engine.fileio import open_file
 from dirtmap.engine.namespace import ImageInfo, Namespace, Recovery, Transaction
 from dirtmap.engine.naming import encode_name
-from dirtmap.engine.probe import STORE, probe, probe_path
+from dirtmap.engine.probe import STORE, index_folder, probe, probe_path
 from dirtmap.fmt.errors import (
     BitmapError,
     BitmapNotFoundError,
@@ -441,9 +441,13 @@ def dump(
 ) -> dict[str, Any]:
     """Every structure on disk, as far as it can be read; see `dirtmap.engine.qcow2.dump.dump`.
 
-    ``store`` and ``index`` as `open`.
+    ``store`` and ``index`` as `open`. ``target`` may also be the path of an index, or of its ``data.mdb``.
     """
     path = locate(target, store, index).path
+    if folder := index_folder(path):
+        from dirtmap.engine.index.dump import dump as dump_index
+
+        return dump_index(folder, with_hex=with_hex)
     if probe_path(path) == STORE:
         from dirtmap.engine.store.dump import dump as dump_store
 

@@ -1,4 +1,4 @@
-"""What the dumps of both containers share: how structures, their fields and the entries of a table are shown."""
+"""What all dumps share: how structures, their fields and the entries of a table are shown."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ class Shown:
         flags: how to call the bits of fields.
 
     Attributes:
-        structures: a list of ``name``, ``offset``, ``length`` (bytes), and ``fields`` or ``runs``.
+        structures: a list of ``name``, ``offset`` (None: not known), ``length`` (bytes), and ``fields`` or ``runs``.
     """
 
     def __init__(self, with_hex: bool, flags: Flags) -> None:
         self.with_hex, self._flags = with_hex, flags
         self.structures: list[dict[str, Any]] = []
 
-    def add(self, name: str, offset: int, raw: bytes, **content: Any) -> None:
+    def add(self, name: str, offset: int | None, raw: bytes, **content: Any) -> None:
         """One structure whose content is known."""
-        structure = {"name": name, "offset": int(offset), "length": len(raw), **content}
+        place = None if offset is None else int(offset)
+        structure = {"name": name, "offset": place, "length": len(raw), **content}
         if self.with_hex:
             structure["hex"] = raw.hex()
         self.structures.append(structure)

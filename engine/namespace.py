@@ -138,12 +138,22 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         and the tracker's acts are about the device's bitmaps.
 
         Args:
-            options: of `dirtmap.engine.tracking.recorder.Options`; for a qcow2 image also ``store``, which remembers
-                the image's place and keeps its bitmaps meanwhile: the default store where None.
+            options: by keyword, all optional:
+
+                live: the folder for live files; on a tmpfs, or they do not survive what they are for at the speed they
+                    have. None, as a rule: ``$DIRTMAP_LIVE``, else ``/dev/shm``.
+                intent: ``"region"``, as a rule: after a power loss dirty is what was saved and the regions of the disk
+                    written to since; ``"off"``: all, and no write waits for a log.
+                region_size: bytes of each such region, a power of two from 1 MiB. None, as a rule: the smallest that
+                    divides the disk into 2048 regions at most.
+                save_interval: seconds between saves, 60 as a rule; 0 for none but those asked for.
+                store: of a qcow2 image only: the store that remembers the image's place, and keeps its bitmaps
+                    meanwhile. None, as a rule: the one that knows the image, else the default store.
 
         Raises:
+            TypeError: there is no such option, or it is of another type.
             LockedError: the image is tracked, or in use, already; names by whom.
-            BitmapError: the image has no name or identity, or its size has changed.
+            BitmapError: the image has no name or identity, or its size has changed; or an option has no such value.
             StorageError: there is no room for the live files or the log.
         """
 

@@ -51,6 +51,20 @@ NAMED, UNNAMED = b"N", b"P"  # first byte of a holder: a node or device, or an i
 _LONGEST = 200  # bytes of a part that stand in a key as they are; LMDB keys have 511 at most
 _SURE = _LONGEST // 4  # characters that are no more bytes than that, with a holder's first one
 _DIGEST = 32
+# What a key has behind its first byte: parts of so many bytes; 0 is a variable one.
+_KEY_PARTS = {
+    CONTAINER: (0,),
+    PATH: (8,),
+    MEMBERS: (8, 4),
+    SEEN: (16,),
+    NAME: (0,),
+    UUID: (16,),
+    ROOT: (16, 0),
+    OTHERS: (8, 0),
+    BITMAP: (0, 0),
+    FOUND: (0, 0),
+    STATE: (),
+}
 
 STATE_VALUE = Structure("index state", "version" / Int32ub, "reserved" / Int32ub, "containers" / Int64ub)
 CONTAINER_VALUE = Structure(
@@ -152,6 +166,26 @@ def is_sound(key: bytes, value: bytes) -> bool:
 def damage(key: bytes) -> str:
     """What is said of a value with a wrong checksum."""
     return f"{TAGS.get(key[:1], 'unknown')} {key[1:41].hex()}: its checksum is wrong"
+
+
+def key_text(key: bytes) -> str:
+    """A key for people: what its value is, and its parts; a key of another form in hexadecimal."""
+    parts, at = [], 1
+    for size in _KEY_PARTS.get(key[:1], ()):
+        end = at + size if size else key.find(b"\0", at)
+        if size:
+            parts.append(key[at:end].hex() if size == 16 else str(int.from_bytes(key[at:end], "big")))
+        elif end > at:
+            parts.append(key[at:end].decode("utf-8", "backslashreplace"))
+            end += 1
+        else:
+            end = at + 1 + _DIGEST
+            parts.append(f"digest {key[at + 1 : end].hex()}")
+        at = end
+    what = TAGS.get(key[:1], "unknown")
+    if at != len(key):
+        return f"{what} {key[1:41].hex()}"
+    return f"{what}: {', '.join(parts)}" if parts else what
 
 
 def parse_all(structure: Structure, contents: bytes) -> list[Any]:

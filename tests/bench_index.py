@@ -23,7 +23,7 @@ from support import qemu
 from dirtmap.engine import changes
 from dirtmap.engine.host import Host
 from dirtmap.engine.lookup import Lookup
-from dirtmap.engine.scan import scan
+from dirtmap.engine.scanning import scan
 from dirtmap.engine.store.identity import identity_of
 from dirtmap.engine.store.namespace import transaction
 from dirtmap.engine.store.store import Store, create

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +22,7 @@ from support.cli import COMMAND, COMMANDS, dirtmap, error_of, json_of
 import dirtmap.engine as dm
 from dirtmap.fmt.errors import printable
 from dirtmap.fmt.geometry import MAX_DISK_SIZE
+from dirtmap.tools.cli import main
 from dirtmap.tools.sizes import human_share, human_size, parse_size
 
 MIB = 1 << 20
@@ -78,6 +83,44 @@ def test_every_command_explains_itself() -> None:
         assert examples.startswith("  ")
         assert f"dirtmap {command}" in examples
         assert "\b" not in help_text
+
+
+def commands(group: click.Group, *before: str) -> Iterator[tuple[str, ...]]:
+    """All commands of a group and of those in it, by the words that call them."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        yield (*before, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, *before, name)
+
+
+def shown(help_text: str) -> Iterator[list[str]]:
+    """The arguments of each call of dirtmap in the examples of a help text, pipes and all."""
+    text = ""
+    for line in help_text.partition("\nExamples:\n")[2].splitlines():
+        text += f"{line}\n"
+        lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        try:
+            words = list(lexer)
+        except ValueError:  # a quote that the next line closes
+            continue
+        text = ""
+        for is_operator, call in itertools.groupby(words, lambda word: set(word) <= set("|&;<>")):
+            if not is_operator and (arguments := list(call))[0] == "dirtmap":
+                yield arguments[1:]
+    assert not text
+
+
+@pytest.mark.parametrize("command", [(), *commands(main)], ids=" ".join)
+def test_examples_of_the_help_are_right_usage(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = list(shown(dirtmap(*command, "--help").out))
+    groups = [words[:1] for words in commands(main) if len(words) > 1]
+    assert any(arguments[: len(command)] == list(command) for arguments in examples) or command in groups
+    monkeypatch.setattr(click.Command, "invoke", lambda *_: None)  # arguments are judged, and nothing is done
+    for arguments in examples:
+        dirtmap(*arguments)
 
 
 def test_usage_is_pinned() -> None:

@@ -264,7 +264,7 @@ def test_a_dump_shows_every_field_of_what_a_record_is_extended_by() -> None:
             fields.update({field["name"]: field["value"] for field in structure["fields"]})
     assert (found["node 'two'"]["bitmap"], found["node 'two'"]["owner"]) == ("m", "backup ü")
     assert found["node 'two'"]["process"] == os.getpid()
-    assert found["node 'd'"]["[0].name"] == "monday"
+    assert found["device 'd'"]["[0].name"] == "monday"
     assert human.count("0x484f4c44") == 1
     for shown in ("hold", "session", "peer", "checkpoints", "token", "live", "log_path", "began"):
         assert f" {shown}" in human, shown

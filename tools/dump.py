@@ -19,6 +19,8 @@ from dirtmap.tools.output import write_json
     dirtmap dump disk.qcow2
     dirtmap dump --hex disk.qcow2 | less
     dirtmap dump --output=json disk.qcow2 | jq '.faults'
+    dirtmap dump backup.dmap
+    dirtmap dump /var/lib/dirtmap/index
     """,
 )
 @click.argument("file", type=options.TARGET)
@@ -26,11 +28,15 @@ from dirtmap.tools.output import write_json
 @options.force_share
 @options.reporting
 def dump_command(file: str, with_hex: bool, force_share: bool, quiet: bool, output: str) -> None:
-    """Show every structure of an image that concerns bitmaps.
+    """Show every structure of an image, a store or an index.
 
-    Prints header, feature bits by name, header extensions, bitmap directory and tables, field by field, each with its
-    offset. A damaged image is shown as far as it can be read, with everything that is wrong with it, and where reading
-    stopped; the exit status is 0 all the same: "dirtmap check" judges.
+    Of an image, prints header, feature bits by name, header extensions, bitmap directory and tables, field by field,
+    each with its offset; of a store, its areas likewise. What is damaged is shown as far as it can be read, with
+    everything that is wrong with it, and where reading stopped; the exit status is 0 all the same: "dirtmap check"
+    judges.
+
+    An index is its folder or the data.mdb in it; prints its entries, in the order of their keys, with offsets inside
+    each. "dirtmap index verify" judges it.
     """
     document = dm.dump(file, with_hex=with_hex, force_share=force_share)
     if quiet:
@@ -55,7 +61,8 @@ def _structure(structure: dict[str, Any]) -> Iterator[str]:
     number = structure.get("entries")
     entries = "" if number is None else ", 1 entry" if number == 1 else f", {number} entries"
     yield ""
-    yield f"{printable(structure['name'])} @ {structure['offset']:#x}, {structure['length']} bytes{entries}"
+    place = "" if structure["offset"] is None else f" @ {structure['offset']:#x}"
+    yield f"{printable(structure['name'])}{place}, {structure['length']} bytes{entries}"
     if "note" in structure:
         yield f"  note: {printable(structure['note'])}"
     rows = [
@@ -70,7 +77,7 @@ def _structure(structure: dict[str, Any]) -> Iterator[str]:
     for offset, name, value, meaning in rows:
         yield f"  {offset:<{widths[0]}}  {name:<{widths[1]}}  {value:<{widths[2]}}  {meaning}".rstrip()
     if "hex" in structure:
-        yield from _hex_lines(bytes.fromhex(structure["hex"]), structure["offset"])
+        yield from _hex_lines(bytes.fromhex(structure["hex"]), structure["offset"] or 0)
 
 
 def _value(field: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from dirtmap.tools.output import complain, progress_bar, write_json, write_table
 
 if TYPE_CHECKING:
     from dirtmap.engine import Host
-    from dirtmap.engine.scan import Summary
+    from dirtmap.engine.scanning import Summary
 
 
 @click.group("index", no_args_is_help=False)
@@ -48,7 +48,7 @@ def scan_command(
     not taken: "dirtmap list" and "dirtmap find" leave them out until "dirtmap node add --new-identity" gives them an
     identity of their own.
     """
-    from dirtmap.engine.scan import scan
+    from dirtmap.engine.scanning import scan
 
     with progress_bar("scanning", quiet=quiet) as progress:
         summary = scan(this_host(store, index), paths, force_share=force_share, progress=progress)

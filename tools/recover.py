@@ -34,7 +34,8 @@ def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, outpu
 
     What a tracker left when it died is recovered as exactly as can be, from the store that it used: the default one, or
     that which --store names. Where no session is found there, a tracked image is taken for one whose store is lost: all
-    its bitmaps become dirty all over. Do that only once its tracker has ended.
+    its bitmaps become dirty all over. Do that only once its tracker has ended. Of a device that was tracked, only the
+    device's bitmaps are recovered; recovering its root node recovers both.
     """
     recovered = dm.recover(target, bitmaps)
     if quiet:

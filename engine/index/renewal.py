@@ -50,12 +50,17 @@ def examine(path: str) -> Examined:
         ]
     if len(lines) > 1:
         result.entries, result.faults = json.loads(lines[1])
-    elif done.returncode < 0:
-        result.faults = [f"reading it ended with {signal.Signals(-done.returncode).name}"]
     else:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        result.faults = [f"reading it failed: {said[-1] if said else done.returncode}"]
+        result.faults = [ending(done)]
     return result
+
+
+def ending(done: subprocess.CompletedProcess[bytes]) -> str:
+    """How a process that read an index ended before it had read all."""
+    if done.returncode < 0:
+        return f"reading it ended with {signal.Signals(-done.returncode).name}"
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    return f"reading it failed: {said[-1] if said else done.returncode}"
 
 
 def renew(path: str, seen: list[SeenCommit]) -> None:

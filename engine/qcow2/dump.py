@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dirtmap.engine import locks
 from dirtmap.engine.dumping import MOST_RUNS, Shown, data, text
 from dirtmap.engine.fileio import File, open_file
+from dirtmap.engine.probe import probe
 from dirtmap.engine.qcow2.image import FORMAT
 from dirtmap.engine.qcow2.layout import Layout, bitmap_label, read_layout
 from dirtmap.fmt import directory, extensions, qcow2
@@ -45,10 +46,10 @@ def dump(path: str, *, with_hex: bool = False, force_share: bool = False) -> dic
         force_share: read although another process writes to it.
 
     Returns:
-        ``filename``, ``format``, ``file-size``; ``structures``: a list of ``name``, ``offset``, ``length`` (bytes) and
-        ``fields`` (``name``, ``offset``, ``length``, ``value``, and ``meaning`` where there is one) or, for tables,
-        ``runs`` (``index``, ``count``, ``kind``, ``offset``); ``faults``: ``where`` and ``what``; ``stopped``: why
-        nothing more could be read, or None.
+        ``filename``, ``format`` (``unknown`` where the magic is not there), ``file-size``; ``structures``: a list of
+        ``name``, ``offset``, ``length`` (bytes) and ``fields`` (``name``, ``offset``, ``length``, ``value``, and
+        ``meaning`` where there is one) or, for tables, ``runs`` (``index``, ``count``, ``kind``, ``offset``);
+        ``faults``: ``where`` and ``what``; ``stopped``: why nothing more could be read, or None.
 
     Raises:
         LockedError, StorageError: as for any reading.
@@ -65,7 +66,7 @@ def dump(path: str, *, with_hex: bool = False, force_share: bool = False) -> dic
             stopped = _stopped(layout)
         return {
             "filename": path,
-            "format": FORMAT,
+            "format": FORMAT if probe(file) == FORMAT else "unknown",
             "file-size": layout.file_size,
             "structures": steps.structures,
             "faults": [{"where": fault.field, "what": fault.what} for fault in layout.faults],
@@ -105,7 +106,7 @@ class _Dump(Shown):
         self.snapshots()
         self.directory()
 
-    def add(self, name: str, offset: int, raw: bytes, **content: Any) -> None:
+    def add(self, name: str, offset: int | None, raw: bytes, **content: Any) -> None:
         if len(self.structures) == _MOST_STRUCTURES:
             raise FormatError(self.layout.path, f"more than {_MOST_STRUCTURES} structures, the others are not shown")
         super().add(name, offset, raw, **content)

@@ -468,18 +468,7 @@ def _make_mark(
     inside = granularity - 1
 
     def mark(offset: int, length: int) -> None:
-        """Makes every granule dirty that has a byte in the range; call it before the write.
-
-        Right only where no cut can fall between the mark and the end of its write; else see `Tracker.write`.
-
-        Args:
-            offset: bytes from the start of the disk.
-            length: bytes; 0 marks nothing.
-
-        Raises:
-            RangeError: not inside the disk; nothing is marked.
-            StorageError: its region could not be logged, or the tracker is poisoned; the write must not be made.
-        """
+        """Makes every granule dirty that has a byte in the range; see `Tracker.mark`."""
         into = bits
         try:
             first = offset >> shift

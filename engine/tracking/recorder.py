@@ -106,8 +106,6 @@ class Recorder:
     """A session of an image; `Tracker` is what tools use of it.
 
     Attributes:
-        mark: ``mark(offset, length)``: makes a range dirty; see there. The fastest; right only where no cut can fall
-            between the mark and the end of its write.
         size: of the disk, bytes.
         last_error: what went wrong with the last save in the background, or None.
     """
@@ -137,6 +135,21 @@ class Recorder:
         self._failed: Error | None = None  # of a tracker that did not end well
         self._doubt: str | None = None  # why bitmaps are dirty all over, of one that did
         self._begin()
+
+    def mark(self, offset: int, length: int) -> None:
+        """Makes every granule dirty that has a byte in the range; call it before the write. The fastest way.
+
+        Right only where no cut can fall between the mark and the end of its write; else see `Tracker.write`.
+
+        Args:
+            offset: bytes from the start of the disk.
+            length: bytes; 0 marks nothing.
+
+        Raises:
+            RangeError: not inside the disk; nothing is marked.
+            StorageError: its region could not be logged, or the tracker is poisoned; the write must not be made.
+        """
+        self._kernel.mark(offset, length)  # each tracker has the kernel's own in this one's place: a call less
 
     def save(self) -> None:
         """Writes all marks to the store: durable on return, and the intent log begins anew.
@@ -243,7 +256,7 @@ class Recorder:
             undo.pop_all()
         for home in self._homes:
             home.remember()
-        self.mark = self._kernel.mark
+        self.mark = self._kernel.mark  # type: ignore[assignment, method-assign]
         _recorders.add(self)
         for act in (self._give_signs, self._in_background):
             thread = threading.Thread(target=act, name="dirtmap tracker", daemon=True)
@@ -383,7 +396,7 @@ class Recorder:
                     self._current = fresh
                     self._control.fields[CURRENT] = fresh.number  # before anything is marked in it
                     self._kernel.swap(fresh)
-                    self.mark = self._kernel.mark
+                    self.mark = self._kernel.mark  # type: ignore[assignment, method-assign]
             # Those of cuts that were interrupted here, too: their writes are as much of the time before this one.
             self._kernel.drain(self._undrained)
             self._undrained.clear()

@@ -47,8 +47,6 @@ class Tracker(Recorder):
     """Tracks writes to an image; made by `Namespace.track`. Threads may share it.
 
     Attributes:
-        mark: ``mark(offset, length)``: makes a range dirty; see there. The fastest; right only where no cut can fall
-            between the mark and the end of its write.
         size: of the disk, bytes.
         last_error: what went wrong with the last save in the background, or None.
     """
@@ -177,7 +175,12 @@ class Tracker(Recorder):
         """Takes a recording bitmap for a backup: what it holds at this cut, frozen.
 
         It is busy until `drop` or `give_back`. What is written from here on is kept apart. If the tracker dies, it is
-        as if the backup had failed.
+        as if the backup had failed. What changed since a checkpoint is not taken: begin a `checkpoint`, and copy what
+        `changed_between` tells.
+
+        Raises:
+            BitmapError: there is no such bitmap, it does not record, is taken already, or is a checkpoint.
+            StorageError: as `add`.
         """
         with self._cut() as number:
             with self._changing() as home:
