@@ -46,6 +46,11 @@ class BitmapInfo:
     node: str | None = None
     device: str | None = None
 
+    @property
+    def damaged(self) -> bool:
+        """True where its bits are not what was written; what is wrong is among the errors of its `ImageInfo`."""
+        return self.count is None and not self.inconsistent
+
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:

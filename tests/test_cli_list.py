@@ -26,7 +26,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_json_has_exactly_the_promised_keys(image: Path) -> None:
-    common = {"inconsistent": False, "busy": False}
+    common = {"inconsistent": False, "damaged": False, "busy": False}
     assert json_of("list", image) == [
         {
             "filename": str(image),
@@ -34,6 +34,7 @@ def test_json_has_exactly_the_promised_keys(image: Path) -> None:
             "virtual-size": 10 * MIB + 512,
             "cluster-size": 64 * KIB,
             "doubt": None,
+            "errors": [],
             "bitmaps": [
                 {
                     "name": "b0",
@@ -85,6 +86,7 @@ def test_inconsistent(image: Path) -> None:
         pass  # killed
     for bitmap in listed(image).values():
         assert bitmap["inconsistent"]
+        assert not bitmap["damaged"]
         assert bitmap["count"] is None
         assert "in-use" in bitmap["flags"]
     assert "inconsistent" in dirtmap("list", image).out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -74,9 +75,11 @@ def test_a_damaged_bitmap_hides_no_other(where: str) -> None:
     for target_name, count in (("one", 2), ("s.dmap", 4)):
         result = dirtmap("list", "--output=json", target_name, status=1)
         assert "node 'one'" in result.error
-        found = [(b["name"], b["count"]) for b in json_of("list", target_name, status=1)[0]["bitmaps"]]
-        whole = [("monday", 65536), ("tuesday", 65536)]
-        ours = [("monday", None), ("tuesday", 65536)] if where == "bits" else []
+        (document,) = json.loads(result.out)
+        assert result.error == f"dirtmap: {document['errors'][0]}\n"
+        found = [(b["name"], b["count"], b["damaged"]) for b in document["bitmaps"]]
+        whole = [("monday", 65536, False), ("tuesday", 65536, False)]
+        ours = [("monday", None, True), ("tuesday", 65536, False)] if where == "bits" else []
         assert sorted(found, key=str) == sorted(ours + whole[: count - 2], key=str)
     if where == "bits":
         assert "damaged" in dirtmap("list", "one", status=1).out
