@@ -33,6 +33,7 @@ def test_json_has_exactly_the_promised_keys(image: Path) -> None:
             "format": "qcow2",
             "virtual-size": 10 * MIB + 512,
             "cluster-size": 64 * KIB,
+            "notes": [],
             "doubt": None,
             "errors": [],
             "bitmaps": [
@@ -105,8 +106,10 @@ def test_several_images_of_which_some_fail(image: Path, tmp_path: Path) -> None:
 def test_notes_go_to_standard_error(image: Path) -> None:
     qemu.patch(image, 88, bytes(8))  # autoclear bits: as software that does not know bitmaps leaves them
     done = dirtmap("list", "--output=json", image)
-    assert json.loads(done.out)[0]["bitmaps"] == []
-    assert done.error.startswith(f"dirtmap: {image}: its bitmaps are void")
+    (document,) = json.loads(done.out)
+    assert document["bitmaps"] == []
+    assert document["notes"][0].startswith("its bitmaps are void")
+    assert done.error == f"dirtmap: {image}: {document['notes'][0]}\n"
     assert dirtmap("list", "-q", image).error == ""
 
 

@@ -123,6 +123,7 @@ def test_exact_after_sigkill(path: Path) -> None:
     qemu.check(path)
     with dm.open(path) as image:
         assert "not recovered yet: exact" in image.info().notes[0]
+        assert image.info().doubt is None
         assert {name: dirty(image[name]) for name in image} == {"b0": [0, 5, 6], "monday": [6]}
     recovered = dm.recover(path)
     assert {item.name: item.how.partition(":")[0] for item in recovered} == {"b0": EXACT, "monday": EXACT}
@@ -191,8 +192,13 @@ def test_all_dirty_where_qemu_opened_it_in_between(path: Path) -> None:
     in_child(lambda: dm.open(path).track().checkpoint("monday"))
     qemu.qemu_io(path, f"write {9 * GRANULE} 1")
     everything = list(range(SIZE // GRANULE))
+    why = "another program has opened the image for writing since"
     with dm.open(path) as image:
         assert dirty(image["b0"]) == dirty(image["monday"]) == everything
+        assert image.doubt() == why
+    (listed,) = json_of("list", path)
+    assert (listed["doubt"], listed["notes"]) == (why, [f"node 'drive0' is not recovered yet: all dirty: {why}"])
+    assert f"its bitmaps count as all dirty: {why}" in dirtmap("map", path, "b0").error
     assert {item.name: item.how.partition(":")[0] for item in dm.recover(path)} == {
         "b0": ALL_DIRTY,
         "still": ALL_DIRTY,

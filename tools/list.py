@@ -76,6 +76,7 @@ def _document(info: ImageInfo) -> dict[str, Any]:
         "format": info.format,
         "virtual-size": info.size,
         "cluster-size": info.cluster_size,
+        "notes": list(info.notes),
         "doubt": info.doubt,
         "errors": list(info.errors),
         "bitmaps": [

@@ -347,8 +347,9 @@ class TrackedImage(Namespace):
             assert view
             found: dict[str, Bitmap] = {}
             if view.row is Row.LIVE:
+                doubted = doubts(snapshot, record) is not None
                 for entry in read_entries(snapshot, record):
-                    found[decode_name(entry.name)] = bitmap_of(snapshot, record, entry, False)
+                    found[decode_name(entry.name)] = bitmap_of(snapshot, record, entry, doubted)
             else:
                 with open_file(self.path, place=self._place) as file, locks.reading(file, force_share=True):
                     layout = read_layout(file)
@@ -397,7 +398,12 @@ class TrackedImage(Namespace):
             notes=(f"node '{self.name}' is {view.note}",),
             node=self.name,
             uuid=self.uuid,
+            doubt=self.doubt(),
         )
+
+    def doubt(self) -> str | None:
+        """Why all bitmaps count as all dirty; see `Namespace.doubt`."""
+        return self._store.read(lambda snapshot: doubts(snapshot, self._record(snapshot)))
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
