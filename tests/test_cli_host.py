@@ -259,6 +259,8 @@ def test_a_held_bitmap_stays_as_it_is(target: str) -> None:
         else:
             assert "busy: held by" in refused("node", "rename", target, "new", "--with-bitmaps")
         assert [b["busy"] for b in json_of("list", target)[0]["bitmaps"]] == [True, False]
+        with dm.open(target) as image:
+            assert [bitmap.busy for bitmap in image.values()] == [True, False]
         dirtmap("copy", target, "b", "two")
         dirtmap("mark", target, "c", 0, 1)
         dirtmap("merge", target, "c", "b")

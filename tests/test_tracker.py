@@ -441,6 +441,7 @@ def test_a_backup_takes_a_bitmap_and_gives_it_back_or_drops_it(
     taken = tracker.take("b0")
     assert dirty(taken) == [0, 1]
     assert image.info().bitmaps[0].busy
+    assert image["b0"].busy
     for act in (tracker.take, tracker.clear, tracker.disable, tracker.remove):
         with pytest.raises(dm.BitmapError, match="busy"):
             act("b0")
@@ -456,6 +457,7 @@ def test_a_backup_takes_a_bitmap_and_gives_it_back_or_drops_it(
     expected = [2, 3, 4] if success else [0, 1, 2, 3, 4]
     assert dirty(tracker.bitmap("b0")) == dirty(image["b0"]) == expected
     assert not image.info().bitmaps[0].busy
+    assert not image["b0"].busy
     tracker.close()
     assert dirty(image["b0"]) == expected
 

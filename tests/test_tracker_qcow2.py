@@ -99,6 +99,10 @@ def test_a_clean_close_checks_in(path: Path) -> None:
                 assert dirty(other["b0"]) == [0, 5, 6]
                 assert other.format == "qcow2"
                 assert "tracked by" in other.info().notes[0]
+                tracker.take("b0")
+                assert [(name, bitmap.busy) for name, bitmap in other.items()][:2] == [("b0", True), ("still", False)]
+                assert [bitmap.busy for bitmap in other.info().bitmaps][:2] == [True, False]
+                tracker.give_back("b0")
                 with pytest.raises(dm.LockedError, match="tracked by"), other.transaction():
                     pass
                 with pytest.raises(dm.LockedError, match="tracked by"):

@@ -282,6 +282,7 @@ class Image(Namespace):
                     if slot.entry.in_use:
                         layout.require_untracked()  # it is not inconsistent, but elsewhere
                     bitmap = _lazy(self._file, layout, slot)
+                    bitmap.busy = decode_name(name) in self.keeper.held()
                     if not bitmap.inconsistent:
                         _ = bitmap.words  # now, while nothing can change it
                     return bitmap.freeze()

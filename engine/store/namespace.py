@@ -16,6 +16,7 @@ from dirtmap.engine.store import salvage
 from dirtmap.engine.store.bitmaps import (
     Source,
     bitmap_of,
+    busy_of,
     checkpoints_of,
     doubts,
     end_session,
@@ -141,7 +142,7 @@ class StoredImage(Namespace):
                 if entry.name == name:
                     _require_same_size(snapshot, record)
                     bitmap = bitmap_of(snapshot, record, entry, doubts(snapshot, record) is not None)
-                    bitmap.busy = decode_name(name) in held_by(record)
+                    bitmap.busy = name in busy_of(snapshot, record, [entry])
                     if not bitmap.inconsistent:
                         _ = bitmap.words  # now, while it is known to be whole
                     return bitmap.freeze()
@@ -252,7 +253,6 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt else []
     if view and not doubt:
         notes.append(f"{record.label} is {view.note}")
-    busy = held_by(record)
     name = decode_name(record.name)
     errors: list[str] = []
     counts: dict[bytes, int | None] = {}
@@ -260,6 +260,7 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     # Damage to one of them must not hide the others.
     with _noting(errors):
         entries = read_entries(snapshot, record)
+    busy = busy_of(snapshot, record, entries)
     for entry in entries:
         with _noting(errors):
             counts[entry.name] = None if entry.in_use else _count(snapshot, record, entry, doubt is not None)
@@ -274,7 +275,7 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
                 granularity=entry.granularity,
                 recording=entry.auto,
                 inconsistent=entry.in_use,
-                busy=decode_name(entry.name) in busy or (view is not None and view.is_busy(entry)),
+                busy=entry.name in busy,
                 count=counts.get(entry.name),
                 namespace=str(uuid.UUID(bytes=record.uuid)),
                 node=None if record.kind == store.KIND_DEVICE else name,
