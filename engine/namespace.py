@@ -215,9 +215,13 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         return len(self._names())
 
 
+# Why a bitmap is all dirty that was inconsistent: whoever recovers it keeps writers out.
+LEFT_IN_USE = "left in use by a writer that did not finish"
+
+
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What `Namespace.recover` did for one bitmap: its ``name``, and ``how``: ``all dirty``, and why it is."""
+    """What `Namespace.recover` did for one bitmap: its ``name``, and ``how``: ``all dirty: ``, say, and why it is."""
 
     name: str
     how: str

@@ -44,7 +44,7 @@ def lose_a_commit() -> None:
 def test_confirm_says_so_where_a_doubt_is_not_about_the_image() -> None:
     lose_a_commit()
     assert "the store lost a commit; 'dirtmap recover' settles it" in error_of("node", "confirm", "one")
-    dirtmap("recover", "one")
+    assert set(json_of("recover", "one")["recovered"][0].values()) == {"monday", "all dirty: the store lost a commit"}
     dirtmap("node", "confirm", "one")
 
 
@@ -54,6 +54,12 @@ def test_whoever_uses_a_doubted_bitmap_is_told() -> None:
         assert "one: its bitmaps count as all dirty: the image has changed" in dirtmap(*command).error, command
     assert dirtmap("map", "one", "monday").error == ""  # the mark has made them dirty
     assert dirtmap("map", "two", "monday").error == ""
+
+
+def test_recover_says_why_all_is_dirty() -> None:
+    os.utime("one.raw", ns=(1, 1))
+    why = "all dirty: the image has changed while nobody tracked it"
+    assert dirtmap("recover", "one").out.splitlines() == [f"monday: {why}", f"tuesday: {why}"]
 
 
 def test_json_tells_a_doubt() -> None:

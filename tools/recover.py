@@ -27,7 +27,7 @@ def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, outpu
     A bitmap is inconsistent when a program that recorded into it did not finish, as after a crash of QEMU: what it
     missed cannot be known, and QEMU refuses to use it. It becomes dirty all over, so that the next backup copies
     everything and loses nothing. With no BITMAP, all inconsistent ones are recovered; others are left alone. Says what
-    became of each.
+    became of each, and why.
 
     Damage in a store is recovered in the same way: bits whose checksum is wrong, and a damaged directory of a node, as
     far as its bitmaps can still be named. 'dirtmap check -r all' mends what concerns the store as a whole.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine import locks
 from dirtmap.engine.fileio import File, open_file
-from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.namespace import LEFT_IN_USE, BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
 from dirtmap.engine.naming import decode_name, encode_name, label
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
 from dirtmap.fmt import directory, geometry, qcow2
@@ -488,8 +488,8 @@ def recover(
                     raise FormatError(f"{path}: {fault.field}", fault.what)
                 if bitmaps[name].inconsistent or layout.tracked:
                     changes.recover(bitmaps, name)
-                    how = "all dirty: what its tracker had in another store is given up"
-                    recovered.append(Recovery(name, how if layout.tracked else "all dirty"))
+                    why = "what its tracker had in another store is given up" if layout.tracked else LEFT_IN_USE
+                    recovered.append(Recovery(name, f"all dirty: {why}"))
         if layout.tracked:  # once they are all dirty
             set_tracked(file, read_layout(file), False)
     return recovered

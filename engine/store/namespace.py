@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine import holds
 from dirtmap.engine.afterwards import changing_a_store
-from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.namespace import LEFT_IN_USE, BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
 from dirtmap.engine.naming import decode_name, encode_name, label, not_found
 from dirtmap.engine.store import salvage
 from dirtmap.engine.store.bitmaps import (
@@ -163,16 +163,20 @@ class StoredImage(Namespace):
                 entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
             except FormatError as error:
                 return salvage.recover(change, record, list(names), error)
-            doubted = doubts(change.snapshot, record) is not None
-            view = tracked_view(change.snapshot, record)
+            doubt, view = doubts(change.snapshot, record), tracked_view(change.snapshot, record)
             if size_now(record) != record.size:
                 return _recover_resized(change, record, list(names))
             with changing(change, record) as bitmaps:
                 for name in list(names) or list(bitmaps):
                     bitmap = bitmaps[name]
-                    if doubted or bitmap.inconsistent or not is_readable(change.snapshot, record, entries[name]):
+                    why = doubt
+                    if why is None and bitmap.inconsistent:
+                        why = LEFT_IN_USE
+                    if why is None and not is_readable(change.snapshot, record, entries[name]):
+                        why = "the checksum of its bits is wrong"
+                    if why is not None:
                         bitmaps[name] = bitmap.recovered()
-                        recovered.append(Recovery(name, view.how if view and view.doubt else "all dirty"))
+                        recovered.append(Recovery(name, f"all dirty: {why}"))
                     elif view:
                         recovered.append(Recovery(name, view.how))
         return recovered
