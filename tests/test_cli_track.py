@@ -75,7 +75,18 @@ def test_status_on_a_terminal_goes_on_until_the_tracker_ends(tracker: Tracker) -
 
 def test_status_of_an_image_that_nobody_tracks(tmp_path: Path) -> None:
     make_node(tmp_path, SIZE)
-    assert json_of("track", "status", "drive0") == {"filename": "drive0", "tracked": False}
+    where = {"filename": os.environ["DIRTMAP_STORE"], "node": "drive0"}
+    assert json_of("track", "status", "drive0") == {**where, "tracked": False}
+    assert json_of("recover", "drive0") == {**where, "recovered": []}
+    dirtmap("device", "add", "d", "--root", "drive0")
+    assert json_of("track", "status", "d") == {"filename": where["filename"], "device": "d", "tracked": False}
+    image = tmp_path / "q.qcow2"
+    qemu.create(image, SIZE)
+    assert json_of("recover", image) == {"filename": str(image), "recovered": []}
+    dirtmap("node", "add", "q", image)
+    for target in ("q", image):
+        assert json_of("track", "status", target) == {"filename": str(image), "node": "q", "tracked": False}
+        assert json_of("recover", target) == {"filename": str(image), "node": "q", "recovered": []}
     assert dirtmap("track", "status", "drive0").out == "drive0: not tracked\n"
 
 

@@ -9,6 +9,7 @@ from dirtmap.engine.containers import Target
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import write_json
+from dirtmap.tools.targets import address
 
 
 @options.command(
@@ -41,7 +42,7 @@ def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, outpu
         return
     if output == "json":
         found = [{"name": item.name, "result": item.how} for item in recovered]
-        write_json({"filename": str(target), "recovered": found})
+        write_json({**address(target), "recovered": found})
         return
     for item in recovered:
         print(f"{printable(item.name)}: {item.how}")
