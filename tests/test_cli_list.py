@@ -152,6 +152,27 @@ def test_dump_hex(image: Path) -> None:
     assert len(lines) < 400
 
 
+def test_dump_shows_the_identity_field_by_field(image: Path) -> None:
+    dirtmap("node", "add", "drive ü", image)
+    (node,) = json_of("node", "list")
+    (found,) = (
+        each for each in json_of("dump", image)["structures"] if each["name"] == "extension: dirtmap: namespace"
+    )
+    fields = {field["name"]: field for field in found["fields"]}
+    assert list(fields) == ["type", "length", "uuid", "name"]
+    assert fields["uuid"]["value"] == node["uuid"].replace("-", "")
+    assert (fields["name"]["value"], fields["name"]["length"]) == (node["name"], len("drive ü".encode()))
+    for name, raw in (("uuid", bytes.fromhex(fields["uuid"]["value"])), ("name", "drive ü".encode())):
+        start = fields[name]["offset"]
+        assert image.read_bytes()[start : start + fields[name]["length"]] == raw
+    assert "name    drive ü\n" in dirtmap("dump", image).out
+    qemu.patch(image, fields["length"]["offset"], bytes(3) + b"\x07")  # shorter than a UUID
+    (found,) = (
+        each for each in json_of("dump", image)["structures"] if each["name"] == "extension: dirtmap: namespace"
+    )
+    assert [field["name"] for field in found["fields"]] == ["type", "length", "data"]
+
+
 def test_dump_human(image: Path) -> None:
     lines = dirtmap("dump", image).out.splitlines()
     assert lines[0] == f"{image}: qcow2, {image.stat().st_size} bytes"
