@@ -228,6 +228,21 @@ def test_interrupt(tmp_path: Path) -> None:
         assert child.stderr.read().strip() == b""
 
 
+@pytest.mark.parametrize("module", ["click", "dirtmap.tools.output", "dirtmap.engine.containers"])
+def test_an_interrupt_while_modules_are_imported(module: str, image: Path, tmp_path: Path) -> None:
+    # An interrupt is raised wherever the main thread is: here, where that module is about to be looked for.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+    )
+    done = process("list", image, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 # What holds everywhere.
 
 
@@ -280,7 +295,7 @@ def test_list_starts_fast(image: Path) -> None:
         for slow in ("numpy", "rich", "importlib.metadata", "asyncio", "multiprocessing", "hypothesis"):
             assert slow not in imported
         ours = {name for name in imported if name.startswith("dirtmap.tools.")}
-        assert ours == {f"dirtmap.tools.{name}" for name in ("cli", "list", "options", "output", "sizes")}
+        assert ours == {f"dirtmap.tools.{name}" for name in ("cli", "list", "options", "output", "sizes", "start")}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
