@@ -93,6 +93,10 @@ class Stores:
         if os.path.abspath(path) != self.home or not isinstance(error, FormatError):
             return error
         how = "'check -r all' may mend it, or 'index scan' make another once it is moved away"
+        try:
+            self.open_store(path).close()
+        except FormatError:  # its header: nothing leads to what is in it
+            how = "'index scan' makes another once it is moved away"
         return FormatError(error.where, f"{error.what}; it is the default store: {how}")
 
     def look_after(self, target: Store) -> None:

@@ -785,7 +785,8 @@ def test_a_damaged_default_store_says_what_to_do() -> None:
     assert names("q0") == []
     _text(Path("default.dmap"))
     for command in (["list", "q0"], ["node", "add", "x", "one.raw"], ["index", "scan", "."], ["node", "list"]):
-        assert refused(*command).count("once it is moved away") == 1
+        assert refused(*command).count("'index scan' makes another once it is moved away") == 1
+        assert "check -r" not in refused(*command)
     os.rename("default.dmap", "away")
     dirtmap("index", "scan", ".")
     assert (names("q0"), names("other")) == ([], [])

@@ -11,6 +11,7 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
+from dirtmap.fmt import store
 from dirtmap.fmt.directory import DIRECTORY_ENTRY
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -184,6 +185,28 @@ def test_check_says_what_mending_dropped_and_what_it_made_dirty(structure: str, 
     assert (len(report["dropped"]), len(report["made-dirty"])) == ((1, 0) if key == "dropped" else (0, 1))
     assert report[key][0].startswith(line)
     assert json_of("check", "default.dmap")["findings"] == []
+
+
+def test_a_store_without_a_header_is_reported_as_an_image_without_one_is() -> None:
+    with open("default.dmap", "r+b") as file:
+        for number in range(store.RESERVED // store.BLOCK):
+            file.seek(number * store.BLOCK + 100)
+            file.write(b"\xff")
+    qemu.patch(Path("disk.qcow2"), 20, b"\xff")
+    spoiled = Path("default.dmap").read_bytes()
+    for repair in ([], ["-r", "all"]):
+        ours, theirs = (json_of("check", *repair, path, status=2) for path in ("default.dmap", "disk.qcow2"))
+        assert ours["findings"][0] == {
+            "severity": "corruption",
+            "where": "header",
+            "what": "all four copies are damaged",
+        }
+        for report in (ours, theirs):
+            assert (report["corruptions"], report["check-errors"], report["corruptions-fixed"]) == (1, 1, 0)
+            assert report["findings"][1]["what"] == "not checked: the header cannot be relied on"
+    assert Path("default.dmap").read_bytes() == spoiled
+    # Nothing can mend that.
+    assert error_of("list", "one").endswith("it is the default store: 'index scan' makes another once it is moved away")
 
 
 def test_nodes_are_listed_renamed_resized_confirmed_removed() -> None:
