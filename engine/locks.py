@@ -67,7 +67,7 @@ def is_written(file: File) -> bool:
 
 def _refuse_if_written(file: File) -> None:
     if is_written(file):
-        raise LockedError(file.path, f"open for writing by {holders(file)}; -U reads it all the same")
+        raise LockedError(file.path, f"open for writing by {holders(file)}; commands that take -U read it all the same")
     _refuse_if_replaced(file)
 
 

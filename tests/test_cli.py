@@ -269,6 +269,8 @@ def test_images_in_use(image: Path) -> None:
         for arguments in (["list"], ["dump"], ["check"], ["map"]):
             bitmap = ["b0"] if arguments == ["map"] else []
             assert "open for writing by qemu-storage-da" in error_of(*arguments, image, *bitmap)
+        for arguments in (["node", "add", "n", image], ["hold", image, "b0", "true"]):  # which take no -U
+            assert error_of(*arguments).endswith("; commands that take -U read it all the same")
         assert json_of("list", "-U", image)[0]["bitmaps"][0]["flags"] == ["in-use", "auto"]
         dirtmap("dump", "-U", image)
         dirtmap("check", "-U", image)
