@@ -217,6 +217,24 @@ class Stores:
         """
         return [path for path, problem in self._survey().items() if problem is None]
 
+    def remembered(self) -> list[str]:
+        """The paths of the default store and of the stores that it remembers, as it says: this needs no index.
+
+        None where there is no default store.
+
+        Raises:
+            FormatError: the default store is damaged.
+        """
+        if not self.exists:
+            return []
+        try:
+            with Store(self.home) as default:
+                records = default.read(lambda snapshot: list(snapshot.table()))
+        except FormatError as error:
+            raise self._advised(self.home, error) from error
+        others = [record for record in records if record.kind == store.KIND_CONTAINER and any(record.uuid)]
+        return [self.home, *(os.fsdecode(record.path) for record in others)]
+
     def problems(self) -> list[Error]:
         """What is wrong with other stores that are there: names in them are neither found nor free."""
         return [problem for problem in self._survey().values() if problem]

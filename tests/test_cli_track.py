@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -169,6 +170,10 @@ def test_a_transaction_recovers_and_says_so(tmp_path: Path) -> None:
 def test_a_tracked_raw_image_gets_no_sidecar(tracker: Tracker, tmp_path: Path) -> None:
     assert "node 'drive0': tracked by" in error_of("sidecar", tmp_path / "drive0.raw", tmp_path / "new.qcow2")
     assert not (tmp_path / "new.qcow2").exists()
+    shutil.rmtree(os.environ["DIRTMAP_INDEX"], ignore_errors=True)
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "notes").touch()  # so that nobody may write there: it is no index
+    assert "node 'drive0': tracked by" in error_of("sidecar", tmp_path / "drive0.raw", tmp_path / "new.qcow2")
     tracker.close()
     dirtmap("sidecar", tmp_path / "drive0.raw", tmp_path / "new.qcow2")
 
