@@ -146,7 +146,9 @@ def test_recover_says_which_row_applied(tmp_path: Path) -> None:
     killed(tmp_path)
     assert "not recovered yet: exact" in dirtmap("list", "drive0").error
     assert "its tracker has died" in dirtmap("track", "status", "drive0").out
-    assert json_of("track", "status", "drive0")["recovery"].startswith("exact: ")
+    status = json_of("track", "status", "drive0")
+    assert status["recovery"].startswith("exact: ")
+    assert status["tracker"] == f"a process that has ended ({status['pid']} while it ran)"
     assert "recover' first" in error_of("node", "rename", "drive0", "x", "--with-bitmaps")
     assert dirtmap("recover", "drive0").out.startswith("b0: exact: ")
     assert dirtmap("recover", "drive0").out == ""

@@ -664,7 +664,7 @@ def test_check_tells_a_tracked_image_from_one_left_in_use(path: Path) -> None:
     qemu.qemu_io(path, "write 0 1")
     with dm.open(path) as image, image.track():
         assert {finding.what for finding in dm.check(path).findings} == {
-            "checked out: its tracker has it; 'track status' tells which that is"
+            "checked out by a tracker: 'track status' tells which; if it has died, 'recover' checks in"
         }
         summary = json_of("index", "scan", path.parent)
         assert (summary["bitmaps"], summary["inconsistent"]) == (2, 0)

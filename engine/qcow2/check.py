@@ -99,7 +99,7 @@ class _Check:
             if slot.entry.in_use:
                 what = "inconsistent: left in use; recover or remove it"
                 if layout.tracked:
-                    what = "checked out: its tracker has it; 'track status' tells which that is"
+                    what = "checked out by a tracker: 'track status' tells which; if it has died, 'recover' checks in"
                 report.found(NOTE, bitmap_label(slot.entry.name), what)
         if layout.extension and not layout.valid:
             report.found(NOTE, "bitmaps extension", "void: its autoclear bit is clear; QEMU will drop it")
