@@ -274,7 +274,9 @@ def test_images_in_use(image: Path) -> None:
         assert json_of("list", "-U", image)[0]["bitmaps"][0]["flags"] == ["in-use", "auto"]
         dirtmap("dump", "-U", image)
         dirtmap("check", "-U", image)
-        assert "inconsistent" in error_of("map", "-U", image, "b0")
+        in_use = "inconsistent: in use by a writer, or left so by one that died; then recover or remove it"
+        assert error_of("map", "-U", image, "b0") == f"{image}: bitmap 'b0': {in_use}"
+        assert [finding["what"] for finding in json_of("check", "-U", image)["findings"]] == [in_use]
         for arguments in (
             ["add", image, "n"],
             ["remove", image, "b0"],

@@ -34,10 +34,10 @@ def list_command(ctx: click.Context, targets: tuple[Target, ...], force_share: b
     """List the bitmaps of images.
 
     Tells each bitmap's granularity, how much of the disk it calls dirty (whole granules, as QEMU counts), and whether
-    QEMU goes on recording into it. An inconsistent bitmap was left in use by a writer that did not finish, and the bits
-    of a damaged one are not what was written; see "dirtmap recover". Without a TARGET: all bitmaps of the host, in
-    every image and store that it knows; see "dirtmap index scan". A TARGET that cannot be read does not keep the others
-    from being listed, nor does a damaged bitmap; the exit status is 1. In JSON "errors" has a line for each
+    QEMU goes on recording into it. An inconsistent bitmap is in use by a writer, or was left so by one that died, and
+    the bits of a damaged one are not what was written; see "dirtmap recover". Without a TARGET: all bitmaps of the
+    host, in every image and store that it knows; see "dirtmap index scan". A TARGET that cannot be read does not keep
+    the others from being listed, nor does a damaged bitmap; the exit status is 1. In JSON "errors" has a line for each
     damage.
     """
     failed = False
