@@ -160,6 +160,12 @@ def test_checkpoints(tracker: Tracker, image: dm.Namespace) -> None:
         tracker.save()
     with pytest.raises(dm.BitmapError, match="not a checkpoint after"):
         tracker.changed_between("tuesday", "sunday")
+    tracker.add("off", recording=False)
+    for name, said in (("b0", "bitmap 'b0': not a checkpoint$"), ("none", "bitmap 'none': there is no such bitmap$")):
+        with pytest.raises(dm.BitmapError, match=said):
+            tracker.changed_between(name, "sunday")
+    with pytest.raises(dm.BitmapError, match="bitmap 'off': neither a checkpoint nor recording"):
+        tracker.changed_since("off")
     with pytest.raises(dm.BitmapError, match="taken"):
         tracker.checkpoint("monday")
     tracker.remove("monday")
