@@ -235,7 +235,7 @@ class _Keeper(Keeper):
                 afterwards(confirm)
 
     @contextlib.contextmanager
-    def hold(self, name: str, owner: str) -> Iterator[None]:
+    def hold(self, where: str, name: str, owner: str) -> Iterator[None]:
         with (
             self._host.opened(self._found.store) as target,
             holding(target, encode_name(self._found.name), name, owner),

@@ -103,6 +103,11 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
     size: int
     cluster_size: int
 
+    @property
+    def where(self) -> str:
+        """How messages name it: the container and, in a store, the node or device."""
+        return self.path
+
     @abc.abstractmethod
     def info(self) -> ImageInfo:
         """The namespace and all its bitmaps, without their bits, as of one moment."""
@@ -200,7 +205,7 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         """
         bitmap = self._load(encode_name(name))
         if bitmap is None:
-            raise not_found(self.path, name)
+            raise not_found(self.where, name)
         return bitmap
 
     def __contains__(self, name: object) -> bool:

@@ -69,6 +69,30 @@ def test_recover_of_a_whole_store_asks_for_a_node() -> None:
     assert Path("default.dmap").read_bytes() == before
 
 
+def test_what_is_not_there_is_named_with_its_node(folder: Path) -> None:
+    dirtmap("add", "disk.qcow2", "b")
+    missing = "default.dmap: node 'one': bitmap 'x': there is no such bitmap"
+    for command in (["map", "one", "x"], ["hold", "one", "x", "true"], ["copy", "one", "x", "disk.qcow2"]):
+        assert error_of(*command) == missing
+    what = "disk.qcow2: bitmap 'b': only bitmaps of an image with a name can be held; 'node add' gives it one"
+    assert error_of("hold", "disk.qcow2", "b", "true") == what
+
+
+@pytest.mark.parametrize("target", ["one", "disk.qcow2"])
+def test_a_change_within_a_change_is_told_from_that_of_another_process(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dirtmap.engine.store.store._PATIENCE_SECONDS", 0.01)
+    with (
+        dm.open(target) as image,
+        image.transaction(),
+        dm.open(target, force_share=True) as again,
+        pytest.raises(dm.LockedError, match="by this very process"),
+        again.transaction(),
+    ):
+        pass
+
+
 def test_the_same_name_in_every_namespace() -> None:
     for node, offset in (("one", "0"), ("two", "1M"), ("disk.qcow2", "2M")):
         dirtmap("add", node, "backup")

@@ -183,13 +183,18 @@ class Keeper:
         """Around a change of the image's metadata, which leaves the guest's data alone."""
         yield
 
-    def hold(self, name: str, owner: str) -> contextlib.AbstractContextManager[None]:
+    def hold(self, where: str, name: str, owner: str) -> contextlib.AbstractContextManager[None]:
         """Holds a bitmap for the time of the block.
+
+        Args:
+            where: how messages name the bitmap.
+            name: of the bitmap.
+            owner: what others are told who ask.
 
         Raises:
             BitmapError: there is no place to remember that.
         """
-        raise BitmapError(label(name), "only bitmaps of an image with a name can be held; 'node add' gives it one")
+        raise BitmapError(where, "only bitmaps of an image with a name can be held; 'node add' gives it one")
 
 
 class Image(Namespace):
@@ -300,9 +305,10 @@ class Image(Namespace):
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup; see `Namespace.hold`."""
-        self[name].required(f"{self.path}: {label(name)}")
-        with self.keeper.hold(name, owner):
-            yield self[name].required(f"{self.path}: {label(name)}")
+        where = f"{self.where}: {label(name)}"
+        self[name].required(where)
+        with self.keeper.hold(where, name, owner):
+            yield self[name].required(where)
 
     def __repr__(self) -> str:
         return f"<Image {self.path!r}>"

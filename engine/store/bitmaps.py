@@ -383,7 +383,7 @@ def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap) -> E
     Raises:
         BitmapError: inconsistent, or too fine for the disk's size.
     """
-    where = f"{change.snapshot.file.path}: {label(name)}"
+    where = f"{change.snapshot.file.path}: {record.label}: {label(name)}"
     if bitmap.inconsistent:
         raise BitmapError(where, "an inconsistent bitmap cannot be copied")
     length = geometry.packed_bytes(record.size, bitmap.granularity)

@@ -74,6 +74,12 @@ class StoredImage(Namespace):
         self.change_root: Callable[[str, bool], None] | None = None
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
+        self._label = record.label
+
+    @property
+    def where(self) -> str:
+        """How messages name it; see `Namespace.where`."""
+        return f"{self.path}: {self._label}"
 
     def doubt(self) -> str | None:
         """Why all bitmaps count as all dirty; see `Namespace.doubt`."""
@@ -187,9 +193,10 @@ class StoredImage(Namespace):
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup; see `Namespace.hold`."""
-        self[name].required(f"{self.path}: {label(name)}")
+        where = f"{self.where}: {label(name)}"
+        self[name].required(where)
         with holding(self._store, self._raw_name, name, owner):
-            yield self[name].required(f"{self.path}: {label(name)}")
+            yield self[name].required(where)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
