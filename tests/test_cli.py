@@ -123,7 +123,10 @@ def test_a_file_that_is_not_there(command: str, tmp_path: Path) -> None:
 def test_what_is_not_a_qcow2_image(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("hello")
-    assert error_of("list", f"file:{path}") == f"{path}: header.magic: not a qcow2 image"
+    hint = "'node add' gives a raw one a name in a store"
+    for command in (["list"], ["check"], ["add", "b"], ["map", "b"]):
+        said = error_of(command[0], f"file:{path}", *command[1:])
+        assert said == f"{path}: header.magic: not a qcow2 image; {hint}"
     assert error_of("list", "-f", "qcow2", path) == f"{path}: not of format qcow2"
     assert error_of("dump", "-f", "qcow2", path) == f"{path}: not of format qcow2"
     assert error_of("list", tmp_path).startswith(f"{tmp_path}: ")
