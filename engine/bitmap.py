@@ -25,6 +25,8 @@ from dirtmap.fmt.errors import BitmapError, RangeError
 DEFAULT_GRANULARITY: Final = geometry.MAX_DEFAULT_GRANULARITY
 # What errors name: a bitmap knows neither its name nor its file.
 WHERE: Final = "bitmap"
+# Whether the writer lives is not known where its lock was not looked at.
+INCONSISTENT: Final = "inconsistent: in use by a writer, or left so by one that died; then recover or remove it"
 
 
 class Source(Protocol):
@@ -210,8 +212,7 @@ class Bitmap:
             BitmapError: it is inconsistent; ``where`` names it.
         """
         if self.inconsistent:
-            what = "inconsistent: left in use by a writer that did not finish; recover or remove it"
-            raise BitmapError(where, what)
+            raise BitmapError(where, INCONSISTENT)
         return self
 
     def replace(self, *, recording: bool | None = None, busy: bool | None = None) -> Bitmap:

@@ -39,10 +39,12 @@ class Place:
     Attributes:
         path: of the container.
         node: the namespace of a store, or None: the container as a whole.
+        is_device: the namespace is a device's, as a target that is a name tells.
     """
 
     path: str
     node: str | None = None
+    is_device: bool = False
 
     def __str__(self) -> str:
         return self.path if self.node is None else f"{self.path}: {self.node}"
@@ -141,7 +143,7 @@ def locate(target: Target, store: str | None = None, index: str | None = None) -
     if found is None:
         what = f"no {kind} of {where}" if kind else f"neither a file nor a node or device of {where}"
         raise BitmapNotFoundError(text, what)
-    return Place(found.container, found.name if found.in_store else None)
+    return Place(found.container, found.name if found.in_store else None, found.is_device)
 
 
 def require_format(target: Target, wanted: str | None) -> None:

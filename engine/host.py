@@ -21,7 +21,7 @@ from dirtmap.engine.store.identity import identity_of, identity_of_disk, lasting
 from dirtmap.engine.store.namespace import held_by, holding
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError, StorageError, printable
+from dirtmap.fmt.errors import BitmapError, Error, StorageError, printable
 
 RESERVED = store.CONTAINER_PREFIX.decode()
 
@@ -136,14 +136,18 @@ class Host(Names):
             devices.remove_device(target, name)
 
     def refuse_tracked(self, path: str) -> None:
-        """Refuses a raw image that is tracked as a node.
+        """Refuses a raw image that is tracked as a node; by its path, so that no index is needed.
 
         Raises:
             LockedError: names the tracker.
+            FormatError: the default store is damaged.
         """
-        for where in self.stores():
-            with Store(where) as target:
-                records = target.read(lambda snapshot: list(snapshot.table()))
+        for where in self.remembered():
+            try:
+                with Store(where) as target:
+                    records = target.read(lambda snapshot: list(snapshot.table()))
+            except Error:
+                continue  # another store, which keeps nobody from using what is not in it
             for record in records:
                 with contextlib.suppress(OSError):
                     if record.tracked and os.path.samefile(record.path, path):
@@ -231,7 +235,7 @@ class _Keeper(Keeper):
                 afterwards(confirm)
 
     @contextlib.contextmanager
-    def hold(self, name: str, owner: str) -> Iterator[None]:
+    def hold(self, where: str, name: str, owner: str) -> Iterator[None]:
         with (
             self._host.opened(self._found.store) as target,
             holding(target, encode_name(self._found.name), name, owner),

@@ -67,7 +67,7 @@ def is_written(file: File) -> bool:
 
 def _refuse_if_written(file: File) -> None:
     if is_written(file):
-        raise LockedError(file.path, f"open for writing by {holders(file)}; -U reads it all the same")
+        raise LockedError(file.path, f"open for writing by {holders(file)}; commands that take -U read it all the same")
     _refuse_if_replaced(file)
 
 
@@ -103,8 +103,13 @@ def writing(file: File) -> Iterator[None]:
 
 
 def holders(file: File) -> str:
-    """Which other processes have the file open, as far as /proc tells; open-file-description locks name none."""
+    """Which other processes have the file open, as far as /proc tells; open-file-description locks name none.
+
+    This process is one where it has a lock on the file by another descriptor.
+    """
     found = []
+    if _locked_here(file):
+        found.append("this very process")
     for pid in filter(str.isdigit, os.listdir("/proc")):
         if int(pid) == os.getpid():
             continue
@@ -118,3 +123,16 @@ def holders(file: File) -> str:
         except OSError:
             continue  # gone, or not ours to look into
     return ", ".join(found) or "another process"
+
+
+def _locked_here(file: File) -> bool:
+    """True where this process has a lock on the file by another descriptor. Source: proc(5), /proc/PID/fdinfo."""
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            status = os.stat(int(fd))
+            if int(fd) == file.fd or (status.st_dev, status.st_ino) != (file.status.st_dev, file.status.st_ino):
+                continue
+            with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
+                if any(line.startswith(b"lock:") for line in info):
+                    return True
+    return False

@@ -46,6 +46,11 @@ class BitmapInfo:
     node: str | None = None
     device: str | None = None
 
+    @property
+    def damaged(self) -> bool:
+        """True where its bits are not what was written; what is wrong is among the errors of its `ImageInfo`."""
+        return self.count is None and not self.inconsistent
+
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
@@ -97,6 +102,11 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
     uuid: str | None
     size: int
     cluster_size: int
+
+    @property
+    def where(self) -> str:
+        """How messages name it: the container and, in a store, the node or device."""
+        return self.path
 
     @abc.abstractmethod
     def info(self) -> ImageInfo:
@@ -205,7 +215,7 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         """
         bitmap = self._load(encode_name(name))
         if bitmap is None:
-            raise not_found(self.path, name)
+            raise not_found(self.where, name)
         return bitmap
 
     def __contains__(self, name: object) -> bool:
@@ -220,9 +230,13 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         return len(self._names())
 
 
+# Why a bitmap is all dirty that was inconsistent: whoever recovers it keeps writers out.
+LEFT_IN_USE = "left in use by a writer that did not finish"
+
+
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What `Namespace.recover` did for one bitmap: its ``name``, and ``how``: ``all dirty``, and why it is."""
+    """What `Namespace.recover` did for one bitmap: its ``name``, and ``how``: ``all dirty: ``, say, and why it is."""
 
     name: str
     how: str

@@ -93,6 +93,10 @@ class Stores:
         if os.path.abspath(path) != self.home or not isinstance(error, FormatError):
             return error
         how = "'check -r all' may mend it, or 'index scan' make another once it is moved away"
+        try:
+            self.open_store(path).close()
+        except FormatError:  # its header: nothing leads to what is in it
+            how = "'index scan' makes another once it is moved away"
         return FormatError(error.where, f"{error.what}; it is the default store: {how}")
 
     def look_after(self, target: Store) -> None:
@@ -212,6 +216,24 @@ class Stores:
             FormatError: the default store is damaged.
         """
         return [path for path, problem in self._survey().items() if problem is None]
+
+    def remembered(self) -> list[str]:
+        """The paths of the default store and of the stores that it remembers, as it says: this needs no index.
+
+        None where there is no default store.
+
+        Raises:
+            FormatError: the default store is damaged.
+        """
+        if not self.exists:
+            return []
+        try:
+            with Store(self.home) as default:
+                records = default.read(lambda snapshot: list(snapshot.table()))
+        except FormatError as error:
+            raise self._advised(self.home, error) from error
+        others = [record for record in records if record.kind == store.KIND_CONTAINER and any(record.uuid)]
+        return [self.home, *(os.fsdecode(record.path) for record in others)]
 
     def problems(self) -> list[Error]:
         """What is wrong with other stores that are there: names in them are neither found nor free."""

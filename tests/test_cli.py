@@ -166,7 +166,10 @@ def test_a_file_that_is_not_there(command: str, tmp_path: Path) -> None:
 def test_what_is_not_a_qcow2_image(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("hello")
-    assert error_of("list", f"file:{path}") == f"{path}: header.magic: not a qcow2 image"
+    hint = "'node add' gives a raw one a name in a store"
+    for command in (["list"], ["check"], ["add", "b"], ["map", "b"]):
+        said = error_of(command[0], f"file:{path}", *command[1:])
+        assert said == f"{path}: header.magic: not a qcow2 image; {hint}"
     assert error_of("list", "-f", "qcow2", path) == f"{path}: not of format qcow2"
     assert error_of("dump", "-f", "qcow2", path) == f"{path}: not of format qcow2"
     assert error_of("list", tmp_path).startswith(f"{tmp_path}: ")
@@ -271,6 +274,21 @@ def test_interrupt(tmp_path: Path) -> None:
         assert child.stderr.read().strip() == b""
 
 
+@pytest.mark.parametrize("module", ["click", "dirtmap.tools.output", "dirtmap.engine.containers"])
+def test_an_interrupt_while_modules_are_imported(module: str, image: Path, tmp_path: Path) -> None:
+    # An interrupt is raised wherever the main thread is: here, where that module is about to be looked for.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+    )
+    done = process("list", image, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 # What holds everywhere.
 
 
@@ -297,10 +315,14 @@ def test_images_in_use(image: Path) -> None:
         for arguments in (["list"], ["dump"], ["check"], ["map"]):
             bitmap = ["b0"] if arguments == ["map"] else []
             assert "open for writing by qemu-storage-da" in error_of(*arguments, image, *bitmap)
+        for arguments in (["node", "add", "n", image], ["hold", image, "b0", "true"]):  # which take no -U
+            assert error_of(*arguments).endswith("; commands that take -U read it all the same")
         assert json_of("list", "-U", image)[0]["bitmaps"][0]["flags"] == ["in-use", "auto"]
         dirtmap("dump", "-U", image)
         dirtmap("check", "-U", image)
-        assert "inconsistent" in error_of("map", "-U", image, "b0")
+        in_use = "inconsistent: in use by a writer, or left so by one that died; then recover or remove it"
+        assert error_of("map", "-U", image, "b0") == f"{image}: bitmap 'b0': {in_use}"
+        assert [finding["what"] for finding in json_of("check", "-U", image)["findings"]] == [in_use]
         for arguments in (
             ["add", image, "n"],
             ["remove", image, "b0"],
@@ -323,7 +345,7 @@ def test_list_starts_fast(image: Path) -> None:
         for slow in ("numpy", "rich", "importlib.metadata", "asyncio", "multiprocessing", "hypothesis"):
             assert slow not in imported
         ours = {name for name in imported if name.startswith("dirtmap.tools.")}
-        assert ours == {f"dirtmap.tools.{name}" for name in ("cli", "list", "options", "output", "sizes")}
+        assert ours == {f"dirtmap.tools.{name}" for name in ("cli", "list", "options", "output", "sizes", "start")}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -232,11 +232,11 @@ def test_a_move_removes_the_source_only_when_the_destination_is_durable(
 def test_recover(image: Path) -> None:
     leave_in_use(image)
     assert error_of("recover", image, "c") == f"{image}: bitmap 'c': there is no such bitmap"
-    assert dirtmap("recover", image, "b").out == "b: all dirty\n"
+    assert dirtmap("recover", image, "b").out == "b: all dirty: left in use by a writer that did not finish\n"
     assert mapped(image, "b") == [(0, 4 * MIB)]
     assert json_of("recover", image) == {
         "filename": str(image),
-        "recovered": [{"name": "a", "result": "all dirty"}],
+        "recovered": [{"name": "a", "result": "all dirty: left in use by a writer that did not finish"}],
     }
     assert qemu.dirty(image, "a") == [(0, 4 * MIB)]
     assert qemu.bitmaps(image) == {"a": (64 * KIB, set()), "b": (128 * KIB, {"auto"})}

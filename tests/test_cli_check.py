@@ -130,4 +130,4 @@ def test_refusals(image: Path) -> None:
     assert "marked corrupt" in error_of("check", "-r", "all", image)
     assert image.read_bytes() == before
     image.write_bytes(b"no image")
-    assert error_of("check", image) == f"{image}: header.magic: not a qcow2 image"
+    assert error_of("check", image).startswith(f"{image}: header.magic: not a qcow2 image")

@@ -119,7 +119,9 @@ def test_the_chosen_store_and_index_count_for_every_command(monkeypatch: pytest.
         dirtmap("copy", target, "b", target, "--as", "c", *here)
         dirtmap("merge", target, "c", "b", "-b", target, *here)
         dirtmap("move", target, "c", target, "--as", "e", *here)
-        assert json_of("recover", target, *here) == {"filename": target, "recovered": []}
+        recovered = json_of("recover", target, *here)
+        assert recovered.pop("filename") == json_of("list", target, *here)[0]["filename"]
+        assert recovered == {"device" if target == "d0" else "node": target, "recovered": []}
         assert [e["length"] for e in json_of("map", "--dirty", target, "b", *here)] == [64 * KIB]
         assert json_of("check", target, *here)["corruptions"] == 0
         document = {"actions": [{"type": "block-dirty-bitmap-clear", "data": {"node": target, "name": "b"}}]}
@@ -259,6 +261,8 @@ def test_a_held_bitmap_stays_as_it_is(target: str) -> None:
         else:
             assert "busy: held by" in refused("node", "rename", target, "new", "--with-bitmaps")
         assert [b["busy"] for b in json_of("list", target)[0]["bitmaps"]] == [True, False]
+        with dm.open(target) as image:
+            assert [bitmap.busy for bitmap in image.values()] == [True, False]
         dirtmap("copy", target, "b", "two")
         dirtmap("mark", target, "c", 0, 1)
         dirtmap("merge", target, "c", "b")
@@ -781,7 +785,8 @@ def test_a_damaged_default_store_says_what_to_do() -> None:
     assert names("q0") == []
     _text(Path("default.dmap"))
     for command in (["list", "q0"], ["node", "add", "x", "one.raw"], ["index", "scan", "."], ["node", "list"]):
-        assert refused(*command).count("once it is moved away") == 1
+        assert refused(*command).count("'index scan' makes another once it is moved away") == 1
+        assert "check -r" not in refused(*command)
     os.rename("default.dmap", "away")
     dirtmap("index", "scan", ".")
     assert (names("q0"), names("other")) == ([], [])

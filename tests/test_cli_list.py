@@ -26,14 +26,16 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_json_has_exactly_the_promised_keys(image: Path) -> None:
-    common = {"inconsistent": False, "busy": False}
+    common = {"inconsistent": False, "damaged": False, "busy": False}
     assert json_of("list", image) == [
         {
             "filename": str(image),
             "format": "qcow2",
             "virtual-size": 10 * MIB + 512,
             "cluster-size": 64 * KIB,
+            "notes": [],
             "doubt": None,
+            "errors": [],
             "bitmaps": [
                 {
                     "name": "b0",
@@ -85,6 +87,7 @@ def test_inconsistent(image: Path) -> None:
         pass  # killed
     for bitmap in listed(image).values():
         assert bitmap["inconsistent"]
+        assert not bitmap["damaged"]
         assert bitmap["count"] is None
         assert "in-use" in bitmap["flags"]
     assert "inconsistent" in dirtmap("list", image).out
@@ -103,8 +106,10 @@ def test_several_images_of_which_some_fail(image: Path, tmp_path: Path) -> None:
 def test_notes_go_to_standard_error(image: Path) -> None:
     qemu.patch(image, 88, bytes(8))  # autoclear bits: as software that does not know bitmaps leaves them
     done = dirtmap("list", "--output=json", image)
-    assert json.loads(done.out)[0]["bitmaps"] == []
-    assert done.error.startswith(f"dirtmap: {image}: its bitmaps are void")
+    (document,) = json.loads(done.out)
+    assert document["bitmaps"] == []
+    assert document["notes"][0].startswith("its bitmaps are void")
+    assert done.error == f"dirtmap: {image}: {document['notes'][0]}\n"
     assert dirtmap("list", "-q", image).error == ""
 
 
@@ -145,6 +150,27 @@ def test_dump_hex(image: Path) -> None:
     assert any(line.startswith("  00000000  51 46 49 fb 00 00 00 03") for line in lines)
     assert "  *" in lines  # the refcount table is mostly zeros
     assert len(lines) < 400
+
+
+def test_dump_shows_the_identity_field_by_field(image: Path) -> None:
+    dirtmap("node", "add", "drive ü", image)
+    (node,) = json_of("node", "list")
+    (found,) = (
+        each for each in json_of("dump", image)["structures"] if each["name"] == "extension: dirtmap: namespace"
+    )
+    fields = {field["name"]: field for field in found["fields"]}
+    assert list(fields) == ["type", "length", "uuid", "name"]
+    assert fields["uuid"]["value"] == node["uuid"].replace("-", "")
+    assert (fields["name"]["value"], fields["name"]["length"]) == (node["name"], len("drive ü".encode()))
+    for name, raw in (("uuid", bytes.fromhex(fields["uuid"]["value"])), ("name", "drive ü".encode())):
+        start = fields[name]["offset"]
+        assert image.read_bytes()[start : start + fields[name]["length"]] == raw
+    assert "name    drive ü\n" in dirtmap("dump", image).out
+    qemu.patch(image, fields["length"]["offset"], bytes(3) + b"\x07")  # shorter than a UUID
+    (found,) = (
+        each for each in json_of("dump", image)["structures"] if each["name"] == "extension: dirtmap: namespace"
+    )
+    assert [field["name"] for field in found["fields"]] == ["type", "length", "data"]
 
 
 def test_dump_human(image: Path) -> None:

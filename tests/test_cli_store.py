@@ -11,6 +11,7 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
+from dirtmap.fmt import store
 from dirtmap.fmt.directory import DIRECTORY_ENTRY
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -49,7 +50,7 @@ def test_every_bitmap_command_works_on_a_node() -> None:
     assert json_of("list", "one")[0]["bitmaps"] == [
         {
             **{"name": name, "granularity": granularity, "flags": flags, "recording": bool(flags)},
-            **{"inconsistent": False, "busy": False, "count": count},
+            **{"inconsistent": False, "damaged": False, "busy": False, "count": count},
             **{"namespace": json_of("node", "list")[0]["uuid"], "node": "one"},
         }
         for name, granularity, flags, count in (("a", 128 * KIB, ["auto"], 256 * KIB), ("c", 64 * KIB, [], 0))
@@ -66,6 +67,30 @@ def test_recover_of_a_whole_store_asks_for_a_node() -> None:
     assert error_of("recover", "default.dmap") == "default.dmap: a store of many images: name one of its nodes"
     assert error_of("recover", "default.dmap", "b").endswith("name one of its nodes")
     assert Path("default.dmap").read_bytes() == before
+
+
+def test_what_is_not_there_is_named_with_its_node(folder: Path) -> None:
+    dirtmap("add", "disk.qcow2", "b")
+    missing = "default.dmap: node 'one': bitmap 'x': there is no such bitmap"
+    for command in (["map", "one", "x"], ["hold", "one", "x", "true"], ["copy", "one", "x", "disk.qcow2"]):
+        assert error_of(*command) == missing
+    what = "disk.qcow2: bitmap 'b': only bitmaps of an image with a name can be held; 'node add' gives it one"
+    assert error_of("hold", "disk.qcow2", "b", "true") == what
+
+
+@pytest.mark.parametrize("target", ["one", "disk.qcow2"])
+def test_a_change_within_a_change_is_told_from_that_of_another_process(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dirtmap.engine.store.store._PATIENCE_SECONDS", 0.01)
+    with (
+        dm.open(target) as image,
+        image.transaction(),
+        dm.open(target, force_share=True) as again,
+        pytest.raises(dm.LockedError, match="by this very process"),
+        again.transaction(),
+    ):
+        pass
 
 
 def test_the_same_name_in_every_namespace() -> None:
@@ -184,6 +209,28 @@ def test_check_says_what_mending_dropped_and_what_it_made_dirty(structure: str, 
     assert (len(report["dropped"]), len(report["made-dirty"])) == ((1, 0) if key == "dropped" else (0, 1))
     assert report[key][0].startswith(line)
     assert json_of("check", "default.dmap")["findings"] == []
+
+
+def test_a_store_without_a_header_is_reported_as_an_image_without_one_is() -> None:
+    with open("default.dmap", "r+b") as file:
+        for number in range(store.RESERVED // store.BLOCK):
+            file.seek(number * store.BLOCK + 100)
+            file.write(b"\xff")
+    qemu.patch(Path("disk.qcow2"), 20, b"\xff")
+    spoiled = Path("default.dmap").read_bytes()
+    for repair in ([], ["-r", "all"]):
+        ours, theirs = (json_of("check", *repair, path, status=2) for path in ("default.dmap", "disk.qcow2"))
+        assert ours["findings"][0] == {
+            "severity": "corruption",
+            "where": "header",
+            "what": "all four copies are damaged",
+        }
+        for report in (ours, theirs):
+            assert (report["corruptions"], report["check-errors"], report["corruptions-fixed"]) == (1, 1, 0)
+            assert report["findings"][1]["what"] == "not checked: the header cannot be relied on"
+    assert Path("default.dmap").read_bytes() == spoiled
+    # Nothing can mend that.
+    assert error_of("list", "one").endswith("it is the default store: 'index scan' makes another once it is moved away")
 
 
 def test_nodes_are_listed_renamed_resized_confirmed_removed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -75,7 +76,18 @@ def test_status_on_a_terminal_goes_on_until_the_tracker_ends(tracker: Tracker) -
 
 def test_status_of_an_image_that_nobody_tracks(tmp_path: Path) -> None:
     make_node(tmp_path, SIZE)
-    assert json_of("track", "status", "drive0") == {"filename": "drive0", "tracked": False}
+    where = {"filename": os.environ["DIRTMAP_STORE"], "node": "drive0"}
+    assert json_of("track", "status", "drive0") == {**where, "tracked": False}
+    assert json_of("recover", "drive0") == {**where, "recovered": []}
+    dirtmap("device", "add", "d", "--root", "drive0")
+    assert json_of("track", "status", "d") == {"filename": where["filename"], "device": "d", "tracked": False}
+    image = tmp_path / "q.qcow2"
+    qemu.create(image, SIZE)
+    assert json_of("recover", image) == {"filename": str(image), "recovered": []}
+    dirtmap("node", "add", "q", image)
+    for target in ("q", image):
+        assert json_of("track", "status", target) == {"filename": str(image), "node": "q", "tracked": False}
+        assert json_of("recover", target) == {"filename": str(image), "node": "q", "recovered": []}
     assert dirtmap("track", "status", "drive0").out == "drive0: not tracked\n"
 
 
@@ -134,7 +146,9 @@ def test_recover_says_which_row_applied(tmp_path: Path) -> None:
     killed(tmp_path)
     assert "not recovered yet: exact" in dirtmap("list", "drive0").error
     assert "its tracker has died" in dirtmap("track", "status", "drive0").out
-    assert json_of("track", "status", "drive0")["recovery"].startswith("exact: ")
+    status = json_of("track", "status", "drive0")
+    assert status["recovery"].startswith("exact: ")
+    assert status["tracker"] == f"a process that has ended ({status['pid']} while it ran)"
     assert "recover' first" in error_of("node", "rename", "drive0", "x", "--with-bitmaps")
     assert dirtmap("recover", "drive0").out.startswith("b0: exact: ")
     assert dirtmap("recover", "drive0").out == ""
@@ -158,6 +172,10 @@ def test_a_transaction_recovers_and_says_so(tmp_path: Path) -> None:
 def test_a_tracked_raw_image_gets_no_sidecar(tracker: Tracker, tmp_path: Path) -> None:
     assert "node 'drive0': tracked by" in error_of("sidecar", tmp_path / "drive0.raw", tmp_path / "new.qcow2")
     assert not (tmp_path / "new.qcow2").exists()
+    shutil.rmtree(os.environ["DIRTMAP_INDEX"], ignore_errors=True)
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "notes").touch()  # so that nobody may write there: it is no index
+    assert "node 'drive0': tracked by" in error_of("sidecar", tmp_path / "drive0.raw", tmp_path / "new.qcow2")
     tracker.close()
     dirtmap("sidecar", tmp_path / "drive0.raw", tmp_path / "new.qcow2")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -43,7 +44,7 @@ def lose_a_commit() -> None:
 def test_confirm_says_so_where_a_doubt_is_not_about_the_image() -> None:
     lose_a_commit()
     assert "the store lost a commit; 'dirtmap recover' settles it" in error_of("node", "confirm", "one")
-    dirtmap("recover", "one")
+    assert set(json_of("recover", "one")["recovered"][0].values()) == {"monday", "all dirty: the store lost a commit"}
     dirtmap("node", "confirm", "one")
 
 
@@ -53,6 +54,12 @@ def test_whoever_uses_a_doubted_bitmap_is_told() -> None:
         assert "one: its bitmaps count as all dirty: the image has changed" in dirtmap(*command).error, command
     assert dirtmap("map", "one", "monday").error == ""  # the mark has made them dirty
     assert dirtmap("map", "two", "monday").error == ""
+
+
+def test_recover_says_why_all_is_dirty() -> None:
+    os.utime("one.raw", ns=(1, 1))
+    why = "all dirty: the image has changed while nobody tracked it"
+    assert dirtmap("recover", "one").out.splitlines() == [f"monday: {why}", f"tuesday: {why}"]
 
 
 def test_json_tells_a_doubt() -> None:
@@ -74,9 +81,11 @@ def test_a_damaged_bitmap_hides_no_other(where: str) -> None:
     for target_name, count in (("one", 2), ("s.dmap", 4)):
         result = dirtmap("list", "--output=json", target_name, status=1)
         assert "node 'one'" in result.error
-        found = [(b["name"], b["count"]) for b in json_of("list", target_name, status=1)[0]["bitmaps"]]
-        whole = [("monday", 65536), ("tuesday", 65536)]
-        ours = [("monday", None), ("tuesday", 65536)] if where == "bits" else []
+        (document,) = json.loads(result.out)
+        assert result.error == f"dirtmap: {document['errors'][0]}\n"
+        found = [(b["name"], b["count"], b["damaged"]) for b in document["bitmaps"]]
+        whole = [("monday", 65536, False), ("tuesday", 65536, False)]
+        ours = [("monday", None, True), ("tuesday", 65536, False)] if where == "bits" else []
         assert sorted(found, key=str) == sorted(ours + whole[: count - 2], key=str)
     if where == "bits":
         assert "damaged" in dirtmap("list", "one", status=1).out

@@ -160,6 +160,12 @@ def test_checkpoints(tracker: Tracker, image: dm.Namespace) -> None:
         tracker.save()
     with pytest.raises(dm.BitmapError, match="not a checkpoint after"):
         tracker.changed_between("tuesday", "sunday")
+    tracker.add("off", recording=False)
+    for name, said in (("b0", "bitmap 'b0': not a checkpoint$"), ("none", "bitmap 'none': there is no such bitmap$")):
+        with pytest.raises(dm.BitmapError, match=said):
+            tracker.changed_between(name, "sunday")
+    with pytest.raises(dm.BitmapError, match="bitmap 'off': neither a checkpoint nor recording"):
+        tracker.changed_since("off")
     with pytest.raises(dm.BitmapError, match="taken"):
         tracker.checkpoint("monday")
     tracker.remove("monday")
@@ -441,6 +447,7 @@ def test_a_backup_takes_a_bitmap_and_gives_it_back_or_drops_it(
     taken = tracker.take("b0")
     assert dirty(taken) == [0, 1]
     assert image.info().bitmaps[0].busy
+    assert image["b0"].busy
     for act in (tracker.take, tracker.clear, tracker.disable, tracker.remove):
         with pytest.raises(dm.BitmapError, match="busy"):
             act("b0")
@@ -456,6 +463,7 @@ def test_a_backup_takes_a_bitmap_and_gives_it_back_or_drops_it(
     expected = [2, 3, 4] if success else [0, 1, 2, 3, 4]
     assert dirty(tracker.bitmap("b0")) == dirty(image["b0"]) == expected
     assert not image.info().bitmaps[0].busy
+    assert not image["b0"].busy
     tracker.close()
     assert dirty(image["b0"]) == expected
 

@@ -99,6 +99,10 @@ def test_a_clean_close_checks_in(path: Path) -> None:
                 assert dirty(other["b0"]) == [0, 5, 6]
                 assert other.format == "qcow2"
                 assert "tracked by" in other.info().notes[0]
+                tracker.take("b0")
+                assert [(name, bitmap.busy) for name, bitmap in other.items()][:2] == [("b0", True), ("still", False)]
+                assert [bitmap.busy for bitmap in other.info().bitmaps][:2] == [True, False]
+                tracker.give_back("b0")
                 with pytest.raises(dm.LockedError, match="tracked by"), other.transaction():
                     pass
                 with pytest.raises(dm.LockedError, match="tracked by"):
@@ -123,6 +127,7 @@ def test_exact_after_sigkill(path: Path) -> None:
     qemu.check(path)
     with dm.open(path) as image:
         assert "not recovered yet: exact" in image.info().notes[0]
+        assert image.info().doubt is None
         assert {name: dirty(image[name]) for name in image} == {"b0": [0, 5, 6], "monday": [6]}
     recovered = dm.recover(path)
     assert {item.name: item.how.partition(":")[0] for item in recovered} == {"b0": EXACT, "monday": EXACT}
@@ -191,8 +196,13 @@ def test_all_dirty_where_qemu_opened_it_in_between(path: Path) -> None:
     in_child(lambda: dm.open(path).track().checkpoint("monday"))
     qemu.qemu_io(path, f"write {9 * GRANULE} 1")
     everything = list(range(SIZE // GRANULE))
+    why = "another program has opened the image for writing since"
     with dm.open(path) as image:
         assert dirty(image["b0"]) == dirty(image["monday"]) == everything
+        assert image.doubt() == why
+    (listed,) = json_of("list", path)
+    assert (listed["doubt"], listed["notes"]) == (why, [f"node 'drive0' is not recovered yet: all dirty: {why}"])
+    assert f"its bitmaps count as all dirty: {why}" in dirtmap("map", path, "b0").error
     assert {item.name: item.how.partition(":")[0] for item in dm.recover(path)} == {
         "b0": ALL_DIRTY,
         "still": ALL_DIRTY,
@@ -633,7 +643,8 @@ def test_a_copy_of_a_tracked_image_becomes_one_of_its_own(path: Path, tmp_path: 
     with dm.open(path) as image, image.track():
         shutil.copy(path, tmp_path / "copy.qcow2")
         dirtmap("node", "add", "--new-identity", "drive1", tmp_path / "copy.qcow2")
-        assert dirtmap("recover", "drive1").out.splitlines() == ["b0: all dirty", "still: all dirty"]
+        how = "all dirty: left in use by a writer that did not finish"
+        assert dirtmap("recover", "drive1").out.splitlines() == [f"b0: {how}", f"still: {how}"]
     goes_on(tmp_path / "copy.qcow2", "b0", list(range(SIZE // GRANULE)))
 
 
@@ -653,7 +664,7 @@ def test_check_tells_a_tracked_image_from_one_left_in_use(path: Path) -> None:
     qemu.qemu_io(path, "write 0 1")
     with dm.open(path) as image, image.track():
         assert {finding.what for finding in dm.check(path).findings} == {
-            "checked out: its tracker has it; 'track status' tells which that is"
+            "checked out by a tracker: 'track status' tells which; if it has died, 'recover' checks in"
         }
         summary = json_of("index", "scan", path.parent)
         assert (summary["bitmaps"], summary["inconsistent"]) == (2, 0)

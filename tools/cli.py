@@ -17,6 +17,7 @@ import click
 from dirtmap.fmt.errors import Error
 from dirtmap.tools.options import write_examples
 from dirtmap.tools.output import PROGRAM, complain
+from dirtmap.tools.start import INTERRUPTED
 
 # In the order of the help; the module of dirtmap.tools that each lives in, as `VERB_command`.
 _HOMES = {
@@ -52,8 +53,6 @@ _EXAMPLES = """
     dirtmap map --picture disk.qcow2 monday
     dirtmap merge disk.qcow2 week monday tuesday
 """
-
-_INTERRUPTED = 130  # what shells report for a process that SIGINT ended
 
 
 class _Commands(click.Group):
@@ -97,7 +96,7 @@ class _Commands(click.Group):
         except Error as error:
             complain(str(error))
         except (click.Abort, KeyboardInterrupt):
-            return _INTERRUPTED
+            return INTERRUPTED
         except MemoryError:
             complain("not enough memory")
         except OSError as error:  # the engine's have a place of their own; what is left are the standard streams

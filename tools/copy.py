@@ -39,7 +39,7 @@ def copy_command(target: Target, bitmap: str, dest_target: Target, new: str | No
             changes.put(bitmaps, name, usable(bitmaps.where, bitmaps, bitmap))
         return
     with dm.open(target) as image:
-        source = usable(image.path, image, bitmap)
+        source = usable(image.where, image, bitmap)
         tell_doubt(image, image.doubt())
     with transaction(dest_target) as there:
         changes.put(there, name, source)

@@ -5,7 +5,8 @@
     rbd diff               [{"offset": 0, "length": 65536, "exists": "true"}, ...]                    all, see rbd_diff
     lines                  0 65536                                                                    all
 
-Numbers are bytes, sizes of `dirtmap.tools.sizes` in lines. What is not clearly one of these is refused, by its place.
+Numbers are bytes, sizes of `dirtmap.tools.sizes` in lines. What is not clearly one of these is refused, by its place;
+so is what may have been cut off: nothing at all, as of a program that failed, and a last line without its end.
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ def parse_extents(data: bytes, where: str) -> Extents:
         where: its name, for messages.
 
     Raises:
-        FormatError: not clearly of one of the formats; names the line or entry.
+        FormatError: not clearly of one of the formats, or not whole; names the line or entry.
     """
+    if not data.strip():
+        raise FormatError(where, "empty; a program that finds no extents says so with an empty JSON array, []")
     if data.lstrip()[:1] in (b"[", b"{"):
         return _parse_json(data, where)
     return _parse_lines(data, where)
@@ -162,7 +165,8 @@ def _parse_lines(data: bytes, where: str) -> Extents:
     import numpy as np
 
     if not data.endswith(b"\n"):
-        data += b"\n"
+        last = data.count(b"\n") + 1
+        raise FormatError(f"{where}: line {last}", "cut off: it does not end with a newline")
     parts = []
     line, at = 1, 0
     while at < len(data):

@@ -34,10 +34,11 @@ def list_command(ctx: click.Context, targets: tuple[Target, ...], force_share: b
     """List the bitmaps of images.
 
     Tells each bitmap's granularity, how much of the disk it calls dirty (whole granules, as QEMU counts), and whether
-    QEMU goes on recording into it. An inconsistent bitmap was left in use by a writer that did not finish, and the bits
-    of a damaged one are not what was written; see "dirtmap recover". Without a TARGET: all bitmaps of the host, in
-    every image and store that it knows; see "dirtmap index scan". A TARGET that cannot be read does not keep the others
-    from being listed, nor does a damaged bitmap; the exit status is 1.
+    QEMU goes on recording into it. An inconsistent bitmap is in use by a writer, or was left so by one that died, and
+    the bits of a damaged one are not what was written; see "dirtmap recover". Without a TARGET: all bitmaps of the
+    host, in every image and store that it knows; see "dirtmap index scan". A TARGET that cannot be read does not keep
+    the others from being listed, nor does a damaged bitmap; the exit status is 1. In JSON "errors" has a line for each
+    damage.
     """
     failed = False
     documents = []
@@ -75,7 +76,9 @@ def _document(info: ImageInfo) -> dict[str, Any]:
         "format": info.format,
         "virtual-size": info.size,
         "cluster-size": info.cluster_size,
+        "notes": list(info.notes),
         "doubt": info.doubt,
+        "errors": list(info.errors),
         "bitmaps": [
             {
                 "name": bitmap.name,
@@ -83,6 +86,7 @@ def _document(info: ImageInfo) -> dict[str, Any]:
                 "flags": ["in-use"] * bitmap.inconsistent + ["auto"] * bitmap.recording,
                 "recording": bitmap.recording,
                 "inconsistent": bitmap.inconsistent,
+                "damaged": bitmap.damaged,
                 "busy": bitmap.busy,
                 "count": bitmap.count,
                 **_attachment(info, bitmap),
@@ -121,10 +125,10 @@ def _show(info: ImageInfo) -> None:
 
 def _row(bitmap: BitmapInfo, size: int | None) -> tuple[str, ...]:
     dirty, share = "?", ""
+    state = "recording" if bitmap.recording else "disabled"
     if bitmap.count is not None:
         dirty = human_size(bitmap.count)
         share = human_share(bitmap.count, size or 0)
-    state = "recording" if bitmap.recording else "disabled"
-    if dirty == "?":
-        state = "inconsistent" if bitmap.inconsistent else "damaged"
+    else:
+        state = "damaged" if bitmap.damaged else "inconsistent"
     return printable(bitmap.name), human_size(bitmap.granularity), dirty, share, state + ", busy" * bitmap.busy

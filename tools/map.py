@@ -60,7 +60,7 @@ def map_command(
     if picture and (totals or dirty_only or output == "json"):
         raise click.UsageError("--picture goes with neither --totals, --dirty nor --output=json.")
     with dm.open(target, force_share=force_share) as image:
-        found = usable(image.path, image, bitmap)
+        found = usable(image.where, image, bitmap)
         tell_doubt(image, image.doubt())
     offsets, lengths = found.extents()
     if quiet:

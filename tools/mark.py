@@ -36,7 +36,8 @@ def mark_command(target: Target, bitmap: str, offset: int | None, length: int | 
     Marks LENGTH bytes at OFFSET, or all ranges that FILE lists: every granule that a range touches becomes dirty. FILE
     holds the JSON of "nbdinfo --map" (its dirty extents are marked), of "qemu-img map" (what the top image holds, data
     or zeros; a raw image holds all of itself) or of "rbd diff" (all, since discarded ones changed, too), or lines of
-    "offset length". All ranges are marked, or none.
+    "offset length", each of which ends with a newline. All ranges are marked, or none. An empty FILE is an error, as a
+    program leaves one that fails; an empty JSON array says that there is nothing to mark.
     """
     from dirtmap.engine import changes
 

@@ -35,4 +35,4 @@ def merge_command(target: Target, bitmap: str, sources: tuple[str, ...], source_
             changes.merge(bitmaps, bitmap, (usable(bitmaps.where, bitmaps, name) for name in sources))
         else:
             with dm.open(source_target) as image:
-                changes.merge(bitmaps, bitmap, (usable(image.path, image, name) for name in sources))
+                changes.merge(bitmaps, bitmap, (usable(image.where, image, name) for name in sources))

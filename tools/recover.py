@@ -9,6 +9,7 @@ from dirtmap.engine.containers import Target
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import write_json
+from dirtmap.tools.targets import address
 
 
 @options.command(
@@ -27,7 +28,7 @@ def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, outpu
     A bitmap is inconsistent when a program that recorded into it did not finish, as after a crash of QEMU: what it
     missed cannot be known, and QEMU refuses to use it. It becomes dirty all over, so that the next backup copies
     everything and loses nothing. With no BITMAP, all inconsistent ones are recovered; others are left alone. Says what
-    became of each.
+    became of each, and why.
 
     Damage in a store is recovered in the same way: bits whose checksum is wrong, and a damaged directory of a node, as
     far as its bitmaps can still be named. 'dirtmap check -r all' mends what concerns the store as a whole.
@@ -42,7 +43,7 @@ def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, outpu
         return
     if output == "json":
         found = [{"name": item.name, "result": item.how} for item in recovered]
-        write_json({"filename": str(target), "recovered": found})
+        write_json({**address(target), "recovered": found})
         return
     for item in recovered:
         print(f"{printable(item.name)}: {item.how}")

@@ -58,6 +58,21 @@ def same_container(one: Target, other: Target, store: str | None = None, index: 
         return False
 
 
+def address(target: Target) -> dict[str, str]:
+    """What JSON says of a target: the container's ``filename``, and ``node`` or ``device``, where it has a name.
+
+    Raises:
+        dirtmap.engine.Error: as `locate`, or the image cannot be read.
+    """
+    place = locate(target)
+    if place.node is not None:
+        return {"filename": place.path, "device" if place.is_device else "node": place.node}
+    from dirtmap.engine.qcow2.image import read_identity
+
+    identity = read_identity(place.path)
+    return {"filename": place.path} | ({"node": identity[0]} if identity else {})
+
+
 def gather(host: Host, read: Callable[[Store], Iterable[T]]) -> tuple[list[T], bool]:
     """What all stores of a host say, and False where one could not be read, of which it complains.
 

@@ -14,6 +14,7 @@ from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import colourful, complain, write_json
 from dirtmap.tools.sizes import human_share, human_size
+from dirtmap.tools.targets import address
 
 if TYPE_CHECKING:
     from dirtmap.engine.tracking.status import Status
@@ -50,7 +51,7 @@ def status_command(target: Target, once: bool, quiet: bool, output: str) -> None
     if quiet:
         return
     if output == "json":
-        write_json(_document(str(target), status))
+        write_json({**address(target), **_document(status)})
     elif once or status is None or not status.alive or not colourful():
         print("\n".join(_lines(str(target), status)))
     else:
@@ -72,11 +73,11 @@ def _watch(target: Target) -> None:
             time.sleep(_REFRESH_SECONDS)
 
 
-def _document(target: str, status: Status | None) -> dict[str, Any]:
+def _document(status: Status | None) -> dict[str, Any]:
     if status is None:
-        return {"filename": target, "tracked": False}
+        return {"tracked": False}
     named = {key.replace("_", "-"): value for key, value in asdict(status).items() if key not in ("alive", "how")}
-    return {"filename": target, "tracked": status.alive, "recovery": None if status.alive else status.how, **named}
+    return {"tracked": status.alive, "recovery": None if status.alive else status.how, **named}
 
 
 def _lines(target: str, status: Status | None) -> list[str]:

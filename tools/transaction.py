@@ -96,7 +96,7 @@ def _apply(
                 if node == changed or same_image(node, changed, store, index):
                     return usable(there.where, there, name)
             image = others.enter_context(dm.open(node, store=store, index=index))
-            return usable(image.path, image, name)
+            return usable(image.where, image, name)
 
         changes.merge(bitmaps, action.name, (source(*item) for item in action.sources))
     else:

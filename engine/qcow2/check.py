@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dirtmap.engine import locks
+from dirtmap.engine.bitmap import INCONSISTENT
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.qcow2.commit import Kept, commit, require_writable, set_refcounts
 from dirtmap.engine.qcow2.image import FORMAT
@@ -97,9 +98,9 @@ class _Check:
             report.found(NOTE, "bitmap directory", "bitmaps behind the broken entry cannot be read")
         for slot in layout.slots:
             if slot.entry.in_use:
-                what = "inconsistent: left in use; recover or remove it"
+                what = INCONSISTENT
                 if layout.tracked:
-                    what = "checked out: its tracker has it; 'track status' tells which that is"
+                    what = "checked out by a tracker: 'track status' tells which; if it has died, 'recover' checks in"
                 report.found(NOTE, bitmap_label(slot.entry.name), what)
         if layout.extension and not layout.valid:
             report.found(NOTE, "bitmaps extension", "void: its autoclear bit is clear; QEMU will drop it")

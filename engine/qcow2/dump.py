@@ -132,6 +132,9 @@ class _Dump(Shown):
         structure = known.get(extension.type)
         if structure and len(body) == structure.size:
             fields += self.fields(structure, at, body)
+        elif extension.type == qcow2.EXTENSION_NAMESPACE and len(body) >= (fixed := qcow2.NAMESPACE_EXTENSION.size):
+            fields += self.fields(qcow2.NAMESPACE_EXTENSION, at, body[:fixed])
+            fields.append(text("name", at + fixed, body[fixed:]))
         elif extension.type in (qcow2.EXTENSION_BACKING_FORMAT, qcow2.EXTENSION_DATA_FILE):
             fields.append(text("name", at, body))
         elif extension.type == qcow2.EXTENSION_FEATURE_NAMES:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine import locks
 from dirtmap.engine.fileio import File, open_file
-from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.namespace import LEFT_IN_USE, BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
 from dirtmap.engine.naming import decode_name, encode_name, label
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
 from dirtmap.fmt import directory, geometry, qcow2
@@ -183,13 +183,18 @@ class Keeper:
         """Around a change of the image's metadata, which leaves the guest's data alone."""
         yield
 
-    def hold(self, name: str, owner: str) -> contextlib.AbstractContextManager[None]:
+    def hold(self, where: str, name: str, owner: str) -> contextlib.AbstractContextManager[None]:
         """Holds a bitmap for the time of the block.
+
+        Args:
+            where: how messages name the bitmap.
+            name: of the bitmap.
+            owner: what others are told who ask.
 
         Raises:
             BitmapError: there is no place to remember that.
         """
-        raise BitmapError(label(name), "only bitmaps of an image with a name can be held; 'node add' gives it one")
+        raise BitmapError(where, "only bitmaps of an image with a name can be held; 'node add' gives it one")
 
 
 class Image(Namespace):
@@ -282,6 +287,7 @@ class Image(Namespace):
                     if slot.entry.in_use:
                         layout.require_untracked()  # it is not inconsistent, but elsewhere
                     bitmap = _lazy(self._file, layout, slot)
+                    bitmap.busy = decode_name(name) in self.keeper.held()
                     if not bitmap.inconsistent:
                         _ = bitmap.words  # now, while nothing can change it
                     return bitmap.freeze()
@@ -299,9 +305,10 @@ class Image(Namespace):
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup; see `Namespace.hold`."""
-        self[name].required(f"{self.path}: {label(name)}")
-        with self.keeper.hold(name, owner):
-            yield self[name].required(f"{self.path}: {label(name)}")
+        where = f"{self.where}: {label(name)}"
+        self[name].required(where)
+        with self.keeper.hold(where, name, owner):
+            yield self[name].required(where)
 
     def __repr__(self) -> str:
         return f"<Image {self.path!r}>"
@@ -487,8 +494,8 @@ def recover(
                     raise FormatError(f"{path}: {fault.field}", fault.what)
                 if bitmaps[name].inconsistent or layout.tracked:
                     changes.recover(bitmaps, name)
-                    how = "all dirty: what its tracker had in another store is given up"
-                    recovered.append(Recovery(name, how if layout.tracked else "all dirty"))
+                    why = "what its tracker had in another store is given up" if layout.tracked else LEFT_IN_USE
+                    recovered.append(Recovery(name, f"all dirty: {why}"))
         if layout.tracked:  # once they are all dirty
             set_tracked(file, read_layout(file), False)
     return recovered

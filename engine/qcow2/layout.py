@@ -168,8 +168,11 @@ class Layout:
         Raises:
             FormatError: names the file and the first field at fault.
         """
-        if self.faults:
-            raise FormatError(f"{self.path}: {self.faults[0].field}", self.faults[0].what)
+        if not self.faults:
+            return
+        first = self.faults[0]
+        hint = "; 'node add' gives a raw one a name in a store" if first.field == "header.magic" else ""
+        raise FormatError(f"{self.path}: {first.field}", first.what + hint)
 
     def blame(self, fields: Iterable[tuple[str, str]], prefix: str, bitmap: int | None = None) -> None:
         """Adds faults found by a validator of `dirtmap.fmt`."""

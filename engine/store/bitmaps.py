@@ -340,6 +340,13 @@ def bitmap_of(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -
     return Bitmap._lazy(record.size, entry.granularity, entry.auto, entry.in_use, source)
 
 
+def busy_of(snapshot: Snapshot, record: Record, entries: list[Entry]) -> set[bytes]:
+    """The raw names of those bitmaps of a namespace that are held, or that its tracker has taken for a backup."""
+    view = tracked_view(snapshot, record)
+    taken = {entry.name for entry in entries if view.is_busy(entry)} if view else set()
+    return taken | {held.bitmap for held in holds.living(record)}
+
+
 def release_bits(change: Change, record: Record, entry: Entry) -> None:
     """Gives up the clusters of a bitmap's bits, if it has any."""
     if entry.table_offset > store.ALL_ONES:
@@ -376,7 +383,7 @@ def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap) -> E
     Raises:
         BitmapError: inconsistent, or too fine for the disk's size.
     """
-    where = f"{change.snapshot.file.path}: {label(name)}"
+    where = f"{change.snapshot.file.path}: {record.label}: {label(name)}"
     if bitmap.inconsistent:
         raise BitmapError(where, "an inconsistent bitmap cannot be copied")
     length = geometry.packed_bytes(record.size, bitmap.granularity)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dirtmap.engine.naming import decode_name, label
-from dirtmap.engine.report import CORRUPTION, LEAK, NOTE, CheckReport
+from dirtmap.engine.report import CORRUPTION, ERROR, LEAK, NOTE, CheckReport
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import doubts, read_entries, verify
 from dirtmap.engine.store.compact import compact
@@ -46,10 +46,16 @@ def check(
         expect: has the store know what was seen of it; see `Store.expect`.
 
     Raises:
-        FormatError: not a store, or no header copy is whole.
+        FormatError: not a store.
         LockedError, StorageError: as for reading, or writing with ``repair``.
     """
-    with Store(path) as target:
+    try:
+        target = Store(path)
+    except FormatError as error:
+        if error.where == f"{path}: header.magic":
+            raise
+        return _without_header(path, error)
+    with target:
         expect(target)
         report = target.read(lambda snapshot: _Check(snapshot, progress).run())
     wrong = report.corruptions or report.leaks
@@ -61,6 +67,13 @@ def check(
     report.corruptions_fixed, report.leaks_fixed = report.corruptions - after.corruptions, report.leaks - after.leaks
     report.corruptions, report.leaks, report.check_errors = after.corruptions, after.leaks, after.check_errors
     report.dropped, report.made_dirty = compaction.dropped, compaction.made_dirty
+    return report
+
+
+def _without_header(path: str, error: FormatError) -> CheckReport:
+    report = CheckReport(path, FORMAT)
+    report.found(CORRUPTION, error.where.removeprefix(f"{path}: "), error.what)
+    report.found(ERROR, "namespaces", "not checked: the header cannot be relied on")
     return report
 
 

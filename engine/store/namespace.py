@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine import holds
 from dirtmap.engine.afterwards import changing_a_store
-from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.namespace import LEFT_IN_USE, BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
 from dirtmap.engine.naming import decode_name, encode_name, label, not_found
 from dirtmap.engine.store import salvage
 from dirtmap.engine.store.bitmaps import (
     Source,
     bitmap_of,
+    busy_of,
     checkpoints_of,
     doubts,
     end_session,
@@ -73,6 +74,12 @@ class StoredImage(Namespace):
         self.change_root: Callable[[str, bool], None] | None = None
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
+        self._label = record.label
+
+    @property
+    def where(self) -> str:
+        """How messages name it; see `Namespace.where`."""
+        return f"{self.path}: {self._label}"
 
     def doubt(self) -> str | None:
         """Why all bitmaps count as all dirty; see `Namespace.doubt`."""
@@ -141,7 +148,7 @@ class StoredImage(Namespace):
                 if entry.name == name:
                     _require_same_size(snapshot, record)
                     bitmap = bitmap_of(snapshot, record, entry, doubts(snapshot, record) is not None)
-                    bitmap.busy = decode_name(name) in held_by(record)
+                    bitmap.busy = name in busy_of(snapshot, record, [entry])
                     if not bitmap.inconsistent:
                         _ = bitmap.words  # now, while it is known to be whole
                     return bitmap.freeze()
@@ -162,16 +169,20 @@ class StoredImage(Namespace):
                 entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
             except FormatError as error:
                 return salvage.recover(change, record, list(names), error)
-            doubted = doubts(change.snapshot, record) is not None
-            view = tracked_view(change.snapshot, record)
+            doubt, view = doubts(change.snapshot, record), tracked_view(change.snapshot, record)
             if size_now(record) != record.size:
                 return _recover_resized(change, record, list(names))
             with changing(change, record) as bitmaps:
                 for name in list(names) or list(bitmaps):
                     bitmap = bitmaps[name]
-                    if doubted or bitmap.inconsistent or not is_readable(change.snapshot, record, entries[name]):
+                    why = doubt
+                    if why is None and bitmap.inconsistent:
+                        why = LEFT_IN_USE
+                    if why is None and not is_readable(change.snapshot, record, entries[name]):
+                        why = "the checksum of its bits is wrong"
+                    if why is not None:
                         bitmaps[name] = bitmap.recovered()
-                        recovered.append(Recovery(name, view.how if view and view.doubt else "all dirty"))
+                        recovered.append(Recovery(name, f"all dirty: {why}"))
                     elif view:
                         recovered.append(Recovery(name, view.how))
         return recovered
@@ -182,9 +193,10 @@ class StoredImage(Namespace):
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup; see `Namespace.hold`."""
-        self[name].required(f"{self.path}: {label(name)}")
+        where = f"{self.where}: {label(name)}"
+        self[name].required(where)
         with holding(self._store, self._raw_name, name, owner):
-            yield self[name].required(f"{self.path}: {label(name)}")
+            yield self[name].required(where)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
@@ -252,7 +264,6 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt else []
     if view and not doubt:
         notes.append(f"{record.label} is {view.note}")
-    busy = held_by(record)
     name = decode_name(record.name)
     errors: list[str] = []
     counts: dict[bytes, int | None] = {}
@@ -260,6 +271,7 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     # Damage to one of them must not hide the others.
     with _noting(errors):
         entries = read_entries(snapshot, record)
+    busy = busy_of(snapshot, record, entries)
     for entry in entries:
         with _noting(errors):
             counts[entry.name] = None if entry.in_use else _count(snapshot, record, entry, doubt is not None)
@@ -274,7 +286,7 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
                 granularity=entry.granularity,
                 recording=entry.auto,
                 inconsistent=entry.in_use,
-                busy=decode_name(entry.name) in busy or (view is not None and view.is_busy(entry)),
+                busy=entry.name in busy,
                 count=counts.get(entry.name),
                 namespace=str(uuid.UUID(bytes=record.uuid)),
                 node=None if record.kind == store.KIND_DEVICE else name,

@@ -40,7 +40,7 @@ from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable,
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
 from dirtmap.engine.store import salvage
-from dirtmap.engine.store.bitmaps import bitmap_of, doubts, header_doubts, read_entries, release_bits
+from dirtmap.engine.store.bitmaps import bitmap_of, busy_of, doubts, header_doubts, read_entries, release_bits
 from dirtmap.engine.store.identity import identity_of_disk
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking import peers, recovery
@@ -344,18 +344,19 @@ class TrackedImage(Namespace):
             record = self._record(snapshot)
             view = recovery.view_of(snapshot, record)
             assert view
+            entries = read_entries(snapshot, record)
+            busy = busy_of(snapshot, record, entries)
             found: dict[str, Bitmap] = {}
             if view.row is Row.LIVE:
-                for entry in read_entries(snapshot, record):
-                    found[decode_name(entry.name)] = bitmap_of(snapshot, record, entry, False)
+                doubted = doubts(snapshot, record) is not None
+                for entry in entries:
+                    found[decode_name(entry.name)] = bitmap_of(snapshot, record, entry, doubted)
             else:
                 with open_file(self.path, place=self._place) as file, locks.reading(file, force_share=True):
                     layout = read_layout(file)
                     layout.require_sound()
                     slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
-                    for name, (bitmap, _) in _contents(
-                        file, layout, snapshot, record, read_entries(snapshot, record)
-                    ).items():
+                    for name, (bitmap, _) in _contents(file, layout, snapshot, record, entries).items():
                         if bitmap is not None:
                             found[name] = bitmap
                         elif slots[name].entry.in_use:
@@ -363,7 +364,8 @@ class TrackedImage(Namespace):
                             found[name] = Bitmap._lazy(self.size, entry.granularity, entry.auto, True, None)
                         else:
                             found[name] = _of_slot(file, layout, slots[name])
-            for bitmap in found.values():
+            for name, bitmap in found.items():
+                bitmap.busy = encode_name(name) in busy
                 if not bitmap.inconsistent:
                     _ = bitmap.words  # now, while it is known to be whole
                 bitmap.freeze()
@@ -374,9 +376,6 @@ class TrackedImage(Namespace):
     def info(self) -> ImageInfo:
         """The image and its bitmaps, as its session has them."""
         view, found = self._read()
-        windows = self._store.read(
-            lambda snapshot: {entry.name: entry for entry in read_entries(snapshot, self._record(snapshot))}
-        )
         return ImageInfo(
             path=self.path,
             format=self.format,
@@ -388,7 +387,7 @@ class TrackedImage(Namespace):
                     granularity=bitmap.granularity,
                     recording=bitmap.recording,
                     inconsistent=bitmap.inconsistent,
-                    busy=(entry := windows.get(encode_name(name))) is not None and view.is_busy(entry),
+                    busy=bitmap.busy,
                     count=None if bitmap.inconsistent else bitmap.count,
                 )
                 for name, bitmap in found.items()
@@ -396,7 +395,12 @@ class TrackedImage(Namespace):
             notes=(f"node '{self.name}' is {view.note}",),
             node=self.name,
             uuid=self.uuid,
+            doubt=self.doubt(),
         )
+
+    def doubt(self) -> str | None:
+        """Why all bitmaps count as all dirty; see `Namespace.doubt`."""
+        return self._store.read(lambda snapshot: doubts(snapshot, self._record(snapshot)))
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:

@@ -65,10 +65,12 @@ def status_of(snapshot: Snapshot, record: Record) -> Status | None:
         granularity = min(words.granularity for words in found.writesets.values())
         union = livefile.union(found.writesets.values(), record.size, granularity)
         dirty = bits.count(union) * granularity
+    alive = view.row is Row.LIVE
     return Status(
-        tracker=str(tracker_of(session)),
+        # The number of one that has died may be another's by now.
+        tracker=str(tracker_of(session)) if alive else f"a process that has ended ({session.pid} while it ran)",
         pid=session.pid,
-        alive=view.row is Row.LIVE,
+        alive=alive,
         how=view.how,
         started=session.started / 1e9,
         seen=found.heartbeat / 1e9 if found else None,

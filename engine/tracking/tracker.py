@@ -375,8 +375,10 @@ class Tracker(Recorder):
     def _changed(self, name: str, end: str | None) -> Bitmap:
         def read(view: View) -> Bitmap:
             if name not in view.checkpoints or name == checkpoints.BREAK:
-                if end is not None or not view.entry(name).auto:
-                    raise BitmapError(f"{view.where}: {label(name)}", "not a checkpoint, nor recording")
+                recording = view.entry(name).auto
+                if end is not None or not recording:
+                    what = "neither a checkpoint nor recording" if end is None else "not a checkpoint"
+                    raise BitmapError(f"{view.where}: {label(name)}", what)
                 return self._content(view, [name])
             names = view.checkpoints[view.checkpoints.index(name) :]
             if end is not None:
