@@ -18,10 +18,11 @@ import dirtmap.engine as dm
 from dirtmap.engine import changes
 from dirtmap.engine.qcow2 import commit as qcow2_commit
 from dirtmap.engine.qcow2.sidecar import make_sidecar
-from dirtmap.engine.store.nodes import add_qcow2, remove_node
+from dirtmap.engine.store.nodes import add_node, add_qcow2, remove_node
 from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import checkout
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import directory
 from dirtmap.fmt.directory import FLAG_IN_USE
 
 SIZE = 64 << 20
@@ -552,6 +553,38 @@ def test_recover_of_a_session_with_a_damaged_directory_makes_all_dirty_that_the_
     assert qemu_dirty(path, "still") == everything
     goes_on(path, "b0", everything)
     assert dm.check(place).corruptions == 0
+
+
+@pytest.mark.parametrize("field", ["length of extra data", "name"])
+def test_mending_a_damaged_directory_takes_no_bitmap_from_a_tracked_image(path: Path, field: str) -> None:
+    """What a session lacks counts as removed by its tracker; of a damaged one that is not known."""
+    live = path.parent / "live"
+    live.mkdir()
+    in_child(lambda: dm.open(path).track(live=live).mark(5 * GRANULE, 1))
+    place = path.parent / "default.dmap"
+    with Store(str(place)) as target:
+        for number in range(3):  # until both header slots lead to the same directory
+            (path.parent / f"{number}.raw").touch()
+            add_node(target, f"other{number}", str(path.parent / f"{number}.raw"))
+        record = target.record(b"drive0")
+    assert record
+    with place.open("r+b") as file:
+        at, entry = next(directory.parse_entries(place.read_bytes()[record.directory.offset :]))
+        length = len(directory.build_directory([entry])) - len(entry.name) - -len(entry.name) % 8
+        file.seek(record.directory.offset + at + (20 if field == "length of extra data" else length))
+        file.write(b"?")
+    report = dm.check(place, repair="all")
+    assert [line.partition(":")[0] for line in report.dropped] == ["node 'drive0', what its tracker had"]
+    assert (report.corruptions, report.leaks, report.made_dirty) == (0, 0, [])
+    assert [file for file in live.rglob("*") if file.is_file()] == [], "the tracker has died, and nobody needs them"
+    with pytest.raises(dm.LockedError, match="'dirtmap recover' gives up"), dm.open(path) as image, image.transaction():
+        pass
+    recovered = {item.name: item.how for item in dm.recover(path)}
+    assert list(recovered) == ["b0", "still"]
+    assert all(how.startswith(ALL_DIRTY) for how in recovered.values())
+    everything = list(range(SIZE // GRANULE))
+    assert qemu_dirty(path, "still") == everything
+    goes_on(path, "b0", everything)
 
 
 def test_a_copy_of_a_tracked_image_becomes_one_of_its_own(path: Path, tmp_path: Path) -> None:
