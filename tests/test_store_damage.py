@@ -575,7 +575,7 @@ def test_mending_after_a_disk_has_grown_drops_what_is_too_fine_for_it(sound: Sou
             change.table.put(replace(node, size=1 << 62, directory=place, generation=change.generation))
     _spoil_directory(sound.path, b"d")
     report = dm.check(sound.path, repair="all")
-    assert [line.partition(":")[0] for line in report.dropped] == ["node 'd', 1 of its 1 bitmaps"]
+    assert [line.partition(":")[0] for line in report.dropped] == ["device 'd', 1 of its 1 bitmaps"]
     assert everything_of(sound.path, "d") == {}
     assert not dm.check(sound.path).findings
 
