@@ -12,6 +12,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -1090,3 +1092,47 @@ def test_compaction_of_a_store_with_two_names_is_refused(sound: Sound, folder: P
         compact(sound.path)
     assert sound.read() == sound.data
     (folder / "second").unlink()
+
+
+# Bounds: what a small store can claim to hold.
+
+
+def run_measured(*args: object) -> tuple[str, float, int]:
+    """What a `dirtmap` of its own says, its seconds of CPU and how many MiB it ever had resident."""
+    command = [sys.executable, "-m", "dirtmap.tools.cli", *map(str, args)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as started:
+        assert started.stdout
+        said = started.stdout.read()
+        _, status, used = os.wait4(started.pid, 0)
+        started.returncode = os.waitstatus_to_exitcode(status)
+    return said, used.ru_utime + used.ru_stime, used.ru_maxrss >> 10
+
+
+SECONDS, MEBIBYTES = 2 * 2.0, 256  # as in test_hostile
+
+
+@pytest.mark.parametrize(("pattern", "leaks"), [(0xFF, (1 << 24) - 4), (0x55, (1 << 23) - 4)])
+def test_millions_of_leaks_are_counted_and_a_thousand_runs_shown(tmp_path: Path, pattern: int, leaks: int) -> None:
+    """In clusters of 2 MiB a leaf has 16 million marks."""
+    path = str(tmp_path / "s.dmap")
+    create(path, cluster_bits=21)
+    size = 1 << 21
+    leaf = bytes([pattern | 0xF]) + bytes([pattern]) * (size - 1)
+    with open(path, "r+b") as file:
+        chosen = headers.choose(path, file.read(store.RESERVED))
+        place = store.LEAF.parse(os.pread(file.fileno(), store.LEAF.size, chosen.header.space.offset)).offset
+        os.pwrite(file.fileno(), leaf, place)
+        free = store.leaf_clusters(size) - int.from_bytes(leaf, "little").bit_count()
+        root = store.LEAF.build(offset=place, free=free, checksum=crc32c.crc32c(leaf))
+        os.pwrite(file.fileno(), root, chosen.header.space.offset)
+        space = chosen.header.space._replace(checksum=crc32c.crc32c(root))
+        block = headers.build_block(replace(chosen.header, clusters=8 * size, space=space))
+        for offset in headers.blocks_of(chosen.slot):
+            os.pwrite(file.fileno(), block, offset)
+    said, seconds, mebibytes = run_measured("check", path)
+    *shown, total = said.splitlines()
+    found = int(total.split(": ")[1].split()[0])
+    assert abs(found - leaks) < 4, total
+    assert len(shown) == (16 if pattern == 0xFF else 1000)
+    assert seconds < SECONDS
+    assert mebibytes < MEBIBYTES
