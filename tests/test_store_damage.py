@@ -1136,3 +1136,33 @@ def test_millions_of_leaks_are_counted_and_a_thousand_runs_shown(tmp_path: Path,
     assert len(shown) == (16 if pattern == 0xFF else 1000)
     assert seconds < SECONDS
     assert mebibytes < MEBIBYTES
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_directory_that_two_namespaces_have_is_read_once(tmp_path: Path, nested: bool) -> None:
+    """Else a store of 2 MiB could claim 65,536 times as many bitmaps as it has."""
+    path, count = str(tmp_path / "s.dmap"), 64
+    create(path)
+    with Store(path) as target, target.change() as change:
+        entry = directory.Entry(b"n" * 1000, store.ALL_ONES, 0, 2, 16)
+        size = entry.packed_size  # four of them take a cluster
+        assert size == 1024
+        packed = directory.build_directory(
+            [replace(entry, name=f"{number:04}".encode() + entry.name[4:]) for number in range(4 * count)]
+        )
+        place = change.place(packed)
+        for number in range(count):
+            start = 4096 * number if nested else 0
+            area = Area(place.offset + start, len(packed) - start, crc32c.crc32c(packed[start:]))
+            node = Record(b"%d" % number, store.KIND_DEVICE, os.urandom(16), SIZE, 1, area, area.length // size)
+            change.table.put(node)
+    info = dm.describe(path)
+    assert len(info.errors) == count - 1
+    assert all(re.search(r"directory of device '\d+' at 0x\w+: overlaps that of namespace", it) for it in info.errors)
+    assert len(info.bitmaps) <= 4 * count
+    assert len([f for f in dm.check(path).findings if "overlaps that of" in f.what]) == count - 1
+    for number in range(count):  # each by itself
+        with dm.open(Place(path, str(number))) as image:
+            assert len(image) == 4 * (count - number if nested else count)
+    assert dm.check(path, repair="all").corruptions == 0
+    assert dm.describe(path).errors == ()
