@@ -1166,3 +1166,25 @@ def test_a_directory_that_two_namespaces_have_is_read_once(tmp_path: Path, neste
             assert len(image) == 4 * (count - number if nested else count)
     assert dm.check(path, repair="all").corruptions == 0
     assert dm.describe(path).errors == ()
+
+
+def test_recovery_of_the_largest_directory_keeps_little_of_it(tmp_path: Path) -> None:
+    """66 MiB of names. They are in memory as found, as written and as told; not the damaged directory, too."""
+    path = str(tmp_path / "s.dmap")
+    (tmp_path / "a.raw").write_bytes(bytes(512))
+    create(path)
+    with Store(path) as target:
+        add_node(target, "a", str(tmp_path / "a.raw"))
+        entry = directory.Entry(b"n" * directory.MAX_NAME_SIZE, store.ALL_ONES, 0, 2, 16)
+        names = (b"%05d" % number + entry.name[5:] for number in range(directory.MAX_BITMAPS))
+        with target.change() as change:
+            record = change.table.get(b"a")
+            assert record
+            place = change.place(directory.build_directory([replace(entry, name=name) for name in names]))
+            change.table.put(replace(record, directory=place, nb_bitmaps=directory.MAX_BITMAPS))
+    with open(path, "r+b") as file:
+        file.seek(place.offset + place.length - 100)
+        file.write(b"?")
+    said, _, mebibytes = run_measured("recover", "--index", tmp_path / "index", "--store", path, "a")
+    assert len(said.splitlines()) == directory.MAX_BITMAPS, said[:1000]
+    assert mebibytes < 300

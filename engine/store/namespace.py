@@ -149,10 +149,13 @@ class StoredImage(Namespace):
         settle_device(self._store, self._raw_name)
         with self._store.change() as change:
             record = self._record(change.snapshot)
+            damage = None
             try:
                 read_entries(change.snapshot, record)
             except FormatError as error:
-                return salvage.recover(change, record, list(names), error)
+                damage = FormatError(error.where, error.what)  # the one raised keeps in memory what was read
+            if damage is not None:
+                return salvage.recover(change, record, list(names), damage)
             return _recover(change, record, list(names))
 
     def settle(self) -> None:
