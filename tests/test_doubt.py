@@ -78,6 +78,7 @@ def test_a_damaged_bitmap_hides_no_other(where: str) -> None:
         whole = [("monday", 65536), ("tuesday", 65536)]
         ours = [("monday", None), ("tuesday", 65536)] if where == "bits" else []
         assert sorted(found, key=str) == sorted(ours + whole[: count - 2], key=str)
+    assert "no bitmaps" not in dirtmap("list", "one", status=1).out
     if where == "bits":
         assert "damaged" in dirtmap("list", "one", status=1).out
         dirtmap("recover", "one")
