@@ -604,7 +604,7 @@ def test_recover_brings_back_what_can_be_named_of_a_damaged_directory_all_dirty(
         _spoil_directory(sound.path, b"a")
         with pytest.raises(dm.FormatError, match=r"directory of node 'a' at .*: its checksum is wrong; recover makes"):
             image["monday"]
-        with pytest.raises(dm.BitmapNotFoundError, match="new"):
+        with pytest.raises(dm.BitmapNotFoundError, match="'new': its directory is damaged, and shows no"):
             image.recover(["new"])
         recovered = {item.name: item.how for item in image.recover(["monday"])}
         what = f"all dirty: its directory was damaged; 1 of {len(before) + 1} bitmaps cannot be named"

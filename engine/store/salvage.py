@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.namespace import Recovery
-from dirtmap.engine.naming import decode_name, encode_name, label, not_found
+from dirtmap.engine.naming import decode_name, encode_name, label
 from dirtmap.engine.store.bitmaps import (
     end_session,
     read_entries,
@@ -29,7 +29,7 @@ from dirtmap.engine.store.bitmaps import (
 from dirtmap.engine.store.identity import lasting_identity_now
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, FormatError, StorageError
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError
 
 if TYPE_CHECKING:
     from dirtmap.engine.store.store import Change, Snapshot
@@ -95,7 +95,8 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
     known = {entry.name for entry in entries}
     for name in names:
         if encode_name(name) not in known:
-            raise not_found(f"{path}: {record.label}", name)
+            what = "its directory is damaged, and shows no such name; with no name 'recover' brings back what it shows"
+            raise BitmapNotFoundError(f"{path}: {record.label}: {label(name)}", what)
     identity = record.identity
     with contextlib.suppress(StorageError):
         identity = lasting_identity_now(record)
