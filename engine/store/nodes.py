@@ -32,7 +32,7 @@ from dirtmap.engine.store.bitmaps import (
 from dirtmap.engine.store.identity import carries, disk_size, identity_of, is_twin, lasting_identity
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError, Error, StorageError, printable
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, printable
 from dirtmap.fmt.store import Identity, Record
 
 
@@ -234,10 +234,11 @@ def remove_node(target: Store, name: str) -> None:
         if record.kind == store.KIND_PLACE and not (os.path.exists(record.path) and carries(record)):
             # With the image its bitmaps are gone, and nothing of ours is in what has taken its place; what a tracker
             # had of them when it died is of no use.
-            for entry in read_entries(change.snapshot, record):
-                release_bits(change, record, entry)
-            change.release(record.directory)
             end_session(change, record)
+            with suppress(FormatError):  # else what it leads to is not known, and leaks
+                for entry in read_entries(change.snapshot, record):
+                    release_bits(change, record, entry)
+                change.release(record.directory)
             change.table.remove(record.name)
             return
         refuse_session(target.path, record)
