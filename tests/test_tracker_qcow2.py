@@ -301,6 +301,15 @@ def test_death_within_the_check_in(path: Path, monkeypatch: pytest.MonkeyPatch, 
     goes_on(path, "monday", expected)
 
 
+def test_recover_of_a_bitmap_that_is_not_there_checks_nothing_in(path: Path) -> None:
+    in_child(lambda: dm.open(path).track().mark(5 * GRANULE, 1))
+    before = path.read_bytes()
+    assert "bitmap 'nosuch': there is no such bitmap" in error_of("recover", path, "b0", "nosuch")
+    assert path.read_bytes() == before
+    assert dirtmap("recover", path, "b0").out.startswith("b0: exact")
+    goes_on(path, "b0", [0, 5])
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_node_whose_image_is_gone_can_be_removed(path: Path, damaged: bool) -> None:
     in_child(lambda: dm.open(path).track().mark(0, 1))

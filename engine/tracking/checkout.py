@@ -33,7 +33,7 @@ from dirtmap.engine.bitmap import Bitmap
 from dirtmap.engine.containers import open as open_image
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
-from dirtmap.engine.naming import decode_name, encode_name, label
+from dirtmap.engine.naming import decode_name, encode_name, label, not_found
 from dirtmap.engine.qcow2 import image as qcow2_image
 from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.image import Image
@@ -130,7 +130,15 @@ def _of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
     return bitmap
 
 
-def check_in(path: str, store_path: str, name: bytes, *, own: bool = False, salvaging: bool = False) -> list[Recovery]:
+def check_in(
+    path: str,
+    store_path: str,
+    name: bytes,
+    *,
+    own: bool = False,
+    salvaging: bool = False,
+    wanted: Iterable[str] = (),
+) -> list[Recovery]:
     """Writes a session's bitmaps into the image, and ends the session; see the module's head.
 
     Args:
@@ -139,6 +147,7 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False, salv
         name: of the node, raw bytes.
         own: the session is the caller's, who has saved all marks.
         salvaging: where the session's directory is damaged, all is dirty that can still be named.
+        wanted: bitmaps that have to be there, or nothing happens.
 
     Returns:
         What became of each bitmap.
@@ -146,6 +155,7 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False, salv
     Raises:
         LockedError: another process tracks the image, or has it open.
         FormatError: the session's directory is damaged, and ``salvaging`` is not said.
+        BitmapNotFoundError: one that is ``wanted`` is not there.
         As `Namespace.transaction`.
     """
     with Store(store_path) as target:
@@ -167,6 +177,10 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False, salv
             recovery.refuse_tracked(path, session)
         entries = (_entries if salvaging else read_entries)(change.snapshot, record)
         settled, recovered = _settle(file, layout, change.snapshot, record, entries)
+        there = {part.entry.name if isinstance(part, Kept) else part.name for part in settled}
+        for bitmap in wanted:
+            if encode_name(bitmap) not in there:
+                raise not_found(path, bitmap)
         before = _look(path)
         commit(file, layout, settled)
         set_tracked(file, read_layout(file), False)
@@ -381,7 +395,7 @@ class TrackedImage(Namespace):
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Checks in what a dead tracker has left, whichever bitmaps are named; see `Namespace.recover`."""
         chosen = set(names)
-        recovered = check_in(self._place, self._store_path, self._raw_name, salvaging=True)
+        recovered = check_in(self._place, self._store_path, self._raw_name, salvaging=True, wanted=chosen)
         return [item for item in recovered if not chosen or item.name in chosen]
 
     def settle(self) -> None:
