@@ -1051,6 +1051,8 @@ def _too_short(forged: Forged) -> None:
         (_released_but_used, "released clusters", "overlaps namespace table|out of range"),
         (_too_short, "space map", "behind the last cluster"),
         (lambda f: f.fields.update(namespaces={"namespaces": 4}), "namespaces extension.namespaces", "there are 3"),
+        (lambda f: f.fields.update(namespaces={"namespaces": 1}), "bucket 0", "more namespaces than all there are, 1"),
+        (lambda f: f.fields.update(namespaces={"namespaces": 0}), "bucket 0", "more namespaces than all there are, 0"),
         (lambda f: f.leaf_fields.update(free=3), "space map[0].free", "are free"),
     ],
 )

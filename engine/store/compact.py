@@ -226,6 +226,7 @@ def _records(snapshot: Snapshot, faults: list[FormatError]) -> list[Record]:
     except FormatError as error:
         faults.append(FormatError(error.where, error.what))  # the one raised keeps in memory what was read
         return found
+    table.count = store.MAX_NAMESPACES  # the number may be what is wrong; the new table counts them
     for number in range(1 << table.bucket_bits):
         try:
             found += table.bucket(number).values()
