@@ -39,14 +39,18 @@ class Host(Names):
     def add_node(self, name: str, image: str) -> None:
         """A node whose bitmaps the default store holds; see `nodes.add_node`."""
         self._require_free(name)
+        self._refuse_second_name(image, *nodes.KINDS)
+        with self.opened(make=True) as target:
+            nodes.add_node(target, name, image)
+
+    def _refuse_second_name(self, image: str, *kinds: int) -> None:
+        """Refuses an image that is a node of such a kind in any store but the default one; see `nodes`."""
         path = os.path.abspath(image)
         for other in self.every_store():
             if other != self.home:
                 with Store(other) as known:
                     records = known.read(lambda snapshot: list(snapshot.table()))
-                nodes.refuse_second_name(records, path, identity_of(path))
-        with self.opened(make=True) as target:
-            nodes.add_node(target, name, image)
+                nodes.refuse_second_name(records, path, identity_of(path), *kinds)
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
         """A node that is a qcow2 image; see `nodes.add_qcow2`."""
@@ -55,6 +59,7 @@ class Host(Names):
             self._require_free(name)
         if new_identity and (identity := read_identity(image)) and (place := self.place_of(*identity)):
             self._refuse_original(image, place)
+        self._refuse_second_name(image, store.KIND_NODE)
         with self.opened(make=True) as target:
             nodes.add_qcow2(target, name, image, new_identity=new_identity)
 

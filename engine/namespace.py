@@ -132,6 +132,14 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
             names: which; none for all that need it.
         """
 
+    def settle(self) -> None:
+        """Recovers what a tracker has left that died, as every change does first.
+
+        Raises:
+            FormatError: the bitmaps cannot be told any more; `recover` gives up what is lost.
+            As `transaction`.
+        """
+
     def doubt(self) -> str | None:
         """Why all bitmaps count as all dirty; None where they do not."""
         return None

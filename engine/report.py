@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 LEAK, CORRUPTION, ERROR, NOTE = "leak", "corruption", "error", "note"
+MOST_FINDINGS = 1000  # of runs of clusters; the totals count all
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,9 +227,9 @@ class Record:
 
     @property
     def label(self) -> str:
-        """How messages name it."""
+        """How messages name it; a kind that nobody knows, which `dump` shows, too, is just a namespace."""
         kind = KIND_NODE if self.kind == KIND_PLACE else self.kind
-        return f"{KIND_NAMES[kind]} '{_readable(self.name)}'"
+        return f"{KIND_NAMES.get(kind, 'namespace')} '{_readable(self.name)}'"
 
     def extension(self, kind: int) -> bytes | None:
         """The data of the first extension of that type, or None."""

@@ -16,6 +16,7 @@ from support.cli import COMMAND, dirtmap, error_of, json_of
 from support.tracking import GRANULE, make_node
 
 import dirtmap.engine as dm
+from dirtmap.engine.store.store import Store
 from dirtmap.engine.tracking.tracker import Tracker
 
 SIZE = 64 << 20
@@ -153,6 +154,22 @@ def test_recover_says_which_row_applied(tmp_path: Path) -> None:
     assert dirtmap("recover", "drive0").out.startswith("b0: exact: ")
     assert dirtmap("recover", "drive0").out == ""
     assert [extent["offset"] for extent in json_of("map", "drive0", "b0", "--dirty")] == [GRANULE]
+
+
+def test_nothing_is_called_exact_whose_directory_is_damaged(tmp_path: Path) -> None:
+    killed(tmp_path)
+    with Store(os.environ["DIRTMAP_STORE"]) as target:
+        record = target.record(b"drive0")
+    assert record
+    with open(os.environ["DIRTMAP_STORE"], "r+b") as file:
+        file.seek(record.directory.offset + 10)
+        file.write(b"?")
+    told = dirtmap("list", "drive0", status=1).error
+    assert "checksum is wrong" in told
+    assert "node 'drive0' counts as all dirty: its directory is damaged" in told
+    assert json_of("track", "status", "drive0")["recovery"] == "all dirty: its directory is damaged"
+    assert "checksum is wrong" in error_of("add", "drive0", "x")
+    assert dirtmap("recover", "drive0").out == "b0: all dirty: its directory was damaged\n"
 
 
 def test_the_first_change_recovers_and_says_so(tmp_path: Path) -> None:

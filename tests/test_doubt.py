@@ -87,6 +87,7 @@ def test_a_damaged_bitmap_hides_no_other(where: str) -> None:
         whole = [("monday", 65536, False), ("tuesday", 65536, False)]
         ours = [("monday", None, True), ("tuesday", 65536, False)] if where == "bits" else []
         assert sorted(found, key=str) == sorted(ours + whole[: count - 2], key=str)
+    assert "no bitmaps" not in dirtmap("list", "one", status=1).out
     if where == "bits":
         assert "damaged" in dirtmap("list", "one", status=1).out
         dirtmap("recover", "one")

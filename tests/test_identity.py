@@ -18,7 +18,7 @@ from dirtmap.engine.store import nodes
 from dirtmap.engine.store.bitmaps import read_entries
 from dirtmap.engine.store.identity import lasting_identity
 from dirtmap.engine.store.namespace import StoredImage
-from dirtmap.engine.store.nodes import add_node
+from dirtmap.engine.store.nodes import add_node, add_qcow2, remove_node
 from dirtmap.engine.store.store import Store, create
 
 MIB = 1 << 20
@@ -137,6 +137,24 @@ def test_an_image_is_no_node_of_a_second_store(store: Store) -> None:
     host.remember_store("nodes.dmap")
     with pytest.raises(dm.BitmapError, match="is node 'raw0' already"):
         host.add_node("raw1", "disk.raw")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_raw_node_that_was_made_qcow2_since_gets_no_second_name(store: Store, elsewhere: bool) -> None:
+    """On a block device nothing else tells that the bitmaps of the first miss what is written to the second."""
+    add_node(store, "raw0", raw("disk.raw"))
+    qemu.create(Path("disk.raw"), MIB)
+    before = Path("disk.raw").read_bytes()
+    host = dm.this_host("default.dmap" if elsewhere else "nodes.dmap", "index")
+    if elsewhere:
+        create("default.dmap")
+        host.remember_store("nodes.dmap")
+    with pytest.raises(dm.BitmapError, match="is node 'raw0' already"):
+        host.add_qcow2("q0", "disk.raw")
+    assert Path("disk.raw").read_bytes() == before
+    remove_node(store, "raw0")
+    add_qcow2(store, "q0", "disk.raw")
+    add_qcow2(store, "q0", "disk.raw")
 
 
 def test_a_store_is_no_image(store: Store) -> None:

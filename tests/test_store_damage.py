@@ -12,6 +12,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -577,7 +579,7 @@ def test_mending_after_a_disk_has_grown_drops_what_is_too_fine_for_it(sound: Sou
             change.table.put(replace(node, size=1 << 62, directory=place, generation=change.generation))
     _spoil_directory(sound.path, b"d")
     report = dm.check(sound.path, repair="all")
-    assert [line.partition(":")[0] for line in report.dropped] == ["node 'd', 1 of its 1 bitmaps"]
+    assert [line.partition(":")[0] for line in report.dropped] == ["device 'd', 1 of its 1 bitmaps"]
     assert everything_of(sound.path, "d") == {}
     assert not dm.check(sound.path).findings
 
@@ -605,7 +607,7 @@ def test_recover_brings_back_what_can_be_named_of_a_damaged_directory_all_dirty(
         _spoil_directory(sound.path, b"a")
         with pytest.raises(dm.FormatError, match=r"directory of node 'a' at .*: its checksum is wrong; recover makes"):
             image["monday"]
-        with pytest.raises(dm.BitmapNotFoundError, match="new"):
+        with pytest.raises(dm.BitmapNotFoundError, match="'new': its directory is damaged, and shows no"):
             image.recover(["new"])
         recovered = {item.name: item.how for item in image.recover(["monday"])}
         what = f"all dirty: its directory was damaged; 1 of {len(before) + 1} bitmaps cannot be named"
@@ -1052,6 +1054,8 @@ def _too_short(forged: Forged) -> None:
         (_released_but_used, "released clusters", "overlaps namespace table|out of range"),
         (_too_short, "space map", "behind the last cluster"),
         (lambda f: f.fields.update(namespaces={"namespaces": 4}), "namespaces extension.namespaces", "there are 3"),
+        (lambda f: f.fields.update(namespaces={"namespaces": 1}), "bucket 0", "more namespaces than all there are, 1"),
+        (lambda f: f.fields.update(namespaces={"namespaces": 0}), "bucket 0", "more namespaces than all there are, 0"),
         (lambda f: f.leaf_fields.update(free=3), "space map[0].free", "are free"),
     ],
 )
@@ -1093,3 +1097,99 @@ def test_compaction_of_a_store_with_two_names_is_refused(sound: Sound, folder: P
         compact(sound.path)
     assert sound.read() == sound.data
     (folder / "second").unlink()
+
+
+# Bounds: what a small store can claim to hold.
+
+
+def run_measured(*args: object) -> tuple[str, float, int]:
+    """What a `dirtmap` of its own says, its seconds of CPU and how many MiB it ever had resident."""
+    command = [sys.executable, "-m", "dirtmap.tools.cli", *map(str, args)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as started:
+        assert started.stdout
+        said = started.stdout.read()
+        _, status, used = os.wait4(started.pid, 0)
+        started.returncode = os.waitstatus_to_exitcode(status)
+    return said, used.ru_utime + used.ru_stime, used.ru_maxrss >> 10
+
+
+SECONDS, MEBIBYTES = 2 * 2.0, 256  # as in test_hostile
+
+
+@pytest.mark.parametrize(("pattern", "leaks"), [(0xFF, (1 << 24) - 4), (0x55, (1 << 23) - 4)])
+def test_millions_of_leaks_are_counted_and_a_thousand_runs_shown(tmp_path: Path, pattern: int, leaks: int) -> None:
+    """In clusters of 2 MiB a leaf has 16 million marks."""
+    path = str(tmp_path / "s.dmap")
+    create(path, cluster_bits=21)
+    size = 1 << 21
+    leaf = bytes([pattern | 0xF]) + bytes([pattern]) * (size - 1)
+    with open(path, "r+b") as file:
+        chosen = headers.choose(path, file.read(store.RESERVED))
+        place = store.LEAF.parse(os.pread(file.fileno(), store.LEAF.size, chosen.header.space.offset)).offset
+        os.pwrite(file.fileno(), leaf, place)
+        free = store.leaf_clusters(size) - int.from_bytes(leaf, "little").bit_count()
+        root = store.LEAF.build(offset=place, free=free, checksum=crc32c.crc32c(leaf))
+        os.pwrite(file.fileno(), root, chosen.header.space.offset)
+        space = chosen.header.space._replace(checksum=crc32c.crc32c(root))
+        block = headers.build_block(replace(chosen.header, clusters=8 * size, space=space))
+        for offset in headers.blocks_of(chosen.slot):
+            os.pwrite(file.fileno(), block, offset)
+    said, seconds, mebibytes = run_measured("check", path)
+    *shown, total = said.splitlines()
+    found = int(total.split(": ")[1].split()[0])
+    assert abs(found - leaks) < 4, total
+    assert len(shown) == (16 if pattern == 0xFF else 1000)
+    assert seconds < SECONDS
+    assert mebibytes < MEBIBYTES
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_directory_that_two_namespaces_have_is_read_once(tmp_path: Path, nested: bool) -> None:
+    """Else a store of 2 MiB could claim 65,536 times as many bitmaps as it has."""
+    path, count = str(tmp_path / "s.dmap"), 64
+    create(path)
+    with Store(path) as target, target.change() as change:
+        entry = directory.Entry(b"n" * 1000, store.ALL_ONES, 0, 2, 16)
+        size = entry.packed_size  # four of them take a cluster
+        assert size == 1024
+        packed = directory.build_directory(
+            [replace(entry, name=f"{number:04}".encode() + entry.name[4:]) for number in range(4 * count)]
+        )
+        place = change.place(packed)
+        for number in range(count):
+            start = 4096 * number if nested else 0
+            area = Area(place.offset + start, len(packed) - start, crc32c.crc32c(packed[start:]))
+            node = Record(b"%d" % number, store.KIND_DEVICE, os.urandom(16), SIZE, 1, area, area.length // size)
+            change.table.put(node)
+    info = dm.describe(path)
+    assert len(info.errors) == count - 1
+    assert all(re.search(r"directory of device '\d+' at 0x\w+: overlaps that of namespace", it) for it in info.errors)
+    assert len(info.bitmaps) <= 4 * count
+    assert len([f for f in dm.check(path).findings if "overlaps that of" in f.what]) == count - 1
+    for number in range(count):  # each by itself
+        with dm.open(Place(path, str(number))) as image:
+            assert len(image) == 4 * (count - number if nested else count)
+    assert dm.check(path, repair="all").corruptions == 0
+    assert dm.describe(path).errors == ()
+
+
+def test_recovery_of_the_largest_directory_keeps_little_of_it(tmp_path: Path) -> None:
+    """66 MiB of names. They are in memory as found, as written and as told; not the damaged directory, too."""
+    path = str(tmp_path / "s.dmap")
+    (tmp_path / "a.raw").write_bytes(bytes(512))
+    create(path)
+    with Store(path) as target:
+        add_node(target, "a", str(tmp_path / "a.raw"))
+        entry = directory.Entry(b"n" * directory.MAX_NAME_SIZE, store.ALL_ONES, 0, 2, 16)
+        names = (b"%05d" % number + entry.name[5:] for number in range(directory.MAX_BITMAPS))
+        with target.change() as change:
+            record = change.table.get(b"a")
+            assert record
+            place = change.place(directory.build_directory([replace(entry, name=name) for name in names]))
+            change.table.put(replace(record, directory=place, nb_bitmaps=directory.MAX_BITMAPS))
+    with open(path, "r+b") as file:
+        file.seek(place.offset + place.length - 100)
+        file.write(b"?")
+    said, _, mebibytes = run_measured("recover", "--index", tmp_path / "index", "--store", path, "a")
+    assert len(said.splitlines()) == directory.MAX_BITMAPS, said[:1000]
+    assert mebibytes < 300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import time
 
 import crc32c
 import pytest
@@ -91,3 +92,21 @@ def test_space_map_counts_every_cluster(seed: int) -> None:
         count = min(len(model.held), rng.choice([0, 1, 2, 1000, rng.randrange(100)]))
         given_up = [model.held.pop() for _ in range(count)]
         model.commit([rng.randrange(rng.choice(sizes)) + 1 for _ in range(rng.choice([0, 1, 2, 10, 60]))], given_up)
+
+
+def test_no_run_costs_as_much_as_a_leaf() -> None:
+    """In clusters of 2 MiB a leaf has as many bytes: neither what is released nor what is taken may go over all."""
+    cluster = 2 << 20
+    per_leaf, runs = store.leaf_clusters(cluster), 100_000
+    leaf = ((1 << 2 * runs + 10) - 1).to_bytes(cluster, "little")
+    root = store.LEAF.build(offset=1 << 30, free=per_leaf - 2 * runs - 10, checksum=crc32c.crc32c(leaf))
+    released = [(10 + 2 * number, 1) for number in range(runs)]
+    space = SpaceMap("store", cluster, 2 * runs + 10, root, released, lambda area, what: leaf)
+    before = time.process_time()
+    taken = [space.take(1) for _ in range(1000)]
+    _, _, writes = space.seal(Area(), Area())
+    assert time.process_time() - before < 2, "each took milliseconds, with 2 MiB written anew"
+    assert taken == list(range(2 * runs + 10, 2 * runs + 1010))
+    bits = int.from_bytes(writes[0][1], "little")
+    assert [bits >> number & 1 for number in (9, 10, 11, 12, 2 * runs + 8, 2 * runs + 9)] == [1, 0, 1, 0, 0, 1]
+    assert space.free[0] == per_leaf - bits.bit_count()

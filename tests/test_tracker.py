@@ -25,6 +25,7 @@ from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, mo
 import dirtmap.engine as dm
 from dirtmap.engine import bits, changes
 from dirtmap.engine.namespace import Transaction
+from dirtmap.engine.store.store import Store
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.livefile import IN_FLIGHT, Writeset
 from dirtmap.engine.tracking.tracker import Tracker
@@ -844,6 +845,35 @@ def test_a_copy_of_the_store_takes_no_live_files_from_a_tracker(
         assert dirty(image["b0"]) == [5, 6]
     with other() as twin, twin.track():
         pass
+
+
+def test_mending_a_damaged_directory_ends_its_session(tracker: Tracker, image: dm.Namespace, tmp_path: Path) -> None:
+    """A tracker that went on would rely on a bitmap that is gone."""
+    tracker.checkpoint("c1")
+    tracker.checkpoint("c2")
+    with Store(str(tmp_path / "default.dmap")) as target:
+        record = target.record(b"drive0")
+    assert record
+    with (tmp_path / "default.dmap").open("r+b") as file:  # the older header slot leads to a directory without 'c2'
+        file.seek(record.directory.offset + 20)
+        file.write(b"?")
+    with pytest.raises(dm.LockedError, match="tracked by"):
+        image.recover()
+    assert len(dm.check(tmp_path / "default.dmap", repair="all").dropped) == 1
+    assert (image.tracking(), list(image)) == (None, ["b0", "c1"])
+    for act in (
+        tracker.save,
+        lambda: tracker.checkpoint("c3"),
+        lambda: tracker.changed_since("c1"),
+        lambda: tracker.take("b0"),
+        tracker.close,
+    ):
+        with pytest.raises(dm.LockedError, match="has lost this tracker's session"):
+            act()
+    assert all(image[name].count == SIZE for name in image)
+    with image.transaction() as bitmaps:
+        bitmaps["b0"].clear(0, SIZE)
+    assert files_in(tmp_path) == ["default.dmap", "drive0.raw"]
 
 
 def test_an_interrupt_while_a_writeset_is_made_leaves_no_file(tracker: Tracker) -> None:

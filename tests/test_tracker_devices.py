@@ -401,6 +401,41 @@ def test_a_device_whose_root_has_lost_the_session_is_all_dirty(raw: Path) -> Non
     assert recover(DEVICE) == {"d0": ALL_DIRTY}
 
 
+@pytest.mark.parametrize("damaged", [DEVICE, NODE])
+def test_only_recover_itself_gives_up_what_a_damaged_directory_had(path: Path, damaged: str) -> None:
+    """Each change recovers first what a tracker has left; nobody is told what becomes of it then."""
+    in_child(lambda: dm.open("disk0").track().mark(0, 1))
+    kind, name = damaged.split(":")
+    stores = {Path(os.environ["DIRTMAP_STORE"]), path.parent / "default.dmap"}
+    for store in stores:
+        with Store(str(store)) as target:
+            record = target.record(name.encode())
+        if record is not None:
+            where, offset = store, record.directory.offset
+    with where.open("r+b") as file:
+        file.seek(offset + 40)
+        file.write(b"???")
+    before = [store.read_bytes() for store in stores]
+
+    def change(target: str) -> None:
+        with dm.open(target) as image, image.transaction() as bitmaps:
+            bitmaps["x"] = dm.Bitmap(SIZE)
+
+    def track(target: str) -> None:
+        dm.open(target).track()
+
+    acts: list[Callable[[], object]] = [lambda: change(damaged), lambda: track(damaged), lambda: track(DEVICE)]
+    if damaged == DEVICE:  # the device ends its session before the root does
+        acts += [lambda: change(NODE), lambda: track(NODE), lambda: recover(NODE)]
+    for act in acts:
+        with pytest.raises(dm.FormatError, match=f"directory of {kind} '{name}' at .* its checksum is wrong"):
+            act()
+    if damaged == DEVICE:
+        assert [store.read_bytes() for store in stores] == before
+    assert recover(damaged) == {"d0" if damaged == DEVICE else "b0": ALL_DIRTY}
+    assert dirty(damaged, "d0" if damaged == DEVICE else "b0") == list(range(COUNT))
+
+
 def die_at(point: int, folder: Path) -> set[int]:
     """A tracker that dies before the n-th write, sync or live file of anything; returns the granules it has marked."""
     granules, begun = (3, 20, 900), mmap.mmap(-1, 4096)

@@ -19,10 +19,11 @@ from dirtmap.engine import changes, fileio
 from dirtmap.engine.fileio import File
 from dirtmap.engine.qcow2 import commit as qcow2_commit
 from dirtmap.engine.qcow2.sidecar import make_sidecar
-from dirtmap.engine.store.nodes import add_qcow2, remove_node
+from dirtmap.engine.store.nodes import add_node, add_qcow2, remove_node
 from dirtmap.engine.store.store import Store, create
 from dirtmap.engine.tracking import checkout
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import directory
 from dirtmap.fmt.directory import FLAG_IN_USE
 
 SIZE = 64 << 20
@@ -339,15 +340,33 @@ def test_death_at_any_write_of_the_check_in_leaves_no_leak(path: Path, writes: i
     goes_on(path, "b0", [0, 5])
 
 
-def test_a_node_whose_image_is_gone_can_be_removed(path: Path) -> None:
+def test_recover_of_a_bitmap_that_is_not_there_checks_nothing_in(path: Path) -> None:
+    in_child(lambda: dm.open(path).track().mark(5 * GRANULE, 1))
+    before = path.read_bytes()
+    assert "bitmap 'nosuch': there is no such bitmap" in error_of("recover", path, "b0", "nosuch")
+    assert path.read_bytes() == before
+    assert dirtmap("recover", path, "b0").out.startswith("b0: exact")
+    goes_on(path, "b0", [0, 5])
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_node_whose_image_is_gone_can_be_removed(path: Path, damaged: bool) -> None:
     in_child(lambda: dm.open(path).track().mark(0, 1))
-    with Store(str(path.with_name("default.dmap"))) as target:
+    place = path.with_name("default.dmap")
+    with Store(str(place)) as target:
         with pytest.raises(dm.BitmapError, match="recover"):
             remove_node(target, "drive0")
         path.unlink()
+        record = target.record(b"drive0")
+        assert record
+        if damaged:
+            with place.open("r+b") as file:
+                file.seek(record.directory.offset + 10)
+                file.write(b"?")
         remove_node(target, "drive0")
     assert files_in(path.parent) == ["default.dmap"]
-    assert dm.check(str(path.with_name("default.dmap"))).corruptions == 0
+    report = dm.check(place)
+    assert (report.corruptions, report.leaks > 0) == (0, damaged), "nobody knows what the lost directory led to"
 
 
 def test_a_tool_may_change_its_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,6 +656,38 @@ def test_recover_of_a_session_with_a_damaged_directory_makes_all_dirty_that_the_
     assert qemu_dirty(path, "still") == everything
     goes_on(path, "b0", everything)
     assert dm.check(place).corruptions == 0
+
+
+@pytest.mark.parametrize("field", ["length of extra data", "name"])
+def test_mending_a_damaged_directory_takes_no_bitmap_from_a_tracked_image(path: Path, field: str) -> None:
+    """What a session lacks counts as removed by its tracker; of a damaged one that is not known."""
+    live = path.parent / "live"
+    live.mkdir()
+    in_child(lambda: dm.open(path).track(live=live).mark(5 * GRANULE, 1))
+    place = path.parent / "default.dmap"
+    with Store(str(place)) as target:
+        for number in range(3):  # until both header slots lead to the same directory
+            (path.parent / f"{number}.raw").touch()
+            add_node(target, f"other{number}", str(path.parent / f"{number}.raw"))
+        record = target.record(b"drive0")
+    assert record
+    with place.open("r+b") as file:
+        at, entry = next(directory.parse_entries(place.read_bytes()[record.directory.offset :]))
+        length = len(directory.build_directory([entry])) - len(entry.name) - -len(entry.name) % 8
+        file.seek(record.directory.offset + at + (20 if field == "length of extra data" else length))
+        file.write(b"?")
+    report = dm.check(place, repair="all")
+    assert [line.partition(":")[0] for line in report.dropped] == ["node 'drive0', what its tracker had"]
+    assert (report.corruptions, report.leaks, report.made_dirty) == (0, 0, [])
+    assert [file for file in live.rglob("*") if file.is_file()] == [], "the tracker has died, and nobody needs them"
+    with pytest.raises(dm.LockedError, match="'dirtmap recover' gives up"), dm.open(path) as image, image.transaction():
+        pass
+    recovered = {item.name: item.how for item in dm.recover(path)}
+    assert list(recovered) == ["b0", "still"]
+    assert all(how.startswith(ALL_DIRTY) for how in recovered.values())
+    everything = list(range(SIZE // GRANULE))
+    assert qemu_dirty(path, "still") == everything
+    goes_on(path, "b0", everything)
 
 
 def test_a_copy_of_a_tracked_image_becomes_one_of_its_own(path: Path, tmp_path: Path) -> None:

@@ -35,11 +35,16 @@ _ERROR, _CORRUPT, _LEAKS = 1, 2, 3
 def check_command(
     ctx: click.Context, target: Target, repair: str | None, force_share: bool, quiet: bool, output: str
 ) -> None:
-    """Check an image's bitmaps and refcounts.
+    """Check an image's bitmaps and refcounts, or a store.
 
     "-r leaks" frees clusters that nothing uses. "-r all" also drops the bitmaps that make QEMU refuse the image, keeps
-    the good ones, says which, and sets refcounts right; guest data is never touched. Exit status: 0 sound (or mended),
-    2 corrupt, 3 leaks only, 1 when something could not be checked.
+    the good ones, says which, and sets refcounts right; guest data is never touched.
+
+    Of a store, with all its nodes and devices, either writes what is sound into a new file that takes its place; "-r
+    leaks" only where nothing else is wrong. "-r all" makes all dirty what is damaged and can still be named, gives up
+    what cannot, and says which. With a damaged directory ends what a tracker has in it: end the tracker first.
+
+    Exit status: 0 sound (or mended), 2 corrupt, 3 leaks only, 1 when something could not be checked.
     """
     if repair and force_share:
         raise click.UsageError("-U goes with reading only, not with -r.")

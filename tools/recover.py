@@ -30,8 +30,9 @@ def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, outpu
     everything and loses nothing. With no BITMAP, all inconsistent ones are recovered; others are left alone. Says what
     became of each, and why.
 
-    Damage in a store is recovered in the same way: bits whose checksum is wrong, and a damaged directory of a node, as
-    far as its bitmaps can still be named. 'dirtmap check -r all' mends what concerns the store as a whole.
+    Damage in a store is recovered in the same way: bits whose checksum is wrong, and a damaged directory of a node: all
+    its bitmaps that can still be named, whichever you name, become dirty all over, and record. 'dirtmap check -r all'
+    mends what concerns the store as a whole.
 
     What a tracker left when it died is recovered as exactly as can be, from the store that it used: the default one, or
     that which --store names. Where no session is found there, a tracked image is taken for one whose store is lost: all

@@ -23,14 +23,12 @@ from dirtmap.engine.qcow2.image import FORMAT
 from dirtmap.engine.qcow2.layout import bitmap_label, read_layout
 from dirtmap.engine.qcow2.refcounts import Refcounts
 from dirtmap.engine.qcow2.references import References, Runs, walk
-from dirtmap.engine.report import CORRUPTION, ERROR, LEAK, NOTE, CheckReport
+from dirtmap.engine.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport
 from dirtmap.fmt.errors import FormatError
 from dirtmap.fmt.geometry import ceil_div
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-_MOST_FINDINGS = 1000  # of refcounts, as runs of clusters; the totals count all
 
 
 def check(
@@ -152,7 +150,7 @@ class _Check:
         same = (np.diff(at) == 1) & (np.diff(actual[at]) == 0) & (np.diff(expected[at]) == 0)
         starts = np.append(0, np.flatnonzero(~same) + 1)[: len(at)]
         ends = np.append(starts[1:], len(at))[: len(at)]
-        shown = max(0, _MOST_FINDINGS - len(self.report.findings))
+        shown = max(0, MOST_FINDINGS - len(self.report.findings))
         for start, end in zip(starts[:shown].tolist(), ends[:shown].tolist(), strict=True):
             where = self._where(first + int(at[start]), first + int(at[end - 1]) + 1)
             what = f"refcount {actual[at[start]]}, referenced {expected[at[start]]} times"
@@ -162,7 +160,7 @@ class _Check:
     def _uncounted(self, runs: Runs, first: int, last: int) -> None:
         """Clusters ``first..last - 1`` have no counts: what is referenced there ought to have some."""
         missing = runs.within(first, last)
-        shown = max(0, _MOST_FINDINGS - len(self.report.findings))
+        shown = max(0, MOST_FINDINGS - len(self.report.findings))
         for start, end, count in zip(
             *(column[:shown].tolist() for column in (missing.starts, missing.ends, missing.counts)), strict=True
         ):

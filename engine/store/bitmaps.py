@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
 from dataclasses import dataclass, replace
@@ -121,12 +122,30 @@ def _wrong_bits(snapshot: Snapshot, record: Record, entry: Entry) -> FormatError
     return FormatError(where, "its checksum is wrong; recover makes it all dirty")
 
 
+def _require_own_directory(snapshot: Snapshot, record: Record) -> None:
+    """Refuses a directory of which another namespace has a part: a small store could claim any number of bitmaps.
+
+    Raises:
+        FormatError: names both.
+    """
+    area, known = record.directory, snapshot.directories
+    mine = area.offset, area.offset + area.length, record.name
+    at = bisect.bisect_left(known, mine)
+    for first, end, name in known[max(0, at - 1) : at + 1]:  # none of which overlap
+        if name != record.name and first < mine[1] and mine[0] < end:
+            what = f"overlaps that of {namespace_label(name)}; 'check -r all' mends the store"
+            raise FormatError(f"{snapshot.file.path}: directory of {record.label} at {area.offset:#x}", what)
+    if area.length and known[at : at + 1] != [mine]:
+        known.insert(at, mine)
+
+
 def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
     """A namespace's directory.
 
     Raises:
         FormatError: damaged, or an entry makes no sense.
     """
+    _require_own_directory(snapshot, record)
     where = f"{snapshot.file.path}: {record.label}"
     what, remedy = f"directory of {record.label}", "recover makes its bitmaps all dirty"
     data = snapshot.read(record.directory, what, remedy)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dirtmap.engine.naming import decode_name, label
-from dirtmap.engine.report import CORRUPTION, ERROR, LEAK, NOTE, CheckReport
+from dirtmap.engine.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport
 from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import doubts, read_entries, verify
 from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.space import SpaceMap, merged
+from dirtmap.engine.store.space import SpaceMap
 from dirtmap.engine.store.store import FORMAT, Snapshot, Store
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.errors import FormatError
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Progress = Callable[[int, int], None]
+
+_PIECE = 1 << 20  # clusters that are looked at at once
 
 
 def check(
@@ -83,6 +85,7 @@ class _Check:
         self.cluster = snapshot.header.cluster_size
         self.report = CheckReport(snapshot.file.path, FORMAT)
         self.used: list[tuple[range, str]] = []
+        self.shown = 0  # runs of clusters
 
     def run(self) -> CheckReport:
         self.headers()
@@ -181,13 +184,13 @@ class _Check:
             except FormatError as error:
                 self.wrong(error)
                 continue
-            bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little", count=space.per_leaf)
-            marked = bits.view(np.bool_)
-            first = index * space.per_leaf
-            self.runs(CORRUPTION, _part(used, first, space.per_leaf) & ~marked, first, "in use, but marked as free")
-            if complete:
-                leaked = marked & ~_part(kept, first, space.per_leaf)
-                self.runs(LEAK, leaked, first, "marked as used, but nothing uses them")
+            for at in range(0, len(raw), _PIECE // 8):
+                bits = np.unpackbits(np.frombuffer(raw[at : at + _PIECE // 8], np.uint8), bitorder="little")
+                marked, first = bits.view(np.bool_), index * space.per_leaf + at * 8
+                self.runs(CORRUPTION, _part(used, first, len(marked)) & ~marked, first, "in use, but marked as free")
+                if complete:
+                    leaked = marked & ~_part(kept, first, len(marked))
+                    self.runs(LEAK, leaked, first, "marked as used, but nothing uses them")
 
     def in_use(self, *, silent: bool) -> NDArray[np.int64]:
         """What is used as runs of clusters: int64, shape (n, 2), first and end, ascending and disjoint."""
@@ -209,9 +212,12 @@ class _Check:
         return np.array(runs, np.int64)
 
     def runs(self, severity: str, wrong: NDArray[np.bool_], start: int, what: str) -> None:
-        for first, count in merged((number, 1) for number in np.flatnonzero(wrong).tolist()):
-            at = (start + first) * self.cluster
-            self.report.found(severity, f"clusters {at:#x}..{at + count * self.cluster:#x}", what, count)
+        edges = np.flatnonzero(np.diff(wrong, prepend=False, append=False)).reshape(-1, 2)
+        shown = edges[: MOST_FINDINGS - self.shown]
+        self.shown += len(shown)
+        for first, end in ((shown + start) * self.cluster).tolist():
+            self.report.found(severity, f"clusters {first:#x}..{end:#x}", what, (end - first) // self.cluster)
+        self.report.count(severity, int(np.count_nonzero(wrong)) - int((shown[:, 1] - shown[:, 0]).sum()))
 
 
 def _part(runs: NDArray[np.int64], first: int, count: int) -> NDArray[np.bool_]:

@@ -3,7 +3,9 @@
     old file, locked --> every readable namespace --> new file beside it, synced --> renamed over the old one
 
 A crash leaves the old file, or the new one. Nothing becomes clean that was dirty: bits that fail their checksum become
-all dirty; so does a namespace that only the older header slot still leads to, and one with a damaged directory.
+all dirty; so does a namespace that only the older header slot still leads to, and one with a damaged directory. With
+such a namespace ends the session of a tracker, which would take what is missing for removed, and what is there for all
+that its marks are to be added to.
 """
 
 from __future__ import annotations
@@ -140,6 +142,8 @@ def compact(
         except BaseException:
             remove_file(temporary)
             raise
+        for act in change.afterwards:
+            act()
         return result
 
 
@@ -184,12 +188,28 @@ def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
         )
         if not record.tracked:
             return found._replace(record=record)
-        record = record.with_extensions(store.OF_A_SESSION)
-        if record.kind == store.KIND_PLACE:  # the image goes back to the original
-            return found._replace(record=replace(record, directory=store.NOWHERE, nb_bitmaps=0), older=None)
-        return found._replace(record=record, doubt="its tracker is the original's")
+        # An image goes back to the original.
+        return found._replace(record=_without_session(record), doubt="its tracker is the original's")
 
     return [renewed(found) for found in readable]
+
+
+def _without_session(record: Record) -> Record:
+    """The record as if nobody had tracked its image; a qcow2 image's bitmaps are in the store in a session only."""
+    record = record.with_extensions(store.OF_A_SESSION)
+    return replace(record, directory=store.NOWHERE, nb_bitmaps=0) if record.kind == store.KIND_PLACE else record
+
+
+def _with_session_ended(source: Snapshot, record: Record, change: Change, result: Compaction, why: str) -> Record:
+    """The record without its session. Files of a tracker that has died go with it; one that lives hears of it."""
+    from dirtmap.engine.tracking import recovery
+
+    session = recovery.session_of(record)
+    if session and not recovery.is_alive(session) and (view := recovery.view_of(source, record)):
+        change.afterwards.append(view.clean_up)
+    if record.kind == store.KIND_PLACE and record.nb_bitmaps:
+        result.dropped.append(f"{record.label}, what its tracker had: {why}")
+    return _without_session(record)
 
 
 def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Readable]:
@@ -217,6 +237,7 @@ def _records(snapshot: Snapshot, faults: list[FormatError]) -> list[Record]:
     except FormatError as error:
         faults.append(FormatError(error.where, error.what))  # the one raised keeps in memory what was read
         return found
+    table.count = store.MAX_NAMESPACES  # the number may be what is wrong; the new table counts them
     for number in range(1 << table.bucket_bits):
         try:
             found += table.bucket(number).values()
@@ -232,6 +253,8 @@ def _text(snapshot: Snapshot, error: Error) -> str:
 
 def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: bool) -> None:
     source, record = found.source, found.record
+    if found.doubt:
+        record = _with_session_ended(source, record, change, result, found.doubt)
     whys: dict[Entry, str] = {}
     lost = None
     try:
@@ -241,10 +264,13 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
             raise
         lost = _text(source, error)
     if lost is not None:  # by now the error does not keep in memory any more what was read
-        entries = list(whys := spare_entries(source, record, found.older))
-        if len(entries) < record.nb_bitmaps:
-            many = f"{record.nb_bitmaps - len(entries)} of its {record.nb_bitmaps} bitmaps"
-            result.dropped.append(f"{record.label}, {many}: {lost}")
+        entries = []
+        if record.kind != store.KIND_PLACE:  # else the image has them, and its 'recover' makes them all dirty
+            entries = list(whys := spare_entries(source, record, found.older))
+            if len(entries) < record.nb_bitmaps:
+                many = f"{record.nb_bitmaps - len(entries)} of its {record.nb_bitmaps} bitmaps"
+                result.dropped.append(f"{record.label}, {many}: {lost}")
+        record = _with_session_ended(source, record, change, result, lost)
     copied = [
         _carry_bits(source, record, entry, change, result, mend=mend, doubt=whys.get(entry, found.doubt))
         for entry in entries

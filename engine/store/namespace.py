@@ -161,31 +161,23 @@ class StoredImage(Namespace):
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes all dirty what is inconsistent, in doubt or damaged, directory or bits; see `Namespace.recover`."""
-        recovered = []
         settle_device(self._store, self._raw_name)
         with self._store.change() as change:
             record = self._record(change.snapshot)
+            damage = None
             try:
-                entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
+                read_entries(change.snapshot, record)
             except FormatError as error:
-                return salvage.recover(change, record, list(names), error)
-            doubt, view = doubts(change.snapshot, record), tracked_view(change.snapshot, record)
-            if size_now(record) != record.size:
-                return _recover_resized(change, record, list(names))
-            with changing(change, record) as bitmaps:
-                for name in list(names) or list(bitmaps):
-                    bitmap = bitmaps[name]
-                    why = doubt
-                    if why is None and bitmap.inconsistent:
-                        why = LEFT_IN_USE
-                    if why is None and not is_readable(change.snapshot, record, entries[name]):
-                        why = "the checksum of its bits is wrong"
-                    if why is not None:
-                        bitmaps[name] = bitmap.recovered()
-                        recovered.append(Recovery(name, f"all dirty: {why}"))
-                    elif view:
-                        recovered.append(Recovery(name, view.how))
-        return recovered
+                damage = FormatError(error.where, error.what)  # the one raised keeps in memory what was read
+            if damage is not None:
+                return salvage.recover(change, record, list(names), damage)
+            return _recover(change, record, list(names))
+
+    def settle(self) -> None:
+        """As `recover`, but for a damaged directory; see `Namespace.settle`."""
+        settle_device(self._store, self._raw_name)
+        with self._store.change() as change:
+            _recover(change, self._record(change.snapshot), [])
 
     def __repr__(self) -> str:
         return f"<StoredImage {self.name!r} in {self.path!r}>"
@@ -213,6 +205,29 @@ class StoredImage(Namespace):
 def _require_same_size(snapshot: Snapshot, record: Record) -> None:
     if record.nb_bitmaps and size_now(record) != record.size:
         raise other_size(snapshot, record)
+
+
+def _recover(change: Change, record: Record, names: list[str]) -> list[Recovery]:
+    """Recovers a namespace whose directory is whole: the bitmaps named, or all; see `Namespace.recover`."""
+    if size_now(record) != record.size:
+        return _recover_resized(change, record, names)
+    recovered = []
+    entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
+    doubt, view = doubts(change.snapshot, record), tracked_view(change.snapshot, record)
+    with changing(change, record) as bitmaps:
+        for name in names or list(bitmaps):
+            bitmap = bitmaps[name]
+            why = doubt
+            if why is None and bitmap.inconsistent:
+                why = LEFT_IN_USE
+            if why is None and not is_readable(change.snapshot, record, entries[name]):
+                why = "the checksum of its bits is wrong"
+            if why is not None:
+                bitmaps[name] = bitmap.recovered()
+                recovered.append(Recovery(name, f"all dirty: {why}"))
+            elif view:
+                recovered.append(Recovery(name, view.how))
+    return recovered
 
 
 def _recover_resized(change: Change, record: Record, names: list[str]) -> list[Recovery]:

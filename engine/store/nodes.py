@@ -32,8 +32,10 @@ from dirtmap.engine.store.bitmaps import (
 from dirtmap.engine.store.identity import carries, disk_size, identity_of, is_twin, lasting_identity
 from dirtmap.engine.store.store import Change, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError, Error, StorageError, printable
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, printable
 from dirtmap.fmt.store import Identity, Record
+
+KINDS = store.KIND_NODE, store.KIND_PLACE  # of nodes
 
 
 def add_node(target: Store, name: str, image: str) -> None:
@@ -55,7 +57,7 @@ def add_node(target: Store, name: str, image: str) -> None:
         raise BitmapError(image, "a store, and not the image of a disk")
     with target.change() as change:
         require_free(change, raw_name)
-        refuse_second_name(change.table, path, identity)
+        refuse_second_name(change.table, path, identity, *KINDS)
         change.table.put(
             Record(
                 name=raw_name,
@@ -69,20 +71,21 @@ def add_node(target: Store, name: str, image: str) -> None:
         )
 
 
-def refuse_second_name(records: Iterable[Record], path: str, identity: Identity) -> None:
+def refuse_second_name(records: Iterable[Record], path: str, identity: Identity, *kinds: int) -> None:
     """Refuses a second node on one image: what is written through one would be missing in the other's bitmaps.
 
     Args:
         records: of the nodes that there are.
         path: of the image.
         identity: of the image.
+        kinds: of nodes that count. Of qcow2 images the image itself says which node it is.
 
     Raises:
         BitmapError: names the node that it is.
     """
     for record in records:
         known = record.identity
-        if record.kind in (store.KIND_NODE, store.KIND_PLACE) and (
+        if record.kind in kinds and (
             (known.device, known.inode) == (identity.device, identity.inode) or record.path == os.fsencode(path)
         ):
             with suppress(OSError):
@@ -125,7 +128,7 @@ def nodes(target: Store) -> list[Node]:
                 doubt=doubt,
             )
             for record, doubt in found
-            if record.kind in (store.KIND_NODE, store.KIND_PLACE)
+            if record.kind in KINDS
         ),
         key=lambda node: node.name,
     )
@@ -150,6 +153,7 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
 
     Raises:
         BitmapError: the name is taken, or the image has another one already.
+        StorageError: the image cannot be looked at.
         As `Image.set_identity`.
     """
     path = os.path.abspath(image)
@@ -163,6 +167,8 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
         if opened.name not in (None, name) and not new_identity:
             what = f"is node '{opened.name}' already; rename that, or say --new-identity if it is a copy"
             raise BitmapError(path, what)
+        # One that was raw when it became a node: what is written to this node would be missing in that one's bitmaps.
+        refuse_second_name(change.table, path, identity_of(path), store.KIND_NODE)
         if new_identity or opened.name is None:
             opened.set_identity(name, new_uuid=new_identity)
         assert opened.uuid is not None  # it has an identity now
@@ -234,10 +240,11 @@ def remove_node(target: Store, name: str) -> None:
         if record.kind == store.KIND_PLACE and not (os.path.exists(record.path) and carries(record)):
             # With the image its bitmaps are gone, and nothing of ours is in what has taken its place; what a tracker
             # had of them when it died is of no use.
-            for entry in read_entries(change.snapshot, record):
-                release_bits(change, record, entry)
-            change.release(record.directory)
             end_session(change, record)
+            with suppress(FormatError):  # else what it leads to is not known, and leaks
+                for entry in read_entries(change.snapshot, record):
+                    release_bits(change, record, entry)
+                change.release(record.directory)
             change.table.remove(record.name)
             return
         refuse_session(target.path, record)
@@ -377,7 +384,7 @@ def confirm_node(target: Store, name: str) -> None:
 def _record(change: Change, name: str, *, died: bool = False) -> Record:
     """The record of a node that nobody tracks; with ``died``, of one whose tracker has died, too."""
     record = change.table.get(encode_name(name))
-    if record is None or record.kind not in (store.KIND_NODE, store.KIND_PLACE):
+    if record is None or record.kind not in KINDS:
         raise no_namespace(change.snapshot.file.path, encode_name(name))
     (refuse_tracked if died else refuse_session)(change.snapshot.file.path, record)
     return record

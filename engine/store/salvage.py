@@ -10,11 +10,13 @@ that name is all dirty, and records. Which bits the lost directory led to cannot
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.namespace import Recovery
-from dirtmap.engine.naming import decode_name, label, not_found
+from dirtmap.engine.naming import decode_name, encode_name, label
 from dirtmap.engine.store.bitmaps import (
     end_session,
     read_entries,
@@ -27,7 +29,7 @@ from dirtmap.engine.store.bitmaps import (
 from dirtmap.engine.store.identity import lasting_identity_now
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, FormatError, StorageError
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError
 
 if TYPE_CHECKING:
     from dirtmap.engine.store.store import Change, Snapshot
@@ -53,15 +55,17 @@ def spare_entries(snapshot: Snapshot, record: Record, older: Snapshot | None) ->
     Returns:
         Their entries, and why they are as they are: `KNOWN`, or `READ` in the damaged directory alone.
     """
-    known, read = _from_before(record, older), _from_damaged(snapshot, record)
     found: dict[bytes, tuple[Entry, str]] = {}
-    for entry, why in [*((entry, KNOWN) for entry in known), *((entry, READ) for entry in read)]:
-        # Whether it recorded is not known for certain: a bitmap that does not would miss what is written from now on.
-        dirty = all_dirty(entry.with_flags(set=directory.FLAG_AUTO, clear=directory.FLAG_IN_USE))
-        # The disk may have grown since, so that a bitmap would be too long.
-        if not any(store.entry_faults(dirty, record.size, snapshot.header.cluster_size, snapshot.size)):
-            found.setdefault(entry.name, (dirty, why))
-    return dict(list(found.values())[: directory.MAX_BITMAPS])
+    # One directory after the other, and none of their extra data: each may be 128 MiB long.
+    for entries, why in ((_from_before(record, older), KNOWN), (_from_damaged(snapshot, record), READ)):
+        for entry in entries:
+            # Whether it recorded is not known for certain: one that does not would miss what is written from now on.
+            dirty = all_dirty(entry.with_flags(set=directory.FLAG_AUTO, clear=directory.FLAG_IN_USE))
+            # The disk may have grown since, so that a bitmap would be too long.
+            faults = store.entry_faults(dirty, record.size, snapshot.header.cluster_size, snapshot.size)
+            if len(found) < directory.MAX_BITMAPS and not any(faults):
+                found.setdefault(entry.name, (dirty, why))
+    return dict(found.values())
 
 
 def recover(change: Change, record: Record, names: list[str], damage: FormatError) -> list[Recovery]:
@@ -88,10 +92,11 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
     entries = spare_entries(change.snapshot, record, change.snapshot.older())
     if not entries:
         raise FormatError(damage.where, "damaged, and none of its bitmaps can be named; 'check -r all' gives them up")
-    known = {decode_name(entry.name) for entry in entries}
+    known = {entry.name for entry in entries}
     for name in names:
-        if name not in known:
-            raise not_found(f"{path}: {record.label}", name)
+        if encode_name(name) not in known:
+            what = "its directory is damaged, and shows no such name; with no name 'recover' brings back what it shows"
+            raise BitmapNotFoundError(f"{path}: {record.label}: {label(name)}", what)
     identity = record.identity
     with contextlib.suppress(StorageError):
         identity = lasting_identity_now(record)
@@ -115,21 +120,15 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
     return [Recovery(decode_name(entry.name), f"all dirty: {why}{more}") for entry, why in entries.items()]
 
 
-def _from_before(record: Record, older: Snapshot | None) -> list[Entry]:
+def _from_before(record: Record, older: Snapshot | None) -> Iterator[Entry]:
     with contextlib.suppress(FormatError):
         before = older and older.record(record.name)
         if older and before and before.uuid == record.uuid:  # not another namespace of that name
-            return read_entries(older, before)
-    return []
+            yield from read_entries(older, before)
 
 
-def _from_damaged(snapshot: Snapshot, record: Record) -> list[Entry]:
-    found: list[Entry] = []
+def _from_damaged(snapshot: Snapshot, record: Record) -> Iterator[Entry]:
     with contextlib.suppress(FormatError, directory.BrokenEntryError):
         snapshot.check_area(record.directory, "directory")
         data = snapshot.file.read(record.directory.offset, record.directory.length)
-        for _, entry in directory.parse_entries(data):
-            found.append(entry)
-            if len(found) == record.nb_bitmaps:
-                break
-    return found
+        yield from (entry for _, entry in islice(directory.parse_entries(data), record.nb_bitmaps))

@@ -17,7 +17,8 @@ N + 1 clears those marks while it writes the slot that referred to them, and com
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 
 import crc32c
 
@@ -105,8 +106,8 @@ class SpaceMap:
         if len(possible) > 1:
             possible = self._ordered(possible)
         for index in possible:
-            start = _run(self.leaf(index) ^ _ones(self.per_leaf), count)
-            if start is not None and index * self.per_leaf + start + count <= self.clusters:
+            start = _run(self.leaf(index), count)
+            if start + count <= min(self.per_leaf, self.clusters - index * self.per_leaf):
                 return index * self.per_leaf + start
         return None
 
@@ -146,14 +147,34 @@ class SpaceMap:
             self.free.append(self.per_leaf)
 
     def _mark(self, first: int, count: int, *, used: bool) -> None:
-        while count:
-            index, start = divmod(first, self.per_leaf)
-            here = min(count, self.per_leaf - start)
+        for index, start, here in self._parts([(first, count)]):
             leaf, part = self.leaf(index), _ones(here) << start
+            marked = (leaf >> start & _ones(here)).bit_count()
             self._leaves[index] = leaf | part if used else leaf & ~part
-            self.free[index] += leaf.bit_count() - self._leaves[index].bit_count()
+            self.free[index] += marked - here if used else marked
             self._changed.add(index)
-            first, count = first + here, count - here
+
+    def _parts(self, runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+        """The parts of runs that lie in one leaf: its number, the first cluster in it, and how many."""
+        for first, count in runs:
+            while count:
+                index, start = divmod(first, self.per_leaf)
+                here = min(count, self.per_leaf - start)
+                yield index, start, here
+                first, count = first + here, count - here
+
+    def _free_released(self) -> None:
+        """Clears the marks of what the last commit released: leaf by leaf, for there may be a million runs."""
+        for index, parts in groupby(self._parts(self._released), key=lambda part: part[0]):
+            mask = bytearray(self._cluster)
+            for _, start, count in parts:
+                at = slice(start // 8, (start + count - 1) // 8 + 1)
+                bits = int.from_bytes(mask[at], "little") | _ones(count) << start % 8
+                mask[at] = bits.to_bytes(len(mask[at]), "little")
+            leaf = self.leaf(index)
+            left = leaf & ~int.from_bytes(mask, "little")
+            self._leaves[index] = left
+            self.free[index] += leaf.bit_count() - left.bit_count()
 
     def release(self, area: Area) -> None:
         """This commit no longer uses that area; the commit after the next may reuse it."""
@@ -168,9 +189,7 @@ class SpaceMap:
         """
         self.release(old_root)
         self.release(old_released)
-        for first, count in self._released:
-            for index in range(first // self.per_leaf, (first + count - 1) // self.per_leaf + 1):
-                self._changed.add(index)
+        self._changed |= {index for index, _, _ in self._parts(self._released)}
         placed: dict[int, int] = {}
         root = released = (0, 0)  # first cluster, clusters
         while True:
@@ -186,8 +205,7 @@ class SpaceMap:
             released = self._resized(released, len(runs) * store.RUN.size)
             if self._changed <= placed.keys() and root[1] * self._cluster >= len(self.places) * store.LEAF.size:
                 break
-        for first, count in self._released:
-            self._mark(first, count, used=False)
+        self._free_released()
         writes: list[Write] = []
         for index, cluster in placed.items():
             raw = self._leaves[index].to_bytes(self._cluster, "little")
@@ -230,8 +248,8 @@ def _first(bits: int) -> int:
     return (bits & -bits).bit_length() - 1
 
 
-def _run(free: int, count: int) -> int | None:
-    """Where the first ``count`` adjacent free clusters begin; None where there are not as many.
+def _run(leaf: int, count: int) -> int:
+    """Where the first ``count`` adjacent free clusters begin; behind the leaf's last mark all are, without an end.
 
     A bit stands for ever more clusters, from its own on:
 
@@ -239,12 +257,12 @@ def _run(free: int, count: int) -> int | None:
     2        1 0 0 1 1 1 0 0 1 0            free, and the next too:      bits & bits >> 1
     3        0 0 0 1 1 0 0 0 0 0            and the one behind them:     bits & bits >> 1
     """
-    length = 1
-    while length < count and free:
+    length, free = 1, ~leaf  # a negative number, which has ones without an end
+    while length < count:
         step = min(length, count - length)
         free &= free >> step
         length += step
-    return _first(free) if free else None
+    return _first(free)
 
 
 def merged(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

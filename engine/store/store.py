@@ -51,11 +51,13 @@ class Snapshot:
         chosen: which header counts, and why.
         header: the header that counts.
         views: the sessions of trackers as found, by namespace UUID; see `dirtmap.engine.tracking.recovery`.
+        directories: those that were read: where they begin and end, bytes, and the namespace's name; ascending.
     """
 
     def __init__(self, file: File, chosen: Chosen) -> None:
         self.file, self.chosen, self.header = file, chosen, chosen.header
         self.views: dict[bytes, Any] = {}
+        self.directories: list[tuple[int, int, bytes]] = []
         self.size = file.size()
 
     def check_area(self, area: Area, what: str) -> None:

@@ -33,7 +33,7 @@ from dirtmap.engine.bitmap import Bitmap
 from dirtmap.engine.containers import open as open_image
 from dirtmap.engine.fileio import File, open_file
 from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
-from dirtmap.engine.naming import decode_name, encode_name, label
+from dirtmap.engine.naming import decode_name, encode_name, label, not_found
 from dirtmap.engine.qcow2 import image as qcow2_image
 from dirtmap.engine.qcow2.check import free_leaks
 from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
@@ -130,7 +130,15 @@ def _of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
     return Bitmap.from_words(layout.header.size, slot.entry.granularity, words, slot.entry.auto)
 
 
-def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> list[Recovery]:
+def check_in(
+    path: str,
+    store_path: str,
+    name: bytes,
+    *,
+    own: bool = False,
+    salvaging: bool = False,
+    wanted: Iterable[str] = (),
+) -> list[Recovery]:
     """Writes a session's bitmaps into the image, and ends the session; see the module's head.
 
     Args:
@@ -138,12 +146,16 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> l
         store_path: the store that has the session.
         name: of the node, raw bytes.
         own: the session is the caller's, who has saved all marks.
+        salvaging: where the session's directory is damaged, all is dirty that can still be named.
+        wanted: bitmaps that have to be there, or nothing happens.
 
     Returns:
         What became of each bitmap.
 
     Raises:
         LockedError: another process tracks the image, or has it open.
+        FormatError: the session's directory is damaged, and ``salvaging`` is not said.
+        BitmapNotFoundError: one that is ``wanted`` is not there.
         As `Namespace.transaction`.
     """
     with Store(store_path) as target:
@@ -163,8 +175,12 @@ def check_in(path: str, store_path: str, name: bytes, *, own: bool = False) -> l
             return []
         if not own:
             recovery.refuse_tracked(path, session)
-        entries = _entries(change.snapshot, record)
+        entries = (_entries if salvaging else read_entries)(change.snapshot, record)
         settled, recovered = _settle(file, layout, change.snapshot, record, entries)
+        there = {part.entry.name if isinstance(part, Kept) else part.name for part in settled}
+        for bitmap in wanted:
+            if encode_name(bitmap) not in there:
+                raise not_found(path, bitmap)
         before = _look(path)
         commit(file, layout, settled)
         if not own:
@@ -405,22 +421,26 @@ class TrackedImage(Namespace):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, after they were recovered; see `Namespace.transaction`."""
-        self.recover()
+        self.settle()
         with open_image(self._place, store=self._store_path, force_share=True) as image, image.transaction() as bitmaps:
             yield bitmaps
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup, after recovery; see `Namespace.hold`. A living tracker takes it itself."""
-        self.recover()
+        self.settle()
         with open_image(self._place, store=self._store_path) as image, image.hold(name, owner) as held:
             yield held
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Checks in what a dead tracker has left, whichever bitmaps are named; see `Namespace.recover`."""
         chosen = set(names)
-        recovered = check_in(self._place, self._store_path, self._raw_name)
+        recovered = check_in(self._place, self._store_path, self._raw_name, salvaging=True, wanted=chosen)
         return [item for item in recovered if not chosen or item.name in chosen]
+
+    def settle(self) -> None:
+        """As `recover`, but for a damaged directory; see `Namespace.settle`."""
+        check_in(self._place, self._store_path, self._raw_name)
 
     def tracking(self) -> Status | None:
         """Who tracks the image; see `Namespace.tracking`."""
@@ -433,7 +453,7 @@ class TrackedImage(Namespace):
     def _track_with(
         self, device: Home | None, options: dict[str, Any], make: Callable[..., Tracker] = Tracker
     ) -> Tracker:
-        self.recover()
+        self.settle()
         with Image(self._place) as image:
             return track_image(image, {"store": self._store_path, **options}, device, make)
 

@@ -98,6 +98,7 @@ def settle(target: Store, name: bytes) -> None:
 
     Raises:
         LockedError: the tracker lives.
+        FormatError: the device's directory is damaged, for its own recovery.
         BitmapError: the root's size is not the device's any more.
     """
     from dirtmap.engine.store.bitmaps import refuse_tracked
@@ -109,10 +110,10 @@ def settle(target: Store, name: bytes) -> None:
         return
     refuse_tracked(target.path, record)
     if not peer.store:
-        StoredImage(target, decode_name(peer.name)).recover()
+        StoredImage(target, decode_name(peer.name)).settle()
         return
     with Store(path_of(target.place, peer)) as other:
-        StoredImage(other, decode_name(peer.name)).recover()
+        StoredImage(other, decode_name(peer.name)).settle()
 
 
 def confirm(change: Change, root: Record, before: Identity | None, after: Identity | None) -> None:

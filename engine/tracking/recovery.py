@@ -61,7 +61,7 @@ class Row(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What decides; ``changed`` says why the image is not as the tracker left it, or is None."""
+    """What decides; ``changed`` says why the image, or the store, is not as the tracker left it, or is None."""
 
     alive: bool
     changed: str | None
@@ -150,7 +150,7 @@ class View:
                 self._rootless = "the store of its root cannot be read"
         facts = Facts(
             alive=alive,
-            changed=None if alive else self._changed(record, log),
+            changed=None if alive else _damaged(snapshot, record) or self._changed(record, log),
             same_boot=session.boot_id == boot_id(),
             live=self.found is not None,
             poisoned=self.found is not None and bool(self.found.poisoned),
@@ -276,6 +276,17 @@ def opened_by_others(path: str) -> str | None:
     except Error:
         return "the image cannot be read"
     return None if tracked else "another program has opened the image for writing since"
+
+
+def _damaged(snapshot: Snapshot, record: Record) -> str | None:
+    """That the session's directory is damaged, so that recovery makes all dirty what can still be named; or None."""
+    from dirtmap.engine.store.bitmaps import read_entries
+
+    try:
+        read_entries(snapshot, record)
+    except FormatError:
+        return "its directory is damaged"
+    return None
 
 
 def _look_at(record: Record) -> Identity | None:

@@ -440,7 +440,7 @@ def track_node(
     home = Home(image.place, encode_name(image.name or ""), image.look_after)
     try:
         if home.store.read(home.needs_recovery):
-            image.recover()
+            image.settle()
         record = home.store.read(home.record)
         return make([device, home] if device else [home], os.fsdecode(record.path), chosen, None)
     except BaseException:
@@ -458,9 +458,9 @@ def track_device(image: StoredImage, options: dict[str, Any], make: Callable[...
         home = Home(image.place, encode_name(image.name or ""), image.look_after)
         try:
             if session:
-                root.recover()  # and the device before it, as far as they had it in common
+                root.settle()  # and the device before it, as far as they had it in common
             if home.store.read(home.needs_recovery):
-                image.recover()
+                image.settle()
             chosen = {**options, "live": os.path.abspath(options.get("live") or default_folder())}
             tracker = root._track_with(home, chosen, make)
             tracker._device, tracker._asked = image, chosen
