@@ -790,6 +790,16 @@ def test_numbers_of_numpy_are_taken(image: dm.Namespace) -> None:
     assert [dirty(image[name]) for name in ("b0", "g")] == [[5, 6], [6]]
 
 
+def test_a_finer_bitmap_that_is_refused_leaves_writesets_as_they_are(tracker: Tracker) -> None:
+    tracker.add("taken", GRANULE)
+    before = tracker._current.number, tracker._current.granularity_bits
+    for name in ("taken", "", "x" * 1024):
+        for ask in (tracker.add, tracker.checkpoint):
+            with pytest.raises(dm.BitmapError):
+                ask(name, 512)
+    assert (tracker._current.number, tracker._current.granularity_bits) == before
+
+
 # Live files
 
 

@@ -776,6 +776,25 @@ def test_set_root_after_a_death_takes_the_session_along(path: Path, other: Path,
     no_traces(tmp_path)
 
 
+def test_a_tracker_gives_its_device_another_root_wherever_the_program_is(
+    path: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("live", "elsewhere"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    with dm.open("disk0") as image:
+        tracker = image.track(live="live", save_interval=0)
+    monkeypatch.chdir("elsewhere")
+    with tracker:  # the image that it was made of is closed
+        tracker.mark(1 * GRANULE, 1)
+        for root in ("other", "drive0"):
+            tracker.set_root(root, content_unchanged=True)
+            tracker.mark(2 * GRANULE, 1)
+        assert list((tmp_path / "live").iterdir())
+        assert not list((tmp_path / "elsewhere").iterdir())
+    assert dirty(DEVICE, "d0") == [1, 2]
+
+
 @pytest.mark.parametrize("unchanged", [False, True])
 def test_a_tracker_gives_its_device_another_root(path: Path, other: Path, tmp_path: Path, unchanged: bool) -> None:
     with dm.open("other") as image, image.transaction() as bitmaps:

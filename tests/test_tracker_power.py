@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from support import qemu
+from support.cli import dirtmap
 from support.tracking import GRANULE, Model, files_in, forget_index, make_node, mark, model_of
 
 import dirtmap.engine as dm
@@ -532,6 +533,62 @@ def test_a_failed_sync_poisons_the_tracker(tmp_path: Path, faulty: type[Faulty],
         assert found.sum() <= 2 * REGION // GRANULE
         with image.track() as again:
             assert model_of(again.bitmap("b0"))[:2].all()
+
+
+@pytest.mark.parametrize("action", ["sync", "write"])
+def test_an_end_that_failed_says_so_and_is_recovered(tmp_path: Path, faulty: type[Faulty], action: str) -> None:
+    make_node(tmp_path, SIZE)
+    with dm.open("node:drive0") as image:
+        tracker = image.track(save_interval=0, region_size=REGION)
+        tracker.mark(0, 1)
+        faulty.action, faulty.where = action, ".dmap"
+        kind = SyncError if action == "sync" else dm.StorageError
+        with pytest.raises(kind):
+            tracker.close()
+        faulty.action = ""
+        with pytest.raises(kind):
+            tracker.close()
+        how = image.tracking().how
+        assert how.startswith("logged regions: a sync of the tracker had failed" if action == "sync" else "exact")
+        assert model_of(image["b0"])[0]
+
+
+def test_a_tracker_whose_session_is_lost_takes_no_more_marks(tmp_path: Path) -> None:
+    make_node(tmp_path, SIZE)
+    store = tmp_path / "default.dmap"
+    before = store.read_bytes()
+    with dm.open("node:drive0") as image:
+        tracker = image.track(save_interval=0)
+        tracker.mark(0, 1)
+        store.write_bytes(before)
+        with pytest.raises(dm.LockedError, match="lost this tracker's session"):
+            tracker.save()
+        for act in (lambda: tracker.mark(GRANULE, 1), lambda: tracker.begin(0, 1), tracker.save, tracker.close):
+            with pytest.raises(dm.LockedError, match="lost this tracker's session"):
+                act()
+
+
+def test_a_store_that_is_put_back_over_a_trackers_saves_is_noticed(tmp_path: Path) -> None:
+    path = make_node(tmp_path, SIZE)
+    store = tmp_path / "default.dmap"
+    dirtmap("index", "scan", tmp_path)
+    for last in ("save", "close"):
+        before = store.read_bytes()
+        with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
+            if last == "save":
+                before = store.read_bytes()
+            tracker.mark(0, 1)
+            tracker.save()
+            if last == "save":
+                store.write_bytes(before)
+                with dm.open("node:drive0") as other:
+                    assert other.doubt() == "the store lost a commit"
+                continue
+        store.write_bytes(before)
+        with dm.open("node:drive0") as image:
+            assert image.doubt() == "the store lost a commit"
+            assert model_of(image["b0"]).all()
+    assert path.exists()
 
 
 def test_a_full_tmpfs_is_an_error_when_tracking_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

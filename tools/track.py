@@ -12,7 +12,7 @@ import dirtmap.engine as dm
 from dirtmap.engine.containers import Target
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
-from dirtmap.tools.output import colourful, complain, write_json
+from dirtmap.tools.output import colourful, write_json
 from dirtmap.tools.sizes import human_share, human_size
 from dirtmap.tools.targets import address
 
@@ -90,10 +90,10 @@ def _lines(target: str, status: Status | None) -> list[str]:
     ago = "never" if status.seen is None else f"{max(0.0, time.time() - status.seen):.1f} s ago"
     share = human_share(status.regions, status.regions_in_all)
     regions = f"{status.regions} of {status.regions_in_all} ({share}), {human_size(status.region_size)} each"
-    if status.poisoned:
-        complain(f"{target}: a sync has failed: the tracker takes no more marks")
+    failed = ["  failed    a sync: the tracker takes no more marks"] if status.poisoned else []
     return [
         f"{name}: tracked by {printable(status.tracker)}",
+        *failed,
         f"  since     {since}, last sign of life {ago}",
         f"  writes    {status.writes}",
         f"  dirty     {human_size(status.dirty)} to be saved, in {status.intervals} intervals",
