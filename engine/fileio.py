@@ -385,6 +385,14 @@ def is_gone(path: str) -> bool:
     return False
 
 
+def is_same_file(one: str | bytes, other: str | bytes) -> bool:
+    """True where both paths lead to one file; not where that cannot be told."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
+
+
 def remove_file(path: str) -> None:
     """Removes a file that this process made; nothing where it is gone."""
     with contextlib.suppress(OSError):

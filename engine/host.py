@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from dirtmap.engine.afterwards import afterwards, changing_a_store
+from dirtmap.engine.fileio import is_same_file
 from dirtmap.engine.names import Found, Names
 from dirtmap.engine.namespace import ImageInfo
 from dirtmap.engine.naming import decode_name, encode_name
@@ -66,10 +67,9 @@ class Host(Names):
     @staticmethod
     def _refuse_original(image: str, place: Found) -> None:
         """Refuses a new identity for what is no copy: its tracker, holds and devices know it by the one it has."""
-        with contextlib.suppress(OSError):
-            if os.path.samefile(place.path, image):
-                what = f"is node '{printable(place.name)}' itself, and no copy; 'node rename' gives it another name"
-                raise BitmapError(image, what)
+        if is_same_file(place.path, image):
+            what = f"is node '{printable(place.name)}' itself, and no copy; 'node rename' gives it another name"
+            raise BitmapError(image, what)
 
     def remember_store(self, path: str) -> None:
         """Has the default store know another store, so that names in it are found.
@@ -154,9 +154,8 @@ class Host(Names):
             except Error:
                 continue  # another store, which keeps nobody from using what is not in it
             for record in records:
-                with contextlib.suppress(OSError):
-                    if record.tracked and os.path.samefile(record.path, path):
-                        refuse_tracked(where, record)
+                if record.tracked and is_same_file(record.path, path):
+                    refuse_tracked(where, record)
 
     # Images with a name.
 

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from dirtmap.engine.fileio import is_gone
+from dirtmap.engine.fileio import is_gone, is_same_file
 from dirtmap.engine.host import Host, remember_container
 from dirtmap.engine.index.reading import Container, look
 from dirtmap.engine.naming import decode_name
@@ -340,7 +340,7 @@ class _Registration:
         self._summary.gone += [(path, decode_name(member.name)) for path, member in named if path in gone]
 
     def _is_home(self, path: str) -> bool:
-        return path == self._host.home or _is_same_file(path, self._host.home)
+        return path == self._host.home or is_same_file(path, self._host.home)
 
     def _is_below(self, path: str) -> bool:
         return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._roots)
@@ -350,7 +350,7 @@ class _Registration:
         known = [os.fsdecode(record.path) for record in change.table if record.uuid == container.uuid]
         if container.path not in known:
             others = [path for path in known if _has_uuid(path, container.uuid)]
-            if any(_is_same_file(path, container.path) for path in others):
+            if any(is_same_file(path, container.path) for path in others):
                 return  # under another name, by a link
             others = others or found[container.uuid]
             if change.header.uuid == container.uuid:
@@ -390,7 +390,7 @@ class _Registration:
             return
         if known is None:
             self._summary.learned += 1
-        elif _is_same_file(os.fsdecode(known.path), path):
+        elif is_same_file(os.fsdecode(known.path), path):
             if known.name == member.name and _is_file(path, known.identity):
                 return
             path = os.fsdecode(known.path)  # also where this is another name of it, by a link
@@ -442,7 +442,7 @@ def _is_file(path: str, identity: Identity) -> bool:
         found = identity_of(path)
     except StorageError:
         return False
-    return (found.device, found.inode) == (identity.device, identity.inode)
+    return found.is_file(identity)
 
 
 def _is_unnamed(member: Member) -> bool:
@@ -463,11 +463,4 @@ def _has_uuid(path: str, store_uuid: bytes) -> bool:
         with Store(path) as target:
             return target.read(lambda snapshot: snapshot.header.uuid) == store_uuid
     except Error:
-        return False
-
-
-def _is_same_file(one: str, other: str) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except OSError:
         return False

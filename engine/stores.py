@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Self, TypeVar
 
-from dirtmap.engine.fileio import is_gone
+from dirtmap.engine.fileio import is_gone, is_same_file
 from dirtmap.engine.index.database import DamagedError, DatabaseError, ForbiddenError
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
@@ -175,13 +175,11 @@ class Stores:
 
     @staticmethod
     def _is_copy(target: Store, path: str) -> bool:
-        try:
-            if os.path.samefile(path, target.place):
-                return False
-            with Store(path) as other:
-                return other.uuid == target.uuid
-        except (Error, OSError):
+        if is_same_file(path, target.place):
             return False
+        with contextlib.suppress(Error), Store(path) as other:
+            return other.uuid == target.uuid
+        return False
 
     def _saw(self, target: Store) -> None:
         # An index that cannot be written only makes the next look slower.

@@ -185,6 +185,10 @@ class Identity:
     mtime_ns: int = 0
     size: int = 0
 
+    def is_file(self, other: Identity) -> bool:
+        """True where both are of one file, whatever has been written to it."""
+        return (self.device, self.inode) == (other.device, other.inode)
+
     def with_data(self, data: Identity) -> Identity:
         """That of an image whose guest data is in another file: a digest that also tells when that is another one."""
         numbers = self.mtime_ns, data.device, data.inode, data.mtime_ns, data.size

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import dirtmap.engine as dm
 from dirtmap.engine.containers import Target, locate
+from dirtmap.engine.fileio import is_same_file
 from dirtmap.fmt.errors import printable
 from dirtmap.tools.output import complain
 
@@ -44,18 +44,13 @@ def same_image(one: Target, other: Target, store: str | None = None, index: str 
         dirtmap.engine.Error: one of them is not there.
     """
     first, second = locate(one, store, index), locate(other, store, index)
-    try:
-        return first.node == second.node and os.path.samefile(first.path, second.path)
-    except OSError:
-        return False  # opening the one that is not there tells more
+    # Where one is not there, opening it tells more.
+    return first.node == second.node and is_same_file(first.path, second.path)
 
 
 def same_container(one: Target, other: Target, store: str | None = None, index: str | None = None) -> bool:
     """True where one commit can change both: they are one image, or nodes of one store. Errors as `same_image`."""
-    try:
-        return os.path.samefile(locate(one, store, index).path, locate(other, store, index).path)
-    except OSError:
-        return False
+    return is_same_file(locate(one, store, index).path, locate(other, store, index).path)
 
 
 def address(target: Target) -> dict[str, str]:

@@ -151,13 +151,13 @@ def is_twin(record: Record, path: str) -> bool:
     """
     here = identity_of(path)
     there = record.identity
-    if (here.device, here.inode) == (there.device, there.inode):
+    if here.is_file(there):
         return False
     with suppress(StorageError):
         original = identity_of(os.fsdecode(record.path))
-        if (original.device, original.inode) == (there.device, there.inode):
+        if original.is_file(there):
             return True
-        return (original.device, original.inode) != (here.device, here.inode) and carries(record)
+        return not original.is_file(here) and carries(record)
     return False
 
 

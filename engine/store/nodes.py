@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
+from dirtmap.engine.fileio import is_same_file
 from dirtmap.engine.naming import decode_name, encode_name
 from dirtmap.engine.probe import STORE, probe_path
 from dirtmap.engine.qcow2.image import Image
@@ -84,13 +85,9 @@ def refuse_second_name(records: Iterable[Record], path: str, identity: Identity,
         BitmapError: names the node that it is.
     """
     for record in records:
-        known = record.identity
-        if record.kind in kinds and (
-            (known.device, known.inode) == (identity.device, identity.inode) or record.path == os.fsencode(path)
-        ):
-            with suppress(OSError):
-                if os.path.samefile(record.path, path):
-                    raise BitmapError(path, f"is node '{printable(decode_name(record.name))}' already")
+        maybe = record.identity.is_file(identity) or record.path == os.fsencode(path)
+        if record.kind in kinds and maybe and is_same_file(record.path, path):
+            raise BitmapError(path, f"is node '{printable(decode_name(record.name))}' already")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +190,7 @@ def is_checked_out(target: Store, path: str, name: str, image_uuid: str) -> bool
     record = target.record(encode_name(name))
     if record is None or record.uuid != uuid.UUID(image_uuid).bytes or not record.tracked:
         return False
-    try:
-        return os.path.samefile(path, record.path)
-    except OSError:
-        return False
+    return is_same_file(path, record.path)
 
 
 def refuse_moved(target: Store, path: str, name: str, image_uuid: str) -> None:
