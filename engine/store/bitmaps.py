@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dirtmap.engine.bitmap import Bitmap
-    from dirtmap.engine.tracking.recovery import View
+    from dirtmap.engine.tracking.recovery import SessionView
     from dirtmap.engine.tracking.status import Status
 
 _PIECE = 1 << 20  # bytes read at once where the whole is not needed
@@ -263,7 +263,7 @@ def refuse_without_root(snapshot: Snapshot, record: Record) -> None:
         raise BitmapError(f"{snapshot.file.path}: {record.label}", reason)
 
 
-def tracked_view(snapshot: Snapshot, record: Record) -> View | None:
+def tracked_view(snapshot: Snapshot, record: Record) -> SessionView | None:
     """What a tracker, alive or dead, says about a namespace; None where none was there since it was last whole."""
     if not record.tracked:
         return None

@@ -46,7 +46,7 @@ from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking import peers, recovery
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.recorder import Options
-from dirtmap.engine.tracking.recovery import Row, View, window_of
+from dirtmap.engine.tracking.recovery import Row, SessionView, window_of
 from dirtmap.engine.tracking.status import Status, status_of
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory, store
@@ -301,7 +301,7 @@ def _contents(
     return found
 
 
-def _doubt(layout: Layout, snapshot: Snapshot, record: Record, view: View) -> str | None:
+def _doubt(layout: Layout, snapshot: Snapshot, record: Record, view: SessionView) -> str | None:
     """Why the session's bits cannot be relied on, or None."""
     if not layout.tracked:
         return "another program has opened the image for writing since"
@@ -312,7 +312,9 @@ def _doubt(layout: Layout, snapshot: Snapshot, record: Record, view: View) -> st
     return view.doubt
 
 
-def _known(layout: Layout, snapshot: Snapshot, record: Record, view: View, entry: Entry) -> tuple[Bitmap, str] | None:
+def _known(
+    layout: Layout, snapshot: Snapshot, record: Record, view: SessionView, entry: Entry
+) -> tuple[Bitmap, str] | None:
     """All that the tracker has marked for a bitmap, whoever else has written to the image; None where it is lost."""
     if layout.header.size != record.size or header_doubts(snapshot, record) is not None:
         return None
@@ -353,10 +355,10 @@ class TrackedImage(Namespace):
             raise BitmapError(self.path, "is not tracked any more; open it again")
         return record
 
-    def _read(self) -> tuple[View, dict[str, Bitmap]]:
+    def _read(self) -> tuple[SessionView, dict[str, Bitmap]]:
         """The session, and the bitmaps as they are now, or as recovery would make them."""
 
-        def read(snapshot: Snapshot) -> tuple[View, dict[str, Bitmap]]:
+        def read(snapshot: Snapshot) -> tuple[SessionView, dict[str, Bitmap]]:
             record = self._record(snapshot)
             view = recovery.view_of(snapshot, record)
             assert view

@@ -31,7 +31,7 @@ from dirtmap.fmt.store import Record
 T = TypeVar("T")
 
 
-class View:
+class HomeView:
     """A home's bitmaps as of one commit, as the tracker sees them: saved bits and windows, without what is live.
 
     Attributes:
@@ -92,7 +92,7 @@ class View:
         return self.entries[name].table_offset == store.ALL_ZEROS and not self._doubted
 
 
-class HomeChange(View):
+class HomeChange(HomeView):
     """A home while the tracker changes it; at the end of the block all is durable."""
 
     def __init__(self, change: Change, record: Record) -> None:
@@ -203,7 +203,7 @@ class Home:
             raise GoneError(missing.where, missing.what) if session else missing
         return record
 
-    def _require(self, view: View, session: bytes | None) -> None:
+    def _require(self, view: HomeView, session: bytes | None) -> None:
         if session is not None and (view.session is None or view.session.uuid != session):
             where = f"{self.store.path}: {view.record.label}"
             raise GoneError(where, "the store has lost this tracker's session")
@@ -215,9 +215,9 @@ class Home:
         refuse_tracked(f"{self.store.path}: {record.label}", session)
         return session is not None or doubts(snapshot, record) is not None
 
-    def view(self, snapshot: Snapshot) -> View:
+    def view(self, snapshot: Snapshot) -> HomeView:
         """The namespace as it is, whatever its session."""
-        return View(snapshot, self.record(snapshot))
+        return HomeView(snapshot, self.record(snapshot))
 
     def remember(self) -> None:
         """Has the store's last commit remembered, so that a rollback to one before it is noticed."""
@@ -233,7 +233,7 @@ class Home:
         data = found.extension(store.EXTENSION_SESSION) if found else None
         return data is not None and data[: len(session)] == session
 
-    def read(self, session: bytes, read: Callable[[View], T]) -> T:
+    def read(self, session: bytes, read: Callable[[HomeView], T]) -> T:
         """Runs ``read`` on one commit's state. Errors as `Store.read`."""
 
         def read_view(snapshot: Snapshot) -> T:

@@ -23,7 +23,7 @@ from dirtmap.engine.process import this_process
 from dirtmap.engine.store.bitmaps import doubts
 from dirtmap.engine.store.identity import identity_of, identity_of_disk
 from dirtmap.engine.tracking import livefile, recovery
-from dirtmap.engine.tracking.home import Home, HomeChange, View
+from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
 from dirtmap.engine.tracking.intent import IntentLog
 from dirtmap.engine.tracking.livefile import (
     CURRENT,
@@ -277,7 +277,7 @@ class Recorder:
         if node.kind == store.KIND_NODE and identity.size != node.size:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
             raise BitmapError(change.where, what)
-        views: list[View] = [home.store.read(home.view) for home in self._homes[:-1]]
+        views: list[HomeView] = [home.store.read(home.view) for home in self._homes[:-1]]
         for view in views:
             if view.record.size != self.size:
                 what = f"has {view.record.size} bytes, and its root {self.size}; 'device set-root' adopts the new size"
@@ -327,7 +327,7 @@ class Recorder:
         if node.kind == store.KIND_NODE:
             change.identity = identity
 
-    def _peer_of(self, view: View) -> Peer:
+    def _peer_of(self, view: HomeView) -> Peer:
         paths = {os.path.realpath(home.store.place) for home in self._homes}
         elsewhere = view.snapshot.file.place if len(paths) > 1 else ""
         return Peer(view.record.uuid, view.record.name, os.fsencode(elsewhere))

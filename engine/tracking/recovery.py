@@ -118,7 +118,7 @@ def window_of(entry: Entry) -> Window | None:
     return Window(raw.began, raw.ended, bool(raw.flags & live.WINDOW_BUSY))
 
 
-class View:
+class SessionView:
     """A session as found, and what it adds to the saved bits.
 
     Attributes:
@@ -307,12 +307,12 @@ def is_alive(session: live.Session) -> bool:
     return tracker_of(session).lives() if held is None else held
 
 
-def view_of(snapshot: Snapshot, record: Record) -> View | None:
+def view_of(snapshot: Snapshot, record: Record) -> SessionView | None:
     """A record's session as found now, once for each snapshot; None where it has none."""
     if record.uuid not in snapshot.views:
         session = session_of(record)
-        snapshot.views[record.uuid] = session and View(snapshot, record, session)
-    found: View | None = snapshot.views[record.uuid]
+        snapshot.views[record.uuid] = session and SessionView(snapshot, record, session)
+    found: SessionView | None = snapshot.views[record.uuid]
     return found
 
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 from dirtmap.engine import checkpoints
 from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
 from dirtmap.engine.naming import a_checkpoint, encode_name, label
-from dirtmap.engine.tracking.home import Home, HomeChange, View
+from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
 from dirtmap.engine.tracking.livefile import Words, default_folder, union
 from dirtmap.engine.tracking.marking import Kernel, Ticket
 from dirtmap.engine.tracking.recorder import Options, Recorder, words_of
@@ -290,7 +290,7 @@ class Tracker(Recorder):
                 home.put_empty(name, chosen, None, recording=False)
 
     def _require_possible(self, name: str, granularity: int) -> None:
-        def look(view: View) -> None:
+        def look(view: HomeView) -> None:
             if name in view.entries:
                 raise _taken(view, name)
             view.clean_entry(name, granularity, recording=True)
@@ -358,7 +358,7 @@ class Tracker(Recorder):
             window = first
         home.set_window(into, window, recording=newer.auto)
 
-    def _content(self, view: View, names: list[str], *, before: int = live.OPEN) -> Bitmap:
+    def _content(self, view: HomeView, names: list[str], *, before: int = live.OPEN) -> Bitmap:
         """The union of bitmaps, saved and live, without intervals from ``before`` on."""
         numbers: set[int] = set()
         finest = min(view.entry(name).granularity for name in names)
@@ -373,7 +373,7 @@ class Tracker(Recorder):
         return Bitmap.from_words(self.size, finest, union(parts, self.size, finest), view.entry(names[-1]).auto)
 
     def _changed(self, name: str, end: str | None) -> Bitmap:
-        def read(view: View) -> Bitmap:
+        def read(view: HomeView) -> Bitmap:
             if name not in view.checkpoints or name == checkpoints.BREAK:
                 recording = view.entry(name).auto
                 if end is not None or not recording:
@@ -395,7 +395,7 @@ class Tracker(Recorder):
             return self._home.read(self._session.uuid, read).freeze()
 
 
-def _taken(view: View, name: str) -> BitmapError:
+def _taken(view: HomeView, name: str) -> BitmapError:
     return BitmapError(f"{view.where}: {label(name)}", "the name is taken")
 
 
