@@ -136,6 +136,7 @@ class Session:
 
 
 # Stands for one that cannot be read: no process, and paths that no file can have.
+LOST = b""  # the data of a session that is known to be lost, which cannot be read either
 NO_SESSION = Session(bytes(16), bytes(16), 0, 0, 0, INTENT_OFF, MIN_REGION_BITS, 0, 0, 0, 0, 0, 0, b"\0", b"\0")
 _NUMBERS = tuple(field.name for field in SESSION.fields if not field.name.endswith(("live_size", "log_size")))
 

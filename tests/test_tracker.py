@@ -857,8 +857,9 @@ def test_a_copy_of_the_store_takes_no_live_files_from_a_tracker(
         pass
 
 
-def test_mending_a_damaged_directory_ends_its_session(tracker: Tracker, image: dm.Namespace, tmp_path: Path) -> None:
+def test_mending_a_damaged_directory_ends_its_session(image: dm.Namespace, tmp_path: Path) -> None:
     """A tracker that went on would rely on a bitmap that is gone."""
+    tracker = image.track(save_interval=0)
     tracker.checkpoint("c1")
     tracker.checkpoint("c2")
     with Store(str(tmp_path / "default.dmap")) as target:

@@ -658,36 +658,73 @@ def test_recover_of_a_session_with_a_damaged_directory_makes_all_dirty_that_the_
     assert dm.check(place).corruptions == 0
 
 
-@pytest.mark.parametrize("field", ["length of extra data", "name"])
-def test_mending_a_damaged_directory_takes_no_bitmap_from_a_tracked_image(path: Path, field: str) -> None:
+def damage_directory(place: Path, *, name: bool = False) -> None:
+    """Damages a tracked image's directory so that nothing can be named, or in a name, where both slots lead to it."""
+    with Store(str(place)) as target:
+        for number in range(3):
+            (place.parent / f"{number}.raw").touch()
+            add_node(target, f"other{number}", str(place.parent / f"{number}.raw"))
+        record = target.record(b"drive0")
+    assert record
+    with place.open("r+b") as file:
+        _, entry = next(directory.parse_entries(place.read_bytes()[record.directory.offset :]))
+        file.seek(record.directory.offset + (24 + len(entry.extra_data) if name else 20))
+        file.write(b"?")
+
+
+@pytest.mark.parametrize("name", [False, True])
+def test_mending_a_damaged_directory_takes_no_bitmap_from_a_tracked_image(path: Path, name: bool) -> None:
     """What a session lacks counts as removed by its tracker; of a damaged one that is not known."""
     live = path.parent / "live"
     live.mkdir()
     in_child(lambda: dm.open(path).track(live=live).mark(5 * GRANULE, 1))
     place = path.parent / "default.dmap"
-    with Store(str(place)) as target:
-        for number in range(3):  # until both header slots lead to the same directory
-            (path.parent / f"{number}.raw").touch()
-            add_node(target, f"other{number}", str(path.parent / f"{number}.raw"))
-        record = target.record(b"drive0")
-    assert record
-    with place.open("r+b") as file:
-        at, entry = next(directory.parse_entries(place.read_bytes()[record.directory.offset :]))
-        length = len(directory.build_directory([entry])) - len(entry.name) - -len(entry.name) % 8
-        file.seek(record.directory.offset + at + (20 if field == "length of extra data" else length))
-        file.write(b"?")
+    damage_directory(place, name=name)
     report = dm.check(place, repair="all")
-    assert [line.partition(":")[0] for line in report.dropped] == ["node 'drive0', what its tracker had"]
-    assert (report.corruptions, report.leaks, report.made_dirty) == (0, 0, [])
+    assert (report.corruptions, report.leaks, len(report.dropped), len(report.made_dirty)) == (
+        (0, 0, 0, 2) if name else (0, 0, 1, 0)
+    )
     assert [file for file in live.rglob("*") if file.is_file()] == [], "the tracker has died, and nobody needs them"
-    with pytest.raises(dm.LockedError, match="'dirtmap recover' gives up"), dm.open(path) as image, image.transaction():
-        pass
-    recovered = {item.name: item.how for item in dm.recover(path)}
-    assert list(recovered) == ["b0", "still"]
-    assert all(how.startswith(ALL_DIRTY) for how in recovered.values())
+    known = ["?0", "still", "b0"] if name else ["b0", "still"]
+    with dm.open(path) as image:
+        assert [(name, bitmap.count) for name, bitmap in image.items()] == [(name, SIZE) for name in known]
+    assert {item.name: item.how for item in dm.recover(path)} == dict.fromkeys(
+        known, "all dirty: what its tracker had is lost"
+    )
     everything = list(range(SIZE // GRANULE))
     assert qemu_dirty(path, "still") == everything
     goes_on(path, "b0", everything)
+    assert dm.check(place).findings == []
+
+
+def test_mending_a_damaged_directory_forgets_no_mark_in_what_others_have_made_usable(path: Path) -> None:
+    def act() -> None:
+        tracker = dm.open(path).track()
+        qemu.qemu_img("bitmap", "--remove", path, "b0")
+        qemu.qemu_img("bitmap", "--add", path, "b0")
+        tracker.mark(5 * GRANULE, 1)
+
+    in_child(act)
+    damage_directory(path.parent / "default.dmap")
+    dm.check(path.parent / "default.dmap", repair="all")
+    dm.recover(path)
+    goes_on(path, "b0", list(range(SIZE // GRANULE)))
+
+
+def test_an_image_whose_session_is_lost_is_left_alone_while_its_tracker_lives(path: Path) -> None:
+    with dm.open(path) as image:
+        tracker = image.track(save_interval=0)
+    damage_directory(path.parent / "default.dmap")
+    dm.check(path.parent / "default.dmap", repair="all")
+    before = path.read_bytes()
+    assert "its tracker lives" in error_of("recover", path)
+    assert "its tracker lives" in error_of("add", path, "x")
+    assert path.read_bytes() == before
+    with pytest.raises(dm.LockedError, match="has lost this tracker's session"):
+        tracker.close()
+    assert path.read_bytes() == before
+    dm.recover(path)
+    goes_on(path, "b0", list(range(SIZE // GRANULE)))
 
 
 def test_a_copy_of_a_tracked_image_becomes_one_of_its_own(path: Path, tmp_path: Path) -> None:

@@ -3,9 +3,8 @@
     old file, locked --> every readable namespace --> new file beside it, synced --> renamed over the old one
 
 A crash leaves the old file, or the new one. Nothing becomes clean that was dirty: bits that fail their checksum become
-all dirty; so does a namespace that only the older header slot still leads to, and one with a damaged directory. With
-such a namespace ends the session of a tracker, which would take what is missing for removed, and what is there for all
-that its marks are to be added to.
+all dirty; so does a namespace that only the older header slot still leads to, and one with a damaged directory. For
+such a namespace the session of a tracker is lost, too: what is missing would count as removed by the tracker.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from dirtmap.engine.store import header as headers
 from dirtmap.engine.store.bitmaps import read_entries, refuse_held, refuse_tracked, verify
 from dirtmap.engine.store.salvage import all_dirty, spare_entries
 from dirtmap.engine.store.store import Change, Snapshot, Store, create
-from dirtmap.fmt import directory, geometry, store
+from dirtmap.fmt import directory, geometry, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, StorageError
 from dirtmap.fmt.store import Area, Record
@@ -188,28 +187,28 @@ def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
         )
         if not record.tracked:
             return found._replace(record=record)
-        # An image goes back to the original.
-        return found._replace(record=_without_session(record), doubt="its tracker is the original's")
+        record = record.with_extensions(store.OF_A_SESSION)
+        if record.kind == store.KIND_PLACE:  # the image goes back to the original
+            return found._replace(record=replace(record, directory=store.NOWHERE, nb_bitmaps=0))
+        return found._replace(record=record, doubt="its tracker is the original's")
 
     return [renewed(found) for found in readable]
 
 
-def _without_session(record: Record) -> Record:
-    """The record as if nobody had tracked its image; a qcow2 image's bitmaps are in the store in a session only."""
-    record = record.with_extensions(store.OF_A_SESSION)
-    return replace(record, directory=store.NOWHERE, nb_bitmaps=0) if record.kind == store.KIND_PLACE else record
+def _with_session_lost(source: Snapshot, record: Record, change: Change) -> Record:
+    """The record where what its tracker had is lost. Files of one that has died go; one that lives hears of it.
 
-
-def _with_session_ended(source: Snapshot, record: Record, change: Change, result: Compaction, why: str) -> Record:
-    """The record without its session. Files of a tracker that has died go with it; one that lives hears of it."""
+    A qcow2 image's bitmaps are in the session, and the image has to hear of it, too: see `live.LOST`.
+    """
     from dirtmap.engine.tracking import recovery
 
     session = recovery.session_of(record)
-    if session and not recovery.is_alive(session) and (view := recovery.view_of(source, record)):
+    if session is None:
+        return record
+    if not recovery.is_alive(session) and (view := recovery.view_of(source, record)):
         change.afterwards.append(view.clean_up)
-    if record.kind == store.KIND_PLACE and record.nb_bitmaps:
-        result.dropped.append(f"{record.label}, what its tracker had: {why}")
-    return _without_session(record)
+    lost = [(store.EXTENSION_SESSION, live.LOST)] if record.kind == store.KIND_PLACE else []
+    return record.with_extensions(store.OF_A_SESSION, lost)
 
 
 def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Readable]:
@@ -254,7 +253,7 @@ def _text(snapshot: Snapshot, error: Error) -> str:
 def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: bool) -> None:
     source, record = found.source, found.record
     if found.doubt:
-        record = _with_session_ended(source, record, change, result, found.doubt)
+        record = _with_session_lost(source, record, change)
     whys: dict[Entry, str] = {}
     lost = None
     try:
@@ -264,13 +263,11 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
             raise
         lost = _text(source, error)
     if lost is not None:  # by now the error does not keep in memory any more what was read
-        entries = []
-        if record.kind != store.KIND_PLACE:  # else the image has them, and its 'recover' makes them all dirty
-            entries = list(whys := spare_entries(source, record, found.older))
-            if len(entries) < record.nb_bitmaps:
-                many = f"{record.nb_bitmaps - len(entries)} of its {record.nb_bitmaps} bitmaps"
-                result.dropped.append(f"{record.label}, {many}: {lost}")
-        record = _with_session_ended(source, record, change, result, lost)
+        entries = list(whys := spare_entries(source, record, found.older))
+        if len(entries) < record.nb_bitmaps:
+            many = f"{record.nb_bitmaps - len(entries)} of its {record.nb_bitmaps} bitmaps"
+            result.dropped.append(f"{record.label}, {many}: {lost}")
+        record = _with_session_lost(source, record, change)
     copied = [
         _carry_bits(source, record, entry, change, result, mend=mend, doubt=whys.get(entry, found.doubt))
         for entry in entries

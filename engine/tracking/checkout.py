@@ -17,6 +17,7 @@ A device on the image that is tracked with it ends its session before step 2 of 
 the image looks behind step 3. After a crash between it is all dirty.
 
 A bitmap in use that the session does not have was removed by the tracker where "tracked" is on; else it is left alone.
+Where the session or its directory is lost, nothing is known to be removed, and all is dirty.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ from dirtmap.engine.store import salvage
 from dirtmap.engine.store.bitmaps import bitmap_of, busy_of, doubts, header_doubts, read_entries, release_bits
 from dirtmap.engine.store.identity import identity_of_disk
 from dirtmap.engine.store.store import Change, Snapshot, Store
-from dirtmap.engine.tracking import peers, recovery
+from dirtmap.engine.tracking import livefile, peers, recovery
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.recorder import Options
 from dirtmap.engine.tracking.recovery import Row, SessionView, window_of
 from dirtmap.engine.tracking.status import Status, status_of
 from dirtmap.engine.tracking.tracker import Tracker
-from dirtmap.fmt import directory, store
+from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, FormatError, StorageError
 from dirtmap.fmt.store import NOWHERE, Identity, Record
@@ -175,6 +176,8 @@ def check_in(
             return []
         if not own:
             recovery.refuse_tracked(path, session)
+        if session is live.NO_SESSION:
+            livefile.refuse_living(file.place, record.uuid)
         entries = (_entries if salvaging else read_entries)(change.snapshot, record)
         settled, recovered = _settle(file, layout, change.snapshot, record, entries)
         there = {part.entry.name if isinstance(part, Kept) else part.name for part in settled}
@@ -264,12 +267,13 @@ def _contents(
     why = _doubt(layout, snapshot, record, view)
     slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
     whys: dict[Entry, str] = {}
-    if entries is None:
-        whys = salvage.spare_entries(snapshot, record, snapshot.older())
+    if entries is None or view.session is live.NO_SESSION:  # what is missing need not have been removed
+        spare = salvage.spare_entries(snapshot, record, snapshot.older()) if entries is None else {}
+        whys = spare or dict.fromkeys(entries or (), view.why)
         known = {entry.name for entry in whys}
         for other in layout.slots:
             if other.entry.in_use and marked and other.entry.name not in known:
-                whys[other.entry.with_flags(set=directory.FLAG_AUTO)] = salvage.KNOWN
+                whys[other.entry.with_flags(set=directory.FLAG_AUTO)] = salvage.KNOWN if entries is None else view.why
         entries = list(whys)
     found: dict[str, tuple[Bitmap | None, str]] = {}
     for entry in entries:

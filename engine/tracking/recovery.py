@@ -279,9 +279,11 @@ def opened_by_others(path: str) -> str | None:
 
 
 def _damaged(snapshot: Snapshot, record: Record) -> str | None:
-    """That the session's directory is damaged, so that recovery makes all dirty what can still be named; or None."""
+    """That the session or its directory is lost, so that recovery makes all dirty what can still be named; or None."""
     from dirtmap.engine.store.bitmaps import read_entries
 
+    if session_of(record) is live.NO_SESSION:
+        return "what its tracker had is lost"
     try:
         read_entries(snapshot, record)
     except FormatError:
