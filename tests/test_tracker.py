@@ -857,8 +857,9 @@ def test_a_copy_of_the_store_takes_no_live_files_from_a_tracker(
         pass
 
 
-def test_mending_a_damaged_directory_ends_its_session(image: dm.Namespace, tmp_path: Path) -> None:
-    """A tracker that went on would rely on a bitmap that is gone."""
+def test_mending_a_damaged_directory_ends_the_session_of_a_tracker_that_has_ended(
+    image: dm.Namespace, tmp_path: Path
+) -> None:
     tracker = image.track(save_interval=0)
     tracker.checkpoint("c1")
     tracker.checkpoint("c2")
@@ -870,17 +871,21 @@ def test_mending_a_damaged_directory_ends_its_session(image: dm.Namespace, tmp_p
         file.write(b"?")
     with pytest.raises(dm.LockedError, match="tracked by"):
         image.recover()
-    assert len(dm.check(tmp_path / "default.dmap", repair="all").dropped) == 1
-    assert (image.tracking(), list(image)) == (None, ["b0", "c1"])
+    tracker.mark(0, 1)
     for act in (
         tracker.save,
         lambda: tracker.checkpoint("c3"),
         lambda: tracker.changed_since("c1"),
         lambda: tracker.take("b0"),
-        tracker.close,
     ):
-        with pytest.raises(dm.LockedError, match="has lost this tracker's session"):
+        with pytest.raises(dm.FormatError, match="directory of node 'drive0'"):
             act()
+    with pytest.raises(dm.LockedError, match="tracked by"):
+        dm.check(tmp_path / "default.dmap", repair="all")
+    with pytest.raises(dm.FormatError, match="directory of node 'drive0'"):
+        tracker.close()
+    assert len(dm.check(tmp_path / "default.dmap", repair="all").dropped) == 1
+    assert (image.tracking(), list(image)) == (None, ["b0", "c1"])
     assert all(image[name].count == SIZE for name in image)
     with image.transaction() as bitmaps:
         bitmaps["b0"].clear(0, SIZE)

@@ -711,18 +711,18 @@ def test_mending_a_damaged_directory_forgets_no_mark_in_what_others_have_made_us
     goes_on(path, "b0", list(range(SIZE // GRANULE)))
 
 
-def test_an_image_whose_session_is_lost_is_left_alone_while_its_tracker_lives(path: Path) -> None:
+def test_a_damaged_directory_is_not_mended_while_its_tracker_lives(path: Path) -> None:
     with dm.open(path) as image:
         tracker = image.track(save_interval=0)
     damage_directory(path.parent / "default.dmap")
-    dm.check(path.parent / "default.dmap", repair="all")
     before = path.read_bytes()
-    assert "its tracker lives" in error_of("recover", path)
-    assert "its tracker lives" in error_of("add", path, "x")
-    assert path.read_bytes() == before
-    with pytest.raises(dm.LockedError, match="has lost this tracker's session"):
+    assert "tracked by" in error_of("check", "-r", "all", path.parent / "default.dmap")
+    for command in (("recover", path), ("add", path, "x")):
+        assert "tracked by" in error_of(*command)
+    with pytest.raises(dm.FormatError, match="directory of node 'drive0'"):
         tracker.close()
     assert path.read_bytes() == before
+    dirtmap("check", "-r", "all", path.parent / "default.dmap")
     dm.recover(path)
     goes_on(path, "b0", list(range(SIZE // GRANULE)))
 

@@ -196,16 +196,20 @@ def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
 
 
 def _with_session_lost(source: Snapshot, record: Record, change: Change) -> Record:
-    """The record where what its tracker had is lost. Files of one that has died go; one that lives hears of it.
+    """The record where what its tracker had is lost, whose files go.
 
-    A qcow2 image's bitmaps are in the session, and the image has to hear of it, too: see `live.LOST`.
+    A qcow2 image's bitmaps are in the session, and the image has to hear of it: see `live.LOST`.
+
+    Raises:
+        LockedError: the tracker lives, and would go on marking where nobody looks.
     """
     from dirtmap.engine.tracking import recovery
 
     session = recovery.session_of(record)
     if session is None:
         return record
-    if not recovery.is_alive(session) and (view := recovery.view_of(source, record)):
+    recovery.refuse_tracked(f"{source.file.path}: {record.label}", session)
+    if view := recovery.view_of(source, record):
         change.afterwards.append(view.clean_up)
     lost = [(store.EXTENSION_SESSION, live.LOST)] if record.kind == store.KIND_PLACE else []
     return record.with_extensions(store.OF_A_SESSION, lost)
