@@ -42,8 +42,8 @@ def check_command(
 
     Of a store, with all its nodes and devices, either writes what is sound into a new file that takes its place; "-r
     leaks" only where nothing else is wrong. "-r all" makes all dirty what is damaged and can still be named, gives up
-    what cannot, and says which. With a damaged directory goes what a tracker had in it; while the tracker lives, that is
-    refused.
+    what cannot, and says which. With a damaged directory goes what a tracker had in it; that is refused while the
+    tracker lives.
 
     Exit status: 0 sound (or mended), 2 corrupt, 3 leaks only, 1 when something could not be checked.
     """
