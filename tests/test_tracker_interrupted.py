@@ -153,8 +153,11 @@ def in_child(shared: Shared, act: str, line: int, *, closing: bool) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, line
 
 
+ENDS = ["dies", "power fails", "closes"]
+
+
 def interrupt(folder: Path, act: str, end: str, most: int) -> None:
-    """Does so at no more than so many lines of the act, evenly."""
+    """Does so at no more than so many lines of the act, evenly: at others for each end."""
     kept = folder / "kept"
     shutil.copy(folder / "default.dmap", kept)
     waiting = [_NEVER]  # first, to count them
@@ -176,19 +179,20 @@ def interrupt(folder: Path, act: str, end: str, most: int) -> None:
         if line == _NEVER:
             count = int(shared.lines[0])
             assert count > 5
-            waiting = list(range(1 + count % 7, count + 1, -(-count // most)))
+            step = -(-count // most)
+            waiting = list(range(1 + ENDS.index(end) * step // len(ENDS), count + 1, step))
         shutil.copy(kept, folder / "default.dmap")
         forget_index(folder)
 
 
-@pytest.mark.parametrize("end", ["dies", "power fails", "closes"])
+@pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("act", ACTS)
 def test_an_exception_at_some_lines(folder: Path, act: str, end: str) -> None:
-    interrupt(folder, act, end, 12)
+    interrupt(folder, act, end, 6)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("end", ["dies", "power fails", "closes"])
+@pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("act", ACTS)
 def test_an_exception_at_any_line(folder: Path, act: str, end: str) -> None:
     interrupt(folder, act, end, 1 << 30)
