@@ -37,7 +37,7 @@ from dirtmap.tools.cli import main
 
 SIZE = 64 << 20
 COUNT = SIZE // GRANULE
-STEP = 7  # of the points at which a short run dies
+STEP = 11  # of the points at which a short run dies
 DEVICE, NODE = "device:disk0", "node:drive0"
 BOTH = (DEVICE, NODE)
 EXACT, LOGGED, ALL_DIRTY = "exact", "logged regions", "all dirty"

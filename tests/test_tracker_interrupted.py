@@ -27,6 +27,7 @@ from support.tracking import GRANULE, forget_index, lost, make_node, mark, model
 
 import dirtmap.engine as dm
 from dirtmap.engine import fileio
+from dirtmap.engine.store import store
 from dirtmap.engine.tracking import marking
 from dirtmap.engine.tracking.intent import IntentLog
 from dirtmap.engine.tracking.recorder import Recorder
@@ -620,7 +621,10 @@ def test_a_cut_that_waits_ends_with_the_tracker(image: dm.Namespace) -> None:
     assert list(image) == ["b0", "taken"]
 
 
-def test_close_in_a_signal_handler_in_the_middle_of_a_save(image: dm.Namespace) -> None:
+def test_close_in_a_signal_handler_in_the_middle_of_a_save(
+    image: dm.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_PATIENCE_SECONDS", 0.5)  # with the writer that is this very thread
     tracker = image.track(save_interval=0.3)
 
     def close(*_: object) -> None:
