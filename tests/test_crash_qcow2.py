@@ -26,7 +26,7 @@ from dirtmap.engine.qcow2.check import check
 from dirtmap.engine.qcow2.image import Image
 from dirtmap.fmt import qcow2
 
-EFFORT = crash.Effort().times(int(os.environ.get("DIRTMAP_CRASH_EFFORT", "1")))
+EFFORT = crash.Effort(random=120, qemu=5).times(int(os.environ.get("DIRTMAP_CRASH_EFFORT", "1")))
 MUTANT_EFFORT = crash.Effort(pieces=8, most=24, random=16)
 
 # 16,385 granules of 4 KiB: bits in five sectors, and a last granule that is cut short.

@@ -248,7 +248,7 @@ def limits(craft: Craft, place: Place) -> list[int]:
     return sorted(value for value in values if 0 <= value <= place.most and value != own)
 
 
-SAMPLES = {"plain": 4, "snapshot": 4, "version 2": 3, "one bit": 3, "small clusters": 4}
+SAMPLES = {"plain": 3, "snapshot": 3, "version 2": 2, "one bit": 2, "small clusters": 3}
 
 
 @pytest.mark.parametrize("kind", SAMPLES)

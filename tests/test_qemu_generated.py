@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from support.qemu import (
     Map,
     StorageDaemon,
@@ -413,5 +421,15 @@ class Turns(RuleBasedStateMachine):
             assert dirty(self.image, name) == model.dirty
 
 
-Turns.TestCase.settings = settings(max_examples=60, stateful_step_count=8, suppress_health_check=list(HealthCheck))
-test_turns = Turns.TestCase
+def take_turns(examples: int) -> None:
+    every = settings(max_examples=examples, stateful_step_count=8, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(Turns, settings=every)
+
+
+def test_turns() -> None:
+    take_turns(20)
+
+
+@pytest.mark.long
+def test_turns_for_long() -> None:
+    take_turns(300)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from support import crash, store_crash
+from support import crash, quick, store_crash
 from support.crash import Recording, Tally
 from support.store_crash import Judge, Reader
 
@@ -33,7 +33,7 @@ from dirtmap.engine.store.store import Store, create
 from dirtmap.fmt import directory
 from dirtmap.fmt import store as fmt_store
 
-EFFORT = crash.Effort(pieces=8, most=48, random=150).times(int(os.environ.get("DIRTMAP_CRASH_EFFORT", "1")))
+EFFORT = crash.Effort(pieces=8, most=16, random=40).times(int(os.environ.get("DIRTMAP_CRASH_EFFORT", "1")))
 CHAIN_EFFORT = crash.Effort(pieces=4, most=8, random=20)
 MUTANT_EFFORT = crash.Effort(pieces=8, most=24, random=16)
 
@@ -57,6 +57,11 @@ class Case:
     prepare: Operation
     operate: Operation
     leaf: int = 0
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick.hurry(monkeypatch)
 
 
 @contextlib.contextmanager
@@ -376,6 +381,7 @@ def test_every_state_is_old_or_new(name: str, recorded: Recorded, tallies: dict[
         assert judge.old != judge.new
         crash.require_durable(recording)
         tallies[name] = crash.explore(store_crash.shredded(recording), judge, EFFORT) + judge.chained
+        assert tallies[name].built * len(CASES) > 50_000
         judge.finish(bytearray(recording.final))
 
 

@@ -103,8 +103,7 @@ def files_up_to(limit: int) -> Iterator[None]:
             fits = max(limit - offset, 0)
             super().write(offset, memoryview(data)[:fits])
             if len(data) > fits:
-                with self._errors("write"):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise self._failed("write", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
     with fileio.using(Small):
         yield

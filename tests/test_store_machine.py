@@ -28,10 +28,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from support import qemu, store_crash
+from support.quick import Quick
 
 import dirtmap.engine as dm
 from dirtmap.engine import changes, fileio
-from dirtmap.engine.fileio import File
 from dirtmap.engine.namespace import Namespace, Transaction
 from dirtmap.engine.store import nodes
 from dirtmap.engine.store.compact import compact
@@ -48,13 +48,6 @@ SIZES = [SIZE, SIZE, 1, 4096 * 64, 100_000_007, 0]
 NODES = ["a", "b", "c", "ä", "\udcff\udc80", "n" * 1023, *(f"node {number}" for number in range(12))]
 BITMAPS = ["x", "y", "z", "\udcfe", "m" * 1023]
 GRANULARITIES = [512, 4096, 65536, 1 << 31]
-
-
-class Quick(File):
-    """A file whose syncs cost nothing."""
-
-    def sync(self) -> None:
-        self._refuse_if_poisoned()
 
 
 class Abort(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from support import qemu
-from support.tracking import GRANULE, forget_index, make_node, mark, model_of
+from support.tracking import GRANULE, Shared, forget_index, kill, make_node, mark, model_of
 from test_tracker_power import REGION, Recording, expected, use
 
 import dirtmap.engine as dm
@@ -37,7 +38,7 @@ from dirtmap.tools.cli import main
 
 SIZE = 64 << 20
 COUNT = SIZE // GRANULE
-STEP = 7  # of the points at which a short run dies
+STEP = 11  # of the points at which a short run dies
 DEVICE, NODE = "device:disk0", "node:drive0"
 BOTH = (DEVICE, NODE)
 EXACT, LOGGED, ALL_DIRTY = "exact", "logged regions", "all dirty"
@@ -637,16 +638,6 @@ def test_dump_tells_the_peers(path: Path) -> None:
 # Real processes, killed in the middle of everything.
 
 
-class Shared:
-    """Two models in memory that a child's death leaves alone: what was asked for, and what had returned."""
-
-    def __init__(self) -> None:
-        self._map = mmap.mmap(-1, 2 * COUNT + 8)
-        halves = np.frombuffer(self._map, np.uint8)
-        self.asked, self.returned = halves[:COUNT], halves[COUNT : 2 * COUNT]
-        self.started = halves[2 * COUNT :]
-
-
 def tracking(seed: int, shared: Shared, path: Path) -> None:
     """What the child does until it is killed: marks by threads, with writes to a raw root, beside cuts and saves."""
     rng = random.Random(seed)
@@ -679,23 +670,9 @@ def tracking(seed: int, shared: Shared, path: Path) -> None:
 def kill_often(folder: Path, kills: int, root: Callable[[Path], Path]) -> int:
     """Kills trackers of a device; both namespaces have what had returned, and no more than was asked for."""
     path = make(folder, root)
-    shared, rng = Shared(), random.Random(kills)
+    shared, rng = Shared(COUNT), random.Random(kills)
     for number in range(kills):
-        shared.started[0] = 0
-        pid = os.fork()
-        if pid == 0:
-            try:
-                tracking(number, shared, path)
-            except BaseException as error:
-                print(repr(error), file=sys.stderr)
-            finally:
-                os._exit(1)
-        while not shared.started[0]:
-            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child failed"
-            time.sleep(0.001)
-        time.sleep(rng.random() * 0.05)
-        os.kill(pid, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        kill(functools.partial(tracking, number, shared, path), shared, rng, 0.05)
         for target in rng.sample(BOTH, 2):
             with dm.open(target) as image:
                 name = "d0" if target == DEVICE else "b0"

@@ -27,6 +27,7 @@ from support.tracking import GRANULE, forget_index, lost, make_node, mark, model
 
 import dirtmap.engine as dm
 from dirtmap.engine import fileio
+from dirtmap.engine.store import store
 from dirtmap.engine.tracking import marking
 from dirtmap.engine.tracking.intent import IntentLog
 from dirtmap.engine.tracking.recorder import Recorder
@@ -153,8 +154,11 @@ def in_child(shared: Shared, act: str, line: int, *, closing: bool) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, line
 
 
+ENDS = ["dies", "power fails", "closes"]
+
+
 def interrupt(folder: Path, act: str, end: str, most: int) -> None:
-    """Does so at no more than so many lines of the act, evenly."""
+    """Does so at no more than so many lines of the act, evenly: at others for each end."""
     kept = folder / "kept"
     shutil.copy(folder / "default.dmap", kept)
     waiting = [_NEVER]  # first, to count them
@@ -176,19 +180,20 @@ def interrupt(folder: Path, act: str, end: str, most: int) -> None:
         if line == _NEVER:
             count = int(shared.lines[0])
             assert count > 5
-            waiting = list(range(1 + count % 7, count + 1, -(-count // most)))
+            step = -(-count // most)
+            waiting = list(range(1 + ENDS.index(end) * step // len(ENDS), count + 1, step))
         shutil.copy(kept, folder / "default.dmap")
         forget_index(folder)
 
 
-@pytest.mark.parametrize("end", ["dies", "power fails", "closes"])
+@pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("act", ACTS)
 def test_an_exception_at_some_lines(folder: Path, act: str, end: str) -> None:
-    interrupt(folder, act, end, 12)
+    interrupt(folder, act, end, 6)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("end", ["dies", "power fails", "closes"])
+@pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("act", ACTS)
 def test_an_exception_at_any_line(folder: Path, act: str, end: str) -> None:
     interrupt(folder, act, end, 1 << 30)
@@ -717,7 +722,10 @@ def test_a_cut_that_waits_ends_with_the_tracker(image: dm.Namespace) -> None:
     assert list(image) == ["b0", "taken"]
 
 
-def test_close_in_a_signal_handler_in_the_middle_of_a_save(image: dm.Namespace) -> None:
+def test_close_in_a_signal_handler_in_the_middle_of_a_save(
+    image: dm.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_PATIENCE_SECONDS", 0.5)  # with the writer that is this very thread
     tracker = image.track(save_interval=0.3)
 
     def close(*_: object) -> None:

@@ -6,11 +6,9 @@ returned. Recovered must be what had returned, and nothing that had not been ask
 
 from __future__ import annotations
 
-import mmap
+import functools
 import os
 import random
-import signal
-import sys
 import threading
 import time
 import uuid
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tracking import GRANULE, Model, files_in, make_node, mark, model_of
+from support.tracking import GRANULE, Model, Shared, files_in, kill, make_node, mark, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.tracking import livefile
@@ -26,16 +24,6 @@ from dirtmap.engine.tracking import livefile
 SIZE = 256 << 20
 COUNT = SIZE // GRANULE
 EXACT = "exact: the tracker's process ended without closing"
-
-
-class Shared:
-    """Two models in memory that a child's death leaves alone: what was asked for, and what had returned."""
-
-    def __init__(self) -> None:
-        self._map = mmap.mmap(-1, 2 * COUNT + 8)
-        both = np.frombuffer(self._map, np.uint8)
-        self.asked, self.returned = both[:COUNT], both[COUNT : 2 * COUNT]
-        self.started = both[2 * COUNT :]
 
 
 def tracking(seed: int, shared: Shared, image: Path) -> None:
@@ -85,26 +73,11 @@ def union(image: dm.Namespace) -> Model:
 def kill_often(folder: Path, kills: int, seed: int = 0) -> int:
     """Kills trackers; returns how many marks were in doubt when one died, at most."""
     path = make_node(folder, SIZE)
-    shared = Shared()
+    shared = Shared(COUNT)
     rng = random.Random(seed)
     for number in range(kills):
-        shared.started[0] = 0
-        pid = os.fork()
-        if pid == 0:
-            try:
-                tracking(seed + number, shared, path)
-            except BaseException as error:
-                print(repr(error), file=sys.stderr)
-            finally:
-                os._exit(1)
-        while not shared.started[0]:
-            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child failed"
-            if rng.random() < 0.02:
-                break  # killed while it begins
-            time.sleep(0.001)
-        time.sleep(rng.random() * 0.03)
-        os.kill(pid, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        work = functools.partial(tracking, seed + number, shared, path)
+        kill(work, shared, rng, 0.03, early=0.02)
         with dm.open("node:drive0") as image:
             before = model_of(image["b0"])  # shown at once, before anything is written
             how = image.recover()

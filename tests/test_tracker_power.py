@@ -92,10 +92,11 @@ class Recording:
         return Recorder
 
     def states(self, rng: random.Random, count: int) -> Iterator[tuple[int, dict[str, bytearray]]]:
-        """So many crashes: how many events had happened, and what is on disk."""
+        """So many crashes: how many events had happened, and what is on disk of the files that were written to."""
+        written = {event.path for event in self.events if isinstance(event, Written)}
         for _ in range(count):
             at = rng.randrange(len(self.events) + 1)
-            disks = {path: bytearray(data) for path, data in self.originals.items()}
+            disks = {path: bytearray(data) for path, data in self.originals.items() if path in written}
             pending: dict[str, list[Written]] = {path: [] for path in disks}
             for event in self.events[:at]:
                 if isinstance(event, Written):

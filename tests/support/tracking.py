@@ -1,8 +1,15 @@
-"""Nodes to track, and a byte-per-granule model to hold their bitmaps against."""
+"""Nodes to track, a byte-per-granule model to hold their bitmaps against, and trackers that are killed."""
 
 from __future__ import annotations
 
+import mmap
+import os
+import random
 import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +70,42 @@ def forget_index(folder: Path) -> None:
     """Takes the index away: it knows later commits than a store has that a test puts back."""
     for path in folder.glob("index*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class Shared:
+    """Two models in memory that a child's death leaves alone: what was asked for, and what had returned."""
+
+    def __init__(self, count: int) -> None:
+        self._map = mmap.mmap(-1, 2 * count + 8)
+        both = np.frombuffer(self._map, np.uint8)
+        self.asked, self.returned = both[:count], both[count : 2 * count]
+        self.started = both[2 * count :]
+
+
+def kill(work: Callable[[], object], shared: Shared, chance: random.Random, seconds: float, early: float = 0) -> None:
+    """Kills a fork of this process, which works until then.
+
+    Args:
+        work: sets ``shared.started``.
+        shared: with the fork.
+        chance: when.
+        seconds: after which it is killed once it has started, at most.
+        early: how probable it is, each millisecond before, that it is killed while it begins.
+    """
+    shared.started[0] = 0
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+        finally:
+            os._exit(1)
+    while not shared.started[0]:
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child failed"
+        if chance.random() < early:
+            break
+        time.sleep(0.001)
+    time.sleep(chance.random() * seconds)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
