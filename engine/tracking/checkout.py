@@ -8,10 +8,12 @@
 Any other program that opens the image for writing takes "tracked" away, which it does not know; QEMU does not touch
 bitmaps in use. So after a crash at any step, or between, what each bitmap holds is decided for each by itself:
 
-    image: not in use, "tracked" off    what the image has: never checked out, or checked in, or made usable by others
+    image: not in use, "tracked" off    what either has: never checked out, or checked in; or others have made it usable,
+                                        who do not know what the tracker has marked, perhaps while it lived
     image: not in use, "tracked" on     what either has: the crash was within steps 2 and 3
     in use, or not there; on            what the session has: see `dirtmap.engine.tracking.recovery`
     in use, or not there; off           all dirty: others may have written to the image
+    not in use, not the session's; off  all dirty if it records: others have added it, perhaps while the tracker lived
 
 A device on the image that is tracked with it ends its session before step 2 of the check-in, and takes note of how
 the image looks behind step 3. After a crash between it is all dirty.
