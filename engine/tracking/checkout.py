@@ -8,7 +8,7 @@
 Any other program that opens the image for writing takes "tracked" away, which it does not know; QEMU does not touch
 bitmaps in use. So after a crash at any step, or between, what each bitmap holds is decided for each by itself:
 
-    image: not in use, "tracked" off    what either has: never checked out, or checked in; or others have made it usable,
+    image: not in use, "tracked" off    what either has: not checked out yet, or checked in; or others made it usable,
                                         who do not know what the tracker has marked, perhaps while it lived
     image: not in use, "tracked" on     what either has: the crash was within steps 2 and 3
     in use, or not there; on            what the session has: see `dirtmap.engine.tracking.recovery`
