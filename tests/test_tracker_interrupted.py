@@ -8,6 +8,8 @@ mark that had returned has to be in every bitmap that was recording.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import linecache
 import mmap
 import os
@@ -202,6 +204,13 @@ def test_an_exception_at_any_line(folder: Path, act: str, end: str) -> None:
 # Handlers of signals, which do not raise but act.
 
 
+class NoSync(fileio.File):
+    """A file whose syncs cost nothing."""
+
+    def sync(self) -> None:
+        pass
+
+
 class Handled:
     """While active: behind so many operations of the tracker's code something else is done, as by a signal's handler.
 
@@ -298,6 +307,27 @@ def test_a_handler_behind_some_operations(folder: Path, act: str, handler: str) 
 @pytest.mark.parametrize("act", ["mark", "begin", "mark many", "checkpoint", "finer", "save", "take"])
 def test_a_handler_behind_any_operation(folder: Path, act: str, handler: str) -> None:
     handle(folder, act, handler, 1 << 30)
+
+
+@pytest.mark.parametrize("act", ["append", "rotate"])
+def test_a_region_logged_in_the_middle_of_the_logs_own_acts_is_in_the_log(tmp_path: Path, act: str) -> None:
+    uuid, path, regions = b"u" * 16, tmp_path / "log", 64
+    for operation in itertools.count(1):
+        log = IntentLog(str(path), uuid, live.INTENT_REGION, 20, SIZE)
+        log.append([1])
+        with fileio.using(NoSync), Handled(operation, functools.partial(log.append, [9])) as tracing:
+            log.append([5]) if act == "append" else log.rotate()
+        log.close(remove=False)
+        data = path.read_bytes()
+        found: set[int] = set()
+        for number in (0, 1):
+            area = live.area_offset(regions, number)
+            records = data[area : area + regions * live.LOG_RECORD.size]
+            found.update(live.parse_log_records(records, live.record_seed(uuid, number)))
+        if tracing.left > 0:
+            assert operation > 10
+            break
+        assert found == {1, 9, *([5] if act == "append" else [])}, operation
 
 
 # One by one.
