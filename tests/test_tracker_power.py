@@ -12,6 +12,7 @@ import errno
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -581,6 +582,8 @@ def test_a_store_that_is_put_back_over_a_trackers_saves_is_noticed(tmp_path: Pat
             tracker.mark(0, 1)
             tracker.save()
             if last == "save":
+                while tracker._remembered != tracker._saves:
+                    time.sleep(0.01)
                 store.write_bytes(before)
                 with dm.open("node:drive0") as other:
                     assert other.doubt() == "the store lost a commit"

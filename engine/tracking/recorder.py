@@ -134,6 +134,7 @@ class Recorder:
         self._closed = False
         self._failed: Error | None = None  # of a tracker that did not end well
         self._doubt: str | None = None  # why bitmaps are dirty all over, of one that did
+        self._saves = self._remembered = 0  # how many there were, and of which the index knows
         self._begin()
 
     def mark(self, offset: int, length: int) -> None:
@@ -441,7 +442,9 @@ class Recorder:
         unions: dict[tuple[int, int, int], Any] = {}
         for one in self._homes:
             self._save_to(one, marked, unions, final=final)
-            one.remember()
+            if final:
+                one.remember()
+        self._saves += not final  # remembered in the background: whoever writes to the index may take his time
         if not final:
             self._forget()
         elif self._check_in:
@@ -556,6 +559,10 @@ class Recorder:
                 next_beat = time.monotonic() + recovery.DURABLE_HEARTBEAT_SECONDS
                 with self._noting():
                     beaten = self._beat(beaten)
+            if (saves := self._saves) != self._remembered:
+                for home in self._homes:
+                    home.remember()
+                self._remembered = saves
             # No lock is waited for here: whoever has it may be about to wait for this thread's end.
             if self._spare_guard.acquire(blocking=False):  # not the lock: a cut only waits if it wants the very same
                 try:
