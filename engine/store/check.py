@@ -185,7 +185,8 @@ class _Check:
                 self.wrong(error)
                 continue
             for at in range(0, len(raw), _PIECE // 8):
-                bits = np.unpackbits(np.frombuffer(raw[at : at + _PIECE // 8], np.uint8), bitorder="little")
+                piece, left = np.frombuffer(raw[at : at + _PIECE // 8], np.uint8), max(0, space.per_leaf - at * 8)
+                bits = np.unpackbits(piece, bitorder="little", count=min(8 * len(piece), left))
                 marked, first = bits.view(np.bool_), index * space.per_leaf + at * 8
                 self.runs(CORRUPTION, _part(used, first, len(marked)) & ~marked, first, "in use, but marked as free")
                 if complete:
