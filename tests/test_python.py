@@ -13,7 +13,7 @@ import pytest
 
 import dirtmap.engine as dm
 from dirtmap import engine
-from dirtmap.engine.tracking.recorder import Options
+from dirtmap.engine.tracking.options import Options
 
 
 def python(*arguments: str, cwd: Path) -> str:

@@ -48,7 +48,7 @@ from dirtmap.engine.store.identity import identity_of_disk
 from dirtmap.engine.store.store import Change, Snapshot, Store
 from dirtmap.engine.tracking import livefile, peers, recovery
 from dirtmap.engine.tracking.home import Home
-from dirtmap.engine.tracking.recorder import Options
+from dirtmap.engine.tracking.options import Options
 from dirtmap.engine.tracking.recovery import Row, SessionView, window_of
 from dirtmap.engine.tracking.status import Status, status_of
 from dirtmap.engine.tracking.tracker import Tracker

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
-import operator
 import os
 import threading
 import time
@@ -12,9 +10,9 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Final, Self, SupportsIndex
+from typing import Any, Final, Self
 
 from dirtmap.engine import fileio, holds
 from dirtmap.engine.bitmap import Bitmap
@@ -32,74 +30,16 @@ from dirtmap.engine.tracking.livefile import (
     Control,
     Words,
     Writeset,
-    default_folder,
     union,
-    user_folder,
 )
 from dirtmap.engine.tracking.marking import Kernel
+from dirtmap.engine.tracking.options import INTENTS, Options
 from dirtmap.engine.tracking.recovery import Window
-from dirtmap.fmt import geometry, live, store
+from dirtmap.fmt import live, store
 from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, StorageError, SyncError
 from dirtmap.fmt.live import Peer
 
-INTENTS: Final = {"off": live.INTENT_OFF, "region": live.INTENT_REGION}
-SAVE_SECONDS: Final = 60.0
 _PATIENCE_SECONDS: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to track.
-
-    Attributes:
-        live: the folder for live files; on a tmpfs, or they do not survive what they are for at the speed they have.
-            None for ``$DIRTMAP_LIVE``, else ``/dev/shm``.
-        intent: ``region``: after a power loss dirty is what was saved and the regions written to since; ``off``: all.
-        region_size: bytes of the disk for each region of the intent log; a power of two; None for what suits the disk.
-        save_interval: seconds between saves; 0 for none but those asked for.
-
-    Raises:
-        BitmapError: one of them is not possible.
-        TypeError: one is of another type.
-    """
-
-    live: str | os.PathLike[str] | None = None
-    intent: str = "region"
-    region_size: SupportsIndex | None = None
-    save_interval: float = SAVE_SECONDS
-
-    def __post_init__(self) -> None:
-        if self.live is not None:
-            os.fspath(self.live)
-        if self.intent not in INTENTS:
-            raise BitmapError("intent", f"'{self.intent}' is none of {', '.join(INTENTS)}")
-        if self.region_size is not None:
-            size, least, most = operator.index(self.region_size), 1 << live.MIN_REGION_BITS, 1 << live.MAX_REGION_BITS
-            if not (geometry.is_power_of_two(size) and least <= size <= most):
-                raise BitmapError("region size", f"{size} is no power of two from {least} to {most} bytes")
-        if not isinstance(self.save_interval, numbers.Real):
-            raise TypeError(f"save_interval is a number of seconds, not {type(self.save_interval).__name__}")
-        if not 0 <= self.save_interval <= threading.TIMEOUT_MAX:  # nor NaN
-            raise BitmapError("save interval", f"{self.save_interval} seconds cannot be waited for")
-
-    @property
-    def live_folder(self) -> str:
-        """The folder for this user's live files; absolute, for the tool may change its folder."""
-        return user_folder(os.path.abspath(self.live or default_folder()))
-
-    def region_bits(self, size: int) -> int:
-        """log2 of the region size.
-
-        Raises:
-            BitmapError: what was asked for is too small for the disk.
-        """
-        if self.region_size is None:
-            return live.region_bits(size)
-        chosen = operator.index(self.region_size).bit_length() - 1
-        if size >> chosen >= live.MAX_REGIONS:
-            what = f"{self.region_size} bytes are too small for a disk of {size}: {live.MAX_REGIONS} regions or more"
-            raise BitmapError("region size", what)
-        return chosen
 
 
 class Recorder:

@@ -34,7 +34,8 @@ from dirtmap.engine.naming import a_checkpoint, encode_name, label
 from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
 from dirtmap.engine.tracking.livefile import Words, default_folder, union
 from dirtmap.engine.tracking.marking import Kernel, Ticket
-from dirtmap.engine.tracking.recorder import Options, Recorder, words_of
+from dirtmap.engine.tracking.options import Options
+from dirtmap.engine.tracking.recorder import Recorder, words_of
 from dirtmap.engine.tracking.recovery import Window, window_of
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError
