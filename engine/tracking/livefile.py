@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from bitarray import bitarray
@@ -92,11 +92,8 @@ def refuse_living(path: str, uuid: bytes) -> None:
         LockedError: this user tracks that very file, with live files in the usual folder.
     """
     folder = os.path.join(user_folder(default_folder()), uuid.hex())
-    data = fileio.read_live(_control_path(folder)) or b""
-    if len(data) != live.PAGE:
-        return
-    control, image = live.CONTROL.parse(data), identity_of(path)
-    if (control.magic, control.image_device, control.image_inode) != (live.CONTROL_MAGIC, image.device, image.inode):
+    control, image = _read_control(folder), identity_of(path)
+    if control is None or (control.image_device, control.image_inode) != (image.device, image.inode):
         return
     if (fd := fileio.hold_live_folder(folder)) is None:
         raise LockedError(path, "its tracker lives, and uses another store; end it first")
@@ -105,8 +102,15 @@ def refuse_living(path: str, uuid: bytes) -> None:
 
 def is_of(folder: str, uuid: bytes) -> bool:
     """True where the live files in a folder are those of that session."""
+    control = _read_control(folder)
+    return control is not None and control.uuid == uuid
+
+
+def _read_control(folder: str) -> Any:
+    """The control file in a folder, a record of `fmt.live.CONTROL`; None where there is none."""
     data = fileio.read_live(_control_path(folder)) or b""
-    return len(data) == live.PAGE and data[:24] == live.CONTROL_MAGIC + uuid
+    control = live.CONTROL.parse(data) if len(data) == live.PAGE else None
+    return control if control and control.magic == live.CONTROL_MAGIC else None
 
 
 def _control_path(folder: str) -> str:
@@ -240,11 +244,8 @@ class Found:
 
 def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
     """Reads a session's live files; None where one that is needed is not there, or is another session's."""
-    data = fileio.read_live(_control_path(folder))
-    if data is None or len(data) != live.PAGE:
-        return None
-    control = live.CONTROL.parse(data)
-    if control.magic != live.CONTROL_MAGIC or control.uuid != uuid:
+    control = _read_control(folder)
+    if control is None or control.uuid != uuid:
         return None
     writesets = {}
     for number in range(oldest, control.current + 1):
