@@ -238,7 +238,11 @@ class File:
             raise StorageError(self.path, f"not used any more after a failed sync ({self._poisoned})")
 
     def _failed(self, action: str, error: Exception) -> StorageError:
-        return StorageError(self.path, f"{action}: {getattr(error, 'strerror', None) or error}")
+        return _failure(self.path, action, error)
+
+
+def _failure(path: str, action: str, error: Exception) -> StorageError:
+    return StorageError(path, f"{action}: {getattr(error, 'strerror', None) or error}")
 
 
 _factory: type[File] = File
@@ -272,7 +276,7 @@ def make_live_folder(path: str) -> None:
             os.mkdir(path, 0o700)
         status = os.lstat(path)
     except (OSError, ValueError) as error:
-        raise StorageError(path, f"live folder: {getattr(error, 'strerror', None) or error}") from error
+        raise _failure(path, "live folder", error) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise StorageError(path, "not a folder that belongs to this user alone")
 
@@ -294,7 +298,7 @@ def create_live(path: str, size: int) -> mmap.mmap:
         finally:
             os.close(fd)
     except (OSError, ValueError) as error:
-        raise StorageError(path, f"live file: {getattr(error, 'strerror', None) or error}") from error
+        raise _failure(path, "live file", error) from error
 
 
 def read_live(path: str) -> bytes | None:
@@ -326,7 +330,7 @@ def hold_live_folder(path: str) -> int | None:
     except (BlockingIOError, FileNotFoundError):
         pass
     except (OSError, ValueError) as error:
-        raise StorageError(path, f"live folder: {getattr(error, 'strerror', None) or error}") from error
+        raise _failure(path, "live folder", error) from error
     return None
 
 
@@ -349,7 +353,7 @@ def sync_folder(path: str) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        raise StorageError(path, f"sync of its folder: {error.strerror or error}") from error
+        raise _failure(path, "sync of its folder", error) from error
 
 
 def replace_file(new: str, old: str) -> None:
@@ -357,7 +361,7 @@ def replace_file(new: str, old: str) -> None:
     try:
         os.replace(new, old)
     except OSError as error:
-        raise StorageError(new, f"rename: {error.strerror or error}") from error
+        raise _failure(new, "rename", error) from error
     sync_folder(old)
 
 
