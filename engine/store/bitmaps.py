@@ -308,9 +308,15 @@ def with_checkpoints(record: Record, chain: list[str]) -> Record:
     return checkpoints.with_chain(record, chain)
 
 
-def end_session(change: Change, record: Record) -> Record:
-    """The record without the session of a tracker that has died, whose files go once the change is durable."""
-    if view := tracked_view(change.snapshot, record):
+def end_session(change: Change, record: Record, source: Snapshot | None = None) -> Record:
+    """The record without the session of a tracker that has died, whose files go once the change is durable.
+
+    Args:
+        change: that is to end it.
+        record: with the session.
+        source: has the record; what is changed, where None.
+    """
+    if view := tracked_view(source or change.snapshot, record):
         change.afterwards.append(view.clean_up)
     return record.with_extensions(store.OF_A_SESSION)
 
@@ -440,6 +446,7 @@ def rewrite(change: Change, record: Record, new: Record, *, doubted: bool) -> No
         FormatError: damaged bits, unless ``doubted``.
     """
     end_session(change, record)
+    new = new.with_extensions(store.OF_A_SESSION)
     entries = read_entries(change.snapshot, record)
     placed = []
     for entry in entries:
@@ -450,5 +457,4 @@ def rewrite(change: Change, record: Record, new: Record, *, doubted: bool) -> No
             bitmap = bitmap.resized(new.size)
         placed.append(place_bitmap(change, new, decode_name(entry.name), bitmap))
     area = replace_directory(change, record, entries, placed)
-    new = new.with_extensions(store.OF_A_SESSION)
     change.table.put(replace(new, generation=change.generation, directory=area))

@@ -20,7 +20,7 @@ from dirtmap.engine import holds
 from dirtmap.engine.fileio import File, open_file, remove_file, replace_file
 from dirtmap.engine.naming import decode_name, label
 from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.bitmaps import read_entries, refuse_held, refuse_tracked, verify
+from dirtmap.engine.store.bitmaps import end_session, read_entries, refuse_held, refuse_tracked, verify
 from dirtmap.engine.store.salvage import all_dirty, spare_entries
 from dirtmap.engine.store.store import Change, Snapshot, Store, create
 from dirtmap.fmt import directory, geometry, live, store
@@ -203,16 +203,12 @@ def _with_session_lost(source: Snapshot, record: Record, change: Change) -> Reco
     Raises:
         LockedError: the tracker lives, and would go on marking where nobody looks.
     """
-    from dirtmap.engine.tracking import recovery
-
-    session = recovery.session_of(record)
-    if session is None:
+    if not record.tracked:
         return record
-    recovery.refuse_tracked(f"{source.file.path}: {record.label}", session)
-    if view := recovery.view_of(source, record):
-        change.afterwards.append(view.clean_up)
+    refuse_tracked(source.file.path, record)
+    ended = end_session(change, record, source)
     lost = [(store.EXTENSION_SESSION, live.LOST)] if record.kind == store.KIND_PLACE else []
-    return record.with_extensions(store.OF_A_SESSION, lost)
+    return ended.with_extensions(store.OF_A_SESSION, lost)
 
 
 def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Readable]:
