@@ -29,35 +29,35 @@ from dirtmap.fmt.errors import (
 )
 
 if TYPE_CHECKING:
-    from dirtmap.engine.bitmap import Bitmap
-    from dirtmap.engine.containers import check, describe, dump, open, recover, this_host, transaction
-    from dirtmap.engine.host import Host
-    from dirtmap.engine.lookup import Lookup
-    from dirtmap.engine.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
-    from dirtmap.engine.report import CheckReport, Finding
-    from dirtmap.engine.scanning import scan
+    from dirtmap.engine.host.lookup import Lookup
+    from dirtmap.engine.host.opening import check, describe, dump, open, recover, this_host, transaction
+    from dirtmap.engine.host.registry import Host
+    from dirtmap.engine.host.scan import scan
+    from dirtmap.engine.model.bitmap import Bitmap
+    from dirtmap.engine.model.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+    from dirtmap.engine.model.report import CheckReport, Finding
     from dirtmap.engine.tracking.tracker import Tracker
 
 _HOMES = {
-    "Bitmap": "bitmap",
-    "BitmapInfo": "namespace",
-    "CheckReport": "report",
-    "Finding": "report",
-    "Host": "host",
-    "ImageInfo": "namespace",
-    "Lookup": "lookup",
-    "Namespace": "namespace",
-    "Recovery": "namespace",
+    "Bitmap": "model.bitmap",
+    "BitmapInfo": "model.namespace",
+    "CheckReport": "model.report",
+    "Finding": "model.report",
+    "Host": "host.registry",
+    "ImageInfo": "model.namespace",
+    "Lookup": "host.lookup",
+    "Namespace": "model.namespace",
+    "Recovery": "model.namespace",
     "Tracker": "tracking.tracker",
-    "Transaction": "namespace",
-    "check": "containers",
-    "describe": "containers",
-    "dump": "containers",
-    "open": "containers",
-    "recover": "containers",
-    "scan": "scanning",
-    "this_host": "containers",
-    "transaction": "containers",
+    "Transaction": "model.namespace",
+    "check": "host.opening",
+    "describe": "host.opening",
+    "dump": "host.opening",
+    "open": "host.opening",
+    "recover": "host.opening",
+    "scan": "host.scan",
+    "this_host": "host.opening",
+    "transaction": "host.opening",
 }
 
 __all__ = [

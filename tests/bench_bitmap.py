@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dirtmap.engine.bitmap import Bitmap
+from dirtmap.engine.model.bitmap import Bitmap
 
 TIB = 2**40
 NBITS = 16 * TIB // 65536

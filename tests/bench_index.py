@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 from support import qemu
 
-from dirtmap.engine import changes
-from dirtmap.engine.host import Host
-from dirtmap.engine.lookup import Lookup
-from dirtmap.engine.scanning import scan
-from dirtmap.engine.store.identity import identity_of
-from dirtmap.engine.store.namespace import transaction
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.host.lookup import Lookup
+from dirtmap.engine.host.registry import Host
+from dirtmap.engine.host.scan import scan
+from dirtmap.engine.identity import identity_of
+from dirtmap.engine.model import changes
+from dirtmap.engine.namespaces.stored import transaction
+from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 

@@ -17,11 +17,11 @@ import crc32c
 import numpy as np
 import pytest
 
-from dirtmap.engine import changes
-from dirtmap.engine.bitmap import Bitmap
-from dirtmap.engine.store.identity import identity_of
-from dirtmap.engine.store.namespace import StoredImage, transaction
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.identity import identity_of
+from dirtmap.engine.model import changes
+from dirtmap.engine.model.bitmap import Bitmap
+from dirtmap.engine.namespaces.stored import StoredImage, transaction
+from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import geometry, store
 
 GRANULARITY = 65536

@@ -20,8 +20,8 @@ from bitarray import bitarray
 from support.tracking import make_node
 
 import dirtmap.engine as dm
-from dirtmap.engine import fileio
-from dirtmap.engine.fileio import File
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.tracker import Tracker
 
 TIB = 1 << 40

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from dirtmap.engine import bits
-from dirtmap.engine.bitmap import Bitmap
+from dirtmap.engine.model import bits
+from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.fmt.errors import BitmapError, Error, RangeError
 
 GRANULARITIES = [512 << power for power in range(23)]

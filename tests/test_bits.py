@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dirtmap.engine import bits
+from dirtmap.engine.model import bits
 
 
 @pytest.fixture(scope="module", params=[64, bits.BLOCK], ids="block={}".format)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import dirtmap.engine as dm
-from dirtmap.engine import medium
-from dirtmap.engine.containers import Place
-from dirtmap.engine.medium import medium_of
-from dirtmap.engine.store.nodes import add_node
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.host.opening import Place
+from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.system import medium
+from dirtmap.engine.system.medium import medium_of
 
 MIB = 1 << 20
 DISK, PARTITION = os.makedev(8, 0), os.makedev(8, 2)

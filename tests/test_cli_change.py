@@ -207,7 +207,7 @@ def test_a_move_removes_the_source_only_when_the_destination_is_durable(
     image: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The order of writes and syncs on the two files, as they reach the operating system."""
-    from dirtmap.engine import fileio
+    from dirtmap.engine.system import file as fileio
 
     log: list[tuple[str, str]] = []
 

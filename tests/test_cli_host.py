@@ -18,7 +18,7 @@ from support import qemu
 from support.cli import COMMAND, dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.host import RESERVED
+from dirtmap.engine.host.registry import RESERVED
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB

@@ -13,7 +13,7 @@ from support import qemu
 from support.cli import COMMAND, dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.storefile.file import Store, create
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB

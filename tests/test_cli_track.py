@@ -16,7 +16,7 @@ from support.cli import COMMAND, dirtmap, error_of, json_of
 from support.tracking import GRANULE, make_node
 
 import dirtmap.engine as dm
-from dirtmap.engine.store.store import Store
+from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.tracking.tracker import Tracker
 
 SIZE = 64 << 20

@@ -11,8 +11,8 @@ import pytest
 from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.store import Store
+from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 

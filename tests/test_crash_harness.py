@@ -13,7 +13,8 @@ from support.craft import Craft, Place
 from support.crash import Effort, Fault, Recording, Truncate, Write
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes, fileio
+from dirtmap.engine.model import changes
+from dirtmap.engine.system import file as fileio
 
 EVERYTHING = Effort(pieces=12)
 

@@ -20,10 +20,10 @@ from support import crash, plain, qemu
 from support.craft import Craft
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes
-from dirtmap.engine.namespace import Transaction
+from dirtmap.engine.model import changes
+from dirtmap.engine.model.namespace import Transaction
+from dirtmap.engine.namespaces.image import Image
 from dirtmap.engine.qcow2.check import check
-from dirtmap.engine.qcow2.image import Image
 from dirtmap.fmt import qcow2
 
 EFFORT = crash.Effort(random=120, qemu=5).times(int(os.environ.get("DIRTMAP_CRASH_EFFORT", "1")))

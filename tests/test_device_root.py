@@ -12,7 +12,7 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.store.identity import identity_of, identity_of_disk
+from dirtmap.engine.identity import identity_of, identity_of_disk
 
 MIB = 1 << 20
 SIZE = 4 * MIB

@@ -24,8 +24,8 @@ from support import qemu
 from support.craft import Craft, Place
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes
-from dirtmap.engine.fileio import File, using
+from dirtmap.engine.model import changes
+from dirtmap.engine.system.file import File, using
 from dirtmap.fmt import directory, qcow2
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.extensions import END_MARKER, build_extension
@@ -722,7 +722,7 @@ from typing import Any
 sys.path.insert(0, sys.argv[3])
 import numpy
 import dirtmap.engine.qcow2.check, dirtmap.engine.qcow2.dump, dirtmap.engine.qcow2.commit
-from dirtmap.engine.fileio import File, using
+from dirtmap.engine.system.file import File, using
 import test_hostile as tests
 
 class Counting(tests.Unsynced):

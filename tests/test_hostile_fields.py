@@ -16,7 +16,7 @@ from support import qemu
 from support.craft import Craft, Place
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes
+from dirtmap.engine.model import changes
 from dirtmap.fmt import directory, qcow2
 
 MIB = 1 << 20

@@ -12,14 +12,14 @@ import pytest
 from support import qemu
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes
-from dirtmap.engine.qcow2.image import Image
-from dirtmap.engine.store import nodes
-from dirtmap.engine.store.bitmaps import read_entries
-from dirtmap.engine.store.identity import lasting_identity
-from dirtmap.engine.store.namespace import StoredImage
-from dirtmap.engine.store.nodes import add_node, add_qcow2, remove_node
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.identity import lasting_identity
+from dirtmap.engine.model import changes
+from dirtmap.engine.namespaces import nodes
+from dirtmap.engine.namespaces.condition import read_entries
+from dirtmap.engine.namespaces.image import Image
+from dirtmap.engine.namespaces.nodes import add_node, add_qcow2, remove_node
+from dirtmap.engine.namespaces.stored import StoredImage
+from dirtmap.engine.storefile.file import Store, create
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -27,15 +27,15 @@ from support.child import SignalError, died_of, in_child
 from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes
-from dirtmap.engine.host import Host
+from dirtmap.engine.host.maintenance import rebuild, verify
+from dirtmap.engine.host.registry import Host
 from dirtmap.engine.index import database
 from dirtmap.engine.index.database import DamagedError, Database, connect, fault, replace
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import look
-from dirtmap.engine.store import nodes
-from dirtmap.engine.store.store import Store, create
-from dirtmap.engine.upkeep import rebuild, verify
+from dirtmap.engine.model import changes
+from dirtmap.engine.namespaces import nodes
+from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import lmdb as meta_pages
 from dirtmap.fmt import store

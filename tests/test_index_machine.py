@@ -26,10 +26,11 @@ from support.cli import dirtmap, error_of, json_of
 from support.quick import Quick
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes, fileio
-from dirtmap.engine.host import Host
+from dirtmap.engine.host.registry import Host
 from dirtmap.engine.index import database, walk
 from dirtmap.engine.index.database import connect
+from dirtmap.engine.model import changes
+from dirtmap.engine.system import file as fileio
 
 SHM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where to be quick
 

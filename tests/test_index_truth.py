@@ -20,7 +20,7 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of
 
 from dirtmap.engine.index import database
-from dirtmap.engine.store.store import Store
+from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import index as layout
 from dirtmap.tools.cli import _HOMES, main
 

@@ -13,9 +13,9 @@ from support.cli import COMMAND, dirtmap, json_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.index.index import Index, SeenCommit
-from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.header import Seen
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.namespaces.compact import compact
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.storefile.header import Seen
 
 MIB = 1 << 20
 SIZE = 4 * MIB

@@ -40,7 +40,7 @@ from support.qemu import (
 )
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes
+from dirtmap.engine.model import changes
 
 SECTOR = 512
 MAX_BITS = 1 << 20  # of one bitmap: more would take the model too long

@@ -15,7 +15,8 @@ import pytest
 from support.qemu import StorageDaemon, ToolError, bitmaps, check, create, dirty, extents, qemu_img, qemu_io, run
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes, fileio
+from dirtmap.engine.model import changes
+from dirtmap.engine.system import file as fileio
 
 MIB = 1 << 20
 
@@ -236,7 +237,7 @@ with dm.open(sys.argv[1]) as image, image.transaction() as changed:
 ADD_MANY = """
 import sys
 import dirtmap.engine as dm
-from dirtmap.engine import changes
+from dirtmap.engine.model import changes
 path, worker, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 for number in range(count):
     while True:

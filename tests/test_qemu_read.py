@@ -270,7 +270,7 @@ def test_raw_disk_with_a_sidecar(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["backing", "data"])
 def test_no_other_file_is_opened(path: Path, tmp_path: Path, kind: str, absent: str) -> None:
     """A FIFO would block whoever opens it, a missing file would fail, and the engine's seam sees each name."""
-    from dirtmap.engine import fileio
+    from dirtmap.engine.system import file as fileio
 
     other = tmp_path / "other"
     if kind == "backing":

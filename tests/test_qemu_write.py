@@ -32,7 +32,7 @@ from support.qemu import (
 )
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes
+from dirtmap.engine.model import changes
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

@@ -19,12 +19,12 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of
 from support.craft import Craft
 
-from dirtmap.engine import fileio
-from dirtmap.engine.fileio import File
 from dirtmap.engine.index import database
-from dirtmap.engine.qcow2.image import Image
-from dirtmap.engine.store.nodes import add_node
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.namespaces.image import Image
+from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.file import File
 from dirtmap.fmt import qcow2
 
 SHM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where to be quick

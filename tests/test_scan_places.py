@@ -17,10 +17,10 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
-from dirtmap.engine import fileio
-from dirtmap.engine.fileio import File
-from dirtmap.engine.store.identity import identity_of
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.identity import identity_of
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.file import File
 from dirtmap.fmt.store import KIND_NODE, Record
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -124,7 +124,7 @@ def _renamed_in_the_image_only(new: str) -> None:
     """`node rename a NEW`, killed between the image's commit and the store's."""
     code = f"""
 import os, signal, dirtmap.engine as dm
-from dirtmap.engine.store.store import Change
+from dirtmap.engine.storefile.file import Change
 Change.commit = lambda change: os.kill(os.getpid(), signal.SIGKILL)
 dm.this_host().rename_node("a", {new!r}, with_bitmaps=True)
 """

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from dirtmap.engine import locks
 from dirtmap.engine.qcow2 import layout
+from dirtmap.engine.system import locks
 from dirtmap.fmt import directory, extensions, geometry, index, live, qcow2, store
 from dirtmap.fmt.structure import Structure
 from dirtmap.tools.cli import main

@@ -15,12 +15,12 @@ import pytest
 from test_spec import SPEC, judged, rows
 
 import dirtmap.engine as dm
-from dirtmap.engine.containers import Place
-from dirtmap.engine.store import header as headers
-from dirtmap.engine.store import identity as looks
-from dirtmap.engine.store import nodes
-from dirtmap.engine.store import store as engine
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine import identity as looks
+from dirtmap.engine.host.opening import Place
+from dirtmap.engine.namespaces import nodes
+from dirtmap.engine.storefile import file as engine
+from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import store
 from dirtmap.fmt.store import Identity
 

@@ -20,16 +20,17 @@ from support.crash import Recording, Tally
 from support.store_crash import Judge, Reader
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes, fileio
-from dirtmap.engine.fileio import File
-from dirtmap.engine.namespace import Transaction
-from dirtmap.engine.store import compact, nodes
-from dirtmap.engine.store.bitmaps import read_entries
-from dirtmap.engine.store.check import check
-from dirtmap.engine.store.header import Seen
-from dirtmap.engine.store.namespace import StoredImage, describe_store, transaction
-from dirtmap.engine.store.nodes import add_node
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.model import changes
+from dirtmap.engine.model.namespace import Transaction
+from dirtmap.engine.namespaces import compact, nodes
+from dirtmap.engine.namespaces.condition import read_entries
+from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.namespaces.store_check import check
+from dirtmap.engine.namespaces.stored import StoredImage, describe_store, transaction
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.storefile.header import Seen
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory
 from dirtmap.fmt import store as fmt_store
 
@@ -123,7 +124,7 @@ def moving(path: Path) -> None:
 
 
 def of_node(act: Callable[..., object], *arguments: object, **options: object) -> Operation:
-    """One of `dirtmap.engine.store.nodes`."""
+    """One of `dirtmap.engine.namespaces.nodes`."""
 
     def operate(path: Path) -> None:
         with Store(str(path)) as target:

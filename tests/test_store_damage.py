@@ -28,11 +28,11 @@ import pytest
 from support import quick
 
 import dirtmap.engine as dm
-from dirtmap.engine.containers import Place
-from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.nodes import add_node
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.host.opening import Place
+from dirtmap.engine.namespaces.compact import compact
+from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.store import Area, Record

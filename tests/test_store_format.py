@@ -20,13 +20,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dirtmap.engine as dm
-from dirtmap.engine.containers import Place
-from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.header import Header
-from dirtmap.engine.store.nodes import add_node
-from dirtmap.engine.store.space import SpaceMap
-from dirtmap.engine.store.store import Store, create
-from dirtmap.engine.store.table import NamespaceTable
+from dirtmap.engine.host.opening import Place
+from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.storefile.header import Header
+from dirtmap.engine.storefile.space import SpaceMap
+from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.errors import Error, FormatError
 from dirtmap.fmt.store import Area, Identity, Record
@@ -359,7 +359,7 @@ def test_writer_clears_autoclear_bits_and_keeps_compatible_ones_and_extensions()
 
 
 class TestChoose:
-    """The table at the head of engine/store/header.py, every case of it."""
+    """The table at the head of engine/storefile/header.py, every case of it."""
 
     STATES = ("new", "old", "damaged")  # of a copy: its slot's last commit, the one before that, or neither
 

@@ -16,12 +16,13 @@ from support.crash import Fault
 from support.store_crash import Judge, contents
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes, fileio
-from dirtmap.engine.fileio import File
-from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.namespace import StoredImage, transaction
-from dirtmap.engine.store.nodes import add_node
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.model import changes
+from dirtmap.engine.namespaces.compact import compact
+from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.namespaces.stored import StoredImage, transaction
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.file import File
 
 EFFORT = crash.Effort(pieces=6, most=16, random=16)
 SIZE = (64 << 20) + 1536

@@ -10,13 +10,13 @@ import pytest
 from support import qemu
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes
-from dirtmap.engine.store import identity as looks
-from dirtmap.engine.store import nodes
-from dirtmap.engine.store.identity import identity_of
-from dirtmap.engine.store.namespace import StoredImage
-from dirtmap.engine.store.nodes import add_node
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine import identity as looks
+from dirtmap.engine.identity import identity_of
+from dirtmap.engine.model import changes
+from dirtmap.engine.namespaces import nodes
+from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.namespaces.stored import StoredImage
+from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.store import Identity, Record
 

@@ -31,13 +31,14 @@ from support import qemu, store_crash
 from support.quick import Quick
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes, fileio
-from dirtmap.engine.namespace import Namespace, Transaction
-from dirtmap.engine.store import nodes
-from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.namespace import StoredImage, transaction
-from dirtmap.engine.store.nodes import add_node
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.model import changes
+from dirtmap.engine.model.namespace import Namespace, Transaction
+from dirtmap.engine.namespaces import nodes
+from dirtmap.engine.namespaces.compact import compact
+from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.namespaces.stored import StoredImage, transaction
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.system import file as fileio
 from dirtmap.fmt import store as fmt_store
 
 SHM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where to be quick

@@ -30,13 +30,14 @@ from numpy.typing import NDArray
 from support import store_crash
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes, fileio
-from dirtmap.engine.fileio import File
-from dirtmap.engine.store.bitmaps import bitmap_of, read_entries
-from dirtmap.engine.store.compact import compact
-from dirtmap.engine.store.namespace import StoredImage, transaction
-from dirtmap.engine.store.nodes import add_node
-from dirtmap.engine.store.store import Snapshot, Store, create
+from dirtmap.engine.model import changes
+from dirtmap.engine.namespaces.compact import compact
+from dirtmap.engine.namespaces.condition import bitmap_of, read_entries
+from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.namespaces.stored import StoredImage, transaction
+from dirtmap.engine.storefile.file import Snapshot, Store, create
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.file import File
 
 WRITERS = 16
 READERS = 3

@@ -9,7 +9,7 @@ import time
 import crc32c
 import pytest
 
-from dirtmap.engine.store.space import SpaceMap
+from dirtmap.engine.storefile.space import SpaceMap
 from dirtmap.fmt import store
 from dirtmap.fmt.store import Area
 

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine import bits, changes
-from dirtmap.engine.namespace import Transaction
-from dirtmap.engine.store.store import Store
+from dirtmap.engine.model import bits, changes
+from dirtmap.engine.model.namespace import Transaction
+from dirtmap.engine.session.livefile import IN_FLIGHT, Writeset
+from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.tracking.home import Home
-from dirtmap.engine.tracking.livefile import IN_FLIGHT, Writeset
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt.directory import FLAG_AUTO, Entry
 

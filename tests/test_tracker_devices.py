@@ -25,8 +25,9 @@ from support.tracking import GRANULE, Shared, forget_index, kill, make_node, mar
 from test_tracker_power import REGION, Recording, expected, use
 
 import dirtmap.engine as dm
-from dirtmap.engine import containers, fileio
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.host import opening as containers
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.system import file as fileio
 from dirtmap.engine.tracking import recorder
 from dirtmap.engine.tracking import tracker as tracker_module
 from dirtmap.engine.tracking.home import Home, HomeChange

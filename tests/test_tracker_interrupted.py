@@ -28,10 +28,11 @@ import pytest
 from support.tracking import GRANULE, forget_index, lost, make_node, mark, model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine import fileio
-from dirtmap.engine.store import store
-from dirtmap.engine.tracking import marking
-from dirtmap.engine.tracking.intent import IntentLog
+from dirtmap.engine.session import livefile
+from dirtmap.engine.session.intent import IntentLog
+from dirtmap.engine.storefile import file as store
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.tracking import kernel as marking
 from dirtmap.engine.tracking.recorder import Recorder
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
@@ -40,7 +41,7 @@ from dirtmap.fmt.errors import Error
 SIZE = 64 << 20
 COUNT = SIZE // GRANULE
 _NEVER: Final = 1 << 30
-HERE = os.path.dirname(marking.__file__)
+HERE = {os.path.dirname(module.__file__) for module in (marking, livefile)}  # tracking and session
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ class Interrupted:
         return linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
-        if os.path.dirname(frame.f_code.co_filename) != HERE:
+        if os.path.dirname(frame.f_code.co_filename) not in HERE:
             return None
         # At the end of a block a line event of its ``with`` comes before the lock is given back; Ctrl-C never does.
         if event == "line" and not self._is_with(frame):
@@ -228,7 +229,7 @@ class Handled:
         sys.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
-        if os.path.dirname(frame.f_code.co_filename) != HERE:
+        if os.path.dirname(frame.f_code.co_filename) not in HERE:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":

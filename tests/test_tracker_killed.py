@@ -19,7 +19,7 @@ import pytest
 from support.tracking import GRANULE, Model, Shared, files_in, kill, make_node, mark, model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.tracking import livefile
+from dirtmap.engine.session import livefile
 
 SIZE = 256 << 20
 COUNT = SIZE // GRANULE

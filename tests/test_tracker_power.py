@@ -25,11 +25,11 @@ from support.cli import dirtmap
 from support.tracking import GRANULE, Model, files_in, forget_index, make_node, mark, model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine import fileio
-from dirtmap.engine.fileio import File
-from dirtmap.engine.store.nodes import add_qcow2, resize_node
-from dirtmap.engine.store.store import Store, create
-from dirtmap.engine.tracking import livefile
+from dirtmap.engine.namespaces.nodes import add_qcow2, resize_node
+from dirtmap.engine.session import livefile
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
 from dirtmap.fmt import store as fmt_store

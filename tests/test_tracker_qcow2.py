@@ -15,13 +15,14 @@ from support.cli import dirtmap, error_of, json_of
 from support.tracking import files_in, model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine import changes, fileio
-from dirtmap.engine.fileio import File
+from dirtmap.engine.model import changes
+from dirtmap.engine.namespaces import checked_out as checkout
+from dirtmap.engine.namespaces.nodes import add_node, add_qcow2, remove_node
 from dirtmap.engine.qcow2 import commit as qcow2_commit
 from dirtmap.engine.qcow2.sidecar import make_sidecar
-from dirtmap.engine.store.nodes import add_node, add_qcow2, remove_node
-from dirtmap.engine.store.store import Store, create
-from dirtmap.engine.tracking import checkout
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory
 from dirtmap.fmt.directory import FLAG_IN_USE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dirtmap.engine.containers import Target
+from dirtmap.engine.host.opening import Target
 from dirtmap.tools import options
 from dirtmap.tools.targets import transaction
 
@@ -32,7 +32,7 @@ def add_command(target: Target, bitmap: str, granularity: int | None, disabled: 
 
     QEMU records writes to the disk in it from the next time it opens the image, unless the bitmap is added disabled.
     """
-    from dirtmap.engine import changes
+    from dirtmap.engine.model import changes
 
     with transaction(target) as bitmaps:
         changes.add(bitmaps, bitmap, granularity, recording=not disabled)
@@ -52,7 +52,7 @@ def remove_command(target: Target, bitmap: str) -> None:
 
     An inconsistent bitmap can be removed as well.
     """
-    from dirtmap.engine import changes
+    from dirtmap.engine.model import changes
 
     with transaction(target) as bitmaps:
         changes.remove(bitmaps, bitmap)
@@ -72,7 +72,7 @@ def clear_command(target: Target, bitmap: str) -> None:
 
     From then on the bitmap tells what was written since this moment.
     """
-    from dirtmap.engine import changes
+    from dirtmap.engine.model import changes
 
     with transaction(target) as bitmaps:
         changes.clear(bitmaps, bitmap)
@@ -93,7 +93,7 @@ def enable_command(target: Target, bitmap: str) -> None:
     Writes are recorded from the next time that QEMU opens the image; what was written meanwhile is not known to the
     bitmap.
     """
-    from dirtmap.engine import changes
+    from dirtmap.engine.model import changes
 
     with transaction(target) as bitmaps:
         changes.set_recording(bitmaps, bitmap, True)
@@ -113,7 +113,7 @@ def disable_command(target: Target, bitmap: str) -> None:
 
     The bitmap stays as it is until it is enabled again, cleared or merged into.
     """
-    from dirtmap.engine import changes
+    from dirtmap.engine.model import changes
 
     with transaction(target) as bitmaps:
         changes.set_recording(bitmaps, bitmap, False)
@@ -134,7 +134,7 @@ def rename_command(target: Target, bitmap: str, new: str) -> None:
 
     Its content and its place among the others stay. A name that is taken is refused.
     """
-    from dirtmap.engine import changes
+    from dirtmap.engine.model import changes
 
     with transaction(target) as bitmaps:
         changes.rename(bitmaps, bitmap, new)

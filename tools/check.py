@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import dirtmap.engine as dm
-from dirtmap.engine.containers import Target
+from dirtmap.engine.host.opening import Target
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import progress_bar, write_json

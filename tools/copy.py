@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import dirtmap.engine as dm
-from dirtmap.engine.containers import Target
+from dirtmap.engine.host.opening import Target
 from dirtmap.tools import options
 from dirtmap.tools.targets import same_container, same_image, tell_doubt, transaction, usable
 
@@ -31,7 +31,7 @@ def copy_command(target: Target, bitmap: str, dest_target: Target, new: str | No
     The copy has the same content, granularity and recording flag. DEST_TARGET must have the same virtual size, and the
     name must be free there.
     """
-    from dirtmap.engine import changes
+    from dirtmap.engine.model import changes
 
     name = bitmap if new is None else new
     if same_image(target, dest_target):
@@ -64,7 +64,7 @@ def move_command(target: Target, bitmap: str, dest_target: Target, new: str | No
     locked and checked first, and the source is removed only when the copy is durable: after a crash in between, both
     have it.
     """
-    from dirtmap.engine import changes
+    from dirtmap.engine.model import changes
 
     name = bitmap if new is None else new
     if same_container(target, dest_target):

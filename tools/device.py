@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.containers import remember, this_host
+from dirtmap.engine.host.opening import remember, this_host
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
@@ -14,7 +14,7 @@ from dirtmap.tools.sizes import human_size
 from dirtmap.tools.targets import gather
 
 if TYPE_CHECKING:
-    from dirtmap.engine.store.devices import Device
+    from dirtmap.engine.namespaces.devices import Device
 
 
 @click.group("device", no_args_is_help=False)
@@ -88,7 +88,7 @@ def list_command(ctx: click.Context, store: str | None, index: str | None, quiet
     """List the devices of all stores that are known, and their root nodes."""
     import uuid
 
-    from dirtmap.engine.store.devices import devices
+    from dirtmap.engine.namespaces.devices import devices
 
     here = this_host(store, index)
     found, complete = gather(here, devices)

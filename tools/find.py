@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.containers import this_host
+from dirtmap.engine.host.opening import this_host
 from dirtmap.fmt.errors import Error, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
 
 if TYPE_CHECKING:
-    from dirtmap.engine.names import Hit
+    from dirtmap.engine.host.resolver import Hit
 
 
 @options.command(

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.containers import this_host
+from dirtmap.engine.host.opening import this_host
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, progress_bar, write_json, write_table
 
 if TYPE_CHECKING:
     from dirtmap.engine import Host
-    from dirtmap.engine.scanning import Summary
+    from dirtmap.engine.host.scan import Summary
 
 
 @click.group("index", no_args_is_help=False)
@@ -48,7 +48,7 @@ def scan_command(
     not taken: "dirtmap list" and "dirtmap find" leave them out until "dirtmap node add --new-identity" gives them an
     identity of their own.
     """
-    from dirtmap.engine.scanning import scan
+    from dirtmap.engine.host.scan import scan
 
     with progress_bar("scanning", quiet=quiet) as progress:
         summary = scan(this_host(store, index), paths, force_share=force_share, progress=progress)
@@ -121,7 +121,7 @@ def verify_command(store: str | None, index: str | None, quiet: bool, output: st
     It is read in a process of its own, since damage inside can kill the reader. Where anything is wrong, the index is
     rebuilt; nothing is lost by that.
     """
-    from dirtmap.engine.upkeep import verify
+    from dirtmap.engine.host.maintenance import verify
 
     here = this_host(store, index)
     with progress_bar("reading containers", quiet=quiet) as progress:
@@ -147,7 +147,7 @@ def verify_command(store: str | None, index: str | None, quiet: bool, output: st
 @options.speaking
 def rebuild_command(store: str | None, index: str | None, quiet: bool, output: str) -> None:
     """Make the index anew, from the containers that the default store knows."""
-    from dirtmap.engine.upkeep import rebuild
+    from dirtmap.engine.host.maintenance import rebuild
 
     here = this_host(store, index)
     with progress_bar("reading containers", quiet=quiet) as progress:
@@ -171,7 +171,7 @@ def rebuild_command(store: str | None, index: str | None, quiet: bool, output: s
 @options.speaking
 def stats_command(store: str | None, index: str | None, quiet: bool, output: str) -> None:
     """Tell how much is in the index."""
-    from dirtmap.engine.upkeep import stats
+    from dirtmap.engine.host.maintenance import stats
 
     here = this_host(store, index)
     found = stats(here)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 import dirtmap.engine as dm
-from dirtmap.engine.containers import Target
+from dirtmap.engine.host.opening import Target
 from dirtmap.tools import options
 from dirtmap.tools.output import colourful
 from dirtmap.tools.targets import tell_doubt, usable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dirtmap.engine.containers import Target
+from dirtmap.engine.host.opening import Target
 from dirtmap.tools import options
 from dirtmap.tools.inputs import read_input
 from dirtmap.tools.targets import transaction
@@ -39,7 +39,7 @@ def mark_command(target: Target, bitmap: str, offset: int | None, length: int | 
     "offset length", each of which ends with a newline. All ranges are marked, or none. An empty FILE is an error, as a
     program leaves one that fails; an empty JSON array says that there is nothing to mark.
     """
-    from dirtmap.engine import changes
+    from dirtmap.engine.model import changes
 
     if source is None:
         if offset is None or length is None:

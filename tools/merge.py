@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import dirtmap.engine as dm
-from dirtmap.engine.containers import Target
+from dirtmap.engine.host.opening import Target
 from dirtmap.tools import options
 from dirtmap.tools.targets import same_image, transaction, usable
 
@@ -28,7 +28,7 @@ def merge_command(target: Target, bitmap: str, sources: tuple[str, ...], source_
     BITMAP becomes dirty wherever a SOURCE is, and keeps its granularity: a dirty granule of a SOURCE makes every
     granule dirty that it touches. The sources stay as they are. They may be in another image of the same virtual size.
     """
-    from dirtmap.engine import changes
+    from dirtmap.engine.model import changes
 
     with transaction(target) as bitmaps:
         if source_target is None or same_image(target, source_target):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.containers import remember, this_host
-from dirtmap.engine.probe import QCOW2, probe_path
+from dirtmap.engine.host.opening import remember, this_host
+from dirtmap.engine.system.probe import QCOW2, probe_path
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
@@ -15,7 +15,7 @@ from dirtmap.tools.sizes import human_size
 from dirtmap.tools.targets import gather
 
 if TYPE_CHECKING:
-    from dirtmap.engine.store.nodes import Node
+    from dirtmap.engine.namespaces.nodes import Node
 
 
 @click.group("node", no_args_is_help=False)
@@ -135,7 +135,7 @@ def confirm_command(name: str, store: str | None, index: str | None) -> None:
 @click.pass_context
 def list_command(ctx: click.Context, store: str | None, index: str | None, output: str, quiet: bool) -> None:
     """List the nodes of all stores that are known, and where their images are."""
-    from dirtmap.engine.store.nodes import nodes
+    from dirtmap.engine.namespaces.nodes import nodes
 
     here = this_host(store, index)
     found, complete = gather(here, nodes)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dirtmap.engine.containers import Named, Target, require_format
+from dirtmap.engine.host.opening import Named, Target, require_format
 from dirtmap.tools.sizes import parse_size
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from dirtmap.engine.host import Host
+    from dirtmap.engine.host.registry import Host
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -63,7 +63,7 @@ class _Name(click.ParamType):  # type: ignore[type-arg]
     name = "name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from dirtmap.engine.naming import decode_name
+        from dirtmap.engine.model.naming import decode_name
 
         return decode_name(os.fsencode(value))
 
@@ -170,7 +170,7 @@ def where(ctx: click.Context) -> dict[str, Any]:
 
 def host_of(ctx: click.Context) -> Host:
     """The host, as the default store and the index of the user's choice tell of it."""
-    from dirtmap.engine.containers import this_host
+    from dirtmap.engine.host.opening import this_host
 
     return this_host(**where(ctx))
 

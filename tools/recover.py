@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import dirtmap.engine as dm
-from dirtmap.engine.containers import Target
+from dirtmap.engine.host.opening import Target
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import write_json

@@ -24,7 +24,7 @@ def sidecar_command(raw: str, qcow2: str) -> None:
     what it writes in QCOW2. What is written to RAW without going through QCOW2 is not recorded; so RAW must not be
     tracked. QCOW2 must not exist; it remembers the absolute path of RAW.
     """
-    from dirtmap.engine.containers import this_host
+    from dirtmap.engine.host.opening import this_host
     from dirtmap.engine.qcow2.sidecar import make_sidecar
 
     this_host().refuse_tracked(raw)

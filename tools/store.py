@@ -30,7 +30,7 @@ def create_command(file: str, cluster_size: int) -> None:
 
     FILE must not exist. Then "dirtmap node add" gives it images to hold bitmaps for.
     """
-    from dirtmap.engine.store.store import create
+    from dirtmap.engine.storefile.file import create
     from dirtmap.fmt.geometry import is_power_of_two
 
     if not is_power_of_two(cluster_size):
@@ -52,8 +52,8 @@ def compact_command(file: str, quiet: bool, output: str, **where: str | None) ->
 
     The new file replaces the old one when it is durable; a crash before that leaves the old one.
     """
-    from dirtmap.engine.containers import this_host
-    from dirtmap.engine.store.compact import compact
+    from dirtmap.engine.host.opening import this_host
+    from dirtmap.engine.namespaces.compact import compact
 
     result = compact(file, expect=this_host(**where).expect)
     if output == "json" and not quiet:
@@ -82,9 +82,9 @@ def new_identity_command(file: str, **where: str | None) -> None:
     dirty in the copy. A store that is not known to be a copy is refused while one of its images is tracked, or one of
     its bitmaps held.
     """
-    from dirtmap.engine.containers import this_host
-    from dirtmap.engine.store.compact import compact
-    from dirtmap.engine.store.store import Store
+    from dirtmap.engine.host.opening import this_host
+    from dirtmap.engine.namespaces.compact import compact
+    from dirtmap.engine.storefile.file import Store
 
     here = this_host(**where)
     with Store(file) as target:

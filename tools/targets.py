@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import dirtmap.engine as dm
-from dirtmap.engine.containers import Target, locate
-from dirtmap.engine.fileio import is_same_file
+from dirtmap.engine.host.opening import Target, locate
+from dirtmap.engine.system.file import is_same_file
 from dirtmap.fmt.errors import printable
 from dirtmap.tools.output import complain
 
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap, Host, Transaction
-    from dirtmap.engine.store.store import Store
+    from dirtmap.engine.storefile.file import Store
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def address(target: Target) -> dict[str, str]:
     place = locate(target)
     if place.node is not None:
         return {"filename": place.path, "device" if place.is_device else "node": place.node}
-    from dirtmap.engine.qcow2.image import read_identity
+    from dirtmap.engine.namespaces.image import read_identity
 
     identity = read_identity(place.path)
     return {"filename": place.path} | ({"node": identity[0]} if identity else {})
@@ -99,8 +99,8 @@ def usable(where: str, bitmaps: Mapping[str, Bitmap], name: str) -> Bitmap:
     Raises:
         BitmapError: it is not there or inconsistent; names it.
     """
-    from dirtmap.engine import changes
-    from dirtmap.engine.naming import label
+    from dirtmap.engine.model import changes
+    from dirtmap.engine.model.naming import label
 
     bitmap = bitmaps[name]
     changes.require_usable(bitmap, f"{where}: {label(name)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import dirtmap.engine as dm
-from dirtmap.engine.containers import Target
+from dirtmap.engine.host.opening import Target
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import colourful, write_json
@@ -17,7 +17,7 @@ from dirtmap.tools.sizes import human_share, human_size
 from dirtmap.tools.targets import address
 
 if TYPE_CHECKING:
-    from dirtmap.engine.tracking.status import Status
+    from dirtmap.engine.session.status import Status
 
 _REFRESH_SECONDS = 0.5
 

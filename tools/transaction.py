@@ -16,7 +16,7 @@ from dirtmap.tools.targets import same_container, same_image, usable
 
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap, Transaction
-    from dirtmap.engine.containers import Target
+    from dirtmap.engine.host.opening import Target
     from dirtmap.tools.qmp import Action
 
 
@@ -76,7 +76,7 @@ def _dead_trackers(nodes: set[str], store: str | None, index: str | None) -> Ite
 def _apply(
     nodes: dict[Target, Transaction], action: Action, others: contextlib.ExitStack, store: str | None, index: str | None
 ) -> None:
-    from dirtmap.engine import changes
+    from dirtmap.engine.model import changes
 
     bitmaps = nodes[action.node]
 

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import crc32c
 import lmdb
 
-from dirtmap.engine.process import start_of
+from dirtmap.engine.system.process import start_of
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import StorageError
 from dirtmap.fmt.lmdb import META_BYTES, meta_fault

@@ -13,10 +13,10 @@ import subprocess
 import sys
 from typing import Any, Final
 
-from dirtmap.engine.dumping import MOST_RUNS, Shown, data, text
 from dirtmap.engine.index.database import entries, fault
 from dirtmap.engine.index.renewal import ending
-from dirtmap.engine.probe import INDEX, QCOW2, STORE
+from dirtmap.engine.model.dumping import MOST_RUNS, Shown, data, text
+from dirtmap.engine.system.probe import INDEX, QCOW2, STORE
 from dirtmap.fmt import directory, store
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from dirtmap.engine.index.database import Database, Reader, Writer, connect
 from dirtmap.engine.index.reading import Container, Reading, look
 from dirtmap.engine.index.writing import apply, container_at, forget, new_number
-from dirtmap.engine.store.header import Seen
-from dirtmap.engine.store.store import Store
+from dirtmap.engine.storefile.file import Store
+from dirtmap.engine.storefile.header import Seen
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error, StorageError
 from dirtmap.fmt.index import (

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from dirtmap.engine import locks, probe
-from dirtmap.engine.fileio import File, open_file
-from dirtmap.engine.qcow2.image import read_session
+from dirtmap.engine.namespaces.condition import read_entries
+from dirtmap.engine.namespaces.image import read_session
 from dirtmap.engine.qcow2.layout import Layout
-from dirtmap.engine.store.bitmaps import read_entries
-from dirtmap.engine.store.store import Snapshot, Store
-from dirtmap.engine.store.table import NamespaceTable
+from dirtmap.engine.storefile.file import Snapshot, Store
+from dirtmap.engine.storefile.table import NamespaceTable
+from dirtmap.engine.system import locks, probe
+from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError
 from dirtmap.fmt.index import (

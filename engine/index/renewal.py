@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from dirtmap.engine.index.database import Database, fault, replace
 from dirtmap.engine.index.index import Index, SeenCommit
-from dirtmap.engine.store.header import Seen
+from dirtmap.engine.storefile.header import Seen
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ import sys
 from dirtmap.engine.index.database import Database, Reader, fault
 from dirtmap.engine.index.index import Index, SeenCommit
 from dirtmap.engine.index.writing import keys_of
-from dirtmap.engine.naming import decode_name
+from dirtmap.engine.model.naming import decode_name
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.index import Member

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dirtmap.engine.fileio import File
 from dirtmap.engine.qcow2.extension import NewExtension, Write
 from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label
 from dirtmap.engine.qcow2.refcounts import Allocator, Refcounts
 from dirtmap.engine.qcow2.references import References, walk
+from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, UnsupportedError

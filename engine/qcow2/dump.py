@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dirtmap.engine import locks
-from dirtmap.engine.dumping import MOST_RUNS, Shown, data, text
-from dirtmap.engine.fileio import File, open_file
-from dirtmap.engine.probe import probe
-from dirtmap.engine.qcow2.image import FORMAT
+from dirtmap.engine.model.dumping import MOST_RUNS, Shown, data, text
+from dirtmap.engine.namespaces.image import FORMAT
 from dirtmap.engine.qcow2.layout import Layout, bitmap_label, read_layout
+from dirtmap.engine.system import locks
+from dirtmap.engine.system.file import File, open_file
+from dirtmap.engine.system.probe import probe
 from dirtmap.fmt import directory, extensions, qcow2
 from dirtmap.fmt.errors import Error, FormatError
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from dirtmap.engine.fileio import File
+from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import FormatError, LockedError, printable

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dirtmap.engine.fileio import File
+from dirtmap.engine.system.file import File
 from dirtmap.fmt import qcow2
 from dirtmap.fmt.errors import FormatError, StorageError
 from dirtmap.fmt.geometry import ceil_div

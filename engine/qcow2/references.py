@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dirtmap.engine.fileio import File
 from dirtmap.engine.qcow2.layout import Fault, Layout
+from dirtmap.engine.system.file import File
 from dirtmap.fmt import qcow2
 from dirtmap.fmt.geometry import ceil_div
 

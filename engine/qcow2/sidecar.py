@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 
-from dirtmap.engine.fileio import open_file, remove_file, room_at, sync_folder
+from dirtmap.engine.system.file import open_file, remove_file, room_at, sync_folder
 from dirtmap.fmt import geometry, qcow2
 from dirtmap.fmt.errors import StorageError, UnsupportedError
 from dirtmap.fmt.extensions import build_chain

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from dirtmap.engine import checkpoints
-from dirtmap.engine.bitmap import Bitmap
-from dirtmap.engine.naming import decode_name, encode_name, label
-from dirtmap.engine.store.bitmaps import (
+from dirtmap.engine.model import checkpoints
+from dirtmap.engine.model.bitmap import Bitmap
+from dirtmap.engine.model.naming import decode_name, encode_name, label
+from dirtmap.engine.namespaces.condition import (
     doubts,
     header_doubts,
     load_saved,
@@ -20,9 +20,9 @@ from dirtmap.engine.store.bitmaps import (
     read_entries,
     replace_directory,
 )
-from dirtmap.engine.store.store import Change, Snapshot, Store
-from dirtmap.engine.tracking.peers import peer_of
-from dirtmap.engine.tracking.recovery import Window, refuse_tracked, session_of, window_of
+from dirtmap.engine.session.peers import peer_of
+from dirtmap.engine.session.view import Window, refuse_tracked, session_of, window_of
+from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, GoneError
@@ -38,7 +38,7 @@ class HomeView:
         record: of the namespace.
         session: the tracker's, or None before it has begun.
         entries: the directory, by name, in order.
-        checkpoints: which of them are checkpoints, oldest first; a chain of `dirtmap.engine.checkpoints`.
+        checkpoints: which of them are checkpoints, oldest first; a chain of `dirtmap.engine.model.checkpoints`.
     """
 
     def __init__(self, snapshot: Snapshot, record: Record) -> None:
@@ -165,7 +165,7 @@ class Home:
     Args:
         path: of the store.
         name: of the namespace, raw bytes.
-        look_after: has commits of a store remembered, as `dirtmap.engine.stores.Stores.look_after`, or None.
+        look_after: has commits of a store remembered, as `dirtmap.engine.host.stores.Stores.look_after`, or None.
 
     Attributes:
         session: as this namespace's record has it, once the tracker has begun: what is saved here may not be elsewhere.

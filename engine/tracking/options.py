@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass
 from typing import Final, SupportsIndex
 
-from dirtmap.engine.tracking.livefile import default_folder, user_folder
+from dirtmap.engine.session.livefile import default_folder, user_folder
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import BitmapError
 

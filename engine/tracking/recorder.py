@@ -14,27 +14,21 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Self
 
-from dirtmap.engine import fileio, holds
-from dirtmap.engine.bitmap import Bitmap
-from dirtmap.engine.naming import decode_name, label
-from dirtmap.engine.process import this_process
-from dirtmap.engine.store.bitmaps import doubts
-from dirtmap.engine.store.identity import identity_of, identity_of_disk
-from dirtmap.engine.tracking import livefile, recovery
+from dirtmap.engine.identity import identity_of, identity_of_disk
+from dirtmap.engine.model.bitmap import Bitmap
+from dirtmap.engine.model.naming import decode_name, label
+from dirtmap.engine.namespaces.condition import doubts
+from dirtmap.engine.session import livefile
+from dirtmap.engine.session import view as recovery
+from dirtmap.engine.session.intent import IntentLog
+from dirtmap.engine.session.livefile import CURRENT, EVENT, HEARTBEAT, Control, Words, Writeset, union
+from dirtmap.engine.session.view import Window
+from dirtmap.engine.storefile import holds
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.process import this_process
 from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
-from dirtmap.engine.tracking.intent import IntentLog
-from dirtmap.engine.tracking.livefile import (
-    CURRENT,
-    EVENT,
-    HEARTBEAT,
-    Control,
-    Words,
-    Writeset,
-    union,
-)
-from dirtmap.engine.tracking.marking import Kernel
+from dirtmap.engine.tracking.kernel import Kernel
 from dirtmap.engine.tracking.options import INTENTS, Options
-from dirtmap.engine.tracking.recovery import Window
 from dirtmap.fmt import live, store
 from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, StorageError, SyncError
 from dirtmap.fmt.live import Peer

@@ -16,7 +16,7 @@ happened, and its two intervals are both in the window that is still open.
 
 Of a device's tracker all that is about the device's bitmaps. Those of its root go on recording, and are saved as well.
 
-What is lost when: see `dirtmap.engine.tracking.marking` for marks, `dirtmap.engine.tracking.recovery` for deaths.
+What is lost when: see `dirtmap.engine.tracking.kernel` for marks, `dirtmap.engine.session.view` for deaths.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from dirtmap.engine import checkpoints
-from dirtmap.engine.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
-from dirtmap.engine.naming import a_checkpoint, encode_name, label
+from dirtmap.engine.model import checkpoints
+from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
+from dirtmap.engine.model.naming import a_checkpoint, encode_name, label
+from dirtmap.engine.session.livefile import Words, default_folder, union
+from dirtmap.engine.session.view import Window, window_of
 from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
-from dirtmap.engine.tracking.livefile import Words, default_folder, union
-from dirtmap.engine.tracking.marking import Kernel, Ticket
+from dirtmap.engine.tracking.kernel import Kernel, Ticket
 from dirtmap.engine.tracking.options import Options
 from dirtmap.engine.tracking.recorder import Recorder, words_of
-from dirtmap.engine.tracking.recovery import Window, window_of
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError
 
 if TYPE_CHECKING:
-    from dirtmap.engine.store.namespace import StoredImage
+    from dirtmap.engine.namespaces.stored import StoredImage
 
 
 class Tracker(Recorder):

@@ -26,12 +26,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dirtmap.engine import fileio
-from dirtmap.engine.fileio import File
+from dirtmap.engine.model.report import CheckReport
+from dirtmap.engine.namespaces.image import load
 from dirtmap.engine.qcow2.check import check
-from dirtmap.engine.qcow2.image import load
 from dirtmap.engine.qcow2.layout import Layout, read_layout
-from dirtmap.engine.report import CheckReport
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.file import File
 from dirtmap.fmt import geometry
 from dirtmap.fmt.errors import StorageError
 from support import plain

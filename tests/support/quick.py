@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import pytest
 
-from dirtmap.engine.fileio import File
-from dirtmap.engine.store import header, store
+from dirtmap.engine.storefile import file as store
+from dirtmap.engine.storefile import header
+from dirtmap.engine.system.file import File
 
 
 class Quick(File):

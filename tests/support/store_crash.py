@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import crc32c
 
-from dirtmap.engine import changes, fileio
-from dirtmap.engine.store import header as headers
-from dirtmap.engine.store.check import check
-from dirtmap.engine.store.namespace import StoredImage
-from dirtmap.engine.store.nodes import nodes
-from dirtmap.engine.store.store import Store
+from dirtmap.engine.model import changes
+from dirtmap.engine.namespaces.nodes import nodes
+from dirtmap.engine.namespaces.store_check import check
+from dirtmap.engine.namespaces.stored import StoredImage
+from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.file import Store
+from dirtmap.engine.system import file as fileio
 from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.errors import Error
 from support import crash

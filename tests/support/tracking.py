@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dirtmap.engine as dm
-from dirtmap.engine import bits
-from dirtmap.engine.store.nodes import add_node
-from dirtmap.engine.store.store import Store, create
+from dirtmap.engine.model import bits
+from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.storefile.file import Store, create
 
 Model = NDArray[np.uint8]
 GRANULE = 65536

@@ -1,0 +1,193 @@
+"""Upkeep of a host's index: verifies it, makes it anew, and tells what is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dirtmap.engine.host.registry import Host
+from dirtmap.engine.index.database import Database, replace
+from dirtmap.engine.index.index import Index
+from dirtmap.engine.index.renewal import examine, renew
+from dirtmap.engine.model.naming import decode_name
+from dirtmap.fmt import index as layout
+from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
+from dirtmap.fmt.errors import StorageError
+from dirtmap.fmt.index import Claim, Member
+from dirtmap.fmt.store import KIND_CONTAINER, KIND_DEVICE
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        entries: keys in the database.
+        faults: what was wrong, a line each.
+        rebuilt: the index was made anew, so that nothing is wrong with it any more.
+    """
+
+    entries: int = 0
+    faults: list[str] = field(default_factory=list)
+    rebuilt: bool = False
+
+
+def verify(host: Host, progress: Progress | None = None) -> Verification:
+    """Reads a whole index in a process of its own, holds it against the containers, and rebuilds it where it is wrong.
+
+    Args:
+        host: whose index.
+        progress: of reading the containers; called with (done, in all).
+
+    Raises:
+        StorageError: there is no index, or no default store, or it cannot be made anew.
+    """
+    path = host.index.path
+    _require_default_store(host)
+    if not os.path.lexists(path):
+        raise StorageError(path, "there is no index; 'index scan' or the first use of a name makes one")
+    result = Verification()
+    examined = examine(path)
+    result.entries, result.faults = examined.entries, examined.faults
+    if not result.faults:
+        host.refresh()
+        result.faults = _differences(host, progress)
+    if result.faults:
+        rebuild(host, progress)
+        result.rebuilt = True
+    return result
+
+
+def _require_default_store(host: Host) -> None:
+    """Refuses to hold an index against nothing, and to lose what it knows for that."""
+    if not os.path.exists(host.store):
+        raise StorageError(host.store, "there is no default store to compare with; 'index scan' makes one")
+
+
+def _differences(host: Host, progress: Progress | None) -> list[str]:
+    """How the index differs from one that is made from the containers now."""
+    with contextlib.ExitStack() as stack:
+        folder = tempfile.mkdtemp(prefix="dirtmap-index-")
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        database = Database(folder)
+        stack.callback(database.close)
+        fresh = Index(folder, database)
+        _fill(host, fresh, progress)
+        before, after = _contents(host.index, host), _contents(fresh, host)
+    missing, surplus = after - before, before - after
+    told = [f"says nothing of {what}" for what in missing] + [f"says what is not so: {what}" for what in surplus]
+    return sorted(told)[:20]
+
+
+def _contents(index: Index, host: Host) -> Counter[str]:
+    paths = set(host.containers())
+    found: Counter[str] = Counter()
+    for path in paths:
+        container = index.container(path)
+        if container is None:
+            continue
+        for member in index.members(container.number):
+            found[f"{_what(member)} of {path}"] += 1
+    for holder, name, claim in index.all_bitmaps():
+        if index.path_of(claim.container) in paths:
+            found[f"bitmap '{decode_name(name)}' of {_holder(holder)} in {_claimed(index, claim)}"] += 1
+    return found
+
+
+def _what(member: Member) -> str:
+    """A namespace, for a line about it."""
+    if not member.name:
+        return "an image without a name"
+    if member.kind == KIND_CONTAINER:
+        return f"the place of {os.fsdecode(member.path)}"
+    return f"{'device' if member.kind == KIND_DEVICE else 'node'} '{decode_name(member.name)}'"
+
+
+def _holder(holder: bytes) -> str:
+    """A bitmap's holder, for a line about it."""
+    return f"'{decode_name(holder[1:])}'" if holder[:1] == layout.NAMED else "an image without a name"
+
+
+def _claimed(index: Index, claim: Claim) -> str:
+    """Who says to have a bitmap, and what it is like, for a line about it."""
+    says = [
+        f"granularity {1 << claim.granularity_bits}",
+        *["recording"] * bool(claim.flags & FLAG_AUTO),
+        *["in use"] * bool(claim.flags & FLAG_IN_USE),
+        *[f"namespace {uuid.UUID(bytes=claim.uuid)}"] * any(claim.uuid),
+    ]
+    return f"{index.path_of(claim.container)}: {', '.join(says)}"
+
+
+def rebuild(host: Host, progress: Progress | None = None) -> int:
+    """Makes the index anew from the containers that the default store knows, beside the old one, and replaces that.
+
+    The last commits seen of stores are taken over, where the old one can be read.
+
+    Returns:
+        How many containers there are.
+
+    Raises:
+        StorageError: it cannot be written, or there is no default store.
+    """
+    _require_default_store(host)
+    if os.path.lexists(host.index.path) and (examined := examine(host.index.path)).faults:
+        renew(host.index.path, examined.seen)  # before this process reads what would harm it
+    host.stores()  # so that a rollback is found while the old index still knows
+    seen = host.index.all_seen()
+    count = 0
+
+    def fill(database: Database) -> None:
+        nonlocal count
+        fresh = Index(host.index.path, database)
+        count = _fill(host, fresh, progress)
+        for commit in seen:
+            fresh.remember_seen(commit)
+
+    replace(host.index.path, fill, even_if_good=True)
+    return count
+
+
+def _fill(host: Host, fresh: Index, progress: Progress | None) -> int:
+    paths = host.containers()
+    for done, _ in enumerate(fresh.refresh(paths)):
+        if progress:
+            progress(done, len(paths))
+    if progress:
+        progress(len(paths), len(paths))
+    return len(paths)
+
+
+def stats(host: Host) -> dict[str, int]:
+    """How much is in the index: entries by kind, and LMDB's own numbers; sizes in bytes.
+
+    Raises:
+        StorageError: there is no index.
+    """
+    if not os.path.isdir(host.index.path):
+        raise StorageError(host.index.path, "there is no index; 'index scan' or the first use of a name makes one")
+    database = host.index.database
+
+    def count(tag: bytes) -> int:
+        return database.read(lambda reader: sum(1 for _ in reader.scan(tag)))
+
+    conditions = Counter(
+        layout.CONTAINER_VALUE.parse(value).condition
+        for _, value in database.read(lambda reader: list(reader.scan(layout.CONTAINER)))
+    )
+    return {
+        "containers": sum(conditions.values()),
+        **{name: conditions[condition] for condition, name in layout.CONDITION_NAMES.items()},
+        "names": count(layout.NAME),
+        "uuids": count(layout.UUID),
+        "bitmaps": count(layout.BITMAP),
+        **database.info(),
+    }

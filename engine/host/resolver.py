@@ -1,0 +1,326 @@
+"""`Names`: what a name means across all containers of a host.
+
+The containers are the truth; the index only makes asking them fast. So every answer is the same without an index, and
+one that the index gives is verified before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from dirtmap.engine.host.stores import Stores
+from dirtmap.engine.index.index import Index
+from dirtmap.engine.index.reading import Container
+from dirtmap.engine.model.naming import decode_name, encode_name
+from dirtmap.engine.namespaces import nodes
+from dirtmap.engine.namespaces.devices import Root
+from dirtmap.engine.namespaces.image import read_identity, require_header
+from dirtmap.engine.storefile.file import Store
+from dirtmap.engine.system.probe import STORE, probe_path
+from dirtmap.fmt import index as layout
+from dirtmap.fmt import store
+from dirtmap.fmt.directory import FLAG_IN_USE
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, FormatError, StorageError, printable
+from dirtmap.fmt.index import KIND_QCOW2, Member
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a name was found to mean.
+
+    Attributes:
+        name: of the node or device.
+        kind: ``KIND_NODE`` or ``KIND_DEVICE``, in a store; ``KIND_PLACE``, a qcow2 image.
+        uuid: of the namespace, 16 bytes.
+        root_uuid: of a device's root.
+        store: the store that has its record.
+        path: of the image; of a device, that of its root.
+        size: of the disk, bytes.
+    """
+
+    name: str
+    kind: int
+    uuid: bytes
+    root_uuid: bytes
+    store: str
+    path: str
+    size: int
+
+    @property
+    def is_device(self) -> bool:
+        """True of a device, False of a node."""
+        return self.kind == store.KIND_DEVICE
+
+    @property
+    def what(self) -> str:
+        """``node`` or ``device``."""
+        return "device" if self.is_device else "node"
+
+    @property
+    def in_store(self) -> bool:
+        """True where its bitmaps are in a store, False where they are in the image itself."""
+        return self.kind != store.KIND_PLACE
+
+    @property
+    def container(self) -> str:
+        """The path of the container that has its bitmaps."""
+        return self.store if self.in_store else self.path
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A bitmap that was found by its name: in which container, and of which node, device or unnamed image."""
+
+    container: Container
+    kind: str
+    holder: str
+    bitmap: str
+    uuid: bytes
+    flags: int
+    granularity: int
+
+    @property
+    def in_image(self) -> bool:
+        """True where the container is a qcow2 image."""
+        return self.container.kind == KIND_QCOW2
+
+
+class Names(Stores):
+    """The nodes, devices and bitmaps of a host by name. Arguments and attributes as `Stores`."""
+
+    def resolve(self, name: str) -> Found | None:
+        """The node or device of that name, as its container says; None where there is none.
+
+        Raises:
+            Error: it was not found, and a store cannot be read that may have it.
+            BitmapError: the name is not unique; names both places.
+            BitmapNotFoundError: its image is not where it was.
+            As `opened`.
+        """
+        found = self._unique(name)
+        if found:
+            with contextlib.suppress(FormatError):  # whoever opens it tells, or works on what is damaged
+                _require_its_image(found)
+        return found
+
+    def _unique(self, name: str) -> Found | None:
+        found = self.claims(name)
+        # What the default store itself has under that name keeps it, whatever other stores turn up.
+        found = [claim for claim in found if claim.store == self.store] or found
+        if len(found) > 1:
+            one, other = found[:2]
+            what = f"names a namespace of {one.store}, and another of {other.store}; say which with --store"
+            raise BitmapError(f"node '{printable(name)}'", what)
+        if not found:
+            self._require_all_stores()
+        return found[0] if found else None
+
+    def _require_all_stores(self) -> None:
+        """Refuses to say that there is no such thing while a store cannot be read that may have it.
+
+        Raises:
+            Error: what is wrong with that store.
+        """
+        for problem in self.problems():
+            raise problem
+
+    def claims(self, name: str) -> list[Found]:
+        """All nodes and devices of a name, those of the default store first: more than one where it is not unique."""
+        raw_name = encode_name(name)
+        unique: dict[bytes, Found] = {}
+        for found in self._in_stores(lambda index: index.namespaces(raw_name)):
+            unique.setdefault(found.uuid, found)
+        return list(unique.values())
+
+    def _in_stores(self, claims: Callable[[Index], list[tuple[int, Member]]]) -> list[Found]:
+        """Those of an index's claims that a store of the host makes."""
+
+        def ask(index: Index) -> list[Found]:
+            stores = self.stores()
+            return [
+                self._found(path, member)
+                for path, member in ((index.path_of(number), member) for number, member in claims(index))
+                if path in stores and member.kind != store.KIND_CONTAINER
+            ]
+
+        found = self.asking(ask) if self.exists else []
+        return sorted(found, key=lambda claim: claim.store != self.store)  # the default store's first
+
+    def _found(self, path: str, member: Member) -> Found:
+        return Found(
+            name=decode_name(member.name),
+            kind=member.kind,
+            uuid=member.uuid,
+            root_uuid=member.root_uuid,
+            store=self.store if path == self.home else path,
+            path=os.fsdecode(member.path),
+            size=member.size,
+        )
+
+    def by_uuid(self, namespace_uuid: bytes) -> Found | None:
+        """The node of that UUID, as far as a store of the host knows it."""
+        found = self._in_stores(lambda index: index.carriers(namespace_uuid))
+        return found[0] if found else None
+
+    def place_of(self, name: str, image_uuid: str) -> Found | None:
+        """The place of a qcow2 image, in whichever store of the host has it; None where none does.
+
+        Args:
+            name: of the node, as the image says it. The store may know the image under another still, where a rename
+                was killed halfway.
+            image_uuid: as text.
+        """
+
+        def place(here: Names) -> list[Found]:
+            if not here.exists:
+                return []
+            try:
+                with Store(here.home) as target:  # first, since that needs no index
+                    record = target.record(encode_name(name))
+            except FormatError as error:
+                raise here._advised(here.home, error) from error
+            if record and record.kind == store.KIND_PLACE and record.uuid == uuid.UUID(image_uuid).bytes:
+                member = Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path)
+                return [here._found(here.home, member)]
+            carriers = here._in_stores(lambda index: index.carriers(uuid.UUID(image_uuid).bytes))
+            return [found for found in carriers if found.kind == store.KIND_PLACE]
+
+        found = self.asked(place)
+        return found[0] if found else None
+
+    def asked(self, question: Callable[[Self], list[Found]]) -> list[Found]:
+        """What the stores answer that the default store knows; else those that the usual one does.
+
+        One that was chosen need not know what the usual one does, and where that cannot be read, is not of its host.
+        """
+        if (found := question(self)) or self._usual is None:
+            return found
+        with contextlib.suppress(Error):
+            found = question(self._usual)
+        return found
+
+    def every_store(self) -> list[str]:
+        """The paths of the stores that the default store knows, and of those that the usual one does."""
+        found = self.stores()
+        if self._usual is not None:
+            with contextlib.suppress(Error):
+                found += self._usual.stores()
+        return list(dict.fromkeys(found))
+
+    def devices_of(self, root: bytes) -> dict[str, list[bytes]]:
+        """The devices whose root has that UUID: raw names by the absolute path of their store."""
+        names: dict[str, list[bytes]] = {}
+        for here in (self, self._usual):
+            # What the usual stores say counts whichever was chosen, if they can be read.
+            with contextlib.nullcontext() if here is self else contextlib.suppress(Error):
+                for found in here._in_stores(lambda index: index.devices(root)) if here else ():
+                    known = names.setdefault(os.path.abspath(found.store), [])
+                    known += [name for name in [encode_name(found.name)] if name not in known]
+        return names
+
+    def is_checked_out(self, path: str, name: str, image_uuid: str) -> Found | None:
+        """The place of a qcow2 image whose bitmaps a tracker has, or had when it died; None where they are in it."""
+        place = self.place_of(name, image_uuid)
+        if place is None:
+            return None
+        with self.opened(place.store) as target:
+            return place if nodes.is_checked_out(target, path, place.name, image_uuid) else None
+
+    def refuse_moved(self, path: str, name: str, image_uuid: str) -> None:
+        """Refuses a tracked qcow2 image that is not where it was; see `nodes.refuse_moved`."""
+        if place := self.place_of(name, image_uuid):
+            with self.opened(place.store) as target:
+                nodes.refuse_moved(target, path, place.name, image_uuid)
+
+    def find(
+        self, bitmap: str, *, force_share: bool = False, told: Callable[[Error], object] | None = None
+    ) -> list[Hit]:
+        """Every bitmap of that name, in all containers that can be read, ordered by holder.
+
+        Args:
+            bitmap: its name.
+            force_share: read images although another process writes to them.
+            told: called with each reason why a container could not be read.
+        """
+        raw_name = encode_name(bitmap)
+
+        def ask(index: Index) -> tuple[list[Hit], list[Error]]:
+            sound, problems = self.refresh(force_share=force_share)
+            hits = []
+            for holder, claims in index.find(raw_name):
+                for claim in claims:
+                    if container := sound.get(claim.container):
+                        kind = _kind_of(index, container, holder)
+                        name, granularity = decode_name(holder[1:]), 1 << claim.granularity_bits
+                        flags = claim.flags
+                        in_use = flags & FLAG_IN_USE and container.kind == KIND_QCOW2
+                        if in_use and self.is_checked_out(container.path, name, str(uuid.UUID(bytes=claim.uuid))):
+                            flags &= ~FLAG_IN_USE  # its tracker has what the image lacks
+                        hits.append(Hit(container, kind, name, bitmap, claim.uuid, flags, granularity))
+            return sorted(hits, key=lambda hit: (hit.holder, hit.container.path)), problems
+
+        hits, problems = self.asking(ask) if self.exists else ([], [])
+        for problem in problems:
+            if told:
+                told(problem)
+        return hits
+
+    def require(self, name: str, *kinds: int) -> Found:
+        """The node or device of that name.
+
+        Raises:
+            BitmapNotFoundError: there is none, or it is of another kind.
+        """
+        found = self._unique(name)
+        if found is None or (kinds and found.kind not in kinds):
+            what = "device" if kinds == (store.KIND_DEVICE,) else "node"
+            text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            other = f"; it is a {store.KIND_NAMES[found.kind]}" if found and found.kind != store.KIND_PLACE else ""
+            raise BitmapNotFoundError(f"{self.store}: {what} '{text}'", f"there is no such {what}{other}")
+        return found
+
+    def root(self, name: str) -> Root:
+        """A node, to be a device's root.
+
+        Raises:
+            BitmapNotFoundError: there is no such node, or its image is not where it was.
+            FormatError: its image is damaged.
+        """
+        found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
+        _require_its_image(found)
+        return Root(found.uuid, found.path)
+
+
+def _require_its_image(found: Found) -> None:
+    """Refuses a node whose image is not where it was.
+
+    Raises:
+        BitmapNotFoundError: says what can be done.
+        FormatError: the file's header is so damaged that nobody can tell.
+    """
+    if found.in_store:
+        return
+    where = f"node '{printable(found.name)}'"
+    try:
+        identity = read_identity(found.path)
+    except StorageError as error:
+        what = f"its image cannot be read ({error}); 'index scan' finds one that was moved"
+        raise BitmapNotFoundError(where, what) from None
+    if identity is None and probe_path(found.path) != STORE:
+        require_header(found.path)
+    if identity != (found.name, str(uuid.UUID(bytes=found.uuid))):
+        what = f"{found.path} is not its image any more; 'index scan' finds one that was moved"
+        raise BitmapNotFoundError(where, what)
+
+
+def _kind_of(index: Index, container: Container, holder: bytes) -> str:
+    """What a holder of bitmaps in a container is: ``image``, ``node`` or ``device``."""
+    if holder[:1] != layout.NAMED:
+        return "image"
+    kinds = {member.kind for number, member in index.namespaces(holder[1:]) if number == container.number}
+    return "device" if store.KIND_DEVICE in kinds else "node"

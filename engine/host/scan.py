@@ -1,0 +1,466 @@
+"""Finds the images and stores below folders, and has the host's stores remember where they are.
+
+    folders ---> files that look like containers ---> index ---> places, in the store that has them, or the default one
+
+A scan moves no bitmap and changes no image. A name that is in an image but in no store comes back by it; an image that
+was moved is found by its UUID. Of several with one UUID that with the remembered inode is meant; where none has it,
+none is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from dirtmap.engine.host.registry import Host, remember_container
+from dirtmap.engine.identity import identity_of, is_twin
+from dirtmap.engine.index.reading import Container, look
+from dirtmap.engine.model.naming import decode_name
+from dirtmap.engine.namespaces import devices
+from dirtmap.engine.namespaces.image import read_identity
+from dirtmap.engine.storefile.file import Change, Store
+from dirtmap.engine.system.file import is_gone, is_same_file
+from dirtmap.engine.system.probe import probe_path
+from dirtmap.fmt import store
+from dirtmap.fmt.directory import FLAG_IN_USE
+from dirtmap.fmt.errors import Error, StorageError
+from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_QCOW2, KIND_STORE, SOUND, Member
+from dirtmap.fmt.store import Identity, Record
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a scan has found.
+
+    Attributes:
+        images: qcow2 images.
+        stores: store files.
+        bitmaps: in all of them that can be read, twins included.
+        inconsistent: of those, the ones that were left in use.
+        held: images that another process has open for writing.
+        damaged: what cannot be read, with the reason where it was read just now.
+        twins: (path, original): images that carry another's identity.
+        copies: (path, original): stores that do.
+        clashes: (path, name): images or stores whose name is another's.
+        moved: (path, name): images that are elsewhere now, or have another name.
+        gone: (path, name): images that are remembered and not there.
+        unreadable: folders and files that may not be read, with the reason; what they hold is not known.
+        learned: how many containers were not known before.
+    """
+
+    images: int = 0
+    stores: int = 0
+    bitmaps: int = 0
+    inconsistent: int = 0
+    held: list[str] = field(default_factory=list)
+    damaged: list[tuple[str, str]] = field(default_factory=list)
+    twins: list[tuple[str, str]] = field(default_factory=list)
+    copies: list[tuple[str, str]] = field(default_factory=list)
+    clashes: list[tuple[str, str]] = field(default_factory=list)
+    moved: list[tuple[str, str]] = field(default_factory=list)
+    gone: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    learned: int = 0
+
+
+def scan(
+    host: Host,
+    paths: Iterable[str],
+    *,
+    force_share: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Looks through folders, and takes in what is found.
+
+    Args:
+        host: whose default store and index learn.
+        paths: folders or files.
+        force_share: read images although another process writes to them.
+        progress: called with (files done, files in all).
+
+    Raises:
+        StorageError: a path is not there, or the store or the index cannot be written.
+    """
+    summary = Summary()
+    roots = [os.path.realpath(path) for path in paths]  # so that a file has one path, whichever link leads to it
+    with host.opened(make=True):
+        pass
+    host.stores()
+    files = list(_files(roots, summary))
+    found: list[Container] = []
+    remembered = {*host.containers(), *roots}
+    host.index.open()
+    known_paths = host.index.paths()
+    asked: list[str] = []
+
+    def candidates() -> Iterator[str]:
+        for done, (path, known) in enumerate(files):
+            if progress and done % 64 == 0:
+                progress(done, len(files))
+            if known or path in known_paths or _is_container(path, summary):
+                asked.append(path)
+                yield path
+        if progress:
+            progress(len(files), len(files))
+
+    for container, problem in host.index.refresh(candidates(), force_share=force_share):
+        found.append(container)
+        summary.images += container.kind == KIND_QCOW2
+        summary.stores += container.kind == KIND_STORE
+        if container.kind == KIND_FAULTY and container.path not in remembered:
+            continue  # only the index knows that there once was one
+        if container.condition == DAMAGED:
+            summary.damaged.append((container.path, _what(problem, container.path)))
+        elif container.condition == HELD:
+            summary.held.append(container.path)
+    read = {container.path for container in found}
+    for path in asked:
+        if path not in read:
+            _is_container(path, summary)
+    _Registration(host, summary, roots).take_in(found)
+    in_use = {container.number: 0 for container in found if container.condition == SOUND}
+    for claim in host.index.claims():
+        if claim.container in in_use:
+            summary.bitmaps += 1
+            in_use[claim.container] += bool(claim.flags & FLAG_IN_USE)
+    for container in found:
+        if in_use.get(container.number) and not _is_checked_out(host, container):
+            summary.inconsistent += in_use[container.number]
+    return summary
+
+
+def _what(problem: Error | None, path: str) -> str:
+    """What is wrong with a damaged container; it is read again, where that was found earlier."""
+    if problem is None:
+        with contextlib.suppress(StorageError):
+            again = look(lambda key: None, path, None, force_share=True)
+            problem = again.problem if again else None
+    return problem.what if problem else "as found before"
+
+
+def _is_checked_out(host: Host, container: Container) -> bool:
+    """True of a qcow2 image whose tracker has its bitmaps."""
+    return container.kind == KIND_QCOW2 and any(
+        host.is_checked_out(container.path, decode_name(member.name), str(uuid.UUID(bytes=member.uuid)))
+        for member in host.index.members(container.number)
+        if member.name
+    )
+
+
+def _files(roots: list[str], summary: Summary) -> Iterator[tuple[str, bool]]:
+    """Regular files at or below those paths, each once, and whether it was named itself. Links are not followed."""
+    seen: set[tuple[int, int]] = set()
+    for root in sorted(roots, key=os.path.isdir):
+        if not os.path.isdir(root):
+            try:
+                status = os.stat(root)
+            except OSError as error:
+                raise StorageError(root, error.strerror or str(error)) from error
+            if (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                yield root, True
+            continue
+        waiting = [root]
+        while waiting:
+            folder = waiting.pop()
+            try:
+                with os.scandir(folder) as entries:
+                    device = os.stat(folder).st_dev
+                    ordered = sorted(entries, key=lambda entry: entry.name)
+            except OSError as error:
+                if folder == root:
+                    raise StorageError(root, error.strerror or str(error)) from error
+                _tell_unreadable(summary, folder, error)
+                continue
+            for entry in ordered:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    inode = (device, entry.inode())
+                    if inode not in seen:
+                        seen.add(inode)
+                        yield entry.path, False
+
+
+def _is_container(path: str, summary: Summary) -> bool:
+    try:
+        return probe_path(path) is not None
+    except StorageError as error:
+        _tell_unreadable(summary, path, error)
+        return False
+
+
+def _tell_unreadable(summary: Summary, path: str, error: OSError | StorageError) -> None:
+    """Takes note of what cannot be read, unless it is gone meanwhile."""
+    if not is_gone(path):
+        summary.unreadable.append(
+            (path, error.what if isinstance(error, StorageError) else error.strerror or str(error))
+        )
+
+
+class _Registration:
+    """Brings the places of the host's stores up to date with what was found: where nobody has one, the default store's.
+
+    Args:
+        host: whose stores.
+        summary: takes in what became of each.
+        roots: below which everything was looked at.
+    """
+
+    def __init__(self, host: Host, summary: Summary, roots: list[str]) -> None:
+        self._host, self._summary, self._roots = host, summary, roots
+        # By store, the default store first: what it remembers, or holds.
+        self._members: dict[str, list[Member]] = {}
+        # By UUID: the store that has an image's place, and its name there; the files that say they are that image.
+        self._places: dict[bytes, tuple[str, bytes]] = {}
+        self._carriers: dict[bytes, list[str]] = {}
+        self._images: list[tuple[Container, Member]] = []  # with a name
+        self._names: dict[bytes, set[bytes]] = {}  # of images that were found: their UUIDs
+        self._owners: dict[bytes, dict[bytes, str]] = {}  # of nodes and devices: by UUID the store that has it
+        self._moved: list[tuple[bytes, str]] = []
+
+    def take_in(self, found: list[Container]) -> None:
+        """Remembers what is new, and where moved images are now."""
+        self._take_in_containers(found)
+        self._look(found)
+        self._tell_clashes(found)
+        for where, images in self._news().items():
+            with self._host.opened(where) as target, target.change() as change:
+                for container, member in images:
+                    self._place(change, container, member)
+        for image_uuid, path in self._moved:
+            for where, on_it in self._host.devices_of(image_uuid).items():
+                with self._host.opened(where) as target:
+                    devices.move_roots(target, on_it, path)
+        self._tell_gone(found)
+
+    def _take_in_containers(self, found: list[Container]) -> None:
+        """Remembers stores, and images without a name; forgets those that are gone."""
+        index = self._host.index
+        self._host.stores()  # brings the index up to date with them
+        home = index.container(self._host.home)
+        assert home is not None
+        known = {os.fsdecode(member.path): member for member in index.members(home.number) if _is_unnamed(member)}
+        news = [
+            container
+            for container in found
+            if container.condition == SOUND
+            and (container.kind == KIND_STORE or not any(container.uuid))
+            and (container.path not in known or known[container.path].uuid != container.uuid)
+            and not (container.kind == KIND_STORE and self._is_home(container.path))
+        ]
+        there = {container.path for container in found}
+        # Where nobody looked, what nobody named is no news.
+        gone = [path for path in known if path not in there and self._is_below(path) and is_gone(path)]
+        self._summary.gone += [(path, "") for path in gone]
+        # Of a store that is none any more, nothing can be mended.
+        faulty = {container.path for container in found if container.kind == KIND_FAULTY}
+        lost = [path for path, place in known.items() if path in faulty and any(place.uuid)]
+        if not news and not gone and not lost:
+            return
+        stores: dict[bytes, list[str]] = {}
+        for container in found:
+            if container.kind == KIND_STORE:
+                stores.setdefault(container.uuid, []).append(container.path)
+        with self._host.opened() as target, target.change() as change:
+            for container in news:
+                if container.kind == KIND_STORE:
+                    self._take_in_store(change, container, stores)
+                else:
+                    self._remember(change, container.path, container.uuid)
+            for path in (*gone, *lost):  # nothing but its place was known, and there it is not any more
+                if change.table.get(known[path].name):
+                    change.table.remove(known[path].name)
+
+    def _look(self, found: list[Container]) -> None:
+        """Learns what the stores know, and which images say what."""
+        index = self._host.index
+        for path in self._host.stores():
+            container = index.container(path)
+            self._members[path] = index.members(container.number) if container else []
+            for member in self._members[path]:
+                if member.kind == store.KIND_PLACE:
+                    self._places.setdefault(member.uuid, (path, member.name))
+                if not _is_unnamed(member):
+                    self._owners.setdefault(member.name, {}).setdefault(member.uuid, path)
+        for container in found:
+            if container.condition != SOUND:
+                # Nobody can use it now; but it may be the original, of which others are copies.
+                if image_uuid := _identity(container.path):
+                    self._carriers.setdefault(image_uuid, []).append(container.path)
+            elif container.kind == KIND_QCOW2 and any(container.uuid):
+                for member in index.members(container.number):  # none, where another process has found it held since
+                    self._images.append((container, member))
+                    self._carriers.setdefault(member.uuid, []).append(container.path)
+                    self._names.setdefault(member.name, set()).add(member.uuid)
+
+    def _news(self) -> dict[str, list[tuple[Container, Member]]]:
+        """Images whose place is not known as it is, or is claimed by several: by the store that has it."""
+        known = {
+            (member.path, member.uuid, member.name)
+            for members in self._members.values()
+            for member in members
+            if member.kind == store.KIND_PLACE
+        }
+        news: dict[str, list[tuple[Container, Member]]] = {}
+        for container, member in self._images:
+            as_it_is = (os.fsencode(container.path), member.uuid, member.name) in known
+            if not as_it_is or len(self._carriers[member.uuid]) > 1:
+                where, _ = self._places.get(member.uuid, (self._host.home, b""))
+                news.setdefault(where, []).append((container, member))
+        return news
+
+    def _tell_clashes(self, found: list[Container]) -> None:
+        """Tells of stores that have a name which is another's."""
+        for container in found:
+            if container.kind == KIND_STORE and not self._is_home(container.path):
+                for member in self._members.get(container.path, ()):
+                    if not _is_unnamed(member) and self._is_taken(member, container.path):
+                        self._summary.clashes.append((container.path, decode_name(member.name)))
+
+    def _is_taken(self, member: Member, path: str | None = None) -> bool:
+        """True where the name is that of another namespace in a store; not counting the store at ``path``."""
+        owners = self._owners.get(member.name, {})
+        return any(owner != member.uuid and where != path for owner, where in owners.items())
+
+    def _tell_gone(self, found: list[Container]) -> None:
+        """Tells of images with a name that are gone. That of a device is its root's, and told with that."""
+        there = {container.path for container in found}
+        elsewhere = {image_uuid for image_uuid, _ in self._moved}
+        named = [
+            (os.fsdecode(member.path), member)
+            for members in self._members.values()
+            for member in members
+            if member.kind in (store.KIND_NODE, store.KIND_PLACE) and member.uuid not in elsewhere
+        ]
+        gone = {path for path in {path for path, _ in named} if path not in there and is_gone(path)}
+        self._summary.gone += [(path, decode_name(member.name)) for path, member in named if path in gone]
+
+    def _is_home(self, path: str) -> bool:
+        return path == self._host.home or is_same_file(path, self._host.home)
+
+    def _is_below(self, path: str) -> bool:
+        return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._roots)
+
+    def _take_in_store(self, change: Change, container: Container, found: dict[bytes, list[str]]) -> None:
+        """Remembers a store, unless it is a copy of the default store, or of one that is known or was found as well."""
+        known = [os.fsdecode(record.path) for record in change.table if record.uuid == container.uuid]
+        if container.path not in known:
+            others = [path for path in known if _has_uuid(path, container.uuid)]
+            if any(is_same_file(path, container.path) for path in others):
+                return  # under another name, by a link
+            others = others or found[container.uuid]
+            if change.header.uuid == container.uuid:
+                others = [self._host.home]
+            for original in others:
+                if original != container.path:
+                    self._summary.copies.append((container.path, original))
+                    return
+        self._remember(change, container.path, container.uuid)
+
+    def _remember(self, change: Change, path: str, container_uuid: bytes) -> None:
+        self._summary.learned += remember_container(change, path, container_uuid)
+
+    def _place(self, change: Change, container: Container, member: Member) -> None:
+        """Brings the place of an image up to date, unless it is not the one that is meant."""
+        name, path = decode_name(member.name), container.path
+        known = change.table.get(member.name)
+        if known is None and member.uuid in self._places:
+            # Its name was changed, and whoever did that died before the store knew: the image is the truth.
+            known = change.table.get(self._places[member.uuid][1])
+        others = [other for other in self._carriers[member.uuid] if other != path]
+        if known is None:
+            if others:
+                self._summary.twins.append((path, others[0]))
+                return
+            if len(self._names[member.name]) > 1 or member.name.startswith(store.CONTAINER_PREFIX):
+                self._summary.clashes.append((path, name))
+                return
+        elif known.kind != store.KIND_PLACE or known.uuid != member.uuid:
+            self._summary.clashes.append((path, name))
+            return
+        elif (original := _original(known, path, others)) is not None:
+            self._summary.twins.append((path, original))
+            return
+        if (known is None or known.name != member.name) and self._is_taken(member):
+            self._summary.clashes.append((path, name))
+            return
+        if known is None:
+            self._summary.learned += 1
+        elif is_same_file(os.fsdecode(known.path), path):
+            if known.name == member.name and _is_file(path, known.identity):
+                return
+            path = os.fsdecode(known.path)  # also where this is another name of it, by a link
+        else:
+            self._moved.append((member.uuid, path))
+        if known is not None and (os.fsdecode(known.path), known.name) != (path, member.name):
+            self._summary.moved.append((path, name))
+            change.table.remove(known.name)
+        record = known or Record(
+            name=member.name, kind=store.KIND_PLACE, uuid=member.uuid, size=0, generation=change.generation
+        )
+        change.table.put(
+            replace(
+                record,
+                name=member.name,
+                # That of its bitmaps, while they are in the store.
+                size=record.size if record.nb_bitmaps else member.size,
+                path=os.fsencode(path),
+                identity=replace(identity_of(path), mtime_ns=0, size=0),
+            )
+        )
+        if change.table.get(store.container_name(os.fsencode(path))):
+            change.table.remove(store.container_name(os.fsencode(path)))
+
+
+def _original(known: Record, path: str, others: list[str]) -> str | None:
+    """Which file is the image that a store remembers, where it is not the one at a path; None where that is it.
+
+    Args:
+        known: the image's place.
+        path: of a file that says it is that image.
+        others: of the other files that were found to say so.
+    """
+    if _is_file(path, known.identity):
+        return None
+    for other in others:
+        if _is_file(other, known.identity):
+            return other
+    there = os.fsdecode(known.path)
+    if there == path:
+        return None  # it was put in the place of the one that is remembered, as from a backup
+    if is_twin(known, path) or not (is_gone(there) or os.access(there, os.R_OK)):
+        return there
+    return others[0] if others else None  # was moved to another file system; or that is a copy, and so are all
+
+
+def _is_file(path: str, identity: Identity) -> bool:
+    try:
+        found = identity_of(path)
+    except StorageError:
+        return False
+    return found.is_file(identity)
+
+
+def _is_unnamed(member: Member) -> bool:
+    return member.kind == store.KIND_CONTAINER
+
+
+def _identity(path: str) -> bytes | None:
+    """The UUID of an image that cannot be read as a whole, if it has one."""
+    try:
+        found = read_identity(path)
+    except Error:
+        return None
+    return uuid.UUID(found[1]).bytes if found else None
+
+
+def _has_uuid(path: str, store_uuid: bytes) -> bool:
+    try:
+        with Store(path) as target:
+            return target.read(lambda snapshot: snapshot.header.uuid) == store_uuid
+    except Error:
+        return False

@@ -1,0 +1,323 @@
+"""`Stores`: the containers of a host, each of its stores looked after.
+
+    default store ---places---> images and stores ---what they say---> index
+
+The default store remembers where this host's containers are, the containers say what is in them. The index makes that
+fast, and knows the last commit that was seen of each store: one that lacks it was rolled back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Self, TypeVar
+
+from dirtmap.engine.index.database import DamagedError, DatabaseError, ForbiddenError
+from dirtmap.engine.index.index import Index
+from dirtmap.engine.index.reading import Container
+from dirtmap.engine.index.renewal import examine, renew
+from dirtmap.engine.storefile.file import Snapshot, Store, create
+from dirtmap.engine.system.file import is_gone, is_same_file
+from dirtmap.engine.system.probe import probe_path
+from dirtmap.fmt import index as layout
+from dirtmap.fmt import store
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError
+
+T = TypeVar("T")
+
+_ATTEMPTS = 5
+
+
+class Stores:
+    """The containers that a default store knows, and an index of them.
+
+    Args:
+        store: path of the default store; it need not exist.
+        index: path of the index; it is made on first need.
+        usual: those of the usual default store, where another was chosen.
+
+    Attributes:
+        store: as given, for messages.
+        home: the same as an absolute path: the process may change its folder.
+        index: the index.
+    """
+
+    def __init__(self, store: str, index: str, usual: Self | None = None) -> None:
+        self.store = store
+        self._usual = usual
+        self.home = os.path.abspath(store)
+        self.index = Index(os.path.abspath(index))
+
+    @property
+    def exists(self) -> bool:
+        """True where there is a default store."""
+        return os.path.exists(self.home)
+
+    def open_store(self, path: str) -> Store:
+        """A store of the host, not looked after. Errors as `Store`."""
+        return Store(path, self.home if path == self.store else None)
+
+    # Stores, and whether they are what was last seen.
+
+    @contextlib.contextmanager
+    def opened(self, path: str | None = None, *, make: bool = False) -> Iterator[Store]:
+        """A store, looked after: a rollback is found before any answer, and what is committed is remembered.
+
+        Args:
+            path: which; the default store where None.
+            make: the default store, where it does not exist yet.
+
+        Raises:
+            BitmapError: it is a copy of another store.
+            As `Store` and `Store.change`.
+        """
+        path = path or self.store
+        if make and path == self.store and not self.exists:
+            try:
+                os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
+            except (OSError, ValueError) as error:
+                raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
+            with contextlib.suppress(StorageError):  # another process was faster
+                create(self.home)
+        try:
+            target = self.open_store(path)
+        except FormatError as error:
+            raise self._advised(path, error) from error
+        with target:
+            self.look_after(target)
+            yield target
+
+    def _advised(self, path: str, error: Error) -> Error:
+        """What is wrong with a store, and of the default one, which everything needs, what can be done."""
+        if os.path.abspath(path) != self.home or not isinstance(error, FormatError):
+            return error
+        how = "'check -r all' may mend it, or 'index scan' make another once it is moved away"
+        try:
+            self.open_store(path).close()
+        except FormatError:  # its header: nothing leads to what is in it
+            how = "'index scan' makes another once it is moved away"
+        return FormatError(error.where, f"{error.what}; it is the default store: {how}")
+
+    def look_after(self, target: Store) -> None:
+        """Commits the suspicion that a store was rolled back, and has its later commits remembered.
+
+        Where there is no index yet, it only refuses a copy of a store that the default store knows.
+
+        Raises:
+            As `opened`.
+        """
+        if not os.path.isdir(self.index.path):
+            self._refuse_copy(target)
+            return
+
+        def look_again() -> None:
+            # The commit is durable; what fails here must not make it look failed, and the next look finds it.
+            with contextlib.suppress(Error):
+                self._judge(target)
+
+        target.committed = look_again
+        self._judge(target)
+
+    def expect(self, target: Store) -> str | None:
+        """Has a store know the last commit that the index has seen of it: where that is missing, all in it is dirty.
+
+        Returns:
+            Where the store was then; None where nothing was seen.
+        """
+        try:
+            seen = self.asking(lambda index: index.seen(target.uuid)) if os.path.isdir(self.index.path) else None
+        except ForbiddenError:
+            return None  # as without an index; a name that has to be looked up there says so
+        if seen is None:
+            return None
+        target.expect(seen.commit)
+        return seen.path
+
+    def _judge(self, target: Store) -> None:
+        self._refuse_copy(target)
+        if not target.is_rolled_back():
+            self._saw(target)
+            return
+        try:
+            with target.change():
+                pass  # but for the suspicion
+        except StorageError as error:
+            what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
+            raise StorageError(target.path, what) from error
+
+    def _original(self, target: Store) -> str | None:
+        """Where the default store says that a store is; None where it does not know, or that is here."""
+        if target.place == self.home or not self.exists:
+            return None
+
+        def look(snapshot: Snapshot) -> list[str]:
+            if snapshot.header.uuid == target.uuid:
+                return [self.home]
+            known = [record for record in snapshot.table() if record.kind == store.KIND_CONTAINER]
+            return [os.fsdecode(record.path) for record in known if record.uuid == target.uuid]
+
+        with contextlib.suppress(Error), Store(self.home) as default:
+            paths = default.read(look)
+            return paths[0] if paths and target.place not in paths else None
+        return None
+
+    def original_of(self, target: Store) -> str | None:
+        """The path of the store of which this one is a copy; None where it is not known to be one."""
+        before = self.expect(target) if os.path.isdir(self.index.path) else None
+        path = self._original(target) if before is None else before
+        return path if path and path != target.place and self._is_copy(target, path) else None
+
+    def _refuse_copy(self, target: Store) -> None:
+        if path := self.original_of(target):
+            what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
+            raise BitmapError(target.path, what)
+
+    @staticmethod
+    def _is_copy(target: Store, path: str) -> bool:
+        if is_same_file(path, target.place):
+            return False
+        with contextlib.suppress(Error), Store(path) as other:
+            return other.uuid == target.uuid
+        return False
+
+    def _saw(self, target: Store) -> None:
+        # An index that cannot be written only makes the next look slower.
+        with contextlib.suppress(StorageError):
+            self.asking(lambda index: index.saw(target))
+
+    def asking(self, question: Callable[[Index], T]) -> T:
+        """Asks the index; a damaged one is put aside, and one asked that knows only the commits seen of stores.
+
+        Args:
+            question: brings the index up to date with what it needs: it is asked again where another index has taken
+                the old one's place meanwhile, which is empty.
+        """
+        for _ in range(_ATTEMPTS):
+            try:
+                before = self.index.database
+                answer = question(self.index)
+                if self.index.database is before:
+                    return answer
+            except (DamagedError, layout.BadValueError):
+                renew(self.index.path, examine(self.index.path).seen)
+        raise StorageError(self.index.path, "index: is replaced again and again")
+
+    # Which containers there are.
+
+    def stores(self) -> list[str]:
+        """The paths of all stores of the host that can be read, with the index up to date for them.
+
+        An empty list where there is no default store.
+
+        Raises:
+            FormatError: the default store is damaged.
+        """
+        return [path for path, problem in self._survey().items() if problem is None]
+
+    def remembered(self) -> list[str]:
+        """The paths of the default store and of the stores that it remembers, as it says: this needs no index.
+
+        None where there is no default store.
+
+        Raises:
+            FormatError: the default store is damaged.
+        """
+        if not self.exists:
+            return []
+        try:
+            with Store(self.home) as default:
+                records = default.read(lambda snapshot: list(snapshot.table()))
+        except FormatError as error:
+            raise self._advised(self.home, error) from error
+        others = [record for record in records if record.kind == store.KIND_CONTAINER and any(record.uuid)]
+        return [self.home, *(os.fsdecode(record.path) for record in others)]
+
+    def problems(self) -> list[Error]:
+        """What is wrong with other stores that are there: names in them are neither found nor free."""
+        return [problem for problem in self._survey().values() if problem]
+
+    def _survey(self) -> dict[str, Error | None]:
+        """The paths of all stores of the host that are there, the default one first, with what is wrong with each."""
+        if not self.exists:
+            return {}
+
+        def learn(index: Index) -> dict[str, Error | None]:
+            found: dict[str, Error | None] = {self.home: None}
+            home = self._refresh_store(index, self.home)
+            for path in index.stores(home.number):
+                try:
+                    if path != self.home:
+                        self._refresh_store(index, path)
+                        found[path] = None
+                except DatabaseError:
+                    raise
+                except Error as error:
+                    if not is_gone(path):
+                        found[path] = error
+            return found
+
+        return self.asking(learn)
+
+    def _refresh_store(self, index: Index, path: str) -> Container:
+        """What the index knows of a store, now.
+
+        Raises:
+            Error: what is wrong with it.
+        """
+        index.open()  # there has to be one before a rollback can be seen
+        with self.opened(path):
+            pass
+        for container, problem in index.refresh([path]):
+            if problem:
+                raise self._advised(path, problem)
+            return container
+        raise StorageError(path, "is being replaced")
+
+    def containers(self) -> list[str]:
+        """The paths of all containers of the host, stores first; those that are gone or damaged included."""
+        if not self.exists:
+            return []
+        return self.asking(lambda index: self._containers(index, self.stores()))
+
+    @staticmethod
+    def _containers(index: Index, stores: list[str]) -> list[str]:
+        found = list(stores)
+        for path in stores:
+            container = index.container(path)
+            if container is None:
+                raise DamagedError(index.path, "another index has taken its place")
+            found += [
+                os.fsdecode(member.path)
+                for member in index.members(container.number)
+                if member.kind in (store.KIND_PLACE, store.KIND_CONTAINER)
+            ]
+        return list(dict.fromkeys(found))
+
+    def refresh(self, *, force_share: bool = False) -> tuple[dict[int, Container], list[Error]]:
+        """Makes the index say what all containers say now.
+
+        Returns:
+            The containers that are sound, by their number in the index; and why others could not be read.
+        """
+
+        def learn(index: Index) -> tuple[dict[int, Container], list[Error]]:
+            survey = self._survey()
+            problems = {path: problem for path, problem in survey.items() if problem}
+            paths = self._containers(index, [path for path in survey if path not in problems])
+            left = dict.fromkeys(paths)
+            sound = {}
+            for container, problem in index.refresh(paths, force_share=force_share):
+                left.pop(container.path)
+                if problem:
+                    problems.setdefault(container.path, problem)
+                elif container.path not in problems:
+                    sound[container.number] = container
+            for path in left:
+                try:
+                    probe_path(path)
+                except StorageError as error:
+                    problems.setdefault(path, error)
+            return sound, [problems[path] for path in paths if path in problems]
+
+        return self.asking(learn) if self.exists else ({}, [])

@@ -1,0 +1,173 @@
+"""What an image looks like from outside: by this it is known again, and seen to have changed."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+import uuid
+from contextlib import suppress
+
+from dirtmap.engine.qcow2.layout import read_head
+from dirtmap.engine.system.file import File, open_file
+from dirtmap.engine.system.medium import medium_of
+from dirtmap.fmt import qcow2, store
+from dirtmap.fmt.errors import StorageError, printable
+from dirtmap.fmt.store import Identity, Record
+
+_SECOND_NS = 1_000_000_000
+# Linux before 6.13 takes the time of a write from a clock that steps every 1 to 10 ms. Where it has whole seconds, as
+# in ext4 with small inodes, or even seconds, as in FAT, that is the step.
+_TICK_NS = 20_000_000
+
+
+def identity_of(path: str) -> Identity:
+    """What an image looks like now: a file by inode, size and mtime; a block device by number, size and medium.
+
+    Raises:
+        StorageError: it cannot be looked at, or is neither.
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):
+            # Before 1970 the time is negative; it is only ever compared.
+            return Identity(status.st_dev, status.st_ino, status.st_mtime_ns % 2**64, status.st_size)
+        if stat.S_ISBLK(status.st_mode):
+            with open_file(path) as file:
+                return Identity(status.st_rdev, medium_of(status.st_rdev), 0, file.size())
+    except (OSError, ValueError) as error:  # the latter: a path that no file can have
+        raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
+    raise StorageError(path, "neither a regular file nor a block device")
+
+
+def data_file_of(path: str) -> str | None:
+    """The path of the file that has a qcow2 image's guest data; None where that is the image itself.
+
+    Raises:
+        StorageError: the image cannot be read, or does not say which file that is.
+    """
+    with open_file(path) as file:
+        if not _is_qcow2(file):
+            return None
+        head = read_head(file)
+    if not head.header.incompatible & qcow2.INCOMPATIBLE_DATA_FILE:
+        return None
+    names = [e.data for e in head.chain.extensions if e.type == qcow2.EXTENSION_DATA_FILE] if head.chain else []
+    if len(names) != 1:
+        raise StorageError(path, "does not say which its external data file is")
+    # QEMU takes a relative name as relative to the folder that it runs in. That is the image's, as far as we can know.
+    return os.path.join(os.path.dirname(path), os.fsdecode(names[0]).removeprefix("file:"))
+
+
+def identity_of_disk(path: str) -> Identity:
+    """As `identity_of`, of an image as a guest reads it: the data of a qcow2 image may be in another file.
+
+    Raises:
+        StorageError: either cannot be looked at.
+    """
+    identity, data = identity_of(path), data_file_of(path)
+    if data is None:
+        return identity
+    try:
+        return identity.with_data(identity_of(data))
+    except StorageError as error:
+        raise StorageError(path, f"its external data file, {error}") from error
+
+
+def identity_now(record: Record) -> Identity:
+    """What the image of a node, or of a device's root, looks like now. Errors as `identity_of_disk`."""
+    look = identity_of_disk if record.kind == store.KIND_DEVICE else identity_of
+    return look(os.fsdecode(record.path))
+
+
+def root_elsewhere(record: Record) -> str | None:
+    """That another image is where a device's root was, which is named by its UUID; None where none is known to be.
+
+    A raw root has no UUID but its place.
+    """
+    if record.kind != store.KIND_DEVICE:
+        return None
+    path = os.fsdecode(record.path)
+    with suppress(StorageError), open_file(path) as file:
+        # A raw root was as long as its disk, which a qcow2 image is by chance only.
+        was_raw = record.identity.size == record.size
+        if not (read_head(file).uuid == record.root_uuid if _is_qcow2(file) else was_raw):
+            return f"its root's image is not at {printable(path)} any more; 'index scan' finds one that was moved"
+    return None
+
+
+def _is_qcow2(file: File) -> bool:
+    return file.read(0, len(qcow2.MAGIC)) == qcow2.MAGIC
+
+
+def lasting_identity(path: str, *, of_disk: bool = False) -> Identity:
+    """As `identity_of`, to be remembered: whoever writes to the image from now on gives it another time.
+
+    A time is only as fine as the clock it is taken from. So this waits until that has moved on since the last write: a
+    few milliseconds, and only if the image was written to just before; longer where times are in whole seconds.
+
+    Args:
+        path: of the image.
+        of_disk: as `identity_of_disk`.
+    """
+    data = data_file_of(path) if of_disk else None
+    found = identity_of_disk(path) if of_disk else identity_of(path)
+    for each in (path, data):
+        if each is not None:
+            _wait_out(identity_of(each).mtime_ns)
+    return found
+
+
+def lasting_identity_now(record: Record) -> Identity:
+    """As `identity_now`, to be remembered."""
+    return lasting_identity(os.fsdecode(record.path), of_disk=record.kind == store.KIND_DEVICE)
+
+
+def _wait_out(mtime_ns: int) -> None:
+    tick = _TICK_NS if mtime_ns % _SECOND_NS else 2 * _SECOND_NS
+    # A time to come is another machine's: what passes here passes there, too.
+    age = max(time.time_ns() - mtime_ns, 0)
+    if mtime_ns and age < tick:
+        time.sleep((tick - age) / _SECOND_NS)
+
+
+def disk_size(path: str) -> int:
+    """The size in bytes of the disk that an image holds: as its header says where it is qcow2, else its own.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    with open_file(path) as file:
+        head = file.read(0, qcow2.HEADER_V2.size)
+        if head[: len(qcow2.MAGIC)] == qcow2.MAGIC and len(head) == qcow2.HEADER_V2.size:
+            return int(qcow2.HEADER_V2.parse(head).size)
+        return file.size()
+
+
+def is_twin(record: Record, path: str) -> bool:
+    """True where ``path`` is another file than the one remembered, and that one, or one put in its place, is there.
+
+    If none is, the image was moved.
+    """
+    here = identity_of(path)
+    there = record.identity
+    if here.is_file(there):
+        return False
+    with suppress(StorageError):
+        original = identity_of(os.fsdecode(record.path))
+        if original.is_file(there):
+            return True
+        return not original.is_file(here) and carries(record)
+    return False
+
+
+def carries(record: Record) -> bool:
+    """True where the file in a qcow2 image's place has its UUID: it itself, or one that was put back from a backup.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    from dirtmap.engine.namespaces.image import read_identity
+
+    found = read_identity(os.fsdecode(record.path))
+    return found is not None and uuid.UUID(found[1]).bytes == record.uuid

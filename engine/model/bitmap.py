@@ -1,0 +1,358 @@
+"""`Bitmap`: which granules of a disk are dirty; a value with set algebra, across granularities.
+
+Offsets, lengths, sizes and granularities are in bytes. A granule is dirty as a whole; the last one may be cut
+short by the end of the disk. Rounding never loses a dirty byte: marking rounds outward, clearing inward.
+
+    granule     |   0   |   1   |   2   | 3 :       (3 is cut short)
+    mark             ######                         makes 0 and 1 dirty
+    clear            ######                         cleans none
+    clear            ########################       cleans 1, 2 and 3: it reaches the end of the disk
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Final, Protocol, SupportsIndex, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dirtmap.engine.model import bits
+from dirtmap.fmt import geometry
+from dirtmap.fmt.errors import BitmapError, RangeError
+
+DEFAULT_GRANULARITY: Final = geometry.MAX_DEFAULT_GRANULARITY
+# What errors name: a bitmap knows neither its name nor its file.
+WHERE: Final = "bitmap"
+# Whether the writer lives is not known where its lock was not looked at.
+INCONSISTENT: Final = "inconsistent: in use by a writer, or left so by one that died; then recover or remove it"
+
+
+class Source(Protocol):
+    """What a container gives a bitmap in place of its content, to be read at first use."""
+
+    def load(self) -> bits.Words:
+        """The content: a new, writable array of ``ceil(granules / 64)`` words; bits past the last are ignored."""
+
+
+@final
+class Bitmap:
+    """One bit for each ``granularity`` bytes of a disk of ``size`` bytes; all clean at first.
+
+    `mark`, `mark_many` and `clear` change the content in place, unless the bitmap is frozen. All else is fixed;
+    `replace` makes another bitmap. Threads may share a bitmap only while none of them changes it.
+
+    Args:
+        size: of the disk, 0 to 2**63 - 1 bytes.
+        granularity: a power of two, 512 bytes to 2 GiB.
+        recording: whether writes to the disk are marked from now on (QEMU's flag ``auto``).
+
+    Attributes:
+        size, granularity, recording: as above.
+        inconsistent: the content cannot be trusted, as after a crash: whatever needs it raises `BitmapError`.
+        busy: an operation is using the bitmap.
+        frozen: the content cannot be changed in place.
+
+    Raises:
+        BitmapError: size or granularity is none of the above.
+    """
+
+    __slots__ = ("_source", "_words", "busy", "frozen", "granularity", "inconsistent", "recording", "size")
+
+    def __init__(
+        self, size: SupportsIndex, granularity: SupportsIndex = DEFAULT_GRANULARITY, recording: bool = True
+    ) -> None:
+        self.size = operator.index(size)
+        self.granularity = checked_granularity(granularity)
+        if not 0 <= self.size <= geometry.MAX_DISK_SIZE:
+            raise BitmapError(WHERE, f"a disk has 0 to 2**63 - 1 bytes, not {self.size}")
+        self.recording = recording
+        self.inconsistent = self.busy = self.frozen = False
+        # What the content was loaded from, while it is still the same: so a container knows what not to write.
+        self._source: Source | None = None
+        # None: what the source has; without a source, all clean. A read-only array is shared; see _writable.
+        self._words: bits.Words | None = None
+
+    @classmethod
+    def from_extents(
+        cls,
+        size: SupportsIndex,
+        offsets: Iterable[SupportsIndex],
+        lengths: Iterable[SupportsIndex],
+        granularity: SupportsIndex = DEFAULT_GRANULARITY,
+        recording: bool = True,
+    ) -> Bitmap:
+        """A bitmap with these ranges marked; arguments and errors as of `Bitmap` and `mark_many`."""
+        bitmap = cls(size, granularity, recording)
+        bitmap.mark_many(offsets, lengths)
+        return bitmap
+
+    @classmethod
+    def from_packed(
+        cls, size: SupportsIndex, granularity: SupportsIndex, data: bits.Packed, recording: bool = True
+    ) -> Bitmap:
+        """A bitmap with a copy of ``data`` as its content: a bit a granule, least significant bit first.
+
+        Bits and bytes behind the last granule are ignored.
+
+        Raises:
+            BitmapError: the data are too short, or as of `Bitmap`.
+        """
+        bitmap = cls(size, granularity, recording)
+        needed, given = geometry.packed_bytes(bitmap.size, bitmap.granularity), memoryview(data).nbytes
+        if given < needed:
+            raise BitmapError(WHERE, f"{given} bytes of packed bits where {needed} are needed")
+        bitmap._words = bits.from_packed(data, bitmap._nbits)
+        return bitmap
+
+    @classmethod
+    def from_words(cls, size: SupportsIndex, granularity: SupportsIndex, words: bits.Words, recording: bool) -> Bitmap:
+        """A bitmap that takes over ``words`` as they are, in the form of `words`, without a copy.
+
+        Args:
+            size: as of `Bitmap`.
+            granularity: as of `Bitmap`.
+            words: uint64, shape (ceil(granules / 64),); bits behind the last granule are zero.
+            recording: as of `Bitmap`.
+        """
+        bitmap = cls(size, granularity, recording)
+        bitmap._words = words
+        return bitmap
+
+    @classmethod
+    def _lazy(cls, size: int, granularity: int, recording: bool, inconsistent: bool, source: Source | None) -> Bitmap:
+        """A bitmap in a container, its content still unread."""
+        bitmap = cls(size, granularity, recording)
+        bitmap.inconsistent, bitmap._source = inconsistent, source
+        return bitmap
+
+    # Content as a whole.
+
+    @property
+    def words(self) -> bits.Words:
+        """The packed bits, see `dirtmap.engine.model.bits`: 1-D, uint64, read-only; good until the next change."""
+        view = self._load().view()
+        view.flags.writeable = False
+        return view
+
+    def packed(self) -> memoryview:
+        """The packed bits as bytes, least significant first, zeros past the last; good as long as `words`."""
+        return self.words.view(np.uint8).data[: geometry.packed_bytes(self.size, self.granularity)]
+
+    @property
+    def count(self) -> int:
+        """Dirty bytes in whole granules: where the last one is cut short, more than there are; as QEMU counts."""
+        return bits.count(self._load()) * self.granularity
+
+    def extents(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Offsets and lengths (int64) of the dirty runs: maximal, in order, cut off at the end of the disk."""
+        return bits.extents(self._load(), self.size, self.granularity)
+
+    # Changes in place.
+
+    def mark(self, offset: SupportsIndex, length: SupportsIndex) -> None:
+        """Makes every granule dirty that has a byte in the range; a length of 0 has none.
+
+        Raises:
+            RangeError: the range is not inside the disk. Nothing is marked.
+            BitmapError: frozen or inconsistent.
+        """
+        offset, end = self._range(offset, length)
+        words = self._writable()
+        if offset < end:
+            bits.set_range(words, offset // self.granularity, geometry.ceil_div(end, self.granularity))
+
+    def mark_many(self, offsets: Iterable[SupportsIndex], lengths: Iterable[SupportsIndex]) -> None:
+        """As `mark` for each offset and its length, all or none; fast for arrays, exact for any integers.
+
+        Raises:
+            RangeError: not as many lengths as offsets, or a range is not inside the disk. Nothing is marked.
+            BitmapError: frozen or inconsistent.
+        """
+        offset, length = as_int64(offsets), as_int64(lengths)
+        if offset.shape != length.shape:
+            raise RangeError(WHERE, f"{len(offset)} offsets and {len(length)} lengths")
+        # `offset + length` could overflow; `size - length` only where a length is negative, which is bad anyway.
+        bad = np.flatnonzero((offset < 0) | (length < 0) | (offset > self.size - length))
+        if bad.size:
+            self._range(offset[bad[0]], length[bad[0]])  # raises
+        words = self._writable()
+        offset, length = offset[length > 0], length[length > 0]
+        bits.set_many(words, offset // self.granularity, (offset + length - 1) // self.granularity + 1)
+
+    def clear(self, offset: SupportsIndex, length: SupportsIndex) -> None:
+        """Makes every granule clean whose bytes, as far as the disk has them, are all in the range.
+
+        Raises:
+            RangeError: the range is not inside the disk. Nothing is cleared.
+            BitmapError: frozen or inconsistent.
+        """
+        offset, end = self._range(offset, length)
+        whole = self._nbits if end == self.size else end // self.granularity
+        bits.clear_range(self._writable(), geometry.ceil_div(offset, self.granularity), whole)
+
+    def freeze(self) -> Bitmap:
+        """Refuses every change in place from now on; returns the bitmap itself."""
+        self.frozen = True
+        return self
+
+    # Bitmaps made from this one; none is frozen.
+
+    def copy(self) -> Bitmap:
+        """The same but for being frozen. The content is not copied before one of the two is changed."""
+        return self.replace()
+
+    __copy__ = copy
+
+    def required(self, where: str) -> Bitmap:
+        """This bitmap, if its content can be used.
+
+        Raises:
+            BitmapError: it is inconsistent; ``where`` names it.
+        """
+        if self.inconsistent:
+            raise BitmapError(where, INCONSISTENT)
+        return self
+
+    def replace(self, *, recording: bool | None = None, busy: bool | None = None) -> Bitmap:
+        """A `copy` with other flags, where given."""
+        other = Bitmap(self.size, self.granularity, self.recording if recording is None else recording)
+        other.busy = self.busy if busy is None else busy
+        if self._words is not None:
+            self._words.flags.writeable = False
+        other.inconsistent, other._source, other._words = self.inconsistent, self._source, self._words
+        return other
+
+    def recovered(self) -> Bitmap:
+        """What is left to say of an inconsistent bitmap: one of its shape, consistent, and dirty all over."""
+        other = Bitmap(self.size, self.granularity, self.recording)
+        other.mark(0, self.size)
+        return other
+
+    def resized(self, size: int) -> Bitmap:
+        """The same for a disk that has grown or shrunk to ``size`` bytes: old bits stay, new space is dirty.
+
+        Raises:
+            BitmapError: a size that no disk can have, or inconsistent.
+        """
+        other = Bitmap(size, self.granularity, self.recording)
+        offsets, lengths = self.extents()
+        kept = offsets < size
+        other.mark_many(offsets[kept], np.minimum(lengths[kept], size - offsets[kept]))
+        if size > self.size:
+            other.mark(self.size, size - self.size)
+        return other
+
+    def at(self, granularity: SupportsIndex) -> Bitmap:
+        """The same dirty bytes at another granularity, rounded outward where that is coarser.
+
+        Raises:
+            BitmapError: a granularity that no bitmap can have, or inconsistent.
+        """
+        granularity = checked_granularity(granularity)
+        words = self._words_at(granularity)
+        return self.copy() if granularity == self.granularity else self._like(granularity, words)
+
+    def __or__(self, other: Bitmap) -> Bitmap:
+        return self._combined(other, np.bitwise_or)
+
+    def __and__(self, other: Bitmap) -> Bitmap:
+        return self._combined(other, np.bitwise_and)
+
+    def __sub__(self, other: Bitmap) -> Bitmap:
+        return self._combined(other, lambda mine, theirs: mine & ~theirs)
+
+    def __xor__(self, other: Bitmap) -> Bitmap:
+        return self._combined(other, np.bitwise_xor)
+
+    # Without a hash: changes in place would change it.
+    def __eq__(self, other: object) -> bool:
+        """Same size and same dirty bytes, whatever the flags and granularities; both have to be consistent."""
+        if not isinstance(other, Bitmap):
+            return NotImplemented
+        finer = min(self.granularity, other.granularity)
+        return self.size == other.size and np.array_equal(self._words_at(finer), other._words_at(finer))
+
+    def __repr__(self) -> str:
+        flags = [flag for flag in ("recording", "inconsistent", "busy", "frozen") if getattr(self, flag)]
+        return f"<{' '.join([f'Bitmap of {self.size} bytes at {self.granularity}', *flags])}>"
+
+    # How the content is held.
+
+    @property
+    def _nbits(self) -> int:
+        return geometry.granules(self.size, self.granularity)
+
+    def _load(self) -> bits.Words:
+        """The content, for reading."""
+        if self.inconsistent:
+            raise BitmapError(WHERE, "inconsistent; recover it first")
+        if self._words is None:
+            words = bits.zeros(self._nbits) if self._source is None else self._source.load()
+            bits.mask_tail(words, self._nbits)
+            self._words = words
+        return self._words
+
+    def _writable(self) -> bits.Words:
+        """The content, to be changed: shared with no other bitmap, and no longer the source's."""
+        if self.frozen:
+            raise BitmapError(WHERE, "frozen; change a copy, or change it in a transaction")
+        words = self._load()
+        if not words.flags.writeable:
+            self._words = words = words.copy()
+        self._source = None
+        return words
+
+    def _words_at(self, granularity: int) -> bits.Words:
+        """The content at any granularity, for reading."""
+        return bits.rescaled(self._load(), self.size, self.granularity, granularity)
+
+    def _like(self, granularity: int, words: bits.Words) -> Bitmap:
+        """Another bitmap for the same disk, recording as this one does."""
+        return Bitmap.from_words(self.size, granularity, words, self.recording)
+
+    def _combined(self, other: Bitmap, combine: Callable[[bits.Words, bits.Words], bits.Words]) -> Bitmap:
+        """Both contents combined, at the finer of the two granularities."""
+        if not isinstance(other, Bitmap):
+            return NotImplemented
+        if self.size != other.size:
+            raise BitmapError(WHERE, f"for a disk of {self.size} bytes; the other is for one of {other.size}")
+        finer = min(self.granularity, other.granularity)
+        return self._like(finer, combine(self._words_at(finer), other._words_at(finer)))
+
+    def _range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
+        """First byte of the range and first byte behind it, after checking that it is inside the disk."""
+        offset, length = operator.index(offset), operator.index(length)
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise RangeError(WHERE, f"{length} bytes at {offset} are not inside a disk of {self.size} bytes")
+        return offset, offset + length
+
+
+def checked_granularity(granularity: SupportsIndex) -> int:
+    """The granularity as int, bytes.
+
+    Raises:
+        BitmapError: it is none.
+    """
+    granularity = operator.index(granularity)
+    if not geometry.is_granularity(granularity):
+        raise BitmapError(WHERE, f"granularity {granularity} is not a power of two from 512 bytes to 2 GiB")
+    return granularity
+
+
+def as_int64(values: Iterable[SupportsIndex]) -> NDArray[np.int64]:
+    """A 1-D int64 array of exactly these numbers; those past it are outside any disk.
+
+    Raises:
+        RangeError: a number is past int64, or an array is not 1-D.
+        TypeError: one is not an integer.
+    """
+    try:
+        if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
+            if values.ndim != 1 or values.max(initial=0) > geometry.MAX_DISK_SIZE:
+                raise OverflowError
+            return values.astype(np.int64, copy=False)
+        return np.fromiter(map(operator.index, values), np.int64)
+    except OverflowError:
+        raise RangeError(WHERE, "offsets and lengths are 1-D, and go from 0 to 2**63 - 1") from None

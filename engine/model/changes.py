@@ -1,0 +1,134 @@
+"""What users ask for, as pure changes to a mapping of names to bitmaps: no I/O, no container.
+
+Each works on a `Transaction` of any container, whose commit then makes all of it durable, or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from dirtmap.engine.model.bitmap import WHERE, Bitmap
+from dirtmap.engine.model.namespace import Transaction
+from dirtmap.engine.model.naming import label
+from dirtmap.fmt.errors import BitmapError, RangeError
+
+
+def add(bitmaps: Transaction, name: str, granularity: int | None = None, *, recording: bool = True) -> None:
+    """A new, empty bitmap.
+
+    Args:
+        bitmaps: the namespace being changed.
+        name: must be free.
+        granularity: bytes, a power of two from 512 to 2 GiB; None for the container's default.
+        recording: False leaves it disabled.
+
+    Raises:
+        BitmapError: the name is taken or not allowed, or the granularity is not.
+    """
+    if name in bitmaps:
+        raise BitmapError(f"{bitmaps.where}: {label(name)}", "the name is taken")
+    chosen = bitmaps.default_granularity if granularity is None else granularity
+    with _named(bitmaps, name):
+        bitmaps[name] = Bitmap(bitmaps.size, chosen, recording=recording)
+
+
+def put(bitmaps: Transaction, name: str, bitmap: Bitmap) -> None:
+    """A copy of a bitmap under a free name.
+
+    Raises:
+        BitmapError: the name is taken or not allowed, the disk has another size, or the bitmap is inconsistent.
+    """
+    if name in bitmaps:
+        raise BitmapError(f"{bitmaps.where}: {label(name)}", "the name is taken")
+    require_usable(bitmap, f"{bitmaps.where}: {label(name)}")
+    bitmaps[name] = bitmap
+
+
+def remove(bitmaps: Transaction, name: str) -> None:
+    """Forgets a bitmap, inconsistent ones included."""
+    _usable(bitmaps, name, inconsistent=True)
+    del bitmaps[name]
+
+
+def clear(bitmaps: Transaction, name: str) -> None:
+    """Makes all of it clean; not a checkpoint."""
+    bitmap = _usable(bitmaps, name)
+    bitmaps.refuse_checkpoint(name)
+    bitmaps[name] = Bitmap(bitmap.size, bitmap.granularity, recording=bitmap.recording)
+
+
+def set_recording(bitmaps: Transaction, name: str, recording: bool) -> None:
+    """Enables or disables it; not a checkpoint."""
+    bitmap = _usable(bitmaps, name)
+    bitmaps.refuse_checkpoint(name)
+    bitmaps[name] = bitmap.replace(recording=recording)
+
+
+def merge(bitmaps: Transaction, name: str, sources: Iterable[Bitmap]) -> None:
+    """ORs other bitmaps into one, which keeps its granularity: coarser bits of a source make all that they cover dirty.
+
+    Raises:
+        BitmapError: no such bitmap, one of them is inconsistent, or a source is of a disk of another size.
+    """
+    target = _usable(bitmaps, name)
+    for source in sources:
+        where = f"{bitmaps.where}: {label(name)}"
+        if source.size != target.size:
+            what = f"cannot take a bitmap of a disk of {source.size} bytes: this one has {target.size}"
+            raise BitmapError(where, what)
+        require_usable(source, where)
+        target = target | source.at(target.granularity)
+    bitmaps[name] = target
+
+
+def rename(bitmaps: Transaction, name: str, new: str) -> None:
+    """Another name for the same bitmap."""
+    _usable(bitmaps, name)
+    bitmaps.rename(name, new)
+
+
+def mark(bitmaps: Transaction, name: str, offsets: Iterable[int], lengths: Iterable[int]) -> None:
+    """Makes ranges dirty (bytes), all or none.
+
+    Raises:
+        RangeError: a range leaves the disk.
+    """
+    bitmap = _usable(bitmaps, name)
+    with _named(bitmaps, name):
+        bitmap.mark_many(offsets, lengths)
+
+
+def recover(bitmaps: Transaction, name: str) -> None:
+    """Makes an inconsistent bitmap usable: what it missed cannot be known, so all of it is dirty."""
+    bitmaps[name] = _usable(bitmaps, name, inconsistent=True).recovered()
+
+
+@contextlib.contextmanager
+def _named(bitmaps: Transaction, name: str) -> Iterator[None]:
+    """Gives errors of a bitmap, which knows neither its name nor its file, the place that users know it by."""
+    try:
+        yield
+    except (BitmapError, RangeError) as error:
+        if error.where != WHERE:
+            raise
+        raise type(error)(f"{bitmaps.where}: {label(name)}", error.what) from error
+
+
+def _usable(bitmaps: Transaction, name: str, *, inconsistent: bool = False) -> Bitmap:
+    bitmap = bitmaps[name]
+    where = f"{bitmaps.where}: {label(name)}"
+    if bitmap.busy:
+        bitmaps.refuse_held(name)
+    if not inconsistent:
+        require_usable(bitmap, where)
+    return bitmap
+
+
+def require_usable(bitmap: Bitmap, where: str) -> None:
+    """Refuses a bitmap whose bits mean nothing.
+
+    Raises:
+        BitmapError: inconsistent; ``where`` names it.
+    """
+    bitmap.required(where)

@@ -1,0 +1,1 @@
+"""The bitmaps of one image or device, whichever container has them."""

@@ -1,0 +1,480 @@
+"""A qcow2 image's bitmaps while it is tracked: checked out into a store, and checked in again.
+
+    check-out   1  store: the session, with a copy of the bits     check-in   1  store: all that was marked
+                2  image: its autoclear bit "tracked" on                      2  image: the bits, not in use any more
+                3  image: all bitmaps in use                                  3  image: "tracked" off
+                                                                              4  store: the session and its copy gone
+
+Any other program that opens the image for writing takes "tracked" away, which it does not know; QEMU does not touch
+bitmaps in use. So after a crash at any step, or between, what each bitmap holds is decided for each by itself:
+
+    image: not in use, "tracked" off    what either has: not checked out yet, or checked in; or others made it usable,
+                                        who do not know what the tracker has marked, perhaps while it lived
+    image: not in use, "tracked" on     what either has: the crash was within steps 2 and 3
+    in use, or not there; on            what the session has: see `dirtmap.engine.session.view`
+    in use, or not there; off           all dirty: others may have written to the image
+    not in use, not the session's; off  all dirty if it records: others have added it, perhaps while the tracker lived
+
+A device on the image that is tracked with it ends its session before step 2 of the check-in, and takes note of how
+the image looks behind step 3. After a crash between it is all dirty.
+
+A bitmap in use that the session does not have was removed by the tracker where "tracked" is on; else it is left alone.
+Where the session or its directory is lost, nothing is known to be removed, and all is dirty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from dirtmap.engine.host.opening import open as open_image
+from dirtmap.engine.identity import identity_of_disk
+from dirtmap.engine.model.bitmap import Bitmap
+from dirtmap.engine.model.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.model.naming import decode_name, encode_name, label, not_found
+from dirtmap.engine.namespaces import image as qcow2_image
+from dirtmap.engine.namespaces import salvage
+from dirtmap.engine.namespaces.condition import bitmap_of, busy_of, doubts, header_doubts, read_entries, release_bits
+from dirtmap.engine.namespaces.image import Image
+from dirtmap.engine.qcow2.check import free_leaks
+from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
+from dirtmap.engine.session import livefile, peers
+from dirtmap.engine.session import view as recovery
+from dirtmap.engine.session.status import Status, status_of
+from dirtmap.engine.session.view import Row, SessionView, window_of
+from dirtmap.engine.storefile.file import Change, Snapshot, Store
+from dirtmap.engine.system import locks
+from dirtmap.engine.system.file import File, open_file
+from dirtmap.engine.tracking.home import Home
+from dirtmap.engine.tracking.options import Options
+from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import directory, live, store
+from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.errors import BitmapError, FormatError, StorageError
+from dirtmap.fmt.store import NOWHERE, Identity, Record
+
+
+def track_image(
+    image: Image, options: dict[str, Any], device: Home | None = None, make: Callable[..., Tracker] = Tracker
+) -> Tracker:
+    """Checks an image's bitmaps out and tracks it; see `Namespace.track`.
+
+    Args:
+        image: a node.
+        options: as given.
+        device: whose root it is, and which is fed, too; the caller closes it after an error.
+        make: makes the tracker.
+    """
+    from dirtmap.engine.host.opening import default_store
+
+    path = options.pop("store", None) or image.keeper.store or default_store()
+    chosen = Options(**options)
+    if image.name is None or image.uuid is None or not os.path.exists(path):
+        raise _homeless(image.path)
+    name = encode_name(image.name)
+    with open_file(image.path, writable=True, place=image.place) as file, locks.writing(file):
+        layout = read_layout(file)
+        layout.require_sound()
+        layout.require_untracked()
+        require_writable(layout)
+        for slot in layout.slots:
+            if slot.entry.in_use:
+                where = f"{image.path}: {label(decode_name(slot.entry.name))}"
+                raise BitmapError(where, "inconsistent; recover or remove it")
+        home = Home(path, name, image.keeper.look_after)
+        try:
+            _copy_out(home, image, file, layout)
+            image_path = image.place  # the tool may change its folder
+            homes = [device, home] if device else [home]
+            tracker = make(homes, image_path, chosen, lambda: check_in(image_path, home.store.path, name, own=True))
+            try:
+                set_tracked(file, layout, True)
+                layout = read_layout(file)
+                if layout.slots:
+                    commit(
+                        file, layout, [Kept(slot.entry.with_flags(set=directory.FLAG_IN_USE)) for slot in layout.slots]
+                    )
+            except BaseException:
+                tracker.abandon()
+                raise
+        except BaseException:
+            home.close()
+            raise
+    return tracker
+
+
+def _homeless(path: str) -> BitmapError:
+    what = "has no place for its bitmaps while it is tracked; 'dirtmap node add NAME IMAGE' gives it one, and a name"
+    return BitmapError(path, what)
+
+
+def _copy_out(home: Home, image: Image, file: File, layout: Layout) -> None:
+    """Copies the bits into the image's record, which has none before a session."""
+    with home.store.change() as change:
+        record = change.table.get(home.name)
+        if record is None or record.kind != store.KIND_PLACE or uuid.UUID(bytes=record.uuid) != uuid.UUID(image.uuid):
+            raise _homeless(image.path)
+        where = f"{home.store.path}: {record.label}"
+        recovery.refuse_tracked(where, recovery.session_of(record))
+    with home.change(None) as changed:
+        changed.record = replace(changed.record, size=layout.header.size)
+        changed.session = None
+        changed.entries = {}
+        for slot in layout.slots:
+            changed.put(decode_name(slot.entry.name), _of_slot(file, layout, slot), None)
+
+
+def _of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
+    words = qcow2_image.load(file, layout, slot)
+    return Bitmap.from_words(layout.header.size, slot.entry.granularity, words, slot.entry.auto)
+
+
+def check_in(
+    path: str,
+    store_path: str,
+    name: bytes,
+    *,
+    own: bool = False,
+    salvaging: bool = False,
+    wanted: Iterable[str] = (),
+) -> list[Recovery]:
+    """Writes a session's bitmaps into the image, and ends the session; see the module's head.
+
+    Args:
+        path: the image.
+        store_path: the store that has the session.
+        name: of the node, raw bytes.
+        own: the session is the caller's, who has saved all marks.
+        salvaging: where the session's directory is damaged, all is dirty that can still be named.
+        wanted: bitmaps that have to be there, or nothing happens.
+
+    Returns:
+        What became of each bitmap.
+
+    Raises:
+        LockedError: another process tracks the image, or has it open.
+        FormatError: the session's directory is damaged, and ``salvaging`` is not said.
+        BitmapNotFoundError: one that is ``wanted`` is not there.
+        As `Namespace.transaction`.
+    """
+    with Store(store_path) as target:
+        peers.settle(target, name)
+    with (
+        open_file(path, writable=True) as file,
+        locks.writing(file),
+        Store(store_path) as target,
+        target.change() as change,
+    ):
+        layout = read_layout(file)
+        layout.require_sound()
+        require_writable(layout)
+        record = change.table.get(name)
+        session = None if record is None else recovery.session_of(record)
+        if record is None or session is None:
+            return []
+        if not own:
+            recovery.refuse_tracked(path, session)
+        if session is live.NO_SESSION:
+            livefile.refuse_living(file.place, record.uuid)
+        entries = (_entries if salvaging else read_entries)(change.snapshot, record)
+        settled, recovered = _settle(file, layout, change.snapshot, record, entries)
+        there = {part.entry.name if isinstance(part, Kept) else part.name for part in settled}
+        for bitmap in wanted:
+            if encode_name(bitmap) not in there:
+                raise not_found(path, bitmap)
+        before = _look(path)
+        commit(file, layout, settled)
+        if not own:
+            free_leaks(file)  # of a check-in that its death has cut off
+        set_tracked(file, read_layout(file), False)
+        if layout.tracked:
+            peers.confirm(change, record, before, _look(path))
+        _forget(change, record, entries)
+        if not own:
+            view = recovery.view_of(change.snapshot, record)
+            assert view
+            change.afterwards.append(view.clean_up)
+        return recovered
+
+
+def _look(path: str) -> Identity | None:
+    with contextlib.suppress(StorageError):
+        return identity_of_disk(path)
+    return None
+
+
+def _entries(snapshot: Snapshot, record: Record) -> list[Entry] | None:
+    """A session's directory; None where that is damaged."""
+    with contextlib.suppress(FormatError):
+        return read_entries(snapshot, record)
+    return None
+
+
+def _forget(change: Change, record: Record, entries: list[Entry] | None) -> None:
+    """Takes the session and the bitmaps out of the record; what a damaged directory led to is not known."""
+    if entries is not None:
+        for entry in entries:
+            release_bits(change, record, entry)
+        change.release(record.directory)
+    ended = record.with_extensions(store.OF_A_SESSION)
+    change.table.put(replace(ended, directory=NOWHERE, nb_bitmaps=0))
+
+
+def _settle(
+    file: File, layout: Layout, snapshot: Snapshot, record: Record, entries: list[Entry] | None
+) -> tuple[list[Kept | Written], list[Recovery]]:
+    """The image's new directory, and what became of each bitmap of the session."""
+    slots = {slot.entry.name: slot for slot in layout.slots}
+    contents = _contents(file, layout, snapshot, record, entries)
+    settled: list[Kept | Written] = []
+    recovered = []
+    for name, (bitmap, how) in contents.items():
+        slot = slots.pop(encode_name(name), None)
+        if bitmap is None:
+            assert slot
+            settled.append(Kept(slot.entry))
+            continue
+        recovered.append(Recovery(name, how))
+        settled.append(
+            Written(
+                name=encode_name(name),
+                flags=directory.FLAG_AUTO if bitmap.recording else 0,
+                granularity_bits=bitmap.granularity.bit_length() - 1,
+                packed=memoryview(bitmap.packed()),
+                base=slot,
+            )
+        )
+    return settled, recovered
+
+
+def _contents(
+    file: File, layout: Layout, snapshot: Snapshot, record: Record, entries: list[Entry] | None
+) -> dict[str, tuple[Bitmap | None, str]]:
+    """What each bitmap holds, and how that was found; None for what stays in the image as it is.
+
+    Args:
+        file: the image.
+        layout: of the image.
+        snapshot: has the session.
+        record: of the session.
+        entries: its directory; None where that is damaged: then all that it or the image can name is all dirty.
+    """
+    view = recovery.view_of(snapshot, record)
+    assert view
+    marked, size = layout.tracked, layout.header.size
+    why = _doubt(layout, snapshot, record, view)
+    slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
+    whys: dict[Entry, str] = {}
+    if entries is None or view.session is live.NO_SESSION:  # what is missing need not have been removed
+        spare = salvage.spare_entries(snapshot, record, snapshot.older()) if entries is None else {}
+        whys = spare or dict.fromkeys(entries or (), view.why)
+        known = {entry.name for entry in whys}
+        for other in layout.slots:
+            if other.entry.in_use and marked and other.entry.name not in known:
+                whys[other.entry.with_flags(set=directory.FLAG_AUTO)] = salvage.KNOWN if entries is None else view.why
+        entries = list(whys)
+    found: dict[str, tuple[Bitmap | None, str]] = {}
+    for entry in entries:
+        name = decode_name(entry.name)
+        slot = slots.pop(name, None)
+        found[name] = None, ""
+        usable = slot is not None and not slot.entry.in_use
+        if usable and not marked and not whys and (whole := _known(layout, snapshot, record, view, entry)):
+            # Not checked out yet, or checked in before a death; or others have made it usable, who do not know what the
+            # tracker has marked.
+            bitmap, how = whole
+        elif reason := whys.get(entry, why):
+            bitmap, how = Bitmap(size, entry.granularity, entry.auto).recovered(), f"{Row.ALL_DIRTY.value}: {reason}"
+        else:
+            bitmap, how = bitmap_of(snapshot, record, entry, False), view.how
+        if slot and usable:
+            there = _of_slot(file, layout, slot)
+            bitmap = (bitmap | there.at(bitmap.granularity)).replace(recording=there.recording or bitmap.recording)
+            if not marked and bitmap == there:
+                continue
+        found[name] = bitmap, how
+    for name, slot in slots.items():
+        if slot.entry.auto and not slot.entry.in_use and not marked:
+            # Added by others, and what was written since then the tracker alone knows.
+            dirty = Bitmap(size, slot.entry.granularity, True).recovered()
+            found[name] = dirty, f"{Row.ALL_DIRTY.value}: another program has added it since"
+        elif not (slot.entry.in_use and marked):
+            found[name] = None, ""
+    return found
+
+
+def _doubt(layout: Layout, snapshot: Snapshot, record: Record, view: SessionView) -> str | None:
+    """Why the session's bits cannot be relied on, or None."""
+    if not layout.tracked:
+        return "another program has opened the image for writing since"
+    if doubt := doubts(snapshot, record):
+        return doubt
+    if layout.header.size != record.size:
+        return f"the disk has {layout.header.size} bytes now, and had {record.size}"
+    return view.doubt
+
+
+def _known(
+    layout: Layout, snapshot: Snapshot, record: Record, view: SessionView, entry: Entry
+) -> tuple[Bitmap, str] | None:
+    """All that the tracker has marked for a bitmap, whoever else has written to the image; None where it is lost."""
+    if layout.header.size != record.size or header_doubts(snapshot, record) is not None:
+        return None
+    bitmap = bitmap_of(snapshot, record, entry, False)
+    if window_of(entry) is None or (view.found is not None and not view.found.poisoned):
+        return bitmap, f"{Row.EXACT.value}: what the image has, and what its tracker has marked"
+    if view.logged is None:
+        return None
+    region = 1 << view.session.region_bits
+    for number in view.logged:
+        bitmap.mark(number * region, min(region, record.size - number * region))
+    return bitmap, f"{Row.LOGGED.value}: what the image has, and every region that its tracker has logged"
+
+
+class TrackedImage(Namespace):
+    """A qcow2 image whose bitmaps are checked out: read from its session; changed once the tracker is gone."""
+
+    format = qcow2_image.FORMAT
+
+    def __init__(self, path: str, store_path: str, name: str) -> None:
+        # Absolute but for the name in messages: the process may change its folder.
+        self.path, self.name, self._store_path = path, name, os.path.abspath(store_path)
+        self._place = os.path.abspath(path)
+        self._raw_name = encode_name(name)
+        self._store = Store(store_path)
+        try:
+            record = self._store.read(self._record)
+            self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
+            with open_file(path) as file:
+                self.cluster_size = read_layout(file).cluster_size
+        except BaseException:
+            self._store.close()
+            raise
+
+    def _record(self, snapshot: Snapshot) -> Record:
+        record = snapshot.record(self._raw_name)
+        if record is None or not record.tracked:
+            raise BitmapError(self.path, "is not tracked any more; open it again")
+        return record
+
+    def _read(self) -> tuple[SessionView, dict[str, Bitmap]]:
+        """The session, and the bitmaps as they are now, or as recovery would make them."""
+
+        def read(snapshot: Snapshot) -> tuple[SessionView, dict[str, Bitmap]]:
+            record = self._record(snapshot)
+            view = recovery.view_of(snapshot, record)
+            assert view
+            entries = read_entries(snapshot, record)
+            busy = busy_of(snapshot, record, entries)
+            found: dict[str, Bitmap] = {}
+            if view.row is Row.LIVE:
+                doubted = doubts(snapshot, record) is not None
+                for entry in entries:
+                    found[decode_name(entry.name)] = bitmap_of(snapshot, record, entry, doubted)
+            else:
+                with open_file(self.path, place=self._place) as file, locks.reading(file, force_share=True):
+                    layout = read_layout(file)
+                    layout.require_sound()
+                    slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
+                    for name, (bitmap, _) in _contents(file, layout, snapshot, record, entries).items():
+                        if bitmap is not None:
+                            found[name] = bitmap
+                        elif slots[name].entry.in_use:
+                            entry = slots[name].entry
+                            found[name] = Bitmap._lazy(self.size, entry.granularity, entry.auto, True, None)
+                        else:
+                            found[name] = _of_slot(file, layout, slots[name])
+            for name, bitmap in found.items():
+                bitmap.busy = encode_name(name) in busy
+                if not bitmap.inconsistent:
+                    _ = bitmap.words  # now, while it is known to be whole
+                bitmap.freeze()
+            return view, found
+
+        return self._store.read(read)
+
+    def info(self) -> ImageInfo:
+        """The image and its bitmaps, as its session has them."""
+        view, found = self._read()
+        return ImageInfo(
+            path=self.path,
+            format=self.format,
+            size=self.size,
+            cluster_size=self.cluster_size,
+            bitmaps=tuple(
+                BitmapInfo(
+                    name=name,
+                    granularity=bitmap.granularity,
+                    recording=bitmap.recording,
+                    inconsistent=bitmap.inconsistent,
+                    busy=bitmap.busy,
+                    count=None if bitmap.inconsistent else bitmap.count,
+                )
+                for name, bitmap in found.items()
+            ),
+            notes=(f"node '{self.name}' is {view.note}",),
+            node=self.name,
+            uuid=self.uuid,
+            doubt=self.doubt(),
+        )
+
+    def doubt(self) -> str | None:
+        """Why all bitmaps count as all dirty; see `Namespace.doubt`."""
+        return self._store.read(lambda snapshot: doubts(snapshot, self._record(snapshot)))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Changes the bitmaps, after they were recovered; see `Namespace.transaction`."""
+        self.settle()
+        with open_image(self._place, store=self._store_path, force_share=True) as image, image.transaction() as bitmaps:
+            yield bitmaps
+
+    @contextlib.contextmanager
+    def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
+        """Holds a bitmap for a backup, after recovery; see `Namespace.hold`. A living tracker takes it itself."""
+        self.settle()
+        with open_image(self._place, store=self._store_path) as image, image.hold(name, owner) as held:
+            yield held
+
+    def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
+        """Checks in what a dead tracker has left, whichever bitmaps are named; see `Namespace.recover`."""
+        chosen = set(names)
+        recovered = check_in(self._place, self._store_path, self._raw_name, salvaging=True, wanted=chosen)
+        return [item for item in recovered if not chosen or item.name in chosen]
+
+    def settle(self) -> None:
+        """As `recover`, but for a damaged directory; see `Namespace.settle`."""
+        check_in(self._place, self._store_path, self._raw_name)
+
+    def tracking(self) -> Status | None:
+        """Who tracks the image; see `Namespace.tracking`."""
+        return self._store.read(lambda snapshot: status_of(snapshot, self._record(snapshot)))
+
+    def track(self, **options: Any) -> Tracker:
+        """Begins to track, after recovery; see `Namespace.track`."""
+        return self._track_with(None, options)
+
+    def _track_with(
+        self, device: Home | None, options: dict[str, Any], make: Callable[..., Tracker] = Tracker
+    ) -> Tracker:
+        self.settle()
+        with Image(self._place) as image:
+            return track_image(image, {"store": self._store_path, **options}, device, make)
+
+    def close(self) -> None:
+        """Closes the store."""
+        self._store.close()
+
+    def _names(self) -> list[bytes]:
+        return [encode_name(name) for name in self._read()[1]]
+
+    def _load(self, name: bytes) -> Bitmap | None:
+        return self._read()[1].get(decode_name(name))
+
+    def __repr__(self) -> str:
+        return f"<TrackedImage {self.path!r}>"

@@ -1,0 +1,134 @@
+"""What is left of a namespace whose directory is damaged: the names that can still be read, each of them all dirty.
+
+    directory, damaged       | monday | tue?day |###|        what parses there, each entry by itself
+    the older header slot    | sunday | monday  |            the directory that it leads to, if that is whole
+
+Either may show a name that there was not: one with a flipped bit, one removed since. That does no harm, for a bitmap of
+that name is all dirty, and records. Which bits the lost directory led to cannot be known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from dirtmap.engine.identity import lasting_identity_now
+from dirtmap.engine.model.namespace import Recovery
+from dirtmap.engine.model.naming import decode_name, encode_name, label
+from dirtmap.engine.namespaces.condition import (
+    end_session,
+    read_entries,
+    refuse_held,
+    refuse_tracked,
+    refuse_unsettled,
+    refuse_without_root,
+    size_now,
+)
+from dirtmap.fmt import directory, store
+from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError
+
+if TYPE_CHECKING:
+    from dirtmap.engine.storefile.file import Change, Snapshot
+    from dirtmap.fmt.store import Record
+
+KNOWN = "its directory was damaged"
+READ = f"{KNOWN}, and its name may have been another"
+
+
+def all_dirty(entry: Entry) -> Entry:
+    """The entry of the same bitmap where all of it is dirty."""
+    return replace(entry, table_offset=store.ALL_ONES, table_size=0, extra_data=b"")
+
+
+def spare_entries(snapshot: Snapshot, record: Record, older: Snapshot | None) -> dict[Entry, str]:
+    """The bitmaps that a namespace with a damaged directory may have had: all dirty, consistent and recording.
+
+    Args:
+        snapshot: has the namespace.
+        record: of the namespace.
+        older: the store as the other header slot has it, or None.
+
+    Returns:
+        Their entries, and why they are as they are: `KNOWN`, or `READ` in the damaged directory alone.
+    """
+    found: dict[bytes, tuple[Entry, str]] = {}
+    # One directory after the other, and none of their extra data: each may be 128 MiB long.
+    for entries, why in ((_from_before(record, older), KNOWN), (_from_damaged(snapshot, record), READ)):
+        for entry in entries:
+            # Whether it recorded is not known for certain: one that does not would miss what is written from now on.
+            dirty = all_dirty(entry.with_flags(set=directory.FLAG_AUTO, clear=directory.FLAG_IN_USE))
+            # The disk may have grown since, so that a bitmap would be too long.
+            faults = store.entry_faults(dirty, record.size, snapshot.header.cluster_size, snapshot.size)
+            if len(found) < directory.MAX_BITMAPS and not any(faults):
+                found.setdefault(entry.name, (dirty, why))
+    return dict(found.values())
+
+
+def recover(change: Change, record: Record, names: list[str], damage: FormatError) -> list[Recovery]:
+    """Gives a namespace with a damaged directory a new one: all that can be named, all dirty.
+
+    What the old one led to is not given up, since that cannot be known: it leaks, which is for `check` to mend.
+
+    Args:
+        change: plans it.
+        record: of the namespace.
+        names: the bitmaps that the caller asks for; empty for all. All are recovered.
+        damage: of the directory.
+
+    Raises:
+        FormatError: nothing can be named.
+        BitmapNotFoundError: one of ``names`` is not known.
+        As `Namespace.transaction`.
+    """
+    path = change.snapshot.file.path
+    refuse_tracked(path, record)
+    refuse_unsettled(change.snapshot, record)
+    refuse_without_root(change.snapshot, record)
+    refuse_held(path, record)
+    entries = spare_entries(change.snapshot, record, change.snapshot.older())
+    if not entries:
+        raise FormatError(damage.where, "damaged, and none of its bitmaps can be named; 'check -r all' gives them up")
+    known = {entry.name for entry in entries}
+    for name in names:
+        if encode_name(name) not in known:
+            what = "its directory is damaged, and shows no such name; with no name 'recover' brings back what it shows"
+            raise BitmapNotFoundError(f"{path}: {record.label}: {label(name)}", what)
+    identity = record.identity
+    with contextlib.suppress(StorageError):
+        identity = lasting_identity_now(record)
+    size = size_now(record)
+    for entry in entries:
+        for field, what in store.entry_faults(entry, size, change.header.cluster_size, 0):
+            raise BitmapError(f"{path}: {record.label}: {label(decode_name(entry.name))}.{field}", what)
+    area = change.place(directory.build_directory(entries))
+    change.table.put(
+        replace(
+            end_session(change, record),
+            size=size,
+            identity=identity,
+            generation=change.generation,
+            directory=area,
+            nb_bitmaps=len(entries),
+        )
+    )
+    lost = record.nb_bitmaps - len(entries)
+    more = f"; {lost} of {record.nb_bitmaps} bitmaps cannot be named" if lost > 0 else ""
+    return [Recovery(decode_name(entry.name), f"all dirty: {why}{more}") for entry, why in entries.items()]
+
+
+def _from_before(record: Record, older: Snapshot | None) -> Iterator[Entry]:
+    with contextlib.suppress(FormatError):
+        before = older and older.record(record.name)
+        if older and before and before.uuid == record.uuid:  # not another namespace of that name
+            yield from read_entries(older, before)
+
+
+def _from_damaged(snapshot: Snapshot, record: Record) -> Iterator[Entry]:
+    with contextlib.suppress(FormatError, directory.BrokenEntryError):
+        snapshot.check_area(record.directory, "directory")
+        data = snapshot.file.read(record.directory.offset, record.directory.length)
+        yield from (entry for _, entry in islice(directory.parse_entries(data), record.nb_bitmaps))

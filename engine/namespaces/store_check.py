@@ -1,0 +1,229 @@
+"""Checks a store whole: header copies, checksums, names, sizes, overlaps, free space; mends by compaction.
+
+marked in the space map, in use or released     right
+marked, and neither                             a leak
+in use, and not marked                          a corruption: the next commit could overwrite it
+used twice                                      a corruption
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dirtmap.engine.model.naming import decode_name, label
+from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport
+from dirtmap.engine.namespaces.compact import compact
+from dirtmap.engine.namespaces.condition import doubts, read_entries, verify
+from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
+from dirtmap.engine.storefile.space import SpaceMap
+from dirtmap.fmt import geometry, store
+from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.store import Area, Record
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Progress = Callable[[int, int], None]
+
+_PIECE = 1 << 20  # clusters that are looked at at once
+
+
+def check(
+    path: str,
+    *,
+    repair: str | None = None,
+    progress: Progress | None = None,
+    expect: Callable[[Store], object] = lambda target: None,
+) -> CheckReport:
+    """Checks a store.
+
+    Args:
+        path: the store.
+        repair: ``leaks`` or ``all``: write it anew from all that can be read; ``leaks`` only where nothing is lost.
+        progress: called with (namespaces checked, namespaces in all).
+        expect: has the store know what was seen of it; see `Store.expect`.
+
+    Raises:
+        FormatError: not a store.
+        LockedError, StorageError: as for reading, or writing with ``repair``.
+    """
+    try:
+        target = Store(path)
+    except FormatError as error:
+        if error.where == f"{path}: header.magic":
+            raise
+        return _without_header(path, error)
+    with target:
+        expect(target)
+        report = target.read(lambda snapshot: _Check(snapshot, progress).run())
+    wrong = report.corruptions or report.leaks
+    if not wrong or repair is None or (repair == "leaks" and report.corruptions):
+        return report
+    compaction = compact(path, mend=repair == "all", expect=expect)
+    with Store(path) as target:
+        after = target.read(lambda snapshot: _Check(snapshot, None).run())
+    report.corruptions_fixed, report.leaks_fixed = report.corruptions - after.corruptions, report.leaks - after.leaks
+    report.corruptions, report.leaks, report.check_errors = after.corruptions, after.leaks, after.check_errors
+    report.dropped, report.made_dirty = compaction.dropped, compaction.made_dirty
+    return report
+
+
+def _without_header(path: str, error: FormatError) -> CheckReport:
+    report = CheckReport(path, FORMAT)
+    report.found(CORRUPTION, error.where.removeprefix(f"{path}: "), error.what)
+    report.found(ERROR, "namespaces", "not checked: the header cannot be relied on")
+    return report
+
+
+class _Check:
+    def __init__(self, snapshot: Snapshot, progress: Progress | None) -> None:
+        self.snapshot, self.progress = snapshot, progress
+        self.cluster = snapshot.header.cluster_size
+        self.report = CheckReport(snapshot.file.path, FORMAT)
+        self.used: list[tuple[range, str]] = []
+        self.shown = 0  # runs of clusters
+
+    def run(self) -> CheckReport:
+        self.headers()
+        header = self.snapshot.header
+        self.used.append((range(geometry.ceil_div(store.RESERVED, self.cluster)), "the headers"))
+        self.area(header.space, "space map")
+        self.area(header.released, "released clusters")
+        self.area(header.table, "namespace table")
+        try:
+            table = self.snapshot.table()
+        except FormatError as error:
+            self.wrong(error)
+            return self.report
+        complete = True
+        count = 0
+        for number, area in enumerate(table.areas()):
+            self.area(area, f"bucket {number}")
+            try:
+                records = table.bucket(number).values()
+            except FormatError as error:
+                self.wrong(error)
+                complete = False
+                continue
+            for record in records:
+                complete &= self.namespace(record)
+                count += 1
+                if self.progress:
+                    self.progress(count, max(count, header.namespaces))
+        if complete and count != header.namespaces:
+            what = f"{header.namespaces}, but there are {count}"
+            self.report.found(CORRUPTION, "namespaces extension.namespaces", what)
+        self.space(complete=complete)
+        return self.report
+
+    def wrong(self, error: FormatError) -> None:
+        self.report.found(CORRUPTION, error.where.removeprefix(f"{self.snapshot.file.path}: "), error.what)
+
+    def headers(self) -> None:
+        data = self.snapshot.file.read(0, store.RESERVED)
+        for slot, copies in zip("AB", store.COPIES, strict=True):
+            bad = [n for n in copies if not headers.is_whole(data[n * store.BLOCK : (n + 1) * store.BLOCK])]
+            for number in bad:
+                # A crash in the middle of a commit can damage one copy, never both.
+                severity = NOTE if len(bad) == 1 else CORRUPTION
+                what = "damaged; " + ("the next commit mends it" if len(bad) == 1 else "the other slot stands in")
+                self.report.found(severity, f"header copy {number} (slot {slot})", what)
+        if self.snapshot.chosen.in_doubt:
+            self.report.found(NOTE, "header", "perhaps not the newest: every bitmap counts as all dirty")
+
+    def area(self, area: Area, what: str) -> None:
+        if area.length:
+            self.used.append((area.clusters(self.cluster), what))
+
+    def namespace(self, record: Record) -> bool:
+        """Checks one; False where what it uses is not known."""
+        where = record.label
+        self.area(record.directory, f"directory of {where}")
+        if doubt := doubts(self.snapshot, record):
+            self.report.found(NOTE, where, f"counts as all dirty: {doubt}")
+        try:
+            entries = read_entries(self.snapshot, record)
+        except FormatError as error:
+            self.wrong(error)
+            return False
+        for entry in entries:
+            if entry.table_offset > store.ALL_ONES:
+                length = geometry.packed_bytes(record.size, entry.granularity)
+                self.area(Area(entry.table_offset, length), f"bits of {where}, {label(decode_name(entry.name))}")
+            if entry.in_use:
+                self.report.found(NOTE, f"{where}, {label(decode_name(entry.name))}", "inconsistent")
+            try:
+                verify(self.snapshot, record, entry)
+            except FormatError as error:
+                self.wrong(error)
+        return True
+
+    def space(self, *, complete: bool) -> None:
+        """Holds the space map against what is used."""
+        header = self.snapshot.header
+        try:
+            root = self.snapshot.read(header.space, "space map")
+            released = self.snapshot.released()
+            read = self.snapshot.read
+            space = SpaceMap(self.snapshot.file.path, self.cluster, header.clusters, root, released, read)
+        except FormatError as error:
+            self.wrong(error)
+            return
+        for index, place in enumerate(space.places):
+            self.area(place, f"space map leaf {index}")
+        used = self.in_use(silent=True)
+        self.used += [(range(first, first + count), "released clusters") for first, count in released]
+        kept = self.in_use(silent=False)
+        for index in range(len(space.places)):
+            try:
+                raw = space.read_leaf(index).to_bytes(self.cluster, "little")
+            except FormatError as error:
+                self.wrong(error)
+                continue
+            for at in range(0, len(raw), _PIECE // 8):
+                piece, left = np.frombuffer(raw[at : at + _PIECE // 8], np.uint8), max(0, space.per_leaf - at * 8)
+                bits = np.unpackbits(piece, bitorder="little", count=min(8 * len(piece), left))
+                marked, first = bits.view(np.bool_), index * space.per_leaf + at * 8
+                self.runs(CORRUPTION, _part(used, first, len(marked)) & ~marked, first, "in use, but marked as free")
+                if complete:
+                    leaked = marked & ~_part(kept, first, len(marked))
+                    self.runs(LEAK, leaked, first, "marked as used, but nothing uses them")
+
+    def in_use(self, *, silent: bool) -> NDArray[np.int64]:
+        """What is used as runs of clusters: int64, shape (n, 2), first and end, ascending and disjoint."""
+        runs: list[list[int]] = []
+        last = ""
+        for numbers, what in sorted(self.used, key=lambda pair: pair[0].start):
+            start, stop = numbers.start, numbers.stop
+            fault = None
+            if runs and start < runs[-1][1]:
+                fault = f"overlaps {last}"
+                runs[-1][1] = max(runs[-1][1], stop)
+            else:
+                runs.append([start, stop])
+            if stop > self.snapshot.header.clusters:
+                fault = "ends behind the last cluster"
+            if fault and not silent:
+                self.report.found(CORRUPTION, what, f"at {start * self.cluster:#x}: {fault}")
+            last = what
+        return np.array(runs, np.int64)
+
+    def runs(self, severity: str, wrong: NDArray[np.bool_], start: int, what: str) -> None:
+        edges = np.flatnonzero(np.diff(wrong, prepend=False, append=False)).reshape(-1, 2)
+        shown = edges[: MOST_FINDINGS - self.shown]
+        self.shown += len(shown)
+        for first, end in ((shown + start) * self.cluster).tolist():
+            self.report.found(severity, f"clusters {first:#x}..{end:#x}", what, (end - first) // self.cluster)
+        self.report.count(severity, int(np.count_nonzero(wrong)) - int((shown[:, 1] - shown[:, 0]).sum()))
+
+
+def _part(runs: NDArray[np.int64], first: int, count: int) -> NDArray[np.bool_]:
+    """Which of ``count`` clusters from ``first`` on lie in the runs: bool, shape (count,)."""
+    found = np.zeros(count, np.bool_)
+    for start, stop in runs[np.searchsorted(runs[:, 1], first, "right") : np.searchsorted(runs[:, 0], first + count)]:
+        found[max(start - first, 0) : stop - first] = True
+    return found

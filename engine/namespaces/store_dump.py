@@ -1,0 +1,350 @@
+"""Shows every structure of a store, field by field, as far as it can be read."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import crc32c
+import numpy as np
+
+from dirtmap.engine.model.dumping import MOST_RUNS, Shown, data, text
+from dirtmap.engine.model.naming import decode_name, label
+from dirtmap.engine.namespaces.condition import doubts, verify
+from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
+from dirtmap.engine.system.file import File, open_file
+from dirtmap.fmt import directory, extensions, geometry, live, store
+from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.errors import FormatError, UnsupportedError
+from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.structure import Structure
+
+_MOST_HEX = 1 << 20  # bytes of one bitmap's bits
+_MOST_BAD_ENTRIES = 100  # of one directory: what follows so many is no directory
+
+_FLAGS: dict[str, dict[int, str]] = {
+    "incompatible_features": {},
+    "compatible_features": {},
+    "autoclear_features": {},
+    "flags": directory.FLAG_NAMES,
+}
+_EXTENSIONS = {
+    store.EXTENSION_NAMESPACES: store.NAMESPACES_EXTENSION,
+    store.EXTENSION_SPACE: store.AREA,
+    store.EXTENSION_RELEASED: store.AREA,
+}
+
+# What a record's extensions are, each followed by texts whose lengths are in it.
+_RECORD_EXTENSIONS: dict[int, tuple[Structure, dict[str, str]]] = {
+    store.EXTENSION_HOLD: (store.HOLD, {"bitmap": "name_size", "owner": "owner_size"}),
+    store.EXTENSION_SESSION: (live.SESSION, {"live": "live_size", "log_path": "log_size"}),
+    store.EXTENSION_PEER: (live.PEER, {"name": "name_size", "store": "store_size"}),
+}
+_RECORD_EXTENSION_NAMES = {
+    **{kind: structure.name for kind, (structure, _) in _RECORD_EXTENSIONS.items()},
+    store.EXTENSION_CHECKPOINTS: "checkpoints",
+}
+
+
+def dump(path: str, *, with_hex: bool = False) -> dict[str, Any]:
+    """Every structure, in the order of reading, as of one commit.
+
+    Areas whose checksum is wrong are shown all the same, as far as they make sense.
+
+    Args:
+        path: the store.
+        with_hex: each structure also gets ``hex``, its bytes; of a bitmap's bits, the first MiB.
+
+    Returns:
+        As `dirtmap.engine.qcow2.dump.dump`.
+
+    Raises:
+        LockedError, StorageError: as for any reading.
+    """
+    try:
+        with Store(path) as target:
+            return target.read(lambda snapshot: _Dump(snapshot.file, snapshot, with_hex).document(None))
+    except (FormatError, UnsupportedError) as error:
+        with open_file(path) as file:
+            return _Dump(file, None, with_hex).document(str(error))
+
+
+class _Dump(Shown):
+    """What can be shown of one commit; only the header's copies where none counts (``snapshot`` is None)."""
+
+    def __init__(self, file: File, snapshot: Snapshot | None, with_hex: bool) -> None:
+        super().__init__(with_hex, _FLAGS)
+        self.file, self.size = file, file.size()
+        self.faults: list[dict[str, str]] = []
+        self.stopped: str | None = None
+        self.shown: set[int] = set()  # where areas begin that have been shown
+        self.copies(snapshot)
+        if snapshot is not None:
+            self.namespaces(snapshot)
+            self.space(snapshot)
+
+    def document(self, stopped: str | None) -> dict[str, Any]:
+        return {
+            "filename": self.file.path,
+            "format": FORMAT,
+            "file-size": self.size,
+            "structures": self.structures,
+            "faults": self.faults,
+            "stopped": stopped or self.stopped,
+        }
+
+    def fault(self, where: str, what: str) -> None:
+        self.faults.append({"where": where, "what": what})
+
+    def note(self, what: str) -> None:
+        """A remark on the structure added last."""
+        last = self.structures[-1]
+        last["note"] = f"{last['note']}; {what}" if "note" in last else what
+
+    def area(self, snapshot: Snapshot, area: Area, what: str) -> bytes | None:
+        """An area's bytes, be its checksum right or wrong; None where it cannot be read."""
+        try:
+            snapshot.check_area(area, what)
+            if area.length and area.offset in self.shown:
+                raise FormatError(f"{self.file.path}: {what}.offset", "another area begins there, too")
+        except FormatError as error:
+            where = error.where.removeprefix(f"{self.file.path}: ")
+            self.fault(where, error.what)
+            self.stopped = self.stopped or f"{where}: {error.what}"
+            return None
+        if not area.length:
+            return b""
+        self.shown.add(area.offset)
+        raw = self.file.read(area.offset, area.length)
+        if raw and crc32c.crc32c(raw) != area.checksum:
+            self.fault(f"{what} at {area.offset:#x}", "its checksum is wrong")
+        return raw
+
+    # The headers.
+
+    def copies(self, snapshot: Snapshot | None) -> None:
+        for number in range(store.RESERVED // store.BLOCK):
+            start = number * store.BLOCK
+            block = self.file.read(start, store.BLOCK)
+            name = f"header copy {number} (slot {'AB'[number % 2]})"
+            self.record(store.HEADER, start, block, name)
+            if len(block) < store.BLOCK:
+                self.fault(name, "the file ends before its end")
+                continue
+            at = store.BLOCK - store.CHECKSUM.size
+            self.structures[-1]["fields"] += self.fields(store.CHECKSUM, start + at, block[at:])
+            if not headers.is_whole(block):
+                self.note("damaged")
+                self.fault(name, "damaged: its magic or its checksum is wrong")
+            elif snapshot and headers.parse_block(self.file.path, block).generation == snapshot.header.generation:
+                self.note("it counts")
+            self.chain(name, start, block)
+        if snapshot and snapshot.chosen.in_doubt:
+            self.fault("header", "perhaps not the newest: every bitmap counts as all dirty")
+
+    def chain(self, name: str, start: int, block: bytes) -> None:
+        chain = extensions.parse_chain(block, store.HEADER.parse(block).header_length, len(block) - store.CHECKSUM.size)
+        for extension in chain.extensions:
+            kind = store.EXTENSION_NAMES.get(extension.type, "unknown")
+            head = extensions.EXTENSION_HEAD.build(type=extension.type, length=len(extension.data))
+            fields = self.fields(extensions.EXTENSION_HEAD, start + extension.offset, head)
+            fields[0]["meaning"] = kind
+            structure = _EXTENSIONS.get(extension.type)
+            at = start + extension.data_offset
+            if structure and len(extension.data) == structure.size:
+                fields += self.fields(structure, at, extension.data)
+            else:
+                fields.append(data("data", at, extension.data))
+            self.add(f"{name}, extension: {kind}", start + extension.offset, head + extension.data, fields=fields)
+        if chain.fault:
+            self.fault(f"{name}, extensions", chain.fault)
+
+    # What they lead to.
+
+    def namespaces(self, snapshot: Snapshot) -> None:
+        area = snapshot.header.table
+        raw = self.area(snapshot, area, "namespace table")
+        if raw is None:
+            return
+        buckets = store.parse_areas(raw)
+        fields = []
+        for number, bucket in enumerate(buckets):
+            if bucket != store.NOWHERE:
+                at = number * store.AREA.size
+                for field in self.fields(store.AREA, area.offset + at, raw[at : at + store.AREA.size]):
+                    fields.append({**field, "name": f"[{number}].{field['name']}"})
+        self.add("namespace table", area.offset, raw, entries=len(buckets), fields=fields)
+        count = 0
+        for number, bucket in enumerate(buckets):
+            if records := self.area(snapshot, bucket, f"bucket {number}"):
+                count += self.bucket(snapshot, bucket, number, records)
+        if count != snapshot.header.namespaces:
+            self.fault("namespaces extension.namespaces", f"{snapshot.header.namespaces}, but {count} can be read")
+
+    def bucket(self, snapshot: Snapshot, area: Area, number: int, raw: bytes) -> int:
+        """The records of a bucket, each with what it leads to; how many there are."""
+        count, at = 0, 0
+        try:
+            for record in store.parse_records(raw):
+                end = at + len(store.build_record(record))
+                self.namespace(snapshot, record, area.offset + at, raw[at:end])
+                count, at = count + 1, end
+                if count == store.MAX_NAMESPACES:
+                    break
+        except ValueError as error:
+            self.fault(f"bucket {number}", str(error))
+        return count
+
+    def namespace(self, snapshot: Snapshot, record: Record, offset: int, raw: bytes) -> None:
+        where = record.label
+        fields = self.fields(store.RECORD, offset, raw[: store.RECORD.size])
+        for field in fields:
+            if field["name"] == "kind":
+                field["meaning"] = store.KIND_NAMES.get(record.kind, "unknown")
+        at = offset + store.RECORD.size
+        fields += [text("name", at, record.name), text("path", at + len(record.name), record.path)]
+        first = offset + len(raw) - sum(len(extensions.build_extension(*item)) for item in record.extensions)
+        for kind, contents in record.extensions:
+            fields += self.fields(extensions.EXTENSION_HEAD, first, extensions.build_extension(kind, contents))
+            fields[-2]["meaning"] = _RECORD_EXTENSION_NAMES.get(kind, "unknown")
+            fields += self.extension(kind, first + extensions.EXTENSION_HEAD.size, contents)
+            first += len(extensions.build_extension(kind, contents))
+        self.add(f"namespace record: {where}", offset, raw, fields=fields)
+        faults = list(store.record_faults(record))
+        for field_name, what in faults:
+            self.fault(f"{where}.{field_name}", what)
+        if faults:
+            return
+        if doubt := doubts(snapshot, record):
+            self.note(f"counts as all dirty: {doubt}")
+        area, count, bad = record.directory, 0, 0
+        if entries := self.area(snapshot, area, f"directory of {where}"):
+            try:
+                for at, entry in directory.parse_entries(entries):
+                    raw = entries[at : at + entry.packed_size]
+                    bad += not self.entry(snapshot, record, entry, area.offset + at, raw)
+                    count += 1
+                    if count > record.nb_bitmaps or bad > _MOST_BAD_ENTRIES:
+                        break
+            except directory.BrokenEntryError as error:
+                self.fault(f"directory of {where} at {area.offset + error.offset:#x}", str(error))
+        if count != record.nb_bitmaps:
+            self.fault(f"{where}.nb_bitmaps", f"{record.nb_bitmaps}, but the directory has another number")
+
+    def extension(self, kind: int, offset: int, contents: bytes) -> list[dict[str, Any]]:
+        """The fields of a record's extension; what has no declaration is data."""
+        fields: list[dict[str, Any]] = []
+        at = 0
+        if kind == store.EXTENSION_CHECKPOINTS:
+            number, size = 0, live.CHECKPOINT_NAME.size
+            while at + size <= len(contents):
+                raw = contents[at : at + size]
+                end = at + size + live.CHECKPOINT_NAME.parse(raw).length
+                if end > len(contents):
+                    break
+                for field in self.fields(live.CHECKPOINT_NAME, offset + at, raw):
+                    fields.append({**field, "name": f"[{number}].{field['name']}"})
+                fields.append(text(f"[{number}].name", offset + at + size, contents[at + size : end]))
+                number, at = number + 1, end
+        structure, texts = _RECORD_EXTENSIONS.get(kind, (None, {}))
+        if structure and len(contents) >= structure.size:
+            at = structure.size
+            fields += self.fields(structure, offset, contents[:at])
+            for name, size_field in texts.items():
+                part = contents[at : at + getattr(structure.parse(contents), size_field)]
+                fields.append(text(name, offset + at, part))
+                at += len(part)
+        if at < len(contents):
+            fields.append(data("data", offset + at, contents[at:]))
+        return fields
+
+    def entry(self, snapshot: Snapshot, record: Record, entry: Entry, offset: int, raw: bytes) -> bool:
+        """One entry and its bits; False where it breaks a rule."""
+        where = f"{record.label}, {label(decode_name(entry.name))}"
+        fields = self.fields(directory.DIRECTORY_ENTRY, offset, raw[: directory.DIRECTORY_ENTRY.size])
+        meaning = {store.ALL_ZEROS: "all zeros", store.ALL_ONES: "all ones"}.get(entry.table_offset)
+        if meaning:
+            fields[0]["meaning"] = meaning
+        at, extra = offset + directory.DIRECTORY_ENTRY.size, entry.extra_data
+        if len(extra) >= store.BITS_CHECKSUM.size:
+            fields += self.fields(store.BITS_CHECKSUM, at, extra[: store.BITS_CHECKSUM.size])
+            at, extra = at + store.BITS_CHECKSUM.size, extra[store.BITS_CHECKSUM.size :]
+        if len(extra) >= live.WINDOW.size:
+            window = self.fields(live.WINDOW, at, extra[: live.WINDOW.size])
+            window[2]["meaning"] = "busy" if window[2]["value"] & live.WINDOW_BUSY else ""
+            fields += window
+            at, extra = at + live.WINDOW.size, extra[live.WINDOW.size :]
+        if extra:
+            fields.append(data("extra_data", at, extra))
+        fields.append(text("name", at + len(extra), entry.name))
+        self.add(f"directory entry: {where}", offset, raw, fields=fields)
+        faults = list(store.entry_faults(entry, record.size, snapshot.header.cluster_size, snapshot.size))
+        for field_name, what in faults:
+            self.fault(f"{where}.{field_name}", what)
+        if not faults and not meaning:
+            self.bits(snapshot, record, entry, where)
+        return not faults
+
+    def bits(self, snapshot: Snapshot, record: Record, entry: Entry, where: str) -> None:
+        length = geometry.packed_bytes(record.size, entry.granularity)
+        self.add(f"bits: {where}", entry.table_offset, self.file.read(entry.table_offset, min(length, _MOST_HEX)))
+        self.structures[-1]["length"] = length
+        if entry.table_offset in self.shown:
+            self.fault(f"{where}.table_offset", "another area begins there, too")
+            return
+        self.shown.add(entry.table_offset)
+        try:
+            verify(snapshot, record, entry)
+        except FormatError as error:
+            self.note("its checksum is wrong")
+            self.fault(f"{where} at {entry.table_offset:#x}", error.what)
+
+    def space(self, snapshot: Snapshot) -> None:
+        area = snapshot.header.space
+        if raw := self.area(snapshot, area, "space map"):
+            leaves = [store.LEAF.parse(raw, at) for at in range(0, len(raw), store.LEAF.size)[:MOST_RUNS]]
+            fields = []
+            for index in range(len(leaves)):
+                at = index * store.LEAF.size
+                for field in self.fields(store.LEAF, area.offset + at, raw[at : at + store.LEAF.size]):
+                    fields.append({**field, "name": f"[{index}].{field['name']}"})
+            entries = len(raw) // store.LEAF.size
+            self.add("space map", area.offset, raw, entries=entries, fields=fields)
+            if entries > len(leaves):
+                self.note(f"{entries - len(leaves)} more leaves not shown")
+            for index, leaf in enumerate(leaves):
+                self.leaf(snapshot, Area(leaf.offset, snapshot.header.cluster_size, leaf.checksum), index)
+        area = snapshot.header.released
+        if raw := self.area(snapshot, area, "released clusters"):
+            cluster = snapshot.header.cluster_size
+            numbers = directory.parse_table(raw)
+            pairs = list(zip(numbers[: 2 * MOST_RUNS : 2], numbers[1 : 2 * MOST_RUNS : 2], strict=True))
+            found = [
+                {"index": index, "count": count, "kind": "released", "offset": first * cluster}
+                for index, (first, count) in enumerate(pairs)
+            ]
+            self.add("released clusters", area.offset, raw, entries=len(raw) // store.RUN.size, runs=found)
+            if len(numbers) > 2 * len(pairs):
+                self.note(f"{len(numbers) // 2 - len(pairs)} more runs not shown")
+
+    def leaf(self, snapshot: Snapshot, area: Area, index: int) -> None:
+        raw = self.area(snapshot, area, f"space map leaf {index}")
+        if raw is None:
+            return
+        cluster = snapshot.header.cluster_size
+        per_leaf = store.leaf_clusters(cluster)
+        used = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little", count=per_leaf)
+        edges = np.flatnonzero(np.diff(used, prepend=1 - used[:1], append=1 - used[-1:]))
+        found = [
+            {
+                "index": int(start),
+                "count": int(end - start),
+                "kind": "used" if used[start] else "free",
+                "offset": (index * per_leaf + int(start)) * cluster,
+            }
+            for start, end in pairwise(edges[: MOST_RUNS + 1])
+        ]
+        self.add(f"space map leaf {index}", area.offset, raw, entries=len(used), runs=found)
+        if len(edges) - 1 > len(found):
+            self.note(f"{len(edges) - 1 - len(found)} more runs not shown")

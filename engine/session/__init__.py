@@ -1,0 +1,1 @@
+"""What a tracker left behind: its live files, its intent log, and what they say about the bitmaps."""

@@ -1,0 +1,277 @@
+"""The live files: a tracker's control file and its writesets, mapped for the tracker, copied for whoever reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from bitarray import bitarray
+
+from dirtmap.engine.identity import identity_of
+from dirtmap.engine.model import bits
+from dirtmap.engine.system import file as fileio
+from dirtmap.fmt import geometry, live
+from dirtmap.fmt.errors import LockedError, StorageError
+from dirtmap.fmt.store import Identity
+
+# Writes that have begun in an interval and not ended: where they begin and end, bytes, and their thread, by number.
+Flights = dict[int, tuple[int, int, int | None]]
+
+_BLOCK: Final = 16384  # words
+_ATTEMPTS: Final = 20
+_PAUSE_SECONDS: Final = 0.01
+_NAMES: Final = re.compile(r"control|writeset-[0-9]+")
+
+
+def default_folder() -> str:
+    """Where live files are kept: ``$DIRTMAP_LIVE``, else the tmpfs that every Linux has."""
+    return os.environ.get("DIRTMAP_LIVE") or "/dev/shm"
+
+
+def user_folder(folder: str) -> str:
+    """Where this user's live files are, under a folder that all users share."""
+    return os.path.join(folder, f"dirtmap-{os.geteuid()}")
+
+
+class Folder:
+    """The folder of a session's live files, made where it is not there; no other tracker's until it is closed.
+
+    It is known by the namespace's UUID, and so are those of copies of the store.
+
+    Raises:
+        LockedError: a tracker has its live files there.
+        StorageError: it cannot be made.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = -1
+        for _ in range(_ATTEMPTS):  # who only removes what a dead one left has it for a moment
+            fileio.make_live_folder(path)
+            if (fd := fileio.hold_live_folder(path)) is not None:
+                self._fd = fd
+                return
+            time.sleep(_PAUSE_SECONDS)
+        raise LockedError(path, "a tracker with another store has its live files here; end it first")
+
+    def close(self) -> None:
+        """Lets others have it."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def remove_session(folder: str, uuid: bytes) -> None:
+    """Removes the live files of a session that has ended, if they are in that folder."""
+    with contextlib.suppress(StorageError):
+        if is_of(folder, uuid) and (fd := fileio.hold_live_folder(folder)) is not None:
+            try:
+                if is_of(folder, uuid):
+                    remove_files(folder)
+            finally:
+                os.close(fd)
+
+
+def remove_files(folder: str, *, keep_folder: bool = False) -> None:
+    """Removes the live files in a folder that the caller holds."""
+    fileio.remove_live_files(folder, _NAMES, keep_folder=keep_folder)
+
+
+def refuse_living(path: str, uuid: bytes) -> None:
+    """Refuses what must not happen to an image while a tracker lives whose session is in a store that is not known.
+
+    Args:
+        path: of the image; copies of it have the same UUID.
+        uuid: of the namespace, 16 bytes.
+
+    Raises:
+        LockedError: this user tracks that very file, with live files in the usual folder.
+    """
+    folder = os.path.join(user_folder(default_folder()), uuid.hex())
+    control, image = _read_control(folder), identity_of(path)
+    if control is None or (control.image_device, control.image_inode) != (image.device, image.inode):
+        return
+    if (fd := fileio.hold_live_folder(folder)) is None:
+        raise LockedError(path, "its tracker lives, and uses another store; end it first")
+    os.close(fd)
+
+
+def is_of(folder: str, uuid: bytes) -> bool:
+    """True where the live files in a folder are those of that session."""
+    control = _read_control(folder)
+    return control is not None and control.uuid == uuid
+
+
+def _read_control(folder: str) -> Any:
+    """The control file in a folder, a record of `fmt.live.CONTROL`; None where there is none."""
+    data = fileio.read_live(_control_path(folder)) or b""
+    control = live.CONTROL.parse(data) if len(data) == live.PAGE else None
+    return control if control and control.magic == live.CONTROL_MAGIC else None
+
+
+def _control_path(folder: str) -> str:
+    return os.path.join(folder, "control")
+
+
+def _writeset_path(folder: str, number: int) -> str:
+    return os.path.join(folder, f"writeset-{number}")
+
+
+def _index(name: str) -> int:
+    """Which of the mapped u64 that field of the control file is."""
+    return live.CONTROL.field(name).offset // 8
+
+
+POISONED, CURRENT, HEARTBEAT, EVENT, IN_FLIGHT, BARE, WRITES, LOGGED = map(
+    _index, ("poisoned", "current", "heartbeat", "event", "in_flight", "bare", "writes", "logged")
+)
+
+
+class Control:
+    """A tracker's own control file, mapped.
+
+    Attributes:
+        fields: its numbers: a memoryview of u64, each changed by one store; index it with the constants above.
+    """
+
+    def __init__(self, folder: str, uuid: bytes, image: Identity) -> None:
+        self._map = fileio.create_live(_control_path(folder), live.PAGE)
+        values: dict[str, bytes | int] = dict.fromkeys((field.name for field in live.CONTROL.fields), 0)
+        values |= {"magic": live.CONTROL_MAGIC, "uuid": uuid, "image_device": image.device, "image_inode": image.inode}
+        self._map[: live.CONTROL.size] = live.CONTROL.build(**values)
+        self.fields = memoryview(self._map).cast("Q")
+
+    def close(self) -> None:
+        """Unmaps it."""
+        self.fields.release()
+        self._map.close()
+
+
+class Writeset:
+    """The bits of one interval, mapped; all clean at first.
+
+    Attributes:
+        number: of the interval; one that has not begun.
+        granularity_bits: log2 of bytes of the disk for each bit.
+        flights: the writes that have begun in this interval and not ended.
+    """
+
+    def __init__(self, folder: str, uuid: bytes, number: int, size: int, granularity_bits: int) -> None:
+        self.number, self.size, self.granularity_bits = number, size, granularity_bits
+        self.path = _writeset_path(folder, number)
+        nbits = geometry.granules(size, 1 << granularity_bits)
+        self._octets = geometry.ceil_div(nbits, 64) * 8
+        fileio.remove_file(self.path)  # what an interrupt left of the last attempt; the folder is ours alone
+        self._map = fileio.create_live(self.path, live.PAGE + max(self._octets, 8))
+        try:
+            self._map[: live.WRITESET.size] = live.WRITESET.build(
+                magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
+            )
+            # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
+            self.words[:: live.PAGE // 8].max(initial=0)
+        except BaseException:
+            self.forget()
+            raise
+        self.flights: Flights = {}
+
+    def view(self) -> bitarray:
+        """Another bitarray over the same bits."""
+        return bitarray(buffer=memoryview(self._map)[live.PAGE :], endian="little")
+
+    @property
+    def words(self) -> bits.Words:
+        """The bits as words, as they are now and as they will be: never to be written through."""
+        words = np.frombuffer(self._map, bits.WORD, self._octets // 8, live.PAGE)
+        words.flags.writeable = False
+        return words
+
+    def forget(self) -> None:
+        """Removes the file; the memory goes with the last view of it."""
+        fileio.remove_file(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The bits of one or several intervals: at one granularity, bytes, of a disk of ``size`` bytes."""
+
+    words: bits.Words
+    size: int
+    granularity: int
+
+    def at(self, granularity: int) -> bits.Words:
+        """The words at another granularity, rounded outward; never to be written to."""
+        return bits.rescaled(self.words, self.size, self.granularity, granularity)
+
+
+def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:
+    """What any of them has, at that granularity: new words. A block at a time, which stays in the cache."""
+    result = np.empty(geometry.ceil_div(geometry.granules(size, granularity), 64), bits.WORD)
+    all_words = [part.at(granularity) for part in parts]
+    for at in range(0, len(result), _BLOCK):
+        block = result[at : at + _BLOCK]
+        if len(all_words) < 2:
+            block[:] = all_words[0][at : at + _BLOCK] if all_words else 0
+            continue
+        np.bitwise_or(all_words[0][at : at + _BLOCK], all_words[1][at : at + _BLOCK], out=block)
+        for words in all_words[2:]:
+            np.bitwise_or(block, words[at : at + _BLOCK], out=block)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The live files of a session as a reader finds them.
+
+    Attributes:
+        poisoned, current, heartbeat, event, in_flight, bare, writes, logged: see `fmt.live.CONTROL`.
+        writesets: the intervals from the oldest one asked for to the current one, by number.
+    """
+
+    poisoned: int
+    current: int
+    heartbeat: int
+    event: int
+    in_flight: int
+    bare: int
+    writes: int
+    logged: int
+    writesets: dict[int, Words]
+
+
+def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
+    """Reads a session's live files; None where one that is needed is not there, or is another session's."""
+    control = _read_control(folder)
+    if control is None or control.uuid != uuid:
+        return None
+    writesets = {}
+    for number in range(oldest, control.current + 1):
+        words = _read_writeset(folder, uuid, number, size)
+        if words is None:
+            return None
+        writesets[number] = words
+    numbers = ("poisoned", "current", "heartbeat", "event", "in_flight", "bare", "writes", "logged")
+    return Found(**{name: getattr(control, name) for name in numbers}, writesets=writesets)
+
+
+def _read_writeset(folder: str, uuid: bytes, number: int, size: int) -> Words | None:
+    data = fileio.read_live(_writeset_path(folder, number))
+    if data is None or len(data) < live.PAGE:
+        return None
+    head = live.WRITESET.parse(data)
+    if (head.magic, head.uuid, head.number, head.size) != (live.WRITESET_MAGIC, uuid, number, size):
+        return None
+    granularity = 1 << min(head.granularity_bits, 63)
+    if not geometry.is_granularity(granularity):
+        return None
+    nbits = geometry.granules(size, granularity)
+    octets = geometry.ceil_div(nbits, 64) * 8
+    if len(data) != live.PAGE + max(octets, 8):
+        return None
+    words = np.frombuffer(data, bits.WORD, octets // 8, live.PAGE).copy()
+    bits.mask_tail(words, nbits)
+    return Words(words, size, granularity)

@@ -1,0 +1,147 @@
+"""The two namespaces of a device's session, the device's and its root node's, and the order that keeps them right.
+
+One session, one log, one set of live files; but a record in each namespace, perhaps in different stores, and so commits
+of their own. Each says what it has saved itself: its own ``oldest`` and ``log``. What neither order nor a crash between
+two commits may lose:
+
+    begin    the root's record, then the device's, then the first mark
+    save     each by itself; writesets and logs are dropped once both have been saved
+    end      the device's record, then the root's; so is recovery, which may also end the device's alone
+
+So a session that the device has is in the root's record, too. Where it is not, it was lost, and the device is all
+dirty. And who begins to track the root later has ended the device's session before: no write of ours that the device
+has missed can come before the device is judged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, replace
+
+from dirtmap.engine.model.naming import decode_name
+from dirtmap.engine.storefile.file import Change, Store
+from dirtmap.fmt import live, store
+from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
+from dirtmap.fmt.live import Peer
+from dirtmap.fmt.store import Identity, Record
+
+
+def peer_of(record: Record) -> Peer | None:
+    """The other namespace of a record's session; None where there is none, or none that makes sense."""
+    data = record.extension(store.EXTENSION_PEER)
+    if data is None:
+        return None
+    try:
+        return live.parse_peer(data)
+    except ValueError:
+        return None
+
+
+def path_of(path: str, peer: Peer) -> str:
+    """The path of the peer's store.
+
+    Args:
+        path: of the store whose record names the peer.
+        peer: as it names it.
+    """
+    return os.fsdecode(peer.store) or path
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What became of a peer.
+
+    Attributes:
+        record: the peer's, where the session is in it; else None.
+        needs_files: False where the peer is known to have done with the session.
+    """
+
+    record: Record | None
+    needs_files: bool
+
+
+def find(path: str, peer: Peer, session: bytes, *, of_node: bool) -> Found:
+    """The peer's record as it is now.
+
+    Args:
+        path: of the store whose record names the peer.
+        peer: as it names it.
+        session: UUID of the session.
+        of_node: the record is a node's, whose peer has to be a device; else it is the other way round.
+    """
+    try:
+        with Store(path_of(path, peer)) as target:
+            record = target.record(peer.name)
+    except (FormatError, LockedError, StorageError):
+        return Found(None, True)
+    if record is None or record.uuid != peer.uuid or (record.kind == store.KIND_DEVICE) != of_node:
+        return Found(None, False)
+    named = (record.extension(store.EXTENSION_SESSION) or b"")[: len(session)] == session
+    return Found(record if named else None, named)
+
+
+def unsettled(path: str, record: Record) -> Peer | None:
+    """The device that has to end its session before this node does; None where there is none, or none to be found."""
+    session, peer = record.extension(store.EXTENSION_SESSION), peer_of(record)
+    if record.kind == store.KIND_DEVICE or session is None or peer is None:
+        return None
+    return peer if find(path, peer, session[:16], of_node=True).record else None
+
+
+def settle(target: Store, name: bytes) -> None:
+    """Recovers the device that was tracked with a node, if it is still to be: before the node itself is.
+
+    Args:
+        target: the store that has the node's session.
+        name: of the node, raw bytes.
+
+    Raises:
+        LockedError: the tracker lives.
+        FormatError: the device's directory is damaged, for its own recovery.
+        BitmapError: the root's size is not the device's any more.
+    """
+    from dirtmap.engine.namespaces.condition import refuse_tracked
+    from dirtmap.engine.namespaces.stored import StoredImage
+
+    record = target.record(name)
+    peer = unsettled(target.place, record) if record else None
+    if record is None or peer is None:
+        return
+    refuse_tracked(target.path, record)
+    if not peer.store:
+        StoredImage(target, decode_name(peer.name)).settle()
+        return
+    with Store(path_of(target.place, peer)) as other:
+        StoredImage(other, decode_name(peer.name)).settle()
+
+
+def confirm(change: Change, root: Record, before: Identity | None, after: Identity | None) -> None:
+    """Takes note that a check-in has changed the root's image, and not what a guest reads: its device stays right.
+
+    Where that fails, or a crash comes first, the device is all dirty.
+
+    Args:
+        change: of the store that has the root.
+        root: its record, with the session.
+        before: what the image looked like before; None where it could not be looked at.
+        after: and behind it.
+    """
+    if before and after and (peer := peer_of(root)):
+        if not peer.store:
+            _confirm(change, peer, before, after)
+            return
+        with (
+            contextlib.suppress(Error),
+            Store(path_of(change.snapshot.file.place, peer)) as other,
+            other.change() as there,
+        ):
+            _confirm(there, peer, before, after)
+
+
+def _confirm(change: Change, peer: Peer, before: Identity, after: Identity) -> None:
+    record = change.table.get(peer.name)
+    ended = record is not None and not record.tracked
+    same = record is not None and record.uuid == peer.uuid and record.kind == store.KIND_DEVICE
+    if record and ended and same and record.identity == before:
+        change.table.put(replace(record, identity=after))

@@ -1,0 +1,329 @@
+"""What a session's bitmaps hold: while its tracker lives, and after its death. The table of SPEC.md, "Recovery".
+
+    alive    its image changed    live files, same boot,    log of regions    what the bitmaps hold
+             by others            not poisoned
+    yes      -                    -                         -                 saved bits, and the live ones
+    no       yes                  -                         -                 all dirty
+    no       no                   yes                       -                 saved bits, and the live ones: exact
+    no       no                   no                        yes               saved bits, and all logged regions
+    no       no                   no                        no                all dirty
+
+Changed by others. Of a raw file only size, inode and time of the last write can tell. The tracker writes down in its
+control file when a write began or ended: where none is in flight, a file modified after the last end was modified by
+someone else. The kernel's clock for files is never ahead of the one we read, but may be a tick (at most 10 ms) behind:
+a write of others within a tick of our last one is not seen. Where a write was in flight, or `mark` was used, whose
+writes have no end that we hear of, what counts is the last sign of life, given four times a second, and half a second
+more. After a power loss only signs of life on disk are left, given once a second while the image changes: five seconds
+more. A clock that is set back hides what others write until it has caught up. A block device tells only that it is
+another one. Of a qcow2 image a bit in its header tells, which every other program that opens it for writing takes away;
+where its guest data is in a file of its own, that is judged as a raw file is, too: it can be written to by itself.
+
+A device is as its root is; and changed, too, where the root's session has ended without the device's, which no order
+of recovery leads to: see `dirtmap.engine.session.peers`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dirtmap.engine.identity import data_file_of, identity_now, identity_of
+from dirtmap.engine.model import bits
+from dirtmap.engine.session import intent, livefile, peers
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.process import Process, boot_id
+from dirtmap.fmt import geometry, live, store
+from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
+from dirtmap.fmt.store import Identity, Record
+
+if TYPE_CHECKING:
+    from dirtmap.engine.storefile.file import Snapshot
+
+HEARTBEAT_SECONDS = 0.25
+TOLERANCE_SECONDS = 0.5
+DURABLE_HEARTBEAT_SECONDS = 1.0
+DURABLE_TOLERANCE_SECONDS = 5.0
+_NS = 1_000_000_000
+
+
+class Row(Enum):
+    """The rows of the table."""
+
+    LIVE = "tracked"
+    EXACT = "exact"
+    LOGGED = "logged regions"
+    ALL_DIRTY = "all dirty"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What decides; ``changed`` says why the image, or the store, is not as the tracker left it, or is None."""
+
+    alive: bool
+    changed: str | None
+    same_boot: bool
+    live: bool
+    poisoned: bool
+    log: bool
+
+
+def decide(facts: Facts) -> tuple[Row, str]:
+    """The row of the table that applies, and why, in words."""
+    if facts.alive:
+        return Row.LIVE, "its tracker is alive"
+    if facts.changed:
+        return Row.ALL_DIRTY, facts.changed
+    if facts.live and facts.same_boot and not facts.poisoned:
+        return Row.EXACT, "the tracker's process ended without closing, and its live file is whole"
+    lost = "a sync of the tracker had failed" if facts.poisoned else "the live file is gone, as after a power loss"
+    if facts.log:
+        return Row.LOGGED, f"{lost}; dirty is what was saved, and every region that was logged since"
+    return Row.ALL_DIRTY, f"{lost}, and there is no log of regions"
+
+
+def session_of(record: Record) -> live.Session | None:
+    """The session in a record, or None. One that makes no sense counts as one of which nothing is left."""
+    data = record.extension(store.EXTENSION_SESSION)
+    if data is None:
+        return None
+    try:
+        return live.parse_session(data)
+    except ValueError:
+        return live.NO_SESSION
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The intervals that a bitmap records: ``began`` and all up to, and without, ``ended``; ``busy``: taken."""
+
+    began: int
+    ended: int = live.OPEN
+    busy: bool = False
+
+    def build(self) -> bytes:
+        """Its bytes."""
+        return live.WINDOW.build(began=self.began, ended=self.ended, flags=int(self.busy), reserved=0)
+
+
+def window_of(entry: Entry) -> Window | None:
+    """The window of a bitmap in a session; None where it records nothing in it."""
+    data = entry.extra_data[store.BITS_CHECKSUM.size :]
+    if len(data) < live.WINDOW.size:
+        return None
+    raw = live.WINDOW.parse(data)
+    return Window(raw.began, raw.ended, bool(raw.flags & live.WINDOW_BUSY))
+
+
+class SessionView:
+    """A session as found, and what it adds to the saved bits.
+
+    Attributes:
+        session: as in the record.
+        row: of the table.
+        why: in words, one line.
+        found: the live files, or None.
+        logged: the regions that the log has; None where it was not kept, or cannot be read.
+        identity: of the image now; None where it cannot be looked at or has none.
+    """
+
+    def __init__(self, snapshot: Snapshot, record: Record, session: live.Session) -> None:
+        self.session, self._size, self._path = session, record.size, snapshot.file.place
+        alive = is_alive(session)
+        self.found = livefile.find(os.fsdecode(session.live), session.uuid, session.oldest, record.size)
+        if alive and self.found is None:
+            # The store moves on before live files go: then this is read again.
+            where = f"{snapshot.file.path}: {record.label}"
+            raise FormatError(where, f"tracked by {tracker_of(session)}, whose live files cannot be read")
+        log = None if alive else intent.read_log(session, record.size)
+        self.identity = _look_at(record)
+        self._root: Record | None = record
+        self._rootless = "the session of its root ended without it"
+        if record.kind == store.KIND_DEVICE and not alive:
+            peer = peers.peer_of(record)
+            found = peers.find(self._path, peer, session.uuid, of_node=False) if peer else None
+            self._root = found.record if found else None
+            if found and found.needs_files:
+                self._rootless = "the store of its root cannot be read"
+        facts = Facts(
+            alive=alive,
+            changed=None if alive else _damaged(snapshot, record) or self._changed(record, log),
+            same_boot=session.boot_id == boot_id(),
+            live=self.found is not None,
+            poisoned=self.found is not None and bool(self.found.poisoned),
+            log=log is not None and session.intent == live.INTENT_REGION,
+        )
+        self.row, self.why = decide(facts)
+        self._record = record
+        self.logged = log.regions if log and session.intent == live.INTENT_REGION else None
+        self._regions = self.logged or frozenset() if self.row is Row.LOGGED else frozenset()
+        self._unions: dict[tuple[int, int, int], bits.Words] = {}
+
+    @property
+    def how(self) -> str:
+        """What recovery did, or will do: the row, and why."""
+        return f"{self.row.value}: {self.why}"
+
+    @property
+    def note(self) -> str:
+        """What a listing says of the namespace."""
+        if self.row is Row.LIVE:
+            return f"tracked by {tracker_of(self.session)}"
+        return f"not recovered yet: {self.how}"
+
+    @property
+    def doubt(self) -> str | None:
+        """Why all is dirty, or None."""
+        return self.why if self.row is Row.ALL_DIRTY else None
+
+    def is_busy(self, entry: Entry) -> bool:
+        """True while a reader has taken that bitmap; not once the tracker is dead."""
+        window = window_of(entry)
+        return self.row is Row.LIVE and window is not None and window.busy
+
+    def clean_up(self) -> None:
+        """Removes what the session has left on tmpfs and beside the store, once it has ended.
+
+        The paths are from the store, which may be anybody's: only what carries the session's UUID is touched. What the
+        session's other namespace still needs stays: whichever ends last removes it.
+        """
+        peer = peers.peer_of(self._record)
+        of_node = self._record.kind != store.KIND_DEVICE
+        if peer and peers.find(self._path, peer, self.session.uuid, of_node=of_node).needs_files:
+            return
+        livefile.remove_session(os.fsdecode(self.session.live), self.session.uuid)
+        intent.remove_log(self.session)
+
+    def add(self, entry: Entry, words: bits.Words) -> None:
+        """ORs into a bitmap's saved bits what the session adds."""
+        window = window_of(entry)
+        if window is None or window.ended <= self.session.oldest:
+            return
+        if self.row is Row.LOGGED:
+            shift = self.session.region_bits - entry.granularity_bits
+            nbits = geometry.granules(self._size, entry.granularity)
+            for region in self._regions:
+                if shift >= 0:
+                    bits.set_range(words, region << shift, min((region + 1) << shift, nbits))
+                else:
+                    bits.set_range(words, region >> -shift, (region >> -shift) + 1)
+        elif self.found:
+            numbers = [number for number in self.found.writesets if window.began <= number < window.ended]
+            if numbers:
+                np.bitwise_or(words, self._union(numbers[0], numbers[-1], entry.granularity), out=words)
+
+    def _union(self, first: int, last: int, granularity: int) -> bits.Words:
+        assert self.found
+        key = first, last, granularity
+        if key not in self._unions:
+            parts = [self.found.writesets[number] for number in range(first, last + 1)]
+            self._unions[key] = livefile.union(parts, self._size, granularity)
+        return self._unions[key]
+
+    def _changed(self, record: Record, log: intent.Logged | None) -> str | None:
+        if self._root is None:
+            return self._rootless
+        session, path = self.session, os.fsdecode(self._root.path)
+        then = Identity(session.image_device, session.image_inode, session.image_mtime, session.image_size)
+        try:
+            data = data_path(self._root.kind, path)
+            now = identity_of(data)
+        except StorageError:
+            return "the image cannot be looked at"
+        if now == then and record.kind != store.KIND_PLACE:
+            return None  # of a qcow2 root: it was not even checked out
+        if self._root.kind == store.KIND_PLACE and ((others := opened_by_others(path)) or data == path):
+            return others
+        what = "the image has changed while nobody tracked it"
+        if (now.device, now.inode, now.size) != (then.device, then.inode, then.size) or now.mtime_ns < then.mtime_ns:
+            return what
+        return what if now.mtime_ns > self._last_sign(log) else None
+
+    def _last_sign(self, log: intent.Logged | None) -> int:
+        """Until when a write to the image counts as the tracker's own; ns since 1970."""
+        found = self.found
+        if found and self.session.boot_id == boot_id():
+            if not found.in_flight and not found.bare:
+                return found.event
+            return max(found.event, found.heartbeat) + int(TOLERANCE_SECONDS * _NS)
+        beat = max(log.beat if log else 0, self.session.started)
+        return beat + int(DURABLE_TOLERANCE_SECONDS * _NS)
+
+
+def data_path(kind: int, path: str) -> str:
+    """The file that a guest's writes go to, by which is seen whether others have written.
+
+    Args:
+        kind: of the root node's record: only a qcow2 image may say that its data is elsewhere, a guest may not.
+        path: of the image.
+
+    Raises:
+        StorageError: the image cannot be read.
+    """
+    return (data_file_of(path) if kind == store.KIND_PLACE else None) or path
+
+
+def opened_by_others(path: str) -> str | None:
+    """Why a tracked qcow2 image is not the tracker's alone any more, or None."""
+    from dirtmap.engine.qcow2.layout import read_layout
+
+    try:
+        with fileio.open_file(path) as file:
+            tracked = read_layout(file).tracked
+    except Error:
+        return "the image cannot be read"
+    return None if tracked else "another program has opened the image for writing since"
+
+
+def _damaged(snapshot: Snapshot, record: Record) -> str | None:
+    """That the session or its directory is lost, so that recovery makes all dirty what can still be named; or None."""
+    from dirtmap.engine.namespaces.condition import read_entries
+
+    if session_of(record) is live.NO_SESSION:
+        return "what its tracker had is lost"
+    try:
+        read_entries(snapshot, record)
+    except FormatError:
+        return "its directory is damaged"
+    return None
+
+
+def _look_at(record: Record) -> Identity | None:
+    try:
+        return identity_now(record)
+    except StorageError:
+        return None
+
+
+def tracker_of(session: live.Session) -> Process:
+    """The process that tracks, or did."""
+    return Process(session.pid, session.process_start, session.boot_id)
+
+
+def is_alive(session: live.Session) -> bool:
+    """True while the session's tracker lives: it locks its log; where that is gone, its process tells."""
+    held = intent.is_held(session)
+    return tracker_of(session).lives() if held is None else held
+
+
+def view_of(snapshot: Snapshot, record: Record) -> SessionView | None:
+    """A record's session as found now, once for each snapshot; None where it has none."""
+    if record.uuid not in snapshot.views:
+        session = session_of(record)
+        snapshot.views[record.uuid] = session and SessionView(snapshot, record, session)
+    found: SessionView | None = snapshot.views[record.uuid]
+    return found
+
+
+def refuse_tracked(where: str, session: live.Session | None) -> None:
+    """Refuses what must not happen behind a tracker's back.
+
+    Raises:
+        LockedError: names the tracker.
+    """
+    if session and is_alive(session):
+        raise LockedError(where, f"tracked by {tracker_of(session)}; ask it, or end it first")

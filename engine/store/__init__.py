@@ -1,1 +1,0 @@
-"""The store container: how it is read, changed, checked and shown; `Store` is its face."""

@@ -1,0 +1,419 @@
+"""`Store`: a store file, read without locks and changed by one commit at a time.
+
+A commit, in epochs that a sync ends each:
+
+    0  areas, into clusters that neither header slot refers to; and header copies that a crash or damage left
+       different from their twin: made the same
+    1  one copy of the other slot's header                                  <- the commit
+    2  its second copy
+
+Source: SPEC.md, "Changing a store".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import crc32c
+
+from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.header import Chosen, Header, Seen
+from dirtmap.engine.storefile.table import NamespaceTable
+from dirtmap.engine.system import locks
+from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
+from dirtmap.fmt import store
+from dirtmap.fmt.directory import parse_table
+from dirtmap.fmt.errors import FormatError, GoneError, LockedError, StorageError
+from dirtmap.fmt.geometry import ceil_div
+from dirtmap.fmt.store import Area, Record
+
+T = TypeVar("T")
+
+FORMAT = "dirtmap"
+_WRITER = 100  # the byte that a writer locks alone
+_PATIENCE_SECONDS = 5.0
+# A reader starts over when the header moved on under it; this often only where commits come without pause.
+_ATTEMPTS = 1000
+
+
+class Snapshot:
+    """A store as of one commit.
+
+    Attributes:
+        file: the store.
+        chosen: which header counts, and why.
+        header: the header that counts.
+        views: the sessions of trackers as found, by namespace UUID; see `dirtmap.engine.session.view`.
+        directories: those that were read: where they begin and end, bytes, and the namespace's name; ascending.
+    """
+
+    def __init__(self, file: File, chosen: Chosen) -> None:
+        self.file, self.chosen, self.header = file, chosen, chosen.header
+        self.views: dict[bytes, Any] = {}
+        self.directories: list[tuple[int, int, bytes]] = []
+        self.size = file.size()
+
+    def check_area(self, area: Area, what: str) -> None:
+        """Refuses an area that cannot be read.
+
+        Raises:
+            FormatError: names the area.
+        """
+        for field, fault in store.area_faults(area, self.header.cluster_size, self.size):
+            raise FormatError(f"{self.file.path}: {what}.{field}", fault)
+        if area.length > store.MAX_METADATA_BYTES:
+            raise FormatError(f"{self.file.path}: {what}.length", f"{area.length} is above {store.MAX_METADATA_BYTES}")
+
+    def read(self, area: Area, what: str, remedy: str = "'check -r all' mends the store") -> bytes:
+        """An area's bytes.
+
+        Args:
+            area: where they are.
+            what: names it in errors.
+            remedy: what such an error tells to do.
+
+        Raises:
+            FormatError: the area lies nowhere sensible, or its checksum is wrong; names it.
+        """
+        self.check_area(area, what)
+        if not area.length:
+            return b""
+        data = self.file.read(area.offset, area.length)
+        if len(data) < area.length or crc32c.crc32c(data) != area.checksum:
+            raise FormatError(f"{self.file.path}: {what} at {area.offset:#x}", f"its checksum is wrong; {remedy}")
+        return data
+
+    def table(self) -> NamespaceTable:
+        """The namespaces."""
+        header = self.header
+        return NamespaceTable(self.file.path, self.read(header.table, "namespace table"), header.namespaces, self.read)
+
+    def record(self, name: bytes) -> Record | None:
+        """The namespace of that name, or None."""
+        return self.table().get(name)
+
+    def older(self) -> Snapshot | None:
+        """The store as the other header slot has it, all of it in doubt; None where no copy of that is whole."""
+        slot = 1 - self.chosen.slot
+        data = self.file.read(0, store.RESERVED)
+        for number in store.COPIES[slot]:
+            block = data[number * store.BLOCK : (number + 1) * store.BLOCK]
+            if headers.is_whole(block):
+                return Snapshot(self.file, Chosen(headers.parse_block(self.file.path, block), slot, True, ()))
+        return None
+
+    def released(self) -> list[tuple[int, int]]:
+        """The runs of clusters that the commit released, (first, count), ascending.
+
+        Raises:
+            FormatError: damaged, or runs overlap or leave the file.
+        """
+        values = parse_table(self.read(self.header.released, "released clusters"))
+        runs = list(zip(values[::2], values[1::2], strict=True))
+        end = ceil_div(store.RESERVED, self.header.cluster_size)
+        for first, count in runs:
+            if first < end or count == 0 or first + count > self.header.clusters:
+                raise FormatError(f"{self.file.path}: released clusters", f"run of {count} at {first} is out of range")
+            end = first + count
+        return runs
+
+
+class Store:
+    """A store file. Reading takes no lock; `change` is the one way to write.
+
+    A store in which a commit is missing that was seen once was rolled back, as by a copy that was put back: from then
+    on all in it counts as dirty, and the next change says so on disk.
+
+    Attributes:
+        path: as it was opened, for messages.
+        place: absolute: the process may change its folder.
+        uuid: of the store, 16 bytes.
+        committed: called after each commit that this object has made.
+    """
+
+    def __init__(self, path: str, place: str | None = None) -> None:
+        self.path = path
+        self.committed: Callable[[], None] | None = None
+        self._file = open_file(path, place=place)
+        self.place = self._file.place
+        try:
+            chosen = headers.choose(path, self._file.read(0, store.RESERVED))
+        except BaseException:
+            self._file.close()
+            raise
+        self.uuid, self._seen, self._copies = chosen.header.uuid, chosen.header.commit, chosen.copies
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def headers(self) -> bytes | None:
+        """The header copies as they are; while they stay so, byte for byte, so does all that they lead to.
+
+        Returns:
+            None where the path leads to another file by now.
+        """
+        return self._file.read(0, store.RESERVED) if self._file.is_current() else None
+
+    def expect(self, seen: Seen) -> None:
+        """Takes note of a commit that was seen elsewhere."""
+        if seen.generation >= self._seen.generation:
+            self._seen = seen
+
+    def is_rolled_back(self) -> bool:
+        """True where a commit that was seen is missing. Errors as `read`."""
+        return self.read(lambda snapshot: bool(snapshot.chosen.lost))
+
+    def choose(self, file: File) -> Chosen:
+        """The header that counts, as far as this object knows what was committed.
+
+        Raises:
+            GoneError: it is another store by now.
+            As `headers.choose`.
+        """
+        seen = self._seen  # first: another thread may see a later commit than we are about to read
+        chosen = headers.choose(file.path, file.read(0, store.RESERVED), self._copies)
+        self._copies = chosen.copies
+        if chosen.header.uuid != self.uuid:
+            raise GoneError(file.path, "was replaced since it was opened")
+        if seen.is_missing_at(chosen.header.commit):
+            return chosen.without(seen)
+        self.expect(chosen.header.commit)
+        return chosen
+
+    def record(self, name: bytes) -> Record | None:
+        """The namespace of that name as of the newest commit, or None. Errors as `read`."""
+        return self.read(lambda snapshot: snapshot.record(name))
+
+    def read(self, read: Callable[[Snapshot], T]) -> T:
+        """Runs ``read`` on one commit's state; if the store moved on under it, on a later one instead.
+
+        What a commit referred to stays untouched until the commit after the next has switched the header: areas are
+        taken from clusters that neither slot refers to. So an answer counts if, after it was made, the newest header
+        is at most one generation on; otherwise, or if a checksum failed meanwhile, it is made again.
+
+        Raises:
+            FormatError: a checksum is wrong, and the store did not move.
+        """
+        for _ in range(_ATTEMPTS):
+            if not self._file.is_current():
+                self._reopen()
+            snapshot = Snapshot(self._file, self._settled())
+            if snapshot.chosen.lost and not self._file.is_current():
+                continue  # a compaction has just put another file in its place
+            try:
+                answer = read(snapshot)
+                failure = None
+            except FormatError as error:
+                failure = error
+            now = self._settled().header
+            if failure is None and now.generation <= snapshot.header.generation + 1:
+                return answer
+            if failure is not None and now.commit_id == snapshot.header.commit_id and self._file.is_current():
+                try:
+                    raise failure
+                finally:
+                    failure = None  # which refers to this frame, and would keep in memory what was read
+        raise LockedError(self.path, "changes faster than it can be read")
+
+    def _settled(self) -> Chosen:
+        """The header; where it looks damaged, a second look tells a torn read from damage."""
+        for _ in range(20):
+            try:
+                chosen = self.choose(self._file)
+            except FormatError:
+                chosen = None
+            if chosen is not None and not chosen.in_doubt:
+                return chosen
+            time.sleep(0.001)
+        return self.choose(self._file)
+
+    def _reopen(self) -> None:
+        self._file.close()
+        self._file = open_file(self.path, place=self.place)
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[Change]:
+        """Changes the store: at the end of the block all is durable, after an exception nothing has changed.
+
+        Raises:
+            LockedError: another process is writing, and does not end.
+            FormatError: what would have to be changed is damaged.
+            StorageError: the operating system failed; the old state stands, or the new one does.
+        """
+        with self._locked() as file:
+            change = Change(file, self.choose(file))
+            yield change
+            commit = change.commit()
+            self.expect(commit)
+            self._copies = change.copies
+            for act in change.afterwards:
+                act()
+        if self.committed and commit != change.header.commit:
+            self.committed()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[File]:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            with open_file(self.path, writable=True, place=self.place) as file:
+                if file.lock_alone(_WRITER):
+                    # A compaction may have put another file in its place while we waited.
+                    if file.is_current():
+                        yield file
+                        return
+                elif time.monotonic() > deadline:
+                    raise LockedError(self.path, f"being written by {locks.holders(file)}")
+            time.sleep(random.uniform(0.001, 0.01))
+
+
+class Change:
+    """A store while it is being changed: areas are planned, then `commit` writes them and switches the header.
+
+    Attributes:
+        snapshot: the state it starts from.
+        table: its namespaces, to be changed.
+        generation: the number that the commit will have.
+        afterwards: what to do once it is durable.
+        copies: the header's copies, as far as they are known, and what they say.
+    """
+
+    def __init__(self, file: File, chosen: Chosen) -> None:
+        from dirtmap.engine.storefile.space import SpaceMap
+
+        self._file, self._chosen, self.copies = file, chosen, chosen.copies
+        self.snapshot = Snapshot(file, chosen)
+        header = self.header = chosen.header
+        self.table = self.snapshot.table()
+        root = self.snapshot.read(header.space, "space map")
+        self.space = SpaceMap(
+            file.path, header.cluster_size, header.clusters, root, self.snapshot.released(), self.snapshot.read
+        )
+        # Past a lost newest header, too, which had the next number.
+        self.generation = max(header.generation + (2 if chosen.in_doubt else 1), chosen.lost + 1)
+        self._writes: list[tuple[int, bytes | memoryview]] = []
+        self.afterwards: list[Callable[[], None]] = []
+
+    def place(self, data: bytes | memoryview) -> Area:
+        """Finds room for bytes, to be written by the commit."""
+        length = len(data)
+        if not length:
+            return Area()
+        cluster = self.space.take(ceil_div(length, self.header.cluster_size))
+        offset = cluster * self.header.cluster_size
+        self._writes.append((offset, data))
+        return Area(offset, length, crc32c.crc32c(data))
+
+    def release(self, area: Area) -> None:
+        """Gives up an area; it is reused once neither header slot refers to it."""
+        self.space.release(area)
+
+    def commit(self) -> Seen:
+        """Makes the change durable; nothing is written where nothing changed, and no commit is lost.
+
+        Returns:
+            The commit, or the one before.
+        """
+        old = self.header
+        table = self.table.seal(self.place, self.release, old.table)
+        if table == old.table and not self._chosen.lost and not self._writes:
+            return old.commit
+        if self.generation > store.MAX_GENERATION:
+            what = f"{old.generation} is so high that no commit can follow; copy its bitmaps into another store"
+            raise FormatError(f"{self._file.path}: header.generation", what)
+        space, released, writes = self.space.seal(old.space, old.released)
+        new = replace(
+            old,
+            generation=self.generation,
+            commit_id=uuid.uuid4().bytes,
+            clusters=self.space.clusters,
+            table=table,
+            bucket_bits=self.table.bucket_bits,
+            namespaces=self.table.count,
+            space=space,
+            released=released,
+            autoclear=0,
+        )
+        block = headers.build_block(new)
+        for number, data in self._chosen.mends:
+            self._file.write(number * store.BLOCK, data)
+        for offset, area in [*self._writes, *writes]:
+            self._file.write(offset, area)
+        self._file.sync()
+        for offset in headers.blocks_of(1 - self._chosen.slot):
+            self._file.write(offset, block)
+            self._file.sync()
+        self.copies = {**self.copies, block: new}
+        return new.commit
+
+
+def create(
+    path: str,
+    *,
+    cluster_bits: int = store.DEFAULT_CLUSTER_BITS,
+    store_uuid: bytes | None = None,
+    generation: int = 1,
+    doubt_generation: int = 0,
+) -> None:
+    """Makes an empty store.
+
+    Args:
+        path: must not exist.
+        cluster_bits: log2 of the cluster size in bytes, 12 to 21.
+        store_uuid: 16 bytes; a new one unless this store is to take another's place.
+        generation: of its first commit.
+        doubt_generation: see `Header`.
+
+    Raises:
+        StorageError: it exists, or cannot be made.
+    """
+    if not store.MIN_CLUSTER_BITS <= cluster_bits <= store.MAX_CLUSTER_BITS:
+        raise StorageError(path, f"a cluster of 2**{cluster_bits} bytes is outside 4 KiB to 2 MiB")
+    cluster = 1 << cluster_bits
+    first = ceil_div(store.RESERVED, cluster)
+    pointers = store.AREA.build(**Area()._asdict())
+    used = first + 3  # the table, a leaf, the space map's root
+    leaf = ((1 << used) - 1).to_bytes(cluster, "little")
+    leaf_offset = (first + 1) * cluster
+    root = store.LEAF.build(offset=leaf_offset, free=store.leaf_clusters(cluster) - used, checksum=crc32c.crc32c(leaf))
+    header = Header(
+        uuid=store_uuid or uuid.uuid4().bytes,
+        generation=generation,
+        commit_id=uuid.uuid4().bytes,
+        doubt_generation=doubt_generation,
+        cluster_bits=cluster_bits,
+        clusters=used,
+        table=Area(first * cluster, len(pointers), crc32c.crc32c(pointers)),
+        bucket_bits=0,
+        namespaces=0,
+        space=Area((first + 2) * cluster, len(root), crc32c.crc32c(root)),
+        released=Area(),
+    )
+    blocks = [headers.build_block(header), headers.build_block(replace(header, generation=generation + 1))]
+    with open_file(path, writable=True, create=True) as file:
+        try:
+            file.write(first * cluster, pointers)
+            file.write(leaf_offset, leaf)
+            file.write((first + 2) * cluster, root.ljust(cluster, b"\0"))
+            file.sync()
+            for slot, block in enumerate(blocks):
+                for offset in headers.blocks_of(slot):
+                    file.write(offset, block)
+            file.sync()
+        except BaseException:
+            remove_file(path)  # half a store is of no use, and would be in the way of the next attempt
+            raise
+    sync_folder(os.path.abspath(path))

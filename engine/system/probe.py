@@ -1,0 +1,55 @@
+"""Which kind of container a file is, by the magic numbers in it, and where an index is.
+
+An image has its magic at byte 0; a store in each of its four header copies, any of which is enough: damage to one must
+not hide a store.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from dirtmap.engine.system.file import File, open_file
+from dirtmap.fmt import qcow2
+
+# As ``--output=json`` and ``-f`` call them.
+QCOW2: Final = "qcow2"
+STORE: Final = "dirtmap"
+INDEX: Final = "index"
+
+
+def probe(file: File) -> str | None:
+    """`QCOW2`, `STORE`, or None: no container.
+
+    Raises:
+        StorageError: cannot be read.
+    """
+    if file.read(0, len(qcow2.MAGIC)) == qcow2.MAGIC:
+        return QCOW2
+    from dirtmap.fmt import store  # of no use to whoever has images only
+
+    copies = range(0, store.RESERVED, store.BLOCK)
+    return STORE if any(file.read(at, len(store.MAGIC)) == store.MAGIC for at in copies) else None
+
+
+def probe_path(path: str) -> str | None:
+    """As `probe`, of the file at that path.
+
+    Raises:
+        StorageError: cannot be opened or read.
+    """
+    with open_file(path) as file:
+        return probe(file)
+
+
+def index_folder(path: str) -> str | None:
+    """The folder of the index at that path, or of which it is the ``data.mdb``; None where there is no index.
+
+    Raises:
+        StorageError: cannot be opened or read.
+    """
+    if os.path.isfile(os.path.join(path, "data.mdb")):
+        return path
+    if os.path.basename(path) == "data.mdb" and os.path.isfile(path) and probe_path(path) is None:
+        return os.path.dirname(path) or "."
+    return None

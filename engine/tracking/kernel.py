@@ -1,0 +1,480 @@
+"""The kernel: how a mark gets into the bits, beside other marks, cuts and saves, and why none is lost.
+
+State. All that a mark needs is one `_State`: the current writeset's bits, the regions that the current log has, and
+the writes in flight. A *swap* replaces it whole: a cut by one with another writeset, a rotation by one with another
+log, the end by one that refuses. Who swaps reads the bits of the old state only after the swap.
+
+    mark   1  read the state            swap   1  replace the state
+           2  region not in its log?           2  a cut: wait for the old state's flights to end
+              log it, durably                  3  read the old bits
+           3  set the bit
+           4  the same state still? done.
+              no: begin again
+
+Between threads. Step 3 is one assignment to items of a bitarray: one call into C, which keeps the interpreter's lock
+from its first byte read to its last byte written. So of two threads that set bits of one byte none undoes the other's,
+as ``a[i] |= m`` would. Bits are only ever set while a writeset is current. Without that lock (free-threaded builds of
+Python) the kernel refuses to work.
+
+Between a mark and a swap. Where step 4 finds the same state, steps 2 and 3 came before the swap's step 1, and so before
+its step 3: the bit is in what the cut ends or the save writes, and its region in the log before that. Where it finds
+another, all of it is done again in that one; that the bit is then in the older interval, too, makes a clean granule
+dirty, never a dirty one clean. So when a mark returns, its bit is in a writeset that was current after it was called,
+and is durable in a save or has its region in a log that is newer than that save.
+No mark may skip step 2 because its bit is set already: that bit may be another thread's, which has set it just after
+the snapshot of a save and is only about to log its region in the new log.
+
+Between a write and a cut. `begin` adds the write to the state's flights, then looks whether the state is still the
+same; if not it moves to the new one. So a write either is in the flights before a cut swaps, and the cut waits for it,
+or is of the new interval, bit and flight. `mark` alone has no end, so no cut can wait for its write.
+
+Between a mark and the end. The end sets the failure, then swaps, then reads the bits to save them. A mark looks for a
+failure behind its step 1: so either its state is the old one, and it finds another at step 4 if it came too late, or
+it finds the failure.
+
+Within one thread. A signal's handler, or a finalizer, may mark between any two operations of a mark, a swap or a save.
+Steps 1 to 4 keep nothing but what they have read of the state, and step 4 sees every swap. A log gives each place out
+once, and is replaced whole; so a record goes to the old log or the new one, and over no other. Acts that take the
+windows apart are not begun in the middle of another of the same thread: see `Recorder`.
+
+Killed anywhere. The bits are in shared memory of a tmpfs: what step 3 has set stays set. Nothing there needs a second
+step to count.
+
+The fast way. `mark` as users call it is a closure with cells of its own for what steps 1 to 4 use, for writes inside
+one granule and a region that is known to be logged; all else goes the slow way, which is as above. A swap replaces the
+cell of the regions first and that of the bits last. A mark that has read the old bits and finds them unchanged at the
+end has set its bit before the swap was over, and its region was in the old log or the new one; one that has read the
+new bits sees the new regions. Each swap makes a new bitarray over the same memory, so that the cell of the bits alone
+tells whether there was one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Final, SupportsIndex
+
+import numpy as np
+from bitarray import bitarray
+from numpy.typing import NDArray
+
+from dirtmap.engine.model import bits as kernels
+from dirtmap.engine.model.bitmap import as_int64
+from dirtmap.engine.session.intent import IntentLog
+from dirtmap.engine.session.livefile import BARE, EVENT, IN_FLIGHT, LOGGED, POISONED, WRITES, Control, Flights, Writeset
+from dirtmap.fmt.errors import BitmapError, Error, RangeError, SyncError, UnsupportedError
+
+Mark = Callable[[int, int], None]
+_Swap = Callable[[bitarray | None, set[int]], None]
+# Below that many ranges, one by one is cheaper.
+_FEW: Final = 128
+_PATIENCE_SECONDS: Final = 0.05  # a cut that waits looks again so often, whoever forgot to wake it
+
+
+class Ticket:
+    """A write that has begun; see `Kernel.begin`. One that nobody has any more, though not ended, is lost."""
+
+    __slots__ = ("_kernel", "flights", "number", "thread")
+
+    def __init__(self, kernel: Kernel, thread: int | None = None) -> None:
+        self._kernel = kernel
+        self.number = next(kernel.numbers)
+        self.thread = thread  # the one that is to end it, where it is known
+        self.flights: Flights = {}
+
+    def end(self) -> None:
+        """See `Kernel.end`."""
+        self._kernel.end(self)
+
+    def __del__(self) -> None:
+        # No more than that: it may come at any time, in the middle of anything.
+        if self.number in self.flights:
+            self._kernel.lost.append((self.flights, self.number))
+
+
+class _State:
+    """What marks use until the next swap; never changed but for ``logged`` and ``flights``, which only grow and shrink.
+
+    Attributes:
+        writeset: the current one.
+        bits: a view of its bits.
+        flights: the writes that have begun in it and not ended.
+        logged: the regions that are in the current log.
+    """
+
+    __slots__ = ("bits", "flights", "logged", "writeset")
+
+    def __init__(self, writeset: Writeset, logged: set[int]) -> None:
+        self.writeset, self.logged = writeset, logged
+        self.bits, self.flights = writeset.view(), writeset.flights
+
+
+class Kernel:
+    """Marks writes of a disk of ``size`` bytes.
+
+    Args:
+        where: names the tracker in errors.
+        size: of the disk, bytes.
+        writeset: the first one.
+        region_bits: log2 of a region, bytes; no smaller than a granule.
+        log: the intent log, or None: nothing is logged.
+        control: the tracker's control file.
+
+    Attributes:
+        mark: see `Tracker.mark`.
+        failure: why every further call is refused, or None.
+        numbers: of tickets.
+        lost: tickets that nobody has any more: their flights, and their number there.
+        guard: held to change the log or the state; never by a mark whose region is logged.
+    """
+
+    mark: Mark
+
+    def __init__(
+        self, where: str, size: int, writeset: Writeset, region_bits: int, log: IntentLog | None, control: Control
+    ) -> None:
+        if not getattr(sys, "_is_gil_enabled", lambda: True)():
+            raise UnsupportedError(where, "this Python has no interpreter lock, which marks rely on")
+        self.where, self.size, self.region_bits = where, size, region_bits
+        self.failure: Error | None = None
+        self._log, self._control = log, control.fields
+        self.guard = threading.RLock()
+        self._state = _State(writeset, set())
+        self.numbers = itertools.count()
+        self.lost: list[tuple[Flights, int]] = []
+        self._flying: set[int] = set()
+        self._landed = threading.Condition()
+        self._waiting = 0
+        self._swap_fast: _Swap
+        self._known: set[int] = set()
+        self._install()
+
+    # What a tool calls.
+
+    def begin(self, offset: SupportsIndex, length: SupportsIndex, ticket: Ticket | None = None) -> Ticket:
+        """Marks a write that is about to begin, and has every later cut wait for its `end`.
+
+        Args:
+            offset: bytes from the start of the disk.
+            length: bytes.
+            ticket: a new one of the caller's, who can end it even if this call is interrupted.
+
+        Raises:
+            RangeError: not inside the disk; nothing is marked.
+            StorageError: its region could not be logged; the write must not be made.
+        """
+        offset, end = self._range(offset, length)
+        ticket, control = ticket or Ticket(self), self._control
+        number, flight = ticket.number, (offset, end, ticket.thread)
+        try:
+            self._flying.add(number)
+            while True:
+                state = self._state
+                ticket.flights = state.flights  # first: whatever happens in between, `end` finds it there
+                state.flights[number] = flight
+                if state is self._state:
+                    break
+                state.flights.pop(number, None)
+            self._set(offset, end)
+        except BaseException:
+            self.end(ticket)
+            raise
+        control[IN_FLIGHT] = len(self._flying)
+        control[EVENT] = time.time_ns()
+        control[WRITES] += 1  # two threads may count one write; it is for people to look at
+        return ticket
+
+    def end(self, ticket: Ticket) -> None:
+        """The write has ended, well or not; twice is as good as once."""
+        control = self._control
+        ticket.flights.pop(ticket.number, None)
+        self._flying.discard(ticket.number)
+        control[EVENT] = time.time_ns()
+        control[IN_FLIGHT] = len(self._flying)
+        if self._waiting:
+            with self._landed:
+                self._landed.notify_all()
+
+    def mark_many(self, offsets: Iterable[SupportsIndex], lengths: Iterable[SupportsIndex]) -> None:
+        """As `mark` for each offset and its length, all or none. Errors as `begin`."""
+        offset, length = as_int64(offsets), as_int64(lengths)
+        if offset.shape != length.shape:
+            raise RangeError(self.where, f"{len(offset)} offsets and {len(length)} lengths")
+        if offset.size and (
+            int(offset.min()) < 0 or int(length.min()) < 0 or bool(np.any(offset > self.size - length))
+        ):
+            bad = int(np.flatnonzero((offset < 0) | (length < 0) | (offset > self.size - length))[0])
+            self._range(offset[bad], length[bad])  # raises
+        self.require_usable()
+        self._control[BARE] = 1
+        if len(offset) < _FEW:
+            for one, size in zip(offset.tolist(), length.tolist(), strict=True):
+                self._set(one, one + size)
+            return
+        if int(length.min()) == 0:
+            offset, length = offset[length > 0], length[length > 0]
+        last = offset + length
+        last -= 1
+        while True:
+            state = self._state
+            self.require_usable()  # behind the read of the state: see the module's head, "Between a mark and the end"
+            if not self._log_many(state, offset, last):
+                continue
+            self._set_many(state, offset, last)
+            if state is self._state:
+                return
+
+    # What the tracker calls; one thread at a time.
+
+    def swap(self, writeset: Writeset | None = None, *, rotate: bool = False) -> Writeset:
+        """Replaces the state: by another writeset, another log, or both; see the module's head.
+
+        Returns:
+            The writeset that was current.
+        """
+        with self.guard:
+            return self._swap(writeset, rotate)
+
+    def refuse_own(self, writesets: Iterable[Writeset]) -> None:
+        """Refuses to wait for writes that cannot end while this thread waits.
+
+        Raises:
+            BitmapError: one of those in flight is this thread's own.
+        """
+        me = threading.get_ident()
+        for writeset in writesets:
+            if any(thread == me for _, _, thread in list(writeset.flights.values())):
+                raise BitmapError(self.where, "a cut inside a write of the same thread would wait for itself")
+
+    def drain(self, writesets: Iterable[Writeset]) -> None:
+        """Waits for the writes that have begun in writesets that are no longer current, or for the tracker's end.
+
+        Nobody can end a write whose ticket is lost, say by Ctrl-C. It is marked again, in the new interval, and not
+        waited for: to whichever it belongs, it is there.
+        """
+        with self._landed:
+            self._waiting += 1
+            try:
+                while any(writeset.flights for writeset in writesets):
+                    while self.lost:
+                        flights, number = self.lost[0]
+                        if flight := flights.get(number):
+                            self._set(flight[0], flight[1])
+                        flights.pop(number, None)
+                        self._flying.discard(number)
+                        self._control[IN_FLIGHT] = len(self._flying)
+                        del self.lost[0]
+                    self._landed.wait(_PATIENCE_SECONDS)
+                    self.require_usable()
+            finally:
+                self._waiting -= 1
+
+    def refuse(self, failure: Error) -> None:
+        """Has every further call fail."""
+        with self.guard:
+            self.failure = self.failure or failure
+            self._swap(None, False)
+
+    def abandon(self, failure: Error) -> None:
+        """As `refuse`, in a forked child.
+
+        Another thread of the parent may have held the locks, for ever now; and the control file is the parent's, who
+        says there what the parent does.
+        """
+        self.guard, self._landed, self.failure = threading.RLock(), threading.Condition(), failure
+        self._control = memoryview(bytearray(len(self._control) * 8)).cast("Q")
+        self._swap(None, False)
+
+    def require_usable(self) -> None:
+        """Refuses every call once there is a failure, each with an error of its own: one would gather all tracebacks.
+
+        Raises:
+            Error: the failure.
+        """
+        if failure := self.failure:
+            raise type(failure)(failure.where, failure.what)
+
+    @property
+    def logged(self) -> int:
+        """How many regions the current log has."""
+        return len(self._state.logged)
+
+    @property
+    def in_flight(self) -> int:
+        """How many writes have begun and not ended; those of lost tickets do not count."""
+        return len(self._flying) - len(self.lost)
+
+    @property
+    def bare(self) -> bool:
+        """True once there were marks whose writes have no end that we hear of."""
+        return bool(self._control[BARE])
+
+    # How.
+
+    def _swap(self, writeset: Writeset | None, rotate: bool) -> Writeset:
+        old = self._state
+        if rotate and self._log:
+            self._log.rotate()
+            self._control[LOGGED] = 0
+        state = _State(writeset or old.writeset, set() if rotate else old.logged)
+        if rotate or self.failure:
+            self._known = set()
+        if state.writeset.granularity_bits != old.writeset.granularity_bits:
+            self._swap_fast(bitarray(), set())  # what was bound before goes the slow way from now on
+            self._state = state
+            self._install()
+        else:
+            self._swap_fast(None, self._known)
+            self._state = state
+            self._swap_fast(state.bits, self._known)
+        return old.writeset
+
+    def _install(self) -> None:
+        """Makes `mark` for the current state."""
+        state = self._state
+        shift = state.writeset.granularity_bits
+        self._known = set()
+        self.mark, self._swap_fast = _make_mark(
+            state.bits, self._known, shift, self.region_bits - shift, self._mark_slowly
+        )
+
+    def _mark_slowly(self, offset: SupportsIndex, length: SupportsIndex) -> None:
+        offset, end = self._range(offset, length)
+        self._control[BARE] = 1
+        known = self._known
+        self._set(offset, end)
+        # The region that ends with a granule cut short is never known to the fast way, which does not look at the
+        # disk's size.
+        whole = self.size >> self._state.writeset.granularity_bits
+        per_region = self.region_bits - self._state.writeset.granularity_bits
+        region = offset >> self.region_bits
+        if end > offset and self.failure is None and (region + 1) << per_region <= whole:
+            with self.guard:
+                if known is self._known and region in self._state.logged:
+                    known.add(region)
+
+    def _set(self, offset: int, end: int) -> None:
+        """Steps 1 to 4."""
+        if offset == end:
+            self.require_usable()
+            return
+        first_region, last_region = offset >> self.region_bits, (end - 1) >> self.region_bits
+        while True:
+            state = self._state
+            if self.failure:
+                self.require_usable()
+            for region in range(first_region, last_region + 1):
+                if region not in state.logged and not self._log_regions(state, range(region, last_region + 1)):
+                    break
+            else:
+                shift = state.writeset.granularity_bits
+                state.bits[offset >> shift : ((end - 1) >> shift) + 1] = 1
+                if state is self._state:
+                    return
+
+    def _log_regions(self, state: _State, regions: Iterable[int]) -> bool:
+        """Makes regions durable in the log of that state; False where it is no longer the state."""
+        with self.guard:
+            self.require_usable()
+            if state is not self._state:
+                return False
+            missing = [region for region in regions if region not in state.logged]
+            if missing and self._log:
+                try:
+                    self._log.append(missing)
+                except SyncError as error:
+                    self._fail(error)
+                    raise
+            state.logged.update(missing)
+            self._control[LOGGED] = len(state.logged)
+            return True
+
+    def _fail(self, error: SyncError) -> None:
+        """Has every further call fail, and recovery believe neither the live files nor the process; with the guard."""
+        self._control[POISONED] = 1
+        self.failure = SyncError(self.where, f"not used any more after a failed sync ({error})")
+        self._swap(None, False)
+
+    def poison(self, error: SyncError) -> None:
+        """As after a failed sync of the log, for one of the store, be the tracker about to end or not."""
+        with self.guard:
+            if not isinstance(self.failure, SyncError):
+                self._fail(error)
+
+    def beat(self, log: IntentLog, time: int) -> None:
+        """Writes a sign of life to the log. Errors as `IntentLog.beat`; a failed sync poisons.
+
+        With the guard: the kernel tells of a failed write once, to the first sync of that file, and what a mark has
+        written must be for that mark's own sync to hear of.
+        """
+        with self.guard:
+            self.require_usable()
+            try:
+                log.beat(time)
+            except SyncError as error:
+                self._fail(error)
+                raise
+
+    def _log_many(self, state: _State, offset: NDArray[np.int64], last: NDArray[np.int64]) -> bool:
+        words = kernels.zeros((self.size >> self.region_bits) + 1)
+        kernels.scatter(words, offset >> self.region_bits, last >> self.region_bits)
+        touched = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+        missing = [region for region in touched if region not in state.logged]
+        return not missing or self._log_regions(state, missing)
+
+    def _set_many(self, state: _State, offset: NDArray[np.int64], last: NDArray[np.int64]) -> None:
+        """Sets the bits in memory of our own, and ORs that into the writeset.
+
+        The OR is bitarray's: one call under the interpreter's lock. numpy gives the lock up in long loops, and what
+        other threads set meanwhile in a word that it has read would be gone.
+        """
+        shift = state.writeset.granularity_bits
+        # As long as the bits, which come in whole words.
+        words = kernels.zeros(len(state.bits))
+        kernels.scatter(words, offset >> shift, last >> shift)
+        own = bitarray(buffer=words.data, endian="little")
+        into = state.bits
+        into |= own
+
+    def _range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
+        offset, length = operator.index(offset), operator.index(length)
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise RangeError(self.where, f"{length} bytes at {offset} are not inside a disk of {self.size} bytes")
+        return offset, offset + length
+
+
+def _make_mark(
+    bits: bitarray, known: set[int], shift: int, per_region: int, slowly: Callable[[SupportsIndex, SupportsIndex], None]
+) -> tuple[Mark, _Swap]:
+    """The fast way, and what swaps it: the regions alone where the bits are None.
+
+    Cells of a closure take half the time of an object's attributes.
+    """
+    granularity = 1 << shift
+    inside = granularity - 1
+
+    def mark(offset: int, length: int) -> None:
+        """Makes every granule dirty that has a byte in the range; see `Tracker.mark`."""
+        into = bits
+        try:
+            first = offset >> shift
+            # No sum: numpy's integers would wrap.
+            if 0 < length <= granularity - (offset & inside) and first >> per_region in known:
+                into[first] = 1
+                if into is bits:
+                    return
+        except OverflowError:
+            pass  # numpy's integer of a few bits
+        slowly(offset, length)
+
+    def swap(new_bits: bitarray | None, new_known: set[int]) -> None:
+        nonlocal bits, known
+        known = new_known
+        if new_bits is not None:
+            bits = new_bits
+
+    return mark, swap
