@@ -89,6 +89,8 @@ LOG = Structure(
 )
 BEAT = Structure("beat", "time" / Int64ub, "reserved" / Int32ub, "checksum" / Int32ub)
 BEATS = (PAGE, PAGE + 512)  # where they are, used in turn
+TALLY = Structure("tally", "number" / Int64ub, "count" / Int32ub, "checksum" / Int32ub)
+TALLIES = (PAGE + 1024, PAGE + 1536)  # where they are: for logs of even number, and of odd
 AREAS = 2 * PAGE  # where the first area begins
 LOG_RECORD = Structure("logged region", "region" / Int32ub, "checksum" / Int32ub)
 _SEED = Structure("log seed", "uuid" / Bytes(16), "number" / Int64ub)
@@ -97,6 +99,7 @@ MIN_REGION_BITS = 20
 MAX_REGION_BITS = 63
 MAX_REGIONS = 1 << 20
 DEFAULT_REGIONS = 2048  # a disk has at most that many, unless it is told otherwise, and at least half of them
+MAX_LOG = (1 << 62) - 1  # the number of a log that a session may name
 MAX_PATH = 4096
 
 
@@ -252,17 +255,14 @@ def record_seed(uuid: bytes, number: int) -> int:
     return int(crc32c.crc32c(_SEED.build(uuid=uuid, number=number)))
 
 
+def log_seed_head(uuid: bytes, high: int) -> int:
+    """The checksum that `record_seed` has reached before the low 32 bits of the log's number, of these high ones."""
+    return int(crc32c.crc32c(_SEED.build(uuid=uuid, number=high << 32)[:-4]))
+
+
 def build_log_record(seed: int, region: int) -> bytes:
     """One logged region."""
     return LOG_RECORD.build(region=region, checksum=crc32c.crc32c(region.to_bytes(4, "big"), seed))
-
-
-def parse_log_records(data: bytes, seed: int) -> Iterator[int]:
-    """The regions of all sound records; others are of older logs, or were never finished."""
-    for at in range(0, len(data) - LOG_RECORD.size + 1, LOG_RECORD.size):
-        region, checksum = data[at : at + 4], data[at + 4 : at + 8]
-        if crc32c.crc32c(region, seed) == int.from_bytes(checksum, "big"):
-            yield int.from_bytes(region, "big")
 
 
 def build_log(uuid: bytes, intent: int, bits: int, regions: int) -> bytes:
@@ -283,3 +283,25 @@ def parse_beat(uuid: bytes, data: bytes) -> int:
     if len(data) < BEAT.size or crc32c.crc32c(data[: BEAT.size - 4], crc32c.crc32c(uuid)) != BEAT.parse(data).checksum:
         return 0
     return int(BEAT.parse(data).time)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How many records of a log were durable when it was written: the log's ``number``, and their ``count``."""
+
+    number: int
+    count: int
+
+
+def build_tally(uuid: bytes, number: int, count: int) -> bytes:
+    """The bytes of a tally of the session with that UUID."""
+    bare = TALLY.build(number=number, count=count, checksum=0)[:-4]
+    return bare + int(crc32c.crc32c(b"tally" + uuid + bare)).to_bytes(4, "big")
+
+
+def parse_tally(uuid: bytes, data: bytes) -> Tally | None:
+    """A tally of the session with that UUID, or None where it is not whole."""
+    raw = TALLY.parse(data)
+    if build_tally(uuid, raw.number, raw.count) != data:
+        return None
+    return Tally(raw.number, raw.count)

@@ -83,7 +83,7 @@ def decide(facts: Facts) -> tuple[Row, str]:
     lost = "a sync of the tracker had failed" if facts.poisoned else "the live file is gone, as after a power loss"
     if facts.log:
         return Row.LOGGED, f"{lost}; dirty is what was saved, and every region that was logged since"
-    return Row.ALL_DIRTY, f"{lost}, and there is no log of regions"
+    return Row.ALL_DIRTY, f"{lost}, and no log of regions can be relied on"
 
 
 def session_of(record: Record) -> live.Session | None:
@@ -127,7 +127,7 @@ class SessionView:
         row: of the table.
         why: in words, one line.
         found: the live files, or None.
-        logged: the regions that the log has; None where it was not kept, or cannot be read.
+        logged: the regions that the log has; None where it was not kept, cannot be read, or is damaged.
         identity: of the image now; None where it cannot be looked at or has none.
     """
 
@@ -155,7 +155,7 @@ class SessionView:
             same_boot=session.boot_id == boot_id(),
             live=self.found is not None,
             poisoned=self.found is not None and bool(self.found.poisoned),
-            log=log is not None and session.intent == live.INTENT_REGION,
+            log=log is not None and log.regions is not None and session.intent == live.INTENT_REGION,
         )
         self.row, self.why = decide(facts)
         self._record = record
