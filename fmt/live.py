@@ -49,7 +49,7 @@ WINDOW_BUSY = 1 << 0
 INTENT_OFF = 0
 INTENT_REGION = 1
 
-CONTROL_MAGIC = b"DMLCTRL1"
+CONTROL_MAGIC = b"DMLCTRLC"
 CONTROL = Structure(
     "control file",
     "magic" / Bytes(8),
@@ -64,6 +64,7 @@ CONTROL = Structure(
     "logged" / Int64un,
     "image_device" / Int64un,
     "image_inode" / Int64un,
+    "clock" / Int64un,
 )
 WRITESET_MAGIC = b"DMLBITS1"
 WRITESET = Structure(
@@ -99,6 +100,7 @@ MIN_REGION_BITS = 20
 MAX_REGION_BITS = 63
 MAX_REGIONS = 1 << 20
 DEFAULT_REGIONS = 2048  # a disk has at most that many, unless it is told otherwise, and at least half of them
+MAX_INTERVALS = 1 << 14  # that are not saved whole
 MAX_LOG = (1 << 62) - 1  # the number of a log that a session may name
 MAX_PATH = 4096
 

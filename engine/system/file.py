@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from dirtmap.fmt.errors import StorageError, SyncError
 
@@ -185,6 +185,17 @@ class File:
             self._poisoned = str(failed)
             raise SyncError(failed.where, failed.what) from error
 
+    def write_back(self) -> None:
+        """Has the kernel write what others have written to the file, so that it notices when they write again.
+
+        Raises:
+            StorageError: it could not.
+        """
+        try:
+            os.fdatasync(self.fd)
+        except _FAILURES as error:
+            raise self._failed("write back", error) from error
+
     def lock(self, offset: int) -> None:
         """Takes a shared open-file-description lock on one byte (never waits: QEMU takes shared ones only)."""
         try:
@@ -301,12 +312,29 @@ def create_live(path: str, size: int) -> mmap.mmap:
         raise _failure(path, "live file", error) from error
 
 
-def read_live(path: str) -> bytes | None:
-    """A live file as it is now; None where there is none. Copied, not mapped: nobody can cut it off under us."""
+def read_live(path: str, size_of: Callable[[bytes], int | None]) -> bytearray | None:
+    """A live file as it is now. Copied, not mapped: nobody can cut it off under us.
+
+    Args:
+        path: of the file.
+        size_of: which size, in bytes, a file with these first 4096 bytes has to have; None: it is none.
+
+    Returns:
+        None where there is none, or where it has another size: then the rest of it is not read.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        try:
+            status = os.fstat(fd)
+            size = size_of(os.pread(fd, mmap.PAGESIZE, 0)) if stat.S_ISREG(status.st_mode) else None
+            if size is None or status.st_size != size:
+                return None
+            data, done = bytearray(size), 0
+            while done < size and (step := os.preadv(fd, [memoryview(data)[done:]], done)):
+                done += step
+            return data if done == size else None
+        finally:
+            os.close(fd)
     except (OSError, ValueError):
         return None
 
