@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.fmt import live, store
-from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
+from dirtmap.fmt.errors import Error
 from dirtmap.fmt.live import Peer
 from dirtmap.fmt.store import Identity, Record
 
@@ -73,7 +73,7 @@ def find(path: str, peer: Peer, session: bytes, *, of_node: bool) -> Found:
     try:
         with Store(path_of(path, peer)) as target:
             record = target.record(peer.name)
-    except (FormatError, LockedError, StorageError):
+    except Error:
         return Found(None, True)
     if record is None or record.uuid != peer.uuid or (record.kind == store.KIND_DEVICE) != of_node:
         return Found(None, False)
