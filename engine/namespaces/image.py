@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine.model.namespace import LEFT_IN_USE, BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
 from dirtmap.engine.model.naming import decode_name, encode_name, label
+from dirtmap.engine.qcow2.datafile import misfit
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
@@ -63,6 +64,8 @@ def _describe(file: File, layout: Layout) -> ImageInfo:
         notes.append("its bitmaps are void: software that does not know them has changed the image")
     if layout.tracked:
         notes.append("tracked, with its bitmaps in another store; say which with --store")
+    if resized := misfit(layout):
+        notes.append(resized)
     return ImageInfo(
         path=file.path,
         format=FORMAT,

@@ -19,6 +19,7 @@ from dirtmap.engine.model.bitmap import INCONSISTENT
 from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport
 from dirtmap.engine.namespaces.image import FORMAT
 from dirtmap.engine.qcow2.commit import Kept, commit, require_writable, set_refcounts
+from dirtmap.engine.qcow2.datafile import misfit
 from dirtmap.engine.qcow2.layout import bitmap_label, read_layout
 from dirtmap.engine.qcow2.refcounts import Refcounts
 from dirtmap.engine.qcow2.references import References, Runs, walk
@@ -102,6 +103,8 @@ class _Check:
                 report.found(NOTE, bitmap_label(slot.entry.name), what)
         if layout.extension and not layout.valid:
             report.found(NOTE, "bitmaps extension", "void: its autoclear bit is clear; QEMU will drop it")
+        if resized := misfit(layout):
+            report.found(NOTE, "external data file", resized)
         try:
             references = walk(self.file, layout, progress=self.progress)
             for fault in references.faults:
