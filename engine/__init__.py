@@ -34,22 +34,24 @@ if TYPE_CHECKING:
     from dirtmap.engine.host.registry import Host
     from dirtmap.engine.host.scan import scan
     from dirtmap.engine.model.bitmap import Bitmap
-    from dirtmap.engine.model.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+    from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery
+    from dirtmap.engine.model.namespace import Namespace
     from dirtmap.engine.model.report import CheckReport, Finding
+    from dirtmap.engine.model.transaction import Transaction
     from dirtmap.engine.tracking.tracker import Tracker
 
 _HOMES = {
     "Bitmap": "model.bitmap",
-    "BitmapInfo": "model.namespace",
+    "BitmapInfo": "model.infos",
     "CheckReport": "model.report",
     "Finding": "model.report",
     "Host": "host.registry",
-    "ImageInfo": "model.namespace",
+    "ImageInfo": "model.infos",
     "Lookup": "host.lookup",
     "Namespace": "model.namespace",
-    "Recovery": "model.namespace",
+    "Recovery": "model.infos",
     "Tracker": "tracking.tracker",
-    "Transaction": "model.namespace",
+    "Transaction": "model.transaction",
     "check": "host.opening",
     "describe": "host.opening",
     "dump": "host.opening",

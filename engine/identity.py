@@ -167,7 +167,7 @@ def carries(record: Record) -> bool:
     Raises:
         StorageError: it cannot be read.
     """
-    from dirtmap.engine.namespaces.image import read_identity
+    from dirtmap.engine.qcow2.reading import read_identity
 
     found = read_identity(os.fsdecode(record.path))
     return found is not None and uuid.UUID(found[1]).bytes == record.uuid

@@ -25,7 +25,7 @@ from dirtmap.engine.host.registry import Host
 from dirtmap.engine.host.scan import scan
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import changes
-from dirtmap.engine.namespaces.stored import transaction
+from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store

@@ -20,7 +20,8 @@ import pytest
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import changes
 from dirtmap.engine.model.bitmap import Bitmap
-from dirtmap.engine.namespaces.stored import StoredImage, transaction
+from dirtmap.engine.namespaces.changing import transaction
+from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import geometry, store
 

@@ -11,7 +11,7 @@ from support.tracking import GRANULE, make_node, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
-from dirtmap.engine.model.namespace import Transaction
+from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt.directory import FLAG_AUTO

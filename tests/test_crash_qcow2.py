@@ -21,7 +21,7 @@ from support.craft import Craft
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
-from dirtmap.engine.model.namespace import Transaction
+from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces.image import Image
 from dirtmap.engine.qcow2.check import check
 from dirtmap.fmt import qcow2

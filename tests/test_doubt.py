@@ -12,7 +12,7 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.namespaces.condition import read_entries
+from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Change, Store
 
 MIB = 1 << 20

@@ -15,10 +15,10 @@ import dirtmap.engine as dm
 from dirtmap.engine.identity import lasting_identity
 from dirtmap.engine.model import changes
 from dirtmap.engine.namespaces import nodes
-from dirtmap.engine.namespaces.condition import read_entries
 from dirtmap.engine.namespaces.image import Image
 from dirtmap.engine.namespaces.nodes import add_node, add_qcow2, remove_node
 from dirtmap.engine.namespaces.stored import StoredImage
+from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Store, create
 
 MIB = 1 << 20

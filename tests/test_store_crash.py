@@ -21,12 +21,13 @@ from support.store_crash import Judge, Reader
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
-from dirtmap.engine.model.namespace import Transaction
+from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces import compact, nodes
-from dirtmap.engine.namespaces.condition import read_entries
+from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.namespaces.store_check import check
-from dirtmap.engine.namespaces.stored import StoredImage, describe_store, transaction
+from dirtmap.engine.namespaces.stored import StoredImage, describe_store
+from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.storefile.header import Seen
 from dirtmap.engine.system import file as fileio

@@ -17,9 +17,10 @@ from support.store_crash import Judge, contents
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
+from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.namespaces.compact import compact
 from dirtmap.engine.namespaces.nodes import add_node
-from dirtmap.engine.namespaces.stored import StoredImage, transaction
+from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File

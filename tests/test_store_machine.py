@@ -32,11 +32,13 @@ from support.quick import Quick
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
-from dirtmap.engine.model.namespace import Namespace, Transaction
+from dirtmap.engine.model.namespace import Namespace
+from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces import nodes
+from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.namespaces.compact import compact
 from dirtmap.engine.namespaces.nodes import add_node
-from dirtmap.engine.namespaces.stored import StoredImage, transaction
+from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.fmt import store as fmt_store

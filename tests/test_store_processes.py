@@ -31,10 +31,12 @@ from support import store_crash
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
+from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.namespaces.compact import compact
-from dirtmap.engine.namespaces.condition import bitmap_of, read_entries
+from dirtmap.engine.namespaces.condition import bitmap_of
 from dirtmap.engine.namespaces.nodes import add_node
-from dirtmap.engine.namespaces.stored import StoredImage, transaction
+from dirtmap.engine.namespaces.stored import StoredImage
+from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File

@@ -24,7 +24,7 @@ from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, mo
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import bits, changes
-from dirtmap.engine.model.namespace import Transaction
+from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.session.livefile import IN_FLIGHT, Writeset
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.tracking.home import Home

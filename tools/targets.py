@@ -62,7 +62,7 @@ def address(target: Target) -> dict[str, str]:
     place = locate(target)
     if place.node is not None:
         return {"filename": place.path, "device" if place.is_device else "node": place.node}
-    from dirtmap.engine.namespaces.image import read_identity
+    from dirtmap.engine.qcow2.reading import read_identity
 
     identity = read_identity(place.path)
     return {"filename": place.path} | ({"node": identity[0]} if identity else {})

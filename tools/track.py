@@ -17,7 +17,7 @@ from dirtmap.tools.sizes import human_share, human_size
 from dirtmap.tools.targets import address
 
 if TYPE_CHECKING:
-    from dirtmap.engine.session.status import Status
+    from dirtmap.engine.model.infos import Status
 
 _REFRESH_SECONDS = 0.5
 

@@ -12,8 +12,8 @@ from dirtmap.engine.host.registry import Host
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import encode_name
-from dirtmap.engine.namespaces.condition import read_entries
 from dirtmap.engine.namespaces.image import Image
+from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Snapshot, Store
 from dirtmap.fmt.errors import BitmapError, Error
 from dirtmap.fmt.index import KIND_STORE, Claim

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from dirtmap.engine.model.namespace import ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.model.infos import ImageInfo, Recovery
+from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import encode_name
+from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.system.file import open_file
 from dirtmap.engine.system.probe import STORE, index_folder, probe, probe_path
 from dirtmap.fmt.errors import (
@@ -239,7 +241,7 @@ def _tracked(path: str, here: _HostOf, identity: tuple[str, str] | None = None) 
     if not here.exists():
         return None
     if identity is None:
-        from dirtmap.engine.namespaces.image import read_identity
+        from dirtmap.engine.qcow2.reading import read_identity
 
         identity = read_identity(path)
     if identity is None:
@@ -307,7 +309,7 @@ def describe(
 
             with here().opened(place.path) as opened:
                 return describe_store(opened)
-        from dirtmap.engine.namespaces.image import describe
+        from dirtmap.engine.qcow2.reading import describe
 
         try:
             info = describe(file, force_share=force_share)
@@ -357,8 +359,8 @@ def transaction(
         with open(places[first], store=store, index=index, force_share=True) as image, image.transaction() as bitmaps:
             yield dict.fromkeys(places, bitmaps)
         return
-    from dirtmap.engine.namespaces.condition import settle_device
-    from dirtmap.engine.namespaces.stored import transaction as store_transaction
+    from dirtmap.engine.namespaces.changing import transaction as store_transaction
+    from dirtmap.engine.namespaces.recover import settle_device
 
     here = _host_of(first, store, index)()
     with here.opened(places[first].path) as target_store:
@@ -393,7 +395,9 @@ def recover(
             return image.recover(names)
     if probe_path(place.path) == STORE:
         raise _a_whole_store(place.path)
-    from dirtmap.engine.namespaces.image import Keeper, read_identity, recover
+    from dirtmap.engine.namespaces.image import recover
+    from dirtmap.engine.namespaces.place import Keeper
+    from dirtmap.engine.qcow2.reading import read_identity
 
     if (tracked := _tracked(place.path, here)) is not None:
         with tracked:

@@ -12,14 +12,17 @@ from dataclasses import replace
 
 from dirtmap.engine.host.resolver import Found, Names
 from dirtmap.engine.identity import identity_of, identity_of_disk, lasting_identity
-from dirtmap.engine.model.namespace import ImageInfo
+from dirtmap.engine.model.infos import ImageInfo
 from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces import devices, nodes
-from dirtmap.engine.namespaces.condition import checkpoints_of, refuse_tracked, with_checkpoints
-from dirtmap.engine.namespaces.image import Image, Keeper, read_identity
-from dirtmap.engine.namespaces.stored import held_by, holding
+from dirtmap.engine.namespaces.condition import refuse_tracked
+from dirtmap.engine.namespaces.image import Image
+from dirtmap.engine.namespaces.place import Keeper, holding
+from dirtmap.engine.qcow2.reading import read_identity
+from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
 from dirtmap.engine.storefile.deferred import afterwards, changing_a_store
 from dirtmap.engine.storefile.file import Change, Store
+from dirtmap.engine.storefile.holds import held_by
 from dirtmap.engine.system.file import is_same_file
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, Error, StorageError, printable

@@ -19,7 +19,7 @@ from dirtmap.engine.index.reading import Container
 from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces import nodes
 from dirtmap.engine.namespaces.devices import Root
-from dirtmap.engine.namespaces.image import read_identity, require_header
+from dirtmap.engine.qcow2.reading import read_identity, require_header
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import index as layout

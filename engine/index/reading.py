@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from dirtmap.engine.namespaces.condition import read_entries
-from dirtmap.engine.namespaces.image import read_session
 from dirtmap.engine.qcow2.layout import Layout
+from dirtmap.engine.qcow2.reading import read_session
+from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Snapshot, Store
 from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.engine.system import locks, probe

@@ -9,8 +9,8 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 from dirtmap.engine.model.bitmap import WHERE, Bitmap
-from dirtmap.engine.model.namespace import Transaction
 from dirtmap.engine.model.naming import label
+from dirtmap.engine.model.transaction import Transaction
 from dirtmap.fmt.errors import BitmapError, RangeError
 
 

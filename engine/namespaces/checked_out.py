@@ -34,20 +34,26 @@ from typing import Any
 from dirtmap.engine.host.opening import open as open_image
 from dirtmap.engine.identity import identity_of_disk
 from dirtmap.engine.model.bitmap import Bitmap
-from dirtmap.engine.model.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery, Status
+from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label, not_found
-from dirtmap.engine.namespaces import image as qcow2_image
+from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces import salvage
-from dirtmap.engine.namespaces.condition import bitmap_of, busy_of, doubts, header_doubts, read_entries, release_bits
+from dirtmap.engine.namespaces.condition import bitmap_of, busy_of, doubts
 from dirtmap.engine.namespaces.image import Image
+from dirtmap.engine.namespaces.recover import confirm, settle_device
 from dirtmap.engine.qcow2.check import free_leaks
 from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
-from dirtmap.engine.session import livefile, peers
+from dirtmap.engine.qcow2.reading import FORMAT, load
+from dirtmap.engine.session import livefile
 from dirtmap.engine.session import view as recovery
-from dirtmap.engine.session.status import Status, status_of
-from dirtmap.engine.session.view import Row, SessionView, window_of
+from dirtmap.engine.session.status import status_of
+from dirtmap.engine.session.verdict import Row
+from dirtmap.engine.session.view import SessionView
+from dirtmap.engine.storefile.directory import header_doubts, read_entries, release_bits
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
+from dirtmap.engine.storefile.session import session_of, window_of
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.tracking.home import Home
@@ -120,7 +126,7 @@ def _copy_out(home: Home, image: Image, file: File, layout: Layout) -> None:
         if record is None or record.kind != store.KIND_PLACE or uuid.UUID(bytes=record.uuid) != uuid.UUID(image.uuid):
             raise _homeless(image.path)
         where = f"{home.store.path}: {record.label}"
-        recovery.refuse_tracked(where, recovery.session_of(record))
+        recovery.refuse_tracked(where, session_of(record))
     with home.change(None) as changed:
         changed.record = replace(changed.record, size=layout.header.size)
         changed.session = None
@@ -130,7 +136,7 @@ def _copy_out(home: Home, image: Image, file: File, layout: Layout) -> None:
 
 
 def _of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
-    words = qcow2_image.load(file, layout, slot)
+    words = load(file, layout, slot)
     return Bitmap.from_words(layout.header.size, slot.entry.granularity, words, slot.entry.auto)
 
 
@@ -163,7 +169,7 @@ def check_in(
         As `Namespace.transaction`.
     """
     with Store(store_path) as target:
-        peers.settle(target, name)
+        settle_device(target, name)
     with (
         open_file(path, writable=True) as file,
         locks.writing(file),
@@ -174,7 +180,7 @@ def check_in(
         layout.require_sound()
         require_writable(layout)
         record = change.table.get(name)
-        session = None if record is None else recovery.session_of(record)
+        session = None if record is None else session_of(record)
         if record is None or session is None:
             return []
         if not own:
@@ -193,7 +199,7 @@ def check_in(
             free_leaks(file)  # of a check-in that its death has cut off
         set_tracked(file, read_layout(file), False)
         if layout.tracked:
-            peers.confirm(change, record, before, _look(path))
+            confirm(change, record, before, _look(path))
         _forget(change, record, entries)
         if not own:
             view = recovery.view_of(change.snapshot, record)
@@ -339,7 +345,7 @@ def _known(
 class TrackedImage(Namespace):
     """A qcow2 image whose bitmaps are checked out: read from its session; changed once the tracker is gone."""
 
-    format = qcow2_image.FORMAT
+    format = FORMAT
 
     def __init__(self, path: str, store_path: str, name: str) -> None:
         # Absolute but for the name in messages: the process may change its folder.

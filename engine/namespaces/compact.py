@@ -17,10 +17,11 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from dirtmap.engine.model.naming import decode_name, label
-from dirtmap.engine.namespaces.condition import end_session, read_entries, refuse_held, refuse_tracked, verify
+from dirtmap.engine.namespaces.condition import end_session, refuse_held, refuse_tracked
 from dirtmap.engine.namespaces.salvage import all_dirty, spare_entries
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile import holds
+from dirtmap.engine.storefile.directory import read_entries, verify
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
 from dirtmap.fmt import directory, geometry, live, store

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from dirtmap.engine.model.namespace import LEFT_IN_USE, BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.model.infos import LEFT_IN_USE, ImageInfo, Recovery
+from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label
-from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
-from dirtmap.engine.system import locks
+from dirtmap.engine.model.transaction import Transaction
+from dirtmap.engine.namespaces.place import Keeper
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
+from dirtmap.engine.qcow2.reading import FORMAT, T, describe, load, read_session, write_session
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError
@@ -22,123 +25,8 @@ if TYPE_CHECKING:
 
     from dirtmap.engine.model.bitmap import Bitmap
     from dirtmap.engine.qcow2.commit import Kept, Written
-    from dirtmap.engine.storefile.file import Store
     from dirtmap.engine.tracking.home import Home
     from dirtmap.engine.tracking.tracker import Tracker
-
-T = TypeVar("T")
-
-FORMAT = "qcow2"
-# With -U the image may change while it is read; a second look tells a torn read from damage.
-_SHARED_ATTEMPTS = 5
-
-
-def read_session(file: File, read: Callable[[Layout], T], *, force_share: bool = False) -> T:
-    """Runs ``read`` on the image's metadata, under the reader's lock, once it was found sound.
-
-    Raises:
-        LockedError: open for writing elsewhere, and not ``force_share``.
-        FormatError: QEMU would refuse the image, or it is unsafe to use.
-    """
-    for attempt in range(_SHARED_ATTEMPTS):
-        try:
-            with locks.reading(file, force_share=force_share):
-                layout = read_layout(file)
-                layout.require_sound()
-                return read(layout)
-        except FormatError:
-            if not force_share or attempt + 1 == _SHARED_ATTEMPTS:
-                raise
-    raise AssertionError("unreachable")
-
-
-def describe(file: File, *, force_share: bool = False) -> ImageInfo:
-    """The image and all its bitmaps, in one session; without numpy. Errors as `read_session`."""
-    return read_session(file, lambda layout: _describe(file, layout), force_share=force_share)
-
-
-def _describe(file: File, layout: Layout) -> ImageInfo:
-    notes = []
-    if layout.extension and not layout.valid:
-        notes.append("its bitmaps are void: software that does not know them has changed the image")
-    if layout.tracked:
-        notes.append("tracked, with its bitmaps in another store; say which with --store")
-    return ImageInfo(
-        path=file.path,
-        format=FORMAT,
-        size=layout.header.size,
-        cluster_size=layout.cluster_size,
-        bitmaps=tuple(
-            BitmapInfo(
-                name=decode_name(slot.entry.name),
-                granularity=slot.entry.granularity,
-                recording=slot.entry.auto,
-                inconsistent=slot.entry.in_use,
-                busy=False,
-                count=None if slot.entry.in_use else count_dirty(file, layout, slot) * slot.entry.granularity,
-            )
-            for slot in layout.slots
-        ),
-        notes=tuple(notes),
-        node=None if layout.name is None else decode_name(layout.name),
-        uuid=None if layout.uuid is None else str(uuid.UUID(bytes=layout.uuid)),
-    )
-
-
-def count_dirty(file: File, layout: Layout, slot: Slot) -> int:
-    """How many bits of a bitmap are set, read cluster by cluster.
-
-    Counted with plain integers: importing numpy would take longer than `list` needs for all else together.
-    """
-    cluster = layout.cluster_size
-    left = geometry.granules(layout.header.size, slot.entry.granularity)
-    count = 0
-    for raw in directory.parse_table(slot.table or b""):
-        bits = min(left, cluster * 8)
-        left -= bits
-        if raw == directory.TABLE_ALL_ONES:
-            count += bits
-        elif raw:
-            data = file.read_exactly(raw, geometry.ceil_div(bits, 8))
-            value = int.from_bytes(data, "little")
-            count += (value & ((1 << bits) - 1) if bits % 8 else value).bit_count()
-    return count
-
-
-def load(file: File, layout: Layout, slot: Slot) -> NDArray[np.uint64]:
-    """A bitmap's bits as words: uint64, shape (ceil(granules / 64),), tail bits zero.
-
-    table      |  0  |  A  | A+1 | A+2 |  1  |  B  |
-    buffer     | 00  |   one read      | ff  | read|      neighbouring clusters are read together
-    """
-    import numpy as np
-
-    from dirtmap.engine.model import bits
-
-    cluster = layout.cluster_size
-    nbits = geometry.granules(layout.header.size, slot.entry.granularity)
-    size = geometry.ceil_div(nbits, 8)
-    words = np.zeros(geometry.ceil_div(nbits, 64), "<u8")
-    octets = words.view(np.uint8)
-    buffer = octets.data[:size]
-    run: tuple[int, int, int] | None = None  # from byte, to byte of the buffer; offset in the file
-
-    def read_run() -> None:
-        if run:
-            file.read_into(run[2], buffer[run[0] : run[1]])
-
-    for index, raw in enumerate(directory.parse_table(slot.table or b"")):
-        first, last = index * cluster, min((index + 1) * cluster, size)
-        if raw == directory.TABLE_ALL_ONES:
-            octets[first:last] = 0xFF
-        elif raw and run and run[1] == first and run[2] + run[1] - run[0] == raw:
-            run = (run[0], last, run[2])
-        elif raw:
-            read_run()
-            run = (first, last, raw)
-    read_run()
-    bits.mask_tail(words, nbits)
-    return words
 
 
 @dataclass(eq=False, slots=True)
@@ -153,48 +41,6 @@ class _Source:
         if self.file.fd < 0:
             raise Error(self.layout.path, "the transaction has ended")
         return load(self.file, self.layout, self.slot)
-
-
-class Keeper:
-    """What a host keeps about an image outside of it. This one keeps nothing.
-
-    Attributes:
-        store: the path of the store that remembers the image's place; None where none is known to.
-    """
-
-    store: str | None = None
-
-    def held(self) -> dict[str, str]:
-        """Which bitmaps are held, and by whom."""
-        return {}
-
-    def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
-        """The chain of its checkpoints; see `dirtmap.engine.namespaces.condition.checkpoints_of`."""
-        return []
-
-    def keep_checkpoints(self, chain: list[str]) -> None:
-        """Remembers another chain."""
-
-    def look_after(self, target: Store) -> None:
-        """Has commits of a store remembered; see `dirtmap.engine.host.stores.Stores.look_after`."""
-
-    @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
-        """Around a change of the image's metadata, which leaves the guest's data alone."""
-        yield
-
-    def hold(self, where: str, name: str, owner: str) -> contextlib.AbstractContextManager[None]:
-        """Holds a bitmap for the time of the block.
-
-        Args:
-            where: how messages name the bitmap.
-            name: of the bitmap.
-            owner: what others are told who ask.
-
-        Raises:
-            BitmapError: there is no place to remember that.
-        """
-        raise BitmapError(where, "only bitmaps of an image with a name can be held; 'node add' gives it one")
 
 
 class Image(Namespace):
@@ -318,7 +164,7 @@ class Image(Namespace):
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[File, Layout]]:
-        with _write_session(self.path, self.place) as (file, layout):
+        with write_session(self.path, self.place) as (file, layout):
             if not self._file.is_current():
                 raise LockedError(self.path, "was replaced since it was opened")
             yield file, layout
@@ -335,12 +181,6 @@ class Image(Namespace):
 
 def _names(layout: Layout) -> list[bytes]:
     return [slot.entry.name for slot in layout.slots]
-
-
-@contextlib.contextmanager
-def _write_session(path: str, place: str | None = None) -> Iterator[tuple[File, Layout]]:
-    with open_file(path, writable=True, place=place) as file, locks.writing(file):
-        yield file, read_layout(file)
 
 
 def _lazy(file: File, layout: Layout, slot: Slot) -> Bitmap:
@@ -424,30 +264,6 @@ def _wanted(layout: Layout, bitmaps: Transaction) -> list[Kept | Written]:
     ]
 
 
-def read_identity(path: str) -> tuple[str, str] | None:
-    """An image's node name and UUID, damaged as it may be otherwise; None where it has no identity.
-
-    Raises:
-        LockedError, StorageError: as for any reading.
-    """
-    with open_file(path) as file, locks.reading(file, force_share=True):
-        layout = read_head(file)
-        if layout.name is None or layout.uuid is None or len(layout.uuid) < qcow2.NAMESPACE_EXTENSION.size:
-            return None
-        return decode_name(layout.name), str(uuid.UUID(bytes=layout.uuid))
-
-
-def require_header(path: str) -> None:
-    """Refuses what has no qcow2 header that can be relied on.
-
-    Raises:
-        FormatError: names the field.
-        StorageError: as for any reading.
-    """
-    with open_file(path) as file, locks.reading(file, force_share=True):
-        read_head(file).require_sound()
-
-
 def _refuse_living(file: File, layout: Layout) -> None:
     """Refuses to give up what a tracker has, whose session is in a store that is not known, as long as it lives."""
     if layout.tracked and layout.uuid:
@@ -480,7 +296,7 @@ def recover(
     from dirtmap.engine.qcow2.commit import set_tracked
 
     recovered = []
-    with _write_session(path, place) as (file, layout):
+    with write_session(path, place) as (file, layout):
         _refuse_living(file, layout)
         by_bitmap = all(fault.bitmap is not None for fault in layout.faults)
         if not by_bitmap or len(set(_names(layout))) < len(layout.slots):

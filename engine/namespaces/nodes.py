@@ -17,18 +17,14 @@ from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces.condition import (
     doubts,
     end_session,
-    header_doubts,
-    no_namespace,
-    read_entries,
     refuse_held,
     refuse_session,
     refuse_tracked,
     refuse_unsettled,
-    release_bits,
-    require_free,
     rewrite,
 )
 from dirtmap.engine.namespaces.image import Image
+from dirtmap.engine.storefile.directory import header_doubts, no_namespace, read_entries, release_bits, require_free
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.system.file import is_same_file
 from dirtmap.engine.system.probe import STORE, probe_path

@@ -16,17 +16,17 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.identity import lasting_identity_now
-from dirtmap.engine.model.namespace import Recovery
+from dirtmap.engine.model.infos import Recovery
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces.condition import (
     end_session,
-    read_entries,
     refuse_held,
     refuse_tracked,
     refuse_unsettled,
     refuse_without_root,
     size_now,
 )
+from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError

@@ -10,8 +10,9 @@ import numpy as np
 
 from dirtmap.engine.model.dumping import MOST_RUNS, Shown, data, text
 from dirtmap.engine.model.naming import decode_name, label
-from dirtmap.engine.namespaces.condition import doubts, verify
+from dirtmap.engine.namespaces.condition import doubts
 from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.directory import verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, extensions, geometry, live, store

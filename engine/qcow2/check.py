@@ -17,9 +17,9 @@ import numpy as np
 
 from dirtmap.engine.model.bitmap import INCONSISTENT
 from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport
-from dirtmap.engine.namespaces.image import FORMAT
 from dirtmap.engine.qcow2.commit import Kept, commit, require_writable, set_refcounts
 from dirtmap.engine.qcow2.layout import bitmap_label, read_layout
+from dirtmap.engine.qcow2.reading import FORMAT
 from dirtmap.engine.qcow2.refcounts import Refcounts
 from dirtmap.engine.qcow2.references import References, Runs, walk
 from dirtmap.engine.system import locks

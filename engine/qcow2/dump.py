@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dirtmap.engine.model.dumping import MOST_RUNS, Shown, data, text
-from dirtmap.engine.namespaces.image import FORMAT
 from dirtmap.engine.qcow2.layout import Layout, bitmap_label, read_layout
+from dirtmap.engine.qcow2.reading import FORMAT
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.probe import probe

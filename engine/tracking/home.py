@@ -11,8 +11,10 @@ from typing import TypeVar
 from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, encode_name, label
-from dirtmap.engine.namespaces.condition import (
-    doubts,
+from dirtmap.engine.namespaces.condition import doubts
+from dirtmap.engine.session.view import refuse_tracked
+from dirtmap.engine.storefile.chain import read_chain, with_chain
+from dirtmap.engine.storefile.directory import (
     header_doubts,
     load_saved,
     no_namespace,
@@ -20,9 +22,8 @@ from dirtmap.engine.namespaces.condition import (
     read_entries,
     replace_directory,
 )
-from dirtmap.engine.session.peers import peer_of
-from dirtmap.engine.session.view import Window, refuse_tracked, session_of, window_of
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
+from dirtmap.engine.storefile.session import Window, peer_of, session_of, window_of
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, GoneError
@@ -47,7 +48,7 @@ class HomeView:
         self.session = session_of(record)
         self.found = read_entries(snapshot, record)
         self.entries = {decode_name(entry.name): entry for entry in self.found}
-        self.checkpoints = checkpoints.read_chain(self.where, record)
+        self.checkpoints = read_chain(self.where, record)
         self._doubted = header_doubts(snapshot, record) is not None
 
     @property
@@ -154,7 +155,7 @@ class HomeChange(HomeView):
             extensions.append((store.EXTENSION_SESSION, live.build_session(self.session)))
             if self.peer:
                 extensions.append((store.EXTENSION_PEER, live.build_peer(self.peer)))
-        new = checkpoints.with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints)
+        new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints)
         generation, count = change.generation, len(wanted)
         change.table.put(replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=self.identity))
 

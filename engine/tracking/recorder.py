@@ -18,13 +18,13 @@ from dirtmap.engine.identity import identity_of, identity_of_disk
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import doubts
-from dirtmap.engine.session import livefile
+from dirtmap.engine.session import livefile, verdict
 from dirtmap.engine.session import view as recovery
 from dirtmap.engine.session.intent import IntentLog
 from dirtmap.engine.session.livefile import CURRENT, EVENT, HEARTBEAT, Control, Words, Writeset, union
-from dirtmap.engine.session.view import Window
 from dirtmap.engine.storefile import holds
-from dirtmap.engine.system import file as fileio
+from dirtmap.engine.storefile.session import Window
+from dirtmap.engine.system import livefs
 from dirtmap.engine.system.process import this_process
 from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
 from dirtmap.engine.tracking.kernel import Kernel
@@ -167,7 +167,7 @@ class Recorder:
     def _begin(self) -> None:
         """Makes the live files and the log, then names the session in the store: from then on a death is recovered."""
         folder = self._options.live_folder
-        fileio.make_live_folder(folder)
+        livefs.make_live_folder(folder)
         *others, node = self._homes
         with contextlib.ExitStack() as undo:
             try:
@@ -474,7 +474,7 @@ class Recorder:
     def _give_signs(self) -> None:
         """Signs of life in the live file, until the tracker ends; in a thread of its own, which waits for nothing."""
         ended, kernel, control = self._ended, self._kernel, self._control
-        while not ended.wait(recovery.HEARTBEAT_SECONDS) and not kernel.failure:
+        while not ended.wait(verdict.HEARTBEAT_SECONDS) and not kernel.failure:
             control.fields[HEARTBEAT] = time.time_ns()
 
     def _in_background(self) -> None:
@@ -485,12 +485,12 @@ class Recorder:
         while True:
             if self._kernel.failure or ended.is_set():
                 return
-            wake.wait(recovery.HEARTBEAT_SECONDS)
+            wake.wait(verdict.HEARTBEAT_SECONDS)
             wake.clear()
             if ended.is_set():
                 return
             if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + recovery.DURABLE_HEARTBEAT_SECONDS
+                next_beat = time.monotonic() + verdict.DURABLE_HEARTBEAT_SECONDS
                 with self._noting():
                     beaten = self._beat(beaten)
             if (saves := self._saves) != self._remembered:

@@ -32,7 +32,7 @@ from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
 from dirtmap.engine.model.naming import a_checkpoint, encode_name, label
 from dirtmap.engine.session.livefile import Words, default_folder, union
-from dirtmap.engine.session.view import Window, window_of
+from dirtmap.engine.storefile.session import Window, window_of
 from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
 from dirtmap.engine.tracking.kernel import Kernel, Ticket
 from dirtmap.engine.tracking.options import Options

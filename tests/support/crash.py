@@ -27,9 +27,9 @@ from typing import NamedTuple
 import numpy as np
 
 from dirtmap.engine.model.report import CheckReport
-from dirtmap.engine.namespaces.image import load
 from dirtmap.engine.qcow2.check import check
 from dirtmap.engine.qcow2.layout import Layout, read_layout
+from dirtmap.engine.qcow2.reading import load
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import geometry
