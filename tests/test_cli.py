@@ -345,7 +345,7 @@ def test_list_starts_fast(image: Path) -> None:
         for slow in ("numpy", "rich", "importlib.metadata", "asyncio", "multiprocessing", "hypothesis"):
             assert slow not in imported
         ours = {name for name in imported if name.startswith("dirtmap.tools.")}
-        assert ours == {f"dirtmap.tools.{name}" for name in ("cli", "exits", "list", "options", "output", "sizes", "start")}
+        assert ours == {f"dirtmap.tools.{name}" for name in ("cli", "exits", "list", "options", "output", "sizes")}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

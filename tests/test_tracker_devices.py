@@ -28,6 +28,7 @@ import dirtmap.engine as dm
 from dirtmap.engine.host import opening as containers
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system import livefs
 from dirtmap.engine.tracking import recorder
 from dirtmap.engine.tracking import tracker as tracker_module
 from dirtmap.engine.tracking.home import Home, HomeChange
@@ -457,8 +458,8 @@ def die_at(point: int, folder: Path) -> set[int]:
         for holder, name in (
             (fileio.File, "write"),
             (fileio.File, "sync"),
-            (fileio, "create_live"),
-            (fileio, "remove_live_files"),
+            (livefs, "create_live"),
+            (livefs, "remove_live_files"),
         ):
             setattr(holder, name, counting(getattr(holder, name)))
         with dm.open("disk0") as image:
