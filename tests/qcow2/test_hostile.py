@@ -723,7 +723,7 @@ sys.path.insert(0, sys.argv[3])
 import numpy
 import dirtmap.engine.qcow2.check, dirtmap.engine.qcow2.dump, dirtmap.engine.qcow2.commit
 from dirtmap.engine.system.file import File, using
-import test_hostile as tests
+import qcow2.test_hostile as tests
 
 class Counting(tests.Unsynced):
     writes = 0
@@ -776,7 +776,7 @@ def test_bounds_of_time_and_memory(path: Path, kind: str) -> None:
     except OSError as error:
         pytest.skip(f"no such file can be made here: {error}")
     size, blocks = path.stat().st_size, path.stat().st_blocks
-    command = [sys.executable, "-c", WATCHED, path, ",".join(ACTS), Path(__file__).parent]
+    command = [sys.executable, "-c", WATCHED, path, ",".join(ACTS), Path(__file__).parent.parent]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     told = [line.split("|") for line in done.stdout.splitlines()]

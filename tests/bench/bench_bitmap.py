@@ -1,7 +1,7 @@
 """How fast bitmaps are, side by side with numpy's plain way, on a 16 TiB disk at 64 KiB: 2**28 bits, 32 MiB.
 
-Not part of the test run: ``make bench``, or ``pytest -s tests/bench_bitmap.py`` to see the ratios as well. They are
-also under ``extra_info`` in ``--benchmark-json``. No time is asserted.
+Not part of the test run: ``make bench``, or ``pytest -s tests/bench/bench_bitmap.py`` to see the ratios as well. They
+are also under ``extra_info`` in ``--benchmark-json``. No time is asserted.
 """
 
 from __future__ import annotations

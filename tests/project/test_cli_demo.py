@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support.cli import COMMAND
 
-DEMO = Path(__file__).parent.parent / "demo.sh"
+DEMO = Path(__file__).parent.parent.parent / "demo.sh"
 
 
 def test_demo(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Crashes while a store is changed: whatever is left, all namespaces together are wholly old or wholly new.
 
 Every operation runs once, recorded; then each state that a crash could have left is built and judged by
-`support.store_crash`. More effort: ``DIRTMAP_CRASH_EFFORT=8 pytest tests/test_store_crash.py``.
+`support.store_crash`. More effort: ``DIRTMAP_CRASH_EFFORT=8 pytest tests/storefile/test_store_crash.py``.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from support.cli import COMMAND
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent.parent.parent / "README.md"
 FOLDER = "/srv"
 
 # What an embedding program has besides: its disk, what it writes, and how it copies.

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from session.test_tracker_power import REGION, Recording, expected, use
 from support import qemu
 from support.tracking import GRANULE, Shared, forget_index, kill, make_node, mark, model_of
-from test_tracker_power import REGION, Recording, expected, use
 
 import dirtmap.engine as dm
 from dirtmap.engine.host import opening as containers

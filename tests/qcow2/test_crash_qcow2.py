@@ -1,7 +1,7 @@
 """Crashes while a qcow2 image is changed: whatever is left of it, each bitmap is wholly old or wholly new.
 
 Every operation runs once, recorded; then each state that a crash could have left is built and judged by
-`support.crash`, a sample by QEMU as well. ``DIRTMAP_CRASH_EFFORT=8 pytest tests/test_crash_qcow2.py`` tries some
+`support.crash`, a sample by QEMU as well. ``DIRTMAP_CRASH_EFFORT=8 pytest tests/qcow2/test_crash_qcow2.py`` tries some
 eight times the states.
 """
 

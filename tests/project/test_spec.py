@@ -17,7 +17,7 @@ from dirtmap.fmt import directory, extensions, geometry, index, live, qcow2, sto
 from dirtmap.fmt.structure import Structure
 from dirtmap.tools.cli import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SPEC = (ROOT / "SPEC.md").read_text()
 README = (ROOT / "README.md").read_text()
 
