@@ -1136,7 +1136,7 @@ def run_measured(*args: object) -> tuple[str, float, int]:
     return said, used.ru_utime + used.ru_stime, int(resident) >> 10
 
 
-SECONDS, MEBIBYTES = 2 * 2.0, 256  # as in test_hostile
+SECONDS, MEBIBYTES = 2 * 2.0, 256  # as in test_hostile_bounds
 
 
 @pytest.mark.parametrize(("pattern", "leaks"), [(0xFF, (1 << 24) - 4), (0x55, (1 << 23) - 4)])
