@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from support.cli import dirtmap, error_of, json_of
+from support.damage import Sound, make_sound, read_everything
 
 import dirtmap.engine as dm
+from dirtmap.engine.namespaces.compact import compact
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import index as layout
@@ -126,3 +128,26 @@ def test_a_store_does_not_count_on_from_a_generation_that_is_made_up() -> None:
     dirtmap("mark", "one", "b", 0, 1)
     with Store("s.dmap") as target:
         assert target.read(lambda snapshot: snapshot.header.generation) < 100
+
+
+@pytest.fixture
+def sound(folder: Path) -> Sound:
+    """Another store, with bitmaps that have something in them."""
+    (folder / "sound").mkdir()
+    return make_sound(folder / "sound")
+
+
+def test_compaction_through_a_link_leaves_the_link(sound: Sound, folder: Path) -> None:
+    link = folder / "link"
+    link.symlink_to(sound.path)
+    compact(str(link))
+    assert link.is_symlink()
+    assert read_everything(sound) == sound.bits.keys()
+    assert sound.read() != sound.data
+
+
+def test_compaction_of_a_store_with_two_names_is_refused(sound: Sound, folder: Path) -> None:
+    os.link(sound.path, folder / "second")
+    with pytest.raises(dm.StorageError, match="hard link"):
+        compact(sound.path)
+    assert sound.read() == sound.data

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
+from support.documents import README, SPEC, judged, rows, tables
 
 from dirtmap.engine.qcow2 import layout
 from dirtmap.engine.system import locks
@@ -17,59 +16,11 @@ from dirtmap.fmt import directory, extensions, geometry, index, live, qcow2, sto
 from dirtmap.fmt.structure import Structure
 from dirtmap.tools.cli import main
 
-ROOT = Path(__file__).parent.parent.parent
-SPEC = (ROOT / "SPEC.md").read_text()
-README = (ROOT / "README.md").read_text()
-
 # SPEC.md describes every structure and every limit of these modules.
 DESCRIBED: list[ModuleType] = [geometry, extensions, directory, qcow2, store, index, live]
 STRUCTURES = {
     found.name: found for module in DESCRIBED for found in vars(module).values() if isinstance(found, Structure)
 }
-Row = dict[str, str]
-
-
-class Table(NamedTuple):
-    """A table of a document: the ``heading`` it stands under, and its ``rows``, cells by column."""
-
-    heading: str
-    columns: tuple[str, ...]
-    rows: list[Row]
-
-
-def cells(line: str) -> tuple[str, ...]:
-    return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
-
-
-def tables(text: str) -> list[Table]:
-    """All tables, in order; fenced blocks hold none."""
-    found: list[Table] = []
-    heading, fenced, current = "", False, None
-    for line in text.splitlines():
-        if line.startswith("```"):
-            fenced = not fenced
-        elif not fenced and line.startswith("#"):
-            heading, current = line.lstrip("# "), None
-        elif fenced or not line.startswith("|"):
-            current = None
-        elif current is None:
-            current = Table(heading, cells(line), [])
-            found.append(current)
-        elif set(line) - set("|-: "):
-            row = cells(line)
-            assert len(row) == len(current.columns), f"{heading}: {line}"
-            current.rows.append(dict(zip(current.columns, row, strict=True)))
-    return found
-
-
-SPEC_TABLES = tables(SPEC)
-
-
-def rows(*columns: str) -> list[Row]:
-    """The rows of the tables with exactly these columns."""
-    found = [row for table in SPEC_TABLES if table.columns == columns for row in table.rows]
-    assert found, f"SPEC.md has no table of {columns}"
-    return found
 
 
 def fields_described(text: str) -> dict[str, list[tuple[str, int, int]]]:
@@ -147,20 +98,6 @@ def test_locks() -> None:
     takes, tests = found["dirtmap, writing"]
     assert takes == set(map(str, locks._WRITER_TAKES))
     assert tests == set(map(str, locks._WRITER_TESTS))
-
-
-def judged(module: ModuleType) -> set[str]:
-    """The fields that a module's validators, `*_faults`, can find fault with."""
-    tree = ast.parse(Path(str(module.__file__)).read_text())
-    return {
-        node.value.elts[0].value
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and function.name.endswith("_faults")
-        for node in ast.walk(function)
-        if isinstance(node, ast.Yield)
-        and isinstance(node.value, ast.Tuple)
-        and isinstance(node.value.elts[0], ast.Constant)
-    }
 
 
 def test_every_field_that_can_be_at_fault_is_listed() -> None:

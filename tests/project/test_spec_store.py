@@ -12,7 +12,7 @@ from pathlib import Path
 
 import crc32c
 import pytest
-from project.test_spec import SPEC, judged, rows
+from support.documents import SPEC, judged, rows
 
 import dirtmap.engine as dm
 from dirtmap.engine import identity as looks

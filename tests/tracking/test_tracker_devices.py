@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from session.test_tracker_power import REGION, Recording, expected, use
 from support import qemu
+from support.power import REGION, SIZE, Recording, expected, use
 from support.tracking import GRANULE, Shared, forget_index, kill, make_node, mark, model_of
 
 import dirtmap.engine as dm
@@ -38,7 +38,6 @@ from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.store import KIND_DEVICE, Record
 from dirtmap.tools.cli import main
 
-SIZE = 64 << 20
 COUNT = SIZE // GRANULE
 STEP = 11  # of the points at which a short run dies
 DEVICE, NODE = "device:disk0", "node:drive0"
