@@ -55,6 +55,10 @@ class BitmapNotFoundError(BitmapError, KeyError):
     __str__ = Error.__str__
 
 
+class MovedError(BitmapError):
+    """The bitmaps are in another container by now: checked out for a tracker, or checked in again."""
+
+
 class LockedError(Error):
     """Another process holds the image; ``what`` names it as far as it can be known."""
 

@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 import crc32c
 import lmdb
 
+from dirtmap.engine.system import order
+from dirtmap.engine.system.order import Rank
 from dirtmap.engine.system.process import start_of
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import StorageError
@@ -158,7 +160,7 @@ class Database:
 
         Errors as `get`.
         """
-        with self.lock, _errors(self.path):
+        with order.holding(Rank.INDEX, self.path), self.lock, _errors(self.path):
             env = self._open()
             while True:
                 try:

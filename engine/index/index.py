@@ -8,11 +8,11 @@ There is no other way into the index, so it does not matter who changed a contai
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from dirtmap.engine.index.database import Database, Reader, Writer, connect
-from dirtmap.engine.index.reading import Container, Reading, look
+from dirtmap.engine.index.reading import Container, KindReader, Reading, fingerprint, is_unchanged, look
 from dirtmap.engine.index.writing import apply, container_at, forget, new_number
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.storefile.header import Seen
@@ -54,17 +54,22 @@ class SeenCommit(NamedTuple):
 class Index:
     """The index at a path; see the module.
 
-    Attributes:
+    Args:
         path: of the LMDB database, a directory.
+        readers: of each kind of container.
+        database: at that path, where it is open already.
+
+    Attributes:
+        path: as given.
 
     Raises:
         StorageError: no file can have such a path.
     """
 
-    def __init__(self, path: str, database: Database | None = None) -> None:
+    def __init__(self, path: str, readers: Sequence[KindReader], database: Database | None = None) -> None:
         if "\0" in path:
             raise StorageError(path, "index: a path cannot hold a NUL")
-        self.path = path
+        self.path, self.readers = path, readers
         self._given = self._known = database
 
     @property
@@ -85,6 +90,14 @@ class Index:
     def container(self, path: str) -> Container | None:
         """What is known of the container at a path."""
         return container_at(self.database.get, path)
+
+    def unchanged(self, path: str) -> Container | None:
+        """What is known of the container at a path, where it looks as it did when it was found sound; else None."""
+        known = self.container(path) if os.path.isdir(self.path) else None
+        try:
+            return known if known is not None and is_unchanged(known, fingerprint(path)) else None
+        except StorageError:
+            return None
 
     def path_of(self, container: int) -> str | None:
         """The path of a container."""
@@ -223,7 +236,7 @@ class Index:
         for path in paths:
             known = self.container(path)
             try:
-                reading = look(self.database.get, path, known, force_share)
+                reading = look(self.readers, self.database.get, path, known, force_share)
             except StorageError:
                 if known:
                     waiting.append(path)
@@ -267,7 +280,7 @@ class Index:
     def saw(self, target: Store) -> None:
         """Remembers a store's newest commit."""
         header = target.read(lambda snapshot: snapshot.header)
-        seen = SeenCommit(header.uuid, header.commit, target.place)
+        seen = SeenCommit(header.uuid, header.commit, target.abspath)
         if self.seen(header.uuid) == seen:
             return
         if header.generation > layout.MAX_SEEN:

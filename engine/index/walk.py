@@ -39,7 +39,7 @@ def salvage(path: str) -> list[SeenCommit]:
     """The commits seen of stores that can be read, whatever else cannot."""
     database = Database(path)
     try:
-        return Index(path, database).all_seen(sound_only=True)
+        return Index(path, [], database).all_seen(sound_only=True)
     finally:
         database.close()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Self
 
 from dirtmap.engine.model.infos import ImageInfo, Recovery
 from dirtmap.engine.model.naming import decode_name, encode_name, not_found
@@ -15,8 +15,6 @@ from dirtmap.fmt.errors import BitmapError
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
     from dirtmap.engine.model.infos import Status
-    from dirtmap.engine.tracking.home import Home
-    from dirtmap.engine.tracking.tracker import Tracker
 
 
 class Namespace(Mapping[str, "Bitmap"], abc.ABC):
@@ -85,37 +83,6 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
     def tracking(self) -> Status | None:
         """Who tracks the image, or did until it died without being recovered since; None where nobody does."""
         return None
-
-    @abc.abstractmethod
-    def track(self, **options: Any) -> Tracker:
-        """Begins to track writes to the image: no other process changes its bitmaps until the tracker is closed.
-
-        What an earlier tracker has left when it died is recovered first. Of a device: its root node is tracked with it,
-        and the tracker's acts are about the device's bitmaps.
-
-        Args:
-            options: by keyword, all optional:
-
-                live: the folder for live files; on a tmpfs, or they do not survive what they are for at the speed they
-                    have. None, as a rule: ``$DIRTMAP_LIVE``, else ``/dev/shm``.
-                intent: ``"region"``, as a rule: after a power loss dirty is what was saved and the regions of the disk
-                    written to since; ``"off"``: all, and no write waits for a log.
-                region_size: bytes of each such region, a power of two from 1 MiB. None, as a rule: the smallest that
-                    divides the disk into 2048 regions at most.
-                save_interval: seconds between saves, 60 as a rule; 0 for none but those asked for.
-                store: of a qcow2 image only: the store that remembers the image's place, and keeps its bitmaps
-                    meanwhile. None, as a rule: the one that knows the image, else the default store.
-
-        Raises:
-            TypeError: there is no such option, or it is of another type.
-            LockedError: the image is tracked, or in use, already; names by whom.
-            BitmapError: the image has no name or identity, or its size has changed; or an option has no such value.
-            StorageError: there is no room for the live files or the log.
-        """
-
-    @abc.abstractmethod
-    def _track_with(self, device: Home, options: dict[str, Any], make: Callable[..., Tracker]) -> Tracker:
-        """As `track`, of a device's root: feeds the device's bitmaps, too; by a tracker of the caller's making."""
 
     @abc.abstractmethod
     def hold(self, name: str, owner: str = "dirtmap") -> contextlib.AbstractContextManager[Bitmap]:

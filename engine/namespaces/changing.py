@@ -23,7 +23,6 @@ from dirtmap.engine.namespaces.condition import (
     tracked_view,
 )
 from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
-from dirtmap.engine.storefile.deferred import changing_a_store
 from dirtmap.engine.storefile.directory import no_namespace, place_bitmap, read_entries, replace_directory
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.storefile.holds import held_by
@@ -96,7 +95,7 @@ def transaction(target: Store) -> Iterator[StoreTransaction]:
 
     Errors as `Namespace.transaction`.
     """
-    with changing_a_store(), target.change() as change, contextlib.ExitStack() as stack:
+    with target.change() as change, contextlib.ExitStack() as stack:
         yield StoreTransaction(change, stack)
 
 

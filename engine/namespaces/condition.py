@@ -92,7 +92,7 @@ def refuse_unsettled(snapshot: Snapshot, record: Record) -> None:
     if record.tracked:
         from dirtmap.engine.session import peers
 
-        if peer := peers.unsettled(snapshot.file.place, record):
+        if peer := peers.unsettled(snapshot.file.abspath, record):
             what = f"tracked with device '{printable(decode_name(peer.name))}' until that died; 'dirtmap recover' first"
             raise BitmapError(f"{snapshot.file.path}: {record.label}", what)
 

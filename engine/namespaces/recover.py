@@ -18,6 +18,7 @@ from dirtmap.engine.namespaces.condition import (
     size_now,
     tracked_view,
 )
+from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.session.peers import path_of, unsettled
 from dirtmap.engine.storefile.directory import is_readable, no_namespace, read_entries
 from dirtmap.engine.storefile.file import Change, Store
@@ -66,13 +67,14 @@ def _recover_resized(change: Change, record: Record, names: list[str]) -> list[R
     return [Recovery(name, f"all dirty: the disk has {size} bytes now, and had {record.size}") for name in found]
 
 
-def settle_device(target: Store, name: bytes) -> None:
+def settle_device(host: HostPort, target: Store, name: bytes) -> None:
     """Recovers the device that was tracked with a node, where that is still to be done, before the node itself is.
 
     One tracker's session is in two records, the device's and its root node's. The device ends its session first: see
     `dirtmap.engine.session.peers`. A device has no device of its own, so this is one step and no recursion.
 
     Args:
+        host: opens the store of the device.
         target: the store that has the node's session.
         name: of the node, raw bytes. A namespace without such a session is left alone.
 
@@ -82,12 +84,12 @@ def settle_device(target: Store, name: bytes) -> None:
         BitmapError: the device's root has another size now.
     """
     record = target.record(name)
-    peer = unsettled(target.place, record) if record is not None and record.tracked else None
+    peer = unsettled(target.abspath, record) if record is not None and record.tracked else None
     if record is None or peer is None:
         return
     refuse_tracked(target.path, record)
     if peer.store:
-        with Store(path_of(target.place, peer)) as other:
+        with host.opened(path_of(target.abspath, peer)) as other:
             settle(other, peer.name)
     else:
         settle(target, peer.name)
@@ -107,12 +109,13 @@ def settle(target: Store, name: bytes) -> None:
         recover_record(change, record, [])
 
 
-def confirm(change: Change, root: Record, before: Identity | None, after: Identity | None) -> None:
+def confirm(host: HostPort, change: Change, root: Record, before: Identity | None, after: Identity | None) -> None:
     """Takes note that a check-in has changed the root's image, and not what a guest reads: its device stays right.
 
     Where that fails, or a crash comes first, the device is all dirty.
 
     Args:
+        host: opens the store of the device.
         change: of the store that has the root.
         root: its record, with the session.
         before: what the image looked like before; None where it could not be looked at.
@@ -124,7 +127,7 @@ def confirm(change: Change, root: Record, before: Identity | None, after: Identi
             return
         with (
             contextlib.suppress(Error),
-            Store(path_of(change.snapshot.file.place, peer)) as other,
+            host.opened(path_of(change.snapshot.file.abspath, peer)) as other,
             other.change() as there,
         ):
             _confirm(there, peer, before, after)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery
 from dirtmap.engine.model.namespace import Namespace
@@ -23,20 +23,18 @@ from dirtmap.engine.namespaces.condition import (
     tracking_status,
 )
 from dirtmap.engine.namespaces.place import holding
+from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.recover import recover_record, settle, settle_device
-from dirtmap.engine.storefile.deferred import changing_a_store
 from dirtmap.engine.storefile.directory import no_namespace, read_entries
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapNotFoundError, FormatError, printable
+from dirtmap.fmt.errors import FormatError
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
     from dirtmap.engine.model.infos import Status
-    from dirtmap.engine.tracking.home import Home
-    from dirtmap.engine.tracking.tracker import Tracker
 
 T = TypeVar("T")
 
@@ -44,25 +42,41 @@ T = TypeVar("T")
 class StoredImage(Namespace):
     """One namespace of a store; see `Namespace`.
 
+    Args:
+        target: the store, which the caller closes.
+        name: of the node or device.
+        host: opens the store of the device that was tracked with a node.
+
     Attributes:
-        place: the path of the store, absolute: the process may change its folder.
-        find_node: opens the node of a UUID, wherever the host has it; None: only this store is known.
-        look_after: has commits of a store remembered, by which a rollback is noticed; None: no index is known.
-        change_root: gives a device another root, by its name and whether it reads the same; None: as before.
+        abspath: the path of the store, absolute: the process may change its folder.
     """
 
     format = FORMAT
 
-    def __init__(self, target: Store, name: str) -> None:
-        self._store = target
-        self.path, self.place, self.name = target.path, target.place, name
+    def __init__(self, target: Store, name: str, host: HostPort) -> None:
+        self._store, self._host = target, host
+        self.path, self.abspath, self.name = target.path, target.abspath, name
         self._raw_name = encode_name(name)
-        self.find_node: Callable[[bytes], Namespace | None] | None = None
-        self.look_after: Callable[[Store], None] | None = None
-        self.change_root: Callable[[str, bool], None] | None = None
         record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
         self._label = record.label
+
+    @property
+    def store(self) -> Store:
+        """The store that has it."""
+        return self._store
+
+    def record(self) -> Record:
+        """Its record, as of the newest commit."""
+        return self._read(lambda _, record: record)
+
+    def require_same_size(self) -> None:
+        """Refuses bitmaps that are for a disk of another size.
+
+        Raises:
+            BitmapError: names both sizes, and the command that adopts the new one.
+        """
+        self._read(_require_same_size)
 
     @property
     def where(self) -> str:
@@ -77,45 +91,8 @@ class StoredImage(Namespace):
         """Who tracks the image; see `Namespace.tracking`."""
         return self._read(tracking_status)
 
-    def track(self, **options: Any) -> Tracker:
-        """Begins to track writes to the image; see `Namespace.track`."""
-        from dirtmap.engine.tracking.tracker import track_device, track_node
-
-        self._read(_require_same_size)
-        if self._read(lambda _, record: record.kind) == store.KIND_DEVICE:
-            return track_device(self, options)
-        return track_node(self, options)
-
-    def _track_with(self, device: Home, options: dict[str, Any], make: Callable[..., Tracker]) -> Tracker:
-        from dirtmap.engine.tracking.tracker import track_node
-
-        self._read(_require_same_size)
-        return track_node(self, options, device, make)
-
-    def opened_anew(self) -> StoredImage:
-        """The same, with a file of its own."""
-        again = StoredImage(Store(self.path, self.place), self.name or "")
-        again.find_node, again.look_after, again.change_root = self.find_node, self.look_after, self.change_root
-        return again
-
-    def open_root(self) -> Namespace:
-        """A device's root node, opened.
-
-        Raises:
-            BitmapNotFoundError: no store that is known has it.
-        """
-        wanted = self._read(lambda _, record: record.root_uuid)
-        if self.find_node and (found := self.find_node(wanted)) is not None:  # one without bitmaps is false
-            return found
-        for record in self._store.read(lambda snapshot: list(snapshot.table())):
-            if record.uuid == wanted and record.kind == store.KIND_NODE:
-                return StoredImage(Store(self.path, self.place), decode_name(record.name))
-        what = f"its root, {uuid.UUID(bytes=wanted)}, is not known; 'index scan' finds images and stores"
-        raise BitmapNotFoundError(f"{self.path}: device '{printable(self.name or '')}'", what)
-
     def close(self) -> None:
-        """Closes the store."""
-        self._store.close()
+        """Does nothing: the store is its host's."""
 
     def _record(self, snapshot: Snapshot) -> Record:
         record = snapshot.record(self._raw_name)
@@ -149,7 +126,7 @@ class StoredImage(Namespace):
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes all dirty what is inconsistent, in doubt or damaged, directory or bits; see `Namespace.recover`."""
-        settle_device(self._store, self._raw_name)
+        settle_device(self._host, self._store, self._raw_name)
         with self._store.change() as change:
             record = self._record(change.snapshot)
             damage = None
@@ -163,7 +140,7 @@ class StoredImage(Namespace):
 
     def settle(self) -> None:
         """As `recover`, but for a damaged directory; see `Namespace.settle`."""
-        settle_device(self._store, self._raw_name)
+        settle_device(self._host, self._store, self._raw_name)
         settle(self._store, self._raw_name)
 
     def __repr__(self) -> str:
@@ -180,9 +157,8 @@ class StoredImage(Namespace):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, in one commit of the store; see `Namespace.transaction`."""
-        settle_device(self._store, self._raw_name)
+        settle_device(self._host, self._store, self._raw_name)
         with (
-            changing_a_store(),
             self._store.change() as change,
             changing(change, self._record(change.snapshot)) as bitmaps,
         ):

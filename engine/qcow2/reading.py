@@ -139,12 +139,12 @@ def load(file: File, layout: Layout, slot: Slot) -> NDArray[np.uint64]:
 
 
 @contextlib.contextmanager
-def write_session(path: str, place: str | None = None) -> Iterator[tuple[File, Layout]]:
+def write_session(path: str, abspath: str | None = None) -> Iterator[tuple[File, Layout]]:
     """Opens an image for writing, under QEMU's locks for a writer until the block ends.
 
     Args:
         path: of the image, for messages.
-        place: its absolute path, where the process may have changed its folder since; see `open_file`.
+        abspath: its absolute path, where the process may have changed its folder since; see `open_file`.
 
     Yields:
         The file, and its metadata as read under the locks; faults in it are for the caller to judge.
@@ -153,7 +153,7 @@ def write_session(path: str, place: str | None = None) -> Iterator[tuple[File, L
         LockedError: another process has the image open.
         StorageError, UnsupportedError: it cannot be opened or written to.
     """
-    with open_file(path, writable=True, place=place) as file, locks.writing(file):
+    with open_file(path, writable=True, abspath=abspath) as file, locks.writing(file):
         yield file, read_layout(file)
 
 

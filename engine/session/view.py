@@ -59,7 +59,7 @@ class SessionView:
     """
 
     def __init__(self, snapshot: Snapshot, record: Record, session: live.Session) -> None:
-        self.session, self._size, self._path = session, record.size, snapshot.file.place
+        self.session, self._size, self._path = session, record.size, snapshot.file.abspath
         alive = is_alive(session)
         self.found = livefile.find(os.fsdecode(session.live), session.uuid, session.oldest, record.size)
         if alive and self.found is None:

@@ -35,7 +35,7 @@ class File:
 
     Attributes:
         path: as messages name it.
-        place: absolute: the process may change its folder.
+        abspath: absolute: the process may change its folder.
     """
 
     def __init__(self, path: str, *, writable: bool = False, create: bool = False) -> None:
@@ -45,7 +45,7 @@ class File:
         mode = os.O_RDWR if writable else os.O_RDONLY
         mode |= os.O_CREAT | os.O_EXCL if create else 0
         try:
-            self.place = os.path.abspath(path)
+            self.abspath = os.path.abspath(path)
             self.fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
             self.status = os.fstat(self.fd)
         except _FAILURES as error:
@@ -226,7 +226,7 @@ class File:
     def is_current(self) -> bool:
         """True while the path still leads to this very file: locks follow the inode, a rename moves the name."""
         try:
-            now = os.stat(self.place)
+            now = os.stat(self.abspath)
         except OSError:
             return False
         return (now.st_dev, now.st_ino) == (self.status.st_dev, self.status.st_ino)
@@ -247,19 +247,19 @@ def failure(path: str, action: str, error: Exception) -> StorageError:
 _factory: type[File] = File
 
 
-def open_file(path: str, *, writable: bool = False, create: bool = False, place: str | None = None) -> File:
+def open_file(path: str, *, writable: bool = False, create: bool = False, abspath: str | None = None) -> File:
     """Opens ``path``; with ``create``, makes it, readable by its owner only.
 
     Args:
         path: also what messages call it.
         writable: for writing, too.
         create: it must not exist.
-        place: where the path led when it was first opened: see `File`.
+        abspath: where the path led when it was first opened: see `File`.
 
     Raises:
         StorageError: it cannot be opened, is neither a regular file nor a block device, or exists and was to be made.
     """
-    file = _factory(place or path, writable=writable, create=create)
+    file = _factory(abspath or path, writable=writable, create=create)
     file.path = path
     return file
 

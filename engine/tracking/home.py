@@ -12,6 +12,7 @@ from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces.condition import doubts
+from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.session.view import refuse_tracked
 from dirtmap.engine.storefile.chain import read_chain, with_chain
 from dirtmap.engine.storefile.directory import (
@@ -164,9 +165,9 @@ class Home:
     """One namespace of a store.
 
     Args:
+        host: checks the store, and hears of its commits.
         path: of the store.
         name: of the namespace, raw bytes.
-        look_after: has commits of a store remembered, as `dirtmap.engine.host.stores.Stores.look_after`, or None.
 
     Attributes:
         session: as this namespace's record has it, once the tracker has begun: what is saved here may not be elsewhere.
@@ -174,17 +175,15 @@ class Home:
 
     session: live.Session
 
-    def __init__(self, path: str, name: bytes, look_after: Callable[[Store], None] | None = None) -> None:
-        self.name = name
+    def __init__(self, host: HostPort, path: str, name: bytes) -> None:
+        self._host, self.name = host, name
+        # One of its own, since the host's report each commit: a cut takes less time than to write that down.
         self.store = Store(os.path.abspath(path))  # the tool may change its folder
-        if look_after:
-            try:
-                look_after(self.store)
-            except BaseException:
-                self.store.close()
-                raise
-        # Not after each commit, but when it suits: a cut takes less time than to write that down.
-        self._remember, self.store.committed = self.store.committed, None
+        try:
+            host.watch(self.store)
+        except BaseException:
+            self.store.close()
+            raise
 
     def close(self) -> None:
         """Closes the store."""
@@ -220,10 +219,9 @@ class Home:
         """The namespace as it is, whatever its session."""
         return HomeView(snapshot, self.record(snapshot))
 
-    def remember(self) -> None:
-        """Has the store's last commit remembered, so that a rollback to one before it is noticed."""
-        if self._remember:
-            self._remember()
+    def report(self) -> None:
+        """Reports the store's last commit to the index, so that a rollback to one before it is noticed."""
+        self._host.report(self.store)
 
     def has(self, session: bytes) -> bool:
         """False where its record is known not to name that session."""

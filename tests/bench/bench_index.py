@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from support import qemu
 
+from dirtmap.engine.host.host import Host
 from dirtmap.engine.host.lookup import Lookup
-from dirtmap.engine.host.registry import Host
 from dirtmap.engine.host.scan import scan
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import changes
@@ -114,7 +114,7 @@ def questions() -> list[tuple[str, str]]:
 
 def peers(host: Host, questions: list[tuple[str, str]], folder: Path) -> dict[str, Callable[[], Any]]:
     """A bare get of the same entries, each in a transaction of its own; and sqlite with the same addresses."""
-    environment = host.index.database._env
+    environment = host.stores.index.database._env
     keys = [layout.bitmap_key(layout.named(node.encode()), name.encode()) for node, name in questions]
     base = sqlite3.connect(folder / "peer.sqlite")
     base.execute("create table bitmaps (node text, name text, place blob, primary key (node, name)) without rowid")

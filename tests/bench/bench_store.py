@@ -16,12 +16,12 @@ from typing import Any
 import crc32c
 import numpy as np
 import pytest
+from support.alone import stored
 
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import changes
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.namespaces.changing import transaction
-from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import geometry, store
 
@@ -94,7 +94,7 @@ def marking(path: str) -> Callable[[], None]:
     def mark() -> None:
         nonlocal done
         done += 1
-        with Store(path) as target, StoredImage(target, f"node {done % 10}").transaction() as bitmaps:
+        with Store(path) as target, stored(target, f"node {done % 10}").transaction() as bitmaps:
             bitmaps["b0"].mark((4096 - done) << 28, 1)
 
     return mark
@@ -112,7 +112,7 @@ def test_read_one_bitmap_among_10_000_namespaces(against: Callable[..., None], s
     def reading(path: str) -> Callable[[], int]:
         def read() -> int:
             with Store(path) as target:
-                return StoredImage(target, "node 7")["b1"].count
+                return stored(target, "node 7")["b1"].count
 
         return read
 
@@ -138,16 +138,16 @@ def test_load_16_tib(against: Callable[..., None], tmp_path: Path, percent: int)
         where, identity = os.fsencode(disk), identity_of(str(disk))
         with target.change() as change:
             change.table.put(store.Record(b"a", store.KIND_DEVICE, bytes(16), size, path=where, identity=identity))
-        with StoredImage(target, "a").transaction() as bitmaps:
+        with stored(target, "a").transaction() as bitmaps:
             bitmaps["b0"] = Bitmap.from_packed(size, GRANULARITY, packed)
         offset = path.read_bytes().index(packed[:64].tobytes())
 
         def load() -> None:
             with Store(str(path)) as target:
-                _ = StoredImage(target, "a")["b0"].words
+                _ = stored(target, "a")["b0"].words
 
         def read() -> None:
             assert crc32c.crc32c(np.fromfile(path, np.uint8, length, offset=offset))
 
-        assert np.array_equal(StoredImage(target, "a")["b0"].packed(), packed)
+        assert np.array_equal(stored(target, "a")["b0"].packed(), packed)
         against(load, "reading and CRC32C", read, rounds=21)

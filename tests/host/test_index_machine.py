@@ -26,7 +26,7 @@ from support.cli import dirtmap, error_of, json_of
 from support.quick import Quick
 
 import dirtmap.engine as dm
-from dirtmap.engine.host.registry import Host
+from dirtmap.engine.host.host import Host
 from dirtmap.engine.index import database, walk
 from dirtmap.engine.index.database import connect
 from dirtmap.engine.model import changes
@@ -486,7 +486,7 @@ class Machine(RuleBasedStateMachine):
     def every_name_means_one_thing(self) -> None:
         here = Host(self.store, self.index)
         for name in NAMES:
-            found, image = here.resolve(name), self.node(name)
+            found, image = here.names.resolve(name), self.node(name)
             assert (found is not None) == (self.holder(name) is not None)
             if found:
                 assert found.is_device == (name in self.devices)

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 
 import pytest
 from support import qemu
+from support.alone import name_image
 from support.cli import dirtmap, error_of, json_of
 from support.craft import Craft
 
 from dirtmap.engine.index import database
-from dirtmap.engine.namespaces.image import Image
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
@@ -132,8 +132,7 @@ class Maker:
         template = self.chance.randrange(len(self.templates)) if template is None else template
         path.write_bytes(self.templates[template])
         if name is not None:
-            with Image(str(path)) as image:
-                image.set_identity(name)
+            name_image(path, name)
         self.expected.images += 1
         self.expected.bitmaps += min(template, 2)
         self.expected.inconsistent += template == 3
@@ -430,8 +429,7 @@ def test_a_scan_says_it_in_words(folder: Path, templates: list[bytes]) -> None:
     (folder / "bad.qcow2").write_bytes(b"QFI\xfb")
     dirtmap("node", "add", "a", folder / "a.qcow2")
     shutil.copy(folder / "a.qcow2", folder / "copy.qcow2")
-    with Image(str(folder / "b.qcow2")) as image:
-        image.set_identity("a")
+    name_image(folder / "b.qcow2", "a")
     with qemu.StorageDaemon(folder / "c.qcow2"):
         done = dirtmap("index", "scan", folder)
     assert done.out == (

@@ -23,15 +23,15 @@ from typing import Any
 import lmdb
 import pytest
 from support import qemu
+from support.alone import index_at
 from support.child import SignalError, died_of, in_child
 from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
+from dirtmap.engine.host.host import Host
 from dirtmap.engine.host.maintenance import rebuild, verify
-from dirtmap.engine.host.registry import Host
 from dirtmap.engine.index import database
 from dirtmap.engine.index.database import DamagedError, Database, connect, fault, replace
-from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import look
 from dirtmap.engine.model import changes
 from dirtmap.engine.namespaces import nodes
@@ -60,20 +60,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Host:
     """A host with a store, another store, a device, images, and an index of it all, which `pristine` brings back."""
     folder = tmp_path_factory.mktemp("database")
     here = Host(str(folder / "default.dmap"), str(folder / "index"))
-    other = Host(str(folder / "other.dmap"), here.index.path)
+    other = Host(str(folder / "other.dmap"), here.stores.index.path)
     for number in range(NODES):
         (here if number % 4 else other).add_node(f"n{number}", tiny(folder / f"{number}.raw"))
-    here.remember_store(other.store)
+    here.registry.remember_store(other.store)
     qemu.create(folder / "disk.qcow2", MIB)
     here.add_qcow2("q", str(folder / "disk.qcow2"))
     here.add_device("d", "n1")
     for name in [f"n{number}" for number in range(NODES)] + ["q", "d"]:
-        with dm.open(name, store=here.store, index=here.index.path) as image, image.transaction() as bitmaps:
+        with dm.open(name, store=here.store, index=here.stores.index.path) as image, image.transaction() as bitmaps:
             for number in range(12):
                 changes.add(bitmaps, f"b{number}")
-    here.refresh()
-    connect(here.index.path).suspend()
-    with lmdb.open(here.index.path) as env:
+    here.stores.refresh()
+    connect(here.stores.index.path).suspend()
+    with lmdb.open(here.stores.index.path) as env:
         (folder / "pristine").mkdir()
         env.copy(str(folder / "pristine"), compact=True)  # so that no page is of an older state
     return here
@@ -87,33 +87,33 @@ def host(made: Host) -> Iterator[Host]:
 
 def _fresh(made: Host) -> Iterator[Host]:
     restore(made)
-    yield Host(made.store, made.index.path)
+    yield Host(made.store, made.stores.index.path)
     restore(made)
 
 
 def restore(made: Host) -> None:
-    if known := database._connected.pop(made.index.path, None):
+    if known := database._connected.pop(made.stores.index.path, None):
         known.close()
     for path in Path(made.store).parent.glob("index*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-    shutil.copytree(Path(made.store).with_name("pristine"), made.index.path)
+    shutil.copytree(Path(made.store).with_name("pristine"), made.stores.index.path)
 
 
 def answers(made: Host) -> Answers:
     """What the host says of everything there is; asked anew."""
-    here = Host(made.store, made.index.path)
+    here = Host(made.store, made.stores.index.path)
     found: Answers = {}
     for name in [f"n{number}" for number in range(NODES)] + ["q", "d", "none"]:
-        found[name] = here.resolve(name)
+        found[name] = here.names.resolve(name)
     for bitmap in ("b3", "none"):
-        found[f"bitmap {bitmap}"] = [(hit.container.path, hit.kind, hit.holder, hit.uuid) for hit in here.find(bitmap)]
+        found[f"bitmap {bitmap}"] = [(hit.path, hit.kind, hit.holder, hit.namespace) for hit in here.find(bitmap)]
     found["containers"] = sorted(here.containers())
-    one = here.resolve("n1")
+    one = here.names.resolve("n1")
     assert one
-    found["devices"] = here.devices_of(one.uuid)
+    found["devices"] = here.names.devices_of(one.uuid)
     return found
 
 
@@ -127,11 +127,11 @@ def expected(made: Host) -> Answers:
 
 
 def data_of(host: Host) -> Path:
-    return Path(host.index.path, "data.mdb")
+    return Path(host.stores.index.path, "data.mdb")
 
 
 def verified(host: Host) -> list[str]:
-    return in_child(lambda: verify(Host(host.store, host.index.path)).faults)
+    return in_child(lambda: verify(Host(host.store, host.stores.index.path)).faults)
 
 
 # The value that says what a bucket contributed, as SPEC.md has it.
@@ -171,10 +171,10 @@ def test_a_file_cut_short_anywhere_is_begun_anew(host: Host, expected: Answers) 
     for size in sorted(sizes):
         restore(host)
         os.truncate(data_of(host), size)
-        assert fault(host.index.path), size
+        assert fault(host.stores.index.path), size
         assert in_child(lambda: answers(host)) == expected, size
-        assert Path(host.index.path + ".bad", "data.mdb").stat().st_size == size
-        assert fault(host.index.path) is None
+        assert Path(host.stores.index.path + ".bad", "data.mdb").stat().st_size == size
+        assert fault(host.stores.index.path) is None
 
 
 def _zeros(data: bytearray) -> None:
@@ -216,9 +216,9 @@ def test_what_is_no_database_is_put_aside(host: Host, expected: Answers, damage:
     data = bytearray(data_of(host).read_bytes())
     damage(data)
     data_of(host).write_bytes(data)
-    assert fault(host.index.path)
+    assert fault(host.stores.index.path)
     assert in_child(lambda: answers(host)) == expected
-    assert Path(host.index.path + ".bad", "data.mdb").read_bytes() == data
+    assert Path(host.stores.index.path + ".bad", "data.mdb").read_bytes() == data
     assert verified(host) == []
 
 
@@ -237,7 +237,7 @@ def test_every_bit_of_the_meta_pages_may_be_wrong(host: Host, expected: Answers,
 
 def test_the_meta_page_is_lmdbs(host: Host) -> None:
     """What LMDB itself tells of the database, against what we read in the newer of its meta pages."""
-    with lmdb.open(host.index.path) as env:
+    with lmdb.open(host.stores.index.path) as env:
         info, stat = env.info(), env.stat()
     pages = data_of(host).read_bytes()
     assert meta_pages.meta_fault(pages, len(pages)) is None
@@ -290,7 +290,7 @@ def test_each_fault_of_a_meta_page_has_its_words(field: str, value: int, what: s
 
 
 def test_nothing_in_its_place(host: Host, expected: Answers) -> None:
-    path = Path(host.index.path)
+    path = Path(host.stores.index.path)
     for make in (
         path.mkdir,
         lambda: path.symlink_to("nowhere"),
@@ -303,7 +303,7 @@ def test_nothing_in_its_place(host: Host, expected: Answers) -> None:
             shutil.rmtree(path)
         make()
         assert in_child(lambda: answers(host)) == expected
-        assert fault(host.index.path) is None
+        assert fault(host.stores.index.path) is None
 
 
 def _snapshot(folder: Path) -> dict[str, object]:
@@ -369,15 +369,15 @@ def test_what_is_no_index_is_refused_and_not_touched(
 def test_what_a_user_has_where_an_index_is_put_aside_stays(
     host: Host, expected: Answers, make: Callable[[Path], object]
 ) -> None:
-    bad = Path(host.index.path + ".bad")
+    bad = Path(host.stores.index.path + ".bad")
     try:
         make(bad)
         os.truncate(data_of(host), 100)
         before = _snapshot(bad.parent)
         with pytest.raises(StorageError, match="is put aside, and not one; move it away"):
-            Host(host.store, host.index.path).resolve("n1")
-        Path(host.index.path + ".guard").unlink()
-        before.pop(host.index.path + ".guard", None)
+            Host(host.store, host.stores.index.path).names.resolve("n1")
+        Path(host.stores.index.path + ".guard").unlink()
+        before.pop(host.stores.index.path + ".guard", None)
         assert _snapshot(bad.parent) == before
     finally:
         for name in ("elsewhere", "precious"):
@@ -389,32 +389,32 @@ def test_what_a_user_has_where_an_index_is_put_aside_stays(
 
 @pytest.mark.parametrize("named", [False, True])
 def test_a_foreign_database_is_put_aside_whole(host: Host, expected: Answers, named: bool) -> None:
-    shutil.rmtree(host.index.path)
+    shutil.rmtree(host.stores.index.path)
 
     def make() -> None:
-        with lmdb.open(host.index.path, max_dbs=4) as env, env.begin(write=True) as txn:
+        with lmdb.open(host.stores.index.path, max_dbs=4) as env, env.begin(write=True) as txn:
             for number in range(100):
                 txn.put(f"k{number}".encode(), b"v" * 50, db=env.open_db(b"x", txn=txn) if named else None)
 
     in_child(make)
     before = data_of(host).read_bytes()
     assert in_child(lambda: answers(host)) == expected
-    assert Path(host.index.path + ".bad", "data.mdb").read_bytes() == before
+    assert Path(host.stores.index.path + ".bad", "data.mdb").read_bytes() == before
 
 
 def test_an_index_of_another_version_is_begun_anew(host: Host, expected: Answers) -> None:
     def make() -> None:
         state = layout.STATE_VALUE.build(version=2, reserved=0, containers=0)
-        Database(host.index.path).change(lambda writer: writer.put(layout.STATE, state))
+        Database(host.stores.index.path).change(lambda writer: writer.put(layout.STATE, state))
 
     in_child(make)
     assert in_child(lambda: answers(host)) == expected
-    assert Path(host.index.path + ".bad").is_dir()
+    assert Path(host.stores.index.path + ".bad").is_dir()
 
 
 def test_what_is_put_aside_replaces_what_was(host: Host, expected: Answers) -> None:
-    bad = Path(host.index.path + ".bad")
-    for make in (bad.mkdir, lambda: shutil.copytree(host.index.path, bad)):
+    bad = Path(host.stores.index.path + ".bad")
+    for make in (bad.mkdir, lambda: shutil.copytree(host.stores.index.path, bad)):
         restore(host)
         make()
         os.truncate(data_of(host), 100)
@@ -428,7 +428,7 @@ def test_what_is_put_aside_replaces_what_was(host: Host, expected: Answers) -> N
 def test_a_wrong_value_is_noticed(host: Host, expected: Answers) -> None:
     """A bit of the contents of every kind of value, which LMDB itself takes for sound."""
     whole = data_of(host).read_bytes()
-    with lmdb.open(host.index.path, readonly=True, lock=False) as env, env.begin() as txn:
+    with lmdb.open(host.stores.index.path, readonly=True, lock=False) as env, env.begin() as txn:
         stored = list(txn.cursor())
     chance = random.Random(3)
     kinds = {key[:1] for key, _ in stored}
@@ -486,7 +486,7 @@ def test_verify_outlives_any_damage_and_rebuilds(host: Host, expected: Answers) 
             at = chance.randrange(2 * PAGE, len(data) - 16)
             data[at : at + 8] = chance.randbytes(8)
         data_of(host).write_bytes(data)
-        result = in_child(lambda: verify(Host(host.store, host.index.path)))
+        result = in_child(lambda: verify(Host(host.store, host.stores.index.path)))
         assert result.rebuilt
         assert result.faults
         assert in_child(lambda: answers(host)) == expected
@@ -495,7 +495,7 @@ def test_verify_outlives_any_damage_and_rebuilds(host: Host, expected: Answers) 
 
 def test_verify_tells_an_index_that_says_too_little_or_too_much(host: Host, expected: Answers) -> None:
     def spoil(work: Callable[[database.Writer], None]) -> None:
-        Database(host.index.path).change(work)
+        Database(host.stores.index.path).change(work)
 
     def one(writer: database.Writer, tag: bytes) -> bytes:
         return next(key for key, _ in writer.scan(tag))
@@ -512,10 +512,10 @@ def test_verify_tells_an_index_that_says_too_little_or_too_much(host: Host, expe
 
 
 def test_a_rebuilt_index_still_knows_what_it_has_seen(host: Host) -> None:
-    before = in_child(lambda: Host(host.store, host.index.path).index.all_seen())
+    before = in_child(lambda: Host(host.store, host.stores.index.path).stores.index.all_seen())
     assert len(before) == 2
-    in_child(lambda: rebuild(Host(host.store, host.index.path)))
-    assert in_child(lambda: Host(host.store, host.index.path).index.all_seen()) == before
+    in_child(lambda: rebuild(Host(host.store, host.stores.index.path)))
+    assert in_child(lambda: Host(host.store, host.stores.index.path).stores.index.all_seen()) == before
 
 
 # Growth.
@@ -582,7 +582,7 @@ def test_a_file_never_looks_cut_short_and_is_never_cut(small: str) -> None:
 
 def test_a_child_opens_it_anew(host: Host, expected: Answers) -> None:
     assert answers(host) == expected
-    mapped = database._connected[os.path.realpath(host.index.path)]
+    mapped = database._connected[os.path.realpath(host.stores.index.path)]
     assert mapped._env is not None
 
     def work() -> tuple[bool, Answers]:
@@ -591,9 +591,9 @@ def test_a_child_opens_it_anew(host: Host, expected: Answers) -> None:
 
     assert in_child(work) == (False, expected)
     assert answers(host) == expected
-    assert database._connected[os.path.realpath(host.index.path)] is mapped
+    assert database._connected[os.path.realpath(host.stores.index.path)] is mapped
     # A grandchild, and changes on both sides.
-    in_child(lambda: in_child(lambda: _fill(connect(host.index.path), 0, 10)))
+    in_child(lambda: in_child(lambda: _fill(connect(host.stores.index.path), 0, 10)))
     assert mapped.get(b"x" + bytes(4)) == bytes(4000)
 
 
@@ -602,11 +602,11 @@ def test_a_fork_waits_for_threads_that_use_it(host: Host, expected: Answers) -> 
     failed: list[BaseException] = []
 
     def use() -> None:
-        here = Host(host.store, host.index.path)
+        here = Host(host.store, host.stores.index.path)
         try:
             while not stop.is_set():
-                assert here.resolve("n1") == expected["n1"]
-                connect(host.index.path).change(lambda writer: writer.put(b"x", os.urandom(8)))
+                assert here.names.resolve("n1") == expected["n1"]
+                connect(host.stores.index.path).change(lambda writer: writer.put(b"x", os.urandom(8)))
         except BaseException as error:
             failed.append(error)
 
@@ -615,7 +615,7 @@ def test_a_fork_waits_for_threads_that_use_it(host: Host, expected: Answers) -> 
         thread.start()
     try:
         for _ in range(30):
-            assert in_child(lambda: Host(host.store, host.index.path).resolve("n2")) == expected["n2"]
+            assert in_child(lambda: Host(host.store, host.stores.index.path).names.resolve("n2")) == expected["n2"]
     finally:
         stop.set()
         for thread in threads:
@@ -628,13 +628,13 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     here.add_node("first", tiny(tmp_path / "first.raw"))
 
     def work(worker: int) -> None:
-        mine = Host(here.store, here.index.path)
+        mine = Host(here.store, here.stores.index.path)
         for number in range(6):
             name = f"{worker}-{number}"
             mine.add_node(name, tiny(tmp_path / f"{name}.raw"))
-            assert mine.resolve(name)
-            assert mine.resolve("first")
-            with dm.open(name, store=here.store, index=here.index.path) as image, image.transaction() as bitmaps:
+            assert mine.names.resolve(name)
+            assert mine.names.resolve("first")
+            with dm.open(name, store=here.store, index=here.stores.index.path) as image, image.transaction() as bitmaps:
                 changes.add(bitmaps, "b")
 
     failed: list[BaseException] = []
@@ -653,26 +653,26 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     assert not failed
     assert len(here.find("b")) == 24
     assert not verify(here).faults
-    assert not Path(here.index.path + ".bad").exists()
+    assert not Path(here.stores.index.path + ".bad").exists()
 
 
 def test_an_index_replaced_under_a_process_is_not_used_any_more(host: Host, expected: Answers) -> None:
     assert answers(host) == expected
-    in_child(lambda: rebuild(Host(host.store, host.index.path)))
+    in_child(lambda: rebuild(Host(host.store, host.stores.index.path)))
     assert answers(host) == expected
-    shutil.rmtree(host.index.path)
+    shutil.rmtree(host.stores.index.path)
     assert answers(host) == expected
-    os.rename(host.index.path, host.index.path + ".elsewhere")
+    os.rename(host.stores.index.path, host.stores.index.path + ".elsewhere")
     assert answers(host) == expected
 
 
 @pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "ceph", "9p", "fuse.sshfs", "lustre"])
 def test_network_file_systems_are_refused(host: Host, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    shutil.rmtree(host.index.path)
+    shutil.rmtree(host.stores.index.path)
     monkeypatch.setattr(database, "_file_system", lambda folder: kind)
     with pytest.raises(StorageError, match=rf"network file system \({kind}\).*choose another --index"):
-        host.resolve("n1")
-    assert not Path(host.index.path).exists()
+        host.names.resolve("n1")
+    assert not Path(host.stores.index.path).exists()
     # What names a path needs no index.
     monkeypatch.setenv("DIRTMAP_STORE", "none")
     assert len(json_of("list", Path(host.store).with_name("disk.qcow2"))[0]["bitmaps"]) == 12
@@ -710,10 +710,10 @@ def test_killed_at_every_step_of_a_replacement(host: Host, expected: Answers, ac
     folder = Path(host.store).parent
 
     def work(left: int) -> None:
-        here = Host(host.store, host.index.path)
+        here = Host(host.store, host.stores.index.path)
         sys.setprofile(Killer(database.__file__, left))
         if act == "replace":
-            replace(host.index.path, even_if_good=True)
+            replace(host.stores.index.path, even_if_good=True)
         else:
             rebuild(here)
         sys.setprofile(None)
@@ -734,25 +734,25 @@ def test_a_full_disk_does_not_make_a_commit_look_failed(host: Host, monkeypatch:
         with database._errors(self.path):
             raise lmdb.DiskError(": No space left on device")
 
-    with dm.open("n1", store=host.store, index=host.index.path) as image:
+    with dm.open("n1", store=host.store, index=host.stores.index.path) as image:
         with monkeypatch.context() as patch:
             patch.setattr(Database, "change", full)
             with image.transaction() as bitmaps:
                 bitmaps["b0"].mark(0, 1)
             with pytest.raises(StorageError, match="No space left"):
-                Host(host.store, host.index.path).resolve("n1")
+                Host(host.store, host.stores.index.path).names.resolve("n1")
         assert image["b0"].count == 65536
-    found = Host(host.store, host.index.path)
-    assert found.resolve("n1")
+    found = Host(host.store, host.stores.index.path)
+    assert found.names.resolve("n1")
     with Store(host.store) as target:
         assert not [node.doubt for node in nodes.nodes(target) if node.doubt]
-    with dm.open("n1", store=host.store, index=host.index.path) as image, image.transaction() as bitmaps:
+    with dm.open("n1", store=host.store, index=host.stores.index.path) as image, image.transaction() as bitmaps:
         bitmaps["b0"].clear(0, MIB)
 
 
 def test_lmdb_that_loses_its_way_is_damage(host: Host) -> None:
     for error in (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError):
-        with pytest.raises(DamagedError), database._errors(host.index.path):
+        with pytest.raises(DamagedError), database._errors(host.stores.index.path):
             raise error("x")
 
 
@@ -765,12 +765,12 @@ def forbidden(chosen: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     real = os.open
 
     def refuse(path: Any, *arguments: Any, **more: Any) -> int:
-        if os.fspath(path) == chosen.index.path + ".guard":
+        if os.fspath(path) == chosen.stores.index.path + ".guard":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return real(path, *arguments, **more)
 
-    database.connect(chosen.index.path).suspend()
-    database._connected.pop(chosen.index.path).close()
+    database.connect(chosen.stores.index.path).suspend()
+    database._connected.pop(chosen.stores.index.path).close()
     monkeypatch.setattr(os, "open", refuse)
     return chosen
 
@@ -793,7 +793,7 @@ def test_a_name_needs_an_index_and_says_so(forbidden: Host) -> None:
         ["index", "verify"],
         ["node", "list"],
     ):
-        message = f"{forbidden.index.path}: index: Permission denied; --index names another"
+        message = f"{forbidden.index_path}: index: Permission denied; --index names another"
         assert error_of(*command) == message
     elsewhere = forbidden.store + "-another-index"
     assert json_of("list", "n1", "--index", elsewhere)[0]["bitmaps"]
@@ -804,9 +804,9 @@ def test_arguments_that_cannot_be(host: Host, tmp_path: Path) -> None:
     with pytest.raises(dm.Error, match="index"):
         dm.open("n1", store=host.store, index="/proc/x")
     with pytest.raises(dm.Error, match="NUL"):
-        dm.this_host(host.store, str(tmp_path / "a\0b"))
+        _ = dm.this_host(host.store, str(tmp_path / "a\0b")).stores
     with pytest.raises(dm.Error):
-        dm.this_host(str(tmp_path / "a\0b"), host.index.path).opened().__enter__()
+        dm.this_host(str(tmp_path / "a\0b"), host.stores.index.path).opened().__enter__()
     with dm.Lookup(host) as lookup:
         for node, name in (("\ud800", "b0"), ("n1", "\ud800"), ("\ud800" * 300, "b0")):
             with pytest.raises(dm.BitmapError, match="cannot be encoded"):
@@ -821,7 +821,7 @@ def test_arguments_that_cannot_be(host: Host, tmp_path: Path) -> None:
 @pytest.fixture
 def chosen(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setenv("DIRTMAP_STORE", host.store)
-    monkeypatch.setenv("DIRTMAP_INDEX", host.index.path)
+    monkeypatch.setenv("DIRTMAP_INDEX", host.stores.index.path)
     return host
 
 
@@ -835,13 +835,13 @@ def test_index_verify_rebuild_and_stats(chosen: Host) -> None:
     assert stats["entries"] == clean["entries"]
     assert json_of("index", "rebuild") == {"containers": 3}
     assert "all as the containers say" in dirtmap("index", "verify").out
-    database.connect(chosen.index.path).suspend()
+    database.connect(chosen.stores.index.path).suspend()
     os.truncate(data_of(chosen), 5 * PAGE)
     done = dirtmap("index", "verify")
     assert "rebuilt" in done.out
     assert "cut short" in done.error
     assert dirtmap("index", "verify", "-q").out == dirtmap("index", "verify", "-q").error == ""
-    shutil.rmtree(chosen.index.path)
+    shutil.rmtree(chosen.stores.index.path)
     for command in ("verify", "stats"):
         assert "there is no index" in error_of("index", command)
     assert json_of("index", "rebuild") == {"containers": 3}
@@ -856,7 +856,7 @@ def test_after_a_commit_only_the_buckets_that_it_changed_are_looked_at(tmp_path:
             for number in range(400):
                 name = b"node%d" % number
                 change.table.put(Record(name, store.KIND_NODE, uuid.uuid4().bytes, 1 << 20, path=b"/none" + name))
-        index = Index(str(tmp_path / "index"))
+        index = index_at(str(tmp_path / "index"))
         list(index.refresh([path]))
         for number in (7, 8):
             with target.change() as change:
@@ -869,7 +869,7 @@ def test_after_a_commit_only_the_buckets_that_it_changed_are_looked_at(tmp_path:
                 keys.append(key)
                 return index.database.get(key)
 
-            reading = look(get, path, index.container(path), False)
+            reading = look(index.readers, get, path, index.container(path), False)
             assert reading
             assert len(reading.buckets) == len(keys) == 1
             sizes = {member.name: member.size for _, found in reading.buckets.values() for member, _ in found}

@@ -6,18 +6,19 @@ import contextlib
 import os
 import shutil
 import time
+import uuid
 from pathlib import Path
 
 import pytest
-from support import qemu
+from support import alone, qemu
+from support.alone import image as image_of
+from support.alone import stored
 
 import dirtmap.engine as dm
 from dirtmap.engine.identity import lasting_identity
 from dirtmap.engine.model import changes
 from dirtmap.engine.namespaces import nodes
-from dirtmap.engine.namespaces.image import Image
-from dirtmap.engine.namespaces.nodes import add_node, add_qcow2, remove_node
-from dirtmap.engine.namespaces.stored import StoredImage
+from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Store, create
 
@@ -68,7 +69,7 @@ def test_qemu_keeps_an_identity(store: Store, act: str, bitmap_first: bool) -> N
     path = qcow2("disk.qcow2")
     if bitmap_first:
         qemu.qemu_img("bitmap", "--add", path, "first")
-    nodes.add_qcow2(store, "drive0", path)
+    alone.add_image(store, "drive0", path)
     before = identity(path)
     assert before[0] == "drive0"
     QEMU_ACTS[act](path)
@@ -77,7 +78,7 @@ def test_qemu_keeps_an_identity(store: Store, act: str, bitmap_first: bool) -> N
 
 
 def test_a_converted_image_has_none(store: Store) -> None:
-    nodes.add_qcow2(store, "drive0", qcow2("disk.qcow2"))
+    alone.add_image(store, "drive0", qcow2("disk.qcow2"))
     qemu.qemu_img("convert", "-O", "qcow2", "disk.qcow2", "other.qcow2")
     assert identity("other.qcow2") == (None, None)
 
@@ -85,10 +86,10 @@ def test_a_converted_image_has_none(store: Store) -> None:
 def test_an_identity_moves_a_backing_file_name_out_of_its_way(store: Store) -> None:
     qcow2("base.qcow2")
     qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2")
-    nodes.add_qcow2(store, "top", "top.qcow2")
+    alone.add_image(store, "top", "top.qcow2")
     assert qemu.info("top.qcow2")["backing-filename"] == "base.qcow2"
-    with Image("top.qcow2") as image:
-        image.set_identity("a-much-longer-name-than-that")
+    alone.name_image("top.qcow2", "a-much-longer-name-than-that")
+    with image_of("top.qcow2") as image:
         assert list(image) == []
     assert qemu.info("top.qcow2")["backing-filename"] == "base.qcow2"
     qemu.qemu_img("bitmap", "--add", "top.qcow2", "b")
@@ -100,14 +101,17 @@ def test_names_change_often_and_bitmaps_stay(store: Store) -> None:
     with dm.open(path) as image, image.transaction() as bitmaps:
         changes.add(bitmaps, "b")
         bitmaps["b"].mark(MIB, 1)
-    with Image(path) as image:
+    with image_of(path) as image:
         for number in range(40):
-            image.set_identity("n" * (number % 9 + 1))
+            with image.naming() as naming:
+                naming.set("n" * (number % 9 + 1))
             assert image.name == "n" * (number % 9 + 1)
         first = image.uuid
-        image.set_identity("n", new_uuid=True)
+        with image.naming() as naming:
+            naming.set("n", uuid.uuid4().bytes)
         assert image.uuid != first
-        image.set_identity(None)
+        with image.naming() as naming:
+            naming.remove()
         assert (image.name, image.uuid) == (None, None)
     assert qemu.dirty(path, "b") == [(MIB, 65536)]
     qemu.check(path)
@@ -134,7 +138,7 @@ def test_an_image_is_no_node_of_a_second_store(store: Store) -> None:
     add_node(store, "raw0", raw("disk.raw"))
     create("default.dmap")
     host = dm.this_host("default.dmap", "index")
-    host.remember_store("nodes.dmap")
+    host.registry.remember_store("nodes.dmap")
     with pytest.raises(dm.BitmapError, match="is node 'raw0' already"):
         host.add_node("raw1", "disk.raw")
 
@@ -148,13 +152,13 @@ def test_a_raw_node_that_was_made_qcow2_since_gets_no_second_name(store: Store, 
     host = dm.this_host("default.dmap" if elsewhere else "nodes.dmap", "index")
     if elsewhere:
         create("default.dmap")
-        host.remember_store("nodes.dmap")
+        host.registry.remember_store("nodes.dmap")
     with pytest.raises(dm.BitmapError, match="is node 'raw0' already"):
         host.add_qcow2("q0", "disk.raw")
     assert Path("disk.raw").read_bytes() == before
-    remove_node(store, "raw0")
-    add_qcow2(store, "q0", "disk.raw")
-    add_qcow2(store, "q0", "disk.raw")
+    alone.remove(store, "raw0")
+    alone.add_image(store, "q0", "disk.raw")
+    alone.add_image(store, "q0", "disk.raw")
 
 
 def test_a_store_is_no_image(store: Store) -> None:
@@ -166,33 +170,33 @@ def test_a_store_is_no_image(store: Store) -> None:
 def test_a_copied_file_is_a_twin_and_refused(store: Store) -> None:
     path = qcow2("disk.qcow2")
     qemu.qemu_img("bitmap", "--add", path, "b")
-    nodes.add_qcow2(store, "drive0", path)
+    alone.add_image(store, "drive0", path)
     shutil.copy(path, "copy.qcow2")
     before = Path("copy.qcow2").read_bytes()
     for act in (dm.open, dm.describe, dm.recover):
         with pytest.raises(dm.BitmapError, match=r"a copy of .*disk\.qcow2, with its identity"):
             act("copy.qcow2")
     with pytest.raises(dm.BitmapError, match="the name is taken"):
-        nodes.add_qcow2(store, "drive0", "copy.qcow2")
+        alone.add_image(store, "drive0", "copy.qcow2")
     assert Path("copy.qcow2").read_bytes() == before
     assert identity(path)[0] == "drive0"  # the original is as it was
-    nodes.add_qcow2(store, "drive1", "copy.qcow2", new_identity=True)
+    alone.add_image(store, "drive1", "copy.qcow2", new_identity=True)
     assert identity("copy.qcow2")[0] == "drive1"
     assert identity("copy.qcow2")[1] != identity(path)[1]
 
 
 def test_a_moved_file_is_no_twin(store: Store) -> None:
-    nodes.add_qcow2(store, "drive0", qcow2("disk.qcow2"))
+    alone.add_image(store, "drive0", qcow2("disk.qcow2"))
     os.rename("disk.qcow2", "elsewhere.qcow2")
     assert identity("elsewhere.qcow2")[0] == "drive0"
-    nodes.add_qcow2(store, "drive0", "elsewhere.qcow2")  # remembers the new place
+    alone.add_image(store, "drive0", "elsewhere.qcow2")  # remembers the new place
     with dm.open("drive0") as image:
         assert image.path.endswith("elsewhere.qcow2")
 
 
 def test_nodes_are_found_by_name_in_either_container(store: Store) -> None:
     add_node(store, "raw0", raw("disk.raw"))
-    nodes.add_qcow2(store, "drive0", qcow2("disk.qcow2"))
+    alone.add_image(store, "drive0", qcow2("disk.qcow2"))
     for name in ("raw0", "drive0", "node:drive0"):
         with dm.open(name) as image, image.transaction() as bitmaps:
             changes.add(bitmaps, f"of-{name}")
@@ -208,22 +212,22 @@ def test_nodes_are_found_by_name_in_either_container(store: Store) -> None:
 
 def test_a_node_with_bitmaps_is_neither_renamed_nor_removed(store: Store) -> None:
     add_node(store, "raw0", raw("disk.raw"))
-    nodes.add_qcow2(store, "drive0", qcow2("disk.qcow2"))
+    alone.add_image(store, "drive0", qcow2("disk.qcow2"))
     add_node(store, "taken", raw("other.raw"))
     for name in ("raw0", "drive0"):
         with dm.open(name) as image, image.transaction() as bitmaps:
             changes.add(bitmaps, "b")
         with pytest.raises(dm.BitmapError, match="has 1 bitmaps"):
-            nodes.remove_node(store, name)
+            alone.remove(store, name)
         with pytest.raises(dm.BitmapError, match="addresses would change"):
-            nodes.rename_node(store, name, "new")
+            alone.rename(store, name, "new")
         with pytest.raises(dm.BitmapError, match="the name is taken"):
-            nodes.rename_node(store, name, "taken", with_bitmaps=True)
-        nodes.rename_node(store, name, f"{name}-new", with_bitmaps=True)
+            alone.rename(store, name, "taken", with_bitmaps=True)
+        alone.rename(store, name, f"{name}-new", with_bitmaps=True)
         assert list(dm.open(f"{name}-new")) == ["b"]
         with dm.open(f"{name}-new") as image, image.transaction() as bitmaps:
             changes.remove(bitmaps, "b")
-        nodes.remove_node(store, f"{name}-new")
+        alone.remove(store, f"{name}-new")
     assert [node.name for node in nodes.nodes(store)] == ["taken"]
     assert identity("disk.qcow2") == (None, None)
 
@@ -346,7 +350,7 @@ def test_a_write_right_after_a_bitmap_was_made_shows(store: Store) -> None:
         create("nodes.dmap")
         with Store("nodes.dmap") as fresh:
             add_node(fresh, "raw0", raw("disk.raw"))
-            with open("disk.raw", "r+b", buffering=0) as file, StoredImage(fresh, "raw0") as image:
+            with open("disk.raw", "r+b", buffering=0) as file, stored(fresh, "raw0") as image:
                 file.write(b"x")
                 with image.transaction() as bitmaps:
                     changes.add(bitmaps, "b")

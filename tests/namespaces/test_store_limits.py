@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 from support import qemu
+from support.alone import stored
 
 import dirtmap.engine as dm
 from dirtmap.engine import identity as looks
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import changes
+from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.namespaces import nodes
 from dirtmap.engine.namespaces.nodes import add_node
-from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.store import Identity, Record
@@ -28,7 +29,7 @@ def target(tmp_path: Path) -> Store:
         yield opened
 
 
-def _add(image: StoredImage, name: str, granularity: int | None = None) -> None:
+def _add(image: Namespace, name: str, granularity: int | None = None) -> None:
     with image.transaction() as bitmaps:
         changes.add(bitmaps, name, granularity)
 
@@ -53,10 +54,10 @@ def test_65536_namespaces_and_not_one_more(target: Store, tmp_path: Path) -> Non
 
     with pytest.raises(dm.FormatError, match="65536"):
         one_more()
-    with StoredImage(Store(target.path), "node40000") as image, image.transaction() as bitmaps:
+    with stored(Store(target.path), "node40000") as image, image.transaction() as bitmaps:
         changes.add(bitmaps, "b")
         bitmaps["b"].mark(5, 1)
-    with StoredImage(Store(target.path), "node40000") as image:
+    with stored(Store(target.path), "node40000") as image:
         assert qemu.extents(image["b"]) == [(0, 65536)]
     assert dm.check(target.path).findings == []
 
@@ -65,7 +66,7 @@ def test_65535_bitmaps_and_names_of_1023_bytes(target: Store, tmp_path: Path) ->
     raw = tmp_path / "raw"
     raw.write_bytes(bytes(4096))
     add_node(target, "n", str(raw))
-    with StoredImage(Store(target.path), "n") as image:
+    with stored(Store(target.path), "n") as image:
         with image.transaction() as bitmaps:
             for number in range(directory.MAX_BITMAPS):
                 changes.add(bitmaps, f"{number}".rjust(1023 if number % 1000 == 0 else 6, "x"))
@@ -84,7 +85,7 @@ def test_disks_up_to_8_exbibytes(target: Store, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(module, "identity_of", lambda path: Identity(1, 2, 3, size))
     monkeypatch.setattr(nodes, "probe_path", lambda path: None)
     add_node(target, "n", "raw")
-    with StoredImage(Store(target.path), "n") as image:
+    with stored(Store(target.path), "n") as image:
         if size > 1 << 50:
             with pytest.raises(dm.BitmapError, match="granularity"):
                 _add(image, "fine", 512)

@@ -27,7 +27,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support import qemu, store_crash
+from support import alone, qemu, store_crash
+from support.alone import stored
 from support.quick import Quick
 
 import dirtmap.engine as dm
@@ -38,7 +39,6 @@ from dirtmap.engine.namespaces import nodes
 from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.namespaces.compact import compact
 from dirtmap.engine.namespaces.nodes import add_node
-from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.fmt import store as fmt_store
@@ -159,7 +159,7 @@ class Machine(RuleBasedStateMachine):
         self.target = str(shutil.copy(self.qcow2, self.folder / "image.qcow2"))
         for name in NODES[:count]:
             self.add_node(name, SIZE)
-            with StoredImage(self.store, name).transaction() as bitmaps:
+            with stored(self.store, name).transaction() as bitmaps:
                 changes.add(bitmaps, "x", 512)
                 changes.mark(bitmaps, "x", [70_000], [count * 5000])
             self.nodes[name].bitmaps["x"] = Bits(SIZE, 512)
@@ -193,9 +193,9 @@ class Machine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(list(self.nodes)))
         if self.nodes[name].bitmaps:
             with pytest.raises(dm.BitmapError, match="bitmaps"):
-                nodes.remove_node(self.store, name)
+                alone.remove(self.store, name)
         else:
-            nodes.remove_node(self.store, name)
+            alone.remove(self.store, name)
             del self.nodes[name]
 
     @precondition(lambda self: self.nodes)
@@ -204,9 +204,9 @@ class Machine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(list(self.nodes)))
         if new in self.nodes or (self.nodes[name].bitmaps and not with_bitmaps):
             with pytest.raises(dm.BitmapError):
-                nodes.rename_node(self.store, name, new, with_bitmaps=with_bitmaps)
+                alone.rename(self.store, name, new, with_bitmaps=with_bitmaps)
         else:
-            nodes.rename_node(self.store, name, new, with_bitmaps=with_bitmaps)
+            alone.rename(self.store, name, new, with_bitmaps=with_bitmaps)
             self.nodes[new] = self.nodes.pop(name)
 
     @precondition(lambda self: self.nodes)
@@ -220,7 +220,7 @@ class Machine(RuleBasedStateMachine):
             return
         os.truncate(node.path, size)
         if node.bitmaps:
-            with StoredImage(self.store, name) as image, pytest.raises(dm.BitmapError, match="resize"):
+            with stored(self.store, name) as image, pytest.raises(dm.BitmapError, match="resize"):
                 _ = next(iter(image.values()))
             self.store = Store(self.path)
             with pytest.raises(dm.BitmapError, match="resize"):
@@ -242,7 +242,7 @@ class Machine(RuleBasedStateMachine):
             nodes.confirm_node(self.store, name)
             node.changed = False
         elif confirm == "recover":
-            recovered = StoredImage(self.store, name).recover()
+            recovered = stored(self.store, name).recover()
             assert [found.name for found in recovered] == list(node.bitmaps)
             node.settle()
 
@@ -274,7 +274,7 @@ class Machine(RuleBasedStateMachine):
     @contextlib.contextmanager
     def transactions(self, names: list[str]) -> Iterator[dict[str, Transaction]]:
         if len(names) == 1:
-            with StoredImage(self.store, names[0]).transaction() as bitmaps:
+            with stored(self.store, names[0]).transaction() as bitmaps:
                 yield {names[0]: bitmaps}
         else:
             with transaction(self.store) as namespaces:
@@ -355,7 +355,7 @@ class Machine(RuleBasedStateMachine):
         model = copy.deepcopy(self.nodes[name])
         model.settle()
         here = data.draw(st.sampled_from(list(model.bitmaps)))
-        self.held = [*self.held[-5:], (StoredImage(self.store, name)[here], model.bitmaps[here])]
+        self.held = [*self.held[-5:], (stored(self.store, name)[here], model.bitmaps[here])]
 
     @precondition(lambda self: any(node.size == SIZE for node in self.nodes.values()))
     @rule(data=st.data(), name=st.sampled_from(BITMAPS), to_image=st.booleans())
@@ -366,8 +366,8 @@ class Machine(RuleBasedStateMachine):
         settled.settle()
         models = (settled.bitmaps, self.image) if to_image else (self.image, settled.bitmaps)
         with dm.open(self.target) as image:
-            stored = StoredImage(self.store, node)
-            source, target = (stored, image) if to_image else (image, stored)
+            opened = stored(self.store, node)
+            source, target = (opened, image) if to_image else (image, opened)
             if name in models[0] and name not in models[1]:
                 value = source[name]
                 with target.transaction() as bitmaps:
@@ -401,7 +401,7 @@ class Machine(RuleBasedStateMachine):
             model.settle()
             assert (found[name].size, found[name].path) == (node.size, str(node.path))
             assert bool(found[name].doubt) == bool(node.changed and node.bitmaps)
-            required(StoredImage(self.store, name), model.bitmaps)
+            required(stored(self.store, name), model.bitmaps)
 
     @invariant()
     def is_sound(self) -> None:

@@ -16,7 +16,7 @@ from support.documents import SPEC, judged, rows
 
 import dirtmap.engine as dm
 from dirtmap.engine import identity as looks
-from dirtmap.engine.host.opening import Place
+from dirtmap.engine.host.kind import Address
 from dirtmap.engine.namespaces import nodes
 from dirtmap.engine.storefile import file as engine
 from dirtmap.engine.storefile import header as headers
@@ -104,7 +104,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     create(str(path))
     with Store(str(path)) as target:
         nodes.add_node(target, "disk", "/images/disk.raw")
-    with dm.open(Place(str(path), "disk")) as image, image.transaction() as bitmaps:
+    with dm.open(Address(str(path), "disk")) as image, image.transaction() as bitmaps:
         bitmaps["monday"] = dm.Bitmap.from_extents(image.size, [64 << 10], [192 << 10], 64 << 10)
     return path
 
@@ -134,7 +134,7 @@ def test_example_is_what_dirtmap_reads(tmp_path: Path, monkeypatch: pytest.Monke
     assert [finding.what.partition(":")[0] for finding in report.findings] == ["counts as all dirty"], "no such image"
     monkeypatch.setattr(looks, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
     assert not dm.check(str(path)).findings
-    with dm.open(Place(str(path), "disk")) as opened:
+    with dm.open(Address(str(path), "disk")) as opened:
         offsets, lengths = opened["monday"].extents()
         assert (offsets.tolist(), lengths.tolist()) == ([64 << 10], [192 << 10])
         assert opened["monday"].recording

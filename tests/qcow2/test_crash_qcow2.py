@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 from support import crash, plain, qemu
+from support.alone import name_image
 from support.craft import Craft
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
 from dirtmap.engine.model.transaction import Transaction
-from dirtmap.engine.namespaces.image import Image
 from dirtmap.engine.qcow2.check import check
 from dirtmap.fmt import qcow2
 
@@ -248,8 +248,7 @@ def named(name: str | None) -> Callable[[Path], None]:
     """Gives the image this name as a node, or takes it away."""
 
     def operate(path: Path) -> None:
-        with Image(str(path)) as image:
-            image.set_identity(name)
+        name_image(path, name)
 
     return operate
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import qemu
+from support import alone, qemu
 from support.cli import dirtmap
 from support.power import REGION, SIZE, Recording, expected, use
 from support.tracking import GRANULE, files_in, forget_index, make_node, model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.namespaces.nodes import add_qcow2, resize_node
+from dirtmap.engine.namespaces.nodes import resize_node
 from dirtmap.engine.session import livefile
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
@@ -110,7 +110,7 @@ def test_power_loss_while_a_qcow2_image_is_tracked(tmp_path: Path) -> None:
             bitmaps[name].mark(0, 1)
     create(str(store))
     with Store(str(store)) as target:
-        add_qcow2(target, "drive0", str(path))
+        alone.add_image(target, "drive0", str(path))
     recording, rng = Recording(), random.Random(7)
     with fileio.using(recording.files()), dm.open(path) as image:
         with image.track(save_interval=0, region_size=REGION) as tracker:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from support import qemu
+from support.alone import index_at
 from support.cli import COMMAND, dirtmap, json_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.index.index import Index, SeenCommit
+from dirtmap.engine.index.index import SeenCommit
 from dirtmap.engine.namespaces.compact import compact
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.storefile.header import Seen
@@ -96,7 +97,7 @@ def test_a_host_stays_the_same(folder: Path) -> None:
     os.chdir("../B")
     shutil.copy("../A/data.raw", "../A/new.raw")
     host.add_node("new", "../A/new.raw")
-    assert host.resolve("new")
+    assert host.names.resolve("new")
     assert not [node for node in json_of("node", "list") if node["name"] == "new"]
     os.chdir("../A")
     assert [node for node in json_of("node", "list") if node["name"] == "new"]
@@ -181,8 +182,8 @@ def test_a_rollback_while_it_is_tracked_is_found(folder: Path) -> None:
 def test_an_index_keeps_the_commit_that_it_has_seen(folder: Path) -> None:
     create("x")
     with Store("x") as target:
-        where = target.place
-    index = Index(str(folder / "own"))
+        where = target.abspath
+    index = index_at(str(folder / "own"))
     for generation, kept in ((5, 5), (4, 5), (5, 5), (6, 6)):
         index.remember_seen(SeenCommit(b"u" * 16, Seen(generation, bytes([generation]) * 16), where))
         assert index.seen(b"u" * 16) == (b"u" * 16, (kept, bytes([kept]) * 16), where)

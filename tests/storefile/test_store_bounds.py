@@ -14,7 +14,7 @@ import pytest
 from support.damage import SIZE
 
 import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Place
+from dirtmap.engine.host.kind import Address
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store, create
@@ -100,7 +100,7 @@ def test_a_directory_that_two_namespaces_have_is_read_once(tmp_path: Path, neste
     assert len(info.bitmaps) <= 4 * count
     assert len([f for f in dm.check(path).findings if "overlaps that of" in f.what]) == count - 1
     for number in range(count):  # each by itself
-        with dm.open(Place(path, str(number))) as image:
+        with dm.open(Address(path, str(number))) as image:
             assert len(image) == 4 * (count - number if nested else count)
     assert dm.check(path, repair="all").corruptions == 0
     assert dm.describe(path).errors == ()

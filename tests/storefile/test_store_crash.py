@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from support import crash, quick, store_crash
+from support.alone import stored
 from support.crash import Recording, Tally
 from support.store_crash import Judge, Reader
 
@@ -26,7 +27,7 @@ from dirtmap.engine.namespaces import compact, nodes
 from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.namespaces.store_check import check
-from dirtmap.engine.namespaces.stored import StoredImage, describe_store
+from dirtmap.engine.namespaces.stored import describe_store
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.storefile.header import Seen
@@ -98,7 +99,7 @@ def on(name: str, *steps: Step) -> Operation:
     """All those changes of a node in one transaction."""
 
     def operate(path: Path) -> None:
-        with Store(str(path)) as target, StoredImage(target, name).transaction() as bitmaps:
+        with Store(str(path)) as target, stored(target, name).transaction() as bitmaps:
             for step in steps:
                 step(bitmaps)
 
@@ -136,7 +137,7 @@ def of_node(act: Callable[..., object], *arguments: object, **options: object) -
 
 def recovering(path: Path) -> None:
     with Store(str(path)) as target:
-        StoredImage(target, "a").recover()
+        stored(target, "a").recover()
 
 
 def after(*operations: Operation) -> Operation:

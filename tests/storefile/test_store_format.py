@@ -20,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Place
+from dirtmap.engine.host.kind import Address
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store, create
@@ -662,7 +662,7 @@ def test_bits_lie_as_the_format_says(seed: int, granularity: int, tmp_path_facto
     dirty = np.random.default_rng(seed).random(count) < random.Random(seed).choice([0, 0.1, 0.9, 1])
     offsets = np.flatnonzero(dirty) * granularity
     lengths = np.minimum(granularity, size - offsets)
-    with dm.open(Place(where, "disk")) as image, image.transaction() as bitmaps:
+    with dm.open(Address(where, "disk")) as image, image.transaction() as bitmaps:
         bitmaps["b"] = dm.Bitmap.from_extents(size, offsets, lengths, granularity)
     with Store(where) as target:
         record = target.read(lambda snapshot: snapshot.table().get(b"disk"))
@@ -689,7 +689,7 @@ def test_answer_counts_unless_the_store_moved_on_by_two(path: str, moved: int, a
         calls.append(snapshot.header.generation)
         if len(calls) == 1:
             for number in range(moved):
-                with dm.open(Place(path, "disk")) as image, image.transaction() as bitmaps:
+                with dm.open(Address(path, "disk")) as image, image.transaction() as bitmaps:
                     bitmaps[f"b{number}"] = dm.Bitmap(image.size)
         return len(calls)
 
@@ -704,7 +704,7 @@ def test_failed_checksum_counts_only_if_the_store_stood_still(path: str) -> None
     def read(snapshot: Any) -> str:
         calls.append(None)
         if len(calls) == 1:
-            with dm.open(Place(path, "disk")) as image, image.transaction() as bitmaps:
+            with dm.open(Address(path, "disk")) as image, image.transaction() as bitmaps:
                 bitmaps["b"] = dm.Bitmap(image.size)
             raise FormatError(path, "made up")
         return "read"
@@ -719,7 +719,7 @@ def test_bits_taken_over_from_another_namespace_are_copied(path: str, tmp_path: 
     (tmp_path / "twin.raw").write_bytes(bytes(1_000_000))
     with Store(path) as target:
         add_node(target, "twin", str(tmp_path / "twin.raw"))
-    with dm.open(Place(path, "disk")) as disk, dm.open(Place(path, "twin")) as twin:
+    with dm.open(Address(path, "disk")) as disk, dm.open(Address(path, "twin")) as twin:
         with disk.transaction() as bitmaps:
             bitmaps["b"] = dm.Bitmap.from_extents(1_000_000, [0], [70_000], 4096)
         with twin.transaction() as bitmaps:
@@ -737,7 +737,7 @@ def test_image_from_before_1970_can_be_a_node(path: str, tmp_path: Path) -> None
     os.utime(tmp_path / "old.raw", ns=(-1, -1))
     with Store(path) as target:
         add_node(target, "old", str(tmp_path / "old.raw"))
-    with dm.open(Place(path, "old")) as image:
+    with dm.open(Address(path, "old")) as image:
         with image.transaction() as bitmaps:
             bitmaps["b"] = dm.Bitmap(1)
         assert image["b"].count == 0
@@ -749,7 +749,7 @@ def test_granularity_too_fine_for_the_disk_is_refused_without_making_the_bits(pa
     with Store(path) as target:
         add_node(target, "huge", str(tmp_path / "huge.raw"))
     with (
-        dm.open(Place(path, "huge")) as image,
+        dm.open(Address(path, "huge")) as image,
         pytest.raises(dm.BitmapError, match="bytes of bits"),
         image.transaction() as bitmaps,
     ):
@@ -757,7 +757,7 @@ def test_granularity_too_fine_for_the_disk_is_refused_without_making_the_bits(pa
 
 
 def test_dump_shows_every_byte_of_metadata(path: str) -> None:
-    with dm.open(Place(path, "disk")) as image, image.transaction() as bitmaps:
+    with dm.open(Address(path, "disk")) as image, image.transaction() as bitmaps:
         bitmaps["b"] = dm.Bitmap.from_extents(1_000_000, [0], [70_000], 512)
         bitmaps["ones"] = dm.Bitmap.from_extents(1_000_000, [0], [1_000_000])
     document = dm.dump(path, with_hex=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support import crash, store_crash
+from support.alone import stored
 from support.crash import Fault
 from support.store_crash import Judge, contents
 
@@ -20,7 +21,6 @@ from dirtmap.engine.model import changes
 from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.namespaces.compact import compact
 from dirtmap.engine.namespaces.nodes import add_node
-from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
@@ -39,7 +39,7 @@ def made(path: Path, folder: Path) -> None:
             image.touch()
             os.truncate(image, SIZE)
             add_node(target, name, str(image))
-            with StoredImage(target, name).transaction() as bitmaps:
+            with stored(target, name).transaction() as bitmaps:
                 changes.add(bitmaps, "b0", 4096)
                 scatter(bitmaps["b0"], 1)
 

@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import store_crash
+from support.alone import stored
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
@@ -35,7 +36,6 @@ from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.namespaces.compact import compact
 from dirtmap.engine.namespaces.condition import bitmap_of
 from dirtmap.engine.namespaces.nodes import add_node
-from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system import file as fileio
@@ -115,7 +115,7 @@ def write(board: Board, number: int) -> None:
     """Commits until told to stop."""
     rng = random.Random(time.monotonic_ns() ^ number)
     me = str(number)
-    with Store(board.path) as target, StoredImage(target, me) as image:
+    with Store(board.path) as target, stored(target, me) as image:
         k = number_in(image["v"].words)
         assert board.returned[number] <= k <= board.begun[number]
         board.returned[number] = k
@@ -162,10 +162,10 @@ class dirty:
 def read(board: Board, number: int) -> None:
     """Reads until told to stop, in every way there is."""
     rng = random.Random(number)
-    with Store(board.path) as target, StoredImage(target, "common") as common:
+    with Store(board.path) as target, stored(target, "common") as common:
         while not board.stop[0]:
             writer = rng.randrange(WRITERS)
-            image = StoredImage(target, str(writer))
+            image = stored(target, str(writer))
             least = board.returned.copy()
             way = rng.randrange(5)
             if way == 0:
@@ -253,9 +253,9 @@ def hammer(board: Board, seconds: float) -> None:
     assert (report.corruptions, report.leaks, report.check_errors) == (0, 0, 0)
     store_crash.contents(Path(board.path).read_bytes())
     with Store(board.path) as target:
-        counters = StoredImage(target, "common")["counters"].words
+        counters = stored(target, "common")["counters"].words
         for number in range(WRITERS):
-            image = StoredImage(target, str(number))
+            image = stored(target, str(number))
             k = number_in(image["v"].words)
             assert k == counters[number]
             assert k == board.returned[number]  # all have ended by themselves
@@ -281,13 +281,13 @@ def test_writers_and_readers_of_one_store_for_long(board: Board, capsys: pytest.
 
 def commit(path: str) -> None:
     """Makes the next number of what both bitmaps of node 0 hold; the clusters that they had are soon used again."""
-    with Store(path) as target, StoredImage(target, "0").transaction() as bitmaps:
+    with Store(path) as target, stored(target, "0").transaction() as bitmaps:
         following = bitmap(pattern(number_in(bitmaps["v"].words) + 1))
         bitmaps["v"] = bitmaps["w"] = following
 
 
 def read_one(path: str) -> int:
-    with Store(path) as target, StoredImage(target, "0") as image:
+    with Store(path) as target, stored(target, "0") as image:
         return number_in(image["v"].words)
 
 
@@ -327,7 +327,7 @@ def test_reader_overtaken_at_every_point(
         image.touch()
         os.truncate(image, SIZE)
         add_node(target, "0", str(image))
-        with StoredImage(target, "0").transaction() as bitmaps:
+        with stored(target, "0").transaction() as bitmaps:
             bitmaps["v"] = bitmaps["w"] = bitmap(pattern(0))
     reads = at = 0
 

@@ -308,7 +308,7 @@ def in_memory(image: bytearray, *, growable: bool = True) -> Iterator[str]:
 
     class Memory(File):
         def __init__(self, path: str, **_: bool) -> None:
-            self.path, self.place, self.fd, self._poisoned = path, path, 0, None
+            self.path, self.abspath, self.fd, self._poisoned = path, path, 0, None
 
         @property
         def growable(self) -> bool:

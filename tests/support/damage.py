@@ -16,7 +16,7 @@ import crc32c
 import numpy as np
 
 import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Place
+from dirtmap.engine.host.kind import Address
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store, create
@@ -78,20 +78,20 @@ def make_sound(folder: Path) -> Sound:
         granules = np.flatnonzero(rng.random(SIZE // granularity) < share)
         return dm.Bitmap.from_extents(SIZE, granules * granularity, np.full(len(granules), granularity), granularity)
 
-    with dm.open(Place(path, "a")) as image:
+    with dm.open(Address(path, "a")) as image:
         with image.transaction() as bitmaps:
             bitmaps["monday"] = some(4096, 0.3)
             bitmaps["clean"] = dm.Bitmap(SIZE)
             bitmaps["full"] = dm.Bitmap.from_extents(SIZE, [0], [SIZE], 65536, recording=False)
         with image.transaction() as bitmaps:
             bitmaps["monday"] |= some(4096, 0.3)
-    with dm.open(Place(path, "b")) as image, image.transaction() as bitmaps:
+    with dm.open(Address(path, "b")) as image, image.transaction() as bitmaps:
         bitmaps["\udcff"] = some(1024, 0.2)
-    with dm.open(Place(path, "a")) as image, image.transaction() as bitmaps:
+    with dm.open(Address(path, "a")) as image, image.transaction() as bitmaps:
         bitmaps["monday"].mark(SIZE - 1, 1)
     found: Bits = {}
     for node in ("a", "b"):
-        with dm.open(Place(path, node)) as image:
+        with dm.open(Address(path, node)) as image:
             found |= {(node, name): image[name].words.copy() for name in image}
     assert len(found) == 4
     assert not dm.check(path).findings
@@ -162,7 +162,7 @@ def read_everything(sound: Sound) -> set[tuple[str, str]]:
     """Which of the sound store's bitmaps there still are; none of those that can be read has lost a bit."""
     names = set()
     for node in ("a", "b"):
-        image = attempt(lambda node=node: dm.open(Place(sound.path, node)))
+        image = attempt(lambda node=node: dm.open(Address(sound.path, node)))
         if not isinstance(image, Error):
             with image:
                 names |= no_bit_lost(sound, node, image)
@@ -201,7 +201,7 @@ def glance(sound: Sound) -> dict[str, Any]:
 
 
 def change(path: str) -> None:
-    with dm.open(Place(path, "a")) as image, image.transaction() as bitmaps:
+    with dm.open(Address(path, "a")) as image, image.transaction() as bitmaps:
         bitmaps["new"] = dm.Bitmap.from_extents(SIZE, [5000], [10_000], 512)
         bitmaps["full"].mark(0, 1)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Place
+from dirtmap.engine.host.kind import Address
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import medium
@@ -119,7 +119,7 @@ def loop(tmp_path: Path) -> Iterator[Loop]:
 
 
 def test_another_disk_behind_the_same_number_makes_all_dirty(loop: Loop, tmp_path: Path) -> None:
-    place = Place(str(tmp_path / "s.dmap"), "disk")
+    place = Address(str(tmp_path / "s.dmap"), "disk")
     create(place.path)
     with Store(place.path) as target:
         add_node(target, "disk", loop.path)

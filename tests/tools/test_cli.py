@@ -229,7 +229,7 @@ def test_no_traceback_ever(raised: BaseException, status: int, said: str, monkey
     def fail(*_: object, **__: object) -> None:
         raise raised
 
-    monkeypatch.setattr(dm, "dump", fail)
+    monkeypatch.setattr(dm.Host, "dump", fail)
     result = CliRunner().invoke(main, ["dump", "x"])
     assert isinstance(result.exception, SystemExit)
     assert result.exit_code == status
@@ -274,7 +274,7 @@ def test_interrupt(tmp_path: Path) -> None:
         assert child.stderr.read().strip() == b""
 
 
-@pytest.mark.parametrize("module", ["click", "dirtmap.tools.output", "dirtmap.engine.host.opening"])
+@pytest.mark.parametrize("module", ["click", "dirtmap.tools.output", "dirtmap.engine.host.host"])
 def test_an_interrupt_while_modules_are_imported(module: str, image: Path, tmp_path: Path) -> None:
     # An interrupt is raised wherever the main thread is: here, where that module is about to be looked for.
     (tmp_path / "sitecustomize.py").write_text(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.alone import ALONE
 from support.tracking import GRANULE, make_node, model_of
 
 import dirtmap.engine as dm
@@ -82,7 +83,7 @@ def change(bitmaps: Transaction, choose: random.Random) -> None:
 
 def break_it(path: Path, choose: random.Random) -> None:
     """What software does that knows bitmaps, and no checkpoints."""
-    with Home(str(path), b"drive0").change(None) as home:
+    with Home(ALONE, str(path), b"drive0").change(None) as home:
         for name, entry in list(home.entries.items()):
             fate = choose.random()
             if fate < 0.3:

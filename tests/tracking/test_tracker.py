@@ -20,6 +20,7 @@ from bitarray import bitarray
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.alone import ALONE
 from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, model_of
 
 import dirtmap.engine as dm
@@ -253,7 +254,7 @@ def test_a_chain_that_others_have_broken_stays_broken(
     image: dm.Namespace, tmp_path: Path, others: Callable[[Entry], Entry | None], gone: set[str], later: list[str]
 ) -> None:
     checkpoints_from_a_to_c(image)
-    with Home(str(tmp_path / "default.dmap"), b"drive0").change(None) as home:  # as software that knows no checkpoints
+    with Home(ALONE, str(tmp_path / "default.dmap"), b"drive0").change(None) as home:  # as others do
         home.entries = {name: new for name, entry in home.entries.items() if (new := others(entry))}
     with image.transaction() as bitmaps:
         bitmaps["unrelated"] = dm.Bitmap(SIZE)

@@ -25,12 +25,12 @@ from support.power import REGION, SIZE, Recording, expected, use
 from support.tracking import GRANULE, Shared, forget_index, kill, make_node, mark, model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.host import opening as containers
+from dirtmap.engine.host import calls as containers
+from dirtmap.engine.host import tracked
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system import livefs
 from dirtmap.engine.tracking import recorder
-from dirtmap.engine.tracking import tracker as tracker_module
 from dirtmap.engine.tracking.home import Home, HomeChange
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
@@ -56,7 +56,7 @@ def raw_elsewhere(folder: Path) -> Path:
     there.mkdir()
     path = make_node(there, SIZE)
     create(str(folder / "default.dmap"))
-    containers.this_host().remember_store(str(there / "default.dmap"))
+    containers.this_host().registry.remember_store(str(there / "default.dmap"))
     return path
 
 
@@ -631,7 +631,7 @@ def test_a_peer_that_is_none_makes_the_device_all_dirty(raw: Path, data: Callabl
 
 def test_dump_tells_the_peers(path: Path) -> None:
     with dm.open("disk0") as image, image.track():
-        for target in {containers.locate(DEVICE).path, os.environ["DIRTMAP_STORE"]}:
+        for target in {dm.this_host().locate(DEVICE).path, os.environ["DIRTMAP_STORE"]}:
             fields = [field for area in dm.dump(target)["structures"] for field in area.get("fields", [])]
             assert {"name_size", "store_size"} <= {field["name"] for field in fields}
 
@@ -825,9 +825,9 @@ def test_a_tracker_that_dies_while_it_changes_the_root_loses_nothing(path: Path,
                     os.kill(os.getpid(), signal.SIGKILL)
 
                 if step == "close":
-                    tracker._device.change_root = die  # type: ignore[union-attr]
+                    dm.Host.change_root = die  # type: ignore[method-assign]
                 elif step == "track_device":
-                    tracker_module.track_device = die  # type: ignore[assignment]
+                    tracked.track_stored = die
                 tracker.set_root("other", content_unchanged=True)
                 tracker.mark(4 * GRANULE, 1)
 

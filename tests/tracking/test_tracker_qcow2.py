@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import qemu
+from support import alone, qemu
 from support.cli import dirtmap, error_of, json_of
 from support.tracking import files_in, model_of
 
 import dirtmap.engine as dm
+from dirtmap.engine.host import tracked
 from dirtmap.engine.model import changes
 from dirtmap.engine.namespaces import checked_out as checkout
-from dirtmap.engine.namespaces.nodes import add_node, add_qcow2, remove_node
+from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.qcow2 import commit as qcow2_commit
 from dirtmap.engine.qcow2.sidecar import make_sidecar
 from dirtmap.engine.storefile.file import Store, create
@@ -25,7 +26,6 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory
-from dirtmap.fmt.directory import FLAG_IN_USE
 
 SIZE = 64 << 20
 GRANULE = 65536
@@ -42,7 +42,7 @@ def path(tmp_path: Path) -> Path:
     store = tmp_path / "default.dmap"
     create(str(store))
     with Store(str(store)) as target:
-        add_qcow2(target, "drive0", str(path))
+        alone.add_image(target, "drive0", str(path))
     return path
 
 
@@ -242,9 +242,9 @@ class Stop(Exception):
 
 STEPS = {
     "before the session is in the store": (Tracker, "_begin", False),
-    "before the image is marked": (checkout, "set_tracked", False),
-    "before the bitmaps are in use": (checkout, "commit", False),
-    "after the check-out": (checkout, "commit", True),
+    "before the image is marked": (tracked, "set_tracked", False),
+    "before the bitmaps are in use": (tracked, "commit", False),
+    "after the check-out": (tracked, "commit", True),
 }
 
 
@@ -356,7 +356,7 @@ def test_a_node_whose_image_is_gone_can_be_removed(path: Path, damaged: bool) ->
     place = path.with_name("default.dmap")
     with Store(str(place)) as target:
         with pytest.raises(dm.BitmapError, match="recover"):
-            remove_node(target, "drive0")
+            alone.remove(target, "drive0")
         path.unlink()
         record = target.record(b"drive0")
         assert record
@@ -364,7 +364,7 @@ def test_a_node_whose_image_is_gone_can_be_removed(path: Path, damaged: bool) ->
             with place.open("r+b") as file:
                 file.seek(record.directory.offset + 10)
                 file.write(b"?")
-        remove_node(target, "drive0")
+        alone.remove(target, "drive0")
     assert files_in(path.parent) == ["default.dmap"]
     report = dm.check(place)
     assert (report.corruptions, report.leaks > 0) == (0, damaged), "nobody knows what the lost directory led to"
@@ -404,7 +404,7 @@ def test_a_check_out_that_fails_is_undone_by_the_next(path: Path, monkeypatch: p
         raise dm.StorageError("disk.qcow2", "injected")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkout, "commit", fails)
+        patched.setattr(tracked, "commit", fails)
         with dm.open(path) as image, pytest.raises(dm.StorageError, match="injected"):
             image.track()
     with dm.open(path) as image:
@@ -417,9 +417,9 @@ def test_a_check_out_that_fails_is_undone_by_the_next(path: Path, monkeypatch: p
 def test_a_tracked_image_is_found_with_usable_bitmaps(path: Path) -> None:
     with dm.open(path) as image, image.track():
         (hit,) = dm.this_host().find("b0")
-        assert not hit.flags & FLAG_IN_USE
+        assert not hit.inconsistent
     (hit,) = dm.this_host().find("b0")
-    assert not hit.flags & FLAG_IN_USE
+    assert not hit.inconsistent
 
 
 def test_checkpoints_outlive_the_session(path: Path) -> None:
@@ -511,7 +511,7 @@ def test_raw_external_data_is_judged_as_a_raw_image_is(path: Path, others: str) 
     make_sidecar(str(raw), str(sidecar))
     qemu.qemu_img("bitmap", "--add", sidecar, "b0")
     with Store(str(store)) as target:
-        add_qcow2(target, "s0", str(sidecar))
+        alone.add_image(target, "s0", str(sidecar))
 
     def act() -> None:
         tracker = dm.open(sidecar).track()

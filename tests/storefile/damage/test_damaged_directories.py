@@ -10,7 +10,7 @@ import pytest
 from support.damage import SIZE, Sound, flipped, mended
 
 import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Place
+from dirtmap.engine.host.kind import Address
 from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.store import Record
@@ -33,7 +33,7 @@ def test_mending_damaged_bits_makes_that_bitmap_all_dirty_and_no_other(sound: So
         assert report.dropped == []
         assert report.made_dirty == ["node 'a', bitmap 'monday': its bits are damaged"]
         for (node, name), expected in sound.bits.items():
-            with dm.open(Place(sound.path, node)) as image:
+            with dm.open(Address(sound.path, node)) as image:
                 if name == "monday":
                     assert image[name].extents()[1].tolist() == [SIZE]
                 else:
@@ -42,7 +42,7 @@ def test_mending_damaged_bits_makes_that_bitmap_all_dirty_and_no_other(sound: So
 
 def everything_of(path: str, node: str) -> dict[str, tuple[int, bool, int]]:
     """The bitmaps of a node: granularity, whether they record, dirty bytes."""
-    with dm.open(Place(path, node)) as image:
+    with dm.open(Address(path, node)) as image:
         return {b.name: (b.granularity, b.recording, b.count or 0) for b in image.info().bitmaps}
 
 
@@ -65,7 +65,7 @@ def test_mending_a_damaged_directory_takes_the_names_from_the_commit_before(soun
             name: (granularity, True, -(-SIZE // granularity) * granularity)
             for name, (granularity, _, _) in before.items()
         }
-        with dm.open(Place(sound.path, "b")) as image:
+        with dm.open(Address(sound.path, "b")) as image:
             assert np.array_equal(image["\udcff"].words, sound.bits["b", "\udcff"]), "others are not concerned"
             assert not image.info().notes
 
@@ -78,7 +78,7 @@ def test_mending_a_directory_that_both_slots_lead_to_reads_what_names_it_still_s
         (line,) = report.made_dirty
         assert line == "node 'b', bitmap '\\xff': its directory was damaged, and its name may have been another"
         assert list(everything_of(sound.path, "b")) == ["\udcff"]
-        with dm.open(Place(sound.path, "a")) as image:
+        with dm.open(Address(sound.path, "a")) as image:
             assert np.array_equal(image["monday"].words, sound.bits["a", "monday"])
 
 
@@ -104,7 +104,7 @@ def _spoil_directory(path: str, node: bytes) -> None:
 
 def test_mending_a_damaged_directory_names_what_the_commit_before_did_not_have(sound: Sound) -> None:
     sound.write(sound.data)
-    with dm.open(Place(sound.path, "a")) as image, image.transaction() as bitmaps:
+    with dm.open(Address(sound.path, "a")) as image, image.transaction() as bitmaps:
         bitmaps["new"] = dm.Bitmap.from_extents(SIZE, [0], [1], 512)
         del bitmaps["full"]
         bitmaps["newer"] = dm.Bitmap(SIZE)
@@ -153,7 +153,7 @@ def test_mending_after_a_disk_has_grown_drops_what_is_too_fine_for_it(sound: Sou
 def test_recover_makes_damaged_bits_all_dirty(sound: Sound) -> None:
     region = sound.region("bits: node 'a', bitmap 'monday'")
     for _ in flipped(sound, [region.start * 8 + 9]):
-        with dm.open(Place(sound.path, "a")) as image:
+        with dm.open(Address(sound.path, "a")) as image:
             with pytest.raises(dm.FormatError, match=r"monday.*checksum is wrong; recover"):
                 image["monday"]
             assert image["full"].count >= SIZE, "others are not concerned"
@@ -165,7 +165,7 @@ def test_recover_makes_damaged_bits_all_dirty(sound: Sound) -> None:
 
 def test_recover_brings_back_what_can_be_named_of_a_damaged_directory_all_dirty(sound: Sound) -> None:
     sound.write(sound.data)
-    with dm.open(Place(sound.path, "a")) as image:
+    with dm.open(Address(sound.path, "a")) as image:
         before = everything_of(sound.path, "a")
         with image.transaction() as bitmaps:
             bitmaps["new"] = dm.Bitmap.from_extents(SIZE, [0], [1], 512)
@@ -194,7 +194,7 @@ def test_recover_of_a_directory_of_which_nothing_is_known_says_so_and_changes_no
     sound.write(sound.data)
     _spoil_directory(sound.path, b"b")
     before = Path(sound.path).read_bytes()
-    with dm.open(Place(sound.path, "b")) as image, pytest.raises(dm.FormatError, match="none of its bitmaps can be"):
+    with dm.open(Address(sound.path, "b")) as image, pytest.raises(dm.FormatError, match="none of its bitmaps can be"):
         image.recover()
     assert Path(sound.path).read_bytes() == before
 

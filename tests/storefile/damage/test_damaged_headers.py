@@ -8,7 +8,7 @@ import pytest
 from support.damage import SIZE, Region, Sound, break_blocks, flipped, found_damage, mended, use
 
 import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Place
+from dirtmap.engine.host.kind import Address
 from dirtmap.engine.storefile import header as headers
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error
@@ -64,7 +64,7 @@ def test_without_the_newest_header_the_older_state_is_all_dirty(sound: Sound) ->
     assert all("both copies of a header are damaged" in note for note in info.notes)
     assert all(bitmap.count >= SIZE for bitmap in info.bitmaps)
     for node, name in sound.bits:
-        with dm.open(Place(sound.path, node)) as image:
+        with dm.open(Address(sound.path, node)) as image:
             assert image[name].extents()[1].tolist() == [SIZE]
     report = dm.check(sound.path)
     assert report.corruptions >= 2
@@ -76,14 +76,14 @@ def test_doubt_outlives_the_next_commits_and_ends_with_recover(sound: Sound) -> 
     newest = headers.choose(sound.path, sound.data).slot
     sound.write(break_blocks(sound, *store.COPIES[newest]))
     generation = headers.choose(sound.path, sound.data).header.generation
-    with dm.open(Place(sound.path, "a")) as image, image.transaction() as bitmaps:
+    with dm.open(Address(sound.path, "a")) as image, image.transaction() as bitmaps:
         bitmaps["monday"].clear(0, SIZE)
         bitmaps["new"] = dm.Bitmap(SIZE)
     chosen = headers.choose(sound.path, sound.read())
     assert not chosen.in_doubt
     assert chosen.header.generation == generation + 1, "past the number of the commit that was lost"
     for _ in range(3):
-        with dm.open(Place(sound.path, "a")) as image:
+        with dm.open(Address(sound.path, "a")) as image:
             assert image["monday"].count == 0, "cleared since"
             assert image["full"].count >= SIZE
             assert image["clean"].count >= SIZE, "written down as all dirty with the first change"
@@ -91,11 +91,11 @@ def test_doubt_outlives_the_next_commits_and_ends_with_recover(sound: Sound) -> 
                 bitmaps["more"] = dm.Bitmap.from_extents(SIZE, [0], [1], 512)
             with image.transaction() as bitmaps:
                 del bitmaps["more"]
-        with dm.open(Place(sound.path, "b")) as image:
+        with dm.open(Address(sound.path, "b")) as image:
             assert image["\udcff"].extents()[1].tolist() == [SIZE]
             assert "lost a commit" in image.info().notes[0]
     assert not dm.check(sound.path).corruptions
-    with dm.open(Place(sound.path, "b")) as image:
+    with dm.open(Address(sound.path, "b")) as image:
         assert [recovery.how for recovery in image.recover()] == ["all dirty: the store lost a commit"]
         assert not image.info().notes
         assert image.recover() == []
@@ -124,5 +124,5 @@ def test_mending_a_lost_header_keeps_the_doubt(sound: Sound) -> None:
     sound.write(break_blocks(sound, *store.COPIES[newest]))
     dm.check(sound.path, repair="all")
     for node, name in sound.bits:
-        with dm.open(Place(sound.path, node)) as image:
+        with dm.open(Address(sound.path, node)) as image:
             assert image[name].extents()[1].tolist() == [SIZE]

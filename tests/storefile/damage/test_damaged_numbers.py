@@ -16,7 +16,7 @@ import pytest
 from support.damage import Forged, Sound, attempt, bounded, change, read_everything, set_fields, use
 
 import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Place
+from dirtmap.engine.host.kind import Address
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.errors import Error
 
@@ -121,7 +121,7 @@ def use_forged(sound: Sound) -> None:
         attempt(lambda: dm.dump(sound.path))
     for node in ("a", "b", "empty"):
         with bounded(2):
-            image = attempt(lambda node=node: dm.open(Place(sound.path, node)))
+            image = attempt(lambda node=node: dm.open(Address(sound.path, node)))
             if isinstance(image, Error):
                 continue
             with image:
@@ -302,6 +302,6 @@ def test_contradictions_are_found_and_mended(
     assert (report.corruptions, report.leaks, report.dropped) == (0, 0, [])
     assert not dm.check(sound.path).findings
     for (node, name), words in expected.items():
-        with dm.open(Place(sound.path, node)) as image:
+        with dm.open(Address(sound.path, node)) as image:
             assert name == "clean" or np.array_equal(image[name].words, words)
     read_everything(sound)
