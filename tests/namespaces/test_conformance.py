@@ -13,6 +13,7 @@ from support.conformance import NamespaceConformance
 from support.namespaces import (
     DeadTrackerMaker,
     DeviceMaker,
+    DeviceOnImageMaker,
     ImageMaker,
     LivingTrackerMaker,
     Maker,
@@ -25,6 +26,9 @@ class Kind(NamespaceConformance):
     """The suite for one maker."""
 
     of: ClassVar[type[Maker]]
+
+    def __init_subclass__(cls) -> None:
+        assert all(hasattr(cls, name.partition("[")[0]) for name in cls.broken), "a test that is not there"
 
     @pytest.fixture
     def maker(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Maker]:
@@ -74,6 +78,11 @@ class TestDevice(Kind):
         "test_one_name_in_two_spellings": TestNode.broken["test_one_name_in_two_spellings"],
         "test_an_inconsistent_bitmap_is_not_copied": TestNode.broken["test_an_inconsistent_bitmap_is_not_copied"],
     }
+
+
+class TestDeviceOnImage(Kind):
+    of = DeviceOnImageMaker
+    broken: ClassVar = TestDevice.broken
 
 
 class TestDeadTracker(Kind):

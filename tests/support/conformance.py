@@ -210,12 +210,19 @@ class NamespaceConformance:
         with made.open() as namespace:
             assert isinstance(namespace, dm.Namespace)
             assert (type(namespace.size), namespace.size) == (int, SIZE)
-            assert os.path.samefile(namespace.path, made.container if namespace.format == "dirtmap" else made.disk)
             assert namespace.format in ("qcow2", "dirtmap")
             assert namespace.cluster_size >= 512
             assert namespace.cluster_size & (namespace.cluster_size - 1) == 0
             assert namespace.where.startswith(namespace.path)
             assert repr(namespace)
+
+    @needs("file")
+    def test_path(self, maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = maker.make(SIZE, some())
+        with made.open() as namespace:
+            monkeypatch.chdir("/")  # a handle is good wherever the process goes
+            assert os.path.samefile(namespace.path, made.file)
+            assert shapes(namespace) == shapes(some())
 
     @needs("name")
     def test_name_and_uuid_are_lasting(self, maker: Maker) -> None:
@@ -396,7 +403,7 @@ class NamespaceConformance:
     def test_describe_tells_the_same(self, maker: Maker) -> None:
         made = maker.make(SIZE, some())
         with made.open() as namespace:
-            assert dm.describe(made.target) == namespace.info()
+            assert made.describe() == namespace.info()
 
     def test_there_is_no_doubt(self, maker: Maker) -> None:
         with maker.make(SIZE, some()).open() as namespace:
@@ -573,6 +580,13 @@ class NamespaceConformance:
         assert read(made) == shapes(bitmaps)
 
     @needs("change")
+    @pytest.mark.long
+    def test_too_many(self, maker: Maker) -> None:
+        made = maker.make(SIZE, some())
+        with unchanged(made), pytest.raises(dm.BitmapError, match="more than 65535"):
+            change(made, lambda bitmaps: bitmaps.update((str(each), dm.Bitmap(SIZE)) for each in range(65533)))
+
+    @needs("change")
     def test_recording(self, maker: Maker) -> None:
         bitmaps = {
             f"{granularity} {recording}": marked(SIZE, (70000, 1), granularity=granularity, recording=recording)
@@ -591,10 +605,10 @@ class NamespaceConformance:
         made = maker.make(SIZE, some())
         with made.changing() as bitmaps:
             bitmaps["a"] = bitmaps["a"]
-        before = made.container.read_bytes()
+        before = made.stored()
         with made.changing() as bitmaps:
             assert shapes(bitmaps) == shapes(some())
-        assert made.container.read_bytes() == before
+        assert made.stored() == before
 
     # What is put in, and got out.
 
@@ -1076,7 +1090,7 @@ class NamespaceConformance:
                 assert len(recovered) in (0, 3)
             with made.open() as namespace:
                 assert namespace.recover() == []
-                assert dm.recover(made.target) == []
+                assert made.recover() == []
 
     @needs("change")
     def test_recovering_what_is_not_there(self, maker: Maker) -> None:
@@ -1146,7 +1160,7 @@ class NamespaceConformance:
             with made.open() as other:
                 assert [bitmap.busy for bitmap in other.values()] == [True, False, False]
                 assert [bitmap.busy for bitmap in other.info().bitmaps] == [True, False, False]
-                assert [bitmap.busy for bitmap in dm.describe(made.target).bitmaps] == [True, False, False]
+                assert [bitmap.busy for bitmap in made.describe().bitmaps] == [True, False, False]
             with made.changing() as bitmaps:
                 assert bitmaps["c"].busy
                 assert not bitmaps["a"].busy

@@ -41,6 +41,7 @@ CAPABILITIES = {
     "inconsistent": "a bitmap can be inconsistent",
     "apart": "an inconsistent bitmap says nothing about the others",
     "meanwhile": "it can be read while it is being changed",
+    "file": "it is in a file, which has a path",
     "process": "other processes can open it",
 }
 
@@ -62,6 +63,23 @@ class Made:
     def open(self) -> dm.Namespace:
         """The namespace, opened anew."""
         return dm.open(self.target)
+
+    def describe(self) -> dm.ImageInfo:
+        """As `dirtmap.engine.describe`."""
+        return dm.describe(self.target)
+
+    def recover(self) -> list[dm.Recovery]:
+        """As `dirtmap.engine.recover`."""
+        return dm.recover(self.target)
+
+    def stored(self) -> bytes:
+        """All that is kept, to be compared."""
+        return self.container.read_bytes()
+
+    @property
+    def file(self) -> Path:
+        """The file that a handle goes by: the image that has bitmaps, whoever has them right now, or else the store."""
+        return self.container
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[dm.Transaction]:
@@ -265,6 +283,29 @@ class DeviceMaker(NodeMaker):
         name = f"device{number}"
         dm.this_host().add_device(name, made.target.partition(":")[2])
         return Made(self, f"device:{name}", made.container, made.disk, size)
+
+
+class DeviceOnImageMaker(NamedImageMaker):
+    """A device in a store, whose root is a qcow2 image."""
+
+    lacks: ClassVar[Mapping[str, str]] = DeviceMaker.lacks
+
+    def empty(self, size: int, number: int) -> Made:
+        made = super().empty(size, number)
+        name, host = f"device{number}", dm.this_host()
+        host.add_device(name, made.target.partition(":")[2])
+        return Made(self, f"device:{name}", Path(host.home), made.disk, size)
+
+    add_inconsistent = DeviceMaker.add_inconsistent
+
+    def interlude(self, made: Made) -> None:
+        """The bitmaps of its root change, and so the image, but nothing that a guest reads."""
+        with dm.open(f"file:{made.disk}") as root, root.transaction() as bitmaps:
+            bitmaps[f"x{len(bitmaps)}"] = dm.Bitmap.from_extents(made.size, [0], [made.size])
+
+    def put_in_doubt(self, made: Made) -> None:
+        """A guest of another device writes."""
+        qemu.qemu_io(made.disk, "write 0 512")
 
 
 class DeadTrackerMaker(NamedImageMaker):
