@@ -16,15 +16,12 @@ All numbers are big-endian. Source of every rule: SPEC.md, "The index".
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import crc32c
-from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 
-from dirtmap.fmt.store import AREA
-from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.store import AREA_SIZE
 
 VERSION = 1
 MAX_SEEN = 1 << 61  # generation of a store's commit that is remembered: half of what there can be
@@ -46,7 +43,7 @@ TAGS = {
     FOUND: "bitmap by name",
     STATE: "state",
 }
-NO_AREA = bytes(AREA.size)  # the area pointer in the members of what has no namespace table
+NO_AREA = bytes(AREA_SIZE)  # the area pointer in the members of what has no namespace table
 NAMED, UNNAMED = b"N", b"P"  # first byte of a holder: a node or device, or an image that has no name
 _LONGEST = 200  # bytes of a part that stand in a key as they are; LMDB keys have 511 at most
 _SURE = _LONGEST // 4  # characters that are no more bytes than that, with a holder's first one
@@ -65,48 +62,6 @@ _KEY_PARTS = {
     FOUND: (0, 0),
     STATE: (),
 }
-
-STATE_VALUE = Structure("index state", "version" / Int32ub, "reserved" / Int32ub, "containers" / Int64ub)
-CONTAINER_VALUE = Structure(
-    "index container",
-    "number" / Int64ub,
-    "kind" / Int8ub,
-    "condition" / Int8ub,
-    "racy" / Int8ub,
-    "reserved" / Int8ub,
-    "buckets" / Int32ub,
-    "device" / Int64ub,
-    "inode" / Int64ub,
-    "mtime" / Int64ub,
-    "ctime" / Int64ub,
-    "size" / Int64ub,
-    "generation" / Int64ub,
-    "commit_id" / Bytes(16),
-    "uuid" / Bytes(16),
-)
-SEEN_VALUE = Structure("index seen commit", "generation" / Int64ub, "commit_id" / Bytes(16), "container" / Int64ub)
-NAMESPACE_VALUE = Structure(
-    "index namespace",
-    "container" / Int64ub,
-    "kind" / Int8ub,
-    "reserved" / Bytes(3),
-    "name_size" / Int16ub,
-    "path_size" / Int16ub,
-    "uuid" / Bytes(16),
-    "root_uuid" / Bytes(16),
-    "size" / Int64ub,
-    "directory_offset" / Int64ub,
-    "directory_length" / Int32ub,
-    "directory_checksum" / Int32ub,
-)
-BITMAP_VALUE = Structure(
-    "index bitmap",
-    "container" / Int64ub,
-    "flags" / Int32ub,
-    "granularity_bits" / Int16ub,
-    "reserved" / Int16ub,
-    "uuid" / Bytes(16),
-)
 
 # Kinds of containers.
 KIND_QCOW2, KIND_STORE, KIND_FAULTY = 1, 2, 3
@@ -188,17 +143,6 @@ def key_text(key: bytes) -> str:
     return f"{what}: {', '.join(parts)}" if parts else what
 
 
-def parse_all(structure: Structure, contents: bytes) -> list[Any]:
-    """The records of that structure, one behind the other.
-
-    Raises:
-        BadValueError: a part of a record is left.
-    """
-    if len(contents) % structure.size:
-        raise BadValueError(f"{structure.name}: {len(contents)} bytes are not a multiple of {structure.size}")
-    return [structure.parse(contents, at) for at in range(0, len(contents), structure.size)]
-
-
 @dataclass(frozen=True, slots=True)
 class Member:
     """A namespace as a container has it.
@@ -222,61 +166,6 @@ class Member:
     directory: tuple[int, int, int] = (0, 0, 0)
 
 
-def _build_namespace(container: int, member: Member) -> bytes:
-    """A namespace as it stands in a value: fixed fields, then its name and its path."""
-    offset, length, checksum = member.directory
-    fixed = NAMESPACE_VALUE.build(
-        container=container,
-        kind=member.kind,
-        reserved=bytes(3),
-        name_size=len(member.name),
-        path_size=len(member.path),
-        uuid=member.uuid,
-        root_uuid=member.root_uuid,
-        size=member.size,
-        directory_offset=offset,
-        directory_length=length,
-        directory_checksum=checksum,
-    )
-    return fixed + member.name + member.path
-
-
-def build_namespaces(namespaces: Iterable[tuple[int, Member]]) -> bytes:
-    """Namespaces as they stand in a value, each with the number of its container."""
-    return b"".join(_build_namespace(container, member) for container, member in namespaces)
-
-
-def parse_namespaces(contents: bytes | None) -> Iterator[tuple[int, Member]]:
-    """The namespaces in a value, each with the number of its container; none where there is no value.
-
-    Raises:
-        BadValueError: one ends behind the value.
-    """
-    at, contents = 0, contents or b""
-    while at < len(contents):
-        if at + NAMESPACE_VALUE.size > len(contents):
-            raise BadValueError("a namespace is cut short")
-        raw = NAMESPACE_VALUE.parse(contents, at)
-        at += NAMESPACE_VALUE.size
-        path = at + raw.name_size
-        end = path + raw.path_size
-        if end > len(contents):
-            raise BadValueError("a namespace's name or path is cut short")
-        yield (
-            raw.container,
-            Member(
-                name=contents[at:path],
-                kind=raw.kind,
-                uuid=raw.uuid,
-                root_uuid=raw.root_uuid,
-                size=raw.size,
-                path=contents[path:end],
-                directory=(raw.directory_offset, raw.directory_length, raw.directory_checksum),
-            ),
-        )
-        at = end
-
-
 class Claim(NamedTuple):
     """A bitmap as a container has it: the container's number, directory flags, log2 of the granularity, namespace."""
 
@@ -287,30 +176,6 @@ class Claim(NamedTuple):
     uuid: bytes
 
 
-def build_bitmap(name: bytes, claims: Iterable[Claim]) -> bytes:
-    """The contents of a bitmap's value: all who have one at the address, then its name, and the name's length."""
-    return b"".join(BITMAP_VALUE.build(**claim._asdict()) for claim in claims) + name + len(name).to_bytes(2, "big")
-
-
-def parse_bitmap(contents: bytes) -> tuple[bytes, list[Claim]]:
-    """A bitmap's name and who has one at that address. Errors as `parse_all`."""
-    end = len(contents) - 2 - int.from_bytes(contents[-2:], "big")
-    if end < 0:
-        raise BadValueError("a bitmap's name is cut short")
-    return contents[end:-2], [Claim._make(raw) for raw in parse_all(BITMAP_VALUE, contents[:end])]
-
-
 def members_key(container: int, bucket: int) -> bytes:
     """Of what a bucket of a container's namespace table contributed; an image has bucket 0."""
     return MEMBERS + number(container) + bucket.to_bytes(4, "big")
-
-
-def build_members(pointer: bytes, members: Iterable[tuple[int, Member]]) -> bytes:
-    """The contents of its value: the bucket's area pointer, then its namespaces, as `build_namespaces`."""
-    return pointer + build_namespaces(members)
-
-
-def parse_members(contents: bytes | None) -> tuple[bytes, Iterator[tuple[int, Member]]]:
-    """The area pointer of a bucket, empty where there is no value, and its namespaces, as `parse_namespaces`."""
-    contents = contents or b""
-    return contents[: AREA.size], parse_namespaces(contents[AREA.size :])

@@ -19,80 +19,17 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
-
 from dirtmap.fmt import geometry
 from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DATA_BYTES, TYPE_DIRTY_TRACKING, Entry, name_fault
-from dirtmap.fmt.extensions import EXTENSION_HEAD, build_extension, parse_chain
-from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.extensions import HEAD_SIZE
 
 MAGIC = b"DMS\xfb"
 VERSION = 1
 BLOCK = 4096  # bytes of one copy of a header
 COPIES = ((0, 2), (1, 3))  # blocks of slot A and of slot B
 RESERVED = 4 * BLOCK  # bytes at the start of the file that hold headers only
-
-HEADER = Structure(
-    "store header",
-    "magic" / Bytes(4),
-    "version" / Int32ub,
-    "incompatible_features" / Int64ub,
-    "compatible_features" / Int64ub,
-    "autoclear_features" / Int64ub,
-    "cluster_bits" / Int32ub,
-    "header_length" / Int32ub,
-    "uuid" / Bytes(16),
-    "generation" / Int64ub,
-    "commit_id" / Bytes(16),
-    "doubt_generation" / Int64ub,
-    "clusters" / Int64ub,
-)
-CHECKSUM = Structure("store header checksum", "checksum" / Int32ub)  # the last four bytes of a block, over all before
-
-AREA = Structure("area pointer", "offset" / Int64ub, "length" / Int32ub, "checksum" / Int32ub)
-NAMESPACES_EXTENSION = Structure(
-    "namespaces extension",
-    "offset" / Int64ub,
-    "length" / Int32ub,
-    "checksum" / Int32ub,
-    "bucket_bits" / Int32ub,
-    "namespaces" / Int32ub,
-)
-LEAF = Structure("space map entry", "offset" / Int64ub, "free" / Int32ub, "checksum" / Int32ub)
-RUN = Structure("released run", "first" / Int64ub, "count" / Int64ub)
-RECORD = Structure(
-    "namespace record",
-    "length" / Int32ub,
-    "kind" / Int8ub,
-    "reserved" / Int8ub,
-    "name_size" / Int16ub,
-    "uuid" / Bytes(16),
-    "root_uuid" / Bytes(16),
-    "generation" / Int64ub,
-    "size" / Int64ub,
-    "directory_offset" / Int64ub,
-    "directory_length" / Int32ub,
-    "directory_checksum" / Int32ub,
-    "nb_bitmaps" / Int32ub,
-    "path_size" / Int32ub,
-    "image_device" / Int64ub,
-    "image_inode" / Int64ub,
-    "image_mtime" / Int64ub,
-    "image_size" / Int64ub,
-)
-# The extra data of a directory entry in a store.
-BITS_CHECKSUM = Structure("bits checksum", "checksum" / Int32ub, "reserved" / Int32ub)
-
-# A record's extension, one for each hold; followed by the bitmap's name and the owner.
-HOLD = Structure(
-    "hold",
-    "process" / Int32ub,
-    "name_size" / Int16ub,
-    "owner_size" / Int16ub,
-    "start" / Int64ub,
-    "boot_id" / Bytes(16),
-    "token" / Bytes(16),
-)
+AREA_SIZE = 16  # bytes of an area pointer
+BITS_CHECKSUM_SIZE = 8  # bytes that a checksum takes in a directory entry's extra data
 EXTENSION_HOLD = 0x484F4C44
 EXTENSION_SESSION = 0x5452414B
 EXTENSION_PEER = 0x50454552
@@ -155,12 +92,6 @@ NOWHERE = Area()
 def leaf_clusters(cluster_size: int) -> int:
     """How many clusters a leaf of the space map shows: a bit each."""
     return cluster_size * 8
-
-
-def parse_areas(data: bytes) -> list[Area]:
-    """An array of area pointers."""
-    parsed = (AREA.parse(data, at) for at in range(0, len(data), AREA.size))
-    return [Area(area.offset, area.length, area.checksum) for area in parsed]
 
 
 def area_faults(area: Area, cluster_size: int, file_size: int) -> Iterator[tuple[str, str]]:
@@ -259,68 +190,6 @@ def _readable(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
-def parse_records(data: bytes) -> Iterator[Record]:
-    """The records of a bucket.
-
-    Raises:
-        ValueError: a record's lengths lead outside the bucket.
-    """
-    at = 0
-    while at < len(data):
-        if at + RECORD.size > len(data):
-            raise ValueError(f"{len(data) - at} bytes are left, too few for a record")
-        raw = RECORD.parse(data, at)
-        name = at + RECORD.size
-        first = geometry.align_up(name + raw.name_size + raw.path_size, 8)
-        end = at + raw.length
-        if end < first or end > len(data) or raw.length % 8:
-            raise ValueError(f"a record of {raw.length} bytes at {at} does not fit its name and path, or the bucket")
-        chain = parse_chain(data, first, end)
-        if chain.fault or chain.end != end:
-            raise ValueError(f"a record at {at} has extensions that do not fit it")
-        yield Record(
-            name=data[name : name + raw.name_size],
-            kind=raw.kind,
-            uuid=raw.uuid,
-            size=raw.size,
-            generation=raw.generation,
-            directory=Area(raw.directory_offset, raw.directory_length, raw.directory_checksum),
-            nb_bitmaps=raw.nb_bitmaps,
-            path=data[name + raw.name_size : name + raw.name_size + raw.path_size],
-            identity=Identity(raw.image_device, raw.image_inode, raw.image_mtime, raw.image_size),
-            root_uuid=raw.root_uuid,
-            extensions=tuple((extension.type, extension.data) for extension in chain.extensions),
-        )
-        at = end
-
-
-def build_record(record: Record) -> bytes:
-    """The bytes of one record, padded with zeros to a multiple of 8."""
-    names = (record.name + record.path).ljust(geometry.align_up(len(record.name) + len(record.path), 8), b"\0")
-    extensions = b"".join(build_extension(kind, data) for kind, data in record.extensions)
-    length = RECORD.size + len(names) + len(extensions)
-    fixed = RECORD.build(
-        length=length,
-        kind=record.kind,
-        reserved=0,
-        name_size=len(record.name),
-        uuid=record.uuid,
-        root_uuid=record.root_uuid,
-        generation=record.generation,
-        size=record.size,
-        directory_offset=record.directory.offset,
-        directory_length=record.directory.length,
-        directory_checksum=record.directory.checksum,
-        nb_bitmaps=record.nb_bitmaps,
-        path_size=len(record.path),
-        image_device=record.identity.device,
-        image_inode=record.identity.inode,
-        image_mtime=record.identity.mtime_ns,
-        image_size=record.identity.size,
-    )
-    return fixed + names + extensions
-
-
 def container_name(path: bytes) -> bytes:
     """The name of the record that remembers the container at a path: `CONTAINER_PREFIX` and 32 hexadecimal digits."""
     return CONTAINER_PREFIX + hashlib.blake2b(path, digest_size=16).hexdigest().encode()
@@ -336,7 +205,7 @@ def record_faults(record: Record) -> Iterator[tuple[str, str]]:
         yield "size", f"{record.size} is above {geometry.MAX_DISK_SIZE}"
     if len(record.path) > MAX_PATH or b"\0" in record.path:
         yield "path", "too long, or contains a NUL byte"
-    if sum(len(data) + EXTENSION_HEAD.size for _, data in record.extensions) > MAX_RECORD_EXTENSIONS:
+    if sum(len(data) + HEAD_SIZE for _, data in record.extensions) > MAX_RECORD_EXTENSIONS:
         yield "extensions", f"more than {MAX_RECORD_EXTENSIONS} bytes"
     if record.nb_bitmaps > MAX_BITMAPS:
         yield "nb_bitmaps", f"{record.nb_bitmaps} is above {MAX_BITMAPS}"
@@ -362,6 +231,6 @@ def entry_faults(entry: Entry, disk_size: int, cluster_size: int, file_size: int
         return
     if entry.table_size != geometry.ceil_div(length, cluster_size):
         yield "table_size", f"{entry.table_size} clusters, but the disk's size needs another number"
-    if len(entry.extra_data) < BITS_CHECKSUM.size:
+    if len(entry.extra_data) < BITS_CHECKSUM_SIZE:
         yield "extra_data_size", f"{len(entry.extra_data)} bytes are too few for a checksum"
     yield from area_faults(Area(entry.table_offset, length, 0), cluster_size, file_size)

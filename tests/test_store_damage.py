@@ -37,6 +37,18 @@ from dirtmap.fmt import directory, store
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.store import Area, Record
 from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY, build_directory, parse_entries
+from dirtmap.fmt.structures.store import (
+    AREA,
+    HEADER,
+    LEAF,
+    NAMESPACES_EXTENSION,
+    RECORD,
+    RUN,
+    build_record,
+    parse_areas,
+    parse_records,
+)
 
 SIZE = 300_001  # of each disk
 Bits = dict[tuple[str, str], np.ndarray[Any, Any]]
@@ -541,7 +553,7 @@ def _spoil_directory(path: str, node: bytes) -> None:
         record = target.read(lambda snapshot: snapshot.table().get(node))
     assert record is not None
     with open(path, "r+b") as file:
-        file.seek(record.directory.offset + directory.DIRECTORY_ENTRY.field("extra_data_size").offset)
+        file.seek(record.directory.offset + DIRECTORY_ENTRY.field("extra_data_size").offset)
         file.write(b"?")
 
 
@@ -568,7 +580,7 @@ def test_mending_never_takes_the_bitmaps_of_another_node_of_that_name(sound: Sou
     with Store(sound.path) as target, target.change() as change:
         record = change.table.get(b"b")
         assert record is not None
-        place = change.place(directory.build_directory([directory.Entry(b"other", store.ALL_ONES, 0, 0, 16)]))
+        place = change.place(build_directory([directory.Entry(b"other", store.ALL_ONES, 0, 0, 16)]))
         change.table.put(replace(record, uuid=b"another one here", directory=place, generation=change.generation))
     _spoil_directory(sound.path, b"b")
     report = dm.check(sound.path, repair="all")
@@ -580,11 +592,11 @@ def test_mending_after_a_disk_has_grown_drops_what_is_too_fine_for_it(sound: Sou
     sound.write(sound.data)
     with Store(sound.path) as target:
         with target.change() as change:  # a device, or there would have to be a file of that size
-            place = change.place(directory.build_directory([directory.Entry(b"fine", store.ALL_ONES, 0, 0, 9)]))
+            place = change.place(build_directory([directory.Entry(b"fine", store.ALL_ONES, 0, 0, 9)]))
             node = Record(b"d", store.KIND_DEVICE, bytes(16), SIZE, change.generation, place, 1)
             change.table.put(node)
         with target.change() as change:
-            place = change.place(directory.build_directory([directory.Entry(b"coarse", store.ALL_ONES, 0, 0, 30)]))
+            place = change.place(build_directory([directory.Entry(b"coarse", store.ALL_ONES, 0, 0, 30)]))
             change.table.put(replace(node, size=1 << 62, directory=place, generation=change.generation))
     _spoil_directory(sound.path, b"d")
     report = dm.check(sound.path, repair="all")
@@ -715,15 +727,15 @@ class Forged:
         self.table = self._at(self.header.table)
         self.root = self._at(self.header.space)
         self.released = self._at(self.header.released)
-        leaf = store.LEAF.parse(self.root)
+        leaf = LEAF.parse(self.root)
         self.leaf_offset = int(leaf.offset)
         self.leaf = self._at(Area(self.leaf_offset, self.header.cluster_size, 0))
         number, self.bucket_area = next(
-            (number, area) for number, area in enumerate(store.parse_areas(self.table)) if area.length
+            (number, area) for number, area in enumerate(parse_areas(self.table)) if area.length
         )
-        self.position = number * store.AREA.size
+        self.position = number * AREA.size
         self.bucket = self._at(self.bucket_area)
-        self.records: list[Record] = list(store.parse_records(bytes(self.bucket)))
+        self.records: list[Record] = list(parse_records(bytes(self.bucket)))
         self.directories = {bytes(record.name): self._at(record.directory) for record in self.records}
         self.fields: dict[str, dict[str, int]] = {}  # of the header and its extensions, to be set at the end
         self.record_fields: dict[str, int] = {}  # of the first record
@@ -744,28 +756,28 @@ class Forged:
             area = record.directory
             if area.length:
                 area = area._replace(checksum=self._put(area.offset, self.directories[record.name]))
-            raw = bytearray(store.build_record(replace(record, directory=area)))
+            raw = bytearray(build_record(replace(record, directory=area)))
             if record.name == b"a":
-                _set_fields(store.RECORD, raw, 0, self.record_fields)
+                _set_fields(RECORD, raw, 0, self.record_fields)
             bucket += raw
         checksum = self._put(self.bucket_area.offset, bucket)
-        pointer = bytearray(store.AREA.build(offset=self.bucket_area.offset, length=len(bucket), checksum=checksum))
-        _set_fields(store.AREA, pointer, 0, self.pointer_fields)
+        pointer = bytearray(AREA.build(offset=self.bucket_area.offset, length=len(bucket), checksum=checksum))
+        _set_fields(AREA, pointer, 0, self.pointer_fields)
         if any(self.table):  # else the table itself is forged
-            self.table[self.position : self.position + store.AREA.size] = pointer
+            self.table[self.position : self.position + AREA.size] = pointer
         table = self.header.table._replace(checksum=self._put(self.header.table.offset, self.table))
-        leaf = bytearray(self.root[: store.LEAF.size])
-        _set_fields(store.LEAF, leaf, 0, {"checksum": self._put(self.leaf_offset, self.leaf)} | self.leaf_fields)
-        self.root[: store.LEAF.size] = leaf
+        leaf = bytearray(self.root[: LEAF.size])
+        _set_fields(LEAF, leaf, 0, {"checksum": self._put(self.leaf_offset, self.leaf)} | self.leaf_fields)
+        self.root[: LEAF.size] = leaf
         space = self.header.space._replace(checksum=self._put(self.header.space.offset, self.root))
         released = self.header.released._replace(checksum=self._put(self.header.released.offset, self.released))
         block = bytearray(headers.build_block(replace(self.header, table=table, space=space, released=released)))
-        at = store.HEADER.size + 8
+        at = HEADER.size + 8
         for name, structure in (
-            ("header", store.HEADER),
-            ("namespaces", store.NAMESPACES_EXTENSION),
-            ("space", store.AREA),
-            ("released", store.AREA),
+            ("header", HEADER),
+            ("namespaces", NAMESPACES_EXTENSION),
+            ("space", AREA),
+            ("released", AREA),
         ):
             place = 0 if name == "header" else at
             _set_fields(structure, block, place, self.fields.get(name, {}))
@@ -792,10 +804,10 @@ def _extremes(size: int) -> list[int]:
 def _forgeries() -> Iterator[tuple[str, Callable[[Forged], None]]]:
     """Each numeric field of each structure at its limits and beyond."""
     for part, structure in (
-        ("header", store.HEADER),
-        ("namespaces", store.NAMESPACES_EXTENSION),
-        ("space", store.AREA),
-        ("released", store.AREA),
+        ("header", HEADER),
+        ("namespaces", NAMESPACES_EXTENSION),
+        ("space", AREA),
+        ("released", AREA),
     ):
         for field in structure.fields:
             if field.size < 16 and field.name not in ("magic", "checksum"):
@@ -805,9 +817,9 @@ def _forgeries() -> Iterator[tuple[str, Callable[[Forged], None]]]:
                         lambda f, part=part, name=field.name, value=value: f.fields.update({part: {name: value}}),
                     )
     for target, structure in (
-        ("record_fields", store.RECORD),
-        ("pointer_fields", store.AREA),
-        ("leaf_fields", store.LEAF),
+        ("record_fields", RECORD),
+        ("pointer_fields", AREA),
+        ("leaf_fields", LEAF),
     ):
         for field in structure.fields:
             if field.size < 16 and field.name != "checksum":
@@ -816,19 +828,19 @@ def _forgeries() -> Iterator[tuple[str, Callable[[Forged], None]]]:
                         f"{target}.{field.name}={value:#x}",
                         lambda f, target=target, name=field.name, value=value: getattr(f, target).update({name: value}),
                     )
-    for field in directory.DIRECTORY_ENTRY.fields:
+    for field in DIRECTORY_ENTRY.fields:
         for value in _extremes(field.size):
             yield (
                 f"entry.{field.name}={value:#x}",
                 lambda f, name=field.name, value=value: _set_fields(
-                    directory.DIRECTORY_ENTRY, f.directories[b"a"], 0, {name: value}
+                    DIRECTORY_ENTRY, f.directories[b"a"], 0, {name: value}
                 ),
             )
-    for field in store.RUN.fields:
+    for field in RUN.fields:
         for value in _extremes(field.size):
             yield (
                 f"run.{field.name}={value:#x}",
-                lambda f, name=field.name, value=value: _set_fields(store.RUN, f.released, 0, {name: value}),
+                lambda f, name=field.name, value=value: _set_fields(RUN, f.released, 0, {name: value}),
             )
     for name in ("table", "root", "released", "leaf", "bucket"):
         for filler in (0, 0xFF, 0x55):
@@ -1033,11 +1045,11 @@ def _used_but_free(forged: Forged) -> None:
 
 
 def _shared_bits(forged: Forged) -> None:
-    (_, entry), *others = directory.parse_entries(bytes(forged.directories[b"a"]))
+    (_, entry), *others = parse_entries(bytes(forged.directories[b"a"]))
     assert entry.name == b"monday"
     twin = replace(entry, name=b"clean")
     entries = [entry, *(twin if other.name == b"clean" else other for _, other in others)]
-    forged.directories[b"a"] = bytearray(directory.build_directory(entries))
+    forged.directories[b"a"] = bytearray(build_directory(entries))
     number = next(n for n, record in enumerate(forged.records) if record.name == b"a")
     area = forged.records[number].directory
     forged.records[number] = replace(
@@ -1046,7 +1058,7 @@ def _shared_bits(forged: Forged) -> None:
 
 
 def _released_but_used(forged: Forged) -> None:
-    _set_fields(store.RUN, forged.released, 0, {"first": forged.header.table.offset // 4096, "count": 1})
+    _set_fields(RUN, forged.released, 0, {"first": forged.header.table.offset // 4096, "count": 1})
 
 
 def _too_short(forged: Forged) -> None:
@@ -1148,10 +1160,10 @@ def test_millions_of_leaks_are_counted_and_a_thousand_runs_shown(tmp_path: Path,
     leaf = bytes([pattern | 0xF]) + bytes([pattern]) * (size - 1)
     with open(path, "r+b") as file:
         chosen = headers.choose(path, file.read(store.RESERVED))
-        place = store.LEAF.parse(os.pread(file.fileno(), store.LEAF.size, chosen.header.space.offset)).offset
+        place = LEAF.parse(os.pread(file.fileno(), LEAF.size, chosen.header.space.offset)).offset
         os.pwrite(file.fileno(), leaf, place)
         free = store.leaf_clusters(size) - int.from_bytes(leaf, "little").bit_count()
-        root = store.LEAF.build(offset=place, free=free, checksum=crc32c.crc32c(leaf))
+        root = LEAF.build(offset=place, free=free, checksum=crc32c.crc32c(leaf))
         os.pwrite(file.fileno(), root, chosen.header.space.offset)
         space = chosen.header.space._replace(checksum=crc32c.crc32c(root))
         block = headers.build_block(replace(chosen.header, clusters=8 * size, space=space))
@@ -1175,7 +1187,7 @@ def test_a_directory_that_two_namespaces_have_is_read_once(tmp_path: Path, neste
         entry = directory.Entry(b"n" * 1000, store.ALL_ONES, 0, 2, 16)
         size = entry.packed_size  # four of them take a cluster
         assert size == 1024
-        packed = directory.build_directory(
+        packed = build_directory(
             [replace(entry, name=f"{number:04}".encode() + entry.name[4:]) for number in range(4 * count)]
         )
         place = change.place(packed)
@@ -1208,7 +1220,7 @@ def test_recovery_of_the_largest_directory_keeps_little_of_it(tmp_path: Path) ->
         with target.change() as change:
             record = change.table.get(b"a")
             assert record
-            place = change.place(directory.build_directory([replace(entry, name=name) for name in names]))
+            place = change.place(build_directory([replace(entry, name=name) for name in names]))
             change.table.put(replace(record, directory=place, nb_bitmaps=directory.MAX_BITMAPS))
     with open(path, "r+b") as file:
         file.seek(place.offset + place.length - 100)

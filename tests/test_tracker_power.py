@@ -34,6 +34,7 @@ from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
 from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.errors import StorageError, SyncError
+from dirtmap.fmt.structures.live import build_session, parse_session
 
 SIZE = 64 << 20
 REGION = 4 << 20
@@ -387,8 +388,8 @@ def test_paths_of_a_hostile_session_are_not_touched(tmp_path: Path) -> None:
         (precious / name).write_bytes(bytes(live.PAGE))
 
     def lie(session: bytes) -> bytes:
-        found = live.parse_session(session)
-        return live.build_session(replace(found, live=os.fsencode(precious), log_path=os.fsencode(precious / "letter")))
+        found = parse_session(session)
+        return build_session(replace(found, live=os.fsencode(precious), log_path=os.fsencode(precious / "letter")))
 
     with_session(tmp_path, lie)
     with dm.open("node:drive0") as image:

@@ -24,8 +24,8 @@ from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.tracker import Tracker
-from dirtmap.fmt import directory
 from dirtmap.fmt.directory import FLAG_IN_USE
+from dirtmap.fmt.structures.directory import parse_entries
 
 SIZE = 64 << 20
 GRANULE = 65536
@@ -668,7 +668,7 @@ def damage_directory(place: Path, *, name: bool = False) -> None:
         record = target.record(b"drive0")
     assert record
     with place.open("r+b") as file:
-        _, entry = next(directory.parse_entries(place.read_bytes()[record.directory.offset :]))
+        _, entry = next(parse_entries(place.read_bytes()[record.directory.offset :]))
         file.seek(record.directory.offset + (24 + len(entry.extra_data) if name else 20))
         file.write(b"?")
 

@@ -21,10 +21,11 @@ from dataclasses import dataclass, replace
 
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.storefile.file import Change, Store
-from dirtmap.fmt import live, store
+from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
 from dirtmap.fmt.live import Peer
 from dirtmap.fmt.store import Identity, Record
+from dirtmap.fmt.structures.live import parse_peer
 
 
 def peer_of(record: Record) -> Peer | None:
@@ -33,7 +34,7 @@ def peer_of(record: Record) -> Peer | None:
     if data is None:
         return None
     try:
-        return live.parse_peer(data)
+        return parse_peer(data)
     except ValueError:
         return None
 

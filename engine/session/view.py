@@ -40,6 +40,7 @@ from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
 from dirtmap.fmt.store import Identity, Record
+from dirtmap.fmt.structures.live import WINDOW, parse_session
 
 if TYPE_CHECKING:
     from dirtmap.engine.storefile.file import Snapshot
@@ -92,7 +93,7 @@ def session_of(record: Record) -> live.Session | None:
     if data is None:
         return None
     try:
-        return live.parse_session(data)
+        return parse_session(data)
     except ValueError:
         return live.NO_SESSION
 
@@ -107,15 +108,15 @@ class Window:
 
     def build(self) -> bytes:
         """Its bytes."""
-        return live.WINDOW.build(began=self.began, ended=self.ended, flags=int(self.busy), reserved=0)
+        return WINDOW.build(began=self.began, ended=self.ended, flags=int(self.busy), reserved=0)
 
 
 def window_of(entry: Entry) -> Window | None:
     """The window of a bitmap in a session; None where it records nothing in it."""
-    data = entry.extra_data[store.BITS_CHECKSUM.size :]
-    if len(data) < live.WINDOW.size:
+    data = entry.extra_data[store.BITS_CHECKSUM_SIZE :]
+    if len(data) < WINDOW.size:
         return None
-    raw = live.WINDOW.parse(data)
+    raw = WINDOW.parse(data)
     return Window(raw.began, raw.ended, bool(raw.flags & live.WINDOW_BUSY))
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from dirtmap.engine.system.process import Process, this_process
 from dirtmap.fmt.errors import printable
-from dirtmap.fmt.store import EXTENSION_HOLD, HOLD, Record
+from dirtmap.fmt.store import EXTENSION_HOLD, Record
+from dirtmap.fmt.structures.store import HOLD
 
 
 @dataclass(frozen=True, slots=True)
