@@ -1,10 +1,13 @@
-"""The header-extension chain that qcow2 and the store share: type, length, data padded to 8 bytes, ... end marker.
+"""The chain of header extensions, which qcow2 images and stores share.
+
+Each extension is a type, a length, and data padded to 8 bytes. An end marker follows the last one.
 
     start                                                                limit
       | type | length | data ... | pad | type | length | data | 0 | 0 | ... |
       |<---------- extension --------->|<---- extension ----->|<-end->|
 
-Source: docs/interop/qcow2.txt, "Header extensions". A type is a u32, so is a length (bytes of data without padding).
+Type and length are u32; the length is in bytes and does not count the padding.
+Source: docs/interop/qcow2.txt, "Header extensions".
 """
 
 from __future__ import annotations
@@ -19,7 +22,13 @@ END_MARKER = END.to_bytes(4, "big") + bytes(4)
 
 
 class Extension(NamedTuple):
-    """One header extension as found: ``offset`` of its head in bytes from the start of the file, ``data`` unpadded."""
+    """One header extension as found.
+
+    Attributes:
+        type: which kind of extension it is.
+        offset: where its head begins, in bytes from the start of the file.
+        data: its data without padding.
+    """
 
     type: int
     offset: int
@@ -32,7 +41,7 @@ class Extension(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the next extension begins."""
+        """Where the next extension begins, in bytes from the start of the file."""
         return align_up(self.data_offset + len(self.data), 8)
 
 
@@ -41,8 +50,8 @@ class Chain(NamedTuple):
 
     Attributes:
         extensions: in their order on disk.
-        end: offset of the end marker, or of the first byte that is not part of the chain where there is no marker.
-        terminated: True where an end marker was found.
+        end: offset of the end marker. If there is no marker: of the first byte that is not part of the chain.
+        terminated: True if an end marker was found.
         fault: why parsing stopped early, or None.
     """
 

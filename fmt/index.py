@@ -1,4 +1,4 @@
-"""The index: keys and values of the LMDB database that tells, across a host, which container has what.
+"""The index: keys of the LMDB database that says which container of a host has which namespaces and bitmaps.
 
     c path               what a container looked like when it was read        n name             namespaces of that name
     i number             a container's path                                   u uuid             namespaces of that UUID
@@ -7,10 +7,11 @@
     v                    version of all this, numbers given out               b holder bitmap    bitmaps of that address
                                                                               f bitmap holder    the same, by bitmap
 
-A *holder* is a named namespace, or the path of an image without a name; its first byte keeps the two apart. Variable
-parts end with a NUL, or are replaced by a digest where they are long, so that no two keys can be taken for each other
-and "all keys that begin with these parts" is a prefix. Every value ends with a CRC32C over its key and the rest.
-All numbers are big-endian. Source of every rule: SPEC.md, "The index".
+A *holder* is a node or device, or the path of an image without a name. Its first byte says which. A part of variable
+length ends with a NUL, and a long one is replaced by a digest. So no two keys can be mistaken for each other, and all
+keys that begin with the same parts have a prefix of their own. Every value ends with a CRC32C of its key and the rest
+of the value. Numbers are big-endian. The values' structures are in `dirtmap.fmt.structures.index`. Source of every
+rule: SPEC.md, "The index".
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import crc32c
 from dirtmap.fmt.store import AREA_SIZE
 
 VERSION = 1
-MAX_SEEN = 1 << 61  # generation of a store's commit that is remembered: half of what there can be
-# The CRC32C of anything followed by its own CRC32C, little-endian.
+MAX_SEEN = 1 << 61  # highest generation of a seen commit that is kept: half of what a store can have
+# The CRC32C of any bytes followed by their own CRC32C, little-endian.
 RESIDUE = 0x48674BC7
 
 CONTAINER, PATH, MEMBERS, SEEN, STATE = b"c", b"i", b"m", b"s", b"v"
@@ -43,12 +44,12 @@ TAGS = {
     FOUND: "bitmap by name",
     STATE: "state",
 }
-NO_AREA = bytes(AREA_SIZE)  # the area pointer in the members of what has no namespace table
-NAMED, UNNAMED = b"N", b"P"  # first byte of a holder: a node or device, or an image that has no name
-_LONGEST = 200  # bytes of a part that stand in a key as they are; LMDB keys have 511 at most
-_SURE = _LONGEST // 4  # characters that are no more bytes than that, with a holder's first one
+NO_AREA = bytes(AREA_SIZE)  # area pointer in the members of a container without a namespace table
+NAMED, UNNAMED = b"N", b"P"  # first byte of a holder: a node or device; an image without a name
+_LONGEST = 200  # bytes of the longest part that is not replaced by a digest; an LMDB key has at most 511
+_SURE = _LONGEST // 4  # so many characters, with a holder's first byte, are never more bytes than that
 _DIGEST = 32
-# What a key has behind its first byte: parts of so many bytes; 0 is a variable one.
+# The parts of a key behind its first byte: the length of each in bytes, or 0 for a variable length.
 _KEY_PARTS = {
     CONTAINER: (0,),
     PATH: (8,),
@@ -65,66 +66,69 @@ _KEY_PARTS = {
 
 # Kinds of containers.
 KIND_QCOW2, KIND_STORE, KIND_FAULTY = 1, 2, 3
-# Conditions: what the last reading found.
+# Conditions of containers: what was found when they were last read.
 SOUND, DAMAGED, HELD = 0, 1, 2
 CONDITION_NAMES = {SOUND: "sound", DAMAGED: "damaged", HELD: "held"}
 
 
 class BadValueError(ValueError):
-    """A value that its checksum or its form gives away; the index is rebuilt."""
+    """A value is damaged: its checksum or its structure is wrong. The index is rebuilt then."""
 
 
 def part(data: bytes) -> bytes:
-    """A variable part of a key, itself without NUL: it and a NUL; or, where it is long, a NUL and a digest of it."""
+    """Returns a part of variable length as it stands in a key: itself and a NUL, or if it is long a NUL and a digest.
+
+    ``data`` must not contain a NUL.
+    """
     if len(data) <= _LONGEST:
         return data + b"\0"
     return b"\0" + hashlib.blake2b(data, digest_size=_DIGEST).digest()
 
 
 def number(value: int) -> bytes:
-    """A container's number in a key: eight bytes."""
+    """Returns a container's number as it stands in a key: eight bytes."""
     return value.to_bytes(8, "big")
 
 
 def bitmap_key(holder: bytes, bitmap: bytes) -> bytes:
-    """Of a bitmap's address; ``holder`` as `named` or `unnamed` make it."""
+    """Returns the key of a bitmap's address. ``holder`` comes from `named` or `unnamed`."""
     return BITMAP + part(holder) + part(bitmap)
 
 
 def address_key(node: str, name: str) -> bytes:
-    """`bitmap_key` of a node's or device's bitmap: the same, for the path that has to be fast."""
+    """Returns the `bitmap_key` of a node's or device's bitmap. Faster, for the look-up that has to be fast."""
     if len(node) < _SURE and len(name) < _SURE:
         return f"bN{node}\0{name}\0".encode("utf-8", "surrogateescape")
     return bitmap_key(named(node.encode("utf-8", "surrogateescape")), name.encode("utf-8", "surrogateescape"))
 
 
 def named(name: bytes) -> bytes:
-    """The holder that is a node or device."""
+    """Returns the holder for a node or device."""
     return NAMED + name
 
 
 def unnamed(path: bytes) -> bytes:
-    """The holder that is an image without a name."""
+    """Returns the holder for an image without a name."""
     return UNNAMED + path
 
 
 def seal(key: bytes, contents: bytes) -> bytes:
-    """A value as stored: the contents, then the CRC32C of key and contents, little-endian."""
+    """Returns a value as stored: the contents, then the CRC32C of key and contents, little-endian."""
     return contents + crc32c.crc32c(key + contents).to_bytes(4, "little")
 
 
 def is_sound(key: bytes, value: bytes) -> bool:
-    """True where a value's checksum is right."""
+    """Returns True if a value's checksum is right. ``value`` includes the checksum."""
     return bool(crc32c.crc32c(key + value) == RESIDUE)
 
 
 def damage(key: bytes) -> str:
-    """What is said of a value with a wrong checksum."""
+    """Returns the message for a value with a wrong checksum."""
     return f"{TAGS.get(key[:1], 'unknown')} {key[1:41].hex()}: its checksum is wrong"
 
 
 def key_text(key: bytes) -> str:
-    """A key for people: what its value is, and its parts; a key of another form in hexadecimal."""
+    """Returns a key as people read it: what its value is, and its parts. An unknown key is shown in hexadecimal."""
     parts, at = [], 1
     for size in _KEY_PARTS.get(key[:1], ()):
         end = at + size if size else key.find(b"\0", at)
@@ -145,16 +149,16 @@ def key_text(key: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A namespace as a container has it.
+    """A namespace, as its container describes it.
 
     Attributes:
-        name: raw bytes; empty for an image without a name.
+        name: of the node or device, raw bytes; empty for an image without a name.
         kind: as in a store's record: node, device, place or container.
-        uuid: 16 bytes; zeros where it has none.
-        root_uuid: of a device.
-        size: of the disk, bytes.
-        path: of the image, raw bytes, where the container tells.
-        directory: offset, length and CRC32C of its directory; if they are the same, so are its bitmaps.
+        uuid: of the namespace, 16 bytes; zeros if it has none.
+        root_uuid: of a device's root node, 16 bytes.
+        size: of the virtual disk, bytes.
+        path: of the image, raw bytes, if the container says it.
+        directory: offset, length (bytes) and CRC32C of its directory. While they stay the same, so do its bitmaps.
     """
 
     name: bytes
@@ -167,7 +171,15 @@ class Member:
 
 
 class Claim(NamedTuple):
-    """A bitmap as a container has it: the container's number, directory flags, log2 of the granularity, namespace."""
+    """A bitmap, as its container describes it.
+
+    Attributes:
+        container: number of the container.
+        flags: of the directory entry.
+        granularity_bits: log2 of the granularity in bytes.
+        reserved: 0.
+        uuid: of the bitmap's namespace, 16 bytes.
+    """
 
     container: int
     flags: int
@@ -177,5 +189,5 @@ class Claim(NamedTuple):
 
 
 def members_key(container: int, bucket: int) -> bytes:
-    """Of what a bucket of a container's namespace table contributed; an image has bucket 0."""
+    """Returns the key of the namespaces in one bucket of a container's namespace table. An image has bucket 0 only."""
     return MEMBERS + number(container) + bucket.to_bytes(4, "big")

@@ -1,12 +1,12 @@
-"""What a tracker keeps: its session in the store, the live files on tmpfs, and the intent log beside the store.
+"""What a tracker keeps: its session in the store, live files on tmpfs, and an intent log beside the store.
 
-    store    record: SESSION, paths; PEER  directory entries: WINDOW behind the checksum in the extra data
-    tmpfs    control                    writeset-0, writeset-1, ...: one for each interval between two cuts
+    store    in the namespace's record: SESSION, its paths, PEER; in each directory entry: WINDOW, behind the checksum
+    tmpfs    control; writeset-0, writeset-1, ...: one for each interval between two cuts
     disk     LOG | beats | area 0: records of logs 0, 2, ... | area 1: records of logs 1, 3, ...
 
-What lies on a disk is big-endian as the store is. Live files never leave the machine: their numbers are in its own
-byte order, each field written by one store of 8 aligned bytes. Bits are least significant first in each byte.
-Source of every rule: SPEC.md, "The live path".
+What is stored on disk is big-endian, as in the store. Live files never leave the machine, so their numbers are in its
+own byte order; each field has 8 aligned bytes and is written by one store instruction. Bits are packed with the least
+significant first. The structures are in `dirtmap.fmt.structures.live`. Source of every rule: SPEC.md, "The live path".
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from dirtmap.fmt.geometry import align_up
 
 PAGE = 4096
-OPEN = 2**64 - 1  # a window that has not ended
-WINDOW_BUSY = 1 << 0
+OPEN = 2**64 - 1  # `ended` of a window that has not ended
+WINDOW_BUSY = 1 << 0  # flag of a window: the bitmap is taken for a backup
 
 INTENT_OFF = 0
 INTENT_REGION = 1
@@ -27,33 +27,34 @@ WRITESET_MAGIC = b"DMLBITS1"
 
 LOG_MAGIC = b"DML\xfb"
 LOG_VERSION = 1
-BEATS = (PAGE, PAGE + 512)  # where they are, used in turn
-AREAS = 2 * PAGE  # where the first area begins
+BEATS = (PAGE, PAGE + 512)  # offsets of the two heartbeats in the log, which are written in turn
+AREAS = 2 * PAGE  # offset of the first area of records in the log
 LOG_RECORD_SIZE = 8  # bytes of a logged region
 
 MIN_REGION_BITS = 20
 MAX_REGION_BITS = 63
 MAX_REGIONS = 1 << 20
-DEFAULT_REGIONS = 2048  # a disk has at most that many, unless it is told otherwise, and at least half of them
+DEFAULT_REGIONS = 2048  # the most regions of a disk by default; a large disk has at least half as many
 MAX_PATH = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A tracker's session, as a namespace's record has it.
+    """A tracker's session, as it stands in the record of a namespace.
 
     Attributes:
         uuid: of the session, 16 bytes.
-        boot_id: of the boot it began in, 16 bytes.
-        pid, process_start: the process; the second is in clock ticks since boot, as in /proc/PID/stat.
-        started: when, ns since 1970.
+        boot_id: of the boot in which the session began, 16 bytes.
+        pid: of the tracker's process.
+        process_start: when that process began, in clock ticks since boot, as in /proc/PID/stat.
+        started: when the session began, in nanoseconds since 1970.
         intent: `INTENT_REGION` or `INTENT_OFF`.
-        region_bits: log2 of bytes of the disk for each region of the log.
-        oldest: intervals before it are saved whole.
-        log: logs before it are void.
-        image_device, image_inode, image_mtime, image_size: what the image looked like when it began.
-        live: the folder of the live files, raw bytes.
-        log_path: of the intent log, raw bytes.
+        region_bits: log2 of the size of a region of the log, in bytes of the disk.
+        oldest: number of the oldest interval that may not be wholly saved yet.
+        log: number of the oldest log whose records count.
+        image_device, image_inode, image_mtime, image_size: the image's identity when the session began.
+        live: path of the folder with the live files, raw bytes.
+        log_path: path of the intent log, raw bytes.
     """
 
     uuid: bytes
@@ -73,8 +74,8 @@ class Session:
     log_path: bytes
 
 
-# Stands for one that cannot be read: no process, and paths that no file can have.
-LOST = b""  # the data of a session that is known to be lost, which cannot be read either
+LOST = b""  # data of a session that is known to be lost; it does not parse, so `NO_SESSION` stands for it
+# Stands for a session that cannot be parsed. It has no process, and its paths are such that no file can have them.
 NO_SESSION = Session(bytes(16), bytes(16), 0, 0, 0, INTENT_OFF, MIN_REGION_BITS, 0, 0, 0, 0, 0, 0, b"\0", b"\0")
 
 
@@ -83,9 +84,9 @@ class Peer:
     """The other namespace of a session: a device's root, or the device that is tracked with a node.
 
     Attributes:
-        uuid: of the namespace, 16 bytes.
-        name: of the node or device, raw bytes.
-        store: the path of the store that has its record, raw bytes; empty: the same store.
+        uuid: of that namespace, 16 bytes.
+        name: of that node or device, raw bytes.
+        store: path of the store that has its record, raw bytes; empty if it is the same store.
     """
 
     uuid: bytes
@@ -94,7 +95,7 @@ class Peer:
 
 
 def region_bits(size: int) -> int:
-    """log2 of the region size that suits a disk of ``size`` bytes."""
+    """Returns log2 of the default region size (bytes) for a disk of ``size`` bytes."""
     bits = MIN_REGION_BITS
     while size >> bits > DEFAULT_REGIONS:
         bits += 1
@@ -102,10 +103,10 @@ def region_bits(size: int) -> int:
 
 
 def area_offset(regions: int, number: int) -> int:
-    """Where the records of log ``number`` begin."""
+    """Returns where the records of log ``number`` begin, in bytes from the start of a log with so many regions."""
     return AREAS + number % 2 * align_up(regions * LOG_RECORD_SIZE, PAGE)
 
 
 def log_bytes(regions: int) -> int:
-    """How long an intent log is."""
+    """Returns the length of an intent log in bytes."""
     return area_offset(regions, 1) + area_offset(regions, 1) - AREAS

@@ -1,10 +1,11 @@
-"""The qcow2 header, its feature bits and header extensions, snapshots, and its tables as numpy views.
+"""qcow2 images: feature bits, header extension types, limits, checks of the header, and tables as numpy views.
 
     byte 0        72            104        header_length              cluster_size
       | version 2 | version 3    | more ...  | extensions ... | name ... |
       |           |  features    |           |  end marker    | of the backing file
 
-Source throughout: docs/interop/qcow2.txt in QEMU's tree; limits from QEMU's block/qcow2.h and block/qcow2.c.
+The structures are in `dirtmap.fmt.structures.qcow2`. Source of the format: docs/interop/qcow2.txt in QEMU's tree.
+Source of the limits: QEMU's block/qcow2.h and block/qcow2.c.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ INCOMPATIBLE_EXTENDED_L2 = 1 << 4
 COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
 AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_RAW_EXTERNAL_DATA = 1 << 1
-# Ours: a tracker has the bitmaps, and no other program has opened the image for writing since: it would clear the bit.
+# Ours: a tracker has the bitmaps. A program that does not know the bit clears it when it opens the image for writing.
+# So if the bit is still set, no such program did.
 AUTOCLEAR_TRACKED = 1 << 62
 
 INCOMPATIBLE_NAMES = {
@@ -65,11 +67,12 @@ EXTENSION_FEATURE_NAMES = 0x6803F857
 EXTENSION_BITMAPS = 0x23852875
 EXTENSION_CRYPTO = 0x0537BE77
 EXTENSION_DATA_FILE = 0x44415441
-# Ours ("dmpF"): room that a removed bitmaps extension left in the middle of a chain, kept for the next one. QEMU keeps
-# it as an unknown extension. A chain cannot be closed up in one atomic write, its 8-byte heads can be changed.
+# Ours ("dmpF"): the space that a removed bitmaps extension left in the middle of a chain, kept for the next one. QEMU
+# keeps it as an unknown extension. Closing the gap would take more than one atomic write; changing an 8-byte head does
+# not.
 EXTENSION_VACANT = 0x646D7046
-# Ours ("dmpN"): the identity of an image: the UUID of its namespace (16 bytes), then its node's name. QEMU keeps it as
-# an unknown extension, and rightly drops it in a conversion, whose result is another image.
+# Ours ("dmpN"): the identity of an image, which is the UUID of its namespace (16 bytes) and its node's name. QEMU keeps
+# it as an unknown extension. `qemu-img convert` drops it, which is right: the result is another image.
 EXTENSION_NAMESPACE = 0x646D704E
 EXTENSION_NAMES = {
     EXTENSION_BACKING_FORMAT: "backing file format",
@@ -80,7 +83,7 @@ EXTENSION_NAMES = {
     EXTENSION_VACANT: "dirtmap: vacant",
     EXTENSION_NAMESPACE: "dirtmap: namespace",
 }
-# A known extension appears once. QEMU takes the last of several; which one its writer meant cannot be known.
+# Types that may appear once only. QEMU takes the last of several, but which one the writer meant is unknown.
 SINGLE_EXTENSIONS = frozenset(EXTENSION_NAMES) - {EXTENSION_VACANT}
 
 SECTOR = 512  # QEMU: BDRV_SECTOR_SIZE
@@ -104,14 +107,14 @@ COMPRESSED_SECTOR = 512
 
 
 class Header(NamedTuple):
-    """The header's fields, those of version 3 with the values that version 2 implies.
+    """The fields of a header. In a version 2 header, those of version 3 have the values that version 2 implies.
 
     Attributes:
-        v2: fields of `HEADER_V2`.
+        v2: the fields of `dirtmap.fmt.structures.qcow2.HEADER_V2`.
         incompatible, compatible, autoclear: feature bits, all 64 as found.
-        refcount_order: log2 of the bits of a refcount.
-        length: bytes before the extensions.
-        compression_type: 0 zlib, 1 zstd.
+        refcount_order: log2 of the width of a refcount in bits.
+        length: bytes before the first extension.
+        compression_type: 0 for zlib, 1 for zstd.
     """
 
     v2: Any
@@ -129,10 +132,10 @@ class Header(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The virtual disk's size in bytes, whole sectors only.
+        """The virtual disk's size in bytes, rounded down to whole sectors.
 
-        Source: QEMU block/qcow2.c, qcow2_do_open: a part of a sector at the end is not part of the disk, and the
-        length of bitmap tables is judged by that.
+        Source: QEMU block/qcow2.c, qcow2_do_open. Part of a sector at the end does not belong to the disk, and QEMU
+        checks the length of bitmap tables against the rounded size.
         """
         return int(self.v2.size) // SECTOR * SECTOR
 
@@ -158,19 +161,19 @@ class Header(NamedTuple):
 
     @property
     def chain_limit(self) -> int:
-        """Where QEMU stops reading extensions: at the backing file's name, else at the end of the first cluster."""
+        """Offset at which QEMU stops reading extensions: the backing file's name, else the end of the first cluster."""
         return int(self.v2.backing_file_offset) or self.cluster_size
 
 
 def feature_text(bits: int, names: dict[int, str]) -> list[str]:
-    """The names of the bits that are set; ``unknown bit N`` for those without one."""
+    """Returns the names of the bits that are set, and ``unknown bit N`` for a bit that has none."""
     return [names.get(1 << bit, f"unknown bit {bit}") for bit in range(bits.bit_length()) if bits >> bit & 1]
 
 
 def header_faults(header: Header) -> Iterator[tuple[str, str]]:
-    """What makes QEMU refuse the header, as (field, what). Source: QEMU block/qcow2.c, qcow2_do_open.
+    """Yields what makes QEMU refuse the header, as (field, what). Source: QEMU block/qcow2.c, qcow2_do_open.
 
-    Later fields are judged only where earlier ones make sense.
+    Fields that depend on a faulty one are not checked.
     """
     v2 = header.v2
     if v2.magic != MAGIC:
@@ -242,7 +245,7 @@ def header_faults(header: Header) -> Iterator[tuple[str, str]]:
 def _table_faults(
     length_field: str, length: int, limit: int, offset_field: str, offset: int, cluster_size: int
 ) -> Iterator[tuple[str, str]]:
-    """QEMU: block/qcow2.c, qcow2_validate_table."""
+    """Checks where a table lies and how long it is, in bytes. Source: QEMU block/qcow2.c, qcow2_validate_table."""
     if length > limit:
         yield length_field, f"{length} bytes are above {limit}"
     if offset % cluster_size:
@@ -254,7 +257,7 @@ def _table_faults(
 
 
 def namespace_extension_faults(data: bytes) -> Iterator[tuple[str, str]]:
-    """What is wrong with our namespace extension, as (field, what); called on load and on store."""
+    """Yields what is wrong with our namespace extension, as (field, what). Called before reading and before writing."""
     if len(data) < NAMESPACE_EXTENSION_SIZE:
         yield "uuid", f"{len(data)} bytes are too few"
     elif fault := name_fault(data[NAMESPACE_EXTENSION_SIZE:]):
@@ -262,16 +265,17 @@ def namespace_extension_faults(data: bytes) -> Iterator[tuple[str, str]]:
 
 
 def table_view(data: bytes | bytearray) -> NDArray[np.uint64]:
-    """L1, L2 and refcount tables: a view of ``data`` as big-endian u64, one element an entry, dtype ``>u8``."""
+    """Returns an L1, L2 or refcount table as a view of ``data``: one element per entry, dtype ``>u8``."""
     import numpy as np
 
     return np.frombuffer(data, dtype=">u8")
 
 
 def refcounts_of(block: bytes, refcount_bits: int) -> Counts:
-    """A refcount block's counts, one an entry, as native unsigned integers of the refcounts' width, at least a byte.
+    """Returns the refcounts in a refcount block, one element each.
 
-    Counts of less than a byte are packed least-significant first; wider ones are big-endian.
+    The elements are native unsigned integers as wide as a refcount, but at least a byte. On disk, refcounts of less
+    than a byte are packed with the least significant first, and wider ones are big-endian.
     """
     import numpy as np
 
@@ -283,7 +287,7 @@ def refcounts_of(block: bytes, refcount_bits: int) -> Counts:
 
 
 def refcount_block(counts: Counts, refcount_bits: int) -> bytes:
-    """The bytes of a refcount block with those counts; the inverse of `refcounts_of`."""
+    """Returns the bytes of a refcount block with these refcounts. The inverse of `refcounts_of`."""
     import numpy as np
 
     if refcount_bits >= 8:

@@ -1,5 +1,5 @@
-"""The structures on disk, a module per format: what is declared with construct, and what parses and builds with it.
+"""The structures of each format, declared with construct, and the functions that parse and build them.
 
-Names, limits and arithmetic of a format are in the module of the same name in `dirtmap.fmt`, which knows nothing of
-construct: import from here only what parses, builds or shows bytes.
+The names, limits and arithmetic of a format are in the module of the same name in `dirtmap.fmt`. Those modules do not
+import construct. Import from this package only to parse, build or show bytes.
 """

@@ -1,4 +1,4 @@
-"""The fixed part of an entry in a bitmap directory, and how a whole directory is parsed and built."""
+"""The structure of a bitmap directory's entries; parsing and building of directories."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ DIRECTORY_ENTRY = Structure(
 
 
 def parse_entries(data: bytes, start: int = 0) -> Iterator[tuple[int, Entry]]:
-    """The entries of a directory from byte ``start`` on, with their offsets.
+    """Yields the entries of a directory from byte ``start`` on, each with its offset in ``data``.
 
-    Only lengths are judged here, since they are needed to find the next entry; `entry_faults` judges the rest.
+    Checks lengths only, which are needed to find the next entry. `dirtmap.fmt.directory.entry_faults` checks the rest.
 
     Raises:
-        BrokenEntryError: once, at the first entry that does not fit; nothing follows it.
+        BrokenEntryError: an entry does not fit into the directory. It ends the iteration.
     """
     at, total = start, len(data)
     while at < total:
@@ -57,7 +57,7 @@ def parse_entries(data: bytes, start: int = 0) -> Iterator[tuple[int, Entry]]:
 
 
 def build_directory(entries: Iterable[Entry]) -> bytes:
-    """The bytes of a directory; padding is written as zeros."""
+    """Returns the bytes of a directory with these entries, padded with zeros."""
     parts = []
     for entry in entries:
         fixed = DIRECTORY_ENTRY.build(

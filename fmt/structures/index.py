@@ -1,4 +1,4 @@
-"""The values of the index, and how they are parsed and built."""
+"""The structures of the index's values; parsing and building of values."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ BITMAP_VALUE = Structure(
 
 
 def parse_all(structure: Structure, contents: bytes) -> list[Any]:
-    """The records of that structure, one behind the other.
+    """Returns the records of that structure in an array of them.
 
     Raises:
-        BadValueError: a part of a record is left.
+        BadValueError: the last record is cut short.
     """
     if len(contents) % structure.size:
         raise BadValueError(f"{structure.name}: {len(contents)} bytes are not a multiple of {structure.size}")
@@ -66,7 +66,7 @@ def parse_all(structure: Structure, contents: bytes) -> list[Any]:
 
 
 def _build_namespace(container: int, member: Member) -> bytes:
-    """A namespace as it stands in a value: fixed fields, then its name and its path."""
+    """Returns the bytes of a namespace in a value: the fixed fields, then its name and its path."""
     offset, length, checksum = member.directory
     fixed = NAMESPACE_VALUE.build(
         container=container,
@@ -85,15 +85,15 @@ def _build_namespace(container: int, member: Member) -> bytes:
 
 
 def build_namespaces(namespaces: Iterable[tuple[int, Member]]) -> bytes:
-    """Namespaces as they stand in a value, each with the number of its container."""
+    """Returns the bytes of namespaces in a value, each given with the number of its container."""
     return b"".join(_build_namespace(container, member) for container, member in namespaces)
 
 
 def parse_namespaces(contents: bytes | None) -> Iterator[tuple[int, Member]]:
-    """The namespaces in a value, each with the number of its container; none where there is no value.
+    """Yields the namespaces in a value, each with the number of its container. No value has no namespaces.
 
     Raises:
-        BadValueError: one ends behind the value.
+        BadValueError: a namespace is cut short.
     """
     at, contents = 0, contents or b""
     while at < len(contents):
@@ -121,12 +121,16 @@ def parse_namespaces(contents: bytes | None) -> Iterator[tuple[int, Member]]:
 
 
 def build_bitmap(name: bytes, claims: Iterable[Claim]) -> bytes:
-    """The contents of a bitmap's value: all who have one at the address, then its name, and the name's length."""
+    """Returns the contents of a bitmap's value: every bitmap at that address, then the name and its length."""
     return b"".join(BITMAP_VALUE.build(**claim._asdict()) for claim in claims) + name + len(name).to_bytes(2, "big")
 
 
 def parse_bitmap(contents: bytes) -> tuple[bytes, list[Claim]]:
-    """A bitmap's name and who has one at that address. Errors as `parse_all`."""
+    """Returns the name in a bitmap's value, and every bitmap at that address.
+
+    Raises:
+        BadValueError: the name or a bitmap is cut short.
+    """
     end = len(contents) - 2 - int.from_bytes(contents[-2:], "big")
     if end < 0:
         raise BadValueError("a bitmap's name is cut short")
@@ -134,11 +138,11 @@ def parse_bitmap(contents: bytes) -> tuple[bytes, list[Claim]]:
 
 
 def build_members(pointer: bytes, members: Iterable[tuple[int, Member]]) -> bytes:
-    """The contents of its value: the bucket's area pointer, then its namespaces, as `build_namespaces`."""
+    """Returns the contents of a bucket's value: its area pointer, then its namespaces, as `build_namespaces` does."""
     return pointer + build_namespaces(members)
 
 
 def parse_members(contents: bytes | None) -> tuple[bytes, Iterator[tuple[int, Member]]]:
-    """The area pointer of a bucket, empty where there is no value, and its namespaces, as `parse_namespaces`."""
+    """Returns a bucket's area pointer (empty if there is no value), and its namespaces as `parse_namespaces` does."""
     contents = contents or b""
     return contents[:AREA_SIZE], parse_namespaces(contents[AREA_SIZE:])

@@ -1,4 +1,4 @@
-"""The structures of a tracker: what it keeps in the store, its live files, its intent log."""
+"""The structures of a tracker: its session in the store, its live files, its intent log."""
 
 from __future__ import annotations
 
@@ -81,17 +81,17 @@ _NUMBERS = tuple(field.name for field in SESSION.fields if not field.name.endswi
 
 
 def build_session(session: Session) -> bytes:
-    """The data of the record extension."""
+    """Returns the data of the record extension with the session."""
     numbers = {name: getattr(session, name) for name in _NUMBERS}
     head = SESSION.build(**numbers, live_size=len(session.live), log_size=len(session.log_path))
     return head + session.live + session.log_path
 
 
 def parse_session(data: bytes) -> Session:
-    """The session of a record.
+    """Returns the session in the data of a record extension.
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: it is not sound; the message says why.
     """
     if len(data) < SESSION.size:
         raise ValueError(f"{len(data)} bytes are too few for a session")
@@ -110,16 +110,16 @@ def parse_session(data: bytes) -> Session:
 
 
 def build_peer(peer: Peer) -> bytes:
-    """The data of the record extension."""
+    """Returns the data of the record extension with the peer."""
     head = PEER.build(uuid=peer.uuid, name_size=len(peer.name), store_size=len(peer.store))
     return head + peer.name + peer.store
 
 
 def parse_peer(data: bytes) -> Peer:
-    """The peer in a record.
+    """Returns the peer in the data of a record extension.
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: it is not sound; the message says why.
     """
     if len(data) < PEER.size:
         raise ValueError(f"{len(data)} bytes are too few for a peer")
@@ -133,15 +133,15 @@ def parse_peer(data: bytes) -> Peer:
 
 
 def build_checkpoints(names: Iterable[bytes]) -> bytes:
-    """The data of the record extension that says which bitmaps are checkpoints, oldest first."""
+    """Returns the data of the record extension that lists the checkpoints, oldest first."""
     return b"".join(CHECKPOINT_NAME.build(length=len(name)) + name for name in names)
 
 
 def parse_checkpoints(data: bytes) -> Iterator[bytes]:
-    """The names of the checkpoints, oldest first.
+    """Yields the names of the checkpoints in the data of a record extension, oldest first.
 
     Raises:
-        ValueError: a length leads outside.
+        ValueError: a name ends outside the data.
     """
     at = 0
     while at < len(data):
@@ -154,17 +154,20 @@ def parse_checkpoints(data: bytes) -> Iterator[bytes]:
 
 
 def record_seed(uuid: bytes, number: int) -> int:
-    """What the checksums of a log's records begin with, so that those of other logs and sessions are void."""
+    """Returns the CRC32C with which the checksums of a log's records begin.
+
+    It makes the records of other logs and sessions void.
+    """
     return int(crc32c.crc32c(_SEED.build(uuid=uuid, number=number)))
 
 
 def build_log_record(seed: int, region: int) -> bytes:
-    """One logged region."""
+    """Returns the record that logs a region, by its number. ``seed`` is the log's `record_seed`."""
     return LOG_RECORD.build(region=region, checksum=crc32c.crc32c(region.to_bytes(4, "big"), seed))
 
 
 def parse_log_records(data: bytes, seed: int) -> Iterator[int]:
-    """The regions of all sound records; others are of older logs, or were never finished."""
+    """Yields the regions of all sound records. The others are of older logs, or were never wholly written."""
     for at in range(0, len(data) - LOG_RECORD.size + 1, LOG_RECORD.size):
         region, checksum = data[at : at + 4], data[at + 4 : at + 8]
         if crc32c.crc32c(region, seed) == int.from_bytes(checksum, "big"):
@@ -172,20 +175,20 @@ def parse_log_records(data: bytes, seed: int) -> Iterator[int]:
 
 
 def build_log(uuid: bytes, intent: int, bits: int, regions: int) -> bytes:
-    """The header of an intent log."""
+    """Returns the header of an intent log. ``bits`` is log2 of the region size in bytes."""
     fields = {"magic": LOG_MAGIC, "version": LOG_VERSION, "uuid": uuid, "intent": intent}
     bare = LOG.build(**fields, region_bits=bits, regions=regions, checksum=0)[:-4]
     return bare + int(crc32c.crc32c(bare)).to_bytes(4, "big")
 
 
 def build_beat(uuid: bytes, time: int) -> bytes:
-    """A sign of life: a time, ns since 1970."""
+    """Returns a heartbeat with that time, in nanoseconds since 1970."""
     bare = BEAT.build(time=time, reserved=0, checksum=0)[:-4]
     return bare + int(crc32c.crc32c(bare, crc32c.crc32c(uuid))).to_bytes(4, "big")
 
 
 def parse_beat(uuid: bytes, data: bytes) -> int:
-    """Its time, or 0 where it is not whole."""
+    """Returns the time of a heartbeat, in nanoseconds since 1970, or 0 if it is not wholly written."""
     if len(data) < BEAT.size or crc32c.crc32c(data[: BEAT.size - 4], crc32c.crc32c(uuid)) != BEAT.parse(data).checksum:
         return 0
     return int(BEAT.parse(data).time)

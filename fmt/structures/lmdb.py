@@ -1,4 +1,4 @@
-"""LMDB's meta page, and whether a file may be mapped as a database."""
+"""The structure of LMDB's meta pages; the check that a file may be mapped as a database."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ META_PAGE = Structure(
 
 
 def meta_fault(pages: bytes, size: int) -> str | None:
-    """Why a file must not be mapped as a database without named ones; None where it may.
+    """Returns why a file must not be mapped as an LMDB database (one without named databases), or None if it may.
+
+    LMDB itself would end the process with a signal if it read a page that is not there.
 
     Args:
-        pages: its first `META_BYTES`, or all of it where it is shorter.
+        pages: the first `dirtmap.fmt.lmdb.META_BYTES` of the file, or all of it if it is shorter.
         size: of the file, bytes.
     """
     if len(pages) < META_PAGE.size:

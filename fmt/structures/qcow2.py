@@ -1,4 +1,7 @@
-"""The structures of a qcow2 image: its header, the data of its header extensions, its snapshots."""
+"""The structures of a qcow2 image: its header, the data of its header extensions, its snapshots.
+
+Source: docs/interop/qcow2.txt in QEMU's tree.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +49,11 @@ HEADER_V3 = Structure(
     "refcount_order" / Int32ub,
     "header_length" / Int32ub,
 )
-# Present where header_length says so; fields beyond it are kept as found and not read.
+# Present if header_length says so. Fields behind it are kept as found, and not read.
 HEADER_MORE = Structure("header, additional fields", "compression_type" / Int8ub, "padding" / Bytes(7))
 
-# The 12 bytes that say where the refcount table is: in the header's first 512 bytes, so written whole or not at all.
+# The 12 bytes of the header that say where the refcount table is. They lie in its first 512 bytes, which a disk writes
+# whole or not at all.
 REFCOUNT_TABLE_POINTER = Structure("refcount table pointer", "offset" / Int64ub, "clusters" / Int32ub)
 POINTER = Structure("pointer", "offset" / Int64ub)
 
@@ -60,7 +64,7 @@ BITMAPS_EXTENSION = Structure(
     "directory_size" / Int64ub,
     "directory_offset" / Int64ub,
 )
-NAMESPACE_EXTENSION = Structure("namespace extension", "uuid" / Bytes(16))  # followed by the name, to the end
+NAMESPACE_EXTENSION = Structure("namespace extension", "uuid" / Bytes(16))  # followed by the name
 CRYPTO_EXTENSION = Structure("crypto extension", "offset" / Int64ub, "length" / Int64ub)
 FEATURE_NAME = Structure("feature name", "type" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
 SNAPSHOT = Structure(
@@ -78,9 +82,10 @@ SNAPSHOT = Structure(
 
 
 def parse_header(data: bytes) -> Header:
-    """The header at the start of ``data``, at least its first 112 bytes (zero-padded where the file is shorter).
+    """Returns the header at the start of ``data``, without checking it: see `dirtmap.fmt.qcow2.header_faults`.
 
-    Judges nothing but that the fields can be read; see `header_faults`.
+    Args:
+        data: at least the first 112 bytes of the image, padded with zeros if the image is shorter.
     """
     v2 = HEADER_V2.parse(data)
     if v2.version < 3:
@@ -99,7 +104,10 @@ def parse_header(data: bytes) -> Header:
 
 
 def extension_faults(header: Header, chain: Iterable[Extension]) -> Iterator[tuple[str, str]]:
-    """What makes QEMU refuse the other extensions. Source: QEMU block/qcow2.c, qcow2_read_extensions, qcow2_do_open."""
+    """Yields what makes QEMU refuse an extension other than the bitmaps extension, as (extension or field in it, what).
+
+    Source: QEMU block/qcow2.c, qcow2_read_extensions, qcow2_do_open.
+    """
     found = {extension.type: extension.data for extension in chain}
     if len(found.get(EXTENSION_BACKING_FORMAT, b"")) > MAX_BACKING_FORMAT:
         yield "backing file format", f"{len(found[EXTENSION_BACKING_FORMAT])} bytes are above {MAX_BACKING_FORMAT}"
@@ -120,9 +128,10 @@ def extension_faults(header: Header, chain: Iterable[Extension]) -> Iterator[tup
 
 
 def bitmaps_extension_faults(data: bytes, cluster_size: int, file_size: int) -> Iterator[tuple[str, str]]:
-    """What is wrong with the bitmaps extension's data. Source: QEMU block/qcow2.c, qcow2_read_extensions.
+    """Yields what is wrong with the bitmaps extension's data, as (field, what). Sizes are in bytes.
 
-    That the directory lies inside the file is ours: QEMU reads zeros beyond.
+    Source: QEMU block/qcow2.c, qcow2_read_extensions. That the directory must lie inside the file is our own rule: QEMU
+    reads zeros past the end.
     """
     if len(data) != BITMAPS_EXTENSION.size:
         yield "length", f"{len(data)} is not {BITMAPS_EXTENSION.size}"

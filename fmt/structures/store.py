@@ -1,4 +1,4 @@
-"""The structures of a store, and how its area pointers and records are parsed and built."""
+"""The structures of a store; parsing and building of its area pointers and records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADER = Structure(
     "doubt_generation" / Int64ub,
     "clusters" / Int64ub,
 )
-CHECKSUM = Structure("store header checksum", "checksum" / Int32ub)  # the last four bytes of a block, over all before
+CHECKSUM = Structure("store header checksum", "checksum" / Int32ub)  # of a block, in its last four bytes
 
 AREA = Structure("area pointer", "offset" / Int64ub, "length" / Int32ub, "checksum" / Int32ub)
 NAMESPACES_EXTENSION = Structure(
@@ -59,10 +59,10 @@ RECORD = Structure(
     "image_mtime" / Int64ub,
     "image_size" / Int64ub,
 )
-# The extra data of a directory entry in a store.
+# In the extra data of a directory entry in a store.
 BITS_CHECKSUM = Structure("bits checksum", "checksum" / Int32ub, "reserved" / Int32ub)
 
-# A record's extension, one for each hold; followed by the bitmap's name and the owner.
+# A record's extension, one for each hold. The bitmap's name and the owner follow it.
 HOLD = Structure(
     "hold",
     "process" / Int32ub,
@@ -75,16 +75,16 @@ HOLD = Structure(
 
 
 def parse_areas(data: bytes) -> list[Area]:
-    """An array of area pointers."""
+    """Returns the area pointers in an array of them."""
     parsed = (AREA.parse(data, at) for at in range(0, len(data), AREA.size))
     return [Area(area.offset, area.length, area.checksum) for area in parsed]
 
 
 def parse_records(data: bytes) -> Iterator[Record]:
-    """The records of a bucket.
+    """Yields the records of a bucket. `dirtmap.fmt.store.record_faults` checks their fields.
 
     Raises:
-        ValueError: a record's lengths lead outside the bucket.
+        ValueError: a record, or something in it, ends outside the bucket or the record.
     """
     at = 0
     while at < len(data):
@@ -116,7 +116,7 @@ def parse_records(data: bytes) -> Iterator[Record]:
 
 
 def build_record(record: Record) -> bytes:
-    """The bytes of one record, padded with zeros to a multiple of 8."""
+    """Returns the bytes of one record, padded with zeros to a multiple of 8."""
     names = (record.name + record.path).ljust(align_up(len(record.name) + len(record.path), 8), b"\0")
     extensions = b"".join(build_extension(kind, data) for kind, data in record.extensions)
     length = RECORD.size + len(names) + len(extensions)
