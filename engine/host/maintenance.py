@@ -22,6 +22,7 @@ from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
 from dirtmap.fmt.errors import StorageError
 from dirtmap.fmt.index import Claim, Member
 from dirtmap.fmt.store import KIND_CONTAINER, KIND_DEVICE
+from dirtmap.fmt.structures.index import CONTAINER_VALUE
 
 Progress = Callable[[int, int], None]
 
@@ -184,7 +185,7 @@ def stats(host: Host) -> dict[str, int]:
         return database.read(lambda reader: sum(1 for _ in reader.scan(tag)))
 
     conditions = Counter(
-        layout.CONTAINER_VALUE.parse(value).condition
+        CONTAINER_VALUE.parse(value).condition
         for _, value in database.read(lambda reader: list(reader.scan(layout.CONTAINER)))
     )
     return {

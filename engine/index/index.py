@@ -18,29 +18,13 @@ from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.storefile.header import Seen
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error, StorageError
-from dirtmap.fmt.index import (
-    BITMAP,
-    FOUND,
-    MEMBERS,
-    NAME,
-    OTHERS,
-    PATH,
-    ROOT,
-    SEEN,
-    SEEN_VALUE,
-    UUID,
-    Claim,
-    Member,
-    number,
-    parse_members,
-    parse_namespaces,
-    part,
-)
+from dirtmap.fmt.index import BITMAP, FOUND, MEMBERS, NAME, OTHERS, PATH, ROOT, SEEN, UUID, Claim, Member, number, part
+from dirtmap.fmt.structures.index import BITMAP_VALUE, SEEN_VALUE, parse_bitmap, parse_members, parse_namespaces
 
 _TOGETHER = 512  # images that one commit of the index takes in
 # Bound for the one look-up that has to be fast.
-_address_key, _unpack_bitmap, _new_claim = layout.address_key, layout.BITMAP_VALUE.unpack, tuple.__new__
-_SOLE = layout.BITMAP_VALUE.size + 2  # and the name: bytes of a value with one claim
+_address_key, _unpack_bitmap, _new_claim = layout.address_key, BITMAP_VALUE.unpack, tuple.__new__
+_SOLE = BITMAP_VALUE.size + 2  # and the name: bytes of a value with one claim
 
 
 class SeenCommit(NamedTuple):
@@ -139,7 +123,7 @@ class Index:
             return []
         if len(contents) == _SOLE + len(name) and name.isascii():  # else its length in bytes would have to be known
             return [_new_claim(Claim, _unpack_bitmap(contents))]
-        found, claims = layout.parse_bitmap(contents)
+        found, claims = parse_bitmap(contents)
         return claims if found == name.encode("utf-8", "surrogateescape") else []
 
     def find(self, bitmap: bytes) -> list[tuple[bytes, list[Claim]]]:
@@ -149,7 +133,7 @@ class Index:
             found = []
             for _, holder in reader.scan(FOUND + part(bitmap)):
                 contents = reader.get(layout.bitmap_key(holder, bitmap))
-                name, claims = layout.parse_bitmap(contents) if contents else (b"", [])
+                name, claims = parse_bitmap(contents) if contents else (b"", [])
                 if name == bitmap:
                     found.append((holder, claims))
             return found
@@ -188,7 +172,7 @@ class Index:
         """Every bitmap, by who has it."""
         rows = self.database.read(lambda reader: list(reader.scan(BITMAP)))
         for _, contents in rows:
-            yield from layout.parse_bitmap(contents)[1]
+            yield from parse_bitmap(contents)[1]
 
     def all_bitmaps(self) -> Iterator[tuple[bytes, bytes, Claim]]:
         """Every bitmap: its holder, its name, and who has it."""
@@ -197,7 +181,7 @@ class Index:
             found = []
             for holder in dict.fromkeys(holder for _, holder in reader.scan(FOUND)):
                 for _, value in reader.scan(BITMAP + part(holder)):
-                    name, claims = layout.parse_bitmap(value)
+                    name, claims = parse_bitmap(value)
                     found += [(holder, name, claim) for claim in claims]
             return found
 

@@ -24,17 +24,8 @@ from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError
-from dirtmap.fmt.index import (
-    DAMAGED,
-    HELD,
-    KIND_FAULTY,
-    KIND_STORE,
-    NO_AREA,
-    SOUND,
-    Member,
-    members_key,
-    parse_members,
-)
+from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_STORE, NO_AREA, SOUND, Member, members_key
+from dirtmap.fmt.structures.index import parse_members
 
 Get = Callable[[bytes], bytes | None]
 Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity

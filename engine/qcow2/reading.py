@@ -165,7 +165,7 @@ def read_identity(path: str) -> tuple[str, str] | None:
     """
     with open_file(path) as file, locks.reading(file, force_share=True):
         layout = read_head(file)
-        if layout.name is None or layout.uuid is None or len(layout.uuid) < qcow2.NAMESPACE_EXTENSION.size:
+        if layout.name is None or layout.uuid is None or len(layout.uuid) < qcow2.NAMESPACE_EXTENSION_SIZE:
             return None
         return decode_name(layout.name), str(uuid.UUID(bytes=layout.uuid))
 

@@ -20,6 +20,7 @@ from dirtmap.engine.system import livefs
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import LockedError, StorageError
 from dirtmap.fmt.store import Identity
+from dirtmap.fmt.structures.live import CONTROL, WRITESET
 
 # Writes that have begun in an interval and not ended: where they begin and end, bytes, and their thread, by number.
 Flights = dict[int, tuple[int, int, int | None]]
@@ -111,7 +112,7 @@ def is_of(folder: str, uuid: bytes) -> bool:
 def _read_control(folder: str) -> Any:
     """The control file in a folder, a record of `fmt.live.CONTROL`; None where there is none."""
     data = livefs.read_live(_control_path(folder)) or b""
-    control = live.CONTROL.parse(data) if len(data) == live.PAGE else None
+    control = CONTROL.parse(data) if len(data) == live.PAGE else None
     return control if control and control.magic == live.CONTROL_MAGIC else None
 
 
@@ -125,7 +126,7 @@ def _writeset_path(folder: str, number: int) -> str:
 
 def _index(name: str) -> int:
     """Which of the mapped u64 that field of the control file is."""
-    return live.CONTROL.field(name).offset // 8
+    return CONTROL.field(name).offset // 8
 
 
 POISONED, CURRENT, HEARTBEAT, EVENT, IN_FLIGHT, BARE, WRITES, LOGGED = map(
@@ -142,9 +143,9 @@ class Control:
 
     def __init__(self, folder: str, uuid: bytes, image: Identity) -> None:
         self._map = livefs.create_live(_control_path(folder), live.PAGE)
-        values: dict[str, bytes | int] = dict.fromkeys((field.name for field in live.CONTROL.fields), 0)
+        values: dict[str, bytes | int] = dict.fromkeys((field.name for field in CONTROL.fields), 0)
         values |= {"magic": live.CONTROL_MAGIC, "uuid": uuid, "image_device": image.device, "image_inode": image.inode}
-        self._map[: live.CONTROL.size] = live.CONTROL.build(**values)
+        self._map[: CONTROL.size] = CONTROL.build(**values)
         self.fields = memoryview(self._map).cast("Q")
 
     def close(self) -> None:
@@ -170,7 +171,7 @@ class Writeset:
         fileio.remove_file(self.path)  # what an interrupt left of the last attempt; the folder is ours alone
         self._map = livefs.create_live(self.path, live.PAGE + max(self._octets, 8))
         try:
-            self._map[: live.WRITESET.size] = live.WRITESET.build(
+            self._map[: WRITESET.size] = WRITESET.build(
                 magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
             )
             # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
@@ -263,7 +264,7 @@ def _read_writeset(folder: str, uuid: bytes, number: int, size: int) -> Words | 
     data = livefs.read_live(_writeset_path(folder, number))
     if data is None or len(data) < live.PAGE:
         return None
-    head = live.WRITESET.parse(data)
+    head = WRITESET.parse(data)
     if (head.magic, head.uuid, head.number, head.size) != (live.WRITESET_MAGIC, uuid, number, size):
         return None
     granularity = 1 << min(head.granularity_bits, 63)

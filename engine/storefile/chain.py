@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.model.naming import decode_name, encode_name
-from dirtmap.fmt import live
 from dirtmap.fmt.errors import FormatError
 from dirtmap.fmt.store import EXTENSION_CHECKPOINTS
+from dirtmap.fmt.structures.live import build_checkpoints, parse_checkpoints
 
 if TYPE_CHECKING:
     from dirtmap.fmt.store import Record
@@ -27,7 +27,7 @@ def read_chain(where: str, record: Record) -> list[str]:
         FormatError: it makes no sense.
     """
     try:
-        names = live.parse_checkpoints(record.extension(EXTENSION_CHECKPOINTS) or b"")
+        names = parse_checkpoints(record.extension(EXTENSION_CHECKPOINTS) or b"")
         return [decode_name(name) for name in names]
     except ValueError as error:
         raise FormatError(f"{where}: checkpoints", str(error)) from None
@@ -35,7 +35,7 @@ def read_chain(where: str, record: Record) -> list[str]:
 
 def with_chain(record: Record, chain: list[str]) -> Record:
     """The record with this chain and no other."""
-    data = live.build_checkpoints(map(encode_name, chain))
+    data = build_checkpoints(map(encode_name, chain))
     return record.with_extensions([EXTENSION_CHECKPOINTS], [(EXTENSION_CHECKPOINTS, data)] if chain else [])
 
 

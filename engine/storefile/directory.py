@@ -13,6 +13,8 @@ from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, FormatError
 from dirtmap.fmt.store import Area, Record, namespace_label
+from dirtmap.fmt.structures.directory import build_directory, parse_entries
+from dirtmap.fmt.structures.store import BITS_CHECKSUM
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +57,7 @@ def load_saved(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) 
     if entry.table_offset != store.ALL_ZEROS:
         buffer = words.view(np.uint8).data[:length]
         snapshot.file.read_into(entry.table_offset, buffer)
-        checksum = store.BITS_CHECKSUM.parse(entry.extra_data).checksum
+        checksum = BITS_CHECKSUM.parse(entry.extra_data).checksum
         if crc32c.crc32c(buffer) != checksum:
             raise _wrong_bits(snapshot, record, entry)
         bits.mask_tail(words, nbits)
@@ -74,7 +76,7 @@ def verify(snapshot: Snapshot, record: Record, entry: Entry) -> None:
     end = entry.table_offset + geometry.packed_bytes(record.size, entry.granularity)
     for offset in range(entry.table_offset, end, _PIECE):
         checksum = crc32c.crc32c(snapshot.file.read(offset, min(_PIECE, end - offset)), checksum)
-    if checksum != store.BITS_CHECKSUM.parse(entry.extra_data).checksum:
+    if checksum != BITS_CHECKSUM.parse(entry.extra_data).checksum:
         raise _wrong_bits(snapshot, record, entry)
 
 
@@ -113,7 +115,7 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
     data = snapshot.read(record.directory, what, remedy)
     entries: dict[bytes, Entry] = {}
     try:
-        for _, entry in directory.parse_entries(data):
+        for _, entry in parse_entries(data):
             faults = store.entry_faults(entry, record.size, snapshot.header.cluster_size, snapshot.size)
             for field, what in faults:
                 raise FormatError(f"{where}: {label(decode_name(entry.name))}.{field}", what)
@@ -165,7 +167,7 @@ def replace_directory(change: Change, record: Record, old: list[Entry], wanted: 
     Raises:
         BitmapError: there are too many.
     """
-    packed = directory.build_directory(wanted)
+    packed = build_directory(wanted)
     if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
         where = f"{change.snapshot.file.path}: {record.label}"
         raise BitmapError(where, f"{len(wanted)} bitmaps are more than {directory.MAX_BITMAPS}")
@@ -200,5 +202,5 @@ def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap) -> E
         return Entry(encode_name(name), store.ALL_ONES, 0, flags, bits)
     area = change.place(packed)
     clusters = len(area.clusters(change.header.cluster_size))
-    extra = store.BITS_CHECKSUM.build(checksum=area.checksum, reserved=0)
+    extra = BITS_CHECKSUM.build(checksum=area.checksum, reserved=0)
     return Entry(encode_name(name), area.offset, clusters, flags, bits, extra_data=extra)

@@ -35,6 +35,7 @@ from dirtmap.fmt.directory import parse_table
 from dirtmap.fmt.errors import FormatError, GoneError, LockedError, StorageError
 from dirtmap.fmt.geometry import ceil_div
 from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.structures.store import AREA, LEAF
 
 T = TypeVar("T")
 
@@ -397,11 +398,11 @@ def create(
         raise StorageError(path, f"a cluster of 2**{cluster_bits} bytes is outside 4 KiB to 2 MiB")
     cluster = 1 << cluster_bits
     first = ceil_div(store.RESERVED, cluster)
-    pointers = store.AREA.build(**Area()._asdict())
+    pointers = AREA.build(**Area()._asdict())
     used = first + 3  # the table, a leaf, the space map's root
     leaf = ((1 << used) - 1).to_bytes(cluster, "little")
     leaf_offset = (first + 1) * cluster
-    root = store.LEAF.build(offset=leaf_offset, free=store.leaf_clusters(cluster) - used, checksum=crc32c.crc32c(leaf))
+    root = LEAF.build(offset=leaf_offset, free=store.leaf_clusters(cluster) - used, checksum=crc32c.crc32c(leaf))
     header = Header(
         uuid=store_uuid or uuid.uuid4().bytes,
         generation=generation,

@@ -15,7 +15,8 @@ from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.system.process import Process, this_process
 from dirtmap.fmt.errors import printable
-from dirtmap.fmt.store import EXTENSION_HOLD, HOLD, Record
+from dirtmap.fmt.store import EXTENSION_HOLD, Record
+from dirtmap.fmt.structures.store import HOLD
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from dirtmap.fmt import live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.live import Peer
 from dirtmap.fmt.store import Record
+from dirtmap.fmt.structures.live import WINDOW, parse_peer, parse_session
 
 
 def session_of(record: Record) -> live.Session | None:
@@ -16,7 +17,7 @@ def session_of(record: Record) -> live.Session | None:
     if data is None:
         return None
     try:
-        return live.parse_session(data)
+        return parse_session(data)
     except ValueError:
         return live.NO_SESSION
 
@@ -31,15 +32,15 @@ class Window:
 
     def build(self) -> bytes:
         """Its bytes."""
-        return live.WINDOW.build(began=self.began, ended=self.ended, flags=int(self.busy), reserved=0)
+        return WINDOW.build(began=self.began, ended=self.ended, flags=int(self.busy), reserved=0)
 
 
 def window_of(entry: Entry) -> Window | None:
     """The window of a bitmap in a session; None where it records nothing in it."""
-    data = entry.extra_data[store.BITS_CHECKSUM.size :]
-    if len(data) < live.WINDOW.size:
+    data = entry.extra_data[store.BITS_CHECKSUM_SIZE :]
+    if len(data) < WINDOW.size:
         return None
-    raw = live.WINDOW.parse(data)
+    raw = WINDOW.parse(data)
     return Window(raw.began, raw.ended, bool(raw.flags & live.WINDOW_BUSY))
 
 
@@ -49,6 +50,6 @@ def peer_of(record: Record) -> Peer | None:
     if data is None:
         return None
     try:
-        return live.parse_peer(data)
+        return parse_peer(data)
     except ValueError:
         return None

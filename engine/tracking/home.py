@@ -29,6 +29,7 @@ from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, GoneError
 from dirtmap.fmt.store import Record
+from dirtmap.fmt.structures.live import build_peer, build_session
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ class HomeChange(HomeView):
     def set_window(self, name: str, window: Window | None, *, recording: bool | None = None) -> None:
         """Gives a bitmap another window, or none; and records, or not, where said."""
         entry = self.entries[name]
-        checksum = entry.extra_data[: store.BITS_CHECKSUM.size].ljust(store.BITS_CHECKSUM.size, b"\0")
+        checksum = entry.extra_data[: store.BITS_CHECKSUM_SIZE].ljust(store.BITS_CHECKSUM_SIZE, b"\0")
         extra = checksum + window.build() if window else b"" if checksum == bytes(len(checksum)) else checksum
         if recording is not None:
             entry = entry.with_flags(**{"set" if recording else "clear": directory.FLAG_AUTO})
@@ -153,9 +154,9 @@ class HomeChange(HomeView):
             area = replace_directory(change, record, self.found, wanted)
         extensions = []
         if self.session:
-            extensions.append((store.EXTENSION_SESSION, live.build_session(self.session)))
+            extensions.append((store.EXTENSION_SESSION, build_session(self.session)))
             if self.peer:
-                extensions.append((store.EXTENSION_PEER, live.build_peer(self.peer)))
+                extensions.append((store.EXTENSION_PEER, build_peer(self.peer)))
         new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints)
         generation, count = change.generation, len(wanted)
         change.table.put(replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=self.identity))

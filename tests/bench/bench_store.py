@@ -16,7 +16,7 @@ from typing import Any
 import crc32c
 import numpy as np
 import pytest
-from support.alone import stored
+from support.hostless import stored
 
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import changes

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import pytest
 from support import qemu
-from support.alone import name_image
 from support.cli import dirtmap, error_of, json_of
 from support.craft import Craft
+from support.hostless import name_image
 
 from dirtmap.engine.index import database
 from dirtmap.engine.namespaces.nodes import add_node

@@ -23,9 +23,9 @@ from typing import Any
 import lmdb
 import pytest
 from support import qemu
-from support.alone import index_at
 from support.child import SignalError, died_of, in_child
 from support.cli import dirtmap, error_of, json_of
+from support.hostless import index_at
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.host import Host
@@ -37,10 +37,11 @@ from dirtmap.engine.model import changes
 from dirtmap.engine.namespaces import nodes
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import index as layout
-from dirtmap.fmt import lmdb as meta_pages
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import StorageError
 from dirtmap.fmt.store import Record
+from dirtmap.fmt.structures.index import NAMESPACE_VALUE, STATE_VALUE, build_members, parse_members
+from dirtmap.fmt.structures.lmdb import META_PAGE, meta_fault
 
 MIB = 1 << 20
 NODES = 24
@@ -147,14 +148,14 @@ def test_members_are_an_area_pointer_and_namespaces() -> None:
         for m in (one, other)
     )
     pointer = bytes(range(16))
-    assert layout.build_members(pointer, [(9, one), (9, other)]) == pointer + raw
-    found, members = layout.parse_members(pointer + raw)
+    assert build_members(pointer, [(9, one), (9, other)]) == pointer + raw
+    found, members = parse_members(pointer + raw)
     assert (found, list(members)) == (pointer, [(9, one), (9, other)])
-    found, members = layout.parse_members(None)
+    found, members = parse_members(None)
     assert (found, list(members)) == (b"", [])
     for size in range(len(raw)):
-        members = layout.parse_members(pointer + raw[:size])[1]
-        if size in (0, len(raw) - layout.NAMESPACE_VALUE.size):  # between two
+        members = parse_members(pointer + raw[:size])[1]
+        if size in (0, len(raw) - NAMESPACE_VALUE.size):  # between two
             assert len(list(members)) == bool(size)
         else:
             with pytest.raises(layout.BadValueError, match="cut short"):
@@ -240,8 +241,8 @@ def test_the_meta_page_is_lmdbs(host: Host) -> None:
     with lmdb.open(host.stores.index.path) as env:
         info, stat = env.info(), env.stat()
     pages = data_of(host).read_bytes()
-    assert meta_pages.meta_fault(pages, len(pages)) is None
-    metas = [meta_pages.META_PAGE.parse(pages, at) for at in (0, stat["psize"])]
+    assert meta_fault(pages, len(pages)) is None
+    metas = [META_PAGE.parse(pages, at) for at in (0, stat["psize"])]
     newest = max(metas, key=lambda meta: meta.transaction)
     assert (newest.mapsize, newest.last_page) == (info["map_size"], info["last_pgno"])
     assert (newest.transaction, newest.page_size) == (info["last_txnid"], stat["psize"])
@@ -267,7 +268,7 @@ def test_the_meta_page_is_lmdbs(host: Host) -> None:
     ],
 )
 def test_each_fault_of_a_meta_page_has_its_words(field: str, value: int, what: str) -> None:
-    sound = {field.name: 0 for field in meta_pages.META_PAGE.fields} | {
+    sound = {field.name: 0 for field in META_PAGE.fields} | {
         "flags": 0x08,
         "magic": 0xBEEFC0DE,
         "version": 1,
@@ -283,10 +284,10 @@ def test_each_fault_of_a_meta_page_has_its_words(field: str, value: int, what: s
         metas = [sound | {"transaction": 1}, sound | {"transaction": 2} | changed]
         if "page_size" in changed:
             metas.reverse()  # it is the first one's that says where the second is
-        return b"".join(meta_pages.META_PAGE.build(**meta).ljust(4096, b"\0") for meta in metas)
+        return b"".join(META_PAGE.build(**meta).ljust(4096, b"\0") for meta in metas)
 
-    assert meta_pages.meta_fault(pages(), 8 * 4096) is None
-    assert meta_pages.meta_fault(pages(**{field: value}), 8 * 4096) == what
+    assert meta_fault(pages(), 8 * 4096) is None
+    assert meta_fault(pages(**{field: value}), 8 * 4096) == what
 
 
 def test_nothing_in_its_place(host: Host, expected: Answers) -> None:
@@ -404,7 +405,7 @@ def test_a_foreign_database_is_put_aside_whole(host: Host, expected: Answers, na
 
 def test_an_index_of_another_version_is_begun_anew(host: Host, expected: Answers) -> None:
     def make() -> None:
-        state = layout.STATE_VALUE.build(version=2, reserved=0, containers=0)
+        state = STATE_VALUE.build(version=2, reserved=0, containers=0)
         Database(host.stores.index.path).change(lambda writer: writer.put(layout.STATE, state))
 
     in_child(make)

@@ -22,6 +22,7 @@ from support.cli import dirtmap, error_of, json_of
 from dirtmap.engine.index import database
 from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import index as layout
+from dirtmap.fmt.structures.index import build_bitmap, parse_bitmap
 from dirtmap.tools.cli import _HOMES, main
 
 MIB = 1 << 20
@@ -461,8 +462,8 @@ def test_verify_says_in_words_what_is_wrong(rolled_back: Callable[[], None], bas
 
     def false_claim(writer: database.Writer) -> None:
         key = layout.bitmap_key(layout.named(b"one"), b"b")
-        name, (claim,) = layout.parse_bitmap(writer.get(key) or b"")
-        writer.put(key, layout.build_bitmap(name, [claim._replace(granularity_bits=12)]))
+        name, (claim,) = parse_bitmap(writer.get(key) or b"")
+        writer.put(key, build_bitmap(name, [claim._replace(granularity_bits=12)]))
 
     dirtmap("find", "b")
     opened = database.Database(str(forget(base)))

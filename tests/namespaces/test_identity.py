@@ -10,9 +10,9 @@ import uuid
 from pathlib import Path
 
 import pytest
-from support import alone, qemu
-from support.alone import image as image_of
-from support.alone import stored
+from support import qemu
+from support.hostless import image as image_of
+from support.hostless import stored
 
 import dirtmap.engine as dm
 from dirtmap.engine.identity import lasting_identity
@@ -69,7 +69,7 @@ def test_qemu_keeps_an_identity(store: Store, act: str, bitmap_first: bool) -> N
     path = qcow2("disk.qcow2")
     if bitmap_first:
         qemu.qemu_img("bitmap", "--add", path, "first")
-    alone.add_image(store, "drive0", path)
+    hostless.add_image(store, "drive0", path)
     before = identity(path)
     assert before[0] == "drive0"
     QEMU_ACTS[act](path)
@@ -78,7 +78,7 @@ def test_qemu_keeps_an_identity(store: Store, act: str, bitmap_first: bool) -> N
 
 
 def test_a_converted_image_has_none(store: Store) -> None:
-    alone.add_image(store, "drive0", qcow2("disk.qcow2"))
+    hostless.add_image(store, "drive0", qcow2("disk.qcow2"))
     qemu.qemu_img("convert", "-O", "qcow2", "disk.qcow2", "other.qcow2")
     assert identity("other.qcow2") == (None, None)
 
@@ -86,9 +86,9 @@ def test_a_converted_image_has_none(store: Store) -> None:
 def test_an_identity_moves_a_backing_file_name_out_of_its_way(store: Store) -> None:
     qcow2("base.qcow2")
     qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2")
-    alone.add_image(store, "top", "top.qcow2")
+    hostless.add_image(store, "top", "top.qcow2")
     assert qemu.info("top.qcow2")["backing-filename"] == "base.qcow2"
-    alone.name_image("top.qcow2", "a-much-longer-name-than-that")
+    hostless.name_image("top.qcow2", "a-much-longer-name-than-that")
     with image_of("top.qcow2") as image:
         assert list(image) == []
     assert qemu.info("top.qcow2")["backing-filename"] == "base.qcow2"
@@ -156,9 +156,9 @@ def test_a_raw_node_that_was_made_qcow2_since_gets_no_second_name(store: Store, 
     with pytest.raises(dm.BitmapError, match="is node 'raw0' already"):
         host.add_qcow2("q0", "disk.raw")
     assert Path("disk.raw").read_bytes() == before
-    alone.remove(store, "raw0")
-    alone.add_image(store, "q0", "disk.raw")
-    alone.add_image(store, "q0", "disk.raw")
+    hostless.remove(store, "raw0")
+    hostless.add_image(store, "q0", "disk.raw")
+    hostless.add_image(store, "q0", "disk.raw")
 
 
 def test_a_store_is_no_image(store: Store) -> None:
@@ -170,33 +170,33 @@ def test_a_store_is_no_image(store: Store) -> None:
 def test_a_copied_file_is_a_twin_and_refused(store: Store) -> None:
     path = qcow2("disk.qcow2")
     qemu.qemu_img("bitmap", "--add", path, "b")
-    alone.add_image(store, "drive0", path)
+    hostless.add_image(store, "drive0", path)
     shutil.copy(path, "copy.qcow2")
     before = Path("copy.qcow2").read_bytes()
     for act in (dm.open, dm.describe, dm.recover):
         with pytest.raises(dm.BitmapError, match=r"a copy of .*disk\.qcow2, with its identity"):
             act("copy.qcow2")
     with pytest.raises(dm.BitmapError, match="the name is taken"):
-        alone.add_image(store, "drive0", "copy.qcow2")
+        hostless.add_image(store, "drive0", "copy.qcow2")
     assert Path("copy.qcow2").read_bytes() == before
     assert identity(path)[0] == "drive0"  # the original is as it was
-    alone.add_image(store, "drive1", "copy.qcow2", new_identity=True)
+    hostless.add_image(store, "drive1", "copy.qcow2", new_identity=True)
     assert identity("copy.qcow2")[0] == "drive1"
     assert identity("copy.qcow2")[1] != identity(path)[1]
 
 
 def test_a_moved_file_is_no_twin(store: Store) -> None:
-    alone.add_image(store, "drive0", qcow2("disk.qcow2"))
+    hostless.add_image(store, "drive0", qcow2("disk.qcow2"))
     os.rename("disk.qcow2", "elsewhere.qcow2")
     assert identity("elsewhere.qcow2")[0] == "drive0"
-    alone.add_image(store, "drive0", "elsewhere.qcow2")  # remembers the new place
+    hostless.add_image(store, "drive0", "elsewhere.qcow2")  # remembers the new place
     with dm.open("drive0") as image:
         assert image.path.endswith("elsewhere.qcow2")
 
 
 def test_nodes_are_found_by_name_in_either_container(store: Store) -> None:
     add_node(store, "raw0", raw("disk.raw"))
-    alone.add_image(store, "drive0", qcow2("disk.qcow2"))
+    hostless.add_image(store, "drive0", qcow2("disk.qcow2"))
     for name in ("raw0", "drive0", "node:drive0"):
         with dm.open(name) as image, image.transaction() as bitmaps:
             changes.add(bitmaps, f"of-{name}")
@@ -212,22 +212,22 @@ def test_nodes_are_found_by_name_in_either_container(store: Store) -> None:
 
 def test_a_node_with_bitmaps_is_neither_renamed_nor_removed(store: Store) -> None:
     add_node(store, "raw0", raw("disk.raw"))
-    alone.add_image(store, "drive0", qcow2("disk.qcow2"))
+    hostless.add_image(store, "drive0", qcow2("disk.qcow2"))
     add_node(store, "taken", raw("other.raw"))
     for name in ("raw0", "drive0"):
         with dm.open(name) as image, image.transaction() as bitmaps:
             changes.add(bitmaps, "b")
         with pytest.raises(dm.BitmapError, match="has 1 bitmaps"):
-            alone.remove(store, name)
+            hostless.remove(store, name)
         with pytest.raises(dm.BitmapError, match="addresses would change"):
-            alone.rename(store, name, "new")
+            hostless.rename(store, name, "new")
         with pytest.raises(dm.BitmapError, match="the name is taken"):
-            alone.rename(store, name, "taken", with_bitmaps=True)
-        alone.rename(store, name, f"{name}-new", with_bitmaps=True)
+            hostless.rename(store, name, "taken", with_bitmaps=True)
+        hostless.rename(store, name, f"{name}-new", with_bitmaps=True)
         assert list(dm.open(f"{name}-new")) == ["b"]
         with dm.open(f"{name}-new") as image, image.transaction() as bitmaps:
             changes.remove(bitmaps, "b")
-        alone.remove(store, f"{name}-new")
+        hostless.remove(store, f"{name}-new")
     assert [node.name for node in nodes.nodes(store)] == ["taken"]
     assert identity("disk.qcow2") == (None, None)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import qemu
-from support.alone import stored
+from support.hostless import stored
 
 import dirtmap.engine as dm
 from dirtmap.engine import identity as looks

@@ -27,8 +27,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support import alone, qemu, store_crash
-from support.alone import stored
+from support import qemu, store_crash
+from support.hostless import stored
 from support.quick import Quick
 
 import dirtmap.engine as dm
@@ -193,9 +193,9 @@ class Machine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(list(self.nodes)))
         if self.nodes[name].bitmaps:
             with pytest.raises(dm.BitmapError, match="bitmaps"):
-                alone.remove(self.store, name)
+                hostless.remove(self.store, name)
         else:
-            alone.remove(self.store, name)
+            hostless.remove(self.store, name)
             del self.nodes[name]
 
     @precondition(lambda self: self.nodes)
@@ -204,9 +204,9 @@ class Machine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(list(self.nodes)))
         if new in self.nodes or (self.nodes[name].bitmaps and not with_bitmaps):
             with pytest.raises(dm.BitmapError):
-                alone.rename(self.store, name, new, with_bitmaps=with_bitmaps)
+                hostless.rename(self.store, name, new, with_bitmaps=with_bitmaps)
         else:
-            alone.rename(self.store, name, new, with_bitmaps=with_bitmaps)
+            hostless.rename(self.store, name, new, with_bitmaps=with_bitmaps)
             self.nodes[new] = self.nodes.pop(name)
 
     @precondition(lambda self: self.nodes)

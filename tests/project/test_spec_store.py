@@ -23,6 +23,7 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import store
 from dirtmap.fmt.store import Identity
+from dirtmap.fmt.structures.store import CHECKSUM, HEADER
 
 CHAPTER = SPEC[SPEC.index("\n## The store\n") :]
 EXAMPLE = CHAPTER[CHAPTER.index("\n### Example of a store\n") :]
@@ -47,12 +48,12 @@ def test_numbers_in_the_text() -> None:
     text = " ".join(CHAPTER.split())
     for said in (
         f"A block has {store.BLOCK} bytes",
-        f"the CRC32C of the {store.BLOCK - store.CHECKSUM.size} bytes before",
+        f"the CRC32C of the {store.BLOCK - CHECKSUM.size} bytes before",
         f"more than {store.RECORDS_PER_BUCKET} namespaces a bucket on average",
         f"until there are at most {store.RECORDS_PER_BUCKET // 2}",
         f"lock on byte {engine._WRITER} of the file",
         f"tries again for {engine._PATIENCE_SECONDS:.0f} seconds",
-        f"below {store.HEADER.size}, above {store.BLOCK - store.CHECKSUM.size}",
+        f"below {HEADER.size}, above {store.BLOCK - CHECKSUM.size}",
         f"`{store.MAGIC.hex(' ')}`",
         f"{crc32c.crc32c(b'123456789'):#x}".replace("0xe3069283", "0xE3069283"),
         "blocks 0 and 2 those of slot A, blocks 1 and 3 those of slot B",

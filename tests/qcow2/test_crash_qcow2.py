@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 from support import crash, plain, qemu
-from support.alone import name_image
 from support.craft import Craft
+from support.hostless import name_image
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes

@@ -18,7 +18,10 @@ import dirtmap.engine as dm
 from dirtmap.engine.model import changes
 from dirtmap.fmt import directory, qcow2
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.extensions import END_MARKER, build_extension
+from dirtmap.fmt.extensions import END_MARKER
+from dirtmap.fmt.structures.directory import build_directory
+from dirtmap.fmt.structures.extensions import build_extension
+from dirtmap.fmt.structures.qcow2 import BITMAPS_EXTENSION, CRYPTO_EXTENSION, HEADER_V2, HEADER_V3, SNAPSHOT
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ class Forged:
         return self.put(offset, values.astype(">u8").tobytes())
 
     def directory(self, offset: int, data: bytes, count: int, size: int = 0) -> Forged:
-        payload = qcow2.BITMAPS_EXTENSION.build(
+        payload = BITMAPS_EXTENSION.build(
             nb_bitmaps=count, reserved=0, directory_size=size or len(data), directory_offset=offset
         )
         self.extensions = build_extension(qcow2.EXTENSION_BITMAPS, payload)
@@ -78,12 +81,12 @@ class Forged:
         return self.put(offset, data)
 
     def entries(self, offset: int, entries: list[Entry]) -> Forged:
-        return self.directory(offset, directory.build_directory(entries), len(entries))
+        return self.directory(offset, build_directory(entries), len(entries))
 
     def save(self, size: int) -> Path:
         parts = [
             structure.build(**{field.name: self.fields[field.name] for field in structure.fields})
-            for structure in (qcow2.HEADER_V2, qcow2.HEADER_V3)
+            for structure in (HEADER_V2, HEADER_V3)
         ]
         self.put(0, b"".join(parts) + self.extensions + END_MARKER)
         with self.path.open("wb") as file:
@@ -143,7 +146,7 @@ def _tables(count: int, stride: int) -> Callable[[Path], Path]:
 def _snapshots(l1_table: Callable[[int], int], l1_size: int) -> Callable[[Path], Path]:
     def forge(path: Path) -> Path:
         records = b"".join(
-            qcow2.SNAPSHOT.build(
+            SNAPSHOT.build(
                 l1_table_offset=l1_table(number),
                 l1_size=l1_size,
                 id_size=0,
@@ -181,7 +184,7 @@ def _one_bit_counts(pattern: bytes) -> Callable[[Path], Path]:
 def _crypto(offset: int, length: int) -> Callable[[Path], Path]:
     def forge(path: Path) -> Path:
         forged = Forged(path, crypt_method=2)
-        payload = qcow2.CRYPTO_EXTENSION.build(offset=offset, length=length)
+        payload = CRYPTO_EXTENSION.build(offset=offset, length=length)
         forged.extensions = build_extension(qcow2.EXTENSION_CRYPTO, payload)
         return forged.save(1 << 42)
 
@@ -190,7 +193,7 @@ def _crypto(offset: int, length: int) -> Callable[[Path], Path]:
 
 def _broken_directory(path: Path) -> Path:
     """A broken entry and 60,000 good ones: where does it end?"""
-    good = directory.build_directory([Entry(b"a", 4 * C, 1, 0, 16)])
+    good = build_directory([Entry(b"a", 4 * C, 1, 0, 16)])
     data = good[:20] + b"\xff" * 4 + bytes(8) + good * 60000 + b"\xff" * 40
     return Forged(path).directory(8 * C, data, 60001).save(100 * MIB)
 

@@ -18,6 +18,7 @@ from support.craft import Craft, Place
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
 from dirtmap.fmt import directory, qcow2
+from dirtmap.fmt.structures.directory import build_directory
 
 MIB = 1 << 20
 SECONDS = 2.0
@@ -281,7 +282,7 @@ def _bounded(code: str, path: Path) -> subprocess.CompletedProcess[str]:
 def _huge(sound: Craft, kind: str, path: Path) -> None:
     craft = sound.copy()
     if kind == "65,535 bad entries":
-        entry = directory.build_directory([directory.Entry(b"x", 7, 0, 0xFF, 99, 7)])
+        entry = build_directory([directory.Entry(b"x", 7, 0, 0xFF, 99, 7)])
         at = craft.append(entry * directory.MAX_BITMAPS)
         craft.set(craft.bitmaps("directory_offset"), at)
         craft.set(craft.bitmaps("directory_size"), len(entry) * directory.MAX_BITMAPS)

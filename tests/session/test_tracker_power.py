@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import alone, qemu
+from support import qemu
 from support.cli import dirtmap
 from support.power import REGION, SIZE, Recording, expected, use
 from support.tracking import GRANULE, files_in, forget_index, make_node, model_of
@@ -34,6 +34,7 @@ from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
 from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.errors import StorageError, SyncError
+from dirtmap.fmt.structures.live import build_session, parse_session
 
 
 def lose(tracker: Tracker) -> None:
@@ -110,7 +111,7 @@ def test_power_loss_while_a_qcow2_image_is_tracked(tmp_path: Path) -> None:
             bitmaps[name].mark(0, 1)
     create(str(store))
     with Store(str(store)) as target:
-        alone.add_image(target, "drive0", str(path))
+        hostless.add_image(target, "drive0", str(path))
     recording, rng = Recording(), random.Random(7)
     with fileio.using(recording.files()), dm.open(path) as image:
         with image.track(save_interval=0, region_size=REGION) as tracker:
@@ -251,8 +252,8 @@ def test_paths_of_a_hostile_session_are_not_touched(tmp_path: Path) -> None:
         (precious / name).write_bytes(bytes(live.PAGE))
 
     def lie(session: bytes) -> bytes:
-        found = live.parse_session(session)
-        return live.build_session(replace(found, live=os.fsencode(precious), log_path=os.fsencode(precious / "letter")))
+        found = parse_session(session)
+        return build_session(replace(found, live=os.fsencode(precious), log_path=os.fsencode(precious / "letter")))
 
     with_session(tmp_path, lie)
     with dm.open("node:drive0") as image:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from support import qemu
-from support.alone import index_at
 from support.cli import COMMAND, dirtmap, json_of
+from support.hostless import index_at
 
 import dirtmap.engine as dm
 from dirtmap.engine.index.index import SeenCommit

@@ -20,6 +20,8 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.structures.directory import build_directory
+from dirtmap.fmt.structures.store import LEAF
 
 # Its own memory only: the kernel counts what a process had before it became another program as that one's, too.
 MEASURED = """
@@ -58,10 +60,10 @@ def test_millions_of_leaks_are_counted_and_a_thousand_runs_shown(tmp_path: Path,
     leaf = bytes([pattern | 0xF]) + bytes([pattern]) * (size - 1)
     with open(path, "r+b") as file:
         chosen = headers.choose(path, file.read(store.RESERVED))
-        place = store.LEAF.parse(os.pread(file.fileno(), store.LEAF.size, chosen.header.space.offset)).offset
+        place = LEAF.parse(os.pread(file.fileno(), LEAF.size, chosen.header.space.offset)).offset
         os.pwrite(file.fileno(), leaf, place)
         free = store.leaf_clusters(size) - int.from_bytes(leaf, "little").bit_count()
-        root = store.LEAF.build(offset=place, free=free, checksum=crc32c.crc32c(leaf))
+        root = LEAF.build(offset=place, free=free, checksum=crc32c.crc32c(leaf))
         os.pwrite(file.fileno(), root, chosen.header.space.offset)
         space = chosen.header.space._replace(checksum=crc32c.crc32c(root))
         block = headers.build_block(replace(chosen.header, clusters=8 * size, space=space))
@@ -85,7 +87,7 @@ def test_a_directory_that_two_namespaces_have_is_read_once(tmp_path: Path, neste
         entry = directory.Entry(b"n" * 1000, store.ALL_ONES, 0, 2, 16)
         size = entry.packed_size  # four of them take a cluster
         assert size == 1024
-        packed = directory.build_directory(
+        packed = build_directory(
             [replace(entry, name=f"{number:04}".encode() + entry.name[4:]) for number in range(4 * count)]
         )
         place = change.place(packed)
@@ -118,7 +120,7 @@ def test_recovery_of_the_largest_directory_keeps_little_of_it(tmp_path: Path) ->
         with target.change() as change:
             record = change.table.get(b"a")
             assert record
-            place = change.place(directory.build_directory([replace(entry, name=name) for name in names]))
+            place = change.place(build_directory([replace(entry, name=name) for name in names]))
             change.table.put(replace(record, directory=place, nb_bitmaps=directory.MAX_BITMAPS))
     with open(path, "r+b") as file:
         file.seek(place.offset + place.length - 100)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from support import crash, quick, store_crash
-from support.alone import stored
 from support.crash import Recording, Tally
+from support.hostless import stored
 from support.store_crash import Judge, Reader
 
 import dirtmap.engine as dm
@@ -35,6 +35,7 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory
 from dirtmap.fmt import store as fmt_store
+from dirtmap.fmt.structures.directory import build_directory
 
 EFFORT = crash.Effort(pieces=8, most=16, random=40).times(int(os.environ.get("DIRTMAP_CRASH_EFFORT", "1")))
 CHAIN_EFFORT = crash.Effort(pieces=4, most=8, random=20)
@@ -189,7 +190,7 @@ def in_use(path: Path) -> None:
         assert record
         entries = [entry.with_flags(set=directory.FLAG_IN_USE) for entry in read_entries(change.snapshot, record)]
         change.release(record.directory)
-        change.table.put(replace(record, directory=change.place(directory.build_directory(entries))))
+        change.table.put(replace(record, directory=change.place(build_directory(entries))))
 
 
 def image_of(path: Path, name: str) -> Path:

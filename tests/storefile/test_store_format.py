@@ -31,16 +31,29 @@ from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.errors import Error, FormatError
 from dirtmap.fmt.store import Area, Identity, Record
 from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.structures.directory import parse_entries
+from dirtmap.fmt.structures.store import (
+    AREA,
+    BITS_CHECKSUM,
+    CHECKSUM,
+    HEADER,
+    LEAF,
+    NAMESPACES_EXTENSION,
+    RECORD,
+    RUN,
+    build_record,
+    parse_records,
+)
 
 STRUCTURES = [
-    store.HEADER,
-    store.CHECKSUM,
-    store.AREA,
-    store.NAMESPACES_EXTENSION,
-    store.LEAF,
-    store.RUN,
-    store.RECORD,
-    store.BITS_CHECKSUM,
+    HEADER,
+    CHECKSUM,
+    AREA,
+    NAMESPACES_EXTENSION,
+    LEAF,
+    RUN,
+    RECORD,
+    BITS_CHECKSUM,
 ]
 
 
@@ -85,11 +98,11 @@ def header_values(draw: st.DrawFn) -> Header:
         doubt_generation=draw(numbers(8)),
         cluster_bits=cluster_bits,
         clusters=draw(st.integers(-(-store.RESERVED >> cluster_bits) or 1, store.MAX_FILE_BYTES >> cluster_bits)),
-        table=draw(areas)._replace(length=store.AREA.size << bucket_bits),
+        table=draw(areas)._replace(length=AREA.size << bucket_bits),
         bucket_bits=bucket_bits,
         namespaces=draw(st.integers(0, store.MAX_NAMESPACES)),
-        space=draw(areas)._replace(length=draw(st.integers(0, 1000)) * store.LEAF.size),
-        released=draw(areas)._replace(length=draw(st.integers(0, 1000)) * store.RUN.size),
+        space=draw(areas)._replace(length=draw(st.integers(0, 1000)) * LEAF.size),
+        released=draw(areas)._replace(length=draw(st.integers(0, 1000)) * RUN.size),
         compatible=draw(numbers(8)),
         others=tuple(draw(others)),
     )
@@ -161,8 +174,8 @@ def test_structure_has_no_gaps_and_its_numbers_are_aligned(structure: Structure)
 
 @given(st.lists(records, max_size=6))
 def test_records_are_parsed_as_they_were_built(values: list[Record]) -> None:
-    raw = b"".join(map(store.build_record, values))
-    assert list(store.parse_records(raw)) == values
+    raw = b"".join(map(build_record, values))
+    assert list(parse_records(raw)) == values
     assert len(raw) % 8 == 0
     assert all(not list(store.record_faults(record)) for record in values)
 
@@ -170,14 +183,14 @@ def test_records_are_parsed_as_they_were_built(values: list[Record]) -> None:
 @given(st.lists(records, min_size=1, max_size=3), st.data())
 @settings(max_examples=200)
 def test_records_that_do_not_fit_are_refused(values: list[Record], data: st.DataObject) -> None:
-    raw = b"".join(map(store.build_record, values))
+    raw = b"".join(map(build_record, values))
     cut = data.draw(st.integers(1, len(raw) - 1))
-    ends = set(itertools.accumulate(len(store.build_record(record)) for record in values))
+    ends = set(itertools.accumulate(len(build_record(record)) for record in values))
     if cut in ends:
-        assert list(store.parse_records(raw[:cut])) == values[: sorted(ends).index(cut) + 1]
+        assert list(parse_records(raw[:cut])) == values[: sorted(ends).index(cut) + 1]
     else:
         with pytest.raises(ValueError, match="record"):
-            list(store.parse_records(raw[:cut]))
+            list(parse_records(raw[:cut]))
 
 
 @given(st.binary(max_size=1000))
@@ -185,10 +198,10 @@ def test_records_that_do_not_fit_are_refused(values: list[Record], data: st.Data
 @example(b"\xff" * 1000)
 def test_any_bytes_are_records_or_refused(raw: bytes) -> None:
     try:
-        parsed = list(store.parse_records(raw))
+        parsed = list(parse_records(raw))
     except ValueError:
         return
-    assert sum(len(store.build_record(record)) for record in parsed) == len(raw)
+    assert sum(len(build_record(record)) for record in parsed) == len(raw)
 
 
 @pytest.mark.parametrize(
@@ -291,11 +304,11 @@ def test_header_with_any_content_is_refused_or_survives_a_rewrite(
 def test_header_without_room_for_an_end_marker_is_refused() -> None:
     # Written anew with a marker, it would reach into the next copy.
     header = headers.parse_block("s", headers.build_block(_header(7)))
-    used = store.HEADER.size + 3 * 8 + store.NAMESPACES_EXTENSION.size + 2 * store.AREA.size
-    full = store.BLOCK - store.CHECKSUM.size - used - 8
+    used = HEADER.size + 3 * 8 + NAMESPACES_EXTENSION.size + 2 * AREA.size
+    full = store.BLOCK - CHECKSUM.size - used - 8
     block = bytearray(headers.build_block(replace(header, others=((0x99, bytes(full // 8 * 8 - 8)),))))
     assert len(block) == store.BLOCK
-    start = block.index((0x99).to_bytes(4, "big"), store.HEADER.size)
+    start = block.index((0x99).to_bytes(4, "big"), HEADER.size)
     block[start + 4 : start + 8] = full.to_bytes(4, "big")
     block[-4:] = crc32c.crc32c(block[:-4]).to_bytes(4, "big")
     with pytest.raises(FormatError, match="end marker"):
@@ -346,8 +359,8 @@ def test_header_of_a_wrong_length_is_refused(value: int) -> None:
 
 def test_longer_header_of_a_later_dirtmap_is_read() -> None:
     block = headers.build_block(_header(7))
-    longer = bytearray(block[: store.HEADER.size] + bytes(16) + block[store.HEADER.size : -4 - 16] + bytes(4))
-    assert headers.parse_block("s", _patched(bytes(longer), "header_length", store.HEADER.size + 16)) == _header(7)
+    longer = bytearray(block[: HEADER.size] + bytes(16) + block[HEADER.size : -4 - 16] + bytes(4))
+    assert headers.parse_block("s", _patched(bytes(longer), "header_length", HEADER.size + 16)) == _header(7)
 
 
 def test_writer_clears_autoclear_bits_and_keeps_compatible_ones_and_extensions() -> None:
@@ -469,7 +482,7 @@ class Clusters:
 @settings(max_examples=60)
 def test_table_holds_what_was_put(commits: list[list[tuple[bool, int]]], rng: random.Random) -> None:
     clusters = Clusters()
-    area = clusters.place(store.AREA.build(**Area()._asdict()))
+    area = clusters.place(AREA.build(**Area()._asdict()))
     model: dict[bytes, Record] = {}
     bits = 0
     for changes in commits:
@@ -491,7 +504,7 @@ def test_table_holds_what_was_put(commits: list[list[tuple[bool, int]]], rng: ra
         assert {record.name: record for record in found} == model
         for name, record in model.items():
             assert found.get(name) == record
-            assert record in store.parse_records(clusters.read(found.areas()[crc32c.crc32c(name) % (1 << bits)], ""))
+            assert record in parse_records(clusters.read(found.areas()[crc32c.crc32c(name) % (1 << bits)], ""))
         assert clusters.live == {area, *found.areas()} - {Area()}, "what is not used was given up, and nothing else"
 
 
@@ -499,11 +512,11 @@ def test_table_holds_what_was_put(commits: list[list[tuple[bool, int]]], rng: ra
 def test_table_with_a_record_out_of_place_is_refused(wrong: str) -> None:
     record = Record(b"a", store.KIND_NODE, bytes(16), 0, path=b"/a")
     clusters = Clusters()
-    bucket = clusters.place(store.build_record(record) * (2 if wrong == "twice" else 1))
+    bucket = clusters.place(build_record(record) * (2 if wrong == "twice" else 1))
     home = crc32c.crc32c(b"a") % 2
     pointers = [Area(), Area()]
     pointers[1 - home if wrong == "bucket" else home] = bucket
-    raw = b"".join(store.AREA.build(**pointer._asdict()) for pointer in pointers)
+    raw = b"".join(AREA.build(**pointer._asdict()) for pointer in pointers)
     table = NamespaceTable("s", raw, 0 if wrong == "count" else 2, clusters.read)
     with pytest.raises(FormatError, match=f"s: bucket {pointers.index(bucket)}"):
         list(table)
@@ -511,7 +524,7 @@ def test_table_with_a_record_out_of_place_is_refused(wrong: str) -> None:
 
 def test_table_is_full_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "MAX_NAMESPACES", 3)
-    table = NamespaceTable("s", store.AREA.build(**Area()._asdict()), 0, Clusters().read)
+    table = NamespaceTable("s", AREA.build(**Area()._asdict()), 0, Clusters().read)
     for number in range(3):
         table.put(Record(b"%d" % number, store.KIND_NODE, bytes(16), 0, path=b"/a"))
     with pytest.raises(FormatError, match="more than 3"):
@@ -530,7 +543,7 @@ class SpaceModel:
         first = geometry.ceil_div(store.RESERVED, cluster_size)
         used = first + 2
         leaf = ((1 << used) - 1).to_bytes(cluster_size, "little")
-        root = store.LEAF.build(offset=first * cluster_size, free=cluster_size * 8 - used, checksum=crc32c.crc32c(leaf))
+        root = LEAF.build(offset=first * cluster_size, free=cluster_size * 8 - used, checksum=crc32c.crc32c(leaf))
         self.file = {first * cluster_size: leaf, (first + 1) * cluster_size: root}
         self.reserved = set(range(first))
         self.clusters = used
@@ -624,7 +637,7 @@ def test_space_map_that_contradicts_itself_is_refused(wrong: str) -> None:
     leaf = bytearray(model.file[0x4000])
     leaf[0] &= 0xF0 if wrong == "headers" else 0xFF
     free = 4096 * 8 - sum(map(int.bit_count, leaf)) + (wrong == "free")
-    root = store.LEAF.build(offset=0x4000, free=free, checksum=crc32c.crc32c(leaf)) * (1 + (wrong == "shared"))
+    root = LEAF.build(offset=0x4000, free=free, checksum=crc32c.crc32c(leaf)) * (1 + (wrong == "shared"))
     model.file[0x4000] = bytes(leaf)
     clusters = 4096 * 8 + 1 if wrong in ("leaves", "shared") else model.clusters
     with pytest.raises(FormatError, match="s: space map"):
@@ -668,7 +681,7 @@ def test_bits_lie_as_the_format_says(seed: int, granularity: int, tmp_path_facto
         record = target.read(lambda snapshot: snapshot.table().get(b"disk"))
         area = record.directory
     raw = Path(where).read_bytes()
-    ((_, entry),) = directory.parse_entries(raw[area.offset : area.offset + area.length])
+    ((_, entry),) = parse_entries(raw[area.offset : area.offset + area.length])
     expected = np.packbits(dirty, bitorder="little").tobytes()
     if not dirty.any() or dirty.all():
         assert entry.table_offset == (store.ALL_ONES if count and dirty.all() else store.ALL_ZEROS)
@@ -677,7 +690,7 @@ def test_bits_lie_as_the_format_says(seed: int, granularity: int, tmp_path_facto
         assert entry.table_offset % 4096 == 0
         assert entry.table_size == geometry.ceil_div(len(expected), 4096)
         assert raw[entry.table_offset : entry.table_offset + len(expected)] == expected
-        assert store.BITS_CHECKSUM.parse(entry.extra_data).checksum == crc32c.crc32c(expected)
+        assert BITS_CHECKSUM.parse(entry.extra_data).checksum == crc32c.crc32c(expected)
     assert entry.granularity == granularity
 
 
@@ -816,7 +829,7 @@ def _damaged(generation: int) -> bytes:
 
 
 def _patched(block: bytes, name: str, value: int) -> bytes:
-    field = store.HEADER.field(name)
+    field = HEADER.field(name)
     changed = bytearray(block)
     changed[field.offset : field.offset + field.size] = value.to_bytes(field.size, "big")
     changed[-4:] = crc32c.crc32c(changed[:-4]).to_bytes(4, "big")
@@ -829,15 +842,15 @@ def _patched(block: bytes, name: str, value: int) -> bytes:
 )
 def test_extensions_of_a_record_come_back(extensions: list[tuple[int, bytes]], path: bytes) -> None:
     record = Record(name=b"n", kind=store.KIND_NODE, uuid=bytes(16), size=5, path=path, extensions=tuple(extensions))
-    packed = store.build_record(record)
-    assert list(store.parse_records(packed + packed)) == [record, record]
+    packed = build_record(record)
+    assert list(parse_records(packed + packed)) == [record, record]
     assert len(packed) % 8 == 0
 
 
 @pytest.mark.parametrize(("at", "value"), [(-4, 1), (-4, 12), (-8, 0)])
 def test_extensions_that_do_not_end_where_their_record_does_are_refused(at: int, value: int) -> None:
     record = Record(name=b"n", kind=store.KIND_NODE, uuid=bytes(16), size=5, extensions=((7, b""),))
-    packed = bytearray(store.build_record(record))
+    packed = bytearray(build_record(record))
     packed[at : len(packed) + at + 4] = value.to_bytes(4, "big")
     with pytest.raises(ValueError, match="extensions"):
-        list(store.parse_records(bytes(packed)))
+        list(parse_records(bytes(packed)))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from support import crash, store_crash
-from support.alone import stored
 from support.crash import Fault
+from support.hostless import stored
 from support.store_crash import Judge, contents
 
 import dirtmap.engine as dm

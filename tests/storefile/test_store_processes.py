@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import store_crash
-from support.alone import stored
+from support.hostless import stored
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes

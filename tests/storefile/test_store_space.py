@@ -12,6 +12,7 @@ import pytest
 from dirtmap.engine.storefile.space import SpaceMap
 from dirtmap.fmt import store
 from dirtmap.fmt.store import Area
+from dirtmap.fmt.structures.store import LEAF
 
 
 class SpaceModel:
@@ -23,13 +24,13 @@ class SpaceModel:
         leaves = self.clusters = 0
         while leaves * self.per_leaf <= self.clusters:
             leaves += 1
-            self.clusters = len(self.headers) + leaves + -(-leaves * store.LEAF.size // cluster)
+            self.clusters = len(self.headers) + leaves + -(-leaves * LEAF.size // cluster)
         self.areas: dict[int, bytes] = {}
         root = b""
         for index in range(leaves):
             used = max(0, min(self.per_leaf, self.clusters - index * self.per_leaf))
             place = self.write((len(self.headers) + index) * cluster, ((1 << used) - 1).to_bytes(cluster, "little"))
-            root += store.LEAF.build(offset=place.offset, free=self.per_leaf - used, checksum=place.checksum)
+            root += LEAF.build(offset=place.offset, free=self.per_leaf - used, checksum=place.checksum)
         self.root, self.released = self.write((len(self.headers) + leaves) * cluster, root), Area()
         self.held: list[Area] = []
         self.slots: list[set[int]] = [set(), set()]  # what both slots' states have in use
@@ -99,7 +100,7 @@ def test_no_run_costs_as_much_as_a_leaf() -> None:
     cluster = 2 << 20
     per_leaf, runs = store.leaf_clusters(cluster), 100_000
     leaf = ((1 << 2 * runs + 10) - 1).to_bytes(cluster, "little")
-    root = store.LEAF.build(offset=1 << 30, free=per_leaf - 2 * runs - 10, checksum=crc32c.crc32c(leaf))
+    root = LEAF.build(offset=1 << 30, free=per_leaf - 2 * runs - 10, checksum=crc32c.crc32c(leaf))
     released = [(10 + 2 * number, 1) for number in range(runs)]
     space = SpaceMap("store", cluster, 2 * runs + 10, root, released, lambda area, what: leaf)
     before = time.process_time()

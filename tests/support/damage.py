@@ -24,6 +24,16 @@ from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.store import Area, Record
 from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.structures.store import (
+    AREA,
+    HEADER,
+    LEAF,
+    NAMESPACES_EXTENSION,
+    RECORD,
+    build_record,
+    parse_areas,
+    parse_records,
+)
 
 SIZE = 300_001  # of each disk
 Bits = dict[tuple[str, str], np.ndarray[Any, Any]]
@@ -268,15 +278,15 @@ class Forged:
         self.table = self._at(self.header.table)
         self.root = self._at(self.header.space)
         self.released = self._at(self.header.released)
-        leaf = store.LEAF.parse(self.root)
+        leaf = LEAF.parse(self.root)
         self.leaf_offset = int(leaf.offset)
         self.leaf = self._at(Area(self.leaf_offset, self.header.cluster_size, 0))
         number, self.bucket_area = next(
-            (number, area) for number, area in enumerate(store.parse_areas(self.table)) if area.length
+            (number, area) for number, area in enumerate(parse_areas(self.table)) if area.length
         )
-        self.position = number * store.AREA.size
+        self.position = number * AREA.size
         self.bucket = self._at(self.bucket_area)
-        self.records: list[Record] = list(store.parse_records(bytes(self.bucket)))
+        self.records: list[Record] = list(parse_records(bytes(self.bucket)))
         self.directories = {bytes(record.name): self._at(record.directory) for record in self.records}
         self.fields: dict[str, dict[str, int]] = {}  # of the header and its extensions, to be set at the end
         self.record_fields: dict[str, int] = {}  # of the first record
@@ -297,28 +307,28 @@ class Forged:
             area = record.directory
             if area.length:
                 area = area._replace(checksum=self._put(area.offset, self.directories[record.name]))
-            raw = bytearray(store.build_record(replace(record, directory=area)))
+            raw = bytearray(build_record(replace(record, directory=area)))
             if record.name == b"a":
-                set_fields(store.RECORD, raw, 0, self.record_fields)
+                set_fields(RECORD, raw, 0, self.record_fields)
             bucket += raw
         checksum = self._put(self.bucket_area.offset, bucket)
-        pointer = bytearray(store.AREA.build(offset=self.bucket_area.offset, length=len(bucket), checksum=checksum))
-        set_fields(store.AREA, pointer, 0, self.pointer_fields)
+        pointer = bytearray(AREA.build(offset=self.bucket_area.offset, length=len(bucket), checksum=checksum))
+        set_fields(AREA, pointer, 0, self.pointer_fields)
         if any(self.table):  # else the table itself is forged
-            self.table[self.position : self.position + store.AREA.size] = pointer
+            self.table[self.position : self.position + AREA.size] = pointer
         table = self.header.table._replace(checksum=self._put(self.header.table.offset, self.table))
-        leaf = bytearray(self.root[: store.LEAF.size])
-        set_fields(store.LEAF, leaf, 0, {"checksum": self._put(self.leaf_offset, self.leaf)} | self.leaf_fields)
-        self.root[: store.LEAF.size] = leaf
+        leaf = bytearray(self.root[: LEAF.size])
+        set_fields(LEAF, leaf, 0, {"checksum": self._put(self.leaf_offset, self.leaf)} | self.leaf_fields)
+        self.root[: LEAF.size] = leaf
         space = self.header.space._replace(checksum=self._put(self.header.space.offset, self.root))
         released = self.header.released._replace(checksum=self._put(self.header.released.offset, self.released))
         block = bytearray(headers.build_block(replace(self.header, table=table, space=space, released=released)))
-        at = store.HEADER.size + 8
+        at = HEADER.size + 8
         for name, structure in (
-            ("header", store.HEADER),
-            ("namespaces", store.NAMESPACES_EXTENSION),
-            ("space", store.AREA),
-            ("released", store.AREA),
+            ("header", HEADER),
+            ("namespaces", NAMESPACES_EXTENSION),
+            ("space", AREA),
+            ("released", AREA),
         ):
             place = 0 if name == "header" else at
             set_fields(structure, block, place, self.fields.get(name, {}))

@@ -25,8 +25,8 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.errors import Error
 from support import crash
-from support.alone import stored
 from support.crash import Effort, Harm, Recording, Tally, Write
+from support.hostless import stored
 
 BLOCK = 4096
 RESERVED = 4 * BLOCK

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.alone import ALONE
+from support.hostless import ALONE
 from support.tracking import GRANULE, make_node, model_of
 
 import dirtmap.engine as dm

@@ -20,7 +20,7 @@ from bitarray import bitarray
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.alone import ALONE
+from support.hostless import ALONE
 from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, model_of
 
 import dirtmap.engine as dm

@@ -36,6 +36,7 @@ from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
 from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.store import KIND_DEVICE, Record
+from dirtmap.fmt.structures.live import build_peer
 from dirtmap.tools.cli import main
 
 COUNT = SIZE // GRANULE
@@ -603,7 +604,7 @@ def replace_peer(name: bytes, data: Callable[[Record], bytes]) -> None:
 
 
 def itself(record: Record) -> bytes:
-    return live.build_peer(live.Peer(record.uuid, record.name, b""))
+    return build_peer(live.Peer(record.uuid, record.name, b""))
 
 
 @pytest.mark.parametrize(
@@ -612,11 +613,11 @@ def itself(record: Record) -> bytes:
         itself,
         lambda record: itself(record)[:-1],
         lambda record: b"",
-        lambda record: live.build_peer(live.Peer(bytes(16), b"\0", b"")),
-        lambda record: live.build_peer(live.Peer(bytes(16), b"drive0", b"")),
-        lambda record: live.build_peer(live.Peer(record.uuid, b"none", b"")),
-        lambda record: live.build_peer(live.Peer(record.uuid, record.name, b"/nowhere")),
-        lambda record: live.build_peer(live.Peer(record.uuid, record.name, b"/dev/zero")),
+        lambda record: build_peer(live.Peer(bytes(16), b"\0", b"")),
+        lambda record: build_peer(live.Peer(bytes(16), b"drive0", b"")),
+        lambda record: build_peer(live.Peer(record.uuid, b"none", b"")),
+        lambda record: build_peer(live.Peer(record.uuid, record.name, b"/nowhere")),
+        lambda record: build_peer(live.Peer(record.uuid, record.name, b"/dev/zero")),
     ],
 )
 def test_a_peer_that_is_none_makes_the_device_all_dirty(raw: Path, data: Callable[[Record], bytes]) -> None:

@@ -37,6 +37,7 @@ from dirtmap.engine.tracking.recorder import Recorder
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import Error
+from dirtmap.fmt.structures.live import CONTROL, build_log_record, parse_log_records, record_seed
 
 SIZE = 64 << 20
 COUNT = SIZE // GRANULE
@@ -323,8 +324,8 @@ def test_a_region_logged_in_the_middle_of_the_logs_own_acts_is_in_the_log(tmp_pa
         found: set[int] = set()
         for number in (0, 1):
             area = live.area_offset(regions, number)
-            records = data[area : area + regions * live.LOG_RECORD.size]
-            found.update(live.parse_log_records(records, live.record_seed(uuid, number)))
+            records = data[area : area + regions * live.LOG_RECORD_SIZE]
+            found.update(parse_log_records(records, record_seed(uuid, number)))
         if tracing.left > 0:
             assert operation > 10
             break
@@ -558,7 +559,7 @@ def test_a_forked_child_can_close_and_says_nothing_in_the_parents_name(image: dm
                 finally:
                     os._exit(status)
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-            beat = live.CONTROL.field("heartbeat").offset
+            beat = CONTROL.field("heartbeat").offset
             now = bytes(tracker._control.fields)
             assert now[:beat] + now[beat + 8 :] == fields[:beat] + fields[beat + 8 :]
         holder.join()
@@ -566,10 +567,10 @@ def test_a_forked_child_can_close_and_says_nothing_in_the_parents_name(image: dm
 
 def test_a_log_record_whose_checksum_is_0_counts() -> None:
     uuid = bytes.fromhex("1234567890abcdef1234567890abcdef")
-    seed = live.record_seed(uuid, 982985)
-    record = live.build_log_record(seed, 1831)
+    seed = record_seed(uuid, 982985)
+    record = build_log_record(seed, 1831)
     assert record[4:] == bytes(4)
-    assert list(live.parse_log_records(record, seed)) == [1831]
+    assert list(parse_log_records(record, seed)) == [1831]
 
 
 class SlowSync(fileio.File):

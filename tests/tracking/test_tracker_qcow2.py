@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import alone, qemu
+from support import qemu
 from support.cli import dirtmap, error_of, json_of
 from support.tracking import files_in, model_of
 
@@ -25,7 +25,7 @@ from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.tracker import Tracker
-from dirtmap.fmt import directory
+from dirtmap.fmt.structures.directory import parse_entries
 
 SIZE = 64 << 20
 GRANULE = 65536
@@ -42,7 +42,7 @@ def path(tmp_path: Path) -> Path:
     store = tmp_path / "default.dmap"
     create(str(store))
     with Store(str(store)) as target:
-        alone.add_image(target, "drive0", str(path))
+        hostless.add_image(target, "drive0", str(path))
     return path
 
 
@@ -356,7 +356,7 @@ def test_a_node_whose_image_is_gone_can_be_removed(path: Path, damaged: bool) ->
     place = path.with_name("default.dmap")
     with Store(str(place)) as target:
         with pytest.raises(dm.BitmapError, match="recover"):
-            alone.remove(target, "drive0")
+            hostless.remove(target, "drive0")
         path.unlink()
         record = target.record(b"drive0")
         assert record
@@ -364,7 +364,7 @@ def test_a_node_whose_image_is_gone_can_be_removed(path: Path, damaged: bool) ->
             with place.open("r+b") as file:
                 file.seek(record.directory.offset + 10)
                 file.write(b"?")
-        alone.remove(target, "drive0")
+        hostless.remove(target, "drive0")
     assert files_in(path.parent) == ["default.dmap"]
     report = dm.check(place)
     assert (report.corruptions, report.leaks > 0) == (0, damaged), "nobody knows what the lost directory led to"
@@ -511,7 +511,7 @@ def test_raw_external_data_is_judged_as_a_raw_image_is(path: Path, others: str) 
     make_sidecar(str(raw), str(sidecar))
     qemu.qemu_img("bitmap", "--add", sidecar, "b0")
     with Store(str(store)) as target:
-        alone.add_image(target, "s0", str(sidecar))
+        hostless.add_image(target, "s0", str(sidecar))
 
     def act() -> None:
         tracker = dm.open(sidecar).track()
@@ -668,7 +668,7 @@ def damage_directory(place: Path, *, name: bool = False) -> None:
         record = target.record(b"drive0")
     assert record
     with place.open("r+b") as file:
-        _, entry = next(directory.parse_entries(place.read_bytes()[record.directory.offset :]))
+        _, entry = next(parse_entries(place.read_bytes()[record.directory.offset :]))
         file.seek(record.directory.offset + (24 + len(entry.extra_data) if name else 20))
         file.write(b"?")
 

@@ -17,8 +17,9 @@ from support.damage import Forged, Sound, attempt, bounded, change, read_everyth
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
-from dirtmap.fmt import directory, store
 from dirtmap.fmt.errors import Error
+from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY, build_directory, parse_entries
+from dirtmap.fmt.structures.store import AREA, HEADER, LEAF, NAMESPACES_EXTENSION, RECORD, RUN
 
 
 def _extremes(size: int) -> list[int]:
@@ -30,10 +31,10 @@ def _extremes(size: int) -> list[int]:
 def _forgeries() -> Iterator[tuple[str, Callable[[Forged], None]]]:
     """Each numeric field of each structure at its limits and beyond."""
     for part, structure in (
-        ("header", store.HEADER),
-        ("namespaces", store.NAMESPACES_EXTENSION),
-        ("space", store.AREA),
-        ("released", store.AREA),
+        ("header", HEADER),
+        ("namespaces", NAMESPACES_EXTENSION),
+        ("space", AREA),
+        ("released", AREA),
     ):
         for field in structure.fields:
             if field.size < 16 and field.name not in ("magic", "checksum"):
@@ -43,9 +44,9 @@ def _forgeries() -> Iterator[tuple[str, Callable[[Forged], None]]]:
                         lambda f, part=part, name=field.name, value=value: f.fields.update({part: {name: value}}),
                     )
     for target, structure in (
-        ("record_fields", store.RECORD),
-        ("pointer_fields", store.AREA),
-        ("leaf_fields", store.LEAF),
+        ("record_fields", RECORD),
+        ("pointer_fields", AREA),
+        ("leaf_fields", LEAF),
     ):
         for field in structure.fields:
             if field.size < 16 and field.name != "checksum":
@@ -54,19 +55,19 @@ def _forgeries() -> Iterator[tuple[str, Callable[[Forged], None]]]:
                         f"{target}.{field.name}={value:#x}",
                         lambda f, target=target, name=field.name, value=value: getattr(f, target).update({name: value}),
                     )
-    for field in directory.DIRECTORY_ENTRY.fields:
+    for field in DIRECTORY_ENTRY.fields:
         for value in _extremes(field.size):
             yield (
                 f"entry.{field.name}={value:#x}",
                 lambda f, name=field.name, value=value: set_fields(
-                    directory.DIRECTORY_ENTRY, f.directories[b"a"], 0, {name: value}
+                    DIRECTORY_ENTRY, f.directories[b"a"], 0, {name: value}
                 ),
             )
-    for field in store.RUN.fields:
+    for field in RUN.fields:
         for value in _extremes(field.size):
             yield (
                 f"run.{field.name}={value:#x}",
-                lambda f, name=field.name, value=value: set_fields(store.RUN, f.released, 0, {name: value}),
+                lambda f, name=field.name, value=value: set_fields(RUN, f.released, 0, {name: value}),
             )
     for name in ("table", "root", "released", "leaf", "bucket"):
         for filler in (0, 0xFF, 0x55):
@@ -252,11 +253,11 @@ def _used_but_free(forged: Forged) -> None:
 
 
 def _shared_bits(forged: Forged) -> None:
-    (_, entry), *others = directory.parse_entries(bytes(forged.directories[b"a"]))
+    (_, entry), *others = parse_entries(bytes(forged.directories[b"a"]))
     assert entry.name == b"monday"
     twin = replace(entry, name=b"clean")
     entries = [entry, *(twin if other.name == b"clean" else other for _, other in others)]
-    forged.directories[b"a"] = bytearray(directory.build_directory(entries))
+    forged.directories[b"a"] = bytearray(build_directory(entries))
     number = next(n for n, record in enumerate(forged.records) if record.name == b"a")
     area = forged.records[number].directory
     forged.records[number] = replace(
@@ -265,7 +266,7 @@ def _shared_bits(forged: Forged) -> None:
 
 
 def _released_but_used(forged: Forged) -> None:
-    set_fields(store.RUN, forged.released, 0, {"first": forged.header.table.offset // 4096, "count": 1})
+    set_fields(RUN, forged.released, 0, {"first": forged.header.table.offset // 4096, "count": 1})
 
 
 def _too_short(forged: Forged) -> None:
