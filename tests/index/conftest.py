@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import lmdb
 import pytest
@@ -17,9 +20,16 @@ from dirtmap.engine.model import changes
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Host:
+def in_memory() -> Iterator[Path]:
+    """In memory where that can be: an index is rebuilt hundreds of times, and synced."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def made(in_memory: Path) -> Host:
     """A host with a store, another store, a device, images, and an index of it all, which `pristine` brings back."""
-    folder = tmp_path_factory.mktemp("database")
+    folder = in_memory
     here = Host(str(folder / "default.dmap"), str(folder / "index"))
     other = Host(str(folder / "other.dmap"), here.index.path)
     for number in range(NODES):
