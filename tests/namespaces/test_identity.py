@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from support import qemu
+from support import hostless, qemu
 from support.hostless import image as image_of
 from support.hostless import stored
 

@@ -274,7 +274,7 @@ def test_interrupt(tmp_path: Path) -> None:
         assert child.stderr.read().strip() == b""
 
 
-@pytest.mark.parametrize("module", ["click", "dirtmap.tools.output", "dirtmap.engine.host.host"])
+@pytest.mark.parametrize("module", ["click", "dirtmap.tools.output", "dirtmap.tools.options"])
 def test_an_interrupt_while_modules_are_imported(module: str, image: Path, tmp_path: Path) -> None:
     # An interrupt is raised wherever the main thread is: here, where that module is about to be looked for.
     (tmp_path / "sitecustomize.py").write_text(

@@ -194,6 +194,6 @@ def test_json_of_all_kinds(rows: list[tuple[int, int, bool]]) -> None:
 
 def test_big_files_are_read_reasonably_fast() -> None:
     lines = "".join(f"{number * 65536} 65536\n" for number in range(500_000)).encode()
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert len(parse_extents(lines, "F").offsets) == 500_000
-    assert time.perf_counter() - begin < 2  # takes 0.1 s
+    assert time.process_time() - begin < 2  # takes 0.1 s
