@@ -115,7 +115,7 @@ def test_json() -> None:
         ("0 1", "F: line 1: cut off"),
         ("0 1\n1048576 40", "F: line 2: cut off"),  # of 1048576 4096
         ("0 1\n1048576 4096\r", "F: line 2: cut off"),
-        ("0\n", "F: line 1: 1 words instead of an offset and a length"),
+        ("0\n", "F: line 1: 1 word instead of an offset and a length"),
         ("0 1\n\n0 1 2\n", "F: line 3: 3 words instead of an offset and a length"),
         ("0 1\n0 -1\n", "F: line 2: '-1' is not a size"),
         ("0 1\n0x1G 1\n", "F: line 2: '0x1G' is not a size"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json
 from dirtmap.tools.sizes import human_size
@@ -61,7 +61,7 @@ def compact_command(file: str, quiet: bool, output: str, **where: str | None) ->
     elif not quiet:
         print(
             f"{printable(file)}: {human_size(result.before)} -> {human_size(result.after)}, "
-            f"{result.namespaces} namespaces"
+            f"{counted(result.namespaces, 'namespace')}"
         )
 
 

@@ -10,7 +10,7 @@ import click
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.opening import Target
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import colourful, write_json
 from dirtmap.tools.sizes import human_share, human_size
@@ -96,7 +96,7 @@ def _lines(target: str, status: Status | None) -> list[str]:
         *failed,
         f"  since     {since}, last sign of life {ago}",
         f"  writes    {status.writes}",
-        f"  dirty     {human_size(status.dirty)} to be saved, in {status.intervals} intervals",
+        f"  dirty     {human_size(status.dirty)} to be saved, in {counted(status.intervals, 'interval')}",
         f"  logged    {regions if status.intent == 'region' else 'off'}",
         f"  live      {printable(status.live)}",
     ]

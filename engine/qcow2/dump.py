@@ -12,7 +12,7 @@ from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.probe import probe
 from dirtmap.fmt import directory, extensions, qcow2
-from dirtmap.fmt.errors import Error, FormatError
+from dirtmap.fmt.errors import Error, FormatError, counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -176,7 +176,7 @@ class _Dump(Shown):
         ends = [*starts[1:], count]
         if runs > most:
             ends.pop()
-            notes.append(f"{runs - len(ends)} more runs not shown")
+            notes.append(f"{counted(runs - len(ends), 'more run')} not shown")
         self.runs_left -= len(ends)
         found = [
             {

@@ -78,7 +78,7 @@ CSI = '[{"volume_capacity_bytes": 4194304, "block_metadata_type": 2, "block_meta
 @pytest.mark.parametrize(
     ("head", "again", "message"),
     [
-        ("", "y\n", "line 1: 1 words"),
+        ("", "y\n", "line 1: 1 word"),
         ("", "y", "perhaps base64"),
         ("", "0 ", "line 1: longer than 4096 bytes"),
         ("", "0 1\n", "line 65537: more than 65536 of them, the most that is read for a disk of 4194304 bytes"),

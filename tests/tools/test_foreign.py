@@ -69,7 +69,7 @@ def test_the_map_of_a_bitmap_is_about_the_whole_disk() -> None:
     assert "entry 2: begins at 0, before the end" in refused([extent(0, KIB, True), extent(0, SIZE, False)])
     assert "entry 1: a length of 0" in refused([extent(0, 0, True)])
     assert "entry 1: 4194816 bytes at 0 are not inside the disk" in refused([extent(0, SIZE + 512, False)])
-    assert "entry 1: 1 bytes at 4194304 are not inside the disk" in refused([extent(SIZE, 1, True)])
+    assert "entry 1: 1 byte at 4194304 is not inside the disk" in refused([extent(SIZE, 1, True)])
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def test_era() -> None:
     last = '<blocks><range begin="0" end="2"/></blocks>'
     assert parse(last, block_size=3 * MIB) == [(0, SIZE)]
     assert "era_invalidate does not print the size of a block; --block-size tells it" in refused(document)
-    assert "--block-size: 1000 bytes are not" in refused(document, block_size=1000)
-    assert "--block-size: 0 bytes are not" in refused(document, block_size=0)
+    assert "--block-size: 1000 bytes, not" in refused(document, block_size=1000)
+    assert "--block-size: 0 bytes, not" in refused(document, block_size=0)
     assert "entry 2: 4194304 bytes at 8388608 are not inside" in refused(document, block_size=MIB)
     assert "entry 1: ends at 2, and begins at 2" in refused('<blocks><range begin="2" end="2"/>', block_size=512)
     assert "entry 1: 'end' is not a number" in refused('<blocks><range begin="2" length="2"/>', block_size=512)
@@ -298,6 +298,7 @@ def test_csi() -> None:
     assert "entry 1: not a range" in refused([message({"size_bytes": 1, "sizeBytes": 2})])
     assert "entry 1: not a range" in refused([message({})])
     assert "entry 1: 4194305 bytes at 0 are not inside" in refused([message({"size_bytes": SIZE + 1})])
+    assert "message 1: 'volume_capacity_bytes' appears twice" in refused([message(first) | {"volumeCapacityBytes": 5}])
     assert "message 1: 'next_offset' is not a key" in refused([message(first) | {"next_offset": 5}])
     assert "'block_metadata' is not a key of such a message, or not an array" in refused(
         [message() | {"block_metadata": {}}]

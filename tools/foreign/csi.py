@@ -16,7 +16,7 @@ import re
 from functools import partial
 from typing import Any
 
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.fmt.geometry import MAX_DISK_SIZE
 from dirtmap.tools.foreign.jsonstream import JsonReader
 from dirtmap.tools.foreign.marks import Marks, Order
@@ -46,8 +46,12 @@ def read(source: Input, marks: Marks) -> None:
         if reader.peek() != "{":
             raise FormatError(place, "not a message")
         capacity = kind = None
+        seen: set[str] = set()
         for key in reader.keys(here):
-            match _snake(key):
+            if (field := _snake(key)) in seen:
+                raise FormatError(place, f"'{field}' appears twice")
+            seen.add(field)
+            match field:
                 case "block_metadata" if reader.peek() == "[":
                     for entry in reader.values(lambda: marks.place(1)):
                         ranges.take(entry, order)
@@ -61,7 +65,7 @@ def read(source: Input, marks: Marks) -> None:
         if capacity is None:
             raise FormatError(place, "'volume_capacity_bytes' is not a number of bytes")
         if capacity != marks.size:
-            raise FormatError(place, f"of a volume of {capacity} bytes, but the disk has {marks.size}")
+            raise FormatError(place, f"of a volume of {counted(capacity, 'byte')}, but the disk has {marks.size}")
         if kind is None:
             raise FormatError(place, f"'block_metadata_type' is neither {_FIXED} nor {_VARIABLE}")
         types.add(kind)

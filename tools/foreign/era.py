@@ -12,7 +12,7 @@ range. The size of a block is not in the document; it is the one that the device
 
 from __future__ import annotations
 
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.tools.foreign import xmlstream
 from dirtmap.tools.foreign.blocks import Blocks, number
 from dirtmap.tools.foreign.marks import SECTOR, Marks
@@ -32,7 +32,8 @@ def read(source: Input, marks: Marks, block_size: int) -> None:
         RangeError: a block is behind the end of the disk.
     """
     if not block_size or block_size % SECTOR:
-        raise FormatError(source.where, f"--block-size: {block_size} bytes are not a number of sectors of {SECTOR}")
+        what = f"{counted(block_size, 'byte')}, not a number of sectors of {SECTOR}"
+        raise FormatError(f"{source.where}: --block-size", what)
     blocks = Blocks(marks, block_size)
     path: list[str] = []
 

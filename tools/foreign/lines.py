@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.tools.foreign.marks import Marks
 from dirtmap.tools.inputs import Input
 from dirtmap.tools.sizes import parse_size
@@ -54,7 +54,7 @@ def _take(lines: bytes, marks: Marks) -> None:
         if not words:
             continue
         if len(words) != 2:
-            raise marks.error(f"{len(words)} words instead of an offset and a length")
+            raise marks.error(f"{counted(len(words), 'word')} instead of an offset and a length")
         try:
             offset, length = map(parse_size, words)
         except ValueError as error:

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dirtmap.fmt.errors import FormatError, RangeError
+from dirtmap.fmt.errors import FormatError, RangeError, counted
 from dirtmap.fmt.geometry import MAX_DISK_SIZE
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ class Marks:
 
     def outside(self, offset: int, length: int) -> RangeError:
         """The error for a range that leaves the disk."""
-        what = f"{length} bytes at {offset} are not inside the disk of {self.size} bytes"
+        are = "is" if length == 1 else "are"
+        what = f"{counted(length, 'byte')} at {offset} {are} not inside the disk of {counted(self.size, 'byte')}"
         return RangeError(self.place(), what)
 
     def error(self, what: str) -> FormatError:
@@ -184,5 +185,6 @@ class Cover:
             FormatError: it ends before the disk does.
         """
         if self.end < self._marks.size:
-            what = f"a map of {self.end} bytes, but the disk has {self._marks.size}; the rest may be anything"
+            covered = counted(self.end, "byte")
+            what = f"a map of {covered}, but the disk has {self._marks.size}; the rest may be anything"
             raise FormatError(self._marks.where, what)

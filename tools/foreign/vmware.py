@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.fmt.geometry import MAX_DISK_SIZE
 from dirtmap.tools.foreign.jsonstream import JsonReader
 from dirtmap.tools.foreign.marks import Marks
@@ -37,8 +37,9 @@ def read(source: Input, marks: Marks) -> None:
             end = _page(reader, marks, end, f"{source.where}: page {number}")
     reader.end()
     if end != marks.size:
-        what = f"about {end} bytes, but the disk has {marks.size}; query again from {end} on, and put all in an array"
-        raise FormatError(source.where, what if end < marks.size else what.partition(";")[0])
+        what = f"about {counted(end, 'byte')}, but the disk has {marks.size}"
+        more = f"; query again from {end} on, and put all answers in an array" if end < marks.size else ""
+        raise FormatError(source.where, what + more)
 
 
 def _page(reader: JsonReader, marks: Marks, expected: int, place: str) -> int:
@@ -65,7 +66,8 @@ def _page(reader: JsonReader, marks: Marks, expected: int, place: str) -> int:
     if start != expected:
         raise FormatError(place, f"begins at {start}; what is at {expected} is not known")
     if highest and (lowest < start or highest > end):
-        raise FormatError(place, f"an area is outside the {found['length']} bytes at {start} that it is about")
+        about = counted(found["length"], "byte")
+        raise FormatError(place, f"an area is outside the {about} at {start} that it is about")
     return int(end)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import binascii
 from typing import TYPE_CHECKING
 
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.tools.foreign.marks import Marks
 from dirtmap.tools.inputs import Input
 
@@ -44,7 +44,8 @@ def read(source: Input, marks: Marks) -> None:
     except ValueError as error:
         raise FormatError(source.where, f"not base64: {error}") from error
     if not least <= len(data) <= most:
-        what = f"a bitmap of {len(data)} bytes, but a disk of {marks.size} bytes takes {least} at a bit for 64 KiB"
+        given = counted(len(data), "byte")
+        what = f"a bitmap of {given}, but a disk of {marks.size} bytes takes {least} at a bit for 64 KiB"
         raise FormatError(source.where, what)
     for begin in range(0, len(data), _CHUNK):
         bits = np.unpackbits(np.frombuffer(data, np.uint8)[begin : begin + _CHUNK])
