@@ -17,7 +17,7 @@ from dirtmap.tools.targets import transaction
     """,
 )
 @options.target
-@options.bitmap
+@options.new_bitmap
 @click.option(
     "-g",
     "--granularity",

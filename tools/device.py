@@ -29,7 +29,7 @@ def device_command() -> None:
     """,
 )
 @click.argument("name", type=options.NAME)
-@click.option("--root", required=True, metavar="NODE", type=options.NAME, help="The node that it reads from.")
+@click.option("--root", required=True, metavar="NODE", type=options.NODE, help="The node that it reads from.")
 @options.host
 @options.quiet
 def add_command(name: str, root: str, store: str | None, index: str | None) -> None:
@@ -48,8 +48,8 @@ def add_command(name: str, root: str, store: str | None, index: str | None) -> N
     dirtmap device set-root --content-unchanged drive0 overlay
     """,
 )
-@click.argument("name", type=options.NAME)
-@click.argument("node", type=options.NAME)
+@click.argument("name", type=options.DEVICE)
+@click.argument("node", type=options.NODE)
 @click.option("--content-unchanged", is_flag=True, help="NODE reads as the old root: a new overlay, a finished mirror.")
 @options.host
 @options.quiet
@@ -67,7 +67,7 @@ def set_root_command(name: str, node: str, content_unchanged: bool, store: str |
     dirtmap device remove drive0
     """,
 )
-@click.argument("name", type=options.NAME)
+@click.argument("name", type=options.DEVICE)
 @options.host
 @options.quiet
 def remove_command(name: str, store: str | None, index: str | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dirtmap.engine.host.opening import this_host
-from dirtmap.fmt.errors import Error, printable
+from dirtmap.fmt.errors import Error, counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
@@ -45,7 +45,11 @@ def find_command(
     from being shown; the exit status is 1.
     """
     problems: list[Error] = []
-    hits = this_host(store, index).find(bitmap, force_share=force_share, told=problems.append)
+    here = this_host(store, index)
+    hits = here.find(bitmap, force_share=force_share, told=problems.append)
+    if not hits and (meant := options.unescaped(bitmap)) != bitmap:
+        bitmap, problems = meant, []
+        hits = here.find(bitmap, force_share=force_share, told=problems.append)
     for problem in problems:
         complain(str(problem))
     if not quiet:
@@ -85,5 +89,5 @@ def _show(bitmap: str, hits: list[Hit], output: str) -> None:
         )
         for hit in hits
     ]
-    title = f"{printable(bitmap)}: {len(rows)} bitmaps"
+    title = f"{printable(bitmap)}: {counted(len(rows), 'bitmap')}"
     write_table(title, ("ATTACHED TO", "KIND", "GRANULARITY", "STATE", "FILE"), rows, right=(2,))

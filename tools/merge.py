@@ -19,7 +19,7 @@ from dirtmap.tools.targets import same_image, transaction, usable
 )
 @options.target
 @options.bitmap
-@click.argument("sources", metavar="SOURCE...", type=options.NAME, nargs=-1, required=True)
+@click.argument("sources", metavar="SOURCE...", type=options.SOURCE, nargs=-1, required=True)
 @click.option("-b", "source_target", metavar="SOURCE_TARGET", type=options.TARGET, help="Where the sources are.")
 @options.changing
 def merge_command(target: Target, bitmap: str, sources: tuple[str, ...], source_target: Target | None) -> None:

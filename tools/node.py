@@ -58,7 +58,7 @@ def add_command(name: str, image: str, store: str | None, index: str | None, new
     dirtmap node remove drive0
     """,
 )
-@click.argument("name", type=options.NAME)
+@click.argument("name", type=options.NODE)
 @options.host
 @options.quiet
 def remove_command(name: str, store: str | None, index: str | None) -> None:
@@ -73,7 +73,7 @@ def remove_command(name: str, store: str | None, index: str | None) -> None:
     dirtmap node rename --with-bitmaps drive0 system
     """,
 )
-@click.argument("old", type=options.NAME)
+@click.argument("old", type=options.NODE)
 @click.argument("new", type=options.NAME)
 @click.option("--with-bitmaps", is_flag=True, help="Also where it has bitmaps, whose addresses change.")
 @options.host
@@ -89,7 +89,7 @@ def rename_command(old: str, new: str, with_bitmaps: bool, store: str | None, in
     truncate -s 20G disk.raw && dirtmap node resize drive0
     """,
 )
-@click.argument("name", type=options.NAME)
+@click.argument("name", type=options.NODE)
 @options.host
 @options.quiet
 def resize_command(name: str, store: str | None, index: str | None) -> None:
@@ -108,7 +108,7 @@ def resize_command(name: str, store: str | None, index: str | None) -> None:
     touch disk.raw && dirtmap node confirm drive0
     """,
 )
-@click.argument("name", type=options.NAME)
+@click.argument("name", type=options.NODE)
 @options.host
 @options.quiet
 def confirm_command(name: str, store: str | None, index: str | None) -> None:

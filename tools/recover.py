@@ -20,7 +20,7 @@ from dirtmap.tools.targets import address
     """,
 )
 @options.target
-@click.argument("bitmaps", metavar="[BITMAP]...", type=options.NAME, nargs=-1)
+@click.argument("bitmaps", metavar="[BITMAP]...", type=options.BITMAP, nargs=-1)
 @options.reporting
 def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, output: str) -> None:
     """Make inconsistent bitmaps usable again.
