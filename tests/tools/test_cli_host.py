@@ -545,7 +545,7 @@ def test_find_tells_what_it_cannot_read() -> None:
     with qemu.StorageDaemon("held.qcow2"):
         for _ in range(2):  # also where nothing has changed since
             done = dirtmap("find", "b", status=1)
-            assert "b: 1 bitmaps" in done.out
+            assert "b: 1 bitmap\n" in done.out
             assert sorted(Path(line.split(":")[1]).name for line in done.error.splitlines()) == [
                 *("damaged.qcow2", "gone.qcow2", "held.qcow2")
             ]
