@@ -59,12 +59,15 @@ class Chain(NamedTuple):
 def parse_chain(data: bytes, start: int, limit: int) -> Chain:
     """Parses the chain in ``data[start:limit]``; offsets are those in ``data``.
 
-    QEMU accepts a chain that runs up to the limit without an end marker, so do we (block/qcow2.c,
-    qcow2_read_extensions).
+    QEMU accepts a chain that runs exactly up to the limit, or is padded past it, without an end marker, and refuses one
+    that leaves less room than an extension's head takes (block/qcow2.c, qcow2_read_extensions). So do we.
     """
     extensions: list[Extension] = []
     at = start
-    while at + EXTENSION_HEAD.size <= limit:
+    while at < limit:
+        if at + EXTENSION_HEAD.size > limit:
+            what = f"an extension would begin at byte {at}, {limit - at} bytes before their end"
+            return Chain(extensions, at, False, what)
         head = EXTENSION_HEAD.parse(data, at)
         kind, length = head.type, head.length
         body = at + EXTENSION_HEAD.size

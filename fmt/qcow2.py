@@ -146,8 +146,11 @@ MAX_SNAPSHOT_TABLE_BYTES = 1024 * MAX_SNAPSHOTS  # QCOW_MAX_SNAPSHOTS_SIZE
 MAX_SNAPSHOT_EXTRA_DATA = 1024  # QCOW_MAX_SNAPSHOT_EXTRA_DATA
 MAX_BACKING_NAME = 1023
 MAX_BACKING_FORMAT = 15
+MIN_CRYPTO_BYTES = 592  # the LUKS header itself: QEMU crypto/block-luks-priv.h, QCryptoBlockLUKSHeader
 MAX_CRYPTO_BYTES = 64 << 20  # ours: a LUKS header with its eight key slots takes 2 MiB
 CRYPT_LUKS = 2
+LUKS_MAGIC = b"LUKS\xba\xbe"
+LUKS_VERSION = b"\0\1"
 MIN_EXTENDED_L2_CLUSTER_BITS = 14
 
 TABLE_ENTRY_SIZE = 8
@@ -333,7 +336,8 @@ def extension_faults(header: Header, chain: Iterable[Extension]) -> Iterator[tup
     found = {extension.type: extension.data for extension in chain}
     if len(found.get(EXTENSION_BACKING_FORMAT, b"")) > MAX_BACKING_FORMAT:
         yield "backing file format", f"{len(found[EXTENSION_BACKING_FORMAT])} bytes are above {MAX_BACKING_FORMAT}"
-    if header.incompatible & INCOMPATIBLE_DATA_FILE and not found.get(EXTENSION_DATA_FILE):
+    # QEMU takes the name for a C string: one that begins with a NUL is empty.
+    if header.incompatible & INCOMPATIBLE_DATA_FILE and not found.get(EXTENSION_DATA_FILE, b"").partition(b"\0")[0]:
         yield "external data file", "there is none, but incompatible feature bit 2 is set"
     encrypted, data = header.v2.crypt_method == CRYPT_LUKS, found.get(EXTENSION_CRYPTO)
     if encrypted != (data is not None):
@@ -345,8 +349,21 @@ def extension_faults(header: Header, chain: Iterable[Extension]) -> Iterator[tup
         if crypto.offset % header.cluster_size:
             what = f"{crypto.offset:#x} is not a multiple of the cluster size {header.cluster_size}"
             yield "full disk encryption header.offset", what
-        if crypto.length > MAX_CRYPTO_BYTES:
-            yield "full disk encryption header.length", f"{crypto.length} is above {MAX_CRYPTO_BYTES}"
+        if not MIN_CRYPTO_BYTES <= crypto.length <= MAX_CRYPTO_BYTES:
+            limits = f"{MIN_CRYPTO_BYTES}..{MAX_CRYPTO_BYTES}"
+            yield "full disk encryption header.length", f"{crypto.length} is outside {limits}"
+
+
+def luks_faults(start: bytes) -> Iterator[tuple[str, str]]:
+    """What makes QEMU refuse the beginning of the encryption header, as (field, what).
+
+    Source: QEMU crypto/block-luks.c, qcrypto_block_luks_check_header. Its cipher and key slots are not judged: bitmaps
+    are stored in clear.
+    """
+    if not start.startswith(LUKS_MAGIC):
+        yield "LUKS header", "begins with another magic: it is none"
+    elif start[len(LUKS_MAGIC) :][:2] != LUKS_VERSION:
+        yield "LUKS header", "its version is not 1"
 
 
 def namespace_extension_faults(data: bytes) -> Iterator[tuple[str, str]]:
