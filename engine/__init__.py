@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dirtmap.fmt.errors import (
+    ArgumentError,
     BitmapError,
     BitmapNotFoundError,
     Error,
@@ -61,6 +62,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ArgumentError",
     "Bitmap",
     "BitmapError",
     "BitmapInfo",

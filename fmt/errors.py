@@ -71,5 +71,9 @@ class SyncError(StorageError):
     """A sync failed: what of the data is durable is not known, and asking again would not tell."""
 
 
+class ArgumentError(Error, ValueError):
+    """An argument that is none of the values it may have; nothing was read or written."""
+
+
 class RangeError(Error, ValueError):
     """A byte range that lies outside the disk, is negative or overflows; nothing was marked."""

@@ -418,8 +418,12 @@ def check(
     """Checks a container and mends it.
 
     ``store`` and ``index`` as `open`; else see `dirtmap.engine.qcow2.check.check` and
-    `dirtmap.engine.namespaces.store_check.check`.
+    `dirtmap.engine.namespaces.store_check.check`. Of ``repair``, a value that neither knows is an `ArgumentError`,
+    before anything is read.
     """
+    from dirtmap.engine.model.report import require_repair
+
+    require_repair(str(target), repair)
     path = locate(target, store, index).path
     here = _host_of(target, store, index)
     if probe_path(path) == STORE:

@@ -96,10 +96,18 @@ def require_writable(layout: Layout) -> None:
     if header.version < 3:
         what = "2: such images cannot hold bitmaps; qemu-img amend -o compat=1.1 makes it version 3"
         raise UnsupportedError(f"{layout.path}: header.version", what)
+    for what in marks(layout):
+        raise UnsupportedError(f"{layout.path}: header.incompatible_features", what)
+
+
+def marks(layout: Layout) -> Iterator[str]:
+    """What keeps everybody from writing to the image, although there need not be any other fault."""
     for bit in (qcow2.INCOMPATIBLE_DIRTY, qcow2.INCOMPATIBLE_CORRUPT):
-        if header.incompatible & bit:
+        if layout.header.incompatible & bit:
             what = f"marked {qcow2.INCOMPATIBLE_NAMES[bit]}; mend it with qemu-img check -r all first"
-            raise UnsupportedError(f"{layout.path}: header.incompatible_features", what)
+            if layout.valid and layout.header.v2.nb_snapshots:  # tried with 7.2: its header says there are none then
+                what += ", on a copy: QEMU loses the snapshots of an image with bitmaps in that"
+            yield what
 
 
 def commit(
