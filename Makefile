@@ -52,7 +52,7 @@ demo: setup tools ## see dirtmap at work on a real qcow2 image
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh demo.sh
 
 bench: setup tools ## measure, side by side with what there is today
-	$(BIN)/pytest -o python_files='bench_*.py' --benchmark-columns=min,median,stddev,rounds tests
+	$(BIN)/pytest -o python_files='bench_*.py' --benchmark-columns=min,median,stddev,rounds tests/bench
 
 wheel: setup ## build dist/dirtmap-VERSION-py3-none-any.whl, through an sdist
 	$(BIN)/python -m build --no-isolation

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Target
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import progress_bar, write_json
 
 if TYPE_CHECKING:
-    from dirtmap.engine import CheckReport
+    from dirtmap.engine import CheckReport, Host
 
 # As of qemu-img check.
 _ERROR, _CORRUPT, _LEAKS = 1, 2, 3
@@ -33,7 +31,7 @@ _ERROR, _CORRUPT, _LEAKS = 1, 2, 3
 @options.reporting
 @click.pass_context
 def check_command(
-    ctx: click.Context, target: Target, repair: str | None, force_share: bool, quiet: bool, output: str
+    ctx: click.Context, host: Host, target: str, repair: str | None, force_share: bool, quiet: bool, output: str
 ) -> None:
     """Check an image's bitmaps and refcounts, or a store.
 
@@ -50,7 +48,7 @@ def check_command(
     if repair and force_share:
         raise click.UsageError("-U goes with reading only, not with -r.")
     with progress_bar("checking", quiet=quiet or output == "json") as progress:
-        report = dm.check(target, repair=repair, force_share=force_share, progress=progress)
+        report = host.check(target, repair=repair, force_share=force_share, progress=progress)
     if not quiet:
         if output == "json":
             write_json(_document(report))

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import click
 
 from dirtmap.fmt.errors import Error
+from dirtmap.tools.exits import INTERRUPTED
 from dirtmap.tools.options import write_examples
 from dirtmap.tools.output import PROGRAM, complain
-from dirtmap.tools.start import INTERRUPTED
 
 # In the order of the help; the module of dirtmap.tools that each lives in, as `VERB_command`.
 _HOMES = {

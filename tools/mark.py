@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from dirtmap.engine.host.opening import Target
 from dirtmap.tools import options
 from dirtmap.tools.inputs import read_input
 from dirtmap.tools.targets import transaction
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Host
 
 
 @options.command(
@@ -30,7 +34,9 @@ from dirtmap.tools.targets import transaction
     help='Ranges from FILE; "-" is standard input.',
 )
 @options.changing
-def mark_command(target: Target, bitmap: str, offset: int | None, length: int | None, source: str | None) -> None:
+def mark_command(
+    host: Host, target: str, bitmap: str, offset: int | None, length: int | None, source: str | None
+) -> None:
     """Make parts of the disk dirty in a bitmap.
 
     Marks LENGTH bytes at OFFSET, or all ranges that FILE lists: every granule that a range touches becomes dirty. FILE
@@ -39,12 +45,12 @@ def mark_command(target: Target, bitmap: str, offset: int | None, length: int | 
     "offset length", each of which ends with a newline. All ranges are marked, or none. An empty FILE is an error, as a
     program leaves one that fails; an empty JSON array says that there is nothing to mark.
     """
-    from dirtmap.engine.model import changes
+    from dirtmap.engine import changes
 
     if source is None:
         if offset is None or length is None:
             raise click.UsageError("Missing OFFSET and LENGTH, or --from FILE.")
-        with transaction(target) as bitmaps:
+        with transaction(host, target) as bitmaps:
             changes.mark(bitmaps, bitmap, [offset], [length])
         return
     if offset is not None:
@@ -52,6 +58,6 @@ def mark_command(target: Target, bitmap: str, offset: int | None, length: int | 
     from dirtmap.tools.extents import parse_extents
 
     extents = parse_extents(*read_input(source))
-    with transaction(target) as bitmaps:
+    with transaction(host, target) as bitmaps:
         extents.require_inside(bitmaps.size)
         changes.mark(bitmaps, bitmap, extents.offsets, extents.lengths)

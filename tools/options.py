@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dirtmap.engine.host.opening import Named, Target, require_format
 from dirtmap.tools.sizes import parse_size
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from dirtmap.engine.host.registry import Host
+    from dirtmap.engine import Host
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -63,9 +63,7 @@ class _Name(click.ParamType):  # type: ignore[type-arg]
     name = "name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from dirtmap.engine.model.naming import decode_name
-
-        return decode_name(os.fsencode(value))
+        return os.fsencode(value).decode("utf-8", "surrogateescape")
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
@@ -73,7 +71,7 @@ class _Name(click.ParamType):  # type: ignore[type-arg]
         import dirtmap.engine as dm
 
         try:
-            bitmaps = dm.describe(ctx.params["target"], force_share=True).bitmaps
+            bitmaps = host_of(ctx).describe(ctx.params["target"], force_share=True).bitmaps
         except (KeyError, TypeError, dm.Error):
             return []
         return [CompletionItem(b.name) for b in bitmaps if b.name.isprintable() and b.name.startswith(incomplete)]
@@ -84,13 +82,10 @@ class _Target(click.Path):
 
     name = "target"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Target:  # type: ignore[override]
-        found: Target = value
-        if ctx and (ctx.meta.get(_STORE) or ctx.meta.get(_INDEX)):
-            found = Named(value, ctx.meta.get(_STORE), ctx.meta.get(_INDEX))
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if ctx and (wanted := ctx.meta.get(_FORMAT)):
-            require_format(found, wanted)
-        return found
+            host_of(ctx).require_format(value, wanted)
+        return str(value)
 
 
 SIZE = _Size()
@@ -99,6 +94,7 @@ TARGET = _Target()
 _FORMAT = "dirtmap.format"
 _STORE = "dirtmap.store"
 _INDEX = "dirtmap.index"
+_HOST = "dirtmap.host"
 
 
 def _remember_format(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -156,23 +152,29 @@ _index = click.option(
 )
 
 
-def host(command: Decorated) -> Decorated:
-    """Options of a command that takes names and no TARGET; it is passed ``store`` and ``index``."""
-    store = click.option("--store", type=click.Path(), metavar="STORE", help=_STORE_HELP)
-    index = click.option("--index", type=click.Path(), metavar="PATH", help=_INDEX_HELP)
-    return store(index(command))
-
-
-def where(ctx: click.Context) -> dict[str, Any]:
-    """The default store and the index that the user asked for, as the engine's functions take them."""
-    return {"store": ctx.meta.get(_STORE), "index": ctx.meta.get(_INDEX)}
-
-
 def host_of(ctx: click.Context) -> Host:
-    """The host, as the default store and the index of the user's choice tell of it."""
-    from dirtmap.engine.host.opening import this_host
+    """The host, as the default store and the index of the user's choice tell of it: one for each command."""
+    import dirtmap.engine as dm
 
-    return this_host(**where(ctx))
+    if _HOST not in ctx.meta:
+        ctx.meta[_HOST] = ctx.find_root().with_resource(dm.Host(ctx.meta.get(_STORE), ctx.meta.get(_INDEX)))
+    host: Host = ctx.meta[_HOST]
+    return host
+
+
+def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the host as its first argument."""
+
+    @functools.wraps(command)
+    def with_host(*args: Any, **values: Any) -> Any:
+        return command(host_of(click.get_current_context()), *args, **values)
+
+    return with_host
+
+
+def named(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a command that takes names and no TARGET; it is passed the host first."""
+    return _store(_index(pass_host(command)))
 
 
 def speaking(command: Decorated) -> Decorated:
@@ -180,11 +182,11 @@ def speaking(command: Decorated) -> Decorated:
     return _output(_told_quiet(command))
 
 
-def reporting(command: Decorated) -> Decorated:
-    """Options of a command that reports; it is passed ``quiet`` and ``output``."""
-    return speaking(_store(_index(_format(command))))
+def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a command that reports; it is passed the host first, and ``quiet`` and ``output``."""
+    return speaking(_store(_index(_format(pass_host(command)))))
 
 
-def changing(command: Decorated) -> Decorated:
-    """Options of a command that changes bitmaps and has nothing to report."""
-    return quiet(_store(_index(_format(command))))
+def changing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a command that changes bitmaps and has nothing to report; it is passed the host first."""
+    return quiet(_store(_index(_format(pass_host(command)))))

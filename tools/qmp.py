@@ -3,7 +3,7 @@
     {"actions": [{"type": "block-dirty-bitmap-add", "data": {"node": "disk.qcow2", "name": "b0"}}, ...]}
 
 Everything is judged before anything is done; an error names the place: ``actions[1].data.node``.
-Source: QEMU's qapi/transaction.json and qapi/block-core.json. A node is a TARGET here.
+Source: QEMU's qapi/transaction.json and qapi/block-core.json. A node is a TARGET host.
 """
 
 from __future__ import annotations

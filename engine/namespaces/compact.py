@@ -17,16 +17,18 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from dirtmap.engine.model.naming import decode_name, label
-from dirtmap.engine.namespaces.condition import end_session, read_entries, refuse_held, refuse_tracked, verify
+from dirtmap.engine.namespaces.condition import end_session, refuse_held, refuse_tracked
 from dirtmap.engine.namespaces.salvage import all_dirty, spare_entries
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile import holds
+from dirtmap.engine.storefile.directory import read_entries, verify
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
-from dirtmap.fmt import directory, geometry, live, store
+from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, StorageError
 from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.structures.directory import build_directory
 
 
 @dataclass(slots=True)
@@ -272,7 +274,7 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
         _carry_bits(source, record, entry, change, result, mend=mend, doubt=whys.get(entry, found.doubt))
         for entry in entries
     ]
-    place = change.place(directory.build_directory(copied))
+    place = change.place(build_directory(copied))
     change.table.put(replace(record, directory=place, nb_bitmaps=len(copied)))
     result.namespaces += 1
 

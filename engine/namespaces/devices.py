@@ -17,10 +17,10 @@ from dirtmap.engine.namespaces.condition import (
     refuse_held,
     refuse_session,
     refuse_tracked,
-    require_free,
     rewrite,
     tracked_view,
 )
+from dirtmap.engine.storefile.directory import require_free
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError

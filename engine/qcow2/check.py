@@ -17,17 +17,17 @@ import numpy as np
 
 from dirtmap.engine.model.bitmap import INCONSISTENT
 from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport, require_repair
-from dirtmap.engine.namespaces.image import FORMAT
 from dirtmap.engine.qcow2.commit import Kept, commit, marks, require_writable, set_refcounts
 from dirtmap.engine.qcow2.layout import Layout, bitmap_label, read_layout
+from dirtmap.engine.qcow2.reading import FORMAT
 from dirtmap.engine.qcow2.refcounts import Refcounts
 from dirtmap.engine.qcow2.references import References, Runs, walk
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
-from dirtmap.fmt import qcow2
 from dirtmap.fmt.directory import MAX_BITMAPS
 from dirtmap.fmt.errors import FormatError
 from dirtmap.fmt.geometry import ceil_div
+from dirtmap.fmt.structures.qcow2 import BITMAPS_EXTENSION
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -208,9 +208,9 @@ def _mend(file: File, repair: str, progress: Callable[[int, int], None] | None) 
 def _unnamed(layout: Layout) -> int | None:
     """How many bitmaps the image has beside those that could be read; None where that cannot be told."""
     extension = layout.extension
-    if extension is None or len(extension.data) != qcow2.BITMAPS_EXTENSION.size:
+    if extension is None or len(extension.data) != BITMAPS_EXTENSION.size:
         return None
-    said = int(qcow2.BITMAPS_EXTENSION.parse(extension.data).nb_bitmaps)
+    said = int(BITMAPS_EXTENSION.parse(extension.data).nb_bitmaps)
     if 1 <= said <= MAX_BITMAPS:
         return max(0, said - len(layout.slots))
     broken = not layout.slots or any(fault.field.startswith("bitmap directory entry") for fault in layout.faults)

@@ -30,7 +30,10 @@ from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, UnsupportedError
-from dirtmap.fmt.extensions import END_MARKER, EXTENSION_HEAD, Extension
+from dirtmap.fmt.extensions import END_MARKER, Extension
+from dirtmap.fmt.structures.directory import build_directory
+from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
+from dirtmap.fmt.structures.qcow2 import BITMAPS_EXTENSION, POINTER, REFCOUNT_TABLE_POINTER
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -216,7 +219,7 @@ def make_plan(
     entries = [
         item.entry if isinstance(item, Kept) else _place(file, layout, item, allocator, contents) for item in wanted
     ]
-    new_directory = directory.build_directory(entries)
+    new_directory = build_directory(entries)
     if wanted:
         clusters = geometry.ceil_div(len(new_directory), layout.cluster_size)
         directory_offset = allocator.take(clusters) * layout.cluster_size
@@ -416,7 +419,7 @@ def _abandoned(layout: Layout, entries: Sequence[Entry], contents: Sequence[Writ
 
 
 def _autoclear(bits: int) -> Write:
-    return qcow2.AUTOCLEAR_OFFSET, qcow2.POINTER.build(offset=bits)
+    return qcow2.AUTOCLEAR_OFFSET, POINTER.build(offset=bits)
 
 
 def _known_autoclear_only(header: qcow2.Header) -> list[Write]:
@@ -427,7 +430,7 @@ def _known_autoclear_only(header: qcow2.Header) -> list[Write]:
 
 def _refcount_pointers(refcounts: Refcounts) -> list[Write]:
     if refcounts.moved_table:
-        pointer = qcow2.REFCOUNT_TABLE_POINTER.build(
+        pointer = REFCOUNT_TABLE_POINTER.build(
             offset=refcounts.table_offset,
             clusters=len(refcounts.table) * qcow2.TABLE_ENTRY_SIZE // refcounts.cluster_size,
         )
@@ -435,7 +438,7 @@ def _refcount_pointers(refcounts: Refcounts) -> list[Write]:
     return [
         (
             refcounts.table_offset + index * qcow2.TABLE_ENTRY_SIZE,
-            qcow2.POINTER.build(offset=int(refcounts.table[index])),
+            POINTER.build(offset=int(refcounts.table[index])),
         )
         for index in sorted(refcounts.new_blocks)
     ]
@@ -467,11 +470,11 @@ class _Pointer:
             UnsupportedError: the first cluster has none.
         """
         if self._layout.extension is None:
-            self._new = NewExtension(self._layout, qcow2.EXTENSION_BITMAPS, qcow2.BITMAPS_EXTENSION.size)
+            self._new = NewExtension(self._layout, qcow2.EXTENSION_BITMAPS, BITMAPS_EXTENSION.size)
 
     def lead_to(self, bitmaps: int, size: int, offset: int) -> None:
         """What the extension is to say."""
-        self._payload = qcow2.BITMAPS_EXTENSION.build(
+        self._payload = BITMAPS_EXTENSION.build(
             nb_bitmaps=bitmaps, reserved=0, directory_size=size, directory_offset=offset
         )
 

@@ -14,6 +14,16 @@ from dataclasses import dataclass
 from dirtmap.engine.system.file import open_file, remove_file, sync_folder
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import Error, StorageError
+from dirtmap.fmt.structures.live import (
+    BEAT,
+    LOG,
+    build_beat,
+    build_log,
+    build_log_record,
+    parse_beat,
+    parse_log_records,
+    record_seed,
+)
 
 _OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; behind any log
 
@@ -27,7 +37,7 @@ class _Log:
     __slots__ = ("number", "places", "seed")
 
     def __init__(self, uuid: bytes, number: int) -> None:
-        self.number, self.seed, self.places = number, live.record_seed(uuid, number), itertools.count()
+        self.number, self.seed, self.places = number, record_seed(uuid, number), itertools.count()
 
 
 class IntentLog:
@@ -45,7 +55,7 @@ class IntentLog:
         self._file = open_file(path, writable=True, create=True)
         try:
             self._file.lock_alone(_OWNER)
-            self._file.write(0, live.build_log(uuid, intent, region_bits, self._regions).ljust(live.PAGE, b"\0"))
+            self._file.write(0, build_log(uuid, intent, region_bits, self._regions).ljust(live.PAGE, b"\0"))
             # All of it now, so that logging a region later needs no room and no change of the file's length.
             for offset in range(live.PAGE, live.log_bytes(self._regions), live.PAGE):
                 self._file.write(offset, bytes(live.PAGE))
@@ -69,15 +79,15 @@ class IntentLog:
             StorageError: they could not be written, or there is no room before the next save.
         """
         log = self._log
-        records = [(next(log.places), live.build_log_record(log.seed, region)) for region in regions]
+        records = [(next(log.places), build_log_record(log.seed, region)) for region in regions]
         if records and records[-1][0] >= self._regions:  # some were written twice, since a mark was interrupted
             raise StorageError(self.path, "the log is full until the next save")
         area = live.area_offset(self._regions, log.number)
         if records and records[-1][0] - records[0][0] < len(records):  # as a rule they are adjacent
-            self._file.write(area + records[0][0] * live.LOG_RECORD.size, b"".join(data for _, data in records))
+            self._file.write(area + records[0][0] * live.LOG_RECORD_SIZE, b"".join(data for _, data in records))
         else:
             for place, data in records:
-                self._file.write(area + place * live.LOG_RECORD.size, data)
+                self._file.write(area + place * live.LOG_RECORD_SIZE, data)
         self._file.sync()
 
     def rotate(self) -> None:
@@ -89,7 +99,7 @@ class IntentLog:
 
     def beat(self, time: int) -> None:
         """Makes a sign of life durable: a time, ns since 1970. Errors as `append`."""
-        self._file.write(live.BEATS[self._beat], live.build_beat(self._uuid, time))
+        self._file.write(live.BEATS[self._beat], build_beat(self._uuid, time))
         self._beat = 1 - self._beat
         self._file.sync()
 
@@ -111,18 +121,18 @@ class Logged:
 def read_log(session: live.Session, size: int) -> Logged | None:
     """What the log of a session says; None where it cannot be relied on."""
     regions = geometry.ceil_div(size, 1 << session.region_bits)
-    expected = live.build_log(session.uuid, session.intent, session.region_bits, regions)
+    expected = build_log(session.uuid, session.intent, session.region_bits, regions)
     if regions > live.MAX_REGIONS:
         return None
     try:
         with open_file(os.fsdecode(session.log_path)) as file:
-            if file.read(0, live.LOG.size) != expected:
+            if file.read(0, LOG.size) != expected:
                 return None
             found: set[int] = set()
             for number in (session.log, session.log + 1):
-                data = file.read_exactly(live.area_offset(regions, number), regions * live.LOG_RECORD.size)
-                found.update(live.parse_log_records(data, live.record_seed(session.uuid, number)))
-            beats = [live.parse_beat(session.uuid, file.read(at, live.BEAT.size)) for at in live.BEATS]
+                data = file.read_exactly(live.area_offset(regions, number), regions * live.LOG_RECORD_SIZE)
+                found.update(parse_log_records(data, record_seed(session.uuid, number)))
+            beats = [parse_beat(session.uuid, file.read(at, BEAT.size)) for at in live.BEATS]
     except Error:
         return None
     return Logged(frozenset(region for region in found if region < regions), max(beats))
@@ -133,10 +143,8 @@ def remove_log(session: live.Session) -> None:
     try:
         with open_file(os.fsdecode(session.log_path)) as file:
             mine = (
-                file.read(0, live.LOG.size)[: live.LOG.field("intent").offset]
-                == live.build_log(session.uuid, session.intent, session.region_bits, 0)[
-                    : live.LOG.field("intent").offset
-                ]
+                file.read(0, LOG.size)[: LOG.field("intent").offset]
+                == build_log(session.uuid, session.intent, session.region_bits, 0)[: LOG.field("intent").offset]
             )
     except Error:
         return

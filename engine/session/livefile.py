@@ -16,9 +16,11 @@ from bitarray import bitarray
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import bits
 from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system import livefs
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import LockedError, StorageError
 from dirtmap.fmt.store import Identity
+from dirtmap.fmt.structures.live import CONTROL, WRITESET
 
 # Writes that have begun in an interval and not ended: where they begin and end, bytes, and their thread, by number.
 Flights = dict[int, tuple[int, int, int | None]]
@@ -52,8 +54,8 @@ class Folder:
     def __init__(self, path: str) -> None:
         self._fd = -1
         for _ in range(_ATTEMPTS):  # who only removes what a dead one left has it for a moment
-            fileio.make_live_folder(path)
-            if (fd := fileio.hold_live_folder(path)) is not None:
+            livefs.make_live_folder(path)
+            if (fd := livefs.hold_live_folder(path)) is not None:
                 self._fd = fd
                 return
             time.sleep(_PAUSE_SECONDS)
@@ -69,7 +71,7 @@ class Folder:
 def remove_session(folder: str, uuid: bytes) -> None:
     """Removes the live files of a session that has ended, if they are in that folder."""
     with contextlib.suppress(StorageError):
-        if is_of(folder, uuid) and (fd := fileio.hold_live_folder(folder)) is not None:
+        if is_of(folder, uuid) and (fd := livefs.hold_live_folder(folder)) is not None:
             try:
                 if is_of(folder, uuid):
                     remove_files(folder)
@@ -79,7 +81,7 @@ def remove_session(folder: str, uuid: bytes) -> None:
 
 def remove_files(folder: str, *, keep_folder: bool = False) -> None:
     """Removes the live files in a folder that the caller holds."""
-    fileio.remove_live_files(folder, _NAMES, keep_folder=keep_folder)
+    livefs.remove_live_files(folder, _NAMES, keep_folder=keep_folder)
 
 
 def refuse_living(path: str, uuid: bytes) -> None:
@@ -96,7 +98,7 @@ def refuse_living(path: str, uuid: bytes) -> None:
     control, image = _read_control(folder), identity_of(path)
     if control is None or (control.image_device, control.image_inode) != (image.device, image.inode):
         return
-    if (fd := fileio.hold_live_folder(folder)) is None:
+    if (fd := livefs.hold_live_folder(folder)) is None:
         raise LockedError(path, "its tracker lives, and uses another store; end it first")
     os.close(fd)
 
@@ -109,8 +111,8 @@ def is_of(folder: str, uuid: bytes) -> bool:
 
 def _read_control(folder: str) -> Any:
     """The control file in a folder, a record of `fmt.live.CONTROL`; None where there is none."""
-    data = fileio.read_live(_control_path(folder)) or b""
-    control = live.CONTROL.parse(data) if len(data) == live.PAGE else None
+    data = livefs.read_live(_control_path(folder)) or b""
+    control = CONTROL.parse(data) if len(data) == live.PAGE else None
     return control if control and control.magic == live.CONTROL_MAGIC else None
 
 
@@ -124,7 +126,7 @@ def _writeset_path(folder: str, number: int) -> str:
 
 def _index(name: str) -> int:
     """Which of the mapped u64 that field of the control file is."""
-    return live.CONTROL.field(name).offset // 8
+    return CONTROL.field(name).offset // 8
 
 
 POISONED, CURRENT, HEARTBEAT, EVENT, IN_FLIGHT, BARE, WRITES, LOGGED = map(
@@ -140,10 +142,10 @@ class Control:
     """
 
     def __init__(self, folder: str, uuid: bytes, image: Identity) -> None:
-        self._map = fileio.create_live(_control_path(folder), live.PAGE)
-        values: dict[str, bytes | int] = dict.fromkeys((field.name for field in live.CONTROL.fields), 0)
+        self._map = livefs.create_live(_control_path(folder), live.PAGE)
+        values: dict[str, bytes | int] = dict.fromkeys((field.name for field in CONTROL.fields), 0)
         values |= {"magic": live.CONTROL_MAGIC, "uuid": uuid, "image_device": image.device, "image_inode": image.inode}
-        self._map[: live.CONTROL.size] = live.CONTROL.build(**values)
+        self._map[: CONTROL.size] = CONTROL.build(**values)
         self.fields = memoryview(self._map).cast("Q")
 
     def close(self) -> None:
@@ -167,9 +169,9 @@ class Writeset:
         nbits = geometry.granules(size, 1 << granularity_bits)
         self._octets = geometry.ceil_div(nbits, 64) * 8
         fileio.remove_file(self.path)  # what an interrupt left of the last attempt; the folder is ours alone
-        self._map = fileio.create_live(self.path, live.PAGE + max(self._octets, 8))
+        self._map = livefs.create_live(self.path, live.PAGE + max(self._octets, 8))
         try:
-            self._map[: live.WRITESET.size] = live.WRITESET.build(
+            self._map[: WRITESET.size] = WRITESET.build(
                 magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
             )
             # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
@@ -259,10 +261,10 @@ def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
 
 
 def _read_writeset(folder: str, uuid: bytes, number: int, size: int) -> Words | None:
-    data = fileio.read_live(_writeset_path(folder, number))
+    data = livefs.read_live(_writeset_path(folder, number))
     if data is None or len(data) < live.PAGE:
         return None
-    head = live.WRITESET.parse(data)
+    head = WRITESET.parse(data)
     if (head.magic, head.uuid, head.number, head.size) != (live.WRITESET_MAGIC, uuid, number, size):
         return None
     granularity = 1 << min(head.granularity_bits, 63)

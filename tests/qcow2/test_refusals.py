@@ -18,6 +18,8 @@ from support.craft import Craft, Place
 
 import dirtmap.engine as dm
 from dirtmap.fmt import directory, extensions, qcow2
+from dirtmap.fmt.structures.extensions import build_extension
+from dirtmap.fmt.structures.qcow2 import CRYPTO_EXTENSION
 
 SPEC = (Path(__file__).parents[2] / "SPEC.md").read_text()
 MIB = 1 << 20
@@ -55,7 +57,7 @@ def snapshot(name: str, value: int) -> Change:
 
 def crypto(name: str, value: int) -> Change:
     def change(craft: Craft) -> None:
-        field = qcow2.CRYPTO_EXTENSION.field(name)
+        field = CRYPTO_EXTENSION.field(name)
         craft.set(Place(craft.extension(qcow2.EXTENSION_CRYPTO) + 8 + field.offset, field.size), value)
 
     return change
@@ -114,7 +116,7 @@ def extension(kind: int, data: bytes) -> Change:
         old, size = (craft.get(craft.header(f"backing_file_{what}")) for what in ("offset", "size"))
         name = bytes(craft.data[old : old + size])
         start = craft.extension(extensions.END)
-        craft.put(start, extensions.build_extension(kind, data) + extensions.END_MARKER)
+        craft.put(start, build_extension(kind, data) + extensions.END_MARKER)
         if old:
             craft.put(CLUSTER // 2, name)
             craft.set(craft.header("backing_file_offset"), CLUSTER // 2)
@@ -145,7 +147,7 @@ def without_extension(craft: Craft) -> None:
 
 def nameless(craft: Craft) -> None:
     kind = qcow2.EXTENSION_DATA_FILE
-    craft.put(craft.extension(kind), extensions.build_extension(kind, b"") + extensions.END_MARKER)
+    craft.put(craft.extension(kind), build_extension(kind, b"") + extensions.END_MARKER)
 
 
 def one_too_many(craft: Craft) -> None:
