@@ -27,6 +27,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dirtmap.fmt.errors import (
+    ArgumentError,
     BitmapError,
     BitmapNotFoundError,
     Error,
@@ -111,6 +112,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
 
 __all__ = [
     "Address",
+    "ArgumentError",
     "Bitmap",
     "BitmapAddress",
     "BitmapError",

@@ -56,8 +56,10 @@ def data_file_of(path: str) -> str | None:
     names = [e.data for e in head.chain.extensions if e.type == qcow2.EXTENSION_DATA_FILE] if head.chain else []
     if len(names) != 1:
         raise StorageError(path, "does not say which its external data file is")
-    # QEMU takes a relative name as relative to the folder that it runs in. That is the image's, as far as we can know.
-    return os.path.join(os.path.dirname(path), os.fsdecode(names[0]).removeprefix("file:"))
+    # QEMU takes the name for a C string, and a relative one as relative to the folder that it runs in. That is the
+    # image's, as far as we can know.
+    name = os.fsdecode(names[0].partition(b"\0")[0]).removeprefix("file:")
+    return os.path.join(os.path.dirname(path), name)
 
 
 def identity_of_disk(path: str) -> Identity:

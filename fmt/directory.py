@@ -33,6 +33,7 @@ ACCEPTED_FLAGS = FLAG_IN_USE | FLAG_AUTO
 MAX_NAME_SIZE = 1023
 MAX_TABLE_ENTRIES = 0x8000000
 MAX_DATA_BYTES = 0x20000000
+MAX_GRANULES = 1 << 41  # QEMU: util/hbitmap.c, HBITMAP_LOG_MAX_SIZE on a 64-bit host; beyond it QEMU aborts
 MAX_BITMAPS = 65535
 MAX_DIRECTORY_SIZE = 1024 * MAX_BITMAPS
 
@@ -141,7 +142,10 @@ def entry_faults(entry: Entry, disk_size: int, cluster_size: int) -> Iterator[tu
             "table_size",
             f"{entry.table_size} entries of {cluster_size} bytes are outside 1..{MAX_DATA_BYTES} bytes",
         )
-    elif not entry.in_use:  # an entry in use may date from before a resize; QEMU only removes it
+    elif entry.in_use:  # it may date from before a resize; QEMU only removes it, but makes room for its bits
+        if geometry.granules(disk_size, entry.granularity) > MAX_GRANULES:
+            yield "granularity_bits", f"{entry.granularity_bits} makes more than {MAX_GRANULES} granules of the disk"
+    else:
         expected = geometry.table_entries(disk_size, entry.granularity, cluster_size)
         if entry.table_size != expected:
             yield "table_size", f"{entry.table_size} entries, but the disk's size needs {expected}"

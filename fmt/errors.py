@@ -80,5 +80,9 @@ class SyncError(StorageError):
     """A sync failed: it is unknown which data is durable, and another sync would not tell."""
 
 
+class ArgumentError(Error, ValueError):
+    """An argument that is none of the values it may have; nothing was read or written."""
+
+
 class RangeError(Error, ValueError):
     """A byte range lies outside the disk, is negative or overflows. Nothing was marked."""

@@ -95,8 +95,11 @@ MAX_SNAPSHOT_TABLE_BYTES = 1024 * MAX_SNAPSHOTS  # QCOW_MAX_SNAPSHOTS_SIZE
 MAX_SNAPSHOT_EXTRA_DATA = 1024  # QCOW_MAX_SNAPSHOT_EXTRA_DATA
 MAX_BACKING_NAME = 1023
 MAX_BACKING_FORMAT = 15
+MIN_CRYPTO_BYTES = 592  # the LUKS header itself: QEMU crypto/block-luks-priv.h, QCryptoBlockLUKSHeader
 MAX_CRYPTO_BYTES = 64 << 20  # ours: a LUKS header with its eight key slots takes 2 MiB
 CRYPT_LUKS = 2
+LUKS_MAGIC = b"LUKS\xba\xbe"
+LUKS_VERSION = b"\0\1"
 MIN_EXTENDED_L2_CLUSTER_BITS = 14
 
 TABLE_ENTRY_SIZE = 8
@@ -254,6 +257,18 @@ def _table_faults(
         yield offset_field, "0 is the header's place"
     elif offset + length > geometry.MAX_DISK_SIZE:
         yield offset_field, f"{offset:#x} is out of range"
+
+
+def luks_faults(start: bytes) -> Iterator[tuple[str, str]]:
+    """Yields what makes QEMU refuse the encryption header by its first bytes, as (field, what).
+
+    Source: QEMU crypto/block-luks.c, qcrypto_block_luks_check_header. Its cipher and key slots are not judged: bitmaps
+    are stored in clear.
+    """
+    if not start.startswith(LUKS_MAGIC):
+        yield "LUKS header", "begins with another magic: it is none"
+    elif start[len(LUKS_MAGIC) :][:2] != LUKS_VERSION:
+        yield "LUKS header", "its version is not 1"
 
 
 def namespace_extension_faults(data: bytes) -> Iterator[tuple[str, str]]:

@@ -68,6 +68,7 @@ def _document(report: CheckReport) -> dict[str, Any]:
         "leaks-fixed": report.leaks_fixed,
         "findings": [{"severity": f.severity, "where": f.where, "what": f.what} for f in report.findings],
         "dropped": report.dropped,
+        "dropped-unnamed": report.dropped_unnamed,
         "made-dirty": report.made_dirty,
     }
 
@@ -78,6 +79,11 @@ def _show(report: CheckReport) -> None:
     for lost in report.dropped:
         what = f"bitmap '{printable(lost)}'" if report.format == "qcow2" else printable(lost)
         print(f"dropped: {what}")
+    if report.dropped_unnamed is None:
+        print("dropped: bitmaps whose number and names are not known")
+    elif report.dropped_unnamed:
+        more = "more " if report.dropped else ""
+        print(f"dropped: {_count(report.dropped_unnamed, f'{more}bitmap')} whose name is not known")
     for bitmap in report.made_dirty:
         print(f"all dirty now: {printable(bitmap)}")
     if report.corruptions_fixed or report.leaks_fixed:

@@ -280,8 +280,12 @@ class Host:
             progress: called with (parts checked, parts in all).
 
         Raises:
+            ArgumentError: ``repair`` has another value; nothing was read.
             As `dirtmap.engine.qcow2.check.check` and `dirtmap.engine.namespaces.store_check.check`.
         """
+        from dirtmap.engine.model.report import require_repair
+
+        require_repair(str(target), repair)
         path = self.locate(target).path
         kind = self._kind(path)
         return kind.check(self, path, repair=repair, force_share=force_share, progress=progress)

@@ -216,14 +216,18 @@ class Layout:
                     "header extensions.full disk encryption header",
                 )
 
+    def snapshot_tables(self) -> Iterator[Region]:
+        """The L1 tables of snapshots, wherever they are said to lie."""
+        for index, snapshot in enumerate(self.snapshots):
+            where = f"snapshot {index}.l1_table_offset"
+            length = snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
+            yield Region(snapshot.l1_table_offset, length, f"the L1 table of snapshot {index}", where)
+
     def regions(self) -> Iterator[Region]:
         """All that is known to lie where without following guest data."""
         yield from self.structures()
-        for index, snapshot in enumerate(self.snapshots):
-            offset, length = snapshot.l1_table_offset, snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
-            if offset + length <= self.file_size:  # else the walk finds out: it matters to nobody who only reads
-                where = f"snapshot {index}.l1_table_offset"
-                yield Region(offset, length, f"the L1 table of snapshot {index}", where)
+        # One that ends past the end of the file the walk finds: it matters to nobody who only reads.
+        yield from (region for region in self.snapshot_tables() if region.offset + region.length <= self.file_size)
         if self.pointer:
             where = "bitmaps extension.directory_offset"
             pointer = self.pointer
@@ -313,7 +317,12 @@ def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
             layout.extension = extension
         elif extension.type == qcow2.EXTENSION_NAMESPACE:
             layout.blame(qcow2.namespace_extension_faults(extension.data), "namespace extension")
-    layout.faults += [Fault(*fault) for fault in extension_faults(layout.header, chain.extensions)]
+    faults = list(extension_faults(layout.header, chain.extensions))
+    for extension in chain.extensions if not faults else ():
+        if extension.type == qcow2.EXTENSION_CRYPTO:
+            crypto = CRYPTO_EXTENSION.parse(extension.data)
+            faults += qcow2.luks_faults(file.read(crypto.offset, len(qcow2.LUKS_MAGIC + qcow2.LUKS_VERSION)))
+    layout.faults += [Fault(*fault) for fault in faults]
     valid = bool(layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS)
     if layout.extension is None:
         if valid:
@@ -447,7 +456,11 @@ def _read_table(file: File, layout: Layout, slot: Slot, index: int) -> None:
 def _find_overlaps(layout: Layout) -> None:
     """No two structures may share a cluster: freeing or rewriting one would destroy the other."""
     cluster = layout.cluster_size
-    regions = list(itertools.islice((r for r in layout.regions() if r.length), _MOST_REGIONS + 1))
+    end = layout.file_size
+    # QEMU does not write to what the L1 table of a snapshot claims to lie over, even one that goes on past the end.
+    cut = (r._replace(length=end - r.offset) for r in layout.snapshot_tables() if r.offset < end < r.offset + r.length)
+    found = (region for region in itertools.chain(layout.regions(), cut) if region.length)
+    regions = list(itertools.islice(found, _MOST_REGIONS + 1))
     if len(regions) > _MOST_REGIONS:
         what = f"their tables and bits lie in more than {_MOST_REGIONS} pieces"
         layout.faults.append(Fault("tables of all bitmaps", what))

@@ -16,12 +16,16 @@ EXTENSION_HEAD = Structure("extension", "type" / Int32ub, "length" / Int32ub)
 def parse_chain(data: bytes, start: int, limit: int) -> Chain:
     """Parses the chain in ``data[start:limit]``. The offsets in the result are offsets in ``data``.
 
-    A chain may run up to the limit without an end marker: QEMU accepts that (block/qcow2.c, qcow2_read_extensions).
+    A chain may run exactly up to the limit, or be padded past it, without an end marker. QEMU accepts that, and refuses
+    one that leaves less room than an extension's head takes (block/qcow2.c, qcow2_read_extensions).
     A chain that is not sound is no exception: the result has the extensions before the `Chain.fault`.
     """
     extensions: list[Extension] = []
     at = start
-    while at + EXTENSION_HEAD.size <= limit:
+    while at < limit:
+        if at + EXTENSION_HEAD.size > limit:
+            what = f"an extension would begin at byte {at}, {limit - at} bytes before their end"
+            return Chain(extensions, at, False, what)
         head = EXTENSION_HEAD.parse(data, at)
         kind, length = head.type, head.length
         body = at + EXTENSION_HEAD.size

@@ -19,6 +19,7 @@ from dirtmap.fmt.qcow2 import (
     INCOMPATIBLE_DATA_FILE,
     MAX_BACKING_FORMAT,
     MAX_CRYPTO_BYTES,
+    MIN_CRYPTO_BYTES,
     MORE_OFFSET,
     V3_OFFSET,
     Header,
@@ -111,7 +112,8 @@ def extension_faults(header: Header, chain: Iterable[Extension]) -> Iterator[tup
     found = {extension.type: extension.data for extension in chain}
     if len(found.get(EXTENSION_BACKING_FORMAT, b"")) > MAX_BACKING_FORMAT:
         yield "backing file format", f"{len(found[EXTENSION_BACKING_FORMAT])} bytes are above {MAX_BACKING_FORMAT}"
-    if header.incompatible & INCOMPATIBLE_DATA_FILE and not found.get(EXTENSION_DATA_FILE):
+    # QEMU takes the name for a C string: one that begins with a NUL is empty.
+    if header.incompatible & INCOMPATIBLE_DATA_FILE and not found.get(EXTENSION_DATA_FILE, b"").partition(b"\0")[0]:
         yield "external data file", "there is none, but incompatible feature bit 2 is set"
     encrypted, data = header.v2.crypt_method == CRYPT_LUKS, found.get(EXTENSION_CRYPTO)
     if encrypted != (data is not None):
@@ -123,8 +125,9 @@ def extension_faults(header: Header, chain: Iterable[Extension]) -> Iterator[tup
         if crypto.offset % header.cluster_size:
             what = f"{crypto.offset:#x} is not a multiple of the cluster size {header.cluster_size}"
             yield "full disk encryption header.offset", what
-        if crypto.length > MAX_CRYPTO_BYTES:
-            yield "full disk encryption header.length", f"{crypto.length} is above {MAX_CRYPTO_BYTES}"
+        if not MIN_CRYPTO_BYTES <= crypto.length <= MAX_CRYPTO_BYTES:
+            limits = f"{MIN_CRYPTO_BYTES}..{MAX_CRYPTO_BYTES}"
+            yield "full disk encryption header.length", f"{crypto.length} is outside {limits}"
 
 
 def bitmaps_extension_faults(data: bytes, cluster_size: int, file_size: int) -> Iterator[tuple[str, str]]:

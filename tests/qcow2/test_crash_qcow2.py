@@ -23,6 +23,7 @@ from support.hostless import name_image
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
 from dirtmap.engine.model.transaction import Transaction
+from dirtmap.engine.qcow2 import commit
 from dirtmap.engine.qcow2.check import check
 from dirtmap.fmt import qcow2
 
@@ -44,6 +45,7 @@ class Case:
         may_void: the extension lies across a sector border, so that its switch takes the bitmaps away for a moment.
         growable: the file gets longer; otherwise it behaves as a block device.
         target: how QEMU opens it.
+        large: as if it had so many L2 tables that they are streamed, and not remembered.
     """
 
     prepare: Callable[[Path], object]
@@ -51,6 +53,7 @@ class Case:
     may_void: bool = False
     growable: bool = True
     target: Callable[[Path], qemu.Target] = Path
+    large: bool = False
 
 
 # Images.
@@ -281,6 +284,24 @@ CASES = {
     ),
     "add, free clusters inside": Case(crafted(ONE, holes), changing(add("b1", granularity=512))),
     "add, block device": Case(crafted(ONE, stale_end), changing(add("b1")), growable=False),
+    "add, large image, free clusters inside": Case(
+        crafted(ONE, holes), changing(add("b1", granularity=512)), large=True
+    ),
+    "add, large image, compressed clusters, free ones inside": Case(
+        crafted(with_bitmaps(compressed, "b0"), holes), changing(add("b1")), large=True
+    ),
+    "add, large image, extended L2 entries, free clusters inside": Case(
+        crafted(with_bitmaps(created("cluster_size=16k,extended_l2=on"), "b0"), holes), changing(add("b1")), large=True
+    ),
+    "add, large image, block device": Case(crafted(ONE, stale_end), changing(add("b1")), growable=False, large=True),
+    "add, raw external data, free clusters inside": Case(
+        crafted(with_bitmaps(external, "b0"), holes), changing(add("b1")), large=True
+    ),
+    "mark, large image, freed clusters again": Case(
+        with_changes(TWO, changing(mark("b1")), changing(remove("b0")), changing(add("b0"))),
+        changing(mark("b0")),
+        large=True,
+    ),
     "add, compressed clusters": Case(with_bitmaps(compressed, "b0"), changing(add("b1"))),
     "add, extended L2 entries": Case(
         with_bitmaps(created("cluster_size=16k,extended_l2=on"), "b0"), changing(add("b1"))
@@ -400,7 +421,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
         path = tmp_path_factory.mktemp("crash") / "image.qcow2"
         case = CASES[name] if name in CASES else Case(DAMAGED[name], mending)
         case.prepare(path)
-        recording = crash.record(path, case.operate, growable=case.growable)
+        with pytest.MonkeyPatch.context() as patch:
+            if case.large:
+                patch.setattr(commit, "_PROOF_BUDGET", 0)
+            recording = crash.record(path, case.operate, growable=case.growable)
         assert path.read_bytes() == recording.final
         return path, recording
 
@@ -452,6 +476,23 @@ def test_the_refcounts_do_grow(name: str, recorded: Recorded) -> None:
     blocks = [len(reader.refcounts()) - table[1] for reader, table in zip((old, new), tables, strict=True)]
     assert (tables[0][1] < tables[1][1]) == ("table" in name or "several" in name)
     assert blocks[1] - blocks[0] > 1 if "several" in name else blocks[1] - blocks[0] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].large])
+def test_free_clusters_are_used_again(name: str, recorded: Recorded) -> None:
+    """These operations are what their names say: they write into clusters that were free, and hardly behind the end."""
+    _, recording = recorded(name)
+    taken = used_by_bitmaps(recording.final) - used_by_bitmaps(recording.original)
+    end = len(recording.original) // plain.Reader(recording.original).cluster
+    assert taken
+    assert len([number for number in taken if number < end]) >= (len(taken) + 1) // 2
+
+
+def used_by_bitmaps(image: bytes) -> set[int]:
+    """The numbers of their clusters."""
+    reader = plain.Reader(image)
+    reader.bitmaps()
+    return set(reader.references)
 
 
 @pytest.mark.parametrize("name", DAMAGED)
