@@ -83,7 +83,7 @@ def _show(report: CheckReport) -> None:
         print("dropped: bitmaps whose number and names are not known")
     elif report.dropped_unnamed:
         more = "more " if report.dropped else ""
-        print(f"dropped: {_count(report.dropped_unnamed, f'{more}bitmap')} whose name is not known")
+        print(f"dropped: {counted(report.dropped_unnamed, f'{more}bitmap')} whose name is not known")
     for bitmap in report.made_dirty:
         print(f"all dirty now: {printable(bitmap)}")
     if report.corruptions_fixed or report.leaks_fixed:

@@ -315,14 +315,12 @@ class NamespaceConformance:
             for key in (*NO_STRINGS, *NO_NAMES.values(), "\ud800"):
                 assert key not in namespace
 
-    @pytest.mark.xfail(strict=True, reason="BitmapError that is no KeyError, though the name is not there")
     def test_looking_up_a_lone_surrogate(self, maker: Maker) -> None:
         with maker.make(SIZE, some()).open() as namespace:
             assert namespace.get("\ud800") is None
             with pytest.raises(dm.BitmapNotFoundError):
                 namespace["\ud800"]
 
-    @pytest.mark.xfail(strict=True, reason="AttributeError, also of `get`")
     def test_looking_up_what_is_no_string(self, maker: Maker) -> None:
         with maker.make(SIZE, some()).open() as namespace:
             for key in NO_STRINGS:
@@ -516,7 +514,6 @@ class NamespaceConformance:
         assert read(made) == shapes(some())
 
     @needs("change")
-    @pytest.mark.xfail(strict=True, reason="`in` of a transaction raises AttributeError or BitmapError")
     def test_what_no_bitmap_is_called_is_in_no_transaction(self, maker: Maker) -> None:
         with maker.make(SIZE, some()).changing() as bitmaps:
             for key in (*NO_STRINGS, "\ud800"):
