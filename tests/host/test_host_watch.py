@@ -22,10 +22,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host with a qcow2 node and a device on it, in another store than the default one."""
     monkeypatch.chdir(tmp_path)
     qemu.create(tmp_path / "q.qcow2", SIZE)
-    with dm.Host() as host:
-        host.add_qcow2("image", "q.qcow2")
     with dm.Host("other.dmap") as other:
-        other.add_device("device", "image")
+        other.add_qcow2("image", "q.qcow2")
+    with dm.Host() as host:
+        host.add_device("device", "image")
     for name in ("image", "device"):
         with dm.open(name) as opened, opened.transaction() as bitmaps:
             bitmaps["b"] = dm.Bitmap(SIZE)

@@ -210,7 +210,7 @@ class NamespaceConformance:
         with made.open() as namespace:
             assert isinstance(namespace, dm.Namespace)
             assert (type(namespace.size), namespace.size) == (int, SIZE)
-            assert namespace.format in ("qcow2", "dirtmap")
+            assert namespace.format in maker.formats
             assert namespace.cluster_size >= 512
             assert namespace.cluster_size & (namespace.cluster_size - 1) == 0
             assert namespace.where.startswith(namespace.path)
@@ -764,8 +764,9 @@ class NamespaceConformance:
                     with pytest.raises(dm.Error, match="the transaction has ended"):
                         act(bitmaps)
                 copy.mark(0, SIZE)
-                with pytest.raises(dm.Error, match="the transaction has ended"):
-                    _ = lazy.count
+                if maker.lazy:
+                    with pytest.raises(dm.Error, match="the transaction has ended"):
+                        _ = lazy.count
 
     @needs("change")
     def test_a_transaction_is_entered_once(self, maker: Maker) -> None:
@@ -1260,7 +1261,7 @@ class NamespaceConformance:
         made = maker.make(SIZE, some())
         with unchanged(made), made.open() as namespace, pytest.raises(dm.Error) as caught, namespace.hold("c"):
             pass
-        assert caught.type in (dm.BitmapError, dm.LockedError)
+        assert caught.type in (dm.BitmapError, dm.LockedError, dm.UnsupportedError)
 
     # Tracking.
 
@@ -1344,7 +1345,7 @@ class NamespaceConformance:
         made = maker.make(SIZE, some())
         with unchanged(made), made.open() as namespace, pytest.raises(dm.Error) as caught:
             namespace.track()
-        assert caught.type in (dm.BitmapError, dm.LockedError)
+        assert caught.type in (dm.BitmapError, dm.LockedError, dm.UnsupportedError)
 
     @lacking("change")
     def test_changes_that_are_refused(self, maker: Maker) -> None:

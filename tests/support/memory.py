@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import ClassVar
 
 import dirtmap.engine as dm
@@ -23,6 +22,7 @@ CLUSTER = 65536
 
 _sizes: dict[str, int] = {}
 _contents: dict[str, dict[str, dm.Bitmap]] = {}
+_changing: set[str] = set()
 
 
 class MemoryNamespace(Namespace):
@@ -44,6 +44,9 @@ class MemoryNamespace(Namespace):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[dm.Transaction]:
+        if self.path in _changing:
+            raise dm.LockedError(self.path, "held by this very process")
+        _changing.add(self.path)
         bitmaps = dm.Transaction(self.where, self.size, CLUSTER, {n: b.copy() for n, b in self._bitmaps.items()})
         try:
             yield bitmaps
@@ -53,6 +56,7 @@ class MemoryNamespace(Namespace):
             self._bitmaps.update(changed)
         finally:
             bitmaps.close()
+            _changing.remove(self.path)
 
     def recover(self, names: Iterable[str] = ()) -> list[dm.Recovery]:
         for name in names:
@@ -72,7 +76,8 @@ class MemoryNamespace(Namespace):
         return [name.encode("utf-8", "surrogateescape") for name in self._bitmaps]
 
     def _load(self, name: bytes) -> dm.Bitmap | None:
-        return self._bitmaps.get(name.decode("utf-8", "surrogateescape"))
+        found = self._bitmaps.get(name.decode("utf-8", "surrogateescape"))
+        return None if found is None else found.copy().freeze()
 
 
 class MemoryKind(Kind):
@@ -107,12 +112,14 @@ class _MadeInMemory(Made):
 
     def stored(self) -> bytes:
         found = _contents[self.target]
-        return repr([(name, b.granularity, b.recording, b.packed()) for name, b in found.items()]).encode()
+        return repr([(name, b.granularity, b.recording, bytes(b.packed())) for name, b in found.items()]).encode()
 
 
 class MemoryMaker(Maker):
     """A disk in memory."""
 
+    formats = ("memory",)
+    lazy = False
     lacks: ClassVar = {
         "hold": "no other process could see the hold",
         "track": "a death would take the bitmaps as well",
@@ -134,8 +141,3 @@ class MemoryMaker(Maker):
     def make(self, size: int, bitmaps: Bitmaps | None = None, inconsistent: Iterable[str] = ()) -> Made:
         assert not list(inconsistent)
         return super().make(size, bitmaps)
-
-
-def forget(folder: Path) -> None:
-    for path in [path for path in _contents if path.startswith(f"{folder}/")]:
-        del _contents[path], _sizes[path]
