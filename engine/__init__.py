@@ -8,7 +8,17 @@
             bitmaps["week"] |= bitmaps["monday"]
             del bitmaps["monday"]
 
-Everything here is imported on first use, so that `import dirtmap.engine` costs next to nothing.
+There are only a few types to know:
+
+    Host          the images, stores and names of a machine; a program makes one, and `open` and its like make their own
+    Handle        an opened image or device: a read-only mapping of names to bitmaps, that can be tracked and held
+    Bitmap        a value: which granules of a disk are dirty
+    Transaction   a mutable mapping of names to bitmaps, committed at the end of its block; see also `changes`
+    Tracker       marks writes while they are made
+    Error         the root of everything that is raised on purpose
+
+Everything here is imported on first use, so that `import dirtmap.engine` costs next to nothing. What happens behind the
+scenes, a recovery, a doubt, a repair, is logged by `logging` under ``dirtmap.engine``, which is silent by default.
 """
 
 from __future__ import annotations
@@ -17,11 +27,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dirtmap.fmt.errors import (
+    ArgumentError,
     BitmapError,
     BitmapNotFoundError,
     Error,
     FormatError,
+    GoneError,
     LockedError,
+    MovedError,
     RangeError,
     StorageError,
     SyncError,
@@ -29,77 +42,143 @@ from dirtmap.fmt.errors import (
 )
 
 if TYPE_CHECKING:
-    from dirtmap.engine.host.lookup import Lookup
-    from dirtmap.engine.host.opening import check, describe, dump, open, recover, this_host, transaction
-    from dirtmap.engine.host.registry import Host
-    from dirtmap.engine.host.scan import scan
+    from dirtmap.engine.host.calls import check, describe, dump, open, recover, this_host, transaction
+    from dirtmap.engine.host.handle import Handle
+    from dirtmap.engine.host.host import Host, Target
+    from dirtmap.engine.host.kind import Address, Kind
+    from dirtmap.engine.host.lookup import BitmapAddress, Lookup
+    from dirtmap.engine.host.maintenance import Verification
+    from dirtmap.engine.host.maintenance import rebuild as rebuild_index
+    from dirtmap.engine.host.maintenance import stats as index_stats
+    from dirtmap.engine.host.maintenance import verify as verify_index
+    from dirtmap.engine.host.resolver import BitmapMatch
+    from dirtmap.engine.host.scan import Summary, scan
+    from dirtmap.engine.model import changes
     from dirtmap.engine.model.bitmap import Bitmap
-    from dirtmap.engine.model.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+    from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery, Status
+    from dirtmap.engine.model.namespace import Namespace
     from dirtmap.engine.model.report import CheckReport, Finding
-    from dirtmap.engine.tracking.tracker import Tracker
+    from dirtmap.engine.model.transaction import Transaction
+    from dirtmap.engine.namespaces.compact import Compaction
+    from dirtmap.engine.namespaces.devices import Device
+    from dirtmap.engine.namespaces.nodes import Node
+    from dirtmap.engine.storefile.file import create as create_store
+    from dirtmap.engine.tracking.kernel import Ticket
+    from dirtmap.engine.tracking.tracker import Tracker, Write
 
-_HOMES = {
-    "Bitmap": "model.bitmap",
-    "BitmapInfo": "model.namespace",
-    "CheckReport": "model.report",
-    "Finding": "model.report",
-    "Host": "host.registry",
-    "ImageInfo": "model.namespace",
-    "Lookup": "host.lookup",
-    "Namespace": "model.namespace",
-    "Recovery": "model.namespace",
-    "Tracker": "tracking.tracker",
-    "Transaction": "model.namespace",
-    "check": "host.opening",
-    "describe": "host.opening",
-    "dump": "host.opening",
-    "open": "host.opening",
-    "recover": "host.opening",
-    "scan": "host.scan",
-    "this_host": "host.opening",
-    "transaction": "host.opening",
+    __version__: str
+
+# Where each name is: a module of this package, and its name there; None for the module itself.
+_HOMES: dict[str, tuple[str, str | None]] = {
+    "Address": ("host.kind", "Address"),
+    "Bitmap": ("model.bitmap", "Bitmap"),
+    "BitmapAddress": ("host.lookup", "BitmapAddress"),
+    "BitmapInfo": ("model.infos", "BitmapInfo"),
+    "BitmapMatch": ("host.resolver", "BitmapMatch"),
+    "CheckReport": ("model.report", "CheckReport"),
+    "Compaction": ("namespaces.compact", "Compaction"),
+    "Device": ("namespaces.devices", "Device"),
+    "Finding": ("model.report", "Finding"),
+    "Handle": ("host.handle", "Handle"),
+    "Host": ("host.host", "Host"),
+    "ImageInfo": ("model.infos", "ImageInfo"),
+    "Kind": ("host.kind", "Kind"),
+    "Lookup": ("host.lookup", "Lookup"),
+    "Namespace": ("model.namespace", "Namespace"),
+    "Node": ("namespaces.nodes", "Node"),
+    "Recovery": ("model.infos", "Recovery"),
+    "Status": ("model.infos", "Status"),
+    "Summary": ("host.scan", "Summary"),
+    "Target": ("host.host", "Target"),
+    "Ticket": ("tracking.kernel", "Ticket"),
+    "Tracker": ("tracking.tracker", "Tracker"),
+    "Transaction": ("model.transaction", "Transaction"),
+    "Verification": ("host.maintenance", "Verification"),
+    "Write": ("tracking.tracker", "Write"),
+    "changes": ("model.changes", None),
+    "check": ("host.calls", "check"),
+    "create_store": ("storefile.file", "create"),
+    "describe": ("host.calls", "describe"),
+    "dump": ("host.calls", "dump"),
+    "index_stats": ("host.maintenance", "stats"),
+    "open": ("host.calls", "open"),
+    "rebuild_index": ("host.maintenance", "rebuild"),
+    "recover": ("host.calls", "recover"),
+    "scan": ("host.scan", "scan"),
+    "this_host": ("host.calls", "this_host"),
+    "transaction": ("host.calls", "transaction"),
+    "verify_index": ("host.maintenance", "verify"),
 }
 
 __all__ = [
+    "Address",
+    "ArgumentError",
     "Bitmap",
+    "BitmapAddress",
     "BitmapError",
     "BitmapInfo",
+    "BitmapMatch",
     "BitmapNotFoundError",
     "CheckReport",
+    "Compaction",
+    "Device",
     "Error",
     "Finding",
     "FormatError",
+    "GoneError",
+    "Handle",
     "Host",
     "ImageInfo",
+    "Kind",
     "LockedError",
     "Lookup",
+    "MovedError",
     "Namespace",
+    "Node",
     "RangeError",
     "Recovery",
+    "Status",
     "StorageError",
+    "Summary",
     "SyncError",
+    "Target",
+    "Ticket",
     "Tracker",
     "Transaction",
     "UnsupportedError",
+    "Verification",
+    "Write",
+    "changes",
     "check",
+    "create_store",
     "describe",
     "dump",
+    "index_stats",
     "open",
+    "rebuild_index",
     "recover",
     "scan",
     "this_host",
     "transaction",
+    "verify_index",
 ]
 
 
 def __dir__() -> list[str]:
     """All names, also those not imported yet: what `dir`, `help` and pydoc go by."""
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, "__version__"})
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__version__":  # read when it is asked for: that takes longer than all else here
+        from importlib.metadata import version
+
+        value: Any = version("dirtmap")
+    elif name in _HOMES:
+        module, there = _HOMES[name]
+        value = importlib.import_module(f"{__name__}.{module}")
+        value = value if there is None else getattr(value, there)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -15,6 +15,7 @@ from dirtmap.engine.system.medium import medium_of
 from dirtmap.fmt import qcow2, store
 from dirtmap.fmt.errors import StorageError, printable
 from dirtmap.fmt.store import Identity, Record
+from dirtmap.fmt.structures.qcow2 import HEADER_V2
 
 _SECOND_NS = 1_000_000_000
 # Linux before 6.13 takes the time of a write from a clock that steps every 1 to 10 ms. Where it has whole seconds, as
@@ -163,9 +164,9 @@ def disk_size(path: str) -> int:
         StorageError: it cannot be looked at.
     """
     with open_file(path) as file:
-        head = file.read(0, qcow2.HEADER_V2.size)
-        if head[: len(qcow2.MAGIC)] == qcow2.MAGIC and len(head) == qcow2.HEADER_V2.size:
-            return int(qcow2.HEADER_V2.parse(head).size)
+        head = file.read(0, HEADER_V2.size)
+        if head[: len(qcow2.MAGIC)] == qcow2.MAGIC and len(head) == HEADER_V2.size:
+            return int(HEADER_V2.parse(head).size)
         return file.size()
 
 
@@ -192,7 +193,7 @@ def carries(record: Record) -> bool:
     Raises:
         StorageError: it cannot be read.
     """
-    from dirtmap.engine.namespaces.image import read_identity
+    from dirtmap.engine.qcow2.reading import read_identity
 
     found = read_identity(os.fsdecode(record.path))
     return found is not None and uuid.UUID(found[1]).bytes == record.uuid

@@ -1,14 +1,14 @@
-"""The error family: one root, one class per situation a caller handles differently.
+"""The exceptions: one base class, and one class for each situation that a caller handles differently.
 
-Every message is one line, ``WHERE: what is wrong``: WHERE names the file and, where a structure is
-at fault, the field inside it. The root is public as `dirtmap.engine.Error`.
+Every message is one line, ``WHERE: what is wrong``. WHERE names the file and, if a structure is at fault, the field
+in it. The base class is public as `dirtmap.engine.Error`.
 """
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """The text on one line and harmless to a terminal: with backslash escapes for what is not printable."""
+    """Returns the text with backslash escapes for unprintable characters: one line, and harmless to a terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
@@ -20,11 +20,16 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number and what it counts, as ``1 bitmap`` or ``2 bitmaps``; ``many`` where an s does not make it several."""
+    return f"{number} {one}" if number == 1 else f"{number} {many or one + 's'}"
+
+
 class Error(Exception):
-    """Root of everything dirtmap raises on purpose.
+    """Base class of everything that dirtmap raises on purpose.
 
     Attributes:
-        where: the file, and the field inside it, as ``disk.qcow2: bitmaps.directory_offset``.
+        where: the file, and possibly the field in it, such as ``disk.qcow2: bitmaps.directory_offset``.
         what: what is wrong with it, one line.
     """
 
@@ -38,29 +43,33 @@ class Error(Exception):
 
 
 class FormatError(Error):
-    """Bytes on disk that break the format, or that would be unsafe to act on."""
+    """Bytes on disk break the format, or would be unsafe to act on."""
 
 
 class UnsupportedError(Error):
-    """Sound bytes that ask for something dirtmap does not know, or must not write."""
+    """The bytes are sound, but need a feature that dirtmap does not know or must not write."""
 
 
 class BitmapError(Error):
-    """The bitmap asked for cannot be used so: unknown name, name taken, inconsistent, wrong size."""
+    """A bitmap cannot be used in this way: its name is unknown or taken, its state or size does not allow it."""
 
 
 class BitmapNotFoundError(BitmapError, KeyError):
-    """No bitmap has that name in the namespace."""
+    """The namespace has no bitmap of that name."""
 
     __str__ = Error.__str__
 
 
+class MovedError(BitmapError):
+    """The bitmaps are in another container by now: checked out for a tracker, or checked in again."""
+
+
 class LockedError(Error):
-    """Another process holds the image; ``what`` names it as far as it can be known."""
+    """Another process has locked the image; ``what`` names that process if it can be found."""
 
 
 class GoneError(LockedError):
-    """What was open is another file by now, or has lost what this process had in it: it will not come back."""
+    """The open file was replaced, or what this process had stored in it is gone. Trying again does not help."""
 
 
 class StorageError(Error):
@@ -68,8 +77,12 @@ class StorageError(Error):
 
 
 class SyncError(StorageError):
-    """A sync failed: what of the data is durable is not known, and asking again would not tell."""
+    """A sync failed: it is unknown which data is durable, and another sync would not tell."""
+
+
+class ArgumentError(Error, ValueError):
+    """An argument that is none of the values it may have; nothing was read or written."""
 
 
 class RangeError(Error, ValueError):
-    """A byte range that lies outside the disk, is negative or overflows; nothing was marked."""
+    """A byte range lies outside the disk, is negative or overflows. Nothing was marked."""

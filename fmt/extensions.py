@@ -1,29 +1,34 @@
-"""The header-extension chain that qcow2 and the store share: type, length, data padded to 8 bytes, ... end marker.
+"""The chain of header extensions, which qcow2 images and stores share.
+
+Each extension is a type, a length, and data padded to 8 bytes. An end marker follows the last one.
 
     start                                                                limit
       | type | length | data ... | pad | type | length | data | 0 | 0 | ... |
       |<---------- extension --------->|<---- extension ----->|<-end->|
 
-Source: docs/interop/qcow2.txt, "Header extensions". A type is a u32, so is a length (bytes of data without padding).
+Type and length are u32; the length is in bytes and does not count the padding.
+Source: docs/interop/qcow2.txt, "Header extensions".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
-from construct import Int32ub
-
 from dirtmap.fmt.geometry import align_up
-from dirtmap.fmt.structure import Structure
 
 END = 0
-EXTENSION_HEAD = Structure("extension", "type" / Int32ub, "length" / Int32ub)
-END_MARKER = EXTENSION_HEAD.build(type=END, length=0)
+HEAD_SIZE = 8  # bytes of a type and a length
+END_MARKER = END.to_bytes(4, "big") + bytes(4)
 
 
 class Extension(NamedTuple):
-    """One header extension as found: ``offset`` of its head in bytes from the start of the file, ``data`` unpadded."""
+    """One header extension as found.
+
+    Attributes:
+        type: which kind of extension it is.
+        offset: where its head begins, in bytes from the start of the file.
+        data: its data without padding.
+    """
 
     type: int
     offset: int
@@ -32,11 +37,11 @@ class Extension(NamedTuple):
     @property
     def data_offset(self) -> int:
         """Where the data begins, in bytes from the start of the file."""
-        return self.offset + EXTENSION_HEAD.size
+        return self.offset + HEAD_SIZE
 
     @property
     def end(self) -> int:
-        """Where the next extension begins."""
+        """Where the next extension begins, in bytes from the start of the file."""
         return align_up(self.data_offset + len(self.data), 8)
 
 
@@ -45,8 +50,8 @@ class Chain(NamedTuple):
 
     Attributes:
         extensions: in their order on disk.
-        end: offset of the end marker, or of the first byte that is not part of the chain where there is no marker.
-        terminated: True where an end marker was found.
+        end: offset of the end marker. If there is no marker: of the first byte that is not part of the chain.
+        terminated: True if an end marker was found.
         fault: why parsing stopped early, or None.
     """
 
@@ -54,34 +59,3 @@ class Chain(NamedTuple):
     end: int
     terminated: bool
     fault: str | None
-
-
-def parse_chain(data: bytes, start: int, limit: int) -> Chain:
-    """Parses the chain in ``data[start:limit]``; offsets are those in ``data``.
-
-    QEMU accepts a chain that runs up to the limit without an end marker, so do we (block/qcow2.c,
-    qcow2_read_extensions).
-    """
-    extensions: list[Extension] = []
-    at = start
-    while at + EXTENSION_HEAD.size <= limit:
-        head = EXTENSION_HEAD.parse(data, at)
-        kind, length = head.type, head.length
-        body = at + EXTENSION_HEAD.size
-        if length > limit - body:  # QEMU judges an end marker by that as well
-            return Chain(extensions, at, False, f"extension {kind:#010x} of {length} bytes ends past byte {limit}")
-        if kind == END:
-            return Chain(extensions, at, True, None)
-        extensions.append(Extension(kind, at, data[body : body + length]))
-        at = align_up(body + length, 8)
-    return Chain(extensions, at, False, None)
-
-
-def build_extension(kind: int, data: bytes) -> bytes:
-    """One extension, padded with zeros to a multiple of 8 bytes."""
-    return EXTENSION_HEAD.build(type=kind, length=len(data)) + data.ljust(align_up(len(data), 8), b"\0")
-
-
-def build_chain(extensions: Iterable[tuple[int, bytes]]) -> bytes:
-    """A whole chain of (type, data), with its end marker."""
-    return b"".join(build_extension(kind, data) for kind, data in extensions) + END_MARKER

@@ -1,7 +1,7 @@
-"""Size, granularity and cluster arithmetic, with every limit and where it comes from.
+"""Arithmetic on sizes, granularities and clusters, with the limits of each and the source of every limit.
 
-Units: *bytes* unless a name says otherwise. A *granule* is ``granularity`` bytes of the disk and one
-bit of a bitmap; a *cluster* is the unit of allocation inside a container.
+Sizes are in *bytes* unless a name says otherwise. A *granule* is ``granularity`` bytes of the disk and has one bit in a
+bitmap. A *cluster* is the unit of allocation in a container.
 
     disk       |----granule----|----granule----|----granule----|--granule (partial)|
     bitmap          bit 0           bit 1           bit 2           bit 3
@@ -24,42 +24,42 @@ MAX_GRANULARITY_BITS = 31
 MIN_DEFAULT_GRANULARITY = 4096
 MAX_DEFAULT_GRANULARITY = 65536
 
-# Disk sizes are signed 64-bit throughout QEMU (and in our int64 extents).
+# Disk sizes are signed 64-bit numbers throughout QEMU, and in our int64 extents.
 MAX_DISK_SIZE = 2**63 - 1
 
 
 def ceil_div(value: int, unit: int) -> int:
-    """``value / unit`` rounded up; both non-negative integers."""
+    """Returns ``value / unit`` rounded up. Both are non-negative integers."""
     return -(-value // unit)
 
 
 def align_up(value: int, unit: int) -> int:
-    """The smallest multiple of ``unit`` that is not below ``value``."""
+    """Returns the smallest multiple of ``unit`` that is not below ``value``."""
     return ceil_div(value, unit) * unit
 
 
 def is_power_of_two(value: int) -> bool:
-    """True for 1, 2, 4, 8, ..."""
+    """Returns True for 1, 2, 4, 8, ..."""
     return value > 0 and not value & (value - 1)
 
 
 def is_granularity(value: int) -> bool:
-    """True where ``value`` (bytes) is a power of two that QEMU accepts: 512 bytes to 2 GiB."""
+    """Returns True if ``value`` (bytes) is a granularity that QEMU accepts: a power of two from 512 bytes to 2 GiB."""
     return is_power_of_two(value) and MIN_GRANULARITY_BITS <= value.bit_length() - 1 <= MAX_GRANULARITY_BITS
 
 
 def granules(size: int, granularity: int) -> int:
-    """How many bits a bitmap over ``size`` bytes has: the last one may cover less than a granule."""
+    """Returns how many bits a bitmap of a disk of ``size`` bytes has. The last bit may cover less than a granule."""
     return ceil_div(size, granularity)
 
 
 def packed_bytes(size: int, granularity: int) -> int:
-    """How many bytes those bits take, packed."""
+    """Returns how many bytes these bits take when packed."""
     return ceil_div(granules(size, granularity), 8)
 
 
 def table_entries(size: int, granularity: int, cluster_size: int) -> int:
-    """How many clusters (so, table entries) those bytes take.
+    """Returns how many clusters the packed bits take, which is the number of entries in the bitmap table.
 
     Source: docs/interop/qcow2.txt, "Bitmap table": one entry for each cluster of bitmap data.
     """
@@ -67,7 +67,7 @@ def table_entries(size: int, granularity: int, cluster_size: int) -> int:
 
 
 def default_granularity(cluster_size: int) -> int:
-    """The granularity a bitmap gets when none is asked for: the cluster size within 4 KiB to 64 KiB.
+    """Returns the granularity of a bitmap for which none was asked: the cluster size, but from 4 KiB to 64 KiB.
 
     Source: QEMU, block/dirty-bitmap.c, bdrv_get_default_bitmap_granularity.
     """

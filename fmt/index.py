@@ -1,4 +1,4 @@
-"""The index: keys and values of the LMDB database that tells, across a host, which container has what.
+"""The index: keys of the LMDB database that says which container of a host has which namespaces and bitmaps.
 
     c path               what a container looked like when it was read        n name             namespaces of that name
     i number             a container's path                                   u uuid             namespaces of that UUID
@@ -7,28 +7,26 @@
     v                    version of all this, numbers given out               b holder bitmap    bitmaps of that address
                                                                               f bitmap holder    the same, by bitmap
 
-A *holder* is a named namespace, or the path of an image without a name; its first byte keeps the two apart. Variable
-parts end with a NUL, or are replaced by a digest where they are long, so that no two keys can be taken for each other
-and "all keys that begin with these parts" is a prefix. Every value ends with a CRC32C over its key and the rest.
-All numbers are big-endian. Source of every rule: SPEC.md, "The index".
+A *holder* is a node or device, or the path of an image without a name. Its first byte says which. A part of variable
+length ends with a NUL, and a long one is replaced by a digest. So no two keys can be mistaken for each other, and all
+keys that begin with the same parts have a prefix of their own. Every value ends with a CRC32C of its key and the rest
+of the value. Numbers are big-endian. The values' structures are in `dirtmap.fmt.structures.index`. Source of every
+rule: SPEC.md, "The index".
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import crc32c
-from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 
-from dirtmap.fmt.store import AREA
-from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.store import AREA_SIZE
 
 VERSION = 1
-MAX_SEEN = 1 << 61  # generation of a store's commit that is remembered: half of what there can be
-# The CRC32C of anything followed by its own CRC32C, little-endian.
+MAX_SEEN = 1 << 61  # highest generation of a seen commit that is kept: half of what a store can have
+# The CRC32C of any bytes followed by their own CRC32C, little-endian.
 RESIDUE = 0x48674BC7
 
 CONTAINER, PATH, MEMBERS, SEEN, STATE = b"c", b"i", b"m", b"s", b"v"
@@ -46,12 +44,12 @@ TAGS = {
     FOUND: "bitmap by name",
     STATE: "state",
 }
-NO_AREA = bytes(AREA.size)  # the area pointer in the members of what has no namespace table
-NAMED, UNNAMED = b"N", b"P"  # first byte of a holder: a node or device, or an image that has no name
-_LONGEST = 200  # bytes of a part that stand in a key as they are; LMDB keys have 511 at most
-_SURE = _LONGEST // 4  # characters that are no more bytes than that, with a holder's first one
+NO_AREA = bytes(AREA_SIZE)  # area pointer in the members of a container without a namespace table
+NAMED, UNNAMED = b"N", b"P"  # first byte of a holder: a node or device; an image without a name
+_LONGEST = 200  # bytes of the longest part that is not replaced by a digest; an LMDB key has at most 511
+_SURE = _LONGEST // 4  # so many characters, with a holder's first byte, are never more bytes than that
 _DIGEST = 32
-# What a key has behind its first byte: parts of so many bytes; 0 is a variable one.
+# The parts of a key behind its first byte: the length of each in bytes, or 0 for a variable length.
 _KEY_PARTS = {
     CONTAINER: (0,),
     PATH: (8,),
@@ -66,110 +64,71 @@ _KEY_PARTS = {
     STATE: (),
 }
 
-STATE_VALUE = Structure("index state", "version" / Int32ub, "reserved" / Int32ub, "containers" / Int64ub)
-CONTAINER_VALUE = Structure(
-    "index container",
-    "number" / Int64ub,
-    "kind" / Int8ub,
-    "condition" / Int8ub,
-    "racy" / Int8ub,
-    "reserved" / Int8ub,
-    "buckets" / Int32ub,
-    "device" / Int64ub,
-    "inode" / Int64ub,
-    "mtime" / Int64ub,
-    "ctime" / Int64ub,
-    "size" / Int64ub,
-    "generation" / Int64ub,
-    "commit_id" / Bytes(16),
-    "uuid" / Bytes(16),
-)
-SEEN_VALUE = Structure("index seen commit", "generation" / Int64ub, "commit_id" / Bytes(16), "container" / Int64ub)
-NAMESPACE_VALUE = Structure(
-    "index namespace",
-    "container" / Int64ub,
-    "kind" / Int8ub,
-    "reserved" / Bytes(3),
-    "name_size" / Int16ub,
-    "path_size" / Int16ub,
-    "uuid" / Bytes(16),
-    "root_uuid" / Bytes(16),
-    "size" / Int64ub,
-    "directory_offset" / Int64ub,
-    "directory_length" / Int32ub,
-    "directory_checksum" / Int32ub,
-)
-BITMAP_VALUE = Structure(
-    "index bitmap",
-    "container" / Int64ub,
-    "flags" / Int32ub,
-    "granularity_bits" / Int16ub,
-    "reserved" / Int16ub,
-    "uuid" / Bytes(16),
-)
-
 # Kinds of containers.
 KIND_QCOW2, KIND_STORE, KIND_FAULTY = 1, 2, 3
-# Conditions: what the last reading found.
+# Conditions of containers: what was found when they were last read.
 SOUND, DAMAGED, HELD = 0, 1, 2
 CONDITION_NAMES = {SOUND: "sound", DAMAGED: "damaged", HELD: "held"}
 
 
 class BadValueError(ValueError):
-    """A value that its checksum or its form gives away; the index is rebuilt."""
+    """A value is damaged: its checksum or its structure is wrong. The index is rebuilt then."""
 
 
 def part(data: bytes) -> bytes:
-    """A variable part of a key, itself without NUL: it and a NUL; or, where it is long, a NUL and a digest of it."""
+    """Returns a part of variable length as it stands in a key: itself and a NUL, or if it is long a NUL and a digest.
+
+    ``data`` must not contain a NUL.
+    """
     if len(data) <= _LONGEST:
         return data + b"\0"
     return b"\0" + hashlib.blake2b(data, digest_size=_DIGEST).digest()
 
 
 def number(value: int) -> bytes:
-    """A container's number in a key: eight bytes."""
+    """Returns a container's number as it stands in a key: eight bytes."""
     return value.to_bytes(8, "big")
 
 
 def bitmap_key(holder: bytes, bitmap: bytes) -> bytes:
-    """Of a bitmap's address; ``holder`` as `named` or `unnamed` make it."""
+    """Returns the key of a bitmap's address. ``holder`` comes from `named` or `unnamed`."""
     return BITMAP + part(holder) + part(bitmap)
 
 
 def address_key(node: str, name: str) -> bytes:
-    """`bitmap_key` of a node's or device's bitmap: the same, for the path that has to be fast."""
+    """Returns the `bitmap_key` of a node's or device's bitmap. Faster, for the look-up that has to be fast."""
     if len(node) < _SURE and len(name) < _SURE:
         return f"bN{node}\0{name}\0".encode("utf-8", "surrogateescape")
     return bitmap_key(named(node.encode("utf-8", "surrogateescape")), name.encode("utf-8", "surrogateescape"))
 
 
 def named(name: bytes) -> bytes:
-    """The holder that is a node or device."""
+    """Returns the holder for a node or device."""
     return NAMED + name
 
 
 def unnamed(path: bytes) -> bytes:
-    """The holder that is an image without a name."""
+    """Returns the holder for an image without a name."""
     return UNNAMED + path
 
 
 def seal(key: bytes, contents: bytes) -> bytes:
-    """A value as stored: the contents, then the CRC32C of key and contents, little-endian."""
+    """Returns a value as stored: the contents, then the CRC32C of key and contents, little-endian."""
     return contents + crc32c.crc32c(key + contents).to_bytes(4, "little")
 
 
 def is_sound(key: bytes, value: bytes) -> bool:
-    """True where a value's checksum is right."""
+    """Returns True if a value's checksum is right. ``value`` includes the checksum."""
     return bool(crc32c.crc32c(key + value) == RESIDUE)
 
 
 def damage(key: bytes) -> str:
-    """What is said of a value with a wrong checksum."""
+    """Returns the message for a value with a wrong checksum."""
     return f"{TAGS.get(key[:1], 'unknown')} {key[1:41].hex()}: its checksum is wrong"
 
 
 def key_text(key: bytes) -> str:
-    """A key for people: what its value is, and its parts; a key of another form in hexadecimal."""
+    """Returns a key as people read it: what its value is, and its parts. An unknown key is shown in hexadecimal."""
     parts, at = [], 1
     for size in _KEY_PARTS.get(key[:1], ()):
         end = at + size if size else key.find(b"\0", at)
@@ -188,29 +147,18 @@ def key_text(key: bytes) -> str:
     return f"{what}: {', '.join(parts)}" if parts else what
 
 
-def parse_all(structure: Structure, contents: bytes) -> list[Any]:
-    """The records of that structure, one behind the other.
-
-    Raises:
-        BadValueError: a part of a record is left.
-    """
-    if len(contents) % structure.size:
-        raise BadValueError(f"{structure.name}: {len(contents)} bytes are not a multiple of {structure.size}")
-    return [structure.parse(contents, at) for at in range(0, len(contents), structure.size)]
-
-
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A namespace as a container has it.
+    """A namespace, as its container describes it.
 
     Attributes:
-        name: raw bytes; empty for an image without a name.
+        name: of the node or device, raw bytes; empty for an image without a name.
         kind: as in a store's record: node, device, place or container.
-        uuid: 16 bytes; zeros where it has none.
-        root_uuid: of a device.
-        size: of the disk, bytes.
-        path: of the image, raw bytes, where the container tells.
-        directory: offset, length and CRC32C of its directory; if they are the same, so are its bitmaps.
+        uuid: of the namespace, 16 bytes; zeros if it has none.
+        root_uuid: of a device's root node, 16 bytes.
+        size: of the virtual disk, bytes.
+        path: of the image, raw bytes, if the container says it.
+        directory: offset, length (bytes) and CRC32C of its directory. While they stay the same, so do its bitmaps.
     """
 
     name: bytes
@@ -222,63 +170,16 @@ class Member:
     directory: tuple[int, int, int] = (0, 0, 0)
 
 
-def _build_namespace(container: int, member: Member) -> bytes:
-    """A namespace as it stands in a value: fixed fields, then its name and its path."""
-    offset, length, checksum = member.directory
-    fixed = NAMESPACE_VALUE.build(
-        container=container,
-        kind=member.kind,
-        reserved=bytes(3),
-        name_size=len(member.name),
-        path_size=len(member.path),
-        uuid=member.uuid,
-        root_uuid=member.root_uuid,
-        size=member.size,
-        directory_offset=offset,
-        directory_length=length,
-        directory_checksum=checksum,
-    )
-    return fixed + member.name + member.path
-
-
-def build_namespaces(namespaces: Iterable[tuple[int, Member]]) -> bytes:
-    """Namespaces as they stand in a value, each with the number of its container."""
-    return b"".join(_build_namespace(container, member) for container, member in namespaces)
-
-
-def parse_namespaces(contents: bytes | None) -> Iterator[tuple[int, Member]]:
-    """The namespaces in a value, each with the number of its container; none where there is no value.
-
-    Raises:
-        BadValueError: one ends behind the value.
-    """
-    at, contents = 0, contents or b""
-    while at < len(contents):
-        if at + NAMESPACE_VALUE.size > len(contents):
-            raise BadValueError("a namespace is cut short")
-        raw = NAMESPACE_VALUE.parse(contents, at)
-        at += NAMESPACE_VALUE.size
-        path = at + raw.name_size
-        end = path + raw.path_size
-        if end > len(contents):
-            raise BadValueError("a namespace's name or path is cut short")
-        yield (
-            raw.container,
-            Member(
-                name=contents[at:path],
-                kind=raw.kind,
-                uuid=raw.uuid,
-                root_uuid=raw.root_uuid,
-                size=raw.size,
-                path=contents[path:end],
-                directory=(raw.directory_offset, raw.directory_length, raw.directory_checksum),
-            ),
-        )
-        at = end
-
-
 class Claim(NamedTuple):
-    """A bitmap as a container has it: the container's number, directory flags, log2 of the granularity, namespace."""
+    """A bitmap, as its container describes it.
+
+    Attributes:
+        container: number of the container.
+        flags: of the directory entry.
+        granularity_bits: log2 of the granularity in bytes.
+        reserved: 0.
+        uuid: of the bitmap's namespace, 16 bytes.
+    """
 
     container: int
     flags: int
@@ -287,30 +188,6 @@ class Claim(NamedTuple):
     uuid: bytes
 
 
-def build_bitmap(name: bytes, claims: Iterable[Claim]) -> bytes:
-    """The contents of a bitmap's value: all who have one at the address, then its name, and the name's length."""
-    return b"".join(BITMAP_VALUE.build(**claim._asdict()) for claim in claims) + name + len(name).to_bytes(2, "big")
-
-
-def parse_bitmap(contents: bytes) -> tuple[bytes, list[Claim]]:
-    """A bitmap's name and who has one at that address. Errors as `parse_all`."""
-    end = len(contents) - 2 - int.from_bytes(contents[-2:], "big")
-    if end < 0:
-        raise BadValueError("a bitmap's name is cut short")
-    return contents[end:-2], [Claim._make(raw) for raw in parse_all(BITMAP_VALUE, contents[:end])]
-
-
 def members_key(container: int, bucket: int) -> bytes:
-    """Of what a bucket of a container's namespace table contributed; an image has bucket 0."""
+    """Returns the key of the namespaces in one bucket of a container's namespace table. An image has bucket 0 only."""
     return MEMBERS + number(container) + bucket.to_bytes(4, "big")
-
-
-def build_members(pointer: bytes, members: Iterable[tuple[int, Member]]) -> bytes:
-    """The contents of its value: the bucket's area pointer, then its namespaces, as `build_namespaces`."""
-    return pointer + build_namespaces(members)
-
-
-def parse_members(contents: bytes | None) -> tuple[bytes, Iterator[tuple[int, Member]]]:
-    """The area pointer of a bucket, empty where there is no value, and its namespaces, as `parse_namespaces`."""
-    contents = contents or b""
-    return contents[: AREA.size], parse_namespaces(contents[AREA.size :])

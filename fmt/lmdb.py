@@ -1,76 +1,16 @@
-"""The two meta pages that an LMDB database begins with: which transaction's pages count, and how many there are.
+"""LMDB databases: the two meta pages at their beginning, which say which pages are in use.
 
-Numbers are in the byte order of the machine that made it, and as wide as on 64-bit machines; elsewhere a database would
-look foreign at every opening. Source: LMDB's mdb.c (MDB_page, MDB_meta, MDB_db, mdb_env_read_header).
+Numbers are in the byte order of the machine that made the database, and as wide as on 64-bit machines. On any other
+machine the database is not recognized. The structure is in `dirtmap.fmt.structures.lmdb`.
+Source: LMDB's mdb.c (MDB_page, MDB_meta, MDB_db, mdb_env_read_header).
 """
 
 from __future__ import annotations
 
-from construct import Int16un, Int32un, Int64un
-
-from dirtmap.fmt.structure import Structure
-
-META_PAGE = Structure(
-    "lmdb meta page",
-    "number" / Int64un,
-    "pad" / Int16un,
-    "flags" / Int16un,
-    "bounds" / Int32un,
-    "magic" / Int32un,
-    "version" / Int32un,
-    "address" / Int64un,
-    "mapsize" / Int64un,
-    "page_size" / Int32un,  # md_pad of the free list
-    "free_flags" / Int16un,
-    "free_depth" / Int16un,
-    "free_branch_pages" / Int64un,
-    "free_leaf_pages" / Int64un,
-    "free_overflow_pages" / Int64un,
-    "free_entries" / Int64un,
-    "free_root" / Int64un,
-    "main_pad" / Int32un,
-    "main_flags" / Int16un,
-    "main_depth" / Int16un,
-    "branch_pages" / Int64un,
-    "leaf_pages" / Int64un,
-    "overflow_pages" / Int64un,
-    "entries" / Int64un,
-    "root" / Int64un,
-    "last_page" / Int64un,
-    "transaction" / Int64un,
-)
 MAGIC, VERSION = 0xBEEFC0DE, 1
-FLAG_META = 0x08  # of a page
-FLAGS_FREE = 0x08  # of the free list: its keys are integers
-NO_ROOT = 2**64 - 1
+FLAG_META = 0x08  # flag of a page: it is a meta page
+FLAGS_FREE = 0x08  # flags of the free list: its keys are integers
+NO_ROOT = 2**64 - 1  # root page of an empty tree
 PAGE_SIZES = tuple(1 << bits for bits in range(9, 17))
-MAX_SPACE = 1 << 46  # bytes; what a process can map is not much more
-META_BYTES = 2 * PAGE_SIZES[-1]  # enough of a file to have both meta pages
-
-
-def meta_fault(pages: bytes, size: int) -> str | None:
-    """Why a file must not be mapped as a database without named ones; None where it may.
-
-    Args:
-        pages: its first `META_BYTES`, or all of it where it is shorter.
-        size: of the file, bytes.
-    """
-    if len(pages) < META_PAGE.size:
-        return "is cut short"
-    page_size = META_PAGE.parse(pages).page_size
-    if page_size not in PAGE_SIZES or len(pages) < page_size + META_PAGE.size:
-        return "has no second meta page"
-    metas = [META_PAGE.parse(pages), META_PAGE.parse(pages, page_size)]
-    for meta in metas:
-        if meta.magic != MAGIC or meta.version != VERSION or not meta.flags & FLAG_META:
-            return "is not an LMDB database"
-        if (meta.page_size, meta.free_flags, meta.main_flags) != (page_size, FLAGS_FREE, 0):
-            return "has flags that an index does not have"
-        if meta.mapsize > MAX_SPACE or meta.last_page > MAX_SPACE // page_size:
-            return "says to be larger than any file can be"
-    newest = max(metas, key=lambda meta: int(meta.transaction))
-    if (newest.last_page + 1) * page_size > size:
-        return "is cut short"
-    if any(root != NO_ROOT and root > newest.last_page for root in (newest.root, newest.free_root)):
-        return "has a root outside of the file"
-    return None
+MAX_SPACE = 1 << 46  # bytes; a process cannot map much more
+META_BYTES = 2 * PAGE_SIZES[-1]  # as much of a file as has both meta pages, whatever the page size

@@ -1,23 +1,20 @@
-"""The qcow2 header, its feature bits and header extensions, snapshots, and its tables as numpy views.
+"""qcow2 images: feature bits, header extension types, limits, checks of the header, and tables as numpy views.
 
     byte 0        72            104        header_length              cluster_size
       | version 2 | version 3    | more ...  | extensions ... | name ... |
       |           |  features    |           |  end marker    | of the backing file
 
-Source throughout: docs/interop/qcow2.txt in QEMU's tree; limits from QEMU's block/qcow2.h and block/qcow2.c.
+The structures are in `dirtmap.fmt.structures.qcow2`. Source of the format: docs/interop/qcow2.txt in QEMU's tree.
+Source of the limits: QEMU's block/qcow2.h and block/qcow2.c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
-
 from dirtmap.fmt import geometry
-from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE, name_fault
-from dirtmap.fmt.extensions import Extension
-from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.directory import name_fault
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,42 +24,15 @@ if TYPE_CHECKING:
 
 MAGIC = b"QFI\xfb"
 
-HEADER_V2 = Structure(
-    "header",
-    "magic" / Bytes(4),
-    "version" / Int32ub,
-    "backing_file_offset" / Int64ub,
-    "backing_file_size" / Int32ub,
-    "cluster_bits" / Int32ub,
-    "size" / Int64ub,
-    "crypt_method" / Int32ub,
-    "l1_size" / Int32ub,
-    "l1_table_offset" / Int64ub,
-    "refcount_table_offset" / Int64ub,
-    "refcount_table_clusters" / Int32ub,
-    "nb_snapshots" / Int32ub,
-    "snapshots_offset" / Int64ub,
-)
-HEADER_V3 = Structure(
-    "header, version 3",
-    "incompatible_features" / Int64ub,
-    "compatible_features" / Int64ub,
-    "autoclear_features" / Int64ub,
-    "refcount_order" / Int32ub,
-    "header_length" / Int32ub,
-)
-# Present where header_length says so; fields beyond it are kept as found and not read.
-HEADER_MORE = Structure("header, additional fields", "compression_type" / Int8ub, "padding" / Bytes(7))
+# Where parts of the header are, in bytes from its start.
+BACKING_FILE_OFFSET = 8
+REFCOUNT_TABLE_OFFSET = 48
+V3_OFFSET = 72  # also the length of a version 2 header
+AUTOCLEAR_OFFSET = 88
+MORE_OFFSET = 104  # also the least length of a version 3 header
 
-V3_OFFSET = HEADER_V2.size
-MORE_OFFSET = HEADER_V2.size + HEADER_V3.size
-AUTOCLEAR_OFFSET = V3_OFFSET + HEADER_V3.field("autoclear_features").offset
-BACKING_FILE_OFFSET = HEADER_V2.field("backing_file_offset").offset
-REFCOUNT_TABLE_OFFSET = HEADER_V2.field("refcount_table_offset").offset
-
-# The 12 bytes that say where the refcount table is: in the header's first 512 bytes, so written whole or not at all.
-REFCOUNT_TABLE_POINTER = Structure("refcount table pointer", "offset" / Int64ub, "clusters" / Int32ub)
-POINTER = Structure("pointer", "offset" / Int64ub)
+NAMESPACE_EXTENSION_SIZE = 16  # bytes of our namespace extension before the name
+SNAPSHOT_SIZE = 40  # bytes of a snapshot's fixed part
 
 INCOMPATIBLE_DIRTY = 1 << 0
 INCOMPATIBLE_CORRUPT = 1 << 1
@@ -72,7 +42,8 @@ INCOMPATIBLE_EXTENDED_L2 = 1 << 4
 COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
 AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_RAW_EXTERNAL_DATA = 1 << 1
-# Ours: a tracker has the bitmaps, and no other program has opened the image for writing since: it would clear the bit.
+# Ours: a tracker has the bitmaps. A program that does not know the bit clears it when it opens the image for writing.
+# So if the bit is still set, no such program did.
 AUTOCLEAR_TRACKED = 1 << 62
 
 INCOMPATIBLE_NAMES = {
@@ -96,11 +67,12 @@ EXTENSION_FEATURE_NAMES = 0x6803F857
 EXTENSION_BITMAPS = 0x23852875
 EXTENSION_CRYPTO = 0x0537BE77
 EXTENSION_DATA_FILE = 0x44415441
-# Ours ("dmpF"): room that a removed bitmaps extension left in the middle of a chain, kept for the next one. QEMU keeps
-# it as an unknown extension. A chain cannot be closed up in one atomic write, its 8-byte heads can be changed.
+# Ours ("dmpF"): the space that a removed bitmaps extension left in the middle of a chain, kept for the next one. QEMU
+# keeps it as an unknown extension. Closing the gap would take more than one atomic write; changing an 8-byte head does
+# not.
 EXTENSION_VACANT = 0x646D7046
-# Ours ("dmpN"): the identity of an image: the UUID of its namespace (16 bytes), then its node's name. QEMU keeps it as
-# an unknown extension, and rightly drops it in a conversion, whose result is another image.
+# Ours ("dmpN"): the identity of an image, which is the UUID of its namespace (16 bytes) and its node's name. QEMU keeps
+# it as an unknown extension. `qemu-img convert` drops it, which is right: the result is another image.
 EXTENSION_NAMESPACE = 0x646D704E
 EXTENSION_NAMES = {
     EXTENSION_BACKING_FORMAT: "backing file format",
@@ -111,31 +83,8 @@ EXTENSION_NAMES = {
     EXTENSION_VACANT: "dirtmap: vacant",
     EXTENSION_NAMESPACE: "dirtmap: namespace",
 }
-# A known extension appears once. QEMU takes the last of several; which one its writer meant cannot be known.
+# Types that may appear once only. QEMU takes the last of several, but which one the writer meant is unknown.
 SINGLE_EXTENSIONS = frozenset(EXTENSION_NAMES) - {EXTENSION_VACANT}
-
-BITMAPS_EXTENSION = Structure(
-    "bitmaps extension",
-    "nb_bitmaps" / Int32ub,
-    "reserved" / Int32ub,
-    "directory_size" / Int64ub,
-    "directory_offset" / Int64ub,
-)
-NAMESPACE_EXTENSION = Structure("namespace extension", "uuid" / Bytes(16))  # followed by the name, to the end
-CRYPTO_EXTENSION = Structure("crypto extension", "offset" / Int64ub, "length" / Int64ub)
-FEATURE_NAME = Structure("feature name", "type" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
-SNAPSHOT = Structure(
-    "snapshot",
-    "l1_table_offset" / Int64ub,
-    "l1_size" / Int32ub,
-    "id_size" / Int16ub,
-    "name_size" / Int16ub,
-    "date_seconds" / Int32ub,
-    "date_nanoseconds" / Int32ub,
-    "vm_clock" / Int64ub,
-    "vm_state_size" / Int32ub,
-    "extra_data_size" / Int32ub,
-)
 
 SECTOR = 512  # QEMU: BDRV_SECTOR_SIZE
 MAX_L1_BYTES = 0x2000000  # QCOW_MAX_L1_SIZE
@@ -146,8 +95,11 @@ MAX_SNAPSHOT_TABLE_BYTES = 1024 * MAX_SNAPSHOTS  # QCOW_MAX_SNAPSHOTS_SIZE
 MAX_SNAPSHOT_EXTRA_DATA = 1024  # QCOW_MAX_SNAPSHOT_EXTRA_DATA
 MAX_BACKING_NAME = 1023
 MAX_BACKING_FORMAT = 15
+MIN_CRYPTO_BYTES = 592  # the LUKS header itself: QEMU crypto/block-luks-priv.h, QCryptoBlockLUKSHeader
 MAX_CRYPTO_BYTES = 64 << 20  # ours: a LUKS header with its eight key slots takes 2 MiB
 CRYPT_LUKS = 2
+LUKS_MAGIC = b"LUKS\xba\xbe"
+LUKS_VERSION = b"\0\1"
 MIN_EXTENDED_L2_CLUSTER_BITS = 14
 
 TABLE_ENTRY_SIZE = 8
@@ -158,14 +110,14 @@ COMPRESSED_SECTOR = 512
 
 
 class Header(NamedTuple):
-    """The header's fields, those of version 3 with the values that version 2 implies.
+    """The fields of a header. In a version 2 header, those of version 3 have the values that version 2 implies.
 
     Attributes:
-        v2: fields of `HEADER_V2`.
+        v2: the fields of `dirtmap.fmt.structures.qcow2.HEADER_V2`.
         incompatible, compatible, autoclear: feature bits, all 64 as found.
-        refcount_order: log2 of the bits of a refcount.
-        length: bytes before the extensions.
-        compression_type: 0 zlib, 1 zstd.
+        refcount_order: log2 of the width of a refcount in bits.
+        length: bytes before the first extension.
+        compression_type: 0 for zlib, 1 for zstd.
     """
 
     v2: Any
@@ -183,10 +135,10 @@ class Header(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The virtual disk's size in bytes, whole sectors only.
+        """The virtual disk's size in bytes, rounded down to whole sectors.
 
-        Source: QEMU block/qcow2.c, qcow2_do_open: a part of a sector at the end is not part of the disk, and the
-        length of bitmap tables is judged by that.
+        Source: QEMU block/qcow2.c, qcow2_do_open. Part of a sector at the end does not belong to the disk, and QEMU
+        checks the length of bitmap tables against the rounded size.
         """
         return int(self.v2.size) // SECTOR * SECTOR
 
@@ -212,40 +164,19 @@ class Header(NamedTuple):
 
     @property
     def chain_limit(self) -> int:
-        """Where QEMU stops reading extensions: at the backing file's name, else at the end of the first cluster."""
+        """Offset at which QEMU stops reading extensions: the backing file's name, else the end of the first cluster."""
         return int(self.v2.backing_file_offset) or self.cluster_size
 
 
-def parse_header(data: bytes) -> Header:
-    """The header at the start of ``data``, at least its first 112 bytes (zero-padded where the file is shorter).
-
-    Judges nothing but that the fields can be read; see `header_faults`.
-    """
-    v2 = HEADER_V2.parse(data)
-    if v2.version < 3:
-        return Header(v2, 0, 0, 0, 4, HEADER_V2.size, 0)
-    v3 = HEADER_V3.parse(data, V3_OFFSET)
-    more = v3.header_length >= MORE_OFFSET + HEADER_MORE.size
-    return Header(
-        v2,
-        v3.incompatible_features,
-        v3.compatible_features,
-        v3.autoclear_features,
-        v3.refcount_order,
-        v3.header_length,
-        HEADER_MORE.parse(data, MORE_OFFSET).compression_type if more else 0,
-    )
-
-
 def feature_text(bits: int, names: dict[int, str]) -> list[str]:
-    """The names of the bits that are set; ``unknown bit N`` for those without one."""
+    """Returns the names of the bits that are set, and ``unknown bit N`` for a bit that has none."""
     return [names.get(1 << bit, f"unknown bit {bit}") for bit in range(bits.bit_length()) if bits >> bit & 1]
 
 
 def header_faults(header: Header) -> Iterator[tuple[str, str]]:
-    """What makes QEMU refuse the header, as (field, what). Source: QEMU block/qcow2.c, qcow2_do_open.
+    """Yields what makes QEMU refuse the header, as (field, what). Source: QEMU block/qcow2.c, qcow2_do_open.
 
-    Later fields are judged only where earlier ones make sense.
+    Fields that depend on a faulty one are not checked.
     """
     v2 = header.v2
     if v2.magic != MAGIC:
@@ -265,7 +196,7 @@ def header_faults(header: Header) -> Iterator[tuple[str, str]]:
         yield "cluster_bits", f"{v2.cluster_bits} is outside {limits}"
         return
     cluster = header.cluster_size
-    if header.length < (MORE_OFFSET if v2.version == 3 else HEADER_V2.size) or header.length > cluster:
+    if header.length < (MORE_OFFSET if v2.version == 3 else V3_OFFSET) or header.length > cluster:
         yield "header_length", f"{header.length} is outside {MORE_OFFSET}..{cluster}"
         return
     if header.length % 8:
@@ -302,7 +233,7 @@ def header_faults(header: Header) -> Iterator[tuple[str, str]]:
     if v2.nb_snapshots > MAX_SNAPSHOTS:
         yield "nb_snapshots", f"{v2.nb_snapshots} is above {MAX_SNAPSHOTS}"
     else:
-        least = v2.nb_snapshots * SNAPSHOT.size
+        least = v2.nb_snapshots * SNAPSHOT_SIZE
         limit = MAX_SNAPSHOT_TABLE_BYTES
         yield from _table_faults("nb_snapshots", least, limit, "snapshots_offset", v2.snapshots_offset, cluster)
     if v2.backing_file_offset:
@@ -317,7 +248,7 @@ def header_faults(header: Header) -> Iterator[tuple[str, str]]:
 def _table_faults(
     length_field: str, length: int, limit: int, offset_field: str, offset: int, cluster_size: int
 ) -> Iterator[tuple[str, str]]:
-    """QEMU: block/qcow2.c, qcow2_validate_table."""
+    """Checks where a table lies and how long it is, in bytes. Source: QEMU block/qcow2.c, qcow2_validate_table."""
     if length > limit:
         yield length_field, f"{length} bytes are above {limit}"
     if offset % cluster_size:
@@ -328,70 +259,38 @@ def _table_faults(
         yield offset_field, f"{offset:#x} is out of range"
 
 
-def extension_faults(header: Header, chain: Iterable[Extension]) -> Iterator[tuple[str, str]]:
-    """What makes QEMU refuse the other extensions. Source: QEMU block/qcow2.c, qcow2_read_extensions, qcow2_do_open."""
-    found = {extension.type: extension.data for extension in chain}
-    if len(found.get(EXTENSION_BACKING_FORMAT, b"")) > MAX_BACKING_FORMAT:
-        yield "backing file format", f"{len(found[EXTENSION_BACKING_FORMAT])} bytes are above {MAX_BACKING_FORMAT}"
-    if header.incompatible & INCOMPATIBLE_DATA_FILE and not found.get(EXTENSION_DATA_FILE):
-        yield "external data file", "there is none, but incompatible feature bit 2 is set"
-    encrypted, data = header.v2.crypt_method == CRYPT_LUKS, found.get(EXTENSION_CRYPTO)
-    if encrypted != (data is not None):
-        yield "full disk encryption header", f"contradicts crypt_method {header.v2.crypt_method}"
-    elif data is not None and len(data) != CRYPTO_EXTENSION.size:
-        yield "full disk encryption header", f"length {len(data)} is not {CRYPTO_EXTENSION.size}"
-    elif data is not None:
-        crypto = CRYPTO_EXTENSION.parse(data)
-        if crypto.offset % header.cluster_size:
-            what = f"{crypto.offset:#x} is not a multiple of the cluster size {header.cluster_size}"
-            yield "full disk encryption header.offset", what
-        if crypto.length > MAX_CRYPTO_BYTES:
-            yield "full disk encryption header.length", f"{crypto.length} is above {MAX_CRYPTO_BYTES}"
+def luks_faults(start: bytes) -> Iterator[tuple[str, str]]:
+    """Yields what makes QEMU refuse the encryption header by its first bytes, as (field, what).
+
+    Source: QEMU crypto/block-luks.c, qcrypto_block_luks_check_header. Its cipher and key slots are not judged: bitmaps
+    are stored in clear.
+    """
+    if not start.startswith(LUKS_MAGIC):
+        yield "LUKS header", "begins with another magic: it is none"
+    elif start[len(LUKS_MAGIC) :][:2] != LUKS_VERSION:
+        yield "LUKS header", "its version is not 1"
 
 
 def namespace_extension_faults(data: bytes) -> Iterator[tuple[str, str]]:
-    """What is wrong with our namespace extension, as (field, what); called on load and on store."""
-    if len(data) < NAMESPACE_EXTENSION.size:
+    """Yields what is wrong with our namespace extension, as (field, what). Called before reading and before writing."""
+    if len(data) < NAMESPACE_EXTENSION_SIZE:
         yield "uuid", f"{len(data)} bytes are too few"
-    elif fault := name_fault(data[NAMESPACE_EXTENSION.size :]):
+    elif fault := name_fault(data[NAMESPACE_EXTENSION_SIZE:]):
         yield "name", fault
 
 
-def bitmaps_extension_faults(data: bytes, cluster_size: int, file_size: int) -> Iterator[tuple[str, str]]:
-    """What is wrong with the bitmaps extension's data. Source: QEMU block/qcow2.c, qcow2_read_extensions.
-
-    That the directory lies inside the file is ours: QEMU reads zeros beyond.
-    """
-    if len(data) != BITMAPS_EXTENSION.size:
-        yield "length", f"{len(data)} is not {BITMAPS_EXTENSION.size}"
-        return
-    ext = BITMAPS_EXTENSION.parse(data)
-    if ext.reserved:
-        yield "reserved", f"{ext.reserved:#x} is not 0"
-    if not 1 <= ext.nb_bitmaps <= MAX_BITMAPS:
-        yield "nb_bitmaps", f"{ext.nb_bitmaps} is outside 1..{MAX_BITMAPS}"
-    if ext.directory_offset == 0 or ext.directory_offset % cluster_size:
-        yield "directory_offset", f"{ext.directory_offset:#x} is not a multiple of the cluster size {cluster_size}"
-    elif ext.directory_offset >= file_size:
-        yield "directory_offset", f"{ext.directory_offset:#x} is past the end of the file ({file_size:#x})"
-    if not 1 <= ext.directory_size <= MAX_DIRECTORY_SIZE:
-        yield "directory_size", f"{ext.directory_size} is outside 1..{MAX_DIRECTORY_SIZE}"
-    elif ext.directory_offset < file_size < ext.directory_offset + ext.directory_size:
-        end = ext.directory_offset + ext.directory_size
-        yield "directory_size", f"the directory ends at {end:#x}, past the end of the file ({file_size:#x})"
-
-
 def table_view(data: bytes | bytearray) -> NDArray[np.uint64]:
-    """L1, L2 and refcount tables: a view of ``data`` as big-endian u64, one element an entry, dtype ``>u8``."""
+    """Returns an L1, L2 or refcount table as a view of ``data``: one element per entry, dtype ``>u8``."""
     import numpy as np
 
     return np.frombuffer(data, dtype=">u8")
 
 
 def refcounts_of(block: bytes, refcount_bits: int) -> Counts:
-    """A refcount block's counts, one an entry, as native unsigned integers of the refcounts' width, at least a byte.
+    """Returns the refcounts in a refcount block, one element each.
 
-    Counts of less than a byte are packed least-significant first; wider ones are big-endian.
+    The elements are native unsigned integers as wide as a refcount, but at least a byte. On disk, refcounts of less
+    than a byte are packed with the least significant first, and wider ones are big-endian.
     """
     import numpy as np
 
@@ -403,7 +302,7 @@ def refcounts_of(block: bytes, refcount_bits: int) -> Counts:
 
 
 def refcount_block(counts: Counts, refcount_bits: int) -> bytes:
-    """The bytes of a refcount block with those counts; the inverse of `refcounts_of`."""
+    """Returns the bytes of a refcount block with these refcounts. The inverse of `refcounts_of`."""
     import numpy as np
 
     if refcount_bits >= 8:

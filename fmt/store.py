@@ -1,4 +1,4 @@
-"""The store: our own file for the bitmaps of many images, one namespace each.
+"""The store: our own file format, which holds the bitmaps of many images, each in a namespace of its own.
 
     block 0     1     2     3   |  clusters: areas of bits, directories, buckets, tables, the space map
       | A | B | A' | B' |       |  ...
@@ -7,9 +7,10 @@
              +-- space map: a pointer for each leaf --> leaf: one bit a cluster, 1 = used
              +-- released: runs of clusters that the previous commit used and this one does not
 
-Two header slots, A and B, used in turn, each held twice. Everything a header leads to is named by an *area pointer*:
-offset, length in bytes, CRC32C of those bytes. Areas begin at a cluster and are never changed, only replaced.
-All numbers are big-endian. Source of every rule: SPEC.md, "The store".
+There are two header slots, A and B, which commits use in turn. Each slot has two copies. A header refers to everything
+else by *area pointers*: offset, length in bytes, and CRC32C of those bytes. An area begins at a cluster. It is never
+changed, only replaced by another one. All numbers are big-endian. The structures are in `dirtmap.fmt.structures.store`.
+Source of every rule: SPEC.md, "The store".
 """
 
 from __future__ import annotations
@@ -19,86 +20,26 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
-
 from dirtmap.fmt import geometry
 from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DATA_BYTES, TYPE_DIRTY_TRACKING, Entry, name_fault
-from dirtmap.fmt.extensions import EXTENSION_HEAD, build_extension, parse_chain
-from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.extensions import HEAD_SIZE
 
 MAGIC = b"DMS\xfb"
 VERSION = 1
 BLOCK = 4096  # bytes of one copy of a header
 COPIES = ((0, 2), (1, 3))  # blocks of slot A and of slot B
 RESERVED = 4 * BLOCK  # bytes at the start of the file that hold headers only
+AREA_SIZE = 16  # bytes of an area pointer
+BITS_CHECKSUM_SIZE = 8  # bytes of the checksum structure in a directory entry's extra data
 
-HEADER = Structure(
-    "store header",
-    "magic" / Bytes(4),
-    "version" / Int32ub,
-    "incompatible_features" / Int64ub,
-    "compatible_features" / Int64ub,
-    "autoclear_features" / Int64ub,
-    "cluster_bits" / Int32ub,
-    "header_length" / Int32ub,
-    "uuid" / Bytes(16),
-    "generation" / Int64ub,
-    "commit_id" / Bytes(16),
-    "doubt_generation" / Int64ub,
-    "clusters" / Int64ub,
-)
-CHECKSUM = Structure("store header checksum", "checksum" / Int32ub)  # the last four bytes of a block, over all before
-
-AREA = Structure("area pointer", "offset" / Int64ub, "length" / Int32ub, "checksum" / Int32ub)
-NAMESPACES_EXTENSION = Structure(
-    "namespaces extension",
-    "offset" / Int64ub,
-    "length" / Int32ub,
-    "checksum" / Int32ub,
-    "bucket_bits" / Int32ub,
-    "namespaces" / Int32ub,
-)
-LEAF = Structure("space map entry", "offset" / Int64ub, "free" / Int32ub, "checksum" / Int32ub)
-RUN = Structure("released run", "first" / Int64ub, "count" / Int64ub)
-RECORD = Structure(
-    "namespace record",
-    "length" / Int32ub,
-    "kind" / Int8ub,
-    "reserved" / Int8ub,
-    "name_size" / Int16ub,
-    "uuid" / Bytes(16),
-    "root_uuid" / Bytes(16),
-    "generation" / Int64ub,
-    "size" / Int64ub,
-    "directory_offset" / Int64ub,
-    "directory_length" / Int32ub,
-    "directory_checksum" / Int32ub,
-    "nb_bitmaps" / Int32ub,
-    "path_size" / Int32ub,
-    "image_device" / Int64ub,
-    "image_inode" / Int64ub,
-    "image_mtime" / Int64ub,
-    "image_size" / Int64ub,
-)
-# The extra data of a directory entry in a store.
-BITS_CHECKSUM = Structure("bits checksum", "checksum" / Int32ub, "reserved" / Int32ub)
-
-# A record's extension, one for each hold; followed by the bitmap's name and the owner.
-HOLD = Structure(
-    "hold",
-    "process" / Int32ub,
-    "name_size" / Int16ub,
-    "owner_size" / Int16ub,
-    "start" / Int64ub,
-    "boot_id" / Bytes(16),
-    "token" / Bytes(16),
-)
+# Types of a record's extensions.
 EXTENSION_HOLD = 0x484F4C44
 EXTENSION_SESSION = 0x5452414B
 EXTENSION_PEER = 0x50454552
 EXTENSION_CHECKPOINTS = 0x434B5054
-OF_A_SESSION = (EXTENSION_SESSION, EXTENSION_PEER)  # what a record loses when a tracker's session ends
+OF_A_SESSION = (EXTENSION_SESSION, EXTENSION_PEER)  # removed from a record when its session ends
 
+# Types of the header's extensions.
 EXTENSION_NAMESPACES = 0x4E535043
 EXTENSION_SPACE = 0x53504143
 EXTENSION_RELEASED = 0x52454C53
@@ -115,36 +56,36 @@ MAX_BUCKET_BITS = 16
 MAX_NAMESPACES = 65536
 MAX_PATH = 4096
 MAX_RECORD_EXTENSIONS = 1 << 16  # bytes
-MAX_SPACE_MAP_BYTES = 4 << 20  # of its root: enough for 32 TiB in clusters of 4 KiB, 8 PiB in those of 64 KiB
+MAX_SPACE_MAP_BYTES = 4 << 20  # of the space map's root: enough for 32 TiB with clusters of 4 KiB, 8 PiB with 64 KiB
 MAX_RELEASED_BYTES = 16 << 20
-MAX_METADATA_BYTES = 128 << 20  # of any other area but bits: 65,535 entries with the longest names take 66 MiB
+MAX_METADATA_BYTES = 128 << 20  # of any other area without bits: 65,535 entries with the longest names take 66 MiB
 MAX_FILE_BYTES = 1 << 62
 MAX_GENERATION = 1 << 62
-RECORDS_PER_BUCKET = 8  # on average, before the table doubles
+RECORDS_PER_BUCKET = 8  # average above which the number of buckets doubles
 
 KIND_NODE = 1
 KIND_DEVICE = 2
-# Where a qcow2 image with an identity of its own is; its bitmaps are in it.
+# Says where a qcow2 image with an identity of its own is. Its bitmaps are in the image.
 KIND_PLACE = 3
-# Where any other container of the host is; only in the default store.
+# Says where any other container of the host is. Only the default store has such records.
 KIND_CONTAINER = 4
 KIND_NAMES = {KIND_NODE: "node", KIND_DEVICE: "device", KIND_PLACE: "place", KIND_CONTAINER: "container"}
-CONTAINER_PREFIX = b"container:"  # of such a record's name; followed by a digest of the path
+CONTAINER_PREFIX = b"container:"  # of the name of a container's record; a digest of the path follows
 
-# A directory entry's table_offset where a bitmap takes no space.
+# Values of a directory entry's table_offset for a bitmap that takes no space.
 ALL_ZEROS = 0
 ALL_ONES = 1
 
 
 class Area(NamedTuple):
-    """Where bytes lie and what their CRC32C is; ``length`` 0 means nothing is stored."""
+    """An area pointer: offset and length in bytes, and CRC32C of the bytes. Length 0 means that nothing is stored."""
 
     offset: int = 0
     length: int = 0
     checksum: int = 0
 
     def clusters(self, cluster_size: int) -> range:
-        """The numbers of the clusters it takes."""
+        """Returns the numbers of the clusters that the area takes."""
         first = self.offset // cluster_size
         return range(first, first + geometry.ceil_div(self.length, cluster_size))
 
@@ -153,18 +94,12 @@ NOWHERE = Area()
 
 
 def leaf_clusters(cluster_size: int) -> int:
-    """How many clusters a leaf of the space map shows: a bit each."""
+    """Returns how many clusters a leaf of the space map covers: one for each bit."""
     return cluster_size * 8
 
 
-def parse_areas(data: bytes) -> list[Area]:
-    """An array of area pointers."""
-    parsed = (AREA.parse(data, at) for at in range(0, len(data), AREA.size))
-    return [Area(area.offset, area.length, area.checksum) for area in parsed]
-
-
 def area_faults(area: Area, cluster_size: int, file_size: int) -> Iterator[tuple[str, str]]:
-    """What makes an area unusable, as (field, what); called before its bytes are read."""
+    """Yields what makes an area unusable, as (field, what). Called before its bytes are read. Sizes are in bytes."""
     if area.length == 0:
         if area.offset or area.checksum:
             yield "length", "0, but the area has a place"
@@ -178,7 +113,14 @@ def area_faults(area: Area, cluster_size: int, file_size: int) -> Iterator[tuple
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What an image looked like when its bitmaps were last known to be right: numbers from ``stat``; size in bytes."""
+    """What an image looked like when its bitmaps were last known to be right, in numbers from ``stat``.
+
+    Attributes:
+        device: ``st_dev``; of a block device ``st_rdev``.
+        inode: ``st_ino``; of a block device a number for the medium in it.
+        mtime_ns: ``st_mtime`` in nanoseconds since 1970, or the digest that `with_data` makes; of a block device 0.
+        size: bytes.
+    """
 
     device: int = 0
     inode: int = 0
@@ -186,11 +128,14 @@ class Identity:
     size: int = 0
 
     def is_file(self, other: Identity) -> bool:
-        """True where both are of one file, whatever has been written to it."""
+        """Returns True if both are of the same file, even if it was written to in between."""
         return (self.device, self.inode) == (other.device, other.inode)
 
     def with_data(self, data: Identity) -> Identity:
-        """That of an image whose guest data is in another file: a digest that also tells when that is another one."""
+        """Returns the identity of an image whose guest data is in an external data file with the identity ``data``.
+
+        A digest of both takes the place of the time, so the result changes whenever either file does.
+        """
         numbers = self.mtime_ns, data.device, data.inode, data.mtime_ns, data.size
         digest = hashlib.blake2b(b"".join(number.to_bytes(8, "big") for number in numbers), digest_size=8).digest()
         return replace(self, mtime_ns=int.from_bytes(digest, "big"))
@@ -201,20 +146,20 @@ NO_IDENTITY = Identity()
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One namespace.
+    """The record of a namespace.
 
     Attributes:
-        name: raw bytes of the node's or device's name.
+        name: name of the node or device, raw bytes.
         kind: `KIND_NODE`, `KIND_DEVICE`, `KIND_PLACE` or `KIND_CONTAINER`.
-        uuid: 16 bytes.
-        size: of the virtual disk, bytes.
-        generation: of the commit that wrote the directory.
-        directory: where the directory is; no length where there are no bitmaps.
-        nb_bitmaps: entries in it.
-        path: of the image, raw bytes; of a device, of its root's image.
-        identity: of the image.
-        root_uuid: of a device's root node; zeros for a node.
-        extensions: what else is known of the namespace, as (type, data); types that nobody knows are kept.
+        uuid: UUID of the namespace, 16 bytes.
+        size: size of the virtual disk, bytes.
+        generation: number of the commit that wrote the directory.
+        directory: where the directory is; its length is 0 if there are no bitmaps.
+        nb_bitmaps: number of entries in the directory.
+        path: path of the image, raw bytes; for a device, of its root's image.
+        identity: identity of the image.
+        root_uuid: UUID of a device's root node, 16 bytes; zeros for a node.
+        extensions: further data, as (type, data); unknown types are kept.
     """
 
     name: bytes
@@ -231,27 +176,27 @@ class Record:
 
     @property
     def label(self) -> str:
-        """How messages name it; a kind that nobody knows, which `dump` shows, too, is just a namespace."""
+        """How messages call the namespace. One of an unknown kind, which `dump` can meet, is called a namespace."""
         kind = KIND_NODE if self.kind == KIND_PLACE else self.kind
         return f"{KIND_NAMES.get(kind, 'namespace')} '{_readable(self.name)}'"
 
     def extension(self, kind: int) -> bytes | None:
-        """The data of the first extension of that type, or None."""
+        """Returns the data of the first extension of that type, or None."""
         return next((data for found, data in self.extensions if found == kind), None)
 
     @property
     def tracked(self) -> bool:
-        """True where it names the session of a tracker, which may have died."""
+        """True if the record has the session of a tracker. The tracker may have died."""
         return self.extension(EXTENSION_SESSION) is not None
 
     def with_extensions(self, kinds: Collection[int], new: Iterable[tuple[int, bytes]] = ()) -> Record:
-        """The same with these extensions, (type, data), and no others of those types."""
+        """Returns the same record with all extensions of the types ``kinds`` replaced by ``new``, as (type, data)."""
         others = (item for item in self.extensions if item[0] not in kinds)
         return replace(self, extensions=(*others, *new))
 
 
 def namespace_label(name: bytes) -> str:
-    """How messages name a namespace whose kind is not known, or does not matter."""
+    """Returns how messages call a namespace whose kind is unknown or does not matter."""
     return f"namespace '{_readable(name)}'"
 
 
@@ -259,75 +204,13 @@ def _readable(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
-def parse_records(data: bytes) -> Iterator[Record]:
-    """The records of a bucket.
-
-    Raises:
-        ValueError: a record's lengths lead outside the bucket.
-    """
-    at = 0
-    while at < len(data):
-        if at + RECORD.size > len(data):
-            raise ValueError(f"{len(data) - at} bytes are left, too few for a record")
-        raw = RECORD.parse(data, at)
-        name = at + RECORD.size
-        first = geometry.align_up(name + raw.name_size + raw.path_size, 8)
-        end = at + raw.length
-        if end < first or end > len(data) or raw.length % 8:
-            raise ValueError(f"a record of {raw.length} bytes at {at} does not fit its name and path, or the bucket")
-        chain = parse_chain(data, first, end)
-        if chain.fault or chain.end != end:
-            raise ValueError(f"a record at {at} has extensions that do not fit it")
-        yield Record(
-            name=data[name : name + raw.name_size],
-            kind=raw.kind,
-            uuid=raw.uuid,
-            size=raw.size,
-            generation=raw.generation,
-            directory=Area(raw.directory_offset, raw.directory_length, raw.directory_checksum),
-            nb_bitmaps=raw.nb_bitmaps,
-            path=data[name + raw.name_size : name + raw.name_size + raw.path_size],
-            identity=Identity(raw.image_device, raw.image_inode, raw.image_mtime, raw.image_size),
-            root_uuid=raw.root_uuid,
-            extensions=tuple((extension.type, extension.data) for extension in chain.extensions),
-        )
-        at = end
-
-
-def build_record(record: Record) -> bytes:
-    """The bytes of one record, padded with zeros to a multiple of 8."""
-    names = (record.name + record.path).ljust(geometry.align_up(len(record.name) + len(record.path), 8), b"\0")
-    extensions = b"".join(build_extension(kind, data) for kind, data in record.extensions)
-    length = RECORD.size + len(names) + len(extensions)
-    fixed = RECORD.build(
-        length=length,
-        kind=record.kind,
-        reserved=0,
-        name_size=len(record.name),
-        uuid=record.uuid,
-        root_uuid=record.root_uuid,
-        generation=record.generation,
-        size=record.size,
-        directory_offset=record.directory.offset,
-        directory_length=record.directory.length,
-        directory_checksum=record.directory.checksum,
-        nb_bitmaps=record.nb_bitmaps,
-        path_size=len(record.path),
-        image_device=record.identity.device,
-        image_inode=record.identity.inode,
-        image_mtime=record.identity.mtime_ns,
-        image_size=record.identity.size,
-    )
-    return fixed + names + extensions
-
-
 def container_name(path: bytes) -> bytes:
-    """The name of the record that remembers the container at a path: `CONTAINER_PREFIX` and 32 hexadecimal digits."""
+    """Returns the name of the record for the container at a path: `CONTAINER_PREFIX` and 32 hexadecimal digits."""
     return CONTAINER_PREFIX + hashlib.blake2b(path, digest_size=16).hexdigest().encode()
 
 
 def record_faults(record: Record) -> Iterator[tuple[str, str]]:
-    """What is wrong with a record, as (field, what); called on load and on store."""
+    """Yields what is wrong with a record, as (field, what). Called before reading and before writing."""
     if fault := name_fault(record.name):
         yield "name", fault
     if record.kind not in KIND_NAMES:
@@ -336,7 +219,7 @@ def record_faults(record: Record) -> Iterator[tuple[str, str]]:
         yield "size", f"{record.size} is above {geometry.MAX_DISK_SIZE}"
     if len(record.path) > MAX_PATH or b"\0" in record.path:
         yield "path", "too long, or contains a NUL byte"
-    if sum(len(data) + EXTENSION_HEAD.size for _, data in record.extensions) > MAX_RECORD_EXTENSIONS:
+    if sum(len(data) + HEAD_SIZE for _, data in record.extensions) > MAX_RECORD_EXTENSIONS:
         yield "extensions", f"more than {MAX_RECORD_EXTENSIONS} bytes"
     if record.nb_bitmaps > MAX_BITMAPS:
         yield "nb_bitmaps", f"{record.nb_bitmaps} is above {MAX_BITMAPS}"
@@ -345,7 +228,10 @@ def record_faults(record: Record) -> Iterator[tuple[str, str]]:
 
 
 def entry_faults(entry: Entry, disk_size: int, cluster_size: int, file_size: int) -> Iterator[tuple[str, str]]:
-    """What is wrong with a directory entry in a store, as (field, what). Flags we do not know are kept, not judged."""
+    """Yields what is wrong with a directory entry in a store, as (field, what). Sizes are in bytes.
+
+    Unknown flags are no fault; they are kept.
+    """
     if entry.type != TYPE_DIRTY_TRACKING:
         yield "type", f"{entry.type} is not 1 (dirty tracking bitmap)"
     if fault := name_fault(entry.name):
@@ -362,6 +248,6 @@ def entry_faults(entry: Entry, disk_size: int, cluster_size: int, file_size: int
         return
     if entry.table_size != geometry.ceil_div(length, cluster_size):
         yield "table_size", f"{entry.table_size} clusters, but the disk's size needs another number"
-    if len(entry.extra_data) < BITS_CHECKSUM.size:
+    if len(entry.extra_data) < BITS_CHECKSUM_SIZE:
         yield "extra_data_size", f"{len(entry.extra_data)} bytes are too few for a checksum"
     yield from area_faults(Area(entry.table_offset, length, 0), cluster_size, file_size)

@@ -1,4 +1,4 @@
-"""`Structure`: one on-disk record, declared once with construct; parser, builder, size and field map follow from it."""
+"""`Structure`: one record on disk. Its parser, builder, size and field offsets all follow from one declaration."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ class Field(NamedTuple):
 class Structure:
     """A fixed-size record of named fields.
 
-    construct reads the declaration, `struct` the bytes: a directory of 65,535 entries takes construct a second, and a
-    compiled one a quarter of that.
+    construct interprets the declaration only; `struct` reads and writes the bytes. For a directory of 65,535 entries
+    construct itself needs a second, and its compiled parser a quarter of a second.
 
     Args:
-        name: what messages and dumps call it.
-        fields: ``"field" / construct.Type`` declarations, in order: ``Bytes(n)``, and unsigned numbers, all of them
-            big-endian, or, for what never leaves the machine, all of them in its own byte order.
+        name: how messages and dumps call it.
+        fields: declarations in order, ``"field" / construct.Type``. A type is ``Bytes(n)`` or an unsigned number. All
+            numbers have one byte order: big-endian, or the machine's own where the record never leaves the machine.
+
+    Attributes:
+        size: bytes of the record.
+        fields: where each field lies.
 
     Raises:
-        TypeError: a field of another type, or of another byte order than those before.
+        TypeError: a field has another type, or the numbers have more than one byte order.
     """
 
     def __init__(self, name: str, *fields: Any) -> None:
@@ -56,34 +60,38 @@ class Structure:
         return namedtuple("_".join(re.findall(r"\w+", self.name)), [field.name for field in self.fields])
 
     def parse(self, data: bytes | memoryview, offset: int = 0) -> Any:
-        """The record at ``offset`` of ``data``, a named tuple of its fields.
+        """Returns the record at byte ``offset`` of ``data``, as a named tuple of its fields.
 
         Raises:
-            struct.error: fewer than ``size`` bytes are there; callers look first.
+            struct.error: ``data`` has fewer than ``size`` bytes from there on. Callers check that first.
         """
         return self._record._make(self._struct.unpack_from(data, offset))
 
     def unpack(self, data: bytes, offset: int = 0) -> tuple[Any, ...]:
-        """The same as a bare tuple, for who reads millions."""
+        """Returns the same as a plain tuple, which is faster to make."""
         return self._struct.unpack_from(data, offset)
 
     def build(self, **values: Any) -> bytes:
-        """The ``size`` bytes of a record with those field values.
+        """Returns the ``size`` bytes of a record with these field values.
 
         Raises:
-            TypeError: a field has no value, or a value no field.
-            ValueError: bytes are not as long as their field.
-            struct.error: a number is negative or does not fit its field.
+            TypeError: a field has no value, or a value has no field.
+            ValueError: a bytes value is not as long as its field.
+            struct.error: a number is negative or too large for its field.
         """
         if values.keys() != self._names:
             raise TypeError(f"{self.name} has the fields {', '.join(self._names)}, not {', '.join(values)}")
-        for name, size in self._bytes:  # `struct` would pad or cut them
+        for name, size in self._bytes:  # `struct` would silently pad or cut them
             if len(values[name]) != size:
                 raise ValueError(f"{self.name}.{name}: {len(values[name])} bytes, not {size}")
         return self._struct.pack(*map(values.__getitem__, self._names))
 
     def field(self, name: str) -> Field:
-        """Where that field lies."""
+        """Returns where the field of that name lies.
+
+        Raises:
+            StopIteration: there is no such field.
+        """
         return next(field for field in self.fields if field.name == name)
 
 
@@ -92,7 +100,7 @@ def _is_bytes(subcon: Any) -> bool:
 
 
 def _code(subcon: Any) -> tuple[str, str]:
-    """A field's byte order, empty for bytes, and its code in a format of `struct`."""
+    """Returns a field's byte order (empty for bytes) and its code, both as `struct` formats write them."""
     if _is_bytes(subcon):
         return "", f"{subcon.sizeof()}s"
     code = str(getattr(subcon.subcon, "fmtstr", None))

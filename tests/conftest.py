@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, settings
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", UNTIMED)
 settings.register_profile("ci", UNTIMED, derandomize=True, database=None, print_blob=True)
+# Whoever takes locks in an order that could end in a circle fails; child processes as well.
+os.environ["DIRTMAP_CHECK_LOCKS"] = "1"
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 

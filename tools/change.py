@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from dirtmap.engine.host.opening import Target
 from dirtmap.tools import options
 from dirtmap.tools.targets import transaction
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Host
 
 
 @options.command(
@@ -17,7 +21,7 @@ from dirtmap.tools.targets import transaction
     """,
 )
 @options.target
-@options.bitmap
+@options.new_bitmap
 @click.option(
     "-g",
     "--granularity",
@@ -27,14 +31,14 @@ from dirtmap.tools.targets import transaction
 )
 @click.option("--disabled", is_flag=True, help="Do not record into it.")
 @options.changing
-def add_command(target: Target, bitmap: str, granularity: int | None, disabled: bool) -> None:
+def add_command(host: Host, target: str, bitmap: str, granularity: int | None, disabled: bool) -> None:
     """Add a new, empty bitmap.
 
     QEMU records writes to the disk in it from the next time it opens the image, unless the bitmap is added disabled.
     """
-    from dirtmap.engine.model import changes
+    from dirtmap.engine import changes
 
-    with transaction(target) as bitmaps:
+    with transaction(host, target) as bitmaps:
         changes.add(bitmaps, bitmap, granularity, recording=not disabled)
 
 
@@ -47,14 +51,14 @@ def add_command(target: Target, bitmap: str, granularity: int | None, disabled: 
 @options.target
 @options.bitmap
 @options.changing
-def remove_command(target: Target, bitmap: str) -> None:
+def remove_command(host: Host, target: str, bitmap: str) -> None:
     """Remove a bitmap.
 
     An inconsistent bitmap can be removed as well.
     """
-    from dirtmap.engine.model import changes
+    from dirtmap.engine import changes
 
-    with transaction(target) as bitmaps:
+    with transaction(host, target) as bitmaps:
         changes.remove(bitmaps, bitmap)
 
 
@@ -67,14 +71,14 @@ def remove_command(target: Target, bitmap: str) -> None:
 @options.target
 @options.bitmap
 @options.changing
-def clear_command(target: Target, bitmap: str) -> None:
+def clear_command(host: Host, target: str, bitmap: str) -> None:
     """Make all of a bitmap clean.
 
     From then on the bitmap tells what was written since this moment.
     """
-    from dirtmap.engine.model import changes
+    from dirtmap.engine import changes
 
-    with transaction(target) as bitmaps:
+    with transaction(host, target) as bitmaps:
         changes.clear(bitmaps, bitmap)
 
 
@@ -87,15 +91,15 @@ def clear_command(target: Target, bitmap: str) -> None:
 @options.target
 @options.bitmap
 @options.changing
-def enable_command(target: Target, bitmap: str) -> None:
+def enable_command(host: Host, target: str, bitmap: str) -> None:
     """Let QEMU record into a bitmap.
 
     Writes are recorded from the next time that QEMU opens the image; what was written meanwhile is not known to the
     bitmap.
     """
-    from dirtmap.engine.model import changes
+    from dirtmap.engine import changes
 
-    with transaction(target) as bitmaps:
+    with transaction(host, target) as bitmaps:
         changes.set_recording(bitmaps, bitmap, True)
 
 
@@ -108,14 +112,14 @@ def enable_command(target: Target, bitmap: str) -> None:
 @options.target
 @options.bitmap
 @options.changing
-def disable_command(target: Target, bitmap: str) -> None:
+def disable_command(host: Host, target: str, bitmap: str) -> None:
     """Keep QEMU from recording into a bitmap.
 
     The bitmap stays as it is until it is enabled again, cleared or merged into.
     """
-    from dirtmap.engine.model import changes
+    from dirtmap.engine import changes
 
-    with transaction(target) as bitmaps:
+    with transaction(host, target) as bitmaps:
         changes.set_recording(bitmaps, bitmap, False)
 
 
@@ -129,12 +133,12 @@ def disable_command(target: Target, bitmap: str) -> None:
 @options.bitmap
 @click.argument("new", type=options.NAME)
 @options.changing
-def rename_command(target: Target, bitmap: str, new: str) -> None:
+def rename_command(host: Host, target: str, bitmap: str, new: str) -> None:
     """Give a bitmap another name.
 
     Its content and its place among the others stay. A name that is taken is refused.
     """
-    from dirtmap.engine.model import changes
+    from dirtmap.engine import changes
 
-    with transaction(target) as bitmaps:
+    with transaction(host, target) as bitmaps:
         changes.rename(bitmaps, bitmap, new)

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Target
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import progress_bar, write_json
 
 if TYPE_CHECKING:
-    from dirtmap.engine import CheckReport
+    from dirtmap.engine import CheckReport, Host
 
 # As of qemu-img check.
 _ERROR, _CORRUPT, _LEAKS = 1, 2, 3
@@ -33,7 +31,7 @@ _ERROR, _CORRUPT, _LEAKS = 1, 2, 3
 @options.reporting
 @click.pass_context
 def check_command(
-    ctx: click.Context, target: Target, repair: str | None, force_share: bool, quiet: bool, output: str
+    ctx: click.Context, host: Host, target: str, repair: str | None, force_share: bool, quiet: bool, output: str
 ) -> None:
     """Check an image's bitmaps and refcounts, or a store.
 
@@ -50,7 +48,7 @@ def check_command(
     if repair and force_share:
         raise click.UsageError("-U goes with reading only, not with -r.")
     with progress_bar("checking", quiet=quiet or output == "json") as progress:
-        report = dm.check(target, repair=repair, force_share=force_share, progress=progress)
+        report = host.check(target, repair=repair, force_share=force_share, progress=progress)
     if not quiet:
         if output == "json":
             write_json(_document(report))
@@ -70,6 +68,7 @@ def _document(report: CheckReport) -> dict[str, Any]:
         "leaks-fixed": report.leaks_fixed,
         "findings": [{"severity": f.severity, "where": f.where, "what": f.what} for f in report.findings],
         "dropped": report.dropped,
+        "dropped-unnamed": report.dropped_unnamed,
         "made-dirty": report.made_dirty,
     }
 
@@ -80,26 +79,23 @@ def _show(report: CheckReport) -> None:
     for lost in report.dropped:
         what = f"bitmap '{printable(lost)}'" if report.format == "qcow2" else printable(lost)
         print(f"dropped: {what}")
+    if report.dropped_unnamed is None:
+        print("dropped: bitmaps whose number and names are not known")
+    elif report.dropped_unnamed:
+        more = "more " if report.dropped else ""
+        print(f"dropped: {counted(report.dropped_unnamed, f'{more}bitmap')} whose name is not known")
     for bitmap in report.made_dirty:
         print(f"all dirty now: {printable(bitmap)}")
     if report.corruptions_fixed or report.leaks_fixed:
-        print(
-            f"mended: {_count(report.corruptions_fixed, 'corruption')}, {_count(report.leaks_fixed, 'leaked cluster')}"
-        )
+        leaks = counted(report.leaks_fixed, "leaked cluster")
+        print(f"mended: {counted(report.corruptions_fixed, 'corruption')}, {leaks}")
     found = [
-        _count(number, what)
-        for number, what in (
-            (report.corruptions, "corruption"),
-            (report.leaks, "leaked cluster"),
-            (report.check_errors, "part not checked"),
+        counted(number, one, many)
+        for number, one, many in (
+            (report.corruptions, "corruption", ""),
+            (report.leaks, "leaked cluster", ""),
+            (report.check_errors, "part not checked", "parts not checked"),
         )
         if number
     ]
     print(f"{printable(report.path)}: {', '.join(found) or 'no errors'}")
-
-
-def _count(number: int, what: str) -> str:
-    if number == 1:
-        return f"1 {what}"
-    head, _, tail = what.partition(" not ")
-    return f"{number} {head}s not {tail}" if tail else f"{number} {what}s"

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import click
 
 from dirtmap.fmt.errors import Error
+from dirtmap.tools.exits import INTERRUPTED
 from dirtmap.tools.options import write_examples
 from dirtmap.tools.output import PROGRAM, complain
-from dirtmap.tools.start import INTERRUPTED
 
 # In the order of the help; the module of dirtmap.tools that each lives in, as `VERB_command`.
 _HOMES = {
@@ -141,8 +141,9 @@ def main() -> None:
     """Dirty bitmaps of disk images, without QEMU.
 
     A dirty bitmap says which parts of a disk were written since a point in time; backup programs copy only those.
-    TARGET is the path of a qcow2 image, or the name of a node or device. Sizes are bytes, or take one of k K M G T P
-    (×1024). Exit status: 0 success, 1 error or wrong usage; "check" also 2 (corrupt) and 3 (leaks only).
+    TARGET is the path of a qcow2 image, or the name of a node or device. Sizes are bytes, 0x and hexadecimal digits, or
+    take one of k K M G T P, or KiB to PiB (×1024). Exit status: 0 success, 1 error or wrong usage; "check" also 2
+    (corrupt) and 3 (leaks only).
     """
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING
+
 import click
 
-import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Target
 from dirtmap.tools import options
 from dirtmap.tools.targets import same_container, same_image, tell_doubt, transaction, usable
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Host
 
 _dest = click.argument("dest_target", type=options.TARGET)
 _as = click.option("--as", "new", metavar="NAME", type=options.NAME, help="Another name for it there.")
@@ -25,23 +29,23 @@ _as = click.option("--as", "new", metavar="NAME", type=options.NAME, help="Anoth
 @_dest
 @_as
 @options.changing
-def copy_command(target: Target, bitmap: str, dest_target: Target, new: str | None) -> None:
+def copy_command(host: Host, target: str, bitmap: str, dest_target: str, new: str | None) -> None:
     """Copy a bitmap to another image, or within one.
 
     The copy has the same content, granularity and recording flag. DEST_TARGET must have the same virtual size, and the
     name must be free there.
     """
-    from dirtmap.engine.model import changes
+    from dirtmap.engine import changes
 
     name = bitmap if new is None else new
-    if same_image(target, dest_target):
-        with transaction(target) as bitmaps:
+    if same_image(host, target, dest_target):
+        with transaction(host, target) as bitmaps:
             changes.put(bitmaps, name, usable(bitmaps.where, bitmaps, bitmap))
         return
-    with dm.open(target) as image:
+    with host.open(target) as image:
         source = usable(image.where, image, bitmap)
         tell_doubt(image, image.doubt())
-    with transaction(dest_target) as there:
+    with transaction(host, dest_target) as there:
         changes.put(there, name, source)
 
 
@@ -57,28 +61,33 @@ def copy_command(target: Target, bitmap: str, dest_target: Target, new: str | No
 @_dest
 @_as
 @options.changing
-def move_command(target: Target, bitmap: str, dest_target: Target, new: str | None) -> None:
+def move_command(host: Host, target: str, bitmap: str, dest_target: str, new: str | None) -> None:
     """Move a bitmap to another image, or within one.
 
     As a copy, after which the source is removed. Within one image or store that is one act. Between two, both are
     locked and checked first, and the source is removed only when the copy is durable: after a crash in between, both
     have it.
     """
-    from dirtmap.engine.model import changes
+    from dirtmap.engine import changes
 
     name = bitmap if new is None else new
-    if same_container(target, dest_target):
-        with dm.transaction([target, dest_target]) as nodes:
+    if same_container(host, target, dest_target):
+        with host.transaction([target, dest_target]) as nodes:
             if nodes[target] is nodes[dest_target]:
                 changes.rename(nodes[target], bitmap, name)
             else:
                 changes.put(nodes[dest_target], name, usable(nodes[target].where, nodes[target], bitmap))
                 changes.remove(nodes[target], bitmap)
         return
-    with transaction(target) as bitmaps:
-        source = usable(bitmaps.where, bitmaps, bitmap)
-        bitmaps.refuse_held(bitmap)  # now, before the destination has it
-        with transaction(dest_target) as there:
-            changes.put(there, name, source)
+    with contextlib.ExitStack() as both:
+        # Each ends by itself: the destination first, wherever the lock order begins.
+        parts = {part: both.enter_context(contextlib.ExitStack()) for part in (target, dest_target)}
+        begun = {}
+        for part in host.in_lock_order(parts):
+            begun[part] = parts[str(part)].enter_context(transaction(host, str(part)))
+        bitmaps, there = begun[target], begun[dest_target]
+        changes.put(there, name, usable(bitmaps.where, bitmaps, bitmap))
+        changes.remove(bitmaps, bitmap)  # refused now, or never: before the destination has it
+        bitmaps.judge()
+        parts[dest_target].close()
         # Durable there. The source's own commit follows, at the end of its transaction.
-        changes.remove(bitmaps, bitmap)

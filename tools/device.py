@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.host.opening import remember, this_host
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
-from dirtmap.tools.targets import gather
 
 if TYPE_CHECKING:
-    from dirtmap.engine.namespaces.devices import Device
+    from dirtmap.engine import Device, Error, Host
 
 
 @click.group("device", no_args_is_help=False)
@@ -29,17 +27,16 @@ def device_command() -> None:
     """,
 )
 @click.argument("name", type=options.NAME)
-@click.option("--root", required=True, metavar="NODE", type=options.NAME, help="The node that it reads from.")
-@options.host
+@click.option("--root", required=True, metavar="NODE", type=options.NODE, help="The node that it reads from.")
+@options.named
 @options.quiet
-def add_command(name: str, root: str, store: str | None, index: str | None) -> None:
+def add_command(host: Host, name: str, root: str) -> None:
     """Make a device on a node.
 
     Its bitmaps live in the default store, and record what is written through the device. A device's name is never
     another name for its root: "drive0" and the node under it have different bitmaps.
     """
-    this_host(store, index).add_device(name, root)
-    remember(store, index)
+    host.add_device(name, root)
 
 
 @options.command(
@@ -48,17 +45,17 @@ def add_command(name: str, root: str, store: str | None, index: str | None) -> N
     dirtmap device set-root --content-unchanged drive0 overlay
     """,
 )
-@click.argument("name", type=options.NAME)
-@click.argument("node", type=options.NAME)
+@click.argument("name", type=options.DEVICE)
+@click.argument("node", type=options.NODE)
 @click.option("--content-unchanged", is_flag=True, help="NODE reads as the old root: a new overlay, a finished mirror.")
-@options.host
+@options.named
 @options.quiet
-def set_root_command(name: str, node: str, content_unchanged: bool, store: str | None, index: str | None) -> None:
+def set_root_command(host: Host, name: str, node: str, content_unchanged: bool) -> None:
     """Give a device another root node.
 
     All its bitmaps are dirty then, unless you state that the content is unchanged. Bitmaps of nodes never move.
     """
-    this_host(store, index).set_root(name, node, content_unchanged=content_unchanged)
+    host.set_root(name, node, content_unchanged=content_unchanged)
 
 
 @options.command(
@@ -67,12 +64,12 @@ def set_root_command(name: str, node: str, content_unchanged: bool, store: str |
     dirtmap device remove drive0
     """,
 )
-@click.argument("name", type=options.NAME)
-@options.host
+@click.argument("name", type=options.DEVICE)
+@options.named
 @options.quiet
-def remove_command(name: str, store: str | None, index: str | None) -> None:
+def remove_command(host: Host, name: str) -> None:
     """Forget a device; it must not have bitmaps."""
-    this_host(store, index).remove_device(name)
+    host.remove_device(name)
 
 
 @options.command(
@@ -81,20 +78,16 @@ def remove_command(name: str, store: str | None, index: str | None) -> None:
     dirtmap device list --output=json
     """,
 )
-@options.host
+@options.named
 @options.speaking
 @click.pass_context
-def list_command(ctx: click.Context, store: str | None, index: str | None, quiet: bool, output: str) -> None:
+def list_command(ctx: click.Context, host: Host, quiet: bool, output: str) -> None:
     """List the devices of all stores that are known, and their root nodes."""
-    import uuid
-
-    from dirtmap.engine.namespaces.devices import devices
-
-    here = this_host(store, index)
-    found, complete = gather(here, devices)
-    found.sort(key=lambda device: device.name)
-    roots = {device.root_uuid: here.by_uuid(uuid.UUID(device.root_uuid).bytes) for device in found}
-    names = {key: root.name if root else None for key, root in roots.items()}
+    problems: list[Error] = []
+    found = host.devices(problems)
+    for problem in problems:
+        complain(str(problem))
+    names = {device.root_uuid: host.node_of(device.root_uuid) for device in found}
     if output == "json" and not quiet:
         write_json(
             [
@@ -112,8 +105,8 @@ def list_command(ctx: click.Context, store: str | None, index: str | None, quiet
             ]
         )
     elif not quiet:
-        _show(here.store, found, names)
-    if not complete:
+        _show(host.store, found, names)
+    if problems:
         ctx.exit(1)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-import dirtmap.engine as dm
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import write_json
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Host
 
 
 @options.command(
@@ -27,7 +29,7 @@ from dirtmap.tools.output import write_json
 @click.option("--hex", "with_hex", is_flag=True, help="Also the bytes of each structure.")
 @options.force_share
 @options.reporting
-def dump_command(file: str, with_hex: bool, force_share: bool, quiet: bool, output: str) -> None:
+def dump_command(host: Host, file: str, with_hex: bool, force_share: bool, quiet: bool, output: str) -> None:
     """Show every structure of an image, a store or an index.
 
     Of an image, prints header, feature bits by name, header extensions, bitmap directory and tables, field by field,
@@ -38,7 +40,7 @@ def dump_command(file: str, with_hex: bool, force_share: bool, quiet: bool, outp
     An index is its folder or the data.mdb in it; prints its entries, in the order of their keys, with offsets inside
     each. "dirtmap index verify" judges it.
     """
-    document = dm.dump(file, with_hex=with_hex, force_share=force_share)
+    document = host.dump(file, with_hex=with_hex, force_share=force_share)
     if quiet:
         return
     if output == "json":
@@ -59,10 +61,10 @@ def dump_command(file: str, with_hex: bool, force_share: bool, quiet: bool, outp
 
 def _structure(structure: dict[str, Any]) -> Iterator[str]:
     number = structure.get("entries")
-    entries = "" if number is None else ", 1 entry" if number == 1 else f", {number} entries"
+    entries = "" if number is None else f", {counted(number, 'entry', 'entries')}"
     yield ""
     place = "" if structure["offset"] is None else f" @ {structure['offset']:#x}"
-    yield f"{printable(structure['name'])}{place}, {structure['length']} bytes{entries}"
+    yield f"{printable(structure['name'])}{place}, {counted(structure['length'], 'byte')}{entries}"
     if "note" in structure:
         yield f"  note: {printable(structure['note'])}"
     rows = [

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.host.opening import this_host
-from dirtmap.fmt.errors import Error, printable
+from dirtmap.fmt.errors import Error, counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
 
 if TYPE_CHECKING:
-    from dirtmap.engine.host.resolver import Hit
+    from dirtmap.engine import BitmapMatch, Host
 
 
 @options.command(
@@ -26,18 +24,10 @@ if TYPE_CHECKING:
 )
 @click.argument("bitmap", type=options.NAME)
 @options.force_share
-@options.host
+@options.named
 @options.speaking
 @click.pass_context
-def find_command(
-    ctx: click.Context,
-    bitmap: str,
-    force_share: bool,
-    store: str | None,
-    index: str | None,
-    quiet: bool,
-    output: str,
-) -> None:
+def find_command(ctx: click.Context, host: Host, bitmap: str, force_share: bool, quiet: bool, output: str) -> None:
     """Find every bitmap of that name on this host.
 
     In all images and stores that are known: "dirtmap index scan" finds them. Each is shown with the node or device that
@@ -45,7 +35,10 @@ def find_command(
     from being shown; the exit status is 1.
     """
     problems: list[Error] = []
-    hits = this_host(store, index).find(bitmap, force_share=force_share, told=problems.append)
+    hits = host.find(bitmap, force_share=force_share, told=problems.append)
+    if not hits and (meant := options.unescaped(bitmap)) != bitmap:
+        bitmap, problems = meant, []
+        hits = host.find(bitmap, force_share=force_share, told=problems.append)
     for problem in problems:
         complain(str(problem))
     if not quiet:
@@ -54,9 +47,7 @@ def find_command(
         ctx.exit(1)
 
 
-def _show(bitmap: str, hits: list[Hit], output: str) -> None:
-    from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
-
+def _show(bitmap: str, hits: list[BitmapMatch], output: str) -> None:
     if output == "json":
         write_json(
             [
@@ -64,12 +55,12 @@ def _show(bitmap: str, hits: list[Hit], output: str) -> None:
                     "node": hit.holder if hit.kind == "node" else None,
                     "device": hit.holder if hit.kind == "device" else None,
                     "name": hit.bitmap,
-                    "filename": hit.container.path,
-                    "format": "qcow2" if hit.in_image else "dirtmap",
-                    "namespace": str(uuid.UUID(bytes=hit.uuid)) if any(hit.uuid) else None,
+                    "filename": hit.path,
+                    "format": hit.format,
+                    "namespace": hit.namespace,
                     "granularity": hit.granularity,
-                    "recording": bool(hit.flags & FLAG_AUTO),
-                    "inconsistent": bool(hit.flags & FLAG_IN_USE),
+                    "recording": hit.recording,
+                    "inconsistent": hit.inconsistent,
                 }
                 for hit in hits
             ]
@@ -80,10 +71,10 @@ def _show(bitmap: str, hits: list[Hit], output: str) -> None:
             printable(hit.holder) if hit.kind != "image" else "",
             hit.kind,
             human_size(hit.granularity),
-            "inconsistent" if hit.flags & FLAG_IN_USE else "recording" if hit.flags & FLAG_AUTO else "disabled",
-            printable(hit.container.path),
+            "inconsistent" if hit.inconsistent else "recording" if hit.recording else "disabled",
+            printable(hit.path),
         )
         for hit in hits
     ]
-    title = f"{printable(bitmap)}: {len(rows)} bitmaps"
+    title = f"{printable(bitmap)}: {counted(len(rows), 'bitmap')}"
     write_table(title, ("ATTACHED TO", "KIND", "GRANULARITY", "STATE", "FILE"), rows, right=(2,))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Target
 from dirtmap.fmt.errors import Error
 from dirtmap.tools import options
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Host
 
 
 @options.command(
@@ -18,18 +21,20 @@ from dirtmap.tools import options
 )
 @options.target
 @options.bitmap
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, required=True, type=options.WORD)
 @click.option("--owner", metavar="TEXT", help="Who holds it, for others to read.  [default: the command's name]")
 @options.changing
 @click.pass_context
-def hold_command(ctx: click.Context, target: Target, bitmap: str, command: tuple[str, ...], owner: str | None) -> None:
+def hold_command(
+    ctx: click.Context, host: Host, target: str, bitmap: str, command: tuple[str, ...], owner: str | None
+) -> None:
     """Run a command while a bitmap is held.
 
     A held bitmap is busy: nobody can remove, clear, rename, move or change it. The hold ends with the command; one
     whose process has died counts no more. SIGTERM and SIGHUP are passed on to the command. Exit status: that of the
     command.
     """
-    with dm.open(target) as image, image.hold(bitmap, owner or command[0]):
+    with host.open(target) as image, image.hold(bitmap, owner or command[0]):
         try:
             status = _run(command)
         except FileNotFoundError:

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.host.opening import this_host
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, progress_bar, write_json, write_table
 
 if TYPE_CHECKING:
-    from dirtmap.engine import Host
-    from dirtmap.engine.host.scan import Summary
+    from dirtmap.engine import Host, Summary
 
 
 @click.group("index", no_args_is_help=False)
@@ -33,11 +31,9 @@ def index_command() -> None:
 )
 @click.argument("paths", metavar="PATH...", type=click.Path(), nargs=-1, required=True)
 @options.force_share
-@options.host
+@options.named
 @options.speaking
-def scan_command(
-    paths: tuple[str, ...], force_share: bool, store: str | None, index: str | None, quiet: bool, output: str
-) -> None:
+def scan_command(host: Host, paths: tuple[str, ...], force_share: bool, quiet: bool, output: str) -> None:
     """Find every qcow2 image and store below folders.
 
     The default store remembers where they are. An image that was moved is found again by its UUID, and a name that is
@@ -48,10 +44,10 @@ def scan_command(
     not taken: "dirtmap list" and "dirtmap find" leave them out until "dirtmap node add --new-identity" gives them an
     identity of their own.
     """
-    from dirtmap.engine.host.scan import scan
+    from dirtmap.engine import scan
 
     with progress_bar("scanning", quiet=quiet) as progress:
-        summary = scan(this_host(store, index), paths, force_share=force_share, progress=progress)
+        summary = scan(host, paths, force_share=force_share, progress=progress)
     _complain(summary)
     if quiet:
         return
@@ -73,11 +69,13 @@ def scan_command(
             }
         )
         return
+    bitmaps = f"{counted(summary.bitmaps, 'bitmap')}, {summary.inconsistent} of them inconsistent"
+    twins = counted(len(summary.twins + summary.copies), "twin")
+    clashes = counted(len(summary.clashes), "name that clashes", "names that clash")
     print(
-        f"{summary.images} images, {summary.stores} stores, {summary.bitmaps} bitmaps, "
-        f"{summary.inconsistent} of them inconsistent; {summary.learned} new, {len(summary.moved)} moved, "
-        f"{len(summary.held)} held, {len(summary.damaged)} damaged, {len(summary.twins + summary.copies)} twins, "
-        f"{len(summary.clashes)} names that clash, {len(summary.gone)} gone, {len(summary.unreadable)} unreadable"
+        f"{counted(summary.images, 'image')}, {counted(summary.stores, 'store')}, {bitmaps}; "
+        f"{summary.learned} new, {len(summary.moved)} moved, {len(summary.held)} held, {len(summary.damaged)} damaged, "
+        f"{twins}, {clashes}, {len(summary.gone)} gone, {len(summary.unreadable)} unreadable"
     )
 
 
@@ -113,28 +111,28 @@ def _complain(summary: Summary) -> None:
     dirtmap index verify
     """,
 )
-@options.host
+@options.named
 @options.speaking
-def verify_command(store: str | None, index: str | None, quiet: bool, output: str) -> None:
+def verify_command(host: Host, quiet: bool, output: str) -> None:
     """Read the whole index, and hold it against what the containers say.
 
     It is read in a process of its own, since damage inside can kill the reader. Where anything is wrong, the index is
     rebuilt; nothing is lost by that.
     """
-    from dirtmap.engine.host.maintenance import verify
+    from dirtmap.engine import verify_index
 
-    here = this_host(store, index)
     with progress_bar("reading containers", quiet=quiet) as progress:
-        result = verify(here, progress)
+        result = verify_index(host, progress)
     for what in result.faults:
         complain(what)
-    _complain_of_stores(here)
+    _complain_of_stores(host)
     if quiet:
         return
     if output == "json":
         write_json({"entries": result.entries, "faults": result.faults, "rebuilt": result.rebuilt})
     else:
-        print(f"{result.entries} entries, " + ("rebuilt" if result.rebuilt else "all as the containers say"))
+        how = "rebuilt" if result.rebuilt else "all as the containers say"
+        print(f"{counted(result.entries, 'entry', 'entries')}, {how}")
 
 
 @options.command(
@@ -143,22 +141,21 @@ def verify_command(store: str | None, index: str | None, quiet: bool, output: st
     dirtmap index rebuild
     """,
 )
-@options.host
+@options.named
 @options.speaking
-def rebuild_command(store: str | None, index: str | None, quiet: bool, output: str) -> None:
+def rebuild_command(host: Host, quiet: bool, output: str) -> None:
     """Make the index anew, from the containers that the default store knows."""
-    from dirtmap.engine.host.maintenance import rebuild
+    from dirtmap.engine import rebuild_index
 
-    here = this_host(store, index)
     with progress_bar("reading containers", quiet=quiet) as progress:
-        count = rebuild(here, progress)
-    _complain_of_stores(here)
+        count = rebuild_index(host, progress)
+    _complain_of_stores(host)
     if quiet:
         return
     if output == "json":
         write_json({"containers": count})
     else:
-        print(f"{count} containers")
+        print(counted(count, "container"))
 
 
 @options.command(
@@ -167,21 +164,20 @@ def rebuild_command(store: str | None, index: str | None, quiet: bool, output: s
     dirtmap index stats --output=json
     """,
 )
-@options.host
+@options.named
 @options.speaking
-def stats_command(store: str | None, index: str | None, quiet: bool, output: str) -> None:
+def stats_command(host: Host, quiet: bool, output: str) -> None:
     """Tell how much is in the index."""
-    from dirtmap.engine.host.maintenance import stats
+    from dirtmap.engine import index_stats
 
-    here = this_host(store, index)
-    found = stats(here)
+    found = index_stats(host)
     if quiet:
         return
     if output == "json":
-        write_json({"filename": here.index.path, **found})
+        write_json({"filename": host.index_path, **found})
     else:
         rows = [(key, str(value)) for key, value in found.items()]
-        write_table(printable(here.index.path), ("WHAT", "NUMBER"), rows, right=(1,))
+        write_table(printable(host.index_path), ("WHAT", "NUMBER"), rows, right=(1,))
 
 
 for _command in (scan_command, verify_command, rebuild_command, stats_command):

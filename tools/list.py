@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Target
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_share, human_size
 
 if TYPE_CHECKING:
-    from dirtmap.engine import BitmapInfo, ImageInfo
+    from dirtmap.engine import BitmapInfo, Host, ImageInfo
 
 
 @options.command(
@@ -30,7 +29,9 @@ if TYPE_CHECKING:
 @options.force_share
 @options.reporting
 @click.pass_context
-def list_command(ctx: click.Context, targets: tuple[Target, ...], force_share: bool, quiet: bool, output: str) -> None:
+def list_command(
+    ctx: click.Context, host: Host, targets: tuple[str, ...], force_share: bool, quiet: bool, output: str
+) -> None:
     """List the bitmaps of images.
 
     Tells each bitmap's granularity, how much of the disk it calls dirty (whole granules, as QEMU counts), and whether
@@ -43,12 +44,12 @@ def list_command(ctx: click.Context, targets: tuple[Target, ...], force_share: b
     failed = False
     documents = []
     if not targets:
-        targets = tuple(f"file:{path}" for path in options.host_of(ctx).containers())
+        targets = tuple(f"file:{path}" for path in host.containers())
         if not targets:
             complain("no images are known yet; 'index scan' finds them")
     for target in targets:
         try:
-            info = dm.describe(target, force_share=force_share, **options.where(ctx))
+            info = host.describe(target, force_share=force_share)
         except dm.Error as error:
             complain(str(error))
             failed = True

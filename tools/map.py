@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Target
 from dirtmap.tools import options
 from dirtmap.tools.output import colourful
 from dirtmap.tools.targets import tell_doubt, usable
@@ -18,6 +16,8 @@ from dirtmap.tools.targets import tell_doubt, usable
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from dirtmap.engine import Host
 
     Positions = NDArray[np.int64]
 
@@ -43,7 +43,8 @@ _BLOCK = 16384  # dirty extents that become text in one go
 @options.force_share
 @options.reporting
 def map_command(
-    target: Target,
+    host: Host,
+    target: str,
     bitmap: str,
     dirty_only: bool,
     totals: bool,
@@ -59,7 +60,7 @@ def map_command(
     """
     if picture and (totals or dirty_only or output == "json"):
         raise click.UsageError("--picture goes with neither --totals, --dirty nor --output=json.")
-    with dm.open(target, force_share=force_share) as image:
+    with host.open(target, force_share=force_share) as image:
         found = usable(image.where, image, bitmap)
         tell_doubt(image, image.doubt())
     offsets, lengths = found.extents()

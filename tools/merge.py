@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Target
 from dirtmap.tools import options
 from dirtmap.tools.targets import same_image, transaction, usable
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Host
 
 
 @options.command(
@@ -19,20 +22,20 @@ from dirtmap.tools.targets import same_image, transaction, usable
 )
 @options.target
 @options.bitmap
-@click.argument("sources", metavar="SOURCE...", type=options.NAME, nargs=-1, required=True)
+@click.argument("sources", metavar="SOURCE...", type=options.SOURCE, nargs=-1, required=True)
 @click.option("-b", "source_target", metavar="SOURCE_TARGET", type=options.TARGET, help="Where the sources are.")
 @options.changing
-def merge_command(target: Target, bitmap: str, sources: tuple[str, ...], source_target: Target | None) -> None:
+def merge_command(host: Host, target: str, bitmap: str, sources: tuple[str, ...], source_target: str | None) -> None:
     """Merge bitmaps into BITMAP.
 
     BITMAP becomes dirty wherever a SOURCE is, and keeps its granularity: a dirty granule of a SOURCE makes every
     granule dirty that it touches. The sources stay as they are. They may be in another image of the same virtual size.
     """
-    from dirtmap.engine.model import changes
+    from dirtmap.engine import changes
 
-    with transaction(target) as bitmaps:
-        if source_target is None or same_image(target, source_target):
+    with transaction(host, target) as bitmaps:
+        if source_target is None or same_image(host, target, source_target):
             changes.merge(bitmaps, bitmap, (usable(bitmaps.where, bitmaps, name) for name in sources))
         else:
-            with dm.open(source_target) as image:
+            with host.open(source_target) as image:
                 changes.merge(bitmaps, bitmap, (usable(image.where, image, name) for name in sources))

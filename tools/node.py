@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.engine.host.opening import remember, this_host
-from dirtmap.engine.system.probe import QCOW2, probe_path
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
-from dirtmap.tools.targets import gather
 
 if TYPE_CHECKING:
-    from dirtmap.engine.namespaces.nodes import Node
+    from dirtmap.engine import Error, Host, Node
 
 
 @click.group("node", no_args_is_help=False)
@@ -33,23 +30,21 @@ def node_command() -> None:
 )
 @click.argument("name", type=options.NAME)
 @click.argument("image", type=click.Path())
-@options.host
+@options.named
 @click.option("--new-identity", is_flag=True, help="IMAGE is a copy of another qcow2 image; make it one of its own.")
 @options.quiet
-def add_command(name: str, image: str, store: str | None, index: str | None, new_identity: bool) -> None:
+def add_command(host: Host, name: str, image: str, new_identity: bool) -> None:
     """Give an image a name and an identity.
 
     A qcow2 image keeps its name and its UUID in its own header, and its bitmaps as before; the store remembers where it
     is. For anything else (a raw file, a block device) the store will hold the bitmaps.
     """
-    here = this_host(store, index)
-    if probe_path(image) == QCOW2:
-        here.add_qcow2(name, image, new_identity=new_identity)
+    if host.keeps_bitmaps(image):
+        host.add_qcow2(name, image, new_identity=new_identity)
     elif new_identity:
         raise click.UsageError("--new-identity is for qcow2 images.")
     else:
-        here.add_node(name, image)
-    remember(store, index)
+        host.add_node(name, image)
 
 
 @options.command(
@@ -58,12 +53,12 @@ def add_command(name: str, image: str, store: str | None, index: str | None, new
     dirtmap node remove drive0
     """,
 )
-@click.argument("name", type=options.NAME)
-@options.host
+@click.argument("name", type=options.NODE)
+@options.named
 @options.quiet
-def remove_command(name: str, store: str | None, index: str | None) -> None:
+def remove_command(host: Host, name: str) -> None:
     """Forget a node; it must not have bitmaps."""
-    this_host(store, index).remove_node(name)
+    host.remove_node(name)
 
 
 @options.command(
@@ -73,14 +68,14 @@ def remove_command(name: str, store: str | None, index: str | None) -> None:
     dirtmap node rename --with-bitmaps drive0 system
     """,
 )
-@click.argument("old", type=options.NAME)
+@click.argument("old", type=options.NODE)
 @click.argument("new", type=options.NAME)
 @click.option("--with-bitmaps", is_flag=True, help="Also where it has bitmaps, whose addresses change.")
-@options.host
+@options.named
 @options.quiet
-def rename_command(old: str, new: str, with_bitmaps: bool, store: str | None, index: str | None) -> None:
+def rename_command(host: Host, old: str, new: str, with_bitmaps: bool) -> None:
     """Give a node another name."""
-    this_host(store, index).rename_node(old, new, with_bitmaps=with_bitmaps)
+    host.rename_node(old, new, with_bitmaps=with_bitmaps)
 
 
 @options.command(
@@ -89,17 +84,17 @@ def rename_command(old: str, new: str, with_bitmaps: bool, store: str | None, in
     truncate -s 20G disk.raw && dirtmap node resize drive0
     """,
 )
-@click.argument("name", type=options.NAME)
-@options.host
+@click.argument("name", type=options.NODE)
+@options.named
 @options.quiet
-def resize_command(name: str, store: str | None, index: str | None) -> None:
+def resize_command(host: Host, name: str) -> None:
     """Adopt the size that a node's image has now.
 
     Old bits stay, new space is dirty. You state with it that the image was resized and nothing else; if it was written
     to as well, say "dirtmap recover" instead, which adopts the size and makes all dirty. So does this command where
     another file is in the image's place.
     """
-    this_host(store, index).resize_node(name)
+    host.resize_node(name)
 
 
 @options.command(
@@ -108,16 +103,16 @@ def resize_command(name: str, store: str | None, index: str | None) -> None:
     touch disk.raw && dirtmap node confirm drive0
     """,
 )
-@click.argument("name", type=options.NAME)
-@options.host
+@click.argument("name", type=options.NODE)
+@options.named
 @options.quiet
-def confirm_command(name: str, store: str | None, index: str | None) -> None:
+def confirm_command(host: Host, name: str) -> None:
     """State that a node's bitmaps are right although its image looks changed.
 
     An image that was changed while nobody tracked it has bitmaps that count as all dirty. Use this where only the time
     stamp changed, or the file was moved. If anything was written to the image, its bitmaps have missed that.
     """
-    this_host(store, index).confirm_node(name)
+    host.confirm_node(name)
 
 
 @options.command(
@@ -127,26 +122,25 @@ def confirm_command(name: str, store: str | None, index: str | None) -> None:
     dirtmap node list --store backup.dmap --output=json
     """,
 )
-@options.host
+@options.named
 @click.option(
     "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to report."
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.pass_context
-def list_command(ctx: click.Context, store: str | None, index: str | None, output: str, quiet: bool) -> None:
+def list_command(ctx: click.Context, host: Host, output: str, quiet: bool) -> None:
     """List the nodes of all stores that are known, and where their images are."""
-    from dirtmap.engine.namespaces.nodes import nodes
-
-    here = this_host(store, index)
-    found, complete = gather(here, nodes)
-    found.sort(key=lambda node: node.name)
+    problems: list[Error] = []
+    found = host.nodes(problems)
+    for problem in problems:
+        complain(str(problem))
     if output == "json" and not quiet:
         keys = ("name", "uuid", "path", "size", "bitmaps", "doubt")
         names = {"path": "filename", "size": "virtual-size"}
         write_json([{names.get(key, key): getattr(node, key) for key in keys} for node in found])
     elif not quiet:
-        _show(here.store, found)
-    if not complete:
+        _show(host.store, found)
+    if problems:
         ctx.exit(1)
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dirtmap.engine.host.opening import Named, Target, require_format
 from dirtmap.tools.sizes import parse_size
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from dirtmap.engine.host.registry import Host
+    from dirtmap.engine import Host
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -57,26 +59,87 @@ class _Size(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+def escaped(name: str) -> str:
+    """A name as JSON shows it: bytes that are not UTF-8 as a backslash, an x and two hexadecimal digits."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def unescaped(name: str) -> str:
+    """The name that `escaped` shows so, if it has no such text itself."""
+    from dirtmap.engine.model.naming import decode_name
+
+    text = os.fsencode(name)
+    return decode_name(re.sub(rb"\\x([89a-f][0-9a-f])", lambda match: bytes([int(match[1], 16)]), text))
+
+
 class _Name(click.ParamType):  # type: ignore[type-arg]
-    """A bitmap's name as the engine has it, whatever bytes the shell gave."""
+    """A name as the engine has it, whatever bytes the shell gave."""
 
     name = "name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from dirtmap.engine.model.naming import decode_name
+        return os.fsencode(value).decode("utf-8", "surrogateescape")
 
-        return decode_name(os.fsencode(value))
+
+class _Bitmap(_Name):
+    """The name of a bitmap that is there.
+
+    One that is not UTF-8 may be given as JSON shows it, see `escaped`, unless a bitmap's name is that very text.
+    """
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name = super().convert(value, param, ctx)
+        if "\\x" not in name or ctx is None:
+            return name
+        there = self._there(ctx)
+        meant = [found for found in there if escaped(found) == name]
+        if name in there or not meant:
+            return name
+        if len(meant) > 1:
+            self.fail(f"'{name}' is how {len(meant)} names are shown, none of which it is", param, ctx)
+        return meant[0]
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from click.shell_completion import CompletionItem
+        return _items(map(escaped, self._there(ctx)), incomplete)
 
+    def _there(self, ctx: click.Context) -> list[str]:
+        """The names of all bitmaps of the target; of another source than that where the command has one."""
         import dirtmap.engine as dm
 
+        target = ctx.params.get("target")
+        if self is SOURCE:
+            target = ctx.params.get("source_target") or target
         try:
-            bitmaps = dm.describe(ctx.params["target"], force_share=True).bitmaps
-        except (KeyError, TypeError, dm.Error):
+            return [bitmap.name for bitmap in host_of(ctx).describe(target, force_share=True).bitmaps] if target else []
+        except dm.Error:
             return []
-        return [CompletionItem(b.name) for b in bitmaps if b.name.isprintable() and b.name.startswith(incomplete)]
+
+
+class _Holder(_Name):
+    """The name of a node or device that is there."""
+
+    def __init__(self, *kinds: str) -> None:
+        self._kinds = kinds
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return _items(map(escaped, _holders(ctx, *self._kinds)), incomplete)
+
+
+def _items(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(name) for name in names if name.isprintable() and name.startswith(incomplete)]
+
+
+def _holders(ctx: click.Context, *kinds: str) -> list[str]:
+    """The names of all nodes or devices of this host, as far as its stores can be read."""
+    import dirtmap.engine as dm
+
+    found: list[str] = []
+    with contextlib.suppress(dm.Error):
+        found += [node.name for node in host_of(ctx).nodes([])] if "node" in kinds else []
+        found += [device.name for device in host_of(ctx).devices([])] if "device" in kinds else []
+    return sorted(found)
 
 
 class _Target(click.Path):
@@ -84,21 +147,38 @@ class _Target(click.Path):
 
     name = "target"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Target:  # type: ignore[override]
-        found: Target = value
-        if ctx and (ctx.meta.get(_STORE) or ctx.meta.get(_INDEX)):
-            found = Named(value, ctx.meta.get(_STORE), ctx.meta.get(_INDEX))
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if ctx and (wanted := ctx.meta.get(_FORMAT)):
-            require_format(found, wanted)
-        return found
+            host_of(ctx).require_format(value, wanted)
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Names of nodes and devices; files where none fits, as the shell has it."""
+        named = _items(_holders(ctx, "node", "device"), incomplete)
+        return [*named, *super().shell_complete(ctx, param, incomplete)]
+
+
+class _Word(click.types.UnprocessedParamType):
+    """A word of a command to run."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
 
 
 SIZE = _Size()
 NAME = _Name()
+BITMAP = _Bitmap()
+SOURCE = _Bitmap()
+NODE = _Holder("node")
+DEVICE = _Holder("device")
+WORD = _Word()
 TARGET = _Target()
 _FORMAT = "dirtmap.format"
 _STORE = "dirtmap.store"
 _INDEX = "dirtmap.index"
+_HOST = "dirtmap.host"
 
 
 def _remember_format(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -114,7 +194,8 @@ def _remember_index(ctx: click.Context, _: click.Parameter, value: str | None) -
 
 
 target = click.argument("target", type=TARGET)
-bitmap = click.argument("bitmap", type=NAME)
+bitmap = click.argument("bitmap", type=BITMAP)
+new_bitmap = click.argument("bitmap", type=NAME)
 force_share = click.option("-U", "--force-share", is_flag=True, help="Read although another process writes to it.")
 quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, help="Print nothing but errors.")
 _told_quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -156,23 +237,29 @@ _index = click.option(
 )
 
 
-def host(command: Decorated) -> Decorated:
-    """Options of a command that takes names and no TARGET; it is passed ``store`` and ``index``."""
-    store = click.option("--store", type=click.Path(), metavar="STORE", help=_STORE_HELP)
-    index = click.option("--index", type=click.Path(), metavar="PATH", help=_INDEX_HELP)
-    return store(index(command))
-
-
-def where(ctx: click.Context) -> dict[str, Any]:
-    """The default store and the index that the user asked for, as the engine's functions take them."""
-    return {"store": ctx.meta.get(_STORE), "index": ctx.meta.get(_INDEX)}
-
-
 def host_of(ctx: click.Context) -> Host:
-    """The host, as the default store and the index of the user's choice tell of it."""
-    from dirtmap.engine.host.opening import this_host
+    """The host, as the default store and the index of the user's choice tell of it: one for each command."""
+    import dirtmap.engine as dm
 
-    return this_host(**where(ctx))
+    if _HOST not in ctx.meta:
+        ctx.meta[_HOST] = ctx.find_root().with_resource(dm.Host(ctx.meta.get(_STORE), ctx.meta.get(_INDEX)))
+    host: Host = ctx.meta[_HOST]
+    return host
+
+
+def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the host as its first argument."""
+
+    @functools.wraps(command)
+    def with_host(*args: Any, **values: Any) -> Any:
+        return command(host_of(click.get_current_context()), *args, **values)
+
+    return with_host
+
+
+def named(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a command that takes names and no TARGET; it is passed the host first."""
+    return _store(_index(pass_host(command)))
 
 
 def speaking(command: Decorated) -> Decorated:
@@ -180,11 +267,11 @@ def speaking(command: Decorated) -> Decorated:
     return _output(_told_quiet(command))
 
 
-def reporting(command: Decorated) -> Decorated:
-    """Options of a command that reports; it is passed ``quiet`` and ``output``."""
-    return speaking(_store(_index(_format(command))))
+def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a command that reports; it is passed the host first, and ``quiet`` and ``output``."""
+    return speaking(_store(_index(_format(pass_host(command)))))
 
 
-def changing(command: Decorated) -> Decorated:
-    """Options of a command that changes bitmaps and has nothing to report."""
-    return quiet(_store(_index(_format(command))))
+def changing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a command that changes bitmaps and has nothing to report; it is passed the host first."""
+    return quiet(_store(_index(_format(pass_host(command)))))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Target
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import write_json
 from dirtmap.tools.targets import address
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Host
 
 
 @options.command(
@@ -20,9 +23,9 @@ from dirtmap.tools.targets import address
     """,
 )
 @options.target
-@click.argument("bitmaps", metavar="[BITMAP]...", type=options.NAME, nargs=-1)
+@click.argument("bitmaps", metavar="[BITMAP]...", type=options.BITMAP, nargs=-1)
 @options.reporting
-def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, output: str) -> None:
+def recover_command(host: Host, target: str, bitmaps: tuple[str, ...], quiet: bool, output: str) -> None:
     """Make inconsistent bitmaps usable again.
 
     A bitmap is inconsistent when a program that recorded into it did not finish, as after a crash of QEMU: what it
@@ -39,12 +42,12 @@ def recover_command(target: Target, bitmaps: tuple[str, ...], quiet: bool, outpu
     its bitmaps become dirty all over. Do that only once its tracker has ended. Of a device that was tracked, only the
     device's bitmaps are recovered; recovering its root node recovers both.
     """
-    recovered = dm.recover(target, bitmaps)
+    recovered = host.recover(target, bitmaps)
     if quiet:
         return
     if output == "json":
         found = [{"name": item.name, "result": item.how} for item in recovered]
-        write_json({**address(target), "recovered": found})
+        write_json({**address(host, target), "recovered": found})
         return
     for item in recovered:
         print(f"{printable(item.name)}: {item.how}")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from dirtmap.tools import options
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Host
 
 
 @options.command(
@@ -16,16 +21,13 @@ from dirtmap.tools import options
 )
 @click.argument("raw", type=click.Path())
 @click.argument("qcow2", type=click.Path())
+@options.named
 @options.quiet
-def sidecar_command(raw: str, qcow2: str) -> None:
+def sidecar_command(host: Host, raw: str, qcow2: str) -> None:
     """Make a qcow2 file that has RAW as its external data.
 
     Let QEMU open QCOW2 from then on: it reads and writes RAW through it, byte for byte as before, and keeps bitmaps of
     what it writes in QCOW2. What is written to RAW without going through QCOW2 is not recorded; so RAW must not be
     tracked. QCOW2 must not exist; it remembers the absolute path of RAW.
     """
-    from dirtmap.engine.host.opening import this_host
-    from dirtmap.engine.qcow2.sidecar import make_sidecar
-
-    this_host().refuse_tracked(raw)
-    make_sidecar(raw, qcow2)
+    host.make_sidecar(raw, qcow2)

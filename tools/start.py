@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-INTERRUPTED = 130  # what shells report for a process that SIGINT ended
+from dirtmap.tools.exits import INTERRUPTED
 
 
 def main() -> None:

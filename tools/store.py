@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json
 from dirtmap.tools.sizes import human_size
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Host
 
 
 @click.group("store", no_args_is_help=False)
@@ -30,12 +35,12 @@ def create_command(file: str, cluster_size: int) -> None:
 
     FILE must not exist. Then "dirtmap node add" gives it images to hold bitmaps for.
     """
-    from dirtmap.engine.storefile.file import create
+    from dirtmap.engine import create_store
     from dirtmap.fmt.geometry import is_power_of_two
 
     if not is_power_of_two(cluster_size):
         raise click.BadParameter(f"{cluster_size} is not a power of two", param_hint="--cluster-size")
-    create(file, cluster_bits=cluster_size.bit_length() - 1)
+    create_store(file, cluster_bits=cluster_size.bit_length() - 1)
 
 
 @options.command(
@@ -45,23 +50,20 @@ def create_command(file: str, cluster_size: int) -> None:
     """,
 )
 @click.argument("file", type=click.Path())
-@options.host
+@options.named
 @options.speaking
-def compact_command(file: str, quiet: bool, output: str, **where: str | None) -> None:
+def compact_command(host: Host, file: str, quiet: bool, output: str) -> None:
     """Write a store anew without its free space, in its own place.
 
     The new file replaces the old one when it is durable; a crash before that leaves the old one.
     """
-    from dirtmap.engine.host.opening import this_host
-    from dirtmap.engine.namespaces.compact import compact
-
-    result = compact(file, expect=this_host(**where).expect)
+    result = host.compact(file)
     if output == "json" and not quiet:
         write_json({"filename": file, "before": result.before, "after": result.after, "namespaces": result.namespaces})
     elif not quiet:
         print(
             f"{printable(file)}: {human_size(result.before)} -> {human_size(result.after)}, "
-            f"{result.namespaces} namespaces"
+            f"{counted(result.namespaces, 'namespace')}"
         )
 
 
@@ -72,9 +74,9 @@ def compact_command(file: str, quiet: bool, output: str, **where: str | None) ->
     """,
 )
 @click.argument("file", type=click.Path())
-@options.host
+@options.named
 @options.quiet
-def new_identity_command(file: str, **where: str | None) -> None:
+def new_identity_command(host: Host, file: str) -> None:
     """Make a copy of a store one of its own.
 
     A copied store is refused while the original is there, since both would be the home of the same bitmaps. This gives
@@ -82,14 +84,7 @@ def new_identity_command(file: str, **where: str | None) -> None:
     dirty in the copy. A store that is not known to be a copy is refused while one of its images is tracked, or one of
     its bitmaps held.
     """
-    from dirtmap.engine.host.opening import this_host
-    from dirtmap.engine.namespaces.compact import compact
-    from dirtmap.engine.storefile.file import Store
-
-    here = this_host(**where)
-    with Store(file) as target:
-        of_copy = here.original_of(target) is not None
-    for line in compact(file, new_identity=True, of_copy=of_copy, expect=here.expect).made_dirty:
+    for line in host.new_identity(file).made_dirty:
         complain(f"{file}: all dirty now: {line}")
 
 

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import dirtmap.engine as dm
-from dirtmap.engine.host.opening import Target
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import colourful, write_json
 from dirtmap.tools.sizes import human_share, human_size
 from dirtmap.tools.targets import address
 
 if TYPE_CHECKING:
-    from dirtmap.engine.session.status import Status
+    from dirtmap.engine import Host, Status
 
 _REFRESH_SECONDS = 0.5
 
@@ -37,7 +35,7 @@ def track_command() -> None:
 @options.target
 @click.option("--once", is_flag=True, help="On a terminal: show it once, as to a pipe.")
 @options.reporting
-def status_command(target: Target, once: bool, quiet: bool, output: str) -> None:
+def status_command(host: Host, target: str, once: bool, quiet: bool, output: str) -> None:
     """Tell which program tracks TARGET, since when, and what it has marked and logged.
 
     "writes" counts those whose begin and end the program tells; marks that it makes without are not counted, but what
@@ -46,26 +44,26 @@ def status_command(target: Target, once: bool, quiet: bool, output: str) -> None
     On a terminal the answer is kept up to date until you interrupt it, or the program ends. Where the program has died,
     tells what "dirtmap recover" will do.
     """
-    with dm.open(target, force_share=True) as image:
+    with host.open(target, force_share=True) as image:
         status = image.tracking()
     if quiet:
         return
     if output == "json":
-        write_json({**address(target), **_document(status)})
+        write_json({**address(host, target), **_document(status)})
     elif once or status is None or not status.alive or not colourful():
         print("\n".join(_lines(str(target), status)))
     else:
-        _watch(target)
+        _watch(host, target)
 
 
-def _watch(target: Target) -> None:
+def _watch(host: Host, target: str) -> None:
     """Shows the status until the tracker ends."""
     from rich.live import Live
     from rich.text import Text
 
     with Live(auto_refresh=False) as shown:
         while True:
-            with dm.open(target, force_share=True) as image:
+            with host.open(target, force_share=True) as image:
                 status = image.tracking()
             shown.update(Text("\n".join(_lines(str(target), status))), refresh=True)
             if status is None or not status.alive:
@@ -96,7 +94,7 @@ def _lines(target: str, status: Status | None) -> list[str]:
         *failed,
         f"  since     {since}, last sign of life {ago}",
         f"  writes    {status.writes}",
-        f"  dirty     {human_size(status.dirty)} to be saved, in {status.intervals} intervals",
+        f"  dirty     {human_size(status.dirty)} to be saved, in {counted(status.intervals, 'interval')}",
         f"  logged    {regions if status.intent == 'region' else 'off'}",
         f"  live      {printable(status.live)}",
     ]

@@ -10,13 +10,12 @@ import click
 
 import dirtmap.engine as dm
 from dirtmap.tools import options
-from dirtmap.tools.inputs import read_input
+from dirtmap.tools.inputs import read_document
 from dirtmap.tools.output import complain
 from dirtmap.tools.targets import same_container, same_image, usable
 
 if TYPE_CHECKING:
-    from dirtmap.engine import Bitmap, Transaction
-    from dirtmap.engine.host.opening import Target
+    from dirtmap.engine import Bitmap, Host, Target, Transaction
     from dirtmap.tools.qmp import Action
 
 
@@ -31,52 +30,51 @@ if TYPE_CHECKING:
     """,
 )
 @click.argument("file", type=click.Path(allow_dash=True))
-@options.host
+@options.named
 @options.quiet
-def transaction_command(file: str, store: str | None, index: str | None) -> None:
+def transaction_command(host: Host, file: str) -> None:
     """Change several bitmaps of one image or store: all or nothing.
 
     FILE, or standard input for "-", is the document of a QMP "transaction" command, {"actions": [{"type": ..., "data":
     {...}}, ...]}, with the types block-dirty-bitmap-add, -remove, -clear, -enable, -disable and -merge. A "node" is a
     TARGET: the path of an image, or a node's name. All actions change the same container, a qcow2 image or a store; the
     sources of a merge may be elsewhere. The actions are carried out in their order. If one fails, nothing has changed.
+    FILE has 4 MiB at most.
     """
     from dirtmap.tools.qmp import parse_transaction
 
-    actions = parse_transaction(*read_input(file))
+    actions = parse_transaction(*read_document(file))
     if not actions:
         return
     node = actions[0].node
     for action in actions:
-        if not same_container(action.node, node, store, index):
+        if not same_container(host, action.node, node):
             what = f"'{action.node}' is in another container than '{node}'; a transaction changes one"
             raise dm.UnsupportedError(f"{action.place}.data.node", what)
-    recovered = dict(_dead_trackers({action.node for action in actions}, store, index))
+    recovered = dict(_dead_trackers(host, {action.node for action in actions}))
     with (
         contextlib.ExitStack() as others,
-        dm.transaction([action.node for action in actions], store=store, index=index) as nodes,
+        host.transaction([action.node for action in actions]) as nodes,
     ):
         for action in actions:
             try:
-                _apply(nodes, action, others, store, index)
+                _apply(host, nodes, action, others)
             except dm.Error as error:
                 raise dm.Error(f"{action.place}: {error.where}", error.what) from error
     for node, how in recovered.items():
         complain(f"{node}: recovered first: {how}")
 
 
-def _dead_trackers(nodes: set[str], store: str | None, index: str | None) -> Iterator[tuple[str, str]]:
+def _dead_trackers(host: Host, nodes: set[str]) -> Iterator[tuple[str, str]]:
     """What a tracker that has died left to recover: the node, and how. One that lives refuses the transaction."""
     for node in sorted(nodes):
-        with dm.open(node, store=store, index=index, force_share=True) as image:
+        with host.open(node, force_share=True) as image:
             if tracking := image.tracking():
                 yield node, tracking.how
 
 
-def _apply(
-    nodes: dict[Target, Transaction], action: Action, others: contextlib.ExitStack, store: str | None, index: str | None
-) -> None:
-    from dirtmap.engine.model import changes
+def _apply(host: Host, nodes: dict[Target, Transaction], action: Action, others: contextlib.ExitStack) -> None:
+    from dirtmap.engine import changes
 
     bitmaps = nodes[action.node]
 
@@ -93,9 +91,9 @@ def _apply(
                 return usable(bitmaps.where, bitmaps, name)
             for changed, there in nodes.items():
                 # One that is being changed is taken as the actions before this one have left it.
-                if node == changed or same_image(node, changed, store, index):
+                if node == changed or same_image(host, node, str(changed)):
                     return usable(there.where, there, name)
-            image = others.enter_context(dm.open(node, store=store, index=index))
+            image = others.enter_context(host.open(node))
             return usable(image.where, image, name)
 
         changes.merge(bitmaps, action.name, (source(*item) for item in action.sources))

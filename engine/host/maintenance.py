@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dirtmap.engine.host.registry import Host
+from dirtmap.engine.host.host import Host
+from dirtmap.engine.host.stores import Stores
 from dirtmap.engine.index.database import Database, replace
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.renewal import examine, renew
@@ -21,6 +22,7 @@ from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
 from dirtmap.fmt.errors import StorageError
 from dirtmap.fmt.index import Claim, Member
 from dirtmap.fmt.store import KIND_CONTAINER, KIND_DEVICE
+from dirtmap.fmt.structures.index import CONTAINER_VALUE
 
 Progress = Callable[[int, int], None]
 
@@ -50,45 +52,46 @@ def verify(host: Host, progress: Progress | None = None) -> Verification:
     Raises:
         StorageError: there is no index, or no default store, or it cannot be made anew.
     """
-    path = host.index.path
-    _require_default_store(host)
+    stores = host.stores
+    path = stores.index.path
+    _require_default_store(stores)
     if not os.path.lexists(path):
         raise StorageError(path, "there is no index; 'index scan' or the first use of a name makes one")
     result = Verification()
     examined = examine(path)
     result.entries, result.faults = examined.entries, examined.faults
     if not result.faults:
-        host.refresh()
-        result.faults = _differences(host, progress)
+        stores.refresh()
+        result.faults = _differences(stores, progress)
     if result.faults:
         rebuild(host, progress)
         result.rebuilt = True
     return result
 
 
-def _require_default_store(host: Host) -> None:
+def _require_default_store(stores: Stores) -> None:
     """Refuses to hold an index against nothing, and to lose what it knows for that."""
-    if not os.path.exists(host.store):
-        raise StorageError(host.store, "there is no default store to compare with; 'index scan' makes one")
+    if not os.path.exists(stores.store):
+        raise StorageError(stores.store, "there is no default store to compare with; 'index scan' makes one")
 
 
-def _differences(host: Host, progress: Progress | None) -> list[str]:
+def _differences(stores: Stores, progress: Progress | None) -> list[str]:
     """How the index differs from one that is made from the containers now."""
     with contextlib.ExitStack() as stack:
         folder = tempfile.mkdtemp(prefix="dirtmap-index-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         database = Database(folder)
         stack.callback(database.close)
-        fresh = Index(folder, database)
-        _fill(host, fresh, progress)
-        before, after = _contents(host.index, host), _contents(fresh, host)
+        fresh = Index(folder, stores.index.readers, database)
+        _fill(stores, fresh, progress)
+        before, after = _contents(stores.index, stores), _contents(fresh, stores)
     missing, surplus = after - before, before - after
     told = [f"says nothing of {what}" for what in missing] + [f"says what is not so: {what}" for what in surplus]
     return sorted(told)[:20]
 
 
-def _contents(index: Index, host: Host) -> Counter[str]:
-    paths = set(host.containers())
+def _contents(index: Index, stores: Stores) -> Counter[str]:
+    paths = set(stores.containers())
     found: Counter[str] = Counter()
     for path in paths:
         container = index.container(path)
@@ -138,26 +141,27 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
     Raises:
         StorageError: it cannot be written, or there is no default store.
     """
-    _require_default_store(host)
-    if os.path.lexists(host.index.path) and (examined := examine(host.index.path)).faults:
-        renew(host.index.path, examined.seen)  # before this process reads what would harm it
-    host.stores()  # so that a rollback is found while the old index still knows
-    seen = host.index.all_seen()
+    stores = host.stores
+    _require_default_store(stores)
+    if os.path.lexists(stores.index.path) and (examined := examine(stores.index.path)).faults:
+        renew(stores.index.path, examined.seen)  # before this process reads what would harm it
+    stores.stores()  # so that a rollback is found while the old index still knows
+    seen = stores.index.all_seen()
     count = 0
 
     def fill(database: Database) -> None:
         nonlocal count
-        fresh = Index(host.index.path, database)
-        count = _fill(host, fresh, progress)
+        fresh = Index(stores.index.path, stores.index.readers, database)
+        count = _fill(stores, fresh, progress)
         for commit in seen:
             fresh.remember_seen(commit)
 
-    replace(host.index.path, fill, even_if_good=True)
+    replace(stores.index.path, fill, even_if_good=True)
     return count
 
 
-def _fill(host: Host, fresh: Index, progress: Progress | None) -> int:
-    paths = host.containers()
+def _fill(stores: Stores, fresh: Index, progress: Progress | None) -> int:
+    paths = stores.containers()
     for done, _ in enumerate(fresh.refresh(paths)):
         if progress:
             progress(done, len(paths))
@@ -172,15 +176,16 @@ def stats(host: Host) -> dict[str, int]:
     Raises:
         StorageError: there is no index.
     """
-    if not os.path.isdir(host.index.path):
-        raise StorageError(host.index.path, "there is no index; 'index scan' or the first use of a name makes one")
-    database = host.index.database
+    stores = host.stores
+    if not os.path.isdir(stores.index.path):
+        raise StorageError(stores.index.path, "there is no index; 'index scan' or the first use of a name makes one")
+    database = stores.index.database
 
     def count(tag: bytes) -> int:
         return database.read(lambda reader: sum(1 for _ in reader.scan(tag)))
 
     conditions = Counter(
-        layout.CONTAINER_VALUE.parse(value).condition
+        CONTAINER_VALUE.parse(value).condition
         for _, value in database.read(lambda reader: list(reader.scan(layout.CONTAINER)))
     )
     return {

@@ -1,4 +1,4 @@
-"""`Names`: what a name means across all containers of a host.
+"""`Resolver`: what a name means across all containers of a host.
 
 The containers are the truth; the index only makes asking them fast. So every answer is the same without an index, and
 one that the index gives is verified before it is used.
@@ -9,28 +9,28 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Self
 
+from dirtmap.engine.host.kind import Kind
 from dirtmap.engine.host.stores import Stores
+from dirtmap.engine.index.database import ForbiddenError
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.model.naming import decode_name, encode_name
-from dirtmap.engine.namespaces import nodes
 from dirtmap.engine.namespaces.devices import Root
-from dirtmap.engine.namespaces.image import read_identity, require_header
-from dirtmap.engine.storefile.file import Store
+from dirtmap.engine.qcow2.reading import read_identity, require_header
+from dirtmap.engine.system.file import is_same_file
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
-from dirtmap.fmt.directory import FLAG_IN_USE
+from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, FormatError, StorageError, printable
 from dirtmap.fmt.index import KIND_QCOW2, Member
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class NodeMatch:
     """What a name was found to mean.
 
     Attributes:
@@ -73,27 +73,46 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Hit:
-    """A bitmap that was found by its name: in which container, and of which node, device or unnamed image."""
+class BitmapMatch:
+    """A bitmap that was found by its name.
 
-    container: Container
+    Attributes:
+        path: of the container.
+        format: of the container, as `Kind.name`.
+        kind: what it is attached to: ``image`` (without a name), ``node`` or ``device``.
+        holder: the name of the node or device, or the path of the image.
+        bitmap: its name.
+        namespace: UUID of the namespace as text; None of an image without a name.
+        granularity: bytes.
+        recording: as in `BitmapInfo`.
+        inconsistent: as in `BitmapInfo`.
+    """
+
+    path: str
+    format: str
     kind: str
     holder: str
     bitmap: str
-    uuid: bytes
-    flags: int
+    namespace: str | None
     granularity: int
-
-    @property
-    def in_image(self) -> bool:
-        """True where the container is a qcow2 image."""
-        return self.container.kind == KIND_QCOW2
+    recording: bool
+    inconsistent: bool
 
 
-class Names(Stores):
-    """The nodes, devices and bitmaps of a host by name. Arguments and attributes as `Stores`."""
+class Resolver:
+    """The nodes, devices and bitmaps of a host by name.
 
-    def resolve(self, name: str) -> Found | None:
+    Args:
+        stores: of the host.
+        kinds: of containers.
+    """
+
+    def __init__(self, stores: Stores, kinds: Iterable[Kind]) -> None:
+        self._stores, self._kinds = stores, kinds
+        fallback = stores.fallback
+        self._fallback = None if fallback is None else Resolver(fallback, kinds)
+
+    def resolve(self, name: str) -> NodeMatch | None:
         """The node or device of that name, as its container says; None where there is none.
 
         Raises:
@@ -102,144 +121,150 @@ class Names(Stores):
             BitmapNotFoundError: its image is not where it was.
             As `opened`.
         """
-        found = self._unique(name)
+        found = self.unique(name)
         if found:
             with contextlib.suppress(FormatError):  # whoever opens it tells, or works on what is damaged
                 _require_its_image(found)
         return found
 
-    def _unique(self, name: str) -> Found | None:
+    def unique(self, name: str) -> NodeMatch | None:
+        """As `resolve`, of a node whose image need not be where it was."""
         found = self.claims(name)
         # What the default store itself has under that name keeps it, whatever other stores turn up.
-        found = [claim for claim in found if claim.store == self.store] or found
+        found = [claim for claim in found if claim.store == self._stores.store] or found
         if len(found) > 1:
             one, other = found[:2]
             what = f"names a namespace of {one.store}, and another of {other.store}; say which with --store"
             raise BitmapError(f"node '{printable(name)}'", what)
         if not found:
-            self._require_all_stores()
+            self.require_all_stores()
         return found[0] if found else None
 
-    def _require_all_stores(self) -> None:
+    def require_all_stores(self) -> None:
         """Refuses to say that there is no such thing while a store cannot be read that may have it.
 
         Raises:
             Error: what is wrong with that store.
         """
-        for problem in self.problems():
+        for problem in self._stores.problems():
             raise problem
 
-    def claims(self, name: str) -> list[Found]:
+    def claims(self, name: str) -> list[NodeMatch]:
         """All nodes and devices of a name, those of the default store first: more than one where it is not unique."""
         raw_name = encode_name(name)
-        unique: dict[bytes, Found] = {}
+        unique: dict[bytes, NodeMatch] = {}
         for found in self._in_stores(lambda index: index.namespaces(raw_name)):
             unique.setdefault(found.uuid, found)
         return list(unique.values())
 
-    def _in_stores(self, claims: Callable[[Index], list[tuple[int, Member]]]) -> list[Found]:
+    def _in_stores(self, claims: Callable[[Index], list[tuple[int, Member]]]) -> list[NodeMatch]:
         """Those of an index's claims that a store of the host makes."""
 
-        def ask(index: Index) -> list[Found]:
-            stores = self.stores()
+        def ask(index: Index) -> list[NodeMatch]:
+            stores = self._stores.stores()
             return [
                 self._found(path, member)
                 for path, member in ((index.path_of(number), member) for number, member in claims(index))
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
 
-        found = self.asking(ask) if self.exists else []
-        return sorted(found, key=lambda claim: claim.store != self.store)  # the default store's first
+        found = self._stores.asking(ask) if self._stores.exists else []
+        return sorted(found, key=lambda claim: claim.store != self._stores.store)  # the default store's first
 
-    def _found(self, path: str, member: Member) -> Found:
-        return Found(
+    def _found(self, path: str, member: Member) -> NodeMatch:
+        return NodeMatch(
             name=decode_name(member.name),
             kind=member.kind,
             uuid=member.uuid,
             root_uuid=member.root_uuid,
-            store=self.store if path == self.home else path,
+            store=self._stores.store if path == self._stores.home else path,
             path=os.fsdecode(member.path),
             size=member.size,
         )
 
-    def by_uuid(self, namespace_uuid: bytes) -> Found | None:
+    def by_uuid(self, namespace_uuid: bytes) -> NodeMatch | None:
         """The node of that UUID, as far as a store of the host knows it."""
         found = self._in_stores(lambda index: index.carriers(namespace_uuid))
         return found[0] if found else None
 
-    def place_of(self, name: str, image_uuid: str) -> Found | None:
+    def place_of(self, name: str, image_uuid: bytes) -> NodeMatch | None:
         """The place of a qcow2 image, in whichever store of the host has it; None where none does.
 
         Args:
             name: of the node, as the image says it. The store may know the image under another still, where a rename
                 was killed halfway.
-            image_uuid: as text.
+            image_uuid: 16 bytes.
         """
 
-        def place(here: Names) -> list[Found]:
-            if not here.exists:
+        def place(here: Resolver) -> list[NodeMatch]:
+            if not here._stores.exists:
                 return []
             try:
-                with Store(here.home) as target:  # first, since that needs no index
-                    record = target.record(encode_name(name))
-            except FormatError as error:
-                raise here._advised(here.home, error) from error
-            if record and record.kind == store.KIND_PLACE and record.uuid == uuid.UUID(image_uuid).bytes:
-                member = Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path)
-                return [here._found(here.home, member)]
-            carriers = here._in_stores(lambda index: index.carriers(uuid.UUID(image_uuid).bytes))
+                if not os.path.isdir(here._stores.index.path) and (found := here._place_at_home(name, image_uuid)):
+                    return [found]
+                carriers = here._in_stores(lambda index: index.carriers(image_uuid))
+            except ForbiddenError:
+                if (found := here._place_at_home(name, image_uuid)) is None:
+                    raise
+                return [found]
             return [found for found in carriers if found.kind == store.KIND_PLACE]
 
         found = self.asked(place)
         return found[0] if found else None
 
-    def asked(self, question: Callable[[Self], list[Found]]) -> list[Found]:
-        """What the stores answer that the default store knows; else those that the usual one does.
+    def _place_at_home(self, name: str, image_uuid: bytes) -> NodeMatch | None:
+        """As `place_of`, of the default store alone, which needs no index."""
+        with self._stores.opened() as target:
+            record = target.record(encode_name(name))
+        if record is None or record.kind != store.KIND_PLACE or record.uuid != image_uuid:
+            return None
+        member = Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path)
+        return self._found(self._stores.home, member)
 
-        One that was chosen need not know what the usual one does, and where that cannot be read, is not of its host.
+    def asked(self, question: Callable[[Resolver], list[NodeMatch]]) -> list[NodeMatch]:
+        """What the stores answer that the default store knows; else those that the fallback does.
+
+        A default store that was chosen need not know what the normal one does. Where that cannot be read, it is none of
+        the chosen one's host.
         """
-        if (found := question(self)) or self._usual is None:
+        if (found := question(self)) or self._fallback is None:
             return found
         with contextlib.suppress(Error):
-            found = question(self._usual)
+            found = question(self._fallback)
         return found
 
     def every_store(self) -> list[str]:
-        """The paths of the stores that the default store knows, and of those that the usual one does."""
-        found = self.stores()
-        if self._usual is not None:
+        """The paths of the stores that the default store knows, and of those that the fallback does."""
+        found = self._stores.stores()
+        if self._stores.fallback is not None:
             with contextlib.suppress(Error):
-                found += self._usual.stores()
+                found += self._stores.fallback.stores()
         return list(dict.fromkeys(found))
 
     def devices_of(self, root: bytes) -> dict[str, list[bytes]]:
         """The devices whose root has that UUID: raw names by the absolute path of their store."""
         names: dict[str, list[bytes]] = {}
-        for here in (self, self._usual):
-            # What the usual stores say counts whichever was chosen, if they can be read.
+        for here in (self, self._fallback):
+            # What the fallback's stores say counts whichever was chosen, if they can be read.
             with contextlib.nullcontext() if here is self else contextlib.suppress(Error):
                 for found in here._in_stores(lambda index: index.devices(root)) if here else ():
                     known = names.setdefault(os.path.abspath(found.store), [])
                     known += [name for name in [encode_name(found.name)] if name not in known]
         return names
 
-    def is_checked_out(self, path: str, name: str, image_uuid: str) -> Found | None:
-        """The place of a qcow2 image whose bitmaps a tracker has, or had when it died; None where they are in it."""
+    def is_checked_out(self, path: str, name: str, image_uuid: bytes) -> bool:
+        """True of a qcow2 image whose bitmaps a tracker has, or had when it died."""
         place = self.place_of(name, image_uuid)
         if place is None:
-            return None
-        with self.opened(place.store) as target:
-            return place if nodes.is_checked_out(target, path, place.name, image_uuid) else None
-
-    def refuse_moved(self, path: str, name: str, image_uuid: str) -> None:
-        """Refuses a tracked qcow2 image that is not where it was; see `nodes.refuse_moved`."""
-        if place := self.place_of(name, image_uuid):
-            with self.opened(place.store) as target:
-                nodes.refuse_moved(target, path, place.name, image_uuid)
+            return False
+        with self._stores.opened(place.store) as target:
+            record = target.record(encode_name(place.name))
+        mine = record is not None and record.uuid == image_uuid and record.tracked
+        return mine and record is not None and is_same_file(path, record.path)
 
     def find(
         self, bitmap: str, *, force_share: bool = False, told: Callable[[Error], object] | None = None
-    ) -> list[Hit]:
+    ) -> list[BitmapMatch]:
         """Every bitmap of that name, in all containers that can be read, ordered by holder.
 
         Args:
@@ -249,39 +274,43 @@ class Names(Stores):
         """
         raw_name = encode_name(bitmap)
 
-        def ask(index: Index) -> tuple[list[Hit], list[Error]]:
-            sound, problems = self.refresh(force_share=force_share)
-            hits = []
+        formats = {kind.number: kind.name for kind in self._kinds}
+
+        def ask(index: Index) -> tuple[list[BitmapMatch], list[Error]]:
+            sound, problems = self._stores.refresh(force_share=force_share)
+            found = []
             for holder, claims in index.find(raw_name):
                 for claim in claims:
                     if container := sound.get(claim.container):
-                        kind = _kind_of(index, container, holder)
-                        name, granularity = decode_name(holder[1:]), 1 << claim.granularity_bits
-                        flags = claim.flags
-                        in_use = flags & FLAG_IN_USE and container.kind == KIND_QCOW2
-                        if in_use and self.is_checked_out(container.path, name, str(uuid.UUID(bytes=claim.uuid))):
-                            flags &= ~FLAG_IN_USE  # its tracker has what the image lacks
-                        hits.append(Hit(container, kind, name, bitmap, claim.uuid, flags, granularity))
-            return sorted(hits, key=lambda hit: (hit.holder, hit.container.path)), problems
+                        kind, name = _kind_of(index, container, holder), decode_name(holder[1:])
+                        in_use = bool(claim.flags & FLAG_IN_USE)
+                        if in_use and container.kind == KIND_QCOW2:  # its tracker may have what the image lacks
+                            in_use = not self.is_checked_out(container.path, name, claim.uuid)
+                        namespace = str(uuid.UUID(bytes=claim.uuid)) if any(claim.uuid) else None
+                        granularity = 1 << claim.granularity_bits
+                        recording = bool(claim.flags & FLAG_AUTO)
+                        how = kind, name, bitmap, namespace, granularity, recording, in_use
+                        found.append(BitmapMatch(container.path, formats[container.kind], *how))
+            return sorted(found, key=lambda match: (match.holder, match.path)), problems
 
-        hits, problems = self.asking(ask) if self.exists else ([], [])
+        found, problems = self._stores.asking(ask) if self._stores.exists else ([], [])
         for problem in problems:
             if told:
                 told(problem)
-        return hits
+        return found
 
-    def require(self, name: str, *kinds: int) -> Found:
+    def require(self, name: str, *kinds: int) -> NodeMatch:
         """The node or device of that name.
 
         Raises:
             BitmapNotFoundError: there is none, or it is of another kind.
         """
-        found = self._unique(name)
+        found = self.unique(name)
         if found is None or (kinds and found.kind not in kinds):
             what = "device" if kinds == (store.KIND_DEVICE,) else "node"
             text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             other = f"; it is a {store.KIND_NAMES[found.kind]}" if found and found.kind != store.KIND_PLACE else ""
-            raise BitmapNotFoundError(f"{self.store}: {what} '{text}'", f"there is no such {what}{other}")
+            raise BitmapNotFoundError(f"{self._stores.store}: {what} '{text}'", f"there is no such {what}{other}")
         return found
 
     def root(self, name: str) -> Root:
@@ -296,7 +325,7 @@ class Names(Stores):
         return Root(found.uuid, found.path)
 
 
-def _require_its_image(found: Found) -> None:
+def _require_its_image(found: NodeMatch) -> None:
     """Refuses a node whose image is not where it was.
 
     Raises:

@@ -15,12 +15,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from dirtmap.engine.host.registry import Host, remember_container
+from dirtmap.engine.host.host import Host
+from dirtmap.engine.host.registry import remember_container
+from dirtmap.engine.host.stores import Stores
 from dirtmap.engine.identity import identity_of, is_twin
 from dirtmap.engine.index.reading import Container, look
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.namespaces import devices
-from dirtmap.engine.namespaces.image import read_identity
+from dirtmap.engine.qcow2.reading import read_identity
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.system.file import is_gone, is_same_file
 from dirtmap.engine.system.probe import probe_path
@@ -86,14 +88,15 @@ def scan(
     """
     summary = Summary()
     roots = [os.path.realpath(path) for path in paths]  # so that a file has one path, whichever link leads to it
-    with host.opened(make=True):
+    stores = host.stores
+    with stores.opened(make=True):
         pass
-    host.stores()
+    stores.stores()
     files = list(_files(roots, summary))
     found: list[Container] = []
-    remembered = {*host.containers(), *roots}
-    host.index.open()
-    known_paths = host.index.paths()
+    remembered = {*stores.containers(), *roots}
+    stores.index.open()
+    known_paths = stores.index.paths()
     asked: list[str] = []
 
     def candidates() -> Iterator[str]:
@@ -106,14 +109,14 @@ def scan(
         if progress:
             progress(len(files), len(files))
 
-    for container, problem in host.index.refresh(candidates(), force_share=force_share):
+    for container, problem in stores.index.refresh(candidates(), force_share=force_share):
         found.append(container)
         summary.images += container.kind == KIND_QCOW2
         summary.stores += container.kind == KIND_STORE
         if container.kind == KIND_FAULTY and container.path not in remembered:
             continue  # only the index knows that there once was one
         if container.condition == DAMAGED:
-            summary.damaged.append((container.path, _what(problem, container.path)))
+            summary.damaged.append((container.path, _what(stores, problem, container.path)))
         elif container.condition == HELD:
             summary.held.append(container.path)
     read = {container.path for container in found}
@@ -122,7 +125,7 @@ def scan(
             _is_container(path, summary)
     _Registration(host, summary, roots).take_in(found)
     in_use = {container.number: 0 for container in found if container.condition == SOUND}
-    for claim in host.index.claims():
+    for claim in stores.index.claims():
         if claim.container in in_use:
             summary.bitmaps += 1
             in_use[claim.container] += bool(claim.flags & FLAG_IN_USE)
@@ -132,11 +135,11 @@ def scan(
     return summary
 
 
-def _what(problem: Error | None, path: str) -> str:
+def _what(stores: Stores, problem: Error | None, path: str) -> str:
     """What is wrong with a damaged container; it is read again, where that was found earlier."""
     if problem is None:
         with contextlib.suppress(StorageError):
-            again = look(lambda key: None, path, None, force_share=True)
+            again = look(stores.index.readers, lambda key: None, path, None, force_share=True)
             problem = again.problem if again else None
     return problem.what if problem else "as found before"
 
@@ -144,8 +147,8 @@ def _what(problem: Error | None, path: str) -> str:
 def _is_checked_out(host: Host, container: Container) -> bool:
     """True of a qcow2 image whose tracker has its bitmaps."""
     return container.kind == KIND_QCOW2 and any(
-        host.is_checked_out(container.path, decode_name(member.name), str(uuid.UUID(bytes=member.uuid)))
-        for member in host.index.members(container.number)
+        host.names.is_checked_out(container.path, decode_name(member.name), member.uuid)
+        for member in host.stores.index.members(container.number)
         if member.name
     )
 
@@ -211,14 +214,14 @@ class _Registration:
     """
 
     def __init__(self, host: Host, summary: Summary, roots: list[str]) -> None:
-        self._host, self._summary, self._roots = host, summary, roots
+        self._stores, self._names, self._summary, self._roots = host.stores, host.names, summary, roots
         # By store, the default store first: what it remembers, or holds.
         self._members: dict[str, list[Member]] = {}
         # By UUID: the store that has an image's place, and its name there; the files that say they are that image.
         self._places: dict[bytes, tuple[str, bytes]] = {}
         self._carriers: dict[bytes, list[str]] = {}
         self._images: list[tuple[Container, Member]] = []  # with a name
-        self._names: dict[bytes, set[bytes]] = {}  # of images that were found: their UUIDs
+        self._uuids: dict[bytes, set[bytes]] = {}  # of images that were found: their UUIDs
         self._owners: dict[bytes, dict[bytes, str]] = {}  # of nodes and devices: by UUID the store that has it
         self._moved: list[tuple[bytes, str]] = []
 
@@ -228,20 +231,20 @@ class _Registration:
         self._look(found)
         self._tell_clashes(found)
         for where, images in self._news().items():
-            with self._host.opened(where) as target, target.change() as change:
+            with self._stores.opened(where) as target, target.change() as change:
                 for container, member in images:
                     self._place(change, container, member)
         for image_uuid, path in self._moved:
-            for where, on_it in self._host.devices_of(image_uuid).items():
-                with self._host.opened(where) as target:
+            for where, on_it in self._names.devices_of(image_uuid).items():
+                with self._stores.opened(where) as target:
                     devices.move_roots(target, on_it, path)
         self._tell_gone(found)
 
     def _take_in_containers(self, found: list[Container]) -> None:
         """Remembers stores, and images without a name; forgets those that are gone."""
-        index = self._host.index
-        self._host.stores()  # brings the index up to date with them
-        home = index.container(self._host.home)
+        index = self._stores.index
+        self._stores.stores()  # brings the index up to date with them
+        home = index.container(self._stores.home)
         assert home is not None
         known = {os.fsdecode(member.path): member for member in index.members(home.number) if _is_unnamed(member)}
         news = [
@@ -265,7 +268,7 @@ class _Registration:
         for container in found:
             if container.kind == KIND_STORE:
                 stores.setdefault(container.uuid, []).append(container.path)
-        with self._host.opened() as target, target.change() as change:
+        with self._stores.opened() as target, target.change() as change:
             for container in news:
                 if container.kind == KIND_STORE:
                     self._take_in_store(change, container, stores)
@@ -277,8 +280,8 @@ class _Registration:
 
     def _look(self, found: list[Container]) -> None:
         """Learns what the stores know, and which images say what."""
-        index = self._host.index
-        for path in self._host.stores():
+        index = self._stores.index
+        for path in self._stores.stores():
             container = index.container(path)
             self._members[path] = index.members(container.number) if container else []
             for member in self._members[path]:
@@ -295,7 +298,7 @@ class _Registration:
                 for member in index.members(container.number):  # none, where another process has found it held since
                     self._images.append((container, member))
                     self._carriers.setdefault(member.uuid, []).append(container.path)
-                    self._names.setdefault(member.name, set()).add(member.uuid)
+                    self._uuids.setdefault(member.name, set()).add(member.uuid)
 
     def _news(self) -> dict[str, list[tuple[Container, Member]]]:
         """Images whose place is not known as it is, or is claimed by several: by the store that has it."""
@@ -309,7 +312,7 @@ class _Registration:
         for container, member in self._images:
             as_it_is = (os.fsencode(container.path), member.uuid, member.name) in known
             if not as_it_is or len(self._carriers[member.uuid]) > 1:
-                where, _ = self._places.get(member.uuid, (self._host.home, b""))
+                where, _ = self._places.get(member.uuid, (self._stores.home, b""))
                 news.setdefault(where, []).append((container, member))
         return news
 
@@ -340,7 +343,7 @@ class _Registration:
         self._summary.gone += [(path, decode_name(member.name)) for path, member in named if path in gone]
 
     def _is_home(self, path: str) -> bool:
-        return path == self._host.home or is_same_file(path, self._host.home)
+        return path == self._stores.home or is_same_file(path, self._stores.home)
 
     def _is_below(self, path: str) -> bool:
         return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._roots)
@@ -354,7 +357,7 @@ class _Registration:
                 return  # under another name, by a link
             others = others or found[container.uuid]
             if change.header.uuid == container.uuid:
-                others = [self._host.home]
+                others = [self._stores.home]
             for original in others:
                 if original != container.path:
                     self._summary.copies.append((container.path, original))
@@ -376,7 +379,7 @@ class _Registration:
             if others:
                 self._summary.twins.append((path, others[0]))
                 return
-            if len(self._names[member.name]) > 1 or member.name.startswith(store.CONTAINER_PREFIX):
+            if len(self._uuids[member.name]) > 1 or member.name.startswith(store.CONTAINER_PREFIX):
                 self._summary.clashes.append((path, name))
                 return
         elif known.kind != store.KIND_PLACE or known.uuid != member.uuid:

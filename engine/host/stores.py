@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from typing import Self, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
+from dirtmap.engine.host.kind import Kind
+from dirtmap.engine.host.pool import Pool
 from dirtmap.engine.index.database import DamagedError, DatabaseError, ForbiddenError
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
@@ -30,39 +32,54 @@ _ATTEMPTS = 5
 
 
 class Stores:
-    """The containers that a default store knows, and an index of them.
+    """The containers that a default store knows, and an index of them. Stores stay open, until `close`.
 
     Args:
-        store: path of the default store; it need not exist.
+        home: path of the default store, absolute; it need not exist.
+        name: what messages call it.
         index: path of the index; it is made on first need.
-        usual: those of the usual default store, where another was chosen.
+        kinds: of containers.
+        fallback: the stores of the user's normal default store, where this is another one.
 
     Attributes:
-        store: as given, for messages.
-        home: the same as an absolute path: the process may change its folder.
+        home: as given: the process may change its folder.
+        store: what messages call the default store; as a path it means the same.
         index: the index.
+        fallback: as given.
     """
 
-    def __init__(self, store: str, index: str, usual: Self | None = None) -> None:
-        self.store = store
-        self._usual = usual
-        self.home = os.path.abspath(store)
-        self.index = Index(os.path.abspath(index))
+    def __init__(self, home: str, name: str, index: str, kinds: Iterable[Kind], fallback: Stores | None = None) -> None:
+        self.home, self.store, self.fallback = home, name, fallback
+        self._pool = Pool(self.report)
+        self.index = Index(index, [reader for kind in kinds if (reader := kind.reader(self.kept))])
+
+    def close(self) -> None:
+        """Closes the stores that are open."""
+        self._pool.close()
+        if self.fallback is not None:
+            self.fallback.close()
 
     @property
     def exists(self) -> bool:
         """True where there is a default store."""
         return os.path.exists(self.home)
 
-    def open_store(self, path: str) -> Store:
-        """A store of the host, not looked after. Errors as `Store`."""
-        return Store(path, self.home if path == self.store else None)
+    def _where(self, path: str) -> tuple[str, str]:
+        """A store's absolute path, and what messages call it. The default one is where it was when this was made."""
+        if path == self.store:
+            return self.home, self.store
+        where = os.path.abspath(path)
+        return where, self.store if where == self.home else path
+
+    def kept(self, path: str) -> contextlib.AbstractContextManager[Store]:
+        """A store of the host, which is not checked, for the time of the block. Errors as `Store`."""
+        return self._pool.using(*self._where(path), lambda target: None)
 
     # Stores, and whether they are what was last seen.
 
     @contextlib.contextmanager
     def opened(self, path: str | None = None, *, make: bool = False) -> Iterator[Store]:
-        """A store, looked after: a rollback is found before any answer, and what is committed is remembered.
+        """A store for the time of the block: a rollback is found before any answer, and commits are reported.
 
         Args:
             path: which; the default store where None.
@@ -80,44 +97,44 @@ class Stores:
                 raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
             with contextlib.suppress(StorageError):  # another process was faster
                 create(self.home)
-        try:
-            target = self.open_store(path)
-        except FormatError as error:
-            raise self._advised(path, error) from error
-        with target:
-            self.look_after(target)
+        with contextlib.ExitStack() as stack:
+            try:
+                target = stack.enter_context(self._pool.using(*self._where(path), self.watch))
+            except FormatError as error:
+                raise self._advised(path, error) from error
             yield target
 
     def _advised(self, path: str, error: Error) -> Error:
         """What is wrong with a store, and of the default one, which everything needs, what can be done."""
-        if os.path.abspath(path) != self.home or not isinstance(error, FormatError):
+        if self._where(path)[0] != self.home or not isinstance(error, FormatError):
             return error
         how = "'check -r all' may mend it, or 'index scan' make another once it is moved away"
         try:
-            self.open_store(path).close()
+            Store(self.store, self.home).close()
         except FormatError:  # its header: nothing leads to what is in it
             how = "'index scan' makes another once it is moved away"
         return FormatError(error.where, f"{error.what}; it is the default store: {how}")
 
-    def look_after(self, target: Store) -> None:
-        """Commits the suspicion that a store was rolled back, and has its later commits remembered.
+    def watch(self, target: Store) -> None:
+        """Detects a rollback of a store, an older copy put back, and reports its last commit to the index.
 
-        Where there is no index yet, it only refuses a copy of a store that the default store knows.
+        A rollback is committed to the store: all in it counts as dirty. Where there is no index yet, this only refuses
+        a copy of a store that the default store knows.
 
         Raises:
             As `opened`.
         """
-        if not os.path.isdir(self.index.path):
+        if os.path.isdir(self.index.path):
+            self._judge(target)
+        else:
             self._refuse_copy(target)
-            return
 
-        def look_again() -> None:
-            # The commit is durable; what fails here must not make it look failed, and the next look finds it.
+    def report(self, target: Store) -> None:
+        """Reports a commit to the index; see `HostPort.report`. It is durable: nothing here makes it look failed."""
+        if os.path.isdir(self.index.path):
             with contextlib.suppress(Error):
                 self._judge(target)
-
-        target.committed = look_again
-        self._judge(target)
+                self._pool.believe(target)
 
     def expect(self, target: Store) -> str | None:
         """Has a store know the last commit that the index has seen of it: where that is missing, all in it is dirty.
@@ -148,7 +165,7 @@ class Stores:
 
     def _original(self, target: Store) -> str | None:
         """Where the default store says that a store is; None where it does not know, or that is here."""
-        if target.place == self.home or not self.exists:
+        if target.abspath == self.home or not self.exists:
             return None
 
         def look(snapshot: Snapshot) -> list[str]:
@@ -157,16 +174,16 @@ class Stores:
             known = [record for record in snapshot.table() if record.kind == store.KIND_CONTAINER]
             return [os.fsdecode(record.path) for record in known if record.uuid == target.uuid]
 
-        with contextlib.suppress(Error), Store(self.home) as default:
+        with contextlib.suppress(Error), self.kept(self.home) as default:
             paths = default.read(look)
-            return paths[0] if paths and target.place not in paths else None
+            return paths[0] if paths and target.abspath not in paths else None
         return None
 
     def original_of(self, target: Store) -> str | None:
         """The path of the store of which this one is a copy; None where it is not known to be one."""
         before = self.expect(target) if os.path.isdir(self.index.path) else None
         path = self._original(target) if before is None else before
-        return path if path and path != target.place and self._is_copy(target, path) else None
+        return path if path and path != target.abspath and self._is_copy(target, path) else None
 
     def _refuse_copy(self, target: Store) -> None:
         if path := self.original_of(target):
@@ -175,7 +192,7 @@ class Stores:
 
     @staticmethod
     def _is_copy(target: Store, path: str) -> bool:
-        if is_same_file(path, target.place):
+        if is_same_file(path, target.abspath):
             return False
         with contextlib.suppress(Error), Store(path) as other:
             return other.uuid == target.uuid
@@ -226,7 +243,7 @@ class Stores:
         if not self.exists:
             return []
         try:
-            with Store(self.home) as default:
+            with self.kept(self.home) as default:
                 records = default.read(lambda snapshot: list(snapshot.table()))
         except FormatError as error:
             raise self._advised(self.home, error) from error
@@ -265,6 +282,8 @@ class Stores:
         Raises:
             Error: what is wrong with it.
         """
+        if (known := index.unchanged(path)) is not None:
+            return known
         index.open()  # there has to be one before a rollback can be seen
         with self.opened(path):
             pass

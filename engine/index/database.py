@@ -27,10 +27,14 @@ from typing import Any, TypeVar
 import crc32c
 import lmdb
 
+from dirtmap.engine.system import order
+from dirtmap.engine.system.order import Rank
 from dirtmap.engine.system.process import start_of
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import StorageError
-from dirtmap.fmt.lmdb import META_BYTES, meta_fault
+from dirtmap.fmt.lmdb import META_BYTES
+from dirtmap.fmt.structures.index import STATE_VALUE
+from dirtmap.fmt.structures.lmdb import meta_fault
 
 T = TypeVar("T")
 _crc = crc32c.crc32c
@@ -158,7 +162,7 @@ class Database:
 
         Errors as `get`.
         """
-        with self.lock, _errors(self.path):
+        with order.holding(Rank.INDEX, self.path), self.lock, _errors(self.path):
             env = self._open()
             while True:
                 try:
@@ -405,7 +409,7 @@ def _opened(path: str) -> Database | None:
     except DamagedError:
         database.close()
         raise
-    if len(state) == layout.STATE_VALUE.size and layout.STATE_VALUE.parse(state).version == layout.VERSION:
+    if len(state) == STATE_VALUE.size and STATE_VALUE.parse(state).version == layout.VERSION:
         return database
     database.close()
     return None
@@ -432,7 +436,7 @@ def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_i
         try:
             new = Database(fresh)
             try:
-                state = layout.STATE_VALUE.build(version=layout.VERSION, reserved=0, containers=0)
+                state = STATE_VALUE.build(version=layout.VERSION, reserved=0, containers=0)
                 new.change(lambda writer: writer.put(layout.STATE, state))
                 if fill:
                     fill(new)

@@ -21,6 +21,16 @@ from dirtmap.fmt import directory, store
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.structures.index import (
+    BITMAP_VALUE,
+    CONTAINER_VALUE,
+    NAMESPACE_VALUE,
+    SEEN_VALUE,
+    STATE_VALUE,
+    parse_bitmap,
+    parse_namespaces,
+)
+from dirtmap.fmt.structures.store import AREA
 
 # An index has as many entries as a host has bitmaps, and a hostile one any number.
 _MOST_ENTRIES = 10_000
@@ -32,9 +42,9 @@ _FLAGS = {"flags": directory.FLAG_NAMES}
 _CONTAINER: Final = {"kind": {1: QCOW2, 2: STORE, 3: "unknown"}, "condition": layout.CONDITION_NAMES}
 _NAMESPACE: Final = {"kind": {**store.KIND_NAMES, store.KIND_CONTAINER: "container"}}
 _FIXED: Final = {
-    layout.STATE: (layout.STATE_VALUE, {}),
-    layout.CONTAINER: (layout.CONTAINER_VALUE, _CONTAINER),
-    layout.SEEN: (layout.SEEN_VALUE, {}),
+    layout.STATE: (STATE_VALUE, {}),
+    layout.CONTAINER: (CONTAINER_VALUE, _CONTAINER),
+    layout.SEEN: (SEEN_VALUE, {}),
 }
 
 
@@ -110,8 +120,8 @@ class _Dump(Shown):
         elif tag == layout.FOUND:
             fields.append(text("holder", 0, contents))
         elif tag == layout.MEMBERS:
-            fields += self.declared(store.AREA, 0, contents)
-            self.namespaces(fields, store.AREA.size, contents)
+            fields += self.declared(AREA, 0, contents)
+            self.namespaces(fields, AREA.size, contents)
         elif tag in (layout.NAME, layout.UUID, layout.ROOT, layout.OTHERS):
             self.namespaces(fields, 0, contents)
         elif tag == layout.BITMAP:
@@ -133,19 +143,19 @@ class _Dump(Shown):
         return fields
 
     def namespaces(self, fields: list[dict[str, Any]], at: int, contents: bytes) -> None:
-        parsed = layout.parse_namespaces(contents[at:])
+        parsed = parse_namespaces(contents[at:])
         for number, (_, member) in enumerate(itertools.islice(parsed, MOST_RUNS)):
-            fields += _numbered(number, self.declared(layout.NAMESPACE_VALUE, at, contents, _NAMESPACE))
-            at += layout.NAMESPACE_VALUE.size
+            fields += _numbered(number, self.declared(NAMESPACE_VALUE, at, contents, _NAMESPACE))
+            at += NAMESPACE_VALUE.size
             for name, part in (("name", member.name), ("path", member.path)):
                 fields += _numbered(number, [text(name, at, part)])
                 at += len(part)
 
     def bitmap(self, fields: list[dict[str, Any]], contents: bytes) -> None:
-        name, claims = layout.parse_bitmap(contents)
-        at, size = 0, layout.BITMAP_VALUE.size
+        name, claims = parse_bitmap(contents)
+        at, size = 0, BITMAP_VALUE.size
         for number in range(min(len(claims), MOST_RUNS)):
-            fields += _numbered(number, self.declared(layout.BITMAP_VALUE, at, contents))
+            fields += _numbered(number, self.declared(BITMAP_VALUE, at, contents))
             at += size
         at = len(claims) * size
         fields.append(text("name", at, name))

@@ -8,39 +8,23 @@ There is no other way into the index, so it does not matter who changed a contai
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from dirtmap.engine.index.database import Database, Reader, Writer, connect
-from dirtmap.engine.index.reading import Container, Reading, look
+from dirtmap.engine.index.reading import Container, KindReader, Reading, fingerprint, is_unchanged, look
 from dirtmap.engine.index.writing import apply, container_at, forget, new_number
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.storefile.header import Seen
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error, StorageError
-from dirtmap.fmt.index import (
-    BITMAP,
-    FOUND,
-    MEMBERS,
-    NAME,
-    OTHERS,
-    PATH,
-    ROOT,
-    SEEN,
-    SEEN_VALUE,
-    UUID,
-    Claim,
-    Member,
-    number,
-    parse_members,
-    parse_namespaces,
-    part,
-)
+from dirtmap.fmt.index import BITMAP, FOUND, MEMBERS, NAME, OTHERS, PATH, ROOT, SEEN, UUID, Claim, Member, number, part
+from dirtmap.fmt.structures.index import BITMAP_VALUE, SEEN_VALUE, parse_bitmap, parse_members, parse_namespaces
 
 _TOGETHER = 512  # images that one commit of the index takes in
 # Bound for the one look-up that has to be fast.
-_address_key, _unpack_bitmap, _new_claim = layout.address_key, layout.BITMAP_VALUE.unpack, tuple.__new__
-_SOLE = layout.BITMAP_VALUE.size + 2  # and the name: bytes of a value with one claim
+_address_key, _unpack_bitmap, _new_claim = layout.address_key, BITMAP_VALUE.unpack, tuple.__new__
+_SOLE = BITMAP_VALUE.size + 2  # and the name: bytes of a value with one claim
 
 
 class SeenCommit(NamedTuple):
@@ -54,17 +38,22 @@ class SeenCommit(NamedTuple):
 class Index:
     """The index at a path; see the module.
 
-    Attributes:
+    Args:
         path: of the LMDB database, a directory.
+        readers: of each kind of container.
+        database: at that path, where it is open already.
+
+    Attributes:
+        path: as given.
 
     Raises:
         StorageError: no file can have such a path.
     """
 
-    def __init__(self, path: str, database: Database | None = None) -> None:
+    def __init__(self, path: str, readers: Sequence[KindReader], database: Database | None = None) -> None:
         if "\0" in path:
             raise StorageError(path, "index: a path cannot hold a NUL")
-        self.path = path
+        self.path, self.readers = path, readers
         self._given = self._known = database
 
     @property
@@ -85,6 +74,14 @@ class Index:
     def container(self, path: str) -> Container | None:
         """What is known of the container at a path."""
         return container_at(self.database.get, path)
+
+    def unchanged(self, path: str) -> Container | None:
+        """What is known of the container at a path, where it looks as it did when it was found sound; else None."""
+        known = self.container(path) if os.path.isdir(self.path) else None
+        try:
+            return known if known is not None and is_unchanged(known, fingerprint(path)) else None
+        except StorageError:
+            return None
 
     def path_of(self, container: int) -> str | None:
         """The path of a container."""
@@ -126,7 +123,7 @@ class Index:
             return []
         if len(contents) == _SOLE + len(name) and name.isascii():  # else its length in bytes would have to be known
             return [_new_claim(Claim, _unpack_bitmap(contents))]
-        found, claims = layout.parse_bitmap(contents)
+        found, claims = parse_bitmap(contents)
         return claims if found == name.encode("utf-8", "surrogateescape") else []
 
     def find(self, bitmap: bytes) -> list[tuple[bytes, list[Claim]]]:
@@ -136,7 +133,7 @@ class Index:
             found = []
             for _, holder in reader.scan(FOUND + part(bitmap)):
                 contents = reader.get(layout.bitmap_key(holder, bitmap))
-                name, claims = layout.parse_bitmap(contents) if contents else (b"", [])
+                name, claims = parse_bitmap(contents) if contents else (b"", [])
                 if name == bitmap:
                     found.append((holder, claims))
             return found
@@ -175,7 +172,7 @@ class Index:
         """Every bitmap, by who has it."""
         rows = self.database.read(lambda reader: list(reader.scan(BITMAP)))
         for _, contents in rows:
-            yield from layout.parse_bitmap(contents)[1]
+            yield from parse_bitmap(contents)[1]
 
     def all_bitmaps(self) -> Iterator[tuple[bytes, bytes, Claim]]:
         """Every bitmap: its holder, its name, and who has it."""
@@ -184,7 +181,7 @@ class Index:
             found = []
             for holder in dict.fromkeys(holder for _, holder in reader.scan(FOUND)):
                 for _, value in reader.scan(BITMAP + part(holder)):
-                    name, claims = layout.parse_bitmap(value)
+                    name, claims = parse_bitmap(value)
                     found += [(holder, name, claim) for claim in claims]
             return found
 
@@ -223,7 +220,7 @@ class Index:
         for path in paths:
             known = self.container(path)
             try:
-                reading = look(self.database.get, path, known, force_share)
+                reading = look(self.readers, self.database.get, path, known, force_share)
             except StorageError:
                 if known:
                     waiting.append(path)
@@ -267,7 +264,7 @@ class Index:
     def saw(self, target: Store) -> None:
         """Remembers a store's newest commit."""
         header = target.read(lambda snapshot: snapshot.header)
-        seen = SeenCommit(header.uuid, header.commit, target.place)
+        seen = SeenCommit(header.uuid, header.commit, target.abspath)
         if self.seen(header.uuid) == seen:
             return
         if header.generation > layout.MAX_SEEN:

@@ -1,8 +1,8 @@
 """Reads what a container says, as far as it may have changed since the index knew it.
 
-An image is read again when it looks different from outside (device, inode, size, mtime, ctime), a store when its commit
-is another one; and of a store only the buckets, and the directories, whose place has changed. What was not sound is
-read again each time, to say what is wrong with it now.
+A container is read again when it looks different from outside (device, inode, size, mtime, ctime); of a store only the
+buckets, and the directories, whose place has changed since the commit that was read last. What was not sound is read
+again each time, to say what is wrong with it now.
 """
 
 from __future__ import annotations
@@ -11,30 +11,21 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from dirtmap.engine.namespaces.condition import read_entries
-from dirtmap.engine.namespaces.image import read_session
 from dirtmap.engine.qcow2.layout import Layout
+from dirtmap.engine.qcow2.reading import read_session
+from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Snapshot, Store
 from dirtmap.engine.storefile.table import NamespaceTable
-from dirtmap.engine.system import locks, probe
+from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError
-from dirtmap.fmt.index import (
-    DAMAGED,
-    HELD,
-    KIND_FAULTY,
-    KIND_QCOW2,
-    KIND_STORE,
-    NO_AREA,
-    SOUND,
-    Member,
-    members_key,
-    parse_members,
-)
+from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_STORE, NO_AREA, SOUND, Member, members_key
+from dirtmap.fmt.structures.index import parse_members
 
 Get = Callable[[bytes], bytes | None]
 Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity
@@ -93,10 +84,48 @@ class Reading:
     base: Container | None = None  # what was known when it was read
 
 
-def look(get: Get, path: str, known: Container | None, force_share: bool) -> Reading | None:
+@dataclass(frozen=True, slots=True)
+class KindReader:
+    """How the index reads one kind of container.
+
+    Attributes:
+        number: of the kind, in the index.
+        probe: tells whether an open file is one.
+        read: reads one. It is given what tells what the index has under a key; the file; the container as far as it is
+            known without being read, and ``known`` to the index from before; and whether an image is read although it
+            is held by a writer. It returns None where all is as known.
+    """
+
+    number: int
+    probe: Callable[[File], bool]
+    read: Callable[[Get, File, Container, Container | None, bool], Reading | None]
+
+
+def fingerprint(path: str) -> Fingerprint:
+    """What the file at a path looks like from outside.
+
+    Raises:
+        StorageError: there is nothing, or it cannot be looked at.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise StorageError(path, error.strerror or str(error)) from error
+    return Fingerprint(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+
+
+def is_unchanged(known: Container, now: Fingerprint) -> bool:
+    """True where a container is as it was when it was found sound: what the index says of it holds."""
+    return known.condition == SOUND and not known.racy and known.fingerprint == now
+
+
+def look(
+    readers: Iterable[KindReader], get: Get, path: str, known: Container | None, force_share: bool
+) -> Reading | None:
     """What a container says.
 
     Args:
+        readers: of each kind of container.
         get: tells what the index has under a key.
         path: of the container, absolute.
         known: what the index knows of it.
@@ -108,54 +137,55 @@ def look(get: Get, path: str, known: Container | None, force_share: bool) -> Rea
     Raises:
         StorageError: there is nothing, or it cannot be looked at.
     """
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise StorageError(path, error.strerror or str(error)) from error
-    now = Fingerprint(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-    if known and known.kind == KIND_STORE and probe.probe_path(path) == probe.STORE:
-        return _look_at_store(get, path, known, now)
-    if known and known.condition == SOUND and not known.racy and known.fingerprint == now:
+    now = fingerprint(path)
+    if known and is_unchanged(known, now):
         return None
     # Before reading: what changes from here on looks different next time, or is racy.
     racy = time.time_ns() - max(now.mtime, now.ctime) < _RACY_NS
     blank = Container(path, known.number if known else 0, KIND_FAULTY, DAMAGED, racy, now)
     with open_file(path) as file:
-        kind = probe.probe(file)
-        if kind == probe.QCOW2:
-            return _read_image(file, blank._replace(kind=KIND_QCOW2), force_share)
-    if kind == probe.STORE:
-        return _look_at_store(get, path, blank._replace(kind=KIND_STORE), now)
+        for reader in readers:
+            if reader.probe(file):
+                return reader.read(get, file, blank._replace(kind=reader.number), known, force_share)
     return Reading(blank, {0: (NO_AREA, [])}, FormatError(path, "neither a qcow2 image nor a store"))
 
 
-def _look_at_store(get: Get, path: str, known: Container, now: Fingerprint) -> Reading | None:
+def read_store(
+    opened: AbstractContextManager[Store], get: Get, blank: Container, known: Container | None
+) -> Reading | None:
+    """Reads a store for the index; see `KindReader`.
+
+    Args:
+        opened: the store, for as long as it is read.
+        get: see `KindReader`.
+        blank: the container as far as it is known without being read.
+        known: as the index knew it before.
+    """
     try:
-        with Store(path) as target:
-            return _read_store(get, target, known, now)
+        with opened as target:
+            return _read_store(get, target, blank, known)
     except (FormatError, UnsupportedError) as error:
         # Without buckets, what it said before goes.
-        blank = known._replace(kind=KIND_STORE, condition=DAMAGED, fingerprint=now, buckets=0, commit_id=bytes(16))
-        return Reading(blank, {}, error)
+        return Reading(blank._replace(condition=DAMAGED, racy=False), {}, error)
 
 
-def _read_store(get: Get, target: Store, known: Container, now: Fingerprint) -> Reading | None:
+def _read_store(get: Get, target: Store, blank: Container, before: Container | None) -> Reading | None:
+    known = before if before is not None and before.kind == KIND_STORE else blank
+
     def look(snapshot: Snapshot) -> Reading | None:
         header = snapshot.header
         table = snapshot.table()  # a store that has lost it is damaged, whatever was known
-        if known.condition == SOUND and known.commit_id == header.commit_id:
-            return None
         pointers = table.pointers
-        container = known._replace(
+        container = blank._replace(
             condition=SOUND,
-            racy=False,
-            fingerprint=now,
             buckets=len(pointers),
             generation=header.generation,
             commit_id=header.commit_id,
             uuid=header.uuid,
         )
         reading = Reading(container)
+        if known.condition == SOUND and known.commit_id == header.commit_id:
+            return None if container == known else reading
         same = known.buckets == len(pointers)
         for bucket in _changed(snapshot, table, known) if same else range(len(pointers)):
             pointer = pointers[bucket]
@@ -199,7 +229,9 @@ def _member(snapshot: Snapshot, record: store.Record, old: dict[bytes, Member]) 
     return member, [(entry.name, entry.flags, entry.granularity_bits) for entry in entries]
 
 
-def _read_image(file: File, blank: Container, force_share: bool) -> Reading:
+def read_image(file: File, blank: Container, force_share: bool) -> Reading:
+    """Reads a qcow2 image for the index; see `KindReader`."""
+
     def look(layout: Layout) -> tuple[Member, Bitmaps]:
         bitmaps = [(slot.entry.name, slot.entry.flags, slot.entry.granularity_bits) for slot in layout.slots]
         uuid = layout.uuid or bytes(16)

@@ -71,7 +71,7 @@ def renew(path: str, seen: list[SeenCommit]) -> None:
     """
 
     def fill(database: Database) -> None:
-        fresh = Index(path, database)
+        fresh = Index(path, [], database)
         for commit in seen:
             fresh.remember_seen(commit)
 

@@ -18,6 +18,14 @@ from dirtmap.engine.model.naming import decode_name
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.index import Member
+from dirtmap.fmt.structures.index import (
+    CONTAINER_VALUE,
+    SEEN_VALUE,
+    STATE_VALUE,
+    parse_bitmap,
+    parse_members,
+    parse_namespaces,
+)
 
 Members = dict[tuple[int, bytes], Member]  # by container and name
 
@@ -39,7 +47,7 @@ def salvage(path: str) -> list[SeenCommit]:
     """The commits seen of stores that can be read, whatever else cannot."""
     database = Database(path)
     try:
-        return Index(path, database).all_seen(sound_only=True)
+        return Index(path, [], database).all_seen(sound_only=True)
     finally:
         database.close()
 
@@ -50,7 +58,7 @@ def _walk(reader: Reader) -> tuple[int, list[str]]:
     members = {
         (container, member.name): member
         for _, contents in reader.scan(layout.MEMBERS)
-        for container, member in layout.parse_members(contents)[1]
+        for container, member in parse_members(contents)[1]
     }
     for key, contents in reader.scan(b""):
         entries += 1
@@ -71,9 +79,9 @@ def _judge(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes], mem
     """
     tag = key[:1]
     fixed = {
-        layout.STATE: layout.STATE_VALUE,
-        layout.CONTAINER: layout.CONTAINER_VALUE,
-        layout.SEEN: layout.SEEN_VALUE,
+        layout.STATE: STATE_VALUE,
+        layout.CONTAINER: CONTAINER_VALUE,
+        layout.SEEN: SEEN_VALUE,
     }
     if tag in fixed and len(contents) != fixed[tag].size:
         raise ValueError(f"{len(contents)} bytes are not {fixed[tag].size}")
@@ -87,7 +95,7 @@ def _judge(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes], mem
     elif tag == layout.MEMBERS:
         _judge_members(reader, contents, numbers)
     elif tag in (layout.NAME, layout.UUID, layout.ROOT, layout.OTHERS):
-        for container, member in layout.parse_namespaces(contents):
+        for container, member in parse_namespaces(contents):
             if members.get((container, member.name)) != member:
                 raise ValueError(f"container {container} does not say so")
     elif tag not in (*fixed, layout.PATH):
@@ -95,17 +103,17 @@ def _judge(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes], mem
 
 
 def _judge_members(reader: Reader, contents: bytes, numbers: set[bytes]) -> None:
-    for container, member in layout.parse_members(contents)[1]:
+    for container, member in parse_members(contents)[1]:
         if layout.number(container) not in numbers:
             raise ValueError(f"of container {container}, which is not known")
         for key in keys_of(container, member):
-            if (container, member) not in layout.parse_namespaces(reader.get(key)):
+            if (container, member) not in parse_namespaces(reader.get(key)):
                 name = decode_name(member.name)
                 raise ValueError(f"'{name}' cannot be found by its {layout.TAGS[key[:1]]}")
 
 
 def _judge_bitmap(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes]) -> None:
-    name, claims = layout.parse_bitmap(contents)
+    name, claims = parse_bitmap(contents)
     if not claims:
         raise ValueError("nobody has it")
     for claim in claims:

@@ -12,7 +12,6 @@ from dirtmap.fmt import store
 from dirtmap.fmt.index import (
     BITMAP,
     CONTAINER,
-    CONTAINER_VALUE,
     FOUND,
     MEMBERS,
     NAME,
@@ -20,15 +19,22 @@ from dirtmap.fmt.index import (
     PATH,
     ROOT,
     STATE,
-    STATE_VALUE,
     UUID,
     Claim,
     Member,
     members_key,
     number,
+    part,
+)
+from dirtmap.fmt.structures.index import (
+    CONTAINER_VALUE,
+    STATE_VALUE,
+    build_bitmap,
+    build_members,
+    build_namespaces,
+    parse_bitmap,
     parse_members,
     parse_namespaces,
-    part,
 )
 
 
@@ -79,7 +85,7 @@ def apply(writer: Writer, reading: Reading) -> Container | None:
                 _drop(writer, container, member)
         for member, bitmaps in found:
             _set(writer, container, old.get(member.name), member, bitmaps)
-        writer.put(key, layout.build_members(pointer, [(taken, member) for member, _ in found]))
+        writer.put(key, build_members(pointer, [(taken, member) for member, _ in found]))
     seen = container.fingerprint
     value = CONTAINER_VALUE.build(
         number=taken,
@@ -158,7 +164,7 @@ def _claim(writer: Writer, key: bytes, container: int, name: bytes, member: Memb
     if member:
         claims.append((container, member))
     if claims:
-        writer.put(key, layout.build_namespaces(claims))
+        writer.put(key, build_namespaces(claims))
     else:
         writer.delete(key)
 
@@ -167,7 +173,7 @@ def _set_bitmaps(writer: Writer, container: Container, member: Member, bitmaps: 
     holder = holder_of(container, member)
     wanted = {name: Claim(container.number, flags, bits, 0, member.uuid) for name, flags, bits in bitmaps}
     for key, value in list(writer.scan(BITMAP + part(holder))):
-        name, claims = layout.parse_bitmap(value)
+        name, claims = parse_bitmap(value)
         kept = [claim for claim in claims if claim.container != container.number]
         claim = wanted.pop(name, None)
         if claim is not None:
@@ -175,10 +181,10 @@ def _set_bitmaps(writer: Writer, container: Container, member: Member, bitmaps: 
         if kept == claims:
             continue
         if kept:
-            writer.put(key, layout.build_bitmap(name, kept))
+            writer.put(key, build_bitmap(name, kept))
         else:
             writer.delete(key)
             writer.delete(FOUND + part(name) + part(holder))
     for name, claim in wanted.items():
-        writer.put(layout.bitmap_key(holder, name), layout.build_bitmap(name, [claim]))
+        writer.put(layout.bitmap_key(holder, name), build_bitmap(name, [claim]))
         writer.put(FOUND + part(name) + part(holder), holder)

@@ -6,11 +6,11 @@ Each works on a `Transaction` of any container, whose commit then makes all of i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from dirtmap.engine.model.bitmap import WHERE, Bitmap
-from dirtmap.engine.model.namespace import Transaction
 from dirtmap.engine.model.naming import label
+from dirtmap.engine.model.transaction import Transaction
 from dirtmap.fmt.errors import BitmapError, RangeError
 
 
@@ -132,3 +132,20 @@ def require_usable(bitmap: Bitmap, where: str) -> None:
         BitmapError: inconsistent; ``where`` names it.
     """
     bitmap.required(where)
+
+
+def usable(where: str, bitmaps: Mapping[str, Bitmap], name: str) -> Bitmap:
+    """A bitmap of a mapping, for its bits to be used.
+
+    Args:
+        where: how messages name what the mapping is of.
+        bitmaps: the mapping.
+        name: of the bitmap.
+
+    Raises:
+        BitmapNotFoundError: it is not there.
+        BitmapError: it is inconsistent.
+    """
+    bitmap = bitmaps[name]
+    require_usable(bitmap, f"{where}: {label(name)}")
+    return bitmap

@@ -15,35 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dirtmap.engine.model.naming import decode_name, encode_name
-from dirtmap.fmt import live
-from dirtmap.fmt.errors import FormatError
-from dirtmap.fmt.store import EXTENSION_CHECKPOINTS
-
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
-    from dirtmap.fmt.store import Record
 
 BREAK = ""  # in a chain; no bitmap has that name
-
-
-def read_chain(where: str, record: Record) -> list[str]:
-    """The chain in a namespace's record.
-
-    Raises:
-        FormatError: it makes no sense.
-    """
-    try:
-        names = live.parse_checkpoints(record.extension(EXTENSION_CHECKPOINTS) or b"")
-        return [decode_name(name) for name in names]
-    except ValueError as error:
-        raise FormatError(f"{where}: checkpoints", str(error)) from None
-
-
-def with_chain(record: Record, chain: list[str]) -> Record:
-    """The record with this chain and no other."""
-    data = live.build_checkpoints(map(encode_name, chain))
-    return record.with_extensions([EXTENSION_CHECKPOINTS], [(EXTENSION_CHECKPOINTS, data)] if chain else [])
 
 
 def settle(chain: list[str], recording: Mapping[str, bool]) -> list[str]:

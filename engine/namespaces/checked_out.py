@@ -29,112 +29,49 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
-from dirtmap.engine.host.opening import open as open_image
 from dirtmap.engine.identity import identity_of_disk
 from dirtmap.engine.model.bitmap import Bitmap
-from dirtmap.engine.model.namespace import BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
-from dirtmap.engine.model.naming import decode_name, encode_name, label, not_found
-from dirtmap.engine.namespaces import image as qcow2_image
+from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery, Status
+from dirtmap.engine.model.namespace import Namespace
+from dirtmap.engine.model.naming import decode_name, encode_name, not_found
+from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces import salvage
-from dirtmap.engine.namespaces.condition import bitmap_of, busy_of, doubts, header_doubts, read_entries, release_bits
+from dirtmap.engine.namespaces.condition import bitmap_of, busy_of, doubts
 from dirtmap.engine.namespaces.image import Image
+from dirtmap.engine.namespaces.ports import HostPort
+from dirtmap.engine.namespaces.recover import confirm, settle_device
 from dirtmap.engine.qcow2.check import free_leaks
 from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
-from dirtmap.engine.session import livefile, peers
+from dirtmap.engine.qcow2.reading import FORMAT, load, write_session
+from dirtmap.engine.session import livefile
 from dirtmap.engine.session import view as recovery
-from dirtmap.engine.session.status import Status, status_of
-from dirtmap.engine.session.view import Row, SessionView, window_of
-from dirtmap.engine.storefile.file import Change, Snapshot, Store
+from dirtmap.engine.session.status import status_of
+from dirtmap.engine.session.verdict import Row
+from dirtmap.engine.session.view import SessionView
+from dirtmap.engine.storefile.directory import header_doubts, read_entries, release_bits
+from dirtmap.engine.storefile.file import Change, Snapshot
+from dirtmap.engine.storefile.session import session_of, window_of
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
-from dirtmap.engine.tracking.home import Home
-from dirtmap.engine.tracking.options import Options
-from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, FormatError, StorageError
+from dirtmap.fmt.errors import FormatError, MovedError, StorageError
 from dirtmap.fmt.store import NOWHERE, Identity, Record
 
-
-def track_image(
-    image: Image, options: dict[str, Any], device: Home | None = None, make: Callable[..., Tracker] = Tracker
-) -> Tracker:
-    """Checks an image's bitmaps out and tracks it; see `Namespace.track`.
-
-    Args:
-        image: a node.
-        options: as given.
-        device: whose root it is, and which is fed, too; the caller closes it after an error.
-        make: makes the tracker.
-    """
-    from dirtmap.engine.host.opening import default_store
-
-    path = options.pop("store", None) or image.keeper.store or default_store()
-    chosen = Options(**options)
-    if image.name is None or image.uuid is None or not os.path.exists(path):
-        raise _homeless(image.path)
-    name = encode_name(image.name)
-    with open_file(image.path, writable=True, place=image.place) as file, locks.writing(file):
-        layout = read_layout(file)
-        layout.require_sound()
-        layout.require_untracked()
-        require_writable(layout)
-        for slot in layout.slots:
-            if slot.entry.in_use:
-                where = f"{image.path}: {label(decode_name(slot.entry.name))}"
-                raise BitmapError(where, "inconsistent; recover or remove it")
-        home = Home(path, name, image.keeper.look_after)
-        try:
-            _copy_out(home, image, file, layout)
-            image_path = image.place  # the tool may change its folder
-            homes = [device, home] if device else [home]
-            tracker = make(homes, image_path, chosen, lambda: check_in(image_path, home.store.path, name, own=True))
-            try:
-                set_tracked(file, layout, True)
-                layout = read_layout(file)
-                if layout.slots:
-                    commit(
-                        file, layout, [Kept(slot.entry.with_flags(set=directory.FLAG_IN_USE)) for slot in layout.slots]
-                    )
-            except BaseException:
-                tracker.abandon()
-                raise
-        except BaseException:
-            home.close()
-            raise
-    return tracker
+T = TypeVar("T")
 
 
-def _homeless(path: str) -> BitmapError:
-    what = "has no place for its bitmaps while it is tracked; 'dirtmap node add NAME IMAGE' gives it one, and a name"
-    return BitmapError(path, what)
-
-
-def _copy_out(home: Home, image: Image, file: File, layout: Layout) -> None:
-    """Copies the bits into the image's record, which has none before a session."""
-    with home.store.change() as change:
-        record = change.table.get(home.name)
-        if record is None or record.kind != store.KIND_PLACE or uuid.UUID(bytes=record.uuid) != uuid.UUID(image.uuid):
-            raise _homeless(image.path)
-        where = f"{home.store.path}: {record.label}"
-        recovery.refuse_tracked(where, recovery.session_of(record))
-    with home.change(None) as changed:
-        changed.record = replace(changed.record, size=layout.header.size)
-        changed.session = None
-        changed.entries = {}
-        for slot in layout.slots:
-            changed.put(decode_name(slot.entry.name), _of_slot(file, layout, slot), None)
-
-
-def _of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
-    words = qcow2_image.load(file, layout, slot)
+def bitmap_of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
+    """A bitmap of an image with its bits read."""
+    words = load(file, layout, slot)
     return Bitmap.from_words(layout.header.size, slot.entry.granularity, words, slot.entry.auto)
 
 
 def check_in(
+    host: HostPort,
     path: str,
     store_path: str,
     name: bytes,
@@ -146,6 +83,7 @@ def check_in(
     """Writes a session's bitmaps into the image, and ends the session; see the module's head.
 
     Args:
+        host: opens the stores.
         path: the image.
         store_path: the store that has the session.
         name: of the node, raw bytes.
@@ -162,25 +100,23 @@ def check_in(
         BitmapNotFoundError: one that is ``wanted`` is not there.
         As `Namespace.transaction`.
     """
-    with Store(store_path) as target:
-        peers.settle(target, name)
+    with host.opened(store_path) as target:
+        settle_device(host, target, name)
     with (
-        open_file(path, writable=True) as file,
-        locks.writing(file),
-        Store(store_path) as target,
+        host.opened(store_path) as target,
+        write_session(path) as (file, layout),
         target.change() as change,
     ):
-        layout = read_layout(file)
         layout.require_sound()
         require_writable(layout)
         record = change.table.get(name)
-        session = None if record is None else recovery.session_of(record)
+        session = None if record is None else session_of(record)
         if record is None or session is None:
             return []
         if not own:
             recovery.refuse_tracked(path, session)
         if session is live.NO_SESSION:
-            livefile.refuse_living(file.place, record.uuid)
+            livefile.refuse_living(file.abspath, record.uuid)
         entries = (_entries if salvaging else read_entries)(change.snapshot, record)
         settled, recovered = _settle(file, layout, change.snapshot, record, entries)
         there = {part.entry.name if isinstance(part, Kept) else part.name for part in settled}
@@ -193,7 +129,7 @@ def check_in(
             free_leaks(file)  # of a check-in that its death has cut off
         set_tracked(file, read_layout(file), False)
         if layout.tracked:
-            peers.confirm(change, record, before, _look(path))
+            confirm(host, change, record, before, _look(path))
         _forget(change, record, entries)
         if not own:
             view = recovery.view_of(change.snapshot, record)
@@ -293,7 +229,7 @@ def _contents(
         else:
             bitmap, how = bitmap_of(snapshot, record, entry, False), view.how
         if slot and usable:
-            there = _of_slot(file, layout, slot)
+            there = bitmap_of_slot(file, layout, slot)
             bitmap = (bitmap | there.at(bitmap.granularity)).replace(recording=there.recording or bitmap.recording)
             if not marked and bitmap == there:
                 continue
@@ -336,31 +272,37 @@ def _known(
     return bitmap, f"{Row.LOGGED.value}: what the image has, and every region that its tracker has logged"
 
 
-class TrackedImage(Namespace):
-    """A qcow2 image whose bitmaps are checked out: read from its session; changed once the tracker is gone."""
+class CheckedOutImage(Namespace):
+    """A qcow2 image whose bitmaps are checked out: read from its session; changed once the tracker is gone.
 
-    format = qcow2_image.FORMAT
+    Args:
+        path: of the image.
+        host: opens the store.
+        store: the path of the store that has the session.
+        name: of the node, as that store has it.
+    """
 
-    def __init__(self, path: str, store_path: str, name: str) -> None:
+    format = FORMAT
+
+    def __init__(self, path: str, host: HostPort, store: str, name: str) -> None:
         # Absolute but for the name in messages: the process may change its folder.
-        self.path, self.name, self._store_path = path, name, os.path.abspath(store_path)
-        self._place = os.path.abspath(path)
+        self.path, self.name, self._host, self._store_path = path, name, host, os.path.abspath(store)
+        self._abspath = os.path.abspath(path)
         self._raw_name = encode_name(name)
-        self._store = Store(store_path)
-        try:
-            record = self._store.read(self._record)
-            self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
-            with open_file(path) as file:
-                self.cluster_size = read_layout(file).cluster_size
-        except BaseException:
-            self._store.close()
-            raise
+        record = self._ask(self._record)
+        self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
+        with open_file(path) as file:
+            self.cluster_size = read_layout(file).cluster_size
 
     def _record(self, snapshot: Snapshot) -> Record:
         record = snapshot.record(self._raw_name)
         if record is None or not record.tracked:
-            raise BitmapError(self.path, "is not tracked any more; open it again")
+            raise MovedError(self.path, "is not tracked any more; open it again")
         return record
+
+    def _ask(self, question: Callable[[Snapshot], T]) -> T:
+        with self._host.opened(self._store_path) as target:
+            return target.read(question)
 
     def _read(self) -> tuple[SessionView, dict[str, Bitmap]]:
         """The session, and the bitmaps as they are now, or as recovery would make them."""
@@ -377,7 +319,7 @@ class TrackedImage(Namespace):
                 for entry in entries:
                     found[decode_name(entry.name)] = bitmap_of(snapshot, record, entry, doubted)
             else:
-                with open_file(self.path, place=self._place) as file, locks.reading(file, force_share=True):
+                with open_file(self.path, abspath=self._abspath) as file, locks.reading(file, force_share=True):
                     layout = read_layout(file)
                     layout.require_sound()
                     slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
@@ -388,7 +330,7 @@ class TrackedImage(Namespace):
                             entry = slots[name].entry
                             found[name] = Bitmap._lazy(self.size, entry.granularity, entry.auto, True, None)
                         else:
-                            found[name] = _of_slot(file, layout, slots[name])
+                            found[name] = bitmap_of_slot(file, layout, slots[name])
             for name, bitmap in found.items():
                 bitmap.busy = encode_name(name) in busy
                 if not bitmap.inconsistent:
@@ -396,7 +338,7 @@ class TrackedImage(Namespace):
                 bitmap.freeze()
             return view, found
 
-        return self._store.read(read)
+        return self._ask(read)
 
     def info(self) -> ImageInfo:
         """The image and its bitmaps, as its session has them."""
@@ -425,50 +367,43 @@ class TrackedImage(Namespace):
 
     def doubt(self) -> str | None:
         """Why all bitmaps count as all dirty; see `Namespace.doubt`."""
-        return self._store.read(lambda snapshot: doubts(snapshot, self._record(snapshot)))
+        return self._ask(lambda snapshot: doubts(snapshot, self._record(snapshot)))
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, after they were recovered; see `Namespace.transaction`."""
         self.settle()
-        with open_image(self._place, store=self._store_path, force_share=True) as image, image.transaction() as bitmaps:
+        with Image(self._abspath, self._host, force_share=True) as image, image.transaction() as bitmaps:
             yield bitmaps
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup, after recovery; see `Namespace.hold`. A living tracker takes it itself."""
         self.settle()
-        with open_image(self._place, store=self._store_path) as image, image.hold(name, owner) as held:
+        with Image(self._abspath, self._host) as image, image.hold(name, owner) as held:
             yield held
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Checks in what a dead tracker has left, whichever bitmaps are named; see `Namespace.recover`."""
         chosen = set(names)
-        recovered = check_in(self._place, self._store_path, self._raw_name, salvaging=True, wanted=chosen)
+        recovered = check_in(self._host, self._abspath, self._store_path, self._raw_name, salvaging=True, wanted=chosen)
+        # What the session does not know, and is inconsistent in the image, is recovered as of any image.
+        left = chosen - {item.name for item in recovered}
+        if left or not chosen:
+            with Image(self._abspath, self._host) as image:
+                recovered += image.recover(left)
         return [item for item in recovered if not chosen or item.name in chosen]
 
     def settle(self) -> None:
         """As `recover`, but for a damaged directory; see `Namespace.settle`."""
-        check_in(self._place, self._store_path, self._raw_name)
+        check_in(self._host, self._abspath, self._store_path, self._raw_name)
 
     def tracking(self) -> Status | None:
         """Who tracks the image; see `Namespace.tracking`."""
-        return self._store.read(lambda snapshot: status_of(snapshot, self._record(snapshot)))
-
-    def track(self, **options: Any) -> Tracker:
-        """Begins to track, after recovery; see `Namespace.track`."""
-        return self._track_with(None, options)
-
-    def _track_with(
-        self, device: Home | None, options: dict[str, Any], make: Callable[..., Tracker] = Tracker
-    ) -> Tracker:
-        self.settle()
-        with Image(self._place) as image:
-            return track_image(image, {"store": self._store_path, **options}, device, make)
+        return self._ask(lambda snapshot: status_of(snapshot, self._record(snapshot)))
 
     def close(self) -> None:
-        """Closes the store."""
-        self._store.close()
+        """Does nothing: the store is its host's."""
 
     def _names(self) -> list[bytes]:
         return [encode_name(name) for name in self._read()[1]]
@@ -477,4 +412,4 @@ class TrackedImage(Namespace):
         return self._read()[1].get(decode_name(name))
 
     def __repr__(self) -> str:
-        return f"<TrackedImage {self.path!r}>"
+        return f"<CheckedOutImage {self.path!r}>"

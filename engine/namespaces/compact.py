@@ -17,16 +17,18 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from dirtmap.engine.model.naming import decode_name, label
-from dirtmap.engine.namespaces.condition import end_session, read_entries, refuse_held, refuse_tracked, verify
+from dirtmap.engine.namespaces.condition import end_session, refuse_held, refuse_tracked
 from dirtmap.engine.namespaces.salvage import all_dirty, spare_entries
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile import holds
+from dirtmap.engine.storefile.directory import read_entries, verify
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
-from dirtmap.fmt import directory, geometry, live, store
+from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import Error, FormatError, StorageError
+from dirtmap.fmt.errors import Error, FormatError, StorageError, counted
 from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.structures.directory import build_directory
 
 
 @dataclass(slots=True)
@@ -265,14 +267,14 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
     if lost is not None:  # by now the error does not keep in memory any more what was read
         entries = list(whys := spare_entries(source, record, found.older))
         if len(entries) < record.nb_bitmaps:
-            many = f"{record.nb_bitmaps - len(entries)} of its {record.nb_bitmaps} bitmaps"
+            many = f"{record.nb_bitmaps - len(entries)} of {counted(record.nb_bitmaps, 'bitmap')}"
             result.dropped.append(f"{record.label}, {many}: {lost}")
         record = _with_session_lost(source, record, change)
     copied = [
         _carry_bits(source, record, entry, change, result, mend=mend, doubt=whys.get(entry, found.doubt))
         for entry in entries
     ]
-    place = change.place(directory.build_directory(copied))
+    place = change.place(build_directory(copied))
     change.table.put(replace(record, directory=place, nb_bitmaps=len(copied)))
     result.namespaces += 1
 

@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import crc32c
-
 from dirtmap.engine.identity import disk_size, identity_now, root_elsewhere
-from dirtmap.engine.model.naming import decode_name, encode_name, label
+from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.storefile import holds
-from dirtmap.engine.storefile.file import Change, Snapshot, Store
-from dirtmap.fmt import directory, geometry, store
+from dirtmap.engine.storefile.directory import header_doubts, load_saved, place_bitmap, read_entries, replace_directory
+from dirtmap.engine.storefile.file import Change, Snapshot
+from dirtmap.engine.storefile.session import session_of
+from dirtmap.fmt import store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, printable
-from dirtmap.fmt.store import Area, Record, namespace_label
+from dirtmap.fmt.errors import BitmapError, Error, StorageError, printable
+from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy as np
     from numpy.typing import NDArray
 
     from dirtmap.engine.model.bitmap import Bitmap
-    from dirtmap.engine.session.status import Status
+    from dirtmap.engine.model.infos import Status
     from dirtmap.engine.session.view import SessionView
-
-_PIECE = 1 << 20  # bytes read at once where the whole is not needed
-
-
-def no_namespace(path: str, name: bytes) -> BitmapError:
-    """The error for a namespace that is not there."""
-    return BitmapError(f"{path}: {namespace_label(name)}", "there is no such namespace")
-
-
-def require_free(change: Change, name: bytes) -> None:
-    """Refuses a new namespace of a name that is taken.
-
-    Raises:
-        BitmapError: it is.
-    """
-    if change.table.get(name):
-        raise BitmapError(f"{change.snapshot.file.path}: {namespace_label(name)}", "the name is taken")
 
 
 @dataclass(eq=False, slots=True)
@@ -77,96 +57,6 @@ def load(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> NDA
     return words
 
 
-def load_saved(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> NDArray[np.uint64]:
-    """As `load`, as far as it is in the store."""
-    import numpy as np
-
-    from dirtmap.engine.model import bits
-
-    nbits = geometry.granules(record.size, entry.granularity)
-    length = geometry.packed_bytes(record.size, entry.granularity)
-    if doubted or entry.table_offset == store.ALL_ONES:
-        words = np.full(geometry.ceil_div(nbits, 64), 2**64 - 1, "<u8")
-        bits.mask_tail(words, nbits)
-        return words
-    words = np.zeros(geometry.ceil_div(nbits, 64), "<u8")
-    if entry.table_offset != store.ALL_ZEROS:
-        buffer = words.view(np.uint8).data[:length]
-        snapshot.file.read_into(entry.table_offset, buffer)
-        checksum = store.BITS_CHECKSUM.parse(entry.extra_data).checksum
-        if crc32c.crc32c(buffer) != checksum:
-            raise _wrong_bits(snapshot, record, entry)
-        bits.mask_tail(words, nbits)
-    return words
-
-
-def verify(snapshot: Snapshot, record: Record, entry: Entry) -> None:
-    """Holds a bitmap's bits against their checksum, without keeping them in memory.
-
-    Raises:
-        FormatError: the checksum is wrong.
-    """
-    if entry.table_offset in (store.ALL_ZEROS, store.ALL_ONES):
-        return
-    checksum = 0
-    end = entry.table_offset + geometry.packed_bytes(record.size, entry.granularity)
-    for offset in range(entry.table_offset, end, _PIECE):
-        checksum = crc32c.crc32c(snapshot.file.read(offset, min(_PIECE, end - offset)), checksum)
-    if checksum != store.BITS_CHECKSUM.parse(entry.extra_data).checksum:
-        raise _wrong_bits(snapshot, record, entry)
-
-
-def _wrong_bits(snapshot: Snapshot, record: Record, entry: Entry) -> FormatError:
-    bitmap = f"{label(decode_name(entry.name))} at {entry.table_offset:#x}"
-    where = f"{snapshot.file.path}: {record.label}: {bitmap}"
-    return FormatError(where, "its checksum is wrong; recover makes it all dirty")
-
-
-def _require_own_directory(snapshot: Snapshot, record: Record) -> None:
-    """Refuses a directory of which another namespace has a part: a small store could claim any number of bitmaps.
-
-    Raises:
-        FormatError: names both.
-    """
-    area, known = record.directory, snapshot.directories
-    mine = area.offset, area.offset + area.length, record.name
-    at = bisect.bisect_left(known, mine)
-    for first, end, name in known[max(0, at - 1) : at + 1]:  # none of which overlap
-        if name != record.name and first < mine[1] and mine[0] < end:
-            what = f"overlaps that of {namespace_label(name)}; 'check -r all' mends the store"
-            raise FormatError(f"{snapshot.file.path}: directory of {record.label} at {area.offset:#x}", what)
-    if area.length and known[at : at + 1] != [mine]:
-        known.insert(at, mine)
-
-
-def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
-    """A namespace's directory.
-
-    Raises:
-        FormatError: damaged, or an entry makes no sense.
-    """
-    _require_own_directory(snapshot, record)
-    where = f"{snapshot.file.path}: {record.label}"
-    what, remedy = f"directory of {record.label}", "recover makes its bitmaps all dirty"
-    data = snapshot.read(record.directory, what, remedy)
-    entries: dict[bytes, Entry] = {}
-    try:
-        for _, entry in directory.parse_entries(data):
-            faults = store.entry_faults(entry, record.size, snapshot.header.cluster_size, snapshot.size)
-            for field, what in faults:
-                raise FormatError(f"{where}: {label(decode_name(entry.name))}.{field}", what)
-            if entry.name in entries:
-                raise FormatError(f"{where}: directory", f"two entries for {label(decode_name(entry.name))}")
-            entries[entry.name] = entry
-            if len(entries) > record.nb_bitmaps:
-                break
-    except directory.BrokenEntryError as error:
-        raise FormatError(f"{where}: directory", str(error)) from None
-    if len(entries) != record.nb_bitmaps:
-        raise FormatError(f"{where}.nb_bitmaps", f"{record.nb_bitmaps}, but the directory has another number")
-    return list(entries.values())
-
-
 def refuse_tracked(path: str, record: Record) -> None:
     """Refuses to change a namespace behind the back of the process that tracks it.
 
@@ -177,7 +67,7 @@ def refuse_tracked(path: str, record: Record) -> None:
         from dirtmap.engine.session import view as recovery
 
         where = f"{path}: {record.label}"
-        recovery.refuse_tracked(where, recovery.session_of(record))
+        recovery.refuse_tracked(where, session_of(record))
 
 
 def refuse_session(path: str, record: Record) -> None:
@@ -202,18 +92,9 @@ def refuse_unsettled(snapshot: Snapshot, record: Record) -> None:
     if record.tracked:
         from dirtmap.engine.session import peers
 
-        if peer := peers.unsettled(snapshot.file.place, record):
+        if peer := peers.unsettled(snapshot.file.abspath, record):
             what = f"tracked with device '{printable(decode_name(peer.name))}' until that died; 'dirtmap recover' first"
             raise BitmapError(f"{snapshot.file.path}: {record.label}", what)
-
-
-def settle_device(target: Store, name: bytes) -> None:
-    """Recovers the device that was tracked with a node; see `dirtmap.engine.session.peers.settle`."""
-    record = target.record(name)
-    if record is not None and record.tracked:
-        from dirtmap.engine.session import peers
-
-        peers.settle(target, name)
 
 
 def other_size(snapshot: Snapshot, record: Record) -> BitmapError:
@@ -281,33 +162,6 @@ def tracking_status(snapshot: Snapshot, record: Record) -> Status | None:
     return status_of(snapshot, record)
 
 
-def checkpoints_of(where: str, record: Record, recording: Mapping[str, bool]) -> list[str]:
-    """The chain of checkpoints of a namespace with these bitmaps; see `dirtmap.engine.model.checkpoints`.
-
-    Args:
-        where: names the namespace.
-        record: of the namespace.
-        recording: the bitmaps that there are, and whether they record.
-
-    Raises:
-        FormatError: it makes no sense.
-    """
-    if record.extension(store.EXTENSION_CHECKPOINTS) is None:
-        return []
-    from dirtmap.engine.model import checkpoints
-
-    return checkpoints.settle(checkpoints.read_chain(where, record), recording)
-
-
-def with_checkpoints(record: Record, chain: list[str]) -> Record:
-    """The record with this chain of checkpoints and no other."""
-    if not chain and record.extension(store.EXTENSION_CHECKPOINTS) is None:
-        return record
-    from dirtmap.engine.model import checkpoints
-
-    return checkpoints.with_chain(record, chain)
-
-
 def end_session(change: Change, record: Record, source: Snapshot | None = None) -> Record:
     """The record without the session of a tracker that has died, whose files go once the change is durable.
 
@@ -339,24 +193,6 @@ def doubts(snapshot: Snapshot, record: Record) -> str | None:
     return None
 
 
-def header_doubts(snapshot: Snapshot, record: Record) -> str | None:
-    """As `doubts`, as far as the store itself tells."""
-    if snapshot.chosen.in_doubt:
-        return "copies of the header are damaged, perhaps those of the newest"
-    if record.generation <= snapshot.header.doubt_generation:
-        return "the store lost a commit"
-    return None
-
-
-def is_readable(snapshot: Snapshot, record: Record, entry: Entry) -> bool:
-    """False where the bits have a wrong checksum."""
-    try:
-        verify(snapshot, record, entry)
-    except FormatError:
-        return False
-    return True
-
-
 def bitmap_of(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> Bitmap:
     """A bitmap of a directory, its bits still unread; all dirty where ``doubted``."""
     from dirtmap.engine.model.bitmap import Bitmap
@@ -370,63 +206,6 @@ def busy_of(snapshot: Snapshot, record: Record, entries: list[Entry]) -> set[byt
     view = tracked_view(snapshot, record)
     taken = {entry.name for entry in entries if view.is_busy(entry)} if view else set()
     return taken | {held.bitmap for held in holds.living(record)}
-
-
-def release_bits(change: Change, record: Record, entry: Entry) -> None:
-    """Gives up the clusters of a bitmap's bits, if it has any."""
-    if entry.table_offset > store.ALL_ONES:
-        change.release(Area(entry.table_offset, geometry.packed_bytes(record.size, entry.granularity)))
-
-
-def replace_directory(change: Change, record: Record, old: list[Entry], wanted: list[Entry]) -> Area:
-    """Has a namespace's directory written anew, and gives up the bits that only the old one leads to.
-
-    Args:
-        change: plans all of it.
-        record: of the namespace, as it was.
-        old: its entries so far.
-        wanted: those from now on; those that keep their bits lead to the same place.
-
-    Raises:
-        BitmapError: there are too many.
-    """
-    packed = directory.build_directory(wanted)
-    if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
-        where = f"{change.snapshot.file.path}: {record.label}"
-        raise BitmapError(where, f"{len(wanted)} bitmaps are more than {directory.MAX_BITMAPS}")
-    kept = {entry.table_offset for entry in wanted}
-    for entry in old:
-        if entry.table_offset not in kept:
-            release_bits(change, record, entry)
-    change.release(record.directory)
-    return change.place(packed)
-
-
-def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap) -> Entry:
-    """Has a bitmap's bits written, and makes the entry that leads to them.
-
-    Raises:
-        BitmapError: inconsistent, or too fine for the disk's size.
-    """
-    where = f"{change.snapshot.file.path}: {record.label}: {label(name)}"
-    if bitmap.inconsistent:
-        raise BitmapError(where, "an inconsistent bitmap cannot be copied")
-    length = geometry.packed_bytes(record.size, bitmap.granularity)
-    if length > directory.MAX_DATA_BYTES:
-        what = f"granularity {bitmap.granularity} needs {length} bytes of bits, more than {directory.MAX_DATA_BYTES}"
-        raise BitmapError(where, what)
-    packed = bitmap.packed()
-    flags = directory.FLAG_AUTO if bitmap.recording else 0
-    bits = bitmap.granularity.bit_length() - 1
-    dirty = bitmap.count // bitmap.granularity
-    if dirty == 0:
-        return Entry(encode_name(name), store.ALL_ZEROS, 0, flags, bits)
-    if dirty == geometry.granules(record.size, bitmap.granularity):
-        return Entry(encode_name(name), store.ALL_ONES, 0, flags, bits)
-    area = change.place(packed)
-    clusters = len(area.clusters(change.header.cluster_size))
-    extra = store.BITS_CHECKSUM.build(checksum=area.checksum, reserved=0)
-    return Entry(encode_name(name), area.offset, clusters, flags, bits, extra_data=extra)
 
 
 def rewrite(change: Change, record: Record, new: Record, *, doubted: bool) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from dirtmap.engine.model.namespace import LEFT_IN_USE, BitmapInfo, ImageInfo, Namespace, Recovery, Transaction
+from dirtmap.engine.model.infos import LEFT_IN_USE, ImageInfo, Recovery
+from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label
-from dirtmap.engine.qcow2.datafile import misfit
-from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
-from dirtmap.engine.system import locks
+from dirtmap.engine.model.transaction import Transaction
+from dirtmap.engine.namespaces.place import NO_PLACE, Place
+from dirtmap.engine.namespaces.ports import HostPort
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
+from dirtmap.engine.qcow2.reading import FORMAT, T, describe_layout, load, read_session, write_session
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, geometry, qcow2
-from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError, MovedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,125 +26,6 @@ if TYPE_CHECKING:
 
     from dirtmap.engine.model.bitmap import Bitmap
     from dirtmap.engine.qcow2.commit import Kept, Written
-    from dirtmap.engine.storefile.file import Store
-    from dirtmap.engine.tracking.home import Home
-    from dirtmap.engine.tracking.tracker import Tracker
-
-T = TypeVar("T")
-
-FORMAT = "qcow2"
-# With -U the image may change while it is read; a second look tells a torn read from damage.
-_SHARED_ATTEMPTS = 5
-
-
-def read_session(file: File, read: Callable[[Layout], T], *, force_share: bool = False) -> T:
-    """Runs ``read`` on the image's metadata, under the reader's lock, once it was found sound.
-
-    Raises:
-        LockedError: open for writing elsewhere, and not ``force_share``.
-        FormatError: QEMU would refuse the image, or it is unsafe to use.
-    """
-    for attempt in range(_SHARED_ATTEMPTS):
-        try:
-            with locks.reading(file, force_share=force_share):
-                layout = read_layout(file)
-                layout.require_sound()
-                return read(layout)
-        except FormatError:
-            if not force_share or attempt + 1 == _SHARED_ATTEMPTS:
-                raise
-    raise AssertionError("unreachable")
-
-
-def describe(file: File, *, force_share: bool = False) -> ImageInfo:
-    """The image and all its bitmaps, in one session; without numpy. Errors as `read_session`."""
-    return read_session(file, lambda layout: _describe(file, layout), force_share=force_share)
-
-
-def _describe(file: File, layout: Layout) -> ImageInfo:
-    notes = []
-    if layout.extension and not layout.valid:
-        notes.append("its bitmaps are void: software that does not know them has changed the image")
-    if layout.tracked:
-        notes.append("tracked, with its bitmaps in another store; say which with --store")
-    if resized := misfit(layout):
-        notes.append(resized)
-    return ImageInfo(
-        path=file.path,
-        format=FORMAT,
-        size=layout.header.size,
-        cluster_size=layout.cluster_size,
-        bitmaps=tuple(
-            BitmapInfo(
-                name=decode_name(slot.entry.name),
-                granularity=slot.entry.granularity,
-                recording=slot.entry.auto,
-                inconsistent=slot.entry.in_use,
-                busy=False,
-                count=None if slot.entry.in_use else count_dirty(file, layout, slot) * slot.entry.granularity,
-            )
-            for slot in layout.slots
-        ),
-        notes=tuple(notes),
-        node=None if layout.name is None else decode_name(layout.name),
-        uuid=None if layout.uuid is None else str(uuid.UUID(bytes=layout.uuid)),
-    )
-
-
-def count_dirty(file: File, layout: Layout, slot: Slot) -> int:
-    """How many bits of a bitmap are set, read cluster by cluster.
-
-    Counted with plain integers: importing numpy would take longer than `list` needs for all else together.
-    """
-    cluster = layout.cluster_size
-    left = geometry.granules(layout.header.size, slot.entry.granularity)
-    count = 0
-    for raw in directory.parse_table(slot.table or b""):
-        bits = min(left, cluster * 8)
-        left -= bits
-        if raw == directory.TABLE_ALL_ONES:
-            count += bits
-        elif raw:
-            data = file.read_exactly(raw, geometry.ceil_div(bits, 8))
-            value = int.from_bytes(data, "little")
-            count += (value & ((1 << bits) - 1) if bits % 8 else value).bit_count()
-    return count
-
-
-def load(file: File, layout: Layout, slot: Slot) -> NDArray[np.uint64]:
-    """A bitmap's bits as words: uint64, shape (ceil(granules / 64),), tail bits zero.
-
-    table      |  0  |  A  | A+1 | A+2 |  1  |  B  |
-    buffer     | 00  |   one read      | ff  | read|      neighbouring clusters are read together
-    """
-    import numpy as np
-
-    from dirtmap.engine.model import bits
-
-    cluster = layout.cluster_size
-    nbits = geometry.granules(layout.header.size, slot.entry.granularity)
-    size = geometry.ceil_div(nbits, 8)
-    words = np.zeros(geometry.ceil_div(nbits, 64), "<u8")
-    octets = words.view(np.uint8)
-    buffer = octets.data[:size]
-    run: tuple[int, int, int] | None = None  # from byte, to byte of the buffer; offset in the file
-
-    def read_run() -> None:
-        if run:
-            file.read_into(run[2], buffer[run[0] : run[1]])
-
-    for index, raw in enumerate(directory.parse_table(slot.table or b"")):
-        first, last = index * cluster, min((index + 1) * cluster, size)
-        if raw == directory.TABLE_ALL_ONES:
-            octets[first:last] = 0xFF
-        elif raw and run and run[1] == first and run[2] + run[1] - run[0] == raw:
-            run = (run[0], last, run[2])
-        elif raw:
-            read_run()
-            run = (first, last, raw)
-    read_run()
-    bits.mask_tail(words, nbits)
-    return words
 
 
 @dataclass(eq=False, slots=True)
@@ -158,63 +42,26 @@ class _Source:
         return load(self.file, self.layout, self.slot)
 
 
-class Keeper:
-    """What a host keeps about an image outside of it. This one keeps nothing.
-
-    Attributes:
-        store: the path of the store that remembers the image's place; None where none is known to.
-    """
-
-    store: str | None = None
-
-    def held(self) -> dict[str, str]:
-        """Which bitmaps are held, and by whom."""
-        return {}
-
-    def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
-        """The chain of its checkpoints; see `dirtmap.engine.namespaces.condition.checkpoints_of`."""
-        return []
-
-    def keep_checkpoints(self, chain: list[str]) -> None:
-        """Remembers another chain."""
-
-    def look_after(self, target: Store) -> None:
-        """Has commits of a store remembered; see `dirtmap.engine.host.stores.Stores.look_after`."""
-
-    @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
-        """Around a change of the image's metadata, which leaves the guest's data alone."""
-        yield
-
-    def hold(self, where: str, name: str, owner: str) -> contextlib.AbstractContextManager[None]:
-        """Holds a bitmap for the time of the block.
-
-        Args:
-            where: how messages name the bitmap.
-            name: of the bitmap.
-            owner: what others are told who ask.
-
-        Raises:
-            BitmapError: there is no place to remember that.
-        """
-        raise BitmapError(where, "only bitmaps of an image with a name can be held; 'node add' gives it one")
-
-
 class Image(Namespace):
     """A qcow2 image's bitmaps, read and changed under QEMU's locks.
 
+    Args:
+        path: of the image.
+        host: what is remembered of the image beside it is asked of it.
+        force_share: read although another process writes to the image.
+
     Attributes:
-        place: its path, absolute: the process may change its folder.
+        abspath: its path, absolute: the process may change its folder.
     """
 
     format = FORMAT
 
-    def __init__(self, path: str, *, force_share: bool = False) -> None:
-        self.path = path
-        self.keeper = Keeper()
+    def __init__(self, path: str, host: HostPort, *, force_share: bool = False) -> None:
+        self.path, self._host = path, host
         self._force_share = force_share
+        self._found_place: Place | None = None
         self._file = open_file(path)
-        self.place = self._file.place
+        self.abspath = self._file.abspath
         try:
             self._read(self._remember)
         except BaseException:
@@ -225,32 +72,26 @@ class Image(Namespace):
         self.size, self.cluster_size = layout.header.size, layout.cluster_size
         self.name = None if layout.name is None else decode_name(layout.name)
         self.uuid = None if layout.uuid is None else str(uuid.UUID(bytes=layout.uuid))
+        self._found_place = None
 
-    def set_identity(self, name: str | None, *, new_uuid: bool = False, image_uuid: bytes | None = None) -> None:
-        """Gives the image a node name, and a UUID where it has none or is to have another; None takes both away.
+    @property
+    def place(self) -> Place:
+        """What the host's stores remember of the image."""
+        if self._found_place is None:
+            self._found_place = NO_PLACE
+            if self.name is not None and self.uuid is not None:
+                self._found_place = self._host.place_of(self.name, uuid.UUID(self.uuid).bytes)
+        return self._found_place
 
-        QEMU keeps both through its own changes; a converted image has neither.
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[Naming]:
+        """Around a change of the image's identity, under the locks of a writer.
 
         Raises:
-            As `transaction`; UnsupportedError also where the first cluster has no room.
+            As `transaction`.
         """
-        from dirtmap.engine.qcow2.commit import set_identity, set_tracked
-
-        with self._writing() as (file, layout), self.keeper.changing():
-            layout.require_sound()
-            if new_uuid and layout.tracked:  # of the image that this is a copy of
-                _refuse_living(file, layout)
-                set_tracked(file, layout, False)
-                layout = read_layout(file)
-            layout.require_untracked()
-            data = None
-            if name is not None:
-                identity = uuid.uuid4().bytes if new_uuid or layout.uuid is None else layout.uuid
-                identity = image_uuid or identity
-                data = identity + encode_name(name)
-                for field, what in qcow2.namespace_extension_faults(data):
-                    raise BitmapError(f"{self.path}: {field}", what)
-            set_identity(file, layout, data)
+        with self._writing() as (file, _), self.place.changing(self.abspath):
+            yield Naming(file)
         self._read(self._remember)
 
     def tracking(self) -> None:
@@ -259,18 +100,7 @@ class Image(Namespace):
         Raises:
             LockedError: the tracker's store is not known.
         """
-        self._read(Layout.require_untracked)
-
-    def track(self, **options: Any) -> Tracker:
-        """Begins to track writes to the image; see `Namespace.track`."""
-        from dirtmap.engine.namespaces.checked_out import track_image
-
-        return track_image(self, options)
-
-    def _track_with(self, device: Home, options: dict[str, Any], make: Callable[..., Tracker]) -> Tracker:
-        from dirtmap.engine.namespaces.checked_out import track_image
-
-        return track_image(self, options, device, make)
+        self._read_here(Layout.require_untracked)
 
     def close(self) -> None:
         """Closes the image's file."""
@@ -278,8 +108,8 @@ class Image(Namespace):
 
     def info(self) -> ImageInfo:
         """The image and all its bitmaps as of one moment."""
-        found = describe(self._file, force_share=self._force_share)
-        if not (held := self.keeper.held()):
+        found = self._read_here(lambda layout: describe_layout(self._file, layout))
+        if not (held := self.place.held()):
             return found
         return replace(found, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in found.bitmaps))
 
@@ -290,27 +120,27 @@ class Image(Namespace):
                     if slot.entry.in_use:
                         layout.require_untracked()  # it is not inconsistent, but elsewhere
                     bitmap = _lazy(self._file, layout, slot)
-                    bitmap.busy = decode_name(name) in self.keeper.held()
+                    bitmap.busy = decode_name(name) in self.place.held()
                     if not bitmap.inconsistent:
                         _ = bitmap.words  # now, while nothing can change it
                     return bitmap.freeze()
             return None
 
-        return self._read(read)
+        return self._read_here(read)
 
     def _names(self) -> list[bytes]:
-        return self._read(_names)
+        return self._read_here(_names)
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes inconsistent bitmaps usable; see `recover`."""
-        return recover(self.path, names, keeper=self.keeper, place=self.place)
+        return recover(self.path, names, place=self.place, abspath=self.abspath)
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup; see `Namespace.hold`."""
         where = f"{self.where}: {label(name)}"
         self[name].required(where)
-        with self.keeper.hold(where, name, owner):
+        with self.place.hold(where, name, owner):
             yield self[name].required(where)
 
     def __repr__(self) -> str:
@@ -319,9 +149,22 @@ class Image(Namespace):
     def _read(self, read: Callable[[Layout], T]) -> T:
         return read_session(self._file, read, force_share=self._force_share)
 
+    def _read_here(self, read: Callable[[Layout], T]) -> T:
+        """As `_read`, of bitmaps that are in the image.
+
+        Raises:
+            MovedError: they are checked out, into a store that is known.
+        """
+        return self._read(lambda layout: read(self._at_home(layout)))
+
+    def _at_home(self, layout: Layout) -> Layout:
+        if layout.tracked and self.place.is_checked_out(self.abspath):
+            raise MovedError(self.path, "is tracked; open it again")
+        return layout
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[File, Layout]]:
-        with _write_session(self.path, self.place) as (file, layout):
+        with write_session(self.path, self.abspath) as (file, layout):
             if not self._file.is_current():
                 raise LockedError(self.path, "was replaced since it was opened")
             yield file, layout
@@ -331,19 +174,87 @@ class Image(Namespace):
         """Changes the bitmaps; see `Namespace.transaction`. QEMU is kept out from the beginning to the end."""
         with self._writing() as (file, layout):
             layout.require_sound()
-            layout.require_untracked()
-            with self.keeper.changing(), _changing(file, layout, self.keeper) as bitmaps:
+            self._at_home(layout).require_untracked()
+            with self.place.changing(self.abspath), _changing(file, layout, self.place) as bitmaps:
                 yield bitmaps
+
+
+class Naming:
+    """A qcow2 image's identity while it is being changed; see `Image.naming`.
+
+    QEMU keeps an identity through its own changes; a converted image has none.
+
+    Args:
+        file: the image, locked.
+    """
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+
+    @property
+    def identity(self) -> tuple[str, bytes] | None:
+        """The node's name and the UUID, 16 bytes; None where the image has none."""
+        layout = self._sound()
+        if layout.name is None or layout.uuid is None:
+            return None
+        return decode_name(layout.name), layout.uuid
+
+    @property
+    def size(self) -> int:
+        """Of the virtual disk, bytes."""
+        return self._sound().header.size
+
+    def bitmaps(self) -> int:
+        """How many the image has."""
+        return len(self._sound().slots)
+
+    def set(self, name: str, image_uuid: bytes | None = None) -> bytes:
+        """Gives the image a node name, durably.
+
+        Args:
+            name: of the node.
+            image_uuid: 16 bytes; None for that which it has, or a new one where it has none. What a tracker has of an
+                image with another UUID is given up: this is a copy of that image.
+
+        Returns:
+            The UUID that it has now.
+
+        Raises:
+            LockedError: a tracker of this very file lives.
+            BitmapError: no node can have that name.
+            UnsupportedError: the first cluster has no room.
+        """
+        from dirtmap.engine.qcow2.commit import set_identity, set_tracked
+
+        layout = self._sound()
+        chosen = image_uuid or layout.uuid or uuid.uuid4().bytes
+        if layout.tracked and chosen != layout.uuid:  # of the image that this is a copy of
+            _refuse_living(self._file, layout)
+            set_tracked(self._file, layout, False)
+            layout = read_layout(self._file)
+        layout.require_untracked()
+        data = chosen + encode_name(name)
+        for field, what in qcow2.namespace_extension_faults(data):
+            raise BitmapError(f"{self._file.path}: {field}", what)
+        set_identity(self._file, layout, data)
+        return chosen
+
+    def remove(self) -> None:
+        """Takes name and UUID away. Errors as `set`."""
+        from dirtmap.engine.qcow2.commit import set_identity
+
+        layout = self._sound()
+        layout.require_untracked()
+        set_identity(self._file, layout, None)
+
+    def _sound(self) -> Layout:
+        layout = read_layout(self._file)
+        layout.require_sound()
+        return layout
 
 
 def _names(layout: Layout) -> list[bytes]:
     return [slot.entry.name for slot in layout.slots]
-
-
-@contextlib.contextmanager
-def _write_session(path: str, place: str | None = None) -> Iterator[tuple[File, Layout]]:
-    with open_file(path, writable=True, place=place) as file, locks.writing(file):
-        yield file, read_layout(file)
 
 
 def _lazy(file: File, layout: Layout, slot: Slot) -> Bitmap:
@@ -355,18 +266,18 @@ def _lazy(file: File, layout: Layout, slot: Slot) -> Bitmap:
 
 
 @contextlib.contextmanager
-def _changing(file: File, layout: Layout, keeper: Keeper) -> Iterator[Transaction]:
+def _changing(file: File, layout: Layout, place: Place) -> Iterator[Transaction]:
     from dirtmap.engine.qcow2.commit import Kept, commit, require_writable
 
     require_writable(layout)
     bad = {fault.bitmap for fault in layout.faults}  # those stay as they are
-    chain = keeper.checkpoints({decode_name(slot.entry.name): slot.entry.auto for slot in layout.slots})
+    chain = place.checkpoints({decode_name(slot.entry.name): slot.entry.auto for slot in layout.slots})
     bitmaps = Transaction(
         layout.path,
         layout.header.size,
         geometry.default_granularity(layout.cluster_size),
         {decode_name(s.entry.name): _lazy(file, layout, s) for i, s in enumerate(layout.slots) if i not in bad},
-        keeper.held(),
+        place.held(),
         chain,
     )
     try:
@@ -380,10 +291,10 @@ def _changing(file: File, layout: Layout, keeper: Keeper) -> Iterator[Transactio
             if chain:  # what is not a checkpoint any more must not be taken for one if this ends in between
                 from dirtmap.engine.model.checkpoints import settle
 
-                keeper.keep_checkpoints(settle(chain, dict.fromkeys(bitmaps.checkpoints, True)))
+                place.keep_checkpoints(settle(chain, dict.fromkeys(bitmaps.checkpoints, True)))
             commit(file, layout, wanted)
             if chain:
-                keeper.keep_checkpoints(bitmaps.checkpoints)
+                place.keep_checkpoints(bitmaps.checkpoints)
     finally:
         bitmaps.close()
 
@@ -427,40 +338,16 @@ def _wanted(layout: Layout, bitmaps: Transaction) -> list[Kept | Written]:
     ]
 
 
-def read_identity(path: str) -> tuple[str, str] | None:
-    """An image's node name and UUID, damaged as it may be otherwise; None where it has no identity.
-
-    Raises:
-        LockedError, StorageError: as for any reading.
-    """
-    with open_file(path) as file, locks.reading(file, force_share=True):
-        layout = read_head(file)
-        if layout.name is None or layout.uuid is None or len(layout.uuid) < qcow2.NAMESPACE_EXTENSION.size:
-            return None
-        return decode_name(layout.name), str(uuid.UUID(bytes=layout.uuid))
-
-
-def require_header(path: str) -> None:
-    """Refuses what has no qcow2 header that can be relied on.
-
-    Raises:
-        FormatError: names the field.
-        StorageError: as for any reading.
-    """
-    with open_file(path) as file, locks.reading(file, force_share=True):
-        read_head(file).require_sound()
-
-
 def _refuse_living(file: File, layout: Layout) -> None:
     """Refuses to give up what a tracker has, whose session is in a store that is not known, as long as it lives."""
     if layout.tracked and layout.uuid:
         from dirtmap.engine.session.livefile import refuse_living
 
-        refuse_living(file.place, layout.uuid)
+        refuse_living(file.abspath, layout.uuid)
 
 
 def recover(
-    path: str, names: Iterable[str] = (), *, keeper: Keeper | None = None, place: str | None = None
+    path: str, names: Iterable[str] = (), *, place: Place = NO_PLACE, abspath: str | None = None
 ) -> list[Recovery]:
     """Makes inconsistent bitmaps usable; others are left alone, damaged ones included.
 
@@ -470,8 +357,8 @@ def recover(
     Args:
         path: the image.
         names: which; none for all that are inconsistent.
-        keeper: what the host keeps about the image.
-        place: see `open_file`.
+        place: what the host's stores remember of the image.
+        abspath: see `open_file`.
 
     Raises:
         BitmapError: a name is not there, or its entry is damaged.
@@ -483,14 +370,13 @@ def recover(
     from dirtmap.engine.qcow2.commit import set_tracked
 
     recovered = []
-    with _write_session(path, place) as (file, layout):
+    with write_session(path, abspath) as (file, layout):
         _refuse_living(file, layout)
         by_bitmap = all(fault.bitmap is not None for fault in layout.faults)
         if not by_bitmap or len(set(_names(layout))) < len(layout.slots):
             layout.require_sound()
         bad = {decode_name(layout.slots[fault.bitmap or 0].entry.name): fault for fault in layout.faults}
-        keeper = keeper or Keeper()
-        with keeper.changing(), _changing(file, layout, keeper) as bitmaps:
+        with place.changing(file.abspath), _changing(file, layout, place) as bitmaps:
             chosen = list(names) or [name for name, bitmap in bitmaps.items() if bitmap.inconsistent]
             for name in [*bitmaps, *bad] if layout.tracked else chosen:
                 if fault := bad.get(name):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from dirtmap.engine.identity import carries, disk_size, identity_of, is_twin, lasting_identity
@@ -17,23 +17,20 @@ from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces.condition import (
     doubts,
     end_session,
-    header_doubts,
-    no_namespace,
-    read_entries,
     refuse_held,
     refuse_session,
     refuse_tracked,
     refuse_unsettled,
-    release_bits,
-    require_free,
     rewrite,
 )
-from dirtmap.engine.namespaces.image import Image
+from dirtmap.engine.namespaces.image import Image, Naming
+from dirtmap.engine.namespaces.ports import HostPort
+from dirtmap.engine.storefile.directory import header_doubts, no_namespace, read_entries, release_bits, require_free
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.system.file import is_same_file
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, printable
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, counted, printable
 from dirtmap.fmt.store import Identity, Record
 
 KINDS = store.KIND_NODE, store.KIND_PLACE  # of nodes
@@ -139,10 +136,11 @@ def _size_of(record: Record) -> int:
     return record.size
 
 
-def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = False) -> None:
+def add_qcow2(host: HostPort, target: Store, name: str, image: str, *, new_identity: bool = False) -> None:
     """Gives a qcow2 image a name and a UUID, written into the image, and remembers its place.
 
     Args:
+        host: of the image.
         target: the store that remembers places.
         name: of the node; unique in the store.
         image: its path.
@@ -151,32 +149,33 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
     Raises:
         BitmapError: the name is taken, or the image has another one already.
         StorageError: the image cannot be looked at.
-        As `Image.set_identity`.
+        As `Naming.set`.
     """
     path = os.path.abspath(image)
-    with target.change() as change, Image(path) as opened:
+    with Image(path, host) as opened, opened.naming() as naming, target.change() as change:
         known = change.table.get(encode_name(name))
         if known:
             refuse_session(target.path, known)
-        mine = known and opened.uuid and known.uuid == uuid.UUID(opened.uuid).bytes
+        mine = known and naming.identity is not None and known.uuid == naming.identity[1]
         if known and (new_identity or not mine or is_twin(known, path)):
             raise BitmapError(f"{target.path}: {known.label}", "the name is taken")
-        if opened.name not in (None, name) and not new_identity:
-            what = f"is node '{opened.name}' already; rename that, or say --new-identity if it is a copy"
+        if naming.identity is not None and naming.identity[0] != name and not new_identity:
+            what = f"is node '{naming.identity[0]}' already; rename that, or say --new-identity if it is a copy"
             raise BitmapError(path, what)
         # One that was raw when it became a node: what is written to this node would be missing in that one's bitmaps.
         refuse_second_name(change.table, path, identity_of(path), store.KIND_NODE)
-        if new_identity or opened.name is None:
-            opened.set_identity(name, new_uuid=new_identity)
-        assert opened.uuid is not None  # it has an identity now
+        if new_identity or naming.identity is None:
+            image_uuid = naming.set(name, uuid.uuid4().bytes if new_identity else None)
+        else:
+            image_uuid = naming.identity[1]
         if change.table.get(store.container_name(os.fsencode(path))):
             change.table.remove(store.container_name(os.fsencode(path)))  # found by a scan, before it had a name
         change.table.put(
             Record(
                 name=encode_name(name),
                 kind=store.KIND_PLACE,
-                uuid=uuid.UUID(opened.uuid).bytes,
-                size=opened.size,
+                uuid=image_uuid,
+                size=naming.size,
                 generation=change.generation,
                 path=os.fsencode(path),
                 identity=replace(identity_of(path), mtime_ns=0, size=0),
@@ -185,53 +184,16 @@ def add_qcow2(target: Store, name: str, image: str, *, new_identity: bool = Fals
         )
 
 
-def is_checked_out(target: Store, path: str, name: str, image_uuid: str) -> bool:
-    """True where a tracker has a qcow2 image's bitmaps, or had them when it died; not for a copy of the file."""
-    record = target.record(encode_name(name))
-    if record is None or record.uuid != uuid.UUID(image_uuid).bytes or not record.tracked:
-        return False
-    return is_same_file(path, record.path)
-
-
-def refuse_moved(target: Store, path: str, name: str, image_uuid: str) -> None:
-    """Refuses a qcow2 image that was moved while its bitmaps were checked out, until its place is known again.
-
-    Raises:
-        BitmapError: says what makes it known.
-    """
-    record = target.record(encode_name(name))
-    if record is None or record.uuid != uuid.UUID(image_uuid).bytes or not record.tracked:
-        return
-    if not is_checked_out(target, path, name, image_uuid) and not is_twin(record, path):
-        what = (
-            f"node '{printable(name)}', moved while a tracker had its bitmaps; 'index scan' finds it, then recover it"
-        )
-        raise BitmapError(path, what)
-
-
-def refuse_twin(target: Store, path: str, name: str, image_uuid: str) -> None:
-    """Refuses a qcow2 image that carries the identity of another file.
-
-    Raises:
-        BitmapError: names the original, and how to mend it.
-    """
-    record = target.record(encode_name(name))
-    if record and record.uuid == uuid.UUID(image_uuid).bytes and is_twin(record, path):
-        original = os.fsdecode(record.path)
-        what = f"a copy of {original}, with its identity; 'node add --new-identity' gives it one of its own"
-        raise BitmapError(path, what)
-
-
-def remove_node(target: Store, name: str) -> None:
+def remove_node(host: HostPort, target: Store, name: str) -> None:
     """Forgets a node; a qcow2 image loses its identity, where it is still there and known by it.
 
     Raises:
         BitmapError: there is none of that name, or it has bitmaps.
     """
-    with _identity_put_back(target, name) as changed, target.change() as change:
+    with _its_image(host, target, name, gone=True) as naming, target.change() as change:
         record = _record(change, name, died=True)
         where = f"{target.path}: {record.label}"
-        if record.kind == store.KIND_PLACE and not (os.path.exists(record.path) and carries(record)):
+        if record.kind == store.KIND_PLACE and naming is None:
             # With the image its bitmaps are gone, and nothing of ours is in what has taken its place; what a tracker
             # had of them when it died is of no use.
             end_session(change, record)
@@ -242,88 +204,82 @@ def remove_node(target: Store, name: str) -> None:
             change.table.remove(record.name)
             return
         refuse_session(target.path, record)
-        if record.kind == store.KIND_PLACE:
-            with Image(os.fsdecode(record.path)) as image:
-                if _is_its_image(record, image):
-                    _refuse_with_bitmaps(where, len(image))
-                    changed.append(record)
-                    image.set_identity(None)
+        if naming is not None and naming.identity == (name, record.uuid):
+            _refuse_with_bitmaps(where, naming.bitmaps())
+            naming.remove()
         _refuse_with_bitmaps(where, record.nb_bitmaps)
         change.table.remove(record.name)
 
 
 @contextmanager
-def _identity_put_back(target: Store, name: str) -> Iterator[list[Record]]:
-    """Gives a qcow2 image its identity back where the store's commit fails and goes on saying that the image has it.
+def _its_image(host: HostPort, target: Store, name: str, *, gone: bool = False) -> Iterator[Naming | None]:
+    """A qcow2 node's image, locked to change its identity: before the store, as the lock order has it.
+
+    The identity is put back where the block fails, and the store goes on saying that the image has it.
+
+    Args:
+        host: of the image.
+        target: the store that remembers the image's place.
+        name: of the node.
+        gone: the image need not be there.
 
     Yields:
-        To be filled with the record of the image, once that is changed.
+        None for a node that is no qcow2 image, and for an image that is ``gone``.
     """
-    changed: list[Record] = []
-    try:
-        yield changed
-    except Error:
-        with suppress(Error):
-            for record in changed:
-                if (now := target.record(encode_name(name))) and now.uuid == record.uuid:
-                    with Image(os.fsdecode(record.path)) as image:
-                        image.set_identity(name, image_uuid=record.uuid)
-        raise
-
-
-def _is_its_image(record: Record, image: Image) -> bool:
-    """True of the image that a place remembers; one of another name is what a rename left that was killed halfway."""
-    name = None if image.name is None else encode_name(image.name)
-    return name == record.name and image.uuid is not None and uuid.UUID(image.uuid).bytes == record.uuid
+    record = target.record(encode_name(name))
+    if record is None or record.kind != store.KIND_PLACE:
+        yield None
+        return
+    _refuse_session_of(target.path, record, died=gone)
+    if gone and not (os.path.exists(record.path) and carries(record)):
+        yield None
+        return
+    refuse_session(target.path, record)
+    with Image(os.fsdecode(record.path), host) as image, image.naming() as naming:
+        before = naming.identity
+        try:
+            yield naming
+        except Error:
+            with suppress(Error):
+                now = target.record(encode_name(name))
+                if before is not None and naming.identity != before and now and now.uuid == record.uuid:
+                    naming.set(*before)
+            raise
 
 
 def _refuse_with_bitmaps(where: str, count: int) -> None:
     if count:
-        raise BitmapError(where, f"has {count} bitmaps; remove or move them first")
+        raise BitmapError(where, f"has {counted(count, 'bitmap')}; remove or move them first")
 
 
-def rename_node(
-    target: Store,
-    name: str,
-    new: str,
-    *,
-    with_bitmaps: bool = False,
-    keep: Callable[[Image], None] = lambda image: None,
-) -> None:
+def rename_node(host: HostPort, target: Store, name: str, new: str, *, with_bitmaps: bool = False) -> None:
     """Gives a node another name.
 
     Args:
+        host: of a qcow2 image.
         target: the store that knows it.
         name: what it is called now.
         new: what it will be called.
         with_bitmaps: also where it has bitmaps.
-        keep: called with a qcow2 image before it is changed.
 
     Raises:
         BitmapError: there is none of that name, the new one is taken, a bitmap is held, or it has bitmaps and
             ``with_bitmaps`` is not said: their addresses change.
     """
-    with _identity_put_back(target, name) as changed, target.change() as change:
+    with _its_image(host, target, name) as naming, target.change() as change:
         record = _record(change, name)
         where = f"{target.path}: {record.label}"
         require_free(change, encode_name(new))
         refuse_held(target.path, record)
-        with ExitStack() as stack:
-            image = None
-            if record.kind == store.KIND_PLACE:
-                image = stack.enter_context(Image(os.fsdecode(record.path)))
-                if not _is_its_image(record, image):
-                    raise BitmapError(
-                        where, f"{image.path} is not its image any more; 'index scan' finds where that is"
-                    )
-                keep(image)
-            count = record.nb_bitmaps if image is None else len(image)
-            if count and not with_bitmaps:
-                what = f"has {count} bitmaps, whose addresses would change; --with-bitmaps renames them, too"
-                raise BitmapError(where, what)
-            if image is not None:
-                changed.append(record)
-                image.set_identity(new)
+        if naming is not None and naming.identity != (name, record.uuid):
+            what = f"{os.fsdecode(record.path)} is not its image any more; 'index scan' finds where that is"
+            raise BitmapError(where, what)
+        count = record.nb_bitmaps if naming is None else naming.bitmaps()
+        if count and not with_bitmaps:
+            what = f"has {counted(count, 'bitmap')}, whose addresses would change; --with-bitmaps renames them, too"
+            raise BitmapError(where, what)
+        if naming is not None:
+            naming.set(new)
         change.table.remove(record.name)
         change.table.put(replace(record, name=encode_name(new)))
 
@@ -380,8 +336,12 @@ def _record(change: Change, name: str, *, died: bool = False) -> Record:
     record = change.table.get(encode_name(name))
     if record is None or record.kind not in KINDS:
         raise no_namespace(change.snapshot.file.path, encode_name(name))
-    (refuse_tracked if died else refuse_session)(change.snapshot.file.path, record)
+    _refuse_session_of(change.snapshot.file.path, record, died=died)
     return record
+
+
+def _refuse_session_of(path: str, record: Record, *, died: bool) -> None:
+    (refuse_tracked if died else refuse_session)(path, record)
 
 
 def _stored(change: Change, name: str, *, died: bool = False) -> Record:

@@ -16,20 +16,21 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.identity import lasting_identity_now
-from dirtmap.engine.model.namespace import Recovery
+from dirtmap.engine.model.infos import Recovery
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces.condition import (
     end_session,
-    read_entries,
     refuse_held,
     refuse_tracked,
     refuse_unsettled,
     refuse_without_root,
     size_now,
 )
+from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError, counted
+from dirtmap.fmt.structures.directory import build_directory, parse_entries
 
 if TYPE_CHECKING:
     from dirtmap.engine.storefile.file import Change, Snapshot
@@ -104,7 +105,7 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
     for entry in entries:
         for field, what in store.entry_faults(entry, size, change.header.cluster_size, 0):
             raise BitmapError(f"{path}: {record.label}: {label(decode_name(entry.name))}.{field}", what)
-    area = change.place(directory.build_directory(entries))
+    area = change.place(build_directory(entries))
     change.table.put(
         replace(
             end_session(change, record),
@@ -116,7 +117,7 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
         )
     )
     lost = record.nb_bitmaps - len(entries)
-    more = f"; {lost} of {record.nb_bitmaps} bitmaps cannot be named" if lost > 0 else ""
+    more = f"; {lost} of {counted(record.nb_bitmaps, 'bitmap')} cannot be named" if lost > 0 else ""
     return [Recovery(decode_name(entry.name), f"all dirty: {why}{more}") for entry, why in entries.items()]
 
 
@@ -131,4 +132,4 @@ def _from_damaged(snapshot: Snapshot, record: Record) -> Iterator[Entry]:
     with contextlib.suppress(FormatError, directory.BrokenEntryError):
         snapshot.check_area(record.directory, "directory")
         data = snapshot.file.read(record.directory.offset, record.directory.length)
-        yield from (entry for _, entry in islice(directory.parse_entries(data), record.nb_bitmaps))
+        yield from (entry for _, entry in islice(parse_entries(data), record.nb_bitmaps))

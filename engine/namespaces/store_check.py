@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dirtmap.engine.model.naming import decode_name, label
-from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport
+from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport, require_repair
 from dirtmap.engine.namespaces.compact import compact
-from dirtmap.engine.namespaces.condition import doubts, read_entries, verify
+from dirtmap.engine.namespaces.condition import doubts
 from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.directory import read_entries, verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.storefile.space import SpaceMap
 from dirtmap.fmt import geometry, store
@@ -48,9 +49,11 @@ def check(
         expect: has the store know what was seen of it; see `Store.expect`.
 
     Raises:
+        ArgumentError: ``repair`` is something else.
         FormatError: not a store.
         LockedError, StorageError: as for reading, or writing with ``repair``.
     """
+    require_repair(path, repair)
     try:
         target = Store(path)
     except FormatError as error:

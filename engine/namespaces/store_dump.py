@@ -10,15 +10,33 @@ import numpy as np
 
 from dirtmap.engine.model.dumping import MOST_RUNS, Shown, data, text
 from dirtmap.engine.model.naming import decode_name, label
-from dirtmap.engine.namespaces.condition import doubts, verify
+from dirtmap.engine.namespaces.condition import doubts
 from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.directory import verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.system.file import File, open_file
-from dirtmap.fmt import directory, extensions, geometry, live, store
+from dirtmap.fmt import directory, geometry, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import FormatError, UnsupportedError
+from dirtmap.fmt.errors import FormatError, UnsupportedError, counted
 from dirtmap.fmt.store import Area, Record
 from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY, parse_entries
+from dirtmap.fmt.structures.extensions import EXTENSION_HEAD, build_extension, parse_chain
+from dirtmap.fmt.structures.live import CHECKPOINT_NAME, PEER, SESSION, WINDOW
+from dirtmap.fmt.structures.store import (
+    AREA,
+    BITS_CHECKSUM,
+    CHECKSUM,
+    HEADER,
+    HOLD,
+    LEAF,
+    NAMESPACES_EXTENSION,
+    RECORD,
+    RUN,
+    build_record,
+    parse_areas,
+    parse_records,
+)
 
 _MOST_HEX = 1 << 20  # bytes of one bitmap's bits
 _MOST_BAD_ENTRIES = 100  # of one directory: what follows so many is no directory
@@ -30,16 +48,16 @@ _FLAGS: dict[str, dict[int, str]] = {
     "flags": directory.FLAG_NAMES,
 }
 _EXTENSIONS = {
-    store.EXTENSION_NAMESPACES: store.NAMESPACES_EXTENSION,
-    store.EXTENSION_SPACE: store.AREA,
-    store.EXTENSION_RELEASED: store.AREA,
+    store.EXTENSION_NAMESPACES: NAMESPACES_EXTENSION,
+    store.EXTENSION_SPACE: AREA,
+    store.EXTENSION_RELEASED: AREA,
 }
 
 # What a record's extensions are, each followed by texts whose lengths are in it.
 _RECORD_EXTENSIONS: dict[int, tuple[Structure, dict[str, str]]] = {
-    store.EXTENSION_HOLD: (store.HOLD, {"bitmap": "name_size", "owner": "owner_size"}),
-    store.EXTENSION_SESSION: (live.SESSION, {"live": "live_size", "log_path": "log_size"}),
-    store.EXTENSION_PEER: (live.PEER, {"name": "name_size", "store": "store_size"}),
+    store.EXTENSION_HOLD: (HOLD, {"bitmap": "name_size", "owner": "owner_size"}),
+    store.EXTENSION_SESSION: (SESSION, {"live": "live_size", "log_path": "log_size"}),
+    store.EXTENSION_PEER: (PEER, {"name": "name_size", "store": "store_size"}),
 }
 _RECORD_EXTENSION_NAMES = {
     **{kind: structure.name for kind, (structure, _) in _RECORD_EXTENSIONS.items()},
@@ -128,12 +146,12 @@ class _Dump(Shown):
             start = number * store.BLOCK
             block = self.file.read(start, store.BLOCK)
             name = f"header copy {number} (slot {'AB'[number % 2]})"
-            self.record(store.HEADER, start, block, name)
+            self.record(HEADER, start, block, name)
             if len(block) < store.BLOCK:
                 self.fault(name, "the file ends before its end")
                 continue
-            at = store.BLOCK - store.CHECKSUM.size
-            self.structures[-1]["fields"] += self.fields(store.CHECKSUM, start + at, block[at:])
+            at = store.BLOCK - CHECKSUM.size
+            self.structures[-1]["fields"] += self.fields(CHECKSUM, start + at, block[at:])
             if not headers.is_whole(block):
                 self.note("damaged")
                 self.fault(name, "damaged: its magic or its checksum is wrong")
@@ -144,11 +162,11 @@ class _Dump(Shown):
             self.fault("header", "perhaps not the newest: every bitmap counts as all dirty")
 
     def chain(self, name: str, start: int, block: bytes) -> None:
-        chain = extensions.parse_chain(block, store.HEADER.parse(block).header_length, len(block) - store.CHECKSUM.size)
+        chain = parse_chain(block, HEADER.parse(block).header_length, len(block) - CHECKSUM.size)
         for extension in chain.extensions:
             kind = store.EXTENSION_NAMES.get(extension.type, "unknown")
-            head = extensions.EXTENSION_HEAD.build(type=extension.type, length=len(extension.data))
-            fields = self.fields(extensions.EXTENSION_HEAD, start + extension.offset, head)
+            head = EXTENSION_HEAD.build(type=extension.type, length=len(extension.data))
+            fields = self.fields(EXTENSION_HEAD, start + extension.offset, head)
             fields[0]["meaning"] = kind
             structure = _EXTENSIONS.get(extension.type)
             at = start + extension.data_offset
@@ -167,12 +185,12 @@ class _Dump(Shown):
         raw = self.area(snapshot, area, "namespace table")
         if raw is None:
             return
-        buckets = store.parse_areas(raw)
+        buckets = parse_areas(raw)
         fields = []
         for number, bucket in enumerate(buckets):
             if bucket != store.NOWHERE:
-                at = number * store.AREA.size
-                for field in self.fields(store.AREA, area.offset + at, raw[at : at + store.AREA.size]):
+                at = number * AREA.size
+                for field in self.fields(AREA, area.offset + at, raw[at : at + AREA.size]):
                     fields.append({**field, "name": f"[{number}].{field['name']}"})
         self.add("namespace table", area.offset, raw, entries=len(buckets), fields=fields)
         count = 0
@@ -186,8 +204,8 @@ class _Dump(Shown):
         """The records of a bucket, each with what it leads to; how many there are."""
         count, at = 0, 0
         try:
-            for record in store.parse_records(raw):
-                end = at + len(store.build_record(record))
+            for record in parse_records(raw):
+                end = at + len(build_record(record))
                 self.namespace(snapshot, record, area.offset + at, raw[at:end])
                 count, at = count + 1, end
                 if count == store.MAX_NAMESPACES:
@@ -198,18 +216,18 @@ class _Dump(Shown):
 
     def namespace(self, snapshot: Snapshot, record: Record, offset: int, raw: bytes) -> None:
         where = record.label
-        fields = self.fields(store.RECORD, offset, raw[: store.RECORD.size])
+        fields = self.fields(RECORD, offset, raw[: RECORD.size])
         for field in fields:
             if field["name"] == "kind":
                 field["meaning"] = store.KIND_NAMES.get(record.kind, "unknown")
-        at = offset + store.RECORD.size
+        at = offset + RECORD.size
         fields += [text("name", at, record.name), text("path", at + len(record.name), record.path)]
-        first = offset + len(raw) - sum(len(extensions.build_extension(*item)) for item in record.extensions)
+        first = offset + len(raw) - sum(len(build_extension(*item)) for item in record.extensions)
         for kind, contents in record.extensions:
-            fields += self.fields(extensions.EXTENSION_HEAD, first, extensions.build_extension(kind, contents))
+            fields += self.fields(EXTENSION_HEAD, first, build_extension(kind, contents))
             fields[-2]["meaning"] = _RECORD_EXTENSION_NAMES.get(kind, "unknown")
-            fields += self.extension(kind, first + extensions.EXTENSION_HEAD.size, contents)
-            first += len(extensions.build_extension(kind, contents))
+            fields += self.extension(kind, first + EXTENSION_HEAD.size, contents)
+            first += len(build_extension(kind, contents))
         self.add(f"namespace record: {where}", offset, raw, fields=fields)
         faults = list(store.record_faults(record))
         for field_name, what in faults:
@@ -221,7 +239,7 @@ class _Dump(Shown):
         area, count, bad = record.directory, 0, 0
         if entries := self.area(snapshot, area, f"directory of {where}"):
             try:
-                for at, entry in directory.parse_entries(entries):
+                for at, entry in parse_entries(entries):
                     raw = entries[at : at + entry.packed_size]
                     bad += not self.entry(snapshot, record, entry, area.offset + at, raw)
                     count += 1
@@ -237,13 +255,13 @@ class _Dump(Shown):
         fields: list[dict[str, Any]] = []
         at = 0
         if kind == store.EXTENSION_CHECKPOINTS:
-            number, size = 0, live.CHECKPOINT_NAME.size
+            number, size = 0, CHECKPOINT_NAME.size
             while at + size <= len(contents):
                 raw = contents[at : at + size]
-                end = at + size + live.CHECKPOINT_NAME.parse(raw).length
+                end = at + size + CHECKPOINT_NAME.parse(raw).length
                 if end > len(contents):
                     break
-                for field in self.fields(live.CHECKPOINT_NAME, offset + at, raw):
+                for field in self.fields(CHECKPOINT_NAME, offset + at, raw):
                     fields.append({**field, "name": f"[{number}].{field['name']}"})
                 fields.append(text(f"[{number}].name", offset + at + size, contents[at + size : end]))
                 number, at = number + 1, end
@@ -262,19 +280,19 @@ class _Dump(Shown):
     def entry(self, snapshot: Snapshot, record: Record, entry: Entry, offset: int, raw: bytes) -> bool:
         """One entry and its bits; False where it breaks a rule."""
         where = f"{record.label}, {label(decode_name(entry.name))}"
-        fields = self.fields(directory.DIRECTORY_ENTRY, offset, raw[: directory.DIRECTORY_ENTRY.size])
+        fields = self.fields(DIRECTORY_ENTRY, offset, raw[: DIRECTORY_ENTRY.size])
         meaning = {store.ALL_ZEROS: "all zeros", store.ALL_ONES: "all ones"}.get(entry.table_offset)
         if meaning:
             fields[0]["meaning"] = meaning
-        at, extra = offset + directory.DIRECTORY_ENTRY.size, entry.extra_data
-        if len(extra) >= store.BITS_CHECKSUM.size:
-            fields += self.fields(store.BITS_CHECKSUM, at, extra[: store.BITS_CHECKSUM.size])
-            at, extra = at + store.BITS_CHECKSUM.size, extra[store.BITS_CHECKSUM.size :]
-        if len(extra) >= live.WINDOW.size:
-            window = self.fields(live.WINDOW, at, extra[: live.WINDOW.size])
+        at, extra = offset + DIRECTORY_ENTRY.size, entry.extra_data
+        if len(extra) >= BITS_CHECKSUM.size:
+            fields += self.fields(BITS_CHECKSUM, at, extra[: BITS_CHECKSUM.size])
+            at, extra = at + BITS_CHECKSUM.size, extra[BITS_CHECKSUM.size :]
+        if len(extra) >= WINDOW.size:
+            window = self.fields(WINDOW, at, extra[: WINDOW.size])
             window[2]["meaning"] = "busy" if window[2]["value"] & live.WINDOW_BUSY else ""
             fields += window
-            at, extra = at + live.WINDOW.size, extra[live.WINDOW.size :]
+            at, extra = at + WINDOW.size, extra[WINDOW.size :]
         if extra:
             fields.append(data("extra_data", at, extra))
         fields.append(text("name", at + len(extra), entry.name))
@@ -303,16 +321,16 @@ class _Dump(Shown):
     def space(self, snapshot: Snapshot) -> None:
         area = snapshot.header.space
         if raw := self.area(snapshot, area, "space map"):
-            leaves = [store.LEAF.parse(raw, at) for at in range(0, len(raw), store.LEAF.size)[:MOST_RUNS]]
+            leaves = [LEAF.parse(raw, at) for at in range(0, len(raw), LEAF.size)[:MOST_RUNS]]
             fields = []
             for index in range(len(leaves)):
-                at = index * store.LEAF.size
-                for field in self.fields(store.LEAF, area.offset + at, raw[at : at + store.LEAF.size]):
+                at = index * LEAF.size
+                for field in self.fields(LEAF, area.offset + at, raw[at : at + LEAF.size]):
                     fields.append({**field, "name": f"[{index}].{field['name']}"})
-            entries = len(raw) // store.LEAF.size
+            entries = len(raw) // LEAF.size
             self.add("space map", area.offset, raw, entries=entries, fields=fields)
             if entries > len(leaves):
-                self.note(f"{entries - len(leaves)} more leaves not shown")
+                self.note(f"{counted(entries - len(leaves), 'more leaf', 'more leaves')} not shown")
             for index, leaf in enumerate(leaves):
                 self.leaf(snapshot, Area(leaf.offset, snapshot.header.cluster_size, leaf.checksum), index)
         area = snapshot.header.released
@@ -324,9 +342,9 @@ class _Dump(Shown):
                 {"index": index, "count": count, "kind": "released", "offset": first * cluster}
                 for index, (first, count) in enumerate(pairs)
             ]
-            self.add("released clusters", area.offset, raw, entries=len(raw) // store.RUN.size, runs=found)
+            self.add("released clusters", area.offset, raw, entries=len(raw) // RUN.size, runs=found)
             if len(numbers) > 2 * len(pairs):
-                self.note(f"{len(numbers) // 2 - len(pairs)} more runs not shown")
+                self.note(f"{counted(len(numbers) // 2 - len(pairs), 'more run')} not shown")
 
     def leaf(self, snapshot: Snapshot, area: Area, index: int) -> None:
         raw = self.area(snapshot, area, f"space map leaf {index}")
@@ -347,4 +365,4 @@ class _Dump(Shown):
         ]
         self.add(f"space map leaf {index}", area.offset, raw, entries=len(used), runs=found)
         if len(edges) - 1 > len(found):
-            self.note(f"{len(edges) - 1 - len(found)} more runs not shown")
+            self.note(f"{counted(len(edges) - 1 - len(found), 'more run')} not shown")

@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dirtmap.engine.model.bitmap import INCONSISTENT
-from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport
-from dirtmap.engine.namespaces.image import FORMAT
-from dirtmap.engine.qcow2.commit import Kept, commit, require_writable, set_refcounts
+from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport, require_repair
+from dirtmap.engine.qcow2.commit import Kept, commit, marks, require_writable, set_refcounts
 from dirtmap.engine.qcow2.datafile import misfit
-from dirtmap.engine.qcow2.layout import bitmap_label, read_layout
+from dirtmap.engine.qcow2.layout import Layout, bitmap_label, read_layout
+from dirtmap.engine.qcow2.reading import FORMAT
 from dirtmap.engine.qcow2.refcounts import Refcounts
 from dirtmap.engine.qcow2.references import References, Runs, walk
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.directory import MAX_BITMAPS
+from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.fmt.geometry import ceil_div
+from dirtmap.fmt.structures.qcow2 import BITMAPS_EXTENSION
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,10 +51,12 @@ def check(
         progress: called with (L2 tables walked, L2 tables in all).
 
     Raises:
+        ArgumentError: ``repair`` is something else.
         FormatError: not a qcow2 image at all.
         UnsupportedError: ``repair`` of an image that must not be written to.
         LockedError, StorageError: as for reading, or writing with ``repair``.
     """
+    require_repair(path, repair)
     if repair is None:
         with open_file(path) as file, locks.reading(file, force_share=force_share):
             return _Check(file, progress).run().report
@@ -93,6 +97,8 @@ class _Check:
         if any(fault.field.startswith("header") for fault in layout.faults):
             report.found(ERROR, "references", "not checked: the header cannot be relied on")
             return self
+        for what in marks(layout):
+            report.found(NOTE, "header.incompatible_features", f"{what}; until then every change is refused")
         if layout.undecided:
             report.found(NOTE, "bitmap directory", "bitmaps behind the broken entry cannot be read")
         for slot in layout.slots:
@@ -156,7 +162,7 @@ class _Check:
         shown = max(0, MOST_FINDINGS - len(self.report.findings))
         for start, end in zip(starts[:shown].tolist(), ends[:shown].tolist(), strict=True):
             where = self._where(first + int(at[start]), first + int(at[end - 1]) + 1)
-            what = f"refcount {actual[at[start]]}, referenced {expected[at[start]]} times"
+            what = f"refcount {actual[at[start]]}, referenced {counted(expected[at[start]], 'time')}"
             self.report.found(severity, where, what, end - start)
         self.report.count(severity, len(at) - (int(ends[:shown][-1]) if shown and len(at) else 0))
 
@@ -167,7 +173,7 @@ class _Check:
         for start, end, count in zip(
             *(column[:shown].tolist() for column in (missing.starts, missing.ends, missing.counts)), strict=True
         ):
-            what = f"refcount 0, referenced {count} times"
+            what = f"refcount 0, referenced {counted(count, 'time')}"
             self.report.found(CORRUPTION, self._where(start, end), what, end - start)
         self.report.count(CORRUPTION, int((missing.ends[shown:] - missing.starts[shown:]).sum()))
 
@@ -184,9 +190,10 @@ def _mend(file: File, repair: str, progress: Callable[[int, int], None] | None) 
     require_writable(before.layout)
     now = before
     if repair == "all":
+        unnamed = _unnamed(now.layout)
         dropped = _drop_bad(file, now)
         if dropped is not None:
-            report.dropped = dropped
+            report.dropped, report.dropped_unnamed = dropped, unnamed
             now = _Check(file, None).run()
         if _set_right(file, now, np.less):
             now = _Check(file, None).run()
@@ -201,18 +208,28 @@ def _mend(file: File, repair: str, progress: Callable[[int, int], None] | None) 
     return report
 
 
+def _unnamed(layout: Layout) -> int | None:
+    """How many bitmaps the image has beside those that could be read; None where that cannot be told."""
+    extension = layout.extension
+    if extension is None or len(extension.data) != BITMAPS_EXTENSION.size:
+        return None
+    said = int(BITMAPS_EXTENSION.parse(extension.data).nb_bitmaps)
+    if 1 <= said <= MAX_BITMAPS:
+        return max(0, said - len(layout.slots))
+    broken = not layout.slots or any(fault.field.startswith("bitmap directory entry") for fault in layout.faults)
+    return None if broken else 0
+
+
 def _drop_bad(file: File, found: _Check) -> list[str] | None:
     """One commit that keeps the good bitmaps; what only the bad ones used becomes a leak, which `_set_right` frees.
 
     Returns:
-        What was given up; None where nothing had to be, or where more than bitmaps is at fault.
+        The names of those given up; None where nothing had to be, or where more than bitmaps is at fault.
     """
     layout = found.layout
     if not (layout.faults or found.bad) or not all(fault.mendable for fault in layout.faults):
         return None
     names = [layout.slots[index].entry.name.decode("utf-8", "backslashreplace") for index in sorted(found.bad)]
-    # What could not even be read as an entry has no name but its place.
-    names += [fault.field for fault in layout.faults if fault.bitmap is None and "entry" in fault.field]
     layout.slots = [slot for index, slot in enumerate(layout.slots) if index not in found.bad]
     # Nothing that the old directory says about its clusters is to be believed here, so the commit frees none of them.
     layout.faults, layout.pointer = [], None

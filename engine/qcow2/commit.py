@@ -25,19 +25,26 @@ import numpy as np
 from dirtmap.engine.qcow2.extension import NewExtension, Write
 from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label
 from dirtmap.engine.qcow2.refcounts import Allocator, Refcounts
-from dirtmap.engine.qcow2.references import References, walk
+from dirtmap.engine.qcow2.references import References, follow, walk
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, UnsupportedError
-from dirtmap.fmt.extensions import END_MARKER, EXTENSION_HEAD, Extension
+from dirtmap.fmt.extensions import END_MARKER, Extension
+from dirtmap.fmt.structures.directory import build_directory
+from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
+from dirtmap.fmt.structures.qcow2 import BITMAPS_EXTENSION, POINTER, REFCOUNT_TABLE_POINTER
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Proving clusters free means reading all L2 tables: cheap below this (128 GiB of guest data at 64 KiB clusters). Above,
-# new clusters are taken past the end, where no proof is needed.
+# Proving clusters free means reading all L2 tables: up to this many bytes of them (128 GiB of guest data at 64 KiB
+# clusters), all that they lead to is remembered.
 _PROOF_BUDGET = 16 << 20
+# Above, they are streamed past the clusters that count as free. And above this (4 TiB of guest data) they are not read,
+# since that would take seconds: new clusters are taken past the end, where no proof is needed.
+_MOST_FOLLOWED = 512 << 20
+_SEEK = 16 << 10  # what it costs to read elsewhere, in bytes that could be read meanwhile
 _SECTOR = 512  # the most that a disk writes whole
 _ZEROS = memoryview(bytes(1 << geometry.MAX_CLUSTER_BITS))
 
@@ -96,10 +103,18 @@ def require_writable(layout: Layout) -> None:
     if header.version < 3:
         what = "2: such images cannot hold bitmaps; qemu-img amend -o compat=1.1 makes it version 3"
         raise UnsupportedError(f"{layout.path}: header.version", what)
+    for what in marks(layout):
+        raise UnsupportedError(f"{layout.path}: header.incompatible_features", what)
+
+
+def marks(layout: Layout) -> Iterator[str]:
+    """What keeps everybody from writing to the image, although there need not be any other fault."""
     for bit in (qcow2.INCOMPATIBLE_DIRTY, qcow2.INCOMPATIBLE_CORRUPT):
-        if header.incompatible & bit:
+        if layout.header.incompatible & bit:
             what = f"marked {qcow2.INCOMPATIBLE_NAMES[bit]}; mend it with qemu-img check -r all first"
-            raise UnsupportedError(f"{layout.path}: header.incompatible_features", what)
+            if layout.valid and layout.header.v2.nb_snapshots:  # tried with 7.2: its header says there are none then
+                what += ", on a copy: QEMU loses the snapshots of an image with bitmaps in that"
+            yield what
 
 
 def commit(
@@ -198,13 +213,13 @@ def make_plan(
         pointer.make_room()
     refcounts = Refcounts(file, layout.header)
     if references is None:
-        references = walk(file, layout, budget=_PROOF_BUDGET if file.growable else None)
-    allocator = _allocator(file, layout, refcounts, references)
+        references = walk(file, layout, budget=_PROOF_BUDGET)
+    references, allocator = _allocator(file, layout, refcounts, references)
     contents: list[Write] = []
     entries = [
         item.entry if isinstance(item, Kept) else _place(file, layout, item, allocator, contents) for item in wanted
     ]
-    new_directory = directory.build_directory(entries)
+    new_directory = build_directory(entries)
     if wanted:
         clusters = geometry.ceil_div(len(new_directory), layout.cluster_size)
         directory_offset = allocator.take(clusters) * layout.cluster_size
@@ -256,18 +271,44 @@ def _check_names(layout: Layout, wanted: Sequence[Kept | Written]) -> None:
         seen.add(name)
 
 
-def _allocator(file: File, layout: Layout, refcounts: Refcounts, references: References) -> Allocator:
+def _allocator(
+    file: File, layout: Layout, refcounts: Refcounts, references: References
+) -> tuple[References, Allocator]:
+    """Where new clusters come from; and the references, followed as far as that takes."""
     size = file.size()
     end = references.runs.end
     if file.growable:
         end = max(end, geometry.ceil_div(size, layout.cluster_size))
     end = refcounts.end(end)
-    proven: NDArray[np.int64] = np.empty(0, np.int64)
+    free: NDArray[np.int64] = np.empty(0, np.int64)
     if not references.faults:
         free = refcounts.uncounted(end)
-        proven = free[references.runs.of(free) == 0]
+        free = free[references.runs.of(free) == 0]
+    if len(references.unfollowed):
+        references = _followed(file, layout, references, free)
+        free = free[references.runs.of(free) == 0] if not len(references.unfollowed) else free[:0]
+        end = max(end, references.runs.end)
     capacity = None if file.growable else size // layout.cluster_size
-    return Allocator(layout.path, refcounts, end, proven, capacity)
+    return references, Allocator(layout.path, refcounts, end, free, capacity)
+
+
+def _followed(file: File, layout: Layout, references: References, free: NDArray[np.int64]) -> References:
+    """The references, followed where that may prove some of these clusters free; else as they are.
+
+    Raises:
+        FormatError: they have to be followed, and cannot be.
+    """
+    tables, cluster = references.unfollowed, layout.cluster_size
+    cost = len(tables) * cluster + np.count_nonzero(np.diff(tables) != cluster) * _SEEK
+    # A device has no room but inside, and no place past the end of everything but behind all guest data.
+    needed = not file.growable
+    followed = None
+    if needed or (len(free) and cost <= _MOST_FOLLOWED):
+        followed = follow(file, layout, references, free)
+    if needed and followed is None:
+        what = "one leads nowhere sensible, so that nothing is known to be free; run check"
+        raise FormatError(f"{layout.path}: L2 tables", what)
+    return followed or references
 
 
 def _refuse_shared(layout: Layout, references: References, clusters: Sequence[int]) -> None:
@@ -378,7 +419,7 @@ def _abandoned(layout: Layout, entries: Sequence[Entry], contents: Sequence[Writ
 
 
 def _autoclear(bits: int) -> Write:
-    return qcow2.AUTOCLEAR_OFFSET, qcow2.POINTER.build(offset=bits)
+    return qcow2.AUTOCLEAR_OFFSET, POINTER.build(offset=bits)
 
 
 def _known_autoclear_only(header: qcow2.Header) -> list[Write]:
@@ -389,7 +430,7 @@ def _known_autoclear_only(header: qcow2.Header) -> list[Write]:
 
 def _refcount_pointers(refcounts: Refcounts) -> list[Write]:
     if refcounts.moved_table:
-        pointer = qcow2.REFCOUNT_TABLE_POINTER.build(
+        pointer = REFCOUNT_TABLE_POINTER.build(
             offset=refcounts.table_offset,
             clusters=len(refcounts.table) * qcow2.TABLE_ENTRY_SIZE // refcounts.cluster_size,
         )
@@ -397,7 +438,7 @@ def _refcount_pointers(refcounts: Refcounts) -> list[Write]:
     return [
         (
             refcounts.table_offset + index * qcow2.TABLE_ENTRY_SIZE,
-            qcow2.POINTER.build(offset=int(refcounts.table[index])),
+            POINTER.build(offset=int(refcounts.table[index])),
         )
         for index in sorted(refcounts.new_blocks)
     ]
@@ -429,11 +470,11 @@ class _Pointer:
             UnsupportedError: the first cluster has none.
         """
         if self._layout.extension is None:
-            self._new = NewExtension(self._layout, qcow2.EXTENSION_BITMAPS, qcow2.BITMAPS_EXTENSION.size)
+            self._new = NewExtension(self._layout, qcow2.EXTENSION_BITMAPS, BITMAPS_EXTENSION.size)
 
     def lead_to(self, bitmaps: int, size: int, offset: int) -> None:
         """What the extension is to say."""
-        self._payload = qcow2.BITMAPS_EXTENSION.build(
+        self._payload = BITMAPS_EXTENSION.build(
             nb_bitmaps=bitmaps, reserved=0, directory_size=size, directory_offset=offset
         )
 

@@ -24,8 +24,10 @@ def data_path(layout: Layout) -> str | None:
     names = [e.data for e in layout.chain.extensions if e.type == qcow2.EXTENSION_DATA_FILE] if layout.chain else []
     if len(names) != 1:
         raise StorageError(layout.path, "does not say which its external data file is")
-    # QEMU takes a relative name as relative to the folder that it runs in. That is the image's, as far as we can know.
-    return os.path.join(os.path.dirname(layout.path), os.fsdecode(names[0]).removeprefix("file:"))
+    # QEMU takes the name for a C string, and a relative one as relative to the folder that it runs in. That is the
+    # image's, as far as we can know.
+    name = os.fsdecode(names[0].partition(b"\0")[0]).removeprefix("file:")
+    return os.path.join(os.path.dirname(layout.path), name)
 
 
 def misfit(layout: Layout) -> str | None:

@@ -6,13 +6,25 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dirtmap.engine.model.dumping import MOST_RUNS, Shown, data, text
-from dirtmap.engine.namespaces.image import FORMAT
 from dirtmap.engine.qcow2.layout import Layout, bitmap_label, read_layout
+from dirtmap.engine.qcow2.reading import FORMAT
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.probe import probe
 from dirtmap.fmt import directory, extensions, qcow2
-from dirtmap.fmt.errors import Error, FormatError
+from dirtmap.fmt.errors import Error, FormatError, counted
+from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
+from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
+from dirtmap.fmt.structures.qcow2 import (
+    BITMAPS_EXTENSION,
+    CRYPTO_EXTENSION,
+    FEATURE_NAME,
+    HEADER_MORE,
+    HEADER_V2,
+    HEADER_V3,
+    NAMESPACE_EXTENSION,
+    SNAPSHOT,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,35 +124,35 @@ class _Dump(Shown):
         super().add(name, offset, raw, **content)
 
     def header(self) -> None:
-        raw = self.file.read(0, qcow2.MORE_OFFSET + qcow2.HEADER_MORE.size)
-        self.record(qcow2.HEADER_V2, 0, raw)
+        raw = self.file.read(0, qcow2.MORE_OFFSET + HEADER_MORE.size)
+        self.record(HEADER_V2, 0, raw)
         if self.layout.header.version >= 3:
-            self.record(qcow2.HEADER_V3, qcow2.V3_OFFSET, raw[qcow2.V3_OFFSET :])
-            if self.layout.header.length >= qcow2.MORE_OFFSET + qcow2.HEADER_MORE.size:
-                self.record(qcow2.HEADER_MORE, qcow2.MORE_OFFSET, raw[qcow2.MORE_OFFSET :])
+            self.record(HEADER_V3, qcow2.V3_OFFSET, raw[qcow2.V3_OFFSET :])
+            if self.layout.header.length >= qcow2.MORE_OFFSET + HEADER_MORE.size:
+                self.record(HEADER_MORE, qcow2.MORE_OFFSET, raw[qcow2.MORE_OFFSET :])
 
     def extension(self, extension: extensions.Extension) -> None:
         name = qcow2.EXTENSION_NAMES.get(extension.type, "unknown extension")
-        head = extensions.EXTENSION_HEAD.build(type=extension.type, length=len(extension.data))
-        fields = self.fields(extensions.EXTENSION_HEAD, extension.offset, head)
+        head = EXTENSION_HEAD.build(type=extension.type, length=len(extension.data))
+        fields = self.fields(EXTENSION_HEAD, extension.offset, head)
         fields[0]["meaning"] = name
         body, at = extension.data, extension.data_offset
         known = {
-            qcow2.EXTENSION_BITMAPS: qcow2.BITMAPS_EXTENSION,
-            qcow2.EXTENSION_CRYPTO: qcow2.CRYPTO_EXTENSION,
+            qcow2.EXTENSION_BITMAPS: BITMAPS_EXTENSION,
+            qcow2.EXTENSION_CRYPTO: CRYPTO_EXTENSION,
         }
         structure = known.get(extension.type)
         if structure and len(body) == structure.size:
             fields += self.fields(structure, at, body)
-        elif extension.type == qcow2.EXTENSION_NAMESPACE and len(body) >= (fixed := qcow2.NAMESPACE_EXTENSION.size):
-            fields += self.fields(qcow2.NAMESPACE_EXTENSION, at, body[:fixed])
+        elif extension.type == qcow2.EXTENSION_NAMESPACE and len(body) >= (fixed := NAMESPACE_EXTENSION.size):
+            fields += self.fields(NAMESPACE_EXTENSION, at, body[:fixed])
             fields.append(text("name", at + fixed, body[fixed:]))
         elif extension.type in (qcow2.EXTENSION_BACKING_FORMAT, qcow2.EXTENSION_DATA_FILE):
             fields.append(text("name", at, body))
         elif extension.type == qcow2.EXTENSION_FEATURE_NAMES:
-            size = qcow2.FEATURE_NAME.size
+            size = FEATURE_NAME.size
             for step in range(0, len(body) - size + 1, size):
-                feature = qcow2.FEATURE_NAME.parse(body, step)
+                feature = FEATURE_NAME.parse(body, step)
                 kind = {0: "incompatible", 1: "compatible", 2: "autoclear"}.get(feature.type, f"type {feature.type}")
                 fields.append(text(f"{kind} bit {feature.bit}", at + step, feature.name.rstrip(b"\0"), size))
         else:
@@ -176,7 +188,7 @@ class _Dump(Shown):
         ends = [*starts[1:], count]
         if runs > most:
             ends.pop()
-            notes.append(f"{runs - len(ends)} more runs not shown")
+            notes.append(f"{counted(runs - len(ends), 'more run')} not shown")
         self.runs_left -= len(ends)
         found = [
             {
@@ -197,9 +209,9 @@ class _Dump(Shown):
     def snapshots(self) -> None:
         for index, snapshot in enumerate(self.layout.snapshots):
             raw = self.file.read(snapshot.offset, snapshot.length)
-            self.record(qcow2.SNAPSHOT, snapshot.offset, raw, f"snapshot {index}")
-            fixed = qcow2.SNAPSHOT.parse(raw)
-            at = qcow2.SNAPSHOT.size + fixed.extra_data_size
+            self.record(SNAPSHOT, snapshot.offset, raw, f"snapshot {index}")
+            fixed = SNAPSHOT.parse(raw)
+            at = SNAPSHOT.size + fixed.extra_data_size
             names = [("id", at, at + fixed.id_size), ("name", at + fixed.id_size, len(raw))]
             fields = [text(name, snapshot.offset + start, raw[start:end]) for name, start, end in names]
             self.structures[-1]["fields"] += fields
@@ -209,8 +221,8 @@ class _Dump(Shown):
             entry = slot.entry
             raw = self.file.read(slot.offset, entry.packed_size)
             name = bitmap_label(entry.name)
-            fields = self.fields(directory.DIRECTORY_ENTRY, slot.offset, raw[: directory.DIRECTORY_ENTRY.size])
-            at = slot.offset + directory.DIRECTORY_ENTRY.size
+            fields = self.fields(DIRECTORY_ENTRY, slot.offset, raw[: DIRECTORY_ENTRY.size])
+            at = slot.offset + DIRECTORY_ENTRY.size
             if entry.extra_data:
                 fields.append(data("extra_data", at, entry.extra_data))
             fields.append(text("name", at + len(entry.extra_data), entry.name))

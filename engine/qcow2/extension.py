@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from dirtmap.engine.qcow2.layout import Layout
 from dirtmap.fmt import geometry, qcow2
 from dirtmap.fmt.errors import FormatError, UnsupportedError
-from dirtmap.fmt.extensions import END_MARKER, EXTENSION_HEAD
+from dirtmap.fmt.extensions import END_MARKER
+from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
+from dirtmap.fmt.structures.qcow2 import POINTER
 
 Write = tuple[int, bytes | memoryview]
 
@@ -66,7 +68,7 @@ class NewExtension:
     def references(self) -> list[Write]:
         """The second epoch."""
         if self._name:
-            return [(qcow2.BACKING_FILE_OFFSET, qcow2.POINTER.build(offset=self._name[0]))]
+            return [(qcow2.BACKING_FILE_OFFSET, POINTER.build(offset=self._name[0]))]
         return [(self._offset, self._head)]
 
     def rest(self, data: bytes) -> Iterator[list[Write]]:

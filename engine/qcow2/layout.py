@@ -15,8 +15,19 @@ from typing import Any, NamedTuple
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import FormatError, LockedError, printable
-from dirtmap.fmt.extensions import Chain, Extension, parse_chain
+from dirtmap.fmt.errors import FormatError, LockedError, counted, printable
+from dirtmap.fmt.extensions import Chain, Extension
+from dirtmap.fmt.structures.directory import parse_entries
+from dirtmap.fmt.structures.extensions import parse_chain
+from dirtmap.fmt.structures.qcow2 import (
+    BITMAPS_EXTENSION,
+    CRYPTO_EXTENSION,
+    HEADER_V2,
+    SNAPSHOT,
+    bitmaps_extension_faults,
+    extension_faults,
+    parse_header,
+)
 
 # Enough for the header and the extensions of every image that QEMU makes; a longer chain is read in full.
 _FIRST_READ = 4096
@@ -137,12 +148,12 @@ class Layout:
     @property
     def uuid(self) -> bytes | None:
         """The UUID of the image's namespace, 16 bytes; None where it has no identity."""
-        return self.identity_extension.data[: qcow2.NAMESPACE_EXTENSION.size] if self.identity_extension else None
+        return self.identity_extension.data[: qcow2.NAMESPACE_EXTENSION_SIZE] if self.identity_extension else None
 
     @property
     def name(self) -> bytes | None:
         """The image's node name, raw bytes; None where it has no identity."""
-        return self.identity_extension.data[qcow2.NAMESPACE_EXTENSION.size :] if self.identity_extension else None
+        return self.identity_extension.data[qcow2.NAMESPACE_EXTENSION_SIZE :] if self.identity_extension else None
 
     @property
     def tracked(self) -> bool:
@@ -193,11 +204,11 @@ class Layout:
         yield Region(v2.l1_table_offset, length, "the L1 table", "header.l1_table_offset")
         if v2.nb_snapshots:
             end = self.snapshots[-1].offset + self.snapshots[-1].length if self.snapshots else 0
-            length = max(end - v2.snapshots_offset, v2.nb_snapshots * qcow2.SNAPSHOT.size)
+            length = max(end - v2.snapshots_offset, v2.nb_snapshots * SNAPSHOT.size)
             yield Region(v2.snapshots_offset, length, "the snapshot table", "header.snapshots_offset")
         for extension in self.chain.extensions if self.chain else ():
-            if extension.type == qcow2.EXTENSION_CRYPTO and len(extension.data) == qcow2.CRYPTO_EXTENSION.size:
-                crypto = qcow2.CRYPTO_EXTENSION.parse(extension.data)
+            if extension.type == qcow2.EXTENSION_CRYPTO and len(extension.data) == CRYPTO_EXTENSION.size:
+                crypto = CRYPTO_EXTENSION.parse(extension.data)
                 yield Region(
                     crypto.offset,
                     crypto.length,
@@ -205,14 +216,18 @@ class Layout:
                     "header extensions.full disk encryption header",
                 )
 
+    def snapshot_tables(self) -> Iterator[Region]:
+        """The L1 tables of snapshots, wherever they are said to lie."""
+        for index, snapshot in enumerate(self.snapshots):
+            where = f"snapshot {index}.l1_table_offset"
+            length = snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
+            yield Region(snapshot.l1_table_offset, length, f"the L1 table of snapshot {index}", where)
+
     def regions(self) -> Iterator[Region]:
         """All that is known to lie where without following guest data."""
         yield from self.structures()
-        for index, snapshot in enumerate(self.snapshots):
-            offset, length = snapshot.l1_table_offset, snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
-            if offset + length <= self.file_size:  # else the walk finds out: it matters to nobody who only reads
-                where = f"snapshot {index}.l1_table_offset"
-                yield Region(offset, length, f"the L1 table of snapshot {index}", where)
+        # One that ends past the end of the file the walk finds: it matters to nobody who only reads.
+        yield from (region for region in self.snapshot_tables() if region.offset + region.length <= self.file_size)
         if self.pointer:
             where = "bitmaps extension.directory_offset"
             pointer = self.pointer
@@ -233,9 +248,9 @@ def read_head(file: File) -> Layout:
     """Reads and judges an image's header, and its extensions as a chain: not what they mean, or lead to."""
     file_size = file.size()
     head = file.read(0, _FIRST_READ)
-    layout = Layout(file.path, file_size, qcow2.parse_header(head.ljust(qcow2.MORE_OFFSET + 8, b"\0")))
+    layout = Layout(file.path, file_size, parse_header(head.ljust(qcow2.MORE_OFFSET + 8, b"\0")))
     layout.blame(qcow2.header_faults(layout.header), "header")
-    if len(head) < qcow2.HEADER_V2.size and head.startswith(qcow2.MAGIC):
+    if len(head) < HEADER_V2.size and head.startswith(qcow2.MAGIC):
         layout.faults.insert(0, Fault("header", f"the file ends after {file_size} bytes, inside the header"))
     if not _UNREADABLE.isdisjoint(fault.field for fault in layout.faults):
         return layout
@@ -273,15 +288,15 @@ def read_layout(file: File) -> Layout:
 def _read_snapshots(file: File, layout: Layout) -> None:
     at = start = layout.header.v2.snapshots_offset
     for index in range(min(layout.header.v2.nb_snapshots, qcow2.MAX_SNAPSHOTS)):
-        raw = file.read(at, qcow2.SNAPSHOT.size)
-        if len(raw) < qcow2.SNAPSHOT.size:
+        raw = file.read(at, SNAPSHOT.size)
+        if len(raw) < SNAPSHOT.size:
             return  # that the table ends past the end of the file is found in any case
-        snapshot = qcow2.SNAPSHOT.parse(raw)
+        snapshot = SNAPSHOT.parse(raw)
         if snapshot.extra_data_size > qcow2.MAX_SNAPSHOT_EXTRA_DATA:
             what = f"{snapshot.extra_data_size} is above {qcow2.MAX_SNAPSHOT_EXTRA_DATA}"
             layout.faults.append(Fault(f"snapshot {index}.extra_data_size", what))
             return
-        size = qcow2.SNAPSHOT.size + snapshot.extra_data_size + snapshot.id_size + snapshot.name_size
+        size = SNAPSHOT.size + snapshot.extra_data_size + snapshot.id_size + snapshot.name_size
         layout.snapshots.append(Snapshot(at, size, int(snapshot.l1_table_offset), int(snapshot.l1_size)))
         at = geometry.align_up(at + size, 8)
         if at - start > qcow2.MAX_SNAPSHOT_TABLE_BYTES:
@@ -302,14 +317,19 @@ def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
             layout.extension = extension
         elif extension.type == qcow2.EXTENSION_NAMESPACE:
             layout.blame(qcow2.namespace_extension_faults(extension.data), "namespace extension")
-    layout.faults += [Fault(*fault) for fault in qcow2.extension_faults(layout.header, chain.extensions)]
+    faults = list(extension_faults(layout.header, chain.extensions))
+    for extension in chain.extensions if not faults else ():
+        if extension.type == qcow2.EXTENSION_CRYPTO:
+            crypto = CRYPTO_EXTENSION.parse(extension.data)
+            faults += qcow2.luks_faults(file.read(crypto.offset, len(qcow2.LUKS_MAGIC + qcow2.LUKS_VERSION)))
+    layout.faults += [Fault(*fault) for fault in faults]
     valid = bool(layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS)
     if layout.extension is None:
         if valid:
             what = "there is none, but autoclear feature bit 0 (bitmaps) is set"
             layout.faults.append(Fault("bitmaps extension", what))
         return
-    faults = list(qcow2.bitmaps_extension_faults(layout.extension.data, layout.cluster_size, layout.file_size))
+    faults = list(bitmaps_extension_faults(layout.extension.data, layout.cluster_size, layout.file_size))
     if not valid:
         # Void bitmaps: QEMU looks at nothing but the length.
         layout.blame([fault for fault in faults if fault[0] == "length"], "bitmaps extension")
@@ -324,7 +344,7 @@ def _read_directory(file: File, layout: Layout, bad: set[str]) -> None:
     assert layout.extension is not None
     if bad & {"length", "directory_offset"} or bad >= {"nb_bitmaps", "directory_size"}:
         return
-    pointer = qcow2.BITMAPS_EXTENSION.parse(layout.extension.data)
+    pointer = BITMAPS_EXTENSION.parse(layout.extension.data)
     if not bad:
         layout.pointer = pointer
     size = directory.MAX_DIRECTORY_SIZE if "directory_size" in bad else pointer.directory_size
@@ -359,7 +379,7 @@ def _entries(layout: Layout, data: bytes, pointer: Any) -> list[tuple[int, Entry
     found: list[tuple[int, Entry]] = []
     broken = None
     try:
-        found.extend(itertools.islice(directory.parse_entries(data), directory.MAX_BITMAPS + 1))
+        found.extend(itertools.islice(parse_entries(data), directory.MAX_BITMAPS + 1))
     except directory.BrokenEntryError as error:
         broken = error.offset
         what = f"at {pointer.directory_offset + broken:#x}: {error}"
@@ -367,7 +387,7 @@ def _entries(layout: Layout, data: bytes, pointer: Any) -> list[tuple[int, Entry
     else:
         if len(found) == wanted:
             return found
-        what = f"{wanted}, but the directory of {len(data)} bytes holds {len(found)} entries"
+        what = f"{wanted}, but the directory of {len(data)} bytes holds {counted(len(found), 'entry', 'entries')}"
         layout.faults.append(Fault("bitmaps extension.nb_bitmaps", what))
     good = next((index for index, (_, entry) in enumerate(found) if _is_bad(layout, entry)), len(found))
     if good >= wanted or (good == len(found) and broken is None):
@@ -392,7 +412,7 @@ def _resynchronised(layout: Layout, data: bytes, bad: int, count: int) -> list[t
     for start in range(bad + 8, len(data) + 1, 8):
         rest: list[tuple[int, Entry]] = []
         try:
-            for offset, entry in directory.parse_entries(data, start):
+            for offset, entry in parse_entries(data, start):
                 budget -= 1
                 if _is_bad(layout, entry) or budget < 0:
                     break
@@ -436,7 +456,11 @@ def _read_table(file: File, layout: Layout, slot: Slot, index: int) -> None:
 def _find_overlaps(layout: Layout) -> None:
     """No two structures may share a cluster: freeing or rewriting one would destroy the other."""
     cluster = layout.cluster_size
-    regions = list(itertools.islice((r for r in layout.regions() if r.length), _MOST_REGIONS + 1))
+    end = layout.file_size
+    # QEMU does not write to what the L1 table of a snapshot claims to lie over, even one that goes on past the end.
+    cut = (r._replace(length=end - r.offset) for r in layout.snapshot_tables() if r.offset < end < r.offset + r.length)
+    found = (region for region in itertools.chain(layout.regions(), cut) if region.length)
+    regions = list(itertools.islice(found, _MOST_REGIONS + 1))
     if len(regions) > _MOST_REGIONS:
         what = f"their tables and bits lie in more than {_MOST_REGIONS} pieces"
         layout.faults.append(Fault("tables of all bitmaps", what))

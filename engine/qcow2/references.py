@@ -6,6 +6,9 @@
 
 A backing file or an external data file is never opened: their clusters are not this file's. Holes are skipped, so the
 time it takes goes with the tables that are really there, not with what a sparse file claims to hold.
+
+A complete walk remembers every guest cluster, which takes memory. A commit asks less: are *these* clusters free? So in
+a large image `walk` follows everything but L2 tables, and `follow` streams those past the clusters in question.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-_READ = 1 << 20  # bytes of a long table at a time
+_READ = 1 << 20  # bytes of a long table, or of adjacent L2 tables, at a time
+_BUCKETS = 24  # log2 of how many buckets clusters are sorted into first, a byte each
 _ACTIVE = "L1 table"
 
 
@@ -46,6 +50,8 @@ class Runs:
     @classmethod
     def of_clusters(cls, numbers: NDArray[np.int64], weight: int) -> Runs:
         """Clusters in any order, each as often as it is referenced; ``weight`` times all that."""
+        if not len(numbers):
+            return cls(numbers, numbers, numbers)
         numbers, counts = np.unique(numbers, return_counts=True)
         new = np.flatnonzero((np.diff(numbers, prepend=-2) != 1) | (np.diff(counts, prepend=0) != 0))
         ends = numbers[np.append(new[1:], len(numbers)) - 1] + 1
@@ -119,12 +125,14 @@ class References:
         astray: of clusters that references lead to which do not lead to a cluster inside the file: whatever is written
             there, QEMU would take for a table or for data of the guest.
         faults: references that lead nowhere sensible, or were not followed. With any, absence proves nothing.
+        unfollowed: offsets of L2 tables that were left out, ascending, uint64: what they refer to is not in ``runs``.
     """
 
     runs: Runs
     uncopied: Runs
     astray: Runs
     faults: list[Fault] = field(default_factory=list)
+    unfollowed: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
     @classmethod
     def unknown(cls, why: str) -> References:
@@ -141,6 +149,7 @@ class _Walk:
         self.uncopied: list[Runs] = []
         self.astray: list[Runs] = []
         self.faults: list[Fault] = []
+        self.unfollowed = np.empty(0, np.uint64)
 
     def add(self, numbers: NDArray[np.int64], weight: int = 1) -> None:
         if len(numbers):
@@ -152,7 +161,7 @@ class _Walk:
         QEMU calls a reference corrupt that exceeds the file by a cluster or more (block/qcow2-refcount.c,
         qcow2_inc_refcounts_imrt).
         """
-        good = (offsets % np.uint64(self.cluster) == 0) & (offsets < np.uint64(self.layout.file_size))
+        good = (offsets & np.uint64(self.cluster - 1) == 0) & (offsets < np.uint64(self.layout.file_size))
         if not good.all():
             wrong = offsets[~good]
             others = f" and {len(wrong) - 1} more like it" if len(wrong) > 1 else ""
@@ -164,7 +173,7 @@ class _Walk:
         return offsets
 
     def numbers(self, offsets: NDArray[np.uint64]) -> NDArray[np.int64]:
-        return (offsets // np.uint64(self.cluster)).astype(np.int64)
+        return (offsets >> np.uint64(self.cluster.bit_length() - 1)).astype(np.int64)
 
     def regions(self) -> None:
         regions = [region for region in self.layout.regions() if region.length]
@@ -212,7 +221,7 @@ class _Walk:
     def guest(self, budget: int | None) -> None:
         """What L1 tables refer to, and what L2 tables do."""
         l1_tables = list(self.l1_tables())
-        if budget is not None and sum(length for _, _, length in l1_tables) > budget:
+        if budget is not None and sum(length for _, _, length in l1_tables) > max(budget, qcow2.MAX_L1_BYTES):
             self.faults.append(Fault("references", "not followed: too many L1 tables"))
             return
         parts, active = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
@@ -225,8 +234,10 @@ class _Walk:
                 if where == _ACTIVE:
                     active.append(parts[-1])
         tables, weights = np.unique(np.concatenate(parts), return_counts=True)
+        if budget is not None and self.header.incompatible & qcow2.INCOMPATIBLE_DATA_FILE:
+            return  # they lead to the data file, or, where they say "compressed", QEMU goes nowhere
         if budget is not None and len(tables) * self.cluster > budget:
-            self.faults.append(Fault("references", "not followed: too many L2 tables"))
+            self.unfollowed = tables
             return
         del parts
         in_use = np.sort(np.concatenate(active))
@@ -245,7 +256,10 @@ class _Walk:
             self.uncopied.append(Runs.of_clusters(self.numbers(uncopied), 1))
 
     def l2_table(self, offset: int, weight: int, active: bool) -> None:
-        raw = self.file.read(offset, self.cluster).ljust(self.cluster, b"\0")
+        self.l2_entries(self.file.read(offset, self.cluster).ljust(self.cluster, b"\0"), offset, weight, active)
+
+    def l2_entries(self, raw: bytes, offset: int, weight: int, active: bool) -> None:
+        """What the entries of an L2 table at ``offset``, or of several adjacent ones, refer to."""
         entries = qcow2.table_view(raw)[:: self.header.l2_entry_size // 8].astype(np.uint64)
         entries = entries[entries != 0]
         compressed = (entries & np.uint64(qcow2.L2_COMPRESSED)) != 0
@@ -282,12 +296,84 @@ def walk(file: File, layout: Layout, *, progress: Progress | None = None, budget
         file: the image, locked by the caller.
         layout: as read from it.
         progress: called with (L2 tables done, L2 tables in all).
-        budget: guest data are not followed where more bytes of L1 or of L2 tables than this would have to be read;
-            then that is among the faults.
+        budget: where more bytes of L2 tables than this would have to be read, they are left ``unfollowed``, and are
+            not needed at all where guest data are in another file. None for no limit, and for a check.
     """
     steps = _Walk(file, layout, progress)
     steps.regions()
     steps.refcount_blocks()
     steps.guest(budget)
     parts, uncopied, astray = (Runs.laid_over(each) for each in (steps.parts, steps.uncopied, steps.astray))
-    return References(parts, uncopied, astray, steps.faults)
+    return References(parts, uncopied, astray, steps.faults, steps.unfollowed)
+
+
+class _Window(_Walk):
+    """Streams L2 tables past the clusters in question, and remembers of each whether it was met.
+
+    Args:
+        numbers: of these clusters, ascending, each once, int64.
+    """
+
+    #  number        | bucket it is in | position among the numbers |
+    #  most numbers end at the first step: no cluster in question is in their bucket
+
+    def __init__(self, file: File, layout: Layout, numbers: NDArray[np.int64]) -> None:
+        super().__init__(file, layout, None)
+        self.asked = numbers
+        self.met = np.zeros(len(numbers), np.bool_)
+        self.end = 0
+        top = int(numbers[-1]) if len(numbers) else 0
+        self.shift = max(0, top.bit_length() - _BUCKETS)
+        self.buckets = np.zeros((top >> self.shift) + 2, np.bool_)  # the last one is for all that are beyond
+        self.buckets[numbers >> self.shift] = True
+
+    def add(self, numbers: NDArray[np.int64], weight: int = 1) -> None:
+        if len(numbers):
+            self.end = max(self.end, int(numbers.max()) + 1)
+            near = numbers[self.buckets[np.minimum(numbers >> self.shift, len(self.buckets) - 1)]]
+            at = np.minimum(np.searchsorted(self.asked, near), len(self.asked) - 1)
+            self.met[at[self.asked[at] == near]] = True
+
+    def note_uncopied(self, entries: NDArray[np.uint64]) -> None:
+        pass
+
+    def stream(self, tables: NDArray[np.uint64]) -> bool:
+        """Reads the tables; False where a reference leads nowhere sensible, at the first of them."""
+        most = max(1, _READ // self.cluster)
+        ends = np.flatnonzero(np.diff(tables, append=0) != self.cluster) + 1  # of runs of adjacent ones
+        first = 0
+        for end in ends.tolist():
+            while first < end:
+                size = min(most, end - first) * self.cluster
+                raw = self.file.read(int(tables[first]), size).ljust(size, b"\0")
+                self.l2_entries(raw, int(tables[first]), 1, False)
+                if self.faults:
+                    return False
+                first += size // self.cluster
+        return True
+
+
+def follow(file: File, layout: Layout, references: References, numbers: NDArray[np.int64]) -> References | None:
+    """Reads what a walk left ``unfollowed``, for the sake of some clusters.
+
+    Args:
+        file: the image, locked by the caller.
+        layout: as read from it.
+        references: of a walk under that lock.
+        numbers: of clusters, in any order, int64. What the walk met is looked at as well.
+
+    Returns:
+        The same references, those of guest data added as far as they lead to any of these clusters, and one to the last
+        cluster of guest data; None where one leads nowhere sensible: then absence proves nothing.
+    """
+    runs = references.runs
+    sizes = runs.ends - runs.starts
+    used = np.repeat(runs.ends - np.cumsum(sizes), sizes) + np.arange(int(sizes.sum()), dtype=np.int64)
+    window = _Window(file, layout, np.unique(np.concatenate([numbers, used])))
+    if not window.stream(references.unfollowed):
+        return None
+    met = window.asked[window.met]
+    if window.end and not (len(met) and met[-1] == window.end - 1):
+        met = np.append(met, window.end - 1)
+    parts = [Runs(runs.starts, runs.ends, runs.counts), Runs.of_clusters(met, 1)]
+    return References(Runs.laid_over(parts), references.uncopied, references.astray, references.faults)

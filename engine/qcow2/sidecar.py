@@ -16,8 +16,9 @@ import numpy as np
 from dirtmap.engine.system.file import open_file, remove_file, room_at, sync_folder
 from dirtmap.fmt import geometry, qcow2
 from dirtmap.fmt.errors import StorageError, UnsupportedError
-from dirtmap.fmt.extensions import build_chain
 from dirtmap.fmt.geometry import ceil_div
+from dirtmap.fmt.structures.extensions import build_chain
+from dirtmap.fmt.structures.qcow2 import HEADER_MORE, HEADER_V2, HEADER_V3
 
 _COPIED = 1 << 63  # of an L1 or L2 entry: referenced once. With an external data file it also means "mapped".
 _REFCOUNT_BITS = 16
@@ -93,7 +94,7 @@ def make_sidecar(raw: str, path: str) -> None:
 
 
 def _header(size: int, cluster_bits: int, refcount_table: int, l1: int, l1_size: int, data_file: bytes) -> bytes:
-    v2 = qcow2.HEADER_V2.build(
+    v2 = HEADER_V2.build(
         magic=qcow2.MAGIC,
         version=3,
         backing_file_offset=0,
@@ -108,8 +109,8 @@ def _header(size: int, cluster_bits: int, refcount_table: int, l1: int, l1_size:
         nb_snapshots=0,
         snapshots_offset=0,
     )
-    more = qcow2.HEADER_MORE.build(compression_type=0, padding=bytes(7))
-    v3 = qcow2.HEADER_V3.build(
+    more = HEADER_MORE.build(compression_type=0, padding=bytes(7))
+    v3 = HEADER_V3.build(
         incompatible_features=qcow2.INCOMPATIBLE_DATA_FILE,
         compatible_features=0,
         autoclear_features=qcow2.AUTOCLEAR_RAW_EXTERNAL_DATA,

@@ -38,9 +38,22 @@ from numpy.typing import NDArray
 from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import Error
+from dirtmap.fmt.structures.live import (
+    BEAT,
+    LOG,
+    TALLY,
+    build_beat,
+    build_log,
+    build_log_record,
+    build_tally,
+    log_seed_head,
+    parse_beat,
+    parse_tally,
+    record_seed,
+)
 
 _OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; behind any log
-_PER_SECTOR = 512 // live.LOG_RECORD.size
+_PER_SECTOR = 512 // live.LOG_RECORD_SIZE
 # CRC32C a byte at a time: what each low byte of the state adds, and which low byte left that top byte behind.
 _ADDED = np.array([crc32c.crc32c(bytes([byte]), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)], np.uint32)
 _LOW_BYTE = np.argsort(_ADDED >> 24).astype(np.uint32)
@@ -60,7 +73,7 @@ class _Log:
     __slots__ = ("durable", "number", "regions", "seed")
 
     def __init__(self, uuid: bytes, number: int) -> None:
-        self.number, self.seed = number, live.record_seed(uuid, number)
+        self.number, self.seed = number, record_seed(uuid, number)
         self.regions: dict[int, None] = {}
         self.durable = 0
 
@@ -91,7 +104,7 @@ class IntentLog:
         self._file = open_file(path, writable=True, create=True)
         try:
             self._file.lock_alone(_OWNER)
-            self._file.write(0, live.build_log(uuid, intent, region_bits, self._regions).ljust(live.PAGE, b"\0"))
+            self._file.write(0, build_log(uuid, intent, region_bits, self._regions).ljust(live.PAGE, b"\0"))
             # All of it now, so that logging a region later needs no room and no change of the file's length.
             for offset in range(live.PAGE, live.log_bytes(self._regions), live.PAGE):
                 self._file.write(offset, bytes(live.PAGE))
@@ -120,14 +133,14 @@ class IntentLog:
         area = live.area_offset(self._regions, log.number)
         while missing:
             part = missing[: _PER_SECTOR - first % _PER_SECTOR]
-            data = b"".join(live.build_log_record(log.seed, region) for region in part)
+            data = b"".join(build_log_record(log.seed, region) for region in part)
             if log is not self._log:
                 return  # a handler has begun the next log: the mark is made again, and its area may be another's
-            self._file.write(area + first * live.LOG_RECORD.size, data)
+            self._file.write(area + first * live.LOG_RECORD_SIZE, data)
             self._file.sync()
             first, missing = first + len(part), missing[len(part) :]
             log.durable = max(log.durable, first)
-        self._file.write(live.TALLIES[log.number % 2], live.build_tally(self._uuid, log.number, log.durable))
+        self._file.write(live.TALLIES[log.number % 2], build_tally(self._uuid, log.number, log.durable))
 
     def rotate(self) -> None:
         """From here on records go to the next log, which is empty.
@@ -138,7 +151,7 @@ class IntentLog:
 
     def beat(self, time: int) -> None:
         """Makes a sign of life durable: a time, ns since 1970. Errors as `append`."""
-        self._file.write(live.BEATS[self._beat], live.build_beat(self._uuid, time))
+        self._file.write(live.BEATS[self._beat], build_beat(self._uuid, time))
         self._beat = 1 - self._beat
         self._file.sync()
 
@@ -167,13 +180,13 @@ def read_log(session: live.Session, size: int) -> Logged | None:
     regions = geometry.ceil_div(size, 1 << session.region_bits)
     if regions > live.MAX_REGIONS or session.log > live.MAX_LOG:
         return None
-    expected = live.build_log(session.uuid, session.intent, session.region_bits, regions)
+    expected = build_log(session.uuid, session.intent, session.region_bits, regions)
     try:
         with open_file(os.fsdecode(session.log_path)) as file:
-            if file.read(0, live.LOG.size) != expected:
+            if file.read(0, LOG.size) != expected:
                 return None
             logs = [_read_area(file, session.uuid, regions, number) for number in (session.log, session.log + 1)]
-            beats = [live.parse_beat(session.uuid, file.read(at, live.BEAT.size)) for at in live.BEATS]
+            beats = [parse_beat(session.uuid, file.read(at, BEAT.size)) for at in live.BEATS]
     except Error:
         return None
     found = None if None in logs else frozenset().union(*(log for log in logs if log is not None))
@@ -186,7 +199,7 @@ def _read_area(file: File, uuid: bytes, regions: int, number: int) -> list[int] 
     Raises:
         StorageError: the file ends before them.
     """
-    data = file.read_exactly(live.area_offset(regions, number), regions * live.LOG_RECORD.size)
+    data = file.read_exactly(live.area_offset(regions, number), regions * live.LOG_RECORD_SIZE)
     logs, nothing = _numbers(data, uuid, number), np.frombuffer(data, np.uint64) == 0
     sound = (logs <= number) & ((logs ^ number) & 1 == 0)
     logs[nothing & (logs != number)] = -1  # zeros can be a record, too
@@ -196,9 +209,9 @@ def _read_area(file: File, uuid: bytes, regions: int, number: int) -> list[int] 
     found: list[int] = np.frombuffer(data, ">u4", 2 * count)[::2].tolist()
     if max(found, default=0) >= regions or len(set(found)) < count:
         return None
-    tally = file.read_exactly(live.TALLIES[number % 2], live.TALLY.size)
+    tally = file.read_exactly(live.TALLIES[number % 2], TALLY.size)
     if tally != bytes(len(tally)):  # else none was written yet
-        last = live.parse_tally(uuid, tally)
+        last = parse_tally(uuid, tally)
         if last is None or last.number > number or (last.number == number and last.count > count):
             return None
     return found
@@ -214,7 +227,7 @@ def _numbers(data: bytes, uuid: bytes, number: int) -> NDArray[np.int64]:
     fields = np.frombuffer(data, "<u4")
     checksums, regions = fields[1::2].byteswap(), fields[::2]
     high = number >> 32
-    start = live.log_seed_head(uuid, high) ^ 0xFFFFFFFF
+    start = log_seed_head(uuid, high) ^ 0xFFFFFFFF
     words = _back(_back(~checksums) ^ regions) ^ np.uint32(start)
     return words.byteswap().astype(np.int64) + (high << 32)
 
@@ -232,10 +245,8 @@ def remove_log(session: live.Session) -> None:
     try:
         with open_file(os.fsdecode(session.log_path)) as file:
             mine = (
-                file.read(0, live.LOG.size)[: live.LOG.field("intent").offset]
-                == live.build_log(session.uuid, session.intent, session.region_bits, 0)[
-                    : live.LOG.field("intent").offset
-                ]
+                file.read(0, LOG.size)[: LOG.field("intent").offset]
+                == build_log(session.uuid, session.intent, session.region_bits, 0)[: LOG.field("intent").offset]
             )
     except Error:
         return

@@ -16,10 +16,12 @@ from bitarray import bitarray
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import bits
 from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system import livefs
 from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, clock_offset
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import LockedError, StorageError
 from dirtmap.fmt.store import Identity
+from dirtmap.fmt.structures.live import CONTROL, WRITESET
 
 # Writes that have begun in an interval and not ended: where they begin and end, bytes, and their thread, by number.
 Flights = dict[int, tuple[int, int, int | None]]
@@ -53,8 +55,8 @@ class Folder:
     def __init__(self, path: str) -> None:
         self._fd = -1
         for _ in range(_ATTEMPTS):  # who only removes what a dead one left has it for a moment
-            fileio.make_live_folder(path)
-            if (fd := fileio.hold_live_folder(path)) is not None:
+            livefs.make_live_folder(path)
+            if (fd := livefs.hold_live_folder(path)) is not None:
                 self._fd = fd
                 return
             time.sleep(_PAUSE_SECONDS)
@@ -70,7 +72,7 @@ class Folder:
 def remove_session(folder: str, uuid: bytes) -> None:
     """Removes the live files of a session that has ended, if they are in that folder."""
     with contextlib.suppress(StorageError):
-        if is_of(folder, uuid) and (fd := fileio.hold_live_folder(folder)) is not None:
+        if is_of(folder, uuid) and (fd := livefs.hold_live_folder(folder)) is not None:
             try:
                 if is_of(folder, uuid):
                     remove_files(folder)
@@ -80,7 +82,7 @@ def remove_session(folder: str, uuid: bytes) -> None:
 
 def remove_files(folder: str, *, keep_folder: bool = False) -> None:
     """Removes the live files in a folder that the caller holds."""
-    fileio.remove_live_files(folder, _NAMES, keep_folder=keep_folder)
+    livefs.remove_live_files(folder, _NAMES, keep_folder=keep_folder)
 
 
 def refuse_living(path: str, uuid: bytes) -> None:
@@ -97,7 +99,7 @@ def refuse_living(path: str, uuid: bytes) -> None:
     control, image = _read_control(folder), identity_of(path)
     if control is None or (control.image_device, control.image_inode) != (image.device, image.inode):
         return
-    if (fd := fileio.hold_live_folder(folder)) is None:
+    if (fd := livefs.hold_live_folder(folder)) is None:
         raise LockedError(path, "its tracker lives, and uses another store; end it first")
     os.close(fd)
 
@@ -110,8 +112,8 @@ def is_of(folder: str, uuid: bytes) -> bool:
 
 def _read_control(folder: str) -> Any:
     """The control file in a folder, a record of `fmt.live.CONTROL`; None where there is none."""
-    data = fileio.read_live(_control_path(folder), lambda _: live.PAGE)
-    control = live.CONTROL.parse(bytes(data)) if data else None
+    data = livefs.read_live(_control_path(folder), lambda _: live.PAGE)
+    control = CONTROL.parse(bytes(data)) if data else None
     return control if control and control.magic == live.CONTROL_MAGIC else None
 
 
@@ -125,7 +127,7 @@ def _writeset_path(folder: str, number: int) -> str:
 
 def _index(name: str) -> int:
     """Which of the mapped u64 that field of the control file is."""
-    return live.CONTROL.field(name).offset // 8
+    return CONTROL.field(name).offset // 8
 
 
 POISONED, CURRENT, HEARTBEAT, EVENT, IN_FLIGHT, BARE, WRITES, LOGGED, CLOCK = map(
@@ -141,11 +143,11 @@ class Control:
     """
 
     def __init__(self, folder: str, uuid: bytes, image: Identity) -> None:
-        self._map = fileio.create_live(_control_path(folder), live.PAGE)
-        values: dict[str, bytes | int] = dict.fromkeys((field.name for field in live.CONTROL.fields), 0)
+        self._map = livefs.create_live(_control_path(folder), live.PAGE)
+        values: dict[str, bytes | int] = dict.fromkeys((field.name for field in CONTROL.fields), 0)
         values |= {"magic": live.CONTROL_MAGIC, "uuid": uuid, "image_device": image.device, "image_inode": image.inode}
         values["clock"] = max(clock_offset(), 0)
-        self._map[: live.CONTROL.size] = live.CONTROL.build(**values)
+        self._map[: CONTROL.size] = CONTROL.build(**values)
         self.fields = memoryview(self._map).cast("Q")
 
     def give_sign(self) -> None:
@@ -178,9 +180,9 @@ class Writeset:
         nbits = geometry.granules(size, 1 << granularity_bits)
         self._octets = geometry.ceil_div(nbits, 64) * 8
         fileio.remove_file(self.path)  # what an interrupt left of the last attempt; the folder is ours alone
-        self._map = fileio.create_live(self.path, live.PAGE + max(self._octets, 8))
+        self._map = livefs.create_live(self.path, live.PAGE + max(self._octets, 8))
         try:
-            self._map[: live.WRITESET.size] = live.WRITESET.build(
+            self._map[: WRITESET.size] = WRITESET.build(
                 magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
             )
             # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
@@ -292,10 +294,10 @@ def is_outdated(folder: str, uuid: bytes, current: int, size: int) -> bool:
 
 
 def _read_writeset(folder: str, uuid: bytes, number: int, size: int) -> Words | None:
-    data = fileio.read_live(_writeset_path(folder, number), lambda head: _writeset_bytes(head, uuid, number, size))
+    data = livefs.read_live(_writeset_path(folder, number), lambda head: _writeset_bytes(head, uuid, number, size))
     if data is None:
         return None
-    granularity = 1 << live.WRITESET.parse(bytes(data[: live.WRITESET.size])).granularity_bits
+    granularity = 1 << WRITESET.parse(bytes(data[: WRITESET.size])).granularity_bits
     nbits = geometry.granules(size, granularity)
     words = np.frombuffer(data, bits.WORD, geometry.ceil_div(nbits, 64), live.PAGE).copy()
     bits.mask_tail(words, nbits)
@@ -304,9 +306,9 @@ def _read_writeset(folder: str, uuid: bytes, number: int, size: int) -> Words | 
 
 def _writeset_bytes(head: bytes, uuid: bytes, number: int, size: int) -> int | None:
     """How long a writeset with that header is; None where it is not that interval's."""
-    if len(head) < live.WRITESET.size:
+    if len(head) < WRITESET.size:
         return None
-    found = live.WRITESET.parse(head)
+    found = WRITESET.parse(head)
     if (found.magic, found.uuid, found.number, found.size) != (live.WRITESET_MAGIC, uuid, number, size):
         return None
     granularity = 1 << min(found.granularity_bits, 63)

@@ -15,27 +15,15 @@ has missed can come before the device is judged.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from dirtmap.engine.model.naming import decode_name
-from dirtmap.engine.storefile.file import Change, Store
-from dirtmap.fmt import live, store
+from dirtmap.engine.storefile.file import Store
+from dirtmap.engine.storefile.session import peer_of
+from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.live import Peer
-from dirtmap.fmt.store import Identity, Record
-
-
-def peer_of(record: Record) -> Peer | None:
-    """The other namespace of a record's session; None where there is none, or none that makes sense."""
-    data = record.extension(store.EXTENSION_PEER)
-    if data is None:
-        return None
-    try:
-        return live.parse_peer(data)
-    except ValueError:
-        return None
+from dirtmap.fmt.store import Record
 
 
 def path_of(path: str, peer: Peer) -> str:
@@ -87,61 +75,3 @@ def unsettled(path: str, record: Record) -> Peer | None:
     if record.kind == store.KIND_DEVICE or session is None or peer is None:
         return None
     return peer if find(path, peer, session[:16], of_node=True).record else None
-
-
-def settle(target: Store, name: bytes) -> None:
-    """Recovers the device that was tracked with a node, if it is still to be: before the node itself is.
-
-    Args:
-        target: the store that has the node's session.
-        name: of the node, raw bytes.
-
-    Raises:
-        LockedError: the tracker lives.
-        FormatError: the device's directory is damaged, for its own recovery.
-        BitmapError: the root's size is not the device's any more.
-    """
-    from dirtmap.engine.namespaces.condition import refuse_tracked
-    from dirtmap.engine.namespaces.stored import StoredImage
-
-    record = target.record(name)
-    peer = unsettled(target.place, record) if record else None
-    if record is None or peer is None:
-        return
-    refuse_tracked(target.path, record)
-    if not peer.store:
-        StoredImage(target, decode_name(peer.name)).settle()
-        return
-    with Store(path_of(target.place, peer)) as other:
-        StoredImage(other, decode_name(peer.name)).settle()
-
-
-def confirm(change: Change, root: Record, before: Identity | None, after: Identity | None) -> None:
-    """Takes note that a check-in has changed the root's image, and not what a guest reads: its device stays right.
-
-    Where that fails, or a crash comes first, the device is all dirty.
-
-    Args:
-        change: of the store that has the root.
-        root: its record, with the session.
-        before: what the image looked like before; None where it could not be looked at.
-        after: and behind it.
-    """
-    if before and after and (peer := peer_of(root)):
-        if not peer.store:
-            _confirm(change, peer, before, after)
-            return
-        with (
-            contextlib.suppress(Error),
-            Store(path_of(change.snapshot.file.place, peer)) as other,
-            other.change() as there,
-        ):
-            _confirm(there, peer, before, after)
-
-
-def _confirm(change: Change, peer: Peer, before: Identity, after: Identity) -> None:
-    record = change.table.get(peer.name)
-    ended = record is not None and not record.tracked
-    same = record is not None and record.uuid == peer.uuid and record.kind == store.KIND_DEVICE
-    if record and ended and same and record.identity == before:
-        change.table.put(replace(record, identity=after))

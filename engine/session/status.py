@@ -3,55 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from dirtmap.engine.model import bits
+from dirtmap.engine.model.infos import Status
 from dirtmap.engine.session import livefile
-from dirtmap.engine.session.view import Row, tracker_of, view_of
+from dirtmap.engine.session.verdict import Row
+from dirtmap.engine.session.view import tracker_of, view_of
 from dirtmap.engine.storefile.file import Snapshot
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.store import Record
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """A session as it is now.
-
-    Attributes:
-        tracker: the process, in words.
-        pid: its number.
-        alive: it lives, and tracks.
-        how: what recovery will do, once it does not.
-        started: when the session began, seconds since 1970.
-        seen: when the tracker last showed a sign of life, seconds since 1970; None where its live files are gone.
-        writes: how many were begun with `Tracker.begin` or `write`; a bare `Tracker.mark` is too quick to be counted.
-        dirty: bytes, in whole granules, marked since the last cut, and before it as far as not saved.
-        intervals: how many there are that are not saved whole.
-        intent: ``region`` or ``off``.
-        region_size: bytes.
-        regions: how many regions are logged since the last save.
-        regions_in_all: how many the disk has.
-        poisoned: a sync failed.
-        live: the folder of the live files.
-        log: the path of the intent log.
-    """
-
-    tracker: str
-    pid: int
-    alive: bool
-    how: str
-    started: float
-    seen: float | None
-    writes: int
-    dirty: int
-    intervals: int
-    intent: str
-    region_size: int
-    regions: int
-    regions_in_all: int
-    poisoned: bool
-    live: str
-    log: str
 
 
 def status_of(snapshot: Snapshot, record: Record) -> Status | None:

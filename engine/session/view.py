@@ -28,15 +28,16 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from dirtmap.engine.identity import data_file_of, identity_now, identity_of, touched
 from dirtmap.engine.model import bits
 from dirtmap.engine.session import intent, livefile, peers
+from dirtmap.engine.session.verdict import DURABLE_TOLERANCE_SECONDS, TOLERANCE_SECONDS, Facts, Row, decide
+from dirtmap.engine.storefile.file import Snapshot
+from dirtmap.engine.storefile.session import peer_of, session_of, window_of
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, Process, boot_id, clock_offset
 from dirtmap.fmt import geometry, live, store
@@ -44,82 +45,7 @@ from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
 from dirtmap.fmt.store import Identity, Record
 
-if TYPE_CHECKING:
-    from dirtmap.engine.storefile.file import Snapshot
-
-HEARTBEAT_SECONDS = 0.25
-TOLERANCE_SECONDS = 0.5
-DURABLE_HEARTBEAT_SECONDS = 1.0
-DURABLE_TOLERANCE_SECONDS = 5.0
 _NS = 1_000_000_000
-
-
-class Row(Enum):
-    """The rows of the table."""
-
-    LIVE = "tracked"
-    EXACT = "exact"
-    LOGGED = "logged regions"
-    ALL_DIRTY = "all dirty"
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What decides; ``changed`` says why the image, or the store, is not as the tracker left it, or is None."""
-
-    alive: bool
-    changed: str | None
-    same_boot: bool
-    live: bool
-    poisoned: bool
-    log: bool
-
-
-def decide(facts: Facts) -> tuple[Row, str]:
-    """The row of the table that applies, and why, in words."""
-    if facts.alive:
-        return Row.LIVE, "its tracker is alive"
-    if facts.changed:
-        return Row.ALL_DIRTY, facts.changed
-    if facts.live and facts.same_boot and not facts.poisoned:
-        return Row.EXACT, "the tracker's process ended without closing, and its live file is whole"
-    lost = "a sync of the tracker had failed" if facts.poisoned else "the live file is gone, as after a power loss"
-    if facts.log:
-        return Row.LOGGED, f"{lost}; dirty is what was saved, and every region that was logged since"
-    return Row.ALL_DIRTY, f"{lost}, and no log of regions can be relied on"
-
-
-def session_of(record: Record) -> live.Session | None:
-    """The session in a record, or None. One that makes no sense counts as one of which nothing is left."""
-    data = record.extension(store.EXTENSION_SESSION)
-    if data is None:
-        return None
-    try:
-        return live.parse_session(data)
-    except ValueError:
-        return live.NO_SESSION
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """The intervals that a bitmap records: ``began`` and all up to, and without, ``ended``; ``busy``: taken."""
-
-    began: int
-    ended: int = live.OPEN
-    busy: bool = False
-
-    def build(self) -> bytes:
-        """Its bytes."""
-        return live.WINDOW.build(began=self.began, ended=self.ended, flags=int(self.busy), reserved=0)
-
-
-def window_of(entry: Entry) -> Window | None:
-    """The window of a bitmap in a session; None where it records nothing in it."""
-    data = entry.extra_data[store.BITS_CHECKSUM.size :]
-    if len(data) < live.WINDOW.size:
-        return None
-    raw = live.WINDOW.parse(data)
-    return Window(raw.began, raw.ended, bool(raw.flags & live.WINDOW_BUSY))
 
 
 class SessionView:
@@ -135,7 +61,7 @@ class SessionView:
     """
 
     def __init__(self, snapshot: Snapshot, record: Record, session: live.Session) -> None:
-        self.session, self._size, self._path = session, record.size, snapshot.file.place
+        self.session, self._size, self._path = session, record.size, snapshot.file.abspath
         alive = is_alive(session)
         same_boot = session.boot_id == boot_id() != bytes(16)  # zeros: not known
         self.found = None
@@ -152,7 +78,7 @@ class SessionView:
         self._root: Record | None = record
         self._rootless = "the session of its root ended without it"
         if record.kind == store.KIND_DEVICE and not alive:
-            peer = peers.peer_of(record)
+            peer = peer_of(record)
             found = peers.find(self._path, peer, session.uuid, of_node=False) if peer else None
             self._root = found.record if found else None
             if found and found.needs_files:
@@ -199,7 +125,7 @@ class SessionView:
         The paths are from the store, which may be anybody's: only what carries the session's UUID is touched. What the
         session's other namespace still needs stays: whichever ends last removes it.
         """
-        peer = peers.peer_of(self._record)
+        peer = peer_of(self._record)
         of_node = self._record.kind != store.KIND_DEVICE
         if peer and peers.find(self._path, peer, self.session.uuid, of_node=of_node).needs_files:
             return
@@ -301,7 +227,7 @@ def opened_by_others(path: str) -> str | None:
 
 def _damaged(snapshot: Snapshot, record: Record) -> str | None:
     """That the session or its directory is lost, so that recovery makes all dirty what can still be named; or None."""
-    from dirtmap.engine.namespaces.condition import read_entries
+    from dirtmap.engine.storefile.directory import read_entries
 
     if session_of(record) is live.NO_SESSION:
         return "what its tracker had is lost"
@@ -314,7 +240,7 @@ def _damaged(snapshot: Snapshot, record: Record) -> str | None:
 
 def _fit(snapshot: Snapshot, record: Record, session: live.Session, found: livefile.Found) -> bool:
     """False where the live files of a dead tracker are older than what the store knows of it, or than one another."""
-    from dirtmap.engine.namespaces.condition import read_entries
+    from dirtmap.engine.storefile.directory import read_entries
 
     if livefile.is_outdated(os.fsdecode(session.live), session.uuid, found.current, record.size):
         return False
@@ -344,13 +270,17 @@ def is_alive(session: live.Session) -> bool:
     return tracker_of(session).lives() if held is None else held
 
 
+# Sessions as found, by snapshot and namespace UUID: what one answer needs more than once is looked at once.
+_views: WeakKeyDictionary[Snapshot, dict[bytes, SessionView | None]] = WeakKeyDictionary()
+
+
 def view_of(snapshot: Snapshot, record: Record) -> SessionView | None:
     """A record's session as found now, once for each snapshot; None where it has none."""
-    if record.uuid not in snapshot.views:
+    views = _views.setdefault(snapshot, {})
+    if record.uuid not in views:
         session = session_of(record)
-        snapshot.views[record.uuid] = session and SessionView(snapshot, record, session)
-    found: SessionView | None = snapshot.views[record.uuid]
-    return found
+        views[record.uuid] = None if session is None else SessionView(snapshot, record, session)
+    return views[record.uuid]
 
 
 def refuse_tracked(where: str, session: live.Session | None) -> None:

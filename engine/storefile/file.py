@@ -19,20 +19,23 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import crc32c
 
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Chosen, Header, Seen
 from dirtmap.engine.storefile.table import NamespaceTable
-from dirtmap.engine.system import locks
+from dirtmap.engine.system import locks, order
 from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
+from dirtmap.engine.system.order import Rank
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import parse_table
 from dirtmap.fmt.errors import FormatError, GoneError, LockedError, StorageError
 from dirtmap.fmt.geometry import ceil_div
 from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.structures.store import AREA, LEAF
 
 T = TypeVar("T")
 
@@ -50,13 +53,11 @@ class Snapshot:
         file: the store.
         chosen: which header counts, and why.
         header: the header that counts.
-        views: the sessions of trackers as found, by namespace UUID; see `dirtmap.engine.session.view`.
         directories: those that were read: where they begin and end, bytes, and the namespace's name; ascending.
     """
 
     def __init__(self, file: File, chosen: Chosen) -> None:
         self.file, self.chosen, self.header = file, chosen, chosen.header
-        self.views: dict[bytes, Any] = {}
         self.directories: list[tuple[int, int, bytes]] = []
         self.size = file.size()
 
@@ -131,18 +132,26 @@ class Store:
     A store in which a commit is missing that was seen once was rolled back, as by a copy that was put back: from then
     on all in it counts as dirty, and the next change says so on disk.
 
+    Args:
+        path: of the store.
+        abspath: its absolute path, where the process may have changed its folder since.
+        after_commit: the one hook after a commit: called with this store once this thread holds no store's lock, for
+            each commit that this object has made.
+
     Attributes:
         path: as it was opened, for messages.
-        place: absolute: the process may change its folder.
+        abspath: absolute: the process may change its folder.
         uuid: of the store, 16 bytes.
-        committed: called after each commit that this object has made.
     """
 
-    def __init__(self, path: str, place: str | None = None) -> None:
+    def __init__(
+        self, path: str, abspath: str | None = None, *, after_commit: Callable[[Store], object] | None = None
+    ) -> None:
         self.path = path
-        self.committed: Callable[[], None] | None = None
-        self._file = open_file(path, place=place)
-        self.place = self._file.place
+        self._after_commit = after_commit
+        self._file = open_file(path, abspath=abspath)
+        self._outdated: list[File] = []  # another thread may still read one
+        self.abspath = self._file.abspath
         try:
             chosen = headers.choose(path, self._file.read(0, store.RESERVED))
         except BaseException:
@@ -152,7 +161,9 @@ class Store:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        for file in (*self._outdated, self._file):
+            file.close()
+        self._outdated.clear()
 
     def __enter__(self) -> Store:
         return self
@@ -242,8 +253,9 @@ class Store:
         return self.choose(self._file)
 
     def _reopen(self) -> None:
-        self._file.close()
-        self._file = open_file(self.path, place=self.place)
+        fresh = open_file(self.path, abspath=self.abspath)
+        self._outdated.append(self._file)
+        self._file = fresh
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Change]:
@@ -254,7 +266,7 @@ class Store:
             FormatError: what would have to be changed is damaged.
             StorageError: the operating system failed; the old state stands, or the new one does.
         """
-        with self._locked() as file:
+        with order.holding(Rank.STORE, self.abspath), self._locked() as file:
             change = Change(file, self.choose(file))
             yield change
             commit = change.commit()
@@ -262,14 +274,14 @@ class Store:
             self._copies = change.copies
             for act in change.afterwards:
                 act()
-        if self.committed and commit != change.header.commit:
-            self.committed()
+            if self._after_commit and commit != change.header.commit:
+                order.after_stores(partial(self._after_commit, self))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[File]:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
-            with open_file(self.path, writable=True, place=self.place) as file:
+            with open_file(self.path, writable=True, abspath=self.abspath) as file:
                 if file.lock_alone(_WRITER):
                     # A compaction may have put another file in its place while we waited.
                     if file.is_current():
@@ -384,11 +396,11 @@ def create(
         raise StorageError(path, f"a cluster of 2**{cluster_bits} bytes is outside 4 KiB to 2 MiB")
     cluster = 1 << cluster_bits
     first = ceil_div(store.RESERVED, cluster)
-    pointers = store.AREA.build(**Area()._asdict())
+    pointers = AREA.build(**Area()._asdict())
     used = first + 3  # the table, a leaf, the space map's root
     leaf = ((1 << used) - 1).to_bytes(cluster, "little")
     leaf_offset = (first + 1) * cluster
-    root = store.LEAF.build(offset=leaf_offset, free=store.leaf_clusters(cluster) - used, checksum=crc32c.crc32c(leaf))
+    root = LEAF.build(offset=leaf_offset, free=store.leaf_clusters(cluster) - used, checksum=crc32c.crc32c(leaf))
     header = Header(
         uuid=store_uuid or uuid.uuid4().bytes,
         generation=generation,

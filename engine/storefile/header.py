@@ -33,11 +33,13 @@ import crc32c
 
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError, UnsupportedError
-from dirtmap.fmt.extensions import Chain, build_chain, parse_chain
+from dirtmap.fmt.extensions import Chain
 from dirtmap.fmt.store import Area
+from dirtmap.fmt.structures.extensions import build_chain, parse_chain
+from dirtmap.fmt.structures.store import AREA, CHECKSUM, HEADER, LEAF, NAMESPACES_EXTENSION, RUN, parse_areas
 
-_CHECKED = store.BLOCK - store.CHECKSUM.size
-_GENERATION = store.HEADER.field("generation")
+_CHECKED = store.BLOCK - CHECKSUM.size
+_GENERATION = HEADER.field("generation")
 _NO_GENERATION = b"\xff" * _GENERATION.size  # more than one bit away from any that there can be
 
 
@@ -102,40 +104,40 @@ class Header:
 
 def build_block(header: Header) -> bytes:
     """One copy: `store.BLOCK` bytes with their checksum."""
-    fixed = store.HEADER.build(
+    fixed = HEADER.build(
         magic=store.MAGIC,
         version=store.VERSION,
         incompatible_features=0,
         compatible_features=header.compatible,
         autoclear_features=0,  # none are known, and a writer clears those it does not know
         cluster_bits=header.cluster_bits,
-        header_length=store.HEADER.size,
+        header_length=HEADER.size,
         uuid=header.uuid,
         generation=header.generation,
         commit_id=header.commit_id,
         doubt_generation=header.doubt_generation,
         clusters=header.clusters,
     )
-    namespaces = store.NAMESPACES_EXTENSION.build(
+    namespaces = NAMESPACES_EXTENSION.build(
         **header.table._asdict(), bucket_bits=header.bucket_bits, namespaces=header.namespaces
     )
     chain = build_chain(
         [
             (store.EXTENSION_NAMESPACES, namespaces),
-            (store.EXTENSION_SPACE, store.AREA.build(**header.space._asdict())),
-            (store.EXTENSION_RELEASED, store.AREA.build(**header.released._asdict())),
+            (store.EXTENSION_SPACE, AREA.build(**header.space._asdict())),
+            (store.EXTENSION_RELEASED, AREA.build(**header.released._asdict())),
             *header.others,
         ]
     )
     block = (fixed + chain).ljust(_CHECKED, b"\0")
-    return block + store.CHECKSUM.build(checksum=crc32c.crc32c(block))
+    return block + CHECKSUM.build(checksum=crc32c.crc32c(block))
 
 
 def is_whole(block: bytes) -> bool:
     """True where the copy is complete and its checksum right."""
     if len(block) < store.BLOCK or not block.startswith(store.MAGIC):
         return False
-    return bool(store.CHECKSUM.parse(block, _CHECKED).checksum == crc32c.crc32c(block[:_CHECKED]))
+    return bool(CHECKSUM.parse(block, _CHECKED).checksum == crc32c.crc32c(block[:_CHECKED]))
 
 
 def parse_block(path: str, block: bytes) -> Header:
@@ -145,7 +147,7 @@ def parse_block(path: str, block: bytes) -> Header:
         UnsupportedError: it asks for a newer dirtmap.
         FormatError: a field makes no sense.
     """
-    raw = store.HEADER.parse(block)
+    raw = HEADER.parse(block)
     if raw.version != store.VERSION:
         raise UnsupportedError(f"{path}: header.version", f"{raw.version} is not {store.VERSION}")
     if raw.incompatible_features:
@@ -158,27 +160,27 @@ def parse_block(path: str, block: bytes) -> Header:
         raise FormatError(f"{path}: header.generation", f"{raw.generation} is above {store.MAX_GENERATION}")
     if not store.RESERVED <= raw.clusters << raw.cluster_bits <= store.MAX_FILE_BYTES:
         raise FormatError(f"{path}: header.clusters", f"{raw.clusters} is out of range")
-    if raw.header_length < store.HEADER.size or raw.header_length > _CHECKED or raw.header_length % 8:
+    if raw.header_length < HEADER.size or raw.header_length > _CHECKED or raw.header_length % 8:
         raise FormatError(f"{path}: header.header_length", f"{raw.header_length} is out of range")
     chain = parse_chain(block, raw.header_length, _CHECKED)
     if chain.fault or not chain.terminated:
         raise FormatError(f"{path}: header extensions", chain.fault or "there is no end marker")
     areas = _known(path, chain)
-    namespaces = store.NAMESPACES_EXTENSION.parse(areas[store.EXTENSION_NAMESPACES])
+    namespaces = NAMESPACES_EXTENSION.parse(areas[store.EXTENSION_NAMESPACES])
     if namespaces.bucket_bits > store.MAX_BUCKET_BITS:
         what = f"{namespaces.bucket_bits} is above {store.MAX_BUCKET_BITS}"
         raise FormatError(f"{path}: namespaces extension.bucket_bits", what)
-    if namespaces.length != store.AREA.size << namespaces.bucket_bits:
+    if namespaces.length != AREA.size << namespaces.bucket_bits:
         what = f"{namespaces.length} is not that of {1 << namespaces.bucket_bits} pointers"
         raise FormatError(f"{path}: namespaces extension.length", what)
     if namespaces.namespaces > store.MAX_NAMESPACES:
         what = f"{namespaces.namespaces} is above {store.MAX_NAMESPACES}"
         raise FormatError(f"{path}: namespaces extension.namespaces", what)
-    space = store.parse_areas(areas[store.EXTENSION_SPACE])[0]
-    if space.length > store.MAX_SPACE_MAP_BYTES or space.length % store.LEAF.size:
+    space = parse_areas(areas[store.EXTENSION_SPACE])[0]
+    if space.length > store.MAX_SPACE_MAP_BYTES or space.length % LEAF.size:
         raise FormatError(f"{path}: space map extension.length", f"{space.length} is out of range")
-    released = store.parse_areas(areas[store.EXTENSION_RELEASED])[0]
-    if released.length > store.MAX_RELEASED_BYTES or released.length % store.RUN.size:
+    released = parse_areas(areas[store.EXTENSION_RELEASED])[0]
+    if released.length > store.MAX_RELEASED_BYTES or released.length % RUN.size:
         raise FormatError(f"{path}: released clusters extension.length", f"{released.length} is out of range")
     return Header(
         uuid=raw.uuid,
@@ -200,9 +202,9 @@ def parse_block(path: str, block: bytes) -> Header:
 
 def _known(path: str, chain: Chain) -> dict[int, bytes]:
     sizes = {
-        store.EXTENSION_NAMESPACES: store.NAMESPACES_EXTENSION.size,
-        store.EXTENSION_SPACE: store.AREA.size,
-        store.EXTENSION_RELEASED: store.AREA.size,
+        store.EXTENSION_NAMESPACES: NAMESPACES_EXTENSION.size,
+        store.EXTENSION_SPACE: AREA.size,
+        store.EXTENSION_RELEASED: AREA.size,
     }
     found: dict[int, bytes] = {}
     for extension in chain.extensions:
@@ -298,7 +300,7 @@ def _claims(block: bytes, twin: bytes) -> int:
         word = next(at for at in range(0, store.BLOCK, 8) if mended[at : at + 8] != block[at : at + 8])
         if block[word : word + 8] == twin[word : word + 8]:
             return 0
-        return int(store.HEADER.parse(mended).generation)
+        return int(HEADER.parse(mended).generation)
     ones = b"\xff" * _GENERATION.offset  # which a disk can read as where it has lost what was there
     wiped = block == _wiped(block) and not block.startswith(ones)
     return store.MAX_GENERATION + 1 if wiped else 0
@@ -308,7 +310,7 @@ def _with_a_bit_flipped_back(block: bytes) -> bytes | None:
     """The whole copy that a damaged one was before one of its bits flipped; None where there is none."""
     if len(block) < store.BLOCK:
         return None
-    syndrome = store.CHECKSUM.parse(block, _CHECKED).checksum ^ crc32c.crc32c(block[:_CHECKED])
+    syndrome = CHECKSUM.parse(block, _CHECKED).checksum ^ crc32c.crc32c(block[:_CHECKED])
     at = _syndromes().get(syndrome)
     if at is None:
         return None

@@ -11,9 +11,12 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dirtmap.engine.model.naming import decode_name
+from dirtmap.engine.storefile import holds
 from dirtmap.engine.system.process import Process, this_process
 from dirtmap.fmt.errors import printable
-from dirtmap.fmt.store import EXTENSION_HOLD, HOLD, Record
+from dirtmap.fmt.store import EXTENSION_HOLD, Record
+from dirtmap.fmt.structures.store import HOLD
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +75,8 @@ def _build(found: Hold) -> bytes:
         token=found.token,
     )
     return fixed + found.bitmap + owner
+
+
+def held_by(record: Record) -> dict[str, str]:
+    """Which bitmaps of a namespace are held, and by whom."""
+    return {decode_name(found.bitmap): str(found) for found in holds.living(record)}

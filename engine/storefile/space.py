@@ -23,9 +23,10 @@ from itertools import groupby
 import crc32c
 
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import FormatError, StorageError
+from dirtmap.fmt.errors import FormatError, StorageError, counted
 from dirtmap.fmt.geometry import ceil_div
 from dirtmap.fmt.store import Area
+from dirtmap.fmt.structures.store import LEAF, RUN
 
 Write = tuple[int, bytes | memoryview]
 
@@ -57,9 +58,10 @@ class SpaceMap:
     ) -> None:
         self._where, self._cluster, self.clusters, self._read = where, cluster_size, clusters, read
         self.per_leaf = store.leaf_clusters(cluster_size)
-        if (count := len(root) // store.LEAF.size) != ceil_div(clusters, self.per_leaf):
-            raise FormatError(f"{where}: space map", f"{count} leaves do not cover {clusters} clusters")
-        leaves = [store.LEAF.parse(root, at) for at in range(0, len(root), store.LEAF.size)]
+        if (count := len(root) // LEAF.size) != ceil_div(clusters, self.per_leaf):
+            what = f"{counted(count, 'leaf', 'leaves')}, which do not cover {counted(clusters, 'cluster')}"
+            raise FormatError(f"{where}: space map", what)
+        leaves = [LEAF.parse(root, at) for at in range(0, len(root), LEAF.size)]
         self.places = [Area(leaf.offset, cluster_size, leaf.checksum) for leaf in leaves]
         self.free = [int(leaf.free) for leaf in leaves]
         if len({place.offset for place in self.places}) != count:
@@ -138,7 +140,7 @@ class SpaceMap:
     def _grow(self, count: int) -> None:
         self.clusters += count
         leaves = ceil_div(self.clusters, self.per_leaf)
-        if self.clusters * self._cluster > store.MAX_FILE_BYTES or leaves * store.LEAF.size > store.MAX_SPACE_MAP_BYTES:
+        if self.clusters * self._cluster > store.MAX_FILE_BYTES or leaves * LEAF.size > store.MAX_SPACE_MAP_BYTES:
             raise StorageError(self._where, "the store would become larger than its space map can show")
         while len(self.places) * self.per_leaf < self.clusters:
             self._leaves[len(self.places)] = 0
@@ -199,11 +201,11 @@ class SpaceMap:
                     self.release(self.places[index])
                 placed[index] = self.take(1)
             runs = merged(self._newly_released)
-            if len(runs) * store.RUN.size > store.MAX_RELEASED_BYTES:
+            if len(runs) * RUN.size > store.MAX_RELEASED_BYTES:
                 raise StorageError(self._where, "the change is too large for one commit")
-            root = self._resized(root, len(self.places) * store.LEAF.size)
-            released = self._resized(released, len(runs) * store.RUN.size)
-            if self._changed <= placed.keys() and root[1] * self._cluster >= len(self.places) * store.LEAF.size:
+            root = self._resized(root, len(self.places) * LEAF.size)
+            released = self._resized(released, len(runs) * RUN.size)
+            if self._changed <= placed.keys() and root[1] * self._cluster >= len(self.places) * LEAF.size:
                 break
         self._free_released()
         writes: list[Write] = []
@@ -211,10 +213,10 @@ class SpaceMap:
             raw = self._leaves[index].to_bytes(self._cluster, "little")
             self.places[index] = _written(writes, cluster * self._cluster, raw)
         root_bytes = b"".join(
-            store.LEAF.build(offset=place.offset, free=free, checksum=place.checksum)
+            LEAF.build(offset=place.offset, free=free, checksum=place.checksum)
             for place, free in zip(self.places, self.free, strict=True)
         )
-        run_bytes = b"".join(store.RUN.build(first=first, count=count) for first, count in runs)
+        run_bytes = b"".join(RUN.build(first=first, count=count) for first, count in runs)
         return (
             _written(writes, root[0] * self._cluster, root_bytes),
             _written(writes, released[0] * self._cluster, run_bytes),

@@ -13,11 +13,12 @@ import crc32c
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError
 from dirtmap.fmt.store import Area, Record, namespace_label
+from dirtmap.fmt.structures.store import AREA, build_record, parse_areas, parse_records
 
 Read = Callable[[Area, str], bytes]
 Place = Callable[[bytes], Area]
 
-_PIECE = 256 * store.AREA.size  # bytes of pointers that are compared at once
+_PIECE = 256 * AREA.size  # bytes of pointers that are compared at once
 
 
 class NamespaceTable:
@@ -33,7 +34,7 @@ class NamespaceTable:
     def __init__(self, where: str, pointers: bytes, count: int, read: Read) -> None:
         self._where, self._read = where, read
         self._pointers = pointers
-        self._buckets = len(pointers) // store.AREA.size
+        self._buckets = len(pointers) // AREA.size
         self.count = count
         self._changed: dict[int, dict[bytes, Record]] = {}
         self._last: tuple[int, dict[bytes, Record]] | None = None  # the bucket read last: it is often read again
@@ -94,15 +95,15 @@ class NamespaceTable:
                 self.count > self._buckets * store.RECORDS_PER_BUCKET // 2 and self.bucket_bits < store.MAX_BUCKET_BITS
             ):
                 self._buckets *= 2
-            pointers = bytearray(self._buckets * store.AREA.size)
+            pointers = bytearray(self._buckets * AREA.size)
             self._changed, self._last = {}, None
             for record in records:
                 self._changed.setdefault(self._number(record.name), {})[record.name] = record
         for number, bucket in self._changed.items():
-            at = slice(number * store.AREA.size, (number + 1) * store.AREA.size)
-            release(*store.parse_areas(bytes(pointers[at])))
-            area = place(b"".join(map(store.build_record, bucket.values()))) if bucket else Area()
-            pointers[at] = store.AREA.build(**area._asdict())
+            at = slice(number * AREA.size, (number + 1) * AREA.size)
+            release(*parse_areas(bytes(pointers[at])))
+            area = place(b"".join(map(build_record, bucket.values()))) if bucket else Area()
+            pointers[at] = AREA.build(**area._asdict())
         release(old)
         self._pointers = bytes(pointers)
         return place(self._pointers)
@@ -113,13 +114,13 @@ class NamespaceTable:
     @property
     def pointers(self) -> list[bytes]:
         """The bucket pointers as found, each as its bytes."""
-        size = store.AREA.size
+        size = AREA.size
         return [self._pointers[at : at + size] for at in range(0, len(self._pointers), size)]
 
     def unlike(self, other: NamespaceTable) -> Iterator[int]:
         """The numbers of the buckets whose pointer is another one in a table of as many."""
         mine, theirs = self._pointers, other._pointers
-        size = store.AREA.size
+        size = AREA.size
         for start in range(0, len(mine), _PIECE):
             if mine[start : start + _PIECE] != theirs[start : start + _PIECE]:
                 piece = range(start, min(start + _PIECE, len(mine)), size)
@@ -127,7 +128,7 @@ class NamespaceTable:
 
     def areas(self) -> list[Area]:
         """The bucket pointers as found."""
-        return store.parse_areas(self._pointers)
+        return parse_areas(self._pointers)
 
     def bucket(self, number: int) -> dict[bytes, Record]:
         """The namespaces of one bucket, by name.
@@ -139,12 +140,12 @@ class NamespaceTable:
             return self._changed[number]
         if self._last and self._last[0] == number:
             return self._last[1]
-        raw = store.AREA.parse(self._pointers, number * store.AREA.size)
+        raw = AREA.parse(self._pointers, number * AREA.size)
         where = f"bucket {number}"
         data = self._read(Area(raw.offset, raw.length, raw.checksum), where)
         found: dict[bytes, Record] = {}
         try:
-            for record in store.parse_records(data):
+            for record in parse_records(data):
                 for field, what in store.record_faults(record):
                     raise FormatError(f"{self._where}: {namespace_label(record.name)}.{field}", what)
                 if self._number(record.name) != number:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
-import re
 import stat
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from dirtmap.fmt.errors import StorageError, SyncError
 
@@ -37,7 +35,7 @@ class File:
 
     Attributes:
         path: as messages name it.
-        place: absolute: the process may change its folder.
+        abspath: absolute: the process may change its folder.
     """
 
     def __init__(self, path: str, *, writable: bool = False, create: bool = False) -> None:
@@ -47,7 +45,7 @@ class File:
         mode = os.O_RDWR if writable else os.O_RDONLY
         mode |= os.O_CREAT | os.O_EXCL if create else 0
         try:
-            self.place = os.path.abspath(path)
+            self.abspath = os.path.abspath(path)
             self.fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
             self.status = os.fstat(self.fd)
         except _FAILURES as error:
@@ -239,7 +237,7 @@ class File:
     def is_current(self) -> bool:
         """True while the path still leads to this very file: locks follow the inode, a rename moves the name."""
         try:
-            now = os.stat(self.place)
+            now = os.stat(self.abspath)
         except OSError:
             return False
         return (now.st_dev, now.st_ino) == (self.status.st_dev, self.status.st_ino)
@@ -249,127 +247,32 @@ class File:
             raise StorageError(self.path, f"not used any more after a failed sync ({self._poisoned})")
 
     def _failed(self, action: str, error: Exception) -> StorageError:
-        return _failure(self.path, action, error)
+        return failure(self.path, action, error)
 
 
-def _failure(path: str, action: str, error: Exception) -> StorageError:
+def failure(path: str, action: str, error: Exception) -> StorageError:
+    """The error for something that the operating system refused."""
     return StorageError(path, f"{action}: {getattr(error, 'strerror', None) or error}")
 
 
 _factory: type[File] = File
 
 
-def open_file(path: str, *, writable: bool = False, create: bool = False, place: str | None = None) -> File:
+def open_file(path: str, *, writable: bool = False, create: bool = False, abspath: str | None = None) -> File:
     """Opens ``path``; with ``create``, makes it, readable by its owner only.
 
     Args:
         path: also what messages call it.
         writable: for writing, too.
         create: it must not exist.
-        place: where the path led when it was first opened: see `File`.
+        abspath: where the path led when it was first opened: see `File`.
 
     Raises:
         StorageError: it cannot be opened, is neither a regular file nor a block device, or exists and was to be made.
     """
-    file = _factory(place or path, writable=writable, create=create)
+    file = _factory(abspath or path, writable=writable, create=create)
     file.path = path
     return file
-
-
-def make_live_folder(path: str) -> None:
-    """Makes a folder for live files, which only this user can look into; one that is there has to be like that.
-
-    Raises:
-        StorageError: it cannot be made, or is somebody else's, or open to others.
-    """
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-        status = os.lstat(path)
-    except (OSError, ValueError) as error:
-        raise _failure(path, "live folder", error) from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise StorageError(path, "not a folder that belongs to this user alone")
-
-
-def create_live(path: str, size: int) -> mmap.mmap:
-    """Makes a live file of ``size`` zeros, all of which have their memory, and maps it.
-
-    Raises:
-        StorageError: it exists, or there is no room.
-    """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, size)  # else a full tmpfs would be a SIGBUS at some mark
-            return mmap.mmap(fd, size)
-        except BaseException:
-            os.unlink(path)
-            raise
-        finally:
-            os.close(fd)
-    except (OSError, ValueError) as error:
-        raise _failure(path, "live file", error) from error
-
-
-def read_live(path: str, size_of: Callable[[bytes], int | None]) -> bytearray | None:
-    """A live file as it is now. Copied, not mapped: nobody can cut it off under us.
-
-    Args:
-        path: of the file.
-        size_of: which size, in bytes, a file with these first 4096 bytes has to have; None: it is none.
-
-    Returns:
-        None where there is none, or where it has another size: then the rest of it is not read.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            status = os.fstat(fd)
-            size = size_of(os.pread(fd, mmap.PAGESIZE, 0)) if stat.S_ISREG(status.st_mode) else None
-            if size is None or status.st_size != size:
-                return None
-            data, done = bytearray(size), 0
-            while done < size and (step := os.preadv(fd, [memoryview(data)[done:]], done)):
-                done += step
-            return data if done == size else None
-        finally:
-            os.close(fd)
-    except (OSError, ValueError):
-        return None
-
-
-def hold_live_folder(path: str) -> int | None:
-    """Takes a folder for live files for this process, until the descriptor is closed; None where another has it.
-
-    Raises:
-        StorageError: it cannot be opened.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):  # whoever had it may just have removed it
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except (OSError, ValueError) as error:
-        raise _failure(path, "live folder", error) from error
-    return None
-
-
-def remove_live_files(path: str, pattern: re.Pattern[str], *, keep_folder: bool) -> None:
-    """Removes the live files in a folder, by their names, and the folder, unless something else is in it."""
-    with contextlib.suppress(OSError):
-        for name in os.listdir(path):
-            if pattern.fullmatch(name):
-                os.unlink(os.path.join(path, name))
-        if not keep_folder:
-            os.rmdir(path)
 
 
 def sync_folder(path: str) -> None:
@@ -381,7 +284,7 @@ def sync_folder(path: str) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        raise _failure(path, "sync of its folder", error) from error
+        raise failure(path, "sync of its folder", error) from error
 
 
 def replace_file(new: str, old: str) -> None:
@@ -389,7 +292,7 @@ def replace_file(new: str, old: str) -> None:
     try:
         os.replace(new, old)
     except OSError as error:
-        raise _failure(new, "rename", error) from error
+        raise failure(new, "rename", error) from error
     sync_folder(old)
 
 

@@ -22,7 +22,9 @@ import random
 import time
 from collections.abc import Iterator
 
+from dirtmap.engine.system import order
 from dirtmap.engine.system.file import File
+from dirtmap.engine.system.order import Rank
 from dirtmap.fmt.errors import LockedError
 
 _USE, _UNSHARE = 100, 200
@@ -83,6 +85,11 @@ def writing(file: File) -> Iterator[None]:
     Raises:
         LockedError: someone has the image open and does not share it, or it was replaced meanwhile.
     """
+    with order.holding(Rank.IMAGE, file.abspath):
+        yield from _writing(file)
+
+
+def _writing(file: File) -> Iterator[None]:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     try:
         while True:

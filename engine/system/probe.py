@@ -18,18 +18,26 @@ STORE: Final = "dirtmap"
 INDEX: Final = "index"
 
 
+def is_qcow2(file: File) -> bool:
+    """True of a qcow2 image. Errors as `File.read`."""
+    return file.read(0, len(qcow2.MAGIC)) == qcow2.MAGIC
+
+
+def is_store(file: File) -> bool:
+    """True of a store. Errors as `File.read`."""
+    from dirtmap.fmt import store  # of no use to whoever has images only
+
+    copies = range(0, store.RESERVED, store.BLOCK)
+    return any(file.read(at, len(store.MAGIC)) == store.MAGIC for at in copies)
+
+
 def probe(file: File) -> str | None:
     """`QCOW2`, `STORE`, or None: no container.
 
     Raises:
         StorageError: cannot be read.
     """
-    if file.read(0, len(qcow2.MAGIC)) == qcow2.MAGIC:
-        return QCOW2
-    from dirtmap.fmt import store  # of no use to whoever has images only
-
-    copies = range(0, store.RESERVED, store.BLOCK)
-    return STORE if any(file.read(at, len(store.MAGIC)) == store.MAGIC for at in copies) else None
+    return QCOW2 if is_qcow2(file) else STORE if is_store(file) else None
 
 
 def probe_path(path: str) -> str | None:

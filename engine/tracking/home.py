@@ -11,8 +11,11 @@ from typing import TypeVar
 from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, encode_name, label
-from dirtmap.engine.namespaces.condition import (
-    doubts,
+from dirtmap.engine.namespaces.condition import doubts
+from dirtmap.engine.namespaces.ports import HostPort
+from dirtmap.engine.session.view import refuse_tracked
+from dirtmap.engine.storefile.chain import read_chain, with_chain
+from dirtmap.engine.storefile.directory import (
     header_doubts,
     load_saved,
     no_namespace,
@@ -20,13 +23,13 @@ from dirtmap.engine.namespaces.condition import (
     read_entries,
     replace_directory,
 )
-from dirtmap.engine.session.peers import peer_of
-from dirtmap.engine.session.view import Window, refuse_tracked, session_of, window_of
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
+from dirtmap.engine.storefile.session import Window, peer_of, session_of, window_of
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, GoneError
 from dirtmap.fmt.store import Record
+from dirtmap.fmt.structures.live import build_peer, build_session
 
 T = TypeVar("T")
 
@@ -47,7 +50,7 @@ class HomeView:
         self.session = session_of(record)
         self.found = read_entries(snapshot, record)
         self.entries = {decode_name(entry.name): entry for entry in self.found}
-        self.checkpoints = checkpoints.read_chain(self.where, record)
+        self.checkpoints = read_chain(self.where, record)
         self._doubted = header_doubts(snapshot, record) is not None
 
     @property
@@ -113,7 +116,7 @@ class HomeChange(HomeView):
     def set_window(self, name: str, window: Window | None, *, recording: bool | None = None) -> None:
         """Gives a bitmap another window, or none; and records, or not, where said."""
         entry = self.entries[name]
-        checksum = entry.extra_data[: store.BITS_CHECKSUM.size].ljust(store.BITS_CHECKSUM.size, b"\0")
+        checksum = entry.extra_data[: store.BITS_CHECKSUM_SIZE].ljust(store.BITS_CHECKSUM_SIZE, b"\0")
         extra = checksum + window.build() if window else b"" if checksum == bytes(len(checksum)) else checksum
         if recording is not None:
             entry = entry.with_flags(**{"set" if recording else "clear": directory.FLAG_AUTO})
@@ -151,10 +154,10 @@ class HomeChange(HomeView):
             area = replace_directory(change, record, self.found, wanted)
         extensions = []
         if self.session:
-            extensions.append((store.EXTENSION_SESSION, live.build_session(self.session)))
+            extensions.append((store.EXTENSION_SESSION, build_session(self.session)))
             if self.peer:
-                extensions.append((store.EXTENSION_PEER, live.build_peer(self.peer)))
-        new = checkpoints.with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints)
+                extensions.append((store.EXTENSION_PEER, build_peer(self.peer)))
+        new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints)
         generation, count = change.generation, len(wanted)
         change.table.put(replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=self.identity))
 
@@ -163,9 +166,9 @@ class Home:
     """One namespace of a store.
 
     Args:
+        host: checks the store, and hears of its commits.
         path: of the store.
         name: of the namespace, raw bytes.
-        look_after: has commits of a store remembered, as `dirtmap.engine.host.stores.Stores.look_after`, or None.
 
     Attributes:
         session: as this namespace's record has it, once the tracker has begun: what is saved here may not be elsewhere.
@@ -173,17 +176,15 @@ class Home:
 
     session: live.Session
 
-    def __init__(self, path: str, name: bytes, look_after: Callable[[Store], None] | None = None) -> None:
-        self.name = name
+    def __init__(self, host: HostPort, path: str, name: bytes) -> None:
+        self._host, self.name = host, name
+        # One of its own, since the host's report each commit: a cut takes less time than to write that down.
         self.store = Store(os.path.abspath(path))  # the tool may change its folder
-        if look_after:
-            try:
-                look_after(self.store)
-            except BaseException:
-                self.store.close()
-                raise
-        # Not after each commit, but when it suits: a cut takes less time than to write that down.
-        self._remember, self.store.committed = self.store.committed, None
+        try:
+            host.watch(self.store)
+        except BaseException:
+            self.store.close()
+            raise
 
     def close(self) -> None:
         """Closes the store."""
@@ -219,10 +220,9 @@ class Home:
         """The namespace as it is, whatever its session."""
         return HomeView(snapshot, self.record(snapshot))
 
-    def remember(self) -> None:
-        """Has the store's last commit remembered, so that a rollback to one before it is noticed."""
-        if self._remember:
-            self._remember()
+    def report(self) -> None:
+        """Reports the store's last commit to the index, so that a rollback to one before it is noticed."""
+        self._host.report(self.store)
 
     def has(self, session: bytes) -> bool:
         """False where its record is known not to name that session."""

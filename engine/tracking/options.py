@@ -53,9 +53,14 @@ class Options:
             raise BitmapError("save interval", f"{self.save_interval} seconds cannot be waited for")
 
     @property
+    def live_root(self) -> str:
+        """The folder that all users share, below which this user's live files are."""
+        return os.fspath(self.live or default_folder())
+
+    @property
     def live_folder(self) -> str:
         """The folder for this user's live files; absolute, for the tool may change its folder."""
-        return user_folder(os.path.abspath(self.live or default_folder()))
+        return user_folder(os.path.abspath(self.live_root))
 
     def region_bits(self, size: int) -> int:
         """log2 of the region size.

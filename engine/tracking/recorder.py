@@ -10,21 +10,23 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from dirtmap.engine.identity import identity_of, identity_of_disk, touched
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import doubts
-from dirtmap.engine.session import livefile
+from dirtmap.engine.session import livefile, verdict
 from dirtmap.engine.session import view as recovery
 from dirtmap.engine.session.intent import IntentLog
 from dirtmap.engine.session.livefile import CURRENT, EVENT, HEARTBEAT, Control, Words, Writeset, union
-from dirtmap.engine.session.view import Window
 from dirtmap.engine.storefile import holds
-from dirtmap.engine.system import file as fileio
+from dirtmap.engine.storefile.session import Window
+from dirtmap.engine.system import livefs, order
+from dirtmap.engine.system.order import Rank
 from dirtmap.engine.system.process import this_process
 from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
 from dirtmap.engine.tracking.kernel import Kernel
@@ -33,7 +35,44 @@ from dirtmap.fmt import live, store
 from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, StorageError, SyncError
 from dirtmap.fmt.live import Peer
 
+if TYPE_CHECKING:
+    from dirtmap.engine.tracking.tracker import Tracker
+
 _PATIENCE_SECONDS: Final = 5.0
+
+
+class Roots(Protocol):
+    """The roots that a tracked device may have, one after the other; see `Tracker.set_root`."""
+
+    def opened(self) -> AbstractContextManager[Callable[[str, bool, Callable[[Setup], Tracker]], object]]:
+        """Opens the device, for the time of the block, before the tracker gives up the old root.
+
+        Called with the tracker's locks held.
+
+        Yields:
+            What gives the device another root, by its name and whether its content is unchanged, and then begins to
+            track that, by calling its third argument; the old root is tracked again where the new one is refused.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a tracker is made of.
+
+    Attributes:
+        homes: the namespaces that it feeds. The last is the image's node: it begins first and ends last. The first is
+            what the tracker's acts are about.
+        image: the path of the image, absolute.
+        options: how to track.
+        check_in: writes the bitmaps back into a qcow2 image when the session ends; None of other images.
+        roots: of a device; None of a node.
+    """
+
+    homes: list[Home]
+    image: str
+    options: Options
+    check_in: Callable[[], object] | None = None
+    roots: Roots | None = None
 
 
 class Recorder:
@@ -44,7 +83,7 @@ class Recorder:
         last_error: what went wrong with the last save in the background, or None.
     """
 
-    def __init__(self, homes: list[Home], image: str, options: Options, check_in: Callable[[], object] | None) -> None:
+    def __init__(self, setup: Setup) -> None:
         # Held to cut: one at a time, and taken first. Not to read, to save or to close: whoever is in the middle of a
         # write for whose end a cut waits may do all of these.
         self._cuts = threading.RLock()
@@ -52,12 +91,11 @@ class Recorder:
         self._lock = threading.RLock()
         # Held to make or take the spare; taken with the lock held, never the other way round.
         self._spare_guard = threading.Lock()
-        self._start(homes, image, options, check_in)
+        self._start(setup)
 
-    def _start(self, homes: list[Home], image: str, options: Options, check_in: Callable[[], object] | None) -> None:
-        # The last is the image's node: it begins first and ends last. The first is what the tracker's acts are about.
-        self._homes = homes
-        self._image, self._options, self._check_in = image, options, check_in
+    def _start(self, setup: Setup) -> None:
+        self._homes, self._roots = setup.homes, setup.roots
+        self._image, self._options, self._check_in = setup.image, setup.options, setup.check_in
         self.last_error: Error | None = None
         self._frozen: dict[int, Writeset] = {}
         self._undrained: list[Writeset] = []  # no longer current, but writes may be in flight in them
@@ -114,7 +152,7 @@ class Recorder:
         self._close()
 
     def _close(self) -> None:
-        with self._lock:
+        with order.holding(Rank.TRACKER, self._where), self._lock:
             if not self._closed:
                 what = "was interrupted while it was closed; what is not saved is recovered"
                 self._failed, failure = StorageError(self._where, what), self._kernel.failure
@@ -167,7 +205,7 @@ class Recorder:
     def _begin(self) -> None:
         """Makes the live files and the log, then names the session in the store: from then on a death is recovered."""
         folder = self._options.live_folder
-        fileio.make_live_folder(folder)
+        livefs.make_live_folder(folder)
         *others, node = self._homes
         with contextlib.ExitStack() as undo:
             try:
@@ -190,7 +228,7 @@ class Recorder:
                 raise
             undo.pop_all()
         for home in self._homes:
-            home.remember()
+            home.report()
         self.mark = self._kernel.mark  # type: ignore[assignment, method-assign]
         _recorders.add(self)
         for act in (self._give_signs, self._in_background):
@@ -241,7 +279,7 @@ class Recorder:
             image_mtime=identity.mtime_ns,
             image_size=identity.size,
             live=os.fsencode(live_path),
-            log_path=os.fsencode(f"{change.snapshot.file.place}.{name}.intent"),
+            log_path=os.fsencode(f"{change.snapshot.file.abspath}.{name}.intent"),
         )
         for home in self._homes:
             home.session = session
@@ -263,8 +301,8 @@ class Recorder:
             change.identity = identity
 
     def _peer_of(self, view: HomeView) -> Peer:
-        paths = {os.path.realpath(home.store.place) for home in self._homes}
-        elsewhere = view.snapshot.file.place if len(paths) > 1 else ""
+        paths = {os.path.realpath(home.store.abspath) for home in self._homes}
+        elsewhere = view.snapshot.file.abspath if len(paths) > 1 else ""
         return Peer(view.record.uuid, view.record.name, os.fsencode(elsewhere))
 
     def _enter(self, change: HomeChange) -> None:
@@ -318,7 +356,7 @@ class Recorder:
         self._refuse_nested(self._cuts)
         self._refuse_nested(self._lock)
         self._kernel.refuse_own([self._current, *self._undrained])
-        with self._cuts:
+        with order.holding(Rank.CUT, self._where), self._cuts:
             if self._current.number - min(home.session.oldest for home in self._homes) >= live.MAX_INTERVALS - 1:
                 self.save()
             with self._using():
@@ -379,7 +417,7 @@ class Recorder:
         for one in self._homes:
             self._save_to(one, marked, unions, final=final)
             if final:
-                one.remember()
+                one.report()
         self._saves += not final  # remembered in the background: whoever writes to the index may take his time
         if not final:
             self._forget()
@@ -387,7 +425,7 @@ class Recorder:
             self._doubt = recovery.opened_by_others(self._image)
             with self._poisoning():
                 self._check_in()
-            self._homes[-1].remember()
+            self._homes[-1].report()
 
     def _save_to(
         self, target: Home, marked: dict[int, Words], unions: dict[tuple[int, int, int], Any], *, final: bool
@@ -437,7 +475,7 @@ class Recorder:
     def _using(self) -> Iterator[None]:
         """One act at a time, and none on a tracker that has failed or ended, or whose session is lost."""
         self._refuse_nested(self._lock)
-        with self._lock, self._acting():
+        with order.holding(Rank.TRACKER, self._where), self._lock, self._acting():
             yield
 
     @contextlib.contextmanager
@@ -476,7 +514,7 @@ class Recorder:
     def _give_signs(self) -> None:
         """Signs of life in the live file, until the tracker ends; in a thread of its own, which waits for nothing."""
         ended, kernel, control = self._ended, self._kernel, self._control
-        while not ended.wait(recovery.HEARTBEAT_SECONDS) and not kernel.failure:
+        while not ended.wait(verdict.HEARTBEAT_SECONDS) and not kernel.failure:
             control.give_sign()
 
     def _in_background(self) -> None:
@@ -487,17 +525,17 @@ class Recorder:
         while True:
             if self._kernel.failure or ended.is_set():
                 return
-            wake.wait(recovery.HEARTBEAT_SECONDS)
+            wake.wait(verdict.HEARTBEAT_SECONDS)
             wake.clear()
             if ended.is_set():
                 return
             if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + recovery.DURABLE_HEARTBEAT_SECONDS
+                next_beat = time.monotonic() + verdict.DURABLE_HEARTBEAT_SECONDS
                 with self._noting():
                     beaten = self._beat(beaten)
             if (saves := self._saves) != self._remembered:
                 for home in self._homes:
-                    home.remember()
+                    home.report()
                 self._remembered = saves
             # No lock is waited for here: whoever has it may be about to wait for this thread's end.
             if self._spare_guard.acquire(blocking=False):  # not the lock: a cut only waits if it wants the very same
@@ -511,7 +549,7 @@ class Recorder:
             if self._options.save_interval and time.monotonic() >= next_save and self._lock.acquire(blocking=False):
                 try:
                     # A full disk: the marks stay where they are, and it is tried again.
-                    with self._noting(), self._acting():
+                    with self._noting(), order.holding(Rank.TRACKER, self._where), self._acting():
                         if self._kernel.logged or self._frozen or not self._is_log_saved():
                             self._save(final=False)
                         self.last_error = None

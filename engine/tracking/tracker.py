@@ -22,26 +22,26 @@ What is lost when: see `dirtmap.engine.tracking.kernel` for marks, `dirtmap.engi
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
-from dirtmap.engine.model.naming import a_checkpoint, encode_name, label
-from dirtmap.engine.session.livefile import Words, default_folder, union
-from dirtmap.engine.session.view import Window, window_of
-from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
+from dirtmap.engine.model.naming import a_checkpoint, label
+from dirtmap.engine.session.livefile import Words, union
+from dirtmap.engine.storefile.session import Window, window_of
+from dirtmap.engine.system import order
+from dirtmap.engine.system.order import Rank
+from dirtmap.engine.tracking.home import HomeChange, HomeView
 from dirtmap.engine.tracking.kernel import Kernel, Ticket
-from dirtmap.engine.tracking.options import Options
-from dirtmap.engine.tracking.recorder import Recorder, words_of
+from dirtmap.engine.tracking.recorder import Recorder, Setup, words_of
 from dirtmap.fmt import live
-from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError
+from dirtmap.fmt.errors import BitmapError, Error, StorageError
 
 if TYPE_CHECKING:
-    from dirtmap.engine.namespaces.stored import StoredImage
+    pass
 
 
 class Tracker(Recorder):
@@ -51,10 +51,6 @@ class Tracker(Recorder):
         size: of the disk, bytes.
         last_error: what went wrong with the last save in the background, or None.
     """
-
-    # For `set_root`, of a device's tracker.
-    _device: StoredImage | None = None
-    _asked: dict[str, Any]
 
     # Marking.
 
@@ -241,30 +237,25 @@ class Tracker(Recorder):
             Error: as `close`, or the new root cannot be tracked: see `Namespace.track`. The tracker has ended, as all
                 later calls say; the device has the root that it has.
         """
-        device = self._device
-        if device is None or device.change_root is None:
+        if self._roots is None:
             raise BitmapError(self._where, "is tracked as a node, which has no root")
         self._refuse_in_flight()  # before waiting for a cut, which may wait for just that write
         self._refuse_nested(self._cuts)
         self._refuse_nested(self._lock)
-        # Opened anew: the tool may have closed the one that it had.
-        with self._cuts, self._using(), device.opened_anew() as again:
+        with order.holding(Rank.CUT, self._where), self._cuts, self._using(), self._roots.opened() as change:
             for name in self._held:
                 raise BitmapError(f"{self._where}: {label(name)}", "busy: taken for a backup")
             self._refuse_in_flight()
             self._close()
-            try:
-                device.change_root(root, content_unchanged)
-            finally:
-                track_device(again, self._asked, self._begin_anew)
+            change(root, content_unchanged, self._begin_anew)
 
     def _refuse_in_flight(self) -> None:
         if self._kernel.in_flight:
             raise BitmapError(self._where, "a write is in flight, to the root that is to go")
 
-    def _begin_anew(self, *how: Any) -> Tracker:
+    def _begin_anew(self, setup: Setup) -> Tracker:
         try:
-            self._start(*how)
+            self._start(setup)
         except BaseException:
             self._closed = True
             self._kernel.refuse(StorageError(self._where, "the tracker has ended: its new root is not tracked"))
@@ -424,48 +415,3 @@ class Write:
     def __exit__(self, *_: object) -> None:
         if self._ticket:
             self._ticket.end()
-
-
-def track_node(
-    image: StoredImage, options: dict[str, Any], device: Home | None = None, make: Callable[..., Tracker] = Tracker
-) -> Tracker:
-    """Tracks an image whose bitmaps are in a store; see `Namespace.track`.
-
-    Args:
-        image: the node.
-        options: as given.
-        device: whose root it is, and which is fed, too; the caller has recovered it, and closes it after an error.
-        make: makes the tracker.
-    """
-    chosen = Options(**options)
-    home = Home(image.place, encode_name(image.name or ""), image.look_after)
-    try:
-        if home.store.read(home.needs_recovery):
-            image.settle()
-        record = home.store.read(home.record)
-        return make([device, home] if device else [home], os.fsdecode(record.path), chosen, None)
-    except BaseException:
-        home.close()
-        raise
-
-
-def track_device(image: StoredImage, options: dict[str, Any], make: Callable[..., Tracker] = Tracker) -> Tracker:
-    """Tracks a device, and its root node with it, by a tracker that ``make`` makes; see `Namespace.track`."""
-    with contextlib.closing(image.open_root()) as root:
-        if (session := root.tracking()) and session.alive:
-            raise LockedError(
-                f"{root.path}: node '{root.name}'", f"tracked by {session.tracker}; ask it, or end it first"
-            )
-        home = Home(image.place, encode_name(image.name or ""), image.look_after)
-        try:
-            if session:
-                root.settle()  # and the device before it, as far as they had it in common
-            if home.store.read(home.needs_recovery):
-                image.settle()
-            chosen = {**options, "live": os.path.abspath(options.get("live") or default_folder())}
-            tracker = root._track_with(home, chosen, make)
-            tracker._device, tracker._asked = image, chosen
-            return tracker
-        except BaseException:
-            home.close()
-            raise

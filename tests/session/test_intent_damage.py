@@ -24,11 +24,12 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import StorageError
+from dirtmap.fmt.structures.live import build_log_record, record_seed
 
 SIZE = 256 << 20  # in regions of 1 MiB: four sectors of records
 REGIONS = SIZE >> 20
 SECTOR = 512
-RECORD = live.LOG_RECORD.size
+RECORD = live.LOG_RECORD_SIZE
 DAMAGED = None
 
 # Logs 4 and 5 count. In either area lies what older logs have left behind theirs.
@@ -96,11 +97,11 @@ def test_flipped_bits_in_any_two_records_do_so_too(log: Path) -> None:
 def test_a_record_that_is_missing_old_or_there_twice_makes_the_log_worthless(log: Path) -> None:
     data, start = log.read_bytes(), area(4)
     records = [data[start + place * RECORD : start + (place + 1) * RECORD] for place in range(200)]
-    old = [live.build_log_record(live.record_seed(UUID, number), 200) for number in (0, 2)]
-    yet_to_come = live.build_log_record(live.record_seed(UUID, 6), 200)
-    of_the_other_area = live.build_log_record(live.record_seed(UUID, 5), 200)
-    foreign = live.build_log_record(live.record_seed(b"x" * 16, 4), 200)
-    outside = live.build_log_record(live.record_seed(UUID, 4), REGIONS)
+    old = [build_log_record(record_seed(UUID, number), 200) for number in (0, 2)]
+    yet_to_come = build_log_record(record_seed(UUID, 6), 200)
+    of_the_other_area = build_log_record(record_seed(UUID, 5), 200)
+    foreign = build_log_record(record_seed(b"x" * 16, 4), 200)
+    outside = build_log_record(record_seed(UUID, 4), REGIONS)
     wrong = [bytes(RECORD), *old, yet_to_come, of_the_other_area, foreign, outside, b"\xff" * RECORD]
     for place in range(44):
         for new in [*wrong, records[(place + 1) % 44], records[(place + 30) % 44]]:
@@ -151,7 +152,7 @@ def test_a_log_whose_last_records_are_lost_is_noticed_by_its_tally(tmp_path: Pat
 def test_a_log_that_has_lost_its_tally_and_its_last_records_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "log"
     a_log(path, SIZE, [[[1], [2], [3]]])
-    data = path.read_bytes().replace(live.build_log_record(live.record_seed(UUID, 0), 3), bytes(RECORD))
+    data = path.read_bytes().replace(build_log_record(record_seed(UUID, 0), 3), bytes(RECORD))
     tally = live.TALLIES[0]
     path.write_bytes(data[:tally] + bytes(live.TALLY.size) + data[tally + live.TALLY.size :])
     assert regions_of(path, SIZE) is DAMAGED
@@ -170,11 +171,11 @@ def test_a_store_that_names_an_older_log_than_there_can_be_gets_nothing(log: Pat
 
 def test_a_record_whose_checksum_is_0_counts(tmp_path: Path) -> None:
     uuid, number, region = bytes.fromhex("1234567890abcdef1234567890abcdef"), 982985, 1831
-    assert live.build_log_record(live.record_seed(uuid, number), region)[4:] == bytes(4)
+    assert build_log_record(record_seed(uuid, number), region)[4:] == bytes(4)
     path, size = tmp_path / "log", 2048 << 20
     with fileio.using(NoSync):
         log = IntentLog(str(path), uuid, live.INTENT_REGION, 20, size)
-        log._log.number, log._log.seed = number, live.record_seed(uuid, number)
+        log._log.number, log._log.seed = number, record_seed(uuid, number)
         log.append([7, region])
         log.close(remove=False)
     assert regions_of(path, size, number, uuid) == {7, region}
@@ -185,7 +186,7 @@ def test_a_log_of_any_number_is_read(tmp_path: Path, number: int) -> None:
     path = tmp_path / "log"
     with fileio.using(NoSync):
         log = IntentLog(str(path), UUID, live.INTENT_REGION, 20, SIZE)
-        log._log.number, log._log.seed = number, live.record_seed(UUID, number)
+        log._log.number, log._log.seed = number, record_seed(UUID, number)
         log.append([5])
         log.rotate()
         log.append([6])
@@ -326,10 +327,10 @@ def test_a_log_of_a_million_regions_is_read_in_little_time_and_memory(tmp_path: 
     with fileio.using(NoSync):
         log = IntentLog(str(path), UUID, live.INTENT_REGION, 20, size)
         log.close(remove=False)
-    seed = live.record_seed(UUID, 0)
+    seed = record_seed(UUID, 0)
     with path.open("r+b") as file:
         file.seek(live.area_offset(regions, 0))
-        file.write(b"".join(live.build_log_record(seed, region) for region in range(regions)))
+        file.write(b"".join(build_log_record(seed, region) for region in range(regions)))
         file.truncate(1 << 40)  # grown since
     session = a_session(path)
     began = time.monotonic()

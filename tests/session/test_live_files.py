@@ -22,6 +22,7 @@ from dirtmap.engine.session import livefile
 from dirtmap.engine.session import view as recovery
 from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import live
+from dirtmap.fmt.structures.live import CONTROL, WRITESET, build_session
 
 SIZE = 64 << 20
 SECTOR = 512
@@ -57,8 +58,8 @@ def dead(tmp_path: Path) -> Path:
 
 def with_fields(folder: Path, **fields: Any) -> None:
     """Changes the control file."""
-    control = live.CONTROL.parse((folder / "control").read_bytes())
-    data = live.CONTROL.build(**{**control._asdict(), **fields})
+    control = CONTROL.parse((folder / "control").read_bytes())
+    data = CONTROL.build(**{**control._asdict(), **fields})
     (folder / "control").write_bytes(data.ljust(live.PAGE, b"\0"))
 
 
@@ -66,7 +67,7 @@ def with_head(folder: Path, number: int, **fields: Any) -> None:
     """Changes the header of a writeset."""
     path = folder / f"writeset-{number}"
     data = path.read_bytes()
-    head = live.WRITESET.build(**{**live.WRITESET.parse(data)._asdict(), **fields})
+    head = WRITESET.build(**{**WRITESET.parse(data)._asdict(), **fields})
     path.write_bytes(head + data[len(head) :])
 
 
@@ -161,8 +162,8 @@ def test_a_boot_that_is_not_known_is_no_boot(dead: Path, tmp_path: Path, monkeyp
         assert record
         session = recovery.session_of(record)
         assert session
-        unknown = live.build_session(type(session)(**{**vars_of(session), "boot_id": bytes(16)}))
-        kinds = [(kind, unknown if data == live.build_session(session) else data) for kind, data in record.extensions]
+        unknown = build_session(type(session)(**{**vars_of(session), "boot_id": bytes(16)}))
+        kinds = [(kind, unknown if data == build_session(session) else data) for kind, data in record.extensions]
         changed.table.put(type(record)(**{**vars_of(record), "extensions": tuple(kinds)}))
     monkeypatch.setattr(recovery, "boot_id", lambda: bytes(16))
     with dm.open("node:drive0") as image:
@@ -176,14 +177,14 @@ def vars_of(value: object) -> dict[str, Any]:
 def test_thousands_of_writesets_are_read_in_little_time_and_memory(dead: Path, tmp_path: Path) -> None:
     last = live.MAX_INTERVALS
     data = (dead / "writeset-2").read_bytes()
-    control = live.CONTROL.parse((dead / "control").read_bytes())
+    control = CONTROL.parse((dead / "control").read_bytes())
     with Store(str(tmp_path / "default.dmap")) as target:
         record = target.record(b"drive0")
     assert record
     session = recovery.session_of(record)
     assert session
     for number in range(3, session.oldest + last):
-        head = live.WRITESET.build(**{**live.WRITESET.parse(data)._asdict(), "number": number})
+        head = WRITESET.build(**{**WRITESET.parse(data)._asdict(), "number": number})
         (dead / f"writeset-{number}").write_bytes(head + data[len(head) :])
     with_fields(dead, current=session.oldest + last - 1)
     asked = "import re, time, dirtmap.engine as dm; a = time.monotonic(); how = dm.open('node:drive0').tracking()"

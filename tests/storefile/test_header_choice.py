@@ -16,10 +16,11 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Header
 from dirtmap.fmt import store
 from dirtmap.fmt.store import Area
+from dirtmap.fmt.structures.store import HEADER
 
 BLOCK = store.BLOCK
 Damage = Callable[[int, list[bytes]], bytes]
-GENERATION = store.HEADER.field("generation")
+GENERATION = HEADER.field("generation")
 
 
 def a_header(generation: int, doubt: int = 0) -> Header:
@@ -57,7 +58,7 @@ def of_copy(other: int) -> Damage:
 
 def generations_back(count: int) -> Damage:
     """What the copy was so many changes of its slot ago."""
-    return lambda number, blocks: block_of(store.HEADER.parse(blocks[number]).generation - 2 * count)
+    return lambda number, blocks: block_of(HEADER.parse(blocks[number]).generation - 2 * count)
 
 
 def zeroed(number: int, blocks: list[bytes]) -> bytes:
@@ -68,7 +69,7 @@ def zeroed_sector(number: int, blocks: list[bytes]) -> bytes:
     return bytes(512) + blocks[number][512:]
 
 
-FIELD_BITS = range(store.HEADER.size * 8)
+FIELD_BITS = range(HEADER.size * 8)
 DAMAGES: dict[str, Damage] = {
     "zeroed": zeroed,
     "its first sector zeroed": zeroed_sector,
@@ -101,7 +102,7 @@ def verdict(blocks: list[bytes]) -> tuple[int, bool]:
 
 
 def newest_of(blocks: list[bytes]) -> int:
-    return max(store.HEADER.parse(block).generation for block in blocks)
+    return max(HEADER.parse(block).generation for block in blocks)
 
 
 def cases() -> list[tuple[int, int, str, str]]:
@@ -129,7 +130,7 @@ def test_two_damages_give_the_newest_commit_or_doubt(state: str) -> None:
 def test_a_slot_that_has_lost_its_last_commit_is_noticed(state: str, first: str) -> None:
     blocks = STATES[state]
     newest = newest_of(blocks)
-    one, other = (n for n in range(4) if store.HEADER.parse(blocks[n]).generation == newest)
+    one, other = (n for n in range(4) if HEADER.parse(blocks[n]).generation == newest)
     damaged = list(blocks)
     damaged[one], damaged[other] = DAMAGES[first](one, blocks), DAMAGES["one generation back"](other, blocks)
     found, in_doubt = verdict(damaged)

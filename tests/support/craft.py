@@ -13,8 +13,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dirtmap.fmt import directory, qcow2
-from dirtmap.fmt.extensions import EXTENSION_HEAD
 from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
+from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
+from dirtmap.fmt.structures.qcow2 import (
+    BITMAPS_EXTENSION,
+    CRYPTO_EXTENSION,
+    HEADER_MORE,
+    HEADER_V2,
+    HEADER_V3,
+    SNAPSHOT,
+)
 
 
 class Place(NamedTuple):
@@ -73,9 +82,9 @@ class Craft:
     def header(self, name: str) -> Place:
         """A field of the header."""
         for structure, start in (
-            (qcow2.HEADER_V2, 0),
-            (qcow2.HEADER_V3, qcow2.V3_OFFSET),
-            (qcow2.HEADER_MORE, qcow2.MORE_OFFSET),
+            (HEADER_V2, 0),
+            (HEADER_V3, qcow2.V3_OFFSET),
+            (HEADER_MORE, qcow2.MORE_OFFSET),
         ):
             if any(field.name == name for field in structure.fields):
                 return _place(structure, start, name)
@@ -93,7 +102,7 @@ class Craft:
             KeyError: there is none.
         """
         version = self.get(self.header("version"))
-        at = self.get(self.header("header_length")) if version > 2 else qcow2.HEADER_V2.size
+        at = self.get(self.header("header_length")) if version > 2 else HEADER_V2.size
         while at + EXTENSION_HEAD.size <= self.cluster_size:
             found = self.get(Place(at, 4))
             if found == kind:
@@ -110,7 +119,7 @@ class Craft:
     def bitmaps(self, name: str) -> Place:
         """A field of the bitmaps extension."""
         start = self.extension(qcow2.EXTENSION_BITMAPS) + EXTENSION_HEAD.size
-        return _place(qcow2.BITMAPS_EXTENSION, start, name)
+        return _place(BITMAPS_EXTENSION, start, name)
 
     def entries(self) -> list[int]:
         """The offsets of the directory's entries."""
@@ -118,19 +127,17 @@ class Craft:
         found = []
         for _ in range(self.get(self.bitmaps("nb_bitmaps"))):
             found.append(at)
-            name, extra = (
-                self.get(_place(directory.DIRECTORY_ENTRY, at, f"{what}_size")) for what in ("name", "extra_data")
-            )
-            at += -(-(directory.DIRECTORY_ENTRY.size + extra + name) // 8) * 8
+            name, extra = (self.get(_place(DIRECTORY_ENTRY, at, f"{what}_size")) for what in ("name", "extra_data"))
+            at += -(-(DIRECTORY_ENTRY.size + extra + name) // 8) * 8
         return found
 
     def entry(self, index: int, name: str) -> Place:
         """A field of a directory entry."""
-        return _place(directory.DIRECTORY_ENTRY, self.entries()[index], name)
+        return _place(DIRECTORY_ENTRY, self.entries()[index], name)
 
     def name(self, index: int) -> tuple[int, bytes]:
         """A bitmap's name and where it lies."""
-        at = self.entries()[index] + directory.DIRECTORY_ENTRY.size + self.get(self.entry(index, "extra_data_size"))
+        at = self.entries()[index] + DIRECTORY_ENTRY.size + self.get(self.entry(index, "extra_data_size"))
         return at, bytes(self.data[at : at + self.get(self.entry(index, "name_size"))])
 
     def table(self, index: int, position: int = 0) -> Place:
@@ -148,9 +155,9 @@ class Craft:
         at = self.get(self.header("snapshots_offset"))
         for _ in range(index):
             sizes = ("extra_data_size", "id_size", "name_size")
-            size = sum(self.get(_place(qcow2.SNAPSHOT, at, what)) for what in sizes)
-            at += -(-(qcow2.SNAPSHOT.size + size) // 8) * 8
-        return _place(qcow2.SNAPSHOT, at, name)
+            size = sum(self.get(_place(SNAPSHOT, at, what)) for what in sizes)
+            at += -(-(SNAPSHOT.size + size) // 8) * 8
+        return _place(SNAPSHOT, at, name)
 
     def l1(self, index: int = 0) -> Place:
         """An entry of the active L1 table."""
@@ -168,27 +175,27 @@ class Craft:
         """Every field of the header, the bitmaps extension and the entries of directory and snapshot table, and the
         first entry of each table."""
         version3 = self.get(self.header("version")) > 2
-        for structure in (qcow2.HEADER_V2, *((qcow2.HEADER_V3, qcow2.HEADER_MORE) if version3 else ())):
+        for structure in (HEADER_V2, *((HEADER_V3, HEADER_MORE) if version3 else ())):
             for field in structure.fields:
                 yield f"header.{field.name}", self.header(field.name)
         yield from (("L1[0]", self.l1()), ("L2[0]", self.l2()), ("refcount_table[0]", self.block()))
         if self.get(self.header("nb_snapshots")):
-            for field in qcow2.SNAPSHOT.fields:
+            for field in SNAPSHOT.fields:
                 yield f"snapshot[0].{field.name}", self.snapshot(0, field.name)
         with contextlib.suppress(KeyError):
             start = self.extension(qcow2.EXTENSION_CRYPTO) + EXTENSION_HEAD.size
-            for field in qcow2.CRYPTO_EXTENSION.fields:
-                yield f"crypto.{field.name}", _place(qcow2.CRYPTO_EXTENSION, start, field.name)
+            for field in CRYPTO_EXTENSION.fields:
+                yield f"crypto.{field.name}", _place(CRYPTO_EXTENSION, start, field.name)
         try:
             self.extension(qcow2.EXTENSION_BITMAPS)
         except KeyError:
             return
         for field in EXTENSION_HEAD.fields:
             yield f"extension.{field.name}", self.head(field.name)
-        for field in qcow2.BITMAPS_EXTENSION.fields:
+        for field in BITMAPS_EXTENSION.fields:
             yield f"bitmaps.{field.name}", self.bitmaps(field.name)
         for index in range(len(self.entries())):
-            for field in directory.DIRECTORY_ENTRY.fields:
+            for field in DIRECTORY_ENTRY.fields:
                 yield f"entry[{index}].{field.name}", self.entry(index, field.name)
             yield f"table[{index}][0]", self.table(index)
 

@@ -27,9 +27,9 @@ from typing import NamedTuple
 import numpy as np
 
 from dirtmap.engine.model.report import CheckReport
-from dirtmap.engine.namespaces.image import load
 from dirtmap.engine.qcow2.check import check
 from dirtmap.engine.qcow2.layout import Layout, read_layout
+from dirtmap.engine.qcow2.reading import load
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import geometry
@@ -308,7 +308,7 @@ def in_memory(image: bytearray, *, growable: bool = True) -> Iterator[str]:
 
     class Memory(File):
         def __init__(self, path: str, **_: bool) -> None:
-            self.path, self.place, self.fd, self._poisoned = path, path, 0, None
+            self.path, self.abspath, self.fd, self._poisoned = path, path, 0, None
 
         @property
         def growable(self) -> bool:

@@ -19,7 +19,6 @@ import crc32c
 from dirtmap.engine.model import changes
 from dirtmap.engine.namespaces.nodes import nodes
 from dirtmap.engine.namespaces.store_check import check
-from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.system import file as fileio
@@ -27,6 +26,7 @@ from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.errors import Error
 from support import crash
 from support.crash import Effort, Harm, Recording, Tally, Write
+from support.hostless import stored
 
 BLOCK = 4096
 RESERVED = 4 * BLOCK
@@ -334,7 +334,7 @@ def next_commit(path: str) -> None:
                 record = fmt_store.Record(name, fmt_store.KIND_NODE, bytes(16), 0, path=os.fsencode(__file__))
                 change.table.put(record)
             return
-        with StoredImage(target, names[-1]).transaction() as bitmaps:
+        with stored(target, names[-1]).transaction() as bitmaps:
             if "after the crash" in bitmaps:
                 changes.remove(bitmaps, "after the crash")
             else:
@@ -415,7 +415,7 @@ class Judge:
         with Store(path) as target:
             found = {}
             for node in nodes(target):
-                image = StoredImage(target, node.name)
+                image = stored(target, node.name)
                 if os.stat(node.path).st_size == node.size:
                     bitmaps = [(name, bitmap) for name, bitmap in image.items() if not bitmap.inconsistent]
                     found[node.name] = {name: bytes(bitmap.packed()) for name, bitmap in bitmaps}

@@ -1,0 +1,187 @@
+"""`Handle`: what `open` returns: the bitmaps of an image or device, wherever they are now.
+
+A qcow2 image's bitmaps move into a store while the image is tracked, and back. So what a handle has open, its backend,
+is opened anew when its bitmaps have moved; whoever uses the handle does not see that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, SupportsIndex, TypeVar
+
+from dirtmap.engine.host.kind import Address, Kind, KindPort, Tracking
+from dirtmap.engine.model.namespace import Namespace
+from dirtmap.fmt.errors import Error, LockedError, MovedError
+
+if TYPE_CHECKING:
+    from dirtmap.engine.model.bitmap import Bitmap
+    from dirtmap.engine.model.infos import ImageInfo, Recovery, Status
+    from dirtmap.engine.model.transaction import Transaction
+    from dirtmap.engine.tracking.tracker import Tracker
+
+T = TypeVar("T")
+
+
+class Handle(Namespace):
+    """The bitmaps of an image or device; see `Namespace`. Made by `Host.open`.
+
+    Args:
+        host: that it belongs to.
+        kind: of the container.
+        address: of the image or device.
+        force_share: read a qcow2 image although another process writes to it.
+        closing: called when the handle is closed.
+    """
+
+    def __init__(
+        self,
+        host: KindPort,
+        kind: Kind,
+        address: Address,
+        *,
+        force_share: bool = False,
+        closing: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._host, self._kind, self._address, self._force_share = host, kind, address, force_share
+        self._stack = contextlib.ExitStack()
+        self._closing = contextlib.ExitStack()
+        self._open()
+        self._closing.callback(closing)
+
+    def _open(self) -> None:
+        backend = self._kind.open(self._host, self._address, force_share=self._force_share)
+        self._backend: Namespace | None = self._stack.enter_context(backend)
+        self.path, self.format = self._backend.path, self._backend.format
+        self.name, self.uuid = self._backend.name, self._backend.uuid
+        self.size, self.cluster_size = self._backend.size, self._backend.cluster_size
+
+    def _open_anew(self) -> None:
+        self._stack.close()
+        self._open()
+
+    @property
+    def _now(self) -> Namespace:
+        if self._backend is None:
+            raise Error(str(self._address), "is closed")
+        return self._backend
+
+    def _ask(self, question: Callable[[Namespace], T]) -> T:
+        try:
+            return question(self._now)
+        except MovedError:
+            self._open_anew()
+            return question(self._now)
+
+    @property
+    def where(self) -> str:
+        """How messages name it; see `Namespace.where`."""
+        return self._now.where
+
+    def info(self) -> ImageInfo:
+        """The namespace and all its bitmaps, as of one moment; see `Namespace.info`."""
+        return self._ask(lambda backend: backend.info())
+
+    def doubt(self) -> str | None:
+        """Why all bitmaps count as all dirty; see `Namespace.doubt`."""
+        return self._ask(lambda backend: backend.doubt())
+
+    def tracking(self) -> Status | None:
+        """Who tracks the image; see `Namespace.tracking`."""
+        return self._ask(lambda backend: backend.tracking())
+
+    def _names(self) -> list[bytes]:
+        return self._ask(lambda backend: backend._names())
+
+    def _load(self, name: bytes) -> Bitmap | None:
+        return self._ask(lambda backend: backend._load(name))
+
+    def settle(self) -> None:
+        """Recovers what a tracker has left that died; see `Namespace.settle`."""
+        self._ask(lambda backend: backend.settle())
+
+    def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
+        """Makes bitmaps usable whose bits cannot be relied on; see `Namespace.recover`."""
+        chosen = list(names)
+        return self._ask(lambda backend: backend.recover(chosen))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Changes the bitmaps; see `Namespace.transaction`."""
+        with self._opened(lambda backend: backend.transaction()) as bitmaps:
+            yield bitmaps
+
+    @contextlib.contextmanager
+    def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
+        """Holds a bitmap for a backup; see `Namespace.hold`."""
+        with self._opened(lambda backend: backend.hold(name, owner)) as bitmap:
+            yield bitmap
+
+    @contextlib.contextmanager
+    def _opened(self, begin: Callable[[Namespace], contextlib.AbstractContextManager[T]]) -> Iterator[T]:
+        with contextlib.ExitStack() as stack:
+            yield self._ask(lambda backend: stack.enter_context(begin(backend)))
+
+    def track(
+        self,
+        *,
+        live: str | os.PathLike[str] | None = None,
+        intent: str = "region",
+        region_size: SupportsIndex | None = None,
+        save_interval: float = 60.0,
+        store: str | os.PathLike[str] | None = None,
+    ) -> Tracker:
+        """Begins to track writes to the image: no other process changes its bitmaps until the tracker is closed.
+
+        What an earlier tracker has left when it died is recovered first. Of a device: its root node is tracked with it,
+        and the tracker's acts are about the device's bitmaps.
+
+        Args:
+            live: the folder for live files; on a tmpfs, or they do not survive what they are for at the speed they
+                have. None, as a rule: ``$DIRTMAP_LIVE``, else ``/dev/shm``.
+            intent: ``"region"``, as a rule: after a power loss dirty is what was saved and the regions of the disk
+                written to since; ``"off"``: all, and no write waits for a log.
+            region_size: bytes of each such region, a power of two from 1 MiB. None, as a rule: the smallest that
+                divides the disk into 2048 regions at most.
+            save_interval: seconds between saves; 0 for none but those asked for.
+            store: of a qcow2 image only: the store that remembers the image's place, and keeps its bitmaps meanwhile.
+                None, as a rule: the one that knows the image, else the default store.
+
+        Raises:
+            TypeError: an option is of another type.
+            LockedError: the image is tracked, or in use, already; names by whom.
+            BitmapError: the image has no name or identity, or its size has changed; or an option has no such value.
+            StorageError: there is no room for the live files or the log.
+        """
+        from dirtmap.engine.tracking.options import Options
+        from dirtmap.engine.tracking.tracker import Tracker
+
+        options = Options(live=live, intent=intent, region_size=region_size, save_interval=save_interval)
+        return self.track_with(Tracking(options, None if store is None else os.fspath(store), Tracker))
+
+    def track_with(self, tracking: Tracking) -> Tracker:
+        """Begins to track; see `Kind.track`."""
+        if self._now.tracking():  # it has died, or settling refuses
+            self._now.settle()
+            self._open_anew()
+        return self._kind.track(self._host, self._now, tracking)
+
+    def recover_dead(self) -> None:
+        """Recovers what a tracker that died has left, if any; see `TrackedRoot`."""
+        if (session := self._now.tracking()) is None:
+            return
+        if session.alive:
+            where = f"{self.path}: node '{self.name}'"
+            raise LockedError(where, f"tracked by {session.tracker}; ask it, or end it first")
+        self._now.settle()
+        self._open_anew()
+
+    def close(self) -> None:
+        """Closes it; a tracker that it began goes on."""
+        self._backend = None
+        self._stack.close()
+        self._closing.close()
+
+    def __repr__(self) -> str:
+        return f"<Handle of {self._address}>"

@@ -1,0 +1,513 @@
+"""`Host`: the images, stores and names of a machine, as a default store and an index tell of them.
+
+A host is a value: a command or a program makes one, asks it for whatever it needs, and closes it.
+
+"disk.qcow2", "file:a b"      a path: a qcow2 image, or a whole store
+"drive0", "node:drive0"       a node or device, wherever its container is; see `dirtmap.engine.host.resolver`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import uuid as uuids
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Self
+
+from dirtmap.engine.host.defaults import default_index, default_store
+from dirtmap.engine.host.handle import Handle
+from dirtmap.engine.host.kind import Address, Kind
+from dirtmap.engine.host.kinds import KINDS
+from dirtmap.engine.system.file import open_file
+from dirtmap.engine.system.probe import index_folder
+from dirtmap.fmt.errors import (
+    BitmapError,
+    BitmapNotFoundError,
+    Error,
+    FormatError,
+    StorageError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from dirtmap.engine.host.registry import Registry
+    from dirtmap.engine.host.resolver import BitmapMatch, Resolver
+    from dirtmap.engine.host.stores import Stores
+    from dirtmap.engine.model.infos import ImageInfo, Recovery
+    from dirtmap.engine.model.report import CheckReport
+    from dirtmap.engine.model.transaction import Transaction
+    from dirtmap.engine.namespaces.compact import Compaction
+    from dirtmap.engine.namespaces.devices import Device
+    from dirtmap.engine.namespaces.nodes import Node
+    from dirtmap.engine.namespaces.place import Place
+    from dirtmap.engine.storefile.file import Store
+
+Target = str | os.PathLike[str] | Address
+
+
+class Host:
+    """What a default store and an index tell of a machine's images. Use it as a context manager.
+
+    Stores that it has opened stay open until it is closed, and are believed while their header copies are the same: the
+    second act on a node opens nothing. Threads may share it.
+
+    Args:
+        store: the default store, which knows the others; the user's normal one where None. It need not exist.
+        index: path of the index; the user's normal one where None. It is made on first need.
+        kinds: of containers.
+
+    Attributes:
+        kinds: as given.
+    """
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str] | None = None,
+        index: str | os.PathLike[str] | None = None,
+        *,
+        kinds: tuple[Kind, ...] = KINDS,
+    ) -> None:
+        self.kinds = kinds
+        chosen = None if index is None else os.fspath(index)
+        self.store = default_store(chosen) if store is None else os.fspath(store)
+        # Absolute: the process may change its folder before they are needed.
+        self._index = os.path.abspath(default_index(chosen))
+        self._normal = os.path.abspath(default_store(self._index))
+        self.home = os.path.abspath(self.store)
+        self._parts: tuple[Stores, Resolver, Registry] | None = None
+        self._guard = threading.Lock()
+
+    @classmethod
+    def default(cls) -> Self:
+        """The host as the user's normal default store and index tell of it."""
+        return cls()
+
+    def _made(self) -> tuple[Stores, Resolver, Registry]:
+        """What is behind it, made when it is needed: whoever uses paths alone needs none of it."""
+        with self._guard:
+            if self._parts is not None:
+                return self._parts
+            from dirtmap.engine.host.registry import Registry
+            from dirtmap.engine.host.resolver import Resolver
+            from dirtmap.engine.host.stores import Stores
+
+            fallback = None
+            if self._normal != self.home:
+                fallback = Stores(self._normal, self._normal, self._index, self.kinds)
+            stores = Stores(self.home, self.store, self._index, self.kinds, fallback)
+            names = Resolver(stores, self.kinds)
+            self._parts = stores, names, Registry(stores, names, self)
+            return self._parts
+
+    @property
+    def stores(self) -> Stores:
+        """The containers that the default store knows."""
+        return self._made()[0]
+
+    @property
+    def names(self) -> Resolver:
+        """What names mean."""
+        return self._made()[1]
+
+    @property
+    def registry(self) -> Registry:
+        """The nodes and devices, to be changed."""
+        return self._made()[2]
+
+    @property
+    def exists(self) -> bool:
+        """True where there is a default store: the one that was chosen, or the user's normal one."""
+        return os.path.exists(self.home) or os.path.exists(self._normal)
+
+    def close(self) -> None:
+        """Closes the stores that are open; it may be used again."""
+        if self._parts is not None:
+            self._parts[0].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Host of {self.store!r}>"
+
+    # Images.
+
+    def locate(self, target: Target) -> Address:
+        """Finds out what a target means, without opening it.
+
+        Args:
+            target: a path, a node's name or a device's; ``file:``, ``node:`` or ``device:`` in front says which.
+
+        Raises:
+            BitmapError: it could be either; or the name is not unique.
+            BitmapNotFoundError: neither a file nor a name.
+            StorageError: not a file, and there is no store to look names up in.
+        """
+        if isinstance(target, Address):
+            return target
+        text = os.fspath(target)
+        if text.startswith("file:"):
+            return Address(text.removeprefix("file:"))
+        kind = next((kind for kind in ("node", "device") if text.startswith(f"{kind}:")), None)
+        is_file = kind is None and os.path.lexists(text)
+        if is_file and ("/" in text or "." in text or not os.path.exists(self.home)):
+            return Address(text)
+        if not os.path.exists(self.home):
+            what = "" if kind else "no such file, and "
+            what = f"{what}no store at {self.store} to look the {kind or 'name'} up in; 'index scan' makes one"
+            raise StorageError(text, what)
+        found = self.names.resolve(text.removeprefix(f"{kind}:"))
+        if found is not None and kind is not None and (kind == "device") != found.is_device:
+            found = None
+        if is_file and found:
+            what = f"both a file and a {found.what} of {found.store}: say file:{text} or {found.what}:{text}"
+            raise BitmapError(text, what)
+        if is_file:
+            return Address(text)
+        if found is None:
+            what = f"no {kind} of {self.store}" if kind else f"neither a file nor a node or device of {self.store}"
+            raise BitmapNotFoundError(text, what)
+        return Address(found.container, found.name if found.in_store else None, found.is_device)
+
+    def kind_of(self, path: str) -> Kind | None:
+        """The kind of the container at a path; None where it is none.
+
+        Raises:
+            StorageError: it cannot be opened or read.
+        """
+        where = self.home if path == self.store else None  # the process may have changed its folder
+        with open_file(path, abspath=where) as file:
+            return next((kind for kind in self.kinds if kind.probe(file)), None)
+
+    def _kind(self, path: str) -> Kind:
+        # What is no container at all is refused by the kind that most files are.
+        return self.kind_of(path) or self.kinds[0]
+
+    def require_format(self, target: Target, wanted: str) -> None:
+        """Holds a user's ``-f`` against what the container is.
+
+        Raises:
+            FormatError: it is something else.
+        """
+        path = self.locate(target).path
+        kind = self.kind_of(path)
+        if kind is None or kind.name != wanted:
+            raise FormatError(path, f"not of format {wanted}")
+
+    def open(
+        self, target: Target, *, force_share: bool = False, closing: Callable[[], object] = lambda: None
+    ) -> Handle:
+        """Opens the bitmaps of an image.
+
+        Args:
+            target: a path, a node's name or a device's.
+            force_share: read a qcow2 image although another process writes to it; what it has in memory is not seen.
+            closing: called when the handle is closed.
+
+        Raises:
+            FormatError: neither a qcow2 image nor in a store, one that QEMU would refuse, or one that is unsafe to use.
+            BitmapError: no such node or device, the target is ambiguous, or a copy of something else.
+            LockedError: open for writing elsewhere.
+            StorageError: cannot be opened or read.
+        """
+        address = self.locate(target)
+        return Handle(self, self._kind(address.path), address, force_share=force_share, closing=closing)
+
+    def describe(self, target: Target, *, force_share: bool = False) -> ImageInfo:
+        """An image and all its bitmaps without their bits, as of one moment; a store's path stands for all it holds.
+
+        Arguments and errors as `open`.
+        """
+        address = self.locate(target)
+        return self._kind(address.path).describe(self, address, force_share=force_share)
+
+    @contextlib.contextmanager
+    def transaction(self, targets: Iterable[Target]) -> Iterator[dict[Target, Transaction]]:
+        """Changes the bitmaps of several targets in one commit of the container that holds them all.
+
+        Args:
+            targets: paths or names; the same image may be named in several ways.
+
+        Yields:
+            The transaction of each target. At the end of the block all changes are durable; after an exception there
+            are none.
+
+        Raises:
+            UnsupportedError: they are in different containers, and nothing can commit two at once.
+            As `Namespace.transaction`.
+        """
+        addresses = {target: self.locate(target) for target in targets}
+        if not addresses:
+            yield {}
+            return
+        first, *others = addresses
+        path = addresses[first].path
+        for target in others:
+            if not _same_file(path, addresses[target].path):
+                what = f"in another container than '{first}', and one commit cannot span two"
+                raise UnsupportedError(str(target), what)
+        with self._kind(path).transaction(self, list(addresses.values())) as transactions:
+            yield dict(zip(addresses, transactions, strict=True))
+
+    def recover(self, target: Target, names: Iterable[str] = ()) -> list[Recovery]:
+        """Makes bitmaps usable whose bits cannot be relied on; works on images that `open` refuses for other bitmaps.
+
+        Args:
+            target: a path, a node's name or a device's.
+            names: which; none for all that need it.
+        """
+        address = self.locate(target)
+        return self._kind(address.path).recover(self, address, list(names))
+
+    def check(
+        self,
+        target: Target,
+        *,
+        repair: str | None = None,
+        force_share: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> CheckReport:
+        """Checks a container and mends it.
+
+        Args:
+            target: a path, or a name of something in the container.
+            repair: ``leaks`` or ``all``; None only checks.
+            force_share: read a qcow2 image although another process writes to it.
+            progress: called with (parts checked, parts in all).
+
+        Raises:
+            ArgumentError: ``repair`` has another value; nothing was read.
+            As `dirtmap.engine.qcow2.check.check` and `dirtmap.engine.namespaces.store_check.check`.
+        """
+        from dirtmap.engine.model.report import require_repair
+
+        require_repair(str(target), repair)
+        path = self.locate(target).path
+        kind = self._kind(path)
+        return kind.check(self, path, repair=repair, force_share=force_share, progress=progress)
+
+    def dump(self, target: Target, *, with_hex: bool = False, force_share: bool = False) -> dict[str, Any]:
+        """Every structure on disk, as far as it can be read; see `dirtmap.engine.qcow2.dump.dump`.
+
+        Args:
+            target: a path, or a name of something in the container; also the path of an index, or of its ``data.mdb``.
+            with_hex: also the bytes of each structure, in hexadecimal.
+            force_share: read a qcow2 image although another process writes to it.
+        """
+        path = self.locate(target).path
+        if folder := index_folder(path):
+            from dirtmap.engine.index.dump import dump
+
+            return dump(folder, with_hex=with_hex)
+        return self._kind(path).dump(path, with_hex=with_hex, force_share=force_share)
+
+    # Files of ours.
+
+    def compact(self, path: str) -> Compaction:
+        """Writes a store anew without the space that it does not use; see `dirtmap.engine.namespaces.compact`."""
+        from dirtmap.engine.namespaces.compact import compact
+
+        return compact(path, expect=self.expect)
+
+    def new_identity(self, path: str) -> Compaction:
+        """Makes a copied store one of its own, with other UUIDs; see `dirtmap.engine.namespaces.compact`."""
+        from dirtmap.engine.namespaces.compact import compact
+
+        with self.stores.kept(path) as target:
+            of_copy = self.stores.original_of(target) is not None
+        return compact(path, new_identity=True, of_copy=of_copy, expect=self.expect)
+
+    def make_sidecar(self, raw: str, path: str) -> None:
+        """Makes a qcow2 image whose data is a raw image; see `dirtmap.engine.qcow2.sidecar.make_sidecar`.
+
+        Raises:
+            LockedError: the raw image is tracked as a node.
+        """
+        from dirtmap.engine.qcow2.sidecar import make_sidecar
+
+        self.registry.refuse_tracked(raw)
+        make_sidecar(raw, path)
+
+    def in_lock_order(self, targets: Iterable[Target]) -> list[Target]:
+        """Targets in the order in which their transactions have to be begun, where several are open at once.
+
+        Raises:
+            As `locate`.
+        """
+        return sorted(targets, key=lambda target: not self._kind(self.locate(target).path).is_image)
+
+    # Names.
+
+    @property
+    def index_path(self) -> str:
+        """The path of the index, absolute."""
+        return self._index
+
+    def problems(self) -> list[Error]:
+        """What is wrong with stores that are there: names in them are neither found nor free."""
+        return self.stores.problems()
+
+    def keeps_bitmaps(self, path: str) -> bool:
+        """True of a file that keeps the bitmaps of its disk itself, as a qcow2 image does. Errors as `kind_of`."""
+        kind = self.kind_of(path)
+        return kind is not None and kind.is_image
+
+    def find(
+        self, bitmap: str, *, force_share: bool = False, told: Callable[[Error], object] | None = None
+    ) -> list[BitmapMatch]:
+        """Every bitmap of that name, in all containers that can be read; see `Resolver.find`."""
+        return self.names.find(bitmap, force_share=force_share, told=told)
+
+    def containers(self) -> list[str]:
+        """The paths of all containers that are known, stores first; those that are gone or damaged included."""
+        return self.stores.containers()
+
+    def nodes(self, problems: list[Error]) -> list[Node]:
+        """All nodes of all stores that can be read, by name.
+
+        Args:
+            problems: takes in why a store could not be read.
+
+        Raises:
+            FormatError: the default store is damaged.
+        """
+        from dirtmap.engine.namespaces.nodes import nodes
+
+        return sorted(self._gather(nodes, problems), key=lambda node: node.name)
+
+    def devices(self, problems: list[Error]) -> list[Device]:
+        """All devices of all stores that can be read, by name. Arguments and errors as `nodes`."""
+        from dirtmap.engine.namespaces.devices import devices
+
+        return sorted(self._gather(devices, problems), key=lambda device: device.name)
+
+    def _gather(self, read: Callable[[Store], Iterable[Any]], problems: list[Error]) -> list[Any]:
+        found: list[Any] = []
+        problems += self.stores.problems()
+        for path in self.stores.stores():
+            try:
+                with self.stores.opened(path) as opened:
+                    found += read(opened)
+            except Error as error:
+                problems.append(error)
+        return found
+
+    def name_of(self, address: Address) -> str | None:
+        """The name of the node or device at an address, as its container says it; None where it has none.
+
+        Raises:
+            StorageError: the container cannot be read.
+        """
+        return address.node if address.node is not None else self._kind(address.path).name_of(address.path)
+
+    def node_of(self, uuid: str) -> str | None:
+        """The name of the node of that UUID; None where no store of the host has it."""
+        found = self.names.by_uuid(uuids.UUID(uuid).bytes)
+        return None if found is None else found.name
+
+    def add_node(self, name: str, image: str) -> None:
+        """A node whose bitmaps the default store holds; see `dirtmap.engine.namespaces.nodes.add_node`."""
+        self.registry.add_node(name, image)
+        self._remember_chosen()
+
+    def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
+        """A node that is a qcow2 image; see `dirtmap.engine.namespaces.nodes.add_qcow2`."""
+        self.registry.add_qcow2(name, image, new_identity=new_identity)
+        self._remember_chosen()
+
+    def remove_node(self, name: str) -> None:
+        """Forgets a node; see `Registry.remove_node`."""
+        self.registry.remove_node(name)
+
+    def rename_node(self, name: str, new: str, *, with_bitmaps: bool = False) -> None:
+        """Gives a node another name; see `dirtmap.engine.namespaces.nodes.rename_node`."""
+        self.registry.rename_node(name, new, with_bitmaps=with_bitmaps)
+
+    def resize_node(self, name: str) -> int:
+        """Adopts the size that a node's image has now; see `dirtmap.engine.namespaces.nodes.resize_node`."""
+        return self.registry.resize_node(name)
+
+    def confirm_node(self, name: str) -> None:
+        """States that a node's bitmaps are right; see `dirtmap.engine.namespaces.nodes.confirm_node`."""
+        self.registry.confirm_node(name)
+
+    def add_device(self, name: str, root: str) -> None:
+        """A device on a node, in the default store; see `dirtmap.engine.namespaces.devices.add_device`."""
+        self.registry.add_device(name, root)
+        self._remember_chosen()
+
+    def set_root(self, name: str, root: str, *, content_unchanged: bool = False) -> None:
+        """Gives a device another root; see `dirtmap.engine.namespaces.devices.set_root`."""
+        self.registry.set_root(name, root, content_unchanged=content_unchanged)
+
+    def remove_device(self, name: str) -> None:
+        """Forgets a device; see `dirtmap.engine.namespaces.devices.remove_device`."""
+        self.registry.remove_device(name)
+
+    def _remember_chosen(self) -> None:
+        """Has the normal default store know a store that was chosen, so that what is in it is found without choosing.
+
+        Where that cannot be written, it stays as it is: whoever chose the store can choose it again.
+        """
+        if self.home != self._normal:
+            with contextlib.suppress(Error), Host(self._normal, self._index, kinds=self.kinds) as normal:
+                normal.registry.remember_store(self.home)
+
+    # What namespaces, kinds and trackers ask: see `dirtmap.engine.host.kind.KindPort`.
+
+    def opened(self, path: str | None = None) -> contextlib.AbstractContextManager[Store]:
+        """See `HostPort`."""
+        return self.stores.opened(path)
+
+    def watch(self, store: Store) -> None:
+        """See `HostPort`."""
+        self.stores.watch(store)
+
+    def report(self, store: Store) -> None:
+        """See `HostPort`."""
+        self.stores.report(store)
+
+    def expect(self, store: Store) -> str | None:
+        """See `KindPort`; returns where the store was when it was seen last, None where it was not."""
+        return self.stores.expect(store)
+
+    def devices_on(self, root: bytes) -> dict[str, list[bytes]]:
+        """See `HostPort`."""
+        return self.names.devices_of(root) if self.exists else {}
+
+    def place_of(self, name: str, uuid: bytes) -> Place:
+        """See `HostPort`."""
+        from dirtmap.engine.model.naming import encode_name
+        from dirtmap.engine.namespaces.place import NO_PLACE, Place
+
+        found = self.names.place_of(name, uuid) if self.exists else None
+        if found is None:
+            return NO_PLACE
+        where = self.home if found.store == self.store else found.store
+        return Place(self, where, encode_name(found.name), uuid)
+
+    def open_node(self, uuid: bytes) -> Handle | None:
+        """See `KindPort`."""
+        found = self.names.by_uuid(uuid) if self.exists else None
+        if found is None or found.is_device:
+            return None
+        handle = self.open(Address(found.store, found.name) if found.in_store else Address(found.path))
+        if handle.uuid is not None and uuids.UUID(handle.uuid).bytes == uuid:
+            return handle
+        handle.close()
+        return None
+
+    def change_root(self, device: str, root: str, content_unchanged: bool) -> None:
+        """See `KindPort`."""
+        self.set_root(device, root, content_unchanged=content_unchanged)
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError as error:
+        raise StorageError(other, error.strerror or str(error)) from error

@@ -1,0 +1,173 @@
+"""`Transaction`: a namespace's bitmaps while they are being changed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING
+
+from dirtmap.engine.model.naming import a_checkpoint, as_stored, decode_name, encode_name, label, not_found
+from dirtmap.fmt import geometry
+from dirtmap.fmt.directory import MAX_DATA_BYTES, name_fault
+from dirtmap.fmt.errors import BitmapError, Error
+
+if TYPE_CHECKING:
+    from dirtmap.engine.model.bitmap import Bitmap
+
+
+class Transaction(MutableMapping[str, "Bitmap"]):
+    """A namespace's bitmaps while they are being changed: a mapping of names to bitmaps, in the order of the directory.
+
+    A bitmap got from it is a working copy: marking it changes what will be committed. A bitmap put into it is copied.
+
+    Attributes:
+        where: the image, for messages.
+        size: of the virtual disk, bytes.
+        default_granularity: bytes; for bitmaps added without one.
+        checkpoints: the chain of `dirtmap.engine.model.checkpoints`, as it will be. Others rely on what they have: it
+            may grow, or be taken over, and nothing else.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        size: int,
+        default_granularity: int,
+        bitmaps: Mapping[str, Bitmap],
+        held: Mapping[str, str] | None = None,
+        checkpoints: Iterable[str] = (),
+    ) -> None:
+        self.where = where
+        self.size = size
+        self.default_granularity = default_granularity
+        self._bitmaps = dict(bitmaps)
+        self._held = {name: (who, self._bitmaps[name].copy()) for name, who in (held or {}).items() if name in bitmaps}
+        for name in self._held:
+            self._bitmaps[name].busy = True
+        self.checkpoints = list(checkpoints)
+        self._relied_on = {name: self._bitmaps[name].copy() for name in self.checkpoints if name in bitmaps}
+        self._open = True
+
+    def __getitem__(self, name: str) -> Bitmap:
+        self._require_open()
+        name = as_stored(self.where, name)
+        try:
+            return self._bitmaps[name]
+        except KeyError:
+            raise not_found(self.where, name) from None
+
+    def __contains__(self, name: object) -> bool:
+        self._require_open()
+        with contextlib.suppress(BitmapError):  # a name that no bitmap can have
+            return isinstance(name, str) and as_stored(self.where, name) in self._bitmaps
+        return False
+
+    def __setitem__(self, name: str, bitmap: Bitmap) -> None:
+        self._require_open()
+        from dirtmap.engine.model.bitmap import Bitmap
+
+        if not isinstance(name, str) or not isinstance(bitmap, Bitmap):
+            what = f"a name and a Bitmap are asked for, not {type(name).__name__} and {type(bitmap).__name__}"
+            raise TypeError(f"{self.where}: {what}")
+        name = decode_name(encode_name(name))  # one name has one spelling
+        self.refuse_held(name)
+        where = f"{self.where}: {label(name)}"
+        if fault := name_fault(encode_name(name)):
+            raise BitmapError(where, fault)
+        if bitmap.size != self.size:
+            what = f"made for a disk of {bitmap.size} bytes, and this one has {self.size}"
+            raise BitmapError(where, what)
+        if not geometry.is_granularity(bitmap.granularity):
+            raise BitmapError(where, f"granularity {bitmap.granularity} is not a power of two from 512 bytes to 2 GiB")
+        needed = geometry.packed_bytes(self.size, bitmap.granularity)
+        if needed > MAX_DATA_BYTES:  # refused here, before anyone asks for so many bits
+            what = f"granularity {bitmap.granularity} needs {needed} bytes of bits, more than {MAX_DATA_BYTES}"
+            raise BitmapError(where, what)
+        self._bitmaps[name] = bitmap.copy()
+        self._bitmaps[name].busy = False
+
+    def __delitem__(self, name: str) -> None:
+        self[name]
+        name = as_stored(self.where, name)
+        self.refuse_held(name)
+        if name in self._relied_on:
+            self._hand_over(name)
+        del self._bitmaps[name]
+
+    def _hand_over(self, name: str) -> None:
+        """Has the checkpoint before one that is removed take over what it has."""
+        from dirtmap.engine.model import checkpoints
+
+        heir = checkpoints.heir(self.checkpoints, name)
+        gone = self._bitmaps[name]
+        older = self._bitmaps.get(heir) if heir is not None else None
+        if heir is None or (older and not older.inconsistent and not gone.inconsistent):
+            if heir is not None and older:
+                self[heir] = checkpoints.take_over(older, gone)
+                self._relied_on[heir] = self._bitmaps[heir].copy()
+            self.checkpoints = checkpoints.without(self.checkpoints, name)
+        else:
+            self.checkpoints = checkpoints.broken(self.checkpoints, name)
+        del self._relied_on[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bitmaps)
+
+    def __len__(self) -> int:
+        return len(self._bitmaps)
+
+    def rename(self, name: str, new: str) -> None:
+        """Gives a bitmap another name, in its old place of the order.
+
+        Raises:
+            BitmapError: no such bitmap, or the new name is taken or not allowed.
+        """
+        bitmap = self[name]
+        name, new = as_stored(self.where, name), decode_name(encode_name(new))
+        self.refuse_held(name)
+        self.refuse_checkpoint(name)
+        if new in self:
+            raise BitmapError(f"{self.where}: {label(new)}", "the name is taken")
+        self[new] = bitmap
+        self._bitmaps = {new if key == name else key: value for key, value in self._bitmaps.items() if key != new}
+
+    def judge(self) -> None:
+        """Refuses to commit where the bits of a held bitmap were changed in place, or a checkpoint has lost some.
+
+        Raises:
+            BitmapError: names the bitmap, and who holds it.
+        """
+        for name, (_, bitmap) in self._held.items():
+            if self._bitmaps[name]._source is not bitmap._source:
+                self.refuse_held(name)
+        for name, before in self._relied_on.items():
+            now = self._bitmaps[name]
+            changed = now._source is None or now._source is not before._source
+            if now.recording != before.recording or (changed and not before.inconsistent and (before - now).count):
+                self.refuse_checkpoint(name)
+
+    def refuse_checkpoint(self, name: str) -> None:
+        """Refuses a checkpoint.
+
+        Raises:
+            BitmapError: names it.
+        """
+        if name in self._relied_on:
+            raise a_checkpoint(self.where, name)
+
+    def refuse_held(self, name: str) -> None:
+        """Refuses a bitmap that is held.
+
+        Raises:
+            BitmapError: names it and who holds it.
+        """
+        if name in self._held:
+            raise BitmapError(f"{self.where}: {label(name)}", f"busy: held by {self._held[name][0]}")
+
+    def close(self) -> None:
+        """Ends it: nothing got from it afterwards would be committed."""
+        self._open = False
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise Error(self.where, "the transaction has ended")

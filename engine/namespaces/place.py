@@ -1,0 +1,206 @@
+"""What a store remembers about bitmaps beside their bits: holds, and the place of a qcow2 image."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from dirtmap.engine.identity import identity_of_disk, is_twin, lasting_identity
+from dirtmap.engine.model.naming import decode_name, encode_name
+from dirtmap.engine.namespaces import devices
+from dirtmap.engine.namespaces.condition import refuse_tracked
+from dirtmap.engine.storefile import holds
+from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
+from dirtmap.engine.storefile.directory import no_namespace
+from dirtmap.engine.storefile.holds import held_by
+from dirtmap.engine.system import order
+from dirtmap.engine.system.file import is_same_file
+from dirtmap.fmt.errors import BitmapError, StorageError, printable
+from dirtmap.fmt.store import Identity, Record
+
+if TYPE_CHECKING:
+    from dirtmap.engine.namespaces.ports import HostPort
+    from dirtmap.engine.storefile.file import Store
+
+
+@contextlib.contextmanager
+def holding(target: Store, node: bytes, name: str, owner: str) -> Iterator[None]:
+    """A hold on a bitmap, in the record of its namespace, for the time of the block; see `Namespace.hold`."""
+    taken = holds.hold(encode_name(name), owner)
+
+    def change_holds(add: bool) -> None:
+        with target.change() as change:
+            record = change.table.get(node)
+            if record is None:
+                if add:
+                    raise no_namespace(target.path, node)
+                return  # and with it the hold
+            if add:
+                refuse_tracked(target.path, record)  # its tracker takes bitmaps for backups
+            others = [found for found in holds.living(record) if found.token != taken.token]
+            change.table.put(holds.with_holds(record, [*others, taken] if add else others))
+
+    change_holds(True)
+    try:
+        yield
+    finally:
+        change_holds(False)
+
+
+class Place:
+    """What a store remembers about a qcow2 image that has a name: where it is, its holds and its checkpoints.
+
+    Args:
+        host: opens the store.
+        store: the path of the store that has the record; None where no store of the host has one.
+        name: of the record, raw bytes: the node's name, or the one before where a rename was killed halfway.
+        uuid: of the image's namespace, 16 bytes.
+    """
+
+    def __init__(self, host: HostPort, store: str, name: bytes, uuid: bytes) -> None:
+        self._host, self._name, self._uuid = host, name, uuid
+        self.store: str | None = store
+
+    @property
+    def node(self) -> str:
+        """The node's name as the record has it."""
+        return decode_name(self._name)
+
+    def _record(self) -> Record | None:
+        with self._host.opened(self.store) as target:
+            record = target.record(self._name)
+        return record if record is not None and record.uuid == self._uuid else None
+
+    def held(self) -> dict[str, str]:
+        """Which bitmaps are held, and by whom."""
+        record = self._record()
+        return held_by(record) if record else {}
+
+    def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
+        """The chain of its checkpoints; see `dirtmap.engine.storefile.chain.checkpoints_of`."""
+        record = self._record()
+        return checkpoints_of(f"{self.store}: {record.label}", record, recording) if record else []
+
+    def keep_checkpoints(self, chain: list[str]) -> None:
+        """Remembers another chain: now, or once this thread holds no store."""
+
+        def keep() -> None:
+            with self._host.opened(self.store) as target, target.change() as change:
+                record = change.table.get(self._name)
+                same = record is not None and record.uuid == self._uuid
+                if record and same and (kept := with_checkpoints(record, chain)) != record:
+                    change.table.put(kept)
+
+        order.after_stores(keep)
+
+    @contextlib.contextmanager
+    def changing(self, path: str) -> Iterator[None]:
+        """Around a change of the image's metadata, which leaves the guest's data alone: devices on it stay right.
+
+        Args:
+            path: of the image, absolute.
+        """
+        on_it = self._host.devices_on(self._uuid)
+        before = _look(path) if on_it else None
+        try:
+            yield
+        finally:
+            if before is not None and (after := _look(path, lasting=True)) is not None and after != before:
+
+                def confirm() -> None:
+                    for where, names in on_it.items():
+                        with self._host.opened(where) as target:
+                            devices.confirm_roots(target, names, before, after)
+
+                order.after_stores(confirm)
+
+    @contextlib.contextmanager
+    def hold(self, where: str, name: str, owner: str) -> Iterator[None]:
+        """Holds a bitmap for the time of the block.
+
+        Args:
+            where: how messages name the bitmap.
+            name: of the bitmap.
+            owner: what others are told who ask.
+
+        Raises:
+            BitmapError: there is no place to remember that.
+        """
+        with self._host.opened(self.store) as target, holding(target, self._name, name, owner):
+            yield
+
+    # Which file is meant.
+
+    def refuse_twin(self, path: str) -> None:
+        """Refuses a file that carries the identity of another one, which is the image that is remembered.
+
+        Raises:
+            BitmapError: names the original, and what to do.
+        """
+        if (record := self._record()) and is_twin(record, path):
+            original = os.fsdecode(record.path)
+            what = f"a copy of {original}, with its identity; 'node add --new-identity' gives it one of its own"
+            raise BitmapError(path, what)
+
+    def is_checked_out(self, path: str) -> bool:
+        """True where a tracker has the image's bitmaps, or had them when it died; not for a copy of the file."""
+        record = self._record()
+        return record is not None and record.tracked and is_same_file(path, record.path)
+
+    def refuse_moved(self, path: str) -> None:
+        """Refuses an image that was moved while its bitmaps were checked out, until its place is known again.
+
+        Raises:
+            BitmapError: says what makes it known.
+        """
+        record = self._record()
+        if record and record.tracked and not is_same_file(path, record.path) and not is_twin(record, path):
+            node = f"node '{printable(self.node)}'"
+            what = f"{node}, moved while a tracker had its bitmaps; 'index scan' finds it, then recover it"
+            raise BitmapError(path, what)
+
+
+class _NoPlace(Place):
+    """The place of an image that no store knows: nothing is remembered."""
+
+    def __init__(self) -> None:
+        self.store = None
+
+    def held(self) -> dict[str, str]:
+        return {}
+
+    def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
+        return []
+
+    def keep_checkpoints(self, chain: list[str]) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def changing(self, path: str) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def hold(self, where: str, name: str, owner: str) -> Iterator[None]:
+        raise BitmapError(where, "only bitmaps of an image with a name can be held; 'node add' gives it one")
+        yield
+
+    def refuse_twin(self, path: str) -> None:
+        pass
+
+    def is_checked_out(self, path: str) -> bool:
+        return False
+
+    def refuse_moved(self, path: str) -> None:
+        pass
+
+
+NO_PLACE = _NoPlace()
+
+
+def _look(path: str, *, lasting: bool = False) -> Identity | None:
+    """What an image looks like as a guest reads it; None where it cannot be looked at."""
+    with contextlib.suppress(StorageError):
+        return lasting_identity(path, of_disk=True) if lasting else identity_of_disk(path)
+    return None

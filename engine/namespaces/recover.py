@@ -1,0 +1,141 @@
+"""Recovers the bitmaps of namespaces in a store whose tracker died, or that cannot be relied on."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+from dirtmap.engine.identity import lasting_identity_now
+from dirtmap.engine.model.infos import LEFT_IN_USE, Recovery
+from dirtmap.engine.model.naming import decode_name, not_found
+from dirtmap.engine.namespaces.changing import changing
+from dirtmap.engine.namespaces.condition import (
+    doubts,
+    refuse_held,
+    refuse_tracked,
+    refuse_unsettled,
+    rewrite,
+    size_now,
+    tracked_view,
+)
+from dirtmap.engine.namespaces.ports import HostPort
+from dirtmap.engine.session.peers import path_of, unsettled
+from dirtmap.engine.storefile.directory import is_readable, no_namespace, read_entries
+from dirtmap.engine.storefile.file import Change, Store
+from dirtmap.engine.storefile.session import peer_of
+from dirtmap.fmt import store
+from dirtmap.fmt.errors import Error
+from dirtmap.fmt.live import Peer
+from dirtmap.fmt.store import Identity, Record
+
+
+def recover_record(change: Change, record: Record, names: list[str]) -> list[Recovery]:
+    """Recovers a namespace whose directory is whole: the bitmaps named, or all; see `Namespace.recover`."""
+    if size_now(record) != record.size:
+        return _recover_resized(change, record, names)
+    recovered = []
+    entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
+    doubt, view = doubts(change.snapshot, record), tracked_view(change.snapshot, record)
+    with changing(change, record) as bitmaps:
+        for name in names or list(bitmaps):
+            bitmap = bitmaps[name]
+            why = doubt
+            if why is None and bitmap.inconsistent:
+                why = LEFT_IN_USE
+            if why is None and not is_readable(change.snapshot, record, entries[name]):
+                why = "the checksum of its bits is wrong"
+            if why is not None:
+                bitmaps[name] = bitmap.recovered()
+                recovered.append(Recovery(name, f"all dirty: {why}"))
+            elif view:
+                recovered.append(Recovery(name, view.how))
+    return recovered
+
+
+def _recover_resized(change: Change, record: Record, names: list[str]) -> list[Recovery]:
+    """Recovers a namespace whose disk has another size now, which is adopted with it: all its bitmaps, all dirty."""
+    path = change.snapshot.file.path
+    refuse_tracked(path, record)
+    refuse_unsettled(change.snapshot, record)
+    refuse_held(path, record)
+    found = [decode_name(entry.name) for entry in read_entries(change.snapshot, record)]
+    for name in names:
+        if name not in found:
+            raise not_found(f"{path}: {record.label}", name)
+    identity, size = lasting_identity_now(record), size_now(record)
+    rewrite(change, record, replace(record, size=size, identity=identity), doubted=True)
+    return [Recovery(name, f"all dirty: the disk has {size} bytes now, and had {record.size}") for name in found]
+
+
+def settle_device(host: HostPort, target: Store, name: bytes) -> None:
+    """Recovers the device that was tracked with a node, where that is still to be done, before the node itself is.
+
+    One tracker's session is in two records, the device's and its root node's. The device ends its session first: see
+    `dirtmap.engine.session.peers`. A device has no device of its own, so this is one step and no recursion.
+
+    Args:
+        host: opens the store of the device.
+        target: the store that has the node's session.
+        name: of the node, raw bytes. A namespace without such a session is left alone.
+
+    Raises:
+        LockedError: the tracker lives.
+        FormatError: the device's directory is damaged; the device has to be recovered by its own name.
+        BitmapError: the device's root has another size now.
+    """
+    record = target.record(name)
+    peer = unsettled(target.abspath, record) if record is not None and record.tracked else None
+    if record is None or peer is None:
+        return
+    refuse_tracked(target.path, record)
+    if peer.store:
+        with host.opened(path_of(target.abspath, peer)) as other:
+            settle(other, peer.name)
+    else:
+        settle(target, peer.name)
+
+
+def settle(target: Store, name: bytes) -> None:
+    """Recovers all bitmaps of one namespace in a commit; see `recover_record`.
+
+    Raises:
+        BitmapError: there is no such namespace.
+        As `recover_record`.
+    """
+    with target.change() as change:
+        record = change.table.get(name)
+        if record is None:
+            raise no_namespace(target.path, name)
+        recover_record(change, record, [])
+
+
+def confirm(host: HostPort, change: Change, root: Record, before: Identity | None, after: Identity | None) -> None:
+    """Takes note that a check-in has changed the root's image, and not what a guest reads: its device stays right.
+
+    Where that fails, or a crash comes first, the device is all dirty.
+
+    Args:
+        host: opens the store of the device.
+        change: of the store that has the root.
+        root: its record, with the session.
+        before: what the image looked like before; None where it could not be looked at.
+        after: and behind it.
+    """
+    if before and after and (peer := peer_of(root)):
+        if not peer.store:
+            _confirm(change, peer, before, after)
+            return
+        with (
+            contextlib.suppress(Error),
+            host.opened(path_of(change.snapshot.file.abspath, peer)) as other,
+            other.change() as there,
+        ):
+            _confirm(there, peer, before, after)
+
+
+def _confirm(change: Change, peer: Peer, before: Identity, after: Identity) -> None:
+    record = change.table.get(peer.name)
+    ended = record is not None and not record.tracked
+    same = record is not None and record.uuid == peer.uuid and record.kind == store.KIND_DEVICE
+    if record and ended and same and record.identity == before:
+        change.table.put(replace(record, identity=after))

@@ -1,0 +1,185 @@
+"""Reads a qcow2 image's bitmaps under QEMU's locks: what it says about itself, and a bitmap's bits."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from dirtmap.engine.model.infos import BitmapInfo, ImageInfo
+from dirtmap.engine.model.naming import decode_name
+from dirtmap.engine.qcow2.datafile import misfit
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
+from dirtmap.engine.system import locks
+from dirtmap.engine.system.file import File, open_file
+from dirtmap.fmt import directory, geometry, qcow2
+from dirtmap.fmt.errors import FormatError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+T = TypeVar("T")
+
+
+FORMAT = "qcow2"
+
+
+# With -U the image may change while it is read; a second look tells a torn read from damage.
+_SHARED_ATTEMPTS = 5
+
+
+def read_session(file: File, read: Callable[[Layout], T], *, force_share: bool = False) -> T:
+    """Runs ``read`` on the image's metadata, under the reader's lock, once it was found sound.
+
+    Raises:
+        LockedError: open for writing elsewhere, and not ``force_share``.
+        FormatError: QEMU would refuse the image, or it is unsafe to use.
+    """
+    for attempt in range(_SHARED_ATTEMPTS):
+        try:
+            with locks.reading(file, force_share=force_share):
+                layout = read_layout(file)
+                layout.require_sound()
+                return read(layout)
+        except FormatError:
+            if not force_share or attempt + 1 == _SHARED_ATTEMPTS:
+                raise
+    raise AssertionError("unreachable")
+
+
+def describe(file: File, *, force_share: bool = False) -> ImageInfo:
+    """The image and all its bitmaps, in one session; without numpy. Errors as `read_session`."""
+    return read_session(file, lambda layout: describe_layout(file, layout), force_share=force_share)
+
+
+def describe_layout(file: File, layout: Layout) -> ImageInfo:
+    """As `describe`, of metadata that was read already."""
+    notes = []
+    if layout.extension and not layout.valid:
+        notes.append("its bitmaps are void: software that does not know them has changed the image")
+    if layout.tracked:
+        notes.append("tracked, with its bitmaps in another store; say which with --store")
+    if resized := misfit(layout):
+        notes.append(resized)
+    return ImageInfo(
+        path=file.path,
+        format=FORMAT,
+        size=layout.header.size,
+        cluster_size=layout.cluster_size,
+        bitmaps=tuple(
+            BitmapInfo(
+                name=decode_name(slot.entry.name),
+                granularity=slot.entry.granularity,
+                recording=slot.entry.auto,
+                inconsistent=slot.entry.in_use,
+                busy=False,
+                count=None if slot.entry.in_use else count_dirty(file, layout, slot) * slot.entry.granularity,
+            )
+            for slot in layout.slots
+        ),
+        notes=tuple(notes),
+        node=None if layout.name is None else decode_name(layout.name),
+        uuid=None if layout.uuid is None else str(uuid.UUID(bytes=layout.uuid)),
+    )
+
+
+def count_dirty(file: File, layout: Layout, slot: Slot) -> int:
+    """How many bits of a bitmap are set, read cluster by cluster.
+
+    Counted with plain integers: importing numpy would take longer than `list` needs for all else together.
+    """
+    cluster = layout.cluster_size
+    left = geometry.granules(layout.header.size, slot.entry.granularity)
+    count = 0
+    for raw in directory.parse_table(slot.table or b""):
+        bits = min(left, cluster * 8)
+        left -= bits
+        if raw == directory.TABLE_ALL_ONES:
+            count += bits
+        elif raw:
+            data = file.read_exactly(raw, geometry.ceil_div(bits, 8))
+            value = int.from_bytes(data, "little")
+            count += (value & ((1 << bits) - 1) if bits % 8 else value).bit_count()
+    return count
+
+
+def load(file: File, layout: Layout, slot: Slot) -> NDArray[np.uint64]:
+    """A bitmap's bits as words: uint64, shape (ceil(granules / 64),), tail bits zero.
+
+    table      |  0  |  A  | A+1 | A+2 |  1  |  B  |
+    buffer     | 00  |   one read      | ff  | read|      neighbouring clusters are read together
+    """
+    import numpy as np
+
+    from dirtmap.engine.model import bits
+
+    cluster = layout.cluster_size
+    nbits = geometry.granules(layout.header.size, slot.entry.granularity)
+    size = geometry.ceil_div(nbits, 8)
+    words = np.zeros(geometry.ceil_div(nbits, 64), "<u8")
+    octets = words.view(np.uint8)
+    buffer = octets.data[:size]
+    run: tuple[int, int, int] | None = None  # from byte, to byte of the buffer; offset in the file
+
+    def read_run() -> None:
+        if run:
+            file.read_into(run[2], buffer[run[0] : run[1]])
+
+    for index, raw in enumerate(directory.parse_table(slot.table or b"")):
+        first, last = index * cluster, min((index + 1) * cluster, size)
+        if raw == directory.TABLE_ALL_ONES:
+            octets[first:last] = 0xFF
+        elif raw and run and run[1] == first and run[2] + run[1] - run[0] == raw:
+            run = (run[0], last, run[2])
+        elif raw:
+            read_run()
+            run = (first, last, raw)
+    read_run()
+    bits.mask_tail(words, nbits)
+    return words
+
+
+@contextlib.contextmanager
+def write_session(path: str, abspath: str | None = None) -> Iterator[tuple[File, Layout]]:
+    """Opens an image for writing, under QEMU's locks for a writer until the block ends.
+
+    Args:
+        path: of the image, for messages.
+        abspath: its absolute path, where the process may have changed its folder since; see `open_file`.
+
+    Yields:
+        The file, and its metadata as read under the locks; faults in it are for the caller to judge.
+
+    Raises:
+        LockedError: another process has the image open.
+        StorageError, UnsupportedError: it cannot be opened or written to.
+    """
+    with open_file(path, writable=True, abspath=abspath) as file, locks.writing(file):
+        yield file, read_layout(file)
+
+
+def read_identity(path: str) -> tuple[str, str] | None:
+    """An image's node name and UUID, damaged as it may be otherwise; None where it has no identity.
+
+    Raises:
+        LockedError, StorageError: as for any reading.
+    """
+    with open_file(path) as file, locks.reading(file, force_share=True):
+        layout = read_head(file)
+        if layout.name is None or layout.uuid is None or len(layout.uuid) < qcow2.NAMESPACE_EXTENSION_SIZE:
+            return None
+        return decode_name(layout.name), str(uuid.UUID(bytes=layout.uuid))
+
+
+def require_header(path: str) -> None:
+    """Refuses what has no qcow2 header that can be relied on.
+
+    Raises:
+        FormatError: names the field.
+        StorageError: as for any reading.
+    """
+    with open_file(path) as file, locks.reading(file, force_share=True):
+        read_head(file).require_sound()

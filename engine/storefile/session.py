@@ -1,0 +1,55 @@
+"""The session of a tracker as a namespace's record and its directory entries say it: session, peer, windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dirtmap.fmt import live, store
+from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.live import Peer
+from dirtmap.fmt.store import Record
+from dirtmap.fmt.structures.live import WINDOW, parse_peer, parse_session
+
+
+def session_of(record: Record) -> live.Session | None:
+    """The session in a record, or None. One that makes no sense counts as one of which nothing is left."""
+    data = record.extension(store.EXTENSION_SESSION)
+    if data is None:
+        return None
+    try:
+        return parse_session(data)
+    except ValueError:
+        return live.NO_SESSION
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The intervals that a bitmap records: ``began`` and all up to, and without, ``ended``; ``busy``: taken."""
+
+    began: int
+    ended: int = live.OPEN
+    busy: bool = False
+
+    def build(self) -> bytes:
+        """Its bytes."""
+        return WINDOW.build(began=self.began, ended=self.ended, flags=int(self.busy), reserved=0)
+
+
+def window_of(entry: Entry) -> Window | None:
+    """The window of a bitmap in a session; None where it records nothing in it."""
+    data = entry.extra_data[store.BITS_CHECKSUM_SIZE :]
+    if len(data) < WINDOW.size:
+        return None
+    raw = WINDOW.parse(data)
+    return Window(raw.began, raw.ended, bool(raw.flags & live.WINDOW_BUSY))
+
+
+def peer_of(record: Record) -> Peer | None:
+    """The other namespace of a record's session; None where there is none, or none that makes sense."""
+    data = record.extension(store.EXTENSION_PEER)
+    if data is None:
+        return None
+    try:
+        return parse_peer(data)
+    except ValueError:
+        return None

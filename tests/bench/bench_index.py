@@ -1,0 +1,209 @@
+"""How fast names are resolved and hosts scanned: `make bench`.
+
+What a benchmark is compared with runs just before each of its rounds; the ratios of the medians go to the terminal and
+into ``extra_info``: how many times as long ours takes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sqlite3
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import qemu
+
+from dirtmap.engine.host.host import Host
+from dirtmap.engine.host.lookup import Lookup
+from dirtmap.engine.host.scan import scan
+from dirtmap.engine.identity import identity_of
+from dirtmap.engine.model import changes
+from dirtmap.engine.namespaces.changing import transaction
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.fmt import index as layout
+from dirtmap.fmt import store
+
+NODES, BITMAPS = 10_000, 100
+IMAGES = 10_000
+QUESTIONS = 2000
+
+
+@pytest.fixture
+def against(benchmark: Any, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Measures a call against others, and reports how many times as long it takes, for each of ``calls`` in it.
+
+    ``each`` has the calls of others, where that is another number.
+    """
+
+    def measure(
+        ours: Callable[[], Any],
+        *,
+        calls: int,
+        rounds: int,
+        each: dict[str, int] | None = None,
+        **others: Callable[[], Any],
+    ) -> None:
+        taken: dict[str, list[float]] = {name: [] for name in others}
+
+        def call_others() -> None:
+            for name, call in others.items():
+                start = time.perf_counter()
+                call()
+                taken[name].append(time.perf_counter() - start)
+
+        benchmark.pedantic(ours, setup=call_others, rounds=rounds, warmup_rounds=1)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        mine = benchmark.stats.stats.median / calls
+        said = f"\n{request.node.name}: {mine * 1e6:.2f} us"
+        for name, times in taken.items():
+            other = statistics.median(times[1:]) / (each or {}).get(name, calls)
+            benchmark.extra_info[f"times {name}"] = round(mine / other, 2)
+            said += f"; {name}: {other * 1e6:.2f} us, ratio {mine / other:.2f}"
+        with capsys.disabled():
+            print(said)
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def million(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """A host with a million bitmaps: a store of 10,000 nodes with 100 each."""
+    folder = tmp_path_factory.mktemp("million")
+    image = folder / "image"
+    image.touch()
+    os.truncate(image, 1 << 30)
+    path = str(folder / "store")
+    create(path)
+    identity = identity_of(str(image))
+    with Store(path) as target:
+        with target.change() as change:
+            for number in range(NODES):
+                change.table.put(
+                    store.Record(
+                        name=b"node%05d" % number,
+                        kind=store.KIND_NODE,
+                        uuid=random.randbytes(16),
+                        size=1 << 30,
+                        path=os.fsencode(image),
+                        identity=identity,
+                    )
+                )
+        with transaction(target) as namespaces:
+            for number in range(NODES):
+                for bitmap in range(BITMAPS):
+                    changes.add(namespaces[f"node{number:05}"], f"bitmap{bitmap:02}", 1 << 20)
+    host = Host(path, str(folder / "index"))
+    host.stores()
+    yield host
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def questions() -> list[tuple[str, str]]:
+    rng = random.Random(1)
+    return [(f"node{rng.randrange(NODES):05}", f"bitmap{rng.randrange(BITMAPS):02}") for _ in range(QUESTIONS)]
+
+
+def peers(host: Host, questions: list[tuple[str, str]], folder: Path) -> dict[str, Callable[[], Any]]:
+    """A bare get of the same entries, each in a transaction of its own; and sqlite with the same addresses."""
+    environment = host.stores.index.database._env
+    keys = [layout.bitmap_key(layout.named(node.encode()), name.encode()) for node, name in questions]
+    base = sqlite3.connect(folder / "peer.sqlite")
+    base.execute("create table bitmaps (node text, name text, place blob, primary key (node, name)) without rowid")
+    rows = ((f"node{node:05}", f"bitmap{name:02}", bytes(32)) for node in range(NODES) for name in range(BITMAPS))
+    base.executemany("insert into bitmaps values (?, ?, ?)", rows)
+    base.commit()
+
+    def bare() -> None:
+        for key in keys:
+            with environment.begin() as txn:
+                txn.get(key)
+
+    def sqlite() -> None:
+        for question in questions:
+            base.execute("select place from bitmaps where node = ? and name = ?", question).fetchone()
+
+    return {"lmdb": bare, "sqlite": sqlite}
+
+
+def test_the_index_answers(
+    against: Callable[..., None], million: Host, questions: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    """Aim: at most 2.5 times as long as a bare get of LMDB."""
+    index = million.index
+
+    def ours() -> None:
+        for node, name in questions:
+            index.bitmap(node, name)
+
+    assert all(len(index.bitmap(*question)) == 1 for question in questions)
+    against(ours, calls=QUESTIONS, rounds=21, **peers(million, questions, tmp_path))
+
+
+def test_an_answer_is_verified(
+    against: Callable[..., None], million: Host, questions: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    """Aim: at most 10 times as long as a bare get of LMDB."""
+    with Lookup(million) as lookup:
+        assert all(lookup.find(*question) for question in questions)
+        assert lookup.find("node00000", "nothing") is None
+
+        def ours() -> None:
+            for node, name in questions:
+                lookup.find(node, name)
+
+        against(ours, calls=QUESTIONS, rounds=21, **peers(million, questions, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of 10,000 qcow2 images with two bitmaps each."""
+    folder = tmp_path_factory.mktemp("images")
+    first = folder / "00000.qcow2"
+    qemu.create(first, 1 << 30)
+    for name in ("monday", "tuesday"):
+        subprocess.run(["qemu-img", "bitmap", "--add", first, name], check=True)
+    data = first.read_bytes()
+    for number in range(1, IMAGES):
+        (folder / f"{number:05}.qcow2").write_bytes(data)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_scan(against: Callable[..., None], images: Path, tmp_path: Path) -> None:
+    """Aim: at least 20 times as fast an image as ``qemu-img info``, which is measured on 50 of them."""
+    some = sorted(images.iterdir())[:50]
+    rounds = iter(range(100))
+
+    def info() -> None:
+        for path in some:
+            subprocess.run(["qemu-img", "info", path], check=True, stdout=subprocess.DEVNULL)
+
+    def ours() -> None:
+        number = next(rounds)
+        summary = scan(Host(str(tmp_path / f"store{number}"), str(tmp_path / f"index{number}")), [str(images)])
+        assert (summary.images, summary.bitmaps) == (IMAGES, 2 * IMAGES)
+
+    against(ours, calls=IMAGES, rounds=3, each={"qemu-img info": len(some)}, **{"qemu-img info": info})
+
+
+def test_rescan(against: Callable[..., None], images: Path, tmp_path: Path) -> None:
+    """Aim: at most a fifth of the time of a first scan."""
+    time.sleep(0.1)  # so that no image is as young as the clock's step
+    host = Host(str(tmp_path / "store"), str(tmp_path / "index"))
+    scan(host, [str(images)])
+    rounds = iter(range(100))
+
+    def first() -> None:
+        number = next(rounds)
+        scan(Host(str(tmp_path / f"store{number}"), str(tmp_path / f"index{number}")), [str(images)])
+
+    against(lambda: scan(host, [str(images)]), calls=IMAGES, rounds=3, **{"first scan": first})

@@ -1,0 +1,153 @@
+"""How a store's speed depends on how much is in it, and how fast bits come out of it: `make bench`.
+
+As in `bench_qcow2`, what a benchmark is compared with runs just before each of its rounds; the ratios of the medians go
+to the terminal and into ``extra_info``. Here they are *ours to theirs*: how many times as long ours takes.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import numpy as np
+import pytest
+from support.hostless import stored
+
+from dirtmap.engine.identity import identity_of
+from dirtmap.engine.model import changes
+from dirtmap.engine.model.bitmap import Bitmap
+from dirtmap.engine.namespaces.changing import transaction
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.fmt import geometry, store
+
+GRANULARITY = 65536
+TIB = 1 << 40
+
+
+@pytest.fixture
+def against(benchmark: Any, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Measures a call against another, and reports how many times as long it takes."""
+
+    def measure(ours: Callable[[], Any], name: str, theirs: Callable[[], Any], *, rounds: int) -> None:
+        taken: list[float] = []
+
+        def call_theirs() -> None:
+            start = time.perf_counter()
+            theirs()
+            taken.append(time.perf_counter() - start)
+
+        benchmark.pedantic(ours, setup=call_theirs, rounds=rounds, warmup_rounds=2)
+        mine, other = benchmark.stats.stats.median, statistics.median(taken[2:])
+        benchmark.extra_info[f"times {name}"] = round(mine / other, 2)
+        with capsys.disabled():
+            print(f"\n{request.node.name}: {mine * 1e3:.2f} ms; {name}: {other * 1e3:.2f} ms; ratio {mine / other:.2f}")
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A store of 10 namespaces and one of 10,000: each an image of 1 TiB with two bitmaps."""
+    folder = tmp_path_factory.mktemp("stores")
+    image = folder / "image"
+    image.touch()
+    os.truncate(image, TIB)
+    paths = []
+    for count in (10, 10_000):
+        path = str(folder / f"{count}")
+        create(path)
+        status = image.stat()
+        identity = store.Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+        with Store(path) as target:
+            # In one commit, or it would take as many syncs.
+            with target.change() as change:
+                for number in range(count):
+                    record = store.Record(
+                        name=f"node {number}".encode(),
+                        kind=store.KIND_NODE,
+                        uuid=number.to_bytes(16, "big"),
+                        size=TIB,
+                        generation=change.generation,
+                        path=os.fsencode(image),
+                        identity=identity,
+                    )
+                    change.table.put(record)
+            with transaction(target) as namespaces:
+                for number in range(count):
+                    bitmaps = namespaces[f"node {number}"]
+                    for name in ("b0", "b1"):
+                        changes.add(bitmaps, name, 1 << 28)
+                        changes.mark(bitmaps, name, [number << 20], [1 << 30])
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def marking(path: str) -> Callable[[], None]:
+    """A call that marks another granule each time, in a bitmap of another namespace."""
+    done = 0
+
+    def mark() -> None:
+        nonlocal done
+        done += 1
+        with Store(path) as target, stored(target, f"node {done % 10}").transaction() as bitmaps:
+            bitmaps["b0"].mark((4096 - done) << 28, 1)
+
+    return mark
+
+
+def test_commit_among_10_000_namespaces(against: Callable[..., None], stores: tuple[str, str]) -> None:
+    """Aim: at most 3 times as long as among 10."""
+    few, many = stores
+    against(marking(many), "among 10", marking(few), rounds=101)
+
+
+def test_read_one_bitmap_among_10_000_namespaces(against: Callable[..., None], stores: tuple[str, str]) -> None:
+    """Aim: at most 3 times as long as among 10; opening the store included."""
+
+    def reading(path: str) -> Callable[[], int]:
+        def read() -> int:
+            with Store(path) as target:
+                return stored(target, "node 7")["b1"].count
+
+        return read
+
+    few, many = stores
+    against(reading(many), "among 10", reading(few), rounds=201)
+
+
+@pytest.mark.parametrize("percent", [10])
+def test_load_16_tib(against: Callable[..., None], tmp_path: Path, percent: int) -> None:
+    """Aim: at most 1.3 times as long as reading the same bytes and computing their CRC32C."""
+    size = 16 * TIB
+    path = tmp_path / "store"
+    create(str(path))
+    random = np.random.default_rng(1)
+    length = geometry.packed_bytes(size, GRANULARITY)
+    packed = np.concatenate(
+        [np.packbits(random.random(1 << 24, np.float32) < percent / 100) for _ in range(length // (1 << 21))]
+    )
+    with Store(str(path)) as target:
+        disk = tmp_path / "disk"
+        disk.touch()
+        # A device that claims to be larger than its root: few file systems have files of that size.
+        where, identity = os.fsencode(disk), identity_of(str(disk))
+        with target.change() as change:
+            change.table.put(store.Record(b"a", store.KIND_DEVICE, bytes(16), size, path=where, identity=identity))
+        with stored(target, "a").transaction() as bitmaps:
+            bitmaps["b0"] = Bitmap.from_packed(size, GRANULARITY, packed)
+        offset = path.read_bytes().index(packed[:64].tobytes())
+
+        def load() -> None:
+            with Store(str(path)) as target:
+                _ = stored(target, "a")["b0"].words
+
+        def read() -> None:
+            assert crc32c.crc32c(np.fromfile(path, np.uint8, length, offset=offset))
+
+        assert np.array_equal(stored(target, "a")["b0"].packed(), packed)
+        against(load, "reading and CRC32C", read, rounds=21)

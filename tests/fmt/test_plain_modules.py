@@ -1,0 +1,66 @@
+"""The names, limits and arithmetic of a format cost no import of construct, and agree with its declarations."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+from dirtmap import fmt
+from dirtmap.fmt import directory, extensions, live, qcow2, store
+from dirtmap.fmt import structures as declaring
+from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
+from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
+from dirtmap.fmt.structures.live import LOG_RECORD
+from dirtmap.fmt.structures.qcow2 import HEADER_V2, HEADER_V3, NAMESPACE_EXTENSION, SNAPSHOT
+from dirtmap.fmt.structures.store import AREA, BITS_CHECKSUM
+
+FORMATS = {module.name for module in pkgutil.iter_modules(declaring.__path__)}
+PLAIN = {module.name for module in pkgutil.iter_modules(fmt.__path__)} - {"structure", "structures"}
+
+
+def imported_with(*modules: str) -> set[str]:
+    """What a new process has imported after importing these modules and nothing else."""
+    code = f"import sys, {', '.join(modules)}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.split())
+
+
+def test_plain_modules_import_no_construct() -> None:
+    found = imported_with("dirtmap.fmt", *(f"dirtmap.fmt.{name}" for name in PLAIN))
+    assert {"dirtmap.fmt.qcow2", "dirtmap.fmt.live"} <= found
+    assert not [name for name in found if name.partition(".")[0] in ("construct", "numpy")]
+    assert not [name for name in found if name.startswith("dirtmap.fmt.structure")]
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_what_is_declared_is_beside_a_plain_module(name: str) -> None:
+    assert name in PLAIN
+    assert "construct" in imported_with(f"dirtmap.fmt.structures.{name}")
+
+
+@pytest.mark.parametrize(
+    ("constant", "declared"),
+    [
+        (directory.ENTRY_SIZE, DIRECTORY_ENTRY.size),
+        (extensions.HEAD_SIZE, EXTENSION_HEAD.size),
+        (live.LOG_RECORD_SIZE, LOG_RECORD.size),
+        (qcow2.NAMESPACE_EXTENSION_SIZE, NAMESPACE_EXTENSION.size),
+        (qcow2.SNAPSHOT_SIZE, SNAPSHOT.size),
+        (qcow2.BACKING_FILE_OFFSET, HEADER_V2.field("backing_file_offset").offset),
+        (qcow2.REFCOUNT_TABLE_OFFSET, HEADER_V2.field("refcount_table_offset").offset),
+        (qcow2.V3_OFFSET, HEADER_V2.size),
+        (qcow2.AUTOCLEAR_OFFSET, HEADER_V2.size + HEADER_V3.field("autoclear_features").offset),
+        (qcow2.MORE_OFFSET, HEADER_V2.size + HEADER_V3.size),
+        (store.AREA_SIZE, AREA.size),
+        (store.BITS_CHECKSUM_SIZE, BITS_CHECKSUM.size),
+    ],
+)
+def test_sizes_and_offsets_are_those_of_the_declarations(constant: int, declared: int) -> None:
+    assert constant == declared
+
+
+def test_the_end_marker_is_an_empty_extension() -> None:
+    assert EXTENSION_HEAD.build(type=extensions.END, length=0) == extensions.END_MARKER

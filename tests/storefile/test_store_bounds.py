@@ -1,0 +1,130 @@
+"""What a small store can claim to hold: bounds of time and memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import crc32c
+import pytest
+from support.damage import SIZE
+
+import dirtmap.engine as dm
+from dirtmap.engine.host.kind import Address
+from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.file import Store, create
+from dirtmap.fmt import directory, store
+from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.structures.directory import build_directory
+from dirtmap.fmt.structures.store import LEAF
+
+# Its own memory only: the kernel counts what a process had before it became another program as that one's, too.
+MEASURED = """
+import sys
+from dirtmap.tools.cli import main
+try:
+    main()
+finally:
+    sys.stdout.flush()
+    with open("/proc/self/status") as status:
+        print("resident", next(line.split()[1] for line in status if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
+
+def run_measured(*args: object) -> tuple[str, float, int]:
+    """What a `dirtmap` of its own says, its seconds of CPU and how many MiB it ever had resident."""
+    command = [sys.executable, "-c", MEASURED, *map(str, args)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as started:
+        assert started.stdout
+        said = started.stdout.read()
+        _, status, used = os.wait4(started.pid, 0)
+        started.returncode = os.waitstatus_to_exitcode(status)
+    said, _, resident = said.rpartition("resident ")
+    return said, used.ru_utime + used.ru_stime, int(resident) >> 10
+
+
+SECONDS, MEBIBYTES = 2 * 2.0, 256  # as in test_hostile_bounds
+
+
+@pytest.mark.parametrize(("pattern", "leaks"), [(0xFF, (1 << 24) - 4), (0x55, (1 << 23) - 4)])
+def test_millions_of_leaks_are_counted_and_a_thousand_runs_shown(tmp_path: Path, pattern: int, leaks: int) -> None:
+    """In clusters of 2 MiB a leaf has 16 million marks."""
+    path = str(tmp_path / "s.dmap")
+    create(path, cluster_bits=21)
+    size = 1 << 21
+    leaf = bytes([pattern | 0xF]) + bytes([pattern]) * (size - 1)
+    with open(path, "r+b") as file:
+        chosen = headers.choose(path, file.read(store.RESERVED))
+        place = LEAF.parse(os.pread(file.fileno(), LEAF.size, chosen.header.space.offset)).offset
+        os.pwrite(file.fileno(), leaf, place)
+        free = store.leaf_clusters(size) - int.from_bytes(leaf, "little").bit_count()
+        root = LEAF.build(offset=place, free=free, checksum=crc32c.crc32c(leaf))
+        os.pwrite(file.fileno(), root, chosen.header.space.offset)
+        space = chosen.header.space._replace(checksum=crc32c.crc32c(root))
+        block = headers.build_block(replace(chosen.header, clusters=8 * size, space=space))
+        for offset in headers.blocks_of(chosen.slot):
+            os.pwrite(file.fileno(), block, offset)
+    said, seconds, mebibytes = run_measured("check", path)
+    *shown, total = said.splitlines()
+    found = int(total.split(": ")[1].split()[0])
+    assert abs(found - leaks) < 4, total
+    assert len(shown) == (16 if pattern == 0xFF else 1000)
+    assert seconds < SECONDS
+    assert mebibytes < MEBIBYTES
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_directory_that_two_namespaces_have_is_read_once(tmp_path: Path, nested: bool) -> None:
+    """Else a store of 2 MiB could claim 65,536 times as many bitmaps as it has."""
+    path, count = str(tmp_path / "s.dmap"), 64
+    create(path)
+    with Store(path) as target, target.change() as change:
+        entry = directory.Entry(b"n" * 1000, store.ALL_ONES, 0, 2, 16)
+        size = entry.packed_size  # four of them take a cluster
+        assert size == 1024
+        packed = build_directory(
+            [replace(entry, name=f"{number:04}".encode() + entry.name[4:]) for number in range(4 * count)]
+        )
+        place = change.place(packed)
+        for number in range(count):
+            start = 4096 * number if nested else 0
+            area = Area(place.offset + start, len(packed) - start, crc32c.crc32c(packed[start:]))
+            node = Record(b"%d" % number, store.KIND_DEVICE, os.urandom(16), SIZE, 1, area, area.length // size)
+            change.table.put(node)
+    info = dm.describe(path)
+    assert len(info.errors) == count - 1
+    assert all(re.search(r"directory of device '\d+' at 0x\w+: overlaps that of namespace", it) for it in info.errors)
+    assert len(info.bitmaps) <= 4 * count
+    assert len([f for f in dm.check(path).findings if "overlaps that of" in f.what]) == count - 1
+    for number in range(count):  # each by itself
+        with dm.open(Address(path, str(number))) as image:
+            assert len(image) == 4 * (count - number if nested else count)
+    assert dm.check(path, repair="all").corruptions == 0
+    assert dm.describe(path).errors == ()
+
+
+def test_recovery_of_the_largest_directory_keeps_little_of_it(tmp_path: Path) -> None:
+    """66 MiB of names. They are in memory as found, as written and as told; not the damaged directory, too."""
+    path = str(tmp_path / "s.dmap")
+    (tmp_path / "a.raw").write_bytes(bytes(512))
+    create(path)
+    with Store(path) as target:
+        add_node(target, "a", str(tmp_path / "a.raw"))
+        entry = directory.Entry(b"n" * directory.MAX_NAME_SIZE, store.ALL_ONES, 0, 2, 16)
+        names = (b"%05d" % number + entry.name[5:] for number in range(directory.MAX_BITMAPS))
+        with target.change() as change:
+            record = change.table.get(b"a")
+            assert record
+            place = change.place(build_directory([replace(entry, name=name) for name in names]))
+            change.table.put(replace(record, directory=place, nb_bitmaps=directory.MAX_BITMAPS))
+    with open(path, "r+b") as file:
+        file.seek(place.offset + place.length - 100)
+        file.write(b"?")
+    said, _, mebibytes = run_measured("recover", "--index", tmp_path / "index", "--store", path, "a")
+    assert len(said.splitlines()) == directory.MAX_BITMAPS, said[:1000]
+    assert mebibytes < 300
