@@ -20,6 +20,7 @@ from dirtmap.engine.host.handle import Handle
 from dirtmap.engine.host.kind import Address, Kind
 from dirtmap.engine.host.kinds import KINDS
 from dirtmap.engine.system.file import open_file
+from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import index_folder
 from dirtmap.fmt.errors import (
     BitmapError,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from dirtmap.engine.namespaces.compact import Compaction
     from dirtmap.engine.namespaces.devices import Device
     from dirtmap.engine.namespaces.nodes import Node
-    from dirtmap.engine.namespaces.place import Place
     from dirtmap.engine.storefile.file import Store
 
 Target = str | os.PathLike[str] | Address
@@ -288,7 +288,11 @@ class Host:
         require_repair(str(target), repair)
         path = self.locate(target).path
         kind = self._kind(path)
-        return kind.check(self, path, repair=repair, force_share=force_share, progress=progress)
+        report = kind.check(self, path, repair=repair, force_share=force_share, progress=progress)
+        if report.corruptions_fixed or report.leaks_fixed:
+            fixed = report.corruptions_fixed, report.leaks_fixed
+            logger(__name__).warning("%s: repaired: %d corruptions, %d leaked clusters", path, *fixed)
+        return report
 
     def dump(self, target: Target, *, with_hex: bool = False, force_share: bool = False) -> dict[str, Any]:
         """Every structure on disk, as far as it can be read; see `dirtmap.engine.qcow2.dump.dump`.
@@ -479,16 +483,14 @@ class Host:
         """See `HostPort`."""
         return self.names.devices_of(root) if self.exists else {}
 
-    def place_of(self, name: str, uuid: bytes) -> Place:
+    def place_of(self, name: str, uuid: bytes) -> tuple[str, bytes] | None:
         """See `HostPort`."""
         from dirtmap.engine.model.naming import encode_name
-        from dirtmap.engine.namespaces.place import NO_PLACE, Place
 
         found = self.names.place_of(name, uuid) if self.exists else None
         if found is None:
-            return NO_PLACE
-        where = self.home if found.store == self.store else found.store
-        return Place(self, where, encode_name(found.name), uuid)
+            return None
+        return self.home if found.store == self.store else found.store, encode_name(found.name)
 
     def open_node(self, uuid: bytes) -> Handle | None:
         """See `KindPort`."""

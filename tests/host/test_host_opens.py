@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Which stores were opened, and how often."""
     counts: Counter[str] = Counter()
     begin = Store.__init__
@@ -28,7 +27,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         begin(self, path, *arguments, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Store, "__init__", counting)
-    yield counts
+    return counts
 
 
 def raw(path: Path) -> str:
