@@ -24,7 +24,7 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import StorageError
-from dirtmap.fmt.structures.live import build_log_record, record_seed
+from dirtmap.fmt.structures.live import TALLY, build_log_record, record_seed
 
 SIZE = 256 << 20  # in regions of 1 MiB: four sectors of records
 REGIONS = SIZE >> 20
@@ -154,13 +154,13 @@ def test_a_log_that_has_lost_its_tally_and_its_last_records_is_noticed(tmp_path:
     a_log(path, SIZE, [[[1], [2], [3]]])
     data = path.read_bytes().replace(build_log_record(record_seed(UUID, 0), 3), bytes(RECORD))
     tally = live.TALLIES[0]
-    path.write_bytes(data[:tally] + bytes(live.TALLY.size) + data[tally + live.TALLY.size :])
+    path.write_bytes(data[:tally] + bytes(TALLY.size) + data[tally + TALLY.size :])
     assert regions_of(path, SIZE) is DAMAGED
 
 
 def test_a_tally_that_is_damaged_makes_the_log_worthless(log: Path) -> None:
     for at in live.TALLIES:
-        for bit in range(8 * live.TALLY.size):
+        for bit in range(8 * TALLY.size):
             byte = log.read_bytes()[at + bit // 8] ^ 1 << bit % 8
             assert with_bytes(log, (at + bit // 8, bytes([byte]))) is DAMAGED, bit
 

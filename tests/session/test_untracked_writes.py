@@ -17,7 +17,7 @@ from support.tracking import GRANULE, make_node, model_of
 import dirtmap.engine as dm
 from dirtmap.engine import identity
 from dirtmap.engine.identity import identity_of, lasting_identity
-from dirtmap.engine.session import livefile, view
+from dirtmap.engine.session import livefile, verdict, view
 from dirtmap.engine.system import process
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt.errors import StorageError
@@ -251,7 +251,7 @@ def test_an_image_that_was_not_written_to_is_right_whatever_the_clock(tmp_path: 
 def test_a_tracker_whose_clock_is_set_back_takes_its_times_from_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(view, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(verdict, "HEARTBEAT_SECONDS", 0.02)
     make_node(tmp_path, SIZE)
     real, lead = time.time_ns, [HOUR]
     monkeypatch.setattr(time, "time_ns", lambda: real() + lead[0])
