@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
-from dirtmap.engine.identity import identity_of, identity_of_disk
+from dirtmap.engine.identity import identity_of, identity_of_disk, touched
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import doubts
@@ -354,6 +354,8 @@ class Recorder:
         self._refuse_nested(self._lock)
         self._kernel.refuse_own([self._current, *self._undrained])
         with order.holding(Rank.CUT, self._where), self._cuts:
+            if self._current.number - min(home.session.oldest for home in self._homes) >= live.MAX_INTERVALS - 1:
+                self.save()
             with self._using():
                 finest = self._current.granularity_bits
                 if granularity is not None:
@@ -510,7 +512,7 @@ class Recorder:
         """Signs of life in the live file, until the tracker ends; in a thread of its own, which waits for nothing."""
         ended, kernel, control = self._ended, self._kernel, self._control
         while not ended.wait(verdict.HEARTBEAT_SECONDS) and not kernel.failure:
-            control.fields[HEARTBEAT] = time.time_ns()
+            control.give_sign()
 
     def _in_background(self) -> None:
         """Signs of life on disk, spare writesets and saves, until the tracker ends; if one fails, the others go on."""
@@ -566,7 +568,7 @@ class Recorder:
 
     def _beat(self, before: int) -> int:
         """A sign of life on disk, where the image has changed since the last; returns when it changed."""
-        modified = identity_of(self._data).mtime_ns
+        modified = touched(self._data)
         if modified != before:
             self._kernel.beat(self._log, time.time_ns())
         return modified
