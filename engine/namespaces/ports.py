@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class HostPort(Protocol):
     """The host of a namespace, given to its constructor and never replaced.
 
-    Implemented by `dirtmap.engine.host.host.Host`.
+    Implemented by `dirtmap.engine.host.parts.Parts`.
     """
 
     def opened(self, path: str | None = None) -> AbstractContextManager[Store]:

@@ -49,7 +49,7 @@ def make_host(folder: Path, stores: int) -> tuple[str, str]:
     for number in range(1, stores):
         path = str(folder / f"store{number}.dmap")
         with dm.Host(path, index) as other:
-            other.registry.add_node(f"node{number}", raw(folder / f"{number}.raw"))
+            other._parts.registry.add_node(f"node{number}", raw(folder / f"{number}.raw"))
     with dm.Host(home, index) as host:
         dm.scan(host, [str(folder)])
         for name in ("node0", "image", "device", f"node{stores - 1}"):
@@ -57,7 +57,7 @@ def make_host(folder: Path, stores: int) -> tuple[str, str]:
                 bitmaps.setdefault("b", dm.Bitmap(MIB))
     time.sleep(0.06)  # until what was written last can be told from what will be written
     with dm.Host(home, index) as host:
-        host.stores.stores()
+        host._parts.stores.stores()
     return home, index
 
 
@@ -100,7 +100,7 @@ def test_an_index_that_was_put_back_is_noticed(tmp_path: Path) -> None:
     home, index = make_host(tmp_path, 3)
     old = {path.name: path.read_bytes() for path in Path(index).iterdir()}
     with dm.Host(str(tmp_path / "store2.dmap"), index) as host:
-        host.registry.add_node("new", raw(tmp_path / "new.raw"))
+        host._parts.registry.add_node("new", raw(tmp_path / "new.raw"))
     for name, data in old.items():
         Path(index, name).write_bytes(data)
     with dm.Host(home, index) as host, host.open("new") as image:
