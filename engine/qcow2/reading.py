@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo
 from dirtmap.engine.model.naming import decode_name
-from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout, void_bitmaps
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, geometry, qcow2
@@ -56,8 +56,9 @@ def describe(file: File, *, force_share: bool = False) -> ImageInfo:
 
 def _describe(file: File, layout: Layout) -> ImageInfo:
     notes = []
-    if layout.extension and not layout.valid:
-        notes.append("its bitmaps are void: software that does not know them has changed the image")
+    if layout.is_void:
+        which = f"{void_bitmaps(file)}; 'recover' brings back what it can, all dirty"
+        notes.append(f"its bitmaps are void: software that does not know them has changed the image: {which}")
     if layout.tracked:
         notes.append("tracked, with its bitmaps in another store; say which with --store")
     return ImageInfo(
