@@ -1,6 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Processes that run tests: one for each core, or so many. A test that is long begins while others still run.
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --dist worksteal
 
 .PHONY: help setup tools test test-long lint demo bench wheel clean
 .NOTPARALLEL:
@@ -37,10 +40,10 @@ tools: ## check for the QEMU and NBD tools that the tests and the demo compare w
 	done <tests/tools.txt | sort -u | xargs); $(install_missing)
 
 test: setup tools ## run the tests, but for the longest
-	$(BIN)/pytest -m 'not long'
+	$(BIN)/pytest $(PARALLEL) -m 'not long'
 
 test-long: setup tools ## run all tests, exhaustive searches included
-	$(BIN)/pytest -o faulthandler_timeout=7200
+	$(BIN)/pytest $(PARALLEL) -o faulthandler_timeout=7200
 
 lint: setup ## check style, types and who imports whom
 	$(BIN)/ruff check

@@ -20,6 +20,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number and what it counts, as ``1 bitmap`` or ``2 bitmaps``; ``many`` where an s does not make it several."""
+    return f"{number} {one}" if number == 1 else f"{number} {many or one + 's'}"
+
+
 class Error(Exception):
     """Base class of everything that dirtmap raises on purpose.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     """,
 )
 @options.target
-@options.bitmap
+@options.new_bitmap
 @click.option(
     "-g",
     "--granularity",

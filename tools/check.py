@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import progress_bar, write_json
 
@@ -83,27 +83,19 @@ def _show(report: CheckReport) -> None:
         print("dropped: bitmaps whose number and names are not known")
     elif report.dropped_unnamed:
         more = "more " if report.dropped else ""
-        print(f"dropped: {_count(report.dropped_unnamed, f'{more}bitmap')} whose name is not known")
+        print(f"dropped: {counted(report.dropped_unnamed, f'{more}bitmap')} whose name is not known")
     for bitmap in report.made_dirty:
         print(f"all dirty now: {printable(bitmap)}")
     if report.corruptions_fixed or report.leaks_fixed:
-        print(
-            f"mended: {_count(report.corruptions_fixed, 'corruption')}, {_count(report.leaks_fixed, 'leaked cluster')}"
-        )
+        leaks = counted(report.leaks_fixed, "leaked cluster")
+        print(f"mended: {counted(report.corruptions_fixed, 'corruption')}, {leaks}")
     found = [
-        _count(number, what)
-        for number, what in (
-            (report.corruptions, "corruption"),
-            (report.leaks, "leaked cluster"),
-            (report.check_errors, "part not checked"),
+        counted(number, one, many)
+        for number, one, many in (
+            (report.corruptions, "corruption", ""),
+            (report.leaks, "leaked cluster", ""),
+            (report.check_errors, "part not checked", "parts not checked"),
         )
         if number
     ]
     print(f"{printable(report.path)}: {', '.join(found) or 'no errors'}")
-
-
-def _count(number: int, what: str) -> str:
-    if number == 1:
-        return f"1 {what}"
-    head, _, tail = what.partition(" not ")
-    return f"{number} {head}s not {tail}" if tail else f"{number} {what}s"

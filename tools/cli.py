@@ -141,8 +141,9 @@ def main() -> None:
     """Dirty bitmaps of disk images, without QEMU.
 
     A dirty bitmap says which parts of a disk were written since a point in time; backup programs copy only those.
-    TARGET is the path of a qcow2 image, or the name of a node or device. Sizes are bytes, or take one of k K M G T P
-    (×1024). Exit status: 0 success, 1 error or wrong usage; "check" also 2 (corrupt) and 3 (leaks only).
+    TARGET is the path of a qcow2 image, or the name of a node or device. Sizes are bytes, 0x and hexadecimal digits, or
+    take one of k K M G T P, or KiB to PiB (×1024). Exit status: 0 success, 1 error or wrong usage; "check" also 2
+    (corrupt) and 3 (leaks only).
     """
 
 

@@ -1,4 +1,4 @@
-"""`dirtmap completion`: lets a shell complete commands, options, files and names of bitmaps."""
+"""`dirtmap completion`: lets a shell complete commands, options, files and names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dirtmap.tools.output import PROGRAM
 def completion_command(ctx: click.Context, shell: str) -> None:
     """Print the completion script of a shell.
 
-    Commands, options, files, and the names of the bitmaps in a file are completed.
+    Commands, options, files, and the names of nodes, devices and bitmaps are completed.
     """
     from click.shell_completion import get_completion_class
 

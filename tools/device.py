@@ -27,7 +27,7 @@ def device_command() -> None:
     """,
 )
 @click.argument("name", type=options.NAME)
-@click.option("--root", required=True, metavar="NODE", type=options.NAME, help="The node that it reads from.")
+@click.option("--root", required=True, metavar="NODE", type=options.NODE, help="The node that it reads from.")
 @options.named
 @options.quiet
 def add_command(host: Host, name: str, root: str) -> None:
@@ -45,8 +45,8 @@ def add_command(host: Host, name: str, root: str) -> None:
     dirtmap device set-root --content-unchanged drive0 overlay
     """,
 )
-@click.argument("name", type=options.NAME)
-@click.argument("node", type=options.NAME)
+@click.argument("name", type=options.DEVICE)
+@click.argument("node", type=options.NODE)
 @click.option("--content-unchanged", is_flag=True, help="NODE reads as the old root: a new overlay, a finished mirror.")
 @options.named
 @options.quiet
@@ -64,7 +64,7 @@ def set_root_command(host: Host, name: str, node: str, content_unchanged: bool) 
     dirtmap device remove drive0
     """,
 )
-@click.argument("name", type=options.NAME)
+@click.argument("name", type=options.DEVICE)
 @options.named
 @options.quiet
 def remove_command(host: Host, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import write_json
 
@@ -61,10 +61,10 @@ def dump_command(host: Host, file: str, with_hex: bool, force_share: bool, quiet
 
 def _structure(structure: dict[str, Any]) -> Iterator[str]:
     number = structure.get("entries")
-    entries = "" if number is None else ", 1 entry" if number == 1 else f", {number} entries"
+    entries = "" if number is None else f", {counted(number, 'entry', 'entries')}"
     yield ""
     place = "" if structure["offset"] is None else f" @ {structure['offset']:#x}"
-    yield f"{printable(structure['name'])}{place}, {structure['length']} bytes{entries}"
+    yield f"{printable(structure['name'])}{place}, {counted(structure['length'], 'byte')}{entries}"
     if "note" in structure:
         yield f"  note: {printable(structure['note'])}"
     rows = [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.fmt.errors import Error, printable
+from dirtmap.fmt.errors import Error, counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
@@ -36,6 +36,9 @@ def find_command(ctx: click.Context, host: Host, bitmap: str, force_share: bool,
     """
     problems: list[Error] = []
     hits = host.find(bitmap, force_share=force_share, told=problems.append)
+    if not hits and (meant := options.unescaped(bitmap)) != bitmap:
+        bitmap, problems = meant, []
+        hits = host.find(bitmap, force_share=force_share, told=problems.append)
     for problem in problems:
         complain(str(problem))
     if not quiet:
@@ -73,5 +76,5 @@ def _show(bitmap: str, hits: list[BitmapMatch], output: str) -> None:
         )
         for hit in hits
     ]
-    title = f"{printable(bitmap)}: {len(rows)} bitmaps"
+    title = f"{printable(bitmap)}: {counted(len(rows), 'bitmap')}"
     write_table(title, ("ATTACHED TO", "KIND", "GRANULARITY", "STATE", "FILE"), rows, right=(2,))

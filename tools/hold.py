@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 )
 @options.target
 @options.bitmap
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, required=True, type=options.WORD)
 @click.option("--owner", metavar="TEXT", help="Who holds it, for others to read.  [default: the command's name]")
 @options.changing
 @click.pass_context

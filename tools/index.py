@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, progress_bar, write_json, write_table
 
@@ -69,11 +69,13 @@ def scan_command(host: Host, paths: tuple[str, ...], force_share: bool, quiet: b
             }
         )
         return
+    bitmaps = f"{counted(summary.bitmaps, 'bitmap')}, {summary.inconsistent} of them inconsistent"
+    twins = counted(len(summary.twins + summary.copies), "twin")
+    clashes = counted(len(summary.clashes), "name that clashes", "names that clash")
     print(
-        f"{summary.images} images, {summary.stores} stores, {summary.bitmaps} bitmaps, "
-        f"{summary.inconsistent} of them inconsistent; {summary.learned} new, {len(summary.moved)} moved, "
-        f"{len(summary.held)} held, {len(summary.damaged)} damaged, {len(summary.twins + summary.copies)} twins, "
-        f"{len(summary.clashes)} names that clash, {len(summary.gone)} gone, {len(summary.unreadable)} unreadable"
+        f"{counted(summary.images, 'image')}, {counted(summary.stores, 'store')}, {bitmaps}; "
+        f"{summary.learned} new, {len(summary.moved)} moved, {len(summary.held)} held, {len(summary.damaged)} damaged, "
+        f"{twins}, {clashes}, {len(summary.gone)} gone, {len(summary.unreadable)} unreadable"
     )
 
 
@@ -129,7 +131,8 @@ def verify_command(host: Host, quiet: bool, output: str) -> None:
     if output == "json":
         write_json({"entries": result.entries, "faults": result.faults, "rebuilt": result.rebuilt})
     else:
-        print(f"{result.entries} entries, " + ("rebuilt" if result.rebuilt else "all as the containers say"))
+        how = "rebuilt" if result.rebuilt else "all as the containers say"
+        print(f"{counted(result.entries, 'entry', 'entries')}, {how}")
 
 
 @options.command(
@@ -152,7 +155,7 @@ def rebuild_command(host: Host, quiet: bool, output: str) -> None:
     if output == "json":
         write_json({"containers": count})
     else:
-        print(f"{count} containers")
+        print(counted(count, "container"))
 
 
 @options.command(

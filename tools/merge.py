@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 )
 @options.target
 @options.bitmap
-@click.argument("sources", metavar="SOURCE...", type=options.NAME, nargs=-1, required=True)
+@click.argument("sources", metavar="SOURCE...", type=options.SOURCE, nargs=-1, required=True)
 @click.option("-b", "source_target", metavar="SOURCE_TARGET", type=options.TARGET, help="Where the sources are.")
 @options.changing
 def merge_command(host: Host, target: str, bitmap: str, sources: tuple[str, ...], source_target: str | None) -> None:

@@ -53,7 +53,7 @@ def add_command(host: Host, name: str, image: str, new_identity: bool) -> None:
     dirtmap node remove drive0
     """,
 )
-@click.argument("name", type=options.NAME)
+@click.argument("name", type=options.NODE)
 @options.named
 @options.quiet
 def remove_command(host: Host, name: str) -> None:
@@ -68,7 +68,7 @@ def remove_command(host: Host, name: str) -> None:
     dirtmap node rename --with-bitmaps drive0 system
     """,
 )
-@click.argument("old", type=options.NAME)
+@click.argument("old", type=options.NODE)
 @click.argument("new", type=options.NAME)
 @click.option("--with-bitmaps", is_flag=True, help="Also where it has bitmaps, whose addresses change.")
 @options.named
@@ -84,7 +84,7 @@ def rename_command(host: Host, old: str, new: str, with_bitmaps: bool) -> None:
     truncate -s 20G disk.raw && dirtmap node resize drive0
     """,
 )
-@click.argument("name", type=options.NAME)
+@click.argument("name", type=options.NODE)
 @options.named
 @options.quiet
 def resize_command(host: Host, name: str) -> None:
@@ -103,7 +103,7 @@ def resize_command(host: Host, name: str) -> None:
     touch disk.raw && dirtmap node confirm drive0
     """,
 )
-@click.argument("name", type=options.NAME)
+@click.argument("name", type=options.NODE)
 @options.named
 @options.quiet
 def confirm_command(host: Host, name: str) -> None:

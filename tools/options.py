@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -57,24 +59,87 @@ class _Size(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+def escaped(name: str) -> str:
+    """A name as JSON shows it: bytes that are not UTF-8 as a backslash, an x and two hexadecimal digits."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def unescaped(name: str) -> str:
+    """The name that `escaped` shows so, if it has no such text itself."""
+    from dirtmap.engine.model.naming import decode_name
+
+    text = os.fsencode(name)
+    return decode_name(re.sub(rb"\\x([89a-f][0-9a-f])", lambda match: bytes([int(match[1], 16)]), text))
+
+
 class _Name(click.ParamType):  # type: ignore[type-arg]
-    """A bitmap's name as the engine has it, whatever bytes the shell gave."""
+    """A name as the engine has it, whatever bytes the shell gave."""
 
     name = "name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return os.fsencode(value).decode("utf-8", "surrogateescape")
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from click.shell_completion import CompletionItem
 
+class _Bitmap(_Name):
+    """The name of a bitmap that is there.
+
+    One that is not UTF-8 may be given as JSON shows it, see `escaped`, unless a bitmap's name is that very text.
+    """
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name = super().convert(value, param, ctx)
+        if "\\x" not in name or ctx is None:
+            return name
+        there = self._there(ctx)
+        meant = [found for found in there if escaped(found) == name]
+        if name in there or not meant:
+            return name
+        if len(meant) > 1:
+            self.fail(f"'{name}' is how {len(meant)} names are shown, none of which it is", param, ctx)
+        return meant[0]
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return _items(map(escaped, self._there(ctx)), incomplete)
+
+    def _there(self, ctx: click.Context) -> list[str]:
+        """The names of all bitmaps of the target; of another source than that where the command has one."""
         import dirtmap.engine as dm
 
+        target = ctx.params.get("target")
+        if self is SOURCE:
+            target = ctx.params.get("source_target") or target
         try:
-            bitmaps = host_of(ctx).describe(ctx.params["target"], force_share=True).bitmaps
-        except (KeyError, TypeError, dm.Error):
+            return [bitmap.name for bitmap in host_of(ctx).describe(target, force_share=True).bitmaps] if target else []
+        except dm.Error:
             return []
-        return [CompletionItem(b.name) for b in bitmaps if b.name.isprintable() and b.name.startswith(incomplete)]
+
+
+class _Holder(_Name):
+    """The name of a node or device that is there."""
+
+    def __init__(self, *kinds: str) -> None:
+        self._kinds = kinds
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return _items(map(escaped, _holders(ctx, *self._kinds)), incomplete)
+
+
+def _items(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(name) for name in names if name.isprintable() and name.startswith(incomplete)]
+
+
+def _holders(ctx: click.Context, *kinds: str) -> list[str]:
+    """The names of all nodes or devices of this host, as far as its stores can be read."""
+    import dirtmap.engine as dm
+
+    found: list[str] = []
+    with contextlib.suppress(dm.Error):
+        found += [node.name for node in host_of(ctx).nodes([])] if "node" in kinds else []
+        found += [device.name for device in host_of(ctx).devices([])] if "device" in kinds else []
+    return sorted(found)
 
 
 class _Target(click.Path):
@@ -87,9 +152,28 @@ class _Target(click.Path):
             host_of(ctx).require_format(value, wanted)
         return str(value)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Names of nodes and devices; files where none fits, as the shell has it."""
+        named = _items(_holders(ctx, "node", "device"), incomplete)
+        return [*named, *super().shell_complete(ctx, param, incomplete)]
+
+
+class _Word(click.types.UnprocessedParamType):
+    """A word of a command to run."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
 
 SIZE = _Size()
 NAME = _Name()
+BITMAP = _Bitmap()
+SOURCE = _Bitmap()
+NODE = _Holder("node")
+DEVICE = _Holder("device")
+WORD = _Word()
 TARGET = _Target()
 _FORMAT = "dirtmap.format"
 _STORE = "dirtmap.store"
@@ -110,7 +194,8 @@ def _remember_index(ctx: click.Context, _: click.Parameter, value: str | None) -
 
 
 target = click.argument("target", type=TARGET)
-bitmap = click.argument("bitmap", type=NAME)
+bitmap = click.argument("bitmap", type=BITMAP)
+new_bitmap = click.argument("bitmap", type=NAME)
 force_share = click.option("-U", "--force-share", is_flag=True, help="Read although another process writes to it.")
 quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, help="Print nothing but errors.")
 _told_quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")

@@ -52,13 +52,23 @@ def write_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     if colourful():
         return _write_rich_table(title, header, rows, right)
     print(title)
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    widths = [max(map(_columns, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows) if rows else ():
+        gaps = [" " * (width - _columns(cell)) for cell, width in zip(row, widths, strict=True)]
         cells = [
-            cell.rjust(width) if number in right else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            gap + cell if number in right else cell + gap
+            for number, (cell, gap) in enumerate(zip(row, gaps, strict=True))
         ]
         print(("  " + "  ".join(cells)).rstrip())
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal a text takes: none for what combines with the character before, two for CJK."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import category, east_asian_width
+
+    return sum(0 if category(c) in ("Mn", "Me") else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _write_rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ import json
 from typing import Any, NamedTuple
 
 from dirtmap.fmt.errors import FormatError
+from dirtmap.tools.foreign.jsonstream import unique
 
 _ADD = "block-dirty-bitmap-add"
 _MERGE = "block-dirty-bitmap-merge"
@@ -66,7 +67,7 @@ def parse_transaction(data: bytes, where: str) -> list[Action]:
         FormatError: names the first place that is wrong, or asks for what a file cannot do.
     """
     try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise FormatError(where, f"not valid JSON: {error}") from error
     top = _object(document, where, {"actions": list, "properties": dict}, needed=1, inside=f"{where}: ")
@@ -75,13 +76,6 @@ def parse_transaction(data: bytes, where: str) -> list[Action]:
     if mode != "individual":
         raise FormatError(f"{where}: properties.completion-mode", f"'{mode}' is not 'individual'")
     return [_action(item, f"{where}: actions[{index}]") for index, item in enumerate(top["actions"])]
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key appears twice in one object")
-    return found
 
 
 def _action(item: Any, place: str) -> Action:

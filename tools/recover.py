@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     """,
 )
 @options.target
-@click.argument("bitmaps", metavar="[BITMAP]...", type=options.NAME, nargs=-1)
+@click.argument("bitmaps", metavar="[BITMAP]...", type=options.BITMAP, nargs=-1)
 @options.reporting
 def recover_command(host: Host, target: str, bitmaps: tuple[str, ...], quiet: bool, output: str) -> None:
     """Make inconsistent bitmaps usable again.

@@ -6,23 +6,27 @@ import re
 
 from dirtmap.fmt.geometry import MAX_DISK_SIZE
 
-_SIZE = re.compile("0*([0-9]+)([kKMGTP]?)")
-_SHIFTS = {"": 0, "k": 10, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
+_SIZE = re.compile("0*([0-9]+)(k|[KMGTP](?:iB)?)?|0x0*([0-9A-Fa-f]+)")
+_SHIFTS = {"k": 10, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
 _MOST_DIGITS = len(str(MAX_DISK_SIZE))
 
 
 def parse_size(text: str) -> int:
-    """Bytes: plain ASCII digits, or digits and one of k K M G T P (×1024).
+    """Bytes: ASCII digits, which one of k K M G T P or KiB MiB GiB TiB PiB may follow (×1024), or 0x and hex digits.
+
+    So everything that dirtmap itself prints as a size of whole units, or as an offset, is one.
 
     Raises:
         ValueError: anything else, or more than 2**63 - 1.
     """
     match = _SIZE.fullmatch(text)
     if not match:
-        raise ValueError(f"'{text}' is not a size: digits, or digits and one of k K M G T P (×1024)")
-    digits, suffix = match.groups()
-    if len(digits) <= _MOST_DIGITS and (size := int(digits) << _SHIFTS[suffix]) <= MAX_DISK_SIZE:
-        return size
+        raise ValueError(f"'{text}' is not a size: digits, or digits and one of k K M G T P KiB .. PiB (×1024), or 0x")
+    digits, unit, hexadecimal = match.groups()
+    if len(digits or hexadecimal) <= _MOST_DIGITS:
+        size = int(hexadecimal, 16) if digits is None else int(digits) << _SHIFTS.get((unit or "")[:1], 0)
+        if size <= MAX_DISK_SIZE:
+            return size
     raise ValueError(f"'{text}' is more than 2^63-1 bytes")
 
 

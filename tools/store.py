@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json
 from dirtmap.tools.sizes import human_size
@@ -63,7 +63,7 @@ def compact_command(host: Host, file: str, quiet: bool, output: str) -> None:
     elif not quiet:
         print(
             f"{printable(file)}: {human_size(result.before)} -> {human_size(result.after)}, "
-            f"{result.namespaces} namespaces"
+            f"{counted(result.namespaces, 'namespace')}"
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import colourful, write_json
 from dirtmap.tools.sizes import human_share, human_size
@@ -94,7 +94,7 @@ def _lines(target: str, status: Status | None) -> list[str]:
         *failed,
         f"  since     {since}, last sign of life {ago}",
         f"  writes    {status.writes}",
-        f"  dirty     {human_size(status.dirty)} to be saved, in {status.intervals} intervals",
+        f"  dirty     {human_size(status.dirty)} to be saved, in {counted(status.intervals, 'interval')}",
         f"  logged    {regions if status.intent == 'region' else 'off'}",
         f"  live      {printable(status.live)}",
     ]

@@ -10,7 +10,7 @@ import click
 
 import dirtmap.engine as dm
 from dirtmap.tools import options
-from dirtmap.tools.inputs import read_input
+from dirtmap.tools.inputs import read_document
 from dirtmap.tools.output import complain
 from dirtmap.tools.targets import same_container, same_image, usable
 
@@ -39,10 +39,11 @@ def transaction_command(host: Host, file: str) -> None:
     {...}}, ...]}, with the types block-dirty-bitmap-add, -remove, -clear, -enable, -disable and -merge. A "node" is a
     TARGET: the path of an image, or a node's name. All actions change the same container, a qcow2 image or a store; the
     sources of a merge may be elsewhere. The actions are carried out in their order. If one fails, nothing has changed.
+    FILE has 4 MiB at most.
     """
     from dirtmap.tools.qmp import parse_transaction
 
-    actions = parse_transaction(*read_input(file))
+    actions = parse_transaction(*read_document(file))
     if not actions:
         return
     node = actions[0].node

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dirtmap.engine.model import bits
 from dirtmap.fmt import geometry
-from dirtmap.fmt.errors import BitmapError, RangeError
+from dirtmap.fmt.errors import BitmapError, RangeError, counted
 
 DEFAULT_GRANULARITY: Final = geometry.MAX_DEFAULT_GRANULARITY
 # What errors name: a bitmap knows neither its name nor its file.
@@ -102,7 +102,7 @@ class Bitmap:
         bitmap = cls(size, granularity, recording)
         needed, given = geometry.packed_bytes(bitmap.size, bitmap.granularity), memoryview(data).nbytes
         if given < needed:
-            raise BitmapError(WHERE, f"{given} bytes of packed bits where {needed} are needed")
+            raise BitmapError(WHERE, f"{counted(given, 'byte')} of packed bits where {needed} are needed")
         bitmap._words = bits.from_packed(data, bitmap._nbits)
         return bitmap
 
@@ -172,7 +172,7 @@ class Bitmap:
         """
         offset, length = as_int64(offsets), as_int64(lengths)
         if offset.shape != length.shape:
-            raise RangeError(WHERE, f"{len(offset)} offsets and {len(length)} lengths")
+            raise RangeError(WHERE, f"{counted(len(offset), 'offset')} and {counted(len(length), 'length')}")
         # `offset + length` could overflow; `size - length` only where a length is negative, which is bad anyway.
         bad = np.flatnonzero((offset < 0) | (length < 0) | (offset > self.size - length))
         if bad.size:
@@ -325,7 +325,9 @@ class Bitmap:
         """First byte of the range and first byte behind it, after checking that it is inside the disk."""
         offset, length = operator.index(offset), operator.index(length)
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise RangeError(WHERE, f"{length} bytes at {offset} are not inside a disk of {self.size} bytes")
+            are = "is" if length == 1 else "are"
+            what = f"{counted(length, 'byte')} at {offset} {are} not inside a disk of {counted(self.size, 'byte')}"
+            raise RangeError(WHERE, what)
         return offset, offset + length
 
 

@@ -48,7 +48,8 @@ class ImageInfo:
         cluster_size: bytes.
         bitmaps: in the order of the directory.
         notes: what a user should know although nothing is wrong with the image, a line each.
-        node: the image's name, or None.
+        node: the node's name; None where it has none, and of a device.
+        device: the device's name; None of a node.
         uuid: of its namespace, as text, or None.
         doubt: why all bitmaps count as all dirty, or None; of a store, one such reason.
         errors: what is damaged, a line each; such a bitmap is left out, or has no ``count``.
@@ -61,6 +62,7 @@ class ImageInfo:
     bitmaps: tuple[BitmapInfo, ...]
     notes: tuple[str, ...] = ()
     node: str | None = None
+    device: str | None = None
     uuid: str | None = None
     doubt: str | None = None
     errors: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Self
 
 from dirtmap.engine.model.infos import ImageInfo, Recovery
-from dirtmap.engine.model.naming import decode_name, encode_name, not_found
+from dirtmap.engine.model.naming import as_stored, decode_name, encode_name, not_found
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.fmt.errors import BitmapError
 
@@ -126,7 +126,7 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         Raises:
             BitmapNotFoundError: there is none of that name.
         """
-        bitmap = self._load(encode_name(name))
+        bitmap = self._load(encode_name(as_stored(self.where, name)))
         if bitmap is None:
             raise not_found(self.where, name)
         return bitmap

@@ -36,3 +36,17 @@ def a_checkpoint(where: str, name: str) -> BitmapError:
 def not_found(where: str, name: str) -> BitmapNotFoundError:
     """The error for a name that is not there."""
     return BitmapNotFoundError(f"{where}: {label(name)}", "there is no such bitmap")
+
+
+def as_stored(where: str, name: object) -> str:
+    """A name to look up, in the one spelling that text from disk has; see `decode_name`.
+
+    Raises:
+        BitmapNotFoundError: it is no text, or cannot be encoded: no bitmap has it.
+    """
+    try:
+        if isinstance(name, str):
+            return decode_name(encode_name(name))
+    except BitmapError:
+        pass
+    raise BitmapNotFoundError(f"{where}: bitmap {name!a}", "no bitmap can have such a name")

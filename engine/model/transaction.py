@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING
 
-from dirtmap.engine.model.naming import a_checkpoint, encode_name, label, not_found
+from dirtmap.engine.model.naming import a_checkpoint, as_stored, decode_name, encode_name, label, not_found
 from dirtmap.fmt import geometry
 from dirtmap.fmt.directory import MAX_DATA_BYTES, name_fault
 from dirtmap.fmt.errors import BitmapError, Error
@@ -51,13 +52,26 @@ class Transaction(MutableMapping[str, "Bitmap"]):
 
     def __getitem__(self, name: str) -> Bitmap:
         self._require_open()
+        name = as_stored(self.where, name)
         try:
             return self._bitmaps[name]
         except KeyError:
             raise not_found(self.where, name) from None
 
+    def __contains__(self, name: object) -> bool:
+        self._require_open()
+        with contextlib.suppress(BitmapError):  # a name that no bitmap can have
+            return isinstance(name, str) and as_stored(self.where, name) in self._bitmaps
+        return False
+
     def __setitem__(self, name: str, bitmap: Bitmap) -> None:
         self._require_open()
+        from dirtmap.engine.model.bitmap import Bitmap
+
+        if not isinstance(name, str) or not isinstance(bitmap, Bitmap):
+            what = f"a name and a Bitmap are asked for, not {type(name).__name__} and {type(bitmap).__name__}"
+            raise TypeError(f"{self.where}: {what}")
+        name = decode_name(encode_name(name))  # one name has one spelling
         self.refuse_held(name)
         where = f"{self.where}: {label(name)}"
         if fault := name_fault(encode_name(name)):
@@ -76,6 +90,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
 
     def __delitem__(self, name: str) -> None:
         self[name]
+        name = as_stored(self.where, name)
         self.refuse_held(name)
         if name in self._relied_on:
             self._hand_over(name)
@@ -110,6 +125,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
             BitmapError: no such bitmap, or the new name is taken or not allowed.
         """
         bitmap = self[name]
+        name, new = as_stored(self.where, name), decode_name(encode_name(new))
         self.refuse_held(name)
         self.refuse_checkpoint(name)
         if new in self:

@@ -137,10 +137,9 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             and source.record is record
             and (not source.doubted or bitmap.inconsistent)
             and not (view and not bitmap.inconsistent)
-            and source.entry.table_offset not in kept
+            and id(source.entry) not in kept
         ):
-            if source.entry.table_offset > store.ALL_ONES:
-                kept.add(source.entry.table_offset)
+            kept.add(id(source.entry))
             wanted.append(_kept(source.entry, name, bitmap))
         else:
             wanted.append(place_bitmap(change, record, name, bitmap))

@@ -387,6 +387,11 @@ class CheckedOutImage(Namespace):
         """Checks in what a dead tracker has left, whichever bitmaps are named; see `Namespace.recover`."""
         chosen = set(names)
         recovered = check_in(self._host, self._abspath, self._store_path, self._raw_name, salvaging=True, wanted=chosen)
+        # What the session does not know, and is inconsistent in the image, is recovered as of any image.
+        left = chosen - {item.name for item in recovered}
+        if left or not chosen:
+            with Image(self._abspath, self._host) as image:
+                recovered += image.recover(left)
         return [item for item in recovered if not chosen or item.name in chosen]
 
     def settle(self) -> None:

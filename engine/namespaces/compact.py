@@ -26,7 +26,7 @@ from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import Error, FormatError, StorageError
+from dirtmap.fmt.errors import Error, FormatError, StorageError, counted
 from dirtmap.fmt.store import Area, Record
 from dirtmap.fmt.structures.directory import build_directory
 
@@ -267,7 +267,7 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
     if lost is not None:  # by now the error does not keep in memory any more what was read
         entries = list(whys := spare_entries(source, record, found.older))
         if len(entries) < record.nb_bitmaps:
-            many = f"{record.nb_bitmaps - len(entries)} of its {record.nb_bitmaps} bitmaps"
+            many = f"{record.nb_bitmaps - len(entries)} of {counted(record.nb_bitmaps, 'bitmap')}"
             result.dropped.append(f"{record.label}, {many}: {lost}")
         record = _with_session_lost(source, record, change)
     copied = [

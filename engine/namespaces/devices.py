@@ -23,7 +23,7 @@ from dirtmap.engine.namespaces.condition import (
 from dirtmap.engine.storefile.directory import require_free
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, counted
 from dirtmap.fmt.store import Identity, Record
 
 
@@ -157,7 +157,7 @@ def remove_device(target: Store, name: str) -> None:
         refuse_session(target.path, record)
         if record.nb_bitmaps:
             where = f"{target.path}: {record.label}"
-            raise BitmapError(where, f"has {record.nb_bitmaps} bitmaps; remove or move them first")
+            raise BitmapError(where, f"has {counted(record.nb_bitmaps, 'bitmap')}; remove or move them first")
         change.table.remove(record.name)
 
 

@@ -15,10 +15,10 @@ from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces.place import NO_PLACE, Place
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout, void_bitmaps
-from dirtmap.engine.qcow2.reading import FORMAT, T, describe, load, read_session, write_session
+from dirtmap.engine.qcow2.reading import FORMAT, T, describe_layout, load, read_session, write_session
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, geometry, qcow2
-from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError, MovedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +100,7 @@ class Image(Namespace):
         Raises:
             LockedError: the tracker's store is not known.
         """
-        self._read(Layout.require_untracked)
+        self._read_here(Layout.require_untracked)
 
     def close(self) -> None:
         """Closes the image's file."""
@@ -108,7 +108,7 @@ class Image(Namespace):
 
     def info(self) -> ImageInfo:
         """The image and all its bitmaps as of one moment."""
-        found = describe(self._file, force_share=self._force_share)
+        found = self._read_here(lambda layout: describe_layout(self._file, layout))
         if not (held := self.place.held()):
             return found
         return replace(found, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in found.bitmaps))
@@ -126,10 +126,10 @@ class Image(Namespace):
                     return bitmap.freeze()
             return None
 
-        return self._read(read)
+        return self._read_here(read)
 
     def _names(self) -> list[bytes]:
-        return self._read(_names)
+        return self._read_here(_names)
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes inconsistent bitmaps usable; see `recover`."""
@@ -149,6 +149,19 @@ class Image(Namespace):
     def _read(self, read: Callable[[Layout], T]) -> T:
         return read_session(self._file, read, force_share=self._force_share)
 
+    def _read_here(self, read: Callable[[Layout], T]) -> T:
+        """As `_read`, of bitmaps that are in the image.
+
+        Raises:
+            MovedError: they are checked out, into a store that is known.
+        """
+        return self._read(lambda layout: read(self._at_home(layout)))
+
+    def _at_home(self, layout: Layout) -> Layout:
+        if layout.tracked and self.place.is_checked_out(self.abspath):
+            raise MovedError(self.path, "is tracked; open it again")
+        return layout
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[File, Layout]]:
         with write_session(self.path, self.abspath) as (file, layout):
@@ -161,7 +174,7 @@ class Image(Namespace):
         """Changes the bitmaps; see `Namespace.transaction`. QEMU is kept out from the beginning to the end."""
         with self._writing() as (file, layout):
             layout.require_sound()
-            layout.require_untracked()
+            self._at_home(layout).require_untracked()
             with self.place.changing(self.abspath), _changing(file, layout, self.place) as bitmaps:
                 yield bitmaps
 

@@ -30,7 +30,7 @@ from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.system.file import is_same_file
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, printable
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, counted, printable
 from dirtmap.fmt.store import Identity, Record
 
 KINDS = store.KIND_NODE, store.KIND_PLACE  # of nodes
@@ -249,7 +249,7 @@ def _its_image(host: HostPort, target: Store, name: str, *, gone: bool = False) 
 
 def _refuse_with_bitmaps(where: str, count: int) -> None:
     if count:
-        raise BitmapError(where, f"has {count} bitmaps; remove or move them first")
+        raise BitmapError(where, f"has {counted(count, 'bitmap')}; remove or move them first")
 
 
 def rename_node(host: HostPort, target: Store, name: str, new: str, *, with_bitmaps: bool = False) -> None:
@@ -276,7 +276,7 @@ def rename_node(host: HostPort, target: Store, name: str, new: str, *, with_bitm
             raise BitmapError(where, what)
         count = record.nb_bitmaps if naming is None else naming.bitmaps()
         if count and not with_bitmaps:
-            what = f"has {count} bitmaps, whose addresses would change; --with-bitmaps renames them, too"
+            what = f"has {counted(count, 'bitmap')}, whose addresses would change; --with-bitmaps renames them, too"
             raise BitmapError(where, what)
         if naming is not None:
             naming.set(new)

@@ -29,7 +29,7 @@ from dirtmap.engine.namespaces.condition import (
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError, counted
 from dirtmap.fmt.structures.directory import build_directory, parse_entries
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
         )
     )
     lost = record.nb_bitmaps - len(entries)
-    more = f"; {lost} of {record.nb_bitmaps} bitmaps cannot be named" if lost > 0 else ""
+    more = f"; {lost} of {counted(record.nb_bitmaps, 'bitmap')} cannot be named" if lost > 0 else ""
     return [Recovery(decode_name(entry.name), f"all dirty: {why}{more}") for entry, why in entries.items()]
 
 

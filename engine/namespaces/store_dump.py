@@ -17,7 +17,7 @@ from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, geometry, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import FormatError, UnsupportedError
+from dirtmap.fmt.errors import FormatError, UnsupportedError, counted
 from dirtmap.fmt.store import Area, Record
 from dirtmap.fmt.structure import Structure
 from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY, parse_entries
@@ -330,7 +330,7 @@ class _Dump(Shown):
             entries = len(raw) // LEAF.size
             self.add("space map", area.offset, raw, entries=entries, fields=fields)
             if entries > len(leaves):
-                self.note(f"{entries - len(leaves)} more leaves not shown")
+                self.note(f"{counted(entries - len(leaves), 'more leaf', 'more leaves')} not shown")
             for index, leaf in enumerate(leaves):
                 self.leaf(snapshot, Area(leaf.offset, snapshot.header.cluster_size, leaf.checksum), index)
         area = snapshot.header.released
@@ -344,7 +344,7 @@ class _Dump(Shown):
             ]
             self.add("released clusters", area.offset, raw, entries=len(raw) // RUN.size, runs=found)
             if len(numbers) > 2 * len(pairs):
-                self.note(f"{len(numbers) // 2 - len(pairs)} more runs not shown")
+                self.note(f"{counted(len(numbers) // 2 - len(pairs), 'more run')} not shown")
 
     def leaf(self, snapshot: Snapshot, area: Area, index: int) -> None:
         raw = self.area(snapshot, area, f"space map leaf {index}")
@@ -365,4 +365,4 @@ class _Dump(Shown):
         ]
         self.add(f"space map leaf {index}", area.offset, raw, entries=len(used), runs=found)
         if len(edges) - 1 > len(found):
-            self.note(f"{len(edges) - 1 - len(found)} more runs not shown")
+            self.note(f"{counted(len(edges) - 1 - len(found), 'more run')} not shown")

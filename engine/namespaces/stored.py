@@ -206,6 +206,9 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
             for entry in entries
         ),
         notes=tuple(notes),
+        node=None if record.kind == store.KIND_DEVICE else name,
+        device=name if record.kind == store.KIND_DEVICE else None,
+        uuid=str(uuid.UUID(bytes=record.uuid)),
         doubt=doubt,
         errors=tuple(errors),
     )

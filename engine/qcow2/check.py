@@ -24,7 +24,7 @@ from dirtmap.engine.qcow2.refcounts import Refcounts
 from dirtmap.engine.qcow2.references import References, Runs, walk
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.fmt.geometry import ceil_div
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class _Check:
         shown = max(0, MOST_FINDINGS - len(self.report.findings))
         for start, end in zip(starts[:shown].tolist(), ends[:shown].tolist(), strict=True):
             where = self._where(first + int(at[start]), first + int(at[end - 1]) + 1)
-            what = f"refcount {actual[at[start]]}, referenced {expected[at[start]]} times"
+            what = f"refcount {actual[at[start]]}, referenced {counted(expected[at[start]], 'time')}"
             self.report.found(severity, where, what, end - start)
         self.report.count(severity, len(at) - (int(ends[:shown][-1]) if shown and len(at) else 0))
 
@@ -169,7 +169,7 @@ class _Check:
         for start, end, count in zip(
             *(column[:shown].tolist() for column in (missing.starts, missing.ends, missing.counts)), strict=True
         ):
-            what = f"refcount 0, referenced {count} times"
+            what = f"refcount 0, referenced {counted(count, 'time')}"
             self.report.found(CORRUPTION, self._where(start, end), what, end - start)
         self.report.count(CORRUPTION, int((missing.ends[shown:] - missing.starts[shown:]).sum()))
 

@@ -12,7 +12,7 @@ from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.probe import probe
 from dirtmap.fmt import directory, extensions, qcow2
-from dirtmap.fmt.errors import Error, FormatError
+from dirtmap.fmt.errors import Error, FormatError, counted
 from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
 from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
 from dirtmap.fmt.structures.qcow2 import (
@@ -188,7 +188,7 @@ class _Dump(Shown):
         ends = [*starts[1:], count]
         if runs > most:
             ends.pop()
-            notes.append(f"{runs - len(ends)} more runs not shown")
+            notes.append(f"{counted(runs - len(ends), 'more run')} not shown")
         self.runs_left -= len(ends)
         found = [
             {

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import FormatError, LockedError, printable
+from dirtmap.fmt.errors import FormatError, LockedError, counted, printable
 from dirtmap.fmt.extensions import Chain, Extension
 from dirtmap.fmt.structures.directory import parse_entries
 from dirtmap.fmt.structures.extensions import parse_chain
@@ -414,7 +414,7 @@ def _entries(layout: Layout, data: bytes, pointer: Any) -> list[tuple[int, Entry
     else:
         if len(found) == wanted:
             return found
-        what = f"{wanted}, but the directory of {len(data)} bytes holds {len(found)} entries"
+        what = f"{wanted}, but the directory of {len(data)} bytes holds {counted(len(found), 'entry', 'entries')}"
         layout.faults.append(Fault("bitmaps extension.nb_bitmaps", what))
     good = next((index for index, (_, entry) in enumerate(found) if _is_bad(layout, entry)), len(found))
     if good >= wanted or (good == len(found) and broken is None):

@@ -51,10 +51,11 @@ def read_session(file: File, read: Callable[[Layout], T], *, force_share: bool =
 
 def describe(file: File, *, force_share: bool = False) -> ImageInfo:
     """The image and all its bitmaps, in one session; without numpy. Errors as `read_session`."""
-    return read_session(file, lambda layout: _describe(file, layout), force_share=force_share)
+    return read_session(file, lambda layout: describe_layout(file, layout), force_share=force_share)
 
 
-def _describe(file: File, layout: Layout) -> ImageInfo:
+def describe_layout(file: File, layout: Layout) -> ImageInfo:
+    """As `describe`, of metadata that was read already."""
     notes = []
     if layout.is_void:
         which = f"{void_bitmaps(file)}; 'recover' brings back what it can, all dirty"

@@ -15,7 +15,7 @@ import numpy as np
 
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import qcow2
-from dirtmap.fmt.errors import FormatError, StorageError
+from dirtmap.fmt.errors import FormatError, StorageError, counted
 from dirtmap.fmt.geometry import ceil_div
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ class Refcounts:
         index, position = divmod(cluster, self.per_block)
         block = self.block(index)
         if block is None or count > self.maximum:
-            raise FormatError(f"{self._file.path}: refcounts", f"cluster {cluster:#x} cannot be counted {count} times")
+            what = f"cluster {cluster:#x} cannot be counted {counted(count, 'time')}"
+            raise FormatError(f"{self._file.path}: refcounts", what)
         block[position] = count
         self._changed.setdefault(index, set()).add(position * self._header.refcount_bits // 8 // _UNIT)
 
@@ -246,7 +247,8 @@ class Allocator:
             return first
         first = self._end
         if self._capacity is not None and first + clusters > self._capacity:
-            raise StorageError(self._path, f"no room for {clusters} more clusters on a device that cannot grow")
+            what = f"no room for {counted(clusters, 'more cluster')} on a device that cannot grow"
+            raise StorageError(self._path, what)
         if (first + clusters) * self._cluster_size > qcow2.OFFSET_MASK:
             raise FormatError(f"{self._path}: refcount table", "counts clusters up to the end of what can be addressed")
         self._end += clusters

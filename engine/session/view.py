@@ -25,7 +25,7 @@ of recovery leads to: see `dirtmap.engine.session.peers`.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from dirtmap.engine.identity import data_file_of, identity_now, identity_of
 from dirtmap.engine.model import bits
 from dirtmap.engine.session import intent, livefile, peers
 from dirtmap.engine.session.verdict import DURABLE_TOLERANCE_SECONDS, TOLERANCE_SECONDS, Facts, Row, decide
+from dirtmap.engine.storefile.file import Snapshot
 from dirtmap.engine.storefile.session import peer_of, session_of, window_of
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.process import Process, boot_id
@@ -41,8 +42,6 @@ from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
 from dirtmap.fmt.store import Identity, Record
 
-if TYPE_CHECKING:
-    from dirtmap.engine.storefile.file import Snapshot
 _NS = 1_000_000_000
 
 
@@ -237,13 +236,17 @@ def is_alive(session: live.Session) -> bool:
     return tracker_of(session).lives() if held is None else held
 
 
+# Sessions as found, by snapshot and namespace UUID: what one answer needs more than once is looked at once.
+_views: WeakKeyDictionary[Snapshot, dict[bytes, SessionView | None]] = WeakKeyDictionary()
+
+
 def view_of(snapshot: Snapshot, record: Record) -> SessionView | None:
     """A record's session as found now, once for each snapshot; None where it has none."""
-    if record.uuid not in snapshot.views:
+    views = _views.setdefault(snapshot, {})
+    if record.uuid not in views:
         session = session_of(record)
-        snapshot.views[record.uuid] = session and SessionView(snapshot, record, session)
-    found: SessionView | None = snapshot.views[record.uuid]
-    return found
+        views[record.uuid] = None if session is None else SessionView(snapshot, record, session)
+    return views[record.uuid]
 
 
 def refuse_tracked(where: str, session: live.Session | None) -> None:

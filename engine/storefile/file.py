@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import crc32c
 
@@ -53,13 +53,11 @@ class Snapshot:
         file: the store.
         chosen: which header counts, and why.
         header: the header that counts.
-        views: the sessions of trackers as found, by namespace UUID; see `dirtmap.engine.session.view`.
         directories: those that were read: where they begin and end, bytes, and the namespace's name; ascending.
     """
 
     def __init__(self, file: File, chosen: Chosen) -> None:
         self.file, self.chosen, self.header = file, chosen, chosen.header
-        self.views: dict[bytes, Any] = {}
         self.directories: list[tuple[int, int, bytes]] = []
         self.size = file.size()
 

@@ -23,7 +23,7 @@ from itertools import groupby
 import crc32c
 
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import FormatError, StorageError
+from dirtmap.fmt.errors import FormatError, StorageError, counted
 from dirtmap.fmt.geometry import ceil_div
 from dirtmap.fmt.store import Area
 from dirtmap.fmt.structures.store import LEAF, RUN
@@ -59,7 +59,8 @@ class SpaceMap:
         self._where, self._cluster, self.clusters, self._read = where, cluster_size, clusters, read
         self.per_leaf = store.leaf_clusters(cluster_size)
         if (count := len(root) // LEAF.size) != ceil_div(clusters, self.per_leaf):
-            raise FormatError(f"{where}: space map", f"{count} leaves do not cover {clusters} clusters")
+            what = f"{counted(count, 'leaf', 'leaves')}, which do not cover {counted(clusters, 'cluster')}"
+            raise FormatError(f"{where}: space map", what)
         leaves = [LEAF.parse(root, at) for at in range(0, len(root), LEAF.size)]
         self.places = [Area(leaf.offset, cluster_size, leaf.checksum) for leaf in leaves]
         self.free = [int(leaf.free) for leaf in leaves]

@@ -66,7 +66,7 @@ from dirtmap.engine.model import bits as kernels
 from dirtmap.engine.model.bitmap import as_int64
 from dirtmap.engine.session.intent import IntentLog
 from dirtmap.engine.session.livefile import BARE, EVENT, IN_FLIGHT, LOGGED, POISONED, WRITES, Control, Flights, Writeset
-from dirtmap.fmt.errors import BitmapError, Error, RangeError, SyncError, UnsupportedError
+from dirtmap.fmt.errors import BitmapError, Error, RangeError, SyncError, UnsupportedError, counted
 
 Mark = Callable[[int, int], None]
 _Swap = Callable[[bitarray | None, set[int]], None]
@@ -203,7 +203,7 @@ class Kernel:
         """As `mark` for each offset and its length, all or none. Errors as `begin`."""
         offset, length = as_int64(offsets), as_int64(lengths)
         if offset.shape != length.shape:
-            raise RangeError(self.where, f"{len(offset)} offsets and {len(length)} lengths")
+            raise RangeError(self.where, f"{counted(len(offset), 'offset')} and {counted(len(length), 'length')}")
         if offset.size and (
             int(offset.min()) < 0 or int(length.min()) < 0 or bool(np.any(offset > self.size - length))
         ):
@@ -443,7 +443,9 @@ class Kernel:
     def _range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
         offset, length = operator.index(offset), operator.index(length)
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise RangeError(self.where, f"{length} bytes at {offset} are not inside a disk of {self.size} bytes")
+            are = "is" if length == 1 else "are"
+            what = f"{counted(length, 'byte')} at {offset} {are} not inside a disk of {counted(self.size, 'byte')}"
+            raise RangeError(self.where, what)
         return offset, offset + length
 
 

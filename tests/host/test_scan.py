@@ -433,8 +433,8 @@ def test_a_scan_says_it_in_words(folder: Path, templates: list[bytes]) -> None:
     with qemu.StorageDaemon(folder / "c.qcow2"):
         done = dirtmap("index", "scan", folder)
     assert done.out == (
-        "5 images, 0 stores, 6 bitmaps, 3 of them inconsistent; 0 new, 0 moved, 1 held, 1 damaged, 1 twins, "
-        "1 names that clash, 0 gone, 0 unreadable\n"
+        "5 images, 0 stores, 6 bitmaps, 3 of them inconsistent; 0 new, 0 moved, 1 held, 1 damaged, 1 twin, "
+        "1 name that clashes, 0 gone, 0 unreadable\n"
     )
     assert sorted(line.split(": ")[2].split(";")[0] for line in done.error.splitlines()) == [
         *("a twin of " + str(folder / "a.qcow2"), "damaged", "its name 'a' is another's", "skipped")

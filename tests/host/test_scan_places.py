@@ -240,7 +240,7 @@ def test_what_cannot_be_read_is_told_and_not_forgotten(monkeypatch: pytest.Monke
         patch.setattr(os, "stat", refuse(status))
         patch.setattr(os, "access", lambda path, mode: "closed" not in path)
         done = dirtmap("index", "scan", ".")
-        assert done.out.endswith(", 1 twins, 0 names that clash, 0 gone, 3 unreadable\n")
+        assert done.out.endswith(", 1 twin, 0 names that clash, 0 gone, 3 unreadable\n")
         assert f"{os.path.abspath('closed')}: skipped: Permission denied" in done.error
         found = scanned()
     assert short(found["unreadable"], "what") == [

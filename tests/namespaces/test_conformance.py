@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 from support.conformance import NamespaceConformance
+from support.memory import MemoryMaker
 from support.namespaces import (
     DeadTrackerMaker,
     DeviceMaker,
@@ -40,65 +41,35 @@ class Kind(NamespaceConformance):
                 yield maker
 
 
-_STALE = "the handle is of no use once the session of the tracker that died has ended: 'open it again'"
-_OPEN_AFTER_CLOSE = "opens the image anew although it was closed"
-
-
 class TestImage(Kind):
     of = ImageMaker
-    broken: ClassVar = {
-        "test_a_transaction_after_close": _OPEN_AFTER_CLOSE,
-        "test_recovery_after_close": _OPEN_AFTER_CLOSE,
-    }
 
 
 class TestNamedImage(Kind):
     of = NamedImageMaker
-    broken: ClassVar = {
-        "test_a_transaction_after_close": _OPEN_AFTER_CLOSE,
-        "test_recovery_after_close": _OPEN_AFTER_CLOSE,
-        "test_a_reader_stays_right_while_somebody_tracks": "a handle opened before tells all bitmaps as inconsistent",
-    }
 
 
 class TestNode(Kind):
     of = NodeMaker
-    broken: ClassVar = {
-        "test_info_tells_the_uuid": "that of a node in a store is with its bitmaps only",
-        "test_info_tells_the_node": "that of a node in a store is with its bitmaps only",
-        "test_one_name_in_two_spellings": "commits a directory with one name twice, which nothing can read any more",
-        "test_an_inconsistent_bitmap_is_not_copied": "copies one that has no bits in the file",
-    }
 
 
 class TestDevice(Kind):
     of = DeviceMaker
-    broken: ClassVar = {
-        "test_info_tells_the_uuid": "that of a device is with its bitmaps only",
-        "test_one_name_in_two_spellings": TestNode.broken["test_one_name_in_two_spellings"],
-        "test_an_inconsistent_bitmap_is_not_copied": TestNode.broken["test_an_inconsistent_bitmap_is_not_copied"],
-    }
 
 
 class TestDeviceOnImage(Kind):
     of = DeviceOnImageMaker
-    broken: ClassVar = TestDevice.broken
 
 
 class TestDeadTracker(Kind):
     of = DeadTrackerMaker
-    broken: ClassVar = {
-        "test_a_transaction_after_close": _OPEN_AFTER_CLOSE,
-        "test_recovery_after_close": _OPEN_AFTER_CLOSE,
-        "test_a_hold_after_close": _OPEN_AFTER_CLOSE,
-        "test_a_handle_sees_its_own_change": _STALE,
-        "test_a_handle_goes_on_after_recovery": _STALE,
-        "test_a_reader_sees_the_change_of_another": _STALE,
-        "test_a_reader_stays_right_while_somebody_tracks": _STALE,
-        "test_the_trackers_handle_goes_on": _STALE,
-        "test_one_recovery_recovers_all": "leaves an inconsistent bitmap alone that the session does not know",
-    }
 
 
 class TestLivingTracker(Kind):
     of = LivingTrackerMaker
+
+
+class TestMemory(Kind):
+    """A kind of container that only the tests have: it took one module and one row."""
+
+    of = MemoryMaker

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from support import qemu
+from support import hostless, qemu
 from support.hostless import image as image_of
 from support.hostless import stored
 
@@ -217,7 +217,7 @@ def test_a_node_with_bitmaps_is_neither_renamed_nor_removed(store: Store) -> Non
     for name in ("raw0", "drive0"):
         with dm.open(name) as image, image.transaction() as bitmaps:
             changes.add(bitmaps, "b")
-        with pytest.raises(dm.BitmapError, match="has 1 bitmaps"):
+        with pytest.raises(dm.BitmapError, match="has 1 bitmap;"):
             hostless.remove(store, name)
         with pytest.raises(dm.BitmapError, match="addresses would change"):
             hostless.rename(store, name, "new")

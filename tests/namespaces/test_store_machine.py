@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support import qemu, store_crash
+from support import hostless, qemu, store_crash
 from support.hostless import stored
 from support.quick import Quick
 

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.alone import alone
 
 ROOT = Path(__file__).parent.parent.parent
 FLOORS = ["fmt", "engine", "tools"]
@@ -28,7 +29,8 @@ def run(*command: str | Path, cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built as `make wheel` does: through an sdist, so that the sdist is proven complete too."""
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    with alone("build"):  # which makes folders in the source tree
+        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
 

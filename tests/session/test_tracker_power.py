@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import qemu
+from support import hostless, qemu
 from support.cli import dirtmap
 from support.power import REGION, SIZE, Recording, expected, use
 from support.tracking import GRANULE, files_in, forget_index, make_node, model_of

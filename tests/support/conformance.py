@@ -210,7 +210,7 @@ class NamespaceConformance:
         with made.open() as namespace:
             assert isinstance(namespace, dm.Namespace)
             assert (type(namespace.size), namespace.size) == (int, SIZE)
-            assert namespace.format in ("qcow2", "dirtmap")
+            assert namespace.format in maker.formats
             assert namespace.cluster_size >= 512
             assert namespace.cluster_size & (namespace.cluster_size - 1) == 0
             assert namespace.where.startswith(namespace.path)
@@ -315,14 +315,12 @@ class NamespaceConformance:
             for key in (*NO_STRINGS, *NO_NAMES.values(), "\ud800"):
                 assert key not in namespace
 
-    @pytest.mark.xfail(strict=True, reason="BitmapError that is no KeyError, though the name is not there")
     def test_looking_up_a_lone_surrogate(self, maker: Maker) -> None:
         with maker.make(SIZE, some()).open() as namespace:
             assert namespace.get("\ud800") is None
             with pytest.raises(dm.BitmapNotFoundError):
                 namespace["\ud800"]
 
-    @pytest.mark.xfail(strict=True, reason="AttributeError, also of `get`")
     def test_looking_up_what_is_no_string(self, maker: Maker) -> None:
         with maker.make(SIZE, some()).open() as namespace:
             for key in NO_STRINGS:
@@ -516,7 +514,6 @@ class NamespaceConformance:
         assert read(made) == shapes(some())
 
     @needs("change")
-    @pytest.mark.xfail(strict=True, reason="`in` of a transaction raises AttributeError or BitmapError")
     def test_what_no_bitmap_is_called_is_in_no_transaction(self, maker: Maker) -> None:
         with maker.make(SIZE, some()).changing() as bitmaps:
             for key in (*NO_STRINGS, "\ud800"):
@@ -767,8 +764,9 @@ class NamespaceConformance:
                     with pytest.raises(dm.Error, match="the transaction has ended"):
                         act(bitmaps)
                 copy.mark(0, SIZE)
-                with pytest.raises(dm.Error, match="the transaction has ended"):
-                    _ = lazy.count
+                if maker.lazy:
+                    with pytest.raises(dm.Error, match="the transaction has ended"):
+                        _ = lazy.count
 
     @needs("change")
     def test_a_transaction_is_entered_once(self, maker: Maker) -> None:
@@ -1263,7 +1261,7 @@ class NamespaceConformance:
         made = maker.make(SIZE, some())
         with unchanged(made), made.open() as namespace, pytest.raises(dm.Error) as caught, namespace.hold("c"):
             pass
-        assert caught.type in (dm.BitmapError, dm.LockedError)
+        assert caught.type in (dm.BitmapError, dm.LockedError, dm.UnsupportedError)
 
     # Tracking.
 
@@ -1347,7 +1345,7 @@ class NamespaceConformance:
         made = maker.make(SIZE, some())
         with unchanged(made), made.open() as namespace, pytest.raises(dm.Error) as caught:
             namespace.track()
-        assert caught.type in (dm.BitmapError, dm.LockedError)
+        assert caught.type in (dm.BitmapError, dm.LockedError, dm.UnsupportedError)
 
     @lacking("change")
     def test_changes_that_are_refused(self, maker: Maker) -> None:

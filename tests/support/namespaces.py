@@ -130,9 +130,13 @@ class Maker(abc.ABC):
 
     Attributes:
         lacks: those of `CAPABILITIES` that the kind has not, and why.
+        formats: what its containers may be called.
+        lazy: a transaction reads bits when they are asked for, and not once it has ended.
     """
 
     lacks: ClassVar[Mapping[str, str]] = {}
+    formats: ClassVar[tuple[str, ...]] = ("qcow2", "dirtmap")
+    lazy: ClassVar[bool] = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.alone import alone
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
@@ -113,9 +114,10 @@ def loop(tmp_path: Path) -> Iterator[Loop]:
     for name in ("one", "two"):
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, 8 * MIB)
-    loop = Loop(tmp_path / "one")
-    yield loop
-    loop.detach()
+    with alone("loop"):  # a detached device's number must not go to another test before it is attached again
+        loop = Loop(tmp_path / "one")
+        yield loop
+        loop.detach()
 
 
 def test_another_disk_behind_the_same_number_makes_all_dirty(loop: Loop, tmp_path: Path) -> None:

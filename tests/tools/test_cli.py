@@ -26,7 +26,8 @@ from dirtmap.tools.cli import main
 from dirtmap.tools.sizes import human_share, human_size, parse_size
 
 MIB = 1 << 20
-SUFFIXES = {"": 1, **{suffix: 1024**power for power, suffix in enumerate("KMGTP", 1)}, "k": 1024}
+UNITS = {suffix: 1024**power for power, suffix in enumerate("KMGTP", 1)}
+SUFFIXES = {"": 1, **UNITS, "k": 1024, **{f"{suffix}iB": factor for suffix, factor in UNITS.items()}}
 
 
 @pytest.fixture
@@ -274,7 +275,7 @@ def test_interrupt(tmp_path: Path) -> None:
         assert child.stderr.read().strip() == b""
 
 
-@pytest.mark.parametrize("module", ["click", "dirtmap.tools.output", "dirtmap.engine.host.host"])
+@pytest.mark.parametrize("module", ["click", "dirtmap.tools.output", "dirtmap.tools.options"])
 def test_an_interrupt_while_modules_are_imported(module: str, image: Path, tmp_path: Path) -> None:
     # An interrupt is raised wherever the main thread is: here, where that module is about to be looked for.
     (tmp_path / "sitecustomize.py").write_text(
@@ -380,10 +381,21 @@ def test_sizes(number: int, suffix: str, zeros: int) -> None:
         assert parse_size(text) == number * SUFFIXES[suffix]
 
 
-@given(st.one_of(st.text(), st.from_regex(r"[-+ ]?[\d_.]+(e\d)?[a-zA-Z]{0,2}\s?")))
+@given(st.integers(0, MAX_DISK_SIZE))
+def test_sizes_that_are_printed_are_read(number: int) -> None:
+    assert parse_size(f"{number:#x}") == parse_size(f"0x000{number:X}") == number
+    for factor in UNITS.values():
+        text = human_size(number // factor * factor).replace(" ", "")
+        if "." not in text and "E" not in text and text != f"{number}B":
+            assert parse_size(text.removesuffix("B") if text[-2:-1].isdigit() else text) == number // factor * factor
+
+
+@given(st.one_of(st.text(), st.from_regex(r"[-+ ]?(0x)?[\d_.]+(e\d)?[a-zA-Z]{0,3}\s?")))
 def test_nothing_else_is_a_size(text: str) -> None:
-    digits = text[:-1] if text[-1:] in SUFFIXES else text
+    digits = next((text.removesuffix(unit) for unit in sorted(SUFFIXES, key=len)[::-1] if text.endswith(unit)), text)
     if digits and set(digits) <= set("0123456789"):
+        return
+    if text.startswith("0x") and text[2:] and set(text[2:]) <= set("0123456789abcdefABCDEF"):
         return
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
@@ -402,13 +414,21 @@ def test_nothing_else_is_a_size(text: str) -> None:
         "1 ",
         "1\n",
         "1_0",
-        "0x10",
+        "0x",
+        "0xg",
+        "0x10K",
+        "0X10",
+        "x10",
         "\uff11",
         "\u0661",
         "1m",
         "1KB",
-        "1KiB",
+        "1kiB",
+        "1KIB",
+        "1 KiB",
+        "1iB",
         "1E",
+        "1EiB",
     ],
 )
 def test_sizes_that_users_might_try(text: str) -> None:

@@ -9,68 +9,24 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import qemu
 from support.cli import COMMAND, dirtmap, error_of, json_of
+from support.hosts import KIB, MIB, SIZE, everything, fill_device, make_host, mapped, names, refused, untouched
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.registry import RESERVED
 
-KIB, MIB = 1 << 10, 1 << 20
-SIZE = 8 * MIB
-ALL = [(0, SIZE)]
 NODES = ["one", "two", "other", "q0", "q1"]
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nodes in two stores and two images, a device on one of those, and an image without a name."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DIRTMAP_STORE", "default.dmap")
-    for name in ("one", "two", "other"):
-        Path(f"{name}.raw").touch()
-        os.truncate(f"{name}.raw", SIZE)
-    for name in ("q0", "q1", "plain"):
-        qemu.create(Path(f"{name}.qcow2"), SIZE)
-    dirtmap("store", "create", "other.dmap")
-    dirtmap("node", "add", "other", "other.raw", "--store", "other.dmap")
-    for name in ("one", "two"):
-        dirtmap("node", "add", name, f"{name}.raw")
-    for name in ("q0", "q1"):
-        dirtmap("node", "add", name, f"{name}.qcow2")
-    dirtmap("device", "add", "d0", "--root", "q0")
+    make_host(tmp_path, monkeypatch)
     return tmp_path
-
-
-def mapped(target: str, name: str) -> list[tuple[int, int]]:
-    return [(e["offset"], e["length"]) for e in json_of("map", "--dirty", target, name)]
-
-
-def names(target: str) -> list[str]:
-    return [bitmap["name"] for bitmap in json_of("list", target)[0]["bitmaps"]]
-
-
-def everything() -> dict[str, bytes | int]:
-    """What is in each container and image; of a file that nobody has written to, only how long it is."""
-    paths = [path for path in Path().rglob("*") if path.suffix in (".dmap", ".qcow2", ".raw")]
-    return {str(path): path.read_bytes() if path.stat().st_blocks else path.stat().st_size for path in paths}
-
-
-@contextlib.contextmanager
-def untouched() -> Iterator[None]:
-    """No container has another byte after the block."""
-    before = everything()
-    yield
-    assert everything() == before
-
-
-def refused(*arguments: str | int, given: str | None = None) -> str:
-    with untouched():
-        return error_of(*arguments, given=given)
 
 
 # Every command that takes a TARGET.
@@ -363,105 +319,6 @@ def test_two_images_with_one_uuid() -> None:
     assert len(set(uuids)) == len(uuids) == 6
 
 
-# The root of a device.
-
-
-def _device(granularity: str = "64K") -> None:
-    for name in ("b", "empty"):
-        dirtmap("add", "d0", name, "-g", granularity)
-    dirtmap("mark", "d0", "b", MIB, 1)
-
-
-def test_another_root_makes_all_dirty_unless_the_content_is_unchanged() -> None:
-    _device()
-    for node in ("q0", "q1"):
-        dirtmap("add", node, "b")
-        dirtmap("mark", node, "b", 3 * MIB, 1)
-    dirtmap("device", "set-root", "d0", "q1", "--content-unchanged")
-    assert (mapped("d0", "b"), mapped("d0", "empty")) == ([(MIB, 64 * KIB)], [])
-    assert json_of("device", "list")[0]["root"] == "q1"
-    dirtmap("device", "set-root", "d0", "one")
-    assert (mapped("d0", "b"), mapped("d0", "empty")) == (ALL, ALL)
-    assert json_of("device", "list")[0]["root"] == "one"
-    dirtmap("clear", "d0", "b")
-    dirtmap("mark", "d0", "b", 0, 1)
-    dirtmap("device", "set-root", "d0", "q0", "--content-unchanged")
-    assert (mapped("d0", "b"), mapped("d0", "empty")) == ([(0, 64 * KIB)], ALL)
-    # Bitmaps of nodes never moved.
-    assert [mapped(node, "b") for node in ("q0", "q1")] == [[(3 * MIB, 64 * KIB)]] * 2
-    assert names("one") == []
-    dirtmap("node", "remove", "one")
-
-
-def test_a_root_of_another_size() -> None:
-    _device()
-    for name, size in (("large", 2 * SIZE), ("small", SIZE // 2)):
-        qemu.create(Path(f"{name}.qcow2"), size)
-        dirtmap("node", "add", name, f"{name}.qcow2")
-        message = refused("device", "set-root", "d0", name, "--content-unchanged")
-        assert "the content is not unchanged" in message
-        dirtmap("device", "set-root", "d0", name)
-        assert mapped("d0", "b") == mapped("d0", "empty") == [(0, size)]
-        assert json_of("list", "d0")[0]["virtual-size"] == size
-        assert json_of("device", "list")[0]["virtual-size"] == size
-        assert json_of("check", "default.dmap")["findings"] == []
-
-
-def test_the_content_is_not_unchanged_where_the_old_root_was_changed_by_others() -> None:
-    """`--content-unchanged` vouches for this step only."""
-    _device()
-    os.utime("q0.qcow2", ns=(1, 1))
-    dirtmap("device", "set-root", "d0", "q1", "--content-unchanged")
-    assert mapped("d0", "b") == ALL
-
-
-def test_a_root_written_by_others_makes_a_device_all_dirty() -> None:
-    _device()
-    qemu.qemu_io(Path("q0.qcow2"), "write 0 64k")
-    assert "changed while nobody tracked it" in dirtmap("list", "d0").error
-    assert mapped("d0", "b") == ALL
-    dirtmap("recover", "d0")
-    dirtmap("clear", "d0", "b")
-    assert mapped("d0", "b") == []
-
-
-def test_bitmaps_in_the_root_change_and_the_device_is_as_right_as_before() -> None:
-    _device()
-    for target in ("q0", "q0.qcow2"):
-        dirtmap("add", target, "x")
-        dirtmap("mark", target, "x", 0, 1)
-        dirtmap("rename", target, "x", "y")
-        dirtmap("copy", "one", "none", "q0", status=1)
-        dirtmap("copy", "d0", "b", target)
-        dirtmap("move", "d0", "b", target, "--as", "z")
-        assert mapped("d0", "empty") == []
-        dirtmap("move", target, "z", "d0", "--as", "b")
-        assert mapped("d0", "b") == [(MIB, 64 * KIB)]
-        dirtmap("remove", target, "b")
-        dirtmap("remove", target, "y")
-        document = {"actions": [{"type": "block-dirty-bitmap-add", "data": {"node": target, "name": "t"}}]}
-        dirtmap("transaction", "-", given=json.dumps(document))
-        dirtmap("node", "rename", "q0", "qq", "--with-bitmaps")
-        dirtmap("node", "rename", "qq", "q0", "--with-bitmaps")
-        dirtmap("remove", target, "t")
-    assert (mapped("d0", "b"), mapped("d0", "empty")) == ([(MIB, 64 * KIB)], [])
-
-
-def test_a_device_in_another_store() -> None:
-    dirtmap("device", "add", "d1", "--root", "other", "--store", "other.dmap")
-    dirtmap("add", "d1", "b")
-    assert json_of("list", "d1")[0]["bitmaps"][0]["device"] == "d1"
-    assert "root of device 'd1'" in refused("node", "remove", "other")
-    assert "remove or move them first" in refused("device", "remove", "d1")
-    dirtmap("device", "set-root", "d1", "q0")
-    assert mapped("d1", "b") == ALL
-    assert [(d["name"], d["root"]) for d in json_of("device", "list")] == [("d0", "q0"), ("d1", "q0")]
-    dirtmap("clear", "d1", "b")
-    dirtmap("add", "q0", "x")
-    assert mapped("d1", "b") == []
-    assert "the name is taken" in refused("device", "add", "d1", "--root", "one")
-
-
 # Files move, graphs change.
 
 
@@ -564,7 +421,7 @@ def test_snapshots_and_other_acts_of_qemu_keep_addresses() -> None:
     # An overlay becomes the root; a commit or a stream brings the old one back.
     dirtmap("device", "remove", "d0")
     dirtmap("device", "add", "d0", "--root", "q0")
-    _device()
+    fill_device()
     qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", "q0.qcow2", "-F", "qcow2", "top.qcow2")
     dirtmap("node", "add", "top", "top.qcow2")
     dirtmap("device", "set-root", "d0", "top", "--content-unchanged")
@@ -688,7 +545,7 @@ def test_find_tells_what_it_cannot_read() -> None:
     with qemu.StorageDaemon("held.qcow2"):
         for _ in range(2):  # also where nothing has changed since
             done = dirtmap("find", "b", status=1)
-            assert "b: 1 bitmaps" in done.out
+            assert "b: 1 bitmap\n" in done.out
             assert sorted(Path(line.split(":")[1]).name for line in done.error.splitlines()) == [
                 *("damaged.qcow2", "gone.qcow2", "held.qcow2")
             ]
@@ -696,121 +553,6 @@ def test_find_tells_what_it_cannot_read() -> None:
             quiet = dirtmap("find", "b", "-q", status=1)
             assert (quiet.out, quiet.error) == ("", done.error)
         assert "held.qcow2" not in dirtmap("find", "-U", "b", status=1).error
-
-
-# A damaged store is in nobody's way.
-
-
-def _without_table(path: Path) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: 16 * KIB] + bytes(len(data) - 16 * KIB))
-
-
-def _without_headers(path: Path) -> None:
-    path.write_bytes(bytes(16 * KIB) + path.read_bytes()[16 * KIB :])
-
-
-def _text(path: Path) -> None:
-    path.write_text("hello\n")
-
-
-def _cut(path: Path) -> None:
-    os.truncate(path, 10 * KIB)
-
-
-@pytest.mark.parametrize("indexed", [True, False])
-@pytest.mark.parametrize("damage", [_without_table, _without_headers, _text, _cut])
-def test_a_damaged_store_hides_only_its_own_names(damage: Callable[[Path], None], indexed: bool) -> None:
-    for target in ("one", "other", "q0"):
-        dirtmap("add", target, "b")
-    assert len(json_of("find", "b")) == 3
-    damage(Path("other.dmap"))
-    told = "other.dmap: "
-    commands: list[tuple[str | int, ...]] = [
-        *(("list", "other"), ("list", "nothing"), ("node", "rename", "two", "new"), ("node", "add", "new", "two.raw")),
-        *(("node", "add", "other", "two.raw"), ("device", "add", "new", "--root", "two"), ("node", "remove", "two")),
-    ]
-    for command in [("list", "one"), ("map", "d0"), ("find",), ("list",), ("node", "list"), *commands]:
-        if not indexed:
-            shutil.rmtree("index")
-        if command in commands:
-            assert told in refused(*command), command
-        elif command[0] == "list" and len(command) > 1:
-            assert names("one") == ["b"]
-        elif command[0] == "map":
-            dirtmap("add", "d0", "x")
-            assert mapped("d0", "x") == []
-        else:
-            done = dirtmap(*command, *["b"] * (command[0] == "find"), status=1)
-            assert told in done.error
-            assert done.error.count("\n") == 1
-            assert "one" in done.out
-            assert "q0" in done.out
-            assert "other" not in done.out
-    assert told in dirtmap("index", "rebuild").error
-    done = dirtmap("index", "verify")
-    assert "all as the containers say" in done.out
-    assert done.error.startswith("dirtmap: left out: ")
-    assert told in done.error
-    with dm.Lookup(dm.this_host()) as lookup:
-        assert lookup.find("one", "b")
-        with pytest.raises(dm.Error, match=r"other\.dmap"):
-            lookup.find("other", "b")
-
-
-@pytest.mark.parametrize("damage", [_without_table, _without_headers, _text])
-def test_a_store_that_is_none_any_more_is_forgotten_by_a_scan(damage: Callable[[Path], None]) -> None:
-    whole = Path("other.dmap").read_bytes()
-    damage(Path("other.dmap"))
-    Path("elsewhere").mkdir()
-    assert json_of("index", "scan", "elsewhere")["damaged"] == []
-    assert "other.dmap" in refused("list", "nothing")
-    for again in (False, True):
-        found = [Path(item["filename"]).name for item in json_of("index", "scan", ".")["damaged"]]
-        assert found == ([] if again and damage is not _without_table else ["other.dmap"])
-    if damage is not _without_table:
-        assert "neither a file nor a node" in refused("list", "other")
-        Path("three.raw").write_bytes(bytes(1 << 20))
-        dirtmap("node", "add", "other", "three.raw")
-        dirtmap("node", "remove", "other")
-    Path("other.dmap").write_bytes(whole)
-    dirtmap("index", "scan", ".")
-    assert names("other") == []
-
-
-def test_a_damaged_default_store_says_what_to_do() -> None:
-    _without_table(Path("default.dmap"))
-    for command in (["list", "one"], ["find", "b"], ["list"], ["node", "add", "x", "one.raw"], ["index", "scan", "."]):
-        assert "'check -r all' may mend it, or 'index scan' make another once it is moved away" in refused(*command)
-    dirtmap("check", "-r", "all", "default.dmap")
-    dirtmap("index", "scan", ".")
-    assert names("q0") == []
-    _text(Path("default.dmap"))
-    for command in (["list", "q0"], ["node", "add", "x", "one.raw"], ["index", "scan", "."], ["node", "list"]):
-        assert refused(*command).count("'index scan' makes another once it is moved away") == 1
-        assert "check -r" not in refused(*command)
-    os.rename("default.dmap", "away")
-    dirtmap("index", "scan", ".")
-    assert (names("q0"), names("other")) == ([], [])
-
-
-def test_without_a_default_store_nothing_is_said_to_be_right() -> None:
-    os.remove("default.dmap")
-    for command in (["list", "one"], ["map", "q0", "b"], ["list", "node:one"]):
-        message = refused(*command)
-        assert "default.dmap" in message
-        assert "'index scan' makes one" in message
-    assert dm.this_host().stores.index.seen(b"x" * 16) is None
-    before = dm.this_host().stores.index.all_seen()
-    assert before
-    for command in (["index", "verify"], ["index", "rebuild"]):
-        message = refused(*command)
-        assert "default.dmap: there is no default store" in message
-        assert "'index scan' makes one" in message
-    assert dm.this_host().stores.index.all_seen() == before
-    for command in (["node", "list"], ["device", "list"], ["list"], ["find", "b"]):
-        assert json_of(*command) == []
-        dirtmap(*command)
 
 
 def test_a_list_says_which_node_an_image_is() -> None:
@@ -833,52 +575,3 @@ def test_odd_names() -> None:
         (hit,) = json.loads(dirtmap("find", "--output=json", "--", name).out)
         assert hit["node"] == hit["name"]
     assert json_of("index", "verify")["faults"] == []
-
-
-def overwritten(path: str, at: int, data: bytes) -> None:
-    with open(path, "r+b") as file:
-        file.seek(at)
-        file.write(data)
-
-
-DAMAGES: dict[str, tuple[Callable[[str], object], str]] = {
-    "no image": (lambda path: Path(path).write_bytes(b"zz"), "header.magic: not a qcow2 image"),
-    "empty": (lambda path: Path(path).write_bytes(b""), "header.magic: not a qcow2 image"),
-    "another version": (lambda path: overwritten(path, 4, b"\0\0\0\x09"), "header.version: 9 is neither 2 nor 3"),
-    "a broken chain": (lambda path: overwritten(path, 112, b"\1\2\3\4\xff"), "header extensions: "),
-    "another image": (lambda path: qemu.create(Path(path), SIZE), "is not its image any more"),
-    "a store": (lambda path: [os.remove(path), dirtmap("store", "create", path)], "is not its image any more"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_or_replaced_image_is_named_as_that_and_forgotten(damage: str) -> None:
-    act, said = DAMAGES[damage]
-    dirtmap("add", "q1", "b")
-    act("q1.qcow2")
-    data = Path("q1.qcow2").read_bytes()
-    for command in (("list", "q1"), ("map", "q1", "b"), ("add", "q1", "c"), ("recover", "q1"), ("clear", "q1", "b")):
-        assert said in error_of(*command), command
-    assert said in error_of("device", "add", "d1", "--root", "q1")
-    if said == "is not its image any more":
-        assert "'index scan' finds one that was moved" in error_of("check", "q1")
-        assert "'index scan' finds one that was moved" in error_of("dump", "q1")
-    else:
-        assert said in json_of("dump", "q1")["stopped"] or said.split(":")[0] in json_of("dump", "q1")["stopped"]
-        assert "q1.qcow2" in (error_of("check", "q1") if "magic" in said else dirtmap("check", "q1", status=2).out)
-    dirtmap("node", "remove", "q1")
-    assert Path("q1.qcow2").read_bytes() == data
-    assert "q1" not in {node["name"] for node in json_of("node", "list")}
-    os.remove("q1.qcow2")
-    qemu.create(Path("q1.qcow2"), SIZE)
-    dirtmap("node", "add", "q1", "q1.qcow2")
-
-
-def test_an_image_with_bad_bitmaps_is_not_forgotten() -> None:
-    """They can be mended, and it has its identity."""
-    dirtmap("add", "q1", "b")
-    (entry,) = (s for s in json_of("dump", "q1")["structures"] if s["name"].startswith("directory entry"))
-    overwritten("q1.qcow2", entry["offset"] + 12, b"\xff\xff\xff\xff")
-    assert "flags" in error_of("node", "remove", "q1")
-    dirtmap("check", "-r", "all", "q1")
-    dirtmap("node", "remove", "q1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
@@ -16,8 +17,9 @@ from support.cli import dirtmap, error_of, mapped
 
 import dirtmap.engine as dm
 from dirtmap.fmt.geometry import MAX_DISK_SIZE
-from dirtmap.tools import extents as extents_module
-from dirtmap.tools.extents import parse_extents
+from dirtmap.tools.extents import read_extents
+from dirtmap.tools.foreign import lines as lines_module
+from dirtmap.tools.inputs import Input
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -33,11 +35,16 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def parse(text: str | bytes | list[Any]) -> list[tuple[int, int]]:
+def parse(text: str | bytes | list[Any], size: int = MAX_DISK_SIZE) -> list[tuple[int, int]]:
     data = json.dumps(text) if isinstance(text, list) else text
-    found = parse_extents(data if isinstance(data, bytes) else data.encode(), "F")
-    assert found.offsets.dtype == found.lengths.dtype == found.places.dtype == np.int64
-    return list(zip(found.offsets.tolist(), found.lengths.tolist(), strict=True))
+    found: list[tuple[int, int]] = []
+
+    def put(offsets: Any, lengths: Any) -> None:
+        assert offsets.dtype == lengths.dtype == np.int64
+        found.extend(zip(offsets.tolist(), lengths.tolist(), strict=True))
+
+    read_extents(Input(io.BytesIO(data if isinstance(data, bytes) else data.encode()), "F"), size, put)
+    return found
 
 
 def test_a_range(image: Path) -> None:
@@ -94,10 +101,10 @@ def test_lines() -> None:
 
 
 def test_json() -> None:
-    assert parse([DIRTY, CLEAN]) == [(0, 5)]
+    assert parse([DIRTY, CLEAN], 10) == [(0, 5)]
     assert parse([]) == []
-    assert parse(b" \n" + json.dumps([DIRTY] * 3).encode()) == [(0, 5)] * 3
-    assert parse([{"start": 7, "length": 1, "data": True, "depth": 0, "zero": False, "new key": {}[0:0] if 0 else 1}])
+    assert parse(b" \n" + json.dumps([DIRTY, {**DIRTY, "offset": 8}]).encode()) == [(0, 5), (8, 5)]
+    assert parse([{"start": 0, "length": 1, "data": True, "depth": 0, "zero": False, "new key": [{}]}], 1) == [(0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -108,28 +115,31 @@ def test_json() -> None:
         ("0 1", "F: line 1: cut off"),
         ("0 1\n1048576 40", "F: line 2: cut off"),  # of 1048576 4096
         ("0 1\n1048576 4096\r", "F: line 2: cut off"),
-        ("0\n", "F: line 1: 1 words instead of an offset and a length"),
+        ("0\n", "F: line 1: 1 word instead of an offset and a length"),
         ("0 1\n\n0 1 2\n", "F: line 3: 3 words instead of an offset and a length"),
         ("0 1\n0 -1\n", "F: line 2: '-1' is not a size"),
-        ("0 1\n0x10 1\n", "F: line 2: '0x10' is not a size"),
+        ("0 1\n0x1G 1\n", "F: line 2: '0x1G' is not a size"),
         ("0 1\n1.5K 1\n", "F: line 2: '1.5K' is not a size"),
         ("0 9223372036854775808\n", "F: line 1: '9223372036854775808' is more than 2^63-1 bytes"),
         ("# a comment\n", "F: line 1: 3 words"),
         ("Offset Length\n0 1\n", "F: line 1: 'Offset' is not a size"),
         (b"0 1\n\xff 1\n", "F: line 2: '\\xff' is not a size"),
         (b"0 1\n\0 1\n", "F: line 2: '\0' is not a size"),
-        ("[", "F: not valid JSON: "),
-        ("[" * 100_000, "F: not valid JSON: "),
-        (b'["\xff"]', "F: not valid JSON: "),
-        ("[" + "9" * 5000 + "]", "F: not valid JSON: "),
-        ("{}", "F: entry 1: not clearly an extent as of nbdinfo, qemu-img map or rbd diff"),
+        ("[", "F: entry 1: not clearly"),
+        ("[" * 100_000, "F: entry 1: not clearly"),
+        (b'[{"exists": "\xff"}]', "F: not valid JSON: "),
+        ('[{"exists": ' + "9" * 5000 + "}]", "F: not valid JSON: "),
+        ("{}", "F: entry 1: not clearly an extent as of nbdinfo, qemu-img, rbd, vmware or csi"),
         (json.dumps(DIRTY), "F: not an array of extents"),
         ([DIRTY, 5], "F: entry 2: not an extent"),
+        (json.dumps([DIRTY])[:-1], "F: not valid JSON: cut off"),
+        (json.dumps([DIRTY]) + "x", "F: not valid JSON: something follows"),
+        ("[DIRTY,]".replace("DIRTY", json.dumps(DIRTY)), "F: not valid JSON: a value is missing"),
         ([[DIRTY]], "F: entry 1: not an extent"),
         ([{"offset": 0, "length": 1}], "F: entry 1: not clearly"),
         ([{**DIRTY, "exists": "true"}], "F: entry 1: not clearly"),
-        ([DIRTY, {"offset": 0, "length": 1, "exists": "true"}], "F: entry 2: an extent as of rbd diff among those of"),
-        ([{**DIRTY, "extra": DIRTY}], "F: an extent inside another"),
+        ([DIRTY, {"offset": 0, "length": 1, "exists": "true"}], "F: entry 2: 'exists' is not a key"),
+        ([{**DIRTY, "extra": DIRTY}], "F: entry 1: 'extra' is not a key of this format"),
         ([DIRTY, {**DIRTY, "offset": -1}], "F: entry 2: 'offset' is not a number of bytes"),
         ([{**DIRTY, "length": 1.0}], "F: entry 1: 'length' is not a number of bytes"),
         ([{**DIRTY, "length": True}], "F: entry 1: 'length' is not a number of bytes"),
@@ -140,7 +150,7 @@ def test_json() -> None:
         ([{**DIRTY, "type": True}], "F: entry 1: neither type 0"),
         ([{**DIRTY, "description": "hole"}], "F: entry 1: neither type 0"),  # a map of base:allocation
         ([{"offset": 0, "length": 5, "type": 1}], "F: entry 1: neither type 0"),
-        ([{"start": 0, "length": 5}], "F: entry 1: 'data' is neither true nor false"),
+        ([{"start": 0, "length": 5, "zero": True}], "F: entry 1: 'data' is neither true nor false"),
         ([{"start": 0, "length": 5, "data": "true"}], "F: entry 1: 'data' is neither true nor false"),
         ([{"offset": 0, "length": 5, "exists": "yes"}], "F: entry 1: 'exists' is neither true nor false"),
         ('[{"offset": 0, "offset": 1, "length": 5, "exists": "true"}]', "F: entry 1: a key appears twice"),
@@ -172,28 +182,39 @@ GAPS = st.text(" \t", min_size=1, max_size=3)
     st.integers(1, 200),
 )
 def test_lines_whatever_their_blanks(rows: list[tuple[int, int, str, str, bool]], chunk: int) -> None:
-    text = "".join(f"{offset}{gap}{length}{end}\n" + "\n" * empty for offset, length, gap, end, empty in rows)
-    numbers = [number for number, line in enumerate(text.split("\n"), 1) if line]
+    inside = [(min(offset, MAX_DISK_SIZE - length), length) for offset, length, *_ in rows]
+    text = "".join(
+        f"{offset}{gap}{length}{end}\n" + "\n" * empty
+        for (offset, length), (_, _, gap, end, empty) in zip(inside, rows, strict=True)
+    )
+    number = text.count("\n") + 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extents_module, "_CHUNK", chunk)
-        found = parse_extents(text.encode(), "F")
-    assert found.offsets.tolist() == [row[0] for row in rows]
-    assert found.lengths.tolist() == [row[1] for row in rows]
-    assert found.places.tolist() == numbers
+        patch.setattr(lines_module, "_CHUNK", chunk)
+        assert sorted(parse(text)) == sorted(inside)
+        with pytest.raises(dm.FormatError, match=f"^F: line {number}: "):
+            parse(text + "x y\n")
+        with pytest.raises(dm.RangeError, match=f"^F: line {number}: "):
+            parse(text + f"1 {MAX_DISK_SIZE}\n")
 
 
-@given(st.lists(st.tuples(SIZES, SIZES, st.booleans())))
-def test_json_of_all_kinds(rows: list[tuple[int, int, bool]]) -> None:
+@given(st.lists(st.tuples(st.integers(1, 1 << 40), st.booleans()), min_size=1))
+def test_json_of_all_kinds(parts: list[tuple[int, bool]]) -> None:
+    rows, size = [], 0
+    for length, flag in parts:
+        rows.append((size, length, flag))
+        size += length
     dirty = [(offset, length) for offset, length, flag in rows if flag]
     words = ("clean", "dirty")
-    assert parse([{"offset": o, "length": n, "type": int(f), "description": words[f]} for o, n, f in rows]) == dirty
-    assert parse([{"start": o, "length": n, "data": f, "zero": not f} for o, n, f in rows]) == dirty
+    extents = [{"offset": o, "length": n, "type": int(f), "description": words[f]} for o, n, f in rows]
+    assert parse(extents, size) == dirty
+    top = [{"start": o, "length": n, "depth": 1, "data": f, "zero": not f, "present": f} for o, n, f in rows]
+    assert parse(top, size) == dirty
     every = [(offset, length) for offset, length, _ in rows]
-    assert parse([{"offset": o, "length": n, "exists": str(f).lower()} for o, n, f in rows]) == every
+    assert parse([{"offset": o, "length": n, "exists": str(f).lower()} for o, n, f in rows], size) == every
 
 
 def test_big_files_are_read_reasonably_fast() -> None:
     lines = "".join(f"{number * 65536} 65536\n" for number in range(500_000)).encode()
-    begin = time.perf_counter()
-    assert len(parse_extents(lines, "F").offsets) == 500_000
-    assert time.perf_counter() - begin < 2  # takes 0.1 s
+    begin = time.process_time()
+    assert len(parse(lines)) == 500_000
+    assert time.process_time() - begin < 2  # takes 0.2 s

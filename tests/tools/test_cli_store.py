@@ -191,7 +191,7 @@ def spoil(name: str, byte: int = 0) -> None:
         (
             "directory entry: node 'one', bitmap 'b'",
             DIRECTORY_ENTRY.field("extra_data_size").offset,  # so that nothing in it can be told
-            "node 'one', 1 of its 1 bitmaps: directory of node 'one' at 0x",
+            "node 'one', 1 of 1 bitmap: directory of node 'one' at 0x",
             "dropped",
         ),
     ],

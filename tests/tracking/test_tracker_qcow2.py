@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import qemu
+from support import hostless, qemu
 from support.cli import dirtmap, error_of, json_of
 from support.tracking import files_in, model_of
 

@@ -1,0 +1,223 @@
+"""The structures of a store: what is built is parsed again, and what breaks a rule is named."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from construct import Array, Bytes, Const, Float32b, Int8ub, Int16ub, Int24ub, Int32sb, Int32ub, Int32ul, Padded
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.generated import areas, numbers
+
+from dirtmap.fmt import directory, geometry, store
+from dirtmap.fmt.store import Area, Identity, Record
+from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.structures.store import (
+    AREA,
+    BITS_CHECKSUM,
+    CHECKSUM,
+    HEADER,
+    LEAF,
+    NAMESPACES_EXTENSION,
+    RECORD,
+    RUN,
+    build_record,
+    parse_records,
+)
+
+STRUCTURES = [
+    HEADER,
+    CHECKSUM,
+    AREA,
+    NAMESPACES_EXTENSION,
+    LEAF,
+    RUN,
+    RECORD,
+    BITS_CHECKSUM,
+]
+
+
+names = st.binary(min_size=1, max_size=1023).filter(lambda name: b"\0" not in name) | st.sampled_from(
+    [b"a", b"drive0", b"\xff" * 1023, "Bücher".encode()]
+)
+
+
+records = st.builds(
+    Record,
+    name=names,
+    kind=st.sampled_from(sorted(store.KIND_NAMES)),
+    uuid=st.binary(min_size=16, max_size=16),
+    size=st.integers(0, geometry.MAX_DISK_SIZE),
+    generation=numbers(8),
+    directory=areas.filter(lambda area: area.length),
+    nb_bitmaps=st.integers(1, directory.MAX_BITMAPS),
+    path=st.binary(max_size=300).filter(lambda path: b"\0" not in path),
+    identity=st.builds(Identity, numbers(8), numbers(8), numbers(8), numbers(8)),
+    root_uuid=st.binary(min_size=16, max_size=16),
+)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.name)
+@given(data=st.data())
+def test_structure_is_built_as_it_is_parsed(structure: Structure, data: st.DataObject) -> None:
+    raw = data.draw(st.binary(min_size=structure.size, max_size=structure.size))
+    parsed = structure.parse(b"xyz" + raw, 3)
+    values = {field.name: getattr(parsed, field.name) for field in structure.fields}
+    assert structure.build(**values) == raw
+    for field in structure.fields:
+        part = raw[field.offset : field.offset + field.size]
+        assert values[field.name] in (part, int.from_bytes(part, "big")), "bytes as they are, numbers big-endian"
+
+
+@pytest.mark.parametrize(
+    "declared", [Int32ul, Int32sb, Int24ub, Float32b, Array(2, Int8ub), Const(b"magic"), Padded(8, Int32ub)]
+)
+def test_structure_takes_unsigned_numbers_and_bytes_only(declared: object) -> None:
+    with pytest.raises(TypeError, match="field: neither an unsigned number nor bytes"):
+        Structure("s", "field" / declared)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"magic": b"abc", "count": 1}, ValueError),
+        ({"magic": b"abcde", "count": 1}, ValueError),
+        ({"magic": b"abcd", "count": -1}, struct.error),
+        ({"magic": b"abcd", "count": 1 << 16}, struct.error),
+        ({"magic": b"abcd"}, TypeError),
+        ({"count": 1}, TypeError),
+        ({"magic": b"abcd", "count": 1, "more": 1}, TypeError),
+    ],
+)
+def test_structure_builds_nothing_that_does_not_fit(values: dict[str, Any], error: type[Exception]) -> None:
+    structure = Structure("s", "magic" / Bytes(4), "count" / Int16ub)
+    assert structure.build(magic=b"abcd", count=1) == b"abcd\0\1"
+    with pytest.raises(error):
+        structure.build(**values)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 7])
+def test_structure_is_not_parsed_past_the_end(offset: int) -> None:
+    structure = Structure("s", "magic" / Bytes(4), "count" / Int16ub)
+    data = bytes(structure.size + offset)
+    assert structure.parse(data, offset).count == 0
+    with pytest.raises(struct.error):
+        structure.parse(data[:-1], offset)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.name)
+def test_structure_has_no_gaps_and_its_numbers_are_aligned(structure: Structure) -> None:
+    at = 0
+    for field in structure.fields:
+        assert field.offset == at
+        assert field.size == 16 or field.offset % field.size == 0, field
+        at += field.size
+    assert at == structure.size
+
+
+@given(st.lists(records, max_size=6))
+def test_records_are_parsed_as_they_were_built(values: list[Record]) -> None:
+    raw = b"".join(map(build_record, values))
+    assert list(parse_records(raw)) == values
+    assert len(raw) % 8 == 0
+    assert all(not list(store.record_faults(record)) for record in values)
+
+
+@given(st.lists(records, min_size=1, max_size=3), st.data())
+@settings(max_examples=200)
+def test_records_that_do_not_fit_are_refused(values: list[Record], data: st.DataObject) -> None:
+    raw = b"".join(map(build_record, values))
+    cut = data.draw(st.integers(1, len(raw) - 1))
+    ends = set(itertools.accumulate(len(build_record(record)) for record in values))
+    if cut in ends:
+        assert list(parse_records(raw[:cut])) == values[: sorted(ends).index(cut) + 1]
+    else:
+        with pytest.raises(ValueError, match="record"):
+            list(parse_records(raw[:cut]))
+
+
+@given(st.binary(max_size=1000))
+@example(bytes(112))
+@example(b"\xff" * 1000)
+def test_any_bytes_are_records_or_refused(raw: bytes) -> None:
+    try:
+        parsed = list(parse_records(raw))
+    except ValueError:
+        return
+    assert sum(len(build_record(record)) for record in parsed) == len(raw)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("name", {"name": b""}),
+        ("name", {"name": b"x" * 1024}),
+        ("name", {"name": b"a\0b"}),
+        ("kind", {"kind": 0}),
+        ("kind", {"kind": max(store.KIND_NAMES) + 1}),
+        ("size", {"size": 2**63}),
+        ("path", {"path": b"/" * 4097}),
+        ("path", {"path": b"/a\0"}),
+        ("nb_bitmaps", {"nb_bitmaps": 65536}),
+        ("nb_bitmaps", {"nb_bitmaps": 0}),
+        ("nb_bitmaps", {"directory": Area()}),
+    ],
+)
+def test_record_that_breaks_a_rule_is_named(field: str, changes: dict[str, Any]) -> None:
+    sound = Record(b"drive0", store.KIND_NODE, bytes(16), 1, directory=Area(0x4000, 32), nb_bitmaps=1, path=b"/a")
+    assert not list(store.record_faults(sound))
+    assert [fault for fault, _ in store.record_faults(replace(sound, **changes))] == [field]
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("type", {"type": 2}),
+        ("name", {"name": b""}),
+        ("granularity_bits", {"granularity_bits": 8}),
+        ("granularity_bits", {"granularity_bits": 32}),
+        ("granularity_bits", {"granularity_bits": 255}),
+        ("table_size", {"table_size": 2}),
+        ("table_size", {"table_offset": store.ALL_ZEROS}),
+        ("table_size", {"table_offset": store.ALL_ONES}),
+        ("extra_data_size", {"extra_data": b"1234567"}),
+        ("offset", {"table_offset": 0x3000}),
+        ("offset", {"table_offset": 0x4800}),
+        ("offset", {"table_offset": 0x10000}),
+        ("offset", {"table_offset": 2**64 - 4096}),
+    ],
+)
+def test_entry_that_breaks_a_rule_is_named(field: str, changes: dict[str, Any]) -> None:
+    sound = directory.Entry(b"b0", 0x4000, 1, 0xFFFF0002, 9, extra_data=bytes(8))
+    assert not list(store.entry_faults(sound, 1 << 20, 4096, 0x10000))
+    assert [fault for fault, _ in store.entry_faults(replace(sound, **changes), 1 << 20, 4096, 0x10000)] == [field]
+
+
+def test_entry_whose_bits_are_too_many_is_named() -> None:
+    entry = directory.Entry(b"b0", store.ALL_ONES, 0, 0, 30)
+    assert [fault for fault, _ in store.entry_faults(entry, 2**63 - 1, 4096, 0)] == ["granularity_bits"]
+    assert not list(store.entry_faults(replace(entry, granularity_bits=31), 2**63 - 1, 4096, 0))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 2**32 - 1), st.binary(max_size=40)), max_size=4),
+    st.binary(min_size=1, max_size=9),
+)
+def test_extensions_of_a_record_come_back(extensions: list[tuple[int, bytes]], path: bytes) -> None:
+    record = Record(name=b"n", kind=store.KIND_NODE, uuid=bytes(16), size=5, path=path, extensions=tuple(extensions))
+    packed = build_record(record)
+    assert list(parse_records(packed + packed)) == [record, record]
+    assert len(packed) % 8 == 0
+
+
+@pytest.mark.parametrize(("at", "value"), [(-4, 1), (-4, 12), (-8, 0)])
+def test_extensions_that_do_not_end_where_their_record_does_are_refused(at: int, value: int) -> None:
+    record = Record(name=b"n", kind=store.KIND_NODE, uuid=bytes(16), size=5, extensions=((7, b""),))
+    packed = bytearray(build_record(record))
+    packed[at : len(packed) + at + 4] = value.to_bytes(4, "big")
+    with pytest.raises(ValueError, match="extensions"):
+        list(parse_records(bytes(packed)))

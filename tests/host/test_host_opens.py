@@ -1,0 +1,121 @@
+"""How many stores a host opens: at most those that an answer is in, however many the host has."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import qemu
+
+import dirtmap.engine as dm
+from dirtmap.engine.storefile.file import Store
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Which stores were opened, and how often."""
+    counts: Counter[str] = Counter()
+    begin = Store.__init__
+
+    def counting(self: Store, path: str, *arguments: object, **more: object) -> None:
+        counts[os.path.basename(path)] += 1
+        begin(self, path, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "__init__", counting)
+    yield counts
+
+
+def raw(path: Path) -> str:
+    path.touch()
+    os.truncate(path, MIB)
+    os.utime(path, (1, 1.5))
+    return str(path)
+
+
+def make_host(folder: Path, stores: int) -> tuple[str, str]:
+    """A host of so many stores, each with a node, and a qcow2 node and a device on it in the default one."""
+    home, index = str(folder / "default.dmap"), str(folder / "index")
+    with dm.Host(home, index) as host:
+        host.add_node("node0", raw(folder / "0.raw"))
+        qemu.create(folder / "q.qcow2", MIB)
+        host.add_qcow2("image", str(folder / "q.qcow2"))
+        host.add_device("device", "image")
+        host.add_device("on-raw", "node0")
+    for number in range(1, stores):
+        path = str(folder / f"store{number}.dmap")
+        with dm.Host(path, index) as other:
+            other.registry.add_node(f"node{number}", raw(folder / f"{number}.raw"))
+    with dm.Host(home, index) as host:
+        dm.scan(host, [str(folder)])
+        for name in ("node0", "image", "device", f"node{stores - 1}"):
+            with host.open(name) as opened, opened.transaction() as bitmaps:
+                bitmaps.setdefault("b", dm.Bitmap(MIB))
+    time.sleep(0.06)  # until what was written last can be told from what will be written
+    with dm.Host(home, index) as host:
+        host.stores.stores()
+    return home, index
+
+
+@pytest.mark.parametrize("stores", [1, 6, 21, 200])
+def test_opening_takes_one_store_at_most(tmp_path: Path, opened: Counter[str], stores: int) -> None:
+    home, index = make_host(tmp_path, stores)
+    last = f"node{stores - 1}"
+    names = ("node0", last, "image", str(tmp_path / "q.qcow2"), "device", "device:on-raw")
+    for name in names:
+        with dm.Host(home, index) as host:
+            opened.clear()
+            with host.open(name) as image:
+                list(image)
+            assert opened.total() <= 1, (name, opened)
+    with dm.Host(home, index) as host:
+        for name in names:
+            host.open(name).close()
+            opened.clear()
+            with host.open(name) as image:
+                image.info()
+            with host.open(name) as image, image.transaction() as bitmaps:
+                bitmaps["again"] = dm.Bitmap(MIB)
+            with host.open(name) as image, image.transaction() as bitmaps:
+                del bitmaps["again"]
+            assert not opened, name
+
+
+@pytest.mark.parametrize("stores", [1, 6, 21, 200])
+def test_a_copy_between_nodes_takes_two_at_most(tmp_path: Path, opened: Counter[str], stores: int) -> None:
+    home, index = make_host(tmp_path, stores)
+    with dm.Host(home, index) as host:
+        opened.clear()
+        with host.open(f"node{stores - 1}") as source, host.open("image") as there, there.transaction() as bitmaps:
+            bitmaps["copy"] = source["b"]
+        assert opened.total() <= 2, opened
+
+
+def test_an_index_that_was_put_back_is_noticed(tmp_path: Path) -> None:
+    """What saves the opening is a look at each store, which an older index does not pass."""
+    home, index = make_host(tmp_path, 3)
+    old = {path.name: path.read_bytes() for path in Path(index).iterdir()}
+    with dm.Host(str(tmp_path / "store2.dmap"), index) as host:
+        host.registry.add_node("new", raw(tmp_path / "new.raw"))
+    for name, data in old.items():
+        Path(index, name).write_bytes(data)
+    with dm.Host(home, index) as host, host.open("new") as image:
+        assert image.name == "new"
+
+
+def test_a_store_that_was_replaced_meanwhile_is_opened_anew(tmp_path: Path) -> None:
+    home, index = make_host(tmp_path, 2)
+    with dm.Host(home, index) as host:
+        with host.open("node1") as image:
+            assert list(image) == ["b"]
+        with dm.Host(home, index) as other:
+            other.compact(str(tmp_path / "store1.dmap"))
+        with host.open("node1") as image, image.transaction() as bitmaps:
+            bitmaps["c"] = dm.Bitmap(MIB)
+        with dm.Host(home, index) as other, other.open("node1") as image:
+            assert list(image) == ["b", "c"]

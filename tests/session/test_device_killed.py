@@ -1,0 +1,260 @@
+"""A tracker of a device dies before any act on a disk, in the middle of everything, or with the power."""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import qemu
+from support.devices import (
+    BOTH,
+    COUNT,
+    DEVICE,
+    EXACT,
+    LOGGED,
+    NODE,
+    ROOTS,
+    both,
+    dirty,
+    in_child,
+    make,
+    no_traces,
+    qcow2,
+    recover,
+)
+from support.power import REGION, SIZE, Recording, expected, use
+from support.tracking import GRANULE, Shared, forget_index, kill, mark, model_of
+
+import dirtmap.engine as dm
+from dirtmap.engine.system import file as fileio
+
+STEP = 11  # of the points at which a short run dies
+
+
+def die_at(point: int, folder: Path) -> set[int]:
+    """A tracker that dies before the n-th write, sync or live file of anything; returns the granules it has marked."""
+    granules, begun = (3, 20, 900), mmap.mmap(-1, 4096)
+
+    def act() -> None:
+        left = [point]
+
+        def counting(original: Callable[..., object]) -> Callable[..., object]:
+            def call(*args: object, **kwargs: object) -> object:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args, **kwargs)
+
+            return call
+
+        for holder, name in (
+            (fileio.File, "write"),
+            (fileio.File, "sync"),
+            (fileio, "create_live"),
+            (fileio, "remove_live_files"),
+        ):
+            setattr(holder, name, counting(getattr(holder, name)))
+        with dm.open("disk0") as image:
+            tracker = image.track(save_interval=0, region_size=1 << 20)
+            for number, granule in enumerate(granules):
+                with tracker.write(granule * GRANULE, 1):
+                    begun[number] = 1
+                if number == 0:
+                    tracker.save()
+                if number == 1:
+                    tracker.checkpoint("monday")
+            tracker.close()
+        if left[0] > 0:
+            begun[8] = 1
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_child(act)
+    if begun[8]:
+        raise EOFError
+    return {granule for number, granule in enumerate(granules) if begun[number]}
+
+
+def dies_everywhere(folder: Path, root: Callable[[Path], Path], points: range, *, power: bool) -> int:
+    """Killed before every n-th act on a disk, between the commits of two stores, too; with ``power``: tmpfs is lost."""
+    made = folder / "made"
+    made.mkdir()
+    rng, wide = random.Random(0), 0
+    for point in points:
+        work = folder / f"{point}"
+        work.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DIRTMAP_STORE", str(work / "default.dmap"))
+            patch.setenv("DIRTMAP_INDEX", str(work / "index"))
+            make(work, root)
+            try:
+                marked = die_at(point, work)
+            except EOFError:
+                return wide
+            if power:
+                for file in Path(os.environ["DIRTMAP_LIVE"]).rglob("*"):
+                    if file.is_file():
+                        file.unlink()
+            for target in rng.sample(BOTH, 2):
+                name = "d0" if target == DEVICE else "b0"
+                found = set(dirty(target, name))
+                assert marked <= found, (point, target, marked, len(found))
+                if not power and not found <= {3, 20, 900}:
+                    # All dirty only where a qcow2 root's image was being changed for check-out or check-in.
+                    assert (root, target, len(found)) == (qcow2, DEVICE, COUNT), (point, target, found)
+                    wide += 1
+                recover(target)
+                assert set(dirty(target, name)) == found, (point, target)
+            with dm.open("disk0") as image, image.track() as tracker:
+                tracker.mark(5 * GRANULE, 1)
+            device, node = both()
+            assert {5, *marked} <= set(device), point
+            assert {5, *marked} <= set(node), point
+            if root is qcow2:
+                qemu.qemu_img("check", "-r", "leaks", work / "drive0.qcow2")  # leaks, and nothing worse
+            no_traces(work)
+        shutil.rmtree(work)
+    raise AssertionError("it never came to its end")
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["killed", "power loss"])
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+def test_dead_before_any_act_on_a_disk(tmp_path: Path, root: Callable[[Path], Path], power: bool) -> None:
+    print(dies_everywhere(tmp_path, root, range(1 + power, 1000, STEP), power=power), "times all dirty")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("power", [False, True], ids=["killed", "power loss"])
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+def test_dead_before_every_act_on_a_disk(tmp_path: Path, root: Callable[[Path], Path], power: bool) -> None:
+    print(dies_everywhere(tmp_path, root, range(1, 1000), power=power), "times all dirty")
+
+
+def lose_power(folder: Path, root: Callable[[Path], Path], seed: int, acts: int, crashes: int) -> int:
+    """Runs a device's tracker to its end, then tries what crashes may leave, sector by sector; returns how many."""
+    make(folder, root)
+    with dm.open(DEVICE) as image, image.transaction() as bitmaps:
+        bitmaps["b1"] = dm.Bitmap(SIZE)
+    recording, rng = Recording(), random.Random(seed)
+    with fileio.using(recording.files()), dm.open("disk0") as image:
+        with image.track(save_interval=0, region_size=REGION) as tracker:
+            recording.events.append("begun")
+            use(recording, tracker, rng, acts)
+            recording.events.append("closing")
+        recording.events.append("closed")
+    begun, closing, closed = map(recording.events.index, ("begun", "closing", "closed"))
+    for at, disks in recording.states(rng, crashes):
+        forget_index(folder)
+        for path, disk in disks.items():
+            times = os.stat(path) if os.path.exists(path) else None
+            Path(path).write_bytes(disk)
+            if times:
+                os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        least, most, since = expected(recording.events[:at])
+        how: dict[str, str] = {}
+        for target in rng.sample(BOTH, 2):
+            how |= recover(target)
+        for target, name in ((DEVICE, "d0"), (NODE, "b0")):
+            with dm.open(target) as image:
+                assert image.tracking() is None
+                found = {name: model_of(image[name]) for name in image}
+            assert not (least & ~found[name]).any(), f"event {at}: {name} lost {np.flatnonzero(least & ~found[name])}"
+            if begun < at <= closing:
+                assert how.get(name, LOGGED) == LOGGED, f"event {at}: {how}"
+            if begun < at <= closing or at > closed or root is not qcow2:
+                assert not (found[name] & ~most).any(), f"event {at}: {name} not bounded: {how}"
+            if target == DEVICE:
+                names = [name for name in found if name.startswith("c")]
+                for name, model in since.items():  # durable once the cut has returned
+                    union = np.bitwise_or.reduce([found[later] for later in names[names.index(name) :]])
+                    assert not (model & ~union).any(), f"event {at}: {name} lost {np.flatnonzero(model & ~union)}"
+    return crashes
+
+
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+def test_power_loss_at_any_moment_loses_no_mark_of_either(tmp_path: Path, root: Callable[[Path], Path]) -> None:
+    print(lose_power(tmp_path, root, 1, 60, 60), "crashes")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+def test_power_loss_at_any_of_many_moments_loses_no_mark_of_either(
+    tmp_path: Path, root: Callable[[Path], Path], seed: int
+) -> None:
+    print(lose_power(tmp_path, root, 100 + seed, 200, 500), "crashes")
+
+
+def tracking(seed: int, shared: Shared, path: Path) -> None:
+    """What the child does until it is killed: marks by threads, with writes to a raw root, beside cuts and saves."""
+    rng = random.Random(seed)
+    fd = os.open(path, os.O_RDWR)
+    tracker = dm.open("disk0").track(save_interval=0, region_size=1 << 20)
+
+    def work(number: int) -> None:
+        own = random.Random(seed * 10 + number)
+        while True:
+            offset, length = own.randrange(SIZE - (1 << 18)), own.choice((512, 4096, 1 << 18))
+            mark(shared.asked, offset, length)
+            with tracker.write(offset, length):
+                mark(shared.returned, offset, length)
+                if path.suffix == ".raw":
+                    os.pwrite(fd, b"x", offset)
+            time.sleep(0.001)
+
+    for number in range(3):
+        threading.Thread(target=work, args=(number,), daemon=True).start()
+    shared.started[0] = 1
+    cuts = 0
+    while True:
+        if rng.random() < 0.5:
+            tracker.save()
+        else:
+            cuts += 1
+            tracker.checkpoint(f"c{seed}-{cuts}")
+
+
+def kill_often(folder: Path, kills: int, root: Callable[[Path], Path]) -> int:
+    """Kills trackers of a device; both namespaces have what had returned, and no more than was asked for."""
+    path = make(folder, root)
+    shared, rng = Shared(COUNT), random.Random(kills)
+    for number in range(kills):
+        kill(functools.partial(tracking, number, shared, path), shared, rng, 0.05)
+        for target in rng.sample(BOTH, 2):
+            with dm.open(target) as image:
+                name = "d0" if target == DEVICE else "b0"
+                before = model_of(image[name])
+                how = {item.how.partition(":")[0] for item in image.recover()}
+            with dm.open(target) as image:
+                after = model_of(image[name])
+            assert np.array_equal(before, after), (number, target)
+            assert not (shared.returned & ~after).any(), (number, target, "lost")
+            assert not (after & ~shared.asked).any(), (number, target, "more than was marked")
+            assert how <= {EXACT}, (number, target, how)
+        with dm.open(DEVICE) as image, image.transaction() as bitmaps:
+            for name in [name for name in bitmaps if name != "d0"]:
+                del bitmaps[name]
+    return kills
+
+
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+def test_every_mark_that_returned_survives_sigkill_in_both(tmp_path: Path, root: Callable[[Path], Path]) -> None:
+    print(kill_often(tmp_path, 6, root), "processes killed")
+    no_traces(tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+def test_every_mark_that_returned_survives_hundreds_of_sigkills_in_both(
+    tmp_path: Path, root: Callable[[Path], Path]
+) -> None:
+    print(kill_often(tmp_path, int(os.environ.get("K", 300)), root), "processes killed")

@@ -1,0 +1,268 @@
+"""The header of a store and its four copies: built and parsed again, damage noticed, and which of them counts."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import uuid
+from dataclasses import replace
+from typing import Any
+
+import crc32c
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.generated import areas, numbers, others
+
+import dirtmap.engine as dm
+from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.header import Header
+from dirtmap.fmt import store
+from dirtmap.fmt.errors import Error, FormatError
+from dirtmap.fmt.store import Area
+from dirtmap.fmt.structures.store import CHECKSUM, HEADER, LEAF, NAMESPACES_EXTENSION, RUN
+
+
+@st.composite
+def header_values(draw: st.DrawFn) -> Header:
+    """Headers that may be written."""
+    cluster_bits = draw(st.integers(store.MIN_CLUSTER_BITS, store.MAX_CLUSTER_BITS))
+    bucket_bits = draw(st.integers(0, store.MAX_BUCKET_BITS))
+    return Header(
+        uuid=draw(st.binary(min_size=16, max_size=16)),
+        generation=draw(st.integers(0, store.MAX_GENERATION)),
+        commit_id=draw(st.binary(min_size=16, max_size=16)),
+        doubt_generation=draw(numbers(8)),
+        cluster_bits=cluster_bits,
+        clusters=draw(st.integers(-(-store.RESERVED >> cluster_bits) or 1, store.MAX_FILE_BYTES >> cluster_bits)),
+        table=draw(areas)._replace(length=store.AREA_SIZE << bucket_bits),
+        bucket_bits=bucket_bits,
+        namespaces=draw(st.integers(0, store.MAX_NAMESPACES)),
+        space=draw(areas)._replace(length=draw(st.integers(0, 1000)) * LEAF.size),
+        released=draw(areas)._replace(length=draw(st.integers(0, 1000)) * RUN.size),
+        compatible=draw(numbers(8)),
+        others=tuple(draw(others)),
+    )
+
+
+@given(header_values())
+def test_header_is_parsed_as_it_was_built(header: Header) -> None:
+    block = headers.build_block(header)
+    assert len(block) == store.BLOCK
+    assert headers.is_whole(block)
+    assert headers.parse_block("s", block) == header
+
+
+@given(header_values())
+@settings(max_examples=5)
+def test_every_flipped_bit_of_a_header_is_noticed(header: Header) -> None:
+    block = bytearray(headers.build_block(header))
+    for bit in range(store.BLOCK * 8):
+        block[bit // 8] ^= 1 << bit % 8
+        assert not headers.is_whole(block)
+        block[bit // 8] ^= 1 << bit % 8
+
+
+@given(header_values(), st.lists(st.tuples(st.integers(0, 250), st.binary(min_size=1, max_size=16)), max_size=4))
+@settings(max_examples=400)
+def test_header_with_any_content_is_refused_or_survives_a_rewrite(
+    header: Header, patches: list[tuple[int, bytes]]
+) -> None:
+    block = bytearray(headers.build_block(header))
+    for at, patch in patches:
+        block[at : at + len(patch)] = patch
+    block[-4:] = crc32c.crc32c(block[:-4]).to_bytes(4, "big")
+    try:
+        parsed = headers.parse_block("s", bytes(block))
+    except Error as error:
+        refused = str(error)
+    else:
+        refused = None
+    if refused is not None:
+        assert refused.startswith("s: ")
+        assert "\n" not in refused
+        return
+    rebuilt = headers.build_block(parsed)
+    assert len(rebuilt) == store.BLOCK
+    assert replace(headers.parse_block("s", rebuilt), autoclear=parsed.autoclear) == parsed
+
+
+def test_header_without_room_for_an_end_marker_is_refused() -> None:
+    # Written anew with a marker, it would reach into the next copy.
+    header = headers.parse_block("s", headers.build_block(_header(7)))
+    used = HEADER.size + 3 * 8 + NAMESPACES_EXTENSION.size + 2 * store.AREA_SIZE
+    full = store.BLOCK - CHECKSUM.size - used - 8
+    block = bytearray(headers.build_block(replace(header, others=((0x99, bytes(full // 8 * 8 - 8)),))))
+    assert len(block) == store.BLOCK
+    start = block.index((0x99).to_bytes(4, "big"), HEADER.size)
+    block[start + 4 : start + 8] = full.to_bytes(4, "big")
+    block[-4:] = crc32c.crc32c(block[:-4]).to_bytes(4, "big")
+    with pytest.raises(FormatError, match="end marker"):
+        headers.parse_block("s", bytes(block))
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("header.generation", {"generation": 2**62 + 1}),
+        ("header.clusters", {"clusters": 3}),
+        ("header.clusters", {"clusters": 2**62}),
+        ("header.cluster_bits", {"cluster_bits": 11}),
+        ("header.cluster_bits", {"cluster_bits": 22}),
+        ("namespaces extension.namespaces", {"namespaces": 65537}),
+        ("namespaces extension.bucket_bits", {"bucket_bits": 17, "table": Area(0x4000, 16 << 17)}),
+        ("namespaces extension.length", {"bucket_bits": 1}),
+        ("space map extension.length", {"space": Area(0x4000, (4 << 20) + 16)}),
+        ("space map extension.length", {"space": Area(0x4000, 17)}),
+        ("released clusters extension.length", {"released": Area(0x4000, (16 << 20) + 16)}),
+        ("released clusters extension.length", {"released": Area(0x4000, 8)}),
+        ("namespaces extension", {"others": ((store.EXTENSION_NAMESPACES, bytes(24)),)}),
+        ("space map extension", {"others": ((store.EXTENSION_SPACE, bytes(16)),)}),
+    ],
+)
+def test_header_that_breaks_a_rule_is_named(field: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(FormatError) as error:
+        headers.parse_block("s", headers.build_block(replace(_header(7), **changes)))
+    assert error.value.where == f"s: {field}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("version", 0), ("version", 2), ("incompatible_features", 1), ("incompatible_features", 1 << 63)],
+)
+def test_header_of_a_newer_format_is_refused_as_such(field: str, value: int) -> None:
+    block = _patched(headers.build_block(_header(7)), field, value)
+    with pytest.raises(dm.UnsupportedError) as error:
+        headers.parse_block("s", block)
+    assert error.value.where == f"s: header.{field}"
+
+
+@pytest.mark.parametrize("value", [0, 88, 97, 4096, 2**32 - 1])
+def test_header_of_a_wrong_length_is_refused(value: int) -> None:
+    with pytest.raises(FormatError):
+        headers.parse_block("s", _patched(headers.build_block(_header(7)), "header_length", value))
+
+
+def test_longer_header_of_a_later_dirtmap_is_read() -> None:
+    block = headers.build_block(_header(7))
+    longer = bytearray(block[: HEADER.size] + bytes(16) + block[HEADER.size : -4 - 16] + bytes(4))
+    assert headers.parse_block("s", _patched(bytes(longer), "header_length", HEADER.size + 16)) == _header(7)
+
+
+def test_writer_clears_autoclear_bits_and_keeps_compatible_ones_and_extensions() -> None:
+    header = replace(_header(7), compatible=5, others=((0x99, b"kept"),))
+    block = _patched(headers.build_block(header), "autoclear_features", 3)
+    parsed = headers.parse_block("s", block)
+    assert parsed.autoclear == 3
+    assert headers.parse_block("s", headers.build_block(parsed)) == header
+
+
+class TestChoose:
+    """The table at the head of engine/storefile/header.py, every case of it."""
+
+    STATES = ("new", "old", "damaged")  # of a copy: its slot's last commit, the one before that, or neither
+
+    @pytest.mark.parametrize("states", list(itertools.product(STATES, repeat=4)), ids="-".join)
+    @pytest.mark.parametrize("newest", [0, 1])
+    def test(self, states: tuple[str, ...], newest: int) -> None:
+        generations = {}
+        for number, state in enumerate(states):
+            base = 9 if number % 2 == newest else 8
+            generations[number] = {"new": base, "old": base - 2, "damaged": None}[state]
+        blocks = {
+            number: headers.build_block(_header(generation)) if generation else _damaged(8)
+            for number, generation in generations.items()
+        }
+        data = b"".join(blocks[number] for number in range(4))
+        whole = {number: generation for number, generation in generations.items() if generation}
+        if not whole:
+            with pytest.raises(FormatError, match="all four copies"):
+                headers.choose("s", data)
+            return
+        chosen = headers.choose("s", data)
+        newest_of_all = max(whole.values())
+        assert chosen.header.generation == newest_of_all
+        assert generations[chosen.slot] == newest_of_all or generations[chosen.slot + 2] == newest_of_all
+        others = [1 - chosen.slot, 3 - chosen.slot]
+        assert chosen.in_doubt == (not any(number in whole for number in others))
+        assert chosen.header.doubt_generation == (newest_of_all if chosen.in_doubt else 0)
+        # Mending makes the copies of a slot the same, and changes no slot's last commit.
+        mended = dict(blocks)
+        for number, block in chosen.mends:
+            assert blocks[number] != block
+            mended[number] = block
+        again = headers.choose("s", b"".join(mended[number] for number in range(4)))
+        assert (again.header, again.slot, again.mends) == (chosen.header, chosen.slot, ())
+        assert chosen.in_doubt or mended[others[0]] == mended[others[1]]
+        # ... and a crash in the middle of it is no worse.
+        for number, _ in chosen.mends:
+            torn = b"".join(_damaged(8) if n == number else blocks[n] for n in range(4))
+            assert headers.choose("s", torn).header == chosen.header
+
+
+def test_lost_header_does_not_come_back() -> None:
+    """However the wipe of what is left of it is torn, or the next header over that: its areas may be gone by then."""
+    rng = random.Random(1)
+    lost, following = headers.build_block(_header(9)), headers.build_block(_header(10))
+    sound = headers.build_block(_header(8))
+    for bit in range(0, store.BLOCK * 8, 13):
+        damaged = bytearray(lost)
+        damaged[bit // 8] ^= 1 << bit % 8
+        mends = dict(headers.choose("s", sound + damaged + sound + damaged).mends)
+        wiped = mends.get(1, bytes(damaged))
+        assert sum(wiped[at : at + 8] != damaged[at : at + 8] for at in range(0, store.BLOCK, 8)) <= 1, "never torn"
+        assert not headers.is_whole(wiped)
+        for _ in range(3):
+            torn = bytearray(wiped)
+            for at in range(0, store.BLOCK, 8):
+                if rng.random() < 0.5:
+                    torn[at : at + 8] = following[at : at + 8]
+            assert not headers.is_whole(torn) or torn == following
+        # The nearest to it: all that tells the two apart is still to land.
+        torn = bytearray(wiped)
+        for at in range(0, store.BLOCK, 8):
+            if following[at : at + 8] == lost[at : at + 8]:
+                torn[at : at + 8] = following[at : at + 8]
+        assert not headers.is_whole(torn)
+
+
+def test_what_is_no_store_is_refused() -> None:
+    for data in (b"", b"QFI\xfb" + bytes(20000), bytes(store.RESERVED)):
+        with pytest.raises(FormatError, match="not a dirtmap store"):
+            headers.choose("s", data)
+
+
+def test_header_copies_alternate() -> None:
+    assert sorted(itertools.chain(*store.COPIES)) == [0, 1, 2, 3]
+    assert all(number % 2 == slot for slot in (0, 1) for number in store.COPIES[slot])
+    assert store.RESERVED == 4 * store.BLOCK
+
+
+def _header(generation: int) -> Header:
+    return Header(
+        uuid=uuid.UUID(int=1).bytes,
+        generation=generation,
+        commit_id=uuid.UUID(int=generation).bytes,
+        doubt_generation=0,
+        cluster_bits=12,
+        clusters=7,
+        table=Area(0x4000, 16, 0),
+        bucket_bits=0,
+        namespaces=0,
+        space=Area(0x6000, 16, 0),
+        released=Area(),
+    )
+
+
+def _damaged(generation: int) -> bytes:
+    block = bytearray(headers.build_block(_header(generation)))
+    block[1000] ^= 1
+    return bytes(block)
+
+
+def _patched(block: bytes, name: str, value: int) -> bytes:
+    field = HEADER.field(name)
+    changed = bytearray(block)
+    changed[field.offset : field.offset + field.size] = value.to_bytes(field.size, "big")
+    changed[-4:] = crc32c.crc32c(changed[:-4]).to_bytes(4, "big")
+    return bytes(changed)
