@@ -198,6 +198,15 @@ class Layout:
         hint = "; 'node add' gives a raw one a name in a store" if first.field == "header.magic" else ""
         raise FormatError(f"{self.path}: {first.field}", first.what + hint)
 
+    def require_listable(self) -> None:
+        """As `require_sound`, but for faults of single bitmaps: the others can be told apart from these.
+
+        Raises:
+            FormatError: more than single bitmaps is at fault.
+        """
+        if not all(fault.bitmap is not None for fault in self.faults):
+            self.require_sound()
+
     def blame(self, fields: Iterable[tuple[str, str]], prefix: str, bitmap: int | None = None) -> None:
         """Adds faults found by a validator of `dirtmap.fmt`."""
         self.faults += [Fault(f"{prefix}.{name}", what, bitmap) for name, what in fields]
