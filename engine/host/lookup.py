@@ -65,11 +65,11 @@ class Lookup:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._index = host.stores.index
+        self._index = host._parts.stores.index
         self._stores: dict[int, _OpenStore] = {}
         self._images: dict[int, _OpenImage] = {}
         self._paths: dict[int, str] = {}
-        host.stores.stores()
+        host._parts.stores.stores()
 
     def close(self) -> None:
         """Closes what is open."""
@@ -104,7 +104,7 @@ class Lookup:
 
     def _ask(self, node: str, name: str) -> BitmapAddress | None:
         """The long way, where the index does not know, or says what is not so any more."""
-        found = self._host.names.resolve(node)
+        found = self._host._parts.names.resolve(node)
         if found is None:
             return None
         for _, problem in self._index.refresh([os.path.abspath(found.container)]):
@@ -142,7 +142,7 @@ class Lookup:
         if known is None:
             return False
         if known.kind == KIND_STORE:
-            if path not in self._host.stores.stores():
+            if path not in self._host._parts.stores.stores():
                 return False
             store = Store(path)
             self._stores[claim.container] = _OpenStore(store, store.headers() or b"", {})
@@ -150,7 +150,7 @@ class Lookup:
         return self._open_image(claim, known, node)
 
     def _open_image(self, claim: Claim, known: Container, node: str) -> bool:
-        found = self._host.names.resolve(node)  # that the host knows it, and where its original is
+        found = self._host._parts.names.resolve(node)  # that the host knows it, and where its original is
         if found is None or found.in_store or found.uuid != claim.uuid or found.path != known.path:
             return False
         try:

@@ -264,6 +264,22 @@ def open_file(path: str, *, writable: bool = False, create: bool = False, abspat
     return file
 
 
+def make_folder_of(path: str, where: str) -> None:
+    """Makes the folder that the file ``path`` is to be in, for its owner only, where it is not there.
+
+    Args:
+        path: of the file, absolute.
+        where: what messages call it.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise StorageError(where, getattr(error, "strerror", None) or str(error)) from error
+
+
 def sync_folder(path: str) -> None:
     """Makes the creation, renaming or removal of the file ``path`` durable."""
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from dirtmap.engine.identity import identity_of, identity_of_disk
 from dirtmap.engine.model.bitmap import Bitmap
@@ -35,16 +35,13 @@ from dirtmap.fmt import live, store
 from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, StorageError, SyncError
 from dirtmap.fmt.live import Peer
 
-if TYPE_CHECKING:
-    from dirtmap.engine.tracking.tracker import Tracker
-
 _PATIENCE_SECONDS: Final = 5.0
 
 
 class Roots(Protocol):
     """The roots that a tracked device may have, one after the other; see `Tracker.set_root`."""
 
-    def opened(self) -> AbstractContextManager[Callable[[str, bool, Callable[[Setup], Tracker]], object]]:
+    def opened(self) -> AbstractContextManager[Callable[[str, bool, Callable[[Setup], object]], object]]:
         """Opens the device, for the time of the block, before the tracker gives up the old root.
 
         Called with the tracker's locks held.

@@ -101,7 +101,7 @@ def million(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
                 for bitmap in range(BITMAPS):
                     changes.add(namespaces[f"node{number:05}"], f"bitmap{bitmap:02}", 1 << 20)
     host = Host(path, str(folder / "index"))
-    host.stores()
+    host._parts.stores.stores()
     yield host
     shutil.rmtree(folder)
 
@@ -114,7 +114,7 @@ def questions() -> list[tuple[str, str]]:
 
 def peers(host: Host, questions: list[tuple[str, str]], folder: Path) -> dict[str, Callable[[], Any]]:
     """A bare get of the same entries, each in a transaction of its own; and sqlite with the same addresses."""
-    environment = host.stores.index.database._env
+    environment = host._parts.stores.index.database._env
     keys = [layout.bitmap_key(layout.named(node.encode()), name.encode()) for node, name in questions]
     base = sqlite3.connect(folder / "peer.sqlite")
     base.execute("create table bitmaps (node text, name text, place blob, primary key (node, name)) without rowid")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Which stores were opened, and how often."""
     counts: Counter[str] = Counter()
     begin = Store.__init__
@@ -28,7 +27,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         begin(self, path, *arguments, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Store, "__init__", counting)
-    yield counts
+    return counts
 
 
 def raw(path: Path) -> str:
@@ -50,7 +49,7 @@ def make_host(folder: Path, stores: int) -> tuple[str, str]:
     for number in range(1, stores):
         path = str(folder / f"store{number}.dmap")
         with dm.Host(path, index) as other:
-            other.registry.add_node(f"node{number}", raw(folder / f"{number}.raw"))
+            other._parts.registry.add_node(f"node{number}", raw(folder / f"{number}.raw"))
     with dm.Host(home, index) as host:
         dm.scan(host, [str(folder)])
         for name in ("node0", "image", "device", f"node{stores - 1}"):
@@ -58,7 +57,7 @@ def make_host(folder: Path, stores: int) -> tuple[str, str]:
                 bitmaps.setdefault("b", dm.Bitmap(MIB))
     time.sleep(0.06)  # until what was written last can be told from what will be written
     with dm.Host(home, index) as host:
-        host.stores.stores()
+        host._parts.stores.stores()
     return home, index
 
 
@@ -101,7 +100,7 @@ def test_an_index_that_was_put_back_is_noticed(tmp_path: Path) -> None:
     home, index = make_host(tmp_path, 3)
     old = {path.name: path.read_bytes() for path in Path(index).iterdir()}
     with dm.Host(str(tmp_path / "store2.dmap"), index) as host:
-        host.registry.add_node("new", raw(tmp_path / "new.raw"))
+        host._parts.registry.add_node("new", raw(tmp_path / "new.raw"))
     for name, data in old.items():
         Path(index, name).write_bytes(data)
     with dm.Host(home, index) as host, host.open("new") as image:
