@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from dirtmap.engine.storefile.file import Store
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Which stores were opened, and how often."""
     counts: Counter[str] = Counter()
     begin = Store.__init__
@@ -25,7 +24,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         begin(self, path, *arguments, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Store, "__init__", counting)
-    yield counts
+    return counts
 
 
 @pytest.mark.parametrize("stores", [1, 6, 21, 200])
