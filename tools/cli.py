@@ -116,7 +116,7 @@ def _prepare_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             # Closed: else the image would become file 1 or 2. What is opened first gets the lowest free number.
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  for as long as we run
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -126,9 +126,8 @@ def _abandon_output() -> None:
     """Sends what is still buffered nowhere: Python would try to write it at exit, and report the failure again."""
     with contextlib.suppress(Exception):
         number = sys.stdout.fileno()
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, number)
-        os.close(null)
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), number)
 
 
 @click.group(

@@ -66,10 +66,9 @@ def escaped(name: str) -> str:
 
 def unescaped(name: str) -> str:
     """The name that `escaped` shows so, if it has no such text itself."""
-    from dirtmap.engine.model.naming import decode_name
-
     text = os.fsencode(name)
-    return decode_name(re.sub(rb"\\x([89a-f][0-9a-f])", lambda match: bytes([int(match[1], 16)]), text))
+    found = re.sub(rb"\\x([89a-f][0-9a-f])", lambda match: bytes([int(match[1], 16)]), text)
+    return found.decode("utf-8", "surrogateescape")
 
 
 class _Name(click.ParamType):  # type: ignore[type-arg]

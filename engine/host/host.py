@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import uuid as uuids
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
-from dirtmap.engine.host.defaults import default_index, default_store
 from dirtmap.engine.host.handle import Handle
 from dirtmap.engine.host.kind import Address, Kind
 from dirtmap.engine.host.kinds import KINDS
-from dirtmap.engine.system.file import open_file
+from dirtmap.engine.host.parts import Parts
+from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import index_folder
 from dirtmap.fmt.errors import (
     BitmapError,
@@ -31,16 +30,13 @@ from dirtmap.fmt.errors import (
 )
 
 if TYPE_CHECKING:
-    from dirtmap.engine.host.registry import Registry
-    from dirtmap.engine.host.resolver import BitmapMatch, Resolver
-    from dirtmap.engine.host.stores import Stores
+    from dirtmap.engine.host.resolver import BitmapMatch
     from dirtmap.engine.model.infos import ImageInfo, Recovery
     from dirtmap.engine.model.report import CheckReport
     from dirtmap.engine.model.transaction import Transaction
     from dirtmap.engine.namespaces.compact import Compaction
     from dirtmap.engine.namespaces.devices import Device
     from dirtmap.engine.namespaces.nodes import Node
-    from dirtmap.engine.namespaces.place import Place
     from dirtmap.engine.storefile.file import Store
 
 Target = str | os.PathLike[str] | Address
@@ -57,8 +53,6 @@ class Host:
         index: path of the index; the user's normal one where None. It is made on first need.
         kinds: of containers.
 
-    Attributes:
-        kinds: as given.
     """
 
     def __init__(
@@ -68,62 +62,27 @@ class Host:
         *,
         kinds: tuple[Kind, ...] = KINDS,
     ) -> None:
-        self.kinds = kinds
-        chosen = None if index is None else os.fspath(index)
-        self.store = default_store(chosen) if store is None else os.fspath(store)
-        # Absolute: the process may change its folder before they are needed.
-        self._index = os.path.abspath(default_index(chosen))
-        self._normal = os.path.abspath(default_store(self._index))
-        self.home = os.path.abspath(self.store)
-        self._parts: tuple[Stores, Resolver, Registry] | None = None
-        self._guard = threading.Lock()
+        # The engine's own: what is behind a host is asked for by the rooms beside this one.
+        self._parts = Parts(store, index, kinds)
+
+    @property
+    def store(self) -> str:
+        """The path of the default store, as it was given."""
+        return self._parts.store
+
+    @property
+    def home(self) -> str:
+        """The path of the default store, absolute."""
+        return self._parts.home
 
     @classmethod
     def default(cls) -> Self:
         """The host as the user's normal default store and index tell of it."""
         return cls()
 
-    def _made(self) -> tuple[Stores, Resolver, Registry]:
-        """What is behind it, made when it is needed: whoever uses paths alone needs none of it."""
-        with self._guard:
-            if self._parts is not None:
-                return self._parts
-            from dirtmap.engine.host.registry import Registry
-            from dirtmap.engine.host.resolver import Resolver
-            from dirtmap.engine.host.stores import Stores
-
-            fallback = None
-            if self._normal != self.home:
-                fallback = Stores(self._normal, self._normal, self._index, self.kinds)
-            stores = Stores(self.home, self.store, self._index, self.kinds, fallback)
-            names = Resolver(stores, self.kinds)
-            self._parts = stores, names, Registry(stores, names, self)
-            return self._parts
-
-    @property
-    def stores(self) -> Stores:
-        """The containers that the default store knows."""
-        return self._made()[0]
-
-    @property
-    def names(self) -> Resolver:
-        """What names mean."""
-        return self._made()[1]
-
-    @property
-    def registry(self) -> Registry:
-        """The nodes and devices, to be changed."""
-        return self._made()[2]
-
-    @property
-    def exists(self) -> bool:
-        """True where there is a default store: the one that was chosen, or the user's normal one."""
-        return os.path.exists(self.home) or os.path.exists(self._normal)
-
     def close(self) -> None:
         """Closes the stores that are open; it may be used again."""
-        if self._parts is not None:
-            self._parts[0].close()
+        self._parts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -160,7 +119,7 @@ class Host:
             what = "" if kind else "no such file, and "
             what = f"{what}no store at {self.store} to look the {kind or 'name'} up in; 'index scan' makes one"
             raise StorageError(text, what)
-        found = self.names.resolve(text.removeprefix(f"{kind}:"))
+        found = self._parts.names.resolve(text.removeprefix(f"{kind}:"))
         if found is not None and kind is not None and (kind == "device") != found.is_device:
             found = None
         if is_file and found:
@@ -173,19 +132,9 @@ class Host:
             raise BitmapNotFoundError(text, what)
         return Address(found.container, found.name if found.in_store else None, found.is_device)
 
-    def kind_of(self, path: str) -> Kind | None:
-        """The kind of the container at a path; None where it is none.
-
-        Raises:
-            StorageError: it cannot be opened or read.
-        """
-        where = self.home if path == self.store else None  # the process may have changed its folder
-        with open_file(path, abspath=where) as file:
-            return next((kind for kind in self.kinds if kind.probe(file)), None)
-
     def _kind(self, path: str) -> Kind:
         # What is no container at all is refused by the kind that most files are.
-        return self.kind_of(path) or self.kinds[0]
+        return self._parts.kind_of(path) or self._parts.kinds[0]
 
     def require_format(self, target: Target, wanted: str) -> None:
         """Holds a user's ``-f`` against what the container is.
@@ -194,7 +143,7 @@ class Host:
             FormatError: it is something else.
         """
         path = self.locate(target).path
-        kind = self.kind_of(path)
+        kind = self._parts.kind_of(path)
         if kind is None or kind.name != wanted:
             raise FormatError(path, f"not of format {wanted}")
 
@@ -215,7 +164,7 @@ class Host:
             StorageError: cannot be opened or read.
         """
         address = self.locate(target)
-        return Handle(self, self._kind(address.path), address, force_share=force_share, closing=closing)
+        return Handle(self._parts, self._kind(address.path), address, force_share=force_share, closing=closing)
 
     def describe(self, target: Target, *, force_share: bool = False) -> ImageInfo:
         """An image and all its bitmaps without their bits, as of one moment; a store's path stands for all it holds.
@@ -223,7 +172,7 @@ class Host:
         Arguments and errors as `open`.
         """
         address = self.locate(target)
-        return self._kind(address.path).describe(self, address, force_share=force_share)
+        return self._kind(address.path).describe(self._parts, address, force_share=force_share)
 
     @contextlib.contextmanager
     def transaction(self, targets: Iterable[Target]) -> Iterator[dict[Target, Transaction]]:
@@ -250,7 +199,7 @@ class Host:
             if not _same_file(path, addresses[target].path):
                 what = f"in another container than '{first}', and one commit cannot span two"
                 raise UnsupportedError(str(target), what)
-        with self._kind(path).transaction(self, list(addresses.values())) as transactions:
+        with self._kind(path).transaction(self._parts, list(addresses.values())) as transactions:
             yield dict(zip(addresses, transactions, strict=True))
 
     def recover(self, target: Target, names: Iterable[str] = ()) -> list[Recovery]:
@@ -261,7 +210,7 @@ class Host:
             names: which; none for all that need it.
         """
         address = self.locate(target)
-        return self._kind(address.path).recover(self, address, list(names))
+        return self._kind(address.path).recover(self._parts, address, list(names))
 
     def check(
         self,
@@ -288,7 +237,11 @@ class Host:
         require_repair(str(target), repair)
         path = self.locate(target).path
         kind = self._kind(path)
-        return kind.check(self, path, repair=repair, force_share=force_share, progress=progress)
+        report = kind.check(self._parts, path, repair=repair, force_share=force_share, progress=progress)
+        if report.corruptions_fixed or report.leaks_fixed:
+            fixed = report.corruptions_fixed, report.leaks_fixed
+            logger(__name__).warning("%s: repaired: %d corruptions, %d leaked clusters", path, *fixed)
+        return report
 
     def dump(self, target: Target, *, with_hex: bool = False, force_share: bool = False) -> dict[str, Any]:
         """Every structure on disk, as far as it can be read; see `dirtmap.engine.qcow2.dump.dump`.
@@ -311,15 +264,15 @@ class Host:
         """Writes a store anew without the space that it does not use; see `dirtmap.engine.namespaces.compact`."""
         from dirtmap.engine.namespaces.compact import compact
 
-        return compact(path, expect=self.expect)
+        return compact(path, expect=self._parts.expect)
 
     def new_identity(self, path: str) -> Compaction:
         """Makes a copied store one of its own, with other UUIDs; see `dirtmap.engine.namespaces.compact`."""
         from dirtmap.engine.namespaces.compact import compact
 
-        with self.stores.kept(path) as target:
-            of_copy = self.stores.original_of(target) is not None
-        return compact(path, new_identity=True, of_copy=of_copy, expect=self.expect)
+        with self._parts.stores.kept(path) as target:
+            of_copy = self._parts.stores.original_of(target) is not None
+        return compact(path, new_identity=True, of_copy=of_copy, expect=self._parts.expect)
 
     def make_sidecar(self, raw: str, path: str) -> None:
         """Makes a qcow2 image whose data is a raw image; see `dirtmap.engine.qcow2.sidecar.make_sidecar`.
@@ -329,7 +282,7 @@ class Host:
         """
         from dirtmap.engine.qcow2.sidecar import make_sidecar
 
-        self.registry.refuse_tracked(raw)
+        self._parts.registry.refuse_tracked(raw)
         make_sidecar(raw, path)
 
     def in_lock_order(self, targets: Iterable[Target]) -> list[Target]:
@@ -345,26 +298,26 @@ class Host:
     @property
     def index_path(self) -> str:
         """The path of the index, absolute."""
-        return self._index
+        return self._parts.index
 
     def problems(self) -> list[Error]:
         """What is wrong with stores that are there: names in them are neither found nor free."""
-        return self.stores.problems()
+        return self._parts.stores.problems()
 
     def keeps_bitmaps(self, path: str) -> bool:
         """True of a file that keeps the bitmaps of its disk itself, as a qcow2 image does. Errors as `kind_of`."""
-        kind = self.kind_of(path)
+        kind = self._parts.kind_of(path)
         return kind is not None and kind.is_image
 
     def find(
         self, bitmap: str, *, force_share: bool = False, told: Callable[[Error], object] | None = None
     ) -> list[BitmapMatch]:
         """Every bitmap of that name, in all containers that can be read; see `Resolver.find`."""
-        return self.names.find(bitmap, force_share=force_share, told=told)
+        return self._parts.names.find(bitmap, force_share=force_share, told=told)
 
     def containers(self) -> list[str]:
         """The paths of all containers that are known, stores first; those that are gone or damaged included."""
-        return self.stores.containers()
+        return self._parts.stores.containers()
 
     def nodes(self, problems: list[Error]) -> list[Node]:
         """All nodes of all stores that can be read, by name.
@@ -387,10 +340,10 @@ class Host:
 
     def _gather(self, read: Callable[[Store], Iterable[Any]], problems: list[Error]) -> list[Any]:
         found: list[Any] = []
-        problems += self.stores.problems()
-        for path in self.stores.stores():
+        problems += self._parts.stores.problems()
+        for path in self._parts.stores.stores():
             try:
-                with self.stores.opened(path) as opened:
+                with self._parts.stores.opened(path) as opened:
                     found += read(opened)
             except Error as error:
                 problems.append(error)
@@ -406,104 +359,57 @@ class Host:
 
     def node_of(self, uuid: str) -> str | None:
         """The name of the node of that UUID; None where no store of the host has it."""
-        found = self.names.by_uuid(uuids.UUID(uuid).bytes)
+        found = self._parts.names.by_uuid(uuids.UUID(uuid).bytes)
         return None if found is None else found.name
 
     def add_node(self, name: str, image: str) -> None:
         """A node whose bitmaps the default store holds; see `dirtmap.engine.namespaces.nodes.add_node`."""
-        self.registry.add_node(name, image)
+        self._parts.registry.add_node(name, image)
         self._remember_chosen()
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
         """A node that is a qcow2 image; see `dirtmap.engine.namespaces.nodes.add_qcow2`."""
-        self.registry.add_qcow2(name, image, new_identity=new_identity)
+        self._parts.registry.add_qcow2(name, image, new_identity=new_identity)
         self._remember_chosen()
 
     def remove_node(self, name: str) -> None:
         """Forgets a node; see `Registry.remove_node`."""
-        self.registry.remove_node(name)
+        self._parts.registry.remove_node(name)
 
     def rename_node(self, name: str, new: str, *, with_bitmaps: bool = False) -> None:
         """Gives a node another name; see `dirtmap.engine.namespaces.nodes.rename_node`."""
-        self.registry.rename_node(name, new, with_bitmaps=with_bitmaps)
+        self._parts.registry.rename_node(name, new, with_bitmaps=with_bitmaps)
 
     def resize_node(self, name: str) -> int:
         """Adopts the size that a node's image has now; see `dirtmap.engine.namespaces.nodes.resize_node`."""
-        return self.registry.resize_node(name)
+        return self._parts.registry.resize_node(name)
 
     def confirm_node(self, name: str) -> None:
         """States that a node's bitmaps are right; see `dirtmap.engine.namespaces.nodes.confirm_node`."""
-        self.registry.confirm_node(name)
+        self._parts.registry.confirm_node(name)
 
     def add_device(self, name: str, root: str) -> None:
         """A device on a node, in the default store; see `dirtmap.engine.namespaces.devices.add_device`."""
-        self.registry.add_device(name, root)
+        self._parts.registry.add_device(name, root)
         self._remember_chosen()
 
     def set_root(self, name: str, root: str, *, content_unchanged: bool = False) -> None:
         """Gives a device another root; see `dirtmap.engine.namespaces.devices.set_root`."""
-        self.registry.set_root(name, root, content_unchanged=content_unchanged)
+        self._parts.registry.set_root(name, root, content_unchanged=content_unchanged)
 
     def remove_device(self, name: str) -> None:
         """Forgets a device; see `dirtmap.engine.namespaces.devices.remove_device`."""
-        self.registry.remove_device(name)
+        self._parts.registry.remove_device(name)
 
     def _remember_chosen(self) -> None:
         """Has the normal default store know a store that was chosen, so that what is in it is found without choosing.
 
         Where that cannot be written, it stays as it is: whoever chose the store can choose it again.
         """
-        if self.home != self._normal:
-            with contextlib.suppress(Error), Host(self._normal, self._index, kinds=self.kinds) as normal:
-                normal.registry.remember_store(self.home)
-
-    # What namespaces, kinds and trackers ask: see `dirtmap.engine.host.kind.KindPort`.
-
-    def opened(self, path: str | None = None) -> contextlib.AbstractContextManager[Store]:
-        """See `HostPort`."""
-        return self.stores.opened(path)
-
-    def watch(self, store: Store) -> None:
-        """See `HostPort`."""
-        self.stores.watch(store)
-
-    def report(self, store: Store) -> None:
-        """See `HostPort`."""
-        self.stores.report(store)
-
-    def expect(self, store: Store) -> str | None:
-        """See `KindPort`; returns where the store was when it was seen last, None where it was not."""
-        return self.stores.expect(store)
-
-    def devices_on(self, root: bytes) -> dict[str, list[bytes]]:
-        """See `HostPort`."""
-        return self.names.devices_of(root) if self.exists else {}
-
-    def place_of(self, name: str, uuid: bytes) -> Place:
-        """See `HostPort`."""
-        from dirtmap.engine.model.naming import encode_name
-        from dirtmap.engine.namespaces.place import NO_PLACE, Place
-
-        found = self.names.place_of(name, uuid) if self.exists else None
-        if found is None:
-            return NO_PLACE
-        where = self.home if found.store == self.store else found.store
-        return Place(self, where, encode_name(found.name), uuid)
-
-    def open_node(self, uuid: bytes) -> Handle | None:
-        """See `KindPort`."""
-        found = self.names.by_uuid(uuid) if self.exists else None
-        if found is None or found.is_device:
-            return None
-        handle = self.open(Address(found.store, found.name) if found.in_store else Address(found.path))
-        if handle.uuid is not None and uuids.UUID(handle.uuid).bytes == uuid:
-            return handle
-        handle.close()
-        return None
-
-    def change_root(self, device: str, root: str, content_unchanged: bool) -> None:
-        """See `KindPort`."""
-        self.set_root(device, root, content_unchanged=content_unchanged)
+        normal = self._parts.normal
+        if self.home != normal:
+            with contextlib.suppress(Error), Host(normal, self.index_path, kinds=self._parts.kinds) as host:
+                host._parts.registry.remember_store(self.home)
 
 
 def _same_file(one: str, other: str) -> bool:

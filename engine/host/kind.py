@@ -67,7 +67,7 @@ class Tracking:
 
     options: Options
     store: str | None
-    make: Callable[[Setup], Tracker]
+    make: Callable[[Setup], Any]
     device: Home | None = None
     roots: Roots | None = None
 

@@ -73,7 +73,9 @@ class Qcow2Kind(Kind):
 
         if (identity := read_identity(path)) is None:
             return None
-        place = host.place_of(identity[0], uuid.UUID(identity[1]).bytes)
+        from dirtmap.engine.namespaces.place import place_of
+
+        place = place_of(host, identity[0], uuid.UUID(identity[1]).bytes)
         if place.store is None or not place.is_checked_out(path):
             place.refuse_moved(path)
             return None
@@ -97,7 +99,7 @@ class Qcow2Kind(Kind):
         import uuid
 
         from dirtmap.engine.namespaces.image import recover
-        from dirtmap.engine.namespaces.place import NO_PLACE, Place
+        from dirtmap.engine.namespaces.place import NO_PLACE, Place, place_of
         from dirtmap.engine.qcow2.reading import read_identity
 
         path = address.path
@@ -106,7 +108,7 @@ class Qcow2Kind(Kind):
                 return found.recover(names)
         place: Place = NO_PLACE
         if identity := read_identity(path):
-            place = host.place_of(identity[0], uuid.UUID(identity[1]).bytes)
+            place = place_of(host, identity[0], uuid.UUID(identity[1]).bytes)
             place.refuse_twin(path)
         return recover(path, names, place=place)
 

@@ -117,11 +117,11 @@ class Lookup:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._index = host.stores.index
+        self._index = host._parts.stores.index
         # By their number in the index; the one that was opened last is the last.
         self._stores: dict[int, _OpenStore] = {}
         self._images: dict[int, _Image] = {}
-        host.stores.stores()
+        host._parts.stores.stores()
 
     def close(self) -> None:
         """Closes what is open."""
@@ -193,10 +193,10 @@ class Lookup:
         if known is None:
             return
         if known.kind == KIND_STORE:
-            if known.path in self._host.stores.stores():
+            if known.path in self._host._parts.stores.stores():
                 self._open_store(claim.container, known.path)
             return
-        found = self._host.names.resolve(node)  # that the host knows it, and where its original is
+        found = self._host._parts.names.resolve(node)  # that the host knows it, and where its original is
         if found is None or found.in_store or found.uuid != claim.uuid or found.path != known.path:
             return
         place = self._index.container(self._path(found.store))
@@ -229,7 +229,7 @@ class Lookup:
 
     def _ask(self, node: str, name: str) -> BitmapAddress | None:
         """Asks the host, where the index does not know, or says what is not so any more."""
-        found = self._host.names.resolve(node)
+        found = self._host._parts.names.resolve(node)
         if found is None:
             return None
         path = self._path(found.container)
@@ -242,9 +242,9 @@ class Lookup:
     def _said(self, found: NodeMatch, path: str) -> _Said | None:
         """What the container of a node says that was read just now."""
         if found.in_store:
-            with self._host.opened(path) as target:
+            with self._host._parts.opened(path) as target:
                 return _read_said(target, found.name)
-        if self._host.names.is_checked_out(path, found.name, found.uuid):
+        if self._host._parts.names.is_checked_out(path, found.name, found.uuid):
             with self._host.open(Address(path)) as image:
                 return _Said(path, found.uuid, {encode_name(one.name): one.granularity for one in image.info().bitmaps})
         said = self._image_said(found)

@@ -52,7 +52,7 @@ def verify(host: Host, progress: Progress | None = None) -> Verification:
     Raises:
         StorageError: there is no index, or no default store, or it cannot be made anew.
     """
-    stores = host.stores
+    stores = host._parts.stores
     path = stores.index.path
     _require_default_store(stores)
     if not os.path.lexists(path):
@@ -141,7 +141,7 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
     Raises:
         StorageError: it cannot be written, or there is no default store.
     """
-    stores = host.stores
+    stores = host._parts.stores
     _require_default_store(stores)
     if os.path.lexists(stores.index.path) and (examined := examine(stores.index.path)).faults:
         renew(stores.index.path, examined.seen)  # before this process reads what would harm it
@@ -176,7 +176,7 @@ def stats(host: Host) -> dict[str, int]:
     Raises:
         StorageError: there is no index.
     """
-    stores = host.stores
+    stores = host._parts.stores
     if not os.path.isdir(stores.index.path):
         raise StorageError(stores.index.path, "there is no index; 'index scan' or the first use of a name makes one")
     database = stores.index.database

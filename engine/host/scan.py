@@ -88,7 +88,7 @@ def scan(
     """
     summary = Summary()
     roots = [os.path.realpath(path) for path in paths]  # so that a file has one path, whichever link leads to it
-    stores = host.stores
+    stores = host._parts.stores
     with stores.opened(make=True):
         pass
     stores.stores()
@@ -147,8 +147,8 @@ def _what(stores: Stores, problem: Error | None, path: str) -> str:
 def _is_checked_out(host: Host, container: Container) -> bool:
     """True of a qcow2 image whose tracker has its bitmaps."""
     return container.kind == KIND_QCOW2 and any(
-        host.names.is_checked_out(container.path, decode_name(member.name), member.uuid)
-        for member in host.stores.index.members(container.number)
+        host._parts.names.is_checked_out(container.path, decode_name(member.name), member.uuid)
+        for member in host._parts.stores.index.members(container.number)
         if member.name
     )
 
@@ -214,7 +214,7 @@ class _Registration:
     """
 
     def __init__(self, host: Host, summary: Summary, roots: list[str]) -> None:
-        self._stores, self._names, self._summary, self._roots = host.stores, host.names, summary, roots
+        self._stores, self._names, self._summary, self._roots = host._parts.stores, host._parts.names, summary, roots
         # By store, the default store first: what it remembers, or holds.
         self._members: dict[str, list[Member]] = {}
         # By UUID: the store that has an image's place, and its name there; the files that say they are that image.

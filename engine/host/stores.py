@@ -20,7 +20,8 @@ from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.index.renewal import examine, renew
 from dirtmap.engine.storefile.file import Snapshot, Store, create
-from dirtmap.engine.system.file import is_gone, is_same_file
+from dirtmap.engine.system.file import is_gone, is_same_file, make_folder_of
+from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import probe_path
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
@@ -91,10 +92,7 @@ class Stores:
         """
         path = path or self.store
         if make and path == self.store and not self.exists:
-            try:
-                os.makedirs(os.path.dirname(self.home), mode=0o700, exist_ok=True)
-            except (OSError, ValueError) as error:
-                raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
+            make_folder_of(self.home, path)
             with contextlib.suppress(StorageError):  # another process was faster
                 create(self.home)
         with contextlib.ExitStack() as stack:
@@ -159,6 +157,7 @@ class Stores:
         try:
             with target.change():
                 pass  # but for the suspicion
+            logger(__name__).warning("%s: an older copy was put back: all its bitmaps are dirty now", target.path)
         except StorageError as error:
             what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
             raise StorageError(target.path, what) from error
@@ -217,6 +216,7 @@ class Stores:
                 if self.index.database is before:
                     return answer
             except (DamagedError, layout.BadValueError):
+                logger(__name__).warning("%s: the index is damaged, and begun anew", self.index.path)
                 renew(self.index.path, examine(self.index.path).seen)
         raise StorageError(self.index.path, "index: is replaced again and again")
 

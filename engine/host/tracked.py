@@ -47,7 +47,9 @@ def track_stored(host: KindPort, namespace: Namespace, tracking: Tracking) -> Tr
             namespace.settle()
         record = home.store.read(home.record)
         homes = [tracking.device, home] if tracking.device else [home]
-        return tracking.make(Setup(homes, os.fsdecode(record.path), tracking.options, roots=tracking.roots))
+        setup = Setup(homes, os.fsdecode(record.path), tracking.options, roots=tracking.roots)
+        tracker: Tracker = tracking.make(setup)
+        return tracker
     except BaseException:
         home.close()
         raise
@@ -83,12 +85,12 @@ class DeviceRoots:
         self._store, self._name = device.abspath, device.name or ""
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Callable[[str, bool, Callable[[Setup], Tracker]], object]]:
+    def opened(self) -> Iterator[Callable[[str, bool, Callable[[Setup], object]], object]]:
         """See `Roots`. Opened anew: the tool may have closed the device that it had."""
         with self._host.opened(self._store) as target:
             device = StoredImage(target, self._name, self._host)
 
-            def change(root: str, content_unchanged: bool, begin: Callable[[Setup], Tracker]) -> None:
+            def change(root: str, content_unchanged: bool, begin: Callable[[Setup], object]) -> None:
                 try:
                     self._host.change_root(self._name, root, content_unchanged)
                 finally:
@@ -122,7 +124,7 @@ def track_image(host: KindPort, namespace: Namespace, tracking: Tracking) -> Tra
             def check_in_own() -> object:
                 return check_in(host, image_path, home.store.abspath, name, own=True)
 
-            tracker = tracking.make(Setup(homes, image_path, tracking.options, check_in_own, tracking.roots))
+            tracker: Tracker = tracking.make(Setup(homes, image_path, tracking.options, check_in_own, tracking.roots))
             try:
                 set_tracked(file, layout, True)
                 layout = read_layout(file)

@@ -26,6 +26,7 @@ from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
 from dirtmap.engine.storefile.directory import no_namespace, place_bitmap, read_entries, replace_directory
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.storefile.holds import held_by
+from dirtmap.engine.system.log import logger
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import StorageError
@@ -145,6 +146,10 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             wanted.append(place_bitmap(change, record, name, bitmap))
     if wanted == old and not doubted and not view:
         return
+    if doubted:
+        why = doubts(change.snapshot, record)
+        where = f"{change.snapshot.file.path}: {record.label}"
+        change.afterwards.append(lambda: logger(__name__).warning("%s: all bitmaps are dirty now: %s", where, why))
     area = replace_directory(change, record, old, wanted)
     identity = record.identity
     if view and view.identity:

@@ -41,7 +41,7 @@ from dirtmap.engine.namespaces import salvage
 from dirtmap.engine.namespaces.condition import bitmap_of, busy_of, doubts
 from dirtmap.engine.namespaces.image import Image
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.namespaces.recover import confirm, settle_device
+from dirtmap.engine.namespaces.recover import confirm, log_recovered, settle_device
 from dirtmap.engine.qcow2.check import free_leaks
 from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
@@ -135,7 +135,8 @@ def check_in(
             view = recovery.view_of(change.snapshot, record)
             assert view
             change.afterwards.append(view.clean_up)
-        return recovered
+    log_recovered(path, recovered)
+    return recovered
 
 
 def _look(path: str) -> Identity | None:

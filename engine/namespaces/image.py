@@ -12,11 +12,12 @@ from dirtmap.engine.model.infos import LEFT_IN_USE, ImageInfo, Recovery
 from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.model.transaction import Transaction
-from dirtmap.engine.namespaces.place import NO_PLACE, Place
+from dirtmap.engine.namespaces.place import NO_PLACE, Place, place_of
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
 from dirtmap.engine.qcow2.reading import FORMAT, T, describe_layout, load, read_session, write_session
 from dirtmap.engine.system.file import File, open_file
+from dirtmap.engine.system.log import logger
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError, MovedError
 
@@ -80,7 +81,7 @@ class Image(Namespace):
         if self._found_place is None:
             self._found_place = NO_PLACE
             if self.name is not None and self.uuid is not None:
-                self._found_place = self._host.place_of(self.name, uuid.UUID(self.uuid).bytes)
+                self._found_place = place_of(self._host, self.name, uuid.UUID(self.uuid).bytes)
         return self._found_place
 
     @contextlib.contextmanager
@@ -387,4 +388,6 @@ def recover(
                     recovered.append(Recovery(name, f"all dirty: {why}"))
         if layout.tracked:  # once they are all dirty
             set_tracked(file, read_layout(file), False)
+    for item in recovered:
+        logger(__name__).info("%s: %s recovered: %s", path, label(item.name), item.how)
     return recovered

@@ -199,6 +199,18 @@ class _NoPlace(Place):
 NO_PLACE = _NoPlace()
 
 
+def place_of(host: HostPort, name: str, uuid: bytes) -> Place:
+    """What a host's stores remember of a qcow2 image; `NO_PLACE` where none has a record of it.
+
+    Args:
+        host: that is asked.
+        name: of the node, as the image says it.
+        uuid: 16 bytes, as the image says it.
+    """
+    found = host.place_of(name, uuid)
+    return NO_PLACE if found is None else Place(host, *found, uuid)
+
+
 def _look(path: str, *, lasting: bool = False) -> Identity | None:
     """What an image looks like as a guest reads it; None where it cannot be looked at."""
     with contextlib.suppress(StorageError):

@@ -6,14 +6,13 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from dirtmap.engine.namespaces.place import Place
     from dirtmap.engine.storefile.file import Store
 
 
 class HostPort(Protocol):
     """The host of a namespace, given to its constructor and never replaced.
 
-    Implemented by `dirtmap.engine.host.host.Host`.
+    Implemented by `dirtmap.engine.host.parts.Parts`.
     """
 
     def opened(self, path: str | None = None) -> AbstractContextManager[Store]:
@@ -46,10 +45,10 @@ class HostPort(Protocol):
         Called before a change of a qcow2 image's metadata, which must not look like a change of what a guest reads.
         """
 
-    def place_of(self, name: str, uuid: bytes) -> Place:
-        """What the host's stores remember of a qcow2 image; `NO_PLACE` where none has a record of it.
+    def place_of(self, name: str, uuid: bytes) -> tuple[str, bytes] | None:
+        """Which store remembers a qcow2 image: its path, and the raw name of the record; None where none does.
 
-        Called when an image that carries an identity is opened.
+        Called when an image that carries an identity is opened; see `dirtmap.engine.namespaces.place.place_of`.
 
         Args:
             name: of the node, as the image says it.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dirtmap.engine.identity import lasting_identity_now
 from dirtmap.engine.model.infos import LEFT_IN_USE, Recovery
-from dirtmap.engine.model.naming import decode_name, not_found
+from dirtmap.engine.model.naming import decode_name, label, not_found
 from dirtmap.engine.namespaces.changing import changing
 from dirtmap.engine.namespaces.condition import (
     doubts,
@@ -23,6 +23,7 @@ from dirtmap.engine.session.peers import path_of, unsettled
 from dirtmap.engine.storefile.directory import is_readable, no_namespace, read_entries
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.storefile.session import peer_of
+from dirtmap.engine.system.log import logger
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.live import Peer
@@ -67,6 +68,17 @@ def _recover_resized(change: Change, record: Record, names: list[str]) -> list[R
     return [Recovery(name, f"all dirty: the disk has {size} bytes now, and had {record.size}") for name in found]
 
 
+def log_recovered(where: str, recovered: list[Recovery]) -> None:
+    """Logs what a recovery did, once it is durable.
+
+    Args:
+        where: how messages name the namespace.
+        recovered: what became of each bitmap.
+    """
+    for item in recovered:
+        logger(__name__).info("%s: %s recovered: %s", where, label(item.name), item.how)
+
+
 def settle_device(host: HostPort, target: Store, name: bytes) -> None:
     """Recovers the device that was tracked with a node, where that is still to be done, before the node itself is.
 
@@ -106,7 +118,8 @@ def settle(target: Store, name: bytes) -> None:
         record = change.table.get(name)
         if record is None:
             raise no_namespace(target.path, name)
-        recover_record(change, record, [])
+        recovered = recover_record(change, record, [])
+    log_recovered(f"{target.path}: {record.label}", recovered)
 
 
 def confirm(host: HostPort, change: Change, root: Record, before: Identity | None, after: Identity | None) -> None:

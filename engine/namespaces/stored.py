@@ -24,7 +24,7 @@ from dirtmap.engine.namespaces.condition import (
 )
 from dirtmap.engine.namespaces.place import holding
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.namespaces.recover import recover_record, settle, settle_device
+from dirtmap.engine.namespaces.recover import log_recovered, recover_record, settle, settle_device
 from dirtmap.engine.storefile.directory import no_namespace, read_entries
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.fmt import geometry, store
@@ -135,8 +135,11 @@ class StoredImage(Namespace):
             except FormatError as error:
                 damage = FormatError(error.where, error.what)  # the one raised keeps in memory what was read
             if damage is not None:
-                return salvage.recover(change, record, list(names), damage)
-            return recover_record(change, record, list(names))
+                recovered = salvage.recover(change, record, list(names), damage)
+            else:
+                recovered = recover_record(change, record, list(names))
+        log_recovered(self.where, recovered)
+        return recovered
 
     def settle(self) -> None:
         """As `recover`, but for a damaged directory; see `Namespace.settle`."""

@@ -18,6 +18,7 @@ import numpy as np
 from dirtmap.engine.model.bitmap import INCONSISTENT
 from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport, require_repair
 from dirtmap.engine.qcow2.commit import Kept, commit, marks, require_writable, set_refcounts
+from dirtmap.engine.qcow2.datafile import misfit
 from dirtmap.engine.qcow2.layout import Layout, bitmap_label, read_layout
 from dirtmap.engine.qcow2.reading import FORMAT
 from dirtmap.engine.qcow2.refcounts import Refcounts
@@ -108,6 +109,8 @@ class _Check:
                 report.found(NOTE, bitmap_label(slot.entry.name), what)
         if layout.extension and not layout.valid:
             report.found(NOTE, "bitmaps extension", "void: its autoclear bit is clear; QEMU will drop it")
+        if resized := misfit(layout):
+            report.found(NOTE, "external data file", resized)
         try:
             references = walk(self.file, layout, progress=self.progress)
             for fault in references.faults:

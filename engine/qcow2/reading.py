@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo
 from dirtmap.engine.model.naming import decode_name
+from dirtmap.engine.qcow2.datafile import misfit
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
@@ -61,6 +62,8 @@ def describe_layout(file: File, layout: Layout) -> ImageInfo:
         notes.append("its bitmaps are void: software that does not know them has changed the image")
     if layout.tracked:
         notes.append("tracked, with its bitmaps in another store; say which with --store")
+    if resized := misfit(layout):
+        notes.append(resized)
     return ImageInfo(
         path=file.path,
         format=FORMAT,

@@ -134,7 +134,7 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
 def header_doubts(snapshot: Snapshot, record: Record) -> str | None:
     """As `doubts`, as far as the store itself tells."""
     if snapshot.chosen.in_doubt:
-        return "both copies of a header are damaged, perhaps those of the newest"
+        return "copies of the header are damaged, perhaps those of the newest"
     if record.generation <= snapshot.header.doubt_generation:
         return "the store lost a commit"
     return None

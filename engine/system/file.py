@@ -183,6 +183,17 @@ class File:
             self._poisoned = str(failed)
             raise SyncError(failed.where, failed.what) from error
 
+    def write_back(self) -> None:
+        """Has the kernel write what others have written to the file, so that it notices when they write again.
+
+        Raises:
+            StorageError: it could not.
+        """
+        try:
+            os.fdatasync(self.fd)
+        except _FAILURES as error:
+            raise self._failed("write back", error) from error
+
     def lock(self, offset: int) -> None:
         """Takes a shared open-file-description lock on one byte (never waits: QEMU takes shared ones only)."""
         try:
@@ -262,6 +273,22 @@ def open_file(path: str, *, writable: bool = False, create: bool = False, abspat
     file = _factory(abspath or path, writable=writable, create=create)
     file.path = path
     return file
+
+
+def make_folder_of(path: str, where: str) -> None:
+    """Makes the folder that the file ``path`` is to be in, for its owner only, where it is not there.
+
+    Args:
+        path: of the file, absolute.
+        where: what messages call it.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise StorageError(where, getattr(error, "strerror", None) or str(error)) from error
 
 
 def sync_folder(path: str) -> None:

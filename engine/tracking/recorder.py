@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
-from dirtmap.engine.identity import identity_of, identity_of_disk
+from dirtmap.engine.identity import identity_of, identity_of_disk, touched
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import doubts
@@ -35,16 +35,13 @@ from dirtmap.fmt import live, store
 from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, StorageError, SyncError
 from dirtmap.fmt.live import Peer
 
-if TYPE_CHECKING:
-    from dirtmap.engine.tracking.tracker import Tracker
-
 _PATIENCE_SECONDS: Final = 5.0
 
 
 class Roots(Protocol):
     """The roots that a tracked device may have, one after the other; see `Tracker.set_root`."""
 
-    def opened(self) -> AbstractContextManager[Callable[[str, bool, Callable[[Setup], Tracker]], object]]:
+    def opened(self) -> AbstractContextManager[Callable[[str, bool, Callable[[Setup], object]], object]]:
         """Opens the device, for the time of the block, before the tracker gives up the old root.
 
         Called with the tracker's locks held.
@@ -357,6 +354,8 @@ class Recorder:
         self._refuse_nested(self._lock)
         self._kernel.refuse_own([self._current, *self._undrained])
         with order.holding(Rank.CUT, self._where), self._cuts:
+            if self._current.number - min(home.session.oldest for home in self._homes) >= live.MAX_INTERVALS - 1:
+                self.save()
             with self._using():
                 finest = self._current.granularity_bits
                 if granularity is not None:
@@ -513,7 +512,7 @@ class Recorder:
         """Signs of life in the live file, until the tracker ends; in a thread of its own, which waits for nothing."""
         ended, kernel, control = self._ended, self._kernel, self._control
         while not ended.wait(verdict.HEARTBEAT_SECONDS) and not kernel.failure:
-            control.fields[HEARTBEAT] = time.time_ns()
+            control.give_sign()
 
     def _in_background(self) -> None:
         """Signs of life on disk, spare writesets and saves, until the tracker ends; if one fails, the others go on."""
@@ -569,7 +568,7 @@ class Recorder:
 
     def _beat(self, before: int) -> int:
         """A sign of life on disk, where the image has changed since the last; returns when it changed."""
-        modified = identity_of(self._data).mtime_ns
+        modified = touched(self._data)
         if modified != before:
             self._kernel.beat(self._log, time.time_ns())
         return modified

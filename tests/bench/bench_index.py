@@ -104,7 +104,7 @@ def million(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
                 for bitmap in range(BITMAPS):
                     changes.add(namespaces[f"node{number:05}"], f"bitmap{bitmap:02}", 1 << 20)
     host = Host(path, str(folder / "index"))
-    host.stores.stores()
+    host._parts.stores.stores()
     yield host
     shutil.rmtree(folder)
 
@@ -117,7 +117,7 @@ def questions() -> list[tuple[str, str]]:
 
 def peers(host: Host, questions: list[tuple[str, str]], folder: Path) -> dict[str, Callable[[], Any]]:
     """A bare get of the same entries, each in a transaction of its own; and sqlite with the same addresses."""
-    environment = host.stores.index.database._env
+    environment = host._parts.stores.index.database._env
     keys = [layout.bitmap_key(layout.named(node.encode()), name.encode()) for node, name in questions]
     rows = ((f"node{node:05}", f"bitmap{name:02}", bytes(32)) for node in range(NODES) for name in range(BITMAPS))
     return getters(environment, keys, questions, rows, folder)
@@ -148,7 +148,7 @@ def test_the_index_answers(
     against: Callable[..., None], million: Host, questions: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     """Aim: at most 2.5 times as long as a bare get of LMDB."""
-    index = million.stores.index
+    index = million._parts.stores.index
 
     def ours() -> None:
         for node, name in questions:
@@ -196,7 +196,7 @@ def test_an_answer_with_many_stores(
     node, calls = named(what, stores), 20
     with Host(home, index) as host, Lookup(host) as lookup:
         key = layout.bitmap_key(layout.named(node.encode()), b"b")
-        environment = host.stores.index.database._env
+        environment = host._parts.stores.index.database._env
         assert lookup.find(node, "b")
         others = getters(environment, [key] * calls, [(node, "b")] * calls, [(node, "b", bytes(32))], tmp_path)
 
@@ -233,7 +233,7 @@ def test_opening_with_many_stores(
                 store.record(name.encode())
 
     with Host(home, index) as known:
-        paths = known.stores.stores()
+        paths = known._parts.stores.stores()
 
         def ours() -> None:
             if again:

@@ -66,7 +66,7 @@ def test_an_index_that_was_put_back_is_noticed(tmp_path: Path) -> None:
     home, index = make_host(tmp_path, 3)
     old = {path.name: path.read_bytes() for path in Path(index).iterdir()}
     with dm.Host(str(tmp_path / "store2.dmap"), index) as host:
-        host.registry.add_node("new", raw(tmp_path / "new.raw"))
+        host._parts.registry.add_node("new", raw(tmp_path / "new.raw"))
     for name, data in old.items():
         Path(index, name).write_bytes(data)
     with dm.Host(home, index) as host, host.open("new") as image:

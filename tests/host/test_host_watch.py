@@ -44,7 +44,7 @@ def die_tracking(target: str) -> None:
 def is_known(path: Path) -> bool:
     """True where the index has seen the last commit of a store."""
     with dm.Host() as host, Store(str(path)) as target:
-        seen = host.stores.index.seen(target.uuid)
+        seen = host._parts.stores.index.seen(target.uuid)
         return seen is not None and seen.commit == target.read(lambda snapshot: snapshot.header.commit)
 
 

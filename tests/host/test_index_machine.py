@@ -486,7 +486,7 @@ class Machine(RuleBasedStateMachine):
     def every_name_means_one_thing(self) -> None:
         here = Host(self.store, self.index)
         for name in NAMES:
-            found, image = here.names.resolve(name), self.node(name)
+            found, image = here._parts.names.resolve(name), self.node(name)
             assert (found is not None) == (self.holder(name) is not None)
             if found:
                 assert found.is_device == (name in self.devices)

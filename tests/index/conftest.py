@@ -31,20 +31,23 @@ def made(in_memory: Path) -> Host:
     """A host with a store, another store, a device, images, and an index of it all, which `pristine` brings back."""
     folder = in_memory
     here = Host(str(folder / "default.dmap"), str(folder / "index"))
-    other = Host(str(folder / "other.dmap"), here.stores.index.path)
+    other = Host(str(folder / "other.dmap"), here._parts.stores.index.path)
     for number in range(NODES):
         (here if number % 4 else other).add_node(f"n{number}", tiny(folder / f"{number}.raw"))
-    here.registry.remember_store(other.store)
+    here._parts.registry.remember_store(other.store)
     qemu.create(folder / "disk.qcow2", MIB)
     here.add_qcow2("q", str(folder / "disk.qcow2"))
     here.add_device("d", "n1")
     for name in [f"n{number}" for number in range(NODES)] + ["q", "d"]:
-        with dm.open(name, store=here.store, index=here.stores.index.path) as image, image.transaction() as bitmaps:
+        with (
+            dm.open(name, store=here.store, index=here._parts.stores.index.path) as image,
+            image.transaction() as bitmaps,
+        ):
             for number in range(12):
                 changes.add(bitmaps, f"b{number}")
-    here.stores.refresh()
-    connect(here.stores.index.path).suspend()
-    with lmdb.open(here.stores.index.path) as env:
+    here._parts.stores.refresh()
+    connect(here._parts.stores.index.path).suspend()
+    with lmdb.open(here._parts.stores.index.path) as env:
         (folder / "pristine").mkdir()
         env.copy(str(folder / "pristine"), compact=True)  # so that no page is of an older state
     return here
@@ -54,7 +57,7 @@ def made(in_memory: Path) -> Host:
 def host(made: Host) -> Iterator[Host]:
     """A `Host` with an index as it was; a new one, so that nothing of it is remembered."""
     restore(made)
-    yield Host(made.store, made.stores.index.path)
+    yield Host(made.store, made._parts.stores.index.path)
     restore(made)
 
 

@@ -66,7 +66,7 @@ def test_members_are_an_area_pointer_and_namespaces() -> None:
 def test_a_wrong_value_is_noticed(host: Host, expected: Answers) -> None:
     """A bit of the contents of every kind of value, which LMDB itself takes for sound."""
     whole = data_of(host).read_bytes()
-    with lmdb.open(host.stores.index.path, readonly=True, lock=False) as env, env.begin() as txn:
+    with lmdb.open(host._parts.stores.index.path, readonly=True, lock=False) as env, env.begin() as txn:
         stored = list(txn.cursor())
     chance = random.Random(3)
     kinds = {key[:1] for key, _ in stored}
@@ -124,7 +124,7 @@ def test_verify_outlives_any_damage_and_rebuilds(host: Host, expected: Answers) 
             at = chance.randrange(2 * PAGE, len(data) - 16)
             data[at : at + 8] = chance.randbytes(8)
         data_of(host).write_bytes(data)
-        result = in_child(lambda: verify(Host(host.store, host.stores.index.path)))
+        result = in_child(lambda: verify(Host(host.store, host._parts.stores.index.path)))
         assert result.rebuilt
         assert result.faults
         assert in_child(lambda: answers(host)) == expected
@@ -133,7 +133,7 @@ def test_verify_outlives_any_damage_and_rebuilds(host: Host, expected: Answers) 
 
 def test_verify_tells_an_index_that_says_too_little_or_too_much(host: Host, expected: Answers) -> None:
     def spoil(work: Callable[[database.Writer], None]) -> None:
-        Database(host.stores.index.path).change(work)
+        Database(host._parts.stores.index.path).change(work)
 
     def one(writer: database.Writer, tag: bytes) -> bytes:
         return next(key for key, _ in writer.scan(tag))
@@ -150,10 +150,10 @@ def test_verify_tells_an_index_that_says_too_little_or_too_much(host: Host, expe
 
 
 def test_a_rebuilt_index_still_knows_what_it_has_seen(host: Host) -> None:
-    before = in_child(lambda: Host(host.store, host.stores.index.path).stores.index.all_seen())
+    before = in_child(lambda: Host(host.store, host._parts.stores.index.path)._parts.stores.index.all_seen())
     assert len(before) == 2
-    in_child(lambda: rebuild(Host(host.store, host.stores.index.path)))
-    assert in_child(lambda: Host(host.store, host.stores.index.path).stores.index.all_seen()) == before
+    in_child(lambda: rebuild(Host(host.store, host._parts.stores.index.path)))
+    assert in_child(lambda: Host(host.store, host._parts.stores.index.path)._parts.stores.index.all_seen()) == before
 
 
 # Not to be opened, and other arguments that cannot be.
@@ -165,12 +165,12 @@ def forbidden(chosen: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     real = os.open
 
     def refuse(path: Any, *arguments: Any, **more: Any) -> int:
-        if os.fspath(path) == chosen.stores.index.path + ".guard":
+        if os.fspath(path) == chosen._parts.stores.index.path + ".guard":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return real(path, *arguments, **more)
 
-    database.connect(chosen.stores.index.path).suspend()
-    database._connected.pop(chosen.stores.index.path).close()
+    database.connect(chosen._parts.stores.index.path).suspend()
+    database._connected.pop(chosen._parts.stores.index.path).close()
     monkeypatch.setattr(os, "open", refuse)
     return chosen
 
@@ -204,9 +204,9 @@ def test_arguments_that_cannot_be(host: Host, tmp_path: Path) -> None:
     with pytest.raises(dm.Error, match="index"):
         dm.open("n1", store=host.store, index="/proc/x")
     with pytest.raises(dm.Error, match="NUL"):
-        _ = dm.this_host(host.store, str(tmp_path / "a\0b")).stores
+        _ = dm.this_host(host.store, str(tmp_path / "a\0b"))._parts.stores
     with pytest.raises(dm.Error):
-        dm.this_host(str(tmp_path / "a\0b"), host.stores.index.path).opened().__enter__()
+        dm.this_host(str(tmp_path / "a\0b"), host._parts.stores.index.path)._parts.opened().__enter__()
     with dm.Lookup(host) as lookup:
         for node, name in (("\ud800", "b0"), ("n1", "\ud800"), ("\ud800" * 300, "b0")):
             with pytest.raises(dm.BitmapError, match="cannot be encoded"):
@@ -221,7 +221,7 @@ def test_arguments_that_cannot_be(host: Host, tmp_path: Path) -> None:
 @pytest.fixture
 def chosen(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setenv("DIRTMAP_STORE", host.store)
-    monkeypatch.setenv("DIRTMAP_INDEX", host.stores.index.path)
+    monkeypatch.setenv("DIRTMAP_INDEX", host._parts.stores.index.path)
     return host
 
 
@@ -235,13 +235,13 @@ def test_index_verify_rebuild_and_stats(chosen: Host) -> None:
     assert stats["entries"] == clean["entries"]
     assert json_of("index", "rebuild") == {"containers": 3}
     assert "all as the containers say" in dirtmap("index", "verify").out
-    database.connect(chosen.stores.index.path).suspend()
+    database.connect(chosen._parts.stores.index.path).suspend()
     os.truncate(data_of(chosen), 5 * PAGE)
     done = dirtmap("index", "verify")
     assert "rebuilt" in done.out
     assert "cut short" in done.error
     assert dirtmap("index", "verify", "-q").out == dirtmap("index", "verify", "-q").error == ""
-    shutil.rmtree(chosen.stores.index.path)
+    shutil.rmtree(chosen._parts.stores.index.path)
     for command in ("verify", "stats"):
         assert "there is no index" in error_of("index", command)
     assert json_of("index", "rebuild") == {"containers": 3}

@@ -86,7 +86,7 @@ def test_a_file_never_looks_cut_short_and_is_never_cut(small: str) -> None:
 
 def test_a_child_opens_it_anew(host: Host, expected: Answers) -> None:
     assert answers(host) == expected
-    mapped = database._connected[os.path.realpath(host.stores.index.path)]
+    mapped = database._connected[os.path.realpath(host._parts.stores.index.path)]
     assert mapped._env is not None
 
     def work() -> tuple[bool, Answers]:
@@ -95,9 +95,9 @@ def test_a_child_opens_it_anew(host: Host, expected: Answers) -> None:
 
     assert in_child(work) == (False, expected)
     assert answers(host) == expected
-    assert database._connected[os.path.realpath(host.stores.index.path)] is mapped
+    assert database._connected[os.path.realpath(host._parts.stores.index.path)] is mapped
     # A grandchild, and changes on both sides.
-    in_child(lambda: in_child(lambda: _fill(connect(host.stores.index.path), 0, 10)))
+    in_child(lambda: in_child(lambda: _fill(connect(host._parts.stores.index.path), 0, 10)))
     assert mapped.get(b"x" + bytes(4)) == bytes(4000)
 
 
@@ -106,11 +106,11 @@ def test_a_fork_waits_for_threads_that_use_it(host: Host, expected: Answers) -> 
     failed: list[BaseException] = []
 
     def use() -> None:
-        here = Host(host.store, host.stores.index.path)
+        here = Host(host.store, host._parts.stores.index.path)
         try:
             while not stop.is_set():
-                assert here.names.resolve("n1") == expected["n1"]
-                connect(host.stores.index.path).change(lambda writer: writer.put(b"x", os.urandom(8)))
+                assert here._parts.names.resolve("n1") == expected["n1"]
+                connect(host._parts.stores.index.path).change(lambda writer: writer.put(b"x", os.urandom(8)))
         except BaseException as error:
             failed.append(error)
 
@@ -119,7 +119,10 @@ def test_a_fork_waits_for_threads_that_use_it(host: Host, expected: Answers) -> 
         thread.start()
     try:
         for _ in range(30):
-            assert in_child(lambda: Host(host.store, host.stores.index.path).names.resolve("n2")) == expected["n2"]
+            assert (
+                in_child(lambda: Host(host.store, host._parts.stores.index.path)._parts.names.resolve("n2"))
+                == expected["n2"]
+            )
     finally:
         stop.set()
         for thread in threads:
@@ -132,13 +135,16 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     here.add_node("first", tiny(tmp_path / "first.raw"))
 
     def work(worker: int) -> None:
-        mine = Host(here.store, here.stores.index.path)
+        mine = Host(here.store, here._parts.stores.index.path)
         for number in range(6):
             name = f"{worker}-{number}"
             mine.add_node(name, tiny(tmp_path / f"{name}.raw"))
-            assert mine.names.resolve(name)
-            assert mine.names.resolve("first")
-            with dm.open(name, store=here.store, index=here.stores.index.path) as image, image.transaction() as bitmaps:
+            assert mine._parts.names.resolve(name)
+            assert mine._parts.names.resolve("first")
+            with (
+                dm.open(name, store=here.store, index=here._parts.stores.index.path) as image,
+                image.transaction() as bitmaps,
+            ):
                 changes.add(bitmaps, "b")
 
     failed: list[BaseException] = []
@@ -157,26 +163,26 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     assert not failed
     assert len(here.find("b")) == 24
     assert not verify(here).faults
-    assert not Path(here.stores.index.path + ".bad").exists()
+    assert not Path(here._parts.stores.index.path + ".bad").exists()
 
 
 def test_an_index_replaced_under_a_process_is_not_used_any_more(host: Host, expected: Answers) -> None:
     assert answers(host) == expected
-    in_child(lambda: rebuild(Host(host.store, host.stores.index.path)))
+    in_child(lambda: rebuild(Host(host.store, host._parts.stores.index.path)))
     assert answers(host) == expected
-    shutil.rmtree(host.stores.index.path)
+    shutil.rmtree(host._parts.stores.index.path)
     assert answers(host) == expected
-    os.rename(host.stores.index.path, host.stores.index.path + ".elsewhere")
+    os.rename(host._parts.stores.index.path, host._parts.stores.index.path + ".elsewhere")
     assert answers(host) == expected
 
 
 @pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "ceph", "9p", "fuse.sshfs", "lustre"])
 def test_network_file_systems_are_refused(host: Host, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    shutil.rmtree(host.stores.index.path)
+    shutil.rmtree(host._parts.stores.index.path)
     monkeypatch.setattr(database, "_file_system", lambda folder: kind)
     with pytest.raises(StorageError, match=rf"network file system \({kind}\).*choose another --index"):
-        host.names.resolve("n1")
-    assert not Path(host.stores.index.path).exists()
+        host._parts.names.resolve("n1")
+    assert not Path(host._parts.stores.index.path).exists()
     # What names a path needs no index.
     monkeypatch.setenv("DIRTMAP_STORE", "none")
     assert len(json_of("list", Path(host.store).with_name("disk.qcow2"))[0]["bitmaps"]) == 12
@@ -211,10 +217,10 @@ def test_killed_at_every_step_of_a_replacement(host: Host, expected: Answers, ac
     folder = Path(host.store).parent
 
     def work(left: int) -> None:
-        here = Host(host.store, host.stores.index.path)
+        here = Host(host.store, host._parts.stores.index.path)
         sys.setprofile(Killer(database.__file__, left))
         if act == "replace":
-            replace(host.stores.index.path, even_if_good=True)
+            replace(host._parts.stores.index.path, even_if_good=True)
         else:
             rebuild(here)
         sys.setprofile(None)
@@ -235,23 +241,23 @@ def test_a_full_disk_does_not_make_a_commit_look_failed(host: Host, monkeypatch:
         with database._errors(self.path):
             raise lmdb.DiskError(": No space left on device")
 
-    with dm.open("n1", store=host.store, index=host.stores.index.path) as image:
+    with dm.open("n1", store=host.store, index=host._parts.stores.index.path) as image:
         with monkeypatch.context() as patch:
             patch.setattr(Database, "change", full)
             with image.transaction() as bitmaps:
                 bitmaps["b0"].mark(0, 1)
             with pytest.raises(StorageError, match="No space left"):
-                Host(host.store, host.stores.index.path).names.resolve("n1")
+                Host(host.store, host._parts.stores.index.path)._parts.names.resolve("n1")
         assert image["b0"].count == 65536
-    found = Host(host.store, host.stores.index.path)
-    assert found.names.resolve("n1")
+    found = Host(host.store, host._parts.stores.index.path)
+    assert found._parts.names.resolve("n1")
     with Store(host.store) as target:
         assert not [node.doubt for node in nodes.nodes(target) if node.doubt]
-    with dm.open("n1", store=host.store, index=host.stores.index.path) as image, image.transaction() as bitmaps:
+    with dm.open("n1", store=host.store, index=host._parts.stores.index.path) as image, image.transaction() as bitmaps:
         bitmaps["b0"].clear(0, MIB)
 
 
 def test_lmdb_that_loses_its_way_is_damage(host: Host) -> None:
     for error in (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.InvalidError):
-        with pytest.raises(DamagedError), database._errors(host.stores.index.path):
+        with pytest.raises(DamagedError), database._errors(host._parts.stores.index.path):
             raise error("x")

@@ -29,10 +29,10 @@ def test_a_file_cut_short_anywhere_is_begun_anew(host: Host, expected: Answers) 
     for size in sorted(sizes):
         restore(host)
         os.truncate(data_of(host), size)
-        assert fault(host.stores.index.path), size
+        assert fault(host._parts.stores.index.path), size
         assert in_child(lambda: answers(host)) == expected, size
-        assert Path(host.stores.index.path + ".bad", "data.mdb").stat().st_size == size
-        assert fault(host.stores.index.path) is None
+        assert Path(host._parts.stores.index.path + ".bad", "data.mdb").stat().st_size == size
+        assert fault(host._parts.stores.index.path) is None
 
 
 def _zeros(data: bytearray) -> None:
@@ -74,9 +74,9 @@ def test_what_is_no_database_is_put_aside(host: Host, expected: Answers, damage:
     data = bytearray(data_of(host).read_bytes())
     damage(data)
     data_of(host).write_bytes(data)
-    assert fault(host.stores.index.path)
+    assert fault(host._parts.stores.index.path)
     assert in_child(lambda: answers(host)) == expected
-    assert Path(host.stores.index.path + ".bad", "data.mdb").read_bytes() == data
+    assert Path(host._parts.stores.index.path + ".bad", "data.mdb").read_bytes() == data
     assert verified(host) == []
 
 
@@ -95,7 +95,7 @@ def test_every_bit_of_the_meta_pages_may_be_wrong(host: Host, expected: Answers,
 
 def test_the_meta_page_is_lmdbs(host: Host) -> None:
     """What LMDB itself tells of the database, against what we read in the newer of its meta pages."""
-    with lmdb.open(host.stores.index.path) as env:
+    with lmdb.open(host._parts.stores.index.path) as env:
         info, stat = env.info(), env.stat()
     pages = data_of(host).read_bytes()
     assert meta_fault(pages, len(pages)) is None
@@ -148,7 +148,7 @@ def test_each_fault_of_a_meta_page_has_its_words(field: str, value: int, what: s
 
 
 def test_nothing_in_its_place(host: Host, expected: Answers) -> None:
-    path = Path(host.stores.index.path)
+    path = Path(host._parts.stores.index.path)
     for make in (
         path.mkdir,
         lambda: path.symlink_to("nowhere"),
@@ -161,7 +161,7 @@ def test_nothing_in_its_place(host: Host, expected: Answers) -> None:
             shutil.rmtree(path)
         make()
         assert in_child(lambda: answers(host)) == expected
-        assert fault(host.stores.index.path) is None
+        assert fault(host._parts.stores.index.path) is None
 
 
 def _snapshot(folder: Path) -> dict[str, object]:
@@ -227,15 +227,15 @@ def test_what_is_no_index_is_refused_and_not_touched(
 def test_what_a_user_has_where_an_index_is_put_aside_stays(
     host: Host, expected: Answers, make: Callable[[Path], object]
 ) -> None:
-    bad = Path(host.stores.index.path + ".bad")
+    bad = Path(host._parts.stores.index.path + ".bad")
     try:
         make(bad)
         os.truncate(data_of(host), 100)
         before = _snapshot(bad.parent)
         with pytest.raises(StorageError, match="is put aside, and not one; move it away"):
-            Host(host.store, host.stores.index.path).names.resolve("n1")
-        Path(host.stores.index.path + ".guard").unlink()
-        before.pop(host.stores.index.path + ".guard", None)
+            Host(host.store, host._parts.stores.index.path)._parts.names.resolve("n1")
+        Path(host._parts.stores.index.path + ".guard").unlink()
+        before.pop(host._parts.stores.index.path + ".guard", None)
         assert _snapshot(bad.parent) == before
     finally:
         for name in ("elsewhere", "precious"):
@@ -247,32 +247,32 @@ def test_what_a_user_has_where_an_index_is_put_aside_stays(
 
 @pytest.mark.parametrize("named", [False, True])
 def test_a_foreign_database_is_put_aside_whole(host: Host, expected: Answers, named: bool) -> None:
-    shutil.rmtree(host.stores.index.path)
+    shutil.rmtree(host._parts.stores.index.path)
 
     def make() -> None:
-        with lmdb.open(host.stores.index.path, max_dbs=4) as env, env.begin(write=True) as txn:
+        with lmdb.open(host._parts.stores.index.path, max_dbs=4) as env, env.begin(write=True) as txn:
             for number in range(100):
                 txn.put(f"k{number}".encode(), b"v" * 50, db=env.open_db(b"x", txn=txn) if named else None)
 
     in_child(make)
     before = data_of(host).read_bytes()
     assert in_child(lambda: answers(host)) == expected
-    assert Path(host.stores.index.path + ".bad", "data.mdb").read_bytes() == before
+    assert Path(host._parts.stores.index.path + ".bad", "data.mdb").read_bytes() == before
 
 
 def test_an_index_of_another_version_is_begun_anew(host: Host, expected: Answers) -> None:
     def make() -> None:
         state = STATE_VALUE.build(version=2, reserved=0, containers=0)
-        Database(host.stores.index.path).change(lambda writer: writer.put(layout.STATE, state))
+        Database(host._parts.stores.index.path).change(lambda writer: writer.put(layout.STATE, state))
 
     in_child(make)
     assert in_child(lambda: answers(host)) == expected
-    assert Path(host.stores.index.path + ".bad").is_dir()
+    assert Path(host._parts.stores.index.path + ".bad").is_dir()
 
 
 def test_what_is_put_aside_replaces_what_was(host: Host, expected: Answers) -> None:
-    bad = Path(host.stores.index.path + ".bad")
-    for make in (bad.mkdir, lambda: shutil.copytree(host.stores.index.path, bad)):
+    bad = Path(host._parts.stores.index.path + ".bad")
+    for make in (bad.mkdir, lambda: shutil.copytree(host._parts.stores.index.path, bad)):
         restore(host)
         make()
         os.truncate(data_of(host), 100)

@@ -138,7 +138,7 @@ def test_an_image_is_no_node_of_a_second_store(store: Store) -> None:
     add_node(store, "raw0", raw("disk.raw"))
     create("default.dmap")
     host = dm.this_host("default.dmap", "index")
-    host.registry.remember_store("nodes.dmap")
+    host._parts.registry.remember_store("nodes.dmap")
     with pytest.raises(dm.BitmapError, match="is node 'raw0' already"):
         host.add_node("raw1", "disk.raw")
 
@@ -152,7 +152,7 @@ def test_a_raw_node_that_was_made_qcow2_since_gets_no_second_name(store: Store, 
     host = dm.this_host("default.dmap" if elsewhere else "nodes.dmap", "index")
     if elsewhere:
         create("default.dmap")
-        host.registry.remember_store("nodes.dmap")
+        host._parts.registry.remember_store("nodes.dmap")
     with pytest.raises(dm.BitmapError, match="is node 'raw0' already"):
         host.add_qcow2("q0", "disk.raw")
     assert Path("disk.raw").read_bytes() == before

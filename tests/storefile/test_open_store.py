@@ -97,7 +97,7 @@ def test_a_host_stays_the_same(folder: Path) -> None:
     os.chdir("../B")
     shutil.copy("../A/data.raw", "../A/new.raw")
     host.add_node("new", "../A/new.raw")
-    assert host.names.resolve("new")
+    assert host._parts.names.resolve("new")
     assert not [node for node in json_of("node", "list") if node["name"] == "new"]
     os.chdir("../A")
     assert [node for node in json_of("node", "list") if node["name"] == "new"]

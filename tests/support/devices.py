@@ -34,7 +34,7 @@ def raw_elsewhere(folder: Path) -> Path:
     there.mkdir()
     path = make_node(there, SIZE)
     create(str(folder / "default.dmap"))
-    containers.this_host().registry.remember_store(str(there / "default.dmap"))
+    containers.this_host()._parts.registry.remember_store(str(there / "default.dmap"))
     return path
 
 

@@ -11,7 +11,6 @@ from dirtmap.engine.host.kinds import KINDS
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.namespaces.image import Image
 from dirtmap.engine.namespaces.nodes import add_qcow2, remove_node, rename_node
-from dirtmap.engine.namespaces.place import NO_PLACE, Place
 from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.storefile.file import Store
 
@@ -34,8 +33,8 @@ class Alone:
     def devices_on(self, root: bytes) -> dict[str, list[bytes]]:
         return {}
 
-    def place_of(self, name: str, uuid: bytes) -> Place:
-        return NO_PLACE
+    def place_of(self, name: str, uuid: bytes) -> tuple[str, bytes] | None:
+        return None
 
 
 ALONE = Alone()

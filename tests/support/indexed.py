@@ -26,34 +26,34 @@ def tiny(path: Path) -> str:
 
 
 def restore(made: Host) -> None:
-    if known := database._connected.pop(made.stores.index.path, None):
+    if known := database._connected.pop(made._parts.stores.index.path, None):
         known.close()
     for path in Path(made.store).parent.glob("index*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-    shutil.copytree(Path(made.store).with_name("pristine"), made.stores.index.path)
+    shutil.copytree(Path(made.store).with_name("pristine"), made._parts.stores.index.path)
 
 
 def answers(made: Host) -> Answers:
     """What the host says of everything there is; asked anew."""
-    here = Host(made.store, made.stores.index.path)
+    here = Host(made.store, made._parts.stores.index.path)
     found: Answers = {}
     for name in [f"n{number}" for number in range(NODES)] + ["q", "d", "none"]:
-        found[name] = here.names.resolve(name)
+        found[name] = here._parts.names.resolve(name)
     for bitmap in ("b3", "none"):
         found[f"bitmap {bitmap}"] = [(hit.path, hit.kind, hit.holder, hit.namespace) for hit in here.find(bitmap)]
     found["containers"] = sorted(here.containers())
-    one = here.names.resolve("n1")
+    one = here._parts.names.resolve("n1")
     assert one
-    found["devices"] = here.names.devices_of(one.uuid)
+    found["devices"] = here._parts.names.devices_of(one.uuid)
     return found
 
 
 def data_of(host: Host) -> Path:
-    return Path(host.stores.index.path, "data.mdb")
+    return Path(host._parts.stores.index.path, "data.mdb")
 
 
 def verified(host: Host) -> list[str]:
-    return in_child(lambda: verify(Host(host.store, host.stores.index.path)).faults)
+    return in_child(lambda: verify(Host(host.store, host._parts.stores.index.path)).faults)

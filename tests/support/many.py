@@ -45,7 +45,7 @@ def make_host(folder: Path, stores: int) -> tuple[str, str]:
     for number in range(1, stores):
         path = str(folder / f"store{number}.dmap")
         with dm.Host(path, index) as other:
-            other.registry.add_node(f"node{number}", raw(folder / f"{number}.raw"))
+            other._parts.registry.add_node(f"node{number}", raw(folder / f"{number}.raw"))
     with dm.Host(home, index) as host:
         dm.scan(host, [str(folder)])
         for name in ("node0", "image", "device", f"node{stores - 1}"):
@@ -53,5 +53,5 @@ def make_host(folder: Path, stores: int) -> tuple[str, str]:
                 bitmaps.setdefault("b", dm.Bitmap(MIB))
     settle()
     with dm.Host(home, index) as host:
-        host.stores.stores()
+        host._parts.stores.stores()
     return home, index

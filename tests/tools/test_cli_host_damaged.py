@@ -120,14 +120,14 @@ def test_without_a_default_store_nothing_is_said_to_be_right() -> None:
         message = refused(*command)
         assert "default.dmap" in message
         assert "'index scan' makes one" in message
-    assert dm.this_host().stores.index.seen(b"x" * 16) is None
-    before = dm.this_host().stores.index.all_seen()
+    assert dm.this_host()._parts.stores.index.seen(b"x" * 16) is None
+    before = dm.this_host()._parts.stores.index.all_seen()
     assert before
     for command in (["index", "verify"], ["index", "rebuild"]):
         message = refused(*command)
         assert "default.dmap: there is no default store" in message
         assert "'index scan' makes one" in message
-    assert dm.this_host().stores.index.all_seen() == before
+    assert dm.this_host()._parts.stores.index.all_seen() == before
     for command in (["node", "list"], ["device", "list"], ["list"], ["find", "b"]):
         assert json_of(*command) == []
         dirtmap(*command)

@@ -31,6 +31,7 @@ from support.tracking import GRANULE
 import dirtmap.engine as dm
 from dirtmap.engine.host import calls as containers
 from dirtmap.engine.host import tracked
+from dirtmap.engine.host.parts import Parts
 from dirtmap.engine.tracking import recorder
 from dirtmap.engine.tracking.home import HomeChange
 from dirtmap.fmt.store import KIND_DEVICE
@@ -158,7 +159,7 @@ def test_a_tracker_that_dies_while_it_changes_the_root_loses_nothing(path: Path,
                     os.kill(os.getpid(), signal.SIGKILL)
 
                 if step == "close":
-                    dm.Host.change_root = die  # type: ignore[method-assign]
+                    Parts.change_root = die  # type: ignore[method-assign]
                 elif step == "track_device":
                     tracked.track_stored = die  # type: ignore[assignment]
                 tracker.set_root("other", content_unchanged=True)
