@@ -33,6 +33,9 @@ def recover_command(host: Host, target: str, bitmaps: tuple[str, ...], quiet: bo
     everything and loses nothing. With no BITMAP, all inconsistent ones are recovered; others are left alone. Says what
     became of each, and why.
 
+    Bitmaps of a qcow2 image that software without bitmaps has made void are brought back, all of them, dirty all over.
+    Where they cannot be told any more, that is an error, and the next change starts from none.
+
     Damage in a store is recovered in the same way: bits whose checksum is wrong, and a damaged directory of a node: all
     its bitmaps that can still be named, whichever you name, become dirty all over, and record. 'dirtmap check -r all'
     mends what concerns the store as a whole.

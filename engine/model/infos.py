@@ -70,6 +70,8 @@ class ImageInfo:
 
 # Why a bitmap is all dirty that was inconsistent: whoever recovers it keeps writers out.
 LEFT_IN_USE = "left in use by a writer that did not finish"
+# And one that was void.
+VOID = "void: software that does not know bitmaps has changed the image"
 
 
 @dataclass(frozen=True, slots=True)

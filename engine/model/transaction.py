@@ -26,6 +26,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         default_granularity: bytes; for bitmaps added without one.
         checkpoints: the chain of `dirtmap.engine.model.checkpoints`, as it will be. Others rely on what they have: it
             may grow, or be taken over, and nothing else.
+        notes: what a commit did that nobody asked for, a line each; once it is done.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
             self._bitmaps[name].busy = True
         self.checkpoints = list(checkpoints)
         self._relied_on = {name: self._bitmaps[name].copy() for name in self.checkpoints if name in bitmaps}
+        self.notes: list[str] = []
         self._open = True
 
     def __getitem__(self, name: str) -> Bitmap:

@@ -124,7 +124,7 @@ class Layout:
         extension: the bitmaps extension, None where there is none.
         identity_extension: the namespace extension, None where the image has no identity.
         valid: its autoclear bit is set; otherwise the bitmaps are void.
-        pointer: the parsed bitmaps extension, None where void or at fault.
+        pointer: the parsed bitmaps extension, None where at fault; and where void, unless void ones were asked for.
         slots: the bitmaps that could be read, in the order of the directory.
         faults: everything wrong, in reading order. An image with one is refused whole.
         first_cluster: the bytes that were read of it.
@@ -156,6 +156,19 @@ class Layout:
         return self.identity_extension.data[qcow2.NAMESPACE_EXTENSION_SIZE :] if self.identity_extension else None
 
     @property
+    def is_void(self) -> bool:
+        """True where the image has bitmaps that are void."""
+        return self.extension is not None and not self.header.autoclear & qcow2.AUTOCLEAR_BITMAPS
+
+    @property
+    def bitmaps_said(self) -> int | None:
+        """How many bitmaps the extension says that there are; None where it says nothing that can be."""
+        if self.extension is None or len(self.extension.data) != BITMAPS_EXTENSION.size:
+            return None
+        said = int(BITMAPS_EXTENSION.parse(self.extension.data).nb_bitmaps)
+        return said if 1 <= said <= directory.MAX_BITMAPS else None
+
+    @property
     def tracked(self) -> bool:
         """True where a tracker has the bitmaps, and no other program has opened the image for writing since."""
         return bool(self.header.autoclear & qcow2.AUTOCLEAR_TRACKED)
@@ -184,6 +197,15 @@ class Layout:
         first = self.faults[0]
         hint = "; 'node add' gives a raw one a name in a store" if first.field == "header.magic" else ""
         raise FormatError(f"{self.path}: {first.field}", first.what + hint)
+
+    def require_listable(self) -> None:
+        """As `require_sound`, but for faults of single bitmaps: the others can be told apart from these.
+
+        Raises:
+            FormatError: more than single bitmaps is at fault.
+        """
+        if not all(fault.bitmap is not None for fault in self.faults):
+            self.require_sound()
 
     def blame(self, fields: Iterable[tuple[str, str]], prefix: str, bitmap: int | None = None) -> None:
         """Adds faults found by a validator of `dirtmap.fmt`."""
@@ -268,8 +290,13 @@ def read_head(file: File) -> Layout:
     return layout
 
 
-def read_layout(file: File) -> Layout:
-    """Reads and judges an image's metadata; a handful of small reads for an image with a few bitmaps."""
+def read_layout(file: File, *, void: bool = False) -> Layout:
+    """Reads and judges an image's metadata; a handful of small reads for an image with a few bitmaps.
+
+    Args:
+        file: the image, locked by the caller.
+        void: read void bitmaps as well, and judge them as if they were valid.
+    """
     layout = read_head(file)
     file_size, chain = layout.file_size, layout.chain
     if chain is None or chain.fault:
@@ -280,7 +307,7 @@ def read_layout(file: File) -> Layout:
             end = region.offset + region.length
             what = f"{region.what} ends at {end:#x}, past the end of the file ({file_size:#x})"
             layout.faults.append(Fault(region.field, what))
-    _read_extensions(file, layout, chain)
+    _read_extensions(file, layout, chain, void=void)
     _find_overlaps(layout)
     return layout
 
@@ -305,7 +332,16 @@ def _read_snapshots(file: File, layout: Layout) -> None:
             return
 
 
-def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
+def void_bitmaps(file: File) -> str:
+    """Which bitmaps of an image are void, for a message: their names, or as much as can be told."""
+    layout = read_layout(file, void=True)
+    if layout.slots and not layout.faults:
+        return ", ".join(bitmap_label(slot.entry.name) for slot in layout.slots)
+    count = layout.bitmaps_said
+    return f"{'all' if count is None else count} bitmaps, whose names cannot be relied on"
+
+
+def _read_extensions(file: File, layout: Layout, chain: Chain, *, void: bool) -> None:
     seen = set()
     for extension in chain.extensions:
         if extension.type in seen:
@@ -330,11 +366,11 @@ def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
             layout.faults.append(Fault("bitmaps extension", what))
         return
     faults = list(bitmaps_extension_faults(layout.extension.data, layout.cluster_size, layout.file_size))
-    if not valid:
-        # Void bitmaps: QEMU looks at nothing but the length.
+    if not valid and not void:
+        # QEMU looks at nothing but the length.
         layout.blame([fault for fault in faults if fault[0] == "length"], "bitmaps extension")
         return
-    layout.valid = True
+    layout.valid = valid
     layout.blame(faults, "bitmaps extension")
     _read_directory(file, layout, {name for name, _ in faults})
 
