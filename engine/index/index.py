@@ -126,6 +126,20 @@ class Index:
         found, claims = parse_bitmap(contents)
         return claims if found == name.encode("utf-8", "surrogateescape") else []
 
+    def node_at(self, path: str, node: bytes) -> tuple[Container, dict[bytes, Claim]] | None:
+        """What is known of the container at a path, and its claims to bitmaps of a node, by name, as of one moment."""
+
+        def look_up(reader: Reader) -> tuple[Container, dict[bytes, Claim]] | None:
+            container = container_at(reader.get, path)
+            if container is None:
+                return None
+            rows = [parse_bitmap(contents) for _, contents in reader.scan(BITMAP + part(layout.named(node)))]
+            return container, {
+                name: claim for name, claims in rows for claim in claims if claim.container == container.number
+            }
+
+        return self.database.read(look_up)
+
     def find(self, bitmap: bytes) -> list[tuple[bytes, list[Claim]]]:
         """All holders of a bitmap of that name, with who has it there."""
 

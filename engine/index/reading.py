@@ -30,9 +30,10 @@ from dirtmap.fmt.structures.index import parse_members
 Get = Callable[[bytes], bytes | None]
 Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity
 
-# A file's time may step as seldom as every 10 ms: what was changed so shortly before it was read may change again
-# without looking different.
-_RACY_NS = 50_000_000
+# What was changed so shortly before it was read may change again without looking different: a file's time may step as
+# seldom as every 10 ms; where it has whole or even seconds, as in ext4 with small inodes and in FAT, every 2 s.
+_SECOND_NS = 1_000_000_000
+_RACY_NS, _RACY_SECONDS_NS = 50_000_000, 2 * _SECOND_NS
 
 
 class Fingerprint(NamedTuple):
@@ -141,9 +142,11 @@ def look(
     if known and is_unchanged(known, now):
         return None
     # Before reading: what changes from here on looks different next time, or is racy.
-    racy = time.time_ns() - max(now.mtime, now.ctime) < _RACY_NS
-    blank = Container(path, known.number if known else 0, KIND_FAULTY, DAMAGED, racy, now)
+    changed = max(now.mtime, now.ctime)
+    racy = time.time_ns() - changed < (_RACY_NS if changed % _SECOND_NS else _RACY_SECONDS_NS)
     with open_file(path) as file:
+        racy = racy or not file.growable  # a block device, of which `stat` does not tell when it was written to
+        blank = Container(path, known.number if known else 0, KIND_FAULTY, DAMAGED, racy, now)
         for reader in readers:
             if reader.probe(file):
                 return reader.read(get, file, blank._replace(kind=reader.number), known, force_share)
