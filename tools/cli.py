@@ -99,7 +99,7 @@ class _Commands(click.Group):
             return INTERRUPTED
         except MemoryError:
             complain("not enough memory")
-        except OSError as error:  # the engine's have a place of their own; what is left are the standard streams
+        except OSError as error:  # errors of the engine were handled above; what is left is the standard streams
             _abandon_output()
             complain(f"{error.filename or 'standard output'}: {error.strerror or error}")
         except Exception as error:

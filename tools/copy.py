@@ -87,7 +87,7 @@ def move_command(host: Host, target: str, bitmap: str, dest_target: str, new: st
             begun[part] = parts[str(part)].enter_context(transaction(host, str(part)))
         bitmaps, there = begun[target], begun[dest_target]
         changes.put(there, name, usable(bitmaps.where, bitmaps, bitmap))
-        changes.remove(bitmaps, bitmap)  # refused now, or never: before the destination has it
+        changes.remove(bitmaps, bitmap)  # refused before the destination has it
         bitmaps.judge()
         parts[dest_target].close()
         # The destination is durable. The source's own commit follows, at the end of its transaction.

@@ -107,7 +107,7 @@ def _attachment(info: ImageInfo, bitmap: BitmapInfo) -> dict[str, str | None]:
 
 def _show(info: ImageInfo) -> None:
     size = "" if info.size is None else f", {human_size(info.size)} ({info.size} bytes)"
-    none = "" if info.bitmaps or info.errors else ", no bitmaps"  # what is damaged is not known to have none
+    none = "" if info.bitmaps or info.errors else ", no bitmaps"  # a damaged image may have bitmaps
     node = f", node {printable(info.node)}" if info.format == "qcow2" and info.node is not None else ""
     title = f"{printable(info.path)}: {info.format}{node}{size}{none}"
     rows = [_row(bitmap, info.size) for bitmap in info.bitmaps]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTIONS = ("clean", "dirty")
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
-_BLOCK = 16384  # dirty extents that become text in one go
+_BLOCK = 16384  # dirty extents that become text at a time
 
 
 @options.command(

@@ -27,7 +27,7 @@ def transaction(host: Host, target: str) -> Iterator[Transaction]:
         with image.transaction() as bitmaps:
             yield bitmaps
         tell_doubt(image, doubt)
-    if tracking:  # it has died, or we would have been refused
+    if tracking:  # the tracker has died, or the change would have been refused
         complain(f"{image.path}: recovered first: {tracking.how}")
 
 

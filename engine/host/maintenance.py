@@ -144,8 +144,8 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
     stores = host._parts.stores
     _require_default_store(stores)
     if os.path.lexists(stores.index.path) and (examined := examine(stores.index.path)).faults:
-        renew(stores.index.path, examined.seen)  # before this process reads what would harm it
-    stores.stores()  # so that a rollback is found while the old index still knows
+        renew(stores.index.path, examined.seen)  # before this process maps a database that could kill it
+    stores.stores()  # detects rollbacks, while the old index still has the commits seen
     seen = stores.index.all_seen()
     count = 0
 

@@ -110,7 +110,7 @@ class Registry:
         for names in self._names.devices_of(found.uuid).values():
             what = f"root of device '{decode_name(names[0])}'; give that another with 'device set-root', or remove it"
             raise BitmapError(f"{found.store}: node '{name}'", what)
-        self._names.require_all_stores()  # one that cannot be read may have a device on it
+        self._names.require_all_stores()  # an unreadable store may have a device on this node
         with self._stores.opened(found.store) as target:
             nodes.remove_node(self._host, target, name)
 
@@ -162,7 +162,7 @@ class Registry:
                 with self._stores.kept(where) as target:
                     records = target.read(lambda snapshot: list(snapshot.table()))
             except Error:
-                continue  # another store, which keeps nobody from using what is not in it
+                continue  # damage to one store does not forbid images of others
             for record in records:
                 if record.tracked and is_same_file(record.path, path):
                     refuse_tracked(where, record)

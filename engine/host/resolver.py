@@ -123,7 +123,7 @@ class Resolver:
         """
         found = self.unique(name)
         if found:
-            with contextlib.suppress(FormatError):  # whoever opens it tells, or works on what is damaged
+            with contextlib.suppress(FormatError):  # the caller reports the damage, or repairs it
                 _require_its_image(found)
         return found
 

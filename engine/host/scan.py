@@ -87,7 +87,7 @@ def scan(
         StorageError: a path does not exist, or the store or the index cannot be written.
     """
     summary = Summary()
-    roots = [os.path.realpath(path) for path in paths]  # so that a file has one path, whichever link leads to it
+    roots = [os.path.realpath(path) for path in paths]  # one path per file, whichever link leads to it
     stores = host._parts.stores
     with stores.opened(make=True):
         pass
@@ -114,7 +114,7 @@ def scan(
         summary.images += container.kind == KIND_QCOW2
         summary.stores += container.kind == KIND_STORE
         if container.kind == KIND_FAULTY and container.path not in remembered:
-            continue  # only the index knows that there once was one
+            continue  # only the index knows that it once was a container
         if container.condition == DAMAGED:
             summary.damaged.append((container.path, _what(stores, problem, container.path)))
         elif container.condition == HELD:
@@ -221,8 +221,8 @@ class _Registration:
         self._places: dict[bytes, tuple[str, bytes]] = {}
         self._carriers: dict[bytes, list[str]] = {}
         self._images: list[tuple[Container, Member]] = []  # with a name
-        self._uuids: dict[bytes, set[bytes]] = {}  # of images that were found: their UUIDs
-        self._owners: dict[bytes, dict[bytes, str]] = {}  # of nodes and devices: by UUID the store that has it
+        self._uuids: dict[bytes, set[bytes]] = {}  # by name, the UUIDs of the images found
+        self._owners: dict[bytes, dict[bytes, str]] = {}  # by name of a node or device: UUID to store
         self._moved: list[tuple[bytes, str]] = []
 
     def take_in(self, found: list[Container]) -> None:
@@ -274,7 +274,7 @@ class _Registration:
                     self._take_in_store(change, container, stores)
                 else:
                     self._remember(change, container.path, container.uuid)
-            for path in (*gone, *lost):  # nothing but its place was known, and there it is not any more
+            for path in (*gone, *lost):  # only its path was known, and it is not there any more
                 if change.table.get(known[path].name):
                     change.table.remove(known[path].name)
 
@@ -295,7 +295,7 @@ class _Registration:
                 if image_uuid := _identity(container.path):
                     self._carriers.setdefault(image_uuid, []).append(container.path)
             elif container.kind == KIND_QCOW2 and any(container.uuid):
-                for member in index.members(container.number):  # none, where another process has found it held since
+                for member in index.members(container.number):  # none if another process has since found it held
                     self._images.append((container, member))
                     self._carriers.setdefault(member.uuid, []).append(container.path)
                     self._uuids.setdefault(member.name, set()).add(member.uuid)
@@ -396,7 +396,7 @@ class _Registration:
         elif is_same_file(os.fsdecode(known.path), path):
             if known.name == member.name and _is_file(path, known.identity):
                 return
-            path = os.fsdecode(known.path)  # also where this is another name of it, by a link
+            path = os.fsdecode(known.path)  # keeps the recorded path if a link leads to the same file
         else:
             self._moved.append((member.uuid, path))
         if known is not None and (os.fsdecode(known.path), known.name) != (path, member.name):
@@ -434,10 +434,10 @@ def _original(known: Record, path: str, others: list[str]) -> str | None:
             return other
     there = os.fsdecode(known.path)
     if there == path:
-        return None  # it was put in the place of the one that is remembered, as from a backup
+        return None  # it replaced the recorded file, say from a backup
     if is_twin(known, path) or not (is_gone(there) or os.access(there, os.R_OK)):
         return there
-    return others[0] if others else None  # was moved to another file system; or that is a copy, and so are all
+    return others[0] if others else None  # moved to another file system, or all are copies
 
 
 def _is_file(path: str, identity: Identity) -> bool:

@@ -109,7 +109,7 @@ class Stores:
         how = "'check -r all' may mend it, or 'index scan' make another once it is moved away"
         try:
             Store(self.store, self.home).close()
-        except FormatError:  # its header: nothing leads to what is in it
+        except FormatError:  # the header is damaged: nothing leads to the content
             how = "'index scan' makes another once it is moved away"
         return FormatError(error.where, f"{error.what}; it is the default store: {how}")
 
@@ -144,7 +144,7 @@ class Stores:
         try:
             seen = self.asking(lambda index: index.seen(target.uuid)) if os.path.isdir(self.index.path) else None
         except ForbiddenError:
-            return None  # as without an index; a name that has to be looked up there says so
+            return None  # as without an index; look-ups of names report the error
         if seen is None:
             return None
         target.expect(seen.commit)
@@ -157,7 +157,7 @@ class Stores:
             return
         try:
             with target.change():
-                pass  # but for the suspicion
+                pass  # an empty change: the commit marks the store doubted
             logger(__name__).warning("%s: an older copy was put back: all its bitmaps are dirty now", target.path)
         except StorageError as error:
             what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
@@ -288,7 +288,7 @@ class Stores:
         """
         if (known := index.unchanged(path)) is not None:
             return known
-        index.open()  # there has to be one before a rollback can be seen
+        index.open()  # without an index no rollback can be detected
         with self.opened(path):
             pass
         for container, problem in index.refresh([path]):

@@ -132,12 +132,12 @@ class Database:
             try:
                 txn = (self._begin or self._open().begin)()
                 value = txn.get(key)
-                txn.abort()  # cheaper than its context manager; after an error it goes with its last reference
+                txn.abort()  # cheaper than a context manager; after an error the last reference ends it
             except lmdb.Error:
                 value = self._read(lambda txn: txn.get(key))
         if value is None:
             return None
-        if _crc(key + value) != layout.RESIDUE:  # as `layout.is_sound`, without a call
+        if _crc(key + value) != layout.RESIDUE:  # the same as `layout.is_sound`, without a call
             raise DamagedError(self.path, layout.damage(key))
         contents: bytes = value[:-4]
         return contents
@@ -256,7 +256,7 @@ def entries(path: str) -> Iterator[tuple[bytes, memoryview]]:
     Raises:
         StorageError: LMDB failed.
     """
-    lock = os.path.exists(os.path.join(path, "lock.mdb"))  # else nobody has it open, and none is made for us
+    lock = os.path.exists(os.path.join(path, "lock.mdb"))  # without that file nobody has it open, and none is made
     with (
         _errors(path),
         lmdb.open(path, readonly=True, lock=lock, map_size=_FIRST_SIZE, max_readers=_READERS, max_dbs=0) as env,

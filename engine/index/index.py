@@ -21,10 +21,10 @@ from dirtmap.fmt.errors import Error, StorageError
 from dirtmap.fmt.index import BITMAP, FOUND, MEMBERS, NAME, OTHERS, PATH, ROOT, SEEN, UUID, Claim, Member, number, part
 from dirtmap.fmt.structures.index import BITMAP_VALUE, SEEN_VALUE, parse_bitmap, parse_members, parse_namespaces
 
-_TOGETHER = 512  # images that one commit of the index takes in
+_TOGETHER = 512  # readings per commit of the index
 # Bound here for `Index.bitmap`, the one look-up that must be fast.
 _address_key, _unpack_bitmap, _new_claim = layout.address_key, BITMAP_VALUE.unpack, tuple.__new__
-_SOLE = BITMAP_VALUE.size + 2  # and the name: bytes of a value with one claim
+_SOLE = BITMAP_VALUE.size + 2  # bytes of a value with one claim, without the name
 
 
 class SeenCommit(NamedTuple):
@@ -193,7 +193,7 @@ class Index:
     # How it learns.
 
     def remember_seen(self, seen: SeenCommit) -> None:
-        """Records the last commit seen of a store, unless the index has seen a later one that is missing at it."""
+        """Records the last commit seen of a store, unless a commit that the index has seen before is missing there."""
         store_uuid, commit, path = seen
 
         def work(writer: Writer) -> None:
@@ -233,7 +233,7 @@ class Index:
                 yield known, None
                 continue
             if known and reading.problem and reading.container == known:
-                yield known, reading.problem  # as wrong as before
+                yield known, reading.problem  # nothing to write: it is still not sound
                 continue
             reading.base = known
             waiting.append(reading)
@@ -271,5 +271,5 @@ class Index:
         if self.seen(header.uuid) == seen:
             return
         if header.generation > layout.MAX_SEEN:
-            return  # made up: the store that is rolled back to would have to count on from there
+            return  # made up: after a rollback the store would have to count on from there
         self.remember_seen(seen)

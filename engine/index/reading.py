@@ -174,7 +174,7 @@ def _read_store(get: Get, target: Store, blank: Container, before: Container | N
 
     def look(snapshot: Snapshot) -> Reading | None:
         header = snapshot.header
-        table = snapshot.table()  # a store that has lost it is damaged, whatever was known
+        table = snapshot.table()  # read first: a store without its table is damaged, whatever is known
         pointers = table.pointers
         container = blank._replace(
             condition=SOUND,
@@ -220,7 +220,7 @@ def _member(snapshot: Snapshot, record: store.Record, old: dict[bytes, Member]) 
     if before and (before.directory, before.uuid) == (member.directory, member.uuid):
         return member, None
     if record.kind == store.KIND_PLACE:
-        return member, []  # the image says what it has; what is here while it is tracked is the same
+        return member, []  # the image itself says which bitmaps it has, even while they are checked out
     try:
         entries = read_entries(snapshot, record)
     except FormatError:

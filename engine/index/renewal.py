@@ -41,7 +41,7 @@ def examine(path: str) -> Examined:
         return Examined(faults=[what])
     command = [sys.executable, "-m", "dirtmap.engine.index.walk", path]
     done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    lines = done.stdout.splitlines()  # what it has seen first, before it goes on to where it may die
+    lines = done.stdout.splitlines()  # first the commits seen, before it reads what may kill it
     result = Examined()
     if lines:
         result.seen = [

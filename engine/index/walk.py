@@ -29,7 +29,7 @@ from dirtmap.fmt.structures.index import (
 
 Members = dict[tuple[int, bytes], Member]  # by container and name
 
-_MOST = 20  # faults that are told
+_MOST = 20  # faults to report
 
 
 def walk(path: str) -> tuple[int, list[str]]:

@@ -189,7 +189,7 @@ class Bitmap:
         bits.set_many(words, offset // self.granularity, (offset + length - 1) // self.granularity + 1)
 
     def clear(self, offset: SupportsIndex, length: SupportsIndex) -> None:
-        """Makes every granule clean that lies in the range with all the bytes that the disk has of it.
+        """Makes every granule clean whose bytes on the disk are all in the range.
 
         Raises:
             RangeError: the range is not inside the disk. Nothing is cleared.

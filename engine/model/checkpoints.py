@@ -58,6 +58,6 @@ def take_over(older: Bitmap, newer: Bitmap) -> Bitmap:
 def _tidy(chain: list[str]) -> list[str]:
     tidy: list[str] = []
     for name in chain:
-        if name != BREAK or (tidy and tidy[-1] != BREAK):  # nobody asks what was written before the oldest
+        if name != BREAK or (tidy and tidy[-1] != BREAK):  # before the oldest checkpoint no break is needed
             tidy.append(name)
     return tidy

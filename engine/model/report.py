@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from dirtmap.fmt.errors import ArgumentError
 
 LEAK, CORRUPTION, ERROR, NOTE = "leak", "corruption", "error", "note"
-MOST_FINDINGS = 1000  # of runs of clusters; the totals count all
+MOST_FINDINGS = 1000  # of runs of clusters; the totals count the others, too
 
 
 def require_repair(where: str, repair: str | None) -> None:

@@ -70,7 +70,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         if not isinstance(name, str) or not isinstance(bitmap, Bitmap):
             what = f"a name and a Bitmap are asked for, not {type(name).__name__} and {type(bitmap).__name__}"
             raise TypeError(f"{self.where}: {what}")
-        name = decode_name(encode_name(name))  # one name has one spelling
+        name = decode_name(encode_name(name))  # the one spelling of the name
         self.refuse_held(name)
         where = f"{self.where}: {label(name)}"
         if fault := name_fault(encode_name(name)):
@@ -81,7 +81,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         if not geometry.is_granularity(bitmap.granularity):
             raise BitmapError(where, f"granularity {bitmap.granularity} is not a power of two from 512 bytes to 2 GiB")
         needed = geometry.packed_bytes(self.size, bitmap.granularity)
-        if needed > MAX_DATA_BYTES:  # refused here, before anyone asks for so many bits
+        if needed > MAX_DATA_BYTES:  # refused before so many bits are allocated
             what = f"granularity {bitmap.granularity} needs {needed} bytes of bits, more than {MAX_DATA_BYTES}"
             raise BitmapError(where, what)
         self._bitmaps[name] = bitmap.copy()

@@ -51,7 +51,7 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     refuse_without_root(snapshot, record)
     size = size_now(record)
     if not record.nb_bitmaps:
-        record = replace(record, size=size)  # no bits that would have to be adopted
+        record = replace(record, size=size)  # without bitmaps the new size can be adopted at once
     doubted = size != record.size or doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
     where = f"{snapshot.file.path}: {record.label}"

@@ -126,7 +126,7 @@ def check_in(
         before = _look(path)
         commit(file, layout, settled)
         if not own:
-            free_leaks(file)  # of a check-in that its death has cut off
+            free_leaks(file)  # those of a check-in that the tracker's death interrupted
         set_tracked(file, read_layout(file), False)
         if layout.tracked:
             confirm(host, change, record, before, _look(path))
@@ -207,7 +207,7 @@ def _contents(
     why = _doubt(layout, snapshot, record, view)
     slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
     whys: dict[Entry, str] = {}
-    if entries is None or view.session is live.NO_SESSION:  # what is missing need not have been removed
+    if entries is None or view.session is live.NO_SESSION:  # a missing bitmap was not necessarily removed
         spare = salvage.spare_entries(snapshot, record, snapshot.older()) if entries is None else {}
         whys = spare or dict.fromkeys(entries or (), view.why)
         known = {entry.name for entry in whys}
@@ -335,7 +335,7 @@ class CheckedOutImage(Namespace):
             for name, bitmap in found.items():
                 bitmap.busy = encode_name(name) in busy
                 if not bitmap.inconsistent:
-                    _ = bitmap.words  # now, while it is known to be whole
+                    _ = bitmap.words  # loads the bits now, while they are consistent
                 bitmap.freeze()
             return view, found
 

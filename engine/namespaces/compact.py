@@ -2,9 +2,9 @@
 
     old file, locked --> every readable namespace --> new file beside it, synced --> renamed over the old one
 
-A crash leaves the old file, or the new one. Nothing dirty becomes clean. All dirty become: bits that fail their
-checksum, a namespace that only the older header slot leads to, and one with a damaged directory. Such a namespace also
-loses a tracker's session, because the bitmaps that are missing would count as removed by the tracker.
+A crash leaves the old file, or the new one. Nothing dirty becomes clean. Bits that fail their checksum become all
+dirty, and so does a namespace that only the older header slot leads to, or whose directory is damaged. Such a namespace
+also loses a tracker's session, because the bitmaps that are missing would count as removed by the tracker.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Readable(NamedTuple):
     doubt: str = ""
 
 
-_COMMITS = 4  # how much higher a generation is after a compaction, at most
+_COMMITS = 4  # the most by which a compaction raises the generation
 _OLDER = "known from the older header slot only"
 
 
@@ -102,7 +102,7 @@ def compact(
         BitmapError: a bitmap is held in a store that gets a new identity.
         StorageError: the operating system failed; the old file stands.
     """
-    path = os.path.realpath(path)  # a link shall go on leading to the store
+    path = os.path.realpath(path)  # so that a symbolic link to the store stays one
     with Store(path) as target, target._locked() as old:
         if old.status.st_nlink > 1:
             raise StorageError(path, "has another hard link, which would go on leading to the old content")
@@ -113,7 +113,7 @@ def compact(
         if header.generation > store.MAX_GENERATION - _COMMITS:
             raise FormatError(f"{path}: header.generation", f"{header.generation} is so high that no commit can follow")
         result = Compaction(before=old.size())
-        for left in _left_behind(path):  # whoever makes one has the lock that we have
+        for left in _left_behind(path):  # a live compaction would have the lock that we hold
             remove_file(left)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
@@ -190,7 +190,7 @@ def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
         if not record.tracked:
             return found._replace(record=record)
         record = record.with_extensions(store.OF_A_SESSION)
-        if record.kind == store.KIND_PLACE:  # the image goes back to the original
+        if record.kind == store.KIND_PLACE:  # the original will check the image in
             return found._replace(record=replace(record, directory=store.NOWHERE, nb_bitmaps=0))
         return found._replace(record=record, doubt="its tracker is the original's")
 
@@ -224,7 +224,7 @@ def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Re
     if older is None:
         return [_Readable(snapshot, record) for record in newest.values()]
     found = [_Readable(snapshot, record, older) for record in newest.values()]
-    if faults:  # else nothing is missing, so what only the older slot knows was removed on purpose
+    if faults:  # without faults, what only the older slot has was removed on purpose
         lost = [record for record in _records(older, []) if record.name not in newest]
         found += [_Readable(older, record, doubt=_OLDER) for record in lost]
     return found
@@ -236,14 +236,14 @@ def _records(snapshot: Snapshot, faults: list[FormatError]) -> list[Record]:
     try:
         table = snapshot.table()
     except FormatError as error:
-        faults.append(FormatError(error.where, error.what))  # the one raised keeps in memory what was read
+        faults.append(FormatError(error.where, error.what))  # a copy: the raised one keeps the data in memory
         return found
     table.count = store.MAX_NAMESPACES  # the number may be what is wrong; the new table counts them
     for number in range(1 << table.bucket_bits):
         try:
             found += table.bucket(number).values()
         except FormatError as error:
-            faults.append(FormatError(error.where, error.what))  # the one raised keeps in memory what was read
+            faults.append(FormatError(error.where, error.what))  # a copy: the raised one keeps the data in memory
     return found
 
 
@@ -264,7 +264,7 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
         if not mend:
             raise
         lost = _text(source, error)
-    if lost is not None:  # by now the error does not keep in memory any more what was read
+    if lost is not None:  # outside `except`, so that the error keeps no data in memory
         entries = list(whys := spare_entries(source, record, found.older))
         if len(entries) < record.nb_bitmaps:
             many = f"{record.nb_bitmaps - len(entries)} of {counted(record.nb_bitmaps, 'bitmap')}"

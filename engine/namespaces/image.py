@@ -119,11 +119,11 @@ class Image(Namespace):
             for slot in layout.slots:
                 if slot.entry.name == name:
                     if slot.entry.in_use:
-                        layout.require_untracked()  # it is not inconsistent, but elsewhere
+                        layout.require_untracked()  # if tracked, it is not inconsistent but checked out
                     bitmap = _lazy(self._file, layout, slot)
                     bitmap.busy = decode_name(name) in self.place.held()
                     if not bitmap.inconsistent:
-                        _ = bitmap.words  # now, while nothing can change it
+                        _ = bitmap.words  # loads the bits now, while nothing can change them
                     return bitmap.freeze()
             return None
 
@@ -229,7 +229,7 @@ class Naming:
 
         layout = self._sound()
         chosen = image_uuid or layout.uuid or uuid.uuid4().bytes
-        if layout.tracked and chosen != layout.uuid:  # of the image that this is a copy of
+        if layout.tracked and chosen != layout.uuid:  # tracked is the original, of which this is a copy
             _refuse_living(self._file, layout)
             set_tracked(self._file, layout, False)
             layout = read_layout(self._file)
@@ -271,7 +271,7 @@ def _changing(file: File, layout: Layout, place: Place) -> Iterator[Transaction]
     from dirtmap.engine.qcow2.commit import Kept, commit, require_writable
 
     require_writable(layout)
-    bad = {fault.bitmap for fault in layout.faults}  # those stay as they are
+    bad = {fault.bitmap for fault in layout.faults}  # damaged bitmaps stay as they are
     chain = place.checkpoints({decode_name(slot.entry.name): slot.entry.auto for slot in layout.slots})
     bitmaps = Transaction(
         layout.path,
@@ -289,7 +289,7 @@ def _changing(file: File, layout: Layout, place: Place) -> Iterator[Transaction]
             good = iter(wanted)
             wanted = [Kept(s.entry) if i in bad else next(good) for i, s in enumerate(layout.slots)]
         if _is_change(layout, wanted):
-            if chain:  # what is not a checkpoint any more must not be taken for one if this ends in between
+            if chain:  # after a crash in between, a former checkpoint must not count as one
                 from dirtmap.engine.model.checkpoints import settle
 
                 place.keep_checkpoints(settle(chain, dict.fromkeys(bitmaps.checkpoints, True)))
@@ -386,7 +386,7 @@ def recover(
                     changes.recover(bitmaps, name)
                     why = "what its tracker had in another store is given up" if layout.tracked else LEFT_IN_USE
                     recovered.append(Recovery(name, f"all dirty: {why}"))
-        if layout.tracked:  # once they are all dirty
+        if layout.tracked:  # only after the commit that makes them all dirty
             set_tracked(file, read_layout(file), False)
     for item in recovered:
         logger(__name__).info("%s: %s recovered: %s", path, label(item.name), item.how)

@@ -33,7 +33,7 @@ from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, counted, printable
 from dirtmap.fmt.store import Identity, Record
 
-KINDS = store.KIND_NODE, store.KIND_PLACE  # of nodes
+KINDS = store.KIND_NODE, store.KIND_PLACE  # the kinds of records that are nodes
 
 
 def add_node(target: Store, name: str, image: str) -> None:
@@ -169,7 +169,7 @@ def add_qcow2(host: HostPort, target: Store, name: str, image: str, *, new_ident
         else:
             image_uuid = naming.identity[1]
         if change.table.get(store.container_name(os.fsencode(path))):
-            change.table.remove(store.container_name(os.fsencode(path)))  # found by a scan, before it had a name
+            change.table.remove(store.container_name(os.fsencode(path)))  # a scan recorded it before it had a name
         change.table.put(
             Record(
                 name=encode_name(name),
@@ -198,7 +198,7 @@ def remove_node(host: HostPort, target: Store, name: str) -> None:
             # The bitmaps are gone with the image, and what has taken its place has nothing of ours. What a dead tracker
             # had of the bitmaps is of no use.
             end_session(change, record)
-            with suppress(FormatError):  # else what it leads to is not known, and leaks
+            with suppress(FormatError):  # if the directory is damaged, its bits are unknown, and leak
                 for entry in read_entries(change.snapshot, record):
                     release_bits(change, record, entry)
                 change.release(record.directory)

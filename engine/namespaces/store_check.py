@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-_PIECE = 1 << 20  # clusters that are looked at at once
+_PIECE = 1 << 20  # clusters that are compared at a time
 
 
 def check(
@@ -89,7 +89,7 @@ class _Check:
         self.cluster = snapshot.header.cluster_size
         self.report = CheckReport(snapshot.file.path, FORMAT)
         self.used: list[tuple[range, str]] = []
-        self.shown = 0  # runs of clusters
+        self.shown = 0  # number of runs of clusters reported
 
     def run(self) -> CheckReport:
         self.headers()

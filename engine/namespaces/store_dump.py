@@ -39,7 +39,7 @@ from dirtmap.fmt.structures.store import (
 )
 
 _MOST_HEX = 1 << 20  # bytes of one bitmap's bits
-_MOST_BAD_ENTRIES = 100  # of one directory: what follows so many is no directory
+_MOST_BAD_ENTRIES = 100  # in one directory; with so many it is not a directory
 
 _FLAGS: dict[str, dict[int, str]] = {
     "incompatible_features": {},
@@ -96,7 +96,7 @@ class _Dump(Shown):
         self.file, self.size = file, file.size()
         self.faults: list[dict[str, str]] = []
         self.stopped: str | None = None
-        self.shown: set[int] = set()  # where areas begin that have been shown
+        self.shown: set[int] = set()  # offsets of the areas shown so far
         self.copies(snapshot)
         if snapshot is not None:
             self.namespaces(snapshot)

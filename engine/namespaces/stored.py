@@ -115,7 +115,7 @@ class StoredImage(Namespace):
                     bitmap = bitmap_of(snapshot, record, entry, doubts(snapshot, record) is not None)
                     bitmap.busy = name in busy_of(snapshot, record, [entry])
                     if not bitmap.inconsistent:
-                        _ = bitmap.words  # now, while it is known to be whole
+                        _ = bitmap.words  # loads the bits now, while they are consistent
                     return bitmap.freeze()
             return None
 
@@ -125,10 +125,7 @@ class StoredImage(Namespace):
         return self._read(lambda snapshot, record: [entry.name for entry in read_entries(snapshot, record)])
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
-        """Makes bitmaps dirty that are inconsistent, in doubt or damaged, even in a damaged directory.
-
-        See `Namespace.recover`.
-        """
+        """Makes all dirty what is inconsistent, in doubt or damaged, bits or directory; see `Namespace.recover`."""
         settle_device(self._host, self._store, self._raw_name)
         with self._store.change() as change:
             record = self._record(change.snapshot)
@@ -136,7 +133,7 @@ class StoredImage(Namespace):
             try:
                 read_entries(change.snapshot, record)
             except FormatError as error:
-                damage = FormatError(error.where, error.what)  # the one raised keeps in memory what was read
+                damage = FormatError(error.where, error.what)  # a copy: the traceback keeps the data in memory
             if damage is not None:
                 recovered = salvage.recover(change, record, list(names), damage)
             else:

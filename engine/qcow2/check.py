@@ -252,7 +252,7 @@ def _set_right(file: File, found: _Check, wrong: np.ufunc) -> bool:
     refcounts = Refcounts(file, found.layout.header)
     places = (refcounts.table // np.uint64(refcounts.cluster_size)).astype(np.int64)
     if (runs.of(places) > 1).any():
-        return False  # a refcount block that is something else as well
+        return False  # a refcount block is also used as something else
 
     def corrections() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         for first, stored in refcounts.pieces():

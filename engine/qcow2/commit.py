@@ -44,8 +44,8 @@ _PROOF_BUDGET = 16 << 20
 # Above that, they are streamed past the clusters that have a count of 0. Above this (4 TiB of guest data) they are not
 # read, because that would take seconds: new clusters are taken past the end, where no proof is needed.
 _MOST_FOLLOWED = 512 << 20
-_SEEK = 16 << 10  # what it costs to read elsewhere, in bytes that could be read meanwhile
-_SECTOR = 512  # the most that a disk writes whole
+_SEEK = 16 << 10  # cost of a seek, in bytes that could be read meanwhile
+_SECTOR = 512  # the most bytes that a disk writes atomically
 _ZEROS = memoryview(bytes(1 << geometry.MAX_CLUSTER_BITS))
 
 
@@ -112,7 +112,7 @@ def marks(layout: Layout) -> Iterator[str]:
     for bit in (qcow2.INCOMPATIBLE_DIRTY, qcow2.INCOMPATIBLE_CORRUPT):
         if layout.header.incompatible & bit:
             what = f"marked {qcow2.INCOMPATIBLE_NAMES[bit]}; mend it with qemu-img check -r all first"
-            if layout.valid and layout.header.v2.nb_snapshots:  # tried with 7.2: its header says there are none then
+            if layout.valid and layout.header.v2.nb_snapshots:  # seen with QEMU 7.2: its header then has none
                 what += ", on a copy: QEMU loses the snapshots of an image with bitmaps in that"
             yield what
 
@@ -149,7 +149,7 @@ def set_identity(file: File, layout: Layout, data: bytes | None) -> None:
     new = None if data is None else NewExtension(layout, qcow2.EXTENSION_NAMESPACE, len(data))
     plan = Plan()
     plan.add(*_known_autoclear_only(layout.header))
-    vacated = [] if old is None else [_vacated(old)]  # not the end marker: the new one may lie behind it
+    vacated = [] if old is None else [_vacated(old)]  # not by an end marker: the new extension may lie behind it
     plan.add(*(new.unreferenced(data) if new and data else []), *vacated)
     if new and data:
         plan.add(*new.references())
@@ -246,7 +246,7 @@ def make_plan(
 
     plan = Plan()
     if wanted or not layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS:
-        plan.add(*_known_autoclear_only(layout.header))  # else the switch comes first, and does it as well
+        plan.add(*_known_autoclear_only(layout.header))  # otherwise the switch is the first write, and clears them, too
     plan.add(*contents, *pointer.unreferenced())
     plan.harmless = len(plan.epochs)
     plan.add(*_refcount_pointers(refcounts), *pointer.references())
@@ -260,7 +260,7 @@ def make_plan(
 def _check_names(layout: Layout, wanted: Sequence[Kept | Written]) -> None:
     if len(wanted) > directory.MAX_BITMAPS:
         raise BitmapError(layout.path, f"{len(wanted)} bitmaps are more than {directory.MAX_BITMAPS}")
-    known = {slot.entry.name for slot in layout.slots}  # a damaged one that is kept stays as found
+    known = {slot.entry.name for slot in layout.slots}  # a damaged name that is kept stays as found
     seen = set()
     for item in wanted:
         name = item.entry.name if isinstance(item, Kept) else item.name
@@ -365,7 +365,7 @@ def _place(file: File, layout: Layout, item: Written, allocator: Allocator, cont
 def _place_cluster(chunk: memoryview, cluster: int, allocator: Allocator, contents: list[Write]) -> int:
     offset = allocator.take(1) * cluster
     contents.append((offset, chunk))
-    if len(chunk) < cluster:  # the rest apart, and shared: thousands of short bitmaps would take gigabytes
+    if len(chunk) < cluster:  # shared zeros: a copy for each of thousands of short bitmaps takes gigabytes
         contents.append((offset + len(chunk), _ZEROS[: cluster - len(chunk)]))
     return offset
 
@@ -492,7 +492,7 @@ class _Pointer:
             return []
         if self._new:
             return self._new.unreferenced(self._payload)
-        assert self._layout.extension is not None  # no room was made, so it is there, and void
+        assert self._layout.extension is not None  # no room was made, so the extension exists, and is void
         return [(self._layout.extension.data_offset, self._payload)]
 
     def references(self) -> list[Write]:

@@ -38,7 +38,7 @@ class NewExtension:
     """
 
     def __init__(self, layout: Layout, kind: int, length: int) -> None:
-        assert layout.chain is not None  # a layout without one has a fault, and no plan is made
+        assert layout.chain is not None  # a layout without a chain has a fault, and is never changed
         chain = layout.chain
         vacant = (e for e in chain.extensions if e.type == qcow2.EXTENSION_VACANT and len(e.data) == length)
         found = next(vacant, None)

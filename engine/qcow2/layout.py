@@ -293,7 +293,7 @@ def _read_snapshots(file: File, layout: Layout) -> None:
     for index in range(min(layout.header.v2.nb_snapshots, qcow2.MAX_SNAPSHOTS)):
         raw = file.read(at, SNAPSHOT.size)
         if len(raw) < SNAPSHOT.size:
-            return  # that the table ends past the end of the file is found in any case
+            return  # `read_layout` reports that the table ends past the end of the file
         snapshot = SNAPSHOT.parse(raw)
         if snapshot.extra_data_size > qcow2.MAX_SNAPSHOT_EXTRA_DATA:
             what = f"{snapshot.extra_data_size} is above {qcow2.MAX_SNAPSHOT_EXTRA_DATA}"
@@ -468,7 +468,7 @@ def _find_overlaps(layout: Layout) -> None:
         what = f"their tables and bits lie in more than {_MOST_REGIONS} pieces"
         layout.faults.append(Fault("tables of all bitmaps", what))
         for slot in layout.slots:
-            slot.table = None  # nobody else shall try
+            slot.table = None  # no later step is to read them
         return
     regions.sort(key=itemgetter(0))
     reach, holder = regions[0].length, regions[0]
@@ -488,7 +488,7 @@ def _blame_overlap(layout: Layout, region: Region, other: Region, blamed: set[in
         return region.what if region.bitmap is None else f"{region.what} of {label(region)}"
 
     bitmaps = {region.bitmap, other.bitmap} - {None}
-    if not bitmaps:  # a directory can be given up, so it is to blame
+    if not bitmaps:  # a directory can be given up, so the fault is put on it
         region, other = (other, region) if other.field.startswith("bitmap") else (region, other)
         layout.faults.append(Fault(region.field, f"{text(region)} at {region.offset:#x} overlaps {text(other)}"))
     for one, another in ((region, other), (other, region)):

@@ -21,12 +21,12 @@ from dirtmap.fmt.geometry import ceil_div
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_UNIT = 512  # writes of changed refcounts are widened to sectors, the most that a disk writes whole
+_UNIT = 512  # changed refcounts are written in whole sectors, which a disk writes atomically
 # A search for free clusters stops after so many blocks (32 TiB at 64 KiB clusters), or so many free clusters. It only
 # saves room in the file, and a hostile table has a million blocks.
 _MOST_BLOCKS = 16384
 _MOST_FREE = 1 << 20
-_PIECE = 1 << 18  # counts that are looked at together: a block may have 16 million
+_PIECE = 1 << 18  # counts in one piece; a block may have 16 million
 
 
 class Refcounts:
@@ -50,7 +50,7 @@ class Refcounts:
         self.moved_table = False
         self.new_blocks: set[int] = set()
         self._blocks: dict[int, qcow2.Counts] = {}
-        self._changed: dict[int, set[int]] = {}  # numbers of units, by block
+        self._changed: dict[int, set[int]] = {}  # by block, the numbers of the changed units
 
     def block_offset(self, index: int) -> int:
         """The offset of block ``index`` in bytes; 0 if there is no such block.

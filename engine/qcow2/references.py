@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 _READ = 1 << 20  # bytes of a long table, or of adjacent L2 tables, at a time
-_BUCKETS = 24  # log2 of how many buckets clusters are sorted into first, a byte each
+_BUCKETS = 24  # log2 of the number of buckets of clusters, one byte each
 _ACTIVE = "L1 table"
 
 
@@ -71,7 +71,7 @@ class Runs:
         del starts, ends, counts
         order = np.argsort(positions, kind="stable")
         positions, levels = positions[order], np.cumsum(steps[order])
-        last = np.flatnonzero(np.diff(positions, append=-1))  # of those at the same position
+        last = np.flatnonzero(np.diff(positions, append=-1))  # the last of those at one position
         positions, levels = positions[last], levels[last]
         used = np.flatnonzero(levels)
         return cls(positions[used], positions[used + 1], levels[used])
@@ -236,7 +236,7 @@ class _Walk:
                     active.append(parts[-1])
         tables, weights = np.unique(np.concatenate(parts), return_counts=True)
         if budget is not None and self.header.incompatible & qcow2.INCOMPATIBLE_DATA_FILE:
-            return  # they lead to the data file, or, where they say "compressed", QEMU goes nowhere
+            return  # they lead to the data file; QEMU does not follow compressed ones
         if budget is not None and len(tables) * self.cluster > budget:
             self.unfollowed = tables
             return
@@ -325,7 +325,7 @@ class _Window(_Walk):
         self.end = 0
         top = int(numbers[-1]) if len(numbers) else 0
         self.shift = max(0, top.bit_length() - _BUCKETS)
-        self.buckets = np.zeros((top >> self.shift) + 2, np.bool_)  # the last one is for all that are beyond
+        self.buckets = np.zeros((top >> self.shift) + 2, np.bool_)  # the last bucket is for all clusters beyond
         self.buckets[numbers >> self.shift] = True
 
     def add(self, numbers: NDArray[np.int64], weight: int = 1) -> None:
@@ -341,7 +341,7 @@ class _Window(_Walk):
     def stream(self, tables: NDArray[np.uint64]) -> bool:
         """Reads the tables. False at the first reference that is broken."""
         most = max(1, _READ // self.cluster)
-        ends = np.flatnonzero(np.diff(tables, append=0) != self.cluster) + 1  # of runs of adjacent ones
+        ends = np.flatnonzero(np.diff(tables, append=0) != self.cluster) + 1  # ends of the runs of adjacent tables
         first = 0
         for end in ends.tolist():
             while first < end:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
 
 
-_PIECE = 1 << 20  # bytes read at once where the whole is not needed
+_PIECE = 1 << 20  # bytes that `verify` reads at a time
 
 
 def no_namespace(path: str, name: bytes) -> BitmapError:

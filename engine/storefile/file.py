@@ -40,7 +40,7 @@ from dirtmap.fmt.structures.store import AREA, LEAF
 T = TypeVar("T")
 
 FORMAT = "dirtmap"
-_WRITER = 100  # the byte that a writer locks alone
+_WRITER = 100  # offset of the byte that a writer locks exclusively
 _PATIENCE_SECONDS = 5.0
 # A reader starts over if the header changed meanwhile. So many attempts are needed only if commits never pause.
 _ATTEMPTS = 1000
@@ -65,7 +65,7 @@ class Snapshot:
         """Refuses an area that cannot be read.
 
         Raises:
-            FormatError: the area lies outside the file or is too long; the error names it.
+            FormatError: the area breaks a rule of the format, or is too long; the error names it.
         """
         for field, fault in store.area_faults(area, self.header.cluster_size, self.size):
             raise FormatError(f"{self.file.path}: {what}.{field}", fault)
@@ -244,7 +244,7 @@ class Store:
                 try:
                     raise failure
                 finally:
-                    failure = None  # which refers to this frame, and would keep in memory what was read
+                    failure = None  # its traceback refers to this frame, and keeps the data in memory
         raise LockedError(self.path, "changes faster than it can be read")
 
     def _settled(self) -> Chosen:
@@ -437,6 +437,6 @@ def create(
                     file.write(offset, block)
             file.sync()
         except BaseException:
-            remove_file(path)  # half a store is of no use, and would be in the way of the next attempt
+            remove_file(path)  # an incomplete store would be in the way of the next attempt
             raise
     sync_folder(os.path.abspath(path))

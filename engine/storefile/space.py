@@ -241,7 +241,7 @@ class SpaceMap:
             self._mark(place[0] + wanted, place[1] - wanted, used=False)
             return place[0], wanted
         if place[1]:
-            self._mark(*place, used=False)  # taken a moment ago, and nobody refers to it
+            self._mark(*place, used=False)  # taken in this commit, so nothing refers to it
         return self.take(wanted), wanted
 
 
@@ -270,7 +270,7 @@ def _run(leaf: int, count: int) -> int:
     2        1 0 0 1 1 1 0 0 1 0            free, and the next too:      bits & bits >> 1
     3        0 0 0 1 1 0 0 0 0 0            and the one behind them:     bits & bits >> 1
     """
-    length, free = 1, ~leaf  # a negative number, which has ones without an end
+    length, free = 1, ~leaf  # negative, so it has infinitely many ones
     while length < count:
         step = min(length, count - length)
         free &= free >> step

@@ -73,7 +73,7 @@ Mark = Callable[[int, int], None]
 _Swap = Callable[[bitarray | None, set[int]], None]
 # Below that many ranges, marking them one by one is cheaper.
 _FEW: Final = 128
-_PATIENCE_SECONDS: Final = 0.05  # a cut that waits looks again so often, whoever forgot to wake it
+_PATIENCE_SECONDS: Final = 0.05  # a waiting cut looks again so often, even if nobody wakes it
 
 
 class Ticket:
@@ -84,7 +84,7 @@ class Ticket:
     def __init__(self, kernel: Kernel, thread: int | None = None) -> None:
         self._kernel = kernel
         self.number = next(kernel.numbers)
-        self.thread = thread  # the one that is to end it, where it is known
+        self.thread = thread  # the thread that will end the write, if it is known
         self.flights: Flights = {}
 
     def end(self) -> None:
@@ -189,7 +189,7 @@ class Kernel:
             raise
         control[IN_FLIGHT] = len(self._flying)
         control[EVENT] = time.time_ns()
-        control[WRITES] += 1  # two threads may count one write; it is for people to look at
+        control[WRITES] += 1  # not atomic: two threads may count one write; it is only shown to users
         return ticket
 
     def end(self, ticket: Ticket) -> None:
@@ -255,7 +255,7 @@ class Kernel:
                 raise BitmapError(self.where, "a cut inside a write of the same thread would wait for itself")
 
     def drain(self, writesets: Iterable[Writeset]) -> None:
-        """Waits until the writes begun in these writesets, none of them current any more, or the tracker, have ended.
+        """Waits for the end of the writes that began in these writesets, none of which is current any more.
 
         Nobody can end a write whose ticket is lost, say by Ctrl-C. It is not waited for, but marked again in the new
         interval: so it is in either interval to which it may belong.
@@ -331,7 +331,7 @@ class Kernel:
         if rotate or self.failure:
             self._known = set()
         if state.writeset.granularity_bits != old.writeset.granularity_bits:
-            self._swap_fast(bitarray(), set())  # what was bound before goes the slow way from now on
+            self._swap_fast(bitarray(), set())  # a `mark` bound earlier takes the slow path from now on
             self._state = state
             self._install()
         else:
@@ -477,7 +477,7 @@ def _make_mark(
                 if into is bits:
                     return
         except OverflowError:
-            pass  # numpy's integer of a few bits
+            pass  # a numpy integer that is too short
         slowly(offset, length)
 
     def swap(new_bits: bitarray | None, new_known: set[int]) -> None:

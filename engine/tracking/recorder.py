@@ -102,9 +102,9 @@ class Recorder:
         self._ended, self._wake = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._closed = False
-        self._failed: Error | None = None  # of a tracker that did not end well
-        self._doubt: str | None = None  # why bitmaps are dirty all over, of one that did
-        self._saves = self._remembered = 0  # how many there were, and of which the index knows
+        self._failed: Error | None = None  # why the tracker did not end well
+        self._doubt: str | None = None  # why bitmaps are dirty all over although it ended well
+        self._saves = self._remembered = 0  # number of saves, and of saves reported to the index
         self._begin()
 
     def mark(self, offset: int, length: int) -> None:
@@ -120,7 +120,7 @@ class Recorder:
             RangeError: the range is not inside the disk; nothing is marked.
             StorageError: its region could not be logged, or the tracker is poisoned; the write must not be made.
         """
-        self._kernel.mark(offset, length)  # each tracker has the kernel's own in this one's place: a call less
+        self._kernel.mark(offset, length)  # `_begin` puts the kernel's `mark` in place of this one, to save a call
 
     def save(self) -> None:
         """Writes all marks to the store. They are durable on return, and the intent log begins anew.
@@ -143,7 +143,7 @@ class Recorder:
         """
         try:
             self._refuse_nested(self._lock)
-        except BitmapError as error:  # a handler that closes as a rule ends the process next
+        except BitmapError as error:  # a handler that closes usually ends the process next
             self._failed = error
             self.abandon()
             raise
@@ -187,7 +187,7 @@ class Recorder:
         if kind is None:
             self.close()
             return
-        with contextlib.suppress(Error):  # the first error is the one to hear of
+        with contextlib.suppress(Error):  # the block's own error is the one to raise
             self.close()
 
     # How.
@@ -259,7 +259,7 @@ class Recorder:
         finest = min(
             [region_bits, 16, *(view.entries[name].granularity_bits for view in views for name in view.recording)]
         )
-        name = uuid.UUID(bytes=node.uuid).hex  # which has the session for as long as anybody needs the files
+        name = uuid.UUID(bytes=node.uuid).hex  # the node has the session as long as the files are needed
         live_path = os.path.join(folder, name)
         me = this_process()
         session = live.Session(
@@ -284,7 +284,7 @@ class Recorder:
         self._peers = [self._peer_of(view) for view in reversed(views)] if len(views) > 1 else [None]
         self._folder = livefile.Folder(live_path)
         undo.callback(self._folder.close)
-        livefile.remove_files(live_path, keep_folder=True)  # of a death before the session was in a store that we know
+        livefile.remove_files(live_path, keep_folder=True)  # left by a death before the session was in the store
         undo.callback(livefile.remove_files, live_path)
         self._control = Control(live_path, session.uuid, identity_of(self._image))
         self._control.fields[EVENT] = self._control.fields[HEARTBEAT] = session.started
@@ -386,7 +386,7 @@ class Recorder:
         try:
             yield
         except Error:
-            raise  # of our own making, where it does no harm
+            raise  # an error of ours comes only where it does no harm
         except BaseException:
             what = "was interrupted in the middle of a cut or a save, and is not used any more; every mark is recovered"
             self._kernel.refuse(StorageError(self._where, what))
@@ -415,7 +415,7 @@ class Recorder:
             self._save_to(one, marked, unions, final=final)
             if final:
                 one.report()
-        self._saves += not final  # remembered in the background: whoever writes to the index may take his time
+        self._saves += not final  # reported in the background: the index may be busy
         if not final:
             self._forget()
         elif self._check_in:
@@ -453,7 +453,7 @@ class Recorder:
                 home.session = replace(session, oldest=max(marked), log=self._log.number)
             elif not (self._check_in and target is self._homes[-1]):
                 home.session = None
-                home.identity = self._look(self._image)  # before the look below: what comes later, shows
+                home.identity = self._look(self._image)  # before the check below, so that later changes show
                 if self._check_in and recovery.opened_by_others(self._image):
                     home.make_all_dirty()
         if not final:
@@ -481,7 +481,7 @@ class Recorder:
         try:
             yield
         except GoneError as error:
-            self._kernel.refuse(error)  # or marks would go where nobody looks
+            self._kernel.refuse(error)  # otherwise marks would go where recovery does not look
             raise
 
     def _refuse_nested(self, lock: Any) -> None:
@@ -490,7 +490,7 @@ class Recorder:
         Raises:
             BitmapError: this thread holds the lock.
         """
-        if lock._is_owned():  # what `threading.Condition` asks, too
+        if lock._is_owned():  # `threading.Condition` uses it, too
             what = "asked for in the middle of another act of the same thread, as in a signal's handler"
             raise BitmapError(self._where, what)
 
@@ -535,7 +535,7 @@ class Recorder:
                     home.report()
                 self._remembered = saves
             # Waits for no lock: the thread that holds it may be about to wait for this thread's end.
-            if self._spare_guard.acquire(blocking=False):  # not the lock: a cut only waits if it wants the very same
+            if self._spare_guard.acquire(blocking=False):  # not _lock, so a cut waits only if it needs the spare
                 try:
                     with self._noting():
                         if self._spare is None and not self._closed:

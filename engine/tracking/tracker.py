@@ -191,7 +191,7 @@ class Tracker(Recorder):
                 uuid = self._session.uuid
                 return self._home.read(uuid, lambda view: self._content(view, [name], before=number)).freeze()
             except BaseException:
-                with contextlib.suppress(Error):  # nobody has it
+                with contextlib.suppress(Error):  # no caller has the bitmap
                     self._give_back(name)
                 raise
 
