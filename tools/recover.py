@@ -33,6 +33,9 @@ def recover_command(host: Host, target: str, bitmaps: tuple[str, ...], quiet: bo
     backup copies everything and loses nothing. With no BITMAP, all inconsistent ones are recovered; others are left
     alone. Says what was done to each, and why.
 
+    Bitmaps of a qcow2 image that software without bitmaps has made void are brought back, all of them, dirty all over.
+    If they cannot be told any more, that is an error, and the next change starts from none.
+
     Damage in a store is recovered in the same way. Bits whose checksum is wrong become dirty all over. If the directory
     of a node is damaged, all its bitmaps that can still be named become dirty all over and record, whichever you name.
     'dirtmap check -r all' repairs damage to the store as a whole.

@@ -27,6 +27,8 @@ def transaction(host: Host, target: str) -> Iterator[Transaction]:
         with image.transaction() as bitmaps:
             yield bitmaps
         tell_doubt(image, doubt)
+        for note in bitmaps.notes:
+            complain(f"{image.path}: {note}")
     if tracking:  # the tracker has died, or the change would have been refused
         complain(f"{image.path}: recovered first: {tracking.how}")
 

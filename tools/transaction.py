@@ -61,6 +61,8 @@ def transaction_command(host: Host, file: str) -> None:
                 _apply(host, nodes, action, others)
             except dm.Error as error:
                 raise dm.Error(f"{action.place}: {error.where}", error.what) from error
+    for note in dict.fromkeys(f"{bitmaps.where}: {note}" for bitmaps in nodes.values() for note in bitmaps.notes):
+        complain(note)
     for node, how in recovered.items():
         complain(f"{node}: recovered first: {how}")
 

@@ -70,6 +70,8 @@ class ImageInfo:
 
 # Why a recovered bitmap is dirty all over. Recovery locks writers out, so the writer that left it is gone.
 LEFT_IN_USE = "left in use by a writer that did not finish"
+# And one that was void.
+VOID = "void: software that does not know bitmaps has changed the image"
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         default_granularity: in bytes; for bitmaps added without a granularity.
         checkpoints: the chain of `dirtmap.engine.model.checkpoints`, as it will be committed. Others rely on the bits
             of a checkpoint: it may gain bits, or be taken over by the checkpoint before it, and nothing else.
+        notes: what the commit did that the caller did not ask for, one line each; set once it is done.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
             self._bitmaps[name].busy = True
         self.checkpoints = list(checkpoints)
         self._relied_on = {name: self._bitmaps[name].copy() for name in self.checkpoints if name in bitmaps}
+        self.notes: list[str] = []
         self._open = True
 
     def __getitem__(self, name: str) -> Bitmap:

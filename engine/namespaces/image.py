@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dirtmap.engine.model.infos import LEFT_IN_USE, ImageInfo, Recovery
+from dirtmap.engine.model.infos import LEFT_IN_USE, VOID, ImageInfo, Recovery
 from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces.place import NO_PLACE, Place, place_of
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout, void_bitmaps
 from dirtmap.engine.qcow2.reading import FORMAT, T, describe_layout, load, read_session, write_session
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.log import logger
@@ -293,7 +293,10 @@ def _changing(file: File, layout: Layout, place: Place) -> Iterator[Transaction]
                 from dirtmap.engine.model.checkpoints import settle
 
                 place.keep_checkpoints(settle(chain, dict.fromkeys(bitmaps.checkpoints, True)))
+            void = void_bitmaps(file) if layout.is_void and not layout.slots else None
             commit(file, layout, wanted)
+            if void:
+                bitmaps.notes.append(f"bitmaps that were void are gone: {void}")
             if chain:
                 place.keep_checkpoints(bitmaps.checkpoints)
     finally:
@@ -353,7 +356,8 @@ def recover(
     """Makes inconsistent bitmaps usable. Leaves all others alone, damaged ones included.
 
     For a tracked image whose tracker's store is not known, gives up what that store has: all bitmaps become dirty all
-    over, whichever are named.
+    over, whichever are named. So do void bitmaps, if the directory and all that it leads to is sound and no other
+    structure has taken its clusters.
 
     Args:
         path: the image.
@@ -363,7 +367,8 @@ def recover(
 
     Raises:
         BitmapError: a name does not exist.
-        FormatError: the entry of a named bitmap, the header, or the directory as a whole is damaged.
+        FormatError: the entry of a named bitmap, the header, or the directory as a whole is damaged; or void bitmaps
+            cannot be told any more.
         LockedError: the tracker of the image is alive.
         LockedError, UnsupportedError, StorageError: as `Image.transaction`.
     """
@@ -373,18 +378,30 @@ def recover(
     recovered = []
     with write_session(path, abspath) as (file, layout):
         _refuse_living(file, layout)
+        why = LEFT_IN_USE
+        if layout.is_void:
+            found = read_layout(file, void=True)
+            if not layout.tracked:  # else it has to be given up in any case
+                found.require_sound()
+            if not found.faults:
+                why, layout = VOID, found
+        elif layout.tracked:
+            why = "what its tracker had in another store is given up"
         by_bitmap = all(fault.bitmap is not None for fault in layout.faults)
         if not by_bitmap or len(set(_names(layout))) < len(layout.slots):
             layout.require_sound()
         bad = {decode_name(layout.slots[fault.bitmap or 0].entry.name): fault for fault in layout.faults}
         with place.changing(file.abspath), _changing(file, layout, place) as bitmaps:
             chosen = list(names) or [name for name, bitmap in bitmaps.items() if bitmap.inconsistent]
-            for name in [*bitmaps, *bad] if layout.tracked else chosen:
+            every = layout.tracked or layout.is_void
+            for name in chosen if every else ():
+                if name not in bad:
+                    _ = bitmaps[name]  # it is there
+            for name in [*bitmaps, *bad] if every else chosen:
                 if fault := bad.get(name):
                     raise FormatError(f"{path}: {fault.field}", fault.what)
-                if bitmaps[name].inconsistent or layout.tracked:
+                if bitmaps[name].inconsistent or every:
                     changes.recover(bitmaps, name)
-                    why = "what its tracker had in another store is given up" if layout.tracked else LEFT_IN_USE
                     recovered.append(Recovery(name, f"all dirty: {why}"))
         if layout.tracked:  # only after the commit that makes them all dirty
             set_tracked(file, read_layout(file), False)

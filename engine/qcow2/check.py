@@ -18,16 +18,15 @@ import numpy as np
 from dirtmap.engine.model.bitmap import INCONSISTENT
 from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport, require_repair
 from dirtmap.engine.qcow2.commit import Kept, commit, marks, require_writable, set_refcounts
-from dirtmap.engine.qcow2.layout import Layout, bitmap_label, read_layout
+from dirtmap.engine.qcow2.datafile import misfit
+from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label, read_layout, void_bitmaps
 from dirtmap.engine.qcow2.reading import FORMAT
 from dirtmap.engine.qcow2.refcounts import Refcounts
 from dirtmap.engine.qcow2.references import References, Runs, walk
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
-from dirtmap.fmt.directory import MAX_BITMAPS
 from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.fmt.geometry import ceil_div
-from dirtmap.fmt.structures.qcow2 import BITMAPS_EXTENSION
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,8 +105,11 @@ class _Check:
                 if layout.tracked:
                     what = "checked out by a tracker: 'track status' tells which; if it has died, 'recover' checks in"
                 report.found(NOTE, bitmap_label(slot.entry.name), what)
-        if layout.extension and not layout.valid:
-            report.found(NOTE, "bitmaps extension", "void: its autoclear bit is clear; QEMU will drop it")
+        if layout.is_void:
+            what = f"void: {void_bitmaps(self.file)}; 'recover' brings back what it can, and QEMU will drop them"
+            report.found(NOTE, "bitmaps extension", what)
+        if resized := misfit(layout):
+            report.found(NOTE, "external data file", resized)
         try:
             references = walk(self.file, layout, progress=self.progress)
             for fault in references.faults:
@@ -185,6 +187,7 @@ def _mend(file: File, repair: str, progress: Callable[[int, int], None] | None) 
         return report
     before.layout.require_untracked()
     require_writable(before.layout)
+    void = read_layout(file, void=True) if before.layout.is_void else None
     now = before
     if repair == "all":
         unnamed = _unnamed(now.layout)
@@ -201,18 +204,23 @@ def _mend(file: File, repair: str, progress: Callable[[int, int], None] | None) 
     left = now.report
     report.corruptions_fixed = max(0, report.corruptions - left.corruptions)
     report.leaks_fixed = leaks - left.leaks
+    if void and report.leaks_fixed:  # their clusters were among these
+        if void.faults:
+            report.dropped_unnamed = void.bitmaps_said
+        else:
+            report.dropped = [_name(slot) for slot in void.slots]
     report.corruptions, report.leaks, report.check_errors = left.corruptions, left.leaks, left.check_errors
     return report
 
 
+def _name(slot: Slot) -> str:
+    return slot.entry.name.decode("utf-8", "backslashreplace")
+
+
 def _unnamed(layout: Layout) -> int | None:
     """The number of bitmaps that could not be read; None if that cannot be told."""
-    extension = layout.extension
-    if extension is None or len(extension.data) != BITMAPS_EXTENSION.size:
-        return None
-    said = int(BITMAPS_EXTENSION.parse(extension.data).nb_bitmaps)
-    if 1 <= said <= MAX_BITMAPS:
-        return max(0, said - len(layout.slots))
+    if layout.bitmaps_said is not None:
+        return max(0, layout.bitmaps_said - len(layout.slots))
     broken = not layout.slots or any(fault.field.startswith("bitmap directory entry") for fault in layout.faults)
     return None if broken else 0
 
@@ -226,7 +234,7 @@ def _drop_bad(file: File, found: _Check) -> list[str] | None:
     layout = found.layout
     if not (layout.faults or found.bad) or not all(fault.mendable for fault in layout.faults):
         return None
-    names = [layout.slots[index].entry.name.decode("utf-8", "backslashreplace") for index in sorted(found.bad)]
+    names = [_name(layout.slots[index]) for index in sorted(found.bad)]
     layout.slots = [slot for index, slot in enumerate(layout.slots) if index not in found.bad]
     # The old directory cannot be trusted about its clusters, so the commit frees none of them.
     layout.faults, layout.pointer = [], None

@@ -232,12 +232,15 @@ def make_plan(
     if refcounts.moved_table:
         contents.append((refcounts.table_offset, refcounts.table_bytes()))
 
+    abandoned = list(_abandoned(layout, entries, contents))
     for cluster in range(old_table, old_table + (old_table_clusters or 0)):
         refcounts.release(cluster)
+    for cluster in () if layout.valid else abandoned:  # by then nothing leads there, and they may be free already
+        if refcounts.get(cluster):
+            refcounts.release(cluster)
     written += refcounts.touched()
-    table_released = refcounts.changes()
-    abandoned = list(_abandoned(layout, entries, contents))
-    for cluster in abandoned:
+    with_switch = refcounts.changes()
+    for cluster in abandoned if layout.valid else ():
         refcounts.release(cluster)
     written += refcounts.touched()
     written += [offset // layout.cluster_size for offset, _ in _refcount_pointers(refcounts)]
@@ -251,8 +254,8 @@ def make_plan(
     plan.harmless = len(plan.epochs)
     plan.add(*_refcount_pointers(refcounts), *pointer.references())
     for epoch in pointer.switch():
-        plan.add(*table_released, *epoch)
-        table_released = []
+        plan.add(*with_switch, *epoch)
+        with_switch = []
     plan.add(*pointer.after(), *refcounts.changes())
     return plan
 
@@ -284,12 +287,20 @@ def _allocator(
     if not references.faults:
         free = refcounts.uncounted(end)
         free = free[references.runs.of(free) == 0]
+    if references.faults and _are_void_read(layout):
+        fault = references.faults[0]
+        what = f"{fault.what}; so nobody knows whether there is something else now where void bitmaps were"
+        raise FormatError(f"{layout.path}: {fault.field}", what)
     if len(references.unfollowed):
         references = _followed(file, layout, references, free)
         free = free[references.runs.of(free) == 0] if not len(references.unfollowed) else free[:0]
         end = max(end, references.runs.end)
     capacity = None if file.growable else size // layout.cluster_size
     return references, Allocator(layout.path, refcounts, end, free, capacity)
+
+
+def _are_void_read(layout: Layout) -> bool:
+    return layout.pointer is not None and not layout.valid
 
 
 def _followed(file: File, layout: Layout, references: References, free: NDArray[np.int64]) -> References:
@@ -300,8 +311,9 @@ def _followed(file: File, layout: Layout, references: References, free: NDArray[
     """
     tables, cluster = references.unfollowed, layout.cluster_size
     cost = len(tables) * cluster + np.count_nonzero(np.diff(tables) != cluster) * _SEEK
-    # A block device cannot grow, so free clusters must be found inside, or behind all guest data.
-    needed = not file.growable
+    # A block device cannot grow, so free clusters must be found inside, or behind all guest data. And guest data may
+    # have taken the clusters of void bitmaps.
+    needed = not file.growable or _are_void_read(layout)
     followed = None
     if needed or (len(free) and cost <= _MOST_FOLLOWED):
         followed = follow(file, layout, references, free)
@@ -374,7 +386,7 @@ def _chunks(file: File, layout: Layout, item: Written, entries: int) -> Iterator
     """Each cluster of bits; with its table entry if it need not be written: all zeros, all ones, or unchanged."""
     cluster = layout.cluster_size
     old: Sequence[int] = ()
-    base = item.base
+    base = item.base if layout.valid else None
     if base and base.table and base.entry.granularity_bits == item.granularity_bits and not base.entry.in_use:
         old = directory.parse_table(base.table)
     # QEMU expands an all-ones entry to whole 64-bit words. Bits behind the last granule would be dirty, too, and become
@@ -404,7 +416,7 @@ def _abandoned(layout: Layout, entries: Sequence[Entry], contents: Sequence[Writ
     Bitmaps with a fault are left out, because what they say about their clusters cannot be trusted. Their clusters
     leak, which a check finds.
     """
-    if not layout.valid or layout.pointer is None:
+    if layout.pointer is None:
         return
     cluster = layout.cluster_size
     kept_tables = {entry.table_offset for entry in entries}
@@ -460,6 +472,7 @@ class _Pointer:
     present, valid   payload over payload                                               (the switch)
       across sectors bit off | payload | bit on [refcounts lowered]                     (the switch)
     present, void    payload [contents] | bit on                                        (the switch)
+      to come back   payload [refcount pointers] | bit on [refcounts lowered]           (the switch)
     absent           the steps of a `NewExtension` [contents | refcount pointers] | bit on    (the switch)
     no bitmaps left  bit off (the switch) | end marker, or "vacant" in the middle of the chain, over type and length
                      [refcounts lowered]
@@ -488,15 +501,14 @@ class _Pointer:
 
     def unreferenced(self) -> list[Write]:
         """The writes that may share the epoch of the contents, because nothing refers to them yet."""
-        if self._payload is None or self._layout.valid:
+        if self._payload is None or self._layout.valid or _are_void_read(self._layout):
             return []
-        if self._new:
-            return self._new.unreferenced(self._payload)
-        assert self._layout.extension is not None  # no room was made, so the extension exists, and is void
-        return [(self._layout.extension.data_offset, self._payload)]
+        return self._new.unreferenced(self._payload) if self._new else [self._void_payload()]
 
     def references(self) -> list[Write]:
-        """The writes that refer to those of `unreferenced`."""
+        """The writes that refer to those of the first epoch: the contents, and `unreferenced`."""
+        if self._payload is not None and _are_void_read(self._layout):
+            return [self._void_payload()]  # not before the new directory is there: void ones can be brought back
         return self._new.references() if self._new else []
 
     def switch(self) -> Iterator[list[Write]]:
@@ -526,6 +538,11 @@ class _Pointer:
         if chain and chain.terminated and extension is chain.extensions[-1]:
             return [(extension.offset, END_MARKER)]
         return [_vacated(extension)]
+
+    def _void_payload(self) -> Write:
+        assert self._layout.extension is not None
+        assert self._payload is not None
+        return self._layout.extension.data_offset, self._payload
 
     def _bit_on(self) -> Write:
         return _autoclear(self._known | qcow2.AUTOCLEAR_BITMAPS)

@@ -127,7 +127,7 @@ class Layout:
         extension: the bitmaps extension; None if there is none.
         identity_extension: the namespace extension; None if the image has no identity.
         valid: whether the autoclear bit of the bitmaps is set. If not, the bitmaps are void.
-        pointer: the parsed bitmaps extension; None if void or at fault.
+        pointer: the parsed bitmaps extension; None if at fault, and if void, unless void ones were asked for.
         slots: the bitmaps that could be read, in directory order.
         faults: everything that is wrong, in reading order. An image with a fault is refused as a whole.
         first_cluster: the bytes of the first cluster, as far as they were read.
@@ -159,6 +159,19 @@ class Layout:
         return self.identity_extension.data[qcow2.NAMESPACE_EXTENSION_SIZE :] if self.identity_extension else None
 
     @property
+    def is_void(self) -> bool:
+        """True if the image has bitmaps that are void."""
+        return self.extension is not None and not self.header.autoclear & qcow2.AUTOCLEAR_BITMAPS
+
+    @property
+    def bitmaps_said(self) -> int | None:
+        """The number of bitmaps according to the extension; None if it has none that is possible."""
+        if self.extension is None or len(self.extension.data) != BITMAPS_EXTENSION.size:
+            return None
+        said = int(BITMAPS_EXTENSION.parse(self.extension.data).nb_bitmaps)
+        return said if 1 <= said <= directory.MAX_BITMAPS else None
+
+    @property
     def tracked(self) -> bool:
         """True if a tracker has the bitmaps, and no other program has opened the image for writing since."""
         return bool(self.header.autoclear & qcow2.AUTOCLEAR_TRACKED)
@@ -187,6 +200,15 @@ class Layout:
         first = self.faults[0]
         hint = "; 'node add' gives a raw one a name in a store" if first.field == "header.magic" else ""
         raise FormatError(f"{self.path}: {first.field}", first.what + hint)
+
+    def require_listable(self) -> None:
+        """Like `require_sound`, but allows faults of single bitmaps, from which the others can be told apart.
+
+        Raises:
+            FormatError: more than single bitmaps are at fault.
+        """
+        if not all(fault.bitmap is not None for fault in self.faults):
+            self.require_sound()
 
     def blame(self, fields: Iterable[tuple[str, str]], prefix: str, bitmap: int | None = None) -> None:
         """Adds the faults that a validator of `dirtmap.fmt` found; ``prefix`` comes before the name of each field."""
@@ -271,8 +293,13 @@ def read_head(file: File) -> Layout:
     return layout
 
 
-def read_layout(file: File) -> Layout:
-    """Reads and validates the metadata of an image; a few small reads for an image with a few bitmaps."""
+def read_layout(file: File, *, void: bool = False) -> Layout:
+    """Reads and validates the metadata of an image; a few small reads for an image with a few bitmaps.
+
+    Args:
+        file: the image, locked by the caller.
+        void: whether to read void bitmaps as well, and validate them as if they were valid.
+    """
     layout = read_head(file)
     file_size, chain = layout.file_size, layout.chain
     if chain is None or chain.fault:
@@ -283,7 +310,7 @@ def read_layout(file: File) -> Layout:
             end = region.offset + region.length
             what = f"{region.what} ends at {end:#x}, past the end of the file ({file_size:#x})"
             layout.faults.append(Fault(region.field, what))
-    _read_extensions(file, layout, chain)
+    _read_extensions(file, layout, chain, void=void)
     _find_overlaps(layout)
     return layout
 
@@ -308,7 +335,16 @@ def _read_snapshots(file: File, layout: Layout) -> None:
             return
 
 
-def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
+def void_bitmaps(file: File) -> str:
+    """Which bitmaps of an image are void, for a message: their names, or as much as can be told."""
+    layout = read_layout(file, void=True)
+    if layout.slots and not layout.faults:
+        return ", ".join(bitmap_label(slot.entry.name) for slot in layout.slots)
+    count = layout.bitmaps_said
+    return f"{'all' if count is None else count} bitmaps, whose names cannot be relied on"
+
+
+def _read_extensions(file: File, layout: Layout, chain: Chain, *, void: bool) -> None:
     seen = set()
     for extension in chain.extensions:
         if extension.type in seen:
@@ -333,11 +369,11 @@ def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
             layout.faults.append(Fault("bitmaps extension", what))
         return
     faults = list(bitmaps_extension_faults(layout.extension.data, layout.cluster_size, layout.file_size))
-    if not valid:
+    if not valid and not void:
         # The bitmaps are void: QEMU looks at nothing but the length.
         layout.blame([fault for fault in faults if fault[0] == "length"], "bitmaps extension")
         return
-    layout.valid = True
+    layout.valid = valid
     layout.blame(faults, "bitmaps extension")
     _read_directory(file, layout, {name for name, _ in faults})
 

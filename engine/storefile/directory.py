@@ -143,7 +143,7 @@ def header_doubts(snapshot: Snapshot, record: Record) -> str | None:
     `condition.doubts` adds what the image and its tracker say.
     """
     if snapshot.chosen.in_doubt:
-        return "both copies of a header are damaged, perhaps those of the newest"
+        return "copies of the header are damaged, perhaps those of the newest"
     if record.generation <= snapshot.header.doubt_generation:
         return "the store lost a commit"
     return None

@@ -183,6 +183,17 @@ class File:
             self._poisoned = str(failed)
             raise SyncError(failed.where, failed.what) from error
 
+    def write_back(self) -> None:
+        """Has the kernel write what others have written to the file, so that it notices when they write again.
+
+        Raises:
+            StorageError: it could not.
+        """
+        try:
+            os.fdatasync(self.fd)
+        except _FAILURES as error:
+            raise self._failed("write back", error) from error
+
     def lock(self, offset: int) -> None:
         """Takes a shared open-file-description lock on one byte (never waits: QEMU takes shared ones only)."""
         try:

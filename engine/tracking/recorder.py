@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
-from dirtmap.engine.identity import identity_of, identity_of_disk
+from dirtmap.engine.identity import identity_of, identity_of_disk, touched
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import doubts
@@ -356,6 +356,8 @@ class Recorder:
         self._refuse_nested(self._lock)
         self._kernel.refuse_own([self._current, *self._undrained])
         with order.holding(Rank.CUT, self._where), self._cuts:
+            if self._current.number - min(home.session.oldest for home in self._homes) >= live.MAX_INTERVALS - 1:
+                self.save()
             with self._using():
                 finest = self._current.granularity_bits
                 if granularity is not None:
@@ -512,7 +514,7 @@ class Recorder:
         """Writes heartbeats to the live file until the tracker ends, in a thread of its own that waits for nothing."""
         ended, kernel, control = self._ended, self._kernel, self._control
         while not ended.wait(verdict.HEARTBEAT_SECONDS) and not kernel.failure:
-            control.fields[HEARTBEAT] = time.time_ns()
+            control.give_sign()
 
     def _in_background(self) -> None:
         """Makes durable heartbeats, spare writesets and saves until the tracker ends. A failure does not stop it."""
@@ -567,8 +569,8 @@ class Recorder:
             self.last_error = error
 
     def _beat(self, before: int) -> int:
-        """Makes a heartbeat durable if the image has changed since ``before``. Returns its mtime, in nanoseconds."""
-        modified = identity_of(self._data).mtime_ns
+        """Makes a heartbeat durable if the image was touched since ``before``. Returns when it was last, in ns."""
+        modified = touched(self._data)
         if modified != before:
             self._kernel.beat(self._log, time.time_ns())
         return modified
