@@ -1,4 +1,4 @@
-"""`dirtmap node`: which images have names, and where their bitmaps are."""
+"""`dirtmap node`: gives names to images, and lists where they and their bitmaps are."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def rename_command(host: Host, old: str, new: str, with_bitmaps: bool) -> None:
 def resize_command(host: Host, name: str) -> None:
     """Adopt the size that a node's image has now.
 
-    Old bits stay, new space is dirty. You state with it that the image was resized and nothing else; if it was written
-    to as well, say "dirtmap recover" instead, which adopts the size and makes all dirty. So does this command where
-    another file is in the image's place.
+    Old bits stay, new space is dirty. You state with this command that the image was resized and nothing else. If it
+    was also written to, use "dirtmap recover" instead, which adopts the size and makes everything dirty. This command
+    makes everything dirty, too, if another file is in the image's place.
     """
     host.resize_node(name)
 
@@ -109,8 +109,8 @@ def resize_command(host: Host, name: str) -> None:
 def confirm_command(host: Host, name: str) -> None:
     """State that a node's bitmaps are right although its image looks changed.
 
-    An image that was changed while nobody tracked it has bitmaps that count as all dirty. Use this where only the time
-    stamp changed, or the file was moved. If anything was written to the image, its bitmaps have missed that.
+    If an image was changed while nobody tracked it, its bitmaps count as all dirty. Use this command only if nothing
+    but the time stamp changed, or the file was moved. If anything was written to the image, its bitmaps have missed it.
     """
     host.confirm_node(name)
 

@@ -1,4 +1,4 @@
-"""`dirtmap sidecar`: a qcow2 file in which QEMU keeps the bitmaps of a raw disk."""
+"""`dirtmap sidecar`: makes a qcow2 file in which QEMU keeps the bitmaps of a raw disk."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def sidecar_command(host: Host, raw: str, qcow2: str) -> None:
     """Make a qcow2 file that has RAW as its external data.
 
-    Let QEMU open QCOW2 from then on: it reads and writes RAW through it, byte for byte as before, and keeps bitmaps of
-    what it writes in QCOW2. What is written to RAW without going through QCOW2 is not recorded; so RAW must not be
-    tracked. QCOW2 must not exist; it remembers the absolute path of RAW.
+    From then on let QEMU open QCOW2. Through it, QEMU reads and writes RAW, byte for byte as before, and keeps bitmaps
+    of what it writes in QCOW2. What is written to RAW without going through QCOW2 is not recorded, so RAW must not be
+    tracked. QCOW2 must not exist yet; it remembers the absolute path of RAW.
     """
     host.make_sidecar(raw, qcow2)
