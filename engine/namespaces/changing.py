@@ -60,7 +60,7 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
         record.size,
         geometry.MAX_DEFAULT_GRANULARITY,
         {decode_name(entry.name): bitmap_of(snapshot, record, entry, doubted) for entry in entries},
-        held_by(record),
+        held_by(snapshot.file, record),
         checkpoints_of(where, record, {decode_name(entry.name): entry.auto for entry in entries}),
     )
     try:

@@ -26,7 +26,7 @@ from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import Error, FormatError, StorageError, counted
+from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, counted
 from dirtmap.fmt.store import Area, Record
 from dirtmap.fmt.structures.directory import build_directory
 
@@ -98,8 +98,9 @@ def compact(
 
     Raises:
         FormatError: the store is damaged and ``mend`` is False, or no header is whole.
-        LockedError: another process writes to the store, or tracks an image in a store that gets a new identity.
-        BitmapError: a bitmap is held in a store that gets a new identity.
+        LockedError: another process writes to the store, or tracks an image in a store that gets a new identity; or a
+            bitmap in it is held, and damage hides which.
+        BitmapError: a bitmap in it is held.
         StorageError: the operating system failed; the old file stands.
     """
     path = os.path.realpath(path)  # so that a symbolic link to the store stays one
@@ -128,6 +129,7 @@ def compact(
                 new.belong_as(old)
                 change = _Eager(new, headers.choose(temporary, new.read(0, store.RESERVED)))
                 readable = _readable(snapshot, result, mend=mend)
+                _refuse_held(old, readable)
                 if new_identity and not of_copy:
                     _refuse_used(path, readable)
                 if new_identity:
@@ -170,7 +172,19 @@ def _fill_older_slot(file: File) -> None:
 def _refuse_used(path: str, readable: list[_Readable]) -> None:
     for found in readable:
         refuse_tracked(path, found.record)
-        refuse_held(path, found.record)
+
+
+def _refuse_held(old: File, readable: list[_Readable]) -> None:
+    """Refuses to put another file in the store's place while a bitmap in it is held; see `holds`.
+
+    Raises:
+        BitmapError: names the bitmap and who holds it.
+        LockedError: the hold's record cannot be read.
+    """
+    for found in readable:
+        refuse_held(found.source, found.record)
+    if holds.is_any_alive(old):
+        raise LockedError(old.path, "a bitmap in it is held, and its record of that cannot be read; try again later")
 
 
 def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:

@@ -125,14 +125,18 @@ def size_now(record: Record) -> int:
     return record.size
 
 
-def refuse_held(path: str, record: Record) -> None:
+def refuse_held(snapshot: Snapshot, record: Record) -> None:
     """Refuses a change of all bitmaps of a namespace, or of their addresses, while one of them is held.
+
+    Args:
+        snapshot: of the store, which has the record.
+        record: of the namespace.
 
     Raises:
         BitmapError: names the bitmap and its holder.
     """
-    for held in holds.living(record):
-        where = f"{path}: {record.label}: {label(decode_name(held.bitmap))}"
+    for held in holds.living(snapshot.file, record):
+        where = f"{snapshot.file.path}: {record.label}: {label(decode_name(held.bitmap))}"
         raise BitmapError(where, f"busy: held by {held}")
 
 
@@ -212,7 +216,7 @@ def busy_of(snapshot: Snapshot, record: Record, entries: list[Entry]) -> set[byt
     """The raw names of the bitmaps of a namespace that are held, or that its tracker has taken for a backup."""
     view = tracked_view(snapshot, record)
     taken = {entry.name for entry in entries if view.is_busy(entry)} if view else set()
-    return taken | {held.bitmap for held in holds.living(record)}
+    return taken | {held.bitmap for held in holds.living(snapshot.file, record)}
 
 
 def rewrite(change: Change, record: Record, new: Record, *, doubted: bool) -> None:

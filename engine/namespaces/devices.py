@@ -127,7 +127,7 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
         record = require_device(change, name)
         where = f"{target.path}: {record.label}"
         refuse_tracked(target.path, record)
-        refuse_held(target.path, record)
+        refuse_held(change.snapshot, record)
         if content_unchanged and size != record.size:
             raise BitmapError(where, f"has {record.size} bytes, and the new root {size}: the content is not unchanged")
         new = replace(

@@ -271,7 +271,7 @@ def rename_node(host: HostPort, target: Store, name: str, new: str, *, with_bitm
         record = _record(change, name)
         where = f"{target.path}: {record.label}"
         require_free(change, encode_name(new))
-        refuse_held(target.path, record)
+        refuse_held(change.snapshot, record)
         if naming is not None and naming.identity != (name, record.uuid):
             what = f"{os.fsdecode(record.path)} is not its image any more; 'index scan' finds where that is"
             raise BitmapError(where, what)
@@ -305,7 +305,7 @@ def resize_node(target: Store, name: str) -> int:
             what = f"its image has {record.size} bytes, as before: there is no new size to adopt"
             raise BitmapError(f"{target.path}: {record.label}", what)
         refuse_unsettled(change.snapshot, record)
-        refuse_held(target.path, record)
+        refuse_held(change.snapshot, record)
         # The caller explains the new size and mtime; nothing else may differ.
         explained = replace(record.identity, size=identity.size, mtime_ns=identity.mtime_ns)
         doubted = doubts(change.snapshot, replace(record, identity=explained)) is not None

@@ -58,7 +58,7 @@ def _recover_resized(change: Change, record: Record, names: list[str]) -> list[R
     path = change.snapshot.file.path
     refuse_tracked(path, record)
     refuse_unsettled(change.snapshot, record)
-    refuse_held(path, record)
+    refuse_held(change.snapshot, record)
     found = [decode_name(entry.name) for entry in read_entries(change.snapshot, record)]
     for name in names:
         if name not in found:

@@ -89,7 +89,7 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
     refuse_tracked(path, record)
     refuse_unsettled(change.snapshot, record)
     refuse_without_root(change.snapshot, record)
-    refuse_held(path, record)
+    refuse_held(change.snapshot, record)
     entries = spare_entries(change.snapshot, record, change.snapshot.older())
     if not entries:
         raise FormatError(damage.where, "damaged, and none of its bitmaps can be named; 'check -r all' gives them up")

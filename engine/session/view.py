@@ -42,7 +42,7 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, Process, boot_id, clock_offset
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError
+from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, printable
 from dirtmap.fmt.store import Identity, Record
 
 _NS = 1_000_000_000
@@ -70,7 +70,8 @@ class SessionView:
         if alive and self.found is None:
             # The store moves on before live files go: then this is read again.
             where = f"{snapshot.file.path}: {record.label}"
-            raise FormatError(where, f"tracked by {tracker_of(session)}, whose live files cannot be read")
+            what = f"tracked by {tracker_of(session)}, whose live files cannot be read; {_remedy(session)}"
+            raise FormatError(where, what)
         if not alive and self.found and not _fit(snapshot, record, session, self.found):
             self.found = None
         log = None if alive else intent.read_log(session, record.size)
@@ -265,9 +266,9 @@ def tracker_of(session: live.Session) -> Process:
 
 
 def is_alive(session: live.Session) -> bool:
-    """True while the session's tracker lives: it locks its log; where that is gone, its process tells."""
+    """False where the session's tracker is known to have ended: it locks its log; without that, its process tells."""
     held = intent.is_held(session)
-    return tracker_of(session).lives() if held is None else held
+    return not tracker_of(session).has_ended() if held is None else held
 
 
 # Sessions as found, by snapshot and namespace UUID: what one answer needs more than once is looked at once.
@@ -290,4 +291,12 @@ def refuse_tracked(where: str, session: live.Session | None) -> None:
         LockedError: names the tracker.
     """
     if session and is_alive(session):
-        raise LockedError(where, f"tracked by {tracker_of(session)}; ask it, or end it first")
+        raise LockedError(where, f"tracked by {tracker_of(session)}; {_remedy(session)}")
+
+
+def _remedy(session: live.Session) -> str:
+    """What to do about a tracker that lives, or that is not known to have ended."""
+    if intent.is_held(session) is None and not tracker_of(session).is_seen():
+        log = printable(os.fsdecode(session.log_path))
+        return f"it may have ended, but its log {log} is gone, which would tell; an empty file there says that it has"
+    return "ask it, or end it first"

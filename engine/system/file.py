@@ -218,9 +218,9 @@ class File:
             raise self._failed("lock", error) from error
         return True
 
-    def locked_by_other(self, offset: int) -> bool:
-        """True where any other open file description holds a lock on that byte."""
-        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
+    def locked_by_other(self, offset: int, length: int = 1) -> bool:
+        """True where any other open file description holds a lock on any of ``length`` bytes."""
+        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, length, 0)
         try:
             answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, request)
         except _FAILURES as error:

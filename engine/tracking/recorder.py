@@ -237,7 +237,7 @@ class Recorder:
     def _require_free(self, change: HomeChange) -> None:
         if change.session or doubts(change.snapshot, change.record):
             raise BitmapError(change.where, "its image changed while tracking began; try again")
-        for held in holds.living(change.record):
+        for held in holds.living(change.snapshot.file, change.record):
             raise LockedError(f"{change.where}: {label(decode_name(held.bitmap))}", f"held by {held}")
 
     def _prepare(self, change: HomeChange, folder: str, undo: contextlib.ExitStack) -> None:
