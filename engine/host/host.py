@@ -274,16 +274,17 @@ class Host:
             of_copy = self._parts.stores.original_of(target) is not None
         return compact(path, new_identity=True, of_copy=of_copy, expect=self._parts.expect)
 
-    def make_sidecar(self, raw: str, path: str) -> None:
+    def make_sidecar(self, disk: str, path: str, *, raw: bool = False) -> None:
         """Makes a qcow2 image whose data is a raw image; see `dirtmap.engine.qcow2.sidecar.make_sidecar`.
 
         Raises:
             LockedError: the raw image is tracked as a node.
+            FormatError: it is an image of another format than raw, and ``raw`` is not said.
         """
         from dirtmap.engine.qcow2.sidecar import make_sidecar
 
-        self._parts.registry.refuse_tracked(raw)
-        make_sidecar(raw, path)
+        self._parts.registry.refuse_tracked(disk)
+        make_sidecar(disk, path, raw=raw)
 
     def in_lock_order(self, targets: Iterable[Target]) -> list[Target]:
         """Targets in the order in which their transactions have to be begun, where several are open at once.
@@ -362,9 +363,9 @@ class Host:
         found = self._parts.names.by_uuid(uuids.UUID(uuid).bytes)
         return None if found is None else found.name
 
-    def add_node(self, name: str, image: str) -> None:
+    def add_node(self, name: str, image: str, *, raw: bool = False) -> None:
         """A node whose bitmaps the default store holds; see `dirtmap.engine.namespaces.nodes.add_node`."""
-        self._parts.registry.add_node(name, image)
+        self._parts.registry.add_node(name, image, raw=raw)
         self._remember_chosen()
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:

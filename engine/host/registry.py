@@ -43,12 +43,12 @@ class Registry:
             raise BitmapError(f"{found.store}: {found.what} '{name}'", "the name is taken")
         self._names.require_all_stores()
 
-    def add_node(self, name: str, image: str) -> None:
+    def add_node(self, name: str, image: str, *, raw: bool = False) -> None:
         """A node whose bitmaps the default store holds; see `nodes.add_node`."""
         self._require_free(name)
         self._refuse_second_name(image, *nodes.KINDS)
         with self._stores.opened(make=True) as target:
-            nodes.add_node(target, name, image)
+            nodes.add_node(target, name, image, raw=raw)
 
     def _refuse_second_name(self, image: str, *kinds: int) -> None:
         """Refuses an image that is a node of such a kind in any store but the default one; see `nodes`."""
