@@ -38,15 +38,14 @@ def list_command(
     QEMU goes on recording into it. An inconsistent bitmap is in use by a writer, or was left so by one that died, and
     the bits of a damaged one are not what was written; see "dirtmap recover". Without a TARGET: all bitmaps of the
     host, in every image and store that it knows; see "dirtmap index scan". A TARGET that cannot be read does not keep
-    the others from being listed, nor does a damaged bitmap; the exit status is 1. In JSON "errors" has a line for each
-    damage.
+    the others from being listed, nor does a damaged bitmap, or an image of another size than its bitmaps; the exit
+    status is 1. In JSON "errors" has a line for each of these.
     """
     failed = False
     documents = []
     if not targets:
+        options.tell_no_store(host, quiet=quiet)
         targets = tuple(f"file:{path}" for path in host.containers())
-        if not targets:
-            complain("no images are known yet; 'index scan' finds them")
     for target in targets:
         try:
             info = host.describe(target, force_share=force_share)

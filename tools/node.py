@@ -132,6 +132,7 @@ def confirm_command(host: Host, name: str) -> None:
 @click.pass_context
 def list_command(ctx: click.Context, host: Host, output: str, quiet: bool) -> None:
     """List the nodes of all stores that are known, and where their images are."""
+    options.tell_no_store(host, quiet=quiet)
     problems: list[Error] = []
     found = host.nodes(problems)
     for problem in problems:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dirtmap.tools.output import complain
 from dirtmap.tools.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -244,6 +245,12 @@ def host_of(ctx: click.Context) -> Host:
         ctx.meta[_HOST] = ctx.find_root().with_resource(dm.Host(ctx.meta.get(_STORE), ctx.meta.get(_INDEX)))
     host: Host = ctx.meta[_HOST]
     return host
+
+
+def tell_no_store(host: Host, *, quiet: bool) -> None:
+    """Says so where the user's normal default store was never made, and answers are empty for that reason."""
+    if not host.has_store() and not quiet:
+        complain(f"{host.store}: no store yet; 'index scan' and 'node add' make it")
 
 
 def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -313,11 +313,30 @@ class Host:
     def find(
         self, bitmap: str, *, force_share: bool = False, told: Callable[[Error], object] | None = None
     ) -> list[BitmapMatch]:
-        """Every bitmap of that name, in all containers that can be read; see `Resolver.find`."""
+        """Every bitmap of that name, in all containers that can be read; see `Resolver.find`.
+
+        Raises:
+            StorageError: as `has_store`.
+        """
+        self.has_store()
         return self._parts.names.find(bitmap, force_share=force_share, told=told)
 
+    def has_store(self) -> bool:
+        """True where there is a default store; False where it is the user's normal one and was never made.
+
+        Raises:
+            StorageError: it was chosen, by ``store`` or by ``$DIRTMAP_STORE``, and is not there; or nobody can tell
+                whether it is, as behind a loop of links.
+        """
+        return self._parts.has_store()
+
     def containers(self) -> list[str]:
-        """The paths of all containers that are known, stores first; those that are gone or damaged included."""
+        """The paths of all containers that are known, stores first; those that are gone or damaged included.
+
+        Raises:
+            StorageError: as `has_store`.
+        """
+        self.has_store()
         return self._parts.stores.containers()
 
     def nodes(self, problems: list[Error]) -> list[Node]:
@@ -328,6 +347,7 @@ class Host:
 
         Raises:
             FormatError: the default store is damaged.
+            StorageError: as `has_store`.
         """
         from dirtmap.engine.namespaces.nodes import nodes
 
@@ -341,6 +361,7 @@ class Host:
 
     def _gather(self, read: Callable[[Store], Iterable[Any]], problems: list[Error]) -> list[Any]:
         found: list[Any] = []
+        self.has_store()
         problems += self._parts.stores.problems()
         for path in self._parts.stores.stores():
             try:

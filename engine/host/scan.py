@@ -238,6 +238,7 @@ class _Registration:
             for where, on_it in self._names.devices_of(image_uuid).items():
                 with self._stores.opened(where) as target:
                     devices.move_roots(target, on_it, path)
+        self._take_in_unread(found)
         self._tell_gone(found)
 
     def _take_in_containers(self, found: list[Container]) -> None:
@@ -277,6 +278,39 @@ class _Registration:
             for path in (*gone, *lost):  # nothing but its place was known, and there it is not any more
                 if change.table.get(known[path].name):
                     change.table.remove(known[path].name)
+
+    def _take_in_unread(self, found: list[Container]) -> None:
+        """Remembers what cannot be read now, so that it is tried again; forgets what has proven to be a copy since.
+
+        Without that nobody would be told that answers lack what is in it. What may be a copy is left out, as one is
+        that can be read.
+        """
+        known = {member.path for members in self._members.values() for member in members}
+        unread = [
+            container.path
+            for container in found
+            if container.condition != SOUND
+            and container.kind != KIND_FAULTY
+            and os.fsencode(container.path) not in known
+            and not self._is_home(container.path)
+            and not self._may_be_copy(container.path)
+        ]
+        copies = [store.container_name(os.fsencode(path)) for path, _ in (*self._summary.twins, *self._summary.copies)]
+        at_home = {member.name for member in self._members[self._stores.home] if not any(member.uuid)}
+        copies = [name for name in copies if name in at_home]
+        if not unread and not copies:
+            return
+        with self._stores.opened() as target, target.change() as change:
+            for path in unread:
+                self._remember(change, path, bytes(16))
+            for name in copies:
+                if change.table.get(name):
+                    change.table.remove(name)
+
+    def _may_be_copy(self, path: str) -> bool:
+        """True of an image that cannot be read and says that it is one which is known, or was found as well."""
+        image_uuid = _identity(path)
+        return image_uuid is not None and (image_uuid in self._places or len(self._carriers.get(image_uuid, ())) > 1)
 
     def _look(self, found: list[Container]) -> None:
         """Learns what the stores know, and which images say what."""
