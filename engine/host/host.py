@@ -52,6 +52,8 @@ class Host:
         store: the default store, which knows the others; the user's normal one where None. It need not exist.
         index: path of the index; the user's normal one where None. It is made on first need.
         kinds: of containers.
+        trust: root believes what is in a default store, in stores that it knows, and in an index, although another user
+            owns them or can replace them. A path that is named itself needs no trust.
 
     """
 
@@ -61,9 +63,10 @@ class Host:
         index: str | os.PathLike[str] | None = None,
         *,
         kinds: tuple[Kind, ...] = KINDS,
+        trust: bool = False,
     ) -> None:
         # The engine's own: what is behind a host is asked for by the rooms beside this one.
-        self._parts = Parts(store, index, kinds)
+        self._parts = Parts(store, index, kinds, trust=trust)
 
     @property
     def store(self) -> str:
@@ -430,7 +433,8 @@ class Host:
         """
         normal = self._parts.normal
         if self.home != normal:
-            with contextlib.suppress(Error), Host(normal, self.index_path, kinds=self._parts.kinds) as host:
+            kinds, trust = self._parts.kinds, self._parts.trust
+            with contextlib.suppress(Error), Host(normal, self.index_path, kinds=kinds, trust=trust) as host:
                 host._parts.registry.remember_store(self.home)
 
 

@@ -69,6 +69,7 @@ class Lookup:
         self._stores: dict[int, _OpenStore] = {}
         self._images: dict[int, _OpenImage] = {}
         self._paths: dict[int, str] = {}
+        host._parts.stores.require_trusted_index()
         host._parts.stores.stores()
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ class Parts:
         store: the default store; the user's normal one where None.
         index: path of the index; the user's normal one where None.
         kinds: of containers.
+        trust: see `Host`.
 
     Attributes:
         store: path of the default store, as given.
@@ -40,6 +41,7 @@ class Parts:
         normal: the user's normal default store, absolute.
         chosen: True where the default store was given, or the environment names it.
         kinds: as given.
+        trust: as given.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class Parts:
         store: str | os.PathLike[str] | None,
         index: str | os.PathLike[str] | None,
         kinds: tuple[Kind, ...],
+        *,
+        trust: bool,
     ) -> None:
-        self.kinds = kinds
+        self.kinds, self.trust = kinds, trust
         chosen = None if index is None else os.fspath(index)
         self.chosen = store is not None or bool(os.environ.get("DIRTMAP_STORE"))
         self.store = default_store(chosen) if store is None else os.fspath(store)
@@ -70,8 +74,8 @@ class Parts:
 
             fallback = None
             if self.normal != self.home:
-                fallback = Stores(self.normal, self.normal, self.index, self.kinds)
-            stores = Stores(self.home, self.store, self.index, self.kinds, fallback)
+                fallback = Stores(self.normal, self.normal, self.index, self.kinds, trust=self.trust)
+            stores = Stores(self.home, self.store, self.index, self.kinds, fallback, trust=self.trust)
             names = Resolver(stores, self.kinds)
             self._made = stores, names, Registry(stores, names, self)
             return self._made

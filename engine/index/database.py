@@ -478,7 +478,13 @@ def _put_aside(path: str) -> None:
 @contextlib.contextmanager
 def _guard(path: str, how: int) -> Iterator[None]:
     with _errors(path):
-        fd = os.open(path + ".guard", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(path + ".guard", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            # Whoever made it would have us make, or lock, a file of his choice.
+            raise DatabaseError(path + ".guard", "index: a symbolic link, which is not followed; remove it") from error
     try:
         with _errors(path):
             fcntl.flock(fd, how)
