@@ -442,4 +442,4 @@ def _same_file(one: str, other: str) -> bool:
     try:
         return os.path.samefile(one, other)
     except OSError as error:
-        raise StorageError(other, error.strerror or str(error)) from error
+        raise StorageError(other, error.strerror or str(error), error.errno) from error

@@ -106,9 +106,9 @@ class Parts:
             os.stat(self.home)
         except FileNotFoundError as error:
             if os.path.islink(self.home):
-                raise StorageError(self.store, "a link to what is not there") from error
+                raise StorageError(self.store, "a link to what is not there", error.errno) from error
             if self.chosen:
-                raise StorageError(self.store, "no such store; 'store create' makes one") from error
+                raise StorageError(self.store, "no such store; 'store create' makes one", error.errno) from error
             return False
         except (OSError, ValueError) as error:
             raise failure(self.store, "open", error) from error

@@ -28,7 +28,7 @@ from dirtmap.engine.system.file import is_gone, is_same_file
 from dirtmap.engine.system.probe import probe_path
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
-from dirtmap.fmt.errors import Error, StorageError
+from dirtmap.fmt.errors import Error, StorageError, printable
 from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_QCOW2, KIND_STORE, SOUND, Member
 from dirtmap.fmt.store import Identity, Record
 
@@ -43,14 +43,14 @@ class Summary:
         bitmaps: in all of them that can be read, twins included.
         inconsistent: of those, the ones that were left in use.
         held: images that another process has open for writing.
-        damaged: what cannot be read, with the reason where it was read just now.
+        damaged: what cannot be read, with the field and what is wrong with it.
         twins: (path, original): images that carry another's identity.
         copies: (path, original): stores that do.
         clashes: (path, name): images or stores whose name is another's.
         moved: (path, name): images that are elsewhere now, or have another name.
         gone: (path, name): images that are remembered and not there.
         unreadable: folders and files that may not be read, with the reason; what they hold is not known.
-        learned: how many containers were not known before.
+        learned: how many containers that can be read were not known before.
     """
 
     images: int = 0
@@ -136,12 +136,12 @@ def scan(
 
 
 def _what(stores: Stores, problem: Error | None, path: str) -> str:
-    """What is wrong with a damaged container; it is read again, where that was found earlier."""
+    """Field and fault of a damaged container; it is read again, where that was found earlier."""
     if problem is None:
         with contextlib.suppress(StorageError):
             again = look(stores.index.readers, lambda key: None, path, None, force_share=True)
             problem = again.problem if again else None
-    return problem.what if problem else "as found before"
+    return str(problem).removeprefix(f"{printable(path)}: ") if problem else "as found before"
 
 
 def _is_checked_out(host: Host, container: Container) -> bool:
@@ -161,7 +161,7 @@ def _files(roots: list[str], summary: Summary) -> Iterator[tuple[str, bool]]:
             try:
                 status = os.stat(root)
             except OSError as error:
-                raise StorageError(root, error.strerror or str(error)) from error
+                raise StorageError(root, error.strerror or str(error), error.errno) from error
             if (status.st_dev, status.st_ino) not in seen:
                 seen.add((status.st_dev, status.st_ino))
                 yield root, True
@@ -175,7 +175,7 @@ def _files(roots: list[str], summary: Summary) -> Iterator[tuple[str, bool]]:
                     ordered = sorted(entries, key=lambda entry: entry.name)
             except OSError as error:
                 if folder == root:
-                    raise StorageError(root, error.strerror or str(error)) from error
+                    raise StorageError(root, error.strerror or str(error), error.errno) from error
                 _tell_unreadable(summary, folder, error)
                 continue
             for entry in ordered:
@@ -302,7 +302,7 @@ class _Registration:
             return
         with self._stores.opened() as target, target.change() as change:
             for path in unread:
-                self._remember(change, path, bytes(16))
+                remember_container(change, path, bytes(16))
             for name in copies:
                 if change.table.get(name):
                     change.table.remove(name)

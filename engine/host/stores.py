@@ -208,7 +208,7 @@ class Stores:
             logger(__name__).warning("%s: an older copy was put back: all its bitmaps are dirty now", target.path)
         except StorageError as error:
             what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
-            raise StorageError(target.path, what) from error
+            raise StorageError(target.path, what, error.errno) from error
 
     def _original(self, target: Store) -> str | None:
         """Where the default store says that a store is; None where it does not know, or that is here."""

@@ -484,7 +484,9 @@ def _guard(path: str, how: int) -> Iterator[None]:
             if error.errno != errno.ELOOP:
                 raise
             # Whoever made it would have us make, or lock, a file of his choice.
-            raise DatabaseError(path + ".guard", "index: a symbolic link, which is not followed; remove it") from error
+            raise DatabaseError(
+                path + ".guard", "index: a symbolic link, which is not followed; remove it", error.errno
+            ) from error
     try:
         with _errors(path):
             fcntl.flock(fd, how)
@@ -505,5 +507,5 @@ def _errors(path: str) -> Iterator[None]:
         raise DatabaseError(path, f"index: {error}") from error
     except OSError as error:
         if error.errno in _FORBIDDEN:
-            raise ForbiddenError(path, f"index: {error.strerror}; --index names another") from error
-        raise DatabaseError(path, f"index: {error.strerror or error}") from error
+            raise ForbiddenError(path, f"index: {error.strerror}; --index names another", error.errno) from error
+        raise DatabaseError(path, f"index: {error.strerror or error}", error.errno) from error
