@@ -13,7 +13,7 @@ from dirtmap.engine.qcow2.layout import read_head
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.medium import medium_of
 from dirtmap.fmt import qcow2, store
-from dirtmap.fmt.errors import StorageError, printable
+from dirtmap.fmt.errors import StorageError, errno_of, printable
 from dirtmap.fmt.store import Identity, Record
 from dirtmap.fmt.structures.qcow2 import HEADER_V2
 
@@ -39,7 +39,7 @@ def identity_of(path: str) -> Identity:
             with open_file(path) as file:
                 return Identity(status.st_rdev, medium_of(status.st_rdev), 0, file.size())
     except (OSError, ValueError) as error:  # the latter: a path that no file can have
-        raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
+        raise StorageError(path, getattr(error, "strerror", None) or str(error), errno_of(error)) from error
     raise StorageError(path, "neither a regular file nor a block device")
 
 
@@ -83,7 +83,7 @@ def identity_of_disk(path: str) -> Identity:
     try:
         return identity.with_data(identity_of(data))
     except StorageError as error:
-        raise StorageError(path, f"its external data file, {error}") from error
+        raise StorageError(path, f"its external data file, {error}", error.errno) from error
 
 
 def identity_now(record: Record) -> Identity:

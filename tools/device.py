@@ -83,6 +83,7 @@ def remove_command(host: Host, name: str) -> None:
 @click.pass_context
 def list_command(ctx: click.Context, host: Host, quiet: bool, output: str) -> None:
     """List the devices of all stores that are known, and their root nodes."""
+    options.tell_no_store(host, quiet=quiet)
     problems: list[Error] = []
     found = host.devices(problems)
     for problem in problems:

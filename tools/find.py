@@ -34,6 +34,7 @@ def find_command(ctx: click.Context, host: Host, bitmap: str, force_share: bool,
     or device that it is attached to, or with the path of an image that has no name. If a container cannot be read, the
     others are shown, and the exit status is 1.
     """
+    options.tell_no_store(host, quiet=quiet)
     problems: list[Error] = []
     hits = host.find(bitmap, force_share=force_share, told=problems.append)
     if not hits and (meant := options.unescaped(bitmap)) != bitmap:

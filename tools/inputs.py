@@ -69,7 +69,7 @@ class Input:
         try:
             return self._file.read(most)
         except OSError as error:
-            raise StorageError(self.where, f"read: {error.strerror or error}") from error
+            raise StorageError(self.where, f"read: {error.strerror or error}", error.errno) from error
 
     def _too_long(self) -> FormatError:
         return FormatError(self.where, f"longer than {self._limit} bytes, the most that is read here")
@@ -89,7 +89,7 @@ def open_input(path: str) -> Iterator[Input]:
         try:
             file = stack.enter_context(open(path, "rb"))
         except OSError as error:
-            raise StorageError(path, f"read: {error.strerror or error}") from error
+            raise StorageError(path, f"read: {error.strerror or error}", error.errno) from error
         yield Input(file, path)
 
 

@@ -37,15 +37,15 @@ def list_command(
     Shows each bitmap's granularity, how much of the disk it calls dirty (in whole granules, as QEMU counts), and
     whether QEMU goes on recording into it. An inconsistent bitmap is in use by a writer, or was left so by one that
     died. The bits of a damaged bitmap are not what was written; see "dirtmap recover". Without a TARGET, lists all
-    bitmaps of the host, in every image and store that it knows; see "dirtmap index scan". If a TARGET cannot be read or
-    a bitmap is damaged, the others are listed, and the exit status is 1. In JSON, "errors" has a line for each damage.
+    bitmaps of the host, in every image and store that it knows; see "dirtmap index scan". If a TARGET cannot be read, a
+    bitmap is damaged, or a disk has another size than its bitmaps, the others are listed, and the exit status is 1. In
+    JSON, "errors" has a line for each of these.
     """
     failed = False
     documents = []
     if not targets:
+        options.tell_no_store(host, quiet=quiet)
         targets = tuple(f"file:{path}" for path in host.containers())
-        if not targets:
-            complain("no images are known yet; 'index scan' finds them")
     for target in targets:
         try:
             info = host.describe(target, force_share=force_share)

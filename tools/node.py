@@ -32,19 +32,21 @@ def node_command() -> None:
 @click.argument("image", type=click.Path())
 @options.named
 @click.option("--new-identity", is_flag=True, help="IMAGE is a copy of another qcow2 image; make it one of its own.")
+@click.option("--raw", is_flag=True, help="IMAGE is a raw disk, although it looks like an image of another format.")
 @options.quiet
-def add_command(host: Host, name: str, image: str, new_identity: bool) -> None:
+def add_command(host: Host, name: str, image: str, new_identity: bool, raw: bool) -> None:
     """Give an image a name and an identity.
 
     A qcow2 image keeps its name and its UUID in its own header, and its bitmaps as before; the store remembers where it
-    is. For anything else (a raw file, a block device) the store will hold the bitmaps.
+    is. For a raw file or a block device the store will hold the bitmaps. An image of another format (VMDK, VHD, VHDX,
+    VDI, ...) is refused: as a raw disk it would be overwritten. --raw insists.
     """
-    if host.keeps_bitmaps(image):
+    if not raw and host.keeps_bitmaps(image):
         host.add_qcow2(name, image, new_identity=new_identity)
     elif new_identity:
         raise click.UsageError("--new-identity is for qcow2 images.")
     else:
-        host.add_node(name, image)
+        host.add_node(name, image, raw=raw)
 
 
 @options.command(
@@ -130,6 +132,7 @@ def confirm_command(host: Host, name: str) -> None:
 @click.pass_context
 def list_command(ctx: click.Context, host: Host, output: str, quiet: bool) -> None:
     """List the nodes of all stores that are known, and where their images are."""
+    options.tell_no_store(host, quiet=quiet)
     problems: list[Error] = []
     found = host.nodes(problems)
     for problem in problems:

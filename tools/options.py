@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dirtmap.tools.output import complain
 from dirtmap.tools.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ TARGET = _Target()
 _FORMAT = "dirtmap.format"
 _STORE = "dirtmap.store"
 _INDEX = "dirtmap.index"
+_TRUST = "dirtmap.trust"
 _HOST = "dirtmap.host"
 
 
@@ -190,6 +192,10 @@ def _remember_store(ctx: click.Context, _: click.Parameter, value: str | None) -
 
 def _remember_index(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
     ctx.meta[_INDEX] = value
+
+
+def _remember_trust(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[_TRUST] = value
 
 
 target = click.argument("target", type=TARGET)
@@ -225,7 +231,15 @@ _store = click.option(
     expose_value=False,
     help=_STORE_HELP,
 )
-_index = click.option(
+_trust = click.option(
+    "--trust",
+    is_flag=True,
+    callback=_remember_trust,
+    is_eager=True,
+    expose_value=False,
+    help="As root, trust a default store and an index that another user can replace.",
+)
+_index_path = click.option(
     "--index",
     type=click.Path(),
     metavar="PATH",
@@ -236,14 +250,25 @@ _index = click.option(
 )
 
 
+def _index(command: Callable[..., Any]) -> Callable[..., Any]:
+    return _index_path(_trust(command))
+
+
 def host_of(ctx: click.Context) -> Host:
     """The host of a command, from the default store and the index that the user chose. It is made once per command."""
     import dirtmap.engine as dm
 
     if _HOST not in ctx.meta:
-        ctx.meta[_HOST] = ctx.find_root().with_resource(dm.Host(ctx.meta.get(_STORE), ctx.meta.get(_INDEX)))
+        chosen = ctx.meta.get(_STORE), ctx.meta.get(_INDEX)
+        ctx.meta[_HOST] = ctx.find_root().with_resource(dm.Host(*chosen, trust=ctx.meta.get(_TRUST, False)))
     host: Host = ctx.meta[_HOST]
     return host
+
+
+def tell_no_store(host: Host, *, quiet: bool) -> None:
+    """Says so where the user's normal default store was never made, and answers are empty for that reason."""
+    if not host.has_store() and not quiet:
+        complain(f"{host.store}: no store yet; 'index scan' and 'node add' make it")
 
 
 def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -121,6 +121,7 @@ class Lookup:
         # By their number in the index; the one that was opened last is the last.
         self._stores: dict[int, _OpenStore] = {}
         self._images: dict[int, _Image] = {}
+        host._parts.stores.require_trusted_index()
         host._parts.stores.stores()
 
     def close(self) -> None:

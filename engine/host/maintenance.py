@@ -57,6 +57,7 @@ def verify(host: Host, progress: Progress | None = None) -> Verification:
     _require_default_store(stores)
     if not os.path.lexists(path):
         raise StorageError(path, "there is no index; 'index scan' or the first use of a name makes one")
+    stores.require_trusted_index()
     result = Verification()
     examined = examine(path)
     result.entries, result.faults = examined.entries, examined.faults
@@ -143,6 +144,7 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
     """
     stores = host._parts.stores
     _require_default_store(stores)
+    stores.require_trusted_index()
     if os.path.lexists(stores.index.path) and (examined := examine(stores.index.path)).faults:
         renew(stores.index.path, examined.seen)  # before this process maps a database that could kill it
     stores.stores()  # detects rollbacks, while the old index still has the commits seen
@@ -179,6 +181,7 @@ def stats(host: Host) -> dict[str, int]:
     stores = host._parts.stores
     if not os.path.isdir(stores.index.path):
         raise StorageError(stores.index.path, "there is no index; 'index scan' or the first use of a name makes one")
+    stores.require_trusted_index()
     database = stores.index.database
 
     def count(tag: bytes) -> int:

@@ -11,7 +11,7 @@ import uuid
 from dirtmap.engine.host.resolver import NodeMatch, Resolver
 from dirtmap.engine.host.stores import Stores
 from dirtmap.engine.identity import identity_of
-from dirtmap.engine.model.naming import decode_name
+from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces import devices, nodes
 from dirtmap.engine.namespaces.condition import refuse_tracked
 from dirtmap.engine.namespaces.ports import HostPort
@@ -19,9 +19,12 @@ from dirtmap.engine.qcow2.reading import read_identity
 from dirtmap.engine.storefile.file import Change
 from dirtmap.engine.system.file import is_same_file
 from dirtmap.fmt import store
+from dirtmap.fmt.directory import name_fault
 from dirtmap.fmt.errors import BitmapError, Error, printable
 
 RESERVED = store.CONTAINER_PREFIX.decode()
+_PREFIXES = ("file:", "node:", "device:")  # of targets
+_SHOWN = 64  # characters of a name that cannot be
 
 
 class Registry:
@@ -36,19 +39,28 @@ class Registry:
     def __init__(self, stores: Stores, names: Resolver, host: HostPort) -> None:
         self._stores, self._names, self._host = stores, names, host
 
-    def _require_free(self, name: str) -> None:
-        if name.startswith(RESERVED):
-            raise BitmapError(f"node '{name}'", f"names that begin with '{RESERVED}' are reserved")
+    @staticmethod
+    def _require_usable(name: str, what: str = "node") -> None:
+        """Refuses a name that no command could find again.
+
+        Raises:
+            BitmapError: says why.
+        """
+        if (fault := _name_fault(name)) is not None:
+            raise BitmapError(f"{what} '{name if len(name) <= _SHOWN else name[:_SHOWN] + '...'}'", fault)
+
+    def _require_free(self, name: str, what: str = "node") -> None:
+        self._require_usable(name, what)
         for found in self._names.asked(lambda here: here.claims(name)):
             raise BitmapError(f"{found.store}: {found.what} '{name}'", "the name is taken")
         self._names.require_all_stores()
 
-    def add_node(self, name: str, image: str) -> None:
+    def add_node(self, name: str, image: str, *, raw: bool = False) -> None:
         """Adds a node whose bitmaps the default store holds; see `nodes.add_node`."""
         self._require_free(name)
         self._refuse_second_name(image, *nodes.KINDS)
         with self._stores.opened(make=True) as target:
-            nodes.add_node(target, name, image)
+            nodes.add_node(target, name, image, raw=raw)
 
     def _refuse_second_name(self, image: str, *kinds: int) -> None:
         """Refuses an image that is a node of these kinds in any store but the default one; see `nodes`."""
@@ -61,6 +73,7 @@ class Registry:
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
         """Adds a node that is a qcow2 image; see `nodes.add_qcow2`."""
+        self._require_usable(name)
         found = self._names.unique(name)
         if found is None or found.kind != store.KIND_PLACE or found.store != self._stores.store:
             self._require_free(name)
@@ -133,7 +146,7 @@ class Registry:
 
     def add_device(self, name: str, root: str) -> None:
         """Adds a device on a node, in the default store; see `devices.add_device`."""
-        self._require_free(name)
+        self._require_free(name, "device")
         found = self._names.root(root)
         with self._stores.opened(make=True) as target:
             devices.add_device(target, name, found)
@@ -166,6 +179,20 @@ class Registry:
             for record in records:
                 if record.tracked and is_same_file(record.path, path):
                     refuse_tracked(where, record)
+
+
+def _name_fault(name: str) -> str | None:
+    """Why no command could find a node or device of that name; None where every one can."""
+    if name.startswith(RESERVED):
+        return f"names that begin with '{RESERVED}' are reserved"
+    if prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
+        return f"a name cannot begin with '{prefix}', which says what kind of target follows"
+    if name.startswith("-"):
+        return "a name cannot begin with '-', as options do"
+    if any(character < " " or character == "\x7f" for character in name):
+        return "a name cannot have control characters"
+    fault = name_fault(encode_name(name))
+    return None if fault is None else f"the {fault}"
 
 
 def remember_container(change: Change, path: str, container_uuid: bytes) -> bool:

@@ -28,7 +28,7 @@ from dirtmap.engine.system.file import is_gone, is_same_file
 from dirtmap.engine.system.probe import probe_path
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
-from dirtmap.fmt.errors import Error, StorageError
+from dirtmap.fmt.errors import Error, StorageError, printable
 from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_QCOW2, KIND_STORE, SOUND, Member
 from dirtmap.fmt.store import Identity, Record
 
@@ -43,14 +43,14 @@ class Summary:
         bitmaps: number of bitmaps in those that can be read, twins included.
         inconsistent: number of those bitmaps that were left in use.
         held: images that another process has open for writing.
-        damaged: (path, reason): containers that cannot be read.
+        damaged: (path, reason): containers that cannot be read; the reason names the field.
         twins: (path, original): images that carry the identity of another image.
         copies: (path, original): stores that carry the identity of another store.
         clashes: (path, name): images or stores with a name that belongs to another.
         moved: (path, name): images with a new path or a new name.
         gone: (path, name): images whose recorded path no longer exists.
         unreadable: (path, reason): folders and files that may not be read, so that their content is unknown.
-        learned: number of containers that were not known before.
+        learned: number of containers that can be read and were not known before.
     """
 
     images: int = 0
@@ -136,12 +136,12 @@ def scan(
 
 
 def _what(stores: Stores, problem: Error | None, path: str) -> str:
-    """The reason why a container is damaged. Reads it again if that was found by an earlier scan."""
+    """The field and the fault of a damaged container. Reads it again if that was found by an earlier scan."""
     if problem is None:
         with contextlib.suppress(StorageError):
             again = look(stores.index.readers, lambda key: None, path, None, force_share=True)
             problem = again.problem if again else None
-    return problem.what if problem else "as found before"
+    return str(problem).removeprefix(f"{printable(path)}: ") if problem else "as found before"
 
 
 def _is_checked_out(host: Host, container: Container) -> bool:
@@ -161,7 +161,7 @@ def _files(roots: list[str], summary: Summary) -> Iterator[tuple[str, bool]]:
             try:
                 status = os.stat(root)
             except OSError as error:
-                raise StorageError(root, error.strerror or str(error)) from error
+                raise StorageError(root, error.strerror or str(error), error.errno) from error
             if (status.st_dev, status.st_ino) not in seen:
                 seen.add((status.st_dev, status.st_ino))
                 yield root, True
@@ -175,7 +175,7 @@ def _files(roots: list[str], summary: Summary) -> Iterator[tuple[str, bool]]:
                     ordered = sorted(entries, key=lambda entry: entry.name)
             except OSError as error:
                 if folder == root:
-                    raise StorageError(root, error.strerror or str(error)) from error
+                    raise StorageError(root, error.strerror or str(error), error.errno) from error
                 _tell_unreadable(summary, folder, error)
                 continue
             for entry in ordered:
@@ -238,6 +238,7 @@ class _Registration:
             for where, on_it in self._names.devices_of(image_uuid).items():
                 with self._stores.opened(where) as target:
                     devices.move_roots(target, on_it, path)
+        self._take_in_unread(found)
         self._tell_gone(found)
 
     def _take_in_containers(self, found: list[Container]) -> None:
@@ -277,6 +278,39 @@ class _Registration:
             for path in (*gone, *lost):  # only its path was known, and it is not there any more
                 if change.table.get(known[path].name):
                     change.table.remove(known[path].name)
+
+    def _take_in_unread(self, found: list[Container]) -> None:
+        """Remembers what cannot be read now, so that it is tried again; forgets what has proven to be a copy since.
+
+        Without that nobody would be told that answers lack what is in it. What may be a copy is left out, as one is
+        that can be read.
+        """
+        known = {member.path for members in self._members.values() for member in members}
+        unread = [
+            container.path
+            for container in found
+            if container.condition != SOUND
+            and container.kind != KIND_FAULTY
+            and os.fsencode(container.path) not in known
+            and not self._is_home(container.path)
+            and not self._may_be_copy(container.path)
+        ]
+        copies = [store.container_name(os.fsencode(path)) for path, _ in (*self._summary.twins, *self._summary.copies)]
+        at_home = {member.name for member in self._members[self._stores.home] if not any(member.uuid)}
+        copies = [name for name in copies if name in at_home]
+        if not unread and not copies:
+            return
+        with self._stores.opened() as target, target.change() as change:
+            for path in unread:
+                remember_container(change, path, bytes(16))
+            for name in copies:
+                if change.table.get(name):
+                    change.table.remove(name)
+
+    def _may_be_copy(self, path: str) -> bool:
+        """True of an image that cannot be read and says that it is one which is known, or was found as well."""
+        image_uuid = _identity(path)
+        return image_uuid is not None and (image_uuid in self._places or len(self._carriers.get(image_uuid, ())) > 1)
 
     def _look(self, found: list[Container]) -> None:
         """Collects what the stores know, and which images carry which name and UUID."""

@@ -23,6 +23,7 @@ from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system.file import is_gone, is_same_file, make_folder_of
 from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import probe_path
+from dirtmap.engine.system.trust import distrust
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError
@@ -41,6 +42,7 @@ class Stores:
         index: path of the index, which is made when first needed.
         kinds: the kinds of containers.
         fallback: the stores of the user's normal default store, when --store names another; else None.
+        trust: believe files that another user can replace; see `dirtmap.engine.system.trust`.
 
     Attributes:
         home: as given; absolute, because the process may change its working folder.
@@ -49,8 +51,18 @@ class Stores:
         fallback: as given.
     """
 
-    def __init__(self, home: str, name: str, index: str, kinds: Iterable[Kind], fallback: Stores | None = None) -> None:
-        self.home, self.store, self.fallback = home, name, fallback
+    def __init__(
+        self,
+        home: str,
+        name: str,
+        index: str,
+        kinds: Iterable[Kind],
+        fallback: Stores | None = None,
+        *,
+        trust: bool = False,
+    ) -> None:
+        self.home, self.store, self.fallback, self._trust = home, name, fallback, trust
+        self._trusted: set[str] = set()
         self._pool = Pool(self.report)
         self.index = Index(index, [reader for kind in kinds if (reader := kind.reader(self.kept))])
 
@@ -76,6 +88,39 @@ class Stores:
         """Opens a store of the host for the time of the block, without watching it. Errors as `Store`."""
         return self._pool.using(*self._where(path), lambda target: None)
 
+    # Whether another user can have written what is in a file.
+
+    def require_trusted(self, path: str) -> None:
+        """Refuses, for root, a store that another user can have written. A path that root names is no matter of this.
+
+        Args:
+            path: of the store, absolute.
+
+        Raises:
+            StorageError: says why.
+        """
+        if (reason := self._distrust(path)) is not None:
+            raise StorageError(self._where(path)[1], reason)
+
+    def require_trusted_index(self) -> None:
+        """As `require_trusted`, of the index.
+
+        Raises:
+            ForbiddenError: says why.
+        """
+        for path in (self.index.path, os.path.join(self.index.path, "data.mdb")):
+            if (reason := self._distrust(path)) is not None:
+                raise ForbiddenError(self.index.path, f"index: {reason}")
+
+    def _distrust(self, path: str) -> str | None:
+        if self._trust or path in self._trusted:
+            return None
+        reason = distrust(path)
+        if reason is not None:
+            return f"not trusted: {reason}; --trust insists"
+        self._trusted.add(path)
+        return None
+
     # Stores, and whether they are what was last seen.
 
     @contextlib.contextmanager
@@ -88,8 +133,11 @@ class Stores:
 
         Raises:
             BitmapError: the store is a copy of another store.
+            StorageError: it is the default store, and root must not trust it.
             As `Store` and `Store.change`.
         """
+        if path is None:
+            self.require_trusted(self.home)
         path = path or self.store
         if make and path == self.store and not self.exists:
             make_folder_of(self.home, path)
@@ -161,7 +209,7 @@ class Stores:
             logger(__name__).warning("%s: an older copy was put back: all its bitmaps are dirty now", target.path)
         except StorageError as error:
             what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
-            raise StorageError(target.path, what) from error
+            raise StorageError(target.path, what, error.errno) from error
 
     def _original(self, target: Store) -> str | None:
         """The path of that store in the default store; None if it is not known there, or known at this path."""
@@ -213,6 +261,7 @@ class Stores:
         Raises:
             StorageError: the index is replaced again and again.
         """
+        self.require_trusted_index()
         for _ in range(_ATTEMPTS):
             try:
                 before = self.index.database
@@ -286,6 +335,7 @@ class Stores:
         Raises:
             Error: the store cannot be read.
         """
+        self.require_trusted(path)
         if (known := index.unchanged(path)) is not None:
             return known
         index.open()  # without an index no rollback can be detected

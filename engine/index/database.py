@@ -482,7 +482,15 @@ def _put_aside(path: str) -> None:
 @contextlib.contextmanager
 def _guard(path: str, how: int) -> Iterator[None]:
     with _errors(path):
-        fd = os.open(path + ".guard", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(path + ".guard", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            # Whoever made it would have us make, or lock, a file of his choice.
+            raise DatabaseError(
+                path + ".guard", "index: a symbolic link, which is not followed; remove it", error.errno
+            ) from error
     try:
         with _errors(path):
             fcntl.flock(fd, how)
@@ -503,5 +511,5 @@ def _errors(path: str) -> Iterator[None]:
         raise DatabaseError(path, f"index: {error}") from error
     except OSError as error:
         if error.errno in _FORBIDDEN:
-            raise ForbiddenError(path, f"index: {error.strerror}; --index names another") from error
-        raise DatabaseError(path, f"index: {error.strerror or error}") from error
+            raise ForbiddenError(path, f"index: {error.strerror}; --index names another", error.errno) from error
+        raise DatabaseError(path, f"index: {error.strerror or error}", error.errno) from error

@@ -111,7 +111,7 @@ def fingerprint(path: str) -> Fingerprint:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise StorageError(path, error.strerror or str(error)) from error
+        raise StorageError(path, error.strerror or str(error), error.errno) from error
     return Fingerprint(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
 
 

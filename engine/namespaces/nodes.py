@@ -28,6 +28,7 @@ from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.storefile.directory import header_doubts, no_namespace, read_entries, release_bits, require_free
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.system.file import is_same_file
+from dirtmap.engine.system.foreign import require_raw
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, counted, printable
@@ -36,16 +37,18 @@ from dirtmap.fmt.store import Identity, Record
 KINDS = store.KIND_NODE, store.KIND_PLACE  # the kinds of records that are nodes
 
 
-def add_node(target: Store, name: str, image: str) -> None:
+def add_node(target: Store, name: str, image: str, *, raw: bool = False) -> None:
     """Gives an image a namespace of its own.
 
     Args:
         target: the store that will hold its bitmaps.
         name: of the node; unique among the nodes and devices of the store.
         image: path of the image; stored as an absolute one.
+        raw: the image is a raw disk, although it looks like an image of another format.
 
     Raises:
         BitmapError: the name is taken, or the image is another node's, or a store.
+        FormatError: the image is of another format than raw.
         StorageError: the status of the image cannot be read.
     """
     raw_name = encode_name(name)
@@ -53,6 +56,8 @@ def add_node(target: Store, name: str, image: str) -> None:
     identity = identity_of(path)
     if probe_path(path) == STORE:
         raise BitmapError(image, "a store, and not the image of a disk")
+    if not raw:
+        require_raw(path)
     with target.change() as change:
         require_free(change, raw_name)
         refuse_second_name(change.table, path, identity, *KINDS)

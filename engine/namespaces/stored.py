@@ -175,11 +175,13 @@ def _require_same_size(snapshot: Snapshot, record: Record) -> None:
 
 def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     doubt, view = doubts(snapshot, record), tracked_view(snapshot, record)
-    notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt else []
+    resized = record.nb_bitmaps > 0 and size_now(record) != record.size
+    notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt and not resized else []
     if view and not doubt:
         notes.append(f"{record.label} is {view.note}")
     name = decode_name(record.name)
-    errors: list[str] = []
+    # Whoever reads a bitmap is refused.
+    errors = [str(other_size(snapshot, record))] if resized else []
     counts: dict[bytes, int | None] = {}
     entries: list[Entry] = []
     # Damage to one bitmap must not hide the others.

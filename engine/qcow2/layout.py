@@ -275,7 +275,8 @@ def read_head(file: File) -> Layout:
     head = file.read(0, _FIRST_READ)
     layout = Layout(file.path, file_size, parse_header(head.ljust(qcow2.MORE_OFFSET + 8, b"\0")))
     layout.blame(qcow2.header_faults(layout.header), "header")
-    if len(head) < HEADER_V2.size and head.startswith(qcow2.MAGIC):
+    least = qcow2.MORE_OFFSET if layout.header.v2.version == 3 else HEADER_V2.size
+    if len(head) < least and head.startswith(qcow2.MAGIC):
         layout.faults.insert(0, Fault("header", f"the file ends after {file_size} bytes, inside the header"))
     if not _UNREADABLE.isdisjoint(fault.field for fault in layout.faults):
         return layout
