@@ -44,6 +44,8 @@ def _reason(path: str, *, is_file: bool) -> str | None:
     for owner in (link.st_uid, status.st_uid):
         if owner != _ROOT:
             return f"{path} belongs to user {owner}, who can replace it"
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        return None  # such as /dev/null: whoever opens it tells that it is no store, and no index
     if status.st_mode & _OTHERS and (is_file or not status.st_mode & stat.S_ISVTX):
         whom = "every user" if status.st_mode & stat.S_IWOTH else f"group {status.st_gid}"
         return f"{path} can be written by {whom}"
