@@ -88,7 +88,9 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
     def hold(self, name: str, owner: str = "dirtmap") -> contextlib.AbstractContextManager[Bitmap]:
         """Holds a bitmap for the time of a backup: it is busy, and nobody can remove, clear, move or change it.
 
-        The hold ends with the block, or when the process dies.
+        The hold ends with the block, or with the process, however that ends. It counts for every process on the
+        machine, in whichever container. A forked child does not hold: the hold is its parent's. The container in which
+        holds are remembered, a store, is not compacted meanwhile.
 
         Args:
             name: of the bitmap.
@@ -100,6 +102,7 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         Raises:
             BitmapNotFoundError: there is no such bitmap.
             BitmapError: the bitmap is inconsistent; or the qcow2 image has no node name, so that no store knows it.
+            GoneError: at the end, another file has taken the store's place, and what was held may have been changed.
         """
 
     @abc.abstractmethod

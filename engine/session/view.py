@@ -267,6 +267,8 @@ def tracker_of(session: live.Session) -> Process:
 
 def is_alive(session: live.Session) -> bool:
     """False where the session's tracker is known to have ended: it locks its log; without that, its process tells."""
+    if session is live.NO_SESSION:
+        return False  # nothing is left of it that could name a tracker, or a log
     held = intent.is_held(session)
     return not tracker_of(session).has_ended() if held is None else held
 
