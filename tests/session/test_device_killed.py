@@ -152,14 +152,16 @@ def lose_power(folder: Path, root: Callable[[Path], Path], seed: int, acts: int,
             use(recording, tracker, rng, acts)
             recording.events.append("closing")
         recording.events.append("closed")
+    # As the tracker left them, whatever the recovery from an earlier crash has written since.
+    ended = {path: os.stat(path) for path in recording.originals if os.path.exists(path)}
+    times = {path: (found.st_atime_ns, found.st_mtime_ns) for path, found in ended.items()}
     begun, closing, closed = map(recording.events.index, ("begun", "closing", "closed"))
     for at, disks in recording.states(rng, crashes):
         forget_index(folder)
         for path, disk in disks.items():
-            times = os.stat(path) if os.path.exists(path) else None
             Path(path).write_bytes(disk)
-            if times:
-                os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            if path in times:
+                os.utime(path, ns=times[path])
         least, most, since = expected(recording.events[:at])
         how: dict[str, str] = {}
         for target in rng.sample(BOTH, 2):
