@@ -71,6 +71,15 @@ def unescaped(name: str) -> str:
     return found.decode("utf-8", "surrogateescape")
 
 
+class _Seconds(click.ParamType):  # type: ignore[type-arg]
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value, re.ASCII):
+            self.fail(f"'{value}' is no number of seconds", param, ctx)
+        return float(value)
+
+
 class _Name(click.ParamType):  # type: ignore[type-arg]
     """A name as the engine has it, whatever bytes the shell gave."""
 
@@ -178,6 +187,8 @@ _FORMAT = "dirtmap.format"
 _STORE = "dirtmap.store"
 _INDEX = "dirtmap.index"
 _HOST = "dirtmap.host"
+_WAIT = "dirtmap.wait"
+_PATIENCE_SECONDS = 5.0
 
 
 def _remember_format(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -186,6 +197,10 @@ def _remember_format(ctx: click.Context, _: click.Parameter, value: str | None) 
 
 def _remember_store(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
     ctx.meta[_STORE] = value
+
+
+def _remember_wait(ctx: click.Context, _: click.Parameter, value: float) -> None:
+    ctx.meta[_WAIT] = value
 
 
 def _remember_index(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -236,14 +251,28 @@ _index = click.option(
 )
 
 
+waiting = click.option(
+    "--wait",
+    type=_Seconds(),
+    default=_PATIENCE_SECONDS,
+    show_default=True,
+    metavar="SECONDS",
+    callback=_remember_wait,
+    is_eager=True,
+    expose_value=False,
+    help="How long to wait for whoever holds what is needed; 0 does not wait.",
+)
+
+
 def host_of(ctx: click.Context) -> Host:
     """The host, as the default store and the index of the user's choice tell of it: one for each command."""
     import dirtmap.engine as dm
 
     if _HOST not in ctx.meta:
-        ctx.meta[_HOST] = ctx.find_root().with_resource(dm.Host(ctx.meta.get(_STORE), ctx.meta.get(_INDEX)))
-    host: Host = ctx.meta[_HOST]
-    return host
+        host = dm.Host(ctx.meta.get(_STORE), ctx.meta.get(_INDEX), wait=ctx.meta.get(_WAIT, _PATIENCE_SECONDS))
+        ctx.meta[_HOST] = ctx.find_root().with_resource(host)
+    found: Host = ctx.meta[_HOST]
+    return found
 
 
 def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -256,9 +285,14 @@ def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_host
 
 
+def _of_host(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say which host it is, and how it is used."""
+    return _store(_index(waiting(command)))
+
+
 def named(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of a command that takes names and no TARGET; it is passed the host first."""
-    return _store(_index(pass_host(command)))
+    return _of_host(pass_host(command))
 
 
 def speaking(command: Decorated) -> Decorated:
@@ -268,9 +302,9 @@ def speaking(command: Decorated) -> Decorated:
 
 def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of a command that reports; it is passed the host first, and ``quiet`` and ``output``."""
-    return speaking(_store(_index(_format(pass_host(command)))))
+    return speaking(_of_host(_format(pass_host(command))))
 
 
 def changing(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of a command that changes bitmaps and has nothing to report; it is passed the host first."""
-    return quiet(_store(_index(_format(pass_host(command)))))
+    return quiet(_of_host(_format(pass_host(command))))

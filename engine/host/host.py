@@ -18,9 +18,11 @@ from dirtmap.engine.host.handle import Handle
 from dirtmap.engine.host.kind import Address, Kind
 from dirtmap.engine.host.kinds import KINDS
 from dirtmap.engine.host.parts import Parts
+from dirtmap.engine.system.locks import PATIENCE_SECONDS, Locking
 from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import index_folder
 from dirtmap.fmt.errors import (
+    ArgumentError,
     BitmapError,
     BitmapNotFoundError,
     Error,
@@ -52,7 +54,11 @@ class Host:
         store: the default store, which knows the others; the user's normal one where None. It need not exist.
         index: path of the index; the user's normal one where None. It is made on first need.
         kinds: of containers.
+        wait: seconds to wait for another process or thread that holds an image or a store; 0 does not wait. Reading an
+            image that QEMU writes to is refused at once, whatever is said here.
 
+    Raises:
+        ArgumentError: ``wait`` is no number of seconds.
     """
 
     def __init__(
@@ -61,9 +67,10 @@ class Host:
         index: str | os.PathLike[str] | None = None,
         *,
         kinds: tuple[Kind, ...] = KINDS,
+        wait: float = PATIENCE_SECONDS,
     ) -> None:
         # The engine's own: what is behind a host is asked for by the rooms beside this one.
-        self._parts = Parts(store, index, kinds)
+        self._parts = Parts(store, index, kinds, Locking(_seconds(wait)))
 
     @property
     def store(self) -> str:
@@ -264,7 +271,7 @@ class Host:
         """Writes a store anew without the space that it does not use; see `dirtmap.engine.namespaces.compact`."""
         from dirtmap.engine.namespaces.compact import compact
 
-        return compact(path, expect=self._parts.expect)
+        return compact(path, expect=self._parts.expect, locking=self._parts.locking)
 
     def new_identity(self, path: str) -> Compaction:
         """Makes a copied store one of its own, with other UUIDs; see `dirtmap.engine.namespaces.compact`."""
@@ -272,7 +279,7 @@ class Host:
 
         with self._parts.stores.kept(path) as target:
             of_copy = self._parts.stores.original_of(target) is not None
-        return compact(path, new_identity=True, of_copy=of_copy, expect=self._parts.expect)
+        return compact(path, new_identity=True, of_copy=of_copy, expect=self._parts.expect, locking=self._parts.locking)
 
     def make_sidecar(self, raw: str, path: str) -> None:
         """Makes a qcow2 image whose data is a raw image; see `dirtmap.engine.qcow2.sidecar.make_sidecar`.
@@ -408,8 +415,15 @@ class Host:
         """
         normal = self._parts.normal
         if self.home != normal:
-            with contextlib.suppress(Error), Host(normal, self.index_path, kinds=self._parts.kinds) as host:
+            wait = self._parts.locking.wait
+            with contextlib.suppress(Error), Host(normal, self.index_path, kinds=self._parts.kinds, wait=wait) as host:
                 host._parts.registry.remember_store(self.home)
+
+
+def _seconds(wait: float) -> float:
+    if not wait >= 0:  # nor not a number
+        raise ArgumentError("wait", f"{wait!r} is no number of seconds, 0 or more")
+    return wait
 
 
 def _same_file(one: str, other: str) -> bool:

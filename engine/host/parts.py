@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.host.resolver import Resolver
     from dirtmap.engine.host.stores import Stores
     from dirtmap.engine.storefile.file import Store
+    from dirtmap.engine.system.locks import Locking
 
 
 class Parts:
@@ -31,6 +32,7 @@ class Parts:
         store: the default store; the user's normal one where None.
         index: path of the index; the user's normal one where None.
         kinds: of containers.
+        locking: how to take the locks of images and stores.
 
     Attributes:
         store: path of the default store, as given.
@@ -38,6 +40,7 @@ class Parts:
         index: path of the index, absolute.
         normal: the user's normal default store, absolute.
         kinds: as given.
+        locking: as given.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class Parts:
         store: str | os.PathLike[str] | None,
         index: str | os.PathLike[str] | None,
         kinds: tuple[Kind, ...],
+        locking: Locking,
     ) -> None:
+        self.locking = locking
         self.kinds = kinds
         chosen = None if index is None else os.fspath(index)
         self.store = default_store(chosen) if store is None else os.fspath(store)
@@ -67,8 +72,8 @@ class Parts:
 
             fallback = None
             if self.normal != self.home:
-                fallback = Stores(self.normal, self.normal, self.index, self.kinds)
-            stores = Stores(self.home, self.store, self.index, self.kinds, fallback)
+                fallback = Stores(self.normal, self.normal, self.index, self.kinds, self.locking)
+            stores = Stores(self.home, self.store, self.index, self.kinds, self.locking, fallback)
             names = Resolver(stores, self.kinds)
             self._made = stores, names, Registry(stores, names, self)
             return self._made

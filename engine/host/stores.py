@@ -21,6 +21,7 @@ from dirtmap.engine.index.reading import Container
 from dirtmap.engine.index.renewal import examine, renew
 from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system.file import is_gone, is_same_file, make_folder_of
+from dirtmap.engine.system.locks import Locking
 from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import probe_path
 from dirtmap.fmt import index as layout
@@ -40,6 +41,7 @@ class Stores:
         name: what messages call it.
         index: path of the index; it is made on first need.
         kinds: of containers.
+        locking: how to take their locks.
         fallback: the stores of the user's normal default store, where this is another one.
 
     Attributes:
@@ -49,9 +51,17 @@ class Stores:
         fallback: as given.
     """
 
-    def __init__(self, home: str, name: str, index: str, kinds: Iterable[Kind], fallback: Stores | None = None) -> None:
+    def __init__(
+        self,
+        home: str,
+        name: str,
+        index: str,
+        kinds: Iterable[Kind],
+        locking: Locking,
+        fallback: Stores | None = None,
+    ) -> None:
         self.home, self.store, self.fallback = home, name, fallback
-        self._pool = Pool(self.report)
+        self._pool = Pool(self.report, locking)
         self.index = Index(index, [reader for kind in kinds if (reader := kind.reader(self.kept))])
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.directory import read_entries, verify
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
+from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, StorageError, counted
@@ -84,6 +85,7 @@ def compact(
     of_copy: bool = False,
     progress: Callable[[int, int], None] | None = None,
     expect: Callable[[Store], object] = lambda target: None,
+    locking: Locking = USUAL,
 ) -> Compaction:
     """Writes the store anew, without free space, in its own place.
 
@@ -95,6 +97,7 @@ def compact(
         progress: called with (namespaces done, namespaces in all).
         expect: has the store know what was seen of it; see `Store.expect`. What was rolled back is in doubt in the new
             file.
+        locking: how to take the lock.
 
     Raises:
         FormatError: damaged, and not ``mend``; or no header is whole.
@@ -103,7 +106,7 @@ def compact(
         StorageError: the operating system failed; the old file stands.
     """
     path = os.path.realpath(path)  # a link shall go on leading to the store
-    with Store(path) as target, target._locked() as old:
+    with Store(path, locking=locking) as target, target._locked() as old:
         if old.status.st_nlink > 1:
             raise StorageError(path, "has another hard link, which would go on leading to the old content")
         expect(target)

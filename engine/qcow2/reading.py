@@ -12,6 +12,7 @@ from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
+from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.errors import FormatError
 
@@ -30,7 +31,7 @@ FORMAT = "qcow2"
 _SHARED_ATTEMPTS = 5
 
 
-def read_session(file: File, read: Callable[[Layout], T], *, force_share: bool = False) -> T:
+def read_session(file: File, read: Callable[[Layout], T], *, force_share: bool = False, locking: Locking = USUAL) -> T:
     """Runs ``read`` on the image's metadata, under the reader's lock, once it was found sound.
 
     Raises:
@@ -39,7 +40,7 @@ def read_session(file: File, read: Callable[[Layout], T], *, force_share: bool =
     """
     for attempt in range(_SHARED_ATTEMPTS):
         try:
-            with locks.reading(file, force_share=force_share):
+            with locks.reading(file, force_share=force_share, locking=locking, briefly=True):
                 layout = read_layout(file)
                 layout.require_sound()
                 return read(layout)
@@ -49,9 +50,9 @@ def read_session(file: File, read: Callable[[Layout], T], *, force_share: bool =
     raise AssertionError("unreachable")
 
 
-def describe(file: File, *, force_share: bool = False) -> ImageInfo:
+def describe(file: File, *, force_share: bool = False, locking: Locking = USUAL) -> ImageInfo:
     """The image and all its bitmaps, in one session; without numpy. Errors as `read_session`."""
-    return read_session(file, lambda layout: describe_layout(file, layout), force_share=force_share)
+    return read_session(file, lambda layout: describe_layout(file, layout), force_share=force_share, locking=locking)
 
 
 def describe_layout(file: File, layout: Layout) -> ImageInfo:
@@ -140,21 +141,22 @@ def load(file: File, layout: Layout, slot: Slot) -> NDArray[np.uint64]:
 
 
 @contextlib.contextmanager
-def write_session(path: str, abspath: str | None = None) -> Iterator[tuple[File, Layout]]:
+def write_session(path: str, abspath: str | None = None, *, locking: Locking = USUAL) -> Iterator[tuple[File, Layout]]:
     """Opens an image for writing, under QEMU's locks for a writer until the block ends.
 
     Args:
         path: of the image, for messages.
         abspath: its absolute path, where the process may have changed its folder since; see `open_file`.
+        locking: how to take the locks.
 
     Yields:
         The file, and its metadata as read under the locks; faults in it are for the caller to judge.
 
     Raises:
-        LockedError: another process has the image open.
+        LockedError: another process, or another thread, has the image open.
         StorageError, UnsupportedError: it cannot be opened or written to.
     """
-    with open_file(path, writable=True, abspath=abspath) as file, locks.writing(file):
+    with open_file(path, writable=True, abspath=abspath) as file, locks.writing(file, locking=locking):
         yield file, read_layout(file)
 
 

@@ -29,6 +29,7 @@ from dirtmap.engine.storefile.header import Chosen, Header, Seen
 from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.engine.system import locks, order
 from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
+from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.engine.system.order import Rank
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import parse_table
@@ -41,7 +42,6 @@ T = TypeVar("T")
 
 FORMAT = "dirtmap"
 _WRITER = 100  # the byte that a writer locks alone
-_PATIENCE_SECONDS = 5.0
 # A reader starts over when the header moved on under it; this often only where commits come without pause.
 _ATTEMPTS = 1000
 
@@ -137,6 +137,7 @@ class Store:
         abspath: its absolute path, where the process may have changed its folder since.
         after_commit: the one hook after a commit: called with this store once this thread holds no store's lock, for
             each commit that this object has made.
+        locking: how to take the lock for a change.
 
     Attributes:
         path: as it was opened, for messages.
@@ -145,9 +146,14 @@ class Store:
     """
 
     def __init__(
-        self, path: str, abspath: str | None = None, *, after_commit: Callable[[Store], object] | None = None
+        self,
+        path: str,
+        abspath: str | None = None,
+        *,
+        after_commit: Callable[[Store], object] | None = None,
+        locking: Locking = USUAL,
     ) -> None:
-        self.path = path
+        self.path, self._locking = path, locking
         self._after_commit = after_commit
         self._file = open_file(path, abspath=abspath)
         self._outdated: list[File] = []  # another thread may still read one
@@ -262,11 +268,11 @@ class Store:
         """Changes the store: at the end of the block all is durable, after an exception nothing has changed.
 
         Raises:
-            LockedError: another process is writing, and does not end.
+            LockedError: another process or thread is writing, and does not end.
             FormatError: what would have to be changed is damaged.
             StorageError: the operating system failed; the old state stands, or the new one does.
         """
-        with order.holding(Rank.STORE, self.abspath), self._locked() as file:
+        with self._locked() as file:
             change = Change(file, self.choose(file))
             yield change
             commit = change.commit()
@@ -279,17 +285,20 @@ class Store:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[File]:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            with open_file(self.path, writable=True, abspath=self.abspath) as file:
-                if file.lock_alone(_WRITER):
-                    # A compaction may have put another file in its place while we waited.
-                    if file.is_current():
-                        yield file
-                        return
-                elif time.monotonic() > deadline:
-                    raise LockedError(self.path, f"being written by {locks.holders(file)}")
-            time.sleep(random.uniform(0.001, 0.01))
+        def refusal() -> LockedError:
+            return LockedError(self.path, f"being written by {locks.holders(self._file)}")
+
+        with locks.turn(Rank.STORE, self.abspath, self._locking, refusal) as deadline:
+            while True:
+                with open_file(self.path, writable=True, abspath=self.abspath) as file:
+                    if file.lock_alone(_WRITER):
+                        # A compaction may have put another file in its place while we waited.
+                        if file.is_current():
+                            yield file
+                            return
+                    elif time.monotonic() > deadline:
+                        raise refusal()
+                time.sleep(random.uniform(0.001, 0.01))
 
 
 class Change:

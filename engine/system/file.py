@@ -12,6 +12,8 @@ import fcntl
 import os
 import stat
 import struct
+import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from dirtmap.fmt.errors import StorageError, SyncError
@@ -41,6 +43,7 @@ class File:
     def __init__(self, path: str, *, writable: bool = False, create: bool = False) -> None:
         self.path = path
         self._poisoned: str | None = None
+        self._guard, self._beside = threading.RLock(), Counter[int]()
         # O_NONBLOCK: a FIFO given as an image must not block the open; it means nothing for files and disks.
         mode = os.O_RDWR if writable else os.O_RDONLY
         mode |= os.O_CREAT | os.O_EXCL if create else 0
@@ -206,6 +209,28 @@ class File:
         except _FAILURES as error:
             raise self._failed("lock", error) from error
         return True
+
+    def lock_beside(self, offset: int) -> bool:
+        """Takes a shared open-file-description lock on one byte; False where someone else holds it alone.
+
+        Threads that share this file share the lock: the last `unlock_beside` gives it up.
+        """
+        with self._guard:
+            try:
+                fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, offset, 1, 0))
+            except (BlockingIOError, PermissionError):
+                return False
+            except _FAILURES as error:
+                raise self._failed("lock", error) from error
+            self._beside[offset] += 1
+            return True
+
+    def unlock_beside(self, offset: int) -> None:
+        """Gives up the lock that one `lock_beside` has taken."""
+        with self._guard:
+            self._beside[offset] -= 1
+            if not self._beside[offset]:
+                self.unlock(offset)
 
     def locked_by_other(self, offset: int) -> bool:
         """True where any other open file description holds a lock on that byte."""

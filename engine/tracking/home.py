@@ -179,7 +179,7 @@ class Home:
     def __init__(self, host: HostPort, path: str, name: bytes) -> None:
         self._host, self.name = host, name
         # One of its own, since the host's report each commit: a cut takes less time than to write that down.
-        self.store = Store(os.path.abspath(path))  # the tool may change its folder
+        self.store = Store(os.path.abspath(path), locking=host.locking)  # the tool may change its folder
         try:
             host.watch(self.store)
         except BaseException:
