@@ -41,7 +41,7 @@ from dirtmap.fmt.structures.store import AREA, LEAF
 T = TypeVar("T")
 
 FORMAT = "dirtmap"
-_WRITER = 100  # the byte that a writer locks alone
+_WRITER = 100  # the byte that a writer locks alone; who is next has the one after
 # A reader starts over when the header moved on under it; this often only where commits come without pause.
 _ATTEMPTS = 1000
 
@@ -291,14 +291,14 @@ class Store:
         with locks.turn(Rank.STORE, self.abspath, self._locking, refusal) as deadline:
             while True:
                 with open_file(self.path, writable=True, abspath=self.abspath) as file:
-                    if file.lock_alone(_WRITER):
-                        # A compaction may have put another file in its place while we waited.
-                        if file.is_current():
-                            yield file
-                            return
-                    elif time.monotonic() > deadline:
-                        raise refusal()
-                time.sleep(random.uniform(0.001, 0.01))
+                    while not locks.try_alone(file, _WRITER):
+                        if time.monotonic() > deadline:
+                            raise refusal()
+                        time.sleep(random.uniform(0.001, 0.01))
+                    # A compaction may have put another file in its place while we waited.
+                    if file.is_current():
+                        yield file
+                        return
 
 
 class Change:

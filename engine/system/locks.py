@@ -14,7 +14,8 @@ A reader takes less than QEMU's own would: 201 and 203 would make a virtual mach
 Source: QEMU block/file-posix.c, raw_apply_lock_bytes and raw_check_lock_bytes.
 
 Byte 300 is between processes of ours, and QEMU does not look at it. A writer has it alone while it holds or tries the
-bytes above, so that two that wait never see each other try. A reader shares it with other readers: it waits for a
+bytes above, so that two that wait never see each other try. Who waits for it has byte 301, which everybody has to have
+before: nobody who comes again at once overtakes who waits. A reader shares it with other readers: it waits for a
 writer of ours, which is done in a moment, and refuses at once where QEMU writes.
 """
 
@@ -174,7 +175,7 @@ def _reading(file: File) -> Iterator[None]:
 def _beside_readers(file: File, locking: Locking) -> Iterator[Callable[[], object]]:
     """Keeps writers of ours out, until the end of the block or a call of what is yielded."""
     deadline = time.monotonic() + locking.wait
-    while not file.lock_beside(_QUEUE):
+    while not _join(file):
         if order.is_held_here(Rank.IMAGE, file.abspath) or time.monotonic() > deadline:
             _refuse_if_written(file)
             raise LockedError(file.path, f"being written by {holders(file)}")
@@ -200,6 +201,27 @@ def _refuse_if_replaced(file: File) -> None:
         raise LockedError(file.path, "was replaced or removed while it was being opened")
 
 
+def _join(file: File) -> bool:
+    if not file.lock_beside(_QUEUE + 1):
+        return False
+    try:
+        return file.lock_beside(_QUEUE)
+    finally:
+        file.unlock_beside(_QUEUE + 1)
+
+
+def try_alone(file: File, byte: int) -> bool:
+    """Tries to take an exclusive lock on a byte, once.
+
+    Whoever tries and has to try again keeps the byte after it meanwhile, which everybody needs to try: so it is next.
+    Whoever gives up has to unlock that byte, too.
+    """
+    if not (file.lock_alone(byte + 1) and file.lock_alone(byte)):
+        return False
+    file.unlock(byte + 1)
+    return True
+
+
 @contextlib.contextmanager
 def writing(file: File, *, locking: Locking = USUAL) -> Iterator[None]:
     """Holds the writer's locks; QEMU refuses to open the image meanwhile.
@@ -220,16 +242,17 @@ def writing(file: File, *, locking: Locking = USUAL) -> Iterator[None]:
             while not _take(file):
                 if time.monotonic() > deadline:
                     raise refusal()
-                time.sleep(random.uniform(0.005, 0.02))
+                time.sleep(random.uniform(0.001, 0.01))
             _refuse_if_replaced(file)
             yield
         finally:
             _give_up(file)
+            file.unlock(_QUEUE + 1)
 
 
 def _take(file: File) -> bool:
     """Takes what a writer takes; nothing where somebody holds the image, who is to notice nothing of us."""
-    if not file.lock_alone(_QUEUE):
+    if not try_alone(file, _QUEUE):
         return False
     if not any(map(file.locked_by_other, _WRITER_TESTS)):
         for byte in _WRITER_TAKES:
