@@ -188,6 +188,7 @@ _STORE = "dirtmap.store"
 _INDEX = "dirtmap.index"
 _HOST = "dirtmap.host"
 _WAIT = "dirtmap.wait"
+_NO_LOCK = "dirtmap.no-lock"
 _PATIENCE_SECONDS = 5.0
 
 
@@ -201,6 +202,10 @@ def _remember_store(ctx: click.Context, _: click.Parameter, value: str | None) -
 
 def _remember_wait(ctx: click.Context, _: click.Parameter, value: float) -> None:
     ctx.meta[_WAIT] = value
+
+
+def _remember_no_lock(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[_NO_LOCK] = value
 
 
 def _remember_index(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -263,13 +268,23 @@ waiting = click.option(
     help="How long to wait for whoever holds what is needed; 0 does not wait.",
 )
 
+_no_lock = click.option(
+    "--no-lock",
+    is_flag=True,
+    callback=_remember_no_lock,
+    is_eager=True,
+    expose_value=False,
+    help="Also on a file system without locks that others see. You know that nobody else uses the files.",
+)
+
 
 def host_of(ctx: click.Context) -> Host:
     """The host, as the default store and the index of the user's choice tell of it: one for each command."""
     import dirtmap.engine as dm
 
     if _HOST not in ctx.meta:
-        host = dm.Host(ctx.meta.get(_STORE), ctx.meta.get(_INDEX), wait=ctx.meta.get(_WAIT, _PATIENCE_SECONDS))
+        wait = ctx.meta.get(_WAIT, _PATIENCE_SECONDS)
+        host = dm.Host(ctx.meta.get(_STORE), ctx.meta.get(_INDEX), wait=wait, lock=not ctx.meta.get(_NO_LOCK))
         ctx.meta[_HOST] = ctx.find_root().with_resource(host)
     found: Host = ctx.meta[_HOST]
     return found
@@ -287,7 +302,7 @@ def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _of_host(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say which host it is, and how it is used."""
-    return _store(_index(waiting(command)))
+    return _store(_index(waiting(_no_lock(command))))
 
 
 def named(command: Callable[..., Any]) -> Callable[..., Any]:

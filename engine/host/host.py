@@ -56,6 +56,8 @@ class Host:
         kinds: of containers.
         wait: seconds to wait for another process or thread that holds an image or a store; 0 does not wait. Reading an
             image that QEMU writes to is refused at once, whatever is said here.
+        lock: False: use files also on a file system without locks that others see; the caller knows that nobody else
+            does. Elsewhere locks are taken all the same.
 
     Raises:
         ArgumentError: ``wait`` is no number of seconds.
@@ -68,9 +70,10 @@ class Host:
         *,
         kinds: tuple[Kind, ...] = KINDS,
         wait: float = PATIENCE_SECONDS,
+        lock: bool = True,
     ) -> None:
         # The engine's own: what is behind a host is asked for by the rooms beside this one.
-        self._parts = Parts(store, index, kinds, Locking(_seconds(wait)))
+        self._parts = Parts(store, index, kinds, Locking(_seconds(wait), lock))
 
     @property
     def store(self) -> str:
@@ -415,8 +418,9 @@ class Host:
         """
         normal = self._parts.normal
         if self.home != normal:
-            wait = self._parts.locking.wait
-            with contextlib.suppress(Error), Host(normal, self.index_path, kinds=self._parts.kinds, wait=wait) as host:
+            locking = self._parts.locking
+            host = Host(normal, self.index_path, kinds=self._parts.kinds, wait=locking.wait, lock=locking.lock)
+            with contextlib.suppress(Error), host:
                 host._parts.registry.remember_store(self.home)
 
 

@@ -245,7 +245,7 @@ def read_image(file: File, blank: Container, force_share: bool) -> Reading:
     try:
         member, bitmaps = read_session(file, look, force_share=force_share, locking=Locking(wait=0))
         # Whoever does not force it is to be told, next time.
-        held = force_share and locks.is_written(file)
+        held = force_share and locks.is_written_by_others(file)
     except LockedError as error:
         return Reading(blank._replace(condition=HELD), nothing, error)
     except (FormatError, UnsupportedError) as error:

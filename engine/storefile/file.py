@@ -291,7 +291,8 @@ class Store:
         with locks.turn(Rank.STORE, self.abspath, self._locking, refusal) as deadline:
             while True:
                 with open_file(self.path, writable=True, abspath=self.abspath) as file:
-                    while not locks.try_alone(file, _WRITER):
+                    locked = locks.has_locks(file, self._locking)
+                    while locked and not locks.try_alone(file, _WRITER):
                         if time.monotonic() > deadline:
                             raise refusal()
                         time.sleep(random.uniform(0.001, 0.01))

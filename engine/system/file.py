@@ -16,6 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from dirtmap.engine.system.mounts import file_system
 from dirtmap.fmt.errors import StorageError, SyncError
 
 # struct flock of Linux: type, whence, start, length, pid.
@@ -23,6 +24,9 @@ _FLOCK = struct.Struct("@hhqqi")
 MOST = 2**63 - 1  # the last offset that a file can have
 _TOGETHER = 512  # places that `File.with_data` skips at once, where all of them lie in one hole
 
+
+_NOBODYS = 2**40 + 1  # a byte that nobody locks but to see whether locks work
+_NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS}
 
 # What the operating system refuses; an offset past 2**63, a path that no file can have.
 _FAILURES = (OSError, OverflowError, ValueError)
@@ -209,6 +213,21 @@ class File:
         except _FAILURES as error:
             raise self._failed("lock", error) from error
         return True
+
+    def lock_fault(self) -> str | None:
+        """Why locks on the file are not seen by all who have it open; None where they are. Names the file system."""
+        kind, private = file_system(self.status.st_dev)
+        if private is not None:
+            return f"on {kind} with the mount option '{private}', which keeps locks to this machine"
+        try:
+            for lock in (fcntl.F_RDLCK, fcntl.F_UNLCK):
+                request = _FLOCK.pack(lock, os.SEEK_SET, _NOBODYS, 1, 0)
+                fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, request)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise self._failed("lock", error) from error
+            return f"on {kind}, which has no such locks ({error.strerror})"
+        return None
 
     def lock_beside(self, offset: int) -> bool:
         """Takes a shared open-file-description lock on one byte; False where someone else holds it alone.

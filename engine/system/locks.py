@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from dirtmap.engine.system import order
 from dirtmap.engine.system.file import File
 from dirtmap.engine.system.order import Rank
-from dirtmap.fmt.errors import LockedError
+from dirtmap.fmt.errors import LockedError, UnsupportedError
 
 _USE, _UNSHARE = 100, 200
 _READ, _WRITE, _RESIZE = 0, 1, 3
@@ -52,12 +52,16 @@ class Locking:
 
     Attributes:
         wait: seconds to wait for whoever holds an image or a store; 0 does not wait.
+        lock: False: where a file system has no locks that others see, do without; the caller knows that nobody else
+            uses the file.
     """
 
     wait: float = PATIENCE_SECONDS
+    lock: bool = True
 
 
 USUAL = Locking()
+UNLOCKED = Locking(lock=False)  # for what may read whatever others do
 
 
 class _Line:
@@ -145,6 +149,10 @@ def reading(
     Raises:
         LockedError: someone has the image open for writing, or wrote to it or replaced it meanwhile.
     """
+    if not has_locks(file, Locking(lock=locking.lock and not force_share)):
+        # Who writes cannot be told; that somebody has written can.
+        yield from _unchanged(file) if not force_share else _as_it_is()
+        return
     file.lock(_USE + _READ)
     try:
         if force_share:
@@ -160,15 +168,42 @@ def reading(
 
 def _reading(file: File) -> Iterator[None]:
     _refuse_if_written(file)
+    yield from _unchanged(file, _refuse_if_written)
+
+
+def _unchanged(file: File, refuse: Callable[[File], object] = lambda file: None) -> Iterator[None]:
     modified = file.modified()
     try:
         yield
     finally:
         # A writer that came while we read may have changed what we read, and have made it look broken. It may
         # be gone again, and what lay where the bits were be a guest's.
-        _refuse_if_written(file)
+        refuse(file)
         if file.modified() != modified:
             raise LockedError(file.path, "was written to while it was being read")
+
+
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+def has_locks(file: File, locking: Locking) -> bool:
+    """True where locks on a file are seen by everybody who has it open; False where they are not, and are not needed.
+
+    Raises:
+        UnsupportedError: they are not, and are needed; names the file system.
+    """
+    fault = file.lock_fault()
+    if fault is None:
+        return True
+    if not locking.lock:
+        return False
+    raise UnsupportedError(file.path, f"{fault}; nobody would see our locks, and --no-lock does without")
+
+
+def is_written_by_others(file: File) -> bool:
+    """As `is_written`; False also where that cannot be told."""
+    return has_locks(file, UNLOCKED) and is_written(file)
 
 
 @contextlib.contextmanager
@@ -237,7 +272,12 @@ def writing(file: File, *, locking: Locking = USUAL) -> Iterator[None]:
     def refusal() -> LockedError:
         return LockedError(file.path, f"held by {holders(file)}; nothing ever writes an image in use")
 
+    locked = has_locks(file, locking)
     with turn(Rank.IMAGE, file.abspath, locking, refusal) as deadline:
+        if not locked:
+            _refuse_if_replaced(file)
+            yield
+            return
         try:
             while not _take(file):
                 if time.monotonic() > deadline:

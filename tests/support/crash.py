@@ -348,6 +348,9 @@ def in_memory(image: bytearray, *, growable: bool = True) -> Iterator[str]:
 
         lock_beside = lock_alone
 
+        def lock_fault(self) -> None:
+            return None
+
         def locked_by_other(self, offset: int) -> bool:
             return False
 
