@@ -186,6 +186,41 @@ def move_roots(target: Store, names: list[bytes], path: str) -> None:
                 change.table.put(replace(record, path=os.fsencode(path)))
 
 
+def relocate_roots(target: Store, names: list[bytes], path: str, *, kept: bool) -> None:
+    """Takes note that a raw root is elsewhere; where its bitmaps were not ``kept``, the devices' are all dirty, too.
+
+    Raises:
+        LockedError: a device is tracked.
+        BitmapError: a bitmap is held.
+        StorageError: the root's image cannot be looked at.
+    """
+    identity = lasting_identity(path, of_disk=True)
+    with target.change() as change:
+        for name in names:
+            record = change.table.get(name)
+            if record is None or record.kind != store.KIND_DEVICE:
+                continue
+            _refuse_relocation(target.path, record)
+            new = replace(record, path=os.fsencode(path), identity=identity)
+            before = record.identity
+            if kept and (before.size, before.mtime_ns) == (identity.size, identity.mtime_ns):
+                change.table.put(new)
+            else:
+                rewrite(change, record, new, doubted=True)
+
+
+def refuse_relocation(target: Store, names: list[bytes]) -> None:
+    """Refuses another place for the root of devices of which one is tracked or held. Errors as `relocate_roots`."""
+    for name in names:
+        if record := target.record(name):
+            _refuse_relocation(target.path, record)
+
+
+def _refuse_relocation(path: str, record: Record) -> None:
+    refuse_session(path, record)
+    refuse_held(path, record)
+
+
 def require_device(change: Change, name: str) -> Record:
     """The device's record.
 
