@@ -55,9 +55,11 @@ class Host:
         index: path of the index; the user's normal one where None. It is made on first need.
         kinds: of containers.
         wait: seconds to wait for another process or thread that holds an image or a store; 0 does not wait. Reading an
-            image that QEMU writes to is refused at once, whatever is said here.
-        lock: False: use files also on a file system without locks that others see; the caller knows that nobody else
-            does. Elsewhere locks are taken all the same.
+            image that QEMU writes to is refused at once in any case.
+        lock: if False, files on a file system without locks that others see are used, too; the caller knows that nobody
+            else uses them. Elsewhere locks are taken all the same.
+        trust: root believes what is in a default store, in stores that it knows, and in an index, although another user
+            owns them or can replace them. A path that is named itself needs no trust.
 
     Raises:
         ArgumentError: ``wait`` is no number of seconds.
@@ -71,9 +73,10 @@ class Host:
         kinds: tuple[Kind, ...] = KINDS,
         wait: float = PATIENCE_SECONDS,
         lock: bool = True,
+        trust: bool = False,
     ) -> None:
         # The engine's own: what is behind a host is asked for by the rooms beside this one.
-        self._parts = Parts(store, index, kinds, Locking(_seconds(wait), lock))
+        self._parts = Parts(store, index, kinds, Locking(_seconds(wait), lock), trust=trust)
 
     @property
     def store(self) -> str:
@@ -284,16 +287,17 @@ class Host:
             of_copy = self._parts.stores.original_of(target) is not None
         return compact(path, new_identity=True, of_copy=of_copy, expect=self._parts.expect, locking=self._parts.locking)
 
-    def make_sidecar(self, raw: str, path: str) -> None:
+    def make_sidecar(self, disk: str, path: str, *, raw: bool = False) -> None:
         """Makes a qcow2 image whose data is a raw image; see `dirtmap.engine.qcow2.sidecar.make_sidecar`.
 
         Raises:
             LockedError: the raw image is tracked as a node.
+            FormatError: it is an image of another format than raw, and ``raw`` is not said.
         """
         from dirtmap.engine.qcow2.sidecar import make_sidecar
 
-        self._parts.registry.refuse_tracked(raw)
-        make_sidecar(raw, path)
+        self._parts.registry.refuse_tracked(disk)
+        make_sidecar(disk, path, raw=raw)
 
     def in_lock_order(self, targets: Iterable[Target]) -> list[Target]:
         """Targets in the order in which their transactions have to be begun, where several are open at once.
@@ -322,11 +326,30 @@ class Host:
     def find(
         self, bitmap: str, *, force_share: bool = False, told: Callable[[Error], object] | None = None
     ) -> list[BitmapMatch]:
-        """Every bitmap of that name, in all containers that can be read; see `Resolver.find`."""
+        """Every bitmap of that name, in all containers that can be read; see `Resolver.find`.
+
+        Raises:
+            StorageError: as `has_store`.
+        """
+        self.has_store()
         return self._parts.names.find(bitmap, force_share=force_share, told=told)
 
+    def has_store(self) -> bool:
+        """True where there is a default store; False where it is the user's normal one and was never made.
+
+        Raises:
+            StorageError: it was chosen, by ``store`` or by ``$DIRTMAP_STORE``, and is not there; or nobody can tell
+                whether it is, as behind a loop of links.
+        """
+        return self._parts.has_store()
+
     def containers(self) -> list[str]:
-        """The paths of all containers that are known, stores first; those that are gone or damaged included."""
+        """The paths of all containers that are known, stores first; those that are gone or damaged included.
+
+        Raises:
+            StorageError: as `has_store`.
+        """
+        self.has_store()
         return self._parts.stores.containers()
 
     def nodes(self, problems: list[Error]) -> list[Node]:
@@ -337,6 +360,7 @@ class Host:
 
         Raises:
             FormatError: the default store is damaged.
+            StorageError: as `has_store`.
         """
         from dirtmap.engine.namespaces.nodes import nodes
 
@@ -350,6 +374,7 @@ class Host:
 
     def _gather(self, read: Callable[[Store], Iterable[Any]], problems: list[Error]) -> list[Any]:
         found: list[Any] = []
+        self.has_store()
         problems += self._parts.stores.problems()
         for path in self._parts.stores.stores():
             try:
@@ -372,9 +397,9 @@ class Host:
         found = self._parts.names.by_uuid(uuids.UUID(uuid).bytes)
         return None if found is None else found.name
 
-    def add_node(self, name: str, image: str) -> None:
+    def add_node(self, name: str, image: str, *, raw: bool = False) -> None:
         """A node whose bitmaps the default store holds; see `dirtmap.engine.namespaces.nodes.add_node`."""
-        self._parts.registry.add_node(name, image)
+        self._parts.registry.add_node(name, image, raw=raw)
         self._remember_chosen()
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
@@ -422,8 +447,10 @@ class Host:
         """
         normal = self._parts.normal
         if self.home != normal:
-            locking = self._parts.locking
-            host = Host(normal, self.index_path, kinds=self._parts.kinds, wait=locking.wait, lock=locking.lock)
+            locking, trust = self._parts.locking, self._parts.trust
+            host = Host(
+                normal, self.index_path, kinds=self._parts.kinds, wait=locking.wait, lock=locking.lock, trust=trust
+            )
             with contextlib.suppress(Error), host:
                 host._parts.registry.remember_store(self.home)
 
@@ -438,4 +465,4 @@ def _same_file(one: str, other: str) -> bool:
     try:
         return os.path.samefile(one, other)
     except OSError as error:
-        raise StorageError(other, error.strerror or str(error)) from error
+        raise StorageError(other, error.strerror or str(error), error.errno) from error

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.host.defaults import default_index, default_store
 from dirtmap.engine.host.handle import Handle
 from dirtmap.engine.host.kind import Address, Kind
-from dirtmap.engine.system.file import open_file
+from dirtmap.engine.system.file import failure, open_file
+from dirtmap.fmt.errors import StorageError
 
 if TYPE_CHECKING:
     from dirtmap.engine.host.registry import Registry
@@ -33,14 +34,17 @@ class Parts:
         index: path of the index; the user's normal one where None.
         kinds: of containers.
         locking: how to take the locks of images and stores.
+        trust: see `Host`.
 
     Attributes:
         store: path of the default store, as given.
         home: the same, absolute: the process may change its folder.
         index: path of the index, absolute.
         normal: the user's normal default store, absolute.
+        chosen: True where the default store was given, or the environment names it.
         kinds: as given.
         locking: as given.
+        trust: as given.
     """
 
     def __init__(
@@ -49,10 +53,12 @@ class Parts:
         index: str | os.PathLike[str] | None,
         kinds: tuple[Kind, ...],
         locking: Locking,
+        *,
+        trust: bool,
     ) -> None:
-        self.locking = locking
-        self.kinds = kinds
+        self.kinds, self.locking, self.trust = kinds, locking, trust
         chosen = None if index is None else os.fspath(index)
+        self.chosen = store is not None or bool(os.environ.get("DIRTMAP_STORE"))
         self.store = default_store(chosen) if store is None else os.fspath(store)
         # Absolute: the process may change its folder before they are needed.
         self.index = os.path.abspath(default_index(chosen))
@@ -72,8 +78,8 @@ class Parts:
 
             fallback = None
             if self.normal != self.home:
-                fallback = Stores(self.normal, self.normal, self.index, self.kinds, self.locking)
-            stores = Stores(self.home, self.store, self.index, self.kinds, self.locking, fallback)
+                fallback = Stores(self.normal, self.normal, self.index, self.kinds, self.locking, trust=self.trust)
+            stores = Stores(self.home, self.store, self.index, self.kinds, self.locking, fallback, trust=self.trust)
             names = Resolver(stores, self.kinds)
             self._made = stores, names, Registry(stores, names, self)
             return self._made
@@ -97,6 +103,20 @@ class Parts:
     def exists(self) -> bool:
         """True where there is a default store: the one that was chosen, or the user's normal one."""
         return os.path.exists(self.home) or os.path.exists(self.normal)
+
+    def has_store(self) -> bool:
+        """See `Host.has_store`."""
+        try:
+            os.stat(self.home)
+        except FileNotFoundError as error:
+            if os.path.islink(self.home):
+                raise StorageError(self.store, "a link to what is not there", error.errno) from error
+            if self.chosen:
+                raise StorageError(self.store, "no such store; 'store create' makes one", error.errno) from error
+            return False
+        except (OSError, ValueError) as error:
+            raise failure(self.store, "open", error) from error
+        return True
 
     def close(self) -> None:
         """Closes the stores that are open; it may be used again."""

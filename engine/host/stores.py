@@ -1,9 +1,9 @@
-"""`Stores`: the containers of a host, each of its stores looked after.
+"""`Stores`: the stores and images that a host knows. Its stores stay open, and are watched for rollbacks.
 
     default store ---places---> images and stores ---what they say---> index
 
-The default store remembers where this host's containers are, the containers say what is in them. The index makes that
-fast, and knows the last commit that was seen of each store: one that lacks it was rolled back.
+The default store remembers where the host's containers are; the containers say what is in them. The index makes that
+fast, and remembers the last commit seen of each store. A store that lacks that commit was rolled back.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dirtmap.engine.system.file import is_gone, is_same_file, make_folder_of
 from dirtmap.engine.system.locks import Locking
 from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import probe_path
+from dirtmap.engine.system.trust import distrust
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError
@@ -34,19 +35,20 @@ _ATTEMPTS = 5
 
 
 class Stores:
-    """The containers that a default store knows, and an index of them. Stores stay open, until `close`.
+    """The containers that a default store knows, and an index of them. Stores stay open until `close`.
 
     Args:
-        home: path of the default store, absolute; it need not exist.
-        name: what messages call it.
-        index: path of the index; it is made on first need.
-        kinds: of containers.
-        locking: how to take their locks.
-        fallback: the stores of the user's normal default store, where this is another one.
+        home: absolute path of the default store; it need not exist.
+        name: name of the default store in messages.
+        index: path of the index, which is made when first needed.
+        kinds: the kinds of containers.
+        locking: how to take the locks of the stores.
+        fallback: the stores of the user's normal default store, when --store names another; else None.
+        trust: believe files that another user can replace; see `dirtmap.engine.system.trust`.
 
     Attributes:
-        home: as given: the process may change its folder.
-        store: what messages call the default store; as a path it means the same.
+        home: as given; absolute, because the process may change its working folder.
+        store: name of the default store in messages; methods take it as its path.
         index: the index.
         fallback: as given.
     """
@@ -59,47 +61,86 @@ class Stores:
         kinds: Iterable[Kind],
         locking: Locking,
         fallback: Stores | None = None,
+        *,
+        trust: bool = False,
     ) -> None:
-        self.home, self.store, self.fallback = home, name, fallback
+        self.home, self.store, self.fallback, self._trust = home, name, fallback, trust
+        self._trusted: set[str] = set()
         self._pool = Pool(self.report, locking)
         self.index = Index(index, [reader for kind in kinds if (reader := kind.reader(self.kept))])
 
     def close(self) -> None:
-        """Closes the stores that are open."""
+        """Closes all open stores."""
         self._pool.close()
         if self.fallback is not None:
             self.fallback.close()
 
     @property
     def exists(self) -> bool:
-        """True where there is a default store."""
+        """True if the default store exists."""
         return os.path.exists(self.home)
 
     def _where(self, path: str) -> tuple[str, str]:
-        """A store's absolute path, and what messages call it. The default one is where it was when this was made."""
+        """The absolute path of a store, and its name in messages. The default store's path was fixed at the start."""
         if path == self.store:
             return self.home, self.store
         where = os.path.abspath(path)
         return where, self.store if where == self.home else path
 
     def kept(self, path: str) -> contextlib.AbstractContextManager[Store]:
-        """A store of the host, which is not checked, for the time of the block. Errors as `Store`."""
+        """Opens a store of the host for the time of the block, without watching it. Errors as `Store`."""
         return self._pool.using(*self._where(path), lambda target: None)
+
+    # Whether another user can have written what is in a file.
+
+    def require_trusted(self, path: str) -> None:
+        """Refuses, for root, a store that another user can have written. A path that root names is no matter of this.
+
+        Args:
+            path: of the store, absolute.
+
+        Raises:
+            StorageError: says why.
+        """
+        if (reason := self._distrust(path)) is not None:
+            raise StorageError(self._where(path)[1], reason)
+
+    def require_trusted_index(self) -> None:
+        """As `require_trusted`, of the index.
+
+        Raises:
+            ForbiddenError: says why.
+        """
+        for path in (self.index.path, os.path.join(self.index.path, "data.mdb")):
+            if (reason := self._distrust(path)) is not None:
+                raise ForbiddenError(self.index.path, f"index: {reason}")
+
+    def _distrust(self, path: str) -> str | None:
+        if self._trust or path in self._trusted:
+            return None
+        reason = distrust(path)
+        if reason is not None:
+            return f"not trusted: {reason}; --trust insists"
+        self._trusted.add(path)
+        return None
 
     # Stores, and whether they are what was last seen.
 
     @contextlib.contextmanager
     def opened(self, path: str | None = None, *, make: bool = False) -> Iterator[Store]:
-        """A store for the time of the block: a rollback is found before any answer, and commits are reported.
+        """Opens a store for the time of the block. Detects a rollback before any answer, and reports commits.
 
         Args:
-            path: which; the default store where None.
-            make: the default store, where it does not exist yet.
+            path: of the store; None for the default store.
+            make: makes the default store if it does not exist yet.
 
         Raises:
-            BitmapError: it is a copy of another store.
+            BitmapError: the store is a copy of another store.
+            StorageError: it is the default store, and root must not trust it.
             As `Store` and `Store.change`.
         """
+        if path is None:
+            self.require_trusted(self.home)
         path = path or self.store
         if make and path == self.store and not self.exists:
             make_folder_of(self.home, path)
@@ -113,24 +154,25 @@ class Stores:
             yield target
 
     def _advised(self, path: str, error: Error) -> Error:
-        """What is wrong with a store, and of the default one, which everything needs, what can be done."""
+        """The error for a store. For the default store, which everything needs, it also says what can be done."""
         if self._where(path)[0] != self.home or not isinstance(error, FormatError):
             return error
         how = "'check -r all' may mend it, or 'index scan' make another once it is moved away"
         try:
             Store(self.store, self.home).close()
-        except FormatError:  # its header: nothing leads to what is in it
+        except FormatError:  # the header is damaged: nothing leads to the content
             how = "'index scan' makes another once it is moved away"
         return FormatError(error.where, f"{error.what}; it is the default store: {how}")
 
     def watch(self, target: Store) -> None:
-        """Detects a rollback of a store, an older copy put back, and reports its last commit to the index.
+        """Detects a rollback (an older copy put back), and reports the store's last commit to the index.
 
-        A rollback is committed to the store: all in it counts as dirty. Where there is no index yet, this only refuses
-        a copy of a store that the default store knows.
+        After a rollback it marks the store doubted, in a commit: all bitmaps in it count as dirty all over. Without an
+        index it only refuses a copy of a store that the default store knows.
 
         Raises:
-            As `opened`.
+            BitmapError: the store is a copy of another store.
+            As `Store` and `Store.change`.
         """
         if os.path.isdir(self.index.path):
             self._judge(target)
@@ -138,22 +180,22 @@ class Stores:
             self._refuse_copy(target)
 
     def report(self, target: Store) -> None:
-        """Reports a commit to the index; see `HostPort.report`. It is durable: nothing here makes it look failed."""
+        """Reports a commit to the index; see `HostPort.report`. Errors are ignored, because the commit is durable."""
         if os.path.isdir(self.index.path):
             with contextlib.suppress(Error):
                 self._judge(target)
                 self._pool.believe(target)
 
     def expect(self, target: Store) -> str | None:
-        """Has a store know the last commit that the index has seen of it: where that is missing, all in it is dirty.
+        """Tells a store the last commit that the index has seen of it. If the store lacks it, it is rolled back.
 
         Returns:
-            Where the store was then; None where nothing was seen.
+            The path of the store at that time; None if the index has seen no commit of it.
         """
         try:
             seen = self.asking(lambda index: index.seen(target.uuid)) if os.path.isdir(self.index.path) else None
         except ForbiddenError:
-            return None  # as without an index; a name that has to be looked up there says so
+            return None  # as without an index; look-ups of names report the error
         if seen is None:
             return None
         target.expect(seen.commit)
@@ -166,14 +208,14 @@ class Stores:
             return
         try:
             with target.change():
-                pass  # but for the suspicion
+                pass  # an empty change: the commit marks the store doubted
             logger(__name__).warning("%s: an older copy was put back: all its bitmaps are dirty now", target.path)
         except StorageError as error:
             what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
-            raise StorageError(target.path, what) from error
+            raise StorageError(target.path, what, error.errno) from error
 
     def _original(self, target: Store) -> str | None:
-        """Where the default store says that a store is; None where it does not know, or that is here."""
+        """The path of that store in the default store; None if it is not known there, or known at this path."""
         if target.abspath == self.home or not self.exists:
             return None
 
@@ -189,7 +231,7 @@ class Stores:
         return None
 
     def original_of(self, target: Store) -> str | None:
-        """The path of the store of which this one is a copy; None where it is not known to be one."""
+        """The path of the store of which this one is a copy; None if it is not known to be a copy."""
         before = self.expect(target) if os.path.isdir(self.index.path) else None
         path = self._original(target) if before is None else before
         return path if path and path != target.abspath and self._is_copy(target, path) else None
@@ -208,17 +250,21 @@ class Stores:
         return False
 
     def _saw(self, target: Store) -> None:
-        # An index that cannot be written only makes the next look slower.
+        # An index that cannot be written only makes the next look-up slower.
         with contextlib.suppress(StorageError):
             self.asking(lambda index: index.saw(target))
 
     def asking(self, question: Callable[[Index], T]) -> T:
-        """Asks the index; a damaged one is put aside, and one asked that knows only the commits seen of stores.
+        """Asks the index. Replaces a damaged index by one that has only the commits seen of stores, and asks that.
 
         Args:
-            question: brings the index up to date with what it needs: it is asked again where another index has taken
-                the old one's place meanwhile, which is empty.
+            question: updates the index as far as it needs. It is called again if another, empty index has replaced the
+                index meanwhile.
+
+        Raises:
+            StorageError: the index is replaced again and again.
         """
+        self.require_trusted_index()
         for _ in range(_ATTEMPTS):
             try:
                 before = self.index.database
@@ -233,9 +279,9 @@ class Stores:
     # Which containers there are.
 
     def stores(self) -> list[str]:
-        """The paths of all stores of the host that can be read, with the index up to date for them.
+        """The paths of all readable stores of the host. Brings the index up to date for them.
 
-        An empty list where there is no default store.
+        Empty if there is no default store.
 
         Raises:
             FormatError: the default store is damaged.
@@ -243,9 +289,9 @@ class Stores:
         return [path for path, problem in self._survey().items() if problem is None]
 
     def remembered(self) -> list[str]:
-        """The paths of the default store and of the stores that it remembers, as it says: this needs no index.
+        """The paths of the default store and of the stores that it remembers. Needs no index.
 
-        None where there is no default store.
+        Empty if there is no default store.
 
         Raises:
             FormatError: the default store is damaged.
@@ -261,11 +307,11 @@ class Stores:
         return [self.home, *(os.fsdecode(record.path) for record in others)]
 
     def problems(self) -> list[Error]:
-        """What is wrong with other stores that are there: names in them are neither found nor free."""
+        """What is wrong with other stores that exist. Whether a name is in such a store cannot be told."""
         return [problem for problem in self._survey().values() if problem]
 
     def _survey(self) -> dict[str, Error | None]:
-        """The paths of all stores of the host that are there, the default one first, with what is wrong with each."""
+        """The paths of all existing stores of the host, the default store first, and what is wrong with each."""
         if not self.exists:
             return {}
 
@@ -287,14 +333,15 @@ class Stores:
         return self.asking(learn)
 
     def _refresh_store(self, index: Index, path: str) -> Container:
-        """What the index knows of a store, now.
+        """The index's record of a store, brought up to date.
 
         Raises:
-            Error: what is wrong with it.
+            Error: the store cannot be read.
         """
+        self.require_trusted(path)
         if (known := index.unchanged(path)) is not None:
             return known
-        index.open()  # there has to be one before a rollback can be seen
+        index.open()  # without an index no rollback can be detected
         with self.opened(path):
             pass
         for container, problem in index.refresh([path]):
@@ -304,7 +351,7 @@ class Stores:
         raise StorageError(path, "is being replaced")
 
     def containers(self) -> list[str]:
-        """The paths of all containers of the host, stores first; those that are gone or damaged included."""
+        """The paths of all containers of the host, stores first, including those that are gone or damaged."""
         if not self.exists:
             return []
         return self.asking(lambda index: self._containers(index, self.stores()))
@@ -324,10 +371,10 @@ class Stores:
         return list(dict.fromkeys(found))
 
     def refresh(self, *, force_share: bool = False) -> tuple[dict[int, Container], list[Error]]:
-        """Makes the index say what all containers say now.
+        """Brings the index up to date with all containers.
 
         Returns:
-            The containers that are sound, by their number in the index; and why others could not be read.
+            The sound containers by their number in the index, and the reasons why others could not be read.
         """
 
         def learn(index: Index) -> tuple[dict[int, Container], list[Error]]:

@@ -13,7 +13,7 @@ Threads of one process queue for an image or a store before they ask for the loc
 queue has the rank of the lock. Two images, or two stores, may be held at once: both waits are bounded, so opposite
 orders end in a `LockedError`; taking one and the same of these locks twice does so at once. A tracker's mark takes none
 of these locks. Its `_spare_guard` and its kernel's guard are leaves: whoever holds one takes no lock of this table, and
-calls nobody who does.
+calls nobody who does. So is the guard of `storefile.holds`.
 
 What has to happen after a commit of a store, and needs another lock, is given to `after_stores`: it is done once the
 thread holds no store any more.
