@@ -179,10 +179,10 @@ def test_a_virtual_machine_is_waited_for_by_changes_alone(tmp_path: Path) -> Non
         error = error_of("add", path, "b", "--wait", "1")
         assert "storage" in error
         assert "process" in error
-        assert 1 <= time.monotonic() - began < 3
+        assert 1 <= time.monotonic() - began < 4  # seconds; as a rule it waits 5
         began = time.monotonic()
         error_of("list", path)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 4
         del daemon
 
 
