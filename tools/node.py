@@ -112,9 +112,34 @@ def confirm_command(host: Host, name: str) -> None:
     """State that a node's bitmaps are right although its image looks changed.
 
     If an image was changed while nobody tracked it, its bitmaps count as all dirty. Use this command only if nothing
-    but the time stamp changed, or the file was moved. If anything was written to the image, its bitmaps have missed it.
+    but the time stamp changed, or another file with the same content is in its place. If the image is at another path
+    now, use "dirtmap node relocate" instead. If anything was written to the image, its bitmaps have missed it.
     """
     host.confirm_node(name)
+
+
+@options.command(
+    "relocate",
+    examples="""
+    dirtmap node relocate --move drive0 /srv/new/disk.raw
+    mv disk.raw /srv/new/ && dirtmap node relocate --confirm drive0 /srv/new/disk.raw
+    """,
+)
+@click.argument("name", type=options.NODE)
+@click.argument("path", type=click.Path())
+@click.option("--confirm", is_flag=True, help="You state that it is the same disk, and was moved and not written to.")
+@click.option("--move", is_flag=True, help="Rename the file itself, in its file system; bitmaps stay right.")
+@options.named
+@options.quiet
+def relocate_command(host: Host, name: str, path: str, confirm: bool, move: bool) -> None:
+    """Point a node to the PATH where its image is now: a raw file that was moved, or a block device.
+
+    With --confirm its bitmaps stay as they are, if the size and the time of the last write are as they were; otherwise
+    they become all dirty, and you are told. Devices on it follow. A qcow2 image says itself what it is: "dirtmap index
+    scan" finds where it is.
+    """
+    if not host.relocate_node(name, path, confirm=confirm, move=move):
+        complain(f"{printable(name)}: its bitmaps count as all dirty: nobody knows that {printable(path)} is as it was")
 
 
 @options.command(
@@ -164,5 +189,13 @@ def _show(title: str, found: list[Node]) -> None:
     write_table(f"{printable(title)}{none}", ("NODE", "SIZE", "BITMAPS", "IMAGE"), rows, right=(1,))
 
 
-for _command in (add_command, remove_command, rename_command, resize_command, confirm_command, list_command):
+for _command in (
+    add_command,
+    remove_command,
+    rename_command,
+    resize_command,
+    confirm_command,
+    relocate_command,
+    list_command,
+):
     node_command.add_command(_command)

@@ -72,6 +72,15 @@ def unescaped(name: str) -> str:
     return found.decode("utf-8", "surrogateescape")
 
 
+class _Seconds(click.ParamType):  # type: ignore[type-arg]
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value, re.ASCII):
+            self.fail(f"'{value}' is no number of seconds", param, ctx)
+        return float(value)
+
+
 class _Name(click.ParamType):  # type: ignore[type-arg]
     """A name in the form of the engine, whatever bytes the shell gave."""
 
@@ -180,6 +189,9 @@ _STORE = "dirtmap.store"
 _INDEX = "dirtmap.index"
 _TRUST = "dirtmap.trust"
 _HOST = "dirtmap.host"
+_WAIT = "dirtmap.wait"
+_NO_LOCK = "dirtmap.no-lock"
+_PATIENCE_SECONDS = 5.0
 
 
 def _remember_format(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -188,6 +200,14 @@ def _remember_format(ctx: click.Context, _: click.Parameter, value: str | None) 
 
 def _remember_store(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
     ctx.meta[_STORE] = value
+
+
+def _remember_wait(ctx: click.Context, _: click.Parameter, value: float) -> None:
+    ctx.meta[_WAIT] = value
+
+
+def _remember_no_lock(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[_NO_LOCK] = value
 
 
 def _remember_index(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -250,6 +270,28 @@ _index_path = click.option(
 )
 
 
+waiting = click.option(
+    "--wait",
+    type=_Seconds(),
+    default=_PATIENCE_SECONDS,
+    show_default=True,
+    metavar="SECONDS",
+    callback=_remember_wait,
+    is_eager=True,
+    expose_value=False,
+    help="How long to wait for whoever holds what is needed; 0 does not wait.",
+)
+
+_no_lock = click.option(
+    "--no-lock",
+    is_flag=True,
+    callback=_remember_no_lock,
+    is_eager=True,
+    expose_value=False,
+    help="Also on a file system without locks that others see. You know that nobody else uses the files.",
+)
+
+
 def _index(command: Callable[..., Any]) -> Callable[..., Any]:
     return _index_path(_trust(command))
 
@@ -260,9 +302,11 @@ def host_of(ctx: click.Context) -> Host:
 
     if _HOST not in ctx.meta:
         chosen = ctx.meta.get(_STORE), ctx.meta.get(_INDEX)
-        ctx.meta[_HOST] = ctx.find_root().with_resource(dm.Host(*chosen, trust=ctx.meta.get(_TRUST, False)))
-    host: Host = ctx.meta[_HOST]
-    return host
+        wait, lock = ctx.meta.get(_WAIT, _PATIENCE_SECONDS), not ctx.meta.get(_NO_LOCK)
+        host = dm.Host(*chosen, wait=wait, lock=lock, trust=ctx.meta.get(_TRUST, False))
+        ctx.meta[_HOST] = ctx.find_root().with_resource(host)
+    found: Host = ctx.meta[_HOST]
+    return found
 
 
 def tell_no_store(host: Host, *, quiet: bool) -> None:
@@ -281,9 +325,14 @@ def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_host
 
 
+def _of_host(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that say which host it is, and how it is used."""
+    return _store(_index(waiting(_no_lock(command))))
+
+
 def named(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of a command that takes names and no TARGET. The command gets the host first."""
-    return _store(_index(pass_host(command)))
+    return _of_host(pass_host(command))
 
 
 def speaking(command: Decorated) -> Decorated:
@@ -293,9 +342,9 @@ def speaking(command: Decorated) -> Decorated:
 
 def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of a command that reports. The command gets the host first, and ``quiet`` and ``output``."""
-    return speaking(_store(_index(_format(pass_host(command)))))
+    return speaking(_of_host(_format(pass_host(command))))
 
 
 def changing(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of a command that changes bitmaps and reports nothing. The command gets the host first."""
-    return quiet(_store(_index(_format(pass_host(command)))))
+    return quiet(_of_host(_format(pass_host(command))))

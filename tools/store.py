@@ -29,6 +29,7 @@ def store_command() -> None:
 )
 @click.argument("file", type=click.Path())
 @click.option("--cluster-size", type=options.SIZE, default="4K", show_default=True, help="4K to 2M, a power of two.")
+@options.waiting
 @options.quiet
 def create_command(file: str, cluster_size: int) -> None:
     """Make an empty store.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dirtmap.engine.host.host import Host, Target
+from dirtmap.engine.system.locks import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from dirtmap.engine.host.handle import Handle
@@ -18,12 +19,19 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str]
 
 
-def this_host(store: Path | None = None, index: Path | None = None) -> Host:
-    """The host as a default store and an index tell of it; the user's normal ones where None."""
-    return Host(store, index)
+def this_host(store: Path | None = None, index: Path | None = None, *, wait: float = PATIENCE_SECONDS) -> Host:
+    """The host as a default store and an index tell of it; the user's normal ones where None. ``wait`` as `Host`."""
+    return Host(store, index, wait=wait)
 
 
-def open(target: Target, *, store: Path | None = None, index: Path | None = None, force_share: bool = False) -> Handle:
+def open(
+    target: Target,
+    *,
+    store: Path | None = None,
+    index: Path | None = None,
+    force_share: bool = False,
+    wait: float = PATIENCE_SECONDS,
+) -> Handle:
     """Opens the bitmaps of an image.
 
     Args:
@@ -31,6 +39,7 @@ def open(target: Target, *, store: Path | None = None, index: Path | None = None
         store: the default store, which knows the others; the user's normal one where None.
         index: path of the index; the user's normal one where None.
         force_share: read a qcow2 image although another process writes to it; what it has in memory is not seen.
+        wait: seconds to wait for whoever holds what is needed; see `Host`.
 
     Raises:
         FormatError: neither a qcow2 image nor in a store, one that QEMU would refuse, or one that is unsafe to use.
@@ -38,7 +47,7 @@ def open(target: Target, *, store: Path | None = None, index: Path | None = None
         LockedError: open for writing elsewhere.
         StorageError: cannot be opened or read.
     """
-    host = Host(store, index)
+    host = Host(store, index, wait=wait)
     try:
         return host.open(target, force_share=force_share, closing=host.close)
     except BaseException:
@@ -47,30 +56,44 @@ def open(target: Target, *, store: Path | None = None, index: Path | None = None
 
 
 def describe(
-    target: Target, *, store: Path | None = None, index: Path | None = None, force_share: bool = False
+    target: Target,
+    *,
+    store: Path | None = None,
+    index: Path | None = None,
+    force_share: bool = False,
+    wait: float = PATIENCE_SECONDS,
 ) -> ImageInfo:
     """An image and all its bitmaps without their bits, as of one moment; a store's path stands for all it holds.
 
     Arguments and errors as `open`.
     """
-    with Host(store, index) as host:
+    with Host(store, index, wait=wait) as host:
         return host.describe(target, force_share=force_share)
 
 
 @contextlib.contextmanager
 def transaction(
-    targets: Iterable[Target], *, store: Path | None = None, index: Path | None = None
+    targets: Iterable[Target],
+    *,
+    store: Path | None = None,
+    index: Path | None = None,
+    wait: float = PATIENCE_SECONDS,
 ) -> Iterator[dict[Target, Transaction]]:
     """Changes the bitmaps of several targets in one commit; see `Host.transaction`. Other arguments as `open`."""
-    with Host(store, index) as host, host.transaction(targets) as transactions:
+    with Host(store, index, wait=wait) as host, host.transaction(targets) as transactions:
         yield transactions
 
 
 def recover(
-    target: Target, names: Iterable[str] = (), *, store: Path | None = None, index: Path | None = None
+    target: Target,
+    names: Iterable[str] = (),
+    *,
+    store: Path | None = None,
+    index: Path | None = None,
+    wait: float = PATIENCE_SECONDS,
 ) -> list[Recovery]:
     """Makes bitmaps usable whose bits cannot be relied on; see `Host.recover`. Other arguments as `open`."""
-    with Host(store, index) as host:
+    with Host(store, index, wait=wait) as host:
         return host.recover(target, names)
 
 
@@ -81,10 +104,11 @@ def check(
     store: Path | None = None,
     index: Path | None = None,
     force_share: bool = False,
+    wait: float = PATIENCE_SECONDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Checks a container and mends it; see `Host.check`. Other arguments as `open`."""
-    with Host(store, index) as host:
+    with Host(store, index, wait=wait) as host:
         return host.check(target, repair=repair, force_share=force_share, progress=progress)
 
 
@@ -95,7 +119,8 @@ def dump(
     store: Path | None = None,
     index: Path | None = None,
     force_share: bool = False,
+    wait: float = PATIENCE_SECONDS,
 ) -> dict[str, Any]:
     """Every structure on disk, as far as it can be read; see `Host.dump`. Other arguments as `open`."""
-    with Host(store, index) as host:
+    with Host(store, index, wait=wait) as host:
         return host.dump(target, with_hex=with_hex, force_share=force_share)

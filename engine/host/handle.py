@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Self, SupportsIndex, TypeVar
 
 from dirtmap.engine.host.kind import Address, Kind, KindPort, Tracking
 from dirtmap.engine.model.namespace import Namespace
@@ -26,6 +26,10 @@ T = TypeVar("T")
 
 class Handle(Namespace):
     """The bitmaps of an image or device; see `Namespace`. Made by `Host.open`.
+
+    Once it is closed, whatever would read or change raises an `Error` that says so, as does an iteration begun before,
+    and it cannot be entered again. What it was is still told: its path, name, UUID and size. Blocks of a transaction or
+    a hold that were begun before go on to their end, and so does a tracker.
 
     Args:
         host: that it belongs to.
@@ -45,7 +49,7 @@ class Handle(Namespace):
         closing: Callable[[], object] = lambda: None,
     ) -> None:
         self._host, self._kind, self._address, self._force_share = host, kind, address, force_share
-        self._stack = contextlib.ExitStack()
+        self._stack, self._closed = contextlib.ExitStack(), False
         self._closing = contextlib.ExitStack()
         self._open()
         self._closing.callback(closing)
@@ -58,14 +62,35 @@ class Handle(Namespace):
         self.size, self.cluster_size = self._backend.size, self._backend.cluster_size
 
     def _open_anew(self) -> None:
+        self._backend = None  # where it cannot be opened now, the next question tries again
         self._stack.close()
         self._open()
 
     @property
     def _now(self) -> Namespace:
-        if self._backend is None:
+        if self._closed:
             raise Error(str(self._address), "is closed")
+        if self._backend is None:
+            self._open()
+        assert self._backend is not None
         return self._backend
+
+    def __enter__(self) -> Self:
+        _ = self._now
+        return self
+
+    def __contains__(self, name: object) -> bool:
+        _ = self._now  # also where the answer is known without it
+        return super().__contains__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._checked(super().__iter__())
+
+    def _checked(self, names: Iterator[str]) -> Iterator[str]:
+        for name in names:
+            _ = self._now
+            yield name
+        _ = self._now
 
     def _ask(self, question: Callable[[Namespace], T]) -> T:
         try:
@@ -179,9 +204,9 @@ class Handle(Namespace):
 
     def close(self) -> None:
         """Closes it; a tracker that it began goes on."""
-        self._backend = None
+        self._closed, self._backend = True, None
         self._stack.close()
         self._closing.close()
 
     def __repr__(self) -> str:
-        return f"<Handle of {self._address}>"
+        return f"<Handle of {self._address}{', closed' if self._closed else ''}>"

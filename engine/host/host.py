@@ -18,9 +18,11 @@ from dirtmap.engine.host.handle import Handle
 from dirtmap.engine.host.kind import Address, Kind
 from dirtmap.engine.host.kinds import KINDS
 from dirtmap.engine.host.parts import Parts
+from dirtmap.engine.system.locks import PATIENCE_SECONDS, Locking
 from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import index_folder
 from dirtmap.fmt.errors import (
+    ArgumentError,
     BitmapError,
     BitmapNotFoundError,
     Error,
@@ -52,9 +54,15 @@ class Host:
         store: the default store, which knows the others; the user's normal one where None. It need not exist.
         index: path of the index; the user's normal one where None. It is made on first need.
         kinds: of containers.
+        wait: seconds to wait for another process or thread that holds an image or a store; 0 does not wait. Reading an
+            image that QEMU writes to is refused at once in any case.
+        lock: if False, files on a file system without locks that others see are used, too; the caller knows that nobody
+            else uses them. Elsewhere locks are taken all the same.
         trust: root believes what is in a default store, in stores that it knows, and in an index, although another user
             owns them or can replace them. A path that is named itself needs no trust.
 
+    Raises:
+        ArgumentError: ``wait`` is no number of seconds.
     """
 
     def __init__(
@@ -63,10 +71,12 @@ class Host:
         index: str | os.PathLike[str] | None = None,
         *,
         kinds: tuple[Kind, ...] = KINDS,
+        wait: float = PATIENCE_SECONDS,
+        lock: bool = True,
         trust: bool = False,
     ) -> None:
         # The engine's own: what is behind a host is asked for by the rooms beside this one.
-        self._parts = Parts(store, index, kinds, trust=trust)
+        self._parts = Parts(store, index, kinds, Locking(_seconds(wait), lock), trust=trust)
 
     @property
     def store(self) -> str:
@@ -267,7 +277,7 @@ class Host:
         """Writes a store anew without the space that it does not use; see `dirtmap.engine.namespaces.compact`."""
         from dirtmap.engine.namespaces.compact import compact
 
-        return compact(path, expect=self._parts.expect)
+        return compact(path, expect=self._parts.expect, locking=self._parts.locking)
 
     def new_identity(self, path: str) -> Compaction:
         """Makes a copied store one of its own, with other UUIDs; see `dirtmap.engine.namespaces.compact`."""
@@ -275,7 +285,7 @@ class Host:
 
         with self._parts.stores.kept(path) as target:
             of_copy = self._parts.stores.original_of(target) is not None
-        return compact(path, new_identity=True, of_copy=of_copy, expect=self._parts.expect)
+        return compact(path, new_identity=True, of_copy=of_copy, expect=self._parts.expect, locking=self._parts.locking)
 
     def make_sidecar(self, disk: str, path: str, *, raw: bool = False) -> None:
         """Makes a qcow2 image whose data is a raw image; see `dirtmap.engine.qcow2.sidecar.make_sidecar`.
@@ -413,6 +423,10 @@ class Host:
         """States that a node's bitmaps are right; see `dirtmap.engine.namespaces.nodes.confirm_node`."""
         self._parts.registry.confirm_node(name)
 
+    def relocate_node(self, name: str, path: str, confirm: bool = False, move: bool = False) -> bool:
+        """Points a raw node to where its image is now; see `dirtmap.engine.namespaces.nodes.relocate_node`."""
+        return self._parts.registry.relocate_node(name, path, confirm=confirm, move=move)
+
     def add_device(self, name: str, root: str) -> None:
         """A device on a node, in the default store; see `dirtmap.engine.namespaces.devices.add_device`."""
         self._parts.registry.add_device(name, root)
@@ -433,9 +447,18 @@ class Host:
         """
         normal = self._parts.normal
         if self.home != normal:
-            kinds, trust = self._parts.kinds, self._parts.trust
-            with contextlib.suppress(Error), Host(normal, self.index_path, kinds=kinds, trust=trust) as host:
+            locking, trust = self._parts.locking, self._parts.trust
+            host = Host(
+                normal, self.index_path, kinds=self._parts.kinds, wait=locking.wait, lock=locking.lock, trust=trust
+            )
+            with contextlib.suppress(Error), host:
                 host._parts.registry.remember_store(self.home)
+
+
+def _seconds(wait: float) -> float:
+    if not wait >= 0:  # nor not a number
+        raise ArgumentError("wait", f"{wait!r} is no number of seconds, 0 or more")
+    return wait
 
 
 def _same_file(one: str, other: str) -> bool:

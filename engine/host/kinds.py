@@ -89,7 +89,7 @@ class Qcow2Kind(Kind):
         from dirtmap.engine.system.file import open_file
 
         with contextlib.suppress(LockedError), open_file(address.path) as file:
-            info = describe(file, force_share=force_share)
+            info = describe(file, force_share=force_share, locking=host.locking)
             if info.node is None or info.uuid is None or info.errors:  # with one, nothing else opens the image
                 return info
         return super().describe(host, address, force_share=force_share)
@@ -110,7 +110,7 @@ class Qcow2Kind(Kind):
         if identity := read_identity(path):
             place = place_of(host, identity[0], uuid.UUID(identity[1]).bytes)
             place.refuse_twin(path)
-        return recover(path, names, place=place)
+        return recover(path, names, place=place, locking=host.locking)
 
     @contextlib.contextmanager
     def transaction(self, host: KindPort, addresses: list[Address]) -> Iterator[list[Transaction]]:
@@ -137,7 +137,7 @@ class Qcow2Kind(Kind):
             if status and status.alive:
                 raise LockedError(path, f"tracked by {status.tracker}; ask it, or end it first")
             raise BitmapError(path, "its tracker has died; 'dirtmap recover' first")
-        return check(path, repair=repair, force_share=force_share, progress=progress)
+        return check(path, repair=repair, force_share=force_share, progress=progress, locking=host.locking)
 
     def dump(self, path: str, *, with_hex: bool, force_share: bool) -> dict[str, Any]:
         """See `Kind`."""
@@ -214,7 +214,7 @@ class StoreKind(Kind):
         """See `Kind`."""
         from dirtmap.engine.namespaces.store_check import check
 
-        return check(path, repair=repair, progress=progress, expect=host.expect)
+        return check(path, repair=repair, progress=progress, expect=host.expect, locking=host.locking)
 
     def dump(self, path: str, *, with_hex: bool, force_share: bool) -> dict[str, Any]:
         """See `Kind`."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.host.resolver import Resolver
     from dirtmap.engine.host.stores import Stores
     from dirtmap.engine.storefile.file import Store
+    from dirtmap.engine.system.locks import Locking
 
 
 class Parts:
@@ -32,6 +33,7 @@ class Parts:
         store: the default store; the user's normal one where None.
         index: path of the index; the user's normal one where None.
         kinds: of containers.
+        locking: how to take the locks of images and stores.
         trust: see `Host`.
 
     Attributes:
@@ -41,6 +43,7 @@ class Parts:
         normal: the user's normal default store, absolute.
         chosen: True where the default store was given, or the environment names it.
         kinds: as given.
+        locking: as given.
         trust: as given.
     """
 
@@ -49,10 +52,11 @@ class Parts:
         store: str | os.PathLike[str] | None,
         index: str | os.PathLike[str] | None,
         kinds: tuple[Kind, ...],
+        locking: Locking,
         *,
         trust: bool,
     ) -> None:
-        self.kinds, self.trust = kinds, trust
+        self.kinds, self.locking, self.trust = kinds, locking, trust
         chosen = None if index is None else os.fspath(index)
         self.chosen = store is not None or bool(os.environ.get("DIRTMAP_STORE"))
         self.store = default_store(chosen) if store is None else os.fspath(store)
@@ -74,8 +78,8 @@ class Parts:
 
             fallback = None
             if self.normal != self.home:
-                fallback = Stores(self.normal, self.normal, self.index, self.kinds, trust=self.trust)
-            stores = Stores(self.home, self.store, self.index, self.kinds, fallback, trust=self.trust)
+                fallback = Stores(self.normal, self.normal, self.index, self.kinds, self.locking, trust=self.trust)
+            stores = Stores(self.home, self.store, self.index, self.kinds, self.locking, fallback, trust=self.trust)
             names = Resolver(stores, self.kinds)
             self._made = stores, names, Registry(stores, names, self)
             return self._made

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dirtmap.engine.storefile.file import Store
+from dirtmap.engine.system.locks import Locking
 
 _MOST = 32  # stores that stay open while nobody uses them
 
@@ -36,10 +37,11 @@ class Pool:
 
     Args:
         after_commit: the hook of each store that it opens; see `Store`.
+        locking: how to take their locks.
     """
 
-    def __init__(self, after_commit: Callable[[Store], object]) -> None:
-        self._after_commit = after_commit
+    def __init__(self, after_commit: Callable[[Store], object], locking: Locking) -> None:
+        self._after_commit, self._locking = after_commit, locking
         self._kept: dict[tuple[str, str], _Kept] = {}  # the one used last is the last
         self._process, self._closed = os.getpid(), False
         self._guard = threading.Lock()
@@ -80,7 +82,7 @@ class Pool:
             kept = self._kept.pop(key, None)
             if kept is None:
                 path, name = key
-                kept = _Kept(Store(name, path, after_commit=self._after_commit))
+                kept = _Kept(Store(name, path, after_commit=self._after_commit, locking=self._locking))
             self._kept[key] = kept
             kept.users += 1
             return kept

@@ -144,6 +144,28 @@ class Registry:
         with self._stores.opened(self._names.require(name, store.KIND_NODE, store.KIND_PLACE).store) as target:
             nodes.confirm_node(target, name)
 
+    def relocate_node(self, name: str, path: str, *, confirm: bool, move: bool) -> bool:
+        """Points a raw node, and the devices on it, to another place; see `nodes.relocate_node`."""
+        found = self._names.require(name, store.KIND_NODE, store.KIND_PLACE)
+        path = os.path.abspath(path)
+        if not move:
+            for other in self._names.every_store():
+                with self._stores.kept(other) as known:
+                    records = known.read(lambda snapshot: list(snapshot.table()))
+                others = [record for record in records if record.uuid != found.uuid]
+                nodes.refuse_second_name(others, path, identity_of(path), *nodes.KINDS)
+        self._names.require_all_stores()  # one that cannot be read may have a device on it
+        on_it = self._names.devices_of(found.uuid)
+        for where, names in on_it.items():
+            with self._stores.opened(where) as target:
+                devices.refuse_relocation(target, names)
+        with self._stores.opened(found.store) as target:
+            kept = nodes.relocate_node(target, name, path, confirm=confirm, move=move)
+        for where, names in on_it.items():
+            with self._stores.opened(where) as target:
+                devices.relocate_roots(target, names, path, kept=kept)
+        return kept
+
     def add_device(self, name: str, root: str) -> None:
         """Adds a device on a node, in the default store; see `devices.add_device`."""
         self._require_free(name, "device")

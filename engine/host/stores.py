@@ -21,6 +21,7 @@ from dirtmap.engine.index.reading import Container
 from dirtmap.engine.index.renewal import examine, renew
 from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system.file import is_gone, is_same_file, make_folder_of
+from dirtmap.engine.system.locks import Locking
 from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import probe_path
 from dirtmap.engine.system.trust import distrust
@@ -41,6 +42,7 @@ class Stores:
         name: name of the default store in messages.
         index: path of the index, which is made when first needed.
         kinds: the kinds of containers.
+        locking: how to take the locks of the stores.
         fallback: the stores of the user's normal default store, when --store names another; else None.
         trust: believe files that another user can replace; see `dirtmap.engine.system.trust`.
 
@@ -57,13 +59,14 @@ class Stores:
         name: str,
         index: str,
         kinds: Iterable[Kind],
+        locking: Locking,
         fallback: Stores | None = None,
         *,
         trust: bool = False,
     ) -> None:
         self.home, self.store, self.fallback, self._trust = home, name, fallback, trust
         self._trusted: set[str] = set()
-        self._pool = Pool(self.report)
+        self._pool = Pool(self.report, locking)
         self.index = Index(index, [reader for kind in kinds if (reader := kind.reader(self.kept))])
 
     def close(self) -> None:

@@ -107,7 +107,7 @@ def track_image(host: KindPort, namespace: Namespace, tracking: Tracking) -> Tra
     if image.name is None or image.uuid is None or not os.path.exists(path):
         raise _no_place(image)
     name = encode_name(image.name)
-    with write_session(image.path, image.abspath) as (file, layout):
+    with write_session(image.path, image.abspath, locking=host.locking) as (file, layout):
         layout.require_sound()
         layout.require_untracked()
         require_writable(layout)

@@ -22,6 +22,7 @@ from dirtmap.engine.storefile.file import Snapshot, Store
 from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
+from dirtmap.engine.system.locks import Locking
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError
 from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_STORE, NO_AREA, SOUND, Member, members_key
@@ -245,9 +246,9 @@ def read_image(file: File, blank: Container, force_share: bool) -> Reading:
 
     nothing: dict[int, tuple[bytes, list[tuple[Member, Bitmaps | None]]]] = {0: (NO_AREA, [])}
     try:
-        member, bitmaps = read_session(file, look, force_share=force_share)
+        member, bitmaps = read_session(file, look, force_share=force_share, locking=Locking(wait=0))
         # If a writer holds the image, the next caller without force_share must be told: the reading counts as racy.
-        held = force_share and locks.is_written(file)
+        held = force_share and locks.is_written_by_others(file)
     except LockedError as error:
         return Reading(blank._replace(condition=HELD), nothing, error)
     except (FormatError, UnsupportedError) as error:

@@ -104,7 +104,7 @@ def check_in(
         settle_device(host, target, name)
     with (
         host.opened(store_path) as target,
-        write_session(path) as (file, layout),
+        write_session(path, locking=host.locking) as (file, layout),
         target.change() as change,
     ):
         layout.require_sound()

@@ -23,7 +23,9 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.directory import read_entries, verify
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
+from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
+from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, counted
@@ -84,6 +86,7 @@ def compact(
     of_copy: bool = False,
     progress: Callable[[int, int], None] | None = None,
     expect: Callable[[Store], object] = lambda target: None,
+    locking: Locking = USUAL,
 ) -> Compaction:
     """Rewrites the store in its place, without free space.
 
@@ -95,6 +98,7 @@ def compact(
         progress: called with (namespaces done, namespaces in all).
         expect: compares the store with what was last seen of it; see `Store.expect`. A rolled-back store is in doubt in
             the new file, too.
+        locking: how to take the lock of the store.
 
     Raises:
         FormatError: the store is damaged and ``mend`` is False, or no header is whole.
@@ -104,7 +108,7 @@ def compact(
         StorageError: the operating system failed; the old file stands.
     """
     path = os.path.realpath(path)  # so that a symbolic link to the store stays one
-    with Store(path) as target, target._locked() as old:
+    with Store(path, locking=locking) as target, target._locked() as old:
         if old.status.st_nlink > 1:
             raise StorageError(path, "has another hard link, which would go on leading to the old content")
         expect(target)
@@ -129,7 +133,7 @@ def compact(
                 new.belong_as(old)
                 change = _Eager(new, headers.choose(temporary, new.read(0, store.RESERVED)))
                 readable = _readable(snapshot, result, mend=mend)
-                _refuse_held(old, readable)
+                _refuse_held(old, readable, locking)
                 if new_identity and not of_copy:
                     _refuse_used(path, readable)
                 if new_identity:
@@ -174,7 +178,7 @@ def _refuse_used(path: str, readable: list[_Readable]) -> None:
         refuse_tracked(path, found.record)
 
 
-def _refuse_held(old: File, readable: list[_Readable]) -> None:
+def _refuse_held(old: File, readable: list[_Readable], locking: Locking) -> None:
     """Refuses to put another file in the store's place while a bitmap in it is held; see `holds`.
 
     Raises:
@@ -183,7 +187,8 @@ def _refuse_held(old: File, readable: list[_Readable]) -> None:
     """
     for found in readable:
         refuse_held(found.source, found.record)
-    if holds.is_any_alive(old):
+    # On a file system without locks nobody can hold, and the caller has said that nobody else uses the store.
+    if locks.has_locks(old, locking) and holds.is_any_alive(old):
         raise LockedError(old.path, "a bitmap in it is held, and its record of that cannot be read; try again later")
 
 

@@ -21,7 +21,7 @@ from dirtmap.engine.namespaces.condition import (
     tracked_view,
 )
 from dirtmap.engine.storefile.directory import require_free
-from dirtmap.engine.storefile.file import Change, Store
+from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, counted
 from dirtmap.fmt.store import Identity, Record
@@ -185,6 +185,45 @@ def move_roots(target: Store, names: list[bytes], path: str) -> None:
             record = change.table.get(name)
             if record and record.kind == store.KIND_DEVICE and record.path != os.fsencode(path):
                 change.table.put(replace(record, path=os.fsencode(path)))
+
+
+def relocate_roots(target: Store, names: list[bytes], path: str, *, kept: bool) -> None:
+    """Takes note that a raw root is elsewhere; where its bitmaps were not ``kept``, the devices' are all dirty, too.
+
+    Raises:
+        LockedError: a device is tracked.
+        BitmapError: a bitmap is held.
+        StorageError: the root's image cannot be looked at.
+    """
+    identity = lasting_identity(path, of_disk=True)
+    with target.change() as change:
+        for name in names:
+            record = change.table.get(name)
+            if record is None or record.kind != store.KIND_DEVICE:
+                continue
+            _refuse_relocation(change.snapshot, record)
+            new = replace(record, path=os.fsencode(path), identity=identity)
+            before = record.identity
+            if kept and (before.size, before.mtime_ns) == (identity.size, identity.mtime_ns):
+                change.table.put(new)
+            else:
+                rewrite(change, record, new, doubted=True)
+
+
+def refuse_relocation(target: Store, names: list[bytes]) -> None:
+    """Refuses another place for the root of devices of which one is tracked or held. Errors as `relocate_roots`."""
+
+    def refuse(snapshot: Snapshot) -> None:
+        for name in names:
+            if record := snapshot.record(name):
+                _refuse_relocation(snapshot, record)
+
+    target.read(refuse)
+
+
+def _refuse_relocation(snapshot: Snapshot, record: Record) -> None:
+    refuse_session(snapshot.file.path, record)
+    refuse_held(snapshot, record)
 
 
 def require_device(change: Change, name: str) -> Record:

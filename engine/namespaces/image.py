@@ -17,6 +17,7 @@ from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout, void_bitmaps
 from dirtmap.engine.qcow2.reading import FORMAT, T, describe_layout, load, read_session, write_session
 from dirtmap.engine.system.file import File, open_file
+from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.engine.system.log import logger
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError, MovedError
@@ -134,7 +135,7 @@ class Image(Namespace):
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes inconsistent bitmaps usable; see the function `recover`."""
-        return recover(self.path, names, place=self.place, abspath=self.abspath)
+        return recover(self.path, names, place=self.place, abspath=self.abspath, locking=self._host.locking)
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
@@ -148,7 +149,7 @@ class Image(Namespace):
         return f"<Image {self.path!r}>"
 
     def _read(self, read: Callable[[Layout], T]) -> T:
-        return read_session(self._file, read, force_share=self._force_share)
+        return read_session(self._file, read, force_share=self._force_share, locking=self._host.locking)
 
     def _read_here(self, read: Callable[[Layout], T]) -> T:
         """Like `_read`, but only for bitmaps that are in the image.
@@ -165,7 +166,7 @@ class Image(Namespace):
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[File, Layout]]:
-        with write_session(self.path, self.abspath) as (file, layout):
+        with write_session(self.path, self.abspath, locking=self._host.locking) as (file, layout):
             if not self._file.is_current():
                 raise LockedError(self.path, "was replaced since it was opened")
             yield file, layout
@@ -351,7 +352,12 @@ def _refuse_living(file: File, layout: Layout) -> None:
 
 
 def recover(
-    path: str, names: Iterable[str] = (), *, place: Place = NO_PLACE, abspath: str | None = None
+    path: str,
+    names: Iterable[str] = (),
+    *,
+    place: Place = NO_PLACE,
+    abspath: str | None = None,
+    locking: Locking = USUAL,
 ) -> list[Recovery]:
     """Makes inconsistent bitmaps usable. Leaves all others alone, damaged ones included.
 
@@ -364,6 +370,7 @@ def recover(
         names: which bitmaps; if empty, all inconsistent ones.
         place: the place record of the image.
         abspath: see `open_file`.
+        locking: how to take the locks.
 
     Raises:
         BitmapError: a name does not exist.
@@ -376,7 +383,7 @@ def recover(
     from dirtmap.engine.qcow2.commit import set_tracked
 
     recovered = []
-    with write_session(path, abspath) as (file, layout):
+    with write_session(path, abspath, locking=locking) as (file, layout):
         _refuse_living(file, layout)
         why = LEFT_IN_USE
         if layout.is_void:

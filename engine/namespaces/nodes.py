@@ -27,7 +27,7 @@ from dirtmap.engine.namespaces.image import Image, Naming
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.storefile.directory import header_doubts, no_namespace, read_entries, release_bits, require_free
 from dirtmap.engine.storefile.file import Change, Store
-from dirtmap.engine.system.file import is_same_file
+from dirtmap.engine.system.file import is_same_file, replace_file, sync_folder
 from dirtmap.engine.system.foreign import require_raw
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import store
@@ -335,6 +335,78 @@ def confirm_node(target: Store, name: str) -> None:
             what = f"counts as all dirty, whatever its image is like: {doubt}; 'dirtmap recover' settles it"
             raise BitmapError(f"{target.path}: {record.label}", what)
         change.table.put(replace(record, identity=identity))
+
+
+def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False, move: bool = False) -> bool:
+    """Points a raw node to the place where its image is now, or moves the image there.
+
+    A crash in between leaves a store that names a place where the image is not: its bitmaps count as all dirty.
+
+    Args:
+        target: the store that has the node.
+        name: of the node.
+        path: where the image is, or, with ``move``, will be: absolute, in the same file system.
+        confirm: the caller vouches that it is the same disk, moved and not written to. Its size and its time have to
+            say so, too; of a block device the medium.
+        move: rename the file; what was right stays right.
+
+    Returns:
+        True where its bitmaps stay as they are; False where they are all dirty now, or were before a ``move``.
+
+    Raises:
+        LockedError: it is tracked.
+        BitmapError: no such node, a bitmap is held, or the image is a store's, another node's, of another format or of
+            another size.
+        StorageError: the image cannot be looked at, or renamed.
+    """
+    where, moved = f"{target.path}: node '{printable(name)}'", ""
+    try:
+        with target.change() as change:
+            record = _record(change, name)
+            if record.kind != store.KIND_NODE:
+                raise BitmapError(
+                    where, "is a qcow2 image, which says itself what it is; 'index scan' finds where it is"
+                )
+            refuse_held(change.snapshot, record)
+            old = os.fsdecode(record.path)
+            if move:
+                if os.path.lexists(path):
+                    raise StorageError(path, "exists already")
+                sound = doubts(change.snapshot, record) is None
+                replace_file(old, path)
+                moved = old
+                sync_folder(old)
+                now = lasting_identity(path)
+                kept = sound and _looks_same(record.identity, now)
+                change.table.put(replace(record, path=os.fsencode(path), identity=now if kept else record.identity))
+                return kept
+            now = identity_of(path)
+            if not now.is_file(record.identity) and (found := probe_path(path)) is not None:
+                raise BitmapError(path, f"of format {found}, and the node's image is raw")
+            others = (other for other in change.table if other.name != record.name)
+            refuse_second_name(others, path, now, *KINDS)
+            if now.size != record.size:
+                what = f"has {now.size} bytes, and the node's image {record.size}: it is not the same disk"
+                raise BitmapError(path, what)
+            now = lasting_identity(path)
+            new = replace(record, path=os.fsencode(path), identity=now)
+            kept = confirm and not header_doubts(change.snapshot, record) and _looks_same(record.identity, now)
+            if kept:
+                change.table.put(new)
+            else:
+                rewrite(change, record, new, doubted=True)
+            return kept
+    except BaseException:
+        with suppress(Error):
+            known = target.record(encode_name(name)) if moved else None
+            if known is not None and known.path == os.fsencode(moved):
+                replace_file(path, moved)
+        raise
+
+
+def _looks_same(before: Identity, now: Identity) -> bool:
+    """True where nothing speaks against an image being the one that it was, in another place."""
+    return (before.size, before.mtime_ns) == (now.size, now.mtime_ns) and (before.mtime_ns != 0 or before.is_file(now))
 
 
 def _record(change: Change, name: str, *, died: bool = False) -> Record:

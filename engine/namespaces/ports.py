@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from dirtmap.engine.storefile.file import Store
+    from dirtmap.engine.system.locks import Locking
 
 
 class HostPort(Protocol):
     """The host of a namespace, given to its constructor and never replaced.
 
     Implemented by `dirtmap.engine.host.parts.Parts`.
+
+    Attributes:
+        locking: how whoever acts for this host takes the locks of images and stores.
     """
+
+    locking: Locking
 
     def opened(self, path: str | None = None) -> AbstractContextManager[Store]:
         """A store of the host, for the time of the block; the default store where ``path`` is None.

@@ -21,6 +21,7 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.directory import read_entries, verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.storefile.space import SpaceMap
+from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.errors import FormatError
 from dirtmap.fmt.store import Area, Record
@@ -39,6 +40,7 @@ def check(
     repair: str | None = None,
     progress: Progress | None = None,
     expect: Callable[[Store], object] = lambda target: None,
+    locking: Locking = USUAL,
 ) -> CheckReport:
     """Checks a store, and repairs it if asked to.
 
@@ -48,6 +50,7 @@ def check(
             nothing is lost.
         progress: called with (namespaces checked, namespaces in all).
         expect: compares the store with what was last seen of it; see `Store.expect`.
+        locking: how to take the lock of the store for a repair.
 
     Raises:
         ArgumentError: ``repair`` is something else.
@@ -67,7 +70,7 @@ def check(
     wrong = report.corruptions or report.leaks
     if not wrong or repair is None or (repair == "leaks" and report.corruptions):
         return report
-    compaction = compact(path, mend=repair == "all", expect=expect)
+    compaction = compact(path, mend=repair == "all", expect=expect, locking=locking)
     with Store(path) as target:
         after = target.read(lambda snapshot: _Check(snapshot, None).run())
     report.corruptions_fixed, report.leaks_fixed = report.corruptions - after.corruptions, report.leaks - after.leaks

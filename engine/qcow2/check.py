@@ -25,6 +25,7 @@ from dirtmap.engine.qcow2.refcounts import Refcounts
 from dirtmap.engine.qcow2.references import References, Runs, walk
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
+from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.fmt.geometry import ceil_div
 
@@ -38,6 +39,7 @@ def check(
     repair: str | None = None,
     force_share: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    locking: Locking = USUAL,
 ) -> CheckReport:
     """Checks an image, even a damaged one, and repairs it if asked to.
 
@@ -47,6 +49,7 @@ def check(
             is not repaired.
         force_share: checks even while another process writes to the image; not allowed with ``repair``.
         progress: called with (L2 tables walked, L2 tables in all).
+        locking: how to take the locks.
 
     Raises:
         ArgumentError: ``repair`` is something else.
@@ -56,9 +59,9 @@ def check(
     """
     require_repair(path, repair)
     if repair is None:
-        with open_file(path) as file, locks.reading(file, force_share=force_share):
+        with open_file(path) as file, locks.reading(file, force_share=force_share, locking=locking):
             return _Check(file, progress).run().report
-    with open_file(path, writable=True) as file, locks.writing(file):
+    with open_file(path, writable=True) as file, locks.writing(file, locking=locking):
         return _mend(file, repair, progress)
 
 

@@ -66,7 +66,7 @@ def dump(path: str, *, with_hex: bool = False, force_share: bool = False) -> dic
     Raises:
         LockedError, StorageError: as for any reading.
     """
-    with open_file(path) as file, locks.reading(file, force_share=force_share):
+    with open_file(path) as file, locks.reading(file, force_share=force_share, locking=locks.UNLOCKED):
         layout = read_layout(file)
         steps = _Dump(file, layout, with_hex)
         stopped = None

@@ -13,6 +13,7 @@ from dirtmap.engine.qcow2.datafile import misfit
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout, void_bitmaps
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
+from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.errors import FormatError
 
@@ -37,6 +38,7 @@ def read_session(
     *,
     force_share: bool = False,
     require: Callable[[Layout], None] = Layout.require_sound,
+    locking: Locking = USUAL,
 ) -> T:
     """Runs ``read`` on the image's metadata, under the reader's lock, once it was found sound.
 
@@ -45,6 +47,7 @@ def read_session(
         read: gets what was read.
         force_share: read although another process writes to it.
         require: refuses what ``read`` cannot do with; what may be a torn read is read again before that.
+        locking: how to take the reader's lock.
 
     Raises:
         LockedError: open for writing elsewhere, and not ``force_share``.
@@ -53,7 +56,7 @@ def read_session(
     for attempt in range(_SHARED_ATTEMPTS):
         last = not force_share or attempt + 1 == _SHARED_ATTEMPTS
         try:
-            with locks.reading(file, force_share=force_share):
+            with locks.reading(file, force_share=force_share, locking=locking, briefly=True):
                 layout = read_layout(file)
                 (require if last else Layout.require_sound)(layout)
                 return read(layout)
@@ -63,14 +66,18 @@ def read_session(
     raise AssertionError("unreachable")
 
 
-def describe(file: File, *, force_share: bool = False) -> ImageInfo:
+def describe(file: File, *, force_share: bool = False, locking: Locking = USUAL) -> ImageInfo:
     """The image and all its bitmaps, in one session; without numpy.
 
     Where single bitmaps are at fault, they have no count, and the faults are among the errors: nothing but that is
     shown of them, and everything else refuses the image. Errors as `read_session`.
     """
     return read_session(
-        file, lambda layout: describe_layout(file, layout), force_share=force_share, require=Layout.require_listable
+        file,
+        lambda layout: describe_layout(file, layout),
+        force_share=force_share,
+        require=Layout.require_listable,
+        locking=locking,
     )
 
 
@@ -169,21 +176,22 @@ def load(file: File, layout: Layout, slot: Slot) -> NDArray[np.uint64]:
 
 
 @contextlib.contextmanager
-def write_session(path: str, abspath: str | None = None) -> Iterator[tuple[File, Layout]]:
+def write_session(path: str, abspath: str | None = None, *, locking: Locking = USUAL) -> Iterator[tuple[File, Layout]]:
     """Opens an image for writing, under QEMU's locks for a writer until the block ends.
 
     Args:
         path: of the image, for messages.
         abspath: its absolute path, where the process may have changed its folder since; see `open_file`.
+        locking: how to take the locks.
 
     Yields:
         The file, and its metadata as read under the locks; faults in it are for the caller to judge.
 
     Raises:
-        LockedError: another process has the image open.
+        LockedError: another process, or another thread, has the image open.
         StorageError, UnsupportedError: it cannot be opened or written to.
     """
-    with open_file(path, writable=True, abspath=abspath) as file, locks.writing(file):
+    with open_file(path, writable=True, abspath=abspath) as file, locks.writing(file, locking=locking):
         yield file, read_layout(file)
 
 

@@ -29,6 +29,7 @@ from dirtmap.engine.storefile.header import Chosen, Header, Seen
 from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.engine.system import locks, order
 from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
+from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.engine.system.order import Rank
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import parse_table
@@ -40,8 +41,7 @@ from dirtmap.fmt.structures.store import AREA, LEAF
 T = TypeVar("T")
 
 FORMAT = "dirtmap"
-_WRITER = 100  # offset of the byte that a writer locks exclusively
-_PATIENCE_SECONDS = 5.0
+_WRITER = 100  # offset of the byte that a writer locks exclusively; the next one to write locks the byte after it
 # A reader starts over if the header changed meanwhile. So many attempts are needed only if commits never pause.
 _ATTEMPTS = 1000
 
@@ -138,6 +138,7 @@ class Store:
         abspath: its absolute path, if the process may have changed its working folder since.
         after_commit: called with this store after each commit that this object has made, once this thread holds no
             store's lock.
+        locking: how to take the lock for a change.
 
     Attributes:
         path: as it was opened, for messages.
@@ -150,9 +151,14 @@ class Store:
     """
 
     def __init__(
-        self, path: str, abspath: str | None = None, *, after_commit: Callable[[Store], object] | None = None
+        self,
+        path: str,
+        abspath: str | None = None,
+        *,
+        after_commit: Callable[[Store], object] | None = None,
+        locking: Locking = USUAL,
     ) -> None:
-        self.path = path
+        self.path, self._locking = path, locking
         self._after_commit = after_commit
         self._file = open_file(path, abspath=abspath)
         self._outdated: list[File] = []  # another thread may still read one
@@ -269,11 +275,11 @@ class Store:
         """Changes the store. At the end of the block all changes are durable; after an exception none is made.
 
         Raises:
-            LockedError: another process is writing, and does not end.
+            LockedError: another process or thread is writing, and does not end.
             FormatError: what would have to be changed is damaged.
             StorageError: the operating system failed. Either the old state stands, or the new one.
         """
-        with order.holding(Rank.STORE, self.abspath), self._locked() as file:
+        with self._locked() as file:
             change = Change(file, self.choose(file))
             yield change
             commit = change.commit()
@@ -286,17 +292,21 @@ class Store:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[File]:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            with open_file(self.path, writable=True, abspath=self.abspath) as file:
-                if file.lock_alone(_WRITER):
+        def refusal() -> LockedError:
+            return LockedError(self.path, f"being written by {locks.holders(self._file)}")
+
+        with locks.turn(Rank.STORE, self.abspath, self._locking, refusal) as deadline:
+            while True:
+                with open_file(self.path, writable=True, abspath=self.abspath) as file:
+                    locked = locks.has_locks(file, self._locking)
+                    while locked and not locks.try_alone(file, _WRITER):
+                        if time.monotonic() > deadline:
+                            raise refusal()
+                        time.sleep(random.uniform(0.001, 0.01))
                     # A compaction may have replaced the file while this thread waited.
                     if file.is_current():
                         yield file
                         return
-                elif time.monotonic() > deadline:
-                    raise LockedError(self.path, f"being written by {locks.holders(file)}")
-            time.sleep(random.uniform(0.001, 0.01))
 
 
 class Change:

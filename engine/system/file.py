@@ -12,8 +12,11 @@ import fcntl
 import os
 import stat
 import struct
+import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from dirtmap.engine.system.mounts import file_system
 from dirtmap.fmt.errors import StorageError, SyncError, errno_of
 
 # struct flock of Linux: type, whence, start, length, pid.
@@ -21,6 +24,9 @@ _FLOCK = struct.Struct("@hhqqi")
 MOST = 2**63 - 1  # the last offset that a file can have
 _TOGETHER = 512  # places that `File.with_data` skips at once, where all of them lie in one hole
 
+
+_NOBODYS = 2**40 + 1  # a byte that nobody locks but to see whether locks work
+_NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS}
 
 # What the operating system refuses; an offset past 2**63, a path that no file can have.
 _FAILURES = (OSError, OverflowError, ValueError)
@@ -41,6 +47,7 @@ class File:
     def __init__(self, path: str, *, writable: bool = False, create: bool = False) -> None:
         self.path = path
         self._poisoned: str | None = None
+        self._guard, self._beside = threading.RLock(), Counter[int]()
         # O_NONBLOCK: a FIFO given as an image must not block the open; it means nothing for files and disks.
         mode = os.O_RDWR if writable else os.O_RDONLY
         mode |= os.O_CREAT | os.O_EXCL if create else 0
@@ -217,6 +224,43 @@ class File:
         except _FAILURES as error:
             raise self._failed("lock", error) from error
         return True
+
+    def lock_fault(self) -> str | None:
+        """Why locks on the file are not seen by all who have it open; None where they are. Names the file system."""
+        kind, private = file_system(self.status.st_dev)
+        if private is not None:
+            return f"on {kind} with the mount option '{private}', which keeps locks to this machine"
+        try:
+            for lock in (fcntl.F_RDLCK, fcntl.F_UNLCK):
+                request = _FLOCK.pack(lock, os.SEEK_SET, _NOBODYS, 1, 0)
+                fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, request)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise self._failed("lock", error) from error
+            return f"on {kind}, which has no such locks ({error.strerror})"
+        return None
+
+    def lock_beside(self, offset: int) -> bool:
+        """Takes a shared open-file-description lock on one byte; False where someone else holds it alone.
+
+        Threads that share this file share the lock: the last `unlock_beside` gives it up.
+        """
+        with self._guard:
+            try:
+                fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, offset, 1, 0))
+            except (BlockingIOError, PermissionError):
+                return False
+            except _FAILURES as error:
+                raise self._failed("lock", error) from error
+            self._beside[offset] += 1
+            return True
+
+    def unlock_beside(self, offset: int) -> None:
+        """Gives up the lock that one `lock_beside` has taken."""
+        with self._guard:
+            self._beside[offset] -= 1
+            if not self._beside[offset]:
+                self.unlock(offset)
 
     def locked_by_other(self, offset: int, length: int = 1) -> bool:
         """True where any other open file description holds a lock on any of ``length`` bytes."""

@@ -12,6 +12,11 @@ QEMU takes shared open-file-description locks on single bytes of the image and t
 
 A reader takes less than QEMU's own would: 201 and 203 would make a virtual machine fail that starts just then.
 Source: QEMU block/file-posix.c, raw_apply_lock_bytes and raw_check_lock_bytes.
+
+Byte 300 is between processes of ours, and QEMU does not look at it. A writer has it alone while it holds or tries the
+bytes above, so that two that wait never see each other try. Who waits for it has byte 301, which everybody has to have
+before: nobody who comes again at once overtakes who waits. A reader shares it with other readers: it waits for a
+writer of ours, which is done in a moment, and refuses at once where QEMU writes.
 """
 
 from __future__ import annotations
@@ -19,47 +24,200 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from dirtmap.engine.system import order
 from dirtmap.engine.system.file import File
 from dirtmap.engine.system.order import Rank
-from dirtmap.fmt.errors import LockedError
+from dirtmap.fmt.errors import LockedError, UnsupportedError
 
 _USE, _UNSHARE = 100, 200
 _READ, _WRITE, _RESIZE = 0, 1, 3
 _WRITER_TAKES = (_USE + _READ, _USE + _WRITE, _USE + _RESIZE, _UNSHARE + _WRITE, _UNSHARE + _RESIZE)
 _WRITER_TESTS = (_UNSHARE + _READ, _UNSHARE + _WRITE, _UNSHARE + _RESIZE, _USE + _WRITE, _USE + _RESIZE)
 
-# Two writers that start together see each other and both back off; a command holds an image for milliseconds.
-_PATIENCE_SECONDS = 0.4
+_QUEUE = 300
+
+PATIENCE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Locking:
+    """How locks are taken; a host has one such value, and hands it down to whatever takes a lock.
+
+    Attributes:
+        wait: seconds to wait for whoever holds an image or a store; 0 does not wait.
+        lock: False: where a file system has no locks that others see, do without; the caller knows that nobody else
+            uses the file.
+    """
+
+    wait: float = PATIENCE_SECONDS
+    lock: bool = True
+
+
+USUAL = Locking()
+UNLOCKED = Locking(lock=False)  # for what may read whatever others do
+
+
+class _Line:
+    """The threads of this process that want one file; the first has it."""
+
+    def __init__(self) -> None:
+        self._moved = threading.Condition()
+        self._threads: deque[object] = deque()
+
+    def join(self, ticket: object) -> None:
+        with self._moved:
+            self._threads.append(ticket)
+
+    def is_first_by(self, ticket: object, deadline: float) -> bool:
+        with self._moved:
+            while self._threads[0] is not ticket:
+                if (left := deadline - time.monotonic()) <= 0:
+                    return False
+                self._moved.wait(min(left, 0.1))
+            return True
+
+    def leave(self, ticket: object) -> None:
+        with self._moved:
+            self._threads.remove(ticket)
+            self._moved.notify_all()
+
+
+_lines: weakref.WeakValueDictionary[str, _Line] = weakref.WeakValueDictionary()
+_lines_guard = threading.RLock()
+
+
+def _forget_lines() -> None:
+    """In a forked child: the threads that stood there are not in it."""
+    global _lines, _lines_guard
+    _lines, _lines_guard = weakref.WeakValueDictionary(), threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget_lines)
 
 
 @contextlib.contextmanager
-def reading(file: File, *, force_share: bool = False) -> Iterator[None]:
+def turn(rank: Rank, path: str, locking: Locking, refusal: Callable[[], LockedError]) -> Iterator[float]:
+    """Around the taking and the holding of the lock of a file: threads of this process come one after the other.
+
+    Args:
+        rank: of the lock.
+        path: of the file, absolute.
+        locking: how long to wait.
+        refusal: what to raise where the turn does not come in time.
+
+    Yields:
+        Until when to wait for other processes, as `time.monotonic` has it.
+
+    Raises:
+        LockedError: as ``refusal`` makes it; at once where this very thread has the lock.
+    """
+    if order.is_held_here(rank, path):
+        raise refusal()
+    deadline = time.monotonic() + locking.wait
+    with _lines_guard:
+        line = _lines.setdefault(path, _Line())
+    with order.holding(rank, path):
+        ticket = object()
+        line.join(ticket)
+        try:
+            if not line.is_first_by(ticket, deadline):
+                raise refusal()
+            yield deadline
+        finally:
+            line.leave(ticket)
+
+
+@contextlib.contextmanager
+def reading(
+    file: File, *, force_share: bool = False, locking: Locking = USUAL, briefly: bool = False
+) -> Iterator[None]:
     """Holds the reader's lock for the time of a read.
+
+    Args:
+        file: the image.
+        force_share: read although somebody writes to it.
+        locking: how long to wait for another process of ours that writes to it; QEMU is not waited for.
+        briefly: keep such processes out until the read is done: for reads that take a moment.
 
     Raises:
         LockedError: someone has the image open for writing, or wrote to it or replaced it meanwhile.
     """
+    if not has_locks(file, Locking(lock=locking.lock and not force_share)):
+        # Who writes cannot be told; that somebody has written can.
+        yield from _unchanged(file) if not force_share else _as_it_is()
+        return
     file.lock(_USE + _READ)
     try:
         if force_share:
             yield
             return
-        _refuse_if_written(file)
-        modified = file.modified()
-        try:
-            yield
-        finally:
-            # A writer that came while we read may have changed what we read, and have made it look broken. It may
-            # be gone again, and what lay where the bits were be a guest's.
-            _refuse_if_written(file)
-            if file.modified() != modified:
-                raise LockedError(file.path, "was written to while it was being read")
+        with _beside_readers(file, locking) as leave:
+            if not briefly:
+                leave()
+            yield from _reading(file)
     finally:
         file.unlock(_USE + _READ)
+
+
+def _reading(file: File) -> Iterator[None]:
+    _refuse_if_written(file)
+    yield from _unchanged(file, _refuse_if_written)
+
+
+def _unchanged(file: File, refuse: Callable[[File], object] = lambda file: None) -> Iterator[None]:
+    modified = file.modified()
+    try:
+        yield
+    finally:
+        # A writer that came while we read may have changed what we read, and have made it look broken. It may
+        # be gone again, and what lay where the bits were be a guest's.
+        refuse(file)
+        if file.modified() != modified:
+            raise LockedError(file.path, "was written to while it was being read")
+
+
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+def has_locks(file: File, locking: Locking) -> bool:
+    """True where locks on a file are seen by everybody who has it open; False where they are not, and are not needed.
+
+    Raises:
+        UnsupportedError: they are not, and are needed; names the file system.
+    """
+    fault = file.lock_fault()
+    if fault is None:
+        return True
+    if not locking.lock:
+        return False
+    raise UnsupportedError(file.path, f"{fault}; nobody would see our locks, and --no-lock does without")
+
+
+def is_written_by_others(file: File) -> bool:
+    """As `is_written`; False also where that cannot be told."""
+    return has_locks(file, UNLOCKED) and is_written(file)
+
+
+@contextlib.contextmanager
+def _beside_readers(file: File, locking: Locking) -> Iterator[Callable[[], object]]:
+    """Keeps writers of ours out, until the end of the block or a call of what is yielded."""
+    deadline = time.monotonic() + locking.wait
+    while not _join(file):
+        if order.is_held_here(Rank.IMAGE, file.abspath) or time.monotonic() > deadline:
+            _refuse_if_written(file)
+            raise LockedError(file.path, f"being written by {holders(file)}")
+        time.sleep(random.uniform(0.001, 0.01))
+    with contextlib.ExitStack() as stack:
+        stack.callback(file.unlock_beside, _QUEUE)
+        yield stack.close
 
 
 def is_written(file: File) -> bool:
@@ -78,35 +236,76 @@ def _refuse_if_replaced(file: File) -> None:
         raise LockedError(file.path, "was replaced or removed while it was being opened")
 
 
+def _join(file: File) -> bool:
+    if not file.lock_beside(_QUEUE + 1):
+        return False
+    try:
+        return file.lock_beside(_QUEUE)
+    finally:
+        file.unlock_beside(_QUEUE + 1)
+
+
+def try_alone(file: File, byte: int) -> bool:
+    """Tries to take an exclusive lock on a byte, once.
+
+    Whoever tries and has to try again keeps the byte after it meanwhile, which everybody needs to try: so it is next.
+    Whoever gives up has to unlock that byte, too.
+    """
+    if not (file.lock_alone(byte + 1) and file.lock_alone(byte)):
+        return False
+    file.unlock(byte + 1)
+    return True
+
+
 @contextlib.contextmanager
-def writing(file: File) -> Iterator[None]:
+def writing(file: File, *, locking: Locking = USUAL) -> Iterator[None]:
     """Holds the writer's locks; QEMU refuses to open the image meanwhile.
+
+    Args:
+        file: the image, open for writing.
+        locking: how long to wait for whoever has it open.
 
     Raises:
         LockedError: someone has the image open and does not share it, or it was replaced meanwhile.
     """
-    with order.holding(Rank.IMAGE, file.abspath):
-        yield from _writing(file)
+
+    def refusal() -> LockedError:
+        return LockedError(file.path, f"held by {holders(file)}; nothing ever writes an image in use")
+
+    locked = has_locks(file, locking)
+    with turn(Rank.IMAGE, file.abspath, locking, refusal) as deadline:
+        if not locked:
+            _refuse_if_replaced(file)
+            yield
+            return
+        try:
+            while not _take(file):
+                if time.monotonic() > deadline:
+                    raise refusal()
+                time.sleep(random.uniform(0.001, 0.01))
+            _refuse_if_replaced(file)
+            yield
+        finally:
+            _give_up(file)
+            file.unlock(_QUEUE + 1)
 
 
-def _writing(file: File) -> Iterator[None]:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    try:
-        while True:
-            for byte in _WRITER_TAKES:
-                file.lock(byte)
-            if not any(map(file.locked_by_other, _WRITER_TESTS)):
-                break
-            for byte in _WRITER_TAKES:
-                file.unlock(byte)
-            if time.monotonic() > deadline:
-                raise LockedError(file.path, f"held by {holders(file)}; nothing ever writes an image in use")
-            time.sleep(random.uniform(0.005, 0.05))
-        _refuse_if_replaced(file)
-        yield
-    finally:
+def _take(file: File) -> bool:
+    """Takes what a writer takes; nothing where somebody holds the image, who is to notice nothing of us."""
+    if not try_alone(file, _QUEUE):
+        return False
+    if not any(map(file.locked_by_other, _WRITER_TESTS)):
         for byte in _WRITER_TAKES:
-            file.unlock(byte)
+            file.lock(byte)
+        if not any(map(file.locked_by_other, _WRITER_TESTS)):
+            return True
+    _give_up(file)
+    return False
+
+
+def _give_up(file: File) -> None:
+    for byte in (*_WRITER_TAKES, _QUEUE):
+        file.unlock(byte)
 
 
 def holders(file: File) -> str:

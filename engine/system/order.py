@@ -5,14 +5,15 @@ A thread takes locks in ascending rank, so that no two threads or processes wait
     rank      guards                                          taken by                        waits
     CUT       a tracker's intervals: one cut at a time        tracking.recorder, `_cut`       as long as it takes
     TRACKER   a tracker's windows, its saves, its end         tracking.recorder, `_using`     as long as it takes
-    IMAGE     a qcow2 image's metadata: QEMU's lock bytes     qcow2.reading, `write_session`  see `locks.writing`
-    STORE     a store file: its byte 100                      storefile.file, `Store.change`  some seconds
+    IMAGE     a qcow2 image's metadata: QEMU's lock bytes     qcow2.reading, `write_session`  as `locks.Locking` says
+    STORE     a store file: its byte 100                      storefile.file, `Store.change`  as `locks.Locking` says
     INDEX     the index: LMDB's writer lock                   index.database, `change`        as long as it takes
 
-Two images, or two stores, may be held at once: both waits are bounded, so opposite orders end in a `LockedError`, and
-so does taking one and the same of these locks twice. A tracker's mark takes none of these locks. Its `_spare_guard` and
-its kernel's guard are leaves: whoever holds one takes no lock of this table, and calls nobody who does. So is
-the guard of `storefile.holds`.
+Threads of one process queue for an image or a store before they ask for the lock of its file, see `locks.turn`: that
+queue has the rank of the lock. Two images, or two stores, may be held at once: both waits are bounded, so opposite
+orders end in a `LockedError`; taking one and the same of these locks twice does so at once. A tracker's mark takes none
+of these locks. Its `_spare_guard` and its kernel's guard are leaves: whoever holds one takes no lock of this table, and
+calls nobody who does. So is the guard of `storefile.holds`.
 
 What has to happen after a commit of a store, and needs another lock, is given to `after_stores`: it is done once the
 thread holds no store any more.
@@ -52,6 +53,11 @@ class _Thread(threading.local):
 
 
 _this = _Thread()
+
+
+def is_held_here(rank: Rank, what: str) -> bool:
+    """True where this thread has that lock: to wait for it would be in vain."""
+    return (rank, what) in _this.held
 
 
 @contextlib.contextmanager

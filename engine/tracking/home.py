@@ -184,7 +184,7 @@ class Home:
     def __init__(self, host: HostPort, path: str, name: bytes) -> None:
         self._host, self.name = host, name
         # Not the host's store: that one reports each commit to the index, which takes longer than a cut.
-        self.store = Store(os.path.abspath(path))  # the process may change its working folder
+        self.store = Store(os.path.abspath(path), locking=host.locking)  # the process may change its working folder
         try:
             host.watch(self.store)
         except BaseException:

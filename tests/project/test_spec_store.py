@@ -21,6 +21,7 @@ from dirtmap.engine.namespaces import nodes
 from dirtmap.engine.storefile import file as engine
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.system import locks
 from dirtmap.fmt import store
 from dirtmap.fmt.store import Identity
 from dirtmap.fmt.structures.store import CHECKSUM, HEADER
@@ -52,7 +53,7 @@ def test_numbers_in_the_text() -> None:
         f"more than {store.RECORDS_PER_BUCKET} namespaces a bucket on average",
         f"until there are at most {store.RECORDS_PER_BUCKET // 2}",
         f"lock on byte {engine._WRITER} of the file",
-        f"tries again for {engine._PATIENCE_SECONDS:.0f} seconds",
+        f"tries again for {locks.PATIENCE_SECONDS:.0f} seconds",
         f"below {HEADER.size}, above {store.BLOCK - CHECKSUM.size}",
         f"`{store.MAGIC.hex(' ')}`",
         f"{crc32c.crc32c(b'123456789'):#x}".replace("0xe3069283", "0xE3069283"),

@@ -341,7 +341,15 @@ def in_memory(image: bytearray, *, growable: bool = True) -> Iterator[str]:
         def lock(self, offset: int) -> None:
             pass
 
-        unlock = lock
+        unlock = unlock_beside = lock
+
+        def lock_alone(self, offset: int) -> bool:
+            return True
+
+        lock_beside = lock_alone
+
+        def lock_fault(self) -> None:
+            return None
 
         def locked_by_other(self, offset: int) -> bool:
             return False

@@ -13,10 +13,13 @@ from dirtmap.engine.namespaces.image import Image
 from dirtmap.engine.namespaces.nodes import add_qcow2, remove_node, rename_node
 from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.storefile.file import Store
+from dirtmap.engine.system.locks import USUAL
 
 
 class Alone:
     """The port of a namespace that has no host; see `dirtmap.engine.namespaces.ports.HostPort`."""
+
+    locking = USUAL
 
     @contextlib.contextmanager
     def opened(self, path: str | None = None) -> Iterator[Store]:

@@ -79,10 +79,7 @@ def test_what_is_not_there_is_named_with_its_node(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["one", "disk.qcow2"])
-def test_a_change_within_a_change_is_told_from_that_of_another_process(
-    target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dirtmap.engine.storefile.file._PATIENCE_SECONDS", 0.01)
+def test_a_change_within_a_change_is_told_from_that_of_another_process(target: str) -> None:
     with (
         dm.open(target) as image,
         image.transaction(),

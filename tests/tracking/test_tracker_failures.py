@@ -21,7 +21,6 @@ from support.tracking import GRANULE, lost, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.session.intent import IntentLog
-from dirtmap.engine.storefile import file as store
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.tracking.recorder import Recorder
 from dirtmap.engine.tracking.tracker import Tracker
@@ -434,7 +433,6 @@ def test_a_cut_that_waits_ends_with_the_tracker(image: dm.Namespace) -> None:
 def test_close_in_a_signal_handler_in_the_middle_of_a_save(
     image: dm.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_PATIENCE_SECONDS", 0.5)  # with the writer that is this very thread
     tracker = image.track(save_interval=0.3)
 
     def close(*_: object) -> None:
