@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dirtmap.fmt.errors import Error
+from dirtmap.tools.output import complain
 from dirtmap.tools.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -178,6 +180,7 @@ _FORMAT = "dirtmap.format"
 _STORE = "dirtmap.store"
 _INDEX = "dirtmap.index"
 _HOST = "dirtmap.host"
+_QUIET = "dirtmap.quiet"
 
 
 def _remember_format(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -192,12 +195,18 @@ def _remember_index(ctx: click.Context, _: click.Parameter, value: str | None) -
     ctx.meta[_INDEX] = value
 
 
+def _remember_quiet(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    ctx.meta[_QUIET] = value
+    return value
+
+
 target = click.argument("target", type=TARGET)
 bitmap = click.argument("bitmap", type=BITMAP)
 new_bitmap = click.argument("bitmap", type=NAME)
 force_share = click.option("-U", "--force-share", is_flag=True, help="Read although another process writes to it.")
-quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, help="Print nothing but errors.")
-_told_quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+_QUIET_HELP = "Print nothing but errors."
+quiet = click.option("-q", "--quiet", is_flag=True, callback=_remember_quiet, expose_value=False, help=_QUIET_HELP)
+told_quiet = click.option("-q", "--quiet", is_flag=True, callback=_remember_quiet, help=_QUIET_HELP)
 _output = click.option(
     "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to report."
 )
@@ -247,11 +256,22 @@ def host_of(ctx: click.Context) -> Host:
 
 
 def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command the host as its first argument."""
+    """Gives a command the host as its first argument, and tells at its end why the index could not be used, if so."""
 
     @functools.wraps(command)
     def with_host(*args: Any, **values: Any) -> Any:
-        return command(host_of(click.get_current_context()), *args, **values)
+        ctx = click.get_current_context()
+        host = host_of(ctx)
+        error: Error | None = None
+        try:
+            return command(host, *args, **values)
+        except Error as raised:
+            error = raised
+            raise
+        finally:
+            # What the error says already is not told twice.
+            if host.notice and not ctx.meta.get(_QUIET) and not (error and host.notice.startswith(str(error))):
+                complain(host.notice)
 
     return with_host
 
@@ -263,7 +283,7 @@ def named(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def speaking(command: Decorated) -> Decorated:
     """Options of a command that reports on no TARGET; it is passed ``quiet`` and ``output``."""
-    return _output(_told_quiet(command))
+    return _output(told_quiet(command))
 
 
 def reporting(command: Callable[..., Any]) -> Callable[..., Any]:

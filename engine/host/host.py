@@ -300,6 +300,14 @@ class Host:
         """The path of the index, absolute."""
         return self._parts.index
 
+    @property
+    def notice(self) -> str | None:
+        """Why the index could not be used, and what follows from that, in one line; None where that never was so.
+
+        Every answer is the same without an index; what it had seen of stores is not known then.
+        """
+        return self._parts.notice
+
     def problems(self) -> list[Error]:
         """What is wrong with stores that are there: names in them are neither found nor free."""
         return self._parts.stores.problems()

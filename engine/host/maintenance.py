@@ -61,6 +61,7 @@ def verify(host: Host, progress: Progress | None = None) -> Verification:
     examined = examine(path)
     result.entries, result.faults = examined.entries, examined.faults
     if not result.faults:
+        stores.index.require()
         stores.refresh()
         result.faults = _differences(stores, progress)
     if result.faults:
@@ -145,6 +146,8 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
     _require_default_store(stores)
     if os.path.lexists(stores.index.path) and (examined := examine(stores.index.path)).faults:
         renew(stores.index.path, examined.seen)  # before this process reads what would harm it
+    if os.path.lexists(stores.index.path):
+        stores.index.require()
     stores.stores()  # so that a rollback is found while the old index still knows
     seen = stores.index.all_seen()
     count = 0
@@ -179,6 +182,7 @@ def stats(host: Host) -> dict[str, int]:
     stores = host._parts.stores
     if not os.path.isdir(stores.index.path):
         raise StorageError(stores.index.path, "there is no index; 'index scan' or the first use of a name makes one")
+    stores.index.require()
     database = stores.index.database
 
     def count(tag: bytes) -> int:

@@ -93,6 +93,11 @@ class Parts:
         """True where there is a default store: the one that was chosen, or the user's normal one."""
         return os.path.exists(self.home) or os.path.exists(self.normal)
 
+    @property
+    def notice(self) -> str | None:
+        """See `Stores.notice`."""
+        return None if self._made is None else self._made[0].notice
+
     def close(self) -> None:
         """Closes the stores that are open; it may be used again."""
         if self._made is not None:

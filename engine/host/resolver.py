@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from dirtmap.engine.host.kind import Kind
 from dirtmap.engine.host.stores import Stores
-from dirtmap.engine.index.database import ForbiddenError
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.model.naming import decode_name, encode_name
@@ -199,14 +198,9 @@ class Resolver:
         def place(here: Resolver) -> list[NodeMatch]:
             if not here._stores.exists:
                 return []
-            try:
-                if not os.path.isdir(here._stores.index.path) and (found := here._place_at_home(name, image_uuid)):
-                    return [found]
-                carriers = here._in_stores(lambda index: index.carriers(image_uuid))
-            except ForbiddenError:
-                if (found := here._place_at_home(name, image_uuid)) is None:
-                    raise
+            if not here._stores.index.exists and (found := here._place_at_home(name, image_uuid)):
                 return [found]
+            carriers = here._in_stores(lambda index: index.carriers(image_uuid))
             return [found for found in carriers if found.kind == store.KIND_PLACE]
 
         found = self.asked(place)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from dirtmap.engine.host.kind import Kind
 from dirtmap.engine.host.pool import Pool
-from dirtmap.engine.index.database import DamagedError, DatabaseError, ForbiddenError
+from dirtmap.engine.index.database import DamagedError, DatabaseError, MisplacedError
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.index.renewal import examine, renew
@@ -59,6 +59,11 @@ class Stores:
         self._pool.close()
         if self.fallback is not None:
             self.fallback.close()
+
+    @property
+    def notice(self) -> str | None:
+        """Why the index could not be used, and what follows; None where that never was so."""
+        return self.index.notice or (None if self.fallback is None else self.fallback.notice)
 
     @property
     def exists(self) -> bool:
@@ -122,14 +127,14 @@ class Stores:
         Raises:
             As `opened`.
         """
-        if os.path.isdir(self.index.path):
+        if self.index.exists:
             self._judge(target)
         else:
             self._refuse_copy(target)
 
     def report(self, target: Store) -> None:
         """Reports a commit to the index; see `HostPort.report`. It is durable: nothing here makes it look failed."""
-        if os.path.isdir(self.index.path):
+        if self.index.exists:
             with contextlib.suppress(Error):
                 self._judge(target)
                 self._pool.believe(target)
@@ -140,10 +145,7 @@ class Stores:
         Returns:
             Where the store was then; None where nothing was seen.
         """
-        try:
-            seen = self.asking(lambda index: index.seen(target.uuid)) if os.path.isdir(self.index.path) else None
-        except ForbiddenError:
-            return None  # as without an index; a name that has to be looked up there says so
+        seen = self.asking(lambda index: index.seen(target.uuid)) if self.index.exists else None
         if seen is None:
             return None
         target.expect(seen.commit)
@@ -180,7 +182,7 @@ class Stores:
 
     def original_of(self, target: Store) -> str | None:
         """The path of the store of which this one is a copy; None where it is not known to be one."""
-        before = self.expect(target) if os.path.isdir(self.index.path) else None
+        before = self.expect(target) if self.index.exists else None
         path = self._original(target) if before is None else before
         return path if path and path != target.abspath and self._is_copy(target, path) else None
 
@@ -198,12 +200,13 @@ class Stores:
         return False
 
     def _saw(self, target: Store) -> None:
-        # An index that cannot be written only makes the next look slower.
         with contextlib.suppress(StorageError):
             self.asking(lambda index: index.saw(target))
 
     def asking(self, question: Callable[[Index], T]) -> T:
         """Asks the index; a damaged one is put aside, and one asked that knows only the commits seen of stores.
+
+        Where the index cannot be used, memory stands in for it, and what it needs is read anew.
 
         Args:
             question: brings the index up to date with what it needs: it is asked again where another index has taken
@@ -217,7 +220,16 @@ class Stores:
                     return answer
             except (DamagedError, layout.BadValueError):
                 logger(__name__).warning("%s: the index is damaged, and begun anew", self.index.path)
-                renew(self.index.path, examine(self.index.path).seen)
+                try:
+                    renew(self.index.path, examine(self.index.path).seen)
+                except MisplacedError:
+                    raise
+                except DatabaseError as error:
+                    self.index.do_without(error)
+            except MisplacedError:
+                raise
+            except DatabaseError as error:
+                self.index.do_without(error)
         raise StorageError(self.index.path, "index: is replaced again and again")
 
     # Which containers there are.
