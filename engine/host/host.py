@@ -261,9 +261,14 @@ class Host:
     # Files of ours.
 
     def compact(self, path: str) -> Compaction:
-        """Writes a store anew without the space that it does not use; see `dirtmap.engine.namespaces.compact`."""
+        """Writes a store anew without the space that it does not use; see `dirtmap.engine.namespaces.compact`.
+
+        Raises:
+            BitmapError: it is a copy of another store.
+        """
         from dirtmap.engine.namespaces.compact import compact
 
+        self._parts.refuse_copy_at(path)
         return compact(path, expect=self._parts.expect)
 
     def new_identity(self, path: str) -> Compaction:
@@ -346,15 +351,21 @@ class Host:
 
         return sorted(self._gather(devices, problems), key=lambda device: device.name)
 
-    def _gather(self, read: Callable[[Store], Iterable[Any]], problems: list[Error]) -> list[Any]:
+    def _gather(self, read: Callable[[Store, list[FormatError]], Iterable[Any]], problems: list[Error]) -> list[Any]:
         found: list[Any] = []
-        problems += self._parts.stores.problems()
+        told: dict[str, Error] = {}
+        broken: list[FormatError] = []
+        for problem in self._parts.stores.problems():
+            told.setdefault(problem.where, problem)
         for path in self._parts.stores.stores():
             try:
                 with self._parts.stores.opened(path) as opened:
-                    found += read(opened)
+                    found += read(opened, broken)
             except Error as error:
-                problems.append(error)
+                told.setdefault(error.where, error)
+        for fault in broken:
+            told.setdefault(fault.where, fault)
+        problems += told.values()
         return found
 
     def name_of(self, address: Address) -> str | None:

@@ -129,6 +129,10 @@ class Parts:
         """See `KindPort`; returns where the store was when it was seen last, None where it was not."""
         return self.stores.expect(store)
 
+    def refuse_copy_at(self, path: str) -> None:
+        """See `KindPort`."""
+        self.stores.refuse_copy_at(path)
+
     def devices_on(self, root: bytes) -> dict[str, list[bytes]]:
         """See `HostPort`."""
         return self.names.devices_of(root) if self.exists else {}

@@ -41,7 +41,7 @@ class Registry:
             raise BitmapError(f"node '{name}'", f"names that begin with '{RESERVED}' are reserved")
         for found in self._names.asked(lambda here: here.claims(name)):
             raise BitmapError(f"{found.store}: {found.what} '{name}'", "the name is taken")
-        self._names.require_all_stores()
+        self._names.require_all_stores(name)
 
     def add_node(self, name: str, image: str) -> None:
         """A node whose bitmaps the default store holds; see `nodes.add_node`."""
@@ -110,7 +110,8 @@ class Registry:
         for names in self._names.devices_of(found.uuid).values():
             what = f"root of device '{decode_name(names[0])}'; give that another with 'device set-root', or remove it"
             raise BitmapError(f"{found.store}: node '{name}'", what)
-        self._names.require_all_stores()  # one that cannot be read may have a device on it
+        for problem in self._stores.problems():  # what cannot be read may be a device on it
+            raise problem
         with self._stores.opened(found.store) as target:
             nodes.remove_node(self._host, target, name)
 

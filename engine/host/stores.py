@@ -13,11 +13,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from dirtmap.engine.host.defaults import USUAL_STORE
 from dirtmap.engine.host.kind import Kind
 from dirtmap.engine.host.pool import Pool
 from dirtmap.engine.index.database import DamagedError, DatabaseError, MisplacedError
 from dirtmap.engine.index.index import Index
-from dirtmap.engine.index.reading import Container
+from dirtmap.engine.index.reading import Container, PartlyDamagedError
 from dirtmap.engine.index.renewal import examine, renew
 from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system.file import is_gone, is_same_file, make_folder_of
@@ -164,18 +165,24 @@ class Stores:
             what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
             raise StorageError(target.path, what) from error
 
-    def _original(self, target: Store) -> str | None:
-        """Where the default store says that a store is; None where it does not know, or that is here."""
-        if target.abspath == self.home or not self.exists:
-            return None
+    def _originals(self, target: Store) -> Iterator[str]:
+        """Where default stores say that a store is: the chosen one, the normal one, the one beside the index."""
+        usual = os.path.join(os.path.dirname(self.index.path), USUAL_STORE)
+        normal = [] if self.fallback is None else [self.fallback.home]
+        for home in dict.fromkeys([self.home, *normal, usual]):
+            if home != target.abspath and (path := self._original(target, home)):
+                yield path
+
+    def _original(self, target: Store, home: str) -> str | None:
+        """Where a default store says that a store is; None where it does not know, or that is here."""
 
         def look(snapshot: Snapshot) -> list[str]:
             if snapshot.header.uuid == target.uuid:
-                return [self.home]
+                return [home]
             known = [record for record in snapshot.table() if record.kind == store.KIND_CONTAINER]
             return [os.fsdecode(record.path) for record in known if record.uuid == target.uuid]
 
-        with contextlib.suppress(Error), self.kept(self.home) as default:
+        with contextlib.suppress(Error), self.kept(home) as default:
             paths = default.read(look)
             return paths[0] if paths and target.abspath not in paths else None
         return None
@@ -183,8 +190,21 @@ class Stores:
     def original_of(self, target: Store) -> str | None:
         """The path of the store of which this one is a copy; None where it is not known to be one."""
         before = self.expect(target) if self.index.exists else None
-        path = self._original(target) if before is None else before
-        return path if path and path != target.abspath and self._is_copy(target, path) else None
+        paths = self._originals(target) if before is None else [before]
+        return next((path for path in paths if path != target.abspath and self._is_copy(target, path)), None)
+
+    def refuse_copy_at(self, path: str) -> None:
+        """Refuses a change of the store at a path, which may be damaged, where it is a copy of another.
+
+        Raises:
+            BitmapError: it is one.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                target = stack.enter_context(self.kept(path))
+            except Error:
+                return  # nobody can tell; whoever mends it does so as far as it can be read
+            self._refuse_copy(target)
 
     def _refuse_copy(self, target: Store) -> None:
         if path := self.original_of(target):
@@ -235,14 +255,19 @@ class Stores:
     # Which containers there are.
 
     def stores(self) -> list[str]:
-        """The paths of all stores of the host that can be read, with the index up to date for them.
+        """The paths of all stores of the host that can be read, if only partly, with the index up to date for them.
 
         An empty list where there is no default store.
 
         Raises:
             FormatError: the default store is damaged.
         """
-        return [path for path, problem in self._survey().items() if problem is None]
+        return self.readable(self.survey())
+
+    @staticmethod
+    def readable(survey: dict[str, Error | None]) -> list[str]:
+        """The stores of a `survey` that can be read, if only partly."""
+        return [path for path, problem in survey.items() if _is_readable(problem)]
 
     def remembered(self) -> list[str]:
         """The paths of the default store and of the stores that it remembers, as it says: this needs no index.
@@ -263,22 +288,29 @@ class Stores:
         return [self.home, *(os.fsdecode(record.path) for record in others)]
 
     def problems(self) -> list[Error]:
-        """What is wrong with other stores that are there: names in them are neither found nor free."""
-        return [problem for problem in self._survey().values() if problem]
+        """What is wrong with stores that are there: names in what cannot be read are neither found nor free."""
+        return [problem for problem in self.survey().values() if problem]
 
-    def _survey(self) -> dict[str, Error | None]:
+    def hiding(self, name: bytes) -> Iterator[Error]:
+        """What is wrong with stores that may have a node or device of that name, or know a store that may."""
+        for path, problem in self.survey().items():
+            if isinstance(problem, PartlyDamagedError) and path != self.home and not problem.may_hide(name):
+                continue
+            if problem:
+                yield problem
+
+    def survey(self) -> dict[str, Error | None]:
         """The paths of all stores of the host that are there, the default one first, with what is wrong with each."""
         if not self.exists:
             return {}
 
         def learn(index: Index) -> dict[str, Error | None]:
-            found: dict[str, Error | None] = {self.home: None}
-            home = self._refresh_store(index, self.home)
+            home, problem = self._refresh_store(index, self.home)
+            found: dict[str, Error | None] = {self.home: problem}
             for path in index.stores(home.number):
                 try:
                     if path != self.home:
-                        self._refresh_store(index, path)
-                        found[path] = None
+                        _, found[path] = self._refresh_store(index, path)
                 except DatabaseError:
                     raise
                 except Error as error:
@@ -288,21 +320,21 @@ class Stores:
 
         return self.asking(learn)
 
-    def _refresh_store(self, index: Index, path: str) -> Container:
-        """What the index knows of a store, now.
+    def _refresh_store(self, index: Index, path: str) -> tuple[Container, PartlyDamagedError | None]:
+        """What the index knows of a store, now, and why that is not all of it.
 
         Raises:
             Error: what is wrong with it.
         """
         if (known := index.unchanged(path)) is not None:
-            return known
+            return known, None
         index.open()  # there has to be one before a rollback can be seen
         with self.opened(path):
             pass
         for container, problem in index.refresh([path]):
-            if problem:
-                raise self._advised(path, problem)
-            return container
+            if problem is None or isinstance(problem, PartlyDamagedError):
+                return container, problem
+            raise self._advised(path, problem)
         raise StorageError(path, "is being replaced")
 
     def containers(self) -> list[str]:
@@ -329,20 +361,20 @@ class Stores:
         """Makes the index say what all containers say now.
 
         Returns:
-            The containers that are sound, by their number in the index; and why others could not be read.
+            The containers that could be read, by their number in the index; and why others could not, or not all.
         """
 
         def learn(index: Index) -> tuple[dict[int, Container], list[Error]]:
-            survey = self._survey()
+            survey = self.survey()
             problems = {path: problem for path, problem in survey.items() if problem}
-            paths = self._containers(index, [path for path in survey if path not in problems])
+            paths = self._containers(index, self.readable(survey))
             left = dict.fromkeys(paths)
             sound = {}
             for container, problem in index.refresh(paths, force_share=force_share):
                 left.pop(container.path)
                 if problem:
                     problems.setdefault(container.path, problem)
-                elif container.path not in problems:
+                if _is_readable(problem) and _is_readable(problems.get(container.path)):
                     sound[container.number] = container
             for path in left:
                 try:
@@ -352,3 +384,8 @@ class Stores:
             return sound, [problems[path] for path in paths if path in problems]
 
         return self.asking(learn) if self.exists else ({}, [])
+
+
+def _is_readable(problem: Error | None) -> bool:
+    """True of a store that has no problem, or says something all the same."""
+    return problem is None or isinstance(problem, PartlyDamagedError)
