@@ -8,11 +8,12 @@ import time
 import uuid
 from contextlib import suppress
 
+from dirtmap.engine.qcow2.datafile import data_path
 from dirtmap.engine.qcow2.layout import read_head
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.medium import medium_of
 from dirtmap.fmt import qcow2, store
-from dirtmap.fmt.errors import StorageError, printable
+from dirtmap.fmt.errors import StorageError, errno_of, printable
 from dirtmap.fmt.store import Identity, Record
 from dirtmap.fmt.structures.qcow2 import HEADER_V2
 
@@ -20,6 +21,7 @@ _SECOND_NS = 1_000_000_000
 # Linux before 6.13 takes the time of a write from a clock that steps every 1 to 10 ms. Where it has whole seconds, as
 # in ext4 with small inodes, or even seconds, as in FAT, that is the step.
 _TICK_NS = 20_000_000
+_ROUNDS = 10
 
 
 def identity_of(path: str) -> Identity:
@@ -37,8 +39,26 @@ def identity_of(path: str) -> Identity:
             with open_file(path) as file:
                 return Identity(status.st_rdev, medium_of(status.st_rdev), 0, file.size())
     except (OSError, ValueError) as error:  # the latter: a path that no file can have
-        raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
+        raise StorageError(path, getattr(error, "strerror", None) or str(error), errno_of(error)) from error
     raise StorageError(path, "neither a regular file nor a block device")
+
+
+def touched(path: str) -> int:
+    """When a file was last written to, or its times, its names, its owner or its mode were changed; ns since 1970.
+
+    The time of the last write can be put back, as ``touch -r`` and ``cp -p`` do; that of the last change cannot.
+
+    Returns:
+        0 for a block device, which does not tell.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
+    return max(status.st_mtime_ns, status.st_ctime_ns) if stat.S_ISREG(status.st_mode) else 0
 
 
 def data_file_of(path: str) -> str | None:
@@ -48,18 +68,7 @@ def data_file_of(path: str) -> str | None:
         StorageError: the image cannot be read, or does not say which file that is.
     """
     with open_file(path) as file:
-        if not _is_qcow2(file):
-            return None
-        head = read_head(file)
-    if not head.header.incompatible & qcow2.INCOMPATIBLE_DATA_FILE:
-        return None
-    names = [e.data for e in head.chain.extensions if e.type == qcow2.EXTENSION_DATA_FILE] if head.chain else []
-    if len(names) != 1:
-        raise StorageError(path, "does not say which its external data file is")
-    # QEMU takes the name for a C string, and a relative one as relative to the folder that it runs in. That is the
-    # image's, as far as we can know.
-    name = os.fsdecode(names[0].partition(b"\0")[0]).removeprefix("file:")
-    return os.path.join(os.path.dirname(path), name)
+        return data_path(read_head(file)) if _is_qcow2(file) else None
 
 
 def identity_of_disk(path: str) -> Identity:
@@ -74,7 +83,7 @@ def identity_of_disk(path: str) -> Identity:
     try:
         return identity.with_data(identity_of(data))
     except StorageError as error:
-        raise StorageError(path, f"its external data file, {error}") from error
+        raise StorageError(path, f"its external data file, {error}", error.errno) from error
 
 
 def identity_now(record: Record) -> Identity:
@@ -109,16 +118,30 @@ def lasting_identity(path: str, *, of_disk: bool = False) -> Identity:
     A time is only as fine as the clock it is taken from. So this waits until that has moved on since the last write: a
     few milliseconds, and only if the image was written to just before; longer where times are in whole seconds.
 
+    Nor does a write through a mapping give a file another time while the page is dirty: the time is taken when a clean
+    page gets dirty. So all of the file is written back, until none of its pages has got dirty meanwhile. Source:
+    Linux, ``file_update_time`` in ``filemap_page_mkwrite``; a tmpfs has no such thing.
+
     Args:
         path: of the image.
         of_disk: as `identity_of_disk`.
+
+    Raises:
+        StorageError: as `identity_of`; or it cannot be written back, or is written to without pause.
     """
-    data = data_file_of(path) if of_disk else None
-    found = identity_of_disk(path) if of_disk else identity_of(path)
-    for each in (path, data):
-        if each is not None:
+    files = [path]
+    if of_disk and (data := data_file_of(path)) is not None:
+        files.append(data)
+    look = identity_of_disk if of_disk else identity_of
+    for _ in range(_ROUNDS):
+        found = look(path)
+        for each in files:
             _wait_out(identity_of(each).mtime_ns)
-    return found
+            with open_file(each) as file:
+                file.write_back()
+        if look(path) == found:
+            return found
+    raise StorageError(path, "is being written to without pause, so that nobody would see what is written next")
 
 
 def lasting_identity_now(record: Record) -> Identity:

@@ -25,6 +25,12 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number} {one}" if number == 1 else f"{number} {many or one + 's'}"
 
 
+def errno_of(error: BaseException) -> int | None:
+    """The operating system's number of an error, or of a `StorageError` that it became; None where it has none."""
+    found = getattr(error, "errno", None)
+    return found if isinstance(found, int) else None
+
+
 class Error(Exception):
     """Base class of everything that dirtmap raises on purpose.
 
@@ -73,7 +79,15 @@ class GoneError(LockedError):
 
 
 class StorageError(Error):
-    """The operating system refused to open, read, write or sync."""
+    """The operating system refused to open, read, write or sync.
+
+    Attributes:
+        errno: the number of the operating system's error, as in the module `errno`; None where there was none.
+    """
+
+    def __init__(self, where: str, what: str, errno: int | None = None) -> None:
+        super().__init__(where, what)
+        self.errno = errno
 
 
 class SyncError(StorageError):

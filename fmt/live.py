@@ -2,7 +2,7 @@
 
     store    in the namespace's record: SESSION, its paths, PEER; in each directory entry: WINDOW, behind the checksum
     tmpfs    control; writeset-0, writeset-1, ...: one for each interval between two cuts
-    disk     LOG | beats | area 0: records of logs 0, 2, ... | area 1: records of logs 1, 3, ...
+    disk     LOG | beats, tallies | area 0: records of logs 0, 2, ... | area 1: records of logs 1, 3, ...
 
 What is stored on disk is big-endian, as in the store. Live files never leave the machine, so their numbers are in its
 own byte order; each field has 8 aligned bytes and is written by one store instruction. Bits are packed with the least
@@ -22,12 +22,13 @@ WINDOW_BUSY = 1 << 0  # flag of a window: the bitmap is taken for a backup
 INTENT_OFF = 0
 INTENT_REGION = 1
 
-CONTROL_MAGIC = b"DMLCTRL1"
+CONTROL_MAGIC = b"DMLCTRLC"
 WRITESET_MAGIC = b"DMLBITS1"
 
 LOG_MAGIC = b"DML\xfb"
 LOG_VERSION = 1
 BEATS = (PAGE, PAGE + 512)  # offsets of the two heartbeats in the log, which are written in turn
+TALLIES = (PAGE + 1024, PAGE + 1536)  # offsets of the tallies in the log: for logs of even number, and of odd
 AREAS = 2 * PAGE  # offset of the first area of records in the log
 LOG_RECORD_SIZE = 8  # bytes of a logged region
 
@@ -35,6 +36,8 @@ MIN_REGION_BITS = 20
 MAX_REGION_BITS = 63
 MAX_REGIONS = 1 << 20
 DEFAULT_REGIONS = 2048  # the most regions of a disk by default; a large disk has at least half as many
+MAX_INTERVALS = 1 << 14  # the most that a session may have and not have saved whole
+MAX_LOG = (1 << 62) - 1  # the largest number of a log that a session may name
 MAX_PATH = 4096
 
 
@@ -110,3 +113,11 @@ def area_offset(regions: int, number: int) -> int:
 def log_bytes(regions: int) -> int:
     """Returns the length of an intent log in bytes."""
     return area_offset(regions, 1) + area_offset(regions, 1) - AREAS
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How many records of a log were durable when it was written: the log's ``number``, and their ``count``."""
+
+    number: int
+    count: int

@@ -1,1 +1,1 @@
-"""What a person or another program starts: the `dirtmap` command."""
+"""The `dirtmap` command, which a person or another program starts. Of the engine it uses the public interface only."""

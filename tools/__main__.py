@@ -1,4 +1,4 @@
-"""`python -m dirtmap.tools`: the `dirtmap` command, where it is not on the path."""
+"""`python -m dirtmap.tools`: the `dirtmap` command, for when it is not on the PATH."""
 
 from dirtmap.tools.start import main
 

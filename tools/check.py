@@ -1,4 +1,4 @@
-"""`dirtmap check`: what is wrong with an image's bitmaps and refcounts, and mending it."""
+"""`dirtmap check`: finds what is wrong with an image's bitmaps and refcounts, or with a store, and repairs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dirtmap.tools.output import progress_bar, write_json
 if TYPE_CHECKING:
     from dirtmap.engine import CheckReport, Host
 
-# As of qemu-img check.
+# The exit codes of qemu-img check.
 _ERROR, _CORRUPT, _LEAKS = 1, 2, 3
 
 
@@ -35,15 +35,15 @@ def check_command(
 ) -> None:
     """Check an image's bitmaps and refcounts, or a store.
 
-    "-r leaks" frees clusters that nothing uses. "-r all" also drops the bitmaps that make QEMU refuse the image, keeps
-    the good ones, says which, and sets refcounts right; guest data is never touched.
+    "-r leaks" frees clusters that nothing uses. "-r all" also drops the bitmaps that make QEMU refuse the image, says
+    which, keeps the others, and corrects refcounts. Guest data is never touched.
 
-    Of a store, with all its nodes and devices, either writes what is sound into a new file that takes its place; "-r
-    leaks" only where nothing else is wrong. "-r all" makes all dirty what is damaged and can still be named, gives up
-    what cannot, and says which. With a damaged directory goes what a tracker had in it; that is refused while the
-    tracker lives.
+    A store is checked with all its nodes and devices. A repair writes what is sound into a new file, which replaces the
+    store; "-r leaks" does so only if nothing else is wrong. "-r all" makes damaged bitmaps all dirty if they can still
+    be named, gives up the others, and says which. If a directory is damaged, what a tracker had in it is lost, too; so
+    the repair is refused while the tracker lives.
 
-    Exit status: 0 sound (or mended), 2 corrupt, 3 leaks only, 1 when something could not be checked.
+    Exit status: 0 sound (or repaired), 2 corrupt, 3 leaks only, 1 when something could not be checked.
     """
     if repair and force_share:
         raise click.UsageError("-U goes with reading only, not with -r.")

@@ -1,7 +1,7 @@
-"""The `dirtmap` command: a group that imports a command's module when that command is used, and reports every failure.
+"""The `dirtmap` command: a group that imports a command's module only when that is used, and reports every failure.
 
-Start-up time is a feature: `dirtmap list` imports neither numpy nor rich, and nothing at all of the other commands.
-So modules of this package import numpy, rich, json and the engine's heavier rooms inside the functions that need them.
+Start-up time is a feature: `dirtmap list` imports neither numpy nor rich, and no other command. So the modules of this
+package import numpy, rich, json and the heavier rooms of the engine inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dirtmap.tools.exits import INTERRUPTED
 from dirtmap.tools.options import write_examples
 from dirtmap.tools.output import PROGRAM, complain
 
-# In the order of the help; the module of dirtmap.tools that each lives in, as `VERB_command`.
+# In the order of the help. The value is the module of dirtmap.tools that has the command, as `VERB_command`.
 _HOMES = {
     "list": "list",
     "dump": "dump",
@@ -56,7 +56,7 @@ _EXAMPLES = """
 
 
 class _Commands(click.Group):
-    """Finds commands by name, and turns whatever they raise into one line on standard error and an exit code."""
+    """Finds commands by name. Turns what they raise into one line on standard error and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_HOMES)
@@ -78,7 +78,7 @@ class _Commands(click.Group):
             sys.stdout.flush()  # now, while a full disk or a closed pipe can still be reported
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
-        """Runs the command line and exits: 0, 1, or what the command says; 130 after an interrupt."""
+        """Runs the command line, and exits with 0, 1 or the command's own code, or with 130 after an interrupt."""
         _prepare_streams()
         extra |= {"prog_name": PROGRAM, "standalone_mode": False}
         sys.exit(self._run(*args, **extra))
@@ -89,7 +89,7 @@ class _Commands(click.Group):
             return code if isinstance(code, int) else 0
         except click.ClickException as error:
             path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else PROGRAM
-            # A list of choices takes several lines.
+            # click puts a list of choices on several lines.
             message = " ".join(error.format_message().split())
             where = path.removeprefix(PROGRAM).strip()
             complain(f"{where}: {message}" if where else f"{message} See {PROGRAM} --help.")
@@ -99,7 +99,7 @@ class _Commands(click.Group):
             return INTERRUPTED
         except MemoryError:
             complain("not enough memory")
-        except OSError as error:  # the engine's have a place of their own; what is left are the standard streams
+        except OSError as error:  # errors of the engine were handled above; what is left is the standard streams
             _abandon_output()
             complain(f"{error.filename or 'standard output'}: {error.strerror or error}")
         except Exception as error:
@@ -112,10 +112,10 @@ class _Commands(click.Group):
 
 
 def _prepare_streams() -> None:
-    """Makes the standard streams take any text, and exist."""
+    """Makes the standard streams accept any text, and opens those that are closed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            # Closed: else the image would become file 1 or 2. What is opened first gets the lowest free number.
+            # It was closed. An image opened now would become file 1 or 2: the lowest free number is taken first.
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  for as long as we run
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
@@ -123,7 +123,7 @@ def _prepare_streams() -> None:
 
 
 def _abandon_output() -> None:
-    """Sends what is still buffered nowhere: Python would try to write it at exit, and report the failure again."""
+    """Discards what is still buffered. At exit, Python would try to write it, and report the failure again."""
     with contextlib.suppress(Exception):
         number = sys.stdout.fileno()
         with open(os.devnull, "wb") as null:

@@ -1,4 +1,4 @@
-"""`dirtmap copy`, `move`: a bitmap from one container to another."""
+"""`dirtmap copy`, `move`: copies or moves a bitmap from one container to another."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def copy_command(host: Host, target: str, bitmap: str, dest_target: str, new: st
 def move_command(host: Host, target: str, bitmap: str, dest_target: str, new: str | None) -> None:
     """Move a bitmap to another image, or within one.
 
-    As a copy, after which the source is removed. Within one image or store that is one act. Between two, both are
-    locked and checked first, and the source is removed only when the copy is durable: after a crash in between, both
-    have it.
+    Copies it as "copy" does, then removes the source. Within one image or store this is one change. Between two, both
+    are locked and checked first, and the source is removed only when the copy is durable: after a crash in between,
+    both have it.
     """
     from dirtmap.engine import changes
 
@@ -80,14 +80,14 @@ def move_command(host: Host, target: str, bitmap: str, dest_target: str, new: st
                 changes.remove(nodes[target], bitmap)
         return
     with contextlib.ExitStack() as both:
-        # Each ends by itself: the destination first, wherever the lock order begins.
+        # Each transaction ends by itself. The destination's ends first, whichever the lock order begins with.
         parts = {part: both.enter_context(contextlib.ExitStack()) for part in (target, dest_target)}
         begun = {}
         for part in host.in_lock_order(parts):
             begun[part] = parts[str(part)].enter_context(transaction(host, str(part)))
         bitmaps, there = begun[target], begun[dest_target]
         changes.put(there, name, usable(bitmaps.where, bitmaps, bitmap))
-        changes.remove(bitmaps, bitmap)  # refused now, or never: before the destination has it
+        changes.remove(bitmaps, bitmap)  # refused before the destination has it
         bitmaps.judge()
         parts[dest_target].close()
-        # Durable there. The source's own commit follows, at the end of its transaction.
+        # The destination is durable. The source's own commit follows, at the end of its transaction.

@@ -1,4 +1,4 @@
-"""`dirtmap device`: what guests see, with bitmaps of its own, whichever image is behind it."""
+"""`dirtmap device`: names disks as guests see them, with bitmaps of their own, whichever image is behind them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def device_command() -> None:
 def add_command(host: Host, name: str, root: str) -> None:
     """Make a device on a node.
 
-    Its bitmaps live in the default store, and record what is written through the device. A device's name is never
-    another name for its root: "drive0" and the node under it have different bitmaps.
+    Its bitmaps are in the default store, and record what is written through the device. A device is not another name
+    for its root: "drive0" and the node under it have different bitmaps.
     """
     host.add_device(name, root)
 
@@ -53,7 +53,7 @@ def add_command(host: Host, name: str, root: str) -> None:
 def set_root_command(host: Host, name: str, node: str, content_unchanged: bool) -> None:
     """Give a device another root node.
 
-    All its bitmaps are dirty then, unless you state that the content is unchanged. Bitmaps of nodes never move.
+    All its bitmaps become dirty, unless you state that the content is unchanged. Bitmaps of nodes never move.
     """
     host.set_root(name, node, content_unchanged=content_unchanged)
 
@@ -83,6 +83,7 @@ def remove_command(host: Host, name: str) -> None:
 @click.pass_context
 def list_command(ctx: click.Context, host: Host, quiet: bool, output: str) -> None:
     """List the devices of all stores that are known, and their root nodes."""
+    options.tell_no_store(host, quiet=quiet)
     problems: list[Error] = []
     found = host.devices(problems)
     for problem in problems:

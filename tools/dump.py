@@ -1,4 +1,4 @@
-"""`dirtmap dump`: every structure on disk, field by field."""
+"""`dirtmap dump`: prints every structure on disk, field by field."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 def dump_command(host: Host, file: str, with_hex: bool, force_share: bool, quiet: bool, output: str) -> None:
     """Show every structure of an image, a store or an index.
 
-    Of an image, prints header, feature bits by name, header extensions, bitmap directory and tables, field by field,
-    each with its offset; of a store, its areas likewise. What is damaged is shown as far as it can be read, with
-    everything that is wrong with it, and where reading stopped; the exit status is 0 all the same: "dirtmap check"
-    judges.
+    For an image, prints the header, feature bits by name, header extensions, bitmap directory and tables, field by
+    field, each with its offset; for a store, its areas in the same way. Damaged structures are shown as far as they can
+    be read, with everything that is wrong and where reading stopped. The exit status is 0 even so; use "dirtmap check"
+    for a verdict.
 
-    An index is its folder or the data.mdb in it; prints its entries, in the order of their keys, with offsets inside
-    each. "dirtmap index verify" judges it.
+    An index is given as its folder, or as the data.mdb in it. Prints its entries in the order of their keys, with
+    offsets inside each entry. Use "dirtmap index verify" for a verdict.
     """
     document = host.dump(file, with_hex=with_hex, force_share=force_share)
     if quiet:
@@ -86,14 +86,14 @@ def _value(field: dict[str, Any]) -> str:
     value = field["value"]
     if isinstance(value, str):
         return printable(value)
-    # Places, bits and magic numbers are known by their digits in hexadecimal, counts in decimal.
+    # Offsets, bits and magic numbers are easier to recognise in hexadecimal, counts in decimal.
     name = field["name"]
     wants_hex = name.endswith(("offset", "features", "flags")) or (name == "type" and value > 0xFFFF)
     return f"{value:#x}" if wants_hex else str(value)
 
 
 def _hex_lines(data: bytes, offset: int) -> Iterator[str]:
-    """Sixteen bytes a line; ``*`` stands for lines that are as the one before, as in hexdump -C."""
+    """Lines of sixteen bytes. ``*`` stands for lines that are the same as the one before, as in hexdump -C."""
     previous, starred = b"", False
     for start in range(0, len(data), 16):
         line = data[start : start + 16]

@@ -1,4 +1,4 @@
-"""The exit codes of the `dirtmap` command that need nothing else."""
+"""The exit codes of the `dirtmap` command, in a module that imports nothing."""
 
 from __future__ import annotations
 

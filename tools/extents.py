@@ -1,8 +1,8 @@
-"""Reads extents that other programs print: which ranges of a disk to mark.
+"""Reads extents that other programs print: the ranges of a disk to mark.
 
-A module of `dirtmap.tools.foreign` for each format. Numbers are bytes unless the format says otherwise. What is not
-clearly of one of the formats is refused, by its place; so is what may have been cut off: nothing at all, as of a
-program that failed, an array or a document without its end, and a last line without its newline.
+Each format has a module in `dirtmap.tools.foreign`. Numbers are bytes unless the format says otherwise. A document that
+is not clearly of one of the formats is refused, and the error names the place. So is one that may be cut off: an empty
+one, as a failed program leaves it, an array or document without its end, or a last line without its newline.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# Names that users give, and the module of dirtmap.tools.foreign.
+# The names that users give, and their modules in dirtmap.tools.foreign.
 FORMATS = {
     "nbdinfo": "nbdinfo",
     "qemu-img": "qemu_img",
@@ -33,7 +33,7 @@ FORMATS = {
     "xapi": "xapi",
 }
 
-# Keys of JSON objects that one of the formats has, and no other.
+# Keys of JSON objects that only one of the formats has.
 _KEYS = {
     **dict.fromkeys(("type", "description"), "nbdinfo"),
     **dict.fromkeys(("data", "zero", "present", "depth"), "qemu-img"),
@@ -59,15 +59,15 @@ def read_extents(
 
     Args:
         source: the document.
-        size: of the disk, bytes.
-        put: takes offsets and lengths (bytes, int64 arrays) of ranges to mark, all of them inside the disk; called
-            any number of times, and in vain where an error is found behind them.
-        name: of the format, one of `FORMATS`; None where the content has to tell.
-        block_size: of the format that does not say its own, bytes.
+        size: of the disk, in bytes.
+        put: takes the offsets and lengths (bytes, int64, 1-D) of ranges to mark, all of them inside the disk. It is
+            called any number of times, possibly before an error is found further on.
+        name: of the format, one of `FORMATS`; None if the content must tell.
+        block_size: in bytes, for a format that does not say its own.
 
     Raises:
-        FormatError: not clearly of the format, not whole, or longer than is read for such a disk.
-        RangeError: a range leaves the disk.
+        FormatError: not clearly of the format, not complete, or longer than is read for such a disk.
+        RangeError: a range is not inside the disk.
         StorageError: the document cannot be read.
     """
     marks = Marks(source.where, size, put)
@@ -95,7 +95,7 @@ def read_extents(
 
 
 def _recognise(head: bytes, where: str) -> str | None:
-    """The format that a document can only be of; None for an empty JSON array, which says nothing in all of them."""
+    """The only format that a document can be of; None for an empty JSON array, which is empty in all of them."""
     text = head.lstrip()
     if text[:1] == b"<":
         root = _ROOT.search(text)
@@ -105,7 +105,7 @@ def _recognise(head: bytes, where: str) -> str | None:
     if text[:1] in (b"[", b"{"):
         if text[:1] == b"[" and text[1:].lstrip()[:1] == b"]":
             return None
-        # The keys of the first object, and of the first one inside it.
+        # The keys of the first object, and of the first object inside it.
         kinds = {_KEYS.get(key.decode()) for key in _KEY.findall(text.partition(b"}")[0])} - {None}
         if len(kinds) != 1:
             raise FormatError(f"{where}: entry 1", f"not clearly an extent as of {_known()}; see --from-format")

@@ -1,4 +1,4 @@
-"""`dirtmap find`: where there is a bitmap of a name."""
+"""`dirtmap find`: finds every bitmap of a name."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 def find_command(ctx: click.Context, host: Host, bitmap: str, force_share: bool, quiet: bool, output: str) -> None:
     """Find every bitmap of that name on this host.
 
-    In all images and stores that are known: "dirtmap index scan" finds them. Each is shown with the node or device that
-    it is attached to, or with the path of an image that has no name. One that cannot be read does not keep the others
-    from being shown; the exit status is 1.
+    Looks in all images and stores that are known; "dirtmap index scan" finds them. Each bitmap is shown with the node
+    or device that it is attached to, or with the path of an image that has no name. If a container cannot be read, the
+    others are shown, and the exit status is 1.
     """
+    options.tell_no_store(host, quiet=quiet)
     problems: list[Error] = []
     hits = host.find(bitmap, force_share=force_share, told=problems.append)
     if not hits and (meant := options.unescaped(bitmap)) != bitmap:

@@ -1,4 +1,4 @@
-"""`dirtmap hold`: keep a bitmap from changing while a backup reads it."""
+"""`dirtmap hold`: keeps a bitmap from changing while a backup reads it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def hold_command(
 ) -> None:
     """Run a command while a bitmap is held.
 
-    A held bitmap is busy: nobody can remove, clear, rename, move or change it. The hold ends with the command; one
-    whose process has died counts no more. SIGTERM and SIGHUP are passed on to the command. Exit status: that of the
+    A held bitmap is busy: nobody can remove, clear, rename, move or change it. The hold ends with the command, or when
+    the process of "dirtmap hold" dies. SIGTERM and SIGHUP are passed on to the command. Exit status: that of the
     command.
     """
     with host.open(target) as image, image.hold(bitmap, owner or command[0]):
@@ -45,9 +45,9 @@ def hold_command(
 
 
 def _run(command: tuple[str, ...]) -> int:
-    """Runs a command to its end, and returns its status.
+    """Runs a command to its end, and returns its exit status.
 
-    What asks this process to end is passed on: the command would go on without the hold.
+    Passes on signals that ask this process to end; otherwise the command would go on without the hold.
     """
     import signal
     import subprocess

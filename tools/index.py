@@ -1,4 +1,4 @@
-"""`dirtmap index`: find the containers of a host, and keep the index of what is in them."""
+"""`dirtmap index`: finds the containers of a host, and maintains the index of what is in them."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def index_command() -> None:
 def scan_command(host: Host, paths: tuple[str, ...], force_share: bool, quiet: bool, output: str) -> None:
     """Find every qcow2 image and store below folders.
 
-    The default store remembers where they are. An image that was moved is found again by its UUID, and a name that is
-    in an image but in no store comes back; what is no store any more is forgotten. Images that another process has open
-    for writing are skipped, unless -U.
+    The default store remembers where they are. An image that was moved is found again by its UUID. A name that an image
+    has and no store knows is learned from the image. A file that is no longer a store is forgotten. Images that another
+    process has open for writing are skipped, unless you give -U.
 
-    Copies that still carry the identity of another image are told of, as are names that are another's. Such images are
-    not taken: "dirtmap list" and "dirtmap find" leave them out until "dirtmap node add --new-identity" gives them an
-    identity of their own.
+    Copies that still carry the identity of another image are reported, and so are images whose name belongs to another.
+    Neither is taken: "dirtmap list" and "dirtmap find" leave such an image out until "dirtmap node add --new-identity"
+    gives it an identity of its own.
     """
     from dirtmap.engine import scan
 
@@ -80,7 +80,7 @@ def scan_command(host: Host, paths: tuple[str, ...], force_share: bool, quiet: b
 
 
 def _complain_of_stores(host: Host) -> None:
-    """Names the stores that the index has to do without."""
+    """Reports the stores that the index cannot read."""
     for problem in host.problems():
         complain(f"left out: {problem}")
 
@@ -114,10 +114,10 @@ def _complain(summary: Summary) -> None:
 @options.named
 @options.speaking
 def verify_command(host: Host, quiet: bool, output: str) -> None:
-    """Read the whole index, and hold it against what the containers say.
+    """Read the whole index, and compare it with what the containers say.
 
-    It is read in a process of its own, since damage inside can kill the reader. Where anything is wrong, the index is
-    rebuilt; nothing is lost by that.
+    It is read in a process of its own, since damage inside can kill the reader. If anything is wrong, the index is
+    rebuilt, and nothing is lost by that.
     """
     from dirtmap.engine import verify_index
 
@@ -144,7 +144,7 @@ def verify_command(host: Host, quiet: bool, output: str) -> None:
 @options.named
 @options.speaking
 def rebuild_command(host: Host, quiet: bool, output: str) -> None:
-    """Make the index anew, from the containers that the default store knows."""
+    """Rebuild the index from the containers that the default store knows."""
     from dirtmap.engine import rebuild_index
 
     with progress_bar("reading containers", quiet=quiet) as progress:

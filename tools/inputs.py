@@ -1,4 +1,4 @@
-"""Documents that a user hands to a command: files, standard input and pipes, none of which is read without a limit."""
+"""Reads documents that a user gives to a command: files, standard input and pipes, none of them without a limit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import BinaryIO
 from dirtmap.fmt.errors import FormatError, StorageError
 
 _HEAD = 1 << 16
-# Some 50,000 actions; the decoder makes up to 50 bytes of one.
+# Enough for some 50,000 actions. The JSON decoder takes up to 50 bytes of memory for each byte.
 _MOST_DOCUMENT = 4 << 20
 
 
 class Input:
-    """A file that is read from its start to its end, once.
+    """A file that is read once, from start to end.
 
     Attributes:
-        where: its name, for messages.
+        where: its name in messages.
     """
 
     def __init__(self, file: BinaryIO, where: str) -> None:
@@ -31,16 +31,16 @@ class Input:
         self._limit = 0
 
     def head(self) -> bytes:
-        """The first 64 KiB, or what there is; they are read again by `read`."""
+        """The first 64 KiB, or less if the file is shorter. `read` returns them again."""
         if not self._head:
             self._head = self._take(_HEAD)
         return self._head
 
     def limit(self, most: int) -> None:
-        """Allows that many bytes in all; of a file on disk its size is held against that at once.
+        """Sets the most bytes that may be read in all. Compares the size of a regular file with that at once.
 
         Raises:
-            FormatError: it is longer.
+            FormatError: the file is longer.
         """
         self._limit = self._left = most
         with contextlib.suppress(OSError, AttributeError, ValueError):
@@ -49,11 +49,11 @@ class Input:
                 raise self._too_long()
 
     def read(self, most: int) -> bytes:
-        """That many bytes, or fewer at the end; none behind it.
+        """The next bytes, at most ``most`` (the first 64 KiB at once after `head`); none at the end.
 
         Raises:
-            FormatError: longer than allowed.
-            StorageError: it cannot be read.
+            FormatError: the file is longer than allowed.
+            StorageError: the file cannot be read.
         """
         assert self._left is not None, "no limit was set"
         if self._head:
@@ -69,7 +69,7 @@ class Input:
         try:
             return self._file.read(most)
         except OSError as error:
-            raise StorageError(self.where, f"read: {error.strerror or error}") from error
+            raise StorageError(self.where, f"read: {error.strerror or error}", error.errno) from error
 
     def _too_long(self) -> FormatError:
         return FormatError(self.where, f"longer than {self._limit} bytes, the most that is read here")
@@ -77,10 +77,10 @@ class Input:
 
 @contextlib.contextmanager
 def open_input(path: str) -> Iterator[Input]:
-    """A file, ``-`` being standard input.
+    """Opens a file; ``-`` is standard input.
 
     Raises:
-        StorageError: it cannot be opened.
+        StorageError: the file cannot be opened.
     """
     if path == "-":
         yield Input(sys.stdin.buffer, "standard input")
@@ -89,16 +89,16 @@ def open_input(path: str) -> Iterator[Input]:
         try:
             file = stack.enter_context(open(path, "rb"))
         except OSError as error:
-            raise StorageError(path, f"read: {error.strerror or error}") from error
+            raise StorageError(path, f"read: {error.strerror or error}", error.errno) from error
         yield Input(file, path)
 
 
 def read_document(path: str) -> tuple[bytes, str]:
-    """All of a small document, and its name for messages.
+    """The whole of a small document, and its name in messages.
 
     Raises:
-        FormatError: it is longer than 4 MiB.
-        StorageError: it cannot be read.
+        FormatError: the document is longer than 4 MiB.
+        StorageError: the document cannot be read.
     """
     with open_input(path) as source:
         source.limit(_MOST_DOCUMENT)

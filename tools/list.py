@@ -1,4 +1,4 @@
-"""`dirtmap list`: which bitmaps there are."""
+"""`dirtmap list`: lists the bitmaps of images, or of the whole host."""
 
 from __future__ import annotations
 
@@ -34,19 +34,18 @@ def list_command(
 ) -> None:
     """List the bitmaps of images.
 
-    Tells each bitmap's granularity, how much of the disk it calls dirty (whole granules, as QEMU counts), and whether
-    QEMU goes on recording into it. An inconsistent bitmap is in use by a writer, or was left so by one that died, and
-    the bits of a damaged one are not what was written; see "dirtmap recover". Without a TARGET: all bitmaps of the
-    host, in every image and store that it knows; see "dirtmap index scan". A TARGET that cannot be read does not keep
-    the others from being listed, nor does a damaged bitmap; the exit status is 1. In JSON "errors" has a line for each
-    damage.
+    Shows each bitmap's granularity, how much of the disk it calls dirty (in whole granules, as QEMU counts), and
+    whether QEMU goes on recording into it. An inconsistent bitmap is in use by a writer, or was left so by one that
+    died. The bits of a damaged bitmap are not what was written; see "dirtmap recover". Without a TARGET, lists all
+    bitmaps of the host, in every image and store that it knows; see "dirtmap index scan". If a TARGET cannot be read, a
+    bitmap is damaged, or a disk has another size than its bitmaps, the others are listed, and the exit status is 1. In
+    JSON, "errors" has a line for each of these.
     """
     failed = False
     documents = []
     if not targets:
+        options.tell_no_store(host, quiet=quiet)
         targets = tuple(f"file:{path}" for path in host.containers())
-        if not targets:
-            complain("no images are known yet; 'index scan' finds them")
     for target in targets:
         try:
             info = host.describe(target, force_share=force_share)
@@ -98,7 +97,7 @@ def _document(info: ImageInfo) -> dict[str, Any]:
 
 
 def _attachment(info: ImageInfo, bitmap: BitmapInfo) -> dict[str, str | None]:
-    """The namespace of a bitmap, where it has a name: the node or device that it is attached to."""
+    """The node or device that a bitmap is attached to, by its JSON key, and the namespace; empty without a name."""
     if bitmap.device is not None:
         return {"namespace": bitmap.namespace, "device": bitmap.device}
     if bitmap.namespace is not None:
@@ -108,7 +107,7 @@ def _attachment(info: ImageInfo, bitmap: BitmapInfo) -> dict[str, str | None]:
 
 def _show(info: ImageInfo) -> None:
     size = "" if info.size is None else f", {human_size(info.size)} ({info.size} bytes)"
-    none = "" if info.bitmaps or info.errors else ", no bitmaps"  # what is damaged is not known to have none
+    none = "" if info.bitmaps or info.errors else ", no bitmaps"  # a damaged image may have bitmaps
     node = f", node {printable(info.node)}" if info.format == "qcow2" and info.node is not None else ""
     title = f"{printable(info.path)}: {info.format}{node}{size}{none}"
     rows = [_row(bitmap, info.size) for bitmap in info.bitmaps]

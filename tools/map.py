@@ -1,4 +1,4 @@
-"""`dirtmap map`: which parts of the disk a bitmap calls dirty, as extents, totals or a picture."""
+"""`dirtmap map`: shows which parts of the disk a bitmap calls dirty, as extents, totals or a picture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTIONS = ("clean", "dirty")
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
-_BLOCK = 16384  # dirty extents that become text in one go
+_BLOCK = 16384  # dirty extents that become text at a time
 
 
 @options.command(
@@ -87,12 +87,12 @@ def map_command(
             sys.stdout.write(text)
 
 
-# Two numbers are left open for each extent; type and description are filled in beforehand.
+# Two numbers are left open for each extent; its type and description are filled in beforehand.
 _JSON = '{ "offset": %%d, "length": %%d, "type": %d, "description": "%s"}'
 
 
 class _Run(NamedTuple):
-    """Extents in order, whose types alternate, beginning with ``first``; or of that type alone."""
+    """Extents in order. Their types alternate, beginning with ``first``, or are all of that type."""
 
     first: int
     alternating: bool
@@ -103,7 +103,7 @@ class _Run(NamedTuple):
 def _text(
     size: int, offsets: Positions, lengths: Positions, dirty_only: bool, line: str, descriptions: tuple[str, str]
 ) -> Iterator[str]:
-    """The extents as text, many at a time: formatting a few thousand lines at once takes a fifth of the time."""
+    """The extents as text, thousands of lines at a time, which takes a fifth of the time of one by one."""
     import numpy as np
 
     lines = [line % (kind, description) for kind, description in enumerate(descriptions)]
@@ -119,7 +119,7 @@ def _dirty_runs(offsets: Positions, lengths: Positions) -> Iterator[_Run]:
 
 
 def _runs(size: int, offsets: Positions, lengths: Positions) -> Iterator[_Run]:
-    """The whole disk: before each dirty extent the clean one, and at last the rest."""
+    """The extents of the whole disk: before each dirty extent the clean one, and at last the rest."""
     import numpy as np
 
     done = 0
@@ -136,7 +136,7 @@ def _runs(size: int, offsets: Positions, lengths: Positions) -> Iterator[_Run]:
 
 
 def _sum_up(size: int, dirty: int, dirty_only: bool, output: str) -> None:
-    """Source of both formats: libnbd, info/map.c, print_totals."""
+    """Prints totals. Source of both formats: libnbd, info/map.c, print_totals."""
     sums = [(kind, total) for kind, total in enumerate((size - dirty, dirty)) if total and (kind or not dirty_only)]
     if output == "json":
         row = '{ "size": %d, "percent": %g, "type": %d, "description": "%s" }'

@@ -1,4 +1,4 @@
-"""`dirtmap mark`: makes ranges dirty."""
+"""`dirtmap mark`: marks ranges of the disk dirty in a bitmap."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ def mark_command(
     "csi", an array of the messages of the Kubernetes call GetMetadataDelta; "xapi", the base64 of
     VDI.list_changed_blocks, which its content does not tell.
 
-    What is about another disk, as far as FILE tells, or about a part of it only, is an error; so is an empty FILE, as a
-    program leaves one that fails. An empty JSON array says that there is nothing to mark. FILE may have an entry for
-    each 512 bytes of the disk, at least 65536 and at most 16777216 entries, and 512 bytes an entry.
+    A FILE that is about another disk, or about a part of the disk only, is an error, as far as FILE tells. So is an
+    empty FILE, because a program that fails leaves one. An empty JSON array says that there is nothing to mark. FILE
+    may have an entry for each 512 bytes of the disk, at least 65536 and at most 16777216 entries, and 512 bytes an
+    entry.
     """
     from dirtmap.engine import Bitmap, changes
 
@@ -82,7 +83,7 @@ def mark_command(
         return
     if offset is not None:
         raise click.UsageError("OFFSET and LENGTH do not go with --from.")
-    # The image is not open while FILE is read: it may be what the program at the other end of a pipe is reading.
+    # The image is not open while FILE is read, because the program at the other end of a pipe may be reading it.
     with host.open(target, force_share=True) as image:
         found = Bitmap(image.size, image[bitmap].granularity)
     with open_input(source) as file:

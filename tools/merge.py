@@ -1,4 +1,4 @@
-"""`dirtmap merge`: what any of several bitmaps calls dirty."""
+"""`dirtmap merge`: ORs bitmaps into another one."""
 
 from __future__ import annotations
 

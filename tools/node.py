@@ -1,4 +1,4 @@
-"""`dirtmap node`: which images have names, and where their bitmaps are."""
+"""`dirtmap node`: gives names to images, and lists where they and their bitmaps are."""
 
 from __future__ import annotations
 
@@ -32,19 +32,21 @@ def node_command() -> None:
 @click.argument("image", type=click.Path())
 @options.named
 @click.option("--new-identity", is_flag=True, help="IMAGE is a copy of another qcow2 image; make it one of its own.")
+@click.option("--raw", is_flag=True, help="IMAGE is a raw disk, although it looks like an image of another format.")
 @options.quiet
-def add_command(host: Host, name: str, image: str, new_identity: bool) -> None:
+def add_command(host: Host, name: str, image: str, new_identity: bool, raw: bool) -> None:
     """Give an image a name and an identity.
 
     A qcow2 image keeps its name and its UUID in its own header, and its bitmaps as before; the store remembers where it
-    is. For anything else (a raw file, a block device) the store will hold the bitmaps.
+    is. For a raw file or a block device the store will hold the bitmaps. An image of another format (VMDK, VHD, VHDX,
+    VDI, ...) is refused: as a raw disk it would be overwritten. --raw insists.
     """
-    if host.keeps_bitmaps(image):
+    if not raw and host.keeps_bitmaps(image):
         host.add_qcow2(name, image, new_identity=new_identity)
     elif new_identity:
         raise click.UsageError("--new-identity is for qcow2 images.")
     else:
-        host.add_node(name, image)
+        host.add_node(name, image, raw=raw)
 
 
 @options.command(
@@ -90,9 +92,9 @@ def rename_command(host: Host, old: str, new: str, with_bitmaps: bool) -> None:
 def resize_command(host: Host, name: str) -> None:
     """Adopt the size that a node's image has now.
 
-    Old bits stay, new space is dirty. You state with it that the image was resized and nothing else; if it was written
-    to as well, say "dirtmap recover" instead, which adopts the size and makes all dirty. So does this command where
-    another file is in the image's place.
+    Old bits stay, new space is dirty. You state with this command that the image was resized and nothing else. If it
+    was also written to, use "dirtmap recover" instead, which adopts the size and makes everything dirty. This command
+    makes everything dirty, too, if another file is in the image's place.
     """
     host.resize_node(name)
 
@@ -109,8 +111,8 @@ def resize_command(host: Host, name: str) -> None:
 def confirm_command(host: Host, name: str) -> None:
     """State that a node's bitmaps are right although its image looks changed.
 
-    An image that was changed while nobody tracked it has bitmaps that count as all dirty. Use this where only the time
-    stamp changed, or the file was moved. If anything was written to the image, its bitmaps have missed that.
+    If an image was changed while nobody tracked it, its bitmaps count as all dirty. Use this command only if nothing
+    but the time stamp changed, or the file was moved. If anything was written to the image, its bitmaps have missed it.
     """
     host.confirm_node(name)
 
@@ -130,6 +132,7 @@ def confirm_command(host: Host, name: str) -> None:
 @click.pass_context
 def list_command(ctx: click.Context, host: Host, output: str, quiet: bool) -> None:
     """List the nodes of all stores that are known, and where their images are."""
+    options.tell_no_store(host, quiet=quiet)
     problems: list[Error] = []
     found = host.nodes(problems)
     for problem in problems:

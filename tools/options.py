@@ -1,4 +1,4 @@
-"""Arguments and options that commands share."""
+"""The arguments and options that commands share."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 class Command(click.Command):
-    """A command whose help ends with examples, a line each."""
+    """A command whose help ends with examples, one per line."""
 
     def __init__(self, *args: Any, examples: str, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.examples = examples
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes them as they are: rewrapped, they could not be copied."""
+        """Writes the examples as they are, because rewrapped they could not be copied."""
         write_examples(self.examples, formatter)
 
 
 def write_examples(examples: str, formatter: click.HelpFormatter) -> None:
-    """The section of examples of a help text."""
+    """Writes the section of examples of a help text."""
     import inspect
 
     with formatter.section("Examples"):
@@ -45,7 +45,7 @@ def write_examples(examples: str, formatter: click.HelpFormatter) -> None:
 
 
 def command(name: str, *, examples: str) -> Callable[[Callable[..., Any]], Command]:
-    """Makes a function a command; its docstring is the help, ``examples`` stand at the end of it."""
+    """Makes a function a command. Its docstring is the help, and ``examples`` come at the end of that."""
     return click.command(name, cls=Command, examples=examples)
 
 
@@ -67,14 +67,14 @@ def escaped(name: str) -> str:
 
 
 def unescaped(name: str) -> str:
-    """The name that `escaped` shows so, if it has no such text itself."""
+    """The name that `escaped` shows as this text, unless a name is this very text."""
     text = os.fsencode(name)
     found = re.sub(rb"\\x([89a-f][0-9a-f])", lambda match: bytes([int(match[1], 16)]), text)
     return found.decode("utf-8", "surrogateescape")
 
 
 class _Name(click.ParamType):  # type: ignore[type-arg]
-    """A name as the engine has it, whatever bytes the shell gave."""
+    """A name in the form of the engine, whatever bytes the shell gave."""
 
     name = "name"
 
@@ -83,9 +83,9 @@ class _Name(click.ParamType):  # type: ignore[type-arg]
 
 
 class _Bitmap(_Name):
-    """The name of a bitmap that is there.
+    """The name of an existing bitmap.
 
-    One that is not UTF-8 may be given as JSON shows it, see `escaped`, unless a bitmap's name is that very text.
+    A name that is not UTF-8 may be given as JSON shows it (see `escaped`), unless a bitmap has that very text as name.
     """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
@@ -104,7 +104,7 @@ class _Bitmap(_Name):
         return _items(map(escaped, self._there(ctx)), incomplete)
 
     def _there(self, ctx: click.Context) -> list[str]:
-        """The names of all bitmaps of the target; of another source than that where the command has one."""
+        """The names of all bitmaps of the target; for a source, those of its own target if the command has one."""
         import dirtmap.engine as dm
 
         target = ctx.params.get("target")
@@ -117,7 +117,7 @@ class _Bitmap(_Name):
 
 
 class _Holder(_Name):
-    """The name of a node or device that is there."""
+    """The name of an existing node or device."""
 
     def __init__(self, *kinds: str) -> None:
         self._kinds = kinds
@@ -144,7 +144,7 @@ def _holders(ctx: click.Context, *kinds: str) -> list[str]:
 
 
 class _Target(click.Path):
-    """What holds bitmaps; held against ``-f`` where that was given."""
+    """A target, which holds bitmaps. It must have the format that ``-f`` names, if given."""
 
     name = "target"
 
@@ -154,13 +154,13 @@ class _Target(click.Path):
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Names of nodes and devices; files where none fits, as the shell has it."""
+        """Completes names of nodes and devices; if none fits, leaves files to the shell."""
         named = _items(_holders(ctx, "node", "device"), incomplete)
         return [*named, *super().shell_complete(ctx, param, incomplete)]
 
 
 class _Word(click.types.UnprocessedParamType):
-    """A word of a command to run."""
+    """One word of a command to be run."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
@@ -179,6 +179,7 @@ TARGET = _Target()
 _FORMAT = "dirtmap.format"
 _STORE = "dirtmap.store"
 _INDEX = "dirtmap.index"
+_TRUST = "dirtmap.trust"
 _HOST = "dirtmap.host"
 _QUIET = "dirtmap.quiet"
 
@@ -198,6 +199,10 @@ def _remember_index(ctx: click.Context, _: click.Parameter, value: str | None) -
 def _remember_quiet(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
     ctx.meta[_QUIET] = value
     return value
+
+
+def _remember_trust(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[_TRUST] = value
 
 
 target = click.argument("target", type=TARGET)
@@ -234,7 +239,15 @@ _store = click.option(
     expose_value=False,
     help=_STORE_HELP,
 )
-_index = click.option(
+_trust = click.option(
+    "--trust",
+    is_flag=True,
+    callback=_remember_trust,
+    is_eager=True,
+    expose_value=False,
+    help="As root, trust a default store and an index that another user can replace.",
+)
+_index_path = click.option(
     "--index",
     type=click.Path(),
     metavar="PATH",
@@ -245,18 +258,29 @@ _index = click.option(
 )
 
 
+def _index(command: Callable[..., Any]) -> Callable[..., Any]:
+    return _index_path(_trust(command))
+
+
 def host_of(ctx: click.Context) -> Host:
-    """The host, as the default store and the index of the user's choice tell of it: one for each command."""
+    """The host of a command, from the default store and the index that the user chose. It is made once per command."""
     import dirtmap.engine as dm
 
     if _HOST not in ctx.meta:
-        ctx.meta[_HOST] = ctx.find_root().with_resource(dm.Host(ctx.meta.get(_STORE), ctx.meta.get(_INDEX)))
+        chosen = ctx.meta.get(_STORE), ctx.meta.get(_INDEX)
+        ctx.meta[_HOST] = ctx.find_root().with_resource(dm.Host(*chosen, trust=ctx.meta.get(_TRUST, False)))
     host: Host = ctx.meta[_HOST]
     return host
 
 
+def tell_no_store(host: Host, *, quiet: bool) -> None:
+    """Says so where the user's normal default store was never made, and answers are empty for that reason."""
+    if not host.has_store() and not quiet:
+        complain(f"{host.store}: no store yet; 'index scan' and 'node add' make it")
+
+
 def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command the host as its first argument, and tells at its end why the index could not be used, if so."""
+    """Passes the host to a command as its first argument. Tells at the end why the index could not be used, if so."""
 
     @functools.wraps(command)
     def with_host(*args: Any, **values: Any) -> Any:
@@ -277,20 +301,20 @@ def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def named(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of a command that takes names and no TARGET; it is passed the host first."""
+    """Adds the options of a command that takes names and no TARGET. The command gets the host first."""
     return _store(_index(pass_host(command)))
 
 
 def speaking(command: Decorated) -> Decorated:
-    """Options of a command that reports on no TARGET; it is passed ``quiet`` and ``output``."""
+    """Adds the options of a command that reports on no TARGET. The command gets ``quiet`` and ``output``."""
     return _output(told_quiet(command))
 
 
 def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of a command that reports; it is passed the host first, and ``quiet`` and ``output``."""
+    """Adds the options of a command that reports. The command gets the host first, and ``quiet`` and ``output``."""
     return speaking(_store(_index(_format(pass_host(command)))))
 
 
 def changing(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of a command that changes bitmaps and has nothing to report; it is passed the host first."""
+    """Adds the options of a command that changes bitmaps and reports nothing. The command gets the host first."""
     return quiet(_store(_index(_format(pass_host(command)))))

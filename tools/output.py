@@ -1,4 +1,4 @@
-"""How commands speak: one-line errors, JSON that is always valid, text that cannot harm a terminal, tables."""
+"""The output of commands: one-line errors, JSON that is always valid, text that cannot harm a terminal, tables."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PROGRAM = "dirtmap"
 
 
 def complain(message: str) -> None:
-    """One line on standard error."""
+    """Prints one line on standard error."""
     print(f"{PROGRAM}: {printable(message)}", file=sys.stderr)
 
 
 def write_json(document: list[Any] | dict[str, Any]) -> None:
-    """One document on standard output, ASCII: a list takes a line for each element, as in nbdinfo."""
+    """Prints one document on standard output, in ASCII. A list takes one line per element, as in nbdinfo."""
     import json
 
     document = _utf8(document)
@@ -30,7 +30,7 @@ def write_json(document: list[Any] | dict[str, Any]) -> None:
 
 
 def _utf8(value: Any) -> Any:
-    """The same with every string valid: bytes that are not UTF-8 become backslash escapes."""
+    """The same value with every string valid: bytes that are not UTF-8 become backslash escapes."""
     if isinstance(value, str) and not value.isascii():
         return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     if isinstance(value, dict):
@@ -41,13 +41,13 @@ def _utf8(value: Any) -> Any:
 
 
 def write_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """A titled table on standard output: with colour on a terminal, else plain columns.
+    """Prints a titled table on standard output: with colour on a terminal, otherwise in plain columns.
 
     Args:
-        title: a line above, already printable.
-        header: a name for each column.
-        rows: cells, already printable.
-        right: the columns to align to the right.
+        title: the line above the table, already printable.
+        header: the name of each column.
+        rows: the cells, already printable.
+        right: the numbers of the columns to align to the right.
     """
     if colourful():
         return _write_rich_table(title, header, rows, right)
@@ -63,7 +63,7 @@ def write_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def _columns(text: str) -> int:
-    """How many columns of a terminal a text takes: none for what combines with the character before, two for CJK."""
+    """The width of a text on a terminal, in columns: combining characters take none, wide ones such as CJK two."""
     if text.isascii():
         return len(text)
     from unicodedata import category, east_asian_width
@@ -88,21 +88,21 @@ def _write_rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence
     console.print(table)
 
 
-# Cells that catch the eye on a terminal.
+# Cells that are highlighted on a terminal.
 _STYLES = {"inconsistent": "bold red", "recording": "green"}
 
 
 def colourful() -> bool:
-    """True where standard output is a terminal that may get colour."""
+    """True if standard output is a terminal that may get colour."""
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 @contextlib.contextmanager
 def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error that goes away at the end of the block.
+    """A progress bar on standard error, which disappears at the end of the block.
 
     Yields:
-        What moves it (done, in all); None where standard error is no terminal, or ``quiet``.
+        A function that moves it, of (done, in all); None if standard error is not a terminal, or ``quiet``.
     """
     if quiet or not sys.stderr.isatty():
         yield None

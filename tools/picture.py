@@ -1,4 +1,4 @@
-"""Draws a bitmap: the disk as rows of characters, each shaded by how much of its part is dirty.
+"""Draws a bitmap: the disk as rows of characters. The shade of each shows how much of its part of the disk is dirty.
 
 0 B │███··░▒▓··············│
 64 MiB │·····················█│
@@ -30,13 +30,13 @@ _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
 
 
 def draw(title: str, bitmap: Bitmap, *, colour: bool) -> Iterator[str]:
-    """The picture, line by line, as wide as the terminal allows; `_SHADES` where standard output can encode them."""
+    """The picture, line by line, as wide as the terminal allows. `_SHADES` needs an output encoding that has them."""
     shades, frame = _SHADES, _FRAME
     try:
         (shades + frame).encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         shades, frame = _ASCII_SHADES, _ASCII_FRAME
-    # Powers of two, so that rows begin at round numbers.
+    # Powers of two, so that rows begin at round offsets.
     room = max(shutil.get_terminal_size().columns - _LABEL_WIDTH - 3, _LEAST_WIDTH)
     width = 1 << (room.bit_length() - 1)
     each = bitmap.granularity
@@ -58,13 +58,13 @@ def draw(title: str, bitmap: Bitmap, *, colour: bool) -> Iterator[str]:
 
 
 def _levels(edges: Positions, offsets: Positions, lengths: Positions) -> NDArray[Any]:
-    """How dark each part of the disk is, from 0 (clean) to 4 (dirty all over); a trace of dirt makes it 1."""
+    """The shade of each part of the disk, from 0 (clean) to 4 (dirty all over); any dirt at all makes it at least 1."""
     dirty, size = np.diff(_dirty_before(edges, offsets, lengths)), np.diff(edges)
     return np.where(dirty == 0, 0, np.where(dirty == size, 4, 1 + (dirty / size * 3).astype(np.int64).clip(0, 2)))
 
 
 def _dirty_before(positions: Positions, offsets: Positions, lengths: Positions) -> Positions:
-    """How many dirty bytes lie before each position."""
+    """The number of dirty bytes before each position."""
     if not len(offsets):
         return np.zeros_like(positions)
     before = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))

@@ -1,9 +1,9 @@
-"""Reads a QMP ``transaction`` document: which actions, on which nodes.
+"""Reads a QMP ``transaction`` document: its actions, and the nodes that they change.
 
     {"actions": [{"type": "block-dirty-bitmap-add", "data": {"node": "disk.qcow2", "name": "b0"}}, ...]}
 
-Everything is judged before anything is done; an error names the place: ``actions[1].data.node``.
-Source: QEMU's qapi/transaction.json and qapi/block-core.json. A node is a TARGET host.
+Everything is validated before anything is done. An error names the place, such as ``actions[1].data.node``.
+Source: QEMU's qapi/transaction.json and qapi/block-core.json. A node is a TARGET of dirtmap.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ADD = "block-dirty-bitmap-add"
 _MERGE = "block-dirty-bitmap-merge"
 _PREFIX = "block-dirty-bitmap-"
 _ON_ONE: dict[str, type] = {"node": str, "name": str}
-# Keys of the data of each type of action; the first two must be there, and all of a merge's.
+# The keys of each type of action's data. The first two are required; a merge requires all of its keys.
 _KEYS: dict[str, dict[str, type]] = {
     _ADD: {**_ON_ONE, "granularity": int, "persistent": bool, "disabled": bool},
     _MERGE: {"node": str, "target": str, "bitmaps": list},
@@ -28,7 +28,7 @@ _KINDS = {str: "a string", int: "an integer", bool: "true or false", list: "an a
 
 
 class Source(NamedTuple):
-    """A bitmap that a merge takes; ``node`` None for that of the merge itself."""
+    """A source bitmap of a merge; ``node`` is None if it is in the node of the merge itself."""
 
     node: str | None
     name: str
@@ -38,13 +38,13 @@ class Action(NamedTuple):
     """One action.
 
     Attributes:
-        place: in the document, for messages.
+        place: of the action in the document, for messages.
         verb: ``add``, ``remove``, ``clear``, ``enable``, ``disable`` or ``merge``.
-        node: whose bitmap.
-        name: the bitmap that changes.
-        granularity: of ``add``; None for the default.
-        disabled: of ``add``.
-        sources: of ``merge``.
+        node: the node of the bitmap.
+        name: of the bitmap that changes.
+        granularity: for ``add``, in bytes; None for the default.
+        disabled: for ``add``, whether the bitmap does not record.
+        sources: for ``merge``.
     """
 
     place: str
@@ -61,10 +61,10 @@ def parse_transaction(data: bytes, where: str) -> list[Action]:
 
     Args:
         data: the whole document, UTF-8.
-        where: its name, for messages.
+        where: the name of the document in messages.
 
     Raises:
-        FormatError: names the first place that is wrong, or asks for what a file cannot do.
+        FormatError: names the first place that is wrong, or that asks for what cannot be done to a file.
     """
     try:
         document = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
@@ -101,16 +101,16 @@ def _source(item: Any, place: str) -> Source:
 
 
 def _node(path: str, place: str) -> str:
-    """A path that the operating system can be asked for."""
+    """Checks that the operating system can take a text as a path, and returns it."""
     if "\0" in path or any(0xD800 <= ord(char) < 0xDC80 or 0xDCFF < ord(char) <= 0xDFFF for char in path):
         raise FormatError(place, "not a path")
     return path
 
 
 def _object(item: Any, place: str, keys: dict[str, type], needed: int, inside: str | None = None) -> dict[str, Any]:
-    """An object that has the first ``needed`` of those keys and no others, each of its type.
+    """Checks that an object has the first ``needed`` of ``keys``, and none but these keys, with values of their types.
 
-    ``inside`` stands in front of a key in messages; else the place and a dot do.
+    ``inside`` comes before a key in messages; if it is None, the place and a dot do.
     """
     inside = f"{place}." if inside is None else inside
     if not isinstance(item, dict):

@@ -12,12 +12,12 @@ _MOST_DIGITS = len(str(MAX_DISK_SIZE))
 
 
 def parse_size(text: str) -> int:
-    """Bytes: ASCII digits, which one of k K M G T P or KiB MiB GiB TiB PiB may follow (×1024), or 0x and hex digits.
+    """A size in bytes: ASCII digits, perhaps with a unit (k K M G T P or KiB to PiB, ×1024); or 0x and hex digits.
 
-    So everything that dirtmap itself prints as a size of whole units, or as an offset, is one.
+    So it reads every size in whole units, and every offset, that dirtmap itself prints.
 
     Raises:
-        ValueError: anything else, or more than 2**63 - 1.
+        ValueError: the text is anything else, or more than 2**63 - 1.
     """
     match = _SIZE.fullmatch(text)
     if not match:
@@ -31,14 +31,14 @@ def parse_size(text: str) -> int:
 
 
 def human_share(part: int, whole: int) -> str:
-    """A percentage; what is not nothing does not look like nothing. Empty for a share of nothing."""
+    """A percentage. A small share that is not zero does not show as zero. Empty if the whole is zero."""
     if not whole:
         return ""
     return "<0.1%" if 0 < part < whole / 1000 else f"{min(100.0, 100.0 * part / whole):.1f}%"
 
 
 def human_size(size: int) -> str:
-    """Three digits or so and a unit, as ``9.3 GiB``; exact where there is no point."""
+    """A size in about three digits and a unit, such as ``9.3 GiB``. It is exact if it has no decimal point."""
     for shift, unit in ((60, "EiB"), (50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         whole, rest = divmod(size, 1 << shift)
         if whole:

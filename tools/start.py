@@ -1,4 +1,4 @@
-"""Where the `dirtmap` command begins: an interrupt that comes while its modules are imported ends it quietly, too."""
+"""Starts the `dirtmap` command, so that an interrupt during the import of its modules also ends it quietly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dirtmap.tools.exits import INTERRUPTED
 
 
 def main() -> None:
-    """Runs the command line and exits, as `dirtmap.tools.cli` has it."""
+    """Runs the command line and exits; see `dirtmap.tools.cli`."""
     try:
         from dirtmap.tools.cli import main as run
 

@@ -1,4 +1,4 @@
-"""`dirtmap store`: stores as files."""
+"""`dirtmap store`: makes and compacts store files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def create_command(file: str, cluster_size: int) -> None:
 def compact_command(host: Host, file: str, quiet: bool, output: str) -> None:
     """Write a store anew without its free space, in its own place.
 
-    The new file replaces the old one when it is durable; a crash before that leaves the old one.
+    The new file replaces the old one when it is durable; a crash before that leaves the old one. A store in which a
+    bitmap is held is refused.
     """
     result = host.compact(file)
     if output == "json" and not quiet:
@@ -79,10 +80,10 @@ def compact_command(host: Host, file: str, quiet: bool, output: str) -> None:
 def new_identity_command(host: Host, file: str) -> None:
     """Make a copy of a store one of its own.
 
-    A copied store is refused while the original is there, since both would be the home of the same bitmaps. This gives
-    it, its nodes and its devices other UUIDs. Of an image that was tracked when it was copied, the bitmaps are all
-    dirty in the copy. A store that is not known to be a copy is refused while one of its images is tracked, or one of
-    its bitmaps held.
+    While the original is there, a copied store is refused, because both would be the home of the same bitmaps. This
+    command gives the copy, its nodes and its devices new UUIDs. If an image was tracked when its store was copied, its
+    bitmaps are all dirty in the copy. A store is refused while one of its bitmaps is held, and, if it is
+    not known to be a copy, while one of its images is tracked.
     """
     for line in host.new_identity(file).made_dirty:
         complain(f"{file}: all dirty now: {line}")

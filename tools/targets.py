@@ -1,4 +1,4 @@
-"""What commands do with targets: open one for a change, take a bitmap, tell whether two are one."""
+"""What commands share about targets: opens one for a change, reads a bitmap, tells whether two are the same."""
 
 from __future__ import annotations
 
@@ -15,39 +15,41 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def transaction(host: Host, target: str) -> Iterator[Transaction]:
-    """The target's bitmaps, to be changed: all of it lands at the end of the block, or nothing.
+    """The bitmaps of the target, to be changed. At the end of the block all changes are durable, or none is made.
 
     Raises:
         dirtmap.engine.Error: as `dirtmap.engine.Namespace.transaction`.
     """
-    # Reading proves nothing here: the transaction locks and judges the image anew, and knows better who holds it.
+    # Opened without a reader's lock: the transaction locks and validates the image anew, and names a holder better.
     with host.open(target, force_share=True) as image:
         tracking = image.tracking()
         doubt = None if tracking else image.doubt()
         with image.transaction() as bitmaps:
             yield bitmaps
         tell_doubt(image, doubt)
-    if tracking:  # it has died, or we would have been refused
+        for note in bitmaps.notes:
+            complain(f"{image.path}: {note}")
+    if tracking:  # the tracker has died, or the change would have been refused
         complain(f"{image.path}: recovered first: {tracking.how}")
 
 
 def same_image(host: Host, one: str, other: str) -> bool:
-    """True where both targets mean the same bitmaps, whatever the names of their file.
+    """True if both targets mean the same bitmaps, whatever paths lead to their file.
 
     Raises:
-        dirtmap.engine.Error: one of them is not there.
+        dirtmap.engine.Error: one of them does not exist.
     """
-    # Where one is not there, opening it tells more.
+    # If one does not exist, opening it gives a better error.
     return host.locate(one).node == host.locate(other).node and same_container(host, one, other)
 
 
 def same_container(host: Host, one: str, other: str) -> bool:
-    """True where one commit can change both: they are one image, or nodes of one store. Errors as `same_image`."""
+    """True if one commit can change both: they are one image, or nodes of one store. Errors as `same_image`."""
     return host.locate(one).is_in_one_file(host.locate(other))
 
 
 def address(host: Host, target: str) -> dict[str, str]:
-    """What JSON says of a target: the container's ``filename``, and ``node`` or ``device``, where it has a name.
+    """The JSON keys of a target: the container's ``filename``, and ``node`` or ``device`` if it has a name.
 
     Raises:
         dirtmap.engine.Error: as `Host.locate`, or the image cannot be read.
@@ -60,16 +62,16 @@ def address(host: Host, target: str) -> dict[str, str]:
 
 
 def tell_doubt(image: Namespace, doubt: str | None) -> None:
-    """Says on standard error why all of an image's bitmaps count as all dirty, if they do."""
+    """Prints on standard error why all bitmaps of an image count as dirty all over, if they do."""
     if doubt:
         complain(f"{image.path}: {printable(image.name or '')}: its bitmaps count as all dirty: {doubt}")
 
 
 def usable(where: str, bitmaps: Mapping[str, Bitmap], name: str) -> Bitmap:
-    """That bitmap, for its bits to be used.
+    """A bitmap whose bits can be used.
 
     Raises:
-        BitmapError: it is not there or inconsistent; names it.
+        BitmapError: the bitmap does not exist or is inconsistent; the error names it.
     """
     from dirtmap.engine import changes
 

@@ -1,4 +1,4 @@
-"""`dirtmap track`: what programs that track writes are doing."""
+"""`dirtmap track`: shows what programs that track writes are doing."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def track_command() -> None:
 def status_command(host: Host, target: str, once: bool, quiet: bool, output: str) -> None:
     """Tell which program tracks TARGET, since when, and what it has marked and logged.
 
-    "writes" counts those whose begin and end the program tells; marks that it makes without are not counted, but what
-    they made dirty is.
+    "writes" counts the writes whose begin and end the program reports. Writes that it only marks are not counted, but
+    what they made dirty is.
 
-    On a terminal the answer is kept up to date until you interrupt it, or the program ends. Where the program has died,
-    tells what "dirtmap recover" will do.
+    On a terminal the answer is kept up to date until you interrupt it, or until the program ends. If the program has
+    died, tells what "dirtmap recover" will do.
     """
     with host.open(target, force_share=True) as image:
         status = image.tracking()

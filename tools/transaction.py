@@ -1,4 +1,4 @@
-"""`dirtmap transaction`: several changes to one image, all or nothing."""
+"""`dirtmap transaction`: makes several changes to one image or store, all or nothing."""
 
 from __future__ import annotations
 
@@ -61,12 +61,14 @@ def transaction_command(host: Host, file: str) -> None:
                 _apply(host, nodes, action, others)
             except dm.Error as error:
                 raise dm.Error(f"{action.place}: {error.where}", error.what) from error
+    for note in dict.fromkeys(f"{bitmaps.where}: {note}" for bitmaps in nodes.values() for note in bitmaps.notes):
+        complain(note)
     for node, how in recovered.items():
         complain(f"{node}: recovered first: {how}")
 
 
 def _dead_trackers(host: Host, nodes: set[str]) -> Iterator[tuple[str, str]]:
-    """What a tracker that has died left to recover: the node, and how. One that lives refuses the transaction."""
+    """The nodes whose tracker is dead, and how they will be recovered. A live tracker refuses the transaction."""
     for node in sorted(nodes):
         with host.open(node, force_share=True) as image:
             if tracking := image.tracking():
@@ -90,7 +92,7 @@ def _apply(host: Host, nodes: dict[Target, Transaction], action: Action, others:
             if node is None:
                 return usable(bitmaps.where, bitmaps, name)
             for changed, there in nodes.items():
-                # One that is being changed is taken as the actions before this one have left it.
+                # A bitmap that is being changed is read as the actions before this one have left it.
                 if node == changed or same_image(host, node, str(changed)):
                     return usable(there.where, there, name)
             image = others.enter_context(host.open(node))

@@ -52,6 +52,8 @@ class Host:
         store: the default store, which knows the others; the user's normal one where None. It need not exist.
         index: path of the index; the user's normal one where None. It is made on first need.
         kinds: of containers.
+        trust: root believes what is in a default store, in stores that it knows, and in an index, although another user
+            owns them or can replace them. A path that is named itself needs no trust.
 
     """
 
@@ -61,9 +63,10 @@ class Host:
         index: str | os.PathLike[str] | None = None,
         *,
         kinds: tuple[Kind, ...] = KINDS,
+        trust: bool = False,
     ) -> None:
         # The engine's own: what is behind a host is asked for by the rooms beside this one.
-        self._parts = Parts(store, index, kinds)
+        self._parts = Parts(store, index, kinds, trust=trust)
 
     @property
     def store(self) -> str:
@@ -279,16 +282,17 @@ class Host:
             of_copy = self._parts.stores.original_of(target) is not None
         return compact(path, new_identity=True, of_copy=of_copy, expect=self._parts.expect)
 
-    def make_sidecar(self, raw: str, path: str) -> None:
+    def make_sidecar(self, disk: str, path: str, *, raw: bool = False) -> None:
         """Makes a qcow2 image whose data is a raw image; see `dirtmap.engine.qcow2.sidecar.make_sidecar`.
 
         Raises:
             LockedError: the raw image is tracked as a node.
+            FormatError: it is an image of another format than raw, and ``raw`` is not said.
         """
         from dirtmap.engine.qcow2.sidecar import make_sidecar
 
-        self._parts.registry.refuse_tracked(raw)
-        make_sidecar(raw, path)
+        self._parts.registry.refuse_tracked(disk)
+        make_sidecar(disk, path, raw=raw)
 
     def in_lock_order(self, targets: Iterable[Target]) -> list[Target]:
         """Targets in the order in which their transactions have to be begun, where several are open at once.
@@ -325,11 +329,30 @@ class Host:
     def find(
         self, bitmap: str, *, force_share: bool = False, told: Callable[[Error], object] | None = None
     ) -> list[BitmapMatch]:
-        """Every bitmap of that name, in all containers that can be read; see `Resolver.find`."""
+        """Every bitmap of that name, in all containers that can be read; see `Resolver.find`.
+
+        Raises:
+            StorageError: as `has_store`.
+        """
+        self.has_store()
         return self._parts.names.find(bitmap, force_share=force_share, told=told)
 
+    def has_store(self) -> bool:
+        """True where there is a default store; False where it is the user's normal one and was never made.
+
+        Raises:
+            StorageError: it was chosen, by ``store`` or by ``$DIRTMAP_STORE``, and is not there; or nobody can tell
+                whether it is, as behind a loop of links.
+        """
+        return self._parts.has_store()
+
     def containers(self) -> list[str]:
-        """The paths of all containers that are known, stores first; those that are gone or damaged included."""
+        """The paths of all containers that are known, stores first; those that are gone or damaged included.
+
+        Raises:
+            StorageError: as `has_store`.
+        """
+        self.has_store()
         return self._parts.stores.containers()
 
     def nodes(self, problems: list[Error]) -> list[Node]:
@@ -340,6 +363,7 @@ class Host:
 
         Raises:
             FormatError: the default store is damaged.
+            StorageError: as `has_store`.
         """
         from dirtmap.engine.namespaces.nodes import nodes
 
@@ -353,6 +377,7 @@ class Host:
 
     def _gather(self, read: Callable[[Store, list[FormatError]], Iterable[Any]], problems: list[Error]) -> list[Any]:
         found: list[Any] = []
+        self.has_store()
         told: dict[str, Error] = {}
         broken: list[FormatError] = []
         for problem in self._parts.stores.problems():
@@ -381,9 +406,9 @@ class Host:
         found = self._parts.names.by_uuid(uuids.UUID(uuid).bytes)
         return None if found is None else found.name
 
-    def add_node(self, name: str, image: str) -> None:
+    def add_node(self, name: str, image: str, *, raw: bool = False) -> None:
         """A node whose bitmaps the default store holds; see `dirtmap.engine.namespaces.nodes.add_node`."""
-        self._parts.registry.add_node(name, image)
+        self._parts.registry.add_node(name, image, raw=raw)
         self._remember_chosen()
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
@@ -427,7 +452,8 @@ class Host:
         """
         normal = self._parts.normal
         if self.home != normal:
-            with contextlib.suppress(Error), Host(normal, self.index_path, kinds=self._parts.kinds) as host:
+            kinds, trust = self._parts.kinds, self._parts.trust
+            with contextlib.suppress(Error), Host(normal, self.index_path, kinds=kinds, trust=trust) as host:
                 host._parts.registry.remember_store(self.home)
 
 
@@ -435,4 +461,4 @@ def _same_file(one: str, other: str) -> bool:
     try:
         return os.path.samefile(one, other)
     except OSError as error:
-        raise StorageError(other, error.strerror or str(error)) from error
+        raise StorageError(other, error.strerror or str(error), error.errno) from error

@@ -90,7 +90,7 @@ class Qcow2Kind(Kind):
 
         with contextlib.suppress(LockedError), open_file(address.path) as file:
             info = describe(file, force_share=force_share)
-            if info.node is None or info.uuid is None:
+            if info.node is None or info.uuid is None or info.errors:  # with one, nothing else opens the image
                 return info
         return super().describe(host, address, force_share=force_share)
 

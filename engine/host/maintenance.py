@@ -1,4 +1,4 @@
-"""Upkeep of a host's index: verifies it, makes it anew, and tells what is in it."""
+"""Maintenance of a host's index: verifies it, rebuilds it, and counts what is in it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Verification:
     """What `verify` found.
 
     Attributes:
-        entries: keys in the database.
-        faults: what was wrong, a line each.
-        rebuilt: the index was made anew, so that nothing is wrong with it any more.
+        entries: number of keys in the database.
+        faults: what was wrong, one line each.
+        rebuilt: whether the index was rebuilt, so that nothing is wrong with it any more.
     """
 
     entries: int = 0
@@ -43,20 +43,21 @@ class Verification:
 
 
 def verify(host: Host, progress: Progress | None = None) -> Verification:
-    """Reads a whole index in a process of its own, holds it against the containers, and rebuilds it where it is wrong.
+    """Reads a whole index in a child process, compares it with the containers, and rebuilds it if it is wrong.
 
     Args:
-        host: whose index.
+        host: the host of the index.
         progress: of reading the containers; called with (done, in all).
 
     Raises:
-        StorageError: there is no index, or no default store, or it cannot be made anew.
+        StorageError: there is no index or no default store, or the index cannot be rebuilt.
     """
     stores = host._parts.stores
     path = stores.index.path
     _require_default_store(stores)
     if not os.path.lexists(path):
         raise StorageError(path, "there is no index; 'index scan' or the first use of a name makes one")
+    stores.require_trusted_index()
     result = Verification()
     examined = examine(path)
     result.entries, result.faults = examined.entries, examined.faults
@@ -71,13 +72,13 @@ def verify(host: Host, progress: Progress | None = None) -> Verification:
 
 
 def _require_default_store(stores: Stores) -> None:
-    """Refuses to hold an index against nothing, and to lose what it knows for that."""
+    """Refuses to work without a default store: a rebuild would then lose all that the index knows."""
     if not os.path.exists(stores.store):
         raise StorageError(stores.store, "there is no default store to compare with; 'index scan' makes one")
 
 
 def _differences(stores: Stores, progress: Progress | None) -> list[str]:
-    """How the index differs from one that is made from the containers now."""
+    """The differences between the index and a new one that is made from the containers now."""
     with contextlib.ExitStack() as stack:
         folder = tempfile.mkdtemp(prefix="dirtmap-index-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -107,7 +108,7 @@ def _contents(index: Index, stores: Stores) -> Counter[str]:
 
 
 def _what(member: Member) -> str:
-    """A namespace, for a line about it."""
+    """Describes a namespace, for a line about it."""
     if not member.name:
         return "an image without a name"
     if member.kind == KIND_CONTAINER:
@@ -116,12 +117,12 @@ def _what(member: Member) -> str:
 
 
 def _holder(holder: bytes) -> str:
-    """A bitmap's holder, for a line about it."""
+    """Describes the holder of a bitmap, for a line about it."""
     return f"'{decode_name(holder[1:])}'" if holder[:1] == layout.NAMED else "an image without a name"
 
 
 def _claimed(index: Index, claim: Claim) -> str:
-    """Who says to have a bitmap, and what it is like, for a line about it."""
+    """Describes a claim to a bitmap: the container that makes it, and the bitmap's properties."""
     says = [
         f"granularity {1 << claim.granularity_bits}",
         *["recording"] * bool(claim.flags & FLAG_AUTO),
@@ -132,23 +133,24 @@ def _claimed(index: Index, claim: Claim) -> str:
 
 
 def rebuild(host: Host, progress: Progress | None = None) -> int:
-    """Makes the index anew from the containers that the default store knows, beside the old one, and replaces that.
+    """Rebuilds the index from the containers that the default store knows, beside the old one, and replaces that.
 
-    The last commits seen of stores are taken over, where the old one can be read.
+    Keeps the last commits seen of stores, if the old index can be read.
 
     Returns:
-        How many containers there are.
+        The number of containers.
 
     Raises:
-        StorageError: it cannot be written, or there is no default store.
+        StorageError: the index cannot be written, or there is no default store.
     """
     stores = host._parts.stores
     _require_default_store(stores)
+    stores.require_trusted_index()
     if os.path.lexists(stores.index.path) and (examined := examine(stores.index.path)).faults:
-        renew(stores.index.path, examined.seen)  # before this process reads what would harm it
+        renew(stores.index.path, examined.seen)  # before this process maps a database that could kill it
     if os.path.lexists(stores.index.path):
         stores.index.require()
-    stores.stores()  # so that a rollback is found while the old index still knows
+    stores.stores()  # detects rollbacks, while the old index still has the commits seen
     seen = stores.index.all_seen()
     count = 0
 
@@ -174,7 +176,7 @@ def _fill(stores: Stores, fresh: Index, progress: Progress | None) -> int:
 
 
 def stats(host: Host) -> dict[str, int]:
-    """How much is in the index: entries by kind, and LMDB's own numbers; sizes in bytes.
+    """Statistics of the index: numbers of entries by kind, and LMDB's own numbers. Sizes are in bytes.
 
     Raises:
         StorageError: there is no index.
@@ -182,6 +184,7 @@ def stats(host: Host) -> dict[str, int]:
     stores = host._parts.stores
     if not os.path.isdir(stores.index.path):
         raise StorageError(stores.index.path, "there is no index; 'index scan' or the first use of a name makes one")
+    stores.require_trusted_index()
     stores.index.require()
     database = stores.index.database
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.host.defaults import default_index, default_store
 from dirtmap.engine.host.handle import Handle
 from dirtmap.engine.host.kind import Address, Kind
-from dirtmap.engine.system.file import open_file
+from dirtmap.engine.system.file import failure, open_file
+from dirtmap.fmt.errors import StorageError
 
 if TYPE_CHECKING:
     from dirtmap.engine.host.registry import Registry
@@ -31,13 +32,16 @@ class Parts:
         store: the default store; the user's normal one where None.
         index: path of the index; the user's normal one where None.
         kinds: of containers.
+        trust: see `Host`.
 
     Attributes:
         store: path of the default store, as given.
         home: the same, absolute: the process may change its folder.
         index: path of the index, absolute.
         normal: the user's normal default store, absolute.
+        chosen: True where the default store was given, or the environment names it.
         kinds: as given.
+        trust: as given.
     """
 
     def __init__(
@@ -45,9 +49,12 @@ class Parts:
         store: str | os.PathLike[str] | None,
         index: str | os.PathLike[str] | None,
         kinds: tuple[Kind, ...],
+        *,
+        trust: bool,
     ) -> None:
-        self.kinds = kinds
+        self.kinds, self.trust = kinds, trust
         chosen = None if index is None else os.fspath(index)
+        self.chosen = store is not None or bool(os.environ.get("DIRTMAP_STORE"))
         self.store = default_store(chosen) if store is None else os.fspath(store)
         # Absolute: the process may change its folder before they are needed.
         self.index = os.path.abspath(default_index(chosen))
@@ -67,8 +74,8 @@ class Parts:
 
             fallback = None
             if self.normal != self.home:
-                fallback = Stores(self.normal, self.normal, self.index, self.kinds)
-            stores = Stores(self.home, self.store, self.index, self.kinds, fallback)
+                fallback = Stores(self.normal, self.normal, self.index, self.kinds, trust=self.trust)
+            stores = Stores(self.home, self.store, self.index, self.kinds, fallback, trust=self.trust)
             names = Resolver(stores, self.kinds)
             self._made = stores, names, Registry(stores, names, self)
             return self._made
@@ -97,6 +104,20 @@ class Parts:
     def notice(self) -> str | None:
         """See `Stores.notice`."""
         return None if self._made is None else self._made[0].notice
+
+    def has_store(self) -> bool:
+        """See `Host.has_store`."""
+        try:
+            os.stat(self.home)
+        except FileNotFoundError as error:
+            if os.path.islink(self.home):
+                raise StorageError(self.store, "a link to what is not there", error.errno) from error
+            if self.chosen:
+                raise StorageError(self.store, "no such store; 'store create' makes one", error.errno) from error
+            return False
+        except (OSError, ValueError) as error:
+            raise failure(self.store, "open", error) from error
+        return True
 
     def close(self) -> None:
         """Closes the stores that are open; it may be used again."""

@@ -1,6 +1,6 @@
-"""`Registry`: the nodes and devices of a host, and which changes of them would break an address.
+"""`Registry`: adds, changes and removes the nodes and devices of a host, and refuses changes that break an address.
 
-Each act is refused before anything is written if it would. What names mean: see `dirtmap.engine.host.resolver`.
+It refuses before anything is written. What names mean: see `dirtmap.engine.host.resolver`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import uuid
 from dirtmap.engine.host.resolver import NodeMatch, Resolver
 from dirtmap.engine.host.stores import Stores
 from dirtmap.engine.identity import identity_of
-from dirtmap.engine.model.naming import decode_name
+from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces import devices, nodes
 from dirtmap.engine.namespaces.condition import refuse_tracked
 from dirtmap.engine.namespaces.ports import HostPort
@@ -19,9 +19,12 @@ from dirtmap.engine.qcow2.reading import read_identity
 from dirtmap.engine.storefile.file import Change
 from dirtmap.engine.system.file import is_same_file
 from dirtmap.fmt import store
+from dirtmap.fmt.directory import name_fault
 from dirtmap.fmt.errors import BitmapError, Error, printable
 
 RESERVED = store.CONTAINER_PREFIX.decode()
+_PREFIXES = ("file:", "node:", "device:")  # of targets
+_SHOWN = 64  # characters of a name that cannot be
 
 
 class Registry:
@@ -29,29 +32,38 @@ class Registry:
 
     Args:
         stores: of the host.
-        names: of the host.
-        host: of the images.
+        names: resolves names on the host.
+        host: given to the images that are opened.
     """
 
     def __init__(self, stores: Stores, names: Resolver, host: HostPort) -> None:
         self._stores, self._names, self._host = stores, names, host
 
-    def _require_free(self, name: str) -> None:
-        if name.startswith(RESERVED):
-            raise BitmapError(f"node '{name}'", f"names that begin with '{RESERVED}' are reserved")
+    @staticmethod
+    def _require_usable(name: str, what: str = "node") -> None:
+        """Refuses a name that no command could find again.
+
+        Raises:
+            BitmapError: says why.
+        """
+        if (fault := _name_fault(name)) is not None:
+            raise BitmapError(f"{what} '{name if len(name) <= _SHOWN else name[:_SHOWN] + '...'}'", fault)
+
+    def _require_free(self, name: str, what: str = "node") -> None:
+        self._require_usable(name, what)
         for found in self._names.asked(lambda here: here.claims(name)):
             raise BitmapError(f"{found.store}: {found.what} '{name}'", "the name is taken")
         self._names.require_all_stores(name)
 
-    def add_node(self, name: str, image: str) -> None:
-        """A node whose bitmaps the default store holds; see `nodes.add_node`."""
+    def add_node(self, name: str, image: str, *, raw: bool = False) -> None:
+        """Adds a node whose bitmaps the default store holds; see `nodes.add_node`."""
         self._require_free(name)
         self._refuse_second_name(image, *nodes.KINDS)
         with self._stores.opened(make=True) as target:
-            nodes.add_node(target, name, image)
+            nodes.add_node(target, name, image, raw=raw)
 
     def _refuse_second_name(self, image: str, *kinds: int) -> None:
-        """Refuses an image that is a node of such a kind in any store but the default one; see `nodes`."""
+        """Refuses an image that is a node of these kinds in any store but the default one; see `nodes`."""
         path = os.path.abspath(image)
         for other in self._names.every_store():
             if other != self._stores.home:
@@ -60,7 +72,8 @@ class Registry:
                 nodes.refuse_second_name(records, path, identity_of(path), *kinds)
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
-        """A node that is a qcow2 image; see `nodes.add_qcow2`."""
+        """Adds a node that is a qcow2 image; see `nodes.add_qcow2`."""
+        self._require_usable(name)
         found = self._names.unique(name)
         if found is None or found.kind != store.KIND_PLACE or found.store != self._stores.store:
             self._require_free(name)
@@ -76,16 +89,16 @@ class Registry:
 
     @staticmethod
     def _refuse_original(image: str, place: NodeMatch) -> None:
-        """Refuses a new identity for what is no copy: its tracker, holds and devices know it by the one it has."""
+        """Refuses a new identity for an original: its tracker, holds and devices refer to the identity it has."""
         if is_same_file(place.path, image):
             what = f"is node '{printable(place.name)}' itself, and no copy; 'node rename' gives it another name"
             raise BitmapError(image, what)
 
     def remember_store(self, path: str) -> None:
-        """Has the default store know another store, so that names in it are found.
+        """Records another store in the default store, so that names in it are found.
 
         Raises:
-            As `opened`.
+            As `Stores.opened`.
         """
         path = os.path.realpath(path)  # as a scan finds it
         if path == os.path.realpath(self._stores.home):
@@ -100,30 +113,30 @@ class Registry:
                     remember_container(change, path, store_uuid)
 
     def remove_node(self, name: str) -> None:
-        """Forgets a node.
+        """Removes a node.
 
         Raises:
-            BitmapError: there is none of that name, it has bitmaps, or is a device's root.
-            Error: a store cannot be read that may have such a device.
+            BitmapError: no such node, it has bitmaps, or it is the root of a device.
+            Error: a store that may have such a device cannot be read.
         """
         found = self._names.require(name, store.KIND_NODE, store.KIND_PLACE)
         for names in self._names.devices_of(found.uuid).values():
             what = f"root of device '{decode_name(names[0])}'; give that another with 'device set-root', or remove it"
             raise BitmapError(f"{found.store}: node '{name}'", what)
-        for problem in self._stores.problems():  # what cannot be read may be a device on it
+        for problem in self._stores.problems():  # an unreadable store may have a device on this node
             raise problem
         with self._stores.opened(found.store) as target:
             nodes.remove_node(self._host, target, name)
 
     def rename_node(self, name: str, new: str, *, with_bitmaps: bool = False) -> None:
-        """Gives a node another name; see `nodes.rename_node`."""
+        """Renames a node; see `nodes.rename_node`."""
         found = self._names.require(name, store.KIND_NODE, store.KIND_PLACE)
         self._require_free(new)
         with self._stores.opened(found.store) as target:
             nodes.rename_node(self._host, target, name, new, with_bitmaps=with_bitmaps)
 
     def resize_node(self, name: str) -> int:
-        """Adopts the size that a node's image has now; see `nodes.resize_node`."""
+        """Adopts the present size of a node's image; see `nodes.resize_node`. Returns it, in bytes."""
         with self._stores.opened(self._names.require(name, store.KIND_NODE, store.KIND_PLACE).store) as target:
             return nodes.resize_node(target, name)
 
@@ -133,8 +146,8 @@ class Registry:
             nodes.confirm_node(target, name)
 
     def add_device(self, name: str, root: str) -> None:
-        """A device on a node, in the default store; see `devices.add_device`."""
-        self._require_free(name)
+        """Adds a device on a node, in the default store; see `devices.add_device`."""
+        self._require_free(name, "device")
         found = self._names.root(root)
         with self._stores.opened(make=True) as target:
             devices.add_device(target, name, found)
@@ -146,16 +159,16 @@ class Registry:
             devices.set_root(target, name, self._names.root(root), content_unchanged=content_unchanged)
 
     def remove_device(self, name: str) -> None:
-        """Forgets a device; see `devices.remove_device`."""
+        """Removes a device; see `devices.remove_device`."""
         found = self._names.require(name, store.KIND_DEVICE)
         with self._stores.opened(found.store) as target:
             devices.remove_device(target, name)
 
     def refuse_tracked(self, path: str) -> None:
-        """Refuses a raw image that is tracked as a node; by its path, so that no index is needed.
+        """Refuses a raw image that is tracked as a node. Finds the node by the image's path, without the index.
 
         Raises:
-            LockedError: names the tracker.
+            LockedError: the image is tracked; the error names the process.
             FormatError: the default store is damaged.
         """
         for where in self._stores.remembered():
@@ -163,22 +176,36 @@ class Registry:
                 with self._stores.kept(where) as target:
                     records = target.read(lambda snapshot: list(snapshot.table()))
             except Error:
-                continue  # another store, which keeps nobody from using what is not in it
+                continue  # damage to one store does not forbid images of others
             for record in records:
                 if record.tracked and is_same_file(record.path, path):
                     refuse_tracked(where, record)
 
 
+def _name_fault(name: str) -> str | None:
+    """Why no command could find a node or device of that name; None where every one can."""
+    if name.startswith(RESERVED):
+        return f"names that begin with '{RESERVED}' are reserved"
+    if prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
+        return f"a name cannot begin with '{prefix}', which says what kind of target follows"
+    if name.startswith("-"):
+        return "a name cannot begin with '-', as options do"
+    if any(character < " " or character == "\x7f" for character in name):
+        return "a name cannot have control characters"
+    fault = name_fault(encode_name(name))
+    return None if fault is None else f"the {fault}"
+
+
 def remember_container(change: Change, path: str, container_uuid: bytes) -> bool:
-    """Has a store know where a container is that has no place there by name.
+    """Records in a store the path of a container that it does not know by a name.
 
     Args:
         change: of the default store.
-        path: absolute.
-        container_uuid: of a store; zeros for an image.
+        path: of the container, absolute.
+        container_uuid: of a store, 16 bytes; zeros for an image.
 
     Returns:
-        True where it did not know.
+        True if the path was not known before.
     """
     name = store.container_name(os.fsencode(path))
     known = change.table.get(name)

@@ -1,7 +1,7 @@
 """`Resolver`: what a name means across all containers of a host.
 
-The containers are the truth; the index only makes asking them fast. So every answer is the same without an index, and
-one that the index gives is verified before it is used.
+The containers are the truth; the index only makes finding it fast. So every answer is the same without an index, and an
+answer from the index is verified before it is used.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from dirtmap.engine.host.kind import Kind
 from dirtmap.engine.host.stores import Stores
+from dirtmap.engine.index.database import ForbiddenError
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.model.naming import decode_name, encode_name
@@ -30,16 +31,16 @@ from dirtmap.fmt.index import KIND_QCOW2, Member
 
 @dataclass(frozen=True, slots=True)
 class NodeMatch:
-    """What a name was found to mean.
+    """The node or device that a name means.
 
     Attributes:
         name: of the node or device.
-        kind: ``KIND_NODE`` or ``KIND_DEVICE``, in a store; ``KIND_PLACE``, a qcow2 image.
+        kind: ``KIND_NODE`` or ``KIND_DEVICE`` for bitmaps in a store; ``KIND_PLACE`` for a qcow2 image.
         uuid: of the namespace, 16 bytes.
-        root_uuid: of a device's root.
+        root_uuid: of a device's root, 16 bytes.
         store: the store that has its record.
-        path: of the image; of a device, that of its root.
-        size: of the disk, bytes.
+        path: of the image; for a device, of its root's image.
+        size: of the disk, in bytes.
     """
 
     name: str
@@ -52,7 +53,7 @@ class NodeMatch:
 
     @property
     def is_device(self) -> bool:
-        """True of a device, False of a node."""
+        """True for a device, False for a node."""
         return self.kind == store.KIND_DEVICE
 
     @property
@@ -62,7 +63,7 @@ class NodeMatch:
 
     @property
     def in_store(self) -> bool:
-        """True where its bitmaps are in a store, False where they are in the image itself."""
+        """True if its bitmaps are in a store, False if they are in the image itself."""
         return self.kind != store.KIND_PLACE
 
     @property
@@ -78,11 +79,11 @@ class BitmapMatch:
     Attributes:
         path: of the container.
         format: of the container, as `Kind.name`.
-        kind: what it is attached to: ``image`` (without a name), ``node`` or ``device``.
-        holder: the name of the node or device, or the path of the image.
-        bitmap: its name.
-        namespace: UUID of the namespace as text; None of an image without a name.
-        granularity: bytes.
+        kind: what the bitmap is attached to: ``image`` (without a name), ``node`` or ``device``.
+        holder: name of the node or device, or path of the image.
+        bitmap: name of the bitmap.
+        namespace: UUID of the namespace as text; None for an image without a name.
+        granularity: in bytes.
         recording: as in `BitmapInfo`.
         inconsistent: as in `BitmapInfo`.
     """
@@ -99,11 +100,11 @@ class BitmapMatch:
 
 
 class Resolver:
-    """The nodes, devices and bitmaps of a host by name.
+    """Finds the nodes, devices and bitmaps of a host by name.
 
     Args:
         stores: of the host.
-        kinds: of containers.
+        kinds: the kinds of containers.
     """
 
     def __init__(self, stores: Stores, kinds: Iterable[Kind]) -> None:
@@ -112,24 +113,24 @@ class Resolver:
         self._fallback = None if fallback is None else Resolver(fallback, kinds)
 
     def resolve(self, name: str) -> NodeMatch | None:
-        """The node or device of that name, as its container says; None where there is none.
+        """The node or device of that name, as its container says; None if there is none.
 
         Raises:
-            Error: it was not found, and a store cannot be read that may have it.
-            BitmapError: the name is not unique; names both places.
-            BitmapNotFoundError: its image is not where it was.
-            As `opened`.
+            BitmapError: the name is not unique; the error names both places.
+            BitmapNotFoundError: its image is not in its recorded place.
+            Error: it was not found, and a store that may have it cannot be read.
+            As `Stores.opened`.
         """
         found = self.unique(name)
         if found:
-            with contextlib.suppress(FormatError):  # whoever opens it tells, or works on what is damaged
+            with contextlib.suppress(FormatError):  # the caller reports the damage, or repairs it
                 _require_its_image(found)
         return found
 
     def unique(self, name: str) -> NodeMatch | None:
-        """As `resolve`, of a node whose image need not be where it was."""
+        """Like `resolve`, but does not require that the image of a node is in its recorded place."""
         found = self.claims(name)
-        # What the default store itself has under that name keeps it, whatever other stores turn up.
+        # A name in the default store stays unique, whatever other stores turn up.
         found = [claim for claim in found if claim.store == self._stores.store] or found
         if len(found) > 1:
             one, other = found[:2]
@@ -140,7 +141,7 @@ class Resolver:
         return found[0] if found else None
 
     def require_all_stores(self, name: str) -> None:
-        """Refuses to say that there is no such name while a store, or a part of it, cannot be read that may have it.
+        """Refuses to say that a name does not exist while a store, or a part of it, that may have it cannot be read.
 
         Raises:
             Error: what is wrong with that store.
@@ -149,7 +150,7 @@ class Resolver:
             raise problem
 
     def claims(self, name: str) -> list[NodeMatch]:
-        """All nodes and devices of a name, those of the default store first: more than one where it is not unique."""
+        """All nodes and devices of a name, those of the default store first. More than one: the name is not unique."""
         raw_name = encode_name(name)
         unique: dict[bytes, NodeMatch] = {}
         for found in self._in_stores(lambda index: index.namespaces(raw_name)):
@@ -161,7 +162,7 @@ class Resolver:
         claims: Callable[[Index], list[tuple[int, Member]]],
         is_enough: Callable[[list[NodeMatch]], bool] = lambda found: True,
     ) -> list[NodeMatch]:
-        """Those of an index's claims that a store of the host makes.
+        """Those of the index's claims that a readable store of the host makes, the default store's first.
 
         Args:
             claims: what the index is asked.
@@ -198,32 +199,36 @@ class Resolver:
         )
 
     def by_uuid(self, namespace_uuid: bytes) -> NodeMatch | None:
-        """The node of that UUID, as far as a store of the host knows it."""
+        """The node or device of that UUID, 16 bytes; None if no readable store of the host knows it."""
         found = self._in_stores(lambda index: index.carriers(namespace_uuid), bool)
         return found[0] if found else None
 
     def place_of(self, name: str, image_uuid: bytes) -> NodeMatch | None:
-        """The place of a qcow2 image, in whichever store of the host has it; None where none does.
+        """The place of a qcow2 image, from whichever store of the host has it; None if none does.
 
         Args:
-            name: of the node, as the image says it. The store may know the image under another still, where a rename
-                was killed halfway.
+            name: of the node, as the image has it. If a rename was killed halfway, the store has another name.
             image_uuid: 16 bytes.
         """
 
         def place(here: Resolver) -> list[NodeMatch]:
             if not here._stores.exists:
                 return []
-            if not here._stores.index.exists and (found := here._place_at_home(name, image_uuid)):
+            try:
+                if not here._stores.index.exists and (found := here._place_at_home(name, image_uuid)):
+                    return [found]
+                carriers = here._in_stores(lambda index: index.carriers(image_uuid), bool)
+            except ForbiddenError:
+                if (found := here._place_at_home(name, image_uuid)) is None:
+                    raise
                 return [found]
-            carriers = here._in_stores(lambda index: index.carriers(image_uuid), bool)
             return [found for found in carriers if found.kind == store.KIND_PLACE]
 
         found = self.asked(place)
         return found[0] if found else None
 
     def _place_at_home(self, name: str, image_uuid: bytes) -> NodeMatch | None:
-        """As `place_of`, of the default store alone, which needs no index."""
+        """Like `place_of`, but asks the default store alone, which needs no index."""
         with self._stores.opened() as target:
             record = target.record(encode_name(name))
         if record is None or record.kind != store.KIND_PLACE or record.uuid != image_uuid:
@@ -232,10 +237,10 @@ class Resolver:
         return self._found(self._stores.home, member)
 
     def asked(self, question: Callable[[Resolver], list[NodeMatch]]) -> list[NodeMatch]:
-        """What the stores answer that the default store knows; else those that the fallback does.
+        """The answer of the stores that the default store knows; if it is empty, that of the fallback's stores.
 
-        A default store that was chosen need not know what the normal one does. Where that cannot be read, it is none of
-        the chosen one's host.
+        A default store chosen with --store need not know what the user's normal one knows. If the fallback cannot be
+        read, its stores are ignored.
         """
         if (found := question(self)) or self._fallback is None:
             return found
@@ -244,7 +249,7 @@ class Resolver:
         return found
 
     def every_store(self) -> list[str]:
-        """The paths of the stores that the default store knows, and of those that the fallback does."""
+        """The paths of the stores that the default store knows, then of those that the fallback knows."""
         found = self._stores.stores()
         if self._stores.fallback is not None:
             with contextlib.suppress(Error):
@@ -252,10 +257,10 @@ class Resolver:
         return list(dict.fromkeys(found))
 
     def devices_of(self, root: bytes) -> dict[str, list[bytes]]:
-        """The devices whose root has that UUID: raw names by the absolute path of their store."""
+        """The devices whose root has that UUID, 16 bytes: raw names, by the absolute path of their store."""
         names: dict[str, list[bytes]] = {}
         for here in (self, self._fallback):
-            # What the fallback's stores say counts whichever was chosen, if they can be read.
+            # The fallback's stores count whichever default store was chosen, as long as they can be read.
             with contextlib.nullcontext() if here is self else contextlib.suppress(Error):
                 on_it = here._in_stores(lambda index: index.devices(root), lambda found: False) if here else []
                 for found in on_it:
@@ -264,7 +269,7 @@ class Resolver:
         return names
 
     def is_checked_out(self, path: str, name: str, image_uuid: bytes) -> bool:
-        """True of a qcow2 image whose bitmaps a tracker has, or had when it died."""
+        """True for a qcow2 image whose bitmaps are checked out by a tracker, alive or dead."""
         place = self.place_of(name, image_uuid)
         if place is None:
             return False
@@ -279,9 +284,9 @@ class Resolver:
         """Every bitmap of that name, in all containers that can be read, ordered by holder.
 
         Args:
-            bitmap: its name.
-            force_share: read images although another process writes to them.
-            told: called with each reason why a container could not be read.
+            bitmap: name of the bitmap.
+            force_share: reads images even while another process writes to them.
+            told: called with the reason for each container that could not be read.
         """
         raw_name = encode_name(bitmap)
 
@@ -314,7 +319,8 @@ class Resolver:
         """The node or device of that name.
 
         Raises:
-            BitmapNotFoundError: there is none, or it is of another kind.
+            BitmapNotFoundError: there is none, or it is not of these kinds.
+            As `unique`.
         """
         found = self.unique(name)
         if found is None or (kinds and found.kind not in kinds):
@@ -325,10 +331,10 @@ class Resolver:
         return found
 
     def root(self, name: str) -> Root:
-        """A node, to be a device's root.
+        """The node of that name, to be the root of a device.
 
         Raises:
-            BitmapNotFoundError: there is no such node, or its image is not where it was.
+            BitmapNotFoundError: there is no such node, or its image is not in its recorded place.
             FormatError: its image is damaged.
         """
         found = self.require(name, store.KIND_NODE, store.KIND_PLACE)
@@ -337,11 +343,11 @@ class Resolver:
 
 
 def _require_its_image(found: NodeMatch) -> None:
-    """Refuses a node whose image is not where it was.
+    """Refuses a node whose image is not in its recorded place.
 
     Raises:
-        BitmapNotFoundError: says what can be done.
-        FormatError: the file's header is so damaged that nobody can tell.
+        BitmapNotFoundError: the image is elsewhere; the error says how to find it.
+        FormatError: the header of the file is so damaged that it cannot be told.
     """
     if found.in_store:
         return
@@ -359,7 +365,7 @@ def _require_its_image(found: NodeMatch) -> None:
 
 
 def _kind_of(index: Index, container: Container, holder: bytes) -> str:
-    """What a holder of bitmaps in a container is: ``image``, ``node`` or ``device``."""
+    """What holds a container's bitmaps under that key of the index: ``image``, ``node`` or ``device``."""
     if holder[:1] != layout.NAMED:
         return "image"
     kinds = {member.kind for number, member in index.namespaces(holder[1:]) if number == container.number}

@@ -1,10 +1,10 @@
-"""Finds the images and stores below folders, and has the host's stores remember where they are.
+"""Scans folders for images and stores, and records in the host's stores where they are.
 
     folders ---> files that look like containers ---> index ---> places, in the store that has them, or the default one
 
-A scan moves no bitmap and changes no image. A name that is in an image but in no store comes back by it; an image that
-was moved is found by its UUID. Of several with one UUID that with the remembered inode is meant; where none has it,
-none is taken.
+A scan moves no bitmap and changes no image. A name that an image has and no store knows is learned from the image.
+An image that was moved is found by its UUID. If several files have the same UUID, the one with the recorded inode is
+the original. If none has that inode, none is recorded.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from dirtmap.engine.system.file import is_gone, is_same_file
 from dirtmap.engine.system.probe import probe_path
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
-from dirtmap.fmt.errors import Error, StorageError
+from dirtmap.fmt.errors import Error, StorageError, printable
 from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_QCOW2, KIND_STORE, SOUND, Member
 from dirtmap.fmt.store import Identity, Record
 
 
 @dataclass(slots=True)
 class Summary:
-    """What a scan has found.
+    """The result of a scan.
 
     Attributes:
-        images: qcow2 images.
-        stores: store files.
-        bitmaps: in all of them that can be read, twins included.
-        inconsistent: of those, the ones that were left in use.
+        images: number of qcow2 images.
+        stores: number of stores.
+        bitmaps: number of bitmaps in those that can be read, twins included.
+        inconsistent: number of those bitmaps that were left in use.
         held: images that another process has open for writing.
-        damaged: what cannot be read, with the reason where it was read just now.
-        twins: (path, original): images that carry another's identity.
-        copies: (path, original): stores that do.
-        clashes: (path, name): images or stores whose name is another's.
-        moved: (path, name): images that are elsewhere now, or have another name.
-        gone: (path, name): images that are remembered and not there.
-        unreadable: folders and files that may not be read, with the reason; what they hold is not known.
-        learned: how many containers were not known before.
+        damaged: (path, reason): containers that cannot be read; the reason names the field.
+        twins: (path, original): images that carry the identity of another image.
+        copies: (path, original): stores that carry the identity of another store.
+        clashes: (path, name): images or stores with a name that belongs to another.
+        moved: (path, name): images with a new path or a new name.
+        gone: (path, name): images whose recorded path no longer exists.
+        unreadable: (path, reason): folders and files that may not be read, so that their content is unknown.
+        learned: number of containers that can be read and were not known before.
     """
 
     images: int = 0
@@ -75,19 +75,19 @@ def scan(
     force_share: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Looks through folders, and takes in what is found.
+    """Scans folders, and records what it finds.
 
     Args:
-        host: whose default store and index learn.
+        host: the host whose default store and index are updated.
         paths: folders or files.
-        force_share: read images although another process writes to them.
+        force_share: reads images even while another process writes to them.
         progress: called with (files done, files in all).
 
     Raises:
-        StorageError: a path is not there, or the store or the index cannot be written.
+        StorageError: a path does not exist, or the store or the index cannot be written.
     """
     summary = Summary()
-    roots = [os.path.realpath(path) for path in paths]  # so that a file has one path, whichever link leads to it
+    roots = [os.path.realpath(path) for path in paths]  # one path per file, whichever link leads to it
     stores = host._parts.stores
     with stores.opened(make=True):
         pass
@@ -114,7 +114,7 @@ def scan(
         summary.images += container.kind == KIND_QCOW2
         summary.stores += container.kind == KIND_STORE
         if container.kind == KIND_FAULTY and container.path not in remembered:
-            continue  # only the index knows that there once was one
+            continue  # only the index knows that it once was a container
         if container.condition == DAMAGED:
             summary.damaged.append((container.path, _what(stores, problem, container.path)))
         elif container.condition == HELD:
@@ -136,16 +136,16 @@ def scan(
 
 
 def _what(stores: Stores, problem: Error | None, path: str) -> str:
-    """What is wrong with a damaged container; it is read again, where that was found earlier."""
+    """The field and the fault of a damaged container. Reads it again if that was found by an earlier scan."""
     if problem is None:
         with contextlib.suppress(StorageError):
             again = look(stores.index.readers, lambda key: None, path, None, force_share=True)
             problem = again.problem if again else None
-    return problem.what if problem else "as found before"
+    return str(problem).removeprefix(f"{printable(path)}: ") if problem else "as found before"
 
 
 def _is_checked_out(host: Host, container: Container) -> bool:
-    """True of a qcow2 image whose tracker has its bitmaps."""
+    """True for a qcow2 image whose bitmaps are checked out by a tracker."""
     return container.kind == KIND_QCOW2 and any(
         host._parts.names.is_checked_out(container.path, decode_name(member.name), member.uuid)
         for member in host._parts.stores.index.members(container.number)
@@ -154,14 +154,14 @@ def _is_checked_out(host: Host, container: Container) -> bool:
 
 
 def _files(roots: list[str], summary: Summary) -> Iterator[tuple[str, bool]]:
-    """Regular files at or below those paths, each once, and whether it was named itself. Links are not followed."""
+    """Regular files at or below those paths, each once, and whether the caller named it. Links are not followed."""
     seen: set[tuple[int, int]] = set()
     for root in sorted(roots, key=os.path.isdir):
         if not os.path.isdir(root):
             try:
                 status = os.stat(root)
             except OSError as error:
-                raise StorageError(root, error.strerror or str(error)) from error
+                raise StorageError(root, error.strerror or str(error), error.errno) from error
             if (status.st_dev, status.st_ino) not in seen:
                 seen.add((status.st_dev, status.st_ino))
                 yield root, True
@@ -175,7 +175,7 @@ def _files(roots: list[str], summary: Summary) -> Iterator[tuple[str, bool]]:
                     ordered = sorted(entries, key=lambda entry: entry.name)
             except OSError as error:
                 if folder == root:
-                    raise StorageError(root, error.strerror or str(error)) from error
+                    raise StorageError(root, error.strerror or str(error), error.errno) from error
                 _tell_unreadable(summary, folder, error)
                 continue
             for entry in ordered:
@@ -197,7 +197,7 @@ def _is_container(path: str, summary: Summary) -> bool:
 
 
 def _tell_unreadable(summary: Summary, path: str, error: OSError | StorageError) -> None:
-    """Takes note of what cannot be read, unless it is gone meanwhile."""
+    """Records what cannot be read, unless it is gone meanwhile."""
     if not is_gone(path):
         summary.unreadable.append(
             (path, error.what if isinstance(error, StorageError) else error.strerror or str(error))
@@ -205,28 +205,28 @@ def _tell_unreadable(summary: Summary, path: str, error: OSError | StorageError)
 
 
 class _Registration:
-    """Brings the places of the host's stores up to date with what was found: where nobody has one, the default store's.
+    """Updates the recorded places of the host's containers: each in the store that has it, else in the default store.
 
     Args:
-        host: whose stores.
-        summary: takes in what became of each.
-        roots: below which everything was looked at.
+        host: the host whose stores are updated.
+        summary: is told what became of each container.
+        roots: the paths below which everything was scanned.
     """
 
     def __init__(self, host: Host, summary: Summary, roots: list[str]) -> None:
         self._stores, self._names, self._summary, self._roots = host._parts.stores, host._parts.names, summary, roots
-        # By store, the default store first: what it remembers, or holds.
+        # The members that each store remembers or holds, by the path of the store, the default store first.
         self._members: dict[str, list[Member]] = {}
-        # By UUID: the store that has an image's place, and its name there; the files that say they are that image.
+        # Both by image UUID: the store that has the image's place and the name there; the files that carry the UUID.
         self._places: dict[bytes, tuple[str, bytes]] = {}
         self._carriers: dict[bytes, list[str]] = {}
         self._images: list[tuple[Container, Member]] = []  # with a name
-        self._uuids: dict[bytes, set[bytes]] = {}  # of images that were found: their UUIDs
-        self._owners: dict[bytes, dict[bytes, str]] = {}  # of nodes and devices: by UUID the store that has it
+        self._uuids: dict[bytes, set[bytes]] = {}  # by name, the UUIDs of the images found
+        self._owners: dict[bytes, dict[bytes, str]] = {}  # by name of a node or device: UUID to store
         self._moved: list[tuple[bytes, str]] = []
 
     def take_in(self, found: list[Container]) -> None:
-        """Remembers what is new, and where moved images are now."""
+        """Records what is new, and where moved images are now."""
         self._take_in_containers(found)
         self._look(found)
         self._tell_clashes(found)
@@ -238,10 +238,11 @@ class _Registration:
             for where, on_it in self._names.devices_of(image_uuid).items():
                 with self._stores.opened(where) as target:
                     devices.move_roots(target, on_it, path)
+        self._take_in_unread(found)
         self._tell_gone(found)
 
     def _take_in_containers(self, found: list[Container]) -> None:
-        """Remembers stores, and images without a name; forgets those that are gone."""
+        """Records stores, and images without a name. Removes the records of those that are gone."""
         index = self._stores.index
         self._stores.stores()  # brings the index up to date with them
         home = index.container(self._stores.home)
@@ -256,10 +257,10 @@ class _Registration:
             and not (container.kind == KIND_STORE and self._is_home(container.path))
         ]
         there = {container.path for container in found}
-        # Where nobody looked, what nobody named is no news.
+        # Containers without a name are reported gone only below the scanned paths.
         gone = [path for path in known if path not in there and self._is_below(path) and is_gone(path)]
         self._summary.gone += [(path, "") for path in gone]
-        # Of a store that is none any more, nothing can be mended.
+        # A file that was a store and is none any more cannot be repaired as a store.
         faulty = {container.path for container in found if container.kind == KIND_FAULTY}
         lost = [path for path, place in known.items() if path in faulty and any(place.uuid)]
         if not news and not gone and not lost:
@@ -274,12 +275,45 @@ class _Registration:
                     self._take_in_store(change, container, stores)
                 else:
                     self._remember(change, container.path, container.uuid)
-            for path in (*gone, *lost):  # nothing but its place was known, and there it is not any more
+            for path in (*gone, *lost):  # only its path was known, and it is not there any more
                 if change.table.get(known[path].name):
                     change.table.remove(known[path].name)
 
+    def _take_in_unread(self, found: list[Container]) -> None:
+        """Remembers what cannot be read now, so that it is tried again; forgets what has proven to be a copy since.
+
+        Without that nobody would be told that answers lack what is in it. What may be a copy is left out, as one is
+        that can be read.
+        """
+        known = {member.path for members in self._members.values() for member in members}
+        unread = [
+            container.path
+            for container in found
+            if container.condition != SOUND
+            and container.kind != KIND_FAULTY
+            and os.fsencode(container.path) not in known
+            and not self._is_home(container.path)
+            and not self._may_be_copy(container.path)
+        ]
+        copies = [store.container_name(os.fsencode(path)) for path, _ in (*self._summary.twins, *self._summary.copies)]
+        at_home = {member.name for member in self._members[self._stores.home] if not any(member.uuid)}
+        copies = [name for name in copies if name in at_home]
+        if not unread and not copies:
+            return
+        with self._stores.opened() as target, target.change() as change:
+            for path in unread:
+                remember_container(change, path, bytes(16))
+            for name in copies:
+                if change.table.get(name):
+                    change.table.remove(name)
+
+    def _may_be_copy(self, path: str) -> bool:
+        """True of an image that cannot be read and says that it is one which is known, or was found as well."""
+        image_uuid = _identity(path)
+        return image_uuid is not None and (image_uuid in self._places or len(self._carriers.get(image_uuid, ())) > 1)
+
     def _look(self, found: list[Container]) -> None:
-        """Learns what the stores know, and which images say what."""
+        """Collects what the stores know, and which images carry which name and UUID."""
         index = self._stores.index
         for path in self._stores.stores():
             container = index.container(path)
@@ -291,17 +325,17 @@ class _Registration:
                     self._owners.setdefault(member.name, {}).setdefault(member.uuid, path)
         for container in found:
             if container.condition != SOUND:
-                # Nobody can use it now; but it may be the original, of which others are copies.
+                # It cannot be used now, but it may be the original of which others are copies.
                 if image_uuid := _identity(container.path):
                     self._carriers.setdefault(image_uuid, []).append(container.path)
             elif container.kind == KIND_QCOW2 and any(container.uuid):
-                for member in index.members(container.number):  # none, where another process has found it held since
+                for member in index.members(container.number):  # none if another process has since found it held
                     self._images.append((container, member))
                     self._carriers.setdefault(member.uuid, []).append(container.path)
                     self._uuids.setdefault(member.name, set()).add(member.uuid)
 
     def _news(self) -> dict[str, list[tuple[Container, Member]]]:
-        """Images whose place is not known as it is, or is claimed by several: by the store that has it."""
+        """Images with an unknown or outdated place, or several carriers, by the store that has the place."""
         known = {
             (member.path, member.uuid, member.name)
             for members in self._members.values()
@@ -317,7 +351,7 @@ class _Registration:
         return news
 
     def _tell_clashes(self, found: list[Container]) -> None:
-        """Tells of stores that have a name which is another's."""
+        """Reports stores that have a name which belongs to another."""
         for container in found:
             if container.kind == KIND_STORE and not self._is_home(container.path):
                 for member in self._members.get(container.path, ()):
@@ -325,12 +359,12 @@ class _Registration:
                         self._summary.clashes.append((container.path, decode_name(member.name)))
 
     def _is_taken(self, member: Member, path: str | None = None) -> bool:
-        """True where the name is that of another namespace in a store; not counting the store at ``path``."""
+        """True if the name belongs to another namespace in a store, other than the store at ``path``."""
         owners = self._owners.get(member.name, {})
         return any(owner != member.uuid and where != path for owner, where in owners.items())
 
     def _tell_gone(self, found: list[Container]) -> None:
-        """Tells of images with a name that are gone. That of a device is its root's, and told with that."""
+        """Reports named images that are gone. A device's image is that of its root, and reported as that."""
         there = {container.path for container in found}
         elsewhere = {image_uuid for image_uuid, _ in self._moved}
         named = [
@@ -349,7 +383,7 @@ class _Registration:
         return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._roots)
 
     def _take_in_store(self, change: Change, container: Container, found: dict[bytes, list[str]]) -> None:
-        """Remembers a store, unless it is a copy of the default store, or of one that is known or was found as well."""
+        """Records a store, unless it is a copy of the default store, of a known store, or of one just found."""
         known = [os.fsdecode(record.path) for record in change.table if record.uuid == container.uuid]
         if container.path not in known:
             others = [path for path in known if _has_uuid(path, container.uuid)]
@@ -368,11 +402,11 @@ class _Registration:
         self._summary.learned += remember_container(change, path, container_uuid)
 
     def _place(self, change: Change, container: Container, member: Member) -> None:
-        """Brings the place of an image up to date, unless it is not the one that is meant."""
+        """Updates the place of an image, unless another file is the original."""
         name, path = decode_name(member.name), container.path
         known = change.table.get(member.name)
         if known is None and member.uuid in self._places:
-            # Its name was changed, and whoever did that died before the store knew: the image is the truth.
+            # A rename was killed before it reached the store. The name in the image is the right one.
             known = change.table.get(self._places[member.uuid][1])
         others = [other for other in self._carriers[member.uuid] if other != path]
         if known is None:
@@ -396,7 +430,7 @@ class _Registration:
         elif is_same_file(os.fsdecode(known.path), path):
             if known.name == member.name and _is_file(path, known.identity):
                 return
-            path = os.fsdecode(known.path)  # also where this is another name of it, by a link
+            path = os.fsdecode(known.path)  # keeps the recorded path if a link leads to the same file
         else:
             self._moved.append((member.uuid, path))
         if known is not None and (os.fsdecode(known.path), known.name) != (path, member.name):
@@ -409,7 +443,7 @@ class _Registration:
             replace(
                 record,
                 name=member.name,
-                # That of its bitmaps, while they are in the store.
+                # While the bitmaps are checked out into the store, the size is that of the bitmaps.
                 size=record.size if record.nb_bitmaps else member.size,
                 path=os.fsencode(path),
                 identity=replace(identity_of(path), mtime_ns=0, size=0),
@@ -420,12 +454,12 @@ class _Registration:
 
 
 def _original(known: Record, path: str, others: list[str]) -> str | None:
-    """Which file is the image that a store remembers, where it is not the one at a path; None where that is it.
+    """The file that is the image which a store remembers, if it is not the one at ``path``; None if that is it.
 
     Args:
-        known: the image's place.
-        path: of a file that says it is that image.
-        others: of the other files that were found to say so.
+        known: the place record of the image.
+        path: of a file that carries the image's UUID.
+        others: the other files found that carry it.
     """
     if _is_file(path, known.identity):
         return None
@@ -434,10 +468,10 @@ def _original(known: Record, path: str, others: list[str]) -> str | None:
             return other
     there = os.fsdecode(known.path)
     if there == path:
-        return None  # it was put in the place of the one that is remembered, as from a backup
+        return None  # it replaced the recorded file, say from a backup
     if is_twin(known, path) or not (is_gone(there) or os.access(there, os.R_OK)):
         return there
-    return others[0] if others else None  # was moved to another file system; or that is a copy, and so are all
+    return others[0] if others else None  # moved to another file system, or all are copies
 
 
 def _is_file(path: str, identity: Identity) -> bool:
@@ -453,7 +487,7 @@ def _is_unnamed(member: Member) -> bool:
 
 
 def _identity(path: str) -> bytes | None:
-    """The UUID of an image that cannot be read as a whole, if it has one."""
+    """The UUID of an image, 16 bytes, even if the image cannot be read as a whole; None if it has none."""
     try:
         found = read_identity(path)
     except Error:

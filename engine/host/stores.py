@@ -1,9 +1,9 @@
-"""`Stores`: the containers of a host, each of its stores looked after.
+"""`Stores`: the stores and images that a host knows. Its stores stay open, and are watched for rollbacks.
 
     default store ---places---> images and stores ---what they say---> index
 
-The default store remembers where this host's containers are, the containers say what is in them. The index makes that
-fast, and knows the last commit that was seen of each store: one that lacks it was rolled back.
+The default store remembers where the host's containers are; the containers say what is in them. The index makes that
+fast, and remembers the last commit seen of each store. A store that lacks that commit was rolled back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeVar
 from dirtmap.engine.host.defaults import USUAL_STORE
 from dirtmap.engine.host.kind import Kind
 from dirtmap.engine.host.pool import Pool
-from dirtmap.engine.index.database import DamagedError, DatabaseError, MisplacedError
+from dirtmap.engine.index.database import DamagedError, DatabaseError, ForbiddenError, MisplacedError
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container, PartlyDamagedError
 from dirtmap.engine.index.renewal import examine, renew
@@ -24,6 +24,7 @@ from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system.file import is_gone, is_same_file, make_folder_of
 from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import probe_path
+from dirtmap.engine.system.trust import distrust
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError
@@ -34,29 +35,40 @@ _ATTEMPTS = 5
 
 
 class Stores:
-    """The containers that a default store knows, and an index of them. Stores stay open, until `close`.
+    """The containers that a default store knows, and an index of them. Stores stay open until `close`.
 
     Args:
-        home: path of the default store, absolute; it need not exist.
-        name: what messages call it.
-        index: path of the index; it is made on first need.
-        kinds: of containers.
-        fallback: the stores of the user's normal default store, where this is another one.
+        home: absolute path of the default store; it need not exist.
+        name: name of the default store in messages.
+        index: path of the index, which is made when first needed.
+        kinds: the kinds of containers.
+        fallback: the stores of the user's normal default store, when --store names another; else None.
+        trust: believe files that another user can replace; see `dirtmap.engine.system.trust`.
 
     Attributes:
-        home: as given: the process may change its folder.
-        store: what messages call the default store; as a path it means the same.
+        home: as given; absolute, because the process may change its working folder.
+        store: name of the default store in messages; methods take it as its path.
         index: the index.
         fallback: as given.
     """
 
-    def __init__(self, home: str, name: str, index: str, kinds: Iterable[Kind], fallback: Stores | None = None) -> None:
-        self.home, self.store, self.fallback = home, name, fallback
+    def __init__(
+        self,
+        home: str,
+        name: str,
+        index: str,
+        kinds: Iterable[Kind],
+        fallback: Stores | None = None,
+        *,
+        trust: bool = False,
+    ) -> None:
+        self.home, self.store, self.fallback, self._trust = home, name, fallback, trust
+        self._trusted: set[str] = set()
         self._pool = Pool(self.report)
         self.index = Index(index, [reader for kind in kinds if (reader := kind.reader(self.kept))])
 
     def close(self) -> None:
-        """Closes the stores that are open."""
+        """Closes all open stores."""
         self._pool.close()
         if self.fallback is not None:
             self.fallback.close()
@@ -68,34 +80,70 @@ class Stores:
 
     @property
     def exists(self) -> bool:
-        """True where there is a default store."""
+        """True if the default store exists."""
         return os.path.exists(self.home)
 
     def _where(self, path: str) -> tuple[str, str]:
-        """A store's absolute path, and what messages call it. The default one is where it was when this was made."""
+        """The absolute path of a store, and its name in messages. The default store's path was fixed at the start."""
         if path == self.store:
             return self.home, self.store
         where = os.path.abspath(path)
         return where, self.store if where == self.home else path
 
     def kept(self, path: str) -> contextlib.AbstractContextManager[Store]:
-        """A store of the host, which is not checked, for the time of the block. Errors as `Store`."""
+        """Opens a store of the host for the time of the block, without watching it. Errors as `Store`."""
         return self._pool.using(*self._where(path), lambda target: None)
+
+    # Whether another user can have written what is in a file.
+
+    def require_trusted(self, path: str) -> None:
+        """Refuses, for root, a store that another user can have written. A path that root names is no matter of this.
+
+        Args:
+            path: of the store, absolute.
+
+        Raises:
+            StorageError: says why.
+        """
+        if (reason := self._distrust(path)) is not None:
+            raise StorageError(self._where(path)[1], reason)
+
+    def require_trusted_index(self) -> None:
+        """As `require_trusted`, of the index.
+
+        Raises:
+            ForbiddenError: says why.
+        """
+        for path in (self.index.path, os.path.join(self.index.path, "data.mdb")):
+            if (reason := self._distrust(path)) is not None:
+                raise ForbiddenError(self.index.path, f"index: {reason}")
+
+    def _distrust(self, path: str) -> str | None:
+        if self._trust or path in self._trusted:
+            return None
+        reason = distrust(path)
+        if reason is not None:
+            return f"not trusted: {reason}; --trust insists"
+        self._trusted.add(path)
+        return None
 
     # Stores, and whether they are what was last seen.
 
     @contextlib.contextmanager
     def opened(self, path: str | None = None, *, make: bool = False) -> Iterator[Store]:
-        """A store for the time of the block: a rollback is found before any answer, and commits are reported.
+        """Opens a store for the time of the block. Detects a rollback before any answer, and reports commits.
 
         Args:
-            path: which; the default store where None.
-            make: the default store, where it does not exist yet.
+            path: of the store; None for the default store.
+            make: makes the default store if it does not exist yet.
 
         Raises:
-            BitmapError: it is a copy of another store.
+            BitmapError: the store is a copy of another store.
+            StorageError: it is the default store, and root must not trust it.
             As `Store` and `Store.change`.
         """
+        if path is None:
+            self.require_trusted(self.home)
         path = path or self.store
         if make and path == self.store and not self.exists:
             make_folder_of(self.home, path)
@@ -109,24 +157,25 @@ class Stores:
             yield target
 
     def _advised(self, path: str, error: Error) -> Error:
-        """What is wrong with a store, and of the default one, which everything needs, what can be done."""
+        """The error for a store. For the default store, which everything needs, it also says what can be done."""
         if self._where(path)[0] != self.home or not isinstance(error, FormatError):
             return error
         how = "'check -r all' may mend it, or 'index scan' make another once it is moved away"
         try:
             Store(self.store, self.home).close()
-        except FormatError:  # its header: nothing leads to what is in it
+        except FormatError:  # the header is damaged: nothing leads to the content
             how = "'index scan' makes another once it is moved away"
         return FormatError(error.where, f"{error.what}; it is the default store: {how}")
 
     def watch(self, target: Store) -> None:
-        """Detects a rollback of a store, an older copy put back, and reports its last commit to the index.
+        """Detects a rollback (an older copy put back), and reports the store's last commit to the index.
 
-        A rollback is committed to the store: all in it counts as dirty. Where there is no index yet, this only refuses
-        a copy of a store that the default store knows.
+        After a rollback it marks the store doubted, in a commit: all bitmaps in it count as dirty all over. Without an
+        index it only refuses a copy of a store that the default store knows.
 
         Raises:
-            As `opened`.
+            BitmapError: the store is a copy of another store.
+            As `Store` and `Store.change`.
         """
         if self.index.exists:
             self._judge(target)
@@ -134,19 +183,22 @@ class Stores:
             self._refuse_copy(target)
 
     def report(self, target: Store) -> None:
-        """Reports a commit to the index; see `HostPort.report`. It is durable: nothing here makes it look failed."""
+        """Reports a commit to the index; see `HostPort.report`. Errors are ignored, because the commit is durable."""
         if self.index.exists:
             with contextlib.suppress(Error):
                 self._judge(target)
                 self._pool.believe(target)
 
     def expect(self, target: Store) -> str | None:
-        """Has a store know the last commit that the index has seen of it: where that is missing, all in it is dirty.
+        """Tells a store the last commit that the index has seen of it. If the store lacks it, it is rolled back.
 
         Returns:
-            Where the store was then; None where nothing was seen.
+            The path of the store at that time; None if the index has seen no commit of it.
         """
-        seen = self.asking(lambda index: index.seen(target.uuid)) if self.index.exists else None
+        try:
+            seen = self.asking(lambda index: index.seen(target.uuid)) if self.index.exists else None
+        except ForbiddenError:
+            return None  # as without an index; look-ups of names report the error
         if seen is None:
             return None
         target.expect(seen.commit)
@@ -159,14 +211,14 @@ class Stores:
             return
         try:
             with target.change():
-                pass  # but for the suspicion
+                pass  # an empty change: the commit marks the store doubted
             logger(__name__).warning("%s: an older copy was put back: all its bitmaps are dirty now", target.path)
         except StorageError as error:
             what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
-            raise StorageError(target.path, what) from error
+            raise StorageError(target.path, what, error.errno) from error
 
     def _originals(self, target: Store) -> Iterator[str]:
-        """Where default stores say that a store is: the chosen one, the normal one, the one beside the index."""
+        """The paths of that store in the default stores: the chosen one, the normal one, the one beside the index."""
         usual = os.path.join(os.path.dirname(self.index.path), USUAL_STORE)
         normal = [] if self.fallback is None else [self.fallback.home]
         for home in dict.fromkeys([self.home, *normal, usual]):
@@ -174,7 +226,7 @@ class Stores:
                 yield path
 
     def _original(self, target: Store, home: str) -> str | None:
-        """Where a default store says that a store is; None where it does not know, or that is here."""
+        """The path of that store in a default store; None if it is not known there, or known at this path."""
 
         def look(snapshot: Snapshot) -> list[str]:
             if snapshot.header.uuid == target.uuid:
@@ -188,16 +240,16 @@ class Stores:
         return None
 
     def original_of(self, target: Store) -> str | None:
-        """The path of the store of which this one is a copy; None where it is not known to be one."""
+        """The path of the store of which this one is a copy; None if it is not known to be a copy."""
         before = self.expect(target) if self.index.exists else None
         paths = self._originals(target) if before is None else [before]
         return next((path for path in paths if path != target.abspath and self._is_copy(target, path)), None)
 
     def refuse_copy_at(self, path: str) -> None:
-        """Refuses a change of the store at a path, which may be damaged, where it is a copy of another.
+        """Refuses a change of the store at a path, which may be damaged, if it is a copy of another.
 
         Raises:
-            BitmapError: it is one.
+            BitmapError: it is a copy.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -224,14 +276,19 @@ class Stores:
             self.asking(lambda index: index.saw(target))
 
     def asking(self, question: Callable[[Index], T]) -> T:
-        """Asks the index; a damaged one is put aside, and one asked that knows only the commits seen of stores.
+        """Asks the index. Replaces a damaged index by one that has only the commits seen of stores, and asks that.
 
         Where the index cannot be used, memory stands in for it, and what it needs is read anew.
 
         Args:
-            question: brings the index up to date with what it needs: it is asked again where another index has taken
-                the old one's place meanwhile, which is empty.
+            question: updates the index as far as it needs. It is called again if another, empty index has replaced the
+                index meanwhile.
+
+        Raises:
+            ForbiddenError: the index must not be used.
+            StorageError: the index is replaced again and again, or what is in its place is no index.
         """
+        self.require_trusted_index()
         for _ in range(_ATTEMPTS):
             try:
                 before = self.index.database
@@ -242,11 +299,11 @@ class Stores:
                 logger(__name__).warning("%s: the index is damaged, and begun anew", self.index.path)
                 try:
                     renew(self.index.path, examine(self.index.path).seen)
-                except MisplacedError:
+                except (ForbiddenError, MisplacedError):
                     raise
                 except DatabaseError as error:
                     self.index.do_without(error)
-            except MisplacedError:
+            except (ForbiddenError, MisplacedError):
                 raise
             except DatabaseError as error:
                 self.index.do_without(error)
@@ -255,9 +312,9 @@ class Stores:
     # Which containers there are.
 
     def stores(self) -> list[str]:
-        """The paths of all stores of the host that can be read, if only partly, with the index up to date for them.
+        """The paths of all stores of the host that can be read, if only partly. Brings the index up to date for them.
 
-        An empty list where there is no default store.
+        Empty if there is no default store.
 
         Raises:
             FormatError: the default store is damaged.
@@ -270,9 +327,9 @@ class Stores:
         return [path for path, problem in survey.items() if _is_readable(problem)]
 
     def remembered(self) -> list[str]:
-        """The paths of the default store and of the stores that it remembers, as it says: this needs no index.
+        """The paths of the default store and of the stores that it remembers. Needs no index.
 
-        None where there is no default store.
+        Empty if there is no default store.
 
         Raises:
             FormatError: the default store is damaged.
@@ -288,7 +345,7 @@ class Stores:
         return [self.home, *(os.fsdecode(record.path) for record in others)]
 
     def problems(self) -> list[Error]:
-        """What is wrong with stores that are there: names in what cannot be read are neither found nor free."""
+        """What is wrong with stores that exist. Whether a name is in what cannot be read cannot be told."""
         return [problem for problem in self.survey().values() if problem]
 
     def hiding(self, name: bytes) -> Iterator[Error]:
@@ -300,7 +357,7 @@ class Stores:
                 yield problem
 
     def survey(self) -> dict[str, Error | None]:
-        """The paths of all stores of the host that are there, the default one first, with what is wrong with each."""
+        """The paths of all existing stores of the host, the default store first, and what is wrong with each."""
         if not self.exists:
             return {}
 
@@ -321,14 +378,15 @@ class Stores:
         return self.asking(learn)
 
     def _refresh_store(self, index: Index, path: str) -> tuple[Container, PartlyDamagedError | None]:
-        """What the index knows of a store, now, and why that is not all of it.
+        """The index's record of a store, brought up to date, and why that is not all of it.
 
         Raises:
-            Error: what is wrong with it.
+            Error: the store cannot be read.
         """
+        self.require_trusted(path)
         if (known := index.unchanged(path)) is not None:
             return known, None
-        index.open()  # there has to be one before a rollback can be seen
+        index.open()  # without an index no rollback can be detected
         with self.opened(path):
             pass
         for container, problem in index.refresh([path]):
@@ -338,7 +396,7 @@ class Stores:
         raise StorageError(path, "is being replaced")
 
     def containers(self) -> list[str]:
-        """The paths of all containers of the host, stores first; those that are gone or damaged included."""
+        """The paths of all containers of the host, stores first, including those that are gone or damaged."""
         if not self.exists:
             return []
         return self.asking(lambda index: self._containers(index, self.stores()))
@@ -358,10 +416,10 @@ class Stores:
         return list(dict.fromkeys(found))
 
     def refresh(self, *, force_share: bool = False) -> tuple[dict[int, Container], list[Error]]:
-        """Makes the index say what all containers say now.
+        """Brings the index up to date with all containers.
 
         Returns:
-            The containers that could be read, by their number in the index; and why others could not, or not all.
+            The readable containers by their number in the index; and why others could not be read, or not all.
         """
 
         def learn(index: Index) -> tuple[dict[int, Container], list[Error]]:

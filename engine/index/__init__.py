@@ -1,1 +1,1 @@
-"""The index: a cache, across a host, of what each container said when it was last read."""
+"""The index: a cache of what each container of a host said when it was last read, and the last commits seen."""

@@ -1,16 +1,16 @@
-"""`Database`: an LMDB environment, checked before it is mapped, opened once a process, grown when it is full.
+"""`Database`: an LMDB environment. It is checked before it is mapped, opened once per process, and grown when full.
 
-LMDB trusts its file: a page that is not there kills the process with SIGBUS. So the two meta pages and the file's size
-are looked at first. A file that does not look as its last commit left it, since that was killed, or since something
-else wrote to it, or since the machine has started anew, is read by a process of its own (`dirtmap.engine.index.trial`).
-What does not hold water is put aside and begun anew; nothing is lost by it. What has
-anything in it that is not of an index is not touched: a user may have meant another path.
+LMDB trusts its file: a missing page kills the process with SIGBUS. So the two meta pages and the size of the file are
+checked first. A child process (`dirtmap.engine.index.trial`) reads a file that does not look as its last commit left
+it: because that was killed, or something else wrote to it, or the machine has started anew. A database that fails a
+check is put aside and replaced by a new one; nothing is lost by it. If a directory holds anything but an index, it is
+never touched: a user may have meant another path.
 
-    PATH/data.mdb, PATH/lock.mdb     the database; of one directory: a new one never meets an old one's lock
-    PATH.guard                       locked while PATH is opened (shared) or replaced (alone)
+    PATH/data.mdb, PATH/lock.mdb     the database. Both are in one directory, so a new database never meets an old lock.
+    PATH.guard                       locked while PATH is opened (shared) or replaced (exclusive)
     PATH.stamp                       what data.mdb looked like after the last commit; locked while one is made
-    PATH.bad                         what was last put aside
-    PATH.new-PID-...                 being made; removed if its maker has died
+    PATH.bad                         the database that was last put aside
+    PATH.new-PID-...                 a database that is being made; removed if its maker has died
 
 Source: LMDB's lmdb.h ("Restrictions and caveats").
 """
@@ -57,11 +57,15 @@ _NETWORK = ("nfs", "cifs", "smb", "ceph", "9p", "afs", "gfs2", "ocfs2", "lustre"
 
 
 class DatabaseError(StorageError):
-    """The database cannot be used, whatever is right or wrong with containers."""
+    """The database cannot be used, whatever the state of the containers."""
 
 
 class DamagedError(DatabaseError):
-    """What is in the database cannot be right; it has to be begun anew."""
+    """The content of the database is damaged; the database must be replaced by a new one."""
+
+
+class ForbiddenError(DatabaseError):
+    """The database must not be used: another user can have written it, or a link was planted beside it."""
 
 
 class MisplacedError(DatabaseError):
@@ -69,7 +73,7 @@ class MisplacedError(DatabaseError):
 
 
 class Database:
-    """An open environment. Get one with `connect`, which keeps to one a process.
+    """An open environment. `connect` returns it, and keeps one per process.
 
     Attributes:
         path: its directory.
@@ -79,7 +83,7 @@ class Database:
 
     def __init__(self, path: str, *, stamped: bool = False) -> None:
         self.path, self.stamped = path, stamped
-        # LMDB forbids to change the map's size, or to close it, while any transaction is open.
+        # LMDB forbids resizing or closing the map while any transaction is open.
         self.lock = threading.RLock()
         self._env: lmdb.Environment | None = None
         self._begin: Any = None
@@ -99,7 +103,7 @@ class Database:
             return self._env
 
     def suspend(self) -> None:
-        """Unmaps it until it is used again."""
+        """Unmaps the database until its next use."""
         with self.lock:
             if self._env is not None:
                 self._begin = None
@@ -107,13 +111,13 @@ class Database:
                 self._env = None
 
     def close(self) -> None:
-        """Unmaps it for good."""
+        """Unmaps the database for good."""
         with self.lock:
             self.usable = False
             self.suspend()
 
     def is_current(self) -> bool:
-        """True while the path still leads to this very database."""
+        """True if the path still leads to this database."""
         try:
             now = os.stat(os.path.join(self.path, _DATA))
         except OSError:
@@ -121,10 +125,10 @@ class Database:
         return (now.st_dev, now.st_ino) == (self.status.st_dev, self.status.st_ino)
 
     def get(self, key: bytes) -> bytes | None:
-        """A value's contents; None where there is none.
+        """The contents of a value; None if there is no such key.
 
         Raises:
-            DamagedError: its checksum is wrong.
+            DamagedError: the checksum of the value is wrong.
             StorageError: LMDB failed.
         """
         value: Any
@@ -132,12 +136,12 @@ class Database:
             try:
                 txn = (self._begin or self._open().begin)()
                 value = txn.get(key)
-                txn.abort()  # cheaper than its context manager; after an error it goes with its last reference
+                txn.abort()  # cheaper than a context manager; after an error the last reference ends it
             except lmdb.Error:
                 value = self._read(lambda txn: txn.get(key))
         if value is None:
             return None
-        if _crc(key + value) != layout.RESIDUE:  # as `layout.is_sound`, without a call
+        if _crc(key + value) != layout.RESIDUE:  # the same as `layout.is_sound`, without a call
             raise DamagedError(self.path, layout.damage(key))
         contents: bytes = value[:-4]
         return contents
@@ -158,7 +162,7 @@ class Database:
                 return work(txn)
 
     def change(self, work: Callable[[Writer], T]) -> T:
-        """Runs ``work`` and makes what it has put durable, all or nothing; runs it again where the map had to grow.
+        """Runs ``work``, and makes what it has put durable, all or nothing. Runs it again if the map had to grow.
 
         Errors as `get`.
         """
@@ -190,19 +194,19 @@ class Database:
                     _note(fd, _looks(self.path))
 
     def _extend(self, env: lmdb.Environment) -> None:
-        """LMDB does not write pages it has got and given up in one transaction: the file must not look cut short."""
+        """Extends the file to its last page. LMDB does not write pages that one transaction both got and freed."""
         needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
         path = os.path.join(self.path, _DATA)
         if os.path.getsize(path) < needed:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
-                # Never cuts off what another process may have added meanwhile, as ftruncate would.
+                # Unlike ftruncate, never cuts off what another process has added meanwhile.
                 os.posix_fallocate(fd, 0, needed)
             finally:
                 os.close(fd)
 
     def info(self) -> dict[str, int]:
-        """What LMDB tells of itself: ``entries``, ``depth``, ``file-size`` and ``map-size`` in bytes, ``readers``."""
+        """Statistics of LMDB: ``entries``, ``depth``, ``file-size`` and ``map-size`` in bytes, ``readers``."""
         with self.lock, _errors(self.path):
             env = self._open()
             stat, info = env.stat(), env.info()
@@ -233,10 +237,10 @@ class Reader:
         return contents
 
     def scan(self, prefix: bytes, *, sound_only: bool = False) -> Iterator[tuple[bytes, bytes]]:
-        """Keys that begin so, in their order, with their contents; without those that are damaged, if only sound ones.
+        """All keys with that prefix, in order, with their contents. With ``sound_only`` it skips damaged values.
 
         Raises:
-            DamagedError: a checksum is wrong.
+            DamagedError: the checksum of a value is wrong.
         """
         with self._txn.cursor() as cursor:
             if cursor.set_range(prefix):
@@ -250,26 +254,26 @@ class Reader:
 
 
 class Writer(Reader):
-    """One state of the database, being changed."""
+    """One state of the database during a change."""
 
     def put(self, key: bytes, contents: bytes) -> None:
-        """Sets a value."""
+        """Sets the value of a key."""
         self._txn.put(key, layout.seal(key, contents))
 
     def delete(self, key: bytes) -> None:
-        """Forgets a key; nothing where it is not there."""
+        """Deletes a key; does nothing if it does not exist."""
         self._txn.delete(key)
 
 
 def entries(path: str) -> Iterator[tuple[bytes, memoryview]]:
-    """All keys of the database in that directory, in their order, with their values as stored, to be looked at at once.
+    """All keys of the database in that directory, in order, with their values as stored; each valid until the next.
 
-    Changes nothing. For a process of its own: LMDB opens a database once a process, and damage inside may end it.
+    Changes nothing. To be run in a process of its own: LMDB opens a database once per process, and damage may kill it.
 
     Raises:
         StorageError: LMDB failed.
     """
-    lock = os.path.exists(os.path.join(path, _LOCK))  # else nobody has it open, and none is made for us
+    lock = os.path.exists(os.path.join(path, _LOCK))  # without that file nobody has it open, and none is made
     with (
         _errors(path),
         lmdb.open(path, readonly=True, lock=lock, map_size=_FIRST_SIZE, max_readers=_READERS, max_dbs=0) as env,
@@ -281,10 +285,10 @@ def entries(path: str) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def fault(path: str) -> str | None:
-    """Why LMDB must not map the database in that directory; None where it may, or where there is none yet.
+    """Why LMDB must not map the database in that directory; None if it may, or if there is no database yet.
 
     Raises:
-        StorageError: it cannot be looked at, or is no index.
+        StorageError: the directory cannot be read, or holds anything but an index.
     """
     _require_ours(path)
     with _errors(path):
@@ -301,10 +305,10 @@ def fault(path: str) -> str | None:
 
 
 def _require_ours(path: str) -> None:
-    """Refuses what is not an index, damaged or not, and not the room for one: nothing of it may be touched.
+    """Refuses a path that holds anything but an index, damaged or not. Nothing there may be touched.
 
     Raises:
-        StorageError: it is something else, or cannot be looked at.
+        StorageError: it holds something else, or cannot be read.
     """
     with _errors(path):
         if not _is_ours(os.path.realpath(path)):
@@ -312,7 +316,7 @@ def _require_ours(path: str) -> None:
 
 
 def _is_ours(path: str) -> bool:
-    """True where there is nothing, or a directory with nothing in it but the files of a database."""
+    """True if there is nothing, or a directory that holds nothing but the files of a database."""
     if not os.path.lexists(path):
         return True
     if os.path.islink(path) or not os.path.isdir(path):
@@ -345,7 +349,7 @@ def _looks(path: str) -> bytes:
 
 @contextlib.contextmanager
 def _open_stamp(path: str) -> Iterator[int]:
-    fd = os.open(path + ".stamp", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = _open_beside(path, ".stamp")
     try:
         yield fd
     finally:
@@ -384,7 +388,7 @@ def _require_as_left(path: str) -> None:
 
 
 def _remove(path: str) -> None:
-    """Removes the directory of a database; what else has come into it meanwhile stays, and so does the directory."""
+    """Removes the directory of a database. Files that were added meanwhile stay, and so does the directory then."""
     for name in _FILES:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(path, name))
@@ -393,7 +397,11 @@ def _remove(path: str) -> None:
 
 
 def _refuse_network(path: str) -> None:
-    """LMDB needs one memory for all who map the file, and locks that end with their process."""
+    """Refuses a network file system. LMDB needs memory shared by all processes, and locks that end with a process.
+
+    Raises:
+        DatabaseError: the path is on a network file system.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
@@ -403,7 +411,7 @@ def _refuse_network(path: str) -> None:
 
 
 def _file_system(folder: str) -> str:
-    """The type of the file system that a folder is on, as /proc/self/mountinfo has it; empty where unknown."""
+    """The type of a folder's file system, from /proc/self/mountinfo; empty if unknown."""
     device = os.stat(folder).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
@@ -420,7 +428,7 @@ _suspended: list[Database] = []
 
 
 def _before_fork() -> None:
-    """Unmaps all that is mapped, once nobody uses it: a child must neither use nor close what its parent has mapped."""
+    """Unmaps every database once it is unused: a child must neither use nor close what its parent has mapped."""
     _registry.acquire()
     for database in _connected.values():
         database.lock.acquire()
@@ -438,11 +446,13 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 
 def connect(path: str) -> Database:
-    """The database at ``path``, begun anew where it is missing or nothing in it can be read.
+    """The database at ``path``. Makes a new one if there is none, or if the present one cannot be read at all.
 
     Raises:
-        DamagedError: what is in it is wrong.
-        StorageError: this user may not, it cannot be made or opened, is on a network file system, or is no index.
+        DamagedError: the content of the database is damaged.
+        ForbiddenError: a link was planted beside it.
+        StorageError: this user may not open or make it, it cannot be made or opened, is on a network file system, or is
+            not an index.
     """
     key = os.path.realpath(path)
     with _registry:
@@ -464,10 +474,10 @@ def connect(path: str) -> Database:
 
 
 def _opened(path: str) -> Database | None:
-    """The database at ``path``; None where there is none, or it is not of this version, or LMDB cannot read it.
+    """The database at ``path``; None if there is none, it has another version, or LMDB cannot read it.
 
     Raises:
-        DamagedError: LMDB can, but what it says is wrong.
+        DamagedError: LMDB can read it, but its content is damaged.
     """
     if fault(path) is not None or not os.path.isdir(path) or not os.listdir(path):
         return None
@@ -489,15 +499,15 @@ def _opened(path: str) -> Database | None:
 
 
 def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_if_good: bool = False) -> None:
-    """Puts a new database in the place of the one at ``path``.
+    """Replaces the database at ``path`` by a new one.
 
     Args:
-        path: where; what is there is put aside as PATH.bad.
-        fill: puts everything into the new one, before it takes its place.
-        even_if_good: else another process's new database, made meanwhile, is kept.
+        path: of the database. The old one is put aside as PATH.bad.
+        fill: fills the new database before it replaces the old one.
+        even_if_good: if False, keeps a good database that another process has made meanwhile.
 
     Raises:
-        StorageError: it cannot be made, or what is in its place, or in that of PATH.bad, is no index.
+        StorageError: it cannot be made, or PATH or PATH.bad holds anything but an index.
     """
     _require_ours(path)
     key = os.path.realpath(path)
@@ -528,7 +538,7 @@ def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_i
 
 
 def _remove_leftovers(path: str) -> None:
-    """Removes new databases whose makers ended before they took their place."""
+    """Removes new databases whose makers died before they put them in place."""
     folder, start = os.path.dirname(path), os.path.basename(path) + _NEW
     for name in os.listdir(folder):
         maker = name.removeprefix(start).partition("-")[0]
@@ -550,10 +560,28 @@ def _put_aside(path: str) -> None:
     os.rename(path, bad)
 
 
+def _open_beside(path: str, suffix: str) -> int:
+    """Opens a file beside a database, and makes it if there is none.
+
+    Raises:
+        ForbiddenError: it is a link.
+        OSError: it cannot be opened.
+    """
+    try:
+        return os.open(path + suffix, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        # Whoever made it would have us make, lock or overwrite a file of his choice.
+        raise ForbiddenError(
+            path + suffix, "index: a symbolic link, which is not followed; remove it", error.errno
+        ) from error
+
+
 @contextlib.contextmanager
 def _guard(path: str, how: int) -> Iterator[None]:
     with _errors(path):
-        fd = os.open(path + ".guard", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = _open_beside(path, ".guard")
     try:
         with _errors(path):
             fcntl.flock(fd, how)
@@ -574,5 +602,5 @@ def _errors(path: str) -> Iterator[None]:
         raise DatabaseError(path, f"index: {error}") from error
     except OSError as error:
         if error.errno in _FORBIDDEN:
-            raise DatabaseError(path, f"index: {error.strerror}; --index names another") from error
-        raise DatabaseError(path, f"index: {error.strerror or error}") from error
+            raise DatabaseError(path, f"index: {error.strerror}; --index names another", error.errno) from error
+        raise DatabaseError(path, f"index: {error.strerror or error}", error.errno) from error

@@ -1,7 +1,7 @@
-"""Shows every entry of an index, field by field, as far as it can be read.
+"""Dumps every entry of an index, field by field, as far as it can be read.
 
-``python -m dirtmap.engine.index.dump PATH [hex]`` reads it, in a process of its own, for the reason of
-`dirtmap.engine.index.walk`: what it finds goes to standard output in lines of JSON, one an entry, then why it stopped.
+``python -m dirtmap.engine.index.dump PATH [hex]`` reads the index, in a process of its own for the reason given in
+`dirtmap.engine.index.walk`. Standard output gets lines of JSON: one per entry, then the reason why it stopped, or null.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from dirtmap.fmt.structures.index import (
 )
 from dirtmap.fmt.structures.store import AREA
 
-# An index has as many entries as a host has bitmaps, and a hostile one any number.
+# An index has as many entries as a host has bitmaps; a hostile index may have any number.
 _MOST_ENTRIES = 10_000
 _MOST_BYTES = 1 << 24
 _MOST_HEX = 1 << 22
 
 _FLAGS = {"flags": directory.FLAG_NAMES}
-# Of containers and of what the last reading found, as SPEC.md numbers them; of namespaces.
+# The kinds and conditions of containers, as SPEC.md numbers them, and the kinds of namespaces.
 _CONTAINER: Final = {"kind": {1: QCOW2, 2: STORE, 3: "unknown"}, "condition": layout.CONDITION_NAMES}
 _NAMESPACE: Final = {"kind": {**store.KIND_NAMES, store.KIND_CONTAINER: "container"}}
 _FIXED: Final = {
@@ -49,18 +49,18 @@ _FIXED: Final = {
 
 
 def dump(folder: str, *, with_hex: bool = False) -> dict[str, Any]:
-    """Every entry, in the order of their keys, as of one state of the database.
+    """Dumps every entry in the order of the keys, as of one state of the database.
 
     Args:
         folder: of the database.
-        with_hex: each entry also gets ``hex``, its value's bytes; of 4 MiB of values.
+        with_hex: each entry also gets ``hex``, the bytes of its value, until 4 MiB of values are shown.
 
     Returns:
-        As `dirtmap.engine.qcow2.dump.dump`, but that ``offset`` of a structure is None, for LMDB does not tell where a
-        value is; the offsets of its fields count from the beginning of the value.
+        As `dirtmap.engine.qcow2.dump.dump`, except that the ``offset`` of a structure is None, because LMDB does not
+        tell where a value is. The offsets of fields are in bytes from the beginning of the value.
 
     Raises:
-        StorageError: it is no index, or cannot be looked at.
+        StorageError: the folder holds anything but an index, or cannot be read.
     """
     document: dict[str, Any] = {"filename": folder, "format": INDEX}
     document["file-size"] = os.path.getsize(os.path.join(folder, "data.mdb"))
@@ -84,7 +84,7 @@ class _Dump(Shown):
         self.wants_hex, self.hex_left = with_hex, _MOST_HEX
 
     def entry(self, key: bytes, value: bytes) -> None:
-        """One entry; what does not have the form that its key asks for is shown as far as it has."""
+        """Adds one entry. If its value is malformed, shows as many fields as it has, and the rest as data."""
         name = layout.key_text(key)
         if not layout.is_sound(key, value):
             self.faults.append({"where": name, "what": "its checksum is wrong"})
@@ -108,7 +108,7 @@ class _Dump(Shown):
         """Adds the fields of a value.
 
         Raises:
-            BadValueError: it ends too early, or nobody knows what it is.
+            BadValueError: the value ends too early, or its key has an unknown type.
         """
         if tag in _FIXED:
             structure, meanings = _FIXED[tag]
@@ -132,7 +132,7 @@ class _Dump(Shown):
     def declared(
         self, structure: Structure, at: int, contents: bytes, meanings: dict[str, dict[int, str]] | None = None
     ) -> list[dict[str, Any]]:
-        """The fields of a declared structure, some with what their numbers mean."""
+        """The fields of a declared structure, with the meaning of some values."""
         raw = contents[at : at + structure.size]
         if len(raw) < structure.size:
             raise layout.BadValueError(f"{structure.name}: {len(raw)} bytes are not {structure.size}")
@@ -167,7 +167,7 @@ def _numbered(number: int, fields: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     shown = _Dump(with_hex=sys.argv[2:] == ["hex"])
     stopped, left = None, _MOST_BYTES
     try:
@@ -177,7 +177,7 @@ def main() -> int:
                 stopped = f"more than {number} entries, the others are not shown"
                 break
             shown.entry(key, bytes(value))
-            # At once, for the next one may end this process.
+            # Prints at once, because the next entry may kill this process.
             print(json.dumps([shown.structures.pop(), shown.faults]), flush=True)
             shown.faults.clear()
     except Error as error:

@@ -1,8 +1,8 @@
-"""`Index`: what each container said when it was last read, and the names, UUIDs and bitmaps that follow from it.
+"""`Index`: what each container said when it was last read, and which names, UUIDs and bitmaps follow from that.
 
     refresh(path)   the container ---reads what has changed---> the index says what it says now
 
-There is no other way into the index, so it does not matter who changed a container, or when. Where there can be no
+Nothing else writes these entries. So it does not matter which program changed a container, or when. If there can be no
 database, one in memory stands in for it, which knows nothing at first: so nobody else needs a way without an index.
 """
 
@@ -18,6 +18,7 @@ from dirtmap.engine.index.database import (
     DamagedError,
     Database,
     DatabaseError,
+    ForbiddenError,
     MisplacedError,
     Reader,
     Writer,
@@ -34,10 +35,10 @@ from dirtmap.fmt.errors import Error, StorageError
 from dirtmap.fmt.index import BITMAP, FOUND, MEMBERS, NAME, OTHERS, PATH, ROOT, SEEN, UUID, Claim, Member, number, part
 from dirtmap.fmt.structures.index import BITMAP_VALUE, SEEN_VALUE, parse_bitmap, parse_members, parse_namespaces
 
-_TOGETHER = 512  # images that one commit of the index takes in
-# Bound for the one look-up that has to be fast.
+_TOGETHER = 512  # readings per commit of the index
+# Bound here for `Index.bitmap`, the one look-up that must be fast.
 _address_key, _unpack_bitmap, _new_claim = layout.address_key, BITMAP_VALUE.unpack, tuple.__new__
-_SOLE = BITMAP_VALUE.size + 2  # and the name: bytes of a value with one claim
+_SOLE = BITMAP_VALUE.size + 2  # bytes of a value with one claim, without the name
 
 
 _stand_ins: dict[str, Memory] = {}  # one for all hosts of this process
@@ -53,7 +54,7 @@ def _memory_of(path: str) -> tuple[Memory, bool]:
 
 
 class SeenCommit(NamedTuple):
-    """The last commit seen of a store: the store's UUID, 16 bytes; the commit; where the store was, where known."""
+    """The last commit seen of a store: the store's UUID (16 bytes), the commit, and the store's path then or None."""
 
     store_uuid: bytes
     commit: Seen
@@ -61,12 +62,12 @@ class SeenCommit(NamedTuple):
 
 
 class Index:
-    """The index at a path; see the module.
+    """The index at a path; see the head of the module.
 
     Args:
         path: of the LMDB database, a directory.
-        readers: of each kind of container.
-        database: at that path, where it is open already.
+        readers: one for each kind of container.
+        database: the database at that path, if it is open already.
 
     Attributes:
         path: as given.
@@ -87,24 +88,25 @@ class Index:
 
     @property
     def database(self) -> Database:
-        """The database, opened on first use, and anew in the child of a fork."""
+        """The database. It is opened on first use, and again in a forked child."""
         known = self._known
         if known is None or not known.usable:
             known = self.open()
         return known
 
     def open(self) -> Database:
-        """Opens the database that the path leads to now; makes it, where there is none that can be used.
+        """Opens the database to which the path leads now; makes one if there is none that can be used.
 
-        Where it cannot be made or opened, the answer is one in memory.
+        If it cannot be made or opened, the answer is one in memory.
 
         Raises:
-            DamagedError: what is in it is wrong.
-            MisplacedError: what is there is no index.
+            DamagedError: the content of the database is damaged.
+            ForbiddenError: as `connect`.
+            MisplacedError: what is at the path is not an index.
         """
         try:
             self._known = self._given or connect(self.path)
-        except (DamagedError, MisplacedError):
+        except (DamagedError, ForbiddenError, MisplacedError):
             raise
         except DatabaseError as error:
             self.do_without(error)
@@ -149,11 +151,11 @@ class Index:
     # What it says.
 
     def container(self, path: str) -> Container | None:
-        """What is known of the container at a path."""
+        """The index's record of the container at a path, or None."""
         return container_at(self.database.get, path)
 
     def unchanged(self, path: str) -> Container | None:
-        """What is known of the container at a path, where it looks as it did when it was found sound; else None."""
+        """The record of the container at a path, if that looks as it did when it was found sound; else None."""
         known = self.container(path) if self.exists else None
         try:
             return known if known is not None and is_unchanged(known, fingerprint(path)) else None
@@ -161,16 +163,16 @@ class Index:
             return None
 
     def path_of(self, container: int) -> str | None:
-        """The path of a container."""
+        """The path of a container, or None."""
         raw = self.database.get(PATH + number(container))
         return None if raw is None else os.fsdecode(raw)
 
     def namespaces(self, name: bytes) -> list[tuple[int, Member]]:
-        """All namespaces of a name, each with the number of its container."""
+        """All namespaces with a name, each with the number of its container."""
         return list(parse_namespaces(self.database.get(NAME + part(name))))
 
     def carriers(self, uuid: bytes) -> list[tuple[int, Member]]:
-        """All namespaces of a UUID, each with the number of its container."""
+        """All namespaces with a UUID, each with the number of its container."""
         return list(parse_namespaces(self.database.get(UUID + uuid)))
 
     def members(self, container: int) -> list[Member]:
@@ -191,9 +193,9 @@ class Index:
         return [found for _, value in rows for found in parse_namespaces(value)]
 
     def bitmap(self, node: str, name: str) -> list[Claim]:
-        """Who has a bitmap of that address: more than one only where a name is not unique.
+        """The claims to a bitmap of that address. There is more than one only if a name is not unique.
 
-        One look-up, with its checksum, and made to be fast.
+        It is one look-up, with its checksum, and made to be fast.
         """
         contents = self.database.get(_address_key(node, name))
         if contents is None:
@@ -203,8 +205,22 @@ class Index:
         found, claims = parse_bitmap(contents)
         return claims if found == name.encode("utf-8", "surrogateescape") else []
 
+    def node_at(self, path: str, node: bytes) -> tuple[Container, dict[bytes, Claim]] | None:
+        """What is known of the container at a path, and its claims to bitmaps of a node, by name, as of one moment."""
+
+        def look_up(reader: Reader) -> tuple[Container, dict[bytes, Claim]] | None:
+            container = container_at(reader.get, path)
+            if container is None:
+                return None
+            rows = [parse_bitmap(contents) for _, contents in reader.scan(BITMAP + part(layout.named(node)))]
+            return container, {
+                name: claim for name, claims in rows for claim in claims if claim.container == container.number
+            }
+
+        return self.database.read(look_up)
+
     def find(self, bitmap: bytes) -> list[tuple[bytes, list[Claim]]]:
-        """All holders of a bitmap of that name, with who has it there."""
+        """All holders of a bitmap of that name, each with the claims to it."""
 
         def search(reader: Reader) -> list[tuple[bytes, list[Claim]]]:
             found = []
@@ -218,7 +234,7 @@ class Index:
         return self.database.read(search)
 
     def seen(self, store_uuid: bytes) -> SeenCommit | None:
-        """The last commit seen of a store."""
+        """The last commit seen of a store, or None."""
         contents = self.database.get(SEEN + store_uuid)
         if contents is None:
             return None
@@ -226,7 +242,7 @@ class Index:
         return SeenCommit(store_uuid, Seen(raw.generation, raw.commit_id), self.path_of(raw.container))
 
     def all_seen(self, *, sound_only: bool = False) -> list[SeenCommit]:
-        """The last commits seen of all stores; without those that are damaged, if only sound ones."""
+        """The last commits seen of all stores. With ``sound_only`` it skips damaged entries."""
 
         def read(reader: Reader) -> list[SeenCommit]:
             paths = dict(reader.scan(PATH, sound_only=sound_only))
@@ -242,17 +258,17 @@ class Index:
         return self.database.read(read)
 
     def paths(self) -> set[str]:
-        """The paths of all containers that it knows or has known."""
+        """The paths of all containers that the index knows or has known."""
         return {os.fsdecode(path) for path in self.database.read(lambda reader: [p for _, p in reader.scan(PATH)])}
 
     def claims(self) -> Iterator[Claim]:
-        """Every bitmap, by who has it."""
+        """The claims of all containers to bitmaps."""
         rows = self.database.read(lambda reader: list(reader.scan(BITMAP)))
         for _, contents in rows:
             yield from parse_bitmap(contents)[1]
 
     def all_bitmaps(self) -> Iterator[tuple[bytes, bytes, Claim]]:
-        """Every bitmap: its holder, its name, and who has it."""
+        """Every claim to a bitmap, as the bitmap's holder, its name, and the claim."""
 
         def search(reader: Reader) -> list[tuple[bytes, bytes, Claim]]:
             found = []
@@ -267,7 +283,7 @@ class Index:
     # How it learns.
 
     def remember_seen(self, seen: SeenCommit) -> None:
-        """Takes over a commit that was seen, unless one that it has seen itself is missing there."""
+        """Records the last commit seen of a store, unless a commit that the index has seen before is missing there."""
         store_uuid, commit, path = seen
 
         def work(writer: Writer) -> None:
@@ -276,21 +292,21 @@ class Index:
             contents = writer.get(SEEN + store_uuid)
             before = SEEN_VALUE.parse(contents) if contents else None
             if before and Seen(before.generation, before.commit_id).is_missing_at(commit):
-                return  # a later one was seen meanwhile, or the store was rolled back: see `Stores.look_after`
+                return  # a later one was seen meanwhile, or the store was rolled back: see `Stores.watch`
             value = SEEN_VALUE.build(**commit._asdict(), container=taken)
             writer.put(SEEN + store_uuid, value)
 
         self.database.change(work)
 
     def refresh(self, paths: Iterable[str], *, force_share: bool = False) -> Iterator[tuple[Container, Error | None]]:
-        """Makes the index say what containers say now, reading what has changed.
+        """Brings the index up to date with these containers. Reads what has changed.
 
         Args:
-            paths: absolute; what is not there (any more) is forgotten, and nothing is yielded for it.
-            force_share: read images although they are held by a writer.
+            paths: absolute paths. A container that does not exist any more is forgotten, and not yielded.
+            force_share: reads images even while a writer holds them.
 
         Yields:
-            Each container as it is known now, with what is wrong with it where it is not sound.
+            Each container as the index knows it now, and the error if it is not sound.
         """
         waiting: list[Reading | str] = []
         self.open()
@@ -307,7 +323,7 @@ class Index:
                 yield known, None
                 continue
             if known and reading.problem and reading.container == known:
-                yield known, reading.problem  # as wrong as before
+                yield known, reading.problem  # nothing to write: it is still not sound
                 continue
             reading.base = known
             waiting.append(reading)
@@ -339,11 +355,11 @@ class Index:
             yield from self.refresh(late, force_share=force_share)
 
     def saw(self, target: Store) -> None:
-        """Remembers a store's newest commit."""
+        """Records the newest commit of a store as seen."""
         header = target.read(lambda snapshot: snapshot.header)
         seen = SeenCommit(header.uuid, header.commit, target.abspath)
         if self.seen(header.uuid) == seen:
             return
         if header.generation > layout.MAX_SEEN:
-            return  # made up: the store that is rolled back to would have to count on from there
+            return  # made up: after a rollback the store would have to count on from there
         self.remember_seen(seen)

@@ -1,8 +1,8 @@
-"""Reads what a container says, as far as it may have changed since the index knew it.
+"""Reads a container for the index, as far as it may have changed since the index last read it.
 
-A container is read again when it looks different from outside (device, inode, size, mtime, ctime); of a store only the
-buckets, and the directories, whose place has changed since the commit that was read last. What was not sound is read
-again each time, to say what is wrong with it now.
+A container is read again if it looks different from outside (device, inode, size, mtime, ctime). In a store, only those
+buckets and directories are read whose place has changed since the commit that was read last. A container that was not
+sound is read again each time, to say what is wrong with it now.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from dirtmap.fmt.structures.index import parse_members
 Get = Callable[[bytes], bytes | None]
 Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity
 
-# A file's time may step as seldom as every 10 ms: what was changed so shortly before it was read may change again
-# without looking different.
-_RACY_NS = 50_000_000
+# What was changed so shortly before it was read may change again without looking different: a file's time may step as
+# seldom as every 10 ms; where it has whole or even seconds, as in ext4 with small inodes and in FAT, every 2 s.
+_SECOND_NS = 1_000_000_000
+_RACY_NS, _RACY_SECONDS_NS = 50_000_000, 2 * _SECOND_NS
 
 
 class PartlyDamagedError(FormatError):
@@ -55,7 +56,7 @@ class PartlyDamagedError(FormatError):
 
 
 class Fingerprint(NamedTuple):
-    """What a container looks like from outside: numbers from ``stat``; times in ns, size in bytes."""
+    """What a container looks like from outside: numbers from ``stat``; times in nanoseconds, size in bytes."""
 
     device: int
     inode: int
@@ -69,15 +70,15 @@ class Container(NamedTuple):
 
     Attributes:
         path: absolute.
-        number: the index's own, never used again.
+        number: the container's number in the index, which is never used again.
         kind: `KIND_QCOW2`, `KIND_STORE` or `KIND_FAULTY`.
         condition: `SOUND`, `DAMAGED` or `HELD`.
-        racy: it may have changed since without looking different.
+        racy: whether it may have changed since and look the same.
         fingerprint: what it looked like when it was read.
-        buckets: of a store's namespace table.
-        generation: of a store's commit.
-        commit_id: 16 bytes; of a store.
-        uuid: 16 bytes; of a store, or of an image's namespace; zeros where there is none.
+        buckets: for a store, the number of buckets of its namespace table.
+        generation: for a store, that of its commit.
+        commit_id: for a store, 16 bytes.
+        uuid: of a store, or of an image's namespace; 16 bytes, zeros if there is none.
     """
 
     path: str
@@ -94,10 +95,10 @@ class Container(NamedTuple):
 
 @dataclass(slots=True)
 class Reading:
-    """What a container says: its condition, and what has to be changed in the index, bucket by bucket."""
+    """The result of reading a container: its condition, and what changes in the index, bucket by bucket."""
 
     container: Container
-    # Of each bucket that changed: its area pointer, and its namespaces, with their bitmaps where those changed.
+    # By number of each changed bucket: its area pointer, and its namespaces, with their bitmaps if those changed.
     buckets: dict[int, tuple[bytes, list[tuple[Member, Bitmaps | None]]]] = field(default_factory=dict)
     problem: Error | None = None
     base: Container | None = None  # what was known when it was read
@@ -109,10 +110,10 @@ class KindReader:
 
     Attributes:
         number: of the kind, in the index.
-        probe: tells whether an open file is one.
-        read: reads one. It is given what tells what the index has under a key; the file; the container as far as it is
-            known without being read, and ``known`` to the index from before; and whether an image is read although it
-            is held by a writer. It returns None where all is as known.
+        probe: whether an open file is of this kind.
+        read: reads a container. Its arguments are: a function that returns the index's value of a key; the file; the
+            container as far as it is known without reading; the container as the index knows it, or None; and whether
+            to read an image even while a writer holds it. Returns None if nothing has changed.
     """
 
     number: int
@@ -124,45 +125,47 @@ def fingerprint(path: str) -> Fingerprint:
     """What the file at a path looks like from outside.
 
     Raises:
-        StorageError: there is nothing, or it cannot be looked at.
+        StorageError: the file does not exist, or its status cannot be read.
     """
     try:
         status = os.stat(path)
     except OSError as error:
-        raise StorageError(path, error.strerror or str(error)) from error
+        raise StorageError(path, error.strerror or str(error), error.errno) from error
     return Fingerprint(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
 
 
 def is_unchanged(known: Container, now: Fingerprint) -> bool:
-    """True where a container is as it was when it was found sound: what the index says of it holds."""
+    """True if a container looks as it did when it was found sound, so that the index is right about it."""
     return known.condition == SOUND and not known.racy and known.fingerprint == now
 
 
 def look(
     readers: Iterable[KindReader], get: Get, path: str, known: Container | None, force_share: bool
 ) -> Reading | None:
-    """What a container says.
+    """Reads a container, if it may have changed.
 
     Args:
-        readers: of each kind of container.
-        get: tells what the index has under a key.
+        readers: one for each kind of container.
+        get: returns the index's value of a key.
         path: of the container, absolute.
-        known: what the index knows of it.
-        force_share: read an image although it is held by a writer.
+        known: the container as the index knows it, or None.
+        force_share: reads an image even while a writer holds it.
 
     Returns:
-        None where it says what is known already.
+        None if nothing has changed.
 
     Raises:
-        StorageError: there is nothing, or it cannot be looked at.
+        StorageError: the file does not exist, or cannot be read.
     """
     now = fingerprint(path)
     if known and is_unchanged(known, now):
         return None
     # Before reading: what changes from here on looks different next time, or is racy.
-    racy = time.time_ns() - max(now.mtime, now.ctime) < _RACY_NS
-    blank = Container(path, known.number if known else 0, KIND_FAULTY, DAMAGED, racy, now)
+    changed = max(now.mtime, now.ctime)
+    racy = time.time_ns() - changed < (_RACY_NS if changed % _SECOND_NS else _RACY_SECONDS_NS)
     with open_file(path) as file:
+        racy = racy or not file.growable  # a block device, of which `stat` does not tell when it was written to
+        blank = Container(path, known.number if known else 0, KIND_FAULTY, DAMAGED, racy, now)
         for reader in readers:
             if reader.probe(file):
                 return reader.read(get, file, blank._replace(kind=reader.number), known, force_share)
@@ -175,16 +178,16 @@ def read_store(
     """Reads a store for the index; see `KindReader`.
 
     Args:
-        opened: the store, for as long as it is read.
-        get: see `KindReader`.
-        blank: the container as far as it is known without being read.
-        known: as the index knew it before.
+        opened: opens the store for the time of the reading.
+        get: returns the index's value of a key.
+        blank: the container as far as it is known without reading.
+        known: the container as the index knows it, or None.
     """
     try:
         with opened as target:
             return _read_store(get, target, blank, known)
     except (FormatError, UnsupportedError) as error:
-        # Without buckets, what it said before goes.
+        # A reading without buckets removes what the store said before.
         return Reading(blank._replace(condition=DAMAGED, racy=False), {}, error)
 
 
@@ -193,7 +196,7 @@ def _read_store(get: Get, target: Store, blank: Container, before: Container | N
 
     def look(snapshot: Snapshot) -> Reading | None:
         header = snapshot.header
-        table = snapshot.table()  # a store that has lost it is damaged, whatever was known
+        table = snapshot.table()  # read first: a store without its table is damaged, whatever is known
         pointers = table.pointers
         container = blank._replace(
             condition=SOUND,
@@ -209,7 +212,7 @@ def _read_store(get: Get, target: Store, blank: Container, before: Container | N
         same = known.buckets == len(pointers)
         for bucket in _changed(snapshot, table, known) if same and known.condition == SOUND else range(len(pointers)):
             pointer = pointers[bucket]
-            # Where namespaces have moved between buckets, all are taken in anew.
+            # If namespaces have moved between buckets, all of them are read again.
             before, members = parse_members(get(members_key(known.number, bucket)) if same else None)
             if before == pointer:
                 continue
@@ -231,7 +234,7 @@ def _read_store(get: Get, target: Store, blank: Container, before: Container | N
 
 
 def _changed(snapshot: Snapshot, table: NamespaceTable, known: Container) -> Iterable[int]:
-    """The buckets that may have changed since the index knew the store: few, where that was one commit ago."""
+    """The buckets that may have changed since the index read the store. They are few if that was one commit ago."""
     with contextlib.suppress(FormatError, UnsupportedError):
         older = snapshot.older()
         if older and older.header.commit_id == known.commit_id and older.header.uuid == known.uuid:
@@ -242,18 +245,18 @@ def _changed(snapshot: Snapshot, table: NamespaceTable, known: Container) -> Ite
 
 
 def _member(snapshot: Snapshot, record: store.Record, old: dict[bytes, Member]) -> tuple[Member, Bitmaps | None]:
-    """A store's namespace, and its bitmaps, if its directory is another one than before."""
+    """A namespace of a store, and its bitmaps if its directory has changed, else None."""
     area = (record.directory.offset, record.directory.length, record.directory.checksum)
     member = Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path, area)
     before = old.get(record.name)
     if before and (before.directory, before.uuid) == (member.directory, member.uuid):
         return member, None
     if record.kind == store.KIND_PLACE:
-        return member, []  # the image says what it has; what is here while it is tracked is the same
+        return member, []  # the image itself says which bitmaps it has, even while they are checked out
     try:
         entries = read_entries(snapshot, record)
     except FormatError:
-        # Its other namespaces are none the worse; `check` tells what is wrong with this one.
+        # Damage to one namespace does not affect the others. `check` reports what is wrong with this one.
         return replace(member, directory=(0, 0, 0)), []
     return member, [(entry.name, entry.flags, entry.granularity_bits) for entry in entries]
 
@@ -272,7 +275,7 @@ def read_image(file: File, blank: Container, force_share: bool) -> Reading:
     nothing: dict[int, tuple[bytes, list[tuple[Member, Bitmaps | None]]]] = {0: (NO_AREA, [])}
     try:
         member, bitmaps = read_session(file, look, force_share=force_share)
-        # Whoever does not force it is to be told, next time.
+        # If a writer holds the image, the next caller without force_share must be told: the reading counts as racy.
         held = force_share and locks.is_written(file)
     except LockedError as error:
         return Reading(blank._replace(condition=HELD), nothing, error)

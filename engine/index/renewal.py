@@ -1,6 +1,6 @@
-"""Looks through an index in a process of its own, and begins it anew with the commits of stores that it has seen.
+"""Examines an index in a child process, and replaces a damaged index by a new one with the commits seen of stores.
 
-These are the one thing in an index that no container tells: a store that was rolled back is found by them.
+These commits are the only thing in an index that no container tells. A rollback of a store is detected by them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Examined:
     """What is in an index.
 
     Attributes:
-        entries: keys in the database.
-        faults: what is wrong with them, a line each.
+        entries: number of keys in the database.
+        faults: what is wrong with them, one line each.
         seen: the last commits seen of stores, as far as they can be read.
     """
 
@@ -32,16 +32,16 @@ class Examined:
 
 
 def examine(path: str) -> Examined:
-    """Reads the whole index at a path, by `dirtmap.engine.index.walk`.
+    """Reads the whole index at a path, with `dirtmap.engine.index.walk`.
 
     Raises:
-        StorageError: it is no index, or cannot be looked at.
+        StorageError: the path holds anything but an index, or cannot be read.
     """
     if what := fault(path):
         return Examined(faults=[what])
     command = [sys.executable, "-m", "dirtmap.engine.index.walk", path]
     done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    lines = done.stdout.splitlines()  # what it has seen first, before it goes on to where it may die
+    lines = done.stdout.splitlines()  # first the commits seen, before it reads what may kill it
     result = Examined()
     if lines:
         result.seen = [
@@ -56,10 +56,10 @@ def examine(path: str) -> Examined:
 
 
 def renew(path: str, seen: list[SeenCommit]) -> None:
-    """Puts an index in the place of the one at a path that knows these commits and nothing else.
+    """Replaces the index at a path by a new one that has these commits and nothing else.
 
     Raises:
-        StorageError: it cannot be made, or what is in its place is no index.
+        StorageError: the index cannot be made, or the path holds anything but an index.
     """
 
     def fill(database: Database) -> None:

@@ -52,7 +52,7 @@ def trial(path: str) -> str | None:
 
 
 def ending(done: subprocess.CompletedProcess[bytes]) -> str:
-    """How a process that read an index ended before it had read all."""
+    """How a process that read an index ended before it had read everything."""
     if done.returncode < 0:
         return f"reading it ended with {signal.Signals(-done.returncode).name}"
     said = done.stderr.decode(errors="replace").strip().splitlines()

@@ -1,8 +1,8 @@
 """Reads a whole index, in a process of its own: ``python -m dirtmap.engine.index.walk PATH``.
 
-LMDB trusts its pages, so damage inside may kill whoever reads them: here that costs this process only. What it finds
-goes to standard output, two lines of JSON: the commits seen of stores, [UUID, generation, commit id, path]; then the
-number of entries, and what is wrong with them.
+LMDB trusts its pages, so damage may kill the process that reads them; here it kills only this one. Standard output gets
+two lines of JSON: the commits seen of stores, as [UUID, generation, commit id, path]; then the number of entries and
+what is wrong with them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from dirtmap.fmt.structures.index import (
 
 Members = dict[tuple[int, bytes], Member]  # by container and name
 
-_MOST = 20  # faults that are told
+_MOST = 20  # faults to report
 
 
 def walk(path: str) -> tuple[int, list[str]]:
-    """How many entries the database has, and what is wrong with them."""
+    """The number of entries in the database, and what is wrong with them. Errors as `fault`."""
     if what := fault(path):
         return 0, [what]
     database = Database(path)
@@ -44,7 +44,7 @@ def walk(path: str) -> tuple[int, list[str]]:
 
 
 def salvage(path: str) -> list[SeenCommit]:
-    """The commits seen of stores that can be read, whatever else cannot."""
+    """The commits seen of stores, as far as they can be read, whatever else is damaged."""
     database = Database(path)
     try:
         return Index(path, [], database).all_seen(sound_only=True)
@@ -72,7 +72,7 @@ def _walk(reader: Reader) -> tuple[int, list[str]]:
 
 
 def _judge(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes], members: Members) -> None:
-    """Holds an entry against its form, and against the entries that must be there as well.
+    """Validates the form of an entry, and that the entries exist which must go with it.
 
     Raises:
         ValueError: says what is wrong.
@@ -134,7 +134,7 @@ def _judge_found(reader: Reader, key: bytes, contents: bytes) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     seen: list[SeenCommit] = []
     with contextlib.suppress(Error):
         seen = salvage(sys.argv[1])

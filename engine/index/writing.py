@@ -1,4 +1,4 @@
-"""Puts what a container says into the index, and takes out what it does not say any more."""
+"""Writes what a container says into the index, and removes what it no longer says."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from dirtmap.fmt.structures.index import (
 
 
 def container_at(get: Get, path: str) -> Container | None:
-    """What is known of the container at a path."""
+    """The index's record of the container at a path, or None."""
     contents = get(CONTAINER + part(os.fsencode(path)))
     if contents is None:
         return None
@@ -59,7 +59,7 @@ def container_at(get: Get, path: str) -> Container | None:
 
 
 def new_number(writer: Writer, path: str) -> int:
-    """Gives a container's path a number that no other has had."""
+    """Gives the path of a container a number that no other path has had."""
     state = STATE_VALUE.parse(writer.get(STATE) or bytes(STATE_VALUE.size))
     taken = int(state.containers) + 1
     writer.put(STATE, STATE_VALUE.build(version=layout.VERSION, reserved=0, containers=taken))
@@ -68,7 +68,7 @@ def new_number(writer: Writer, path: str) -> int:
 
 
 def apply(writer: Writer, reading: Reading) -> Container | None:
-    """Puts a reading into the database; None where another process was faster, and it says nothing any more."""
+    """Writes a reading into the database. None, without writing, if another process has updated the container since."""
     known = container_at(writer.get, reading.container.path)
     if known != reading.base:
         return None
@@ -108,7 +108,7 @@ def apply(writer: Writer, reading: Reading) -> Container | None:
 
 
 def forget(writer: Writer, path: str) -> None:
-    """Takes a container out of the index; the last commit seen of a store stays."""
+    """Removes a container from the index. The last commit seen of a store stays."""
     container = container_at(writer.get, path)
     if container is None:
         return
@@ -117,7 +117,7 @@ def forget(writer: Writer, path: str) -> None:
 
 
 def holder_of(container: Container, member: Member) -> bytes:
-    """Under what a namespace's bitmaps stand: its name, or its image's path."""
+    """The key part under which a namespace's bitmaps are: its name, or the path of its image."""
     return layout.named(member.name) if member.name else layout.unnamed(os.fsencode(container.path))
 
 
@@ -147,7 +147,7 @@ def _drop(writer: Writer, container: Container, member: Member) -> None:
 
 
 def keys_of(container: int, member: Member) -> Iterator[bytes]:
-    """Where a namespace can be found."""
+    """The keys under which a namespace is found."""
     if member.name:
         yield NAME + part(member.name)
     if any(member.uuid):
@@ -159,7 +159,7 @@ def keys_of(container: int, member: Member) -> Iterator[bytes]:
 
 
 def _claim(writer: Writer, key: bytes, container: int, name: bytes, member: Member | None) -> None:
-    """Sets what a container says of a namespace of that name; None takes it away."""
+    """Sets what a container says about its namespace of that name; None removes it."""
     claims = [claim for claim in parse_namespaces(writer.get(key)) if (claim[0], claim[1].name) != (container, name)]
     if member:
         claims.append((container, member))

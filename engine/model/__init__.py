@@ -1,1 +1,1 @@
-"""The values that everything else is about: bits, bitmaps, transactions, reports. No I/O."""
+"""The values that all other rooms work on: packed bits, bitmaps, transactions, infos and reports. No I/O."""

@@ -1,7 +1,7 @@
-"""`Bitmap`: which granules of a disk are dirty; a value with set algebra, across granularities.
+"""`Bitmap`: a value that says which granules of a disk are dirty, with set algebra across granularities.
 
-Offsets, lengths, sizes and granularities are in bytes. A granule is dirty as a whole; the last one may be cut
-short by the end of the disk. Rounding never loses a dirty byte: marking rounds outward, clearing inward.
+Offsets, lengths, sizes and granularities are in bytes. A granule is dirty or clean as a whole. The end of the disk may
+cut the last granule short. Rounding never loses a dirty byte: `mark` rounds outward, `clear` rounds inward.
 
     granule     |   0   |   1   |   2   | 3 :       (3 is cut short)
     mark             ######                         makes 0 and 1 dirty
@@ -25,37 +25,44 @@ from dirtmap.fmt.errors import BitmapError, RangeError, counted
 DEFAULT_GRANULARITY: Final = geometry.MAX_DEFAULT_GRANULARITY
 # What errors name: a bitmap knows neither its name nor its file.
 WHERE: Final = "bitmap"
-# Whether the writer lives is not known where its lock was not looked at.
+# "May be in use": only the container's lock tells whether the writer is alive, and it is not looked at here.
 INCONSISTENT: Final = "inconsistent: in use by a writer, or left so by one that died; then recover or remove it"
 
 
 class Source(Protocol):
-    """What a container gives a bitmap in place of its content, to be read at first use."""
+    """A bitmap's content that is still in its container, and is read at first use."""
 
     def load(self) -> bits.Words:
-        """The content: a new, writable array of ``ceil(granules / 64)`` words; bits past the last are ignored."""
+        """Reads the content.
+
+        Returns:
+            A new, writable uint64 array of shape (ceil(granules / 64),). Bits behind the last granule are ignored.
+
+        Raises:
+            FormatError, StorageError: the container is damaged, or cannot be read.
+        """
 
 
 @final
 class Bitmap:
     """One bit for each ``granularity`` bytes of a disk of ``size`` bytes; all clean at first.
 
-    `mark`, `mark_many` and `clear` change the content in place, unless the bitmap is frozen. All else is fixed;
-    `replace` makes another bitmap. Threads may share a bitmap only while none of them changes it.
+    `mark`, `mark_many` and `clear` change the content in place, unless the bitmap is frozen. Nothing else changes:
+    `replace` makes another bitmap. Threads may share a bitmap as long as none of them changes it.
 
     Args:
         size: of the disk, 0 to 2**63 - 1 bytes.
         granularity: a power of two, 512 bytes to 2 GiB.
-        recording: whether writes to the disk are marked from now on (QEMU's flag ``auto``).
+        recording: whether writes to the disk are to be marked in it from now on (QEMU's flag ``auto``).
 
     Attributes:
         size, granularity, recording: as above.
-        inconsistent: the content cannot be trusted, as after a crash: whatever needs it raises `BitmapError`.
-        busy: an operation is using the bitmap.
+        inconsistent: the content cannot be trusted, say after a crash; what needs the content raises `BitmapError`.
+        busy: an operation, such as a backup, is using the bitmap.
         frozen: the content cannot be changed in place.
 
     Raises:
-        BitmapError: size or granularity is none of the above.
+        BitmapError: size or granularity is out of range.
     """
 
     __slots__ = ("_source", "_words", "busy", "frozen", "granularity", "inconsistent", "recording", "size")
@@ -69,9 +76,9 @@ class Bitmap:
             raise BitmapError(WHERE, f"a disk has 0 to 2**63 - 1 bytes, not {self.size}")
         self.recording = recording
         self.inconsistent = self.busy = self.frozen = False
-        # What the content was loaded from, while it is still the same: so a container knows what not to write.
+        # Where the content was loaded from, as long as it is unchanged: a container need not write it again.
         self._source: Source | None = None
-        # None: what the source has; without a source, all clean. A read-only array is shared; see _writable.
+        # None: the content is still in the source, or all clean without one. A read-only array is shared: `_writable`.
         self._words: bits.Words | None = None
 
     @classmethod
@@ -83,7 +90,7 @@ class Bitmap:
         granularity: SupportsIndex = DEFAULT_GRANULARITY,
         recording: bool = True,
     ) -> Bitmap:
-        """A bitmap with these ranges marked; arguments and errors as of `Bitmap` and `mark_many`."""
+        """A bitmap with these ranges marked. Arguments and errors are those of `Bitmap` and `mark_many`."""
         bitmap = cls(size, granularity, recording)
         bitmap.mark_many(offsets, lengths)
         return bitmap
@@ -92,12 +99,12 @@ class Bitmap:
     def from_packed(
         cls, size: SupportsIndex, granularity: SupportsIndex, data: bits.Packed, recording: bool = True
     ) -> Bitmap:
-        """A bitmap with a copy of ``data`` as its content: a bit a granule, least significant bit first.
+        """A bitmap with a copy of ``data`` as its content: one bit per granule, least significant bit first.
 
         Bits and bytes behind the last granule are ignored.
 
         Raises:
-            BitmapError: the data are too short, or as of `Bitmap`.
+            BitmapError: the data are too short, or as `Bitmap`.
         """
         bitmap = cls(size, granularity, recording)
         needed, given = geometry.packed_bytes(bitmap.size, bitmap.granularity), memoryview(data).nbytes
@@ -108,7 +115,7 @@ class Bitmap:
 
     @classmethod
     def from_words(cls, size: SupportsIndex, granularity: SupportsIndex, words: bits.Words, recording: bool) -> Bitmap:
-        """A bitmap that takes over ``words`` as they are, in the form of `words`, without a copy.
+        """A bitmap that takes over ``words``, in the form of the property `words`, without a copy.
 
         Args:
             size: as of `Bitmap`.
@@ -122,7 +129,7 @@ class Bitmap:
 
     @classmethod
     def _lazy(cls, size: int, granularity: int, recording: bool, inconsistent: bool, source: Source | None) -> Bitmap:
-        """A bitmap in a container, its content still unread."""
+        """A bitmap whose content is still unread in its container."""
         bitmap = cls(size, granularity, recording)
         bitmap.inconsistent, bitmap._source = inconsistent, source
         return bitmap
@@ -131,32 +138,32 @@ class Bitmap:
 
     @property
     def words(self) -> bits.Words:
-        """The packed bits, see `dirtmap.engine.model.bits`: 1-D, uint64, read-only; good until the next change."""
+        """The packed bits (see `bits`): uint64, shape (ceil(granules / 64),), read-only, valid until a change."""
         view = self._load().view()
         view.flags.writeable = False
         return view
 
     def packed(self) -> memoryview:
-        """The packed bits as bytes, least significant first, zeros past the last; good as long as `words`."""
+        """The packed bits as bytes, least significant bit first, zero behind the last granule; valid as `words` is."""
         return self.words.view(np.uint8).data[: geometry.packed_bytes(self.size, self.granularity)]
 
     @property
     def count(self) -> int:
-        """Dirty bytes in whole granules: where the last one is cut short, more than there are; as QEMU counts."""
+        """Dirty bytes, counted as QEMU does: in whole granules, even where the last granule is cut short."""
         return bits.count(self._load()) * self.granularity
 
     def extents(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Offsets and lengths (int64) of the dirty runs: maximal, in order, cut off at the end of the disk."""
+        """The maximal dirty runs in order, as two int64 arrays (offsets, lengths in bytes), cut at the disk's end."""
         return bits.extents(self._load(), self.size, self.granularity)
 
     # Changes in place.
 
     def mark(self, offset: SupportsIndex, length: SupportsIndex) -> None:
-        """Makes every granule dirty that has a byte in the range; a length of 0 has none.
+        """Marks every granule that has at least one byte in the range dirty. A length of 0 marks nothing.
 
         Raises:
             RangeError: the range is not inside the disk. Nothing is marked.
-            BitmapError: frozen or inconsistent.
+            BitmapError: the bitmap is frozen or inconsistent.
         """
         offset, end = self._range(offset, length)
         words = self._writable()
@@ -164,16 +171,16 @@ class Bitmap:
             bits.set_range(words, offset // self.granularity, geometry.ceil_div(end, self.granularity))
 
     def mark_many(self, offsets: Iterable[SupportsIndex], lengths: Iterable[SupportsIndex]) -> None:
-        """As `mark` for each offset and its length, all or none; fast for arrays, exact for any integers.
+        """Like `mark` for each offset and its length, all or none. Fast for numpy arrays, exact for any integers.
 
         Raises:
-            RangeError: not as many lengths as offsets, or a range is not inside the disk. Nothing is marked.
-            BitmapError: frozen or inconsistent.
+            RangeError: the numbers of offsets and lengths differ, or a range is not inside the disk. Nothing is marked.
+            BitmapError: the bitmap is frozen or inconsistent.
         """
         offset, length = as_int64(offsets), as_int64(lengths)
         if offset.shape != length.shape:
             raise RangeError(WHERE, f"{counted(len(offset), 'offset')} and {counted(len(length), 'length')}")
-        # `offset + length` could overflow; `size - length` only where a length is negative, which is bad anyway.
+        # `offset + length` could overflow. `size - length` overflows only for a negative length, which is bad anyway.
         bad = np.flatnonzero((offset < 0) | (length < 0) | (offset > self.size - length))
         if bad.size:
             self._range(offset[bad[0]], length[bad[0]])  # raises
@@ -182,11 +189,11 @@ class Bitmap:
         bits.set_many(words, offset // self.granularity, (offset + length - 1) // self.granularity + 1)
 
     def clear(self, offset: SupportsIndex, length: SupportsIndex) -> None:
-        """Makes every granule clean whose bytes, as far as the disk has them, are all in the range.
+        """Makes every granule clean whose bytes on the disk are all in the range.
 
         Raises:
             RangeError: the range is not inside the disk. Nothing is cleared.
-            BitmapError: frozen or inconsistent.
+            BitmapError: the bitmap is frozen or inconsistent.
         """
         offset, end = self._range(offset, length)
         whole = self._nbits if end == self.size else end // self.granularity
@@ -197,10 +204,10 @@ class Bitmap:
         self.frozen = True
         return self
 
-    # Bitmaps made from this one; none is frozen.
+    # Bitmaps made from this one. None of them is frozen.
 
     def copy(self) -> Bitmap:
-        """The same but for being frozen. The content is not copied before one of the two is changed."""
+        """The same bitmap, not frozen. The content is shared until one of the two is changed."""
         return self.replace()
 
     __copy__ = copy
@@ -209,7 +216,7 @@ class Bitmap:
         """This bitmap, if its content can be used.
 
         Raises:
-            BitmapError: it is inconsistent; ``where`` names it.
+            BitmapError: the bitmap is inconsistent; the error names ``where``.
         """
         if self.inconsistent:
             raise BitmapError(where, INCONSISTENT)
@@ -225,16 +232,16 @@ class Bitmap:
         return other
 
     def recovered(self) -> Bitmap:
-        """What is left to say of an inconsistent bitmap: one of its shape, consistent, and dirty all over."""
+        """The replacement for an inconsistent bitmap: same size and granularity, consistent, and dirty all over."""
         other = Bitmap(self.size, self.granularity, self.recording)
         other.mark(0, self.size)
         return other
 
     def resized(self, size: int) -> Bitmap:
-        """The same for a disk that has grown or shrunk to ``size`` bytes: old bits stay, new space is dirty.
+        """The bitmap for the same disk, grown or shrunk to ``size`` bytes. Old bits stay; added space is dirty.
 
         Raises:
-            BitmapError: a size that no disk can have, or inconsistent.
+            BitmapError: no disk can have that size, or the bitmap is inconsistent.
         """
         other = Bitmap(size, self.granularity, self.recording)
         offsets, lengths = self.extents()
@@ -245,10 +252,10 @@ class Bitmap:
         return other
 
     def at(self, granularity: SupportsIndex) -> Bitmap:
-        """The same dirty bytes at another granularity, rounded outward where that is coarser.
+        """The same dirty bytes at another granularity in bytes, rounded outward where that is coarser.
 
         Raises:
-            BitmapError: a granularity that no bitmap can have, or inconsistent.
+            BitmapError: no bitmap can have that granularity, or the bitmap is inconsistent.
         """
         granularity = checked_granularity(granularity)
         words = self._words_at(granularity)
@@ -266,9 +273,13 @@ class Bitmap:
     def __xor__(self, other: Bitmap) -> Bitmap:
         return self._combined(other, np.bitwise_xor)
 
-    # Without a hash: changes in place would change it.
+    # No __hash__: a change in place would change it.
     def __eq__(self, other: object) -> bool:
-        """Same size and same dirty bytes, whatever the flags and granularities; both have to be consistent."""
+        """True for the same size and the same dirty bytes, whatever the flags and granularities.
+
+        Raises:
+            BitmapError: one of the two is inconsistent.
+        """
         if not isinstance(other, Bitmap):
             return NotImplemented
         finer = min(self.granularity, other.granularity)
@@ -295,7 +306,7 @@ class Bitmap:
         return self._words
 
     def _writable(self) -> bits.Words:
-        """The content, to be changed: shared with no other bitmap, and no longer the source's."""
+        """The content for a change in place. From now on it is shared with no bitmap and differs from the source's."""
         if self.frozen:
             raise BitmapError(WHERE, "frozen; change a copy, or change it in a transaction")
         words = self._load()
@@ -322,7 +333,7 @@ class Bitmap:
         return self._like(finer, combine(self._words_at(finer), other._words_at(finer)))
 
     def _range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
-        """First byte of the range and first byte behind it, after checking that it is inside the disk."""
+        """The first byte of the range, and the first byte behind it. Checks that the range is inside the disk."""
         offset, length = operator.index(offset), operator.index(length)
         if offset < 0 or length < 0 or offset + length > self.size:
             are = "is" if length == 1 else "are"
@@ -332,10 +343,10 @@ class Bitmap:
 
 
 def checked_granularity(granularity: SupportsIndex) -> int:
-    """The granularity as int, bytes.
+    """Checks a granularity in bytes, and returns it as an int.
 
     Raises:
-        BitmapError: it is none.
+        BitmapError: it is not a power of two from 512 bytes to 2 GiB.
     """
     granularity = operator.index(granularity)
     if not geometry.is_granularity(granularity):
@@ -344,11 +355,11 @@ def checked_granularity(granularity: SupportsIndex) -> int:
 
 
 def as_int64(values: Iterable[SupportsIndex]) -> NDArray[np.int64]:
-    """A 1-D int64 array of exactly these numbers; those past it are outside any disk.
+    """A 1-D int64 array of exactly these numbers.
 
     Raises:
-        RangeError: a number is past int64, or an array is not 1-D.
-        TypeError: one is not an integer.
+        RangeError: a number does not fit in int64, and so is outside any disk; or an array is not 1-D.
+        TypeError: a value is not an integer.
     """
     try:
         if isinstance(values, np.ndarray) and values.dtype.kind in "iu":

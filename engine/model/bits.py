@@ -1,8 +1,8 @@
-"""Kernels on packed bits: numpy arrays in, numpy arrays out; no I/O, no names, no disk sizes to check.
+"""Kernels on packed bits: numpy arrays in, numpy arrays out. No I/O, no names, no checks of disk sizes.
 
-Structure. Bit ``i`` is bit ``i % 64`` of ``words[i // 64]``, a 1-D array of little-endian uint64 (`WORD`).
-Seen as bytes that is least significant bit first, which is how a qcow2 image stores it. ``nbits`` bits take
-``ceil(nbits / 64)`` words; the bits behind the last, the *tail*, are zero on entry and on return.
+Structure. Bit ``i`` is bit ``i % 64`` of ``words[i // 64]``, a 1-D array of little-endian uint64 (`WORD`). Seen as
+bytes, that is least significant bit first, the order in which a qcow2 image stores it. ``nbits`` bits take
+``ceil(nbits / 64)`` words. The bits behind the last one, the *tail*, are zero on entry and on return.
 
     bit     0        63 64      127 128  nbits-1
             |-words[0]-|-words[1]-|-words[2]..0000|
@@ -10,18 +10,19 @@ Seen as bytes that is least significant bit first, which is how a qcow2 image st
 
 Ranges are half-open: ``start`` is the first bit inside, ``end`` the first bit behind.
 
-Arithmetic. A run of set bits begins and ends at an *edge*, a bit that differs from the one before it; before
-bit 0 lies a clear bit. So ``edges = words ^ (words << 1 | top bit of the word before)``, and edges are begins
-and ends in turn. A word without an edge is 64 copies of the top bit of the word before. By 4 bits a word:
+Arithmetic. An *edge* is a bit that differs from the one before it; a clear bit is assumed before bit 0. A run of set
+bits begins at an edge and ends at the next one. So ``edges = words ^ (words << 1 | top bit of the word before)``, and
+its bits are begins and ends in turn. A word without an edge is 64 copies of the top bit of the word before. With words
+of 4 bits:
 
     bits    0000 0110 0011 1111 1110 0000       (least significant bit first)
     edges   0000 0101 0010 0000 0001 0000
 
-Cost. Everything is a pass or two; only `set_many` sorts. A pass works in blocks, so that what it writes in
-between stays in the second-level cache. On 2**28 bits (a 16 TiB disk at 64 KiB) and a 2-core virtual machine:
+Cost. Each function takes one or two passes; only `set_many` sorts. A pass works in blocks, so that its intermediate
+results stay in the second-level cache. For 2**28 bits (a 16 TiB disk at 64 KiB) on a 2-core virtual machine:
 `count` 4 ms, `coarsen` by 16 5 ms, `extents` 15 ms with 0.1 % and 250 ms with 10 % of the bits set at random.
 A million ranges to `set_many` take 150 ms.
-Nothing here is safe against another thread that writes to the same words.
+No function is safe while another thread writes to the same words.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ Packed = bytes | bytearray | memoryview
 
 WORD: Final = np.dtype("<u8")
 ALL: Final = 2**64 - 1
-# Elements to a block; a power of two, 64 at least: a block coarsened by 64 is still whole bytes.
+# Elements in a block. A power of two, at least 64, so that a block coarsened by 64 is still whole bytes.
 BLOCK: Final = 65536
 
 
 def zeros(nbits: int) -> Words:
-    """``nbits`` clear bits. The memory is taken from the system as it is first written to."""
+    """An array of ``nbits`` clear bits. The system allocates its memory only when it is first written to."""
     return np.zeros(-(-nbits // 64), WORD)
 
 
 def from_packed(data: Packed, nbits: int) -> Words:
-    """A copy of the first ``nbits`` bits of ``data``, whose length is at least ``ceil(nbits / 8)`` bytes."""
+    """A copy of the first ``nbits`` bits of ``data``, which has at least ``ceil(nbits / 8)`` bytes."""
     words = zeros(nbits)
     size = -(-nbits // 8)
     words.view(np.uint8)[:size] = memoryview(data).cast("B")[:size]
@@ -65,7 +66,7 @@ def mask_tail(words: Words, nbits: int) -> None:
 
 
 def count(words: NDArray[np.unsignedinteger[Any]]) -> int:
-    """How many bits are set; any width of unsigned element will do."""
+    """The number of set bits. The elements may be unsigned integers of any width."""
     counts = np.empty(min(BLOCK, len(words)), np.uint8)
     total = 0
     for at in range(0, len(words), BLOCK):
@@ -93,7 +94,7 @@ def clear_range(words: Words, start: int, end: int) -> None:
 
 
 def _masks(start: int, end: int) -> tuple[int, int, int, int]:
-    """The first word and its bits inside the range; the last word, maybe the same one, and its bits inside.
+    """The first word and a mask of its bits in the range, the last word and its mask. Both may be the same word.
 
     |....head|ALL.....|ALL.....|tail....|
       first                      last
@@ -106,18 +107,18 @@ def _masks(start: int, end: int) -> tuple[int, int, int, int]:
 
 
 def set_many(words: Words, starts: Positions, ends: Positions) -> None:
-    """Sets the bits of every range, in place. The ranges, each of one bit or more, may overlap, in any order.
+    """Sets the bits of every range, in place. Each range has at least one bit; ranges may overlap, in any order.
 
     Args:
-        words: what to set the bits in.
-        starts: first bit of each range.
-        ends: first bit behind each range, in the same order.
+        words: the bits to change.
+        starts: first bit of each range; int64, 1-D.
+        ends: first bit behind each range; int64, same shape and order.
     """
     if not starts.size:
         return
     order = np.argsort(starts)
     starts, ends = starts[order], np.maximum.accumulate(ends[order])
-    # What overlaps or touches becomes one.
+    # Ranges that overlap or touch become one.
     apart = starts[1:] > ends[:-1]
     starts, lasts = starts[np.append(True, apart)], ends[np.append(apart, True)] - 1
     first, last = starts >> 6, lasts >> 6
@@ -125,8 +126,8 @@ def set_many(words: Words, starts: Positions, ends: Positions) -> None:
     tails = np.right_shift(np.uint64(ALL), (~lasts & 63).astype(WORD))
     one = first == last
     heads[one] &= tails[one]
-    # Many runs may begin in the same word, where `|=` would keep only one of them; but of those that do not
-    # end in it too there is one at most, and so, too, of those that come from another word and end in it.
+    # Many runs may begin in one word, where `|=` would keep only one of them. But at most one of them goes on into
+    # the next word, and at most one run comes from an earlier word and ends in this one.
     np.bitwise_or.at(words, first, heads)
     words[last[~one]] |= tails[~one]
     whole = np.maximum(last - first - 1, 0)
@@ -136,9 +137,10 @@ def set_many(words: Words, starts: Positions, ends: Positions) -> None:
 
 
 def scatter(words: Words, starts: Positions, lasts: Positions) -> None:
-    """As `set_many`, with the last bit of each range in place of its end: faster where ranges are short.
+    """Like `set_many`, but takes the last bit of each range in place of its end, and is faster for short ranges.
 
-    Unsorted: each range sets the bits of its first word and of its last; the few words between, one range at a time.
+    It does not sort: it sets the bits of each range's first and last word at once, and then, one range at a time, the
+    words between, which few ranges have.
     """
     for at in range(0, len(starts), BLOCK):
         start, last = starts[at : at + BLOCK], lasts[at : at + BLOCK]
@@ -159,11 +161,11 @@ def extents(words: Words, size: int, unit: int = 1) -> tuple[Positions, Position
 
     Args:
         words: the bits; bit ``i`` stands for ``i * unit .. min((i + 1) * unit, size)``.
-        size: where the last bit ends, at most 2**63 - 1; with ``unit`` 1 the number of bits.
-        unit: what one bit stands for.
+        size: where the last bit ends, at most 2**63 - 1; the number of bits if ``unit`` is 1.
+        unit: how much one bit stands for, in the unit of ``size`` (bytes or bits).
 
     Returns:
-        Two new int64 arrays of one length, in what ``size`` is in.
+        Starts and lengths: two new int64 arrays of the same shape, in the unit of ``size``.
     """
     found = list(_edges(words))
     edges = sum(count(data) for _, data in found)
@@ -180,7 +182,7 @@ def extents(words: Words, size: int, unit: int = 1) -> tuple[Positions, Position
                 moved = at[first : first + BLOCK] - np.arange(0, len(part) * 8, 8)
                 edge += np.repeat(moved, np.bitwise_count(part))
             edge *= unit
-            # `done` is odd where the run before is still open: then the first edge is its end.
+            # `done` is odd while the last run is still open. Then the first edge is its end.
             open_run, behind = done % 2, done + len(edge)
             starts[(done + 1) // 2 : (behind + 1) // 2] = edge[open_run::2]
             closed = slice(done // 2, behind // 2)
@@ -188,8 +190,8 @@ def extents(words: Words, size: int, unit: int = 1) -> tuple[Positions, Position
             done = behind
     bits_before_last, in_last = divmod(-(-size // unit) - 1, 64)
     if starts.size and int(words[bits_before_last]) >> in_last & 1:
-        # Where this bit ends is no edge if the words end there too, and, being a multiple of `unit`, may be
-        # past `size`, even past 2**63.
+        # The last bit is set, so its end may be no edge: the words may end there. If it is one, it is a multiple of
+        # `unit`, which may be past `size`, even past 2**63.
         lengths[-1] = size - int(starts[-1])
     return starts, lengths
 
@@ -198,10 +200,10 @@ def _edges(words: Words) -> Iterator[tuple[int | Positions, NDArray[np.uint8]]]:
     """The bytes that hold the edges of ``words``, a block of words at a time.
 
     Yields:
-        Either where the first byte begins, in bits, and all bytes from there on; or, where most words have no
-        edge, where each byte begins, and only the bytes that have one.
+        If most words have an edge: the bit at which the first byte begins, and all bytes from there on. Otherwise the
+        bit at which each byte begins (int64, 1-D), and only those bytes that have an edge.
     """
-    # Signed, for `>>` to spread the top bit: -1 or 0.
+    # Signed, so that `>>` spreads the top bit: each element becomes -1 or 0.
     signed = words.view("<i8")
     spread, differs = np.empty(BLOCK, "<i8"), np.empty(BLOCK, np.bool_)
     top = 0
@@ -228,13 +230,13 @@ def _edges(words: Words) -> Iterator[tuple[int | Positions, NDArray[np.uint8]]]:
 
 
 def rescaled(words: Words, size: int, granularity: int, wanted: int) -> Words:
-    """The words at another granularity, rounded outward; the very same ones where that is theirs.
+    """The words at another granularity, rounded outward; the same array if the granularity is the same.
 
     Args:
-        words: a bit a granule.
-        size: of the disk, bytes.
-        granularity: of the words, bytes.
-        wanted: bytes.
+        words: one bit per granule.
+        size: of the disk, in bytes.
+        granularity: of the words, in bytes.
+        wanted: granularity of the result, in bytes.
     """
     if wanted > granularity:
         return coarsen(words, geometry.granules(size, granularity), wanted // granularity)
@@ -244,12 +246,12 @@ def rescaled(words: Words, size: int, granularity: int, wanted: int) -> Words:
 
 
 def coarsen(words: Words, nbits: int, factor: int) -> Words:
-    """One bit for each group of ``factor`` bits, set where any of them is: ``ceil(nbits / factor)`` bits.
+    """One bit for each group of ``factor`` bits, set if any of them is: ``ceil(nbits / factor)`` bits.
 
     Args:
         words: the fine bits.
-        nbits: how many they are.
-        factor: how many go into one; a power of two.
+        nbits: how many fine bits there are.
+        factor: how many fine bits make one coarse bit; a power of two.
     """
     if factor > 64:
         return coarsen(coarsen(words, nbits, 64), -(-nbits // 64), factor // 64)
@@ -257,7 +259,7 @@ def coarsen(words: Words, nbits: int, factor: int) -> Words:
     packed = result.view(np.uint8)
     for first in range(0, len(words), BLOCK // 8):
         block = words[first : first + BLOCK // 8].view(np.uint8)
-        # One element a group: its bits as they are, or, where it is less than a byte, a byte for each bit.
+        # One element per group: the group's own bits, or, for a group of less than a byte, one byte for each bit.
         groups = block.view(f"<u{factor // 8}") if factor >= 8 else _unpack(block).view(f"<u{factor}")
         part = np.packbits(groups != 0, bitorder="little")
         at = first * 8 // factor
@@ -266,12 +268,12 @@ def coarsen(words: Words, nbits: int, factor: int) -> Words:
 
 
 def refine(words: Words, nbits: int, factor: int) -> Words:
-    """``factor`` equal bits for each bit, cut off behind the first ``nbits``.
+    """Repeats each bit ``factor`` times, and cuts the result behind the first ``nbits`` bits.
 
     Args:
         words: the coarse bits, ``ceil(nbits / factor)`` of them.
         nbits: how many fine bits to make.
-        factor: how many one becomes; a power of two.
+        factor: how many fine bits each coarse bit becomes; a power of two.
     """
     if factor > 64:
         return refine(refine(words, -(-nbits // 64), factor // 64), nbits, 64)
@@ -289,5 +291,5 @@ def refine(words: Words, nbits: int, factor: int) -> Words:
 
 
 def _unpack(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A byte of 0 or 1 for each bit."""
+    """One byte, 0 or 1, for each bit."""
     return np.unpackbits(data, bitorder="little")

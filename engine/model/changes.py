@@ -1,6 +1,6 @@
-"""What users ask for, as pure changes to a mapping of names to bitmaps: no I/O, no container.
+"""The changes that users ask for, as pure functions on a mapping of names to bitmaps. No I/O, no container.
 
-Each works on a `Transaction` of any container, whose commit then makes all of it durable, or nothing.
+Each function works on a `Transaction` of any kind of container, whose commit makes all changes durable, or none.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from dirtmap.fmt.errors import BitmapError, RangeError
 
 
 def add(bitmaps: Transaction, name: str, granularity: int | None = None, *, recording: bool = True) -> None:
-    """A new, empty bitmap.
+    """Adds a new, empty bitmap.
 
     Args:
         bitmaps: the namespace being changed.
         name: must be free.
         granularity: bytes, a power of two from 512 to 2 GiB; None for the container's default.
-        recording: False leaves it disabled.
+        recording: False for a disabled bitmap.
 
     Raises:
-        BitmapError: the name is taken or not allowed, or the granularity is not.
+        BitmapError: the name is taken or not allowed, or the granularity is not allowed.
     """
     if name in bitmaps:
         raise BitmapError(f"{bitmaps.where}: {label(name)}", "the name is taken")
@@ -34,7 +34,7 @@ def add(bitmaps: Transaction, name: str, granularity: int | None = None, *, reco
 
 
 def put(bitmaps: Transaction, name: str, bitmap: Bitmap) -> None:
-    """A copy of a bitmap under a free name.
+    """Adds a copy of a bitmap under a free name.
 
     Raises:
         BitmapError: the name is taken or not allowed, the disk has another size, or the bitmap is inconsistent.
@@ -46,30 +46,38 @@ def put(bitmaps: Transaction, name: str, bitmap: Bitmap) -> None:
 
 
 def remove(bitmaps: Transaction, name: str) -> None:
-    """Forgets a bitmap, inconsistent ones included."""
+    """Removes a bitmap, even an inconsistent one.
+
+    Raises:
+        BitmapError: no such bitmap, or it is held.
+    """
     _usable(bitmaps, name, inconsistent=True)
     del bitmaps[name]
 
 
 def clear(bitmaps: Transaction, name: str) -> None:
-    """Makes all of it clean; not a checkpoint."""
+    """Makes all of a bitmap clean.
+
+    Raises:
+        BitmapError: no such bitmap, or it is held, inconsistent or a checkpoint.
+    """
     bitmap = _usable(bitmaps, name)
     bitmaps.refuse_checkpoint(name)
     bitmaps[name] = Bitmap(bitmap.size, bitmap.granularity, recording=bitmap.recording)
 
 
 def set_recording(bitmaps: Transaction, name: str, recording: bool) -> None:
-    """Enables or disables it; not a checkpoint."""
+    """Enables or disables a bitmap. Errors as `clear`."""
     bitmap = _usable(bitmaps, name)
     bitmaps.refuse_checkpoint(name)
     bitmaps[name] = bitmap.replace(recording=recording)
 
 
 def merge(bitmaps: Transaction, name: str, sources: Iterable[Bitmap]) -> None:
-    """ORs other bitmaps into one, which keeps its granularity: coarser bits of a source make all that they cover dirty.
+    """ORs other bitmaps into one, which keeps its granularity. A coarser source bit makes all that it covers dirty.
 
     Raises:
-        BitmapError: no such bitmap, one of them is inconsistent, or a source is of a disk of another size.
+        BitmapError: no such bitmap, it is held, one of them is inconsistent, or a source's disk has another size.
     """
     target = _usable(bitmaps, name)
     for source in sources:
@@ -83,16 +91,17 @@ def merge(bitmaps: Transaction, name: str, sources: Iterable[Bitmap]) -> None:
 
 
 def rename(bitmaps: Transaction, name: str, new: str) -> None:
-    """Another name for the same bitmap."""
+    """Renames a bitmap, in its place. Errors as `clear`; also where the new name is taken or not allowed."""
     _usable(bitmaps, name)
     bitmaps.rename(name, new)
 
 
 def mark(bitmaps: Transaction, name: str, offsets: Iterable[int], lengths: Iterable[int]) -> None:
-    """Makes ranges dirty (bytes), all or none.
+    """Marks ranges dirty, in bytes, all or none.
 
     Raises:
-        RangeError: a range leaves the disk.
+        RangeError: a range is not inside the disk.
+        BitmapError: no such bitmap, or it is held or inconsistent.
     """
     bitmap = _usable(bitmaps, name)
     with _named(bitmaps, name):
@@ -100,13 +109,13 @@ def mark(bitmaps: Transaction, name: str, offsets: Iterable[int], lengths: Itera
 
 
 def recover(bitmaps: Transaction, name: str) -> None:
-    """Makes an inconsistent bitmap usable: what it missed cannot be known, so all of it is dirty."""
+    """Makes an inconsistent bitmap usable. What it missed is unknown, so it becomes dirty all over."""
     bitmaps[name] = _usable(bitmaps, name, inconsistent=True).recovered()
 
 
 @contextlib.contextmanager
 def _named(bitmaps: Transaction, name: str) -> Iterator[None]:
-    """Gives errors of a bitmap, which knows neither its name nor its file, the place that users know it by."""
+    """Puts the container and the bitmap's name into errors of a `Bitmap`, which knows neither."""
     try:
         yield
     except (BitmapError, RangeError) as error:
@@ -126,25 +135,25 @@ def _usable(bitmaps: Transaction, name: str, *, inconsistent: bool = False) -> B
 
 
 def require_usable(bitmap: Bitmap, where: str) -> None:
-    """Refuses a bitmap whose bits mean nothing.
+    """Refuses a bitmap whose bits cannot be trusted.
 
     Raises:
-        BitmapError: inconsistent; ``where`` names it.
+        BitmapError: the bitmap is inconsistent; the error names ``where``.
     """
     bitmap.required(where)
 
 
 def usable(where: str, bitmaps: Mapping[str, Bitmap], name: str) -> Bitmap:
-    """A bitmap of a mapping, for its bits to be used.
+    """A bitmap of a mapping, whose bits can be trusted.
 
     Args:
-        where: how messages name what the mapping is of.
+        where: how messages name the container of the mapping.
         bitmaps: the mapping.
         name: of the bitmap.
 
     Raises:
-        BitmapNotFoundError: it is not there.
-        BitmapError: it is inconsistent.
+        BitmapNotFoundError: the mapping has no such bitmap.
+        BitmapError: the bitmap is inconsistent.
     """
     bitmap = bitmaps[name]
     require_usable(bitmap, f"{where}: {label(name)}")

@@ -1,13 +1,13 @@
-"""The checkpoints of a namespace: a chain, oldest first, in which each has what was written until the next began.
+"""The checkpoints of a namespace: a chain, oldest first. Each holds what was written until the next one began.
 
     changed since "monday"      sunday [======|
                                 monday        [========|            the OR of it and of all later ones
                                 (break)                 ? ? ? |     what was written here is not known: no answer
                                 tuesday                       [====>
 
-A *break* is where a checkpoint is gone, or has not recorded until the next began, by other means than ours. It stays in
-the chain until all older checkpoints are removed. A checkpoint that is removed by our means leaves none: the one before
-it takes over what it has.
+A *break* stands where a checkpoint was removed by another program, or where one stopped recording before the next
+began. It stays in the chain until all older checkpoints are removed. Removing a checkpoint through this engine leaves
+no break: the checkpoint before it takes over its content.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ BREAK = ""  # in a chain; no bitmap has that name
 
 
 def settle(chain: list[str], recording: Mapping[str, bool]) -> list[str]:
-    """The chain once what others have done is taken note of.
+    """The chain after reconciling it with changes that other programs made since it was written.
 
     Args:
-        chain: as of the last time.
-        recording: whether they record, of all bitmaps that there are.
+        chain: as it was last written.
+        recording: of every bitmap that exists, whether it records.
     """
     found = [name if name in recording else BREAK for name in chain]
     if found and not recording.get(found[-1], False):
@@ -35,29 +35,29 @@ def settle(chain: list[str], recording: Mapping[str, bool]) -> list[str]:
 
 
 def broken(chain: list[str], name: str) -> list[str]:
-    """The chain without a checkpoint that nobody takes over."""
+    """The chain without a checkpoint whose content no other takes over: a break stands in its place."""
     return _tidy([BREAK if other == name else other for other in chain])
 
 
 def heir(chain: list[str], name: str) -> str | None:
-    """The checkpoint that takes over what one has that is removed; None where nobody needs it."""
+    """The checkpoint that takes over the content of one that is removed; None if its content is no longer needed."""
     at = chain.index(name)
     return chain[at - 1] if at and chain[at - 1] != BREAK else None
 
 
 def without(chain: list[str], name: str) -> list[str]:
-    """The chain once its `heir` has taken over what a checkpoint has."""
+    """The chain without a checkpoint, once its `heir` has taken over its content."""
     return _tidy([other for other in chain if other != name])
 
 
 def take_over(older: Bitmap, newer: Bitmap) -> Bitmap:
-    """What the older of two neighbours has once the newer is removed."""
+    """The content of the older of two neighbours once the newer is removed: both, at the older one's granularity."""
     return (older | newer.at(older.granularity)).replace(recording=newer.recording)
 
 
 def _tidy(chain: list[str]) -> list[str]:
     tidy: list[str] = []
     for name in chain:
-        if name != BREAK or (tidy and tidy[-1] != BREAK):  # nobody asks what was written before the oldest
+        if name != BREAK or (tidy and tidy[-1] != BREAK):  # before the oldest checkpoint no break is needed
             tidy.append(name)
     return tidy

@@ -1,4 +1,4 @@
-"""What all dumps share: how structures, their fields and the entries of a table are shown."""
+"""What all dumps share: how they show structures, their fields and the entries of a table."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dirtmap.fmt.structure import Structure
 
 MOST_RUNS = 4096  # of one table; a hostile table could have millions
 
-# For each field of flags, what its bits are called.
+# For each flags field, the names of its bits.
 Flags = Mapping[str, dict[int, str]]
 
 
 class Shown:
-    """Structures as a dump shows them.
+    """Collects structures in the form in which a dump shows them.
 
     Args:
-        with_hex: each also gets ``hex``, its bytes.
-        flags: how to call the bits of fields.
+        with_hex: whether each structure also gets ``hex``, its bytes in hexadecimal.
+        flags: for each flags field, the names of its bits.
 
     Attributes:
-        structures: a list of ``name``, ``offset`` (None: not known), ``length`` (bytes), and ``fields`` or ``runs``.
+        structures: dicts of ``name``, ``offset`` (bytes; None if unknown), ``length`` (bytes), ``fields`` or ``runs``.
     """
 
     def __init__(self, with_hex: bool, flags: Flags) -> None:
@@ -30,7 +30,7 @@ class Shown:
         self.structures: list[dict[str, Any]] = []
 
     def add(self, name: str, offset: int | None, raw: bytes, **content: Any) -> None:
-        """One structure whose content is known."""
+        """Adds a structure whose content is given as keywords, such as ``fields`` or ``runs``."""
         place = None if offset is None else int(offset)
         structure = {"name": name, "offset": place, "length": len(raw), **content}
         if self.with_hex:
@@ -38,7 +38,7 @@ class Shown:
         self.structures.append(structure)
 
     def record(self, structure: Structure, offset: int, raw: bytes, name: str | None = None) -> None:
-        """One declared structure, field by field."""
+        """Adds a declared structure, field by field; without fields if the end of the file cuts it short."""
         raw = raw[: structure.size]
         if len(raw) < structure.size:
             self.add(name or structure.name, offset, raw, fields=[], note="cut short by the end of the file")
@@ -46,7 +46,7 @@ class Shown:
         self.add(name or structure.name, offset, raw, fields=self.fields(structure, offset, raw))
 
     def fields(self, structure: Structure, offset: int, raw: bytes) -> list[dict[str, Any]]:
-        """The fields of a declared structure, each with its value and, where there is one, its meaning."""
+        """The fields of a declared structure. Each has its value, and a meaning where one is known."""
         found = []
         for field, value in zip(structure.fields, structure.parse(raw), strict=True):
             shown = {"name": field.name, "offset": int(offset) + field.offset, "length": field.size}
@@ -64,11 +64,11 @@ class Shown:
 
 
 def text(name: str, offset: int, raw: bytes, length: int | None = None) -> dict[str, Any]:
-    """A field that holds text; bytes that are not UTF-8 are escaped."""
+    """A text field. Bytes that are not UTF-8 are escaped."""
     value = raw.decode("utf-8", "backslashreplace")
     return {"name": name, "offset": int(offset), "length": len(raw) if length is None else length, "value": value}
 
 
 def data(name: str, offset: int, raw: bytes) -> dict[str, Any]:
-    """A field of bytes without a declared meaning: the first 64 of them, in hexadecimal."""
+    """A field of bytes without a declared meaning, shown as its first 64 bytes in hexadecimal."""
     return {"name": name, "offset": int(offset), "length": len(raw), "value": raw[:64].hex()}

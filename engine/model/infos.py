@@ -1,4 +1,4 @@
-"""What is said about bitmaps, images, recoveries and trackers: frozen values without bits."""
+"""Frozen values that describe bitmaps, images, recoveries and trackers, without bits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class BitmapInfo:
     Attributes:
         name: unique in its namespace.
         granularity: bytes of the disk for each bit.
-        recording: QEMU goes on tracking into it.
-        inconsistent: left in use by a writer that did not finish; its bits mean nothing until `recover`.
-        busy: held by an operation.
+        recording: QEMU goes on marking writes in it.
+        inconsistent: a writer left it in use and did not finish; its bits cannot be trusted until `recover`.
+        busy: an operation holds it.
         count: dirty bytes in whole granules, as QEMU counts; None where inconsistent, or damaged.
-        namespace: in a store, the namespace's UUID as text.
-        node: in a store, the node's name; None of a device's bitmap.
-        device: in a store, the device's name; None of a node's bitmap.
+        namespace: in a store, the namespace's UUID as text; else None.
+        node: in a store, the node's name; None for a device's bitmap.
+        device: in a store, the device's name; None for a node's bitmap.
     """
 
     name: str
@@ -33,7 +33,7 @@ class BitmapInfo:
 
     @property
     def damaged(self) -> bool:
-        """True where its bits are not what was written; what is wrong is among the errors of its `ImageInfo`."""
+        """True if its bits are damaged. The `errors` of its `ImageInfo` say what is wrong."""
         return self.count is None and not self.inconsistent
 
 
@@ -42,17 +42,17 @@ class ImageInfo:
     """An image and its bitmaps as of one moment.
 
     Attributes:
-        path: as it was opened.
+        path: as the caller opened it.
         format: ``qcow2`` or ``dirtmap``.
         size: of the virtual disk, bytes; None for a store as a whole.
-        cluster_size: bytes.
+        cluster_size: of the container, bytes.
         bitmaps: in the order of the directory.
-        notes: what a user should know although nothing is wrong with the image, a line each.
-        node: the node's name; None where it has none, and of a device.
-        device: the device's name; None of a node.
+        notes: what a user should know although nothing is wrong with the image, one line each.
+        node: the node's name; None if it has none, and for a device.
+        device: the device's name; None for a node.
         uuid: of its namespace, as text, or None.
-        doubt: why all bitmaps count as all dirty, or None; of a store, one such reason.
-        errors: what is damaged, a line each; such a bitmap is left out, or has no ``count``.
+        doubt: why all bitmaps count as dirty all over, or None; for a store as a whole, one such reason.
+        errors: what is damaged, one line each; a damaged bitmap is left out, or has no ``count``.
     """
 
     path: str
@@ -68,13 +68,15 @@ class ImageInfo:
     errors: tuple[str, ...] = ()
 
 
-# Why a bitmap is all dirty that was inconsistent: whoever recovers it keeps writers out.
+# Why a recovered bitmap is dirty all over. Recovery locks writers out, so the writer that left it is gone.
 LEFT_IN_USE = "left in use by a writer that did not finish"
+# And one that was void.
+VOID = "void: software that does not know bitmaps has changed the image"
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What `Namespace.recover` did for one bitmap: its ``name``, and ``how``: ``all dirty: ``, say, and why it is."""
+    """What `Namespace.recover` did to one bitmap: its ``name``, and ``how``, such as ``all dirty: `` and the reason."""
 
     name: str
     how: str
@@ -82,23 +84,23 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A session as it is now.
+    """The state of a tracking session as of one moment.
 
     Attributes:
-        tracker: the process, in words.
-        pid: its number.
-        alive: it lives, and tracks.
-        how: what recovery will do, once it does not.
-        started: when the session began, seconds since 1970.
-        seen: when the tracker last showed a sign of life, seconds since 1970; None where its live files are gone.
-        writes: how many were begun with `Tracker.begin` or `write`; a bare `Tracker.mark` is too quick to be counted.
-        dirty: bytes, in whole granules, marked since the last cut, and before it as far as not saved.
-        intervals: how many there are that are not saved whole.
+        tracker: describes the tracking process.
+        pid: process ID.
+        alive: whether the process is alive and tracks.
+        how: what recovery will do once the tracker is dead.
+        started: when the session began, in seconds since 1970.
+        seen: time of the tracker's last heartbeat, in seconds since 1970; None if its live files are gone.
+        writes: number of writes begun with `Tracker.begin` or `write`; `Tracker.mark` alone is too quick to count.
+        dirty: bytes in whole granules, marked since the last cut, or before it and not saved yet.
+        intervals: number of intervals that are not saved completely.
         intent: ``region`` or ``off``.
-        region_size: bytes.
-        regions: how many regions are logged since the last save.
-        regions_in_all: how many the disk has.
-        poisoned: a sync failed.
+        region_size: bytes of the disk per region of the intent log.
+        regions: number of regions logged since the last save.
+        regions_in_all: number of regions of the disk.
+        poisoned: whether a sync has failed.
         live: the folder of the live files.
         log: the path of the intent log.
     """

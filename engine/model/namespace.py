@@ -1,4 +1,4 @@
-"""`Namespace`: what every kind of container gives: the bitmaps of one image or device, to read and to change."""
+"""`Namespace`: the interface of every kind of container to the bitmaps of one image or device."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 class Namespace(Mapping[str, "Bitmap"], abc.ABC):
-    """An image's or device's bitmaps: a read-only mapping of names to frozen `Bitmap` values, in the directory's order.
+    """The bitmaps of an image or device: a read-only mapping of names to frozen `Bitmap` values, in directory order.
 
-    Every look-up reads the container anew, so an answer is never older than the question, and is a value of the
-    caller's own.
+    Every look-up reads the container again, so an answer is never older than the question. The answer is a value that
+    belongs to the caller.
 
     Attributes:
         path: of the container, as it was opened.
         format: of the container: ``qcow2`` or ``dirtmap``.
-        name: of the node or device; None where it has none.
-        uuid: of the namespace, as text; None where it has none.
-        size: of the virtual disk, bytes, when it was opened.
-        cluster_size: of the container, bytes.
+        name: of the node or device; None if it has none.
+        uuid: of the namespace, as text; None if it has none.
+        size: of the virtual disk when it was opened, in bytes.
+        cluster_size: of the container, in bytes.
     """
 
     path: str
@@ -41,65 +41,68 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
 
     @property
     def where(self) -> str:
-        """How messages name it: the container and, in a store, the node or device."""
+        """How messages name the namespace: the container and, in a store, the node or device."""
         return self.path
 
     @abc.abstractmethod
     def info(self) -> ImageInfo:
-        """The namespace and all its bitmaps, without their bits, as of one moment."""
+        """Describes the namespace and all its bitmaps, without their bits, as of one moment."""
 
     @abc.abstractmethod
     def transaction(self) -> contextlib.AbstractContextManager[Transaction]:
-        """Changes the bitmaps: at the end of the block all changes are durable; after an exception there are none.
+        """Changes the bitmaps. At the end of the block all changes are durable; after an exception none is made.
 
         Raises:
-            LockedError: another process is writing to the container, or holds it against writers.
+            LockedError: another process is writing to the container, or has locked it against writers.
             FormatError: the container is damaged, or unsafe to change.
             UnsupportedError: the container may not be written to.
-            BitmapError: what was asked for breaks a rule of the format.
-            StorageError: the operating system failed; the old bitmaps stand, or the new ones do.
+            BitmapError: the change breaks a rule of the format.
+            StorageError: the operating system failed. Either the old bitmaps stand, or the new ones.
         """
 
     @abc.abstractmethod
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
-        """Makes bitmaps usable whose bits cannot be relied on; others are left alone.
+        """Makes bitmaps usable whose bits cannot be trusted. Leaves all others alone.
 
         Args:
-            names: which; none for all that need it.
+            names: which bitmaps; if empty, all that need it.
         """
 
     def settle(self) -> None:
-        """Recovers what a tracker has left that died, as every change does first.
+        """Recovers what a dead tracker has left. Every change does this first.
 
         Raises:
-            FormatError: the bitmaps cannot be told any more; `recover` gives up what is lost.
+            FormatError: the bitmaps can no longer be told; `recover` gives up what is lost.
             As `transaction`.
         """
 
     def doubt(self) -> str | None:
-        """Why all bitmaps count as all dirty; None where they do not."""
+        """Why all bitmaps count as dirty all over; None if they do not."""
         return None
 
     def tracking(self) -> Status | None:
-        """Who tracks the image, or did until it died without being recovered since; None where nobody does."""
+        """The session of the image's tracker, alive, or dead and not yet recovered; None if there is no session."""
         return None
 
     @abc.abstractmethod
     def hold(self, name: str, owner: str = "dirtmap") -> contextlib.AbstractContextManager[Bitmap]:
         """Holds a bitmap for the time of a backup: it is busy, and nobody can remove, clear, move or change it.
 
-        The hold ends with the block, or with the process.
+        The hold ends with the block, or with the process, however that ends. It counts for every process on the
+        machine, in whichever container. A forked child does not hold: the hold is its parent's. The container in which
+        holds are remembered, a store, is not compacted meanwhile.
 
         Args:
             name: of the bitmap.
-            owner: what others are told who ask.
+            owner: the name of the holder, for messages to others.
 
         Yields:
             The bitmap, frozen.
 
         Raises:
-            BitmapNotFoundError: there is none of that name.
-            BitmapError: inconsistent; or a qcow2 image without a name, so that no store knows it.
+            BitmapNotFoundError: there is no such bitmap.
+            BitmapError: the bitmap is inconsistent; or the qcow2 image has no node name, so that no store knows it.
+            GoneError: at the end, another file has taken the store's place, and what was held may have been changed.
         """
 
     @abc.abstractmethod
@@ -108,11 +111,11 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
 
     @abc.abstractmethod
     def _names(self) -> list[bytes]:
-        """The names as stored."""
+        """The names, as stored, in the order of the directory."""
 
     @abc.abstractmethod
     def _load(self, name: bytes) -> Bitmap | None:
-        """The bitmap of that name with its bits, frozen; None where there is none."""
+        """The bitmap of that name with its bits, frozen; None if there is none."""
 
     def __enter__(self) -> Self:
         return self
@@ -121,10 +124,10 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         self.close()
 
     def __getitem__(self, name: str) -> Bitmap:
-        """The bitmap as it is now.
+        """Reads the bitmap of that name, as it is now.
 
         Raises:
-            BitmapNotFoundError: there is none of that name.
+            BitmapNotFoundError: there is no such bitmap.
         """
         bitmap = self._load(encode_name(as_stored(self.where, name)))
         if bitmap is None:

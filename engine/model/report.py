@@ -1,4 +1,4 @@
-"""`CheckReport`: what a check of either container found, and what of it was mended."""
+"""`CheckReport`: what a check of either kind of container found, and what it repaired."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from dirtmap.fmt.errors import ArgumentError
 
 LEAK, CORRUPTION, ERROR, NOTE = "leak", "corruption", "error", "note"
-MOST_FINDINGS = 1000  # of runs of clusters; the totals count all
+MOST_FINDINGS = 1000  # of runs of clusters; the totals count the others, too
 
 
 def require_repair(where: str, repair: str | None) -> None:
-    """Refuses what no check knows how to mend.
+    """Refuses a value for ``repair`` that no check knows.
 
     Raises:
-        ArgumentError: ``repair`` is none of None, ``leaks`` and ``all``.
+        ArgumentError: ``repair`` is not None, ``leaks`` or ``all``.
     """
     if repair not in (None, "leaks", "all"):
         raise ArgumentError(where, f"repair is {repair!r}, not 'leaks', 'all' or None")
@@ -22,7 +22,7 @@ def require_repair(where: str, repair: str | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing found: ``severity`` (``corruption``, ``leak``, ``error``, ``note``), ``where`` and ``what``."""
+    """One finding: ``severity`` (``corruption``, ``leak``, ``error``, ``note``), ``where`` and ``what`` it is."""
 
     severity: str
     where: str
@@ -31,19 +31,19 @@ class Finding:
 
 @dataclass(slots=True)
 class CheckReport:
-    """What a check found and mended; counts as ``qemu-img check`` has them, leaks in clusters.
+    """What a check found and repaired. Counts are those of ``qemu-img check``: leaks are in clusters.
 
     Attributes:
         path: the container.
         format: ``qcow2`` or ``dirtmap``.
-        check_errors: parts that could not be checked.
-        corruptions, leaks: what is left.
-        corruptions_fixed, leaks_fixed: what was mended.
-        findings: each with its place, mended or not.
-        dropped: what mending had to give up: bitmaps by name in a qcow2 image; in a store a line for each loss.
-        dropped_unnamed: how many more bitmaps of a qcow2 image it gave up, whose names could not be read; None where
-            not even their number could.
-        made_dirty: bitmaps of a store that mending made all dirty, a line each.
+        check_errors: number of parts that could not be checked.
+        corruptions, leaks: number of those that are left.
+        corruptions_fixed, leaks_fixed: number of those that were repaired.
+        findings: each with its place, repaired or not.
+        dropped: what a repair had to give up: in a qcow2 image, names of bitmaps; in a store, one line per loss.
+        dropped_unnamed: how many more bitmaps of a qcow2 image were given up, whose names could not be read; None if
+            not even their number could be read.
+        made_dirty: bitmaps of a store that a repair made dirty all over, one line each.
     """
 
     path: str
@@ -64,7 +64,7 @@ class CheckReport:
         self.count(severity, count)
 
     def count(self, severity: str, count: int) -> None:
-        """Counts without a finding of its own."""
+        """Counts without adding a finding."""
         self.corruptions += count if severity == CORRUPTION else 0
         self.leaks += count if severity == LEAK else 0
         self.check_errors += count if severity == ERROR else 0

@@ -1,4 +1,4 @@
-"""`Transaction`: a namespace's bitmaps while they are being changed."""
+"""`Transaction`: the bitmaps of a namespace while they are being changed. Pure: its container commits the result."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
 
 class Transaction(MutableMapping[str, "Bitmap"]):
-    """A namespace's bitmaps while they are being changed: a mapping of names to bitmaps, in the order of the directory.
+    """The bitmaps of a namespace during a change: a mutable mapping of names to bitmaps, in directory order.
 
-    A bitmap got from it is a working copy: marking it changes what will be committed. A bitmap put into it is copied.
+    A bitmap read from the mapping is a working copy: marking it changes what will be committed. A bitmap assigned to a
+    name is copied.
 
     Attributes:
         where: the image, for messages.
-        size: of the virtual disk, bytes.
-        default_granularity: bytes; for bitmaps added without one.
-        checkpoints: the chain of `dirtmap.engine.model.checkpoints`, as it will be. Others rely on what they have: it
-            may grow, or be taken over, and nothing else.
+        size: of the virtual disk, in bytes.
+        default_granularity: in bytes; for bitmaps added without a granularity.
+        checkpoints: the chain of `dirtmap.engine.model.checkpoints`, as it will be committed. Others rely on the bits
+            of a checkpoint: it may gain bits, or be taken over by the checkpoint before it, and nothing else.
+        notes: what the commit did that the caller did not ask for, one line each; set once it is done.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
             self._bitmaps[name].busy = True
         self.checkpoints = list(checkpoints)
         self._relied_on = {name: self._bitmaps[name].copy() for name in self.checkpoints if name in bitmaps}
+        self.notes: list[str] = []
         self._open = True
 
     def __getitem__(self, name: str) -> Bitmap:
@@ -69,7 +72,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         if not isinstance(name, str) or not isinstance(bitmap, Bitmap):
             what = f"a name and a Bitmap are asked for, not {type(name).__name__} and {type(bitmap).__name__}"
             raise TypeError(f"{self.where}: {what}")
-        name = decode_name(encode_name(name))  # one name has one spelling
+        name = decode_name(encode_name(name))  # the one spelling of the name
         self.refuse_held(name)
         where = f"{self.where}: {label(name)}"
         if fault := name_fault(encode_name(name)):
@@ -80,7 +83,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         if not geometry.is_granularity(bitmap.granularity):
             raise BitmapError(where, f"granularity {bitmap.granularity} is not a power of two from 512 bytes to 2 GiB")
         needed = geometry.packed_bytes(self.size, bitmap.granularity)
-        if needed > MAX_DATA_BYTES:  # refused here, before anyone asks for so many bits
+        if needed > MAX_DATA_BYTES:  # refused before so many bits are allocated
             what = f"granularity {bitmap.granularity} needs {needed} bytes of bits, more than {MAX_DATA_BYTES}"
             raise BitmapError(where, what)
         self._bitmaps[name] = bitmap.copy()
@@ -95,7 +98,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         del self._bitmaps[name]
 
     def _hand_over(self, name: str) -> None:
-        """Has the checkpoint before one that is removed take over what it has."""
+        """Removes a checkpoint from the chain: the checkpoint before it takes over its bits, if it can."""
         from dirtmap.engine.model import checkpoints
 
         heir = checkpoints.heir(self.checkpoints, name)
@@ -117,10 +120,10 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         return len(self._bitmaps)
 
     def rename(self, name: str, new: str) -> None:
-        """Gives a bitmap another name, in its old place of the order.
+        """Renames a bitmap, which keeps its place in the order.
 
         Raises:
-            BitmapError: no such bitmap, or the new name is taken or not allowed.
+            BitmapError: no such bitmap, it is held or a checkpoint, or the new name is taken or not allowed.
         """
         bitmap = self[name]
         name, new = as_stored(self.where, name), decode_name(encode_name(new))
@@ -132,10 +135,11 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         self._bitmaps = {new if key == name else key: value for key, value in self._bitmaps.items() if key != new}
 
     def judge(self) -> None:
-        """Refuses to commit where the bits of a held bitmap were changed in place, or a checkpoint has lost some.
+        """Validates the changes made in place, before the commit.
 
         Raises:
-            BitmapError: names the bitmap, and who holds it.
+            BitmapError: the bits of a held bitmap were changed, or a checkpoint lost bits or its recording flag
+                changed. The error names the bitmap and its holder.
         """
         for name, (_, bitmap) in self._held.items():
             if self._bitmaps[name]._source is not bitmap._source:
@@ -147,25 +151,25 @@ class Transaction(MutableMapping[str, "Bitmap"]):
                 self.refuse_checkpoint(name)
 
     def refuse_checkpoint(self, name: str) -> None:
-        """Refuses a checkpoint.
+        """Refuses a change to a checkpoint.
 
         Raises:
-            BitmapError: names it.
+            BitmapError: the bitmap is a checkpoint.
         """
         if name in self._relied_on:
             raise a_checkpoint(self.where, name)
 
     def refuse_held(self, name: str) -> None:
-        """Refuses a bitmap that is held.
+        """Refuses a change to a held bitmap.
 
         Raises:
-            BitmapError: names it and who holds it.
+            BitmapError: the bitmap is held; the error names it and its holder.
         """
         if name in self._held:
             raise BitmapError(f"{self.where}: {label(name)}", f"busy: held by {self._held[name][0]}")
 
     def close(self) -> None:
-        """Ends it: nothing got from it afterwards would be committed."""
+        """Ends the transaction: every later access is refused, because it would not be committed."""
         self._open = False
 
     def _require_open(self) -> None:

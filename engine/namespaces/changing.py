@@ -1,4 +1,4 @@
-"""Changes the bitmaps of namespaces in a store: a transaction each, all of them in one commit."""
+"""Changes the bitmaps of namespaces in a store: one transaction per namespace, all of them in one commit."""
 
 from __future__ import annotations
 
@@ -38,14 +38,20 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def changing(change: Change, record: Record) -> Iterator[Transaction]:
-    """One namespace's part of a change: a transaction whose end puts the new directory into ``change``."""
+    """One namespace's part of a change. The end of the transaction puts its new directory into ``change``.
+
+    Raises:
+        LockedError: the namespace is tracked.
+        BitmapError: it must be recovered first, a device's root is elsewhere, or a rule of the format is broken.
+        FormatError: the directory is damaged.
+    """
     snapshot = change.snapshot
     refuse_tracked(snapshot.file.path, record)
     refuse_unsettled(snapshot, record)
     refuse_without_root(snapshot, record)
     size = size_now(record)
     if not record.nb_bitmaps:
-        record = replace(record, size=size)  # no bits that would have to be adopted
+        record = replace(record, size=size)  # without bitmaps the new size can be adopted at once
     doubted = size != record.size or doubts(snapshot, record) is not None
     entries = read_entries(snapshot, record)
     where = f"{snapshot.file.path}: {record.label}"
@@ -54,7 +60,7 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
         record.size,
         geometry.MAX_DEFAULT_GRANULARITY,
         {decode_name(entry.name): bitmap_of(snapshot, record, entry, doubted) for entry in entries},
-        held_by(record),
+        held_by(snapshot.file, record),
         checkpoints_of(where, record, {decode_name(entry.name): entry.auto for entry in entries}),
     )
     try:
@@ -69,7 +75,7 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
 
 
 class StoreTransaction(Mapping[str, Transaction]):
-    """All namespaces of a store while they are being changed: names to transactions, which one commit ends together."""
+    """The namespaces of a store during a change: a mapping of names to transactions, which one commit ends."""
 
     def __init__(self, change: Change, stack: contextlib.ExitStack) -> None:
         self._change, self._stack = change, stack
@@ -92,7 +98,7 @@ class StoreTransaction(Mapping[str, Transaction]):
 
 @contextlib.contextmanager
 def transaction(target: Store) -> Iterator[StoreTransaction]:
-    """Changes any number of namespaces: at the end of the block all of it is durable, or, after an exception, nothing.
+    """Changes any number of namespaces. At the end of the block all changes are durable; after an exception none is.
 
     Errors as `Namespace.transaction`.
     """
@@ -101,9 +107,12 @@ def transaction(target: Store) -> Iterator[StoreTransaction]:
 
 
 def _put_at_old_size(change: Change, record: Record, old: list[Entry], bitmaps: Transaction) -> None:
-    """As `_put` while the disk has another size than the bits are for: what is not written anew needs none.
+    """Like `_put`, but for a disk that has another size than its bits, as long as no bits have to be written.
 
-    All bits stay in doubt, and what a tracker has left stays, until the new size is adopted.
+    All bits stay in doubt, and a dead tracker's session stays, until the new size is adopted.
+
+    Raises:
+        BitmapError: bits would have to be written.
     """
     wanted: list[Entry] = []
     for name, bitmap in bitmaps.items():
@@ -118,7 +127,7 @@ def _put_at_old_size(change: Change, record: Record, old: list[Entry], bitmaps: 
 
 
 def _kept(entry: Entry, name: str, bitmap: Bitmap) -> Entry:
-    """The entry of a bitmap whose bits stay where they are."""
+    """The entry of a bitmap whose bits keep their place in the file."""
     flags = {"set": directory.FLAG_AUTO} if bitmap.recording else {"clear": directory.FLAG_AUTO}
     return replace(entry.with_flags(**flags), name=encode_name(name))
 
@@ -126,13 +135,13 @@ def _kept(entry: Entry, name: str, bitmap: Bitmap) -> Entry:
 def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction, doubted: bool) -> None:
     wanted: list[Entry] = []
     kept: set[int] = set()
-    # The tracker of a session has died, or we would not be here: what it marked is in the bits that we have read, and
-    # is written with them, and the session ends.
+    # A tracker that has the session is dead, or this change would have been refused. What it marked is in the bits that
+    # were read. They are written, and the session ends.
     view = tracked_view(change.snapshot, record)
     for name, bitmap in bitmaps.items():
         source = bitmap._source
-        # Bits of another namespace or store are copied. Those in doubt are written as they are shown, all dirty; those
-        # of an inconsistent bitmap are not shown at all.
+        # Bits of another namespace or store are copied. Bits in doubt are written as they are shown, all dirty. Bits of
+        # an inconsistent bitmap are not shown at all.
         if (
             isinstance(source, Source)
             and source.record is record
@@ -155,7 +164,7 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
     if view and view.identity:
         identity = view.identity
     elif record.kind in (store.KIND_NODE, store.KIND_DEVICE) and (doubted or not record.nb_bitmaps):
-        # All that was in doubt is dirty now, on disk, or the first bitmap begins: from here on changes count.
+        # Either all that was in doubt is now dirty on disk, or the first bitmap begins: changes count from here on.
         with contextlib.suppress(StorageError):
             identity = lasting_identity_now(record)
     new = with_checkpoints(end_session(change, record), bitmaps.checkpoints)

@@ -1,25 +1,25 @@
-"""A qcow2 image's bitmaps while it is tracked: checked out into a store, and checked in again.
+"""The bitmaps of a tracked qcow2 image: checked out into a store while it is tracked, and checked in afterwards.
 
     check-out   1  store: the session, with a copy of the bits     check-in   1  store: all that was marked
                 2  image: its autoclear bit "tracked" on                      2  image: the bits, not in use any more
                 3  image: all bitmaps in use                                  3  image: "tracked" off
                                                                               4  store: the session and its copy gone
 
-Any other program that opens the image for writing takes "tracked" away, which it does not know; QEMU does not touch
-bitmaps in use. So after a crash at any step, or between, what each bitmap holds is decided for each by itself:
+A program that opens the image for writing clears the autoclear bit "tracked" if it does not know it, as QEMU does; and
+QEMU does not touch bitmaps in use. So after a crash, at or between any steps, each bitmap is decided on its own:
 
-    image: not in use, "tracked" off    what either has: not checked out yet, or checked in; or others made it usable,
-                                        who do not know what the tracker has marked, perhaps while it lived
+    image: not in use, "tracked" off    what either has: not checked out yet, or checked in; or another program made it
+                                        usable, perhaps while the tracker lived, without knowing what that has marked
     image: not in use, "tracked" on     what either has: the crash was within steps 2 and 3
     in use, or not there; on            what the session has: see `dirtmap.engine.session.view`
     in use, or not there; off           all dirty: others may have written to the image
     not in use, not the session's; off  all dirty if it records: others have added it, perhaps while the tracker lived
 
-A device on the image that is tracked with it ends its session before step 2 of the check-in, and takes note of how
-the image looks behind step 3. After a crash between it is all dirty.
+A device that is tracked with the image ends its session before step 2 of the check-in. After step 3 its record is told
+how the image looks now. After a crash in between, the device is all dirty.
 
-A bitmap in use that the session does not have was removed by the tracker where "tracked" is on; else it is left alone.
-Where the session or its directory is lost, nothing is known to be removed, and all is dirty.
+A bitmap that is in use and not in the session was removed by the tracker if "tracked" is on; else it is left alone. If
+the session or its directory is lost, nothing is known to be removed, and everything is dirty.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ T = TypeVar("T")
 
 
 def bitmap_of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
-    """A bitmap of an image with its bits read."""
+    """A bitmap of an image, its bits read. Errors as `load`."""
     words = load(file, layout, slot)
     return Bitmap.from_words(layout.header.size, slot.entry.granularity, words, slot.entry.auto)
 
@@ -80,24 +80,24 @@ def check_in(
     salvaging: bool = False,
     wanted: Iterable[str] = (),
 ) -> list[Recovery]:
-    """Writes a session's bitmaps into the image, and ends the session; see the module's head.
+    """Writes the bitmaps of a session into the image, and ends the session; see the head of the module.
 
     Args:
         host: opens the stores.
         path: the image.
         store_path: the store that has the session.
         name: of the node, raw bytes.
-        own: the session is the caller's, who has saved all marks.
-        salvaging: where the session's directory is damaged, all is dirty that can still be named.
-        wanted: bitmaps that have to be there, or nothing happens.
+        own: the session is the caller's, which has saved all marks.
+        salvaging: if the session's directory is damaged, recovers all bitmaps that can still be named, all dirty.
+        wanted: names of bitmaps that must exist; otherwise nothing happens.
 
     Returns:
-        What became of each bitmap.
+        What was done to each bitmap.
 
     Raises:
         LockedError: another process tracks the image, or has it open.
-        FormatError: the session's directory is damaged, and ``salvaging`` is not said.
-        BitmapNotFoundError: one that is ``wanted`` is not there.
+        FormatError: the session's directory is damaged, and ``salvaging`` is False.
+        BitmapNotFoundError: one of ``wanted`` does not exist.
         As `Namespace.transaction`.
     """
     with host.opened(store_path) as target:
@@ -126,7 +126,7 @@ def check_in(
         before = _look(path)
         commit(file, layout, settled)
         if not own:
-            free_leaks(file)  # of a check-in that its death has cut off
+            free_leaks(file)  # those of a check-in that the tracker's death interrupted
         set_tracked(file, read_layout(file), False)
         if layout.tracked:
             confirm(host, change, record, before, _look(path))
@@ -146,14 +146,14 @@ def _look(path: str) -> Identity | None:
 
 
 def _entries(snapshot: Snapshot, record: Record) -> list[Entry] | None:
-    """A session's directory; None where that is damaged."""
+    """The directory of a session; None if it is damaged."""
     with contextlib.suppress(FormatError):
         return read_entries(snapshot, record)
     return None
 
 
 def _forget(change: Change, record: Record, entries: list[Entry] | None) -> None:
-    """Takes the session and the bitmaps out of the record; what a damaged directory led to is not known."""
+    """Removes the session and its bitmaps from the record. A damaged directory's space leaks: it is not known."""
     if entries is not None:
         for entry in entries:
             release_bits(change, record, entry)
@@ -165,7 +165,7 @@ def _forget(change: Change, record: Record, entries: list[Entry] | None) -> None
 def _settle(
     file: File, layout: Layout, snapshot: Snapshot, record: Record, entries: list[Entry] | None
 ) -> tuple[list[Kept | Written], list[Recovery]]:
-    """The image's new directory, and what became of each bitmap of the session."""
+    """The new directory of the image, and what was done to each bitmap of the session."""
     slots = {slot.entry.name: slot for slot in layout.slots}
     contents = _contents(file, layout, snapshot, record, entries)
     settled: list[Kept | Written] = []
@@ -192,14 +192,14 @@ def _settle(
 def _contents(
     file: File, layout: Layout, snapshot: Snapshot, record: Record, entries: list[Entry] | None
 ) -> dict[str, tuple[Bitmap | None, str]]:
-    """What each bitmap holds, and how that was found; None for what stays in the image as it is.
+    """The content of each bitmap, and how it was found. The content is None for a bitmap that the image keeps as it is.
 
     Args:
         file: the image.
         layout: of the image.
-        snapshot: has the session.
+        snapshot: of the store that has the session.
         record: of the session.
-        entries: its directory; None where that is damaged: then all that it or the image can name is all dirty.
+        entries: its directory; None if it is damaged. Then every bitmap that can be named is all dirty.
     """
     view = recovery.view_of(snapshot, record)
     assert view
@@ -207,7 +207,7 @@ def _contents(
     why = _doubt(layout, snapshot, record, view)
     slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
     whys: dict[Entry, str] = {}
-    if entries is None or view.session is live.NO_SESSION:  # what is missing need not have been removed
+    if entries is None or view.session is live.NO_SESSION:  # a missing bitmap was not necessarily removed
         spare = salvage.spare_entries(snapshot, record, snapshot.older()) if entries is None else {}
         whys = spare or dict.fromkeys(entries or (), view.why)
         known = {entry.name for entry in whys}
@@ -222,8 +222,8 @@ def _contents(
         found[name] = None, ""
         usable = slot is not None and not slot.entry.in_use
         if usable and not marked and not whys and (whole := _known(layout, snapshot, record, view, entry)):
-            # Not checked out yet, or checked in before a death; or others have made it usable, who do not know what the
-            # tracker has marked.
+            # Not checked out yet, or checked in before a death; or another program made it usable, without knowing
+            # what the tracker has marked.
             bitmap, how = whole
         elif reason := whys.get(entry, why):
             bitmap, how = Bitmap(size, entry.granularity, entry.auto).recovered(), f"{Row.ALL_DIRTY.value}: {reason}"
@@ -237,7 +237,7 @@ def _contents(
         found[name] = bitmap, how
     for name, slot in slots.items():
         if slot.entry.auto and not slot.entry.in_use and not marked:
-            # Added by others, and what was written since then the tracker alone knows.
+            # Another program added it, and what was written since only the tracker knew.
             dirty = Bitmap(size, slot.entry.granularity, True).recovered()
             found[name] = dirty, f"{Row.ALL_DIRTY.value}: another program has added it since"
         elif not (slot.entry.in_use and marked):
@@ -246,7 +246,7 @@ def _contents(
 
 
 def _doubt(layout: Layout, snapshot: Snapshot, record: Record, view: SessionView) -> str | None:
-    """Why the session's bits cannot be relied on, or None."""
+    """Why the bits of a session cannot be relied on, or None."""
     if not layout.tracked:
         return "another program has opened the image for writing since"
     if doubt := doubts(snapshot, record):
@@ -259,7 +259,7 @@ def _doubt(layout: Layout, snapshot: Snapshot, record: Record, view: SessionView
 def _known(
     layout: Layout, snapshot: Snapshot, record: Record, view: SessionView, entry: Entry
 ) -> tuple[Bitmap, str] | None:
-    """All that the tracker has marked for a bitmap, whoever else has written to the image; None where it is lost."""
+    """All that the tracker has marked for a bitmap, even if others have written to the image; None if it is lost."""
     if layout.header.size != record.size or header_doubts(snapshot, record) is not None:
         return None
     bitmap = bitmap_of(snapshot, record, entry, False)
@@ -274,19 +274,19 @@ def _known(
 
 
 class CheckedOutImage(Namespace):
-    """A qcow2 image whose bitmaps are checked out: read from its session; changed once the tracker is gone.
+    """A qcow2 image whose bitmaps are checked out. Reads them from the session; changes them once the tracker is gone.
 
     Args:
         path: of the image.
         host: opens the store.
-        store: the path of the store that has the session.
-        name: of the node, as that store has it.
+        store: path of the store that has the session.
+        name: of the node in that store.
     """
 
     format = FORMAT
 
     def __init__(self, path: str, host: HostPort, store: str, name: str) -> None:
-        # Absolute but for the name in messages: the process may change its folder.
+        # Absolute, except in messages: the process may change its working folder.
         self.path, self.name, self._host, self._store_path = path, name, host, os.path.abspath(store)
         self._abspath = os.path.abspath(path)
         self._raw_name = encode_name(name)
@@ -306,7 +306,7 @@ class CheckedOutImage(Namespace):
             return target.read(question)
 
     def _read(self) -> tuple[SessionView, dict[str, Bitmap]]:
-        """The session, and the bitmaps as they are now, or as recovery would make them."""
+        """The session, and the bitmaps: as they are now if the tracker lives, else as recovery would make them."""
 
         def read(snapshot: Snapshot) -> tuple[SessionView, dict[str, Bitmap]]:
             record = self._record(snapshot)
@@ -335,14 +335,14 @@ class CheckedOutImage(Namespace):
             for name, bitmap in found.items():
                 bitmap.busy = encode_name(name) in busy
                 if not bitmap.inconsistent:
-                    _ = bitmap.words  # now, while it is known to be whole
+                    _ = bitmap.words  # loads the bits now, while they are consistent
                 bitmap.freeze()
             return view, found
 
         return self._ask(read)
 
     def info(self) -> ImageInfo:
-        """The image and its bitmaps, as its session has them."""
+        """Describes the image and its bitmaps, from the session."""
         view, found = self._read()
         return ImageInfo(
             path=self.path,
@@ -367,28 +367,28 @@ class CheckedOutImage(Namespace):
         )
 
     def doubt(self) -> str | None:
-        """Why all bitmaps count as all dirty; see `Namespace.doubt`."""
+        """Why all bitmaps count as dirty all over; see `Namespace.doubt`."""
         return self._ask(lambda snapshot: doubts(snapshot, self._record(snapshot)))
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Changes the bitmaps, after they were recovered; see `Namespace.transaction`."""
+        """Changes the bitmaps after recovering them; see `Namespace.transaction`."""
         self.settle()
         with Image(self._abspath, self._host, force_share=True) as image, image.transaction() as bitmaps:
             yield bitmaps
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
-        """Holds a bitmap for a backup, after recovery; see `Namespace.hold`. A living tracker takes it itself."""
+        """Holds a bitmap for a backup, after recovery; see `Namespace.hold`. A live tracker refuses: use its `take`."""
         self.settle()
         with Image(self._abspath, self._host) as image, image.hold(name, owner) as held:
             yield held
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
-        """Checks in what a dead tracker has left, whichever bitmaps are named; see `Namespace.recover`."""
+        """Checks in what a dead tracker has left: all of it, whatever is named; see `Namespace.recover`."""
         chosen = set(names)
         recovered = check_in(self._host, self._abspath, self._store_path, self._raw_name, salvaging=True, wanted=chosen)
-        # What the session does not know, and is inconsistent in the image, is recovered as of any image.
+        # An inconsistent bitmap of the image that the session does not have is recovered as in any image.
         left = chosen - {item.name for item in recovered}
         if left or not chosen:
             with Image(self._abspath, self._host) as image:
@@ -396,15 +396,15 @@ class CheckedOutImage(Namespace):
         return [item for item in recovered if not chosen or item.name in chosen]
 
     def settle(self) -> None:
-        """As `recover`, but for a damaged directory; see `Namespace.settle`."""
+        """Like `recover`, but refuses a damaged directory; see `Namespace.settle`."""
         check_in(self._host, self._abspath, self._store_path, self._raw_name)
 
     def tracking(self) -> Status | None:
-        """Who tracks the image; see `Namespace.tracking`."""
+        """The session of the image's tracker; see `Namespace.tracking`."""
         return self._ask(lambda snapshot: status_of(snapshot, self._record(snapshot)))
 
     def close(self) -> None:
-        """Does nothing: the store is its host's."""
+        """Does nothing: the host owns the store."""
 
     def _names(self) -> list[bytes]:
         return [encode_name(name) for name in self._read()[1]]

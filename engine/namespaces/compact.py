@@ -1,10 +1,10 @@
-"""Compacts a store into a new file that takes its place; the same way mends a damaged one.
+"""Compacts a store: writes it into a new file, which replaces the old one. Repairs a damaged store the same way.
 
     old file, locked --> every readable namespace --> new file beside it, synced --> renamed over the old one
 
-A crash leaves the old file, or the new one. Nothing becomes clean that was dirty: bits that fail their checksum become
-all dirty; so does a namespace that only the older header slot still leads to, and one with a damaged directory. For
-such a namespace the session of a tracker is lost, too: what is missing would count as removed by the tracker.
+A crash leaves the old file, or the new one. Nothing dirty becomes clean. Bits that fail their checksum become all
+dirty, and so does a namespace that only the older header slot leads to, or whose directory is damaged. Such a namespace
+also loses a tracker's session, because the bitmaps that are missing would count as removed by the tracker.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import Error, FormatError, StorageError, counted
+from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, counted
 from dirtmap.fmt.store import Area, Record
 from dirtmap.fmt.structures.directory import build_directory
 
 
 @dataclass(slots=True)
 class Compaction:
-    """What became of a store.
+    """The result of a compaction.
 
     Attributes:
-        before, after: the file's length in bytes.
-        namespaces: how many were carried over.
-        dropped: what could not be, a line each; empty unless it was damaged.
-        made_dirty: bitmaps whose bits could not be, and are all dirty now, a line each.
+        before, after: length of the file in bytes.
+        namespaces: number of namespaces carried over.
+        dropped: what could not be carried over, one line each; empty unless the store was damaged.
+        made_dirty: bitmaps whose bits could not be carried over, and which are now all dirty, one line each.
     """
 
     before: int
@@ -50,9 +50,9 @@ class Compaction:
 
 
 class _Readable(NamedTuple):
-    """A namespace as ``source`` has it, and the store as the older header slot has it, if that is not the source.
+    """A namespace in the snapshot ``source``, with the ``older`` header slot's snapshot if that is another one.
 
-    Where there is a ``doubt``, its bits count as dirty.
+    If there is a ``doubt``, all its bits count as dirty.
     """
 
     source: Snapshot
@@ -61,12 +61,12 @@ class _Readable(NamedTuple):
     doubt: str = ""
 
 
-_COMMITS = 4  # how much higher a generation is after a compaction, at most
+_COMMITS = 4  # the most by which a compaction raises the generation
 _OLDER = "known from the older header slot only"
 
 
 class _Eager(Change):
-    """A change of a file that nobody knows yet: areas are written as they are placed, so that memory stays small."""
+    """A change of a file that no other process knows yet. Writes areas as they are placed, to save memory."""
 
     def place(self, data: bytes | memoryview) -> Area:
         area = super().place(data)
@@ -85,24 +85,25 @@ def compact(
     progress: Callable[[int, int], None] | None = None,
     expect: Callable[[Store], object] = lambda target: None,
 ) -> Compaction:
-    """Writes the store anew, without free space, in its own place.
+    """Rewrites the store in its place, without free space.
 
     Args:
         path: the store.
-        mend: carry over what can be read of a damaged store, instead of refusing it.
-        new_identity: the store gets a UUID of its own, as do its nodes and devices.
-        of_copy: it is known to be a copy of another, whose trackers and holds are those that it tells of.
+        mend: carries over what can be read of a damaged store, instead of refusing it.
+        new_identity: gives the store, its nodes and its devices new UUIDs.
+        of_copy: the store is known to be a copy; the trackers and holds in it are those of the original.
         progress: called with (namespaces done, namespaces in all).
-        expect: has the store know what was seen of it; see `Store.expect`. What was rolled back is in doubt in the new
-            file.
+        expect: compares the store with what was last seen of it; see `Store.expect`. A rolled-back store is in doubt in
+            the new file, too.
 
     Raises:
-        FormatError: damaged, and not ``mend``; or no header is whole.
-        LockedError: another process is writing to it, or tracks an image in what is to get another identity.
-        BitmapError: a bitmap in what is to get another identity is held.
+        FormatError: the store is damaged and ``mend`` is False, or no header is whole.
+        LockedError: another process writes to the store, or tracks an image in a store that gets a new identity; or a
+            bitmap in it is held, and damage hides which.
+        BitmapError: a bitmap in it is held.
         StorageError: the operating system failed; the old file stands.
     """
-    path = os.path.realpath(path)  # a link shall go on leading to the store
+    path = os.path.realpath(path)  # so that a symbolic link to the store stays one
     with Store(path) as target, target._locked() as old:
         if old.status.st_nlink > 1:
             raise StorageError(path, "has another hard link, which would go on leading to the old content")
@@ -113,7 +114,7 @@ def compact(
         if header.generation > store.MAX_GENERATION - _COMMITS:
             raise FormatError(f"{path}: header.generation", f"{header.generation} is so high that no commit can follow")
         result = Compaction(before=old.size())
-        for left in _left_behind(path):  # whoever makes one has the lock that we have
+        for left in _left_behind(path):  # a live compaction would have the lock that we hold
             remove_file(left)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
@@ -128,6 +129,7 @@ def compact(
                 new.belong_as(old)
                 change = _Eager(new, headers.choose(temporary, new.read(0, store.RESERVED)))
                 readable = _readable(snapshot, result, mend=mend)
+                _refuse_held(old, readable)
                 if new_identity and not of_copy:
                     _refuse_used(path, readable)
                 if new_identity:
@@ -149,7 +151,7 @@ def compact(
 
 
 def _left_behind(path: str) -> list[str]:
-    """What compactions have left beside a store that were killed."""
+    """The temporary files that killed compactions have left beside a store."""
     folder, name = os.path.split(path)
     left = re.compile(re.escape(name) + r"\.[0-9a-f]{32}\.tmp")
     try:
@@ -159,7 +161,7 @@ def _left_behind(path: str) -> list[str]:
 
 
 def _fill_older_slot(file: File) -> None:
-    """Has both slots say the same: the older one is still the empty store, so losing the newest would lose all."""
+    """Makes both slots say the same. The older one is still the empty store: losing the newest would lose all."""
     chosen = headers.choose(file.path, file.read(0, store.RESERVED))
     block = headers.build_block(replace(chosen.header, generation=chosen.header.generation + 1))
     for offset in headers.blocks_of(1 - chosen.slot):
@@ -170,13 +172,25 @@ def _fill_older_slot(file: File) -> None:
 def _refuse_used(path: str, readable: list[_Readable]) -> None:
     for found in readable:
         refuse_tracked(path, found.record)
-        refuse_held(path, found.record)
+
+
+def _refuse_held(old: File, readable: list[_Readable]) -> None:
+    """Refuses to put another file in the store's place while a bitmap in it is held; see `holds`.
+
+    Raises:
+        BitmapError: names the bitmap and who holds it.
+        LockedError: the hold's record cannot be read.
+    """
+    for found in readable:
+        refuse_held(found.source, found.record)
+    if holds.is_any_alive(old):
+        raise LockedError(old.path, "a bitmap in it is held, and its record of that cannot be read; try again later")
 
 
 def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
-    """The same with other UUIDs for what is in this store; images have their own. Holds are on the original.
+    """The same namespaces with new UUIDs for nodes and devices; qcow2 images have their own. Drops holds and sessions.
 
-    So are the sessions of trackers: what is marked in them is not in this store, and their files are not its own.
+    Both belong to the original: what its trackers mark is not in this store, and their live files are not its own.
     """
     ours = (store.KIND_NODE, store.KIND_DEVICE)
     fresh = {found.record.uuid: uuid.uuid4().bytes for found in readable if found.record.kind in ours}
@@ -190,7 +204,7 @@ def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
         if not record.tracked:
             return found._replace(record=record)
         record = record.with_extensions(store.OF_A_SESSION)
-        if record.kind == store.KIND_PLACE:  # the image goes back to the original
+        if record.kind == store.KIND_PLACE:  # the original will check the image in
             return found._replace(record=replace(record, directory=store.NOWHERE, nb_bitmaps=0))
         return found._replace(record=record, doubt="its tracker is the original's")
 
@@ -198,12 +212,12 @@ def _with_new_identities(readable: list[_Readable]) -> list[_Readable]:
 
 
 def _with_session_lost(source: Snapshot, record: Record, change: Change) -> Record:
-    """The record where what its tracker had is lost, whose files go.
+    """The record of a namespace that loses its tracker's session. The session's files are removed after the change.
 
-    A qcow2 image's bitmaps are in the session, and the image has to hear of it: see `live.LOST`.
+    A qcow2 image's bitmaps are in the session, so its record says that the session is lost: see `live.LOST`.
 
     Raises:
-        LockedError: the tracker lives, and would go on marking where nobody looks.
+        LockedError: the tracker is alive, and would go on marking where nobody looks.
     """
     if not record.tracked:
         return record
@@ -224,31 +238,31 @@ def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Re
     if older is None:
         return [_Readable(snapshot, record) for record in newest.values()]
     found = [_Readable(snapshot, record, older) for record in newest.values()]
-    if faults:  # else nothing is missing, so what only the older slot knows was removed on purpose
+    if faults:  # without faults, what only the older slot has was removed on purpose
         lost = [record for record in _records(older, []) if record.name not in newest]
         found += [_Readable(older, record, doubt=_OLDER) for record in lost]
     return found
 
 
 def _records(snapshot: Snapshot, faults: list[FormatError]) -> list[Record]:
-    """All that can be read; adds to ``faults`` what cannot."""
+    """All records that can be read. Adds the rest to ``faults``."""
     found: list[Record] = []
     try:
         table = snapshot.table()
     except FormatError as error:
-        faults.append(FormatError(error.where, error.what))  # the one raised keeps in memory what was read
+        faults.append(FormatError(error.where, error.what))  # a copy: the raised one keeps the data in memory
         return found
     table.count = store.MAX_NAMESPACES  # the number may be what is wrong; the new table counts them
     for number in range(1 << table.bucket_bits):
         try:
             found += table.bucket(number).values()
         except FormatError as error:
-            faults.append(FormatError(error.where, error.what))  # the one raised keeps in memory what was read
+            faults.append(FormatError(error.where, error.what))  # a copy: the raised one keeps the data in memory
     return found
 
 
 def _text(snapshot: Snapshot, error: Error) -> str:
-    """What is wrong, and where in the file."""
+    """What is wrong and where, without the path of the file."""
     return f"{error.where.removeprefix(f'{snapshot.file.path}: ')}: {error.what}"
 
 
@@ -264,7 +278,7 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
         if not mend:
             raise
         lost = _text(source, error)
-    if lost is not None:  # by now the error does not keep in memory any more what was read
+    if lost is not None:  # outside `except`, so that the error keeps no data in memory
         entries = list(whys := spare_entries(source, record, found.older))
         if len(entries) < record.nb_bitmaps:
             many = f"{record.nb_bitmaps - len(entries)} of {counted(record.nb_bitmaps, 'bitmap')}"

@@ -1,4 +1,7 @@
-"""A namespace's directory and bits: read, judged, and placed anew. All of it is of one commit, or of one to come."""
+"""The condition of a namespace as of one commit: its bits, whether they can be relied on, and what forbids a change.
+
+Also writes all its bitmaps anew, for the next commit.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class Source:
-    """Where a bitmap of a transaction has its bits while nobody has asked for them; none where it is all dirty."""
+    """Where a bitmap of a transaction has its bits until they are read; all dirty if ``doubted``."""
 
     snapshot: Snapshot
     record: Record
@@ -37,16 +40,20 @@ class Source:
     doubted: bool
 
     def load(self) -> NDArray[np.uint64]:
-        """See `load`; not once the transaction has ended."""
+        """Reads the bits; see the function `load`.
+
+        Raises:
+            Error: the transaction has ended.
+        """
         if self.snapshot.file.fd < 0:
             raise Error(self.snapshot.file.path, "the transaction has ended")
         return load(self.snapshot, self.record, self.entry, self.doubted)
 
 
 def load(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> NDArray[np.uint64]:
-    """A bitmap's bits as words: uint64, shape (ceil(granules / 64),), verified, tail bits zero.
+    """The bits of a bitmap as words: uint64, shape (ceil(granules / 64),), verified, tail bits zero.
 
-    Those of a tracked image, or of one whose tracker has died, include what the tracker has marked.
+    If the image is tracked, or its tracker has died, they include what the tracker has marked.
 
     Raises:
         FormatError: the checksum is wrong.
@@ -58,10 +65,10 @@ def load(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> NDA
 
 
 def refuse_tracked(path: str, record: Record) -> None:
-    """Refuses to change a namespace behind the back of the process that tracks it.
+    """Refuses to change a namespace that a live process tracks.
 
     Raises:
-        LockedError: names the process.
+        LockedError: the namespace is tracked; the error names the process.
     """
     if record.tracked:
         from dirtmap.engine.session import view as recovery
@@ -71,11 +78,11 @@ def refuse_tracked(path: str, record: Record) -> None:
 
 
 def refuse_session(path: str, record: Record) -> None:
-    """As `refuse_tracked`; a session whose tracker has died is to be recovered first, too.
+    """Like `refuse_tracked`, but also refuses the session of a dead tracker, which is to be recovered first.
 
     Raises:
-        LockedError: names the process.
-        BitmapError: names the command that recovers.
+        LockedError: the namespace is tracked; the error names the process.
+        BitmapError: the tracker has died; the error names the command that recovers.
     """
     refuse_tracked(path, record)
     if record.tracked:
@@ -84,10 +91,10 @@ def refuse_session(path: str, record: Record) -> None:
 
 
 def refuse_unsettled(snapshot: Snapshot, record: Record) -> None:
-    """Refuses to end a node's session while a device that was tracked with it has yet to be recovered.
+    """Refuses to end a node's session before that of the device that was tracked with it.
 
     Raises:
-        BitmapError: names the device, and the command that recovers.
+        BitmapError: the device is yet to be recovered; the error names it, and the command that recovers.
     """
     if record.tracked:
         from dirtmap.engine.session import peers
@@ -98,14 +105,14 @@ def refuse_unsettled(snapshot: Snapshot, record: Record) -> None:
 
 
 def other_size(snapshot: Snapshot, record: Record) -> BitmapError:
-    """The error for bits that are for a disk of another size: they say nothing about the new space."""
+    """The error for bits of a disk that has another size now: they say nothing about the new space."""
     verb = "node resize" if record.kind == store.KIND_NODE else "device set-root"
     what = f"its image has {size_now(record)} bytes now, and had {record.size}; '{verb}' adopts the new size"
     return BitmapError(f"{snapshot.file.path}: {record.label}", what)
 
 
 def size_now(record: Record) -> int:
-    """The size in bytes of a namespace's disk as its image has it now; as recorded where that cannot be looked at."""
+    """The present size of a namespace's disk in bytes, from its image; the recorded size if that cannot be read."""
     if record.kind in (store.KIND_NODE, store.KIND_DEVICE):
         with contextlib.suppress(StorageError):
             now = identity_now(record)
@@ -118,22 +125,26 @@ def size_now(record: Record) -> int:
     return record.size
 
 
-def refuse_held(path: str, record: Record) -> None:
-    """Refuses a change of all of a namespace's bitmaps, or of their addresses, while one of them is held.
+def refuse_held(snapshot: Snapshot, record: Record) -> None:
+    """Refuses a change of all bitmaps of a namespace, or of their addresses, while one of them is held.
+
+    Args:
+        snapshot: of the store, which has the record.
+        record: of the namespace.
 
     Raises:
-        BitmapError: names the bitmap and who holds it.
+        BitmapError: names the bitmap and its holder.
     """
-    for held in holds.living(record):
-        where = f"{path}: {record.label}: {label(decode_name(held.bitmap))}"
+    for held in holds.living(snapshot.file, record):
+        where = f"{snapshot.file.path}: {record.label}: {label(decode_name(held.bitmap))}"
         raise BitmapError(where, f"busy: held by {held}")
 
 
 def refuse_without_root(snapshot: Snapshot, record: Record) -> None:
-    """Refuses to change a device's bitmaps by the look of another image than its root's.
+    """Refuses to change a device's bitmaps if another image is in the place of its root's image.
 
     Raises:
-        BitmapError: there is one in its place.
+        BitmapError: the root's image is elsewhere.
     """
     if record.kind != store.KIND_DEVICE:
         return
@@ -145,7 +156,7 @@ def refuse_without_root(snapshot: Snapshot, record: Record) -> None:
 
 
 def tracked_view(snapshot: Snapshot, record: Record) -> SessionView | None:
-    """What a tracker, alive or dead, says about a namespace; None where none was there since it was last whole."""
+    """What a tracker, alive or dead, says about a namespace; None without a session."""
     if not record.tracked:
         return None
     from dirtmap.engine.session.view import view_of
@@ -154,7 +165,7 @@ def tracked_view(snapshot: Snapshot, record: Record) -> SessionView | None:
 
 
 def tracking_status(snapshot: Snapshot, record: Record) -> Status | None:
-    """Who tracks a namespace's image; None where nobody does, or did."""
+    """The session of a namespace's tracker, alive or dead; None without a session."""
     if not record.tracked:
         return None
     from dirtmap.engine.session.status import status_of
@@ -163,12 +174,12 @@ def tracking_status(snapshot: Snapshot, record: Record) -> Status | None:
 
 
 def end_session(change: Change, record: Record, source: Snapshot | None = None) -> Record:
-    """The record without the session of a tracker that has died, whose files go once the change is durable.
+    """The record without the session of its dead tracker, whose files are removed once the change is durable.
 
     Args:
-        change: that is to end it.
+        change: the change that ends the session.
         record: with the session.
-        source: has the record; what is changed, where None.
+        source: the snapshot that has the record; None for that of the change.
     """
     if view := tracked_view(source or change.snapshot, record):
         change.afterwards.append(view.clean_up)
@@ -176,7 +187,7 @@ def end_session(change: Change, record: Record, source: Snapshot | None = None) 
 
 
 def doubts(snapshot: Snapshot, record: Record) -> str | None:
-    """Why a namespace's bits cannot be relied on, so that all of them count as dirty; None where they can."""
+    """Why the bits of a namespace cannot be relied on, so that all count as dirty; None if they can be."""
     if not record.nb_bitmaps:
         return None
     if doubt := header_doubts(snapshot, record):
@@ -194,7 +205,7 @@ def doubts(snapshot: Snapshot, record: Record) -> str | None:
 
 
 def bitmap_of(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> Bitmap:
-    """A bitmap of a directory, its bits still unread; all dirty where ``doubted``."""
+    """A bitmap of a directory, its bits still unread; dirty all over if ``doubted``."""
     from dirtmap.engine.model.bitmap import Bitmap
 
     source = Source(snapshot, record, entry, doubted)
@@ -202,27 +213,27 @@ def bitmap_of(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -
 
 
 def busy_of(snapshot: Snapshot, record: Record, entries: list[Entry]) -> set[bytes]:
-    """The raw names of those bitmaps of a namespace that are held, or that its tracker has taken for a backup."""
+    """The raw names of the bitmaps of a namespace that are held, or that its tracker has taken for a backup."""
     view = tracked_view(snapshot, record)
     taken = {entry.name for entry in entries if view.is_busy(entry)} if view else set()
-    return taken | {held.bitmap for held in holds.living(record)}
+    return taken | {held.bitmap for held in holds.living(snapshot.file, record)}
 
 
 def rewrite(change: Change, record: Record, new: Record, *, doubted: bool) -> None:
-    """Has all bitmaps of a namespace written anew, for the disk and the image that its new record tells of.
+    """Writes all bitmaps of a namespace anew, for the disk and the image of its new record.
 
-    Old bits stay and new space is dirty; an inconsistent bitmap becomes all dirty. The session of a tracker that has
-    died ends with it: what that marked is among the old bits.
+    Old bits stay; new space is dirty; an inconsistent bitmap becomes dirty all over. The session of a dead tracker
+    ends, because what the tracker marked is among the old bits.
 
     Args:
-        change: plans all of it.
+        change: plans the bitmaps and the new record.
         record: of the namespace, as it was.
-        new: as it will be, but for its directory.
-        doubted: nothing is known of the disk's content: all bits are dirty.
+        new: the record as it will be, except for its directory.
+        doubted: nothing is known about the content of the disk, so all bits become dirty.
 
     Raises:
         BitmapError: a bitmap is too fine for the new size.
-        FormatError: damaged bits, unless ``doubted``.
+        FormatError: bits are damaged, unless ``doubted``.
     """
     end_session(change, record)
     new = new.with_extensions(store.OF_A_SESSION)

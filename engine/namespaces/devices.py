@@ -1,7 +1,7 @@
-"""Acts on the devices of a store: what a guest sees, with a root node, and bitmaps of its own.
+"""Operations on the devices of a store. A device is a disk as a guest sees it; it has a root node and own bitmaps.
 
-A device names its root by UUID, and remembers where the root's image is and what it looked like when the device's
-bitmaps were last known to be right.
+A device names its root by UUID. Its record also has the path of the root's image, and what that image looked like when
+the device's bitmaps were last known to be right.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Device:
         uuid: of its namespace, as text.
         root_uuid: of its root node, as text.
         path: of the root's image.
-        size: of the disk, bytes.
-        bitmaps: how many it has.
-        doubt: why they count as all dirty, or None.
+        size: of the disk, in bytes.
+        bitmaps: number of its bitmaps.
+        doubt: why they count as dirty all over, or None.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Device:
 
 
 def devices(target: Store, broken: list[FormatError] | None = None) -> list[Device]:
-    """All devices of a store, by name.
+    """All devices of a store, sorted by name.
 
     Args:
         target: the store.
@@ -93,11 +93,11 @@ def devices(target: Store, broken: list[FormatError] | None = None) -> list[Devi
 
 
 def add_device(target: Store, name: str, root: Root) -> None:
-    """A new device, without bitmaps.
+    """Adds a device without bitmaps.
 
     Raises:
         BitmapError: the name is taken.
-        StorageError: the root's image cannot be looked at.
+        StorageError: the status of the root's image cannot be read.
     """
     raw_name = encode_name(name)
     identity, size = lasting_identity(root.path, of_disk=True), disk_size(root.path)
@@ -121,23 +121,23 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
     """Gives a device another root node.
 
     Args:
-        target: the store that the device is in.
+        target: the store of the device.
         name: of the device.
-        root: the new one.
-        content_unchanged: the caller vouches that the new root reads as the old one did: its bitmaps stay as they are.
-            Else all of them are dirty from now on.
+        root: the new root.
+        content_unchanged: the caller vouches that the new root reads as the old one did, so the bitmaps stay as they
+            are. Otherwise all of them become dirty all over.
 
     Raises:
-        LockedError: it is tracked; names by whom.
-        BitmapError: no such device, a bitmap is held, or the content cannot be the same since the size is not.
-        StorageError: the root's image cannot be looked at.
+        LockedError: the device is tracked; the error names the process.
+        BitmapError: no such device, a bitmap is held, or ``content_unchanged`` for a root of another size.
+        StorageError: the status of the root's image cannot be read.
     """
     identity, size = lasting_identity(root.path, of_disk=True), disk_size(root.path)
     with target.change() as change:
         record = require_device(change, name)
         where = f"{target.path}: {record.label}"
         refuse_tracked(target.path, record)
-        refuse_held(target.path, record)
+        refuse_held(change.snapshot, record)
         if content_unchanged and size != record.size:
             raise BitmapError(where, f"has {record.size} bytes, and the new root {size}: the content is not unchanged")
         new = replace(
@@ -148,7 +148,7 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
             identity=identity,
             generation=change.generation,
         )
-        # What was in doubt before stays so: the caller vouches for this step, not for what happened earlier.
+        # Bitmaps that were in doubt stay so: the caller vouches for this step, not for what happened earlier.
         doubted = not content_unchanged or doubts(change.snapshot, record) is not None
         if doubted or tracked_view(change.snapshot, record):
             rewrite(change, record, new, doubted=doubted)
@@ -157,10 +157,11 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
 
 
 def remove_device(target: Store, name: str) -> None:
-    """Forgets a device.
+    """Removes a device.
 
     Raises:
-        BitmapError: no such device, or it has bitmaps.
+        BitmapError: no such device, it has bitmaps, or its tracker died and is yet to be recovered.
+        LockedError: the device is tracked.
     """
     with target.change() as change:
         record = require_device(change, name)
@@ -172,13 +173,13 @@ def remove_device(target: Store, name: str) -> None:
 
 
 def confirm_roots(target: Store, names: list[bytes], before: Identity, after: Identity) -> None:
-    """Takes note that what changed in an image was not what a guest reads: devices on it stay as right as they were.
+    """Updates the recorded image identity of devices after a change that leaves what a guest reads as it was.
 
     Args:
-        target: the store that the devices are in.
-        names: of the devices, raw.
-        before: what the image looked like before the change.
-        after: and behind it.
+        target: the store of the devices.
+        names: of the devices, raw bytes.
+        before: identity of the image before the change; a device that has another one recorded is left alone.
+        after: identity of the image after the change.
     """
     with target.change() as change:
         for name in names:
@@ -188,7 +189,7 @@ def confirm_roots(target: Store, names: list[bytes], before: Identity, after: Id
 
 
 def move_roots(target: Store, names: list[bytes], path: str) -> None:
-    """Takes note that the image of devices' root is elsewhere now, the same file under another path."""
+    """Updates the recorded path of the root's image in devices. It is the same file under another path."""
     with target.change() as change:
         for name in names:
             record = change.table.get(name)
@@ -197,10 +198,10 @@ def move_roots(target: Store, names: list[bytes], path: str) -> None:
 
 
 def require_device(change: Change, name: str) -> Record:
-    """The device's record.
+    """The record of a device.
 
     Raises:
-        BitmapNotFoundError: there is none of that name.
+        BitmapNotFoundError: there is no such device.
     """
     record = change.table.get(encode_name(name))
     if record is None or record.kind != store.KIND_DEVICE:

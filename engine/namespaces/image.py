@@ -1,4 +1,4 @@
-"""`Image`: a qcow2 image as a mapping of names to bitmaps, read under QEMU's locks, changed in transactions."""
+"""`Image`: a qcow2 image as a mapping of names to bitmaps, read under QEMU's locks and changed in transactions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dirtmap.engine.model.infos import LEFT_IN_USE, ImageInfo, Recovery
+from dirtmap.engine.model.infos import LEFT_IN_USE, VOID, ImageInfo, Recovery
 from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces.place import NO_PLACE, Place, place_of
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout, void_bitmaps
 from dirtmap.engine.qcow2.reading import FORMAT, T, describe_layout, load, read_session, write_session
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.log import logger
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class _Source:
-    """Where a bitmap of a transaction has its bits while nobody has asked for them."""
+    """Where a bitmap of a transaction has its bits until they are read."""
 
     file: File
     layout: Layout
@@ -44,15 +44,15 @@ class _Source:
 
 
 class Image(Namespace):
-    """A qcow2 image's bitmaps, read and changed under QEMU's locks.
+    """The bitmaps of a qcow2 image, read and changed under QEMU's locks.
 
     Args:
         path: of the image.
-        host: what is remembered of the image beside it is asked of it.
-        force_share: read although another process writes to the image.
+        host: its stores remember the place, holds and checkpoints of the image.
+        force_share: reads even while another process writes to the image.
 
     Attributes:
-        abspath: its path, absolute: the process may change its folder.
+        abspath: the absolute path of the image, because the process may change its working folder.
     """
 
     format = FORMAT
@@ -77,7 +77,7 @@ class Image(Namespace):
 
     @property
     def place(self) -> Place:
-        """What the host's stores remember of the image."""
+        """The place record of the image: what the host's stores remember of it."""
         if self._found_place is None:
             self._found_place = NO_PLACE
             if self.name is not None and self.uuid is not None:
@@ -86,7 +86,7 @@ class Image(Namespace):
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[Naming]:
-        """Around a change of the image's identity, under the locks of a writer.
+        """Locks the image as a writer does, to change its identity.
 
         Raises:
             As `transaction`.
@@ -96,10 +96,10 @@ class Image(Namespace):
         self._read(self._remember)
 
     def tracking(self) -> None:
-        """None: nobody tracks it, as far as the image tells; see `Namespace.tracking`.
+        """None: as far as the image tells, it is not tracked; see `Namespace.tracking`.
 
         Raises:
-            LockedError: the tracker's store is not known.
+            LockedError: it is tracked, and the tracker's store is not known.
         """
         self._read_here(Layout.require_untracked)
 
@@ -108,7 +108,7 @@ class Image(Namespace):
         self._file.close()
 
     def info(self) -> ImageInfo:
-        """The image and all its bitmaps as of one moment."""
+        """Describes the image and all its bitmaps, as of one moment."""
         found = self._read_here(lambda layout: describe_layout(self._file, layout))
         if not (held := self.place.held()):
             return found
@@ -119,11 +119,11 @@ class Image(Namespace):
             for slot in layout.slots:
                 if slot.entry.name == name:
                     if slot.entry.in_use:
-                        layout.require_untracked()  # it is not inconsistent, but elsewhere
+                        layout.require_untracked()  # if tracked, it is not inconsistent but checked out
                     bitmap = _lazy(self._file, layout, slot)
                     bitmap.busy = decode_name(name) in self.place.held()
                     if not bitmap.inconsistent:
-                        _ = bitmap.words  # now, while nothing can change it
+                        _ = bitmap.words  # loads the bits now, while nothing can change them
                     return bitmap.freeze()
             return None
 
@@ -133,7 +133,7 @@ class Image(Namespace):
         return self._read_here(_names)
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
-        """Makes inconsistent bitmaps usable; see `recover`."""
+        """Makes inconsistent bitmaps usable; see the function `recover`."""
         return recover(self.path, names, place=self.place, abspath=self.abspath)
 
     @contextlib.contextmanager
@@ -151,10 +151,10 @@ class Image(Namespace):
         return read_session(self._file, read, force_share=self._force_share)
 
     def _read_here(self, read: Callable[[Layout], T]) -> T:
-        """As `_read`, of bitmaps that are in the image.
+        """Like `_read`, but only for bitmaps that are in the image.
 
         Raises:
-            MovedError: they are checked out, into a store that is known.
+            MovedError: the bitmaps are checked out into a known store.
         """
         return self._read(lambda layout: read(self._at_home(layout)))
 
@@ -172,7 +172,7 @@ class Image(Namespace):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Changes the bitmaps; see `Namespace.transaction`. QEMU is kept out from the beginning to the end."""
+        """Changes the bitmaps; see `Namespace.transaction`. QEMU is locked out for the time of the block."""
         with self._writing() as (file, layout):
             layout.require_sound()
             self._at_home(layout).require_untracked()
@@ -181,9 +181,9 @@ class Image(Namespace):
 
 
 class Naming:
-    """A qcow2 image's identity while it is being changed; see `Image.naming`.
+    """The identity of a qcow2 image during a change of it; see `Image.naming`.
 
-    QEMU keeps an identity through its own changes; a converted image has none.
+    QEMU keeps the identity when it changes the image. A converted image has none.
 
     Args:
         file: the image, locked.
@@ -194,7 +194,7 @@ class Naming:
 
     @property
     def identity(self) -> tuple[str, bytes] | None:
-        """The node's name and the UUID, 16 bytes; None where the image has none."""
+        """The node's name and the UUID as 16 bytes; None if the image has no identity."""
         layout = self._sound()
         if layout.name is None or layout.uuid is None:
             return None
@@ -202,11 +202,11 @@ class Naming:
 
     @property
     def size(self) -> int:
-        """Of the virtual disk, bytes."""
+        """Size of the virtual disk, in bytes."""
         return self._sound().header.size
 
     def bitmaps(self) -> int:
-        """How many the image has."""
+        """Number of bitmaps in the image."""
         return len(self._sound().slots)
 
     def set(self, name: str, image_uuid: bytes | None = None) -> bytes:
@@ -214,14 +214,14 @@ class Naming:
 
         Args:
             name: of the node.
-            image_uuid: 16 bytes; None for that which it has, or a new one where it has none. What a tracker has of an
-                image with another UUID is given up: this is a copy of that image.
+            image_uuid: 16 bytes; None keeps the image's UUID, or makes a new one if it has none. Another UUID makes it
+                known as a copy: what a tracker of the original has checked out is given up.
 
         Returns:
-            The UUID that it has now.
+            The UUID of the image, 16 bytes.
 
         Raises:
-            LockedError: a tracker of this very file lives.
+            LockedError: a live tracker tracks this very file.
             BitmapError: no node can have that name.
             UnsupportedError: the first cluster has no room.
         """
@@ -229,7 +229,7 @@ class Naming:
 
         layout = self._sound()
         chosen = image_uuid or layout.uuid or uuid.uuid4().bytes
-        if layout.tracked and chosen != layout.uuid:  # of the image that this is a copy of
+        if layout.tracked and chosen != layout.uuid:  # tracked is the original, of which this is a copy
             _refuse_living(self._file, layout)
             set_tracked(self._file, layout, False)
             layout = read_layout(self._file)
@@ -241,7 +241,7 @@ class Naming:
         return chosen
 
     def remove(self) -> None:
-        """Takes name and UUID away. Errors as `set`."""
+        """Removes the name and the UUID. Errors as `set`."""
         from dirtmap.engine.qcow2.commit import set_identity
 
         layout = self._sound()
@@ -271,7 +271,7 @@ def _changing(file: File, layout: Layout, place: Place) -> Iterator[Transaction]
     from dirtmap.engine.qcow2.commit import Kept, commit, require_writable
 
     require_writable(layout)
-    bad = {fault.bitmap for fault in layout.faults}  # those stay as they are
+    bad = {fault.bitmap for fault in layout.faults}  # damaged bitmaps stay as they are
     chain = place.checkpoints({decode_name(slot.entry.name): slot.entry.auto for slot in layout.slots})
     bitmaps = Transaction(
         layout.path,
@@ -289,11 +289,14 @@ def _changing(file: File, layout: Layout, place: Place) -> Iterator[Transaction]
             good = iter(wanted)
             wanted = [Kept(s.entry) if i in bad else next(good) for i, s in enumerate(layout.slots)]
         if _is_change(layout, wanted):
-            if chain:  # what is not a checkpoint any more must not be taken for one if this ends in between
+            if chain:  # after a crash in between, a former checkpoint must not count as one
                 from dirtmap.engine.model.checkpoints import settle
 
                 place.keep_checkpoints(settle(chain, dict.fromkeys(bitmaps.checkpoints, True)))
+            void = void_bitmaps(file) if layout.is_void and not layout.slots else None
             commit(file, layout, wanted)
+            if void:
+                bitmaps.notes.append(f"bitmaps that were void are gone: {void}")
             if chain:
                 place.keep_checkpoints(bitmaps.checkpoints)
     finally:
@@ -309,8 +312,8 @@ def _is_change(layout: Layout, wanted: list[Kept | Written]) -> bool:
 def _wanted(layout: Layout, bitmaps: Transaction) -> list[Kept | Written]:
     """What to commit.
 
-    Bitmaps whose bits nobody touched keep their place on disk, at most one bitmap a place. Of the others, those that
-    keep their name are compared with what that name had, so that clusters which did not change are taken over.
+    A bitmap whose bits nobody touched keeps its place on disk, but no two bitmaps share a place. Of the others, one
+    that keeps its name is compared with what that name had, so that unchanged clusters are kept.
     """
     from dirtmap.engine.qcow2.commit import Kept, Written
 
@@ -340,7 +343,7 @@ def _wanted(layout: Layout, bitmaps: Transaction) -> list[Kept | Written]:
 
 
 def _refuse_living(file: File, layout: Layout) -> None:
-    """Refuses to give up what a tracker has, whose session is in a store that is not known, as long as it lives."""
+    """Refuses to give up the bitmaps that a live tracker has checked out into a store that is not known."""
     if layout.tracked and layout.uuid:
         from dirtmap.engine.session.livefile import refuse_living
 
@@ -350,21 +353,23 @@ def _refuse_living(file: File, layout: Layout) -> None:
 def recover(
     path: str, names: Iterable[str] = (), *, place: Place = NO_PLACE, abspath: str | None = None
 ) -> list[Recovery]:
-    """Makes inconsistent bitmaps usable; others are left alone, damaged ones included.
+    """Makes inconsistent bitmaps usable. Leaves all others alone, damaged ones included.
 
-    Of an image that is tracked gives up what its tracker's store has, which the caller does not know: all bitmaps
-    become all dirty, whichever are named.
+    For a tracked image whose tracker's store is not known, gives up what that store has: all bitmaps become dirty all
+    over, whichever are named. So do void bitmaps, if the directory and all that it leads to is sound and no other
+    structure has taken its clusters.
 
     Args:
         path: the image.
-        names: which; none for all that are inconsistent.
-        place: what the host's stores remember of the image.
+        names: which bitmaps; if empty, all inconsistent ones.
+        place: the place record of the image.
         abspath: see `open_file`.
 
     Raises:
-        BitmapError: a name is not there, or its entry is damaged.
-        FormatError: the header or the directory as a whole cannot be relied on.
-        LockedError: its tracker lives.
+        BitmapError: a name does not exist.
+        FormatError: the entry of a named bitmap, the header, or the directory as a whole is damaged; or void bitmaps
+            cannot be told any more.
+        LockedError: the tracker of the image is alive.
         LockedError, UnsupportedError, StorageError: as `Image.transaction`.
     """
     from dirtmap.engine.model import changes
@@ -373,20 +378,32 @@ def recover(
     recovered = []
     with write_session(path, abspath) as (file, layout):
         _refuse_living(file, layout)
+        why = LEFT_IN_USE
+        if layout.is_void:
+            found = read_layout(file, void=True)
+            if not layout.tracked:  # else it has to be given up in any case
+                found.require_sound()
+            if not found.faults:
+                why, layout = VOID, found
+        elif layout.tracked:
+            why = "what its tracker had in another store is given up"
         by_bitmap = all(fault.bitmap is not None for fault in layout.faults)
         if not by_bitmap or len(set(_names(layout))) < len(layout.slots):
             layout.require_sound()
         bad = {decode_name(layout.slots[fault.bitmap or 0].entry.name): fault for fault in layout.faults}
         with place.changing(file.abspath), _changing(file, layout, place) as bitmaps:
             chosen = list(names) or [name for name, bitmap in bitmaps.items() if bitmap.inconsistent]
-            for name in [*bitmaps, *bad] if layout.tracked else chosen:
+            every = layout.tracked or layout.is_void
+            for name in chosen if every else ():
+                if name not in bad:
+                    _ = bitmaps[name]  # it is there
+            for name in [*bitmaps, *bad] if every else chosen:
                 if fault := bad.get(name):
                     raise FormatError(f"{path}: {fault.field}", fault.what)
-                if bitmaps[name].inconsistent or layout.tracked:
+                if bitmaps[name].inconsistent or every:
                     changes.recover(bitmaps, name)
-                    why = "what its tracker had in another store is given up" if layout.tracked else LEFT_IN_USE
                     recovered.append(Recovery(name, f"all dirty: {why}"))
-        if layout.tracked:  # once they are all dirty
+        if layout.tracked:  # only after the commit that makes them all dirty
             set_tracked(file, read_layout(file), False)
     for item in recovered:
         logger(__name__).info("%s: %s recovered: %s", path, label(item.name), item.how)

@@ -1,7 +1,7 @@
-"""Acts on the nodes of a store: which images there are, under which names, and which of them it holds bitmaps for.
+"""Operations on the nodes of a store: which images it knows, by which names, and for which it holds bitmaps.
 
-A qcow2 image keeps its bitmaps, its name and its UUID itself; the store remembers its *place*, so that a copy of the
-file, which carries the same UUID, is told from the original.
+A qcow2 image keeps its bitmaps, its name and its UUID itself. The store remembers the image's *place*, the path and
+inode, so that a copy of the file, which has the same UUID, can be told from the original.
 """
 
 from __future__ import annotations
@@ -28,31 +28,36 @@ from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.storefile.directory import header_doubts, no_namespace, read_entries, release_bits, require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.system.file import is_same_file
+from dirtmap.engine.system.foreign import require_raw
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, counted, printable
 from dirtmap.fmt.store import Identity, Record
 
-KINDS = store.KIND_NODE, store.KIND_PLACE  # of nodes
+KINDS = store.KIND_NODE, store.KIND_PLACE  # the kinds of records that are nodes
 
 
-def add_node(target: Store, name: str, image: str) -> None:
+def add_node(target: Store, name: str, image: str, *, raw: bool = False) -> None:
     """Gives an image a namespace of its own.
 
     Args:
         target: the store that will hold its bitmaps.
         name: of the node; unique among the nodes and devices of the store.
-        image: its path; remembered as an absolute one.
+        image: path of the image; stored as an absolute one.
+        raw: the image is a raw disk, although it looks like an image of another format.
 
     Raises:
         BitmapError: the name is taken, or the image is another node's, or a store.
-        StorageError: the image cannot be looked at.
+        FormatError: the image is of another format than raw.
+        StorageError: the status of the image cannot be read.
     """
     raw_name = encode_name(name)
     path = os.path.abspath(image)
     identity = identity_of(path)
     if probe_path(path) == STORE:
         raise BitmapError(image, "a store, and not the image of a disk")
+    if not raw:
+        require_raw(path)
     with target.change() as change:
         require_free(change, raw_name)
         refuse_second_name(change.table, path, identity, *KINDS)
@@ -70,16 +75,16 @@ def add_node(target: Store, name: str, image: str) -> None:
 
 
 def refuse_second_name(records: Iterable[Record], path: str, identity: Identity, *kinds: int) -> None:
-    """Refuses a second node on one image: what is written through one would be missing in the other's bitmaps.
+    """Refuses a second node on one image: bitmaps of one node would miss what is written through the other.
 
     Args:
-        records: of the nodes that there are.
+        records: of the existing nodes.
         path: of the image.
         identity: of the image.
-        kinds: of nodes that count. Of qcow2 images the image itself says which node it is.
+        kinds: kinds of nodes that count. For qcow2 images it is the image that says which node it is.
 
     Raises:
-        BitmapError: names the node that it is.
+        BitmapError: the image is a node; the error names it.
     """
     for record in records:
         maybe = record.identity.is_file(identity) or record.path == os.fsencode(path)
@@ -95,9 +100,9 @@ class Node:
         name: unique in the store.
         uuid: of its namespace, as text.
         path: of its image.
-        size: of its disk, bytes.
-        bitmaps: how many it has in the store; None where they are in the image itself.
-        doubt: why they count as all dirty, or None.
+        size: of its disk, in bytes.
+        bitmaps: number of its bitmaps in the store; None if they are in the image itself.
+        doubt: why they count as dirty all over, or None.
     """
 
     name: str
@@ -109,7 +114,7 @@ class Node:
 
 
 def nodes(target: Store, broken: list[FormatError] | None = None) -> list[Node]:
-    """All nodes of a store, by name.
+    """All nodes of a store, sorted by name.
 
     Args:
         target: the store.
@@ -139,7 +144,7 @@ def nodes(target: Store, broken: list[FormatError] | None = None) -> list[Node]:
 
 
 def _size_of(record: Record) -> int:
-    """Of a qcow2 image, what it says itself, if it can be read: whoever resizes it tells no store."""
+    """The size of the disk in bytes. Asks a qcow2 image, if it can be read: a resize of it changes no store."""
     if record.kind == store.KIND_PLACE:
         with suppress(StorageError):
             return disk_size(os.fsdecode(record.path))
@@ -151,14 +156,14 @@ def add_qcow2(host: HostPort, target: Store, name: str, image: str, *, new_ident
 
     Args:
         host: of the image.
-        target: the store that remembers places.
+        target: the store that remembers the place.
         name: of the node; unique in the store.
-        image: its path.
-        new_identity: it is a copy of another image, and becomes one of its own.
+        image: path of the image.
+        new_identity: the image is a copy of another one, and becomes a node of its own.
 
     Raises:
-        BitmapError: the name is taken, or the image has another one already.
-        StorageError: the image cannot be looked at.
+        BitmapError: the name is taken, or the image already has another one.
+        StorageError: the status of the image cannot be read.
         As `Naming.set`.
     """
     path = os.path.abspath(image)
@@ -172,14 +177,14 @@ def add_qcow2(host: HostPort, target: Store, name: str, image: str, *, new_ident
         if naming.identity is not None and naming.identity[0] != name and not new_identity:
             what = f"is node '{naming.identity[0]}' already; rename that, or say --new-identity if it is a copy"
             raise BitmapError(path, what)
-        # One that was raw when it became a node: what is written to this node would be missing in that one's bitmaps.
+        # A node that was added while the image was raw: its bitmaps would miss what is written through this node.
         refuse_second_name(change.table, path, identity_of(path), store.KIND_NODE)
         if new_identity or naming.identity is None:
             image_uuid = naming.set(name, uuid.uuid4().bytes if new_identity else None)
         else:
             image_uuid = naming.identity[1]
         if change.table.get(store.container_name(os.fsencode(path))):
-            change.table.remove(store.container_name(os.fsencode(path)))  # found by a scan, before it had a name
+            change.table.remove(store.container_name(os.fsencode(path)))  # a scan recorded it before it had a name
         change.table.put(
             Record(
                 name=encode_name(name),
@@ -195,19 +200,20 @@ def add_qcow2(host: HostPort, target: Store, name: str, image: str, *, new_ident
 
 
 def remove_node(host: HostPort, target: Store, name: str) -> None:
-    """Forgets a node; a qcow2 image loses its identity, where it is still there and known by it.
+    """Removes a node. A qcow2 image loses its identity, if it is still in its place and has the node's name and UUID.
 
     Raises:
-        BitmapError: there is none of that name, or it has bitmaps.
+        BitmapError: there is no such node, it has bitmaps, or its tracker died and is yet to be recovered.
+        LockedError: the node is tracked.
     """
     with _its_image(host, target, name, gone=True) as naming, target.change() as change:
         record = _record(change, name, died=True)
         where = f"{target.path}: {record.label}"
         if record.kind == store.KIND_PLACE and naming is None:
-            # With the image its bitmaps are gone, and nothing of ours is in what has taken its place; what a tracker
-            # had of them when it died is of no use.
+            # The bitmaps are gone with the image, and what has taken its place has nothing of ours. What a dead tracker
+            # had of the bitmaps is of no use.
             end_session(change, record)
-            with suppress(FormatError):  # else what it leads to is not known, and leaks
+            with suppress(FormatError):  # if the directory is damaged, its bits are unknown, and leak
                 for entry in read_entries(change.snapshot, record):
                     release_bits(change, record, entry)
                 change.release(record.directory)
@@ -223,18 +229,18 @@ def remove_node(host: HostPort, target: Store, name: str) -> None:
 
 @contextmanager
 def _its_image(host: HostPort, target: Store, name: str, *, gone: bool = False) -> Iterator[Naming | None]:
-    """A qcow2 node's image, locked to change its identity: before the store, as the lock order has it.
+    """Locks the image of a qcow2 node to change its identity. The image comes before the store in the lock order.
 
-    The identity is put back where the block fails, and the store goes on saying that the image has it.
+    If the block fails, the identity is restored, provided that the store still says that the image has it.
 
     Args:
         host: of the image.
-        target: the store that remembers the image's place.
+        target: the store that remembers the place of the image.
         name: of the node.
-        gone: the image need not be there.
+        gone: whether the image may be missing.
 
     Yields:
-        None for a node that is no qcow2 image, and for an image that is ``gone``.
+        None for a node that is not a qcow2 image, and for a missing image.
     """
     record = target.record(encode_name(name))
     if record is None or record.kind != store.KIND_PLACE:
@@ -263,24 +269,24 @@ def _refuse_with_bitmaps(where: str, count: int) -> None:
 
 
 def rename_node(host: HostPort, target: Store, name: str, new: str, *, with_bitmaps: bool = False) -> None:
-    """Gives a node another name.
+    """Renames a node.
 
     Args:
         host: of a qcow2 image.
-        target: the store that knows it.
-        name: what it is called now.
-        new: what it will be called.
-        with_bitmaps: also where it has bitmaps.
+        target: the store that has the node.
+        name: its present name.
+        new: its new name.
+        with_bitmaps: allows the renaming of a node that has bitmaps, whose addresses change with it.
 
     Raises:
-        BitmapError: there is none of that name, the new one is taken, a bitmap is held, or it has bitmaps and
-            ``with_bitmaps`` is not said: their addresses change.
+        BitmapError: there is no such node, the new name is taken, a bitmap is held, or the node has bitmaps and
+            ``with_bitmaps`` is False.
     """
     with _its_image(host, target, name) as naming, target.change() as change:
         record = _record(change, name)
         where = f"{target.path}: {record.label}"
         require_free(change, encode_name(new))
-        refuse_held(target.path, record)
+        refuse_held(change.snapshot, record)
         if naming is not None and naming.identity != (name, record.uuid):
             what = f"{os.fsdecode(record.path)} is not its image any more; 'index scan' finds where that is"
             raise BitmapError(where, what)
@@ -295,17 +301,17 @@ def rename_node(host: HostPort, target: Store, name: str, new: str, *, with_bitm
 
 
 def resize_node(target: Store, name: str) -> int:
-    """Adopts the size that a node's image has now: old bits stay, new space is dirty.
+    """Adopts the present size of a node's image. Old bits stay; new space is dirty.
 
-    The caller vouches that the image was resized and nothing else. Whatever else puts its bitmaps in doubt, another
-    file in its image's place or a lost commit, makes all of them dirty.
+    The caller vouches that the image was resized and nothing else. If its bitmaps are in doubt for another reason, say
+    another file in the image's place or a lost commit, all of them become dirty all over.
 
     Returns:
-        The new size, bytes.
+        The new size, in bytes.
 
     Raises:
-        BitmapError: there is no such node, its size has not changed, or a bitmap is held or too fine for the new size.
-        StorageError: the image cannot be looked at.
+        BitmapError: no such node, its size has not changed, or a bitmap is held or too fine for the new size.
+        StorageError: the status of the image cannot be read.
     """
     with target.change() as change:
         record = _stored(change, name, died=True)
@@ -314,8 +320,8 @@ def resize_node(target: Store, name: str) -> int:
             what = f"its image has {record.size} bytes, as before: there is no new size to adopt"
             raise BitmapError(f"{target.path}: {record.label}", what)
         refuse_unsettled(change.snapshot, record)
-        refuse_held(target.path, record)
-        # Another size at another time is what the caller has just explained.
+        refuse_held(change.snapshot, record)
+        # The caller explains the new size and mtime; nothing else may differ.
         explained = replace(record.identity, size=identity.size, mtime_ns=identity.mtime_ns)
         doubted = doubts(change.snapshot, replace(record, identity=explained)) is not None
         rewrite(change, record, replace(record, size=identity.size, identity=identity), doubted=doubted)
@@ -323,11 +329,11 @@ def resize_node(target: Store, name: str) -> int:
 
 
 def confirm_node(target: Store, name: str) -> None:
-    """States that a node's bitmaps are right for the image as it is now, though it looks changed.
+    """States that a node's bitmaps are right for its image as it is now, although the image looks changed.
 
     Raises:
         BitmapError: there is no such node, its size has changed, or its bitmaps are in doubt for another reason.
-        StorageError: the image cannot be looked at.
+        StorageError: the status of the image cannot be read.
     """
     with target.change() as change:
         record = _stored(change, name)
@@ -342,7 +348,7 @@ def confirm_node(target: Store, name: str) -> None:
 
 
 def _record(change: Change, name: str, *, died: bool = False) -> Record:
-    """The record of a node that nobody tracks; with ``died``, of one whose tracker has died, too."""
+    """The record of a node that is not tracked. With ``died`` its tracker may have died without being recovered."""
     record = change.table.get(encode_name(name))
     if record is None or record.kind not in KINDS:
         raise no_namespace(change.snapshot.file.path, encode_name(name))

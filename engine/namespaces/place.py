@@ -8,45 +8,58 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.identity import identity_of_disk, is_twin, lasting_identity
-from dirtmap.engine.model.naming import decode_name, encode_name
+from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces import devices
 from dirtmap.engine.namespaces.condition import refuse_tracked
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
 from dirtmap.engine.storefile.directory import no_namespace
-from dirtmap.engine.storefile.holds import held_by
+from dirtmap.engine.storefile.holds import Hold, held_by
 from dirtmap.engine.system import order
 from dirtmap.engine.system.file import is_same_file
-from dirtmap.fmt.errors import BitmapError, StorageError, printable
+from dirtmap.fmt.errors import BitmapError, GoneError, StorageError, printable
 from dirtmap.fmt.store import Identity, Record
 
 if TYPE_CHECKING:
     from dirtmap.engine.namespaces.ports import HostPort
-    from dirtmap.engine.storefile.file import Store
+    from dirtmap.engine.storefile.file import Snapshot, Store
+    from dirtmap.engine.system.file import File
 
 
 @contextlib.contextmanager
 def holding(target: Store, node: bytes, name: str, owner: str) -> Iterator[None]:
     """A hold on a bitmap, in the record of its namespace, for the time of the block; see `Namespace.hold`."""
     taken = holds.hold(encode_name(name), owner)
-
-    def change_holds(add: bool) -> None:
+    with contextlib.ExitStack() as stack:
         with target.change() as change:
             record = change.table.get(node)
             if record is None:
-                if add:
-                    raise no_namespace(target.path, node)
-                return  # and with it the hold
-            if add:
-                refuse_tracked(target.path, record)  # its tracker takes bitmaps for backups
-            others = [found for found in holds.living(record) if found.token != taken.token]
-            change.table.put(holds.with_holds(record, [*others, taken] if add else others))
+                raise no_namespace(target.path, node)
+            refuse_tracked(target.path, record)  # its tracker takes bitmaps for backups
+            file = change.snapshot.file
+            # Before anybody can see the record: one whose byte is not locked is stale.
+            locked = stack.enter_context(holds.lock(taken, file))
+            change.table.put(holds.with_holds(record, [*holds.living(file, record), taken]))
+        try:
+            yield
+        finally:
+            if locked.fd >= 0:  # else this is a forked child, and the hold its parent's
+                _end_hold(target, node, taken, locked)
 
-    change_holds(True)
-    try:
-        yield
-    finally:
-        change_holds(False)
+
+def _end_hold(target: Store, node: bytes, taken: Hold, locked: File) -> None:
+    """Takes a hold out of the record of its namespace.
+
+    Raises:
+        GoneError: the store was replaced meanwhile, and with it went the hold.
+    """
+    with target.change() as change:
+        if (record := change.table.get(node)) is not None:  # else the hold went with it
+            others = [found for found in holds.living(change.snapshot.file, record) if found.token != taken.token]
+            change.table.put(holds.with_holds(record, others))
+    if not locked.is_current():
+        bitmap = label(decode_name(taken.bitmap))
+        raise GoneError(target.path, f"was replaced while {bitmap} was held: it may have been changed meanwhile")
 
 
 class Place:
@@ -75,8 +88,13 @@ class Place:
 
     def held(self) -> dict[str, str]:
         """Which bitmaps are held, and by whom."""
-        record = self._record()
-        return held_by(record) if record else {}
+
+        def held(snapshot: Snapshot) -> dict[str, str]:
+            record = snapshot.record(self._name)
+            return held_by(snapshot.file, record) if record is not None and record.uuid == self._uuid else {}
+
+        with self._host.opened(self.store) as target:
+            return target.read(held)
 
     def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
         """The chain of its checkpoints; see `dirtmap.engine.storefile.chain.checkpoints_of`."""

@@ -1,4 +1,4 @@
-"""Recovers the bitmaps of namespaces in a store whose tracker died, or that cannot be relied on."""
+"""Recovers namespaces of a store: those whose tracker died, and those whose bitmaps cannot be relied on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dirtmap.fmt.store import Identity, Record
 
 
 def recover_record(change: Change, record: Record, names: list[str]) -> list[Recovery]:
-    """Recovers a namespace whose directory is whole: the bitmaps named, or all; see `Namespace.recover`."""
+    """Recovers the named bitmaps, or all, of a namespace whose directory is whole; see `Namespace.recover`."""
     if size_now(record) != record.size:
         return _recover_resized(change, record, names)
     recovered = []
@@ -54,11 +54,11 @@ def recover_record(change: Change, record: Record, names: list[str]) -> list[Rec
 
 
 def _recover_resized(change: Change, record: Record, names: list[str]) -> list[Recovery]:
-    """Recovers a namespace whose disk has another size now, which is adopted with it: all its bitmaps, all dirty."""
+    """Recovers a namespace whose disk has another size now: adopts that size, and makes all its bitmaps all dirty."""
     path = change.snapshot.file.path
     refuse_tracked(path, record)
     refuse_unsettled(change.snapshot, record)
-    refuse_held(path, record)
+    refuse_held(change.snapshot, record)
     found = [decode_name(entry.name) for entry in read_entries(change.snapshot, record)]
     for name in names:
         if name not in found:
@@ -73,17 +73,17 @@ def log_recovered(where: str, recovered: list[Recovery]) -> None:
 
     Args:
         where: how messages name the namespace.
-        recovered: what became of each bitmap.
+        recovered: what was done to each bitmap.
     """
     for item in recovered:
         logger(__name__).info("%s: %s recovered: %s", where, label(item.name), item.how)
 
 
 def settle_device(host: HostPort, target: Store, name: bytes) -> None:
-    """Recovers the device that was tracked with a node, where that is still to be done, before the node itself is.
+    """Recovers the device that was tracked with a node, if it is not yet recovered. The node comes after it.
 
-    One tracker's session is in two records, the device's and its root node's. The device ends its session first: see
-    `dirtmap.engine.session.peers`. A device has no device of its own, so this is one step and no recursion.
+    The session of one tracker is in two records, that of the device and that of its root node. The device ends its
+    session first: see `dirtmap.engine.session.peers`. A device has no device of its own, so this is no recursion.
 
     Args:
         host: opens the store of the device.
@@ -91,9 +91,9 @@ def settle_device(host: HostPort, target: Store, name: bytes) -> None:
         name: of the node, raw bytes. A namespace without such a session is left alone.
 
     Raises:
-        LockedError: the tracker lives.
-        FormatError: the device's directory is damaged; the device has to be recovered by its own name.
-        BitmapError: the device's root has another size now.
+        LockedError: the tracker is alive.
+        FormatError: the directory of the device is damaged; recover the device by its own name.
+        BitmapError: the root of the device has another size now.
     """
     record = target.record(name)
     peer = unsettled(target.abspath, record) if record is not None and record.tracked else None
@@ -108,7 +108,7 @@ def settle_device(host: HostPort, target: Store, name: bytes) -> None:
 
 
 def settle(target: Store, name: bytes) -> None:
-    """Recovers all bitmaps of one namespace in a commit; see `recover_record`.
+    """Recovers all bitmaps of one namespace in one commit; see `recover_record`.
 
     Raises:
         BitmapError: there is no such namespace.
@@ -123,16 +123,16 @@ def settle(target: Store, name: bytes) -> None:
 
 
 def confirm(host: HostPort, change: Change, root: Record, before: Identity | None, after: Identity | None) -> None:
-    """Takes note that a check-in has changed the root's image, and not what a guest reads: its device stays right.
+    """Updates the device's recorded image identity after a check-in, which leaves what a guest reads as it was.
 
-    Where that fails, or a crash comes first, the device is all dirty.
+    If that fails, or a crash comes first, the device becomes all dirty.
 
     Args:
         host: opens the store of the device.
         change: of the store that has the root.
-        root: its record, with the session.
-        before: what the image looked like before; None where it could not be looked at.
-        after: and behind it.
+        root: record of the root node, with the session.
+        before: identity of the image before the check-in; None if it could not be read.
+        after: identity of the image after it; None if it could not be read.
     """
     if before and after and (peer := peer_of(root)):
         if not peer.store:

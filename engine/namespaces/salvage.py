@@ -1,10 +1,10 @@
-"""What is left of a namespace whose directory is damaged: the names that can still be read, each of them all dirty.
+"""Salvages a namespace whose directory is damaged: finds the names that can still be read, and makes each all dirty.
 
     directory, damaged       | monday | tue?day |###|        what parses there, each entry by itself
     the older header slot    | sunday | monday  |            the directory that it leads to, if that is whole
 
-Either may show a name that there was not: one with a flipped bit, one removed since. That does no harm, for a bitmap of
-that name is all dirty, and records. Which bits the lost directory led to cannot be known.
+Either source may show a name that did not exist: one with a flipped bit, or one removed since. That does no harm, as
+the bitmap of that name is all dirty, and records. Which bits the lost directory led to cannot be known.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ READ = f"{KNOWN}, and its name may have been another"
 
 
 def all_dirty(entry: Entry) -> Entry:
-    """The entry of the same bitmap where all of it is dirty."""
+    """The entry of the same bitmap, dirty all over."""
     return replace(entry, table_offset=store.ALL_ONES, table_size=0, extra_data=b"")
 
 
@@ -49,20 +49,20 @@ def spare_entries(snapshot: Snapshot, record: Record, older: Snapshot | None) ->
     """The bitmaps that a namespace with a damaged directory may have had: all dirty, consistent and recording.
 
     Args:
-        snapshot: has the namespace.
+        snapshot: of the store that has the namespace.
         record: of the namespace.
         older: the store as the other header slot has it, or None.
 
     Returns:
-        Their entries, and why they are as they are: `KNOWN`, or `READ` in the damaged directory alone.
+        Their entries, each with its reason: `KNOWN`, or `READ` for a name that only the damaged directory has.
     """
     found: dict[bytes, tuple[Entry, str]] = {}
-    # One directory after the other, and none of their extra data: each may be 128 MiB long.
+    # Reads one directory after the other, without their extra data, because each may be 128 MiB long.
     for entries, why in ((_from_before(record, older), KNOWN), (_from_damaged(snapshot, record), READ)):
         for entry in entries:
-            # Whether it recorded is not known for certain: one that does not would miss what is written from now on.
+            # Whether it recorded is uncertain. A bitmap that does not record would miss all later writes.
             dirty = all_dirty(entry.with_flags(set=directory.FLAG_AUTO, clear=directory.FLAG_IN_USE))
-            # The disk may have grown since, so that a bitmap would be too long.
+            # The disk may have grown since, and the bitmap be too long for it.
             faults = store.entry_faults(dirty, record.size, snapshot.header.cluster_size, snapshot.size)
             if len(found) < directory.MAX_BITMAPS and not any(faults):
                 found.setdefault(entry.name, (dirty, why))
@@ -70,26 +70,26 @@ def spare_entries(snapshot: Snapshot, record: Record, older: Snapshot | None) ->
 
 
 def recover(change: Change, record: Record, names: list[str], damage: FormatError) -> list[Recovery]:
-    """Gives a namespace with a damaged directory a new one: all that can be named, all dirty.
+    """Gives a namespace with a damaged directory a new one, in which each bitmap that can be named is all dirty.
 
-    What the old one led to is not given up, since that cannot be known: it leaks, which is for `check` to mend.
+    The space that the old directory led to cannot be known, so it leaks. `check` repairs that.
 
     Args:
-        change: plans it.
+        change: plans the new directory.
         record: of the namespace.
-        names: the bitmaps that the caller asks for; empty for all. All are recovered.
-        damage: of the directory.
+        names: the bitmaps that the caller asks for; empty for all. All are recovered in any case.
+        damage: the error from reading the directory.
 
     Raises:
-        FormatError: nothing can be named.
-        BitmapNotFoundError: one of ``names`` is not known.
+        FormatError: no bitmap can be named.
+        BitmapNotFoundError: one of ``names`` is not among those found.
         As `Namespace.transaction`.
     """
     path = change.snapshot.file.path
     refuse_tracked(path, record)
     refuse_unsettled(change.snapshot, record)
     refuse_without_root(change.snapshot, record)
-    refuse_held(path, record)
+    refuse_held(change.snapshot, record)
     entries = spare_entries(change.snapshot, record, change.snapshot.older())
     if not entries:
         raise FormatError(damage.where, "damaged, and none of its bitmaps can be named; 'check -r all' gives them up")

@@ -1,4 +1,4 @@
-"""Checks a store whole: header copies, checksums, names, sizes, overlaps, free space; mends by compaction.
+"""Checks a whole store: header copies, checksums, names, sizes, overlaps and free space. Repairs it by compaction.
 
 marked in the space map, in use or released     right
 marked, and neither                             a leak
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-_PIECE = 1 << 20  # clusters that are looked at at once
+_PIECE = 1 << 20  # clusters that are compared at a time
 
 
 def check(
@@ -40,18 +40,19 @@ def check(
     progress: Progress | None = None,
     expect: Callable[[Store], object] = lambda target: None,
 ) -> CheckReport:
-    """Checks a store.
+    """Checks a store, and repairs it if asked to.
 
     Args:
         path: the store.
-        repair: ``leaks`` or ``all``: write it anew from all that can be read; ``leaks`` only where nothing is lost.
+        repair: None, ``leaks`` or ``all``: rewrites the store from all that can be read. ``leaks`` does so only if
+            nothing is lost.
         progress: called with (namespaces checked, namespaces in all).
-        expect: has the store know what was seen of it; see `Store.expect`.
+        expect: compares the store with what was last seen of it; see `Store.expect`.
 
     Raises:
         ArgumentError: ``repair`` is something else.
-        FormatError: not a store.
-        LockedError, StorageError: as for reading, or writing with ``repair``.
+        FormatError: the file is not a store.
+        LockedError, StorageError: as for reading; with ``repair``, as for writing.
     """
     require_repair(path, repair)
     try:
@@ -88,7 +89,7 @@ class _Check:
         self.cluster = snapshot.header.cluster_size
         self.report = CheckReport(snapshot.file.path, FORMAT)
         self.used: list[tuple[range, str]] = []
-        self.shown = 0  # runs of clusters
+        self.shown = 0  # number of runs of clusters reported
 
     def run(self) -> CheckReport:
         self.headers()
@@ -131,7 +132,7 @@ class _Check:
         for slot, copies in zip("AB", store.COPIES, strict=True):
             bad = [n for n in copies if not headers.is_whole(data[n * store.BLOCK : (n + 1) * store.BLOCK])]
             for number in bad:
-                # A crash in the middle of a commit can damage one copy, never both.
+                # A crash during a commit can damage one copy, never both.
                 severity = NOTE if len(bad) == 1 else CORRUPTION
                 what = "damaged; " + ("the next commit mends it" if len(bad) == 1 else "the other slot stands in")
                 self.report.found(severity, f"header copy {number} (slot {slot})", what)
@@ -143,7 +144,7 @@ class _Check:
             self.used.append((area.clusters(self.cluster), what))
 
     def namespace(self, record: Record) -> bool:
-        """Checks one; False where what it uses is not known."""
+        """Checks one namespace. False if what it uses is not known."""
         where = record.label
         self.area(record.directory, f"directory of {where}")
         if doubt := doubts(self.snapshot, record):
@@ -166,7 +167,7 @@ class _Check:
         return True
 
     def space(self, *, complete: bool) -> None:
-        """Holds the space map against what is used."""
+        """Compares the space map with the clusters that are used."""
         header = self.snapshot.header
         try:
             root = self.snapshot.read(header.space, "space map")
@@ -197,7 +198,7 @@ class _Check:
                     self.runs(LEAK, leaked, first, "marked as used, but nothing uses them")
 
     def in_use(self, *, silent: bool) -> NDArray[np.int64]:
-        """What is used as runs of clusters: int64, shape (n, 2), first and end, ascending and disjoint."""
+        """The clusters used, as runs: int64, shape (n, 2), first and end, ascending and disjoint."""
         runs: list[list[int]] = []
         last = ""
         for numbers, what in sorted(self.used, key=lambda pair: pair[0].start):

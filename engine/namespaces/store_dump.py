@@ -1,4 +1,4 @@
-"""Shows every structure of a store, field by field, as far as it can be read."""
+"""Dumps every structure of a store, field by field, as far as it can be read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from dirtmap.fmt.structures.store import (
 )
 
 _MOST_HEX = 1 << 20  # bytes of one bitmap's bits
-_MOST_BAD_ENTRIES = 100  # of one directory: what follows so many is no directory
+_MOST_BAD_ENTRIES = 100  # in one directory; with so many it is not a directory
 
 _FLAGS: dict[str, dict[int, str]] = {
     "incompatible_features": {},
@@ -53,7 +53,7 @@ _EXTENSIONS = {
     store.EXTENSION_RELEASED: AREA,
 }
 
-# What a record's extensions are, each followed by texts whose lengths are in it.
+# The structure of each extension of a record, and the texts behind it with the fields that have their lengths.
 _RECORD_EXTENSIONS: dict[int, tuple[Structure, dict[str, str]]] = {
     store.EXTENSION_HOLD: (HOLD, {"bitmap": "name_size", "owner": "owner_size"}),
     store.EXTENSION_SESSION: (SESSION, {"live": "live_size", "log_path": "log_size"}),
@@ -66,13 +66,13 @@ _RECORD_EXTENSION_NAMES = {
 
 
 def dump(path: str, *, with_hex: bool = False) -> dict[str, Any]:
-    """Every structure, in the order of reading, as of one commit.
+    """Dumps every structure in the order of reading, as of one commit.
 
-    Areas whose checksum is wrong are shown all the same, as far as they make sense.
+    Shows an area whose checksum is wrong, too, as far as it makes sense.
 
     Args:
         path: the store.
-        with_hex: each structure also gets ``hex``, its bytes; of a bitmap's bits, the first MiB.
+        with_hex: each structure also gets ``hex``, its bytes; for the bits of a bitmap, the first MiB.
 
     Returns:
         As `dirtmap.engine.qcow2.dump.dump`.
@@ -89,14 +89,14 @@ def dump(path: str, *, with_hex: bool = False) -> dict[str, Any]:
 
 
 class _Dump(Shown):
-    """What can be shown of one commit; only the header's copies where none counts (``snapshot`` is None)."""
+    """Collects what one commit shows. If no header counts, ``snapshot`` is None, and only the header copies show."""
 
     def __init__(self, file: File, snapshot: Snapshot | None, with_hex: bool) -> None:
         super().__init__(with_hex, _FLAGS)
         self.file, self.size = file, file.size()
         self.faults: list[dict[str, str]] = []
         self.stopped: str | None = None
-        self.shown: set[int] = set()  # where areas begin that have been shown
+        self.shown: set[int] = set()  # offsets of the areas shown so far
         self.copies(snapshot)
         if snapshot is not None:
             self.namespaces(snapshot)
@@ -116,12 +116,12 @@ class _Dump(Shown):
         self.faults.append({"where": where, "what": what})
 
     def note(self, what: str) -> None:
-        """A remark on the structure added last."""
+        """Adds a remark to the structure that was added last."""
         last = self.structures[-1]
         last["note"] = f"{last['note']}; {what}" if "note" in last else what
 
     def area(self, snapshot: Snapshot, area: Area, what: str) -> bytes | None:
-        """An area's bytes, be its checksum right or wrong; None where it cannot be read."""
+        """The bytes of an area, even if its checksum is wrong; None if it cannot be read."""
         try:
             snapshot.check_area(area, what)
             if area.length and area.offset in self.shown:
@@ -201,7 +201,7 @@ class _Dump(Shown):
             self.fault("namespaces extension.namespaces", f"{snapshot.header.namespaces}, but {count} can be read")
 
     def bucket(self, snapshot: Snapshot, area: Area, number: int, raw: bytes) -> int:
-        """The records of a bucket, each with what it leads to; how many there are."""
+        """Adds the records of a bucket, and all that each leads to. Returns their number."""
         count, at = 0, 0
         try:
             for record in parse_records(raw):
@@ -251,7 +251,7 @@ class _Dump(Shown):
             self.fault(f"{where}.nb_bitmaps", f"{record.nb_bitmaps}, but the directory has another number")
 
     def extension(self, kind: int, offset: int, contents: bytes) -> list[dict[str, Any]]:
-        """The fields of a record's extension; what has no declaration is data."""
+        """The fields of a record's extension; bytes without a declared structure are shown as data."""
         fields: list[dict[str, Any]] = []
         at = 0
         if kind == store.EXTENSION_CHECKPOINTS:
@@ -278,7 +278,7 @@ class _Dump(Shown):
         return fields
 
     def entry(self, snapshot: Snapshot, record: Record, entry: Entry, offset: int, raw: bytes) -> bool:
-        """One entry and its bits; False where it breaks a rule."""
+        """Adds an entry and its bits. False if the entry breaks a rule of the format."""
         where = f"{record.label}, {label(decode_name(entry.name))}"
         fields = self.fields(DIRECTORY_ENTRY, offset, raw[: DIRECTORY_ENTRY.size])
         meaning = {store.ALL_ZEROS: "all zeros", store.ALL_ONES: "all ones"}.get(entry.table_offset)

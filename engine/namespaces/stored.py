@@ -1,4 +1,4 @@
-"""`StoredImage`: one namespace of a store as a mapping of names to bitmaps: the same face as a qcow2 image."""
+"""`StoredImage`: one namespace of a store as a mapping of names to bitmaps, with the interface of a qcow2 image."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class StoredImage(Namespace):
     Args:
         target: the store, which the caller closes.
         name: of the node or device.
-        host: opens the store of the device that was tracked with a node.
+        host: opens the store of a device that was tracked with a node.
 
     Attributes:
-        abspath: the path of the store, absolute: the process may change its folder.
+        abspath: the absolute path of the store, because the process may change its working folder.
     """
 
     format = FORMAT
@@ -63,15 +63,15 @@ class StoredImage(Namespace):
 
     @property
     def store(self) -> Store:
-        """The store that has it."""
+        """The store that has the namespace."""
         return self._store
 
     def record(self) -> Record:
-        """Its record, as of the newest commit."""
+        """The record of the namespace, as of the newest commit."""
         return self._read(lambda _, record: record)
 
     def require_same_size(self) -> None:
-        """Refuses bitmaps that are for a disk of another size.
+        """Refuses bitmaps of a disk that has another size now.
 
         Raises:
             BitmapError: names both sizes, and the command that adopts the new one.
@@ -80,19 +80,19 @@ class StoredImage(Namespace):
 
     @property
     def where(self) -> str:
-        """How messages name it; see `Namespace.where`."""
+        """How messages name the namespace; see `Namespace.where`."""
         return f"{self.path}: {self._label}"
 
     def doubt(self) -> str | None:
-        """Why all bitmaps count as all dirty; see `Namespace.doubt`."""
+        """Why all bitmaps count as dirty all over; see `Namespace.doubt`."""
         return self._read(doubts)
 
     def tracking(self) -> Status | None:
-        """Who tracks the image; see `Namespace.tracking`."""
+        """The session of the image's tracker; see `Namespace.tracking`."""
         return self._read(tracking_status)
 
     def close(self) -> None:
-        """Does nothing: the store is its host's."""
+        """Does nothing: the host owns the store."""
 
     def _record(self, snapshot: Snapshot) -> Record:
         record = snapshot.record(self._raw_name)
@@ -115,7 +115,7 @@ class StoredImage(Namespace):
                     bitmap = bitmap_of(snapshot, record, entry, doubts(snapshot, record) is not None)
                     bitmap.busy = name in busy_of(snapshot, record, [entry])
                     if not bitmap.inconsistent:
-                        _ = bitmap.words  # now, while it is known to be whole
+                        _ = bitmap.words  # loads the bits now, while they are consistent
                     return bitmap.freeze()
             return None
 
@@ -125,7 +125,7 @@ class StoredImage(Namespace):
         return self._read(lambda snapshot, record: [entry.name for entry in read_entries(snapshot, record)])
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
-        """Makes all dirty what is inconsistent, in doubt or damaged, directory or bits; see `Namespace.recover`."""
+        """Makes all dirty what is inconsistent, in doubt or damaged, bits or directory; see `Namespace.recover`."""
         settle_device(self._host, self._store, self._raw_name)
         with self._store.change() as change:
             record = self._record(change.snapshot)
@@ -133,7 +133,7 @@ class StoredImage(Namespace):
             try:
                 read_entries(change.snapshot, record)
             except FormatError as error:
-                damage = FormatError(error.where, error.what)  # the one raised keeps in memory what was read
+                damage = FormatError(error.where, error.what)  # a copy: the traceback keeps the data in memory
             if damage is not None:
                 recovered = salvage.recover(change, record, list(names), damage)
             else:
@@ -142,7 +142,7 @@ class StoredImage(Namespace):
         return recovered
 
     def settle(self) -> None:
-        """As `recover`, but for a damaged directory; see `Namespace.settle`."""
+        """Like `recover`, but refuses a damaged directory; see `Namespace.settle`."""
         settle_device(self._host, self._store, self._raw_name)
         settle(self._store, self._raw_name)
 
@@ -175,14 +175,16 @@ def _require_same_size(snapshot: Snapshot, record: Record) -> None:
 
 def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     doubt, view = doubts(snapshot, record), tracked_view(snapshot, record)
-    notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt else []
+    resized = record.nb_bitmaps > 0 and size_now(record) != record.size
+    notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt and not resized else []
     if view and not doubt:
         notes.append(f"{record.label} is {view.note}")
     name = decode_name(record.name)
-    errors: list[str] = []
+    # Whoever reads a bitmap is refused.
+    errors = [str(other_size(snapshot, record))] if resized else []
     counts: dict[bytes, int | None] = {}
     entries: list[Entry] = []
-    # Damage to one of them must not hide the others.
+    # Damage to one bitmap must not hide the others.
     with _noting(errors):
         entries = read_entries(snapshot, record)
     busy = busy_of(snapshot, record, entries)
@@ -226,7 +228,7 @@ def _noting(errors: list[str]) -> Iterator[None]:
 
 
 def _count(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> int:
-    """A bitmap's dirty bytes in whole granules; reads nothing where it takes no space."""
+    """The dirty bytes of a bitmap, in whole granules. Reads nothing if the bitmap takes no space."""
     if doubted or entry.table_offset == store.ALL_ONES:
         return geometry.granules(record.size, entry.granularity) * entry.granularity
     if entry.table_offset == store.ALL_ZEROS and not tracked_view(snapshot, record):
@@ -235,11 +237,11 @@ def _count(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> i
 
 
 def describe_store(target: Store) -> ImageInfo:
-    """All bitmaps of all namespaces of a store, as of one commit; ``size`` is None: each disk has its own.
+    """All bitmaps of all namespaces of a store, as of one commit. ``size`` is None, because each disk has its own.
 
     Raises:
-        FormatError: damaged.
-        StorageError: cannot be opened or read.
+        FormatError: the store is damaged.
+        StorageError: the store cannot be opened or read.
     """
 
     def read(snapshot: Snapshot) -> ImageInfo:

@@ -1,1 +1,1 @@
-"""The qcow2 container: how it is read, changed, checked and shown; `Image` is its face."""
+"""A qcow2 file, byte by byte: how it is read, changed, checked and shown. It knows nothing of stores."""

@@ -1,11 +1,11 @@
-"""Checks a qcow2 image's bitmaps and refcounts, and mends what can be mended without guessing.
+"""Checks the bitmaps and refcounts of a qcow2 image, and repairs what can be repaired without guessing.
 
     layout      every fault that `read_layout` collects is a corruption
     references  a walk of all references; a bitmap that shares a cluster with anything is a corruption
     refcounts   count above references: a leak; below: a corruption
 
-Mending: a commit that drops the bad bitmaps and keeps the others, then refcounts set right. Guest data is never
-touched; what is wrong with it is reported, and left to ``qemu-img check``.
+A repair is a commit that drops the bad bitmaps and keeps the others; then refcounts are corrected. Guest data is never
+changed: what is wrong with it is reported, and left to ``qemu-img check``.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import numpy as np
 from dirtmap.engine.model.bitmap import INCONSISTENT
 from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport, require_repair
 from dirtmap.engine.qcow2.commit import Kept, commit, marks, require_writable, set_refcounts
-from dirtmap.engine.qcow2.layout import Layout, bitmap_label, read_layout
+from dirtmap.engine.qcow2.datafile import misfit
+from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label, read_layout, void_bitmaps
 from dirtmap.engine.qcow2.reading import FORMAT
 from dirtmap.engine.qcow2.refcounts import Refcounts
 from dirtmap.engine.qcow2.references import References, Runs, walk
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
-from dirtmap.fmt.directory import MAX_BITMAPS
 from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.fmt.geometry import ceil_div
-from dirtmap.fmt.structures.qcow2 import BITMAPS_EXTENSION
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,20 +39,20 @@ def check(
     force_share: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Checks an image, damaged ones included.
+    """Checks an image, even a damaged one, and repairs it if asked to.
 
     Args:
         path: the image.
-        repair: None, ``leaks``, or ``all``, which also drops bitmaps that make QEMU refuse the image; not of one that
-            is tracked.
-        force_share: check although another process writes to it; never with ``repair``.
+        repair: None, ``leaks``, or ``all``, which also drops bitmaps that make QEMU refuse the image. A tracked image
+            is not repaired.
+        force_share: checks even while another process writes to the image; not allowed with ``repair``.
         progress: called with (L2 tables walked, L2 tables in all).
 
     Raises:
         ArgumentError: ``repair`` is something else.
-        FormatError: not a qcow2 image at all.
+        FormatError: the file is not a qcow2 image.
         UnsupportedError: ``repair`` of an image that must not be written to.
-        LockedError, StorageError: as for reading, or writing with ``repair``.
+        LockedError, StorageError: as for reading; with ``repair``, as for writing.
     """
     require_repair(path, repair)
     if repair is None:
@@ -64,13 +63,13 @@ def check(
 
 
 def free_leaks(file: File) -> None:
-    """Gives up the clusters that nothing refers to, where all of an image can be walked and is sound.
+    """Frees the clusters that nothing refers to, if the image is sound and all of it can be walked.
 
     Args:
-        file: open for writing, by nobody else.
+        file: the image, open for writing, and locked against other writers.
 
     Raises:
-        StorageError: it could not be read or written.
+        StorageError: the image could not be read or written.
     """
     found = _Check(file, None).run()
     if found.report.leaks and not found.report.corruptions:
@@ -78,7 +77,7 @@ def free_leaks(file: File) -> None:
 
 
 class _Check:
-    """One pass over an image: what is wrong, and what of it is whose."""
+    """One pass over an image: what is wrong, and which bitmaps are at fault."""
 
     def __init__(self, file: File, progress: Callable[[int, int], None] | None) -> None:
         self.file, self.progress = file, progress
@@ -106,8 +105,11 @@ class _Check:
                 if layout.tracked:
                     what = "checked out by a tracker: 'track status' tells which; if it has died, 'recover' checks in"
                 report.found(NOTE, bitmap_label(slot.entry.name), what)
-        if layout.extension and not layout.valid:
-            report.found(NOTE, "bitmaps extension", "void: its autoclear bit is clear; QEMU will drop it")
+        if layout.is_void:
+            what = f"void: {void_bitmaps(self.file)}; 'recover' brings back what it can, and QEMU will drop them"
+            report.found(NOTE, "bitmaps extension", what)
+        if resized := misfit(layout):
+            report.found(NOTE, "external data file", resized)
         try:
             references = walk(self.file, layout, progress=self.progress)
             for fault in references.faults:
@@ -120,7 +122,7 @@ class _Check:
         return self
 
     def _shared(self, runs: Runs) -> None:
-        """Bitmaps that share a cluster with anything; overlaps among themselves the layout has found already."""
+        """Finds bitmaps that share a cluster with anything else. The layout has already found overlaps among them."""
         cluster = self.layout.cluster_size
         regions = [region for region in self.layout.regions() if region.bitmap is not None]
         starts = np.array([region.offset // cluster for region in regions], np.int64)
@@ -152,7 +154,7 @@ class _Check:
         expected: NDArray[np.uint64],
     ) -> None:
         at = np.flatnonzero(wrong)
-        # Neighbours with the same counts are one finding.
+        # Neighbouring clusters with the same counts become one finding.
         same = (np.diff(at) == 1) & (np.diff(actual[at]) == 0) & (np.diff(expected[at]) == 0)
         starts = np.append(0, np.flatnonzero(~same) + 1)[: len(at)]
         ends = np.append(starts[1:], len(at))[: len(at)]
@@ -164,7 +166,7 @@ class _Check:
         self.report.count(severity, len(at) - (int(ends[:shown][-1]) if shown and len(at) else 0))
 
     def _uncounted(self, runs: Runs, first: int, last: int) -> None:
-        """Clusters ``first..last - 1`` have no counts: what is referenced there ought to have some."""
+        """Reports referenced clusters among ``first..last - 1``, which have no counts."""
         missing = runs.within(first, last)
         shown = max(0, MOST_FINDINGS - len(self.report.findings))
         for start, end, count in zip(
@@ -185,6 +187,7 @@ def _mend(file: File, repair: str, progress: Callable[[int, int], None] | None) 
         return report
     before.layout.require_untracked()
     require_writable(before.layout)
+    void = read_layout(file, void=True) if before.layout.is_void else None
     now = before
     if repair == "all":
         unnamed = _unnamed(now.layout)
@@ -195,40 +198,45 @@ def _mend(file: File, repair: str, progress: Callable[[int, int], None] | None) 
         if _set_right(file, now, np.less):
             now = _Check(file, None).run()
     leaks = max(report.leaks, now.report.leaks)
-    # Where a reference is wrong, what seems to leak may be what it ought to lead to.
+    # If a reference is broken, a cluster that seems to leak may be the one that it should lead to.
     if not now.report.corruptions and _set_right(file, now, np.greater):
         now = _Check(file, None).run()
     left = now.report
     report.corruptions_fixed = max(0, report.corruptions - left.corruptions)
     report.leaks_fixed = leaks - left.leaks
+    if void and report.leaks_fixed:  # their clusters were among these
+        if void.faults:
+            report.dropped_unnamed = void.bitmaps_said
+        else:
+            report.dropped = [_name(slot) for slot in void.slots]
     report.corruptions, report.leaks, report.check_errors = left.corruptions, left.leaks, left.check_errors
     return report
 
 
+def _name(slot: Slot) -> str:
+    return slot.entry.name.decode("utf-8", "backslashreplace")
+
+
 def _unnamed(layout: Layout) -> int | None:
-    """How many bitmaps the image has beside those that could be read; None where that cannot be told."""
-    extension = layout.extension
-    if extension is None or len(extension.data) != BITMAPS_EXTENSION.size:
-        return None
-    said = int(BITMAPS_EXTENSION.parse(extension.data).nb_bitmaps)
-    if 1 <= said <= MAX_BITMAPS:
-        return max(0, said - len(layout.slots))
+    """The number of bitmaps that could not be read; None if that cannot be told."""
+    if layout.bitmaps_said is not None:
+        return max(0, layout.bitmaps_said - len(layout.slots))
     broken = not layout.slots or any(fault.field.startswith("bitmap directory entry") for fault in layout.faults)
     return None if broken else 0
 
 
 def _drop_bad(file: File, found: _Check) -> list[str] | None:
-    """One commit that keeps the good bitmaps; what only the bad ones used becomes a leak, which `_set_right` frees.
+    """Drops the bad bitmaps in one commit. Clusters that only they used become leaks, which `_set_right` frees.
 
     Returns:
-        The names of those given up; None where nothing had to be, or where more than bitmaps is at fault.
+        The names of the dropped bitmaps. None, without a commit, if nothing had to be dropped or more is at fault.
     """
     layout = found.layout
     if not (layout.faults or found.bad) or not all(fault.mendable for fault in layout.faults):
         return None
-    names = [layout.slots[index].entry.name.decode("utf-8", "backslashreplace") for index in sorted(found.bad)]
+    names = [_name(layout.slots[index]) for index in sorted(found.bad)]
     layout.slots = [slot for index, slot in enumerate(layout.slots) if index not in found.bad]
-    # Nothing that the old directory says about its clusters is to be believed here, so the commit frees none of them.
+    # The old directory cannot be trusted about its clusters, so the commit frees none of them.
     layout.faults, layout.pointer = [], None
     references = found.references or References.unknown("the walk failed")
     commit(file, layout, [Kept(slot.entry) for slot in layout.slots], references=references)
@@ -236,15 +244,15 @@ def _drop_bad(file: File, found: _Check) -> list[str] | None:
 
 
 def _set_right(file: File, found: _Check, wrong: np.ufunc) -> bool:
-    """Corrects the refcounts that a complete walk has proven wrong; False where there is nothing to write.
+    """Corrects the refcounts that a complete walk has proven wrong. False if there is nothing to write.
 
-    An L2 entry says whether the refcount of its cluster is 1. A count that would contradict it is left as it is:
+    An L2 entry says whether the refcount of its cluster is 1. A correct count that would contradict it is not written:
     QEMU would call that corrupt, and ``qemu-img check`` changes both.
 
     Args:
-        file: open for writing.
-        found: what was found in it, as it is now.
-        wrong: which stored counts to correct, from what they are and what they should be: `np.less`, `np.greater`.
+        file: the image, open for writing.
+        found: the result of a check of the image as it is now.
+        wrong: tells which counts to correct, from stored and right ones: `np.less` or `np.greater`.
     """
     if found.references is None or found.references.faults or found.layout.faults:
         return False
@@ -252,7 +260,7 @@ def _set_right(file: File, found: _Check, wrong: np.ufunc) -> bool:
     refcounts = Refcounts(file, found.layout.header)
     places = (refcounts.table // np.uint64(refcounts.cluster_size)).astype(np.int64)
     if (runs.of(places) > 1).any():
-        return False  # a refcount block that is something else as well
+        return False  # a refcount block is also used as something else
 
     def corrections() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         for first, stored in refcounts.pieces():

@@ -1,15 +1,15 @@
-"""The one way a qcow2 image's bitmaps change: a plan, checked whole before the first byte, then one commit.
+"""Changes the bitmaps of a qcow2 image: makes a plan, checks all of it before the first byte, then commits it.
 
-A `Plan` is a list of epochs. Everything in one epoch may reach the disk in any order; a sync ends it.
+A `Plan` is a list of epochs. The writes of one epoch may reach the disk in any order; a sync ends the epoch.
 
     0  autoclear bits that we do not know: off
     1  new data, tables, directory; refcounts of new clusters       new clusters only: nothing refers to them yet
     2  the pointer to a new refcount block, or to a longer table;   without the switch they lead to nothing but leaks
-       the head of a new extension (`_Pointer` has its ways)
+       the head of a new extension (see `_Pointer`)
     3  the bitmaps extension: the switch to the new directory       <- the commit
     4  refcounts of what only the old directory used                a crash before this leaks clusters, no more
 
-Every sync is needed, and there is no more: the tests take each away in turn and find a crash that does harm.
+Every sync is needed: the tests remove each in turn, and find a crash that does harm.
 
 Source: "Layout" and "Validity" of docs/interop/qcow2.txt; the order is argued in SPEC.md, "Changing a qcow2 image".
 """
@@ -38,20 +38,20 @@ from dirtmap.fmt.structures.qcow2 import BITMAPS_EXTENSION, POINTER, REFCOUNT_TA
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Proving clusters free means reading all L2 tables: up to this many bytes of them (128 GiB of guest data at 64 KiB
-# clusters), all that they lead to is remembered.
+# Proving that clusters are free means reading all L2 tables. Up to this many bytes of them (128 GiB of guest data at
+# 64 KiB clusters), all that they refer to is kept in memory.
 _PROOF_BUDGET = 16 << 20
-# Above, they are streamed past the clusters that count as free. And above this (4 TiB of guest data) they are not read,
-# since that would take seconds: new clusters are taken past the end, where no proof is needed.
+# Above that, they are streamed past the clusters that have a count of 0. Above this (4 TiB of guest data) they are not
+# read, because that would take seconds: new clusters are taken past the end, where no proof is needed.
 _MOST_FOLLOWED = 512 << 20
-_SEEK = 16 << 10  # what it costs to read elsewhere, in bytes that could be read meanwhile
-_SECTOR = 512  # the most that a disk writes whole
+_SEEK = 16 << 10  # cost of a seek, in bytes that could be read meanwhile
+_SECTOR = 512  # the most bytes that a disk writes atomically
 _ZEROS = memoryview(bytes(1 << geometry.MAX_CLUSTER_BITS))
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A bitmap whose bits stay where they are; its entry's name and flags may differ from those found."""
+    """A bitmap whose bits stay in place. The name and the flags of its entry may differ from those found."""
 
     entry: Entry
 
@@ -62,10 +62,10 @@ class Written:
 
     Attributes:
         name: raw bytes.
-        flags: directory entry flags.
-        granularity_bits: log2 of bytes.
-        packed: its bits, exactly `geometry.packed_bytes` bytes, least significant first.
-        base: the slot it was made from, if any: clusters that did not change are taken over.
+        flags: of the directory entry.
+        granularity_bits: log2 of the granularity in bytes.
+        packed: its bits, exactly `geometry.packed_bytes` bytes, least significant bit first.
+        base: the slot that it was made from, if any. Clusters that have not changed are reused.
     """
 
     name: bytes
@@ -77,27 +77,27 @@ class Written:
 
 @dataclass(slots=True)
 class Plan:
-    """What a commit will write, as epochs of (offset, bytes).
+    """What a commit will write, as epochs of (offset in bytes, bytes).
 
     Attributes:
-        epochs: in their order.
-        harmless: how many of the first epochs can be undone by cutting the file to its old length.
+        epochs: in order.
+        harmless: number of the first epochs that can be undone by truncating the file to its old length.
     """
 
     epochs: list[list[Write]] = field(default_factory=list)
     harmless: int = 0
 
     def add(self, *writes: Write) -> None:
-        """One more epoch, unless it is empty."""
+        """Adds one more epoch, unless it is empty."""
         if writes:
             self.epochs.append(list(writes))
 
 
 def require_writable(layout: Layout) -> None:
-    """Refuses what must not be written to, whoever asks.
+    """Refuses an image that no program may write to.
 
     Raises:
-        UnsupportedError: version 2, or marked dirty or corrupt.
+        UnsupportedError: the image has version 2, or is marked dirty or corrupt.
     """
     header = layout.header
     if header.version < 3:
@@ -108,11 +108,11 @@ def require_writable(layout: Layout) -> None:
 
 
 def marks(layout: Layout) -> Iterator[str]:
-    """What keeps everybody from writing to the image, although there need not be any other fault."""
+    """The marks in the header that forbid all writing, even if nothing else is wrong with the image."""
     for bit in (qcow2.INCOMPATIBLE_DIRTY, qcow2.INCOMPATIBLE_CORRUPT):
         if layout.header.incompatible & bit:
             what = f"marked {qcow2.INCOMPATIBLE_NAMES[bit]}; mend it with qemu-img check -r all first"
-            if layout.valid and layout.header.v2.nb_snapshots:  # tried with 7.2: its header says there are none then
+            if layout.valid and layout.header.v2.nb_snapshots:  # seen with QEMU 7.2: its header then has none
                 what += ", on a copy: QEMU loses the snapshots of an image with bitmaps in that"
             yield what
 
@@ -120,36 +120,36 @@ def marks(layout: Layout) -> Iterator[str]:
 def commit(
     file: File, layout: Layout, wanted: Sequence[Kept | Written], *, references: References | None = None
 ) -> None:
-    """Makes the image's bitmaps exactly ``wanted``: afterwards all of it is durable, or nothing has changed.
+    """Makes the bitmaps of the image exactly ``wanted``. Afterwards all changes are durable, or none is made.
 
     Args:
-        file: open for writing and locked for it by the caller.
+        file: open for writing, and locked for it by the caller.
         layout: as read under that lock.
         wanted: the complete new directory, in order.
-        references: the result of a walk under that lock, where the caller has one.
+        references: the result of a walk under that lock, if the caller has one.
 
     Raises:
-        FormatError: the image is not sound enough to do it.
-        UnsupportedError: it may not be written to, or its first cluster has no room.
-        BitmapError: what is wanted breaks a limit.
-        StorageError: the operating system failed. Before the switch the old bitmaps stand; where it failed
-            during or after, they or the new ones do, whole.
+        FormatError: the image is too damaged to be changed.
+        UnsupportedError: the image may not be written to, or its first cluster has no room.
+        BitmapError: ``wanted`` breaks a limit of the format.
+        StorageError: the operating system failed. Before the switch the old bitmaps stand; during or after it, either
+            the old ones or the new ones do, whole.
     """
     require_writable(layout)
     _carry_out(file, make_plan(file, layout, wanted, references))
 
 
 def set_identity(file: File, layout: Layout, data: bytes | None) -> None:
-    """Writes the namespace extension in place of the one that is there, if any; None takes it away.
+    """Replaces the namespace extension by one with ``data``; None removes it.
 
-    A crash in between leaves the old one, the new one or none. Other arguments and errors as `commit`.
+    A crash leaves the old one, the new one, or none. Other arguments and errors as `commit`.
     """
     require_writable(layout)
     old = layout.identity_extension
     new = None if data is None else NewExtension(layout, qcow2.EXTENSION_NAMESPACE, len(data))
     plan = Plan()
     plan.add(*_known_autoclear_only(layout.header))
-    vacated = [] if old is None else [_vacated(old)]  # not the end marker: the new one may lie behind it
+    vacated = [] if old is None else [_vacated(old)]  # not by an end marker: the new extension may lie behind it
     plan.add(*(new.unreferenced(data) if new and data else []), *vacated)
     if new and data:
         plan.add(*new.references())
@@ -159,7 +159,7 @@ def set_identity(file: File, layout: Layout, data: bytes | None) -> None:
 
 
 def set_tracked(file: File, layout: Layout, tracked: bool) -> None:
-    """Sets or clears the autoclear bit of a tracked image. Other arguments and errors as `commit`."""
+    """Sets or clears the autoclear bit "tracked". Other arguments and errors as `commit`."""
     require_writable(layout)
     known = layout.header.autoclear & qcow2.KNOWN_AUTOCLEAR
     bits = known | qcow2.AUTOCLEAR_TRACKED if tracked else known & ~qcow2.AUTOCLEAR_TRACKED
@@ -170,10 +170,10 @@ def set_tracked(file: File, layout: Layout, tracked: bool) -> None:
 
 
 def set_refcounts(file: File, layout: Layout, counts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> bool:
-    """Sets the counts of clusters, given as their numbers and counts, those of one refcount block at a time.
+    """Sets the refcounts of clusters, given as numbers and counts, both int64 and 1-D, one refcount block at a time.
 
-    Each must be right by itself, they land in any order. Counts that do not fit, or have no refcount block, are left
-    out; returns False where that leaves none. Other arguments and errors as `commit`.
+    Each must be right on its own, because they reach the disk in any order. Counts that do not fit, or have no refcount
+    block, are left out; returns False if none is left. Other arguments and errors as `commit`.
     """
     require_writable(layout)
     refcounts = Refcounts(file, layout.header)
@@ -204,7 +204,7 @@ def _carry_out(file: File, plan: Plan) -> None:
 def make_plan(
     file: File, layout: Layout, wanted: Sequence[Kept | Written], references: References | None = None
 ) -> Plan:
-    """Plans a commit; reads, but writes nothing. Arguments and errors as `commit`."""
+    """Plans a commit. Reads, but writes nothing. Arguments and errors as `commit`."""
     if not wanted and layout.extension is None and not layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS:
         return Plan()
     _check_names(layout, wanted)
@@ -232,12 +232,15 @@ def make_plan(
     if refcounts.moved_table:
         contents.append((refcounts.table_offset, refcounts.table_bytes()))
 
+    abandoned = list(_abandoned(layout, entries, contents))
     for cluster in range(old_table, old_table + (old_table_clusters or 0)):
         refcounts.release(cluster)
+    for cluster in () if layout.valid else abandoned:  # by then nothing leads there, and they may be free already
+        if refcounts.get(cluster):
+            refcounts.release(cluster)
     written += refcounts.touched()
-    table_released = refcounts.changes()
-    abandoned = list(_abandoned(layout, entries, contents))
-    for cluster in abandoned:
+    with_switch = refcounts.changes()
+    for cluster in abandoned if layout.valid else ():
         refcounts.release(cluster)
     written += refcounts.touched()
     written += [offset // layout.cluster_size for offset, _ in _refcount_pointers(refcounts)]
@@ -246,13 +249,13 @@ def make_plan(
 
     plan = Plan()
     if wanted or not layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS:
-        plan.add(*_known_autoclear_only(layout.header))  # else the switch comes first, and does it as well
+        plan.add(*_known_autoclear_only(layout.header))  # otherwise the switch is the first write, and clears them, too
     plan.add(*contents, *pointer.unreferenced())
     plan.harmless = len(plan.epochs)
     plan.add(*_refcount_pointers(refcounts), *pointer.references())
     for epoch in pointer.switch():
-        plan.add(*table_released, *epoch)
-        table_released = []
+        plan.add(*with_switch, *epoch)
+        with_switch = []
     plan.add(*pointer.after(), *refcounts.changes())
     return plan
 
@@ -260,7 +263,7 @@ def make_plan(
 def _check_names(layout: Layout, wanted: Sequence[Kept | Written]) -> None:
     if len(wanted) > directory.MAX_BITMAPS:
         raise BitmapError(layout.path, f"{len(wanted)} bitmaps are more than {directory.MAX_BITMAPS}")
-    known = {slot.entry.name for slot in layout.slots}  # a damaged one that is kept stays as found
+    known = {slot.entry.name for slot in layout.slots}  # a damaged name that is kept stays as found
     seen = set()
     for item in wanted:
         name = item.entry.name if isinstance(item, Kept) else item.name
@@ -274,7 +277,7 @@ def _check_names(layout: Layout, wanted: Sequence[Kept | Written]) -> None:
 def _allocator(
     file: File, layout: Layout, refcounts: Refcounts, references: References
 ) -> tuple[References, Allocator]:
-    """Where new clusters come from; and the references, followed as far as that takes."""
+    """An allocator of new clusters, and the references, followed as far as it needs them."""
     size = file.size()
     end = references.runs.end
     if file.growable:
@@ -284,6 +287,10 @@ def _allocator(
     if not references.faults:
         free = refcounts.uncounted(end)
         free = free[references.runs.of(free) == 0]
+    if references.faults and _are_void_read(layout):
+        fault = references.faults[0]
+        what = f"{fault.what}; so nobody knows whether there is something else now where void bitmaps were"
+        raise FormatError(f"{layout.path}: {fault.field}", what)
     if len(references.unfollowed):
         references = _followed(file, layout, references, free)
         free = free[references.runs.of(free) == 0] if not len(references.unfollowed) else free[:0]
@@ -292,16 +299,21 @@ def _allocator(
     return references, Allocator(layout.path, refcounts, end, free, capacity)
 
 
+def _are_void_read(layout: Layout) -> bool:
+    return layout.pointer is not None and not layout.valid
+
+
 def _followed(file: File, layout: Layout, references: References, free: NDArray[np.int64]) -> References:
-    """The references, followed where that may prove some of these clusters free; else as they are.
+    """The references, followed if that may prove some of these clusters free; else unchanged.
 
     Raises:
-        FormatError: they have to be followed, and cannot be.
+        FormatError: they must be followed, and cannot be.
     """
     tables, cluster = references.unfollowed, layout.cluster_size
     cost = len(tables) * cluster + np.count_nonzero(np.diff(tables) != cluster) * _SEEK
-    # A device has no room but inside, and no place past the end of everything but behind all guest data.
-    needed = not file.growable
+    # A block device cannot grow, so free clusters must be found inside, or behind all guest data. And guest data may
+    # have taken the clusters of void bitmaps.
+    needed = not file.growable or _are_void_read(layout)
     followed = None
     if needed or (len(free) and cost <= _MOST_FOLLOWED):
         followed = follow(file, layout, references, free)
@@ -312,7 +324,11 @@ def _followed(file: File, layout: Layout, references: References, free: NDArray[
 
 
 def _refuse_shared(layout: Layout, references: References, clusters: Sequence[int]) -> None:
-    """A cluster that two structures share must be neither freed nor written to: the other would lose it."""
+    """Refuses to free or write a cluster that two structures share, because the other one would lose it.
+
+    Raises:
+        FormatError: a cluster is shared.
+    """
     numbers = np.array(clusters, np.int64)
     shared = numbers[references.runs.of(numbers) > 1]
     if len(shared):
@@ -321,7 +337,11 @@ def _refuse_shared(layout: Layout, references: References, clusters: Sequence[in
 
 
 def _refuse_astray(layout: Layout, references: References, clusters: Sequence[int]) -> None:
-    """What is written must not become part of something that a broken reference leads to, past the end of the file."""
+    """Refuses to write where a broken reference past the end of the file leads, because it would become part of that.
+
+    Raises:
+        FormatError: a broken reference leads to a cluster that is to be written.
+    """
     numbers = np.array(clusters, np.int64)
     claimed = numbers[references.astray.of(numbers) > 0]
     if len(claimed):
@@ -335,7 +355,7 @@ def _clusters_of(contents: Sequence[Write], cluster_size: int) -> Iterator[int]:
 
 
 def _place(file: File, layout: Layout, item: Written, allocator: Allocator, contents: list[Write]) -> Entry:
-    """Gives a bitmap's table and changed clusters a place; adds what to write there to ``contents``."""
+    """Places the table and the changed clusters of a bitmap, and adds what to write there to ``contents``."""
     cluster = layout.cluster_size
     entries = geometry.table_entries(layout.header.size, 1 << item.granularity_bits, cluster)
     where = f"{layout.path}: {bitmap_label(item.name)}"
@@ -357,20 +377,20 @@ def _place(file: File, layout: Layout, item: Written, allocator: Allocator, cont
 def _place_cluster(chunk: memoryview, cluster: int, allocator: Allocator, contents: list[Write]) -> int:
     offset = allocator.take(1) * cluster
     contents.append((offset, chunk))
-    if len(chunk) < cluster:  # the rest apart, and shared: thousands of short bitmaps would take gigabytes
+    if len(chunk) < cluster:  # shared zeros: a copy for each of thousands of short bitmaps takes gigabytes
         contents.append((offset + len(chunk), _ZEROS[: cluster - len(chunk)]))
     return offset
 
 
 def _chunks(file: File, layout: Layout, item: Written, entries: int) -> Iterator[tuple[memoryview, int | None]]:
-    """Each cluster of bits, with its table entry where it needs no writing: all zeros, all ones, or unchanged."""
+    """Each cluster of bits; with its table entry if it need not be written: all zeros, all ones, or unchanged."""
     cluster = layout.cluster_size
     old: Sequence[int] = ()
-    base = item.base
+    base = item.base if layout.valid else None
     if base and base.table and base.entry.granularity_bits == item.granularity_bits and not base.entry.in_use:
         old = directory.parse_table(base.table)
-    # Of an all-ones entry QEMU makes whole 64-bit words: bits behind the last granule would be dirty, too, and show up
-    # once the disk grows. Source: util/hbitmap.c, hbitmap_deserialize_ones.
+    # QEMU expands an all-ones entry to whole 64-bit words. Bits behind the last granule would be dirty, too, and become
+    # visible once the disk grows. Source: util/hbitmap.c, hbitmap_deserialize_ones.
     cut = geometry.granules(layout.header.size, 1 << item.granularity_bits) % 64
     full = np.frombuffer(item.packed, np.uint8)
     for index in range(entries):
@@ -393,10 +413,10 @@ def _chunks(file: File, layout: Layout, item: Written, entries: int) -> Iterator
 def _abandoned(layout: Layout, entries: Sequence[Entry], contents: Sequence[Write]) -> Iterator[int]:
     """The numbers of the clusters that only the old directory used.
 
-    Bitmaps with a fault are left alone: what they say about their clusters is not to be believed; check finds
-    the leaks.
+    Bitmaps with a fault are left out, because what they say about their clusters cannot be trusted. Their clusters
+    leak, which a check finds.
     """
-    if not layout.valid or layout.pointer is None:
+    if layout.pointer is None:
         return
     cluster = layout.cluster_size
     kept_tables = {entry.table_offset for entry in entries}
@@ -423,7 +443,7 @@ def _autoclear(bits: int) -> Write:
 
 
 def _known_autoclear_only(header: qcow2.Header) -> list[Write]:
-    """Before anything else: bits we do not know stand for structures that our writes may make stale."""
+    """Clears unknown autoclear bits before any other write: they stand for structures that our writes may outdate."""
     known = header.autoclear & qcow2.KNOWN_AUTOCLEAR
     return [_autoclear(known)] if known != header.autoclear else []
 
@@ -445,13 +465,14 @@ def _refcount_pointers(refcounts: Refcounts) -> list[Write]:
 
 
 class _Pointer:
-    """The bitmaps extension and its autoclear bit: how the header comes to lead to the new directory, step by step.
+    """The bitmaps extension and its autoclear bit: the steps by which the header comes to lead to the new directory.
 
-    Each step but the last is one epoch, ``|`` the sync after it; [...] shares its epoch with what is said there.
+    Each step but the last is one epoch, and ``|`` is the sync after it. Writes in [...] share the epoch of their step.
 
     present, valid   payload over payload                                               (the switch)
       across sectors bit off | payload | bit on [refcounts lowered]                     (the switch)
     present, void    payload [contents] | bit on                                        (the switch)
+      to come back   payload [refcount pointers] | bit on [refcounts lowered]           (the switch)
     absent           the steps of a `NewExtension` [contents | refcount pointers] | bit on    (the switch)
     no bitmaps left  bit off (the switch) | end marker, or "vacant" in the middle of the chain, over type and length
                      [refcounts lowered]
@@ -464,35 +485,34 @@ class _Pointer:
         self._new: NewExtension | None = None
 
     def make_room(self) -> None:
-        """Finds room for a new extension.
+        """Finds room for a new extension, if one is needed.
 
         Raises:
-            UnsupportedError: the first cluster has none.
+            UnsupportedError: the first cluster has no room.
         """
         if self._layout.extension is None:
             self._new = NewExtension(self._layout, qcow2.EXTENSION_BITMAPS, BITMAPS_EXTENSION.size)
 
     def lead_to(self, bitmaps: int, size: int, offset: int) -> None:
-        """What the extension is to say."""
+        """Sets what the extension is to say; ``size`` and ``offset`` of the directory are in bytes."""
         self._payload = BITMAPS_EXTENSION.build(
             nb_bitmaps=bitmaps, reserved=0, directory_size=size, directory_offset=offset
         )
 
     def unreferenced(self) -> list[Write]:
-        """What may be written with the contents, because nothing refers to it yet."""
-        if self._payload is None or self._layout.valid:
+        """The writes that may share the epoch of the contents, because nothing refers to them yet."""
+        if self._payload is None or self._layout.valid or _are_void_read(self._layout):
             return []
-        if self._new:
-            return self._new.unreferenced(self._payload)
-        assert self._layout.extension is not None  # no room was made, so it is there, and void
-        return [(self._layout.extension.data_offset, self._payload)]
+        return self._new.unreferenced(self._payload) if self._new else [self._void_payload()]
 
     def references(self) -> list[Write]:
-        """What refers to that."""
+        """The writes that refer to those of the first epoch: the contents, and `unreferenced`."""
+        if self._payload is not None and _are_void_read(self._layout):
+            return [self._void_payload()]  # not before the new directory is there: void ones can be brought back
         return self._new.references() if self._new else []
 
     def switch(self) -> Iterator[list[Write]]:
-        """The epochs of the switch itself, and what has to come right before it."""
+        """The epochs of the switch, and those that must come right before it."""
         overwritten = self._overwritten()
         if self._payload is None:
             if self._layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS:
@@ -507,7 +527,7 @@ class _Pointer:
             yield [self._bit_on()]
 
     def after(self) -> list[Write]:
-        """What is left to write beside the refcounts of what was abandoned: nothing leads there any more."""
+        """The writes that share the epoch of the lowered refcounts: nothing leads to the old directory any more."""
         extension = self._layout.extension
         if extension is None:
             return []
@@ -519,6 +539,11 @@ class _Pointer:
             return [(extension.offset, END_MARKER)]
         return [_vacated(extension)]
 
+    def _void_payload(self) -> Write:
+        assert self._layout.extension is not None
+        assert self._payload is not None
+        return self._layout.extension.data_offset, self._payload
+
     def _bit_on(self) -> Write:
         return _autoclear(self._known | qcow2.AUTOCLEAR_BITMAPS)
 
@@ -526,7 +551,7 @@ class _Pointer:
         return _autoclear(self._known & ~qcow2.AUTOCLEAR_BITMAPS)
 
     def _overwritten(self) -> Write | None:
-        """The payload over that of a valid extension: the fields that change, and those between. None elsewhere."""
+        """The new payload over a valid extension's, from the first to the last changed field; None if there is none."""
         extension = self._layout.extension
         if self._payload is None or extension is None or not self._layout.valid:
             return None
@@ -536,11 +561,11 @@ class _Pointer:
 
 
 def _vacated(extension: Extension) -> Write:
-    """The head that makes an extension vacant room."""
+    """The write of a head that turns an extension into vacant room."""
     return extension.offset, EXTENSION_HEAD.build(type=qcow2.EXTENSION_VACANT, length=len(extension.data))
 
 
 def _crosses_sectors(write: Write) -> bool:
-    """A disk might do only half of it."""
+    """True if a write touches two sectors, so that a crash may leave only half of it."""
     offset, data = write
     return offset // _SECTOR != (offset + len(data) - 1) // _SECTOR

@@ -1,4 +1,4 @@
-"""Shows every structure of a qcow2 image that concerns bitmaps, field by field, as far as it can be read."""
+"""Dumps every structure of a qcow2 image that concerns bitmaps, field by field, as far as it can be read."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# A hostile image could claim any number; those of tables are of all together.
+# A hostile image could claim any number of structures. The limits on tables are for all tables together.
 _MOST_STRUCTURES = 10_000
 _MOST_TABLE_BYTES = 1 << 26
 _MOST_TABLE_RUNS = 1 << 16
 _MOST_TABLE_HEX = 1 << 22
 _READ = 1 << 20
 
-# What entries of 0, of 1, and others are called.
+# The names of entries of 0, of entries of 1, and of all others.
 _POINTERS = ("none", "data", "data")
 _CLUSTERS = ("zeros", "ones", "data")
 
@@ -50,18 +50,18 @@ _FLAGS = {
 
 
 def dump(path: str, *, with_hex: bool = False, force_share: bool = False) -> dict[str, Any]:
-    """Every structure, in the order of reading.
+    """Dumps every structure, in the order of reading.
 
     Args:
         path: the image.
-        with_hex: each structure also gets ``hex``, its bytes.
-        force_share: read although another process writes to it.
+        with_hex: each structure also gets ``hex``, its bytes in hexadecimal.
+        force_share: reads even while another process writes to the image.
 
     Returns:
-        ``filename``, ``format`` (``unknown`` where the magic is not there), ``file-size``; ``structures``: a list of
+        ``filename``, ``format`` (``unknown`` without the magic), ``file-size`` in bytes; ``structures``, a list of
         ``name``, ``offset``, ``length`` (bytes) and ``fields`` (``name``, ``offset``, ``length``, ``value``, and
-        ``meaning`` where there is one) or, for tables, ``runs`` (``index``, ``count``, ``kind``, ``offset``);
-        ``faults``: ``where`` and ``what``; ``stopped``: why nothing more could be read, or None.
+        ``meaning`` if there is one) or, for tables, ``runs`` (``index``, ``count``, ``kind``, ``offset``);
+        ``faults``, each with ``where`` and ``what``; ``stopped``, why nothing more could be read, or None.
 
     Raises:
         LockedError, StorageError: as for any reading.
@@ -87,7 +87,7 @@ def dump(path: str, *, with_hex: bool = False, force_share: bool = False) -> dic
 
 
 def _stopped(layout: Layout) -> str | None:
-    """Behind which fault there was nothing more to follow, if so."""
+    """The fault behind which nothing more could be followed, or None."""
     chain = layout.chain
     if chain is None or chain.fault or layout.undecided or (layout.valid and not layout.slots):
         fault = next((fault for fault in layout.faults if fault.field.startswith("bitmap")), layout.faults[0])
@@ -162,7 +162,7 @@ class _Dump(Shown):
         self.add(f"extension: {name}", extension.offset, head + body, fields=fields, **note)
 
     def table(self, name: str, offset: int, length: int, kinds: Sequence[str]) -> None:
-        """Shows runs of entries of one kind, those with an offset only as far as their clusters are neighbours."""
+        """Adds a table as runs of entries of one kind. A run of entries with offsets has adjacent clusters."""
         import numpy as np
 
         there = max(0, min(length, self.layout.file_size - offset))
@@ -234,7 +234,7 @@ class _Dump(Shown):
 
 
 def _begins(entries: NDArray[np.uint64], cluster_size: int) -> NDArray[np.bool_]:
-    """Where in a table a run begins, one an entry."""
+    """Which entries of a table begin a run: bool, one per entry."""
     import numpy as np
 
     begins = np.ones(len(entries), bool)

@@ -1,4 +1,4 @@
-"""`NewExtension`: how a header extension that is not there yet appears, in steps that survive a crash.
+"""`NewExtension`: adds a header extension to a qcow2 image, in steps that survive a crash.
 
 Each step is one epoch, ``|`` the sync after it:
 
@@ -29,15 +29,16 @@ class NewExtension:
 
     Args:
         layout: of the image.
-        kind: the extension's type.
-        length: of its data, bytes.
+        kind: type of the extension.
+        length: of its data, in bytes.
 
     Raises:
         UnsupportedError: the first cluster has no room.
+        FormatError: the backing file's name ends past the end of the file.
     """
 
     def __init__(self, layout: Layout, kind: int, length: int) -> None:
-        assert layout.chain is not None  # a layout without one has a fault, and no plan is made
+        assert layout.chain is not None  # a layout without a chain has a fault, and is never changed
         chain = layout.chain
         vacant = (e for e in chain.extensions if e.type == qcow2.EXTENSION_VACANT and len(e.data) == length)
         found = next(vacant, None)
@@ -62,17 +63,17 @@ class NewExtension:
             raise UnsupportedError(f"{layout.path}: header extensions", what)
 
     def unreferenced(self, data: bytes) -> list[Write]:
-        """The first epoch: nothing leads there yet, so it can share it with anything."""
+        """The first epoch. Nothing leads to these writes yet, so they can share an epoch with anything."""
         return [self._name] if self._name else [self._data(data)]
 
     def references(self) -> list[Write]:
-        """The second epoch."""
+        """The second epoch: what refers to the writes of the first."""
         if self._name:
             return [(qcow2.BACKING_FILE_OFFSET, POINTER.build(offset=self._name[0]))]
         return [(self._offset, self._head)]
 
     def rest(self, data: bytes) -> Iterator[list[Write]]:
-        """Further epochs, where a name had to be moved first."""
+        """Further epochs, if a backing file's name had to be moved first."""
         if self._name:
             yield [self._data(data)]
             yield [(self._offset, self._head)]

@@ -1,7 +1,7 @@
-"""`Layout`: what a qcow2 image's metadata says about its bitmaps, read whole and judged once.
+"""`Layout`: what the metadata of a qcow2 image says about its bitmaps. It is read whole, and validated once.
 
-Reading never fails for what it finds: every fault is collected with the field it lies in, so that `dump`, `check` and
-`recover` see as much as can be read, while everything else calls `Layout.require_sound` first.
+Reading never fails because of what it finds. Every fault is collected with the field it lies in, so that `dump`,
+`check` and `recover` see as much as can be read. All others call `Layout.require_sound` first.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from dirtmap.fmt.structures.qcow2 import (
     parse_header,
 )
 
-# Enough for the header and the extensions of every image that QEMU makes; a longer chain is read in full.
+# Enough for the header and extensions of every image that QEMU makes. A longer chain is read in full.
 _FIRST_READ = 4096
-# How many entries the search for the end of a broken one may look at: a hostile directory makes it quadratic.
+# Limits the search for the end of a broken entry, which a hostile directory makes quadratic.
 _RESYNC_ENTRIES = 100_000
-# What is read and compared before an image is believed, of all bitmaps together. A hostile image with 65,535 bitmaps
-# could ask for 512 GiB of tables. Room for 65,535 bitmaps of a TiB at 64 KiB (a cluster of bits has 512 KiB of those).
+# Limits what is read and compared before an image is trusted, for all bitmaps together. A hostile image with 65,535
+# bitmaps could ask for 512 GiB of tables. The limits suffice for 65,535 bitmaps of a disk of 1 TiB at 64 KiB.
 _MOST_TABLE_ENTRIES = 1 << 22
 _MOST_REGIONS = 1 << 18
 
@@ -47,9 +47,9 @@ _UNREADABLE = frozenset(
 
 
 class Fault(NamedTuple):
-    """One thing wrong: the ``field`` it lies in, ``what`` is wrong, and the bitmap (index) to blame, if one is.
+    """One fault: the ``field`` it lies in, ``what`` is wrong, and the index of the ``bitmap`` at fault, or None.
 
-    A field that begins with ``bitmap`` belongs to the bitmaps: giving some of them up mends it.
+    If the name of a field begins with ``bitmap``, dropping some of the bitmaps repairs the fault.
     """
 
     field: str
@@ -58,12 +58,15 @@ class Fault(NamedTuple):
 
     @property
     def mendable(self) -> bool:
-        """The rest of the image is not at fault."""
+        """True if dropping bitmaps repairs the fault: the rest of the image is not affected."""
         return self.field.startswith("bitmap")
 
 
 class Region(NamedTuple):
-    """A run of bytes that one structure owns, with the ``field`` that leads there; ``bitmap`` as in `Fault`."""
+    """A run of bytes that one structure owns: ``offset`` and ``length`` in bytes, and ``what`` the structure is.
+
+    ``field`` is the field that leads there; ``bitmap`` is as in `Fault`.
+    """
 
     offset: int
     length: int
@@ -73,7 +76,7 @@ class Region(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """An entry of the snapshot table: where it lies, and where its L1 table does; bytes, ``l1_size`` in entries."""
+    """An entry of the snapshot table: its place, and that of its L1 table, in bytes; ``l1_size`` is in entries."""
 
     offset: int
     length: int
@@ -83,9 +86,9 @@ class Snapshot(NamedTuple):
 
 @dataclass(slots=True)
 class Slot:
-    """One bitmap as found: its directory ``entry``, ``offset`` of the entry in the file, and its raw ``table``.
+    """One bitmap as found: its directory ``entry``, the ``offset`` of that in the file (bytes), and its raw ``table``.
 
-    ``table`` is None where it cannot be read.
+    ``table`` is None if it cannot be read.
     """
 
     entry: Entry
@@ -93,13 +96,13 @@ class Slot:
     table: bytes | None = None
 
     def clusters(self) -> Iterator[int]:
-        """Offsets of the data clusters that the table refers to, bytes."""
+        """The offsets, in bytes, of the data clusters that the table refers to."""
         for raw in directory.parse_table(self.table or b""):
             if raw > directory.TABLE_ALL_ONES:
                 yield raw & directory.TABLE_OFFSET_MASK
 
     def runs(self, cluster_size: int) -> Iterator[tuple[int, int]]:
-        """The same as offset and length of adjacent ones, bytes."""
+        """Like `clusters`, with adjacent clusters joined: offset and length, in bytes."""
         start = end = 0
         for offset in self.clusters():
             if offset != end:
@@ -113,22 +116,22 @@ class Slot:
 
 @dataclass(slots=True)
 class Layout:
-    """An image's metadata, as read.
+    """The metadata of an image, as read.
 
     Attributes:
         path: the image.
-        file_size: bytes.
+        file_size: in bytes.
         header: the parsed header.
-        chain: the header extensions, None where the header is too damaged to look for them.
-        snapshots: the snapshot table, as far as it makes sense.
-        extension: the bitmaps extension, None where there is none.
-        identity_extension: the namespace extension, None where the image has no identity.
-        valid: its autoclear bit is set; otherwise the bitmaps are void.
-        pointer: the parsed bitmaps extension, None where void or at fault.
-        slots: the bitmaps that could be read, in the order of the directory.
-        faults: everything wrong, in reading order. An image with one is refused whole.
-        first_cluster: the bytes that were read of it.
-        undecided: the directory could not be followed to its end, so `slots` may lack bitmaps.
+        chain: the header extensions; None if the header is too damaged to find them.
+        snapshots: the snapshot table, as far as it can be read.
+        extension: the bitmaps extension; None if there is none.
+        identity_extension: the namespace extension; None if the image has no identity.
+        valid: whether the autoclear bit of the bitmaps is set. If not, the bitmaps are void.
+        pointer: the parsed bitmaps extension; None if at fault, and if void, unless void ones were asked for.
+        slots: the bitmaps that could be read, in directory order.
+        faults: everything that is wrong, in reading order. An image with a fault is refused as a whole.
+        first_cluster: the bytes of the first cluster, as far as they were read.
+        undecided: whether the directory could not be read to its end, so that `slots` may lack bitmaps.
     """
 
     path: str
@@ -147,24 +150,37 @@ class Layout:
 
     @property
     def uuid(self) -> bytes | None:
-        """The UUID of the image's namespace, 16 bytes; None where it has no identity."""
+        """The UUID of the image's namespace, 16 bytes; None if the image has no identity."""
         return self.identity_extension.data[: qcow2.NAMESPACE_EXTENSION_SIZE] if self.identity_extension else None
 
     @property
     def name(self) -> bytes | None:
-        """The image's node name, raw bytes; None where it has no identity."""
+        """The image's node name, raw bytes; None if the image has no identity."""
         return self.identity_extension.data[qcow2.NAMESPACE_EXTENSION_SIZE :] if self.identity_extension else None
 
     @property
+    def is_void(self) -> bool:
+        """True if the image has bitmaps that are void."""
+        return self.extension is not None and not self.header.autoclear & qcow2.AUTOCLEAR_BITMAPS
+
+    @property
+    def bitmaps_said(self) -> int | None:
+        """The number of bitmaps according to the extension; None if it has none that is possible."""
+        if self.extension is None or len(self.extension.data) != BITMAPS_EXTENSION.size:
+            return None
+        said = int(BITMAPS_EXTENSION.parse(self.extension.data).nb_bitmaps)
+        return said if 1 <= said <= directory.MAX_BITMAPS else None
+
+    @property
     def tracked(self) -> bool:
-        """True where a tracker has the bitmaps, and no other program has opened the image for writing since."""
+        """True if a tracker has the bitmaps, and no other program has opened the image for writing since."""
         return bool(self.header.autoclear & qcow2.AUTOCLEAR_TRACKED)
 
     def require_untracked(self) -> None:
-        """Refuses to change an image behind the back of a tracker whose store is not known.
+        """Refuses to change an image whose bitmaps a tracker has in a store that is not known.
 
         Raises:
-            LockedError: says what can be done.
+            LockedError: the image is tracked; the error says what can be done.
         """
         if self.tracked:
             what = (
@@ -174,7 +190,7 @@ class Layout:
             raise LockedError(self.path, what)
 
     def require_sound(self) -> None:
-        """Refuses an image that QEMU would refuse, or that is unsafe.
+        """Refuses an image that QEMU would refuse, or that is unsafe to use.
 
         Raises:
             FormatError: names the file and the first field at fault.
@@ -185,17 +201,26 @@ class Layout:
         hint = "; 'node add' gives a raw one a name in a store" if first.field == "header.magic" else ""
         raise FormatError(f"{self.path}: {first.field}", first.what + hint)
 
+    def require_listable(self) -> None:
+        """Like `require_sound`, but allows faults of single bitmaps, from which the others can be told apart.
+
+        Raises:
+            FormatError: more than single bitmaps are at fault.
+        """
+        if not all(fault.bitmap is not None for fault in self.faults):
+            self.require_sound()
+
     def blame(self, fields: Iterable[tuple[str, str]], prefix: str, bitmap: int | None = None) -> None:
-        """Adds faults found by a validator of `dirtmap.fmt`."""
+        """Adds the faults that a validator of `dirtmap.fmt` found; ``prefix`` comes before the name of each field."""
         self.faults += [Fault(f"{prefix}.{name}", what, bitmap) for name, what in fields]
 
     @property
     def cluster_size(self) -> int:
-        """Bytes."""
+        """In bytes."""
         return self.header.cluster_size
 
     def structures(self) -> Iterator[Region]:
-        """What the header leads to, but for refcount blocks, guest data and bitmaps."""
+        """The structures that the header leads to, except refcount blocks, guest data and bitmaps."""
         v2 = self.header.v2
         yield Region(0, self.cluster_size, "the header", "header")
         length = v2.refcount_table_clusters * self.cluster_size
@@ -217,16 +242,16 @@ class Layout:
                 )
 
     def snapshot_tables(self) -> Iterator[Region]:
-        """The L1 tables of snapshots, wherever they are said to lie."""
+        """The L1 tables of snapshots, wherever the snapshot table says they are."""
         for index, snapshot in enumerate(self.snapshots):
             where = f"snapshot {index}.l1_table_offset"
             length = snapshot.l1_size * qcow2.TABLE_ENTRY_SIZE
             yield Region(snapshot.l1_table_offset, length, f"the L1 table of snapshot {index}", where)
 
     def regions(self) -> Iterator[Region]:
-        """All that is known to lie where without following guest data."""
+        """All regions that are known without following guest data."""
         yield from self.structures()
-        # One that ends past the end of the file the walk finds: it matters to nobody who only reads.
+        # Leaves out a snapshot's L1 table that ends past the end of the file: the walk finds that; readers need not.
         yield from (region for region in self.snapshot_tables() if region.offset + region.length <= self.file_size)
         if self.pointer:
             where = "bitmaps extension.directory_offset"
@@ -240,17 +265,18 @@ class Layout:
 
 
 def bitmap_label(name: bytes) -> str:
-    """How messages and dumps name a bitmap: ``bitmap 'monday'``, with odd bytes escaped."""
+    """How messages and dumps name a bitmap: ``bitmap 'monday'``, with undecodable bytes escaped."""
     return f"bitmap '{printable(name.decode('utf-8', 'backslashreplace'))}'"
 
 
 def read_head(file: File) -> Layout:
-    """Reads and judges an image's header, and its extensions as a chain: not what they mean, or lead to."""
+    """Reads and validates the header, and its extensions as a chain, but not what the extensions mean."""
     file_size = file.size()
     head = file.read(0, _FIRST_READ)
     layout = Layout(file.path, file_size, parse_header(head.ljust(qcow2.MORE_OFFSET + 8, b"\0")))
     layout.blame(qcow2.header_faults(layout.header), "header")
-    if len(head) < HEADER_V2.size and head.startswith(qcow2.MAGIC):
+    least = qcow2.MORE_OFFSET if layout.header.v2.version == 3 else HEADER_V2.size
+    if len(head) < least and head.startswith(qcow2.MAGIC):
         layout.faults.insert(0, Fault("header", f"the file ends after {file_size} bytes, inside the header"))
     if not _UNREADABLE.isdisjoint(fault.field for fault in layout.faults):
         return layout
@@ -268,8 +294,13 @@ def read_head(file: File) -> Layout:
     return layout
 
 
-def read_layout(file: File) -> Layout:
-    """Reads and judges an image's metadata; a handful of small reads for an image with a few bitmaps."""
+def read_layout(file: File, *, void: bool = False) -> Layout:
+    """Reads and validates the metadata of an image; a few small reads for an image with a few bitmaps.
+
+    Args:
+        file: the image, locked by the caller.
+        void: whether to read void bitmaps as well, and validate them as if they were valid.
+    """
     layout = read_head(file)
     file_size, chain = layout.file_size, layout.chain
     if chain is None or chain.fault:
@@ -280,7 +311,7 @@ def read_layout(file: File) -> Layout:
             end = region.offset + region.length
             what = f"{region.what} ends at {end:#x}, past the end of the file ({file_size:#x})"
             layout.faults.append(Fault(region.field, what))
-    _read_extensions(file, layout, chain)
+    _read_extensions(file, layout, chain, void=void)
     _find_overlaps(layout)
     return layout
 
@@ -290,7 +321,7 @@ def _read_snapshots(file: File, layout: Layout) -> None:
     for index in range(min(layout.header.v2.nb_snapshots, qcow2.MAX_SNAPSHOTS)):
         raw = file.read(at, SNAPSHOT.size)
         if len(raw) < SNAPSHOT.size:
-            return  # that the table ends past the end of the file is found in any case
+            return  # `read_layout` reports that the table ends past the end of the file
         snapshot = SNAPSHOT.parse(raw)
         if snapshot.extra_data_size > qcow2.MAX_SNAPSHOT_EXTRA_DATA:
             what = f"{snapshot.extra_data_size} is above {qcow2.MAX_SNAPSHOT_EXTRA_DATA}"
@@ -305,7 +336,16 @@ def _read_snapshots(file: File, layout: Layout) -> None:
             return
 
 
-def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
+def void_bitmaps(file: File) -> str:
+    """Which bitmaps of an image are void, for a message: their names, or as much as can be told."""
+    layout = read_layout(file, void=True)
+    if layout.slots and not layout.faults:
+        return ", ".join(bitmap_label(slot.entry.name) for slot in layout.slots)
+    count = layout.bitmaps_said
+    return f"{'all' if count is None else count} bitmaps, whose names cannot be relied on"
+
+
+def _read_extensions(file: File, layout: Layout, chain: Chain, *, void: bool) -> None:
     seen = set()
     for extension in chain.extensions:
         if extension.type in seen:
@@ -330,17 +370,17 @@ def _read_extensions(file: File, layout: Layout, chain: Chain) -> None:
             layout.faults.append(Fault("bitmaps extension", what))
         return
     faults = list(bitmaps_extension_faults(layout.extension.data, layout.cluster_size, layout.file_size))
-    if not valid:
-        # Void bitmaps: QEMU looks at nothing but the length.
+    if not valid and not void:
+        # The bitmaps are void: QEMU looks at nothing but the length.
         layout.blame([fault for fault in faults if fault[0] == "length"], "bitmaps extension")
         return
-    layout.valid = True
+    layout.valid = valid
     layout.blame(faults, "bitmaps extension")
     _read_directory(file, layout, {name for name, _ in faults})
 
 
 def _read_directory(file: File, layout: Layout, bad: set[str]) -> None:
-    """Reads what the bitmaps extension leads to, although some of its fields may be ``bad``."""
+    """Reads what the bitmaps extension leads to, even if some of its fields are ``bad``."""
     assert layout.extension is not None
     if bad & {"length", "directory_offset"} or bad >= {"nb_bitmaps", "directory_size"}:
         return
@@ -371,9 +411,9 @@ def _read_directory(file: File, layout: Layout, bad: set[str]) -> None:
 
 
 def _entries(layout: Layout, data: bytes, pointer: Any) -> list[tuple[int, Entry]]:
-    """The directory's entries with their offsets; where lengths are broken, as many as can be told.
+    """The entries of the directory with their offsets. If lengths are broken, as many entries as can be told.
 
-    | good | good | bad or broken ??????? | good | good |      the last ones are found by `_resynchronised`
+    | good | good | bad or broken ??????? | good | good |      `_resynchronised` finds the last ones
     """
     wanted = int(pointer.nb_bitmaps)
     found: list[tuple[int, Entry]] = []
@@ -402,7 +442,7 @@ def _entries(layout: Layout, data: bytes, pointer: Any) -> list[tuple[int, Entry
 
 
 def _resynchronised(layout: Layout, data: bytes, bad: int, count: int) -> list[tuple[int, Entry]] | None:
-    """The entries behind a bad one, where exactly one reading makes sense, else None.
+    """The entries behind a bad one, if exactly one reading of the bytes makes sense; else None.
 
     bad ??????? | ok | ok |
     ^ + 8, + 16, ... until `count` faultless entries fill the rest exactly
@@ -445,7 +485,7 @@ def _read_table(file: File, layout: Layout, slot: Slot, index: int) -> None:
         table = file.read_exactly(entry.table_offset, length)
         found = directory.table_faults(directory.parse_table(table), layout.cluster_size, layout.file_size)
         faults = ((f"table[{position}]", what) for position, what in found)
-    # The first fault of a table says enough; a hostile one could have a million.
+    # One fault per table is enough; a hostile table could have a million.
     fault = next(faults, None)
     if fault is None:
         slot.table = table
@@ -454,10 +494,10 @@ def _read_table(file: File, layout: Layout, slot: Slot, index: int) -> None:
 
 
 def _find_overlaps(layout: Layout) -> None:
-    """No two structures may share a cluster: freeing or rewriting one would destroy the other."""
+    """Adds faults for structures that share a cluster: freeing or rewriting one would destroy the other."""
     cluster = layout.cluster_size
     end = layout.file_size
-    # QEMU does not write to what the L1 table of a snapshot claims to lie over, even one that goes on past the end.
+    # Also tables that go on past the end: QEMU does not write over what a snapshot's L1 table claims.
     cut = (r._replace(length=end - r.offset) for r in layout.snapshot_tables() if r.offset < end < r.offset + r.length)
     found = (region for region in itertools.chain(layout.regions(), cut) if region.length)
     regions = list(itertools.islice(found, _MOST_REGIONS + 1))
@@ -465,7 +505,7 @@ def _find_overlaps(layout: Layout) -> None:
         what = f"their tables and bits lie in more than {_MOST_REGIONS} pieces"
         layout.faults.append(Fault("tables of all bitmaps", what))
         for slot in layout.slots:
-            slot.table = None  # nobody else shall try
+            slot.table = None  # no later step is to read them
         return
     regions.sort(key=itemgetter(0))
     reach, holder = regions[0].length, regions[0]
@@ -485,7 +525,7 @@ def _blame_overlap(layout: Layout, region: Region, other: Region, blamed: set[in
         return region.what if region.bitmap is None else f"{region.what} of {label(region)}"
 
     bitmaps = {region.bitmap, other.bitmap} - {None}
-    if not bitmaps:  # a directory can be given up, so it is to blame
+    if not bitmaps:  # a directory can be given up, so the fault is put on it
         region, other = (other, region) if other.field.startswith("bitmap") else (region, other)
         layout.faults.append(Fault(region.field, f"{text(region)} at {region.offset:#x} overlaps {text(other)}"))
     for one, another in ((region, other), (other, region)):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo
 from dirtmap.engine.model.naming import decode_name
-from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout
+from dirtmap.engine.qcow2.datafile import misfit
+from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout, void_bitmaps
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, geometry, qcow2
@@ -30,37 +31,60 @@ FORMAT = "qcow2"
 _SHARED_ATTEMPTS = 5
 
 
-def read_session(file: File, read: Callable[[Layout], T], *, force_share: bool = False) -> T:
+def read_session(
+    file: File,
+    read: Callable[[Layout], T],
+    *,
+    force_share: bool = False,
+    require: Callable[[Layout], None] = Layout.require_sound,
+) -> T:
     """Runs ``read`` on the image's metadata, under the reader's lock, once it was found sound.
+
+    Args:
+        file: the image.
+        read: gets what was read.
+        force_share: read although another process writes to it.
+        require: refuses what ``read`` cannot do with; what may be a torn read is read again before that.
 
     Raises:
         LockedError: open for writing elsewhere, and not ``force_share``.
         FormatError: QEMU would refuse the image, or it is unsafe to use.
     """
     for attempt in range(_SHARED_ATTEMPTS):
+        last = not force_share or attempt + 1 == _SHARED_ATTEMPTS
         try:
             with locks.reading(file, force_share=force_share):
                 layout = read_layout(file)
-                layout.require_sound()
+                (require if last else Layout.require_sound)(layout)
                 return read(layout)
         except FormatError:
-            if not force_share or attempt + 1 == _SHARED_ATTEMPTS:
+            if last:
                 raise
     raise AssertionError("unreachable")
 
 
 def describe(file: File, *, force_share: bool = False) -> ImageInfo:
-    """The image and all its bitmaps, in one session; without numpy. Errors as `read_session`."""
-    return read_session(file, lambda layout: describe_layout(file, layout), force_share=force_share)
+    """The image and all its bitmaps, in one session; without numpy.
+
+    Where single bitmaps are at fault, they have no count, and the faults are among the errors: nothing but that is
+    shown of them, and everything else refuses the image. Errors as `read_session`.
+    """
+    return read_session(
+        file, lambda layout: describe_layout(file, layout), force_share=force_share, require=Layout.require_listable
+    )
 
 
 def describe_layout(file: File, layout: Layout) -> ImageInfo:
     """As `describe`, of metadata that was read already."""
     notes = []
-    if layout.extension and not layout.valid:
-        notes.append("its bitmaps are void: software that does not know them has changed the image")
+    if layout.is_void:
+        which = f"{void_bitmaps(file)}; 'recover' brings back what it can, all dirty"
+        notes.append(f"its bitmaps are void: software that does not know them has changed the image: {which}")
     if layout.tracked:
         notes.append("tracked, with its bitmaps in another store; say which with --store")
+    if resized := misfit(layout):
+        notes.append(resized)
+    bad = {fault.bitmap for fault in layout.faults}
     return ImageInfo(
         path=file.path,
         format=FORMAT,
@@ -73,14 +97,19 @@ def describe_layout(file: File, layout: Layout) -> ImageInfo:
                 recording=slot.entry.auto,
                 inconsistent=slot.entry.in_use,
                 busy=False,
-                count=None if slot.entry.in_use else count_dirty(file, layout, slot) * slot.entry.granularity,
+                count=None if slot.entry.in_use or index in bad else _dirty_bytes(file, layout, slot),
             )
-            for slot in layout.slots
+            for index, slot in enumerate(layout.slots)
         ),
         notes=tuple(notes),
         node=None if layout.name is None else decode_name(layout.name),
         uuid=None if layout.uuid is None else str(uuid.UUID(bytes=layout.uuid)),
+        errors=tuple(f"{file.path}: {fault.field}: {fault.what}" for fault in layout.faults),
     )
+
+
+def _dirty_bytes(file: File, layout: Layout, slot: Slot) -> int:
+    return count_dirty(file, layout, slot) * slot.entry.granularity
 
 
 def count_dirty(file: File, layout: Layout, slot: Slot) -> int:

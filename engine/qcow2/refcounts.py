@@ -1,4 +1,4 @@
-"""`Refcounts`: the two-level refcount structure of a qcow2 image, changed in memory, written by the commit.
+"""`Refcounts`: the two-level refcount structure of a qcow2 image. It is changed in memory; a commit writes it.
 
 refcount table (big-endian u64)      refcount block (one cluster)
   | block 0 | block 1 | 0 | ... |      | count | count | count | ... |   counts of 1, 2, 4, ... 64 bits
@@ -21,18 +21,18 @@ from dirtmap.fmt.geometry import ceil_div
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_UNIT = 512  # writes of changed refcounts are widened to sectors, the most that a disk writes whole
-# A look for free clusters stops after so many blocks (32 TiB at 64 KiB clusters) or so many clusters found: what it
-# saves is room in the file, and a hostile table has a million blocks.
+_UNIT = 512  # changed refcounts are written in whole sectors, which a disk writes atomically
+# A search for free clusters stops after so many blocks (32 TiB at 64 KiB clusters), or so many free clusters. It only
+# saves room in the file, and a hostile table has a million blocks.
 _MOST_BLOCKS = 16384
 _MOST_FREE = 1 << 20
-_PIECE = 1 << 18  # counts that are looked at together: a block may have 16 million
+_PIECE = 1 << 18  # counts in one piece; a block may have 16 million
 
 
 class Refcounts:
-    """The refcounts of every cluster, loaded block by block as they are needed.
+    """The refcounts of all clusters. Blocks are loaded when they are needed.
 
-    Clusters are numbered from the start of the file. Nothing reaches the disk here: `changes` says what to write.
+    Clusters are numbered from the start of the file. Nothing is written here: `changes` returns what to write.
     """
 
     def __init__(self, file: File, header: qcow2.Header) -> None:
@@ -50,13 +50,13 @@ class Refcounts:
         self.moved_table = False
         self.new_blocks: set[int] = set()
         self._blocks: dict[int, qcow2.Counts] = {}
-        self._changed: dict[int, set[int]] = {}  # numbers of units, by block
+        self._changed: dict[int, set[int]] = {}  # by block, the numbers of the changed units
 
     def block_offset(self, index: int) -> int:
-        """Where block ``index`` lies, bytes; 0 where there is none.
+        """The offset of block ``index`` in bytes; 0 if there is no such block.
 
         Raises:
-            FormatError: the table's entry leads nowhere sensible.
+            FormatError: the table's entry is not a cluster inside the file.
         """
         offset = int(self.table[index]) if index < len(self.table) else 0
         bad = offset % self.cluster_size or (
@@ -68,7 +68,7 @@ class Refcounts:
         return offset
 
     def block(self, index: int) -> qcow2.Counts | None:
-        """The counts of block ``index``, one a cluster; None where there is no such block (all are 0)."""
+        """The counts of block ``index``, one per cluster; None if there is no such block, which means all are 0."""
         if index not in self._blocks:
             offset = self.block_offset(index)
             if not offset:
@@ -77,7 +77,7 @@ class Refcounts:
         return self._blocks[index]
 
     def glance(self, index: int) -> qcow2.Counts | None:
-        """As `block`, but not kept in memory, for passes over all of them; None as well where a hole says all are 0."""
+        """Like `block`, but not kept in memory, for passes over all blocks; None also for a hole, where all are 0."""
         if index in self._blocks:
             return self._blocks[index]
         offset = self.block_offset(index)
@@ -87,12 +87,16 @@ class Refcounts:
         return qcow2.refcounts_of(self._file.read_exactly(offset, self.cluster_size), self._header.refcount_bits)
 
     def get(self, cluster: int) -> int:
-        """How often that cluster is said to be referenced."""
+        """The recorded number of references to a cluster. Errors as `block_offset`."""
         block = self.block(cluster // self.per_block)
         return 0 if block is None else int(block[cluster % self.per_block])
 
     def set(self, cluster: int, count: int) -> None:
-        """Changes one count, in memory; its block must exist."""
+        """Changes one count, in memory.
+
+        Raises:
+            FormatError: the count does not fit, or its block does not exist.
+        """
         index, position = divmod(cluster, self.per_block)
         block = self.block(index)
         if block is None or count > self.maximum:
@@ -102,7 +106,7 @@ class Refcounts:
         self._changed.setdefault(index, set()).add(position * self._header.refcount_bits // 8 // _UNIT)
 
     def set_some(self, numbers: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        """As `set`, for clusters of one block; counts that do not fit, or have no block, stay as they are."""
+        """Like `set`, for clusters of one block (int64, 1-D). Skips counts that do not fit or have no block."""
         index = int(numbers[0]) // self.per_block
         block = self.block(index)
         if block is not None:
@@ -113,10 +117,10 @@ class Refcounts:
             self._changed.setdefault(index, set()).update(units.tolist())
 
     def release(self, cluster: int) -> None:
-        """One reference less.
+        """Lowers the count of a cluster by one.
 
         Raises:
-            FormatError: there is none to give up; the image is corrupt.
+            FormatError: the count is 0 already, so the image is corrupt.
         """
         count = self.get(cluster)
         if count == 0:
@@ -128,7 +132,7 @@ class Refcounts:
         """The number of the first cluster behind all that have a count; at least ``known``.
 
         Raises:
-            FormatError: far behind ``known`` there is still no end.
+            FormatError: the table reaches far beyond ``known``.
         """
         indices = np.flatnonzero(self.table)[::-1]
         indices = indices[indices >= known // self.per_block]
@@ -141,7 +145,7 @@ class Refcounts:
         return known
 
     def uncounted(self, end: int) -> NDArray[np.int64]:
-        """The numbers of clusters before ``end`` whose count is 0, ascending, int64; not all where there are many."""
+        """The numbers of clusters before ``end`` whose count is 0; ascending, int64; not all if there are many."""
         parts = [np.empty(0, np.int64)]
         found = 0
         for index in np.flatnonzero(self.table[: ceil_div(end, self.per_block)])[:_MOST_BLOCKS].tolist():
@@ -155,7 +159,7 @@ class Refcounts:
         return np.concatenate(parts)
 
     def pieces(self) -> Iterator[tuple[int, qcow2.Counts]]:
-        """All counts, but for those in holes and in blocks that cannot be.
+        """All counts, except those in holes and in blocks that cannot exist.
 
         Yields:
             The number of a piece's first cluster, and the counts of its clusters.
@@ -163,7 +167,7 @@ class Refcounts:
         last = np.uint64(max(0, self._file_size - self.cluster_size))
         possible = (self.table % np.uint64(self.cluster_size) == 0) & (self.table <= last)
         indices = np.flatnonzero((self.table != 0) & possible)
-        # By place, each once: where several entries lead to one block, the first has it.
+        # Sorted by offset, each block once: if several entries lead to one block, it is the first entry's.
         offsets, first = np.unique(self.table[indices], return_index=True)
         found = [int(indices[first[at]]) for at in self._file.with_data(offsets.data, self.cluster_size)]
         for index in sorted(found):
@@ -172,24 +176,24 @@ class Refcounts:
                 yield index * self.per_block + at, block[at : at + _PIECE]
 
     def touched(self) -> list[int]:
-        """The numbers of the clusters in which blocks that the image has already were changed since `changes`."""
+        """The numbers of the clusters of existing blocks that have changed since the last call of `changes`."""
         offsets = [self.block_offset(index) for index in sorted(set(self._changed) - self.new_blocks)]
         return [offset // self.cluster_size for offset in offsets]
 
     def add_block(self, index: int, cluster: int) -> None:
-        """A new, empty block ``index``, to be written at that cluster; the table must be long enough."""
+        """Adds an empty block ``index``, to be written at that cluster. The table must be long enough."""
         self.new_blocks.add(index)
         self.table[index] = cluster * self.cluster_size
         self._blocks[index] = qcow2.refcounts_of(bytes(self.cluster_size), self._header.refcount_bits)
 
     def move_table(self, cluster: int, clusters: int) -> None:
-        """A longer table, to be written at that cluster."""
+        """Replaces the table by a longer one, to be written at that cluster."""
         table = np.zeros(clusters * self.cluster_size // qcow2.TABLE_ENTRY_SIZE, np.uint64)
         table[: len(self.table)] = self.table
         self.table, self.table_offset, self.moved_table = table, cluster * self.cluster_size, True
 
     def changes(self) -> list[tuple[int, bytes]]:
-        """What to write for all counts changed since the last call, as (offset, bytes); new blocks whole."""
+        """The writes for all counts changed since the last call, as (offset in bytes, bytes). New blocks are whole."""
         writes = []
         for index, units in sorted(self._changed.items()):
             raw = qcow2.refcount_block(self._blocks[index], self._header.refcount_bits)
@@ -209,14 +213,15 @@ class Refcounts:
 class Allocator:
     """Finds clusters that nothing can refer to, and counts them.
 
-    A refcount of 0 alone proves nothing: after a crash or a bug, counts lie. So a cluster is taken past the end of
-    everything, or where its count is 0 *and* a walk of all references (``proven``) did not meet it.
+    A refcount of 0 alone proves nothing: after a crash or a bug, counts may be wrong. So a cluster is taken past the
+    end of everything, or if its count is 0 *and* a walk of all references has not met it.
 
     Args:
+        path: of the image, for messages.
         refcounts: to be changed.
-        end: the first cluster number past the end of the file and of everything counted or referenced.
-        proven: ascending numbers of clusters inside the file that are proven free, int64.
-        capacity: how many clusters the file can ever have: a block device does not grow. None for no limit.
+        end: number of the first cluster past the end of the file and of everything counted or referenced.
+        proven: numbers of clusters inside the file that are proven free; ascending, int64.
+        capacity: number of clusters that the file can ever have, if it is a block device; None for no limit.
     """
 
     def __init__(
@@ -231,10 +236,11 @@ class Allocator:
         self._uncovered: set[int] = set()
 
     def take(self, clusters: int) -> int:
-        """``clusters`` adjacent ones, counted once each; the number of the first.
+        """Takes ``clusters`` adjacent ones, and sets the count of each to 1. Returns the number of the first.
 
         Raises:
             StorageError: there is no room, and the device cannot grow.
+            FormatError: there is no room in what qcow2 can address.
         """
         first = self._find(clusters)
         for cluster in range(first, first + clusters):
@@ -278,20 +284,23 @@ class Allocator:
             self._refcounts.set(cluster, 1)
 
     def cover(self) -> int | None:
-        """Gives every taken cluster a place to be counted, adding refcount blocks and, if need be, a longer table.
+        """Gives every taken cluster a refcount block. Adds blocks and, if needed, a longer table.
 
         Returns:
             The number of clusters of the old table if a longer one replaces it, else None.
+
+        Raises:
+            FormatError: the table would become longer than QEMU accepts.
         """
         refcounts = self._refcounts
         replaced = None
         while self._uncovered:
             needed = {cluster // refcounts.per_block for cluster in self._uncovered}
             index = max(needed)
-            # New blocks may count each other, so several must appear at once: with a new table, by one pointer.
+            # New blocks may count each other, so several must appear at once: in a new table, by one pointer.
             several = len(needed | refcounts.new_blocks) > 1 and not refcounts.moved_table
             if several or index >= len(refcounts.table):
-                # Room for an eighth more, so that the blocks which the new table itself needs fit as well.
+                # Has room for an eighth more, so that the blocks which the new table itself needs fit as well.
                 per_cluster = self._cluster_size // qcow2.TABLE_ENTRY_SIZE
                 clusters = max(refcounts.table_clusters, ceil_div(index + 1 + index // 8, per_cluster) + 1)
                 if clusters * self._cluster_size > qcow2.MAX_REFCOUNT_TABLE_BYTES:
@@ -303,7 +312,7 @@ class Allocator:
             pending, self._uncovered = self._uncovered, set()
             for missing in sorted({cluster // refcounts.per_block for cluster in pending}):
                 if not refcounts.block_offset(missing):
-                    # The block may well lie in the range that it covers itself.
+                    # The block may lie in the range that it covers itself.
                     place = self._find(1)
                     refcounts.add_block(missing, place)
                     self._count(place)

@@ -1,11 +1,11 @@
-"""Walks every reference to a cluster of a qcow2 image: the proof of what is used, whatever the refcounts say.
+"""Walks every reference to a cluster of a qcow2 image. It proves which clusters are used, whatever the refcounts say.
 
     header, tables, directory, bitmaps      from `Layout.regions`
     refcount table -> refcount blocks
     active L1, snapshots' L1s -> L2 tables -> data clusters, compressed runs
 
-A backing file or an external data file is never opened: their clusters are not this file's. Holes are skipped, so the
-time it takes goes with the tables that are really there, not with what a sparse file claims to hold.
+A backing file or an external data file is never opened, because their clusters are not in this file. Holes are skipped,
+so the walk takes time for the tables that exist, not for those that a sparse file claims to have.
 
 A complete walk remembers every guest cluster, which takes memory. A commit asks less: are *these* clusters free? So in
 a large image `walk` follows everything but L2 tables, and `follow` streams those past the clusters in question.
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 _READ = 1 << 20  # bytes of a long table, or of adjacent L2 tables, at a time
-_BUCKETS = 24  # log2 of how many buckets clusters are sorted into first, a byte each
+_BUCKETS = 24  # log2 of the number of buckets of clusters, one byte each
 _ACTIVE = "L1 table"
 
 
 @dataclass(slots=True)
 class Runs:
-    """Runs of adjacent clusters that are referenced equally often: ascending, without overlap.
+    """Runs of adjacent clusters that have the same number of references: ascending, without overlap.
 
     Attributes:
-        starts, ends: the number of the first cluster and of the first behind, int64, shape (n,).
-        counts: how often each cluster of the run is referenced, above 0, int64, shape (n,).
+        starts, ends: number of the first cluster, and of the first behind the run; int64, shape (n,).
+        counts: number of references to each cluster of the run, above 0; int64, shape (n,).
     """
 
     starts: NDArray[np.int64]
@@ -49,7 +49,7 @@ class Runs:
 
     @classmethod
     def of_clusters(cls, numbers: NDArray[np.int64], weight: int) -> Runs:
-        """Clusters in any order, each as often as it is referenced; ``weight`` times all that."""
+        """Runs of these clusters (int64, any order), each repeated per reference; all counts times ``weight``."""
         if not len(numbers):
             return cls(numbers, numbers, numbers)
         numbers, counts = np.unique(numbers, return_counts=True)
@@ -59,7 +59,7 @@ class Runs:
 
     @classmethod
     def laid_over(cls, parts: list[Runs]) -> Runs:
-        """All of them together; in a part given alone, runs may overlap and be in any order. Empties the list."""
+        """The sum of all parts. Inside a part, runs may overlap and be in any order. Empties the list."""
         #   runs       ----2----            steps  +2    +1   -2   -1
         #                   ---1---         levels  2     3    1    0     from each position to the next
         empty = np.empty(0, np.int64)
@@ -71,20 +71,20 @@ class Runs:
         del starts, ends, counts
         order = np.argsort(positions, kind="stable")
         positions, levels = positions[order], np.cumsum(steps[order])
-        last = np.flatnonzero(np.diff(positions, append=-1))  # of those at the same position
+        last = np.flatnonzero(np.diff(positions, append=-1))  # the last of those at one position
         positions, levels = positions[last], levels[last]
         used = np.flatnonzero(levels)
         return cls(positions[used], positions[used + 1], levels[used])
 
     def of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How often each of those clusters is referenced, int64, same shape."""
+        """The number of references to each of those clusters, int64, same shape."""
         if not len(self.starts):
             return np.zeros_like(numbers)
         at = np.searchsorted(self.starts, numbers, side="right") - 1
         return np.where((at >= 0) & (numbers < self.ends[at]), self.counts[at], 0)
 
     def between(self, first: int, last: int) -> NDArray[np.int64]:
-        """How often each of the clusters ``first..last - 1`` is referenced, int64, shape (last - first,)."""
+        """The number of references to each of the clusters ``first..last - 1``, int64, shape (last - first,)."""
         steps = np.zeros(last - first + 1, np.int64)
         low = np.searchsorted(self.ends, first, side="right")
         high = np.searchsorted(self.starts, last, side="left")
@@ -93,17 +93,17 @@ class Runs:
         return np.cumsum(steps)[:-1]
 
     def most(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For each range of clusters, how often the most referenced of it is, int64, same shape."""
+        """The highest number of references to a cluster of each range, int64, same shape as ``starts``."""
         if not len(self.starts):
             return np.zeros_like(starts)
         low = np.searchsorted(self.ends, starts, side="right")
         high = np.searchsorted(self.starts, ends, side="left")
-        # Sentinel: `reduceat` wants every index inside, and gives the element at `low` where the range is empty.
+        # `reduceat` needs every index inside, hence the sentinel, and gives the element at `low` for an empty range.
         found = np.maximum.reduceat(np.append(self.counts, 0), np.stack([low, np.maximum(high, low)], 1).ravel())[::2]
         return np.where(low < high, found, 0)
 
     def within(self, first: int, last: int) -> Runs:
-        """The runs among clusters ``first..last - 1``, cut off there."""
+        """The runs cut down to the clusters ``first..last - 1``."""
         low = np.searchsorted(self.ends, first, side="right")
         high = np.searchsorted(self.starts, last, side="left")
         starts, ends = np.maximum(self.starts[low:high], first), np.minimum(self.ends[low:high], last)
@@ -117,15 +117,16 @@ class Runs:
 
 @dataclass(slots=True)
 class References:
-    """What refers to clusters, and how often.
+    """Which clusters are referenced, and how often.
 
     Attributes:
-        runs: of all clusters that are referenced.
-        uncopied: of those that an active table refers to without the flag that says it alone does so.
-        astray: of clusters that references lead to which do not lead to a cluster inside the file: whatever is written
-            there, QEMU would take for a table or for data of the guest.
-        faults: references that lead nowhere sensible, or were not followed. With any, absence proves nothing.
-        unfollowed: offsets of L2 tables that were left out, ascending, uint64: what they refer to is not in ``runs``.
+        runs: all referenced clusters.
+        uncopied: clusters to which an active table refers without the flag "copied", which says that no other does.
+        astray: clusters to which broken references lead, past the end of the file or off a cluster's start. QEMU would
+            take what is written there for a table or for guest data.
+        faults: references that are broken, or were not followed. If there is any, no cluster is proven free.
+        unfollowed: offsets of L2 tables that were left out, in bytes, ascending, uint64. What they refer to is not in
+            ``runs``.
     """
 
     runs: Runs
@@ -136,7 +137,7 @@ class References:
 
     @classmethod
     def unknown(cls, why: str) -> References:
-        """What is referenced cannot be told, so no cluster inside the file is proven free."""
+        """For an image whose references are unknown, so that no cluster inside the file is proven free."""
         return cls(Runs.laid_over([]), Runs.laid_over([]), Runs.laid_over([]), [Fault("references", why)])
 
 
@@ -156,9 +157,9 @@ class _Walk:
             self.parts.append(Runs.of_clusters(numbers, weight))
 
     def add_offsets(self, offsets: NDArray[np.uint64], where: str, weight: int = 1) -> NDArray[np.uint64]:
-        """As `add`, for offsets of clusters that ought to lie inside the file; returns those that do.
+        """Like `add`, for offsets (bytes) of clusters that must lie inside the file. Returns those that do.
 
-        QEMU calls a reference corrupt that exceeds the file by a cluster or more (block/qcow2-refcount.c,
+        QEMU calls a reference corrupt if it exceeds the file by a cluster or more (block/qcow2-refcount.c,
         qcow2_inc_refcounts_imrt).
         """
         good = (offsets & np.uint64(self.cluster - 1) == 0) & (offsets < np.uint64(self.layout.file_size))
@@ -187,7 +188,7 @@ class _Walk:
             self.add_offsets(blocks, "refcount_table")
 
     def entries(self, offset: int, length: int) -> Iterator[NDArray[np.uint64]]:
-        """The entries of a long table that are not 0, piece by piece, as far as the file has them."""
+        """The non-zero entries of a long table, piece by piece, uint64, as far as the file has them."""
         end = min(offset + length, self.layout.file_size)
         for at in range(offset, end if self.file.has_data(offset, length) else offset, _READ):
             size = min(_READ, offset + length - at)
@@ -197,7 +198,7 @@ class _Walk:
                 yield piece[piece != 0]
 
     def l1_tables(self) -> Iterator[tuple[str, int, int]]:
-        """Name, offset and length in bytes of the active L1 table, `_ACTIVE`, and those of all snapshots."""
+        """Name, offset and length in bytes of the active L1 table (`_ACTIVE`) and of all snapshots' L1 tables."""
         v2 = self.header.v2
         tables = [(int(v2.l1_table_offset), v2.l1_size * qcow2.TABLE_ENTRY_SIZE, _ACTIVE)]
         for index, snapshot in enumerate(self.layout.snapshots):
@@ -219,7 +220,7 @@ class _Walk:
                 yield where, offset, length
 
     def guest(self, budget: int | None) -> None:
-        """What L1 tables refer to, and what L2 tables do."""
+        """Adds what the L1 tables and the L2 tables refer to."""
         l1_tables = list(self.l1_tables())
         if budget is not None and sum(length for _, _, length in l1_tables) > max(budget, qcow2.MAX_L1_BYTES):
             self.faults.append(Fault("references", "not followed: too many L1 tables"))
@@ -235,7 +236,7 @@ class _Walk:
                     active.append(parts[-1])
         tables, weights = np.unique(np.concatenate(parts), return_counts=True)
         if budget is not None and self.header.incompatible & qcow2.INCOMPATIBLE_DATA_FILE:
-            return  # they lead to the data file, or, where they say "compressed", QEMU goes nowhere
+            return  # they lead to the data file; QEMU does not follow compressed ones
         if budget is not None and len(tables) * self.cluster > budget:
             self.unfollowed = tables
             return
@@ -259,7 +260,7 @@ class _Walk:
         self.l2_entries(self.file.read(offset, self.cluster).ljust(self.cluster, b"\0"), offset, weight, active)
 
     def l2_entries(self, raw: bytes, offset: int, weight: int, active: bool) -> None:
-        """What the entries of an L2 table at ``offset``, or of several adjacent ones, refer to."""
+        """Adds what the entries of an L2 table at ``offset``, or of several adjacent ones, refer to."""
         entries = qcow2.table_view(raw)[:: self.header.l2_entry_size // 8].astype(np.uint64)
         entries = entries[entries != 0]
         compressed = (entries & np.uint64(qcow2.L2_COMPRESSED)) != 0
@@ -273,7 +274,7 @@ class _Walk:
             self.add_offsets(data[data != 0], f"L2 table at {offset:#x}", weight)
 
     def compressed(self, entries: NDArray[np.uint64], table: int, weight: int) -> None:
-        """Compressed clusters: a byte offset and a number of additional 512-byte sectors, across cluster borders."""
+        """Adds compressed clusters: a byte offset and more 512-byte sectors, which may cross cluster borders."""
         shift = 62 - (int(self.header.v2.cluster_bits) - 8)
         start = entries & np.uint64((1 << shift) - 1)
         more = (entries & np.uint64(qcow2.L2_COMPRESSED - 1)) >> np.uint64(shift)
@@ -296,8 +297,8 @@ def walk(file: File, layout: Layout, *, progress: Progress | None = None, budget
         file: the image, locked by the caller.
         layout: as read from it.
         progress: called with (L2 tables done, L2 tables in all).
-        budget: where more bytes of L2 tables than this would have to be read, they are left ``unfollowed``, and are
-            not needed at all where guest data are in another file. None for no limit, and for a check.
+        budget: the most bytes of L2 tables to read. If there are more, all of them are left ``unfollowed``; if guest
+            data are in another file, none is needed. None for no limit, as a check wants it.
     """
     steps = _Walk(file, layout, progress)
     steps.regions()
@@ -308,14 +309,14 @@ def walk(file: File, layout: Layout, *, progress: Progress | None = None, budget
 
 
 class _Window(_Walk):
-    """Streams L2 tables past the clusters in question, and remembers of each whether it was met.
+    """Streams L2 tables past the clusters in question, and records for each whether a reference to it was met.
 
     Args:
-        numbers: of these clusters, ascending, each once, int64.
+        numbers: of these clusters; ascending, without duplicates, int64.
     """
 
     #  number        | bucket it is in | position among the numbers |
-    #  most numbers end at the first step: no cluster in question is in their bucket
+    #  Most numbers end at the first step, because no cluster in question is in their bucket.
 
     def __init__(self, file: File, layout: Layout, numbers: NDArray[np.int64]) -> None:
         super().__init__(file, layout, None)
@@ -324,7 +325,7 @@ class _Window(_Walk):
         self.end = 0
         top = int(numbers[-1]) if len(numbers) else 0
         self.shift = max(0, top.bit_length() - _BUCKETS)
-        self.buckets = np.zeros((top >> self.shift) + 2, np.bool_)  # the last one is for all that are beyond
+        self.buckets = np.zeros((top >> self.shift) + 2, np.bool_)  # the last bucket is for all clusters beyond
         self.buckets[numbers >> self.shift] = True
 
     def add(self, numbers: NDArray[np.int64], weight: int = 1) -> None:
@@ -338,9 +339,9 @@ class _Window(_Walk):
         pass
 
     def stream(self, tables: NDArray[np.uint64]) -> bool:
-        """Reads the tables; False where a reference leads nowhere sensible, at the first of them."""
+        """Reads the tables. False at the first reference that is broken."""
         most = max(1, _READ // self.cluster)
-        ends = np.flatnonzero(np.diff(tables, append=0) != self.cluster) + 1  # of runs of adjacent ones
+        ends = np.flatnonzero(np.diff(tables, append=0) != self.cluster) + 1  # ends of the runs of adjacent tables
         first = 0
         for end in ends.tolist():
             while first < end:
@@ -354,17 +355,17 @@ class _Window(_Walk):
 
 
 def follow(file: File, layout: Layout, references: References, numbers: NDArray[np.int64]) -> References | None:
-    """Reads what a walk left ``unfollowed``, for the sake of some clusters.
+    """Reads the L2 tables that a walk left ``unfollowed``, to prove some clusters free.
 
     Args:
         file: the image, locked by the caller.
         layout: as read from it.
         references: of a walk under that lock.
-        numbers: of clusters, in any order, int64. What the walk met is looked at as well.
+        numbers: of these clusters, in any order, int64. Those that the walk met are looked up as well.
 
     Returns:
-        The same references, those of guest data added as far as they lead to any of these clusters, and one to the last
-        cluster of guest data; None where one leads nowhere sensible: then absence proves nothing.
+        The same references, with those from guest data that lead to any of these clusters, and one to the last cluster
+        of guest data. None if a reference is broken, so that no cluster is proven free.
     """
     runs = references.runs
     sizes = runs.ends - runs.starts

@@ -14,6 +14,7 @@ import os
 import numpy as np
 
 from dirtmap.engine.system.file import open_file, remove_file, room_at, sync_folder
+from dirtmap.engine.system.foreign import require_raw
 from dirtmap.fmt import geometry, qcow2
 from dirtmap.fmt.errors import StorageError, UnsupportedError
 from dirtmap.fmt.geometry import ceil_div
@@ -27,22 +28,26 @@ _SECTOR = 512
 _CLUSTER_BITS = ((64 << 30, 16), (1 << 40, 18), (geometry.MAX_DISK_SIZE, 21))
 
 
-def make_sidecar(raw: str, path: str) -> None:
-    """Writes a new qcow2 file that has ``raw`` as raw external data. The raw file itself is only looked at.
+def make_sidecar(disk: str, path: str, *, raw: bool = False) -> None:
+    """Writes a new qcow2 file that has ``disk`` as raw external data. The raw file itself is only looked at.
 
     Args:
-        raw: a file or block device whose size is a multiple of 512 bytes. Its path is stored as an absolute one: QEMU
+        disk: a file or block device whose size is a multiple of 512 bytes. Its path is stored as an absolute one: QEMU
             takes a relative one as relative to the folder that it runs in (tried with 7.2).
         path: must not exist.
+        raw: it is a raw disk, although it looks like an image of another format.
 
     Raises:
+        FormatError: ``disk`` is an image of another format than raw.
         UnsupportedError: the raw file's size, or the length of its name, does not fit.
         StorageError: ``path`` exists, there is no room for it, or something cannot be read or written.
     """
-    with open_file(raw) as file:
+    if not raw:
+        require_raw(disk)
+    with open_file(disk) as file:
         size = file.size()
     if size % _SECTOR:
-        raise UnsupportedError(raw, f"its size of {size} bytes is not a multiple of {_SECTOR}, which QEMU needs")
+        raise UnsupportedError(disk, f"its size of {size} bytes is not a multiple of {_SECTOR}, which QEMU needs")
     bits = next(bits for limit, bits in _CLUSTER_BITS if size <= limit)
     cluster = 1 << bits
     data_clusters = ceil_div(size, cluster)
@@ -54,14 +59,14 @@ def make_sidecar(raw: str, path: str) -> None:
     while blocks * per_block < 2 + blocks + l1_clusters + l2_tables:
         blocks += 1
     if l2_tables * qcow2.TABLE_ENTRY_SIZE > qcow2.MAX_L1_BYTES:
-        raise UnsupportedError(raw, f"its {size} bytes are more than a qcow2 image can map")
+        raise UnsupportedError(disk, f"its {size} bytes are more than a qcow2 image can map")
     table, first_block, l1 = cluster, 2 * cluster, (2 + blocks) * cluster
     l2 = l1 + l1_clusters * cluster
     used = 2 + blocks + l1_clusters + l2_tables
-    name = os.fsencode(os.path.abspath(raw))
+    name = os.fsencode(os.path.abspath(disk))
     header = _header(size, bits, table, l1, l2_tables, name)
     if len(header) > cluster:
-        raise UnsupportedError(raw, "its path is too long for the header")
+        raise UnsupportedError(disk, "its path is too long for the header")
     if used * cluster > (room := room_at(path)):
         raise StorageError(path, f"needs {used * cluster} bytes, and there is room for {room}")
     counts = np.zeros(blocks * per_block, np.uint64)

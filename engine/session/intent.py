@@ -3,41 +3,90 @@
 Two areas, used in turn by logs of rising number. A record's checksum begins with the session and the log's number, so
 records of an older log in the same area are void without being wiped, and a new log is durable by existing: rotation
 writes nothing. The store's commit says which is the oldest log that counts.
+
+What a log looks like, whenever its writer stops. The writer gives out places one after another, each region one place,
+and writes records in the order of their places: those of one sector, then a sync, then those of the next. A sector is
+written whole or not at all. So on disk a log of *k* records has them in its first *k* places, each region once, and
+nothing behind them. An exception in the middle of that, or a write that failed, leaves no gap either: the next record
+is written together with all those before it that are not known to be durable. What lies behind the *k* records is what
+the area had before: the records of the newest older log that came so far, and zeros where none has. So from one place
+to the next the number of a record's log never rises:
+
+    log 4 has 3 records, log 2 had 5, log 0 had 4    | 4 | 4 | 4 | 2 | 2 | zeros ...
+
+A record's checksum, with the region, gives away the number of its log (`_numbers`), so that order can be seen. What
+breaks it was not left by a writer that stopped, but is damage: a record that is none of this session, or of a log that
+has yet to come; one behind zeros, or behind one of an older log; a region twice in one log. Then nothing is known of
+what the log had, and it counts as lost. A flipped bit changes the number to one above 2^26, so it is always seen in
+logs of numbers below that.
+
+A log that lacks its last sectors looks like one that was stopped earlier. So there is a *tally* for each area: how many
+records were durable when it was written, which is after each record, without a sync of its own. A log with fewer is
+damaged. Until the tally has reached the disk, which a later sync sees to, the loss of the last records is not seen.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import dataclass
+from itertools import islice
 
-from dirtmap.engine.system.file import open_file, remove_file, sync_folder
+import crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
 from dirtmap.fmt import geometry, live
-from dirtmap.fmt.errors import Error, StorageError
+from dirtmap.fmt.errors import Error
 from dirtmap.fmt.structures.live import (
     BEAT,
     LOG,
+    TALLY,
     build_beat,
     build_log,
     build_log_record,
+    build_tally,
+    log_seed_head,
     parse_beat,
-    parse_log_records,
+    parse_tally,
     record_seed,
 )
 
 _OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; behind any log
+_PER_SECTOR = 512 // live.LOG_RECORD_SIZE
+# CRC32C a byte at a time: what each low byte of the state adds, and which low byte left that top byte behind.
+_ADDED = np.array([crc32c.crc32c(bytes([byte]), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)], np.uint32)
+_LOW_BYTE = np.argsort(_ADDED >> 24).astype(np.uint32)
 
 
 class _Log:
-    """A log while records go to it. ``places`` are what is free in its area: each is given out once, by a step of C.
+    """A log while records go to it.
 
-    So whatever comes in between, say a mark in a signal's handler, no record is written over.
+    Attributes:
+        number: of the log.
+        seed: of its records' checksums.
+        regions: those that have a place, in the order of their places. Each step on it is one of C: whatever comes in
+            between, say a mark in a signal's handler, no region gets two places, and no place two regions.
+        durable: so many of the first places are.
     """
 
-    __slots__ = ("number", "places", "seed")
+    __slots__ = ("durable", "number", "regions", "seed")
 
     def __init__(self, uuid: bytes, number: int) -> None:
-        self.number, self.seed, self.places = number, record_seed(uuid, number), itertools.count()
+        self.number, self.seed = number, record_seed(uuid, number)
+        self.regions: dict[int, None] = {}
+        self.durable = 0
+
+    def missing(self) -> tuple[int, list[int]]:
+        """The first place that is not known to be durable, and the regions from there on."""
+        while True:
+            first, end = self.durable, len(self.regions)
+            try:
+                found = list(islice(reversed(self.regions), end - first))
+            except RuntimeError:  # a handler has added some in between
+                continue
+            if end == len(self.regions):
+                return first, found[::-1]
 
 
 class IntentLog:
@@ -76,19 +125,22 @@ class IntentLog:
 
         Raises:
             SyncError: it is not known whether they are.
-            StorageError: they could not be written, or there is no room before the next save.
+            StorageError: they could not be written.
         """
         log = self._log
-        records = [(next(log.places), build_log_record(log.seed, region)) for region in regions]
-        if records and records[-1][0] >= self._regions:  # some were written twice, since a mark was interrupted
-            raise StorageError(self.path, "the log is full until the next save")
+        log.regions.update(dict.fromkeys(regions))
+        first, missing = log.missing()
         area = live.area_offset(self._regions, log.number)
-        if records and records[-1][0] - records[0][0] < len(records):  # as a rule they are adjacent
-            self._file.write(area + records[0][0] * live.LOG_RECORD_SIZE, b"".join(data for _, data in records))
-        else:
-            for place, data in records:
-                self._file.write(area + place * live.LOG_RECORD_SIZE, data)
-        self._file.sync()
+        while missing:
+            part = missing[: _PER_SECTOR - first % _PER_SECTOR]
+            data = b"".join(build_log_record(log.seed, region) for region in part)
+            if log is not self._log:
+                return  # a handler has begun the next log: the mark is made again, and its area may be another's
+            self._file.write(area + first * live.LOG_RECORD_SIZE, data)
+            self._file.sync()
+            first, missing = first + len(part), missing[len(part) :]
+            log.durable = max(log.durable, first)
+        self._file.write(live.TALLIES[log.number % 2], build_tally(self._uuid, log.number, log.durable))
 
     def rotate(self) -> None:
         """From here on records go to the next log, which is empty.
@@ -112,30 +164,80 @@ class IntentLog:
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """What a log says: the ``regions`` in it, and when its tracker last showed a sign of life, ns since 1970."""
+    """What a log says.
 
-    regions: frozenset[int]
+    Attributes:
+        regions: that are in it; None where it is damaged.
+        beat: when its tracker last showed a sign of life, ns since 1970.
+    """
+
+    regions: frozenset[int] | None
     beat: int
 
 
 def read_log(session: live.Session, size: int) -> Logged | None:
-    """What the log of a session says; None where it cannot be relied on."""
+    """What the log of a session says, of a disk of ``size`` bytes; None where there is none of that session."""
     regions = geometry.ceil_div(size, 1 << session.region_bits)
-    expected = build_log(session.uuid, session.intent, session.region_bits, regions)
-    if regions > live.MAX_REGIONS:
+    if regions > live.MAX_REGIONS or session.log > live.MAX_LOG:
         return None
+    expected = build_log(session.uuid, session.intent, session.region_bits, regions)
     try:
         with open_file(os.fsdecode(session.log_path)) as file:
             if file.read(0, LOG.size) != expected:
                 return None
-            found: set[int] = set()
-            for number in (session.log, session.log + 1):
-                data = file.read_exactly(live.area_offset(regions, number), regions * live.LOG_RECORD_SIZE)
-                found.update(parse_log_records(data, record_seed(session.uuid, number)))
+            logs = [_read_area(file, session.uuid, regions, number) for number in (session.log, session.log + 1)]
             beats = [parse_beat(session.uuid, file.read(at, BEAT.size)) for at in live.BEATS]
     except Error:
         return None
-    return Logged(frozenset(region for region in found if region < regions), max(beats))
+    found = None if None in logs else frozenset().union(*(log for log in logs if log is not None))
+    return Logged(found, max(beats))
+
+
+def _read_area(file: File, uuid: bytes, regions: int, number: int) -> list[int] | None:
+    """The regions in log ``number``, of whose area it is the newest; None where it is damaged.
+
+    Raises:
+        StorageError: the file ends before them.
+    """
+    data = file.read_exactly(live.area_offset(regions, number), regions * live.LOG_RECORD_SIZE)
+    logs, nothing = _numbers(data, uuid, number), np.frombuffer(data, np.uint64) == 0
+    sound = (logs <= number) & ((logs ^ number) & 1 == 0)
+    logs[nothing & (logs != number)] = -1  # zeros can be a record, too
+    if not bool(np.all(sound | nothing)) or bool(np.any(logs[1:] > logs[:-1])):
+        return None
+    count = int(np.count_nonzero(logs == number))
+    found: list[int] = np.frombuffer(data, ">u4", 2 * count)[::2].tolist()
+    if max(found, default=0) >= regions or len(set(found)) < count:
+        return None
+    tally = file.read_exactly(live.TALLIES[number % 2], TALLY.size)
+    if tally != bytes(len(tally)):  # else none was written yet
+        last = parse_tally(uuid, tally)
+        if last is None or last.number > number or (last.number == number and last.count > count):
+            return None
+    return found
+
+
+def _numbers(data: bytes, uuid: bytes, number: int) -> NDArray[np.int64]:
+    """Of which log each record is, in numbers from that multiple of 2^32 on that is at or below ``number``.
+
+    A checksum is reached from the seed over two words: the low half of the log's number, and the region. CRC can be
+    taken back word by word, so the checksum and the region give the state between the two, and that and the state
+    before both the number. Any eight bytes are a record of some number in that way; few of them of one that exists.
+    """
+    fields = np.frombuffer(data, "<u4")
+    checksums, regions = fields[1::2].byteswap(), fields[::2]
+    high = number >> 32
+    start = log_seed_head(uuid, high) ^ 0xFFFFFFFF
+    words = _back(_back(~checksums) ^ regions) ^ np.uint32(start)
+    return words.byteswap().astype(np.int64) + (high << 32)
+
+
+def _back(states: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The states of CRC32C four zero bytes before."""
+    for _ in range(4):
+        low = _LOW_BYTE[states >> 24]
+        states = (states ^ _ADDED[low]) << 8 | low
+    return states
 
 
 def remove_log(session: live.Session) -> None:

@@ -17,6 +17,7 @@ from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import bits
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system import livefs
+from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, clock_offset
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import LockedError, StorageError
 from dirtmap.fmt.store import Identity
@@ -111,8 +112,8 @@ def is_of(folder: str, uuid: bytes) -> bool:
 
 def _read_control(folder: str) -> Any:
     """The control file in a folder, a record of `fmt.live.CONTROL`; None where there is none."""
-    data = livefs.read_live(_control_path(folder)) or b""
-    control = CONTROL.parse(data) if len(data) == live.PAGE else None
+    data = livefs.read_live(_control_path(folder), lambda _: live.PAGE)
+    control = CONTROL.parse(bytes(data)) if data else None
     return control if control and control.magic == live.CONTROL_MAGIC else None
 
 
@@ -129,8 +130,8 @@ def _index(name: str) -> int:
     return CONTROL.field(name).offset // 8
 
 
-POISONED, CURRENT, HEARTBEAT, EVENT, IN_FLIGHT, BARE, WRITES, LOGGED = map(
-    _index, ("poisoned", "current", "heartbeat", "event", "in_flight", "bare", "writes", "logged")
+POISONED, CURRENT, HEARTBEAT, EVENT, IN_FLIGHT, BARE, WRITES, LOGGED, CLOCK = map(
+    _index, ("poisoned", "current", "heartbeat", "event", "in_flight", "bare", "writes", "logged", "clock")
 )
 
 
@@ -145,8 +146,18 @@ class Control:
         self._map = livefs.create_live(_control_path(folder), live.PAGE)
         values: dict[str, bytes | int] = dict.fromkeys((field.name for field in CONTROL.fields), 0)
         values |= {"magic": live.CONTROL_MAGIC, "uuid": uuid, "image_device": image.device, "image_inode": image.inode}
+        values["clock"] = max(clock_offset(), 0)
         self._map[: CONTROL.size] = CONTROL.build(**values)
         self.fields = memoryview(self._map).cast("Q")
+
+    def give_sign(self) -> None:
+        """A sign of life. Where the clock has been set back, times that were taken before it mean nothing after it."""
+        now, clock = time.time_ns(), clock_offset()
+        if clock < self.fields[CLOCK] - CLOCK_TOLERANCE_NS:
+            self.fields[EVENT] = now
+        self.fields[HEARTBEAT] = now
+        if abs(clock - self.fields[CLOCK]) > CLOCK_TOLERANCE_NS:
+            self.fields[CLOCK] = max(clock, 0)
 
     def close(self) -> None:
         """Unmaps it."""
@@ -230,7 +241,7 @@ class Found:
     """The live files of a session as a reader finds them.
 
     Attributes:
-        poisoned, current, heartbeat, event, in_flight, bare, writes, logged: see `fmt.live.CONTROL`.
+        poisoned, current, heartbeat, event, in_flight, bare, writes, logged, clock: see `fmt.live.CONTROL`.
         writesets: the intervals from the oldest one asked for to the current one, by number.
     """
 
@@ -242,13 +253,24 @@ class Found:
     bare: int
     writes: int
     logged: int
+    clock: int
     writesets: dict[int, Words]
 
 
 def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
-    """Reads a session's live files; None where one that is needed is not there, or is another session's."""
+    """Reads a session's live files.
+
+    Args:
+        folder: of the live files.
+        uuid: of the session, 16 bytes.
+        oldest: the first interval that is needed.
+        size: of the disk, bytes.
+
+    Returns:
+        None where one that is needed is not there, is another session's, or is not as a tracker makes it.
+    """
     control = _read_control(folder)
-    if control is None or control.uuid != uuid:
+    if control is None or control.uuid != uuid or not 0 <= control.current - oldest < live.MAX_INTERVALS:
         return None
     writesets = {}
     for number in range(oldest, control.current + 1):
@@ -256,24 +278,40 @@ def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
         if words is None:
             return None
         writesets[number] = words
-    numbers = ("poisoned", "current", "heartbeat", "event", "in_flight", "bare", "writes", "logged")
+    numbers = ("poisoned", "current", "heartbeat", "event", "in_flight", "bare", "writes", "logged", "clock")
     return Found(**{name: getattr(control, name) for name in numbers}, writesets=writesets)
 
 
+def is_outdated(folder: str, uuid: bytes, current: int, size: int) -> bool:
+    """True where a dead tracker has marked in a later interval than the one that its control file has as current.
+
+    The control file is told of an interval before anything is marked in it; and no writeset but that of the next one is
+    made beforehand.
+    """
+    spare = _read_writeset(folder, uuid, current + 1, size)
+    marked = spare is not None and bool(spare.words.any())
+    return marked or os.path.lexists(_writeset_path(folder, current + 2))
+
+
 def _read_writeset(folder: str, uuid: bytes, number: int, size: int) -> Words | None:
-    data = livefs.read_live(_writeset_path(folder, number))
-    if data is None or len(data) < live.PAGE:
+    data = livefs.read_live(_writeset_path(folder, number), lambda head: _writeset_bytes(head, uuid, number, size))
+    if data is None:
         return None
-    head = WRITESET.parse(data)
-    if (head.magic, head.uuid, head.number, head.size) != (live.WRITESET_MAGIC, uuid, number, size):
-        return None
-    granularity = 1 << min(head.granularity_bits, 63)
-    if not geometry.is_granularity(granularity):
-        return None
+    granularity = 1 << WRITESET.parse(bytes(data[: WRITESET.size])).granularity_bits
     nbits = geometry.granules(size, granularity)
-    octets = geometry.ceil_div(nbits, 64) * 8
-    if len(data) != live.PAGE + max(octets, 8):
-        return None
-    words = np.frombuffer(data, bits.WORD, octets // 8, live.PAGE).copy()
+    words = np.frombuffer(data, bits.WORD, geometry.ceil_div(nbits, 64), live.PAGE).copy()
     bits.mask_tail(words, nbits)
     return Words(words, size, granularity)
+
+
+def _writeset_bytes(head: bytes, uuid: bytes, number: int, size: int) -> int | None:
+    """How long a writeset with that header is; None where it is not that interval's."""
+    if len(head) < WRITESET.size:
+        return None
+    found = WRITESET.parse(head)
+    if (found.magic, found.uuid, found.number, found.size) != (live.WRITESET_MAGIC, uuid, number, size):
+        return None
+    granularity = 1 << min(found.granularity_bits, 63)
+    if not geometry.is_granularity(granularity):
+        return None
+    return live.PAGE + max(geometry.ceil_div(geometry.granules(size, granularity), 64) * 8, 8)

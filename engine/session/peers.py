@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.storefile.session import peer_of
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import FormatError, LockedError, StorageError
+from dirtmap.fmt.errors import Error
 from dirtmap.fmt.live import Peer
 from dirtmap.fmt.store import Record
 
@@ -61,7 +61,7 @@ def find(path: str, peer: Peer, session: bytes, *, of_node: bool) -> Found:
     try:
         with Store(path_of(path, peer)) as target:
             record = target.record(peer.name)
-    except (FormatError, LockedError, StorageError):
+    except Error:
         return Found(None, True)
     if record is None or record.uuid != peer.uuid or (record.kind == store.KIND_DEVICE) != of_node:
         return Found(None, False)

@@ -49,4 +49,4 @@ def decide(facts: Facts) -> tuple[Row, str]:
     lost = "a sync of the tracker had failed" if facts.poisoned else "the live file is gone, as after a power loss"
     if facts.log:
         return Row.LOGGED, f"{lost}; dirty is what was saved, and every region that was logged since"
-    return Row.ALL_DIRTY, f"{lost}, and there is no log of regions"
+    return Row.ALL_DIRTY, f"{lost}, and no log of regions can be relied on"

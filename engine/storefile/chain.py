@@ -1,4 +1,4 @@
-"""The chain of checkpoints in a namespace's record; what the chain means: see `dirtmap.engine.model.checkpoints`."""
+"""The chain of checkpoints in a namespace's record. `dirtmap.engine.model.checkpoints` says what it means."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def read_chain(where: str, record: Record) -> list[str]:
-    """The chain in a namespace's record.
+    """The chain in a namespace's record, as stored.
 
     Raises:
-        FormatError: it makes no sense.
+        FormatError: the chain cannot be parsed.
     """
     try:
         names = parse_checkpoints(record.extension(EXTENSION_CHECKPOINTS) or b"")
@@ -34,21 +34,21 @@ def read_chain(where: str, record: Record) -> list[str]:
 
 
 def with_chain(record: Record, chain: list[str]) -> Record:
-    """The record with this chain and no other."""
+    """The record with this chain in place of its own."""
     data = build_checkpoints(map(encode_name, chain))
     return record.with_extensions([EXTENSION_CHECKPOINTS], [(EXTENSION_CHECKPOINTS, data)] if chain else [])
 
 
 def checkpoints_of(where: str, record: Record, recording: Mapping[str, bool]) -> list[str]:
-    """The chain of checkpoints of a namespace with these bitmaps; see `dirtmap.engine.model.checkpoints`.
+    """The chain of checkpoints of a namespace, reconciled with the bitmaps that it has now.
 
     Args:
-        where: names the namespace.
+        where: names the namespace in errors.
         record: of the namespace.
-        recording: the bitmaps that there are, and whether they record.
+        recording: of every bitmap that exists, whether it records.
 
     Raises:
-        FormatError: it makes no sense.
+        FormatError: the chain cannot be parsed.
     """
     if record.extension(store.EXTENSION_CHECKPOINTS) is None:
         return []
@@ -58,7 +58,7 @@ def checkpoints_of(where: str, record: Record, recording: Mapping[str, bool]) ->
 
 
 def with_checkpoints(record: Record, chain: list[str]) -> Record:
-    """The record with this chain of checkpoints and no other."""
+    """The record with this chain in place of its own; the same record if neither has a chain."""
     if not chain and record.extension(store.EXTENSION_CHECKPOINTS) is None:
         return record
     return with_chain(record, chain)

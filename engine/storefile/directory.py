@@ -1,4 +1,4 @@
-"""A namespace's directory and bits in a store: read, checked, and placed anew for a commit to come."""
+"""The directory and the bits of a namespace in a store: reads and verifies them, and places new ones for a commit."""
 
 from __future__ import annotations
 
@@ -23,26 +23,32 @@ if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
 
 
-_PIECE = 1 << 20  # bytes read at once where the whole is not needed
+_PIECE = 1 << 20  # bytes that `verify` reads at a time
 
 
 def no_namespace(path: str, name: bytes) -> BitmapError:
-    """The error for a namespace that is not there."""
+    """The error for a namespace that does not exist."""
     return BitmapError(f"{path}: {namespace_label(name)}", "there is no such namespace")
 
 
 def require_free(change: Change, name: bytes) -> None:
-    """Refuses a new namespace of a name that is taken.
+    """Refuses a name for a new namespace that is taken.
 
     Raises:
-        BitmapError: it is.
+        BitmapError: the name is taken.
     """
     if change.table.get(name):
         raise BitmapError(f"{change.snapshot.file.path}: {namespace_label(name)}", "the name is taken")
 
 
 def load_saved(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> NDArray[np.uint64]:
-    """As `load`, as far as it is in the store."""
+    """The saved bits of a bitmap, without a tracker's marks: uint64, shape (ceil(granules / 64),), tail bits zero.
+
+    All are set if ``doubted``.
+
+    Raises:
+        FormatError: the checksum is wrong.
+    """
     import numpy as np
 
     from dirtmap.engine.model import bits
@@ -65,7 +71,7 @@ def load_saved(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) 
 
 
 def verify(snapshot: Snapshot, record: Record, entry: Entry) -> None:
-    """Holds a bitmap's bits against their checksum, without keeping them in memory.
+    """Compares the bits of a bitmap with their checksum, without keeping them in memory.
 
     Raises:
         FormatError: the checksum is wrong.
@@ -87,10 +93,10 @@ def _wrong_bits(snapshot: Snapshot, record: Record, entry: Entry) -> FormatError
 
 
 def _require_own_directory(snapshot: Snapshot, record: Record) -> None:
-    """Refuses a directory of which another namespace has a part: a small store could claim any number of bitmaps.
+    """Refuses a directory that overlaps another namespace's. Else a small store could claim any number of bitmaps.
 
     Raises:
-        FormatError: names both.
+        FormatError: the two overlap; the error names both.
     """
     area, known = record.directory, snapshot.directories
     mine = area.offset, area.offset + area.length, record.name
@@ -104,10 +110,10 @@ def _require_own_directory(snapshot: Snapshot, record: Record) -> None:
 
 
 def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
-    """A namespace's directory.
+    """The directory of a namespace.
 
     Raises:
-        FormatError: damaged, or an entry makes no sense.
+        FormatError: the directory is damaged, or an entry breaks a rule of the format.
     """
     _require_own_directory(snapshot, record)
     where = f"{snapshot.file.path}: {record.label}"
@@ -132,16 +138,19 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
 
 
 def header_doubts(snapshot: Snapshot, record: Record) -> str | None:
-    """As `doubts`, as far as the store itself tells."""
+    """Why the store itself says that the bits of a namespace cannot be relied on; None if it does not.
+
+    `condition.doubts` adds what the image and its tracker say.
+    """
     if snapshot.chosen.in_doubt:
-        return "both copies of a header are damaged, perhaps those of the newest"
+        return "copies of the header are damaged, perhaps those of the newest"
     if record.generation <= snapshot.header.doubt_generation:
         return "the store lost a commit"
     return None
 
 
 def is_readable(snapshot: Snapshot, record: Record, entry: Entry) -> bool:
-    """False where the bits have a wrong checksum."""
+    """False if the checksum of the bits is wrong."""
     try:
         verify(snapshot, record, entry)
     except FormatError:
@@ -156,16 +165,16 @@ def release_bits(change: Change, record: Record, entry: Entry) -> None:
 
 
 def replace_directory(change: Change, record: Record, old: list[Entry], wanted: list[Entry]) -> Area:
-    """Has a namespace's directory written anew, and gives up the bits that only the old one leads to.
+    """Writes the directory of a namespace anew, and gives up the bits that only the old one leads to.
 
     Args:
-        change: plans all of it.
+        change: plans the writing.
         record: of the namespace, as it was.
-        old: its entries so far.
-        wanted: those from now on; those that keep their bits lead to the same place.
+        old: the old entries.
+        wanted: the new entries. An entry that keeps its bits has the same offset as before.
 
     Raises:
-        BitmapError: there are too many.
+        BitmapError: there are too many bitmaps.
     """
     packed = build_directory(wanted)
     if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
@@ -180,10 +189,10 @@ def replace_directory(change: Change, record: Record, old: list[Entry], wanted: 
 
 
 def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap) -> Entry:
-    """Has a bitmap's bits written, and makes the entry that leads to them.
+    """Plans the writing of a bitmap's bits, and makes the entry that leads to them.
 
     Raises:
-        BitmapError: inconsistent, or too fine for the disk's size.
+        BitmapError: the bitmap is inconsistent, or too fine for the size of the disk.
     """
     where = f"{change.snapshot.file.path}: {record.label}: {label(name)}"
     if bitmap.inconsistent:

@@ -1,9 +1,9 @@
-"""`Store`: a store file, read without locks and changed by one commit at a time.
+"""`Store`: a store file. Reading takes no lock; one commit at a time changes it.
 
-A commit, in epochs that a sync ends each:
+A commit writes in epochs. A sync ends each:
 
-    0  areas, into clusters that neither header slot refers to; and header copies that a crash or damage left
-       different from their twin: made the same
+    0  areas, into clusters that neither header slot refers to; and header copies that differ from their twin after a
+       crash or damage, which are made equal to it
     1  one copy of the other slot's header                                  <- the commit
     2  its second copy
 
@@ -40,20 +40,20 @@ from dirtmap.fmt.structures.store import AREA, LEAF
 T = TypeVar("T")
 
 FORMAT = "dirtmap"
-_WRITER = 100  # the byte that a writer locks alone
+_WRITER = 100  # offset of the byte that a writer locks exclusively
 _PATIENCE_SECONDS = 5.0
-# A reader starts over when the header moved on under it; this often only where commits come without pause.
+# A reader starts over if the header changed meanwhile. So many attempts are needed only if commits never pause.
 _ATTEMPTS = 1000
 
 
 class Snapshot:
-    """A store as of one commit.
+    """The state of a store as of one commit.
 
     Attributes:
         file: the store.
         chosen: which header counts, and why.
         header: the header that counts.
-        directories: those that were read: where they begin and end, bytes, and the namespace's name; ascending.
+        directories: of each directory read so far: its first byte, the byte behind it, and the namespace; ascending.
     """
 
     def __init__(self, file: File, chosen: Chosen) -> None:
@@ -65,7 +65,7 @@ class Snapshot:
         """Refuses an area that cannot be read.
 
         Raises:
-            FormatError: names the area.
+            FormatError: the area breaks a rule of the format, or is too long; the error names it.
         """
         for field, fault in store.area_faults(area, self.header.cluster_size, self.size):
             raise FormatError(f"{self.file.path}: {what}.{field}", fault)
@@ -73,15 +73,15 @@ class Snapshot:
             raise FormatError(f"{self.file.path}: {what}.length", f"{area.length} is above {store.MAX_METADATA_BYTES}")
 
     def read(self, area: Area, what: str, remedy: str = "'check -r all' mends the store") -> bytes:
-        """An area's bytes.
+        """The bytes of an area.
 
         Args:
             area: where they are.
-            what: names it in errors.
-            remedy: what such an error tells to do.
+            what: names the area in errors.
+            remedy: what an error advises.
 
         Raises:
-            FormatError: the area lies nowhere sensible, or its checksum is wrong; names it.
+            FormatError: the area cannot be read, or its checksum is wrong; the error names it.
         """
         self.check_area(area, what)
         if not area.length:
@@ -92,16 +92,16 @@ class Snapshot:
         return data
 
     def table(self) -> NamespaceTable:
-        """The namespaces."""
+        """The namespaces of the store. Errors as `read`."""
         header = self.header
         return NamespaceTable(self.file.path, self.read(header.table, "namespace table"), header.namespaces, self.read)
 
     def record(self, name: bytes) -> Record | None:
-        """The namespace of that name, or None."""
+        """The namespace of that name, or None. Errors as `read`."""
         return self.table().get(name)
 
     def older(self) -> Snapshot | None:
-        """The store as the other header slot has it, all of it in doubt; None where no copy of that is whole."""
+        """The store as the other header slot has it, all of it in doubt; None if neither copy of that slot is whole."""
         slot = 1 - self.chosen.slot
         data = self.file.read(0, store.RESERVED)
         for number in store.COPIES[slot]:
@@ -114,6 +114,7 @@ class Snapshot:
         """The runs of clusters that the commit released, (first, count), ascending.
 
         Raises:
+            FormatError: the list is damaged, or runs overlap or leave the file.
             FormatError: damaged, or runs overlap or leave the file.
         """
         values = parse_table(self.read(self.header.released, "released clusters"))
@@ -127,21 +128,25 @@ class Snapshot:
 
 
 class Store:
-    """A store file. Reading takes no lock; `change` is the one way to write.
+    """A store file. Reading takes no lock; `change` is the only way to write.
 
-    A store in which a commit is missing that was seen once was rolled back, as by a copy that was put back: from then
-    on all in it counts as dirty, and the next change says so on disk.
+    A store is rolled back if it lacks a commit that was seen before, say because an older copy was put back. From then
+    on all bitmaps in it count as dirty all over, and the next change records that on disk.
 
     Args:
         path: of the store.
-        abspath: its absolute path, where the process may have changed its folder since.
-        after_commit: the one hook after a commit: called with this store once this thread holds no store's lock, for
-            each commit that this object has made.
+        abspath: its absolute path, if the process may have changed its working folder since.
+        after_commit: called with this store after each commit that this object has made, once this thread holds no
+            store's lock.
 
     Attributes:
         path: as it was opened, for messages.
-        abspath: absolute: the process may change its folder.
+        abspath: the absolute path.
         uuid: of the store, 16 bytes.
+
+    Raises:
+        FormatError: the file is not a store, or no header is whole.
+        StorageError: the file cannot be opened or read.
     """
 
     def __init__(
@@ -172,27 +177,27 @@ class Store:
         self.close()
 
     def headers(self) -> bytes | None:
-        """The header copies as they are; while they stay so, byte for byte, so does all that they lead to.
+        """The bytes of the header copies. As long as they are the same, so is all that they lead to.
 
         Returns:
-            None where the path leads to another file by now.
+            None if the path leads to another file now.
         """
         return self._file.read(0, store.RESERVED) if self._file.is_current() else None
 
     def expect(self, seen: Seen) -> None:
-        """Takes note of a commit that was seen elsewhere."""
+        """Records a commit that was seen elsewhere. If the store lacks it, the store is rolled back."""
         if seen.generation >= self._seen.generation:
             self._seen = seen
 
     def is_rolled_back(self) -> bool:
-        """True where a commit that was seen is missing. Errors as `read`."""
+        """True if the store lacks a commit that was seen before. Errors as `read`."""
         return self.read(lambda snapshot: bool(snapshot.chosen.lost))
 
     def choose(self, file: File) -> Chosen:
-        """The header that counts, as far as this object knows what was committed.
+        """The header that counts, given the commits that this object has seen.
 
         Raises:
-            GoneError: it is another store by now.
+            GoneError: the file is another store now.
             As `headers.choose`.
         """
         seen = self._seen  # first: another thread may see a later commit than we are about to read
@@ -210,14 +215,16 @@ class Store:
         return self.read(lambda snapshot: snapshot.record(name))
 
     def read(self, read: Callable[[Snapshot], T]) -> T:
-        """Runs ``read`` on one commit's state; if the store moved on under it, on a later one instead.
+        """Runs ``read`` on the state of one commit, or again on a later one if the store changed too much meanwhile.
 
-        What a commit referred to stays untouched until the commit after the next has switched the header: areas are
-        taken from clusters that neither slot refers to. So an answer counts if, after it was made, the newest header
-        is at most one generation on; otherwise, or if a checksum failed meanwhile, it is made again.
+        What a commit refers to stays untouched until the commit after the next has switched the header, because areas
+        are taken from clusters that neither slot refers to. So an answer counts if, after it was made, the newest
+        header is at most one generation on. Otherwise it is made again, as it is if a checksum failed meanwhile.
 
         Raises:
-            FormatError: a checksum is wrong, and the store did not move.
+            FormatError: a checksum is wrong, and the store did not change.
+            GoneError: the file is another store now.
+            LockedError: the store changes faster than it can be read.
         """
         for _ in range(_ATTEMPTS):
             if not self._file.is_current():
@@ -237,11 +244,11 @@ class Store:
                 try:
                     raise failure
                 finally:
-                    failure = None  # which refers to this frame, and would keep in memory what was read
+                    failure = None  # its traceback refers to this frame, and keeps the data in memory
         raise LockedError(self.path, "changes faster than it can be read")
 
     def _settled(self) -> Chosen:
-        """The header; where it looks damaged, a second look tells a torn read from damage."""
+        """The header that counts. If it looks damaged, looks again, to tell a torn read from damage."""
         for _ in range(20):
             try:
                 chosen = self.choose(self._file)
@@ -259,12 +266,12 @@ class Store:
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Change]:
-        """Changes the store: at the end of the block all is durable, after an exception nothing has changed.
+        """Changes the store. At the end of the block all changes are durable; after an exception none is made.
 
         Raises:
             LockedError: another process is writing, and does not end.
             FormatError: what would have to be changed is damaged.
-            StorageError: the operating system failed; the old state stands, or the new one does.
+            StorageError: the operating system failed. Either the old state stands, or the new one.
         """
         with order.holding(Rank.STORE, self.abspath), self._locked() as file:
             change = Change(file, self.choose(file))
@@ -283,7 +290,7 @@ class Store:
         while True:
             with open_file(self.path, writable=True, abspath=self.abspath) as file:
                 if file.lock_alone(_WRITER):
-                    # A compaction may have put another file in its place while we waited.
+                    # A compaction may have replaced the file while this thread waited.
                     if file.is_current():
                         yield file
                         return
@@ -293,14 +300,14 @@ class Store:
 
 
 class Change:
-    """A store while it is being changed: areas are planned, then `commit` writes them and switches the header.
+    """A store during a change. Areas are planned; then `commit` writes them and switches the header.
 
     Attributes:
-        snapshot: the state it starts from.
-        table: its namespaces, to be changed.
+        snapshot: the state that the change starts from.
+        table: the namespaces, to be changed.
         generation: the number that the commit will have.
-        afterwards: what to do once it is durable.
-        copies: the header's copies, as far as they are known, and what they say.
+        afterwards: callbacks for when the commit is durable.
+        copies: the header copies known so far, and what they say.
     """
 
     def __init__(self, file: File, chosen: Chosen) -> None:
@@ -314,13 +321,13 @@ class Change:
         self.space = SpaceMap(
             file.path, header.cluster_size, header.clusters, root, self.snapshot.released(), self.snapshot.read
         )
-        # Past a lost newest header, too, which had the next number.
+        # Also past a lost newest header, which had the next number.
         self.generation = max(header.generation + (2 if chosen.in_doubt else 1), chosen.lost + 1)
         self._writes: list[tuple[int, bytes | memoryview]] = []
         self.afterwards: list[Callable[[], None]] = []
 
     def place(self, data: bytes | memoryview) -> Area:
-        """Finds room for bytes, to be written by the commit."""
+        """Finds room for bytes, and plans their writing by the commit. Errors as `SpaceMap.take`."""
         length = len(data)
         if not length:
             return Area()
@@ -330,14 +337,18 @@ class Change:
         return Area(offset, length, crc32c.crc32c(data))
 
     def release(self, area: Area) -> None:
-        """Gives up an area; it is reused once neither header slot refers to it."""
+        """Gives up an area. It is reused once neither header slot refers to it."""
         self.space.release(area)
 
     def commit(self) -> Seen:
-        """Makes the change durable; nothing is written where nothing changed, and no commit is lost.
+        """Makes the change durable. Writes nothing if nothing has changed and no commit is missing.
 
         Returns:
-            The commit, or the one before.
+            The new commit, or the old one if nothing was written.
+
+        Raises:
+            FormatError: the generation is so high that no commit can follow.
+            StorageError: the operating system failed, or the store would become too large.
         """
         old = self.header
         table = self.table.seal(self.place, self.release, old.table)
@@ -385,12 +396,12 @@ def create(
     Args:
         path: must not exist.
         cluster_bits: log2 of the cluster size in bytes, 12 to 21.
-        store_uuid: 16 bytes; a new one unless this store is to take another's place.
+        store_uuid: 16 bytes; None for a new one. Given if this store is to replace another.
         generation: of its first commit.
         doubt_generation: see `Header`.
 
     Raises:
-        StorageError: it exists, or cannot be made.
+        StorageError: the file exists, or cannot be made.
     """
     if not store.MIN_CLUSTER_BITS <= cluster_bits <= store.MAX_CLUSTER_BITS:
         raise StorageError(path, f"a cluster of 2**{cluster_bits} bytes is outside 4 KiB to 2 MiB")
@@ -426,6 +437,6 @@ def create(
                     file.write(offset, block)
             file.sync()
         except BaseException:
-            remove_file(path)  # half a store is of no use, and would be in the way of the next attempt
+            remove_file(path)  # an incomplete store would be in the way of the next attempt
             raise
     sync_folder(os.path.abspath(path))

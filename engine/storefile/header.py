@@ -4,14 +4,29 @@ block   0    1    2    3        slot A: blocks 0 and 2     slot B: blocks 1 and 
         A    B    A'   B'
 
 newest slot, at least one copy whole                        it counts
-... and both copies of the other slot damaged               the other may have been the newest: it counts, in doubt
+... and the other slot not as a commit leaves it            the other may have been the newest: it counts, in doubt
 no copy whole                                               refused
+
+The other slot is as a commit leaves it where
+
+- a copy of it is whole;
+- its whole copies are the same: the second copy of a slot is made the same as the first before the other slot changes;
+- they have the header that the newest was made from: the one of the generation before, or, where it counted in doubt or
+  a commit was missing, of the newest's ``doubt_generation``. So they are not the newest's own, which a write that went
+  astray has put there;
+- no damaged copy is, but for one bit, of the newest's generation or a later one, and none has its generation wiped.
+  Where that bit is in a word that is as its twin has it, a crash was in the middle of writing that copy.
+
+A writer wipes the generation of both copies of a slot before it changes a store in doubt. So doubt outlives a crash of
+that writer. What cannot be told: one copy of the newest header damaged beyond one bit, or as it was two commits ago,
+and the other as it was two commits ago. That is what the slot is like before a commit, or in the middle of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import NamedTuple
 
 import crc32c
@@ -25,6 +40,7 @@ from dirtmap.fmt.structures.store import AREA, CHECKSUM, HEADER, LEAF, NAMESPACE
 
 _CHECKED = store.BLOCK - CHECKSUM.size
 _GENERATION = HEADER.field("generation")
+_NO_GENERATION = b"\xff" * _GENERATION.size  # more than one bit away from any that there can be
 
 
 class Seen(NamedTuple):
@@ -209,7 +225,7 @@ class Chosen:
     Attributes:
         header: it; where ``in_doubt``, or a commit is lost, with every namespace put in doubt.
         slot: 0 (A) or 1 (B).
-        in_doubt: both copies of the other slot are damaged, and may have been the newest.
+        in_doubt: the other slot may have had the newest: it is not as a commit leaves it.
         mends: (block, bytes): damaged or outdated copies, and what they should be, before anything new is written.
         lost: generation of a commit that was seen and is missing; 0: none.
         copies: the whole copies, and what they say.
@@ -252,21 +268,68 @@ def choose(path: str, data: bytes, known: Mapping[bytes, Header] | None = None) 
     headers = {number: copies[block] for number, block in enumerate(blocks) if block in copies}
     if not headers:
         raise FormatError(f"{path}: header", "all four copies are damaged")
-    best = max(headers, key=lambda number: headers[number].generation)
-    slot = best % 2
+    newest = max(header.generation for header in headers.values())
+    bests = [number for number, header in headers.items() if header.generation == newest]
+    slot = int(2 * sum(number % 2 for number in bests) > len(bests))  # a slot has two copies of it, but for a crash
+    best = next(number for number in bests if number % 2 == slot)
     header = headers[best]
-    other = [number for number in store.COPIES[1 - slot] if number in headers]
-    if not other:
-        header = _in_doubt(header)
     mends = [(number, blocks[best]) for number in store.COPIES[slot] if blocks[number] != blocks[best]]
-    if other:
-        newest = max(other, key=lambda number: headers[number].generation)
-        mends += [(n, blocks[newest]) for n in store.COPIES[1 - slot] if blocks[n] != blocks[newest]]
-    else:
+    other = [number for number in store.COPIES[1 - slot] if number in headers]
+    in_doubt = (
+        {headers[number].generation for number in other} not in ({newest - 1}, {header.doubt_generation})
+        or len({blocks[number] for number in other}) > 1
+        or any(_claims(blocks[n], blocks[n ^ 2]) >= newest for n in store.COPIES[1 - slot] if n not in headers)
+    )
+    if in_doubt:
+        header = _in_doubt(header)
         # Their generation is wiped, or a torn write over what is left of them could bring back a header whose areas are
-        # gone by then. Nothing else: zeros over a damaged word could be what that word was before.
+        # gone by then. Nothing else: another value of a damaged word could be what that word was before.
         mends += [(n, wiped) for n in store.COPIES[1 - slot] if (wiped := _wiped(blocks[n])) != blocks[n]]
-    return Chosen(header, slot, not other, tuple(mends), copies=copies)
+    else:
+        mends += [(n, blocks[other[0]]) for n in store.COPIES[1 - slot] if n not in other]
+    return Chosen(header, slot, in_doubt, tuple(mends), copies=copies)
+
+
+def _claims(block: bytes, twin: bytes) -> int:
+    """Of which generation a damaged copy was, as far as it tells; one that is wiped tells of doubt: any.
+
+    A copy that lacks one word, and has there what its twin has, was being written over that when a crash came.
+    """
+    mended = _with_a_bit_flipped_back(block)
+    if mended is not None:
+        word = next(at for at in range(0, store.BLOCK, 8) if mended[at : at + 8] != block[at : at + 8])
+        if block[word : word + 8] == twin[word : word + 8]:
+            return 0
+        return int(HEADER.parse(mended).generation)
+    ones = b"\xff" * _GENERATION.offset  # which a disk can read as where it has lost what was there
+    wiped = block == _wiped(block) and not block.startswith(ones)
+    return store.MAX_GENERATION + 1 if wiped else 0
+
+
+def _with_a_bit_flipped_back(block: bytes) -> bytes | None:
+    """The whole copy that a damaged one was before one of its bits flipped; None where there is none."""
+    if len(block) < store.BLOCK:
+        return None
+    syndrome = CHECKSUM.parse(block, _CHECKED).checksum ^ crc32c.crc32c(block[:_CHECKED])
+    at = _syndromes().get(syndrome)
+    if at is None:
+        return None
+    mended = bytearray(block)
+    mended[at // 8] ^= 1 << at % 8
+    return bytes(mended) if is_whole(bytes(mended)) else None
+
+
+@cache
+def _syndromes() -> dict[int, int]:
+    """Which bit of a block has flipped, by what that changes in the checksum; CRC32C tells all of them apart."""
+    added = [crc32c.crc32c(bytes([byte]), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)]
+    found = {1 << bit: (store.BLOCK - 1 - bit // 8) * 8 + bit % 8 for bit in range(32)}  # of the checksum itself
+    for bit in range(8):
+        change = added[1 << bit]
+        for byte in reversed(range(_CHECKED)):
+            found[change] = byte * 8 + bit
+            change = change >> 8 ^ added[change & 0xFF]
+    return found
 
 
 def _in_doubt(header: Header) -> Header:
@@ -275,7 +338,7 @@ def _in_doubt(header: Header) -> Header:
 
 def _wiped(block: bytes) -> bytes:
     end = _GENERATION.offset + _GENERATION.size
-    return (block[: _GENERATION.offset].ljust(_GENERATION.offset, b"\0") + bytes(_GENERATION.size) + block[end:]).ljust(
+    return (block[: _GENERATION.offset].ljust(_GENERATION.offset, b"\0") + _NO_GENERATION + block[end:]).ljust(
         store.BLOCK, b"\0"
     )
 

@@ -1,22 +1,33 @@
 """Holds: who is reading a bitmap for a backup, so that nobody changes it meanwhile.
 
-A hold lives in the namespace's record of a store, so that every process sees it, and names the process that took it:
-its number, its start and the boot. One whose process is gone is stale: the backup has failed, and the hold counts no
-more.
+A hold is two things. Its entry in the namespace's record of a store tells every process that it is there, and for whom.
+A lock on one byte of the store file tells whether it still counts. The kernel drops that lock when the holder ends,
+however it ends, and shows it to every process on the machine: in another container, or where ``/proc`` hides the
+holder. A process number could do neither. What cannot be known counts as alive.
+
+The byte lies far behind any data. Which one it is follows from the hold's token: see SPEC.md, "hold". The lock is on
+the file, not on its path, so no other file may take the store's place while anything in it is held.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 import uuid
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.storefile import holds
+from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.process import Process, this_process
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import GoneError, LockedError, StorageError, printable
 from dirtmap.fmt.store import EXTENSION_HOLD, Record
 from dirtmap.fmt.structures.store import HOLD
+
+_FIRST = 1 << 62  # the first byte that a hold may lock; the last is the last that a file can have
+_COUNT = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +40,23 @@ class Hold:
     token: bytes
 
     def __str__(self) -> str:
-        return f"'{printable(self.owner)}' (process {self.process.number})"
+        return f"'{printable(self.owner)}' ({self.process.address})"
+
+    @property
+    def byte(self) -> int:
+        """The offset of the byte of the store file that its holder locks."""
+        return _FIRST | int.from_bytes(self.token[:8]) % _COUNT
+
+    def is_alive(self, file: File) -> bool:
+        """False where the holder is known to have ended.
+
+        Args:
+            file: the store that has the hold's record, opened by whoever asks.
+        """
+        try:
+            return file.locked_by_other(self.byte)
+        except StorageError:
+            return True
 
 
 def hold(bitmap: bytes, owner: str) -> Hold:
@@ -54,9 +81,26 @@ def all_holds(record: Record) -> Iterator[Hold]:
         )
 
 
-def living(record: Record) -> list[Hold]:
-    """The holds that count."""
-    return [found for found in all_holds(record) if found.process.lives()]
+def living(file: File, record: Record) -> list[Hold]:
+    """The holds in a namespace's record that count.
+
+    Args:
+        file: the store that has the record, opened by whoever asks.
+        record: of the namespace.
+    """
+    return [found for found in all_holds(record) if found.is_alive(file)]
+
+
+def is_any_alive(file: File) -> bool:
+    """True where anybody holds a bitmap of a store, also one whose record cannot be read.
+
+    Args:
+        file: the store, opened by whoever asks.
+
+    Raises:
+        StorageError: the file system cannot tell.
+    """
+    return file.locked_by_other(_FIRST, _COUNT)
 
 
 def with_holds(record: Record, holds: list[Hold]) -> Record:
@@ -77,6 +121,51 @@ def _build(found: Hold) -> bytes:
     return fixed + found.bitmap + owner
 
 
-def held_by(record: Record) -> dict[str, str]:
-    """Which bitmaps of a namespace are held, and by whom."""
-    return {decode_name(found.bitmap): str(found) for found in holds.living(record)}
+def held_by(file: File, record: Record) -> dict[str, str]:
+    """Which bitmaps of a namespace are held, and by whom. Arguments as `living`."""
+    return {decode_name(found.bitmap): str(found) for found in holds.living(file, record)}
+
+
+def lock(held: Hold, store: File) -> File:
+    """Has the kernel tell everybody that a hold is alive, until the file that is returned is closed.
+
+    A forked child gets that file closed: the hold is its parent's, and ends with it. A program that is started does not
+    get it at all.
+
+    Args:
+        held: of this process.
+        store: that is to have the hold's record, as its writer has it open.
+
+    Raises:
+        GoneError: another file is in the store's place.
+        LockedError: the byte is locked by someone else.
+        StorageError: the file system has no such locks.
+    """
+    with _guard:
+        file = open_file(store.path, writable=True, abspath=store.abspath)
+        _locked.add(file)
+    try:
+        if (file.status.st_dev, file.status.st_ino) != (store.status.st_dev, store.status.st_ino):
+            raise GoneError(store.path, "was replaced since it was opened")
+        if not file.lock_alone(held.byte):
+            raise LockedError(store.path, "another program locks the bytes that are for holds")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+# The files of this process by which it holds. The guard is a leaf of the lock order, and held for an open only: no
+# child is forked between the open and the note of it. It is reentrant, for a fork in a signal's handler.
+_locked: weakref.WeakSet[File] = weakref.WeakSet()
+_guard = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    for file in list(_locked):
+        file.close()
+    _locked.clear()
+    _guard.release()
+
+
+os.register_at_fork(before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_after_fork_in_child)

@@ -1,13 +1,14 @@
-"""`SpaceMap`: which clusters of a store are free, found without looking at what uses them.
+"""`SpaceMap`: which clusters of a store are free. It finds them without looking at what uses the others.
 
     root:  | leaf 0: offset, free, CRC | leaf 1 | ...        one bit a cluster, 1 = used or released,
     leaf:  | 1 1 1 0 0 1 ... |                               clusters numbered from the start of the file
 
-In memory a leaf is one integer, whose bit n is that of its cluster n: that takes less time than arrays, and no import.
+In memory a leaf is one integer whose bit n is that of its cluster n. That is faster than an array, and needs no import.
 
-A commit may use a cluster only if *neither* header slot refers to it: the older one is what a reader falls back to, and
-what a crash in the middle leaves. So what commit N stops using is listed as *released* by N and stays marked; commit
-N + 1 clears those marks while it writes the slot that referred to them, and commit N + 2 is the first to use them.
+A commit may use a cluster only if *neither* header slot refers to it: the older slot is what a reader falls back to,
+and what a crash during the commit leaves. So what commit N stops using is listed as *released* by N and stays marked.
+Commit N + 1 clears those marks, while it overwrites the slot that referred to those clusters. Commit N + 2 is the first
+that may use them.
 
     commit          N - 1        N           N + 1         N + 2
     cluster         used         released    free          may be used
@@ -30,21 +31,24 @@ from dirtmap.fmt.structures.store import LEAF, RUN
 
 Write = tuple[int, bytes | memoryview]
 
-# Leaves that may be read, from the first on and again from the emptiest, in search of a run of clusters before it is
-# taken at the end instead.
+# Number of leaves to search for a run of clusters, from the first leaf on and again from the emptiest. After that the
+# run is taken at the end of the file instead.
 _MOST_LEAVES_SEARCHED = 4
 
 
 class SpaceMap:
-    """The map as one commit finds it and leaves it.
+    """The map as one commit finds it, and as it leaves it.
 
     Args:
-        where: the store's path, for messages.
-        cluster_size: bytes.
-        clusters: how many the map covers: the length of the file in clusters.
+        where: path of the store, for messages.
+        cluster_size: in bytes.
+        clusters: number of clusters that the map covers, which is the length of the file.
         root: the bytes of the map's root.
-        released: (first, count) of the runs that the last commit released.
-        read: returns an area's bytes, verified.
+        released: (first, count) of the runs of clusters that the last commit released.
+        read: returns the bytes of an area, verified.
+
+    Raises:
+        FormatError: the root does not cover the clusters, or two leaves have the same offset.
     """
 
     def __init__(
@@ -72,16 +76,16 @@ class SpaceMap:
         self._changed: set[int] = set()
 
     def leaf(self, index: int) -> int:
-        """Leaf ``index`` as it is now: bit n is set where its cluster n is used or released."""
+        """Leaf ``index`` with all changes so far: bit n is set if its cluster n is used or released."""
         if index not in self._leaves:
             self._leaves[index] = self.read_leaf(index)
         return self._leaves[index]
 
     def read_leaf(self, index: int) -> int:
-        """The same, as the last commit left it, and not kept in memory.
+        """Leaf ``index`` as the last commit left it. It is not kept in memory.
 
         Raises:
-            FormatError: damaged, or it contradicts the root.
+            FormatError: the leaf is damaged, or contradicts the root.
         """
         leaf = int.from_bytes(self._read(self.places[index], f"space map leaf {index}"), "little")
         where = f"{self._where}: space map[{index}]"
@@ -92,7 +96,11 @@ class SpaceMap:
         return leaf
 
     def take(self, count: int) -> int:
-        """``count`` adjacent clusters that neither slot refers to, marked as used; the number of the first."""
+        """Marks ``count`` adjacent clusters, to which neither slot refers, as used. Returns the first one's number.
+
+        Raises:
+            StorageError: the store would become larger than its space map can show.
+        """
         first = self._found(count)
         if first is None:
             first = self.clusters
@@ -101,7 +109,7 @@ class SpaceMap:
         return first
 
     def _found(self, count: int) -> int | None:
-        """Where ``count`` adjacent clusters are free inside the file, as far as that is worth searching for."""
+        """The first of ``count`` adjacent free clusters inside the file; None if a short search finds none."""
         if count > self.per_leaf:
             return self._found_across(count)
         possible = [index for index, free in enumerate(self.free) if free >= count]
@@ -114,13 +122,13 @@ class SpaceMap:
         return None
 
     def _ordered(self, possible: list[int]) -> list[int]:
-        """Where to search: leaves that are written anyway first; the emptiest last, so that they stay empty."""
+        """The order of the search: first leaves that are rewritten anyway, last the emptiest, so that they stay so."""
         near = [index for index in possible if index not in self._changed][:_MOST_LEAVES_SEARCHED]
         emptiest = heapq.nlargest(_MOST_LEAVES_SEARCHED, possible, key=lambda index: self.free[index])
         return list(dict.fromkeys([*sorted(self._changed.intersection(possible)), *near, *emptiest]))
 
     def _found_across(self, count: int) -> int | None:
-        """The same for more than a leaf shows: the free end of one, whole free ones, the free beginning of another."""
+        """Like `_found` for more clusters than a leaf has: a leaf's free end, free leaves, a leaf's free start."""
         index = 0
         while index < len(self.free):
             first = index
@@ -157,7 +165,7 @@ class SpaceMap:
             self._changed.add(index)
 
     def _parts(self, runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-        """The parts of runs that lie in one leaf: its number, the first cluster in it, and how many."""
+        """Splits runs at leaf boundaries: the leaf's number, the first cluster in it, and the count."""
         for first, count in runs:
             while count:
                 index, start = divmod(first, self.per_leaf)
@@ -166,7 +174,7 @@ class SpaceMap:
                 first, count = first + here, count - here
 
     def _free_released(self) -> None:
-        """Clears the marks of what the last commit released: leaf by leaf, for there may be a million runs."""
+        """Clears the marks of what the last commit released; leaf by leaf, because there may be a million runs."""
         for index, parts in groupby(self._parts(self._released), key=lambda part: part[0]):
             mask = bytearray(self._cluster)
             for _, start, count in parts:
@@ -179,15 +187,18 @@ class SpaceMap:
             self.free[index] += leaf.bit_count() - left.bit_count()
 
     def release(self, area: Area) -> None:
-        """This commit no longer uses that area; the commit after the next may reuse it."""
+        """Gives up an area in this commit. The commit after the next may reuse it."""
         if clusters := area.clusters(self._cluster):
             self._newly_released.append((clusters.start, len(clusters)))
 
     def seal(self, old_root: Area, old_released: Area) -> tuple[Area, Area, list[Write]]:
-        """Ends the commit's changes to the map, whose own parts are replaced like everything else.
+        """Ends the changes to the map. Its own parts are replaced like all others.
 
         Returns:
-            The root's area, the released list's area, and what to write.
+            The area of the root, the area of the released list, and what to write.
+
+        Raises:
+            StorageError: the change is too large for one commit.
         """
         self.release(old_root)
         self.release(old_released)
@@ -226,11 +237,11 @@ class SpaceMap:
     def _resized(self, place: tuple[int, int], length: int) -> tuple[int, int]:
         wanted = ceil_div(length, self._cluster)
         if place[1] >= wanted:
-            # Runs can merge while leaves find their places: then less is needed than was taken.
+            # Runs can merge while leaves are placed, so that less is needed than was taken.
             self._mark(place[0] + wanted, place[1] - wanted, used=False)
             return place[0], wanted
         if place[1]:
-            self._mark(*place, used=False)  # taken a moment ago, and nobody refers to it
+            self._mark(*place, used=False)  # taken in this commit, so nothing refers to it
         return self.take(wanted), wanted
 
 
@@ -246,20 +257,20 @@ def _ones(count: int) -> int:
 
 
 def _first(bits: int) -> int:
-    """The number of the lowest bit that is set; -1 where none is."""
+    """The number of the lowest set bit; -1 if none is set."""
     return (bits & -bits).bit_length() - 1
 
 
 def _run(leaf: int, count: int) -> int:
-    """Where the first ``count`` adjacent free clusters begin; behind the leaf's last mark all are, without an end.
+    """The first of ``count`` adjacent free clusters. All clusters behind the leaf's last mark count as free.
 
-    A bit stands for ever more clusters, from its own on:
+    In each step a bit stands for a longer run of clusters that begins with its own:
 
     free     1 1 0 1 1 1 1 0 1 1            bit 0 on the left
     2        1 0 0 1 1 1 0 0 1 0            free, and the next too:      bits & bits >> 1
     3        0 0 0 1 1 0 0 0 0 0            and the one behind them:     bits & bits >> 1
     """
-    length, free = 1, ~leaf  # a negative number, which has ones without an end
+    length, free = 1, ~leaf  # negative, so it has infinitely many ones
     while length < count:
         step = min(length, count - length)
         free &= free >> step
@@ -268,7 +279,7 @@ def _run(leaf: int, count: int) -> int:
 
 
 def merged(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Runs of clusters, (first, count), as runs that are ascending, disjoint and not adjacent."""
+    """Merges runs of clusters, (first, count): the result is ascending, disjoint and not adjacent."""
     found: list[tuple[int, int]] = []
     for first, count in sorted(runs):
         if found and (end := sum(found[-1])) >= first:

@@ -1,4 +1,4 @@
-"""`NamespaceTable`: a store's namespaces in two levels, so that one is found or changed without the others.
+"""`NamespaceTable`: the namespaces of a store, in two levels. One is found or changed without reading the others.
 
 table:   2**bucket_bits area pointers          bucket number = CRC32C(name) mod 2**bucket_bits
 bucket:  records, one behind the other         8 on average, before the table doubles
@@ -30,10 +30,10 @@ class NamespaceTable:
     """The table as one commit finds it, and as the next one will.
 
     Args:
-        where: the store's path, for messages.
+        where: path of the store, for messages.
         pointers: the bytes of the table.
-        count: how many namespaces there are.
-        read: returns an area's bytes, verified.
+        count: number of namespaces.
+        read: returns the bytes of an area, verified.
     """
 
     def __init__(self, where: str, pointers: bytes, count: int, read: Read) -> None:
@@ -50,11 +50,11 @@ class NamespaceTable:
         return self._buckets.bit_length() - 1
 
     def get(self, name: bytes) -> Record | None:
-        """The namespace of that name, or None."""
+        """The namespace of that name, or None. Errors as `bucket`."""
         return self.bucket(self._number(name)).get(name)
 
     def __iter__(self) -> Iterator[Record]:
-        """All namespaces, bucket by bucket."""
+        """All namespaces, bucket by bucket. Errors as `bucket`."""
         for number in range(self._buckets):
             yield from self.bucket(number).values()
 
@@ -70,7 +70,7 @@ class NamespaceTable:
         """Adds or replaces a namespace.
 
         Raises:
-            FormatError: the record breaks a rule, or the table is full.
+            FormatError: the record breaks a rule of the format, or the table is full.
         """
         for field, what in store.record_faults(record):
             raise FormatError(f"{self._where}: {namespace_label(record.name)}.{field}", what)
@@ -81,24 +81,24 @@ class NamespaceTable:
         bucket[record.name] = record
 
     def remove(self, name: bytes) -> None:
-        """Forgets a namespace."""
+        """Removes a namespace. Errors as `bucket`."""
         del self._change(self._number(name))[name]
         self.count -= 1
 
     def seal(self, place: Place, release: Callable[[Area], None], old: Area) -> Area:
-        """Writes changed buckets and the table anew.
+        """Writes the changed buckets and the table anew.
 
         Args:
-            place: finds room for bytes and has them written.
+            place: finds room for bytes, and plans their writing.
             release: gives up an area.
-            old: the table's present area.
+            old: the present area of the table.
 
         Returns:
-            The table's new area; the old one where nothing changed.
+            The new area of the table; the old one if nothing has changed.
         """
         if not self._changed:
             return old
-        # Patched, not built: there are thousands of pointers, and one or two of them change.
+        # Patches the pointers instead of building all: one or two of thousands change.
         pointers = bytearray(self._pointers)
         if self.count > self._buckets * store.RECORDS_PER_BUCKET and self.bucket_bits < store.MAX_BUCKET_BITS:
             records = list(self)
@@ -126,12 +126,12 @@ class NamespaceTable:
 
     @property
     def pointers(self) -> list[bytes]:
-        """The bucket pointers as found, each as its bytes."""
+        """The bucket pointers as found, each as its raw bytes."""
         size = AREA.size
         return [self._pointers[at : at + size] for at in range(0, len(self._pointers), size)]
 
     def unlike(self, other: NamespaceTable) -> Iterator[int]:
-        """The numbers of the buckets whose pointer is another one in a table of as many."""
+        """The numbers of the buckets whose pointer differs from that in ``other``, a table of the same length."""
         mine, theirs = self._pointers, other._pointers
         size = AREA.size
         for start in range(0, len(mine), _PIECE):
@@ -140,14 +140,14 @@ class NamespaceTable:
                 yield from (at // size for at in piece if mine[at : at + size] != theirs[at : at + size])
 
     def areas(self) -> list[Area]:
-        """The bucket pointers as found."""
+        """The bucket pointers as found, parsed."""
         return parse_areas(self._pointers)
 
     def bucket(self, number: int) -> dict[bytes, Record]:
         """The namespaces of one bucket, by name.
 
         Raises:
-            FormatError: damaged; names the bucket or the record.
+            FormatError: damaged; the error names the bucket or the record.
         """
         if number in self._changed:
             return self._changed[number]

@@ -14,7 +14,7 @@ import stat
 import struct
 from collections.abc import Iterator, Sequence
 
-from dirtmap.fmt.errors import StorageError, SyncError
+from dirtmap.fmt.errors import StorageError, SyncError, errno_of
 
 # struct flock of Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi")
@@ -181,7 +181,18 @@ class File:
         except _FAILURES as error:
             failed = self._failed("sync", error)
             self._poisoned = str(failed)
-            raise SyncError(failed.where, failed.what) from error
+            raise SyncError(failed.where, failed.what, failed.errno) from error
+
+    def write_back(self) -> None:
+        """Has the kernel write what others have written to the file, so that it notices when they write again.
+
+        Raises:
+            StorageError: it could not.
+        """
+        try:
+            os.fdatasync(self.fd)
+        except _FAILURES as error:
+            raise self._failed("write back", error) from error
 
     def lock(self, offset: int) -> None:
         """Takes a shared open-file-description lock on one byte (never waits: QEMU takes shared ones only)."""
@@ -207,9 +218,9 @@ class File:
             raise self._failed("lock", error) from error
         return True
 
-    def locked_by_other(self, offset: int) -> bool:
-        """True where any other open file description holds a lock on that byte."""
-        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
+    def locked_by_other(self, offset: int, length: int = 1) -> bool:
+        """True where any other open file description holds a lock on any of ``length`` bytes."""
+        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, length, 0)
         try:
             answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, request)
         except _FAILURES as error:
@@ -241,7 +252,7 @@ class File:
 
 def failure(path: str, action: str, error: Exception) -> StorageError:
     """The error for something that the operating system refused."""
-    return StorageError(path, f"{action}: {getattr(error, 'strerror', None) or error}")
+    return StorageError(path, f"{action}: {getattr(error, 'strerror', None) or error}", errno_of(error))
 
 
 _factory: type[File] = File
@@ -277,7 +288,7 @@ def make_folder_of(path: str, where: str) -> None:
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise StorageError(where, getattr(error, "strerror", None) or str(error)) from error
+        raise StorageError(where, getattr(error, "strerror", None) or str(error), errno_of(error)) from error
 
 
 def sync_folder(path: str) -> None:
@@ -310,7 +321,7 @@ def room_at(path: str) -> int:
     try:
         status = os.statvfs(os.path.dirname(path) or ".")
     except (OSError, ValueError) as error:
-        raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
+        raise StorageError(path, getattr(error, "strerror", None) or str(error), errno_of(error)) from error
     return status.f_bavail * status.f_frsize
 
 

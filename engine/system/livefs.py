@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import stat
+from collections.abc import Callable
 
 from dirtmap.engine.system.file import failure
 from dirtmap.fmt.errors import StorageError
@@ -49,12 +50,29 @@ def create_live(path: str, size: int) -> mmap.mmap:
         raise failure(path, "live file", error) from error
 
 
-def read_live(path: str) -> bytes | None:
-    """A live file as it is now; None where there is none. Copied, not mapped: nobody can cut it off under us."""
+def read_live(path: str, size_of: Callable[[bytes], int | None]) -> bytearray | None:
+    """A live file as it is now. Copied, not mapped: nobody can cut it off under us.
+
+    Args:
+        path: of the file.
+        size_of: which size, in bytes, a file with these first 4096 bytes has to have; None: it is none.
+
+    Returns:
+        None where there is none, or where it has another size: then the rest of it is not read.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        try:
+            status = os.fstat(fd)
+            size = size_of(os.pread(fd, mmap.PAGESIZE, 0)) if stat.S_ISREG(status.st_mode) else None
+            if size is None or status.st_size != size:
+                return None
+            data, done = bytearray(size), 0
+            while done < size and (step := os.preadv(fd, [memoryview(data)[done:]], done)):
+                done += step
+            return data if done == size else None
+        finally:
+            os.close(fd)
     except (OSError, ValueError):
         return None
 

@@ -11,7 +11,8 @@ A thread takes locks in ascending rank, so that no two threads or processes wait
 
 Two images, or two stores, may be held at once: both waits are bounded, so opposite orders end in a `LockedError`, and
 so does taking one and the same of these locks twice. A tracker's mark takes none of these locks. Its `_spare_guard` and
-its kernel's guard are leaves: whoever holds one takes no lock of this table, and calls nobody who does.
+its kernel's guard are leaves: whoever holds one takes no lock of this table, and calls nobody who does. So is
+the guard of `storefile.holds`.
 
 What has to happen after a commit of a store, and needs another lock, is given to `after_stores`: it is done once the
 thread holds no store any more.

@@ -1,4 +1,4 @@
-"""`Home`: the namespace of a store that a tracker feeds, and the one way in which the tracker changes it."""
+"""`Home`: the namespace of a store that a tracker feeds. The tracker changes the store through it alone."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ T = TypeVar("T")
 
 
 class HomeView:
-    """A home's bitmaps as of one commit, as the tracker sees them: saved bits and windows, without what is live.
+    """The bitmaps of a home as of one commit, for the tracker: saved bits and windows, without the live bits.
 
     Attributes:
         record: of the namespace.
-        session: the tracker's, or None before it has begun.
-        entries: the directory, by name, in order.
-        checkpoints: which of them are checkpoints, oldest first; a chain of `dirtmap.engine.model.checkpoints`.
+        session: the tracker's session; None before it has begun.
+        entries: names to directory entries, in directory order.
+        checkpoints: the chain of `dirtmap.engine.model.checkpoints`, oldest first.
     """
 
     def __init__(self, snapshot: Snapshot, record: Record) -> None:
@@ -59,10 +59,10 @@ class HomeView:
         return [name for name, entry in self.entries.items() if entry.auto and not entry.in_use]
 
     def entry(self, name: str) -> Entry:
-        """A bitmap's entry.
+        """The directory entry of a bitmap.
 
         Raises:
-            BitmapError: there is none, or it is inconsistent.
+            BitmapError: there is no such bitmap, or it is inconsistent.
         """
         if name not in self.entries:
             raise BitmapError(f"{self.where}: {label(name)}", "there is no such bitmap")
@@ -71,10 +71,10 @@ class HomeView:
         return self.entries[name]
 
     def clean_entry(self, name: str, granularity: int, *, recording: bool) -> Entry:
-        """The entry of a clean bitmap.
+        """A new directory entry for a clean bitmap; ``granularity`` is in bytes.
 
         Raises:
-            BitmapError: the name is not allowed, or the granularity too fine for the disk.
+            BitmapError: the name is not allowed, or the granularity is too fine for the disk.
         """
         if fault := directory.name_fault(encode_name(name)):
             raise BitmapError(f"{self.where}: {label(name)}", fault)
@@ -85,18 +85,18 @@ class HomeView:
         return entry
 
     def saved(self, name: str) -> Bitmap:
-        """A bitmap with its saved bits."""
+        """The bitmap with its saved bits; all dirty if the store is in doubt. Errors as `entry`."""
         entry = self.entry(name)
         words = load_saved(self.snapshot, self.record, entry, self._doubted)
         return Bitmap.from_words(self.record.size, entry.granularity, words, entry.auto)
 
     def is_clean(self, name: str) -> bool:
-        """True where no bit is saved for it."""
+        """True if the bitmap has no saved dirty bits. Reads no bits."""
         return self.entries[name].table_offset == store.ALL_ZEROS and not self._doubted
 
 
 class HomeChange(HomeView):
-    """A home while the tracker changes it; at the end of the block all is durable."""
+    """A home during a change by the tracker. `Home.change` commits it: durable at the end of its block."""
 
     def __init__(self, change: Change, record: Record) -> None:
         super().__init__(change.snapshot, record)
@@ -104,17 +104,17 @@ class HomeChange(HomeView):
         self.identity = record.identity
         self.peer = peer_of(record)
         if self._doubted:
-            # This commit ends the doubt, so what is in doubt has to be dirty in it.
+            # This commit ends the doubt, so all that is in doubt must be dirty in it.
             for name, entry in self.entries.items():
                 if not entry.in_use:
                     self.put(name, self.saved(name), window_of(entry))
 
     def window(self, name: str) -> Window | None:
-        """A bitmap's window."""
+        """The window of a bitmap, the intervals that it records; None if it has none."""
         return window_of(self.entries[name])
 
     def set_window(self, name: str, window: Window | None, *, recording: bool | None = None) -> None:
-        """Gives a bitmap another window, or none; and records, or not, where said."""
+        """Sets or removes the window of a bitmap; also sets whether it records, unless ``recording`` is None."""
         entry = self.entries[name]
         checksum = entry.extra_data[: store.BITS_CHECKSUM_SIZE].ljust(store.BITS_CHECKSUM_SIZE, b"\0")
         extra = checksum + window.build() if window else b"" if checksum == bytes(len(checksum)) else checksum
@@ -123,30 +123,34 @@ class HomeChange(HomeView):
         self.entries[name] = replace(entry, extra_data=extra)
 
     def put(self, name: str, bitmap: Bitmap, window: Window | None) -> None:
-        """A bitmap's saved bits, from now on; a new one where there is none of that name."""
+        """Replaces the saved bits and the window of a bitmap; adds the bitmap if there is none of that name.
+
+        Raises:
+            BitmapError: the name is not allowed.
+        """
         if fault := directory.name_fault(encode_name(name)):
             raise BitmapError(f"{self.where}: {label(name)}", fault)
         self.entries[name] = place_bitmap(self.change, self.record, name, bitmap)
         self.set_window(name, window)
 
     def put_empty(self, name: str, granularity: int, window: Window | None, *, recording: bool) -> None:
-        """As `put` for a clean bitmap: takes no time, however large the disk."""
+        """Like `put` for a clean bitmap, but takes the same time however large the disk. Errors as `clean_entry`."""
         self.entries[name] = self.clean_entry(name, granularity, recording=recording)
         self.set_window(name, window)
 
     def settle_checkpoints(self) -> None:
-        """Takes note of what others have done to checkpoints since the last session."""
+        """Reconciles the chain with what other programs have done to checkpoints since the last session."""
         recording = {name: entry.auto for name, entry in self.entries.items()}
         self.checkpoints = checkpoints.settle(self.checkpoints, recording)
 
     def make_all_dirty(self) -> None:
-        """Every bitmap, but for inconsistent ones, whose bits mean nothing."""
+        """Makes every bitmap dirty all over, except inconsistent ones, whose bits cannot be trusted anyway."""
         for name, entry in list(self.entries.items()):
             if not entry.in_use:
                 self.put(name, Bitmap(self.record.size, entry.granularity, entry.auto).recovered(), None)
 
     def finish(self) -> None:
-        """Plans the new record and directory."""
+        """Plans the new record and directory, to be committed at the end of the block."""
         change, record = self.change, self.record
         wanted = list(self.entries.values())
         area = record.directory
@@ -163,23 +167,24 @@ class HomeChange(HomeView):
 
 
 class Home:
-    """One namespace of a store.
+    """One namespace of a store, as its tracker uses it.
 
     Args:
-        host: checks the store, and hears of its commits.
+        host: validates the store, and is told of its commits.
         path: of the store.
         name: of the namespace, raw bytes.
 
     Attributes:
-        session: as this namespace's record has it, once the tracker has begun: what is saved here may not be elsewhere.
+        session: the session as this namespace's record has it, once the tracker has begun. Homes save one after the
+            other, so their records may differ in what is saved.
     """
 
     session: live.Session
 
     def __init__(self, host: HostPort, path: str, name: bytes) -> None:
         self._host, self.name = host, name
-        # One of its own, since the host's report each commit: a cut takes less time than to write that down.
-        self.store = Store(os.path.abspath(path))  # the tool may change its folder
+        # Not the host's store: that one reports each commit to the index, which takes longer than a cut.
+        self.store = Store(os.path.abspath(path))  # the process may change its working folder
         try:
             host.watch(self.store)
         except BaseException:
@@ -191,7 +196,7 @@ class Home:
         self.store.close()
 
     def record(self, snapshot: Snapshot) -> Record:
-        """The namespace's record.
+        """The record of the namespace.
 
         Raises:
             BitmapError: there is no such namespace.
@@ -210,22 +215,27 @@ class Home:
             raise GoneError(where, "the store has lost this tracker's session")
 
     def needs_recovery(self, snapshot: Snapshot) -> bool:
-        """True where the bitmaps cannot be relied on as they are, or a session has ended without being closed."""
+        """True if the bitmaps are in doubt, or a session ended without being closed.
+
+        Raises:
+            BitmapError: there is no such namespace.
+            LockedError: a live tracker has the session.
+        """
         record = self.record(snapshot)
         session = session_of(record)
         refuse_tracked(f"{self.store.path}: {record.label}", session)
         return session is not None or doubts(snapshot, record) is not None
 
     def view(self, snapshot: Snapshot) -> HomeView:
-        """The namespace as it is, whatever its session."""
+        """The namespace as it is, whichever session it has."""
         return HomeView(snapshot, self.record(snapshot))
 
     def report(self) -> None:
-        """Reports the store's last commit to the index, so that a rollback to one before it is noticed."""
+        """Reports the store's last commit to the index, which notices a rollback to an earlier one."""
         self._host.report(self.store)
 
     def has(self, session: bytes) -> bool:
-        """False where its record is known not to name that session."""
+        """False if the record is known not to name that session; True if it does, or cannot be read."""
         try:
             found = self.store.record(self.name)
         except Error:
@@ -234,7 +244,7 @@ class Home:
         return data is not None and data[: len(session)] == session
 
     def read(self, session: bytes, read: Callable[[HomeView], T]) -> T:
-        """Runs ``read`` on one commit's state. Errors as `Store.read`."""
+        """Runs ``read`` on the state of one commit. Raises `GoneError` for another session. Errors as `Store.read`."""
 
         def read_view(snapshot: Snapshot) -> T:
             view = self.view(snapshot)
@@ -245,13 +255,13 @@ class Home:
 
     @contextlib.contextmanager
     def change(self, session: bytes | None) -> Iterator[HomeChange]:
-        """Changes it, in one commit.
+        """Changes the namespace, in one commit.
 
         Args:
-            session: the tracker's, which the record must have; None where it has yet to begin.
+            session: UUID of the tracker's session, 16 bytes, which the record must have; None if it has yet to begin.
 
         Raises:
-            GoneError: the session is another one.
+            GoneError: the record has another session.
             As `Store.change`.
         """
         with self.store.change() as change:

@@ -1,8 +1,8 @@
-"""The kernel: how a mark gets into the bits, beside other marks, cuts and saves, and why none is lost.
+"""The kernel: how a mark gets into the bits, beside other marks, cuts and saves, and why no mark is lost.
 
-State. All that a mark needs is one `_State`: the current writeset's bits, the regions that the current log has, and
-the writes in flight. A *swap* replaces it whole: a cut by one with another writeset, a rotation by one with another
-log, the end by one that refuses. Who swaps reads the bits of the old state only after the swap.
+State. All that a mark needs is in one `_State`: the bits of the current writeset, the regions that the current log has,
+and the writes in flight. A *swap* replaces the state as a whole. A cut swaps in another writeset, a rotation another
+log, and the end of the tracker a state that refuses marks. The swapping thread reads the old bits only after the swap.
 
     mark   1  read the state            swap   1  replace the state
            2  region not in its log?           2  a cut: wait for the old state's flights to end
@@ -11,41 +11,42 @@ log, the end by one that refuses. Who swaps reads the bits of the old state only
            4  the same state still? done.
               no: begin again
 
-Between threads. Step 3 is one assignment to items of a bitarray: one call into C, which keeps the interpreter's lock
-from its first byte read to its last byte written. So of two threads that set bits of one byte none undoes the other's,
-as ``a[i] |= m`` would. Bits are only ever set while a writeset is current. Without that lock (free-threaded builds of
-Python) the kernel refuses to work.
+Between threads. Step 3 is one assignment to items of a bitarray. That is one call into C, which holds the interpreter's
+lock from the first byte read to the last byte written. So when two threads set bits of the same byte, neither undoes
+the other's bit, as ``a[i] |= m`` would. While a writeset is current, bits in it are only ever set. On a Python without
+that lock (a free-threaded build) the kernel refuses to work.
 
-Between a mark and a swap. Where step 4 finds the same state, steps 2 and 3 came before the swap's step 1, and so before
-its step 3: the bit is in what the cut ends or the save writes, and its region in the log before that. Where it finds
-another, all of it is done again in that one; that the bit is then in the older interval, too, makes a clean granule
-dirty, never a dirty one clean. So when a mark returns, its bit is in a writeset that was current after it was called,
-and is durable in a save or has its region in a log that is newer than that save.
-No mark may skip step 2 because its bit is set already: that bit may be another thread's, which has set it just after
-the snapshot of a save and is only about to log its region in the new log.
+Between a mark and a swap. If step 4 finds the same state, steps 2 and 3 came before the swap's step 1, and so before
+its step 3: the bit is in what the cut ends or the save writes, and its region was in the log before that. If step 4
+finds another state, the mark is done again in that one. The bit is then in the older interval, too, which can make a
+clean granule dirty, but never a dirty one clean. So when a mark returns, its bit is in a writeset that was current
+after the call, and is durable: in a save, or by its region in a log that is newer than that save.
+No mark may skip step 2 because its bit is set already. The bit may be another thread's, which set it just after the
+snapshot of a save, and is only about to log its region in the new log.
 
 Between a write and a cut. `begin` adds the write to the state's flights, then looks whether the state is still the
-same; if not it moves to the new one. So a write either is in the flights before a cut swaps, and the cut waits for it,
-or is of the new interval, bit and flight. `mark` alone has no end, so no cut can wait for its write.
+same; if not, it moves the write to the new one. So either a write is in the flights before a cut swaps, and the cut
+waits for it; or both its bit and its flight are of the new interval. A write marked by `mark` alone has no known end,
+so no cut can wait for it.
 
 Between a mark and the end. The end sets the failure, then swaps, then reads the bits to save them. A mark looks for a
-failure behind its step 1: so either its state is the old one, and it finds another at step 4 if it came too late, or
-it finds the failure.
+failure after its step 1. So either it finds the failure, or its state is the old one: then a mark that is too late for
+the save finds another state at step 4.
 
-Within one thread. A signal's handler, or a finalizer, may mark between any two operations of a mark, a swap or a save.
-Steps 1 to 4 keep nothing but what they have read of the state, and step 4 sees every swap. A log gives each place out
-once, and is replaced whole; so a record goes to the old log or the new one, and over no other. Acts that take the
-windows apart are not begun in the middle of another of the same thread: see `Recorder`.
+Within one thread. A signal handler or a finalizer may mark between any two operations of a mark, a swap or a save.
+Steps 1 to 4 keep only what they have read of the state, and step 4 sees every swap. A log hands out each place once,
+and is replaced as a whole. So a record goes to the old log or to the new one, and never overwrites another. Acts that
+take windows apart are not begun in the middle of another act of the same thread: see `Recorder`.
 
-Killed anywhere. The bits are in shared memory of a tmpfs: what step 3 has set stays set. Nothing there needs a second
-step to count.
+Killed anywhere. The bits are in the shared memory of a tmpfs: what step 3 has set stays set, and needs no second step
+to count.
 
-The fast way. `mark` as users call it is a closure with cells of its own for what steps 1 to 4 use, for writes inside
-one granule and a region that is known to be logged; all else goes the slow way, which is as above. A swap replaces the
-cell of the regions first and that of the bits last. A mark that has read the old bits and finds them unchanged at the
-end has set its bit before the swap was over, and its region was in the old log or the new one; one that has read the
-new bits sees the new regions. Each swap makes a new bitarray over the same memory, so that the cell of the bits alone
-tells whether there was one.
+The fast path. The `mark` that users call is a closure, with cells of its own for what steps 1 to 4 use. It serves
+writes inside one granule whose region is known to be logged; all others take the slow path, described above. A swap
+replaces the cell of the regions first and the cell of the bits last. A mark that has read the old bits, and finds them
+unchanged at the end, has set its bit before the swap was over, and its region was in the old log or the new one. A mark
+that has read the new bits sees the new regions. Each swap makes a new bitarray over the same memory, so that the cell
+of the bits alone tells whether there was a swap.
 """
 
 from __future__ import annotations
@@ -70,20 +71,20 @@ from dirtmap.fmt.errors import BitmapError, Error, RangeError, SyncError, Unsupp
 
 Mark = Callable[[int, int], None]
 _Swap = Callable[[bitarray | None, set[int]], None]
-# Below that many ranges, one by one is cheaper.
+# Below that many ranges, marking them one by one is cheaper.
 _FEW: Final = 128
-_PATIENCE_SECONDS: Final = 0.05  # a cut that waits looks again so often, whoever forgot to wake it
+_PATIENCE_SECONDS: Final = 0.05  # a waiting cut looks again so often, even if nobody wakes it
 
 
 class Ticket:
-    """A write that has begun; see `Kernel.begin`. One that nobody has any more, though not ended, is lost."""
+    """A write that has begun; see `Kernel.begin`. A ticket that is destroyed before its write has ended is lost."""
 
     __slots__ = ("_kernel", "flights", "number", "thread")
 
     def __init__(self, kernel: Kernel, thread: int | None = None) -> None:
         self._kernel = kernel
         self.number = next(kernel.numbers)
-        self.thread = thread  # the one that is to end it, where it is known
+        self.thread = thread  # the thread that will end the write, if it is known
         self.flights: Flights = {}
 
     def end(self) -> None:
@@ -91,19 +92,19 @@ class Ticket:
         self._kernel.end(self)
 
     def __del__(self) -> None:
-        # No more than that: it may come at any time, in the middle of anything.
+        # Does no more than that, because it may run at any time, in the middle of anything.
         if self.number in self.flights:
             self._kernel.lost.append((self.flights, self.number))
 
 
 class _State:
-    """What marks use until the next swap; never changed but for ``logged`` and ``flights``, which only grow and shrink.
+    """What marks use until the next swap. Nothing changes but ``logged``, which grows, and ``flights``.
 
     Attributes:
-        writeset: the current one.
+        writeset: the current writeset.
         bits: a view of its bits.
-        flights: the writes that have begun in it and not ended.
-        logged: the regions that are in the current log.
+        flights: the writes that have begun in it and have not ended.
+        logged: numbers of the regions that are in the current log.
     """
 
     __slots__ = ("bits", "flights", "logged", "writeset")
@@ -114,22 +115,25 @@ class _State:
 
 
 class Kernel:
-    """Marks writes of a disk of ``size`` bytes.
+    """Marks writes to a disk of ``size`` bytes.
 
     Args:
         where: names the tracker in errors.
-        size: of the disk, bytes.
+        size: of the disk, in bytes.
         writeset: the first one.
-        region_bits: log2 of a region, bytes; no smaller than a granule.
-        log: the intent log, or None: nothing is logged.
+        region_bits: log2 of the region size in bytes; a region is no smaller than a granule.
+        log: the intent log; None if nothing is to be logged.
         control: the tracker's control file.
 
     Attributes:
         mark: see `Tracker.mark`.
         failure: why every further call is refused, or None.
-        numbers: of tickets.
-        lost: tickets that nobody has any more: their flights, and their number there.
-        guard: held to change the log or the state; never by a mark whose region is logged.
+        numbers: counts the tickets.
+        lost: lost tickets, each as its flights and its number in them.
+        guard: lock to change the log or the state. A mark whose region is logged never takes it.
+
+    Raises:
+        UnsupportedError: this Python has no interpreter lock.
     """
 
     mark: Mark
@@ -153,18 +157,18 @@ class Kernel:
         self._known: set[int] = set()
         self._install()
 
-    # What a tool calls.
+    # For the tool.
 
     def begin(self, offset: SupportsIndex, length: SupportsIndex, ticket: Ticket | None = None) -> Ticket:
-        """Marks a write that is about to begin, and has every later cut wait for its `end`.
+        """Marks a write that is about to begin. Every later cut waits for its `end`.
 
         Args:
-            offset: bytes from the start of the disk.
-            length: bytes.
-            ticket: a new one of the caller's, who can end it even if this call is interrupted.
+            offset: in bytes from the start of the disk.
+            length: in bytes.
+            ticket: a new one made by the caller, who can end it even if this call is interrupted.
 
         Raises:
-            RangeError: not inside the disk; nothing is marked.
+            RangeError: the range is not inside the disk; nothing is marked.
             StorageError: its region could not be logged; the write must not be made.
         """
         offset, end = self._range(offset, length)
@@ -185,11 +189,11 @@ class Kernel:
             raise
         control[IN_FLIGHT] = len(self._flying)
         control[EVENT] = time.time_ns()
-        control[WRITES] += 1  # two threads may count one write; it is for people to look at
+        control[WRITES] += 1  # not atomic: two threads may count one write; it is only shown to users
         return ticket
 
     def end(self, ticket: Ticket) -> None:
-        """The write has ended, well or not; twice is as good as once."""
+        """Says that the write has ended, successfully or not. A second call does no harm."""
         control = self._control
         ticket.flights.pop(ticket.number, None)
         self._flying.discard(ticket.number)
@@ -200,7 +204,7 @@ class Kernel:
                 self._landed.notify_all()
 
     def mark_many(self, offsets: Iterable[SupportsIndex], lengths: Iterable[SupportsIndex]) -> None:
-        """As `mark` for each offset and its length, all or none. Errors as `begin`."""
+        """Like `mark` for each offset and its length, in bytes, all or none. Errors as `begin`."""
         offset, length = as_int64(offsets), as_int64(lengths)
         if offset.shape != length.shape:
             raise RangeError(self.where, f"{counted(len(offset), 'offset')} and {counted(len(length), 'length')}")
@@ -228,10 +232,10 @@ class Kernel:
             if state is self._state:
                 return
 
-    # What the tracker calls; one thread at a time.
+    # For the tracker; called by one thread at a time.
 
     def swap(self, writeset: Writeset | None = None, *, rotate: bool = False) -> Writeset:
-        """Replaces the state: by another writeset, another log, or both; see the module's head.
+        """Replaces the state: with another writeset, another log, or both; see the head of the module.
 
         Returns:
             The writeset that was current.
@@ -240,10 +244,10 @@ class Kernel:
             return self._swap(writeset, rotate)
 
     def refuse_own(self, writesets: Iterable[Writeset]) -> None:
-        """Refuses to wait for writes that cannot end while this thread waits.
+        """Refuses to wait for a write that cannot end while this thread waits.
 
         Raises:
-            BitmapError: one of those in flight is this thread's own.
+            BitmapError: one of the writes in flight is this thread's own.
         """
         me = threading.get_ident()
         for writeset in writesets:
@@ -251,10 +255,13 @@ class Kernel:
                 raise BitmapError(self.where, "a cut inside a write of the same thread would wait for itself")
 
     def drain(self, writesets: Iterable[Writeset]) -> None:
-        """Waits for the writes that have begun in writesets that are no longer current, or for the tracker's end.
+        """Waits for the end of the writes that began in these writesets, none of which is current any more.
 
-        Nobody can end a write whose ticket is lost, say by Ctrl-C. It is marked again, in the new interval, and not
-        waited for: to whichever it belongs, it is there.
+        Nobody can end a write whose ticket is lost, say by Ctrl-C. It is not waited for, but marked again in the new
+        interval: so it is in either interval to which it may belong.
+
+        Raises:
+            Error: the tracker's failure, if it ends meanwhile.
         """
         with self._landed:
             self._waiting += 1
@@ -274,43 +281,43 @@ class Kernel:
                 self._waiting -= 1
 
     def refuse(self, failure: Error) -> None:
-        """Has every further call fail."""
+        """Makes every further call fail with this error, or with that of an earlier failure."""
         with self.guard:
             self.failure = self.failure or failure
             self._swap(None, False)
 
     def abandon(self, failure: Error) -> None:
-        """As `refuse`, in a forked child.
+        """Like `refuse`, but in a forked child, and without the parent's locks and control file.
 
-        Another thread of the parent may have held the locks, for ever now; and the control file is the parent's, who
-        says there what the parent does.
+        Another thread of the parent may have held the locks, which nobody gives back here. The control file says what
+        the parent does, so the child must not write to it.
         """
         self.guard, self._landed, self.failure = threading.RLock(), threading.Condition(), failure
         self._control = memoryview(bytearray(len(self._control) * 8)).cast("Q")
         self._swap(None, False)
 
     def require_usable(self) -> None:
-        """Refuses every call once there is a failure, each with an error of its own: one would gather all tracebacks.
+        """Refuses a call once there is a failure.
 
         Raises:
-            Error: the failure.
+            Error: a copy of the failure; raising the same object again would gather all tracebacks in it.
         """
         if failure := self.failure:
             raise type(failure)(failure.where, failure.what)
 
     @property
     def logged(self) -> int:
-        """How many regions the current log has."""
+        """Number of regions in the current log."""
         return len(self._state.logged)
 
     @property
     def in_flight(self) -> int:
-        """How many writes have begun and not ended; those of lost tickets do not count."""
+        """Number of writes that have begun and not ended, without those whose tickets are lost."""
         return len(self._flying) - len(self.lost)
 
     @property
     def bare(self) -> bool:
-        """True once there were marks whose writes have no end that we hear of."""
+        """True once a write was marked without `begin`, so that its end is not known."""
         return bool(self._control[BARE])
 
     # How.
@@ -324,7 +331,7 @@ class Kernel:
         if rotate or self.failure:
             self._known = set()
         if state.writeset.granularity_bits != old.writeset.granularity_bits:
-            self._swap_fast(bitarray(), set())  # what was bound before goes the slow way from now on
+            self._swap_fast(bitarray(), set())  # a `mark` bound earlier takes the slow path from now on
             self._state = state
             self._install()
         else:
@@ -334,7 +341,7 @@ class Kernel:
         return old.writeset
 
     def _install(self) -> None:
-        """Makes `mark` for the current state."""
+        """Makes the fast path, `mark`, for the current state."""
         state = self._state
         shift = state.writeset.granularity_bits
         self._known = set()
@@ -347,8 +354,8 @@ class Kernel:
         self._control[BARE] = 1
         known = self._known
         self._set(offset, end)
-        # The region that ends with a granule cut short is never known to the fast way, which does not look at the
-        # disk's size.
+        # The fast path does not look at the size of the disk. So a region that ends with a granule cut short must
+        # never become known to it.
         whole = self.size >> self._state.writeset.granularity_bits
         per_region = self.region_bits - self._state.writeset.granularity_bits
         region = offset >> self.region_bits
@@ -358,7 +365,7 @@ class Kernel:
                     known.add(region)
 
     def _set(self, offset: int, end: int) -> None:
-        """Steps 1 to 4."""
+        """Steps 1 to 4 of the module's head."""
         if offset == end:
             self.require_usable()
             return
@@ -377,7 +384,7 @@ class Kernel:
                     return
 
     def _log_regions(self, state: _State, regions: Iterable[int]) -> bool:
-        """Makes regions durable in the log of that state; False where it is no longer the state."""
+        """Makes regions durable in the log of that state. False if the state has been replaced."""
         with self.guard:
             self.require_usable()
             if state is not self._state:
@@ -394,22 +401,22 @@ class Kernel:
             return True
 
     def _fail(self, error: SyncError) -> None:
-        """Has every further call fail, and recovery believe neither the live files nor the process; with the guard."""
+        """Makes every further call fail, and recovery distrust the live files and the process. Needs the guard."""
         self._control[POISONED] = 1
         self.failure = SyncError(self.where, f"not used any more after a failed sync ({error})")
         self._swap(None, False)
 
     def poison(self, error: SyncError) -> None:
-        """As after a failed sync of the log, for one of the store, be the tracker about to end or not."""
+        """Ends the tracker after a failed sync of the store, as after one of the log, even if it is about to end."""
         with self.guard:
             if not isinstance(self.failure, SyncError):
                 self._fail(error)
 
     def beat(self, log: IntentLog, time: int) -> None:
-        """Writes a sign of life to the log. Errors as `IntentLog.beat`; a failed sync poisons.
+        """Writes a heartbeat to the log. Errors as `IntentLog.beat`; a failed sync poisons the tracker.
 
-        With the guard: the kernel tells of a failed write once, to the first sync of that file, and what a mark has
-        written must be for that mark's own sync to hear of.
+        Takes the guard, because the kernel reports a failed write only once, to the first sync of that file. What a
+        mark has written must be reported to that mark's own sync.
         """
         with self.guard:
             self.require_usable()
@@ -427,13 +434,13 @@ class Kernel:
         return not missing or self._log_regions(state, missing)
 
     def _set_many(self, state: _State, offset: NDArray[np.int64], last: NDArray[np.int64]) -> None:
-        """Sets the bits in memory of our own, and ORs that into the writeset.
+        """Sets the bits in memory of its own, and ORs that memory into the writeset.
 
-        The OR is bitarray's: one call under the interpreter's lock. numpy gives the lock up in long loops, and what
-        other threads set meanwhile in a word that it has read would be gone.
+        The OR is bitarray's: one call under the interpreter's lock. numpy gives the lock up in long loops; bits that
+        other threads set meanwhile, in a word that it has read, would be lost.
         """
         shift = state.writeset.granularity_bits
-        # As long as the bits, which come in whole words.
+        # As long as the writeset's bits, which come in whole words.
         words = kernels.zeros(len(state.bits))
         kernels.scatter(words, offset >> shift, last >> shift)
         own = bitarray(buffer=words.data, endian="little")
@@ -452,9 +459,9 @@ class Kernel:
 def _make_mark(
     bits: bitarray, known: set[int], shift: int, per_region: int, slowly: Callable[[SupportsIndex, SupportsIndex], None]
 ) -> tuple[Mark, _Swap]:
-    """The fast way, and what swaps it: the regions alone where the bits are None.
+    """Makes the fast path, and the function that swaps its cells; that one keeps the bits if it is given None.
 
-    Cells of a closure take half the time of an object's attributes.
+    It is a closure because its cells take half the time of an object's attributes.
     """
     granularity = 1 << shift
     inside = granularity - 1
@@ -470,7 +477,7 @@ def _make_mark(
                 if into is bits:
                     return
         except OverflowError:
-            pass  # numpy's integer of a few bits
+            pass  # a numpy integer that is too short
         slowly(offset, length)
 
     def swap(new_bits: bitarray | None, new_known: set[int]) -> None:

@@ -1,4 +1,4 @@
-"""`Options`: how an image is tracked, judged before anything is written."""
+"""`Options`: how an image is tracked, validated before anything is written."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ class Options:
     """How to track.
 
     Attributes:
-        live: the folder for live files; on a tmpfs, or they do not survive what they are for at the speed they have.
-            None for ``$DIRTMAP_LIVE``, else ``/dev/shm``.
-        intent: ``region``: after a power loss dirty is what was saved and the regions written to since; ``off``: all.
-        region_size: bytes of the disk for each region of the intent log; a power of two; None for what suits the disk.
-        save_interval: seconds between saves; 0 for none but those asked for.
+        live: the folder for live files. It should be on a tmpfs, which survives a killed process at the speed of
+            memory. None for ``$DIRTMAP_LIVE``, else ``/dev/shm``.
+        intent: what is dirty after a power loss. ``region``: what was saved, and all regions written to since;
+            ``off``: everything.
+        region_size: bytes of the disk per region of the intent log, a power of two; None for a default by disk size.
+        save_interval: seconds between saves; 0 saves only when asked.
 
     Raises:
-        BitmapError: one of them is not possible.
-        TypeError: one is of another type.
+        BitmapError: a value is not possible.
+        TypeError: a value has the wrong type.
     """
 
     live: str | os.PathLike[str] | None = None
@@ -54,19 +55,19 @@ class Options:
 
     @property
     def live_root(self) -> str:
-        """The folder that all users share, below which this user's live files are."""
+        """The folder that all users share. This user's live files are in a folder below it."""
         return os.fspath(self.live or default_folder())
 
     @property
     def live_folder(self) -> str:
-        """The folder for this user's live files; absolute, for the tool may change its folder."""
+        """The folder for this user's live files; absolute, because the process may change its working folder."""
         return user_folder(os.path.abspath(self.live_root))
 
     def region_bits(self, size: int) -> int:
-        """log2 of the region size.
+        """log2 of the region size in bytes, for a disk of ``size`` bytes.
 
         Raises:
-            BitmapError: what was asked for is too small for the disk.
+            BitmapError: the region size asked for is too small for the disk.
         """
         if self.region_size is None:
             return live.region_bits(size)

@@ -1,4 +1,4 @@
-"""`Recorder`: a session while it runs: its writesets and its log, how intervals begin, and how they are saved."""
+"""`Recorder`: a running session: its writesets and its log, how intervals begin, and how they are saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
-from dirtmap.engine.identity import identity_of, identity_of_disk
+from dirtmap.engine.identity import identity_of, identity_of_disk, touched
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import doubts
@@ -39,16 +39,17 @@ _PATIENCE_SECONDS: Final = 5.0
 
 
 class Roots(Protocol):
-    """The roots that a tracked device may have, one after the other; see `Tracker.set_root`."""
+    """The root nodes that a tracked device may have, one after the other; see `Tracker.set_root`."""
 
     def opened(self) -> AbstractContextManager[Callable[[str, bool, Callable[[Setup], object]], object]]:
-        """Opens the device, for the time of the block, before the tracker gives up the old root.
+        """Opens the device for the time of the block, before the tracker gives up the old root.
 
-        Called with the tracker's locks held.
+        `Tracker.set_root` calls it, with the tracker's locks held.
 
         Yields:
-            What gives the device another root, by its name and whether its content is unchanged, and then begins to
-            track that, by calling its third argument; the old root is tracked again where the new one is refused.
+            A function of the new root's name, whether its content is unchanged, and a callback that begins to track a
+            root. It gives the device the new root and calls the callback; if the new root is refused, it calls the
+            callback for the old one.
         """
 
 
@@ -57,12 +58,12 @@ class Setup:
     """What a tracker is made of.
 
     Attributes:
-        homes: the namespaces that it feeds. The last is the image's node: it begins first and ends last. The first is
-            what the tracker's acts are about.
-        image: the path of the image, absolute.
+        homes: the namespaces that it feeds. The last is that of the image's node: its session begins first and ends
+            last. The first is the one that the tracker's methods change.
+        image: the absolute path of the image.
         options: how to track.
-        check_in: writes the bitmaps back into a qcow2 image when the session ends; None of other images.
-        roots: of a device; None of a node.
+        check_in: writes the bitmaps back into a qcow2 image when the session ends; None for other images.
+        roots: of a device; None for a node.
     """
 
     homes: list[Home]
@@ -73,20 +74,20 @@ class Setup:
 
 
 class Recorder:
-    """A session of an image; `Tracker` is what tools use of it.
+    """The session of an image; `Tracker` adds what tools call.
 
     Attributes:
-        size: of the disk, bytes.
-        last_error: what went wrong with the last save in the background, or None.
+        size: of the disk, in bytes.
+        last_error: why the last background save failed, or None.
     """
 
     def __init__(self, setup: Setup) -> None:
-        # Held to cut: one at a time, and taken first. Not to read, to save or to close: whoever is in the middle of a
-        # write for whose end a cut waits may do all of these.
+        # Held during a cut, so that cuts come one at a time; taken before the others. Reading, saving and closing do
+        # not take it: a thread in the middle of a write, for whose end a cut waits, may do all of these.
         self._cuts = threading.RLock()
-        # Held to change or read the windows, to save and to close, not while a write is waited for. No mark takes it.
+        # Held to change or read windows, to save and to close, but not while waiting for a write. No mark takes it.
         self._lock = threading.RLock()
-        # Held to make or take the spare; taken with the lock held, never the other way round.
+        # Held to make or take the spare writeset. Taken while _lock is held, never the other way round.
         self._spare_guard = threading.Lock()
         self._start(setup)
 
@@ -101,48 +102,48 @@ class Recorder:
         self._ended, self._wake = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._closed = False
-        self._failed: Error | None = None  # of a tracker that did not end well
-        self._doubt: str | None = None  # why bitmaps are dirty all over, of one that did
-        self._saves = self._remembered = 0  # how many there were, and of which the index knows
+        self._failed: Error | None = None  # why the tracker did not end well
+        self._doubt: str | None = None  # why bitmaps are dirty all over although it ended well
+        self._saves = self._remembered = 0  # number of saves, and of saves reported to the index
         self._begin()
 
     def mark(self, offset: int, length: int) -> None:
-        """Makes every granule dirty that has a byte in the range; call it before the write. The fastest way.
+        """Makes every granule dirty that has a byte in the range; call it before the write. It is the fastest way.
 
-        Right only where no cut can fall between the mark and the end of its write; else see `Tracker.write`.
+        It is right only if no cut can fall between the mark and the end of its write. Otherwise see `Tracker.write`.
 
         Args:
-            offset: bytes from the start of the disk.
-            length: bytes; 0 marks nothing.
+            offset: in bytes from the start of the disk.
+            length: in bytes; 0 marks nothing.
 
         Raises:
-            RangeError: not inside the disk; nothing is marked.
+            RangeError: the range is not inside the disk; nothing is marked.
             StorageError: its region could not be logged, or the tracker is poisoned; the write must not be made.
         """
-        self._kernel.mark(offset, length)  # each tracker has the kernel's own in this one's place: a call less
+        self._kernel.mark(offset, length)  # `_begin` puts the kernel's `mark` in place of this one, to save a call
 
     def save(self) -> None:
-        """Writes all marks to the store: durable on return, and the intent log begins anew.
+        """Writes all marks to the store. They are durable on return, and the intent log begins anew.
 
         Raises:
             SyncError: the tracker is poisoned; recovery will treat it as a power loss.
-            StorageError, LockedError: not saved; nothing is lost, and it can be tried again.
+            StorageError, LockedError: not saved. Nothing is lost, and the caller can try again.
         """
         with self._using():
             self._save(final=False)
 
     def close(self) -> None:
-        """Saves, and ends the session. Writes still in flight are marked; one that ends later looks like another's.
+        """Saves, and ends the session. Writes still in flight are marked; one that ends later looks like a foreign one.
 
-        Warns with a `RuntimeWarning` where another program has opened a qcow2 image meanwhile.
+        Warns with a `RuntimeWarning` if another program has opened a qcow2 image meanwhile.
 
         Raises:
-            BitmapError: in the middle of another act of the same thread, as in a signal's handler: it ends unsaved.
-            As `save`. A poisoned tracker ends without the store being touched; `dirtmap recover` does the rest.
+            BitmapError: called in the middle of another act of this thread, say in a signal handler; ends unsaved.
+            As `save`. A poisoned tracker ends without changing the store; `dirtmap recover` does the rest.
         """
         try:
             self._refuse_nested(self._lock)
-        except BitmapError as error:  # a handler that closes as a rule ends the process next
+        except BitmapError as error:  # a handler that closes usually ends the process next
             self._failed = error
             self.abandon()
             raise
@@ -172,7 +173,7 @@ class Recorder:
             raise type(failed)(failed.where, failed.what)
 
     def abandon(self) -> None:
-        """Ends at once, as if the process had died, but for the marks that nobody made: for a check-out that failed."""
+        """Ends at once, as if the process had died before any mark. For a check-out that failed."""
         with self._lock:
             self._kernel.refuse(StorageError(self._where, "the tracker is closed"))
             self._closed = True
@@ -186,7 +187,7 @@ class Recorder:
         if kind is None:
             self.close()
             return
-        with contextlib.suppress(Error):  # the first error is the one to hear of
+        with contextlib.suppress(Error):  # the block's own error is the one to raise
             self.close()
 
     # How.
@@ -200,7 +201,7 @@ class Recorder:
         return self._home.session
 
     def _begin(self) -> None:
-        """Makes the live files and the log, then names the session in the store: from then on a death is recovered."""
+        """Makes the live files and the log, then names the session in the store. From then on a death is recovered."""
         folder = self._options.live_folder
         livefs.make_live_folder(folder)
         *others, node = self._homes
@@ -236,7 +237,7 @@ class Recorder:
     def _require_free(self, change: HomeChange) -> None:
         if change.session or doubts(change.snapshot, change.record):
             raise BitmapError(change.where, "its image changed while tracking began; try again")
-        for held in holds.living(change.record):
+        for held in holds.living(change.snapshot.file, change.record):
             raise LockedError(f"{change.where}: {label(decode_name(held.bitmap))}", f"held by {held}")
 
     def _prepare(self, change: HomeChange, folder: str, undo: contextlib.ExitStack) -> None:
@@ -258,7 +259,7 @@ class Recorder:
         finest = min(
             [region_bits, 16, *(view.entries[name].granularity_bits for view in views for name in view.recording)]
         )
-        name = uuid.UUID(bytes=node.uuid).hex  # which has the session for as long as anybody needs the files
+        name = uuid.UUID(bytes=node.uuid).hex  # the node has the session as long as the files are needed
         live_path = os.path.join(folder, name)
         me = this_process()
         session = live.Session(
@@ -283,7 +284,7 @@ class Recorder:
         self._peers = [self._peer_of(view) for view in reversed(views)] if len(views) > 1 else [None]
         self._folder = livefile.Folder(live_path)
         undo.callback(self._folder.close)
-        livefile.remove_files(live_path, keep_folder=True)  # of a death before the session was in a store that we know
+        livefile.remove_files(live_path, keep_folder=True)  # left by a death before the session was in the store
         undo.callback(livefile.remove_files, live_path)
         self._control = Control(live_path, session.uuid, identity_of(self._image))
         self._control.fields[EVENT] = self._control.fields[HEARTBEAT] = session.started
@@ -303,7 +304,7 @@ class Recorder:
         return Peer(view.record.uuid, view.record.name, os.fsencode(elsewhere))
 
     def _enter(self, change: HomeChange) -> None:
-        """Has a home's record name the session."""
+        """Names the session in the record of a home."""
         peer = self._peers[0 if change.record.kind == store.KIND_DEVICE else -1]
         moved = peer is not None and change.record.kind == store.KIND_DEVICE and change.record.root_uuid != peer.uuid
         if change.record.size != self.size or moved:
@@ -315,7 +316,7 @@ class Recorder:
         change.peer = peer
 
     def _withdraw(self, node: Home, undo: contextlib.ExitStack) -> None:
-        """Takes the session from the node again: it did not begin."""
+        """Removes the session from the node's record, because it did not begin."""
         try:
             with node.change(self._session.uuid) as change:
                 for name in change.entries:
@@ -326,7 +327,7 @@ class Recorder:
             raise
 
     def _leave(self, undo: contextlib.ExitStack) -> None:
-        """Leaves a session that is in a record: recovery finds what it needs, that nothing was marked."""
+        """Keeps the files of a session that a record names: recovery finds there that nothing was marked."""
         undo.pop_all()
         self._log.close(remove=False)
         self._folder.close()
@@ -337,28 +338,31 @@ class Recorder:
 
     @contextlib.contextmanager
     def _cut(self, granularity: int | None = None) -> Iterator[int]:
-        """Begins an interval, waits for the writes of those before, and gives its number to the block, to commit.
+        """Begins an interval, waits for the writes of earlier ones, and yields its number to the block that commits.
 
             _cuts   |=====================================|
             _lock   |= swap =|                  |= commit =|
             waits             .................
             others             read, save, close
 
-        A save while it waits is that of a cut which has not happened: it takes marks of the new interval into bitmaps
-        that end with the one before (too much, never too little), and their log is void then; see `_begin_window`.
+        A save during the wait belongs to a cut that has not happened yet. It folds marks of the new interval into
+        bitmaps that end with the interval before, which is too much but never too little. Their log is void then; see
+        `_begin_window`.
 
         Args:
-            granularity: what the new interval has to be as fine as, bytes.
+            granularity: in bytes; the new interval must be at least as fine. None if the caller does not care.
         """
         self._refuse_nested(self._cuts)
         self._refuse_nested(self._lock)
         self._kernel.refuse_own([self._current, *self._undrained])
         with order.holding(Rank.CUT, self._where), self._cuts:
+            if self._current.number - min(home.session.oldest for home in self._homes) >= live.MAX_INTERVALS - 1:
+                self.save()
             with self._using():
                 finest = self._current.granularity_bits
                 if granularity is not None:
                     finest = min(finest, granularity.bit_length() - 1)
-                # What has to be waited for comes first: until then an interruption does no harm.
+                # All that may wait comes first: until the swap an interruption does no harm.
                 with self._spare_guard, self._kernel.guard, self._undivided():
                     fresh = self._take_spare(finest)
                     self._frozen[self._current.number] = self._current
@@ -367,7 +371,7 @@ class Recorder:
                     self._control.fields[CURRENT] = fresh.number  # before anything is marked in it
                     self._kernel.swap(fresh)
                     self.mark = self._kernel.mark  # type: ignore[assignment, method-assign]
-            # Those of cuts that were interrupted here, too: their writes are as much of the time before this one.
+            # Also those of cuts that were interrupted here: their writes, too, began before this cut.
             self._kernel.drain(self._undrained)
             self._undrained.clear()
             with self._using():
@@ -376,15 +380,15 @@ class Recorder:
 
     @contextlib.contextmanager
     def _undivided(self) -> Iterator[None]:
-        """Steps that go together: whoever breaks in between, by Ctrl-C or a signal's exception, ends the tracker.
+        """Steps that belong together: an interruption in between, by Ctrl-C or a signal, ends the tracker.
 
-        It is as if the process had died there, which every order of these steps survives: the session stays as it is,
+        It is as if the process had died there, which every order of these steps survives. The session stays as it is,
         and recovery finds every mark.
         """
         try:
             yield
         except Error:
-            raise  # of our own making, where it does no harm
+            raise  # an error of ours comes only where it does no harm
         except BaseException:
             what = "was interrupted in the middle of a cut or a save, and is not used any more; every mark is recovered"
             self._kernel.refuse(StorageError(self._where, what))
@@ -400,10 +404,10 @@ class Recorder:
         return spare
 
     def _save(self, *, final: bool) -> None:
-        """Folds what is live into the store. The new log is there before the writesets are read: see `marking`."""
+        """Folds the live bits into the store. The new log begins before the writesets are read: see `kernel`."""
         current = self._current
         if not final:
-            # Not twice without a commit between, in every home: the log of its last commit has to stay until the next.
+            # Rotates only if every home has committed the current log: that log must stay until the next commit.
             with self._kernel.guard, self._undivided():
                 self._kernel.swap(rotate=self._is_log_saved())
         marked = {number: words_of(one) for number, one in self._frozen.items()}
@@ -413,7 +417,7 @@ class Recorder:
             self._save_to(one, marked, unions, final=final)
             if final:
                 one.report()
-        self._saves += not final  # remembered in the background: whoever writes to the index may take his time
+        self._saves += not final  # reported in the background: the index may be busy
         if not final:
             self._forget()
         elif self._check_in:
@@ -425,7 +429,7 @@ class Recorder:
     def _save_to(
         self, target: Home, marked: dict[int, Words], unions: dict[tuple[int, int, int], Any], *, final: bool
     ) -> None:
-        """One home's part of a save: one commit. ``unions`` are those that another home had use for."""
+        """Saves to one home, in one commit. ``unions`` caches unions of writesets, for the homes that follow."""
         session = target.session
         parts = {number: words for number, words in marked.items() if number >= session.oldest}
         with self._changing(target) as home:
@@ -451,14 +455,14 @@ class Recorder:
                 home.session = replace(session, oldest=max(marked), log=self._log.number)
             elif not (self._check_in and target is self._homes[-1]):
                 home.session = None
-                home.identity = self._look(self._image)  # before the look below: what comes later, shows
+                home.identity = self._look(self._image)  # before the check below, so that later changes show
                 if self._check_in and recovery.opened_by_others(self._image):
                     home.make_all_dirty()
         if not final:
             target.session = replace(session, oldest=max(marked), log=self._log.number)
 
     def _forget(self) -> None:
-        """Drops the frozen writesets that are saved; in memory stay those that a taken bitmap needs to be dropped."""
+        """Drops the saved frozen writesets. Those that a taken bitmap needs for its `drop` stay in memory."""
         needed = min(self._held.values(), default=live.OPEN)
         oldest = min(home.session.oldest for home in self._homes)
         for number in [number for number in self._frozen if number < oldest]:
@@ -468,7 +472,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
-        """One act at a time, and none on a tracker that has failed or ended, or whose session is lost."""
+        """Lets one act run at a time, and none once the tracker has failed or ended, or its session is lost."""
         self._refuse_nested(self._lock)
         with order.holding(Rank.TRACKER, self._where), self._lock, self._acting():
             yield
@@ -479,22 +483,22 @@ class Recorder:
         try:
             yield
         except GoneError as error:
-            self._kernel.refuse(error)  # or marks would go where nobody looks
+            self._kernel.refuse(error)  # otherwise marks would go where recovery does not look
             raise
 
     def _refuse_nested(self, lock: Any) -> None:
-        """Refuses an act in the middle of another of the same thread, which would have to wait for itself.
+        """Refuses an act in the middle of another act of the same thread, because it would wait for itself.
 
         Raises:
-            BitmapError: it is.
+            BitmapError: this thread holds the lock.
         """
-        if lock._is_owned():  # what `threading.Condition` asks, too
+        if lock._is_owned():  # `threading.Condition` uses it, too
             what = "asked for in the middle of another act of the same thread, as in a signal's handler"
             raise BitmapError(self._where, what)
 
     @contextlib.contextmanager
     def _changing(self, target: Home | None = None) -> Iterator[HomeChange]:
-        """A commit; a failed sync poisons the tracker."""
+        """Changes a home in one commit; a failed sync poisons the tracker."""
         with self._poisoning(), (target or self._home).change(self._session.uuid) as home:
             yield home
 
@@ -507,13 +511,13 @@ class Recorder:
             raise
 
     def _give_signs(self) -> None:
-        """Signs of life in the live file, until the tracker ends; in a thread of its own, which waits for nothing."""
+        """Writes heartbeats to the live file until the tracker ends, in a thread of its own that waits for nothing."""
         ended, kernel, control = self._ended, self._kernel, self._control
         while not ended.wait(verdict.HEARTBEAT_SECONDS) and not kernel.failure:
-            control.fields[HEARTBEAT] = time.time_ns()
+            control.give_sign()
 
     def _in_background(self) -> None:
-        """Signs of life on disk, spare writesets and saves, until the tracker ends; if one fails, the others go on."""
+        """Makes durable heartbeats, spare writesets and saves until the tracker ends. A failure does not stop it."""
         next_save = time.monotonic() + self._options.save_interval
         next_beat, beaten = 0.0, 0
         ended, wake = self._ended, self._wake
@@ -532,8 +536,8 @@ class Recorder:
                 for home in self._homes:
                     home.report()
                 self._remembered = saves
-            # No lock is waited for here: whoever has it may be about to wait for this thread's end.
-            if self._spare_guard.acquire(blocking=False):  # not the lock: a cut only waits if it wants the very same
+            # Waits for no lock: the thread that holds it may be about to wait for this thread's end.
+            if self._spare_guard.acquire(blocking=False):  # not _lock, so a cut waits only if it needs the spare
                 try:
                     with self._noting():
                         if self._spare is None and not self._closed:
@@ -543,7 +547,7 @@ class Recorder:
                     self._spare_guard.release()
             if self._options.save_interval and time.monotonic() >= next_save and self._lock.acquire(blocking=False):
                 try:
-                    # A full disk: the marks stay where they are, and it is tried again.
+                    # On an error such as a full disk the marks stay where they are, and the next round tries again.
                     with self._noting(), order.holding(Rank.TRACKER, self._where), self._acting():
                         if self._kernel.logged or self._frozen or not self._is_log_saved():
                             self._save(final=False)
@@ -553,20 +557,20 @@ class Recorder:
                 next_save = time.monotonic() + self._options.save_interval
 
     def _is_log_saved(self) -> bool:
-        """False where a save has begun a new log and failed: no home knows of that yet."""
+        """False if a save has begun a new log and then failed, so that not every home knows that log."""
         return all(self._log.number == home.session.log for home in self._homes)
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
-        """An act in the background: its error is kept for whoever asks."""
+        """Keeps the error of a background act in `last_error`."""
         try:
             yield
         except Error as error:
             self.last_error = error
 
     def _beat(self, before: int) -> int:
-        """A sign of life on disk, where the image has changed since the last; returns when it changed."""
-        modified = identity_of(self._data).mtime_ns
+        """Makes a heartbeat durable if the image was touched since ``before``. Returns when it was last, in ns."""
+        modified = touched(self._data)
         if modified != before:
             self._kernel.beat(self._log, time.time_ns())
         return modified
@@ -577,11 +581,11 @@ class Recorder:
         threads, self._threads = self._threads, []
         for thread in threads:
             if thread is not threading.current_thread():
-                # A signal's handler may have come between this thread and a lock that is waited for there.
+                # A signal handler may run here while this thread holds a lock for which that one waits.
                 thread.join(_PATIENCE_SECONDS)
 
     def _release(self) -> None:
-        """Gives up the files; those of a session that has ended are removed."""
+        """Closes the files, and removes them if the session has ended."""
         ended = not any(home.has(self._session.uuid) for home in self._homes)
         self._log.close(remove=ended)
         folder = os.fsdecode(self._session.live)
@@ -592,9 +596,9 @@ class Recorder:
             home.close()
 
     def _abandon(self) -> None:
-        """In a forked child: the tracker is the parent's, whose marks ours would undo.
+        """Gives up the tracker in a forked child: it belongs to the parent, whose marks a child's would undo.
 
-        Another thread of the parent may have held a lock, which nobody gives back here.
+        Another thread of the parent may have held a lock, which nobody releases in the child.
         """
         self._cuts, self._lock, self._spare_guard = threading.RLock(), threading.RLock(), threading.Lock()
         self._kernel.abandon(StorageError(self._where, "a tracker cannot be used in a forked process"))
@@ -604,7 +608,7 @@ class Recorder:
 
 
 def words_of(writeset: Writeset) -> Words:
-    """A writeset's bits, as they are now and as they will be."""
+    """A view of a writeset's bits, which shows later marks, too."""
     return Words(writeset.words, writeset.size, 1 << writeset.granularity_bits)
 
 

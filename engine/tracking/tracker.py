@@ -1,6 +1,6 @@
-"""`Tracker`: an image's recording bitmaps while an embedding tool writes to it.
+"""`Tracker`: keeps the recording bitmaps of an image current while the embedding tool writes to it.
 
-A bitmap's content is its saved bits OR the writesets of its *window*, the intervals that it records:
+A bitmap's content is its saved bits OR the writesets of its *window*. The window is the intervals that it records:
 
     interval      0      |      1      |   2   |    3       (current)
     writeset    folded   |    frozen   | frozen|  marked into
@@ -8,15 +8,15 @@ A bitmap's content is its saved bits OR the writesets of its *window*, the inter
     "monday"                           [=======|===========>
     "all"       [========|=============|=======|===========>
 
-A cut begins an interval, and its commit to the store moves windows' ends, nothing else, whatever is dirty. A save ORs
-the frozen writesets and what is in the current one into the saved bits, in one commit that also says which writesets
-and logs count from then on; then the frozen ones are dropped. The windows are in the store and not in the live file, so
-that an end of one bitmap and the beginning of the next are one commit: killed between swap and commit, a cut has not
-happened, and its two intervals are both in the window that is still open.
+A cut begins an interval. Its commit to the store moves the ends of windows and nothing else, however much is dirty. A
+save ORs the frozen writesets, and what the current one has, into the saved bits. The same commit says which writesets
+and logs count from then on, and the frozen ones are dropped. The windows are in the store and not in the live file, so
+that one commit ends one bitmap and begins the next. If the process is killed between swap and commit, the cut has not
+happened, and both its intervals are in the window that is still open.
 
-Of a device's tracker all that is about the device's bitmaps. Those of its root go on recording, and are saved as well.
+The methods of a device's tracker are about the device's bitmaps. Those of its root go on recording, and are saved, too.
 
-What is lost when: see `dirtmap.engine.tracking.kernel` for marks, `dirtmap.engine.session.view` for deaths.
+What survives what: see `dirtmap.engine.tracking.kernel` for marks, `dirtmap.engine.session.view` for deaths.
 """
 
 from __future__ import annotations
@@ -45,46 +45,46 @@ if TYPE_CHECKING:
 
 
 class Tracker(Recorder):
-    """Tracks writes to an image; made by `Namespace.track`. Threads may share it.
+    """Tracks writes to an image. `Handle.track` makes it; threads may share it.
 
     Attributes:
-        size: of the disk, bytes.
-        last_error: what went wrong with the last save in the background, or None.
+        size: of the disk, in bytes.
+        last_error: why the last background save failed, or None.
     """
 
     # Marking.
 
     def begin(self, offset: SupportsIndex, length: SupportsIndex) -> Ticket:
-        """Marks a write that is about to begin; every later cut waits until its ticket is given to `end`.
+        """Marks a write that is about to begin, in bytes. Every later cut waits until its ticket is given to `end`.
 
-        A cut in the same thread would wait for ever: an asynchronous program asks for cuts in a thread of their own, as
-        by ``asyncio.to_thread``.
+        A cut in the same thread would wait for ever. So an asynchronous program asks for cuts in a thread of their own,
+        for example with ``asyncio.to_thread``.
 
         Raises:
-            RangeError: not inside the disk; nothing is marked.
+            RangeError: the range is not inside the disk; nothing is marked.
             StorageError: its region could not be logged, or the tracker is poisoned; the write must not be made.
         """
         return self._kernel.begin(offset, length)
 
     def end(self, ticket: Ticket) -> None:
-        """The write of that ticket has ended, well or not."""
+        """Says that the write of that ticket has ended, successfully or not."""
         ticket.end()
 
     def write(self, offset: SupportsIndex, length: SupportsIndex) -> Write:
-        """`begin` and `end` as a ``with`` block, in which the write is made. No cut may be asked for inside it."""
+        """`begin` and `end` as a ``with`` block, in which the write is made. No cut may be requested inside it."""
         return Write(self._kernel, offset, length)
 
     def mark_many(self, offsets: Iterable[SupportsIndex], lengths: Iterable[SupportsIndex]) -> None:
-        """As `mark` for each offset and its length, all or none; for arrays or any integers."""
+        """Like `mark` for each offset and its length, all or none, for arrays or any integers. Errors as `mark`."""
         self._kernel.mark_many(offsets, lengths)
 
     # Reading.
 
     def bitmap(self, name: str) -> Bitmap:
-        """A bitmap as it is now, frozen.
+        """The bitmap as it is now, frozen.
 
         Raises:
-            BitmapNotFoundError, BitmapError: none of that name, or inconsistent.
+            BitmapError: there is no such bitmap, or it is inconsistent.
         """
         with self._using():
             return self._home.read(self._session.uuid, lambda view: self._content(view, [name])).freeze()
@@ -99,7 +99,7 @@ class Tracker(Recorder):
         """What was written since a checkpoint, or since any recording bitmap began; frozen.
 
         Raises:
-            BitmapError: there is none of that name, or it or one after it was removed or disabled by other means.
+            BitmapError: there is no such bitmap; or another program removed or disabled it or a later checkpoint.
         """
         return self._changed(name, None)
 
@@ -110,23 +110,23 @@ class Tracker(Recorder):
     # Cuts.
 
     def add(self, name: str, granularity: SupportsIndex | None = None, *, recording: bool = True) -> None:
-        """A new, empty bitmap, that records from this cut on.
+        """Adds a new, empty bitmap, which records from this cut on. ``granularity`` is in bytes.
 
         Raises:
-            BitmapError: the name is taken or not allowed, or the granularity is not.
+            BitmapError: the name is taken or not allowed, or the granularity is not allowed.
             StorageError: the live file has no room, or the store could not be written; nothing has changed.
         """
         self._add(name, granularity, recording=recording, checkpoint=False)
 
     def checkpoint(self, name: str, granularity: SupportsIndex | None = None) -> None:
-        """A point in time, durable on return: the checkpoint before it ends here, and a new bitmap begins.
+        """Marks a point in time, durable on return: ends the checkpoint before it, and begins a new bitmap.
 
-        Takes the same time whatever is dirty. Errors as `add`.
+        Takes the same time however much is dirty. Arguments and errors as `add`.
         """
         self._add(name, granularity, recording=True, checkpoint=True)
 
     def clear(self, name: str) -> None:
-        """Makes a bitmap clean: it begins anew at this cut. Not a checkpoint, which others rely on. Errors as `add`."""
+        """Makes a bitmap clean: it begins anew at this cut. Not for checkpoints. Errors as `add`."""
         with self._cut() as number, self._changing() as home:
             entry = self._usable(home, name)
             if entry.auto:
@@ -135,25 +135,25 @@ class Tracker(Recorder):
                 home.put_empty(name, entry.granularity, None, recording=False)
 
     def enable(self, name: str) -> None:
-        """Has a bitmap record from this cut on. Errors as `add`."""
+        """Lets a bitmap record from this cut on. Errors as `add`."""
         with self._cut(self._granularity_of(name)) as number, self._changing() as home:
             entry = self._usable(home, name)
             if entry.auto:
                 return
-            # What an earlier window has that is not saved yet, is: a bitmap has one window.
+            # A bitmap has one window. So what an earlier window holds and is not saved yet is saved now.
             bitmap = self._content(home, [name]) | self._since(home, number, entry.granularity)
             if bitmap != home.saved(name):
                 home.put(name, bitmap, None)
             home.set_window(name, Window(number), recording=True)
 
     def disable(self, name: str) -> None:
-        """Has a bitmap record no more from this cut on. Errors as `add`."""
+        """Stops a bitmap from recording at this cut. Errors as `add`."""
         with self._cut() as number, self._changing() as home:
             self._usable(home, name)
             self._end_window(home, name, number)
 
     def remove(self, name: str) -> None:
-        """Removes a bitmap; what a checkpoint has goes to the one before it, so that no answer loses a bit.
+        """Removes a bitmap. If it is a checkpoint, the one before it takes over its content, so that no bit is lost.
 
         Errors as `add`.
         """
@@ -169,11 +169,11 @@ class Tracker(Recorder):
     # Backups.
 
     def take(self, name: str) -> Bitmap:
-        """Takes a recording bitmap for a backup: what it holds at this cut, frozen.
+        """Takes a recording bitmap for a backup: its content at this cut, frozen.
 
-        It is busy until `drop` or `give_back`. What is written from here on is kept apart. If the tracker dies, it is
-        as if the backup had failed. What changed since a checkpoint is not taken: begin a `checkpoint`, and copy what
-        `changed_between` tells.
+        The bitmap is busy until `drop` or `give_back`. Later writes are kept apart from what was taken. If the tracker
+        dies, it is as if the backup had failed. A checkpoint cannot be taken: begin a new `checkpoint`, and back up
+        what `changed_between` tells.
 
         Raises:
             BitmapError: there is no such bitmap, it does not record, is taken already, or is a checkpoint.
@@ -191,12 +191,12 @@ class Tracker(Recorder):
                 uuid = self._session.uuid
                 return self._home.read(uuid, lambda view: self._content(view, [name], before=number)).freeze()
             except BaseException:
-                with contextlib.suppress(Error):  # nobody has it
+                with contextlib.suppress(Error):  # no caller has the bitmap
                     self._give_back(name)
                 raise
 
     def drop(self, name: str) -> None:
-        """The backup has succeeded: of a taken bitmap only what was written since `take` is left. Errors as `add`."""
+        """Says that the backup succeeded: the bitmap keeps only what was written since `take`. Errors as `add`."""
         with self._using():
             number = self._holding(name)
             with self._changing() as home:
@@ -205,7 +205,7 @@ class Tracker(Recorder):
             self._forget()
 
     def give_back(self, name: str) -> None:
-        """The backup has failed: the taken bitmap holds what it held, and what was written since. Errors as `add`."""
+        """Says that the backup failed: the bitmap keeps its content and what was written since. Errors as `add`."""
         with self._using():
             self._give_back(name)
 
@@ -221,21 +221,22 @@ class Tracker(Recorder):
     # A device's root.
 
     def set_root(self, root: str, *, content_unchanged: bool = False) -> None:
-        """Gives the tracked device another root node, say an overlay, and goes on with that.
+        """Gives the tracked device another root node, say an overlay, and goes on tracking that.
 
-        The old root's bitmaps are saved, and, in a qcow2 image, checked in; the new one's are fed from here on. All
-        writes before have to have ended, and none may begin until this returns. `mark` is another function afterwards.
+        The old root's bitmaps are saved and, in a qcow2 image, checked in. The new root's bitmaps are fed from then on.
+        All earlier writes must have ended, and no write may begin until this returns. `mark` is another function
+        afterwards.
 
         Args:
             root: name of the node.
-            content_unchanged: the caller vouches that it reads as the old root does; else all of the device's bitmaps
-                are dirty.
+            content_unchanged: the caller vouches that the new root reads as the old one does. Otherwise all bitmaps of
+                the device become dirty all over.
 
         Raises:
-            BitmapError: not a device's tracker, a write is in flight, or a bitmap is taken; or the root is refused as
-                `devices.set_root` does. The tracker goes on with the old one.
-            Error: as `close`, or the new root cannot be tracked: see `Namespace.track`. The tracker has ended, as all
-                later calls say; the device has the root that it has.
+            BitmapError: the tracker is not a device's, a write is in flight, a bitmap is taken, or the root is refused
+                as by `devices.set_root`. The tracker goes on with the old root.
+            Error: as `close`; or the new root cannot be tracked, see `Handle.track`. The tracker has ended, which every
+                later call reports. The device has whichever root it has.
         """
         if self._roots is None:
             raise BitmapError(self._where, "is tracked as a node, which has no root")
@@ -291,23 +292,23 @@ class Tracker(Recorder):
             self._home.read(self._session.uuid, look)
 
     def _begin_window(self, home: HomeChange, name: str, granularity: int, number: int) -> None:
-        """A bitmap that holds what is written from that interval on, and records."""
+        """Begins a bitmap anew: it records, and holds what was written from that interval on."""
         if number > _oldest(home):
             home.put_empty(name, granularity, Window(number), recording=True)
         else:
             home.put(name, self._since(home, number, granularity), Window(number))
 
     def _end_window(self, home: HomeChange, name: str, number: int) -> None:
-        """Has a bitmap record no more from that interval on."""
+        """Stops a bitmap from recording, from that interval on."""
         window = home.window(name)
         ended = replace(window, ended=min(window.ended, number)) if window else None
         home.set_window(name, ended, recording=False)
 
     def _since(self, home: HomeChange, number: int, granularity: int) -> Bitmap:
-        """What has to be in the saved bits of a bitmap that begins with that interval: nothing, as a rule.
+        """What the saved bits of a bitmap must hold that begins with that interval: usually nothing.
 
-        But where a save has come since, it has taken marks of that interval into the bitmaps of that time, and made
-        their log void: after a power loss only saved bits know of them.
+        But if a save has come since, it has folded marks of that interval into the bitmaps of that time, and made the
+        log of those marks void. After a power loss only saved bits tell of them.
         """
         since = Bitmap(self.size, granularity, recording=True)
         if number <= _oldest(home):
@@ -337,7 +338,7 @@ class Tracker(Recorder):
             return self._home.read(self._session.uuid, lambda view: view.entry(name).granularity)
 
     def _fold(self, home: HomeChange, into: str, name: str) -> None:
-        """Adds a checkpoint to the one before it."""
+        """ORs the content of a checkpoint into the one before it."""
         home.entry(into)
         newer = home.entry(name)
         first, second = home.window(into), home.window(name)
@@ -351,7 +352,7 @@ class Tracker(Recorder):
         home.set_window(into, window, recording=newer.auto)
 
     def _content(self, view: HomeView, names: list[str], *, before: int = live.OPEN) -> Bitmap:
-        """The union of bitmaps, saved and live, without intervals from ``before`` on."""
+        """The union of these bitmaps, saved and live, without the intervals from ``before`` on."""
         numbers: set[int] = set()
         finest = min(view.entry(name).granularity for name in names)
         every = {**self._frozen, self._current.number: self._current}
@@ -392,7 +393,7 @@ def _taken(view: HomeView, name: str) -> BitmapError:
 
 
 def _oldest(home: HomeChange) -> int:
-    """Intervals before that one are saved, and no log tells of them: as the store says, whatever this process knows."""
+    """The first interval that is not saved. No log tells of earlier ones, as the store says, whatever we know here."""
     assert home.session
     return home.session.oldest
 

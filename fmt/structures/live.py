@@ -17,6 +17,7 @@ from dirtmap.fmt.live import (
     MIN_REGION_BITS,
     Peer,
     Session,
+    Tally,
 )
 from dirtmap.fmt.structure import Structure
 
@@ -55,6 +56,7 @@ CONTROL = Structure(
     "logged" / Int64un,
     "image_device" / Int64un,
     "image_inode" / Int64un,
+    "clock" / Int64un,
 )
 WRITESET = Structure(
     "writeset",
@@ -75,6 +77,7 @@ LOG = Structure(
     "checksum" / Int32ub,
 )
 BEAT = Structure("beat", "time" / Int64ub, "reserved" / Int32ub, "checksum" / Int32ub)
+TALLY = Structure("tally", "number" / Int64ub, "count" / Int32ub, "checksum" / Int32ub)
 LOG_RECORD = Structure("logged region", "region" / Int32ub, "checksum" / Int32ub)
 _SEED = Structure("log seed", "uuid" / Bytes(16), "number" / Int64ub)
 _NUMBERS = tuple(field.name for field in SESSION.fields if not field.name.endswith(("live_size", "log_size")))
@@ -161,17 +164,14 @@ def record_seed(uuid: bytes, number: int) -> int:
     return int(crc32c.crc32c(_SEED.build(uuid=uuid, number=number)))
 
 
+def log_seed_head(uuid: bytes, high: int) -> int:
+    """Returns what `record_seed` has reached before the low 32 bits of the log's number, of these high 32 bits."""
+    return int(crc32c.crc32c(_SEED.build(uuid=uuid, number=high << 32)[:-4]))
+
+
 def build_log_record(seed: int, region: int) -> bytes:
     """Returns the record that logs a region, by its number. ``seed`` is the log's `record_seed`."""
     return LOG_RECORD.build(region=region, checksum=crc32c.crc32c(region.to_bytes(4, "big"), seed))
-
-
-def parse_log_records(data: bytes, seed: int) -> Iterator[int]:
-    """Yields the regions of all sound records. The others are of older logs, or were never wholly written."""
-    for at in range(0, len(data) - LOG_RECORD.size + 1, LOG_RECORD.size):
-        region, checksum = data[at : at + 4], data[at + 4 : at + 8]
-        if crc32c.crc32c(region, seed) == int.from_bytes(checksum, "big"):
-            yield int.from_bytes(region, "big")
 
 
 def build_log(uuid: bytes, intent: int, bits: int, regions: int) -> bytes:
@@ -192,3 +192,17 @@ def parse_beat(uuid: bytes, data: bytes) -> int:
     if len(data) < BEAT.size or crc32c.crc32c(data[: BEAT.size - 4], crc32c.crc32c(uuid)) != BEAT.parse(data).checksum:
         return 0
     return int(BEAT.parse(data).time)
+
+
+def build_tally(uuid: bytes, number: int, count: int) -> bytes:
+    """Returns a tally of the session with that UUID: so many records of log ``number`` are durable."""
+    bare = TALLY.build(number=number, count=count, checksum=0)[:-4]
+    return bare + int(crc32c.crc32c(b"tally" + uuid + bare)).to_bytes(4, "big")
+
+
+def parse_tally(uuid: bytes, data: bytes) -> Tally | None:
+    """Returns a tally of the session with that UUID, or None if it is not wholly written."""
+    raw = TALLY.parse(data)
+    if build_tally(uuid, raw.number, raw.count) != data:
+        return None
+    return Tally(raw.number, raw.count)

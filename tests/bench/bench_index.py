@@ -13,12 +13,13 @@ import sqlite3
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import qemu
+from support.many import make_host
 
 from dirtmap.engine.host.host import Host
 from dirtmap.engine.host.lookup import Lookup
@@ -26,7 +27,9 @@ from dirtmap.engine.host.scan import scan
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import changes
 from dirtmap.engine.namespaces.changing import transaction
+from dirtmap.engine.qcow2.reading import describe
 from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.system.file import open_file
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 
@@ -116,9 +119,16 @@ def peers(host: Host, questions: list[tuple[str, str]], folder: Path) -> dict[st
     """A bare get of the same entries, each in a transaction of its own; and sqlite with the same addresses."""
     environment = host._parts.stores.index.database._env
     keys = [layout.bitmap_key(layout.named(node.encode()), name.encode()) for node, name in questions]
+    rows = ((f"node{node:05}", f"bitmap{name:02}", bytes(32)) for node in range(NODES) for name in range(BITMAPS))
+    return getters(environment, keys, questions, rows, folder)
+
+
+def getters(
+    environment: Any, keys: list[bytes], questions: list[tuple[str, str]], rows: Iterable[Any], folder: Path
+) -> dict[str, Callable[[], Any]]:
+    """The keys got from LMDB, the questions asked of a table in sqlite that has those rows; one after the other."""
     base = sqlite3.connect(folder / "peer.sqlite")
     base.execute("create table bitmaps (node text, name text, place blob, primary key (node, name)) without rowid")
-    rows = ((f"node{node:05}", f"bitmap{name:02}", bytes(32)) for node in range(NODES) for name in range(BITMAPS))
     base.executemany("insert into bitmaps values (?, ?, ?)", rows)
     base.commit()
 
@@ -138,7 +148,7 @@ def test_the_index_answers(
     against: Callable[..., None], million: Host, questions: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     """Aim: at most 2.5 times as long as a bare get of LMDB."""
-    index = million.index
+    index = million._parts.stores.index
 
     def ours() -> None:
         for node, name in questions:
@@ -161,6 +171,78 @@ def test_an_answer_is_verified(
                 lookup.find(node, name)
 
         against(ours, calls=QUESTIONS, rounds=21, **peers(million, questions, tmp_path))
+
+
+@pytest.fixture(scope="module", params=[1, 6, 21, 200])
+def many(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, int]:
+    """A host of so many stores, as the paths of its default store and of its index, and their number."""
+    return *make_host(tmp_path_factory.mktemp("many"), request.param), request.param
+
+
+WHAT = ["stored", "qcow2", "device"]
+
+
+def named(what: str, stores: int) -> str:
+    """A name in the store that was made last, or the image's or device's."""
+    return {"stored": f"node{stores - 1}", "qcow2": "image", "device": "device"}[what]
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_an_answer_with_many_stores(
+    against: Callable[..., None], many: tuple[str, str, int], what: str, tmp_path: Path
+) -> None:
+    """Aim: at most 25 us, whatever it is, and however many stores the host has."""
+    home, index, stores = many
+    node, calls = named(what, stores), 20
+    with Host(home, index) as host, Lookup(host) as lookup:
+        key = layout.bitmap_key(layout.named(node.encode()), b"b")
+        environment = host._parts.stores.index.database._env
+        assert lookup.find(node, "b")
+        others = getters(environment, [key] * calls, [(node, "b")] * calls, [(node, "b", bytes(32))], tmp_path)
+
+        def ours() -> None:
+            for _ in range(calls):
+                lookup.find(node, "b")
+
+        against(ours, calls=calls, rounds=201, **others)
+
+
+@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
+def test_opening_with_many_stores(
+    against: Callable[..., None], many: tuple[str, str, int], what: str, again: bool
+) -> None:
+    """A target is opened by name, by a host that was made just now, or that has opened it before."""
+    home, index, stores = many
+    name = named(what, stores)
+    container = os.path.join(os.path.dirname(home), "q.qcow2" if what == "qcow2" else "default.dmap")
+    if what == "stored" and stores > 1:
+        container = os.path.join(os.path.dirname(home), f"store{stores - 1}.dmap")
+
+    def look() -> None:
+        """What a survey of the stores cannot do without."""
+        for path in paths:
+            os.stat(path)
+
+    def alone() -> None:
+        if what == "qcow2":
+            with open_file(container) as file:
+                describe(file)
+        else:
+            with Store(container) as store:
+                store.record(name.encode())
+
+    with Host(home, index) as known:
+        paths = known._parts.stores.stores()
+
+        def ours() -> None:
+            if again:
+                known.open(name).close()
+            else:
+                with Host(home, index) as host:
+                    host.open(name).close()
+
+        against(ours, calls=1, rounds=51, **{"its container alone": alone, "a stat of each store": look})
 
 
 @pytest.fixture(scope="module")

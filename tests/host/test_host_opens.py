@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from support import qemu
+from support.many import MIB, make_host, raw
 
 import dirtmap.engine as dm
 from dirtmap.engine.storefile.file import Store
-
-MIB = 1 << 20
 
 
 @pytest.fixture
@@ -28,37 +25,6 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(Store, "__init__", counting)
     return counts
-
-
-def raw(path: Path) -> str:
-    path.touch()
-    os.truncate(path, MIB)
-    os.utime(path, (1, 1.5))
-    return str(path)
-
-
-def make_host(folder: Path, stores: int) -> tuple[str, str]:
-    """A host of so many stores, each with a node, and a qcow2 node and a device on it in the default one."""
-    home, index = str(folder / "default.dmap"), str(folder / "index")
-    with dm.Host(home, index) as host:
-        host.add_node("node0", raw(folder / "0.raw"))
-        qemu.create(folder / "q.qcow2", MIB)
-        host.add_qcow2("image", str(folder / "q.qcow2"))
-        host.add_device("device", "image")
-        host.add_device("on-raw", "node0")
-    for number in range(1, stores):
-        path = str(folder / f"store{number}.dmap")
-        with dm.Host(path, index) as other:
-            other._parts.registry.add_node(f"node{number}", raw(folder / f"{number}.raw"))
-    with dm.Host(home, index) as host:
-        dm.scan(host, [str(folder)])
-        for name in ("node0", "image", "device", f"node{stores - 1}"):
-            with host.open(name) as opened, opened.transaction() as bitmaps:
-                bitmaps.setdefault("b", dm.Bitmap(MIB))
-    time.sleep(0.06)  # until what was written last can be told from what will be written
-    with dm.Host(home, index) as host:
-        host._parts.stores.stores()
-    return home, index
 
 
 @pytest.mark.parametrize("stores", [1, 6, 21, 200])

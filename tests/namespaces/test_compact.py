@@ -96,14 +96,14 @@ def test_a_store_in_use_keeps_its_identity() -> None:
 
 
 def number_all(path: str, generation: int) -> None:
-    """Gives the newest header another generation."""
+    """Gives the newest header another generation, and the other slot the one before."""
     data = Path(path).read_bytes()
     chosen = headers.choose(path, data[: store.RESERVED])
-    block = headers.build_block(replace(chosen.header, generation=generation))
     with open(path, "r+b") as file:
-        for offset in headers.blocks_of(chosen.slot):
-            file.seek(offset)
-            file.write(block)
+        for slot, number in ((chosen.slot, generation), (1 - chosen.slot, generation - 1)):
+            for offset in headers.blocks_of(slot):
+                file.seek(offset)
+                file.write(headers.build_block(replace(chosen.header, generation=number)))
 
 
 @pytest.mark.parametrize("generation", [store.MAX_GENERATION, store.MAX_GENERATION - 1])

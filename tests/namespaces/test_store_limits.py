@@ -84,7 +84,7 @@ def test_disks_up_to_8_exbibytes(target: Store, monkeypatch: pytest.MonkeyPatch,
     for module in (looks, nodes):
         monkeypatch.setattr(module, "identity_of", lambda path: Identity(1, 2, 3, size))
     monkeypatch.setattr(nodes, "probe_path", lambda path: None)
-    add_node(target, "n", "raw")
+    add_node(target, "n", "raw", raw=True)
     with stored(Store(target.path), "n") as image:
         if size > 1 << 50:
             with pytest.raises(dm.BitmapError, match="granularity"):

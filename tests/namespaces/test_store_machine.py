@@ -192,7 +192,7 @@ class Machine(RuleBasedStateMachine):
     def remove_node(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(list(self.nodes)))
         if self.nodes[name].bitmaps:
-            with pytest.raises(dm.BitmapError, match="bitmaps"):
+            with pytest.raises(dm.BitmapError, match="bitmap"):
                 hostless.remove(self.store, name)
         else:
             hostless.remove(self.store, name)

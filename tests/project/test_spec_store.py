@@ -104,7 +104,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "example"
     create(str(path))
     with Store(str(path)) as target:
-        nodes.add_node(target, "disk", "/images/disk.raw")
+        nodes.add_node(target, "disk", "/images/disk.raw", raw=True)
     with dm.open(Address(str(path), "disk")) as image, image.transaction() as bitmaps:
         bitmaps["monday"] = dm.Bitmap.from_extents(image.size, [64 << 10], [192 << 10], 64 << 10)
     return path

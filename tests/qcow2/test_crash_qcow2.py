@@ -25,6 +25,8 @@ from dirtmap.engine.model import changes
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.qcow2 import commit
 from dirtmap.engine.qcow2.check import check
+from dirtmap.engine.qcow2.layout import read_layout
+from dirtmap.engine.system import file as fileio
 from dirtmap.fmt import qcow2
 
 EFFORT = crash.Effort(random=120, qemu=5).times(int(os.environ.get("DIRTMAP_CRASH_EFFORT", "1")))
@@ -351,6 +353,8 @@ CASES = {
     ),
     "disable": Case(TWO, changing(lambda bitmaps: changes.set_recording(bitmaps, "b0", False))),
     "recover": Case(crafted(TWO, in_use(0), in_use(1)), dm.recover),
+    "recover void ones": Case(crafted(TWO, void), dm.recover),
+    "recover void ones, large image": Case(crafted(TWO, void, holes), dm.recover, large=True),
     "several changes": Case(TWO, changing(add("b2"), merge("b2", "b0", "b1"), remove("b0"), mark("b1"))),
     "first identity": Case(PLAIN, named("disk")),
     "first identity, stale bytes behind the end": Case(crafted(PLAIN, stale_room), named("disk")),
@@ -396,6 +400,26 @@ DAMAGED = {
 }
 
 
+class VoidJudge(crash.Judge):
+    """As `Judge`, where void bitmaps come back: as long as they are void, `recover` can still bring them back."""
+
+    def __call__(self, image: bytearray) -> None:
+        super().__call__(image)
+        if not plain.Reader(image).bitmaps():
+            with crash.in_memory(image) as path, fileio.open_file(path) as file:
+                layout = read_layout(file, void=True)
+            if layout.faults or [slot.entry.name for slot in layout.slots] != [bitmap.name for bitmap in self.new]:
+                raise crash.Harm("void bitmaps are lost")
+
+
+def judge_of(name: str, recording: crash.Recording) -> crash.Judge | crash.MendJudge:
+    if name in DAMAGED:
+        return crash.MendJudge(recording, may_void="across" in name)
+    case = CASES[name]
+    kind = VoidJudge if name.startswith("recover void") and not case.may_void else crash.Judge
+    return kind(recording, may_void=case.may_void)
+
+
 @pytest.fixture(scope="module")
 def tallies(request: pytest.FixtureRequest) -> Iterator[dict[str, crash.Tally]]:
     """States tried, by operation; printed when all is done."""
@@ -434,7 +458,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 @pytest.mark.parametrize("name", CASES)
 def test_every_state_is_old_or_new(name: str, recorded: Recorded, tallies: dict[str, crash.Tally]) -> None:
     path, recording = recorded(name)
-    judge = crash.Judge(recording, may_void=CASES[name].may_void)
+    judge = judge_of(name, recording)
     crash.require_durable(recording)
     tallies[name] = tally = crash.explore(recording, judge, EFFORT)
     judge.finish(bytearray(recording.final))
@@ -498,7 +522,7 @@ def used_by_bitmaps(image: bytes) -> set[int]:
 @pytest.mark.parametrize("name", DAMAGED)
 def test_every_state_is_damaged_or_mended(name: str, recorded: Recorded, tallies: dict[str, crash.Tally]) -> None:
     path, recording = recorded(name)
-    judge = crash.MendJudge(recording, may_void="across" in name)
+    judge = judge_of(name, recording)
     crash.require_durable(recording)
     tallies[name] = crash.explore(recording, judge, EFFORT)
     judge.finish(bytearray(recording.final))
@@ -518,10 +542,7 @@ SPARE = {
 def test_every_sync_is_needed(name: str, recorded: Recorded, tallies: dict[str, crash.Tally]) -> None:
     """Without any one of them, or with two steps across it swapped, some crash does harm: and the judge sees it."""
     _, recording = recorded(name)
-    if name in CASES:
-        judge = crash.Judge(recording, may_void=CASES[name].may_void)
-    else:
-        judge = crash.MendJudge(recording, may_void="across" in name)
+    judge = judge_of(name, recording)
     mutants = [mutant for mutant in crash.mutants(recording) if mutant.epochs[0] != SPARE.get(name)]
     assert mutants
     tallies.setdefault(MUTANTS, crash.Tally()).built += len(mutants)

@@ -411,7 +411,7 @@ def test_qemu_and_dirtmap_refuse_the_same(name: str, bases: dict[str, tuple[Path
     craft.save(path)
     refused = False
     try:
-        dm.describe(path)
+        dm.open(path).close()
     except dm.FormatError:
         refused = True
     assert refused == bool(case.verdict)

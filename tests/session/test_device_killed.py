@@ -37,6 +37,7 @@ from support.tracking import GRANULE, Shared, forget_index, kill, mark, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system import livefs
 
 STEP = 11  # of the points at which a short run dies
 
@@ -60,8 +61,8 @@ def die_at(point: int, folder: Path) -> set[int]:
         for holder, name in (
             (fileio.File, "write"),
             (fileio.File, "sync"),
-            (fileio, "create_live"),
-            (fileio, "remove_live_files"),
+            (livefs, "create_live"),
+            (livefs, "remove_live_files"),
         ):
             setattr(holder, name, counting(getattr(holder, name)))
         with dm.open("disk0") as image:

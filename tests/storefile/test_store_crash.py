@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from support import crash, quick, store_crash
+from support import crash, hostless, quick, store_crash
 from support.crash import Recording, Tally
 from support.hostless import stored
 from support.store_crash import Judge, Reader
@@ -265,11 +265,11 @@ CASES = {
     "add node, second": Case(ONE, node("a second one with a longer name")),
     "add node, the table grows": Case(EIGHT, node("i")),
     "add node, 64 KiB clusters": Case(created(16), node("a")),
-    "remove node": Case(after(ONE, node("b")), of_node(nodes.remove_node, "b")),
-    "remove node, last": Case(after(EMPTY, node("a")), of_node(nodes.remove_node, "a")),
-    "rename node": Case(after(EMPTY, node("a")), of_node(nodes.rename_node, "a", "b")),
-    "rename node with its bitmaps": Case(TWO, of_node(nodes.rename_node, "a", "c", with_bitmaps=True)),
-    "rename node, many": Case(after(EIGHT, node("i")), of_node(nodes.rename_node, "a", "x", with_bitmaps=True)),
+    "remove node": Case(after(ONE, node("b")), of_node(hostless.remove, "b")),
+    "remove node, last": Case(after(EMPTY, node("a")), of_node(hostless.remove, "a")),
+    "rename node": Case(after(EMPTY, node("a")), of_node(hostless.rename, "a", "b")),
+    "rename node with its bitmaps": Case(TWO, of_node(hostless.rename, "a", "c", with_bitmaps=True)),
+    "rename node, many": Case(after(EIGHT, node("i")), of_node(hostless.rename, "a", "x", with_bitmaps=True)),
     "resize node, larger": Case(after(TWO, resized(2 * SIZE)), of_node(nodes.resize_node, "a")),
     "resize node, smaller": Case(after(TWO, resized(SIZE // 2)), of_node(nodes.resize_node, "a")),
     "confirm node": Case(after(TWO, touched), of_node(nodes.confirm_node, "a")),

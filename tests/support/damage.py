@@ -333,8 +333,10 @@ class Forged:
             place = 0 if name == "header" else at
             set_fields(structure, block, place, self.fields.get(name, {}))
             at += 0 if name == "header" else structure.size + 8
-        block[-4:] = crc32c.crc32c(block[:-4]).to_bytes(4, "big")
-        for number in range(4):
+        generation = HEADER.parse(block).generation
+        for number in range(4):  # of the one slot a generation earlier, so that there is no doubt
+            set_fields(HEADER, block, 0, {"generation": generation - (number % 2 and generation > 0)})
+            block[-4:] = crc32c.crc32c(block[:-4]).to_bytes(4, "big")
             self._put(number * store.BLOCK, block)
         return bytes(self.raw)
 

@@ -495,10 +495,10 @@ def test_a_list_without_a_target_has_every_bitmap() -> None:
 
 
 def test_a_list_of_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DIRTMAP_STORE", str(tmp_path / "no" / "default.dmap"))
+    monkeypatch.delenv("DIRTMAP_STORE")
     monkeypatch.setenv("DIRTMAP_INDEX", str(tmp_path / "no" / "index"))
     assert json_of("list") == []
-    assert "'index scan' finds them" in dirtmap("list").error
+    assert "no store yet; 'index scan' and 'node add' make it" in dirtmap("list").error
     assert json_of("find", "b") == []
     assert not Path("no").exists()
 

@@ -26,7 +26,7 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.tracking.recorder import Recorder
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt.errors import Error
-from dirtmap.fmt.structures.live import CONTROL, build_log_record, parse_log_records, record_seed
+from dirtmap.fmt.structures.live import CONTROL
 
 
 @pytest.fixture
@@ -251,14 +251,6 @@ def test_a_forked_child_can_close_and_says_nothing_in_the_parents_name(image: dm
             now = bytes(tracker._control.fields)
             assert now[:beat] + now[beat + 8 :] == fields[:beat] + fields[beat + 8 :]
         holder.join()
-
-
-def test_a_log_record_whose_checksum_is_0_counts() -> None:
-    uuid = bytes.fromhex("1234567890abcdef1234567890abcdef")
-    seed = record_seed(uuid, 982985)
-    record = build_log_record(seed, 1831)
-    assert record[4:] == bytes(4)
-    assert list(parse_log_records(record, seed)) == [1831]
 
 
 class SlowSync(fileio.File):

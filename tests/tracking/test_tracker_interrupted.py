@@ -24,6 +24,7 @@ from typing import Any, Final, Self
 import numpy as np
 import pytest
 from support.failing import COUNT, SIZE, killed, node_with_live_files
+from support.sessions import regions_of
 from support.tracking import GRANULE, forget_index, lost, mark
 
 import dirtmap.engine as dm
@@ -34,7 +35,6 @@ from dirtmap.engine.tracking import kernel as marking
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import Error
-from dirtmap.fmt.structures.live import parse_log_records, record_seed
 
 _NEVER: Final = 1 << 30
 HERE = {os.path.dirname(module.__file__) for module in (marking, livefile)}  # tracking and session
@@ -303,19 +303,14 @@ def test_a_handler_behind_any_operation(folder: Path, act: str, handler: str) ->
 
 @pytest.mark.parametrize("act", ["append", "rotate"])
 def test_a_region_logged_in_the_middle_of_the_logs_own_acts_is_in_the_log(tmp_path: Path, act: str) -> None:
-    uuid, path, regions = b"u" * 16, tmp_path / "log", 64
+    uuid, path = b"u" * 16, tmp_path / "log"
     for operation in itertools.count(1):
         log = IntentLog(str(path), uuid, live.INTENT_REGION, 20, SIZE)
         log.append([1])
         with fileio.using(NoSync), Handled(operation, functools.partial(log.append, [9])) as tracing:
             log.append([5]) if act == "append" else log.rotate()
         log.close(remove=False)
-        data = path.read_bytes()
-        found: set[int] = set()
-        for number in (0, 1):
-            area = live.area_offset(regions, number)
-            records = data[area : area + regions * live.LOG_RECORD_SIZE]
-            found.update(parse_log_records(records, record_seed(uuid, number)))
+        found = regions_of(path, SIZE, uuid=uuid)
         if tracing.left > 0:
             assert operation > 10
             break

@@ -88,7 +88,7 @@ def test_mending_a_directory_of_which_nothing_can_be_read_drops_its_bitmaps(soun
     _spoil_directory(sound.path, b"b")
     report = mended(sound)
     (line,) = report.dropped
-    assert line.startswith("node 'b', 1 of its 1 bitmaps: directory of node 'b' at 0x")
+    assert line.startswith("node 'b', 1 of 1 bitmap: directory of node 'b' at 0x")
     assert report.made_dirty == []
     assert everything_of(sound.path, "b") == {}
 
@@ -112,7 +112,7 @@ def test_mending_a_damaged_directory_names_what_the_commit_before_did_not_have(s
     _spoil_directory(sound.path, b"a")
     report = dm.check(sound.path, repair="all")
     (line,) = report.dropped
-    assert line.startswith("node 'a', 1 of its 4 bitmaps: directory of node 'a'")
+    assert line.startswith("node 'a', 1 of 4 bitmaps: directory of node 'a'")
     assert {name: count >= SIZE for name, (_, _, count) in everything_of(sound.path, "a").items()} == {
         "monday": True,
         "clean": True,
@@ -146,7 +146,7 @@ def test_mending_after_a_disk_has_grown_drops_what_is_too_fine_for_it(sound: Sou
             change.table.put(replace(node, size=1 << 62, directory=place, generation=change.generation))
     _spoil_directory(sound.path, b"d")
     report = dm.check(sound.path, repair="all")
-    assert [line.partition(":")[0] for line in report.dropped] == ["device 'd', 1 of its 1 bitmaps"]
+    assert [line.partition(":")[0] for line in report.dropped] == ["device 'd', 1 of 1 bitmap"]
     assert everything_of(sound.path, "d") == {}
     assert not dm.check(sound.path).findings
 

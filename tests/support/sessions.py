@@ -1,0 +1,46 @@
+"""Sessions that no tracker has begun, and the logs that go with them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dirtmap.engine.session.intent import IntentLog, read_log
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.file import File
+from dirtmap.fmt import live
+
+UUID = bytes(range(16))
+
+
+class NoSync(File):
+    """A file whose syncs take no time."""
+
+    def sync(self) -> None:
+        self._refuse_if_poisoned()
+
+
+def a_session(path: Path, uuid: bytes = UUID, **fields: Any) -> live.Session:
+    """A session that has its log there, with regions of 1 MiB."""
+    session = replace(live.NO_SESSION, uuid=uuid, intent=live.INTENT_REGION, log_path=os.fsencode(path))
+    return replace(session, **fields)
+
+
+def a_log(path: Path, size: int, logs: list[list[list[int]]], uuid: bytes = UUID) -> None:
+    """Writes a log of a disk of ``size`` bytes: for each log its appends, for each append its regions."""
+    with fileio.using(NoSync):
+        log = IntentLog(str(path), uuid, live.INTENT_REGION, live.MIN_REGION_BITS, size)
+        for number, appends in enumerate(logs):
+            if number:
+                log.rotate()
+            for regions in appends:
+                log.append(regions)
+        log.close(remove=False)
+
+
+def regions_of(path: Path, size: int, number: int = 0, uuid: bytes = UUID) -> set[int] | None:
+    """What the log says where the session names ``number`` as its oldest; None where it says nothing."""
+    found = read_log(a_session(path, uuid, log=number), size)
+    return None if found is None or found.regions is None else set(found.regions)
