@@ -153,7 +153,7 @@ def relocate_command(host: Host, name: str, path: str, confirm: bool, move: bool
 @click.option(
     "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to report."
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@options.told_quiet
 @click.pass_context
 def list_command(ctx: click.Context, host: Host, output: str, quiet: bool) -> None:
     """List the nodes of all stores that are known, and where their images are."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dirtmap.fmt.errors import Error
 from dirtmap.tools.output import complain
 from dirtmap.tools.sizes import parse_size
 
@@ -192,6 +193,7 @@ _HOST = "dirtmap.host"
 _WAIT = "dirtmap.wait"
 _NO_LOCK = "dirtmap.no-lock"
 _PATIENCE_SECONDS = 5.0
+_QUIET = "dirtmap.quiet"
 
 
 def _remember_format(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -214,6 +216,11 @@ def _remember_index(ctx: click.Context, _: click.Parameter, value: str | None) -
     ctx.meta[_INDEX] = value
 
 
+def _remember_quiet(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    ctx.meta[_QUIET] = value
+    return value
+
+
 def _remember_trust(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     ctx.meta[_TRUST] = value
 
@@ -222,8 +229,9 @@ target = click.argument("target", type=TARGET)
 bitmap = click.argument("bitmap", type=BITMAP)
 new_bitmap = click.argument("bitmap", type=NAME)
 force_share = click.option("-U", "--force-share", is_flag=True, help="Read although another process writes to it.")
-quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, help="Print nothing but errors.")
-_told_quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+_QUIET_HELP = "Print nothing but errors."
+quiet = click.option("-q", "--quiet", is_flag=True, callback=_remember_quiet, expose_value=False, help=_QUIET_HELP)
+told_quiet = click.option("-q", "--quiet", is_flag=True, callback=_remember_quiet, help=_QUIET_HELP)
 _output = click.option(
     "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to report."
 )
@@ -316,11 +324,22 @@ def tell_no_store(host: Host, *, quiet: bool) -> None:
 
 
 def pass_host(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Passes the host to a command as its first argument."""
+    """Passes the host to a command as its first argument. Tells at the end why the index could not be used, if so."""
 
     @functools.wraps(command)
     def with_host(*args: Any, **values: Any) -> Any:
-        return command(host_of(click.get_current_context()), *args, **values)
+        ctx = click.get_current_context()
+        host = host_of(ctx)
+        error: Error | None = None
+        try:
+            return command(host, *args, **values)
+        except Error as raised:
+            error = raised
+            raise
+        finally:
+            # What the error says already is not told twice.
+            if host.notice and not ctx.meta.get(_QUIET) and not (error and host.notice.startswith(str(error))):
+                complain(host.notice)
 
     return with_host
 
@@ -337,7 +356,7 @@ def named(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def speaking(command: Decorated) -> Decorated:
     """Adds the options of a command that reports on no TARGET. The command gets ``quiet`` and ``output``."""
-    return _output(_told_quiet(command))
+    return _output(told_quiet(command))
 
 
 def reporting(command: Callable[..., Any]) -> Callable[..., Any]:

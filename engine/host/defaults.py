@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 
+USUAL_STORE = "default.dmap"  # beside the index
+
 
 def default_store(index: str | None = None) -> str:
     """Where the default store is: ``$DIRTMAP_STORE``, else ``default.dmap`` beside the index."""
     if path := os.environ.get("DIRTMAP_STORE"):
         return path
-    return os.path.join(os.path.dirname(default_index(index)), "default.dmap")
+    return os.path.join(os.path.dirname(default_index(index)), USUAL_STORE)
 
 
 def default_index(index: str | None = None) -> str:

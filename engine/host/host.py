@@ -274,9 +274,14 @@ class Host:
     # Files of ours.
 
     def compact(self, path: str) -> Compaction:
-        """Writes a store anew without the space that it does not use; see `dirtmap.engine.namespaces.compact`."""
+        """Writes a store anew without the space that it does not use; see `dirtmap.engine.namespaces.compact`.
+
+        Raises:
+            BitmapError: it is a copy of another store.
+        """
         from dirtmap.engine.namespaces.compact import compact
 
+        self._parts.refuse_copy_at(path)
         return compact(path, expect=self._parts.expect, locking=self._parts.locking)
 
     def new_identity(self, path: str) -> Compaction:
@@ -313,6 +318,14 @@ class Host:
     def index_path(self) -> str:
         """The path of the index, absolute."""
         return self._parts.index
+
+    @property
+    def notice(self) -> str | None:
+        """Why the index could not be used, and what follows from that, in one line; None where that never was so.
+
+        Every answer is the same without an index; what it had seen of stores is not known then.
+        """
+        return self._parts.notice
 
     def problems(self) -> list[Error]:
         """What is wrong with stores that are there: names in them are neither found nor free."""
@@ -372,16 +385,22 @@ class Host:
 
         return sorted(self._gather(devices, problems), key=lambda device: device.name)
 
-    def _gather(self, read: Callable[[Store], Iterable[Any]], problems: list[Error]) -> list[Any]:
+    def _gather(self, read: Callable[[Store, list[FormatError]], Iterable[Any]], problems: list[Error]) -> list[Any]:
         found: list[Any] = []
         self.has_store()
-        problems += self._parts.stores.problems()
+        told: dict[str, Error] = {}
+        broken: list[FormatError] = []
+        for problem in self._parts.stores.problems():
+            told.setdefault(problem.where, problem)
         for path in self._parts.stores.stores():
             try:
                 with self._parts.stores.opened(path) as opened:
-                    found += read(opened)
+                    found += read(opened, broken)
             except Error as error:
-                problems.append(error)
+                told.setdefault(error.where, error)
+        for fault in broken:
+            told.setdefault(fault.where, fault)
+        problems += told.values()
         return found
 
     def name_of(self, address: Address) -> str | None:

@@ -87,6 +87,15 @@ class KindPort(HostPort, Protocol):
         Called by a check, which reports a rollback and does not commit it.
         """
 
+    def refuse_copy_at(self, path: str) -> None:
+        """Refuses a store that is a copy of another, as far as that can be told.
+
+        Called before a repair.
+
+        Raises:
+            BitmapError: it is one.
+        """
+
     def open_node(self, uuid: bytes) -> TrackedRoot | None:
         """A device's root: the node of that UUID, opened; None where no store of the host has it.
 

@@ -214,6 +214,8 @@ class StoreKind(Kind):
         """See `Kind`."""
         from dirtmap.engine.namespaces.store_check import check
 
+        if repair is not None:
+            host.refuse_copy_at(path)
         return check(path, repair=repair, progress=progress, expect=host.expect, locking=host.locking)
 
     def dump(self, path: str, *, with_hex: bool, force_share: bool) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def verify(host: Host, progress: Progress | None = None) -> Verification:
     examined = examine(path)
     result.entries, result.faults = examined.entries, examined.faults
     if not result.faults:
+        stores.index.require()
         stores.refresh()
         result.faults = _differences(stores, progress)
     if result.faults:
@@ -147,6 +148,8 @@ def rebuild(host: Host, progress: Progress | None = None) -> int:
     stores.require_trusted_index()
     if os.path.lexists(stores.index.path) and (examined := examine(stores.index.path)).faults:
         renew(stores.index.path, examined.seen)  # before this process maps a database that could kill it
+    if os.path.lexists(stores.index.path):
+        stores.index.require()
     stores.stores()  # detects rollbacks, while the old index still has the commits seen
     seen = stores.index.all_seen()
     count = 0
@@ -182,6 +185,7 @@ def stats(host: Host) -> dict[str, int]:
     if not os.path.isdir(stores.index.path):
         raise StorageError(stores.index.path, "there is no index; 'index scan' or the first use of a name makes one")
     stores.require_trusted_index()
+    stores.index.require()
     database = stores.index.database
 
     def count(tag: bytes) -> int:

@@ -104,6 +104,11 @@ class Parts:
         """True where there is a default store: the one that was chosen, or the user's normal one."""
         return os.path.exists(self.home) or os.path.exists(self.normal)
 
+    @property
+    def notice(self) -> str | None:
+        """See `Stores.notice`."""
+        return None if self._made is None else self._made[0].notice
+
     def has_store(self) -> bool:
         """See `Host.has_store`."""
         try:
@@ -148,6 +153,10 @@ class Parts:
     def expect(self, store: Store) -> str | None:
         """See `KindPort`; returns where the store was when it was seen last, None where it was not."""
         return self.stores.expect(store)
+
+    def refuse_copy_at(self, path: str) -> None:
+        """See `KindPort`."""
+        self.stores.refuse_copy_at(path)
 
     def devices_on(self, root: bytes) -> dict[str, list[bytes]]:
         """See `HostPort`."""

@@ -53,7 +53,7 @@ class Registry:
         self._require_usable(name, what)
         for found in self._names.asked(lambda here: here.claims(name)):
             raise BitmapError(f"{found.store}: {found.what} '{name}'", "the name is taken")
-        self._names.require_all_stores()
+        self._names.require_all_stores(name)
 
     def add_node(self, name: str, image: str, *, raw: bool = False) -> None:
         """Adds a node whose bitmaps the default store holds; see `nodes.add_node`."""
@@ -123,7 +123,8 @@ class Registry:
         for names in self._names.devices_of(found.uuid).values():
             what = f"root of device '{decode_name(names[0])}'; give that another with 'device set-root', or remove it"
             raise BitmapError(f"{found.store}: node '{name}'", what)
-        self._names.require_all_stores()  # an unreadable store may have a device on this node
+        for problem in self._stores.problems():  # an unreadable store may have a device on this node
+            raise problem
         with self._stores.opened(found.store) as target:
             nodes.remove_node(self._host, target, name)
 
@@ -154,7 +155,8 @@ class Registry:
                     records = known.read(lambda snapshot: list(snapshot.table()))
                 others = [record for record in records if record.uuid != found.uuid]
                 nodes.refuse_second_name(others, path, identity_of(path), *nodes.KINDS)
-        self._names.require_all_stores()  # one that cannot be read may have a device on it
+        for problem in self._stores.problems():  # an unreadable store may have a device on this node
+            raise problem
         on_it = self._names.devices_of(found.uuid)
         for where, names in on_it.items():
             with self._stores.opened(where) as target:

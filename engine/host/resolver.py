@@ -137,16 +137,16 @@ class Resolver:
             what = f"names a namespace of {one.store}, and another of {other.store}; say which with --store"
             raise BitmapError(f"node '{printable(name)}'", what)
         if not found:
-            self.require_all_stores()
+            self.require_all_stores(name)
         return found[0] if found else None
 
-    def require_all_stores(self) -> None:
-        """Refuses to say that a name does not exist while a store that may have it cannot be read.
+    def require_all_stores(self, name: str) -> None:
+        """Refuses to say that a name does not exist while a store, or a part of it, that may have it cannot be read.
 
         Raises:
             Error: what is wrong with that store.
         """
-        for problem in self._stores.problems():
+        for problem in self._stores.hiding(encode_name(name)):
             raise problem
 
     def claims(self, name: str) -> list[NodeMatch]:
@@ -157,16 +157,32 @@ class Resolver:
             unique.setdefault(found.uuid, found)
         return list(unique.values())
 
-    def _in_stores(self, claims: Callable[[Index], list[tuple[int, Member]]]) -> list[NodeMatch]:
-        """Those of the index's claims that a readable store of the host makes, the default store's first."""
+    def _in_stores(
+        self,
+        claims: Callable[[Index], list[tuple[int, Member]]],
+        is_enough: Callable[[list[NodeMatch]], bool] = lambda found: True,
+    ) -> list[NodeMatch]:
+        """Those of the index's claims that a readable store of the host makes, the default store's first.
+
+        Args:
+            claims: what the index is asked.
+            is_enough: tells whether an answer is good although a part of the default store cannot be read.
+
+        Raises:
+            Error: it is not, and a part cannot be read.
+        """
 
         def ask(index: Index) -> list[NodeMatch]:
-            stores = self._stores.stores()
-            return [
+            survey = self._stores.survey()
+            stores = self._stores.readable(survey)
+            found = [
                 self._found(path, member)
                 for path, member in ((index.path_of(number), member) for number, member in claims(index))
                 if path in stores and member.kind != store.KIND_CONTAINER
             ]
+            if (problem := survey.get(self._stores.home)) and not is_enough(found):
+                raise problem
+            return found
 
         found = self._stores.asking(ask) if self._stores.exists else []
         return sorted(found, key=lambda claim: claim.store != self._stores.store)  # the default store's first
@@ -184,7 +200,7 @@ class Resolver:
 
     def by_uuid(self, namespace_uuid: bytes) -> NodeMatch | None:
         """The node or device of that UUID, 16 bytes; None if no readable store of the host knows it."""
-        found = self._in_stores(lambda index: index.carriers(namespace_uuid))
+        found = self._in_stores(lambda index: index.carriers(namespace_uuid), bool)
         return found[0] if found else None
 
     def place_of(self, name: str, image_uuid: bytes) -> NodeMatch | None:
@@ -199,9 +215,9 @@ class Resolver:
             if not here._stores.exists:
                 return []
             try:
-                if not os.path.isdir(here._stores.index.path) and (found := here._place_at_home(name, image_uuid)):
+                if not here._stores.index.exists and (found := here._place_at_home(name, image_uuid)):
                     return [found]
-                carriers = here._in_stores(lambda index: index.carriers(image_uuid))
+                carriers = here._in_stores(lambda index: index.carriers(image_uuid), bool)
             except ForbiddenError:
                 if (found := here._place_at_home(name, image_uuid)) is None:
                     raise
@@ -246,7 +262,8 @@ class Resolver:
         for here in (self, self._fallback):
             # The fallback's stores count whichever default store was chosen, as long as they can be read.
             with contextlib.nullcontext() if here is self else contextlib.suppress(Error):
-                for found in here._in_stores(lambda index: index.devices(root)) if here else ():
+                on_it = here._in_stores(lambda index: index.devices(root), lambda found: False) if here else []
+                for found in on_it:
                     known = names.setdefault(os.path.abspath(found.store), [])
                     known += [name for name in [encode_name(found.name)] if name not in known]
         return names

@@ -13,11 +13,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from dirtmap.engine.host.defaults import USUAL_STORE
 from dirtmap.engine.host.kind import Kind
 from dirtmap.engine.host.pool import Pool
-from dirtmap.engine.index.database import DamagedError, DatabaseError, ForbiddenError
+from dirtmap.engine.index.database import DamagedError, DatabaseError, ForbiddenError, MisplacedError
 from dirtmap.engine.index.index import Index
-from dirtmap.engine.index.reading import Container
+from dirtmap.engine.index.reading import Container, PartlyDamagedError
 from dirtmap.engine.index.renewal import examine, renew
 from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system.file import is_gone, is_same_file, make_folder_of
@@ -74,6 +75,11 @@ class Stores:
         self._pool.close()
         if self.fallback is not None:
             self.fallback.close()
+
+    @property
+    def notice(self) -> str | None:
+        """Why the index could not be used, and what follows; None where that never was so."""
+        return self.index.notice or (None if self.fallback is None else self.fallback.notice)
 
     @property
     def exists(self) -> bool:
@@ -174,14 +180,14 @@ class Stores:
             BitmapError: the store is a copy of another store.
             As `Store` and `Store.change`.
         """
-        if os.path.isdir(self.index.path):
+        if self.index.exists:
             self._judge(target)
         else:
             self._refuse_copy(target)
 
     def report(self, target: Store) -> None:
         """Reports a commit to the index; see `HostPort.report`. Errors are ignored, because the commit is durable."""
-        if os.path.isdir(self.index.path):
+        if self.index.exists:
             with contextlib.suppress(Error):
                 self._judge(target)
                 self._pool.believe(target)
@@ -193,7 +199,7 @@ class Stores:
             The path of the store at that time; None if the index has seen no commit of it.
         """
         try:
-            seen = self.asking(lambda index: index.seen(target.uuid)) if os.path.isdir(self.index.path) else None
+            seen = self.asking(lambda index: index.seen(target.uuid)) if self.index.exists else None
         except ForbiddenError:
             return None  # as without an index; look-ups of names report the error
         if seen is None:
@@ -214,27 +220,46 @@ class Stores:
             what = f"was rolled back to an older commit; open it once as one who may write it ({error.what})"
             raise StorageError(target.path, what, error.errno) from error
 
-    def _original(self, target: Store) -> str | None:
-        """The path of that store in the default store; None if it is not known there, or known at this path."""
-        if target.abspath == self.home or not self.exists:
-            return None
+    def _originals(self, target: Store) -> Iterator[str]:
+        """The paths of that store in the default stores: the chosen one, the normal one, the one beside the index."""
+        usual = os.path.join(os.path.dirname(self.index.path), USUAL_STORE)
+        normal = [] if self.fallback is None else [self.fallback.home]
+        for home in dict.fromkeys([self.home, *normal, usual]):
+            if home != target.abspath and (path := self._original(target, home)):
+                yield path
+
+    def _original(self, target: Store, home: str) -> str | None:
+        """The path of that store in a default store; None if it is not known there, or known at this path."""
 
         def look(snapshot: Snapshot) -> list[str]:
             if snapshot.header.uuid == target.uuid:
-                return [self.home]
+                return [home]
             known = [record for record in snapshot.table() if record.kind == store.KIND_CONTAINER]
             return [os.fsdecode(record.path) for record in known if record.uuid == target.uuid]
 
-        with contextlib.suppress(Error), self.kept(self.home) as default:
+        with contextlib.suppress(Error), self.kept(home) as default:
             paths = default.read(look)
             return paths[0] if paths and target.abspath not in paths else None
         return None
 
     def original_of(self, target: Store) -> str | None:
         """The path of the store of which this one is a copy; None if it is not known to be a copy."""
-        before = self.expect(target) if os.path.isdir(self.index.path) else None
-        path = self._original(target) if before is None else before
-        return path if path and path != target.abspath and self._is_copy(target, path) else None
+        before = self.expect(target) if self.index.exists else None
+        paths = self._originals(target) if before is None else [before]
+        return next((path for path in paths if path != target.abspath and self._is_copy(target, path)), None)
+
+    def refuse_copy_at(self, path: str) -> None:
+        """Refuses a change of the store at a path, which may be damaged, if it is a copy of another.
+
+        Raises:
+            BitmapError: it is a copy.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                target = stack.enter_context(self.kept(path))
+            except Error:
+                return  # nobody can tell; whoever mends it does so as far as it can be read
+            self._refuse_copy(target)
 
     def _refuse_copy(self, target: Store) -> None:
         if path := self.original_of(target):
@@ -250,19 +275,21 @@ class Stores:
         return False
 
     def _saw(self, target: Store) -> None:
-        # An index that cannot be written only makes the next look-up slower.
         with contextlib.suppress(StorageError):
             self.asking(lambda index: index.saw(target))
 
     def asking(self, question: Callable[[Index], T]) -> T:
         """Asks the index. Replaces a damaged index by one that has only the commits seen of stores, and asks that.
 
+        Where the index cannot be used, memory stands in for it, and what it needs is read anew.
+
         Args:
             question: updates the index as far as it needs. It is called again if another, empty index has replaced the
                 index meanwhile.
 
         Raises:
-            StorageError: the index is replaced again and again.
+            ForbiddenError: the index must not be used.
+            StorageError: the index is replaced again and again, or what is in its place is no index.
         """
         self.require_trusted_index()
         for _ in range(_ATTEMPTS):
@@ -273,20 +300,34 @@ class Stores:
                     return answer
             except (DamagedError, layout.BadValueError):
                 logger(__name__).warning("%s: the index is damaged, and begun anew", self.index.path)
-                renew(self.index.path, examine(self.index.path).seen)
+                try:
+                    renew(self.index.path, examine(self.index.path).seen)
+                except (ForbiddenError, MisplacedError):
+                    raise
+                except DatabaseError as error:
+                    self.index.do_without(error)
+            except (ForbiddenError, MisplacedError):
+                raise
+            except DatabaseError as error:
+                self.index.do_without(error)
         raise StorageError(self.index.path, "index: is replaced again and again")
 
     # Which containers there are.
 
     def stores(self) -> list[str]:
-        """The paths of all readable stores of the host. Brings the index up to date for them.
+        """The paths of all stores of the host that can be read, if only partly. Brings the index up to date for them.
 
         Empty if there is no default store.
 
         Raises:
             FormatError: the default store is damaged.
         """
-        return [path for path, problem in self._survey().items() if problem is None]
+        return self.readable(self.survey())
+
+    @staticmethod
+    def readable(survey: dict[str, Error | None]) -> list[str]:
+        """The stores of a `survey` that can be read, if only partly."""
+        return [path for path, problem in survey.items() if _is_readable(problem)]
 
     def remembered(self) -> list[str]:
         """The paths of the default store and of the stores that it remembers. Needs no index.
@@ -307,22 +348,29 @@ class Stores:
         return [self.home, *(os.fsdecode(record.path) for record in others)]
 
     def problems(self) -> list[Error]:
-        """What is wrong with other stores that exist. Whether a name is in such a store cannot be told."""
-        return [problem for problem in self._survey().values() if problem]
+        """What is wrong with stores that exist. Whether a name is in what cannot be read cannot be told."""
+        return [problem for problem in self.survey().values() if problem]
 
-    def _survey(self) -> dict[str, Error | None]:
+    def hiding(self, name: bytes) -> Iterator[Error]:
+        """What is wrong with stores that may have a node or device of that name, or know a store that may."""
+        for path, problem in self.survey().items():
+            if isinstance(problem, PartlyDamagedError) and path != self.home and not problem.may_hide(name):
+                continue
+            if problem:
+                yield problem
+
+    def survey(self) -> dict[str, Error | None]:
         """The paths of all existing stores of the host, the default store first, and what is wrong with each."""
         if not self.exists:
             return {}
 
         def learn(index: Index) -> dict[str, Error | None]:
-            found: dict[str, Error | None] = {self.home: None}
-            home = self._refresh_store(index, self.home)
+            home, problem = self._refresh_store(index, self.home)
+            found: dict[str, Error | None] = {self.home: problem}
             for path in index.stores(home.number):
                 try:
                     if path != self.home:
-                        self._refresh_store(index, path)
-                        found[path] = None
+                        _, found[path] = self._refresh_store(index, path)
                 except DatabaseError:
                     raise
                 except Error as error:
@@ -332,22 +380,22 @@ class Stores:
 
         return self.asking(learn)
 
-    def _refresh_store(self, index: Index, path: str) -> Container:
-        """The index's record of a store, brought up to date.
+    def _refresh_store(self, index: Index, path: str) -> tuple[Container, PartlyDamagedError | None]:
+        """The index's record of a store, brought up to date, and why that is not all of it.
 
         Raises:
             Error: the store cannot be read.
         """
         self.require_trusted(path)
         if (known := index.unchanged(path)) is not None:
-            return known
+            return known, None
         index.open()  # without an index no rollback can be detected
         with self.opened(path):
             pass
         for container, problem in index.refresh([path]):
-            if problem:
-                raise self._advised(path, problem)
-            return container
+            if problem is None or isinstance(problem, PartlyDamagedError):
+                return container, problem
+            raise self._advised(path, problem)
         raise StorageError(path, "is being replaced")
 
     def containers(self) -> list[str]:
@@ -374,20 +422,20 @@ class Stores:
         """Brings the index up to date with all containers.
 
         Returns:
-            The sound containers by their number in the index, and the reasons why others could not be read.
+            The readable containers by their number in the index; and why others could not be read, or not all.
         """
 
         def learn(index: Index) -> tuple[dict[int, Container], list[Error]]:
-            survey = self._survey()
+            survey = self.survey()
             problems = {path: problem for path, problem in survey.items() if problem}
-            paths = self._containers(index, [path for path in survey if path not in problems])
+            paths = self._containers(index, self.readable(survey))
             left = dict.fromkeys(paths)
             sound = {}
             for container, problem in index.refresh(paths, force_share=force_share):
                 left.pop(container.path)
                 if problem:
                     problems.setdefault(container.path, problem)
-                elif container.path not in problems:
+                if _is_readable(problem) and _is_readable(problems.get(container.path)):
                     sound[container.number] = container
             for path in left:
                 try:
@@ -397,3 +445,8 @@ class Stores:
             return sound, [problems[path] for path in paths if path in problems]
 
         return self.asking(learn) if self.exists else ({}, [])
+
+
+def _is_readable(problem: Error | None) -> bool:
+    """True of a store that has no problem, or says something all the same."""
+    return problem is None or isinstance(problem, PartlyDamagedError)

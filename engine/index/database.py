@@ -1,11 +1,14 @@
 """`Database`: an LMDB environment. It is checked before it is mapped, opened once per process, and grown when full.
 
 LMDB trusts its file: a missing page kills the process with SIGBUS. So the two meta pages and the size of the file are
-checked first. A database that fails the check is put aside and replaced by a new one; nothing is lost by it. If a
-directory holds anything but an index, it is never touched: a user may have meant another path.
+checked first. A child process (`dirtmap.engine.index.trial`) reads a file that does not look as its last commit left
+it: because that was killed, or something else wrote to it, or the machine has started anew. A database that fails a
+check is put aside and replaced by a new one; nothing is lost by it. If a directory holds anything but an index, it is
+never touched: a user may have meant another path.
 
     PATH/data.mdb, PATH/lock.mdb     the database. Both are in one directory, so a new database never meets an old lock.
     PATH.guard                       locked while PATH is opened (shared) or replaced (exclusive)
+    PATH.stamp                       what data.mdb looked like after the last commit; locked while one is made
     PATH.bad                         the database that was last put aside
     PATH.new-PID-...                 a database that is being made; removed if its maker has died
 
@@ -21,15 +24,17 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import crc32c
 import lmdb
 
+from dirtmap.engine.index.trial import DAMAGE, trial
 from dirtmap.engine.system import order
 from dirtmap.engine.system.order import Rank
-from dirtmap.engine.system.process import start_of
+from dirtmap.engine.system.process import boot_id, start_of
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import StorageError
 from dirtmap.fmt.lmdb import META_BYTES
@@ -40,20 +45,13 @@ T = TypeVar("T")
 _crc = crc32c.crc32c
 
 _DATA = "data.mdb"
-_FILES = (_DATA, "lock.mdb")
+_LOCK = "lock.mdb"
+_FILES = (_DATA, _LOCK)
 _NEW = ".new-"  # then its maker's process number
 _FIRST_SIZE = 64 << 20  # bytes of address space; doubled when they are full
 _READERS = 1024
-_DAMAGE = (
-    lmdb.CorruptedError,
-    lmdb.PageNotFoundError,
-    lmdb.InvalidError,
-    lmdb.PanicError,
-    lmdb.VersionMismatchError,
-    lmdb.IncompatibleError,
-    lmdb.BadTxnError,
-    lmdb.BadValsizeError,
-)
+_READER_BYTES = 64  # of one of them in lock.mdb, behind as many of LMDB's own; source: lmdb.h, mdb.c (MDB_reader)
+_PATIENCE_SECONDS = 0.5  # to wait for whoever makes a commit, before the file is looked at all the same
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NETWORK = ("nfs", "cifs", "smb", "ceph", "9p", "afs", "gfs2", "ocfs2", "lustre", "gluster", "beegfs", "fuse.sshfs")
 
@@ -67,7 +65,11 @@ class DamagedError(DatabaseError):
 
 
 class ForbiddenError(DatabaseError):
-    """This user may not open or make the database."""
+    """The database must not be used: another user can have written it, or a link was planted beside it."""
+
+
+class MisplacedError(DatabaseError):
+    """What is at the path is no index: a user may have meant another path."""
 
 
 class Database:
@@ -75,11 +77,12 @@ class Database:
 
     Attributes:
         path: its directory.
+        stamped: what its file looks like is noted after each commit.
         usable: False once it is closed.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, *, stamped: bool = False) -> None:
+        self.path, self.stamped = path, stamped
         # LMDB forbids resizing or closing the map while any transaction is open.
         self.lock = threading.RLock()
         self._env: lmdb.Environment | None = None
@@ -93,6 +96,7 @@ class Database:
             if not self.usable:
                 raise DamagedError(self.path, "another index has taken its place")
             if self._env is None:
+                _make_room_for_locks(self.path)
                 self._env = lmdb.open(self.path, map_size=_FIRST_SIZE, max_readers=_READERS, mode=0o600, max_dbs=0)
                 self._env.reader_check()
                 self._begin = self._env.begin
@@ -162,7 +166,7 @@ class Database:
 
         Errors as `get`.
         """
-        with order.holding(Rank.INDEX, self.path), self.lock, _errors(self.path):
+        with order.holding(Rank.INDEX, self.path), self.lock, _errors(self.path), self._stamp():
             env = self._open()
             while True:
                 try:
@@ -175,6 +179,19 @@ class Database:
                     env.set_mapsize(0)
             self._extend(env)
             return answer
+
+    @contextlib.contextmanager
+    def _stamp(self) -> Iterator[None]:
+        """Notes what the file looks like at the end of the block, and keeps others from judging it meanwhile."""
+        if not self.stamped:
+            yield
+            return
+        with _open_stamp(self.path) as fd:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+            with contextlib.suppress(FileNotFoundError):  # put aside meanwhile
+                if self.is_current():
+                    _note(fd, _looks(self.path))
 
     def _extend(self, env: lmdb.Environment) -> None:
         """Extends the file to its last page. LMDB does not write pages that one transaction both got and freed."""
@@ -256,7 +273,7 @@ def entries(path: str) -> Iterator[tuple[bytes, memoryview]]:
     Raises:
         StorageError: LMDB failed.
     """
-    lock = os.path.exists(os.path.join(path, "lock.mdb"))  # without that file nobody has it open, and none is made
+    lock = os.path.exists(os.path.join(path, _LOCK))  # without that file nobody has it open, and none is made
     with (
         _errors(path),
         lmdb.open(path, readonly=True, lock=lock, map_size=_FIRST_SIZE, max_readers=_READERS, max_dbs=0) as env,
@@ -295,7 +312,7 @@ def _require_ours(path: str) -> None:
     """
     with _errors(path):
         if not _is_ours(os.path.realpath(path)):
-            raise DatabaseError(path, "not an index; --index names another")
+            raise MisplacedError(path, "not an index; --index names another")
 
 
 def _is_ours(path: str) -> bool:
@@ -309,6 +326,65 @@ def _is_ours(path: str) -> bool:
             return all(entry.name in _FILES and entry.is_file(follow_symlinks=False) for entry in entries)
     except FileNotFoundError:
         return True  # replaced by another process meanwhile
+
+
+def _make_room_for_locks(path: str) -> None:
+    """LMDB maps lock.mdb without making sure that there is room for it: a full file system would be a SIGBUS."""
+    fd = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, max(os.fstat(fd).st_size, (_READERS + 2) * _READER_BYTES))
+    finally:
+        os.close(fd)
+
+
+# What the file looked like after the last commit.
+
+
+def _looks(path: str) -> bytes:
+    """What the file of a database looks like, and the boot in which it does."""
+    now = os.stat(os.path.join(path, _DATA))
+    numbers = now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+    return f"{boot_id().hex()} {' '.join(map(str, numbers))}\n".encode()
+
+
+@contextlib.contextmanager
+def _open_stamp(path: str) -> Iterator[int]:
+    fd = _open_beside(path, ".stamp")
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _note(fd: int, looks: bytes) -> None:
+    os.pwrite(fd, looks, 0)
+    os.ftruncate(fd, len(looks))
+
+
+def _require_as_left(path: str) -> None:
+    """Has a file that does not look as its last commit left it read by a process of its own.
+
+    Raises:
+        DamagedError: that found damage, or died of it.
+        OSError: it cannot be looked at.
+    """
+    _make_room_for_locks(path)  # else who tries may die of that
+    with _open_stamp(path) as fd:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while time.monotonic() < deadline:  # a commit that is being made changes what it looks like
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.005)
+        looks = _looks(path)
+        if os.pread(fd, len(looks) + 1, 0) == looks:
+            return
+        fcntl.flock(fd, fcntl.LOCK_UN)  # reading it all takes time, and keeps nobody from making commits
+        if what := trial(path):
+            raise DamagedError(path, f"the index is damaged: {what}")
+        if _looks(path) == looks:  # else another process has changed it, and notes that
+            _note(fd, looks)
 
 
 def _remove(path: str) -> None:
@@ -374,8 +450,9 @@ def connect(path: str) -> Database:
 
     Raises:
         DamagedError: the content of the database is damaged.
-        ForbiddenError: this user may not open or make it.
-        StorageError: it cannot be made or opened, is on a network file system, or is not an index.
+        ForbiddenError: a link was planted beside it.
+        StorageError: this user may not open or make it, it cannot be made or opened, is on a network file system, or is
+            not an index.
     """
     key = os.path.realpath(path)
     with _registry:
@@ -393,7 +470,7 @@ def connect(path: str) -> Database:
                 return _connected.setdefault(key, database)
         replace(key)
         with _guard(key, fcntl.LOCK_SH):
-            return _connected.setdefault(key, Database(key))
+            return _connected.setdefault(key, Database(key, stamped=True))
 
 
 def _opened(path: str) -> Database | None:
@@ -404,8 +481,10 @@ def _opened(path: str) -> Database | None:
     """
     if fault(path) is not None or not os.path.isdir(path) or not os.listdir(path):
         return None
+    with _errors(path):
+        _require_as_left(path)
     try:
-        database = Database(path)
+        database = Database(path, stamped=True)
     except DamagedError:
         return None
     try:
@@ -452,6 +531,8 @@ def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_i
                     return
                 _put_aside(key)
                 os.rename(fresh, key)
+                with _open_stamp(key) as fd:
+                    _note(fd, _looks(key))
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
@@ -479,18 +560,28 @@ def _put_aside(path: str) -> None:
     os.rename(path, bad)
 
 
+def _open_beside(path: str, suffix: str) -> int:
+    """Opens a file beside a database, and makes it if there is none.
+
+    Raises:
+        ForbiddenError: it is a link.
+        OSError: it cannot be opened.
+    """
+    try:
+        return os.open(path + suffix, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        # Whoever made it would have us make, lock or overwrite a file of his choice.
+        raise ForbiddenError(
+            path + suffix, "index: a symbolic link, which is not followed; remove it", error.errno
+        ) from error
+
+
 @contextlib.contextmanager
 def _guard(path: str, how: int) -> Iterator[None]:
     with _errors(path):
-        try:
-            fd = os.open(path + ".guard", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            # Whoever made it would have us make, or lock, a file of his choice.
-            raise DatabaseError(
-                path + ".guard", "index: a symbolic link, which is not followed; remove it", error.errno
-            ) from error
+        fd = _open_beside(path, ".guard")
     try:
         with _errors(path):
             fcntl.flock(fd, how)
@@ -503,13 +594,13 @@ def _guard(path: str, how: int) -> Iterator[None]:
 def _errors(path: str) -> Iterator[None]:
     try:
         yield
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DamagedError(path, f"the index is damaged: {error}") from error
     except lmdb.ReadonlyError as error:
-        raise ForbiddenError(path, f"index: {error}; --index names another") from error
+        raise DatabaseError(path, f"index: {error}; --index names another") from error
     except lmdb.Error as error:
         raise DatabaseError(path, f"index: {error}") from error
     except OSError as error:
         if error.errno in _FORBIDDEN:
-            raise ForbiddenError(path, f"index: {error.strerror}; --index names another", error.errno) from error
+            raise DatabaseError(path, f"index: {error.strerror}; --index names another", error.errno) from error
         raise DatabaseError(path, f"index: {error.strerror or error}", error.errno) from error

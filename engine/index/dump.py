@@ -14,7 +14,7 @@ import sys
 from typing import Any, Final
 
 from dirtmap.engine.index.database import entries, fault
-from dirtmap.engine.index.renewal import ending
+from dirtmap.engine.index.trial import ending
 from dirtmap.engine.model.dumping import MOST_RUNS, Shown, data, text
 from dirtmap.engine.system.probe import INDEX, QCOW2, STORE
 from dirtmap.fmt import directory, store

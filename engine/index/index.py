@@ -2,20 +2,34 @@
 
     refresh(path)   the container ---reads what has changed---> the index says what it says now
 
-Nothing else writes these entries. So it does not matter which program changed a container, or when.
+Nothing else writes these entries. So it does not matter which program changed a container, or when. If there can be no
+database, one in memory stands in for it, which knows nothing at first: so nobody else needs a way without an index.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from dirtmap.engine.index.database import Database, Reader, Writer, connect
+from dirtmap.engine.index.database import (
+    DamagedError,
+    Database,
+    DatabaseError,
+    ForbiddenError,
+    MisplacedError,
+    Reader,
+    Writer,
+    connect,
+)
+from dirtmap.engine.index.memory import Memory
 from dirtmap.engine.index.reading import Container, KindReader, Reading, fingerprint, is_unchanged, look
 from dirtmap.engine.index.writing import apply, container_at, forget, new_number
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.storefile.header import Seen
+from dirtmap.engine.system.log import logger
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error, StorageError
 from dirtmap.fmt.index import BITMAP, FOUND, MEMBERS, NAME, OTHERS, PATH, ROOT, SEEN, UUID, Claim, Member, number, part
@@ -25,6 +39,18 @@ _TOGETHER = 512  # readings per commit of the index
 # Bound here for `Index.bitmap`, the one look-up that must be fast.
 _address_key, _unpack_bitmap, _new_claim = layout.address_key, BITMAP_VALUE.unpack, tuple.__new__
 _SOLE = BITMAP_VALUE.size + 2  # bytes of a value with one claim, without the name
+
+
+_stand_ins: dict[str, Memory] = {}  # one for all hosts of this process
+_guard = threading.Lock()
+
+
+def _memory_of(path: str) -> tuple[Memory, bool]:
+    """What stands in for the database at a path, and whether it does so from now on."""
+    key = os.path.realpath(path)
+    with _guard:
+        is_first = key not in _stand_ins
+        return _stand_ins.setdefault(key, Memory(path)), is_first
 
 
 class SeenCommit(NamedTuple):
@@ -45,6 +71,8 @@ class Index:
 
     Attributes:
         path: as given.
+        problem: why the database could not be used, and memory stood in for it; None where that never was so.
+        notice: the same as a user is to be told it, with what follows from it.
 
     Raises:
         StorageError: no file can have such a path.
@@ -55,6 +83,8 @@ class Index:
             raise StorageError(path, "index: a path cannot hold a NUL")
         self.path, self.readers = path, readers
         self._given = self._known = database
+        self.problem: DatabaseError | None = None
+        self.notice: str | None = None
 
     @property
     def database(self) -> Database:
@@ -67,10 +97,56 @@ class Index:
     def open(self) -> Database:
         """Opens the database to which the path leads now; makes one if there is none that can be used.
 
-        Errors as `connect`.
+        If it cannot be made or opened, the answer is one in memory.
+
+        Raises:
+            DamagedError: the content of the database is damaged.
+            ForbiddenError: as `connect`.
+            MisplacedError: what is at the path is not an index.
         """
-        self._known = self._given or connect(self.path)
+        try:
+            self._known = self._given or connect(self.path)
+        except (DamagedError, ForbiddenError, MisplacedError):
+            raise
+        except DatabaseError as error:
+            self.do_without(error)
+        return self._known or self.do_without(DatabaseError(self.path, "index: cannot be opened"))
+
+    def do_without(self, error: DatabaseError) -> Database:
+        """Has memory stand in for the database from here on, until it is opened anew.
+
+        What the database has seen of stores is taken over, so far as it can still be read.
+        """
+        if isinstance(self._known, Memory):
+            return self._known
+        seen: list[SeenCommit] = []
+        if self._known is not None and self._known.usable:
+            with contextlib.suppress(Error, layout.BadValueError):
+                seen = self.all_seen(sound_only=True)
+        self._known, is_first = _memory_of(self.path)
+        for commit in seen:
+            self.remember_seen(commit)
+        if self.problem is None:
+            blind = "" if seen else ", and a store that was rolled back is not noticed"
+            self.problem, self.notice = error, f"{error}; without it, containers are read anew{blind}"
+        if is_first:
+            logger(__name__).warning("%s", self.notice)
         return self._known
+
+    @property
+    def exists(self) -> bool:
+        """True where there is one, usable or not, in its place or in memory."""
+        return isinstance(self._known, Memory) or os.path.isdir(self.path)
+
+    def require(self) -> None:
+        """Refuses to go on without the database itself.
+
+        Raises:
+            StorageError: why it cannot be used.
+        """
+        if isinstance(self.open(), Memory):
+            assert self.problem is not None
+            raise self.problem
 
     # What it says.
 
@@ -80,7 +156,7 @@ class Index:
 
     def unchanged(self, path: str) -> Container | None:
         """The record of the container at a path, if that looks as it did when it was found sound; else None."""
-        known = self.container(path) if os.path.isdir(self.path) else None
+        known = self.container(path) if self.exists else None
         try:
             return known if known is not None and is_unchanged(known, fingerprint(path)) else None
         except StorageError:

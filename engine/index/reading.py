@@ -19,7 +19,7 @@ from dirtmap.engine.qcow2.layout import Layout
 from dirtmap.engine.qcow2.reading import read_session
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Snapshot, Store
-from dirtmap.engine.storefile.table import NamespaceTable
+from dirtmap.engine.storefile.table import NamespaceTable, bucket_of
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.locks import Locking
@@ -35,6 +35,25 @@ Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity
 # seldom as every 10 ms; where it has whole or even seconds, as in ext4 with small inodes and in FAT, every 2 s.
 _SECOND_NS = 1_000_000_000
 _RACY_NS, _RACY_SECONDS_NS = 50_000_000, 2 * _SECOND_NS
+
+
+class PartlyDamagedError(FormatError):
+    """Some buckets of a store's namespace table cannot be read; the index has what the others say.
+
+    Args:
+        broken: why each cannot be read, by number; not empty.
+        buckets: how many there are.
+    """
+
+    def __init__(self, broken: dict[int, FormatError], buckets: int) -> None:
+        first, *others = broken.values()
+        more = f"; and so are {len(others)} more of its {buckets} buckets" if others else ""
+        super().__init__(first.where, f"{first.what}{more}")
+        self._broken, self._buckets = frozenset(broken), buckets
+
+    def may_hide(self, name: bytes) -> bool:
+        """True where a namespace of that name may be in what cannot be read."""
+        return bucket_of(name, self._buckets) in self._broken
 
 
 class Fingerprint(NamedTuple):
@@ -188,18 +207,28 @@ def _read_store(get: Get, target: Store, blank: Container, before: Container | N
             uuid=header.uuid,
         )
         reading = Reading(container)
+        broken: dict[int, FormatError] = {}
         if known.condition == SOUND and known.commit_id == header.commit_id:
             return None if container == known else reading
         same = known.buckets == len(pointers)
-        for bucket in _changed(snapshot, table, known) if same else range(len(pointers)):
+        for bucket in _changed(snapshot, table, known) if same and known.condition == SOUND else range(len(pointers)):
             pointer = pointers[bucket]
             # If namespaces have moved between buckets, all of them are read again.
             before, members = parse_members(get(members_key(known.number, bucket)) if same else None)
             if before == pointer:
                 continue
             old = {member.name: member for _, member in members}
-            found = [_member(snapshot, record, old) for record in table.bucket(bucket).values()]
-            reading.buckets[bucket] = (pointer, found)
+            try:
+                records = table.bucket(bucket).values()
+            except FormatError as error:
+                # The other buckets are none the worse. What was known of this one goes: nothing holds it any more.
+                broken[bucket] = error
+                reading.buckets[bucket] = (NO_AREA, [])
+                continue
+            reading.buckets[bucket] = (pointer, [_member(snapshot, record, old) for record in records])
+        if broken:
+            reading.container = container._replace(condition=DAMAGED)
+            reading.problem = PartlyDamagedError(broken, len(pointers))
         return reading
 
     return target.read(look)

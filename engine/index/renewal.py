@@ -6,13 +6,13 @@ These commits are the only thing in an index that no container tells. A rollback
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
 
 from dirtmap.engine.index.database import Database, fault, replace
 from dirtmap.engine.index.index import Index, SeenCommit
+from dirtmap.engine.index.trial import ending
 from dirtmap.engine.storefile.header import Seen
 
 
@@ -53,14 +53,6 @@ def examine(path: str) -> Examined:
     else:
         result.faults = [ending(done)]
     return result
-
-
-def ending(done: subprocess.CompletedProcess[bytes]) -> str:
-    """How a process that read an index ended before it had read everything."""
-    if done.returncode < 0:
-        return f"reading it ended with {signal.Signals(-done.returncode).name}"
-    said = done.stderr.decode(errors="replace").strip().splitlines()
-    return f"reading it failed: {said[-1] if said else done.returncode}"
 
 
 def renew(path: str, seen: list[SeenCommit]) -> None:

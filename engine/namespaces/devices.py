@@ -23,7 +23,7 @@ from dirtmap.engine.namespaces.condition import (
 from dirtmap.engine.storefile.directory import require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, counted
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, counted
 from dirtmap.fmt.store import Identity, Record
 
 
@@ -58,13 +58,23 @@ class Device:
     doubt: str | None
 
 
-def devices(target: Store) -> list[Device]:
-    """All devices of a store, sorted by name."""
-    found = target.read(
-        lambda snapshot: [
-            (record, doubts(snapshot, record)) for record in snapshot.table() if record.kind == store.KIND_DEVICE
+def devices(target: Store, broken: list[FormatError] | None = None) -> list[Device]:
+    """All devices of a store, sorted by name.
+
+    Args:
+        target: the store.
+        broken: takes in why a bucket cannot be read; None: that is raised.
+    """
+
+    def look(snapshot: Snapshot) -> list[tuple[store.Record, str | None]]:
+        table = snapshot.table()
+        return [
+            (record, doubts(snapshot, record))
+            for record in (table if broken is None else table.readable(broken))
+            if record.kind == store.KIND_DEVICE
         ]
-    )
+
+    found = target.read(look)
     return sorted(
         (
             Device(

@@ -26,7 +26,7 @@ from dirtmap.engine.namespaces.condition import (
 from dirtmap.engine.namespaces.image import Image, Naming
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.storefile.directory import header_doubts, no_namespace, read_entries, release_bits, require_free
-from dirtmap.engine.storefile.file import Change, Store
+from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.system.file import is_same_file, replace_file, sync_folder
 from dirtmap.engine.system.foreign import require_raw
 from dirtmap.engine.system.probe import STORE, probe_path
@@ -113,9 +113,19 @@ class Node:
     doubt: str | None
 
 
-def nodes(target: Store) -> list[Node]:
-    """All nodes of a store, sorted by name."""
-    found = target.read(lambda snapshot: [(record, doubts(snapshot, record)) for record in snapshot.table()])
+def nodes(target: Store, broken: list[FormatError] | None = None) -> list[Node]:
+    """All nodes of a store, sorted by name.
+
+    Args:
+        target: the store.
+        broken: takes in why a bucket cannot be read; None: that is raised.
+    """
+
+    def look(snapshot: Snapshot) -> list[tuple[store.Record, str | None]]:
+        table = snapshot.table()
+        return [(record, doubts(snapshot, record)) for record in (table if broken is None else table.readable(broken))]
+
+    found = target.read(look)
     return sorted(
         (
             Node(

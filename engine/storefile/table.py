@@ -21,6 +21,11 @@ Place = Callable[[bytes], Area]
 _PIECE = 256 * AREA.size  # bytes of pointers that are compared at once
 
 
+def bucket_of(name: bytes, buckets: int) -> int:
+    """The number of the bucket that a namespace is in, where a table has so many."""
+    return int(crc32c.crc32c(name)) % buckets
+
+
 class NamespaceTable:
     """The table as one commit finds it, and as the next one will.
 
@@ -52,6 +57,14 @@ class NamespaceTable:
         """All namespaces, bucket by bucket. Errors as `bucket`."""
         for number in range(self._buckets):
             yield from self.bucket(number).values()
+
+    def readable(self, broken: list[FormatError]) -> Iterator[Record]:
+        """All namespaces of the buckets that can be read; ``broken`` takes in why others cannot."""
+        for number in range(self._buckets):
+            try:
+                yield from self.bucket(number).values()
+            except FormatError as error:
+                broken.append(error)
 
     def put(self, record: Record) -> None:
         """Adds or replaces a namespace.
@@ -109,7 +122,7 @@ class NamespaceTable:
         return place(self._pointers)
 
     def _number(self, name: bytes) -> int:
-        return int(crc32c.crc32c(name)) % self._buckets
+        return bucket_of(name, self._buckets)
 
     @property
     def pointers(self) -> list[bytes]:
