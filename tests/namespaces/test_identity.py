@@ -326,7 +326,7 @@ def test_a_bitmap_too_fine_for_the_new_size_can_be_renamed_and_removed(store: St
             bitmaps["copy"] = bitmaps["fine"].recovered()
         with image.transaction() as bitmaps:
             del bitmaps["fine"]
-    assert dm.describe("raw0").notes  # and what is left is still in doubt
+    assert dm.describe("raw0").errors  # and what is left is still in doubt
     with dm.open("raw0") as image:
         image.recover()
         assert (image["coarse"].count, image["coarse"].recording) == (4 << 40, False)
