@@ -143,9 +143,10 @@ def test_other_users_judge_for_themselves(folder: Path, monkeypatch: pytest.Monk
     assert distrust(str(folder / STORE)) is None
 
 
-def test_a_planted_guard_is_not_followed(folder: Path) -> None:
+@pytest.mark.parametrize("suffix", [".guard", ".stamp"])
+def test_a_planted_link_is_not_followed(folder: Path, suffix: str) -> None:
     Path("fresh").mkdir()
-    guard, victim = Path("fresh/index.guard"), folder / "victim"
+    guard, victim = Path("fresh/index" + suffix), folder / "victim"
     guard.symlink_to(victim)
     chosen = "--index", "fresh/index", "--store", STORE
     assert error_of("find", "b", *chosen) == (
