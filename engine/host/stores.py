@@ -292,6 +292,10 @@ class Stores:
             StorageError: the index is replaced again and again, or what is in its place is no index.
         """
         self.require_trusted_index()
+        with self.index.question():
+            return self._answer(question)
+
+    def _answer(self, question: Callable[[Index], T]) -> T:
         for _ in range(_ATTEMPTS):
             try:
                 before = self.index.database

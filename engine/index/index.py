@@ -61,6 +61,13 @@ class SeenCommit(NamedTuple):
     path: str | None
 
 
+class _Question(threading.local):
+    """What this thread is about to ask: how many questions deep, and whether the database has failed one of them."""
+
+    depth = 0
+    failed = False
+
+
 class Index:
     """The index at a path; see the head of the module.
 
@@ -83,6 +90,7 @@ class Index:
             raise StorageError(path, "index: a path cannot hold a NUL")
         self.path, self.readers = path, readers
         self._given = self._known = database
+        self._question = _Question()
         self.problem: DatabaseError | None = None
         self.notice: str | None = None
 
@@ -97,13 +105,15 @@ class Index:
     def open(self) -> Database:
         """Opens the database to which the path leads now; makes one if there is none that can be used.
 
-        If it cannot be made or opened, the answer is one in memory.
+        If it cannot be made or opened, or has failed this `question` already, the answer is one in memory.
 
         Raises:
             DamagedError: the content of the database is damaged.
             ForbiddenError: as `connect`.
             MisplacedError: what is at the path is not an index.
         """
+        if self._question.failed and isinstance(self._known, Memory):
+            return self._known
         try:
             self._known = self._given or connect(self.path)
         except (DamagedError, ForbiddenError, MisplacedError):
@@ -117,6 +127,7 @@ class Index:
 
         What the database has seen of stores is taken over, so far as it can still be read.
         """
+        self._question.failed = self._question.depth > 0
         if isinstance(self._known, Memory):
             return self._known
         seen: list[SeenCommit] = []
@@ -132,6 +143,20 @@ class Index:
         if is_first:
             logger(__name__).warning("%s", self.notice)
         return self._known
+
+    @contextlib.contextmanager
+    def question(self) -> Iterator[None]:
+        """Keeps to memory until the end of the outermost such block, once the database has failed in it.
+
+        A database that can be read and not written, as on a full file system, would be opened again and again else.
+        """
+        self._question.depth += 1
+        try:
+            yield
+        finally:
+            self._question.depth -= 1
+            if not self._question.depth:
+                self._question.failed = False
 
     @property
     def exists(self) -> bool:
