@@ -38,7 +38,6 @@ ACTS: list[tuple[Callable[[], object], int | None]] = [
     (lambda: dm.Host(store="loop").nodes([]), errno.ELOOP),
     (lambda: dm.Host(store="nothing").nodes([]), errno.ENOENT),
     (lambda: dm.scan(dm.Host(), ["nothing"]), errno.ENOENT),
-    (lambda: dm.Host(store="s.dmap", index="file/index").nodes([]), errno.EEXIST),
 ]
 
 

@@ -166,9 +166,11 @@ def test_reading_waits_for_a_change_of_ours(tmp_path: Path) -> None:
     with holding(str(path)) as held:
         with pytest.raises(dm.LockedError, match=f"process {held.pid}"):
             dm.open(path, wait=0)
-        threading.Timer(0.5, lambda: held.communicate()).start()
+        ending = threading.Timer(0.5, lambda: held.communicate())
+        ending.start()
         with dm.open(path) as image:
             assert not list(image)
+        ending.join()
 
 
 def test_a_virtual_machine_is_waited_for_by_changes_alone(tmp_path: Path) -> None:

@@ -824,11 +824,13 @@ def test_a_relative_folder_of_live_files_stays_where_it_is(
 def test_a_copy_of_the_store_takes_no_live_files_from_a_tracker(
     image: dm.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: bool
 ) -> None:
-    shutil.copy(tmp_path / "default.dmap", tmp_path / "copy.dmap")
+    elsewhere = tmp_path / "elsewhere"  # of another host, as far as anything there tells
+    elsewhere.mkdir()
+    shutil.copy(tmp_path / "default.dmap", elsewhere / "copy.dmap")
 
     def other() -> dm.Namespace:
-        monkeypatch.setenv("DIRTMAP_STORE", str(tmp_path / "copy.dmap"))
-        monkeypatch.setenv("DIRTMAP_INDEX", str(tmp_path / "copy-index"))
+        monkeypatch.setenv("DIRTMAP_STORE", str(elsewhere / "copy.dmap"))
+        monkeypatch.setenv("DIRTMAP_INDEX", str(elsewhere / "copy-index"))
         return dm.open("node:drive0")
 
     if dead:
