@@ -25,7 +25,7 @@ import contextlib
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, SupportsIndex
 
 from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
@@ -39,9 +39,6 @@ from dirtmap.engine.tracking.kernel import Kernel, Ticket
 from dirtmap.engine.tracking.recorder import Recorder, Setup, words_of
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import BitmapError, Error, StorageError
-
-if TYPE_CHECKING:
-    pass
 
 
 class Tracker(Recorder):

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
+from support.documents import README, SPEC, rows, tables
 
 from dirtmap.engine.qcow2 import layout
 from dirtmap.engine.system import locks
@@ -20,10 +20,6 @@ from dirtmap.fmt.structures.directory import build_directory, parse_entries
 from dirtmap.fmt.structures.extensions import parse_chain
 from dirtmap.fmt.structures.qcow2 import BITMAPS_EXTENSION, POINTER, bitmaps_extension_faults
 from dirtmap.tools.cli import main
-
-ROOT = Path(__file__).parents[2]
-SPEC = (ROOT / "SPEC.md").read_text()
-README = (ROOT / "README.md").read_text()
 
 # SPEC.md describes every limit of these modules, and every structure of those that declare the same formats.
 DESCRIBED: list[ModuleType] = [geometry, extensions, directory, qcow2, store, index, live]
@@ -38,50 +34,6 @@ STRUCTURES = {
     for found in vars(module).values()
     if isinstance(found, Structure)
 }
-Row = dict[str, str]
-
-
-class Table(NamedTuple):
-    """A table of a document: the ``heading`` it stands under, and its ``rows``, cells by column."""
-
-    heading: str
-    columns: tuple[str, ...]
-    rows: list[Row]
-
-
-def cells(line: str) -> tuple[str, ...]:
-    return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
-
-
-def tables(text: str) -> list[Table]:
-    """All tables, in order; fenced blocks hold none."""
-    found: list[Table] = []
-    heading, fenced, current = "", False, None
-    for line in text.splitlines():
-        if line.startswith("```"):
-            fenced = not fenced
-        elif not fenced and line.startswith("#"):
-            heading, current = line.lstrip("# "), None
-        elif fenced or not line.startswith("|"):
-            current = None
-        elif current is None:
-            current = Table(heading, cells(line), [])
-            found.append(current)
-        elif set(line) - set("|-: "):
-            row = cells(line)
-            assert len(row) == len(current.columns), f"{heading}: {line}"
-            current.rows.append(dict(zip(current.columns, row, strict=True)))
-    return found
-
-
-SPEC_TABLES = tables(SPEC)
-
-
-def rows(*columns: str) -> list[Row]:
-    """The rows of the tables with exactly these columns."""
-    found = [row for table in SPEC_TABLES if table.columns == columns for row in table.rows]
-    assert found, f"SPEC.md has no table of {columns}"
-    return found
 
 
 def fields_described(text: str) -> dict[str, list[tuple[str, int, int]]]:
