@@ -16,12 +16,12 @@ rule: SPEC.md, "The index".
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import crc32c
 
+from dirtmap.fmt.digest import digest
 from dirtmap.fmt.store import AREA_SIZE
 
 VERSION = 1
@@ -82,7 +82,7 @@ def part(data: bytes) -> bytes:
     """
     if len(data) <= _LONGEST:
         return data + b"\0"
-    return b"\0" + hashlib.blake2b(data, digest_size=_DIGEST).digest()
+    return b"\0" + digest(data, _DIGEST)
 
 
 def number(value: int) -> bytes:

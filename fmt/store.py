@@ -15,12 +15,12 @@ Source of every rule: SPEC.md, "The store".
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dirtmap.fmt import geometry
+from dirtmap.fmt.digest import digest
 from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DATA_BYTES, TYPE_DIRTY_TRACKING, Entry, name_fault
 from dirtmap.fmt.extensions import HEAD_SIZE
 
@@ -137,8 +137,8 @@ class Identity:
         A digest of both takes the place of the time, so the result changes whenever either file does.
         """
         numbers = self.mtime_ns, data.device, data.inode, data.mtime_ns, data.size
-        digest = hashlib.blake2b(b"".join(number.to_bytes(8, "big") for number in numbers), digest_size=8).digest()
-        return replace(self, mtime_ns=int.from_bytes(digest, "big"))
+        both = digest(b"".join(number.to_bytes(8, "big") for number in numbers), 8)
+        return replace(self, mtime_ns=int.from_bytes(both, "big"))
 
 
 NO_IDENTITY = Identity()
@@ -206,7 +206,7 @@ def _readable(name: bytes) -> str:
 
 def container_name(path: bytes) -> bytes:
     """Returns the name of the record for the container at a path: `CONTAINER_PREFIX` and 32 hexadecimal digits."""
-    return CONTAINER_PREFIX + hashlib.blake2b(path, digest_size=16).hexdigest().encode()
+    return CONTAINER_PREFIX + digest(path, 16).hex().encode()
 
 
 def record_faults(record: Record) -> Iterator[tuple[str, str]]:

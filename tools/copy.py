@@ -88,6 +88,6 @@ def move_command(host: Host, target: str, bitmap: str, dest_target: str, new: st
         bitmaps, there = begun[target], begun[dest_target]
         changes.put(there, name, usable(bitmaps.where, bitmaps, bitmap))
         changes.remove(bitmaps, bitmap)  # refused before the destination has it
-        bitmaps.judge()
+        bitmaps.validate()
         parts[dest_target].close()
         # The destination is durable. The source's own commit follows, at the end of its transaction.

@@ -107,7 +107,7 @@ def check(
     wait: float = PATIENCE_SECONDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Checks a container and mends it; see `Host.check`. Other arguments as `open`."""
+    """Checks a container and repairs it; see `Host.check`. Other arguments as `open`."""
     with Host(store, index, wait=wait) as host:
         return host.check(target, repair=repair, force_share=force_share, progress=progress)
 

@@ -122,9 +122,9 @@ class Handle(Namespace):
     def _load(self, name: bytes) -> Bitmap | None:
         return self._ask(lambda backend: backend._load(name))
 
-    def settle(self) -> None:
-        """Recovers what a tracker has left that died; see `Namespace.settle`."""
-        self._ask(lambda backend: backend.settle())
+    def recover_session(self) -> None:
+        """Recovers what a tracker has left that died; see `Namespace.recover_session`."""
+        self._ask(lambda backend: backend.recover_session())
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes bitmaps usable whose bits cannot be relied on; see `Namespace.recover`."""
@@ -188,7 +188,7 @@ class Handle(Namespace):
     def track_with(self, tracking: Tracking) -> Tracker:
         """Begins to track; see `Kind.track`."""
         if self._now.tracking():  # it has died, or settling refuses
-            self._now.settle()
+            self._now.recover_session()
             self._open_anew()
         return self._kind.track(self._host, self._now, tracking)
 
@@ -199,7 +199,7 @@ class Handle(Namespace):
         if session.alive:
             where = f"{self.path}: node '{self.name}'"
             raise LockedError(where, f"tracked by {session.tracker}; ask it, or end it first")
-        self._now.settle()
+        self._now.recover_session()
         self._open_anew()
 
     def close(self) -> None:

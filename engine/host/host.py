@@ -233,7 +233,7 @@ class Host:
         force_share: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> CheckReport:
-        """Checks a container and mends it.
+        """Checks a container and repairs it.
 
         Args:
             target: a path, or a name of something in the container.

@@ -193,12 +193,12 @@ class StoreKind(Kind):
         """See `Kind`."""
         from dirtmap.engine.model.naming import encode_name
         from dirtmap.engine.namespaces.changing import transaction
-        from dirtmap.engine.namespaces.recover import settle_device
+        from dirtmap.engine.namespaces.recover import recover_tracked_device
 
         names = [self._named(address) for address in addresses]
         with host.opened(addresses[0].path) as target:
             for name in names:
-                settle_device(host, target, encode_name(name))
+                recover_tracked_device(host, target, encode_name(name))
             with transaction(target) as namespaces:
                 yield [namespaces[name] for name in names]
 

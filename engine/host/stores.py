@@ -122,13 +122,8 @@ class Stores:
                 raise ForbiddenError(self.index.path, f"index: {reason}")
 
     def _distrust(self, path: str) -> str | None:
-        if self._trust or path in self._trusted:
-            return None
-        reason = distrust(path)
-        if reason is not None:
-            return f"not trusted: {reason}; --trust insists"
-        self._trusted.add(path)
-        return None
+        reason = None if self._trust else distrust(path, self._trusted)
+        return None if reason is None else f"not trusted: {reason}; --trust insists"
 
     # Stores, and whether they are what was last seen.
 
@@ -181,7 +176,7 @@ class Stores:
             As `Store` and `Store.change`.
         """
         if self.index.exists:
-            self._judge(target)
+            self._check_copy_and_age(target)
         else:
             self._refuse_copy(target)
 
@@ -189,7 +184,7 @@ class Stores:
         """Reports a commit to the index; see `HostPort.report`. Errors are ignored, because the commit is durable."""
         if self.index.exists:
             with contextlib.suppress(Error):
-                self._judge(target)
+                self._check_copy_and_age(target)
                 self._pool.believe(target)
 
     def expect(self, target: Store) -> str | None:
@@ -207,7 +202,7 @@ class Stores:
         target.expect(seen.commit)
         return seen.path
 
-    def _judge(self, target: Store) -> None:
+    def _check_copy_and_age(self, target: Store) -> None:
         self._refuse_copy(target)
         if not target.is_rolled_back():
             self._saw(target)
@@ -258,7 +253,7 @@ class Stores:
             try:
                 target = stack.enter_context(self.kept(path))
             except Error:
-                return  # nobody can tell; whoever mends it does so as far as it can be read
+                return  # nobody can tell; whoever repairs it does so as far as it can be read
             self._refuse_copy(target)
 
     def _refuse_copy(self, target: Store) -> None:

@@ -44,7 +44,7 @@ def track_stored(host: KindPort, namespace: Namespace, tracking: Tracking) -> Tr
     home = Home(host, namespace.abspath, encode_name(namespace.name or ""))
     try:
         if home.store.read(home.needs_recovery):
-            namespace.settle()
+            namespace.recover_session()
         record = home.store.read(home.record)
         homes = [tracking.device, home] if tracking.device else [home]
         setup = Setup(homes, os.fsdecode(record.path), tracking.options, roots=tracking.roots)
@@ -67,7 +67,7 @@ def _track_device(host: KindPort, device: StoredImage, tracking: Tracking) -> Tr
         home = Home(host, device.abspath, encode_name(device.name or ""))
         try:
             if home.store.read(home.needs_recovery):
-                device.settle()
+                device.recover_session()
             # Absolute: it is asked for again when the device gets another root.
             options = replace(tracking.options, live=os.path.abspath(tracking.options.live_root))
             chosen = replace(tracking, options=options, device=home)

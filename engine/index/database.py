@@ -21,8 +21,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -509,6 +507,9 @@ def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_i
     Raises:
         StorageError: it cannot be made, or PATH or PATH.bad holds anything but an index.
     """
+    import shutil
+    import tempfile
+
     _require_ours(path)
     key = os.path.realpath(path)
     with _registry, _errors(path):

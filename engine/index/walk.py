@@ -63,7 +63,7 @@ def _walk(reader: Reader) -> tuple[int, list[str]]:
     for key, contents in reader.scan(b""):
         entries += 1
         try:
-            _judge(reader, key, contents, numbers, members)
+            _check_entry(reader, key, contents, numbers, members)
         except ValueError as error:
             faults.append(f"{layout.TAGS.get(key[:1], 'unknown')} {key[1:41].hex()}: {error}")
             if len(faults) >= _MOST:
@@ -71,7 +71,7 @@ def _walk(reader: Reader) -> tuple[int, list[str]]:
     return entries, faults
 
 
-def _judge(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes], members: Members) -> None:
+def _check_entry(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes], members: Members) -> None:
     """Validates the form of an entry, and that the entries exist which must go with it.
 
     Raises:
@@ -86,14 +86,14 @@ def _judge(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes], mem
     if tag in fixed and len(contents) != fixed[tag].size:
         raise ValueError(f"{len(contents)} bytes are not {fixed[tag].size}")
     if tag == layout.BITMAP:
-        _judge_bitmap(reader, key, contents, numbers)
+        _check_bitmap(reader, key, contents, numbers)
     elif tag == layout.FOUND:
-        _judge_found(reader, key, contents)
+        _check_found(reader, key, contents)
     elif tag == layout.CONTAINER:
         if layout.CONTAINER + layout.part(reader.get(layout.PATH + contents[:8]) or b"") != key:
             raise ValueError("its path is not known")
     elif tag == layout.MEMBERS:
-        _judge_members(reader, contents, numbers)
+        _check_members(reader, contents, numbers)
     elif tag in (layout.NAME, layout.UUID, layout.ROOT, layout.OTHERS):
         for container, member in parse_namespaces(contents):
             if members.get((container, member.name)) != member:
@@ -102,7 +102,7 @@ def _judge(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes], mem
         raise ValueError("nobody knows what this is")
 
 
-def _judge_members(reader: Reader, contents: bytes, numbers: set[bytes]) -> None:
+def _check_members(reader: Reader, contents: bytes, numbers: set[bytes]) -> None:
     for container, member in parse_members(contents)[1]:
         if layout.number(container) not in numbers:
             raise ValueError(f"of container {container}, which is not known")
@@ -112,7 +112,7 @@ def _judge_members(reader: Reader, contents: bytes, numbers: set[bytes]) -> None
                 raise ValueError(f"'{name}' cannot be found by its {layout.TAGS[key[:1]]}")
 
 
-def _judge_bitmap(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes]) -> None:
+def _check_bitmap(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes]) -> None:
     name, claims = parse_bitmap(contents)
     if not claims:
         raise ValueError("nobody has it")
@@ -127,7 +127,7 @@ def _judge_bitmap(reader: Reader, key: bytes, contents: bytes, numbers: set[byte
         raise ValueError("cannot be found by its name")
 
 
-def _judge_found(reader: Reader, key: bytes, contents: bytes) -> None:
+def _check_found(reader: Reader, key: bytes, contents: bytes) -> None:
     holder = layout.part(contents)
     if not key.endswith(holder) or reader.get(layout.BITMAP + holder + key[1 : len(key) - len(holder)]) is None:
         raise ValueError("leads nowhere")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BREAK = ""  # in a chain; no bitmap has that name
 
 
-def settle(chain: list[str], recording: Mapping[str, bool]) -> list[str]:
+def reconcile(chain: list[str], recording: Mapping[str, bool]) -> list[str]:
     """The chain after reconciling it with changes that other programs made since it was written.
 
     Args:
@@ -39,14 +39,14 @@ def broken(chain: list[str], name: str) -> list[str]:
     return _tidy([BREAK if other == name else other for other in chain])
 
 
-def heir(chain: list[str], name: str) -> str | None:
+def predecessor(chain: list[str], name: str) -> str | None:
     """The checkpoint that takes over the content of one that is removed; None if its content is no longer needed."""
     at = chain.index(name)
     return chain[at - 1] if at and chain[at - 1] != BREAK else None
 
 
 def without(chain: list[str], name: str) -> list[str]:
-    """The chain without a checkpoint, once its `heir` has taken over its content."""
+    """The chain without a checkpoint, once its `predecessor` has taken over its content."""
     return _tidy([other for other in chain if other != name])
 
 

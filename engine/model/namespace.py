@@ -68,7 +68,7 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
             names: which bitmaps; if empty, all that need it.
         """
 
-    def settle(self) -> None:
+    def recover_session(self) -> None:
         """Recovers what a dead tracker has left. Every change does this first.
 
         Raises:

@@ -101,13 +101,13 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         """Removes a checkpoint from the chain: the checkpoint before it takes over its bits, if it can."""
         from dirtmap.engine.model import checkpoints
 
-        heir = checkpoints.heir(self.checkpoints, name)
+        predecessor = checkpoints.predecessor(self.checkpoints, name)
         gone = self._bitmaps[name]
-        older = self._bitmaps.get(heir) if heir is not None else None
-        if heir is None or (older and not older.inconsistent and not gone.inconsistent):
-            if heir is not None and older:
-                self[heir] = checkpoints.take_over(older, gone)
-                self._relied_on[heir] = self._bitmaps[heir].copy()
+        older = self._bitmaps.get(predecessor) if predecessor is not None else None
+        if predecessor is None or (older and not older.inconsistent and not gone.inconsistent):
+            if predecessor is not None and older:
+                self[predecessor] = checkpoints.take_over(older, gone)
+                self._relied_on[predecessor] = self._bitmaps[predecessor].copy()
             self.checkpoints = checkpoints.without(self.checkpoints, name)
         else:
             self.checkpoints = checkpoints.broken(self.checkpoints, name)
@@ -134,7 +134,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         self[new] = bitmap
         self._bitmaps = {new if key == name else key: value for key, value in self._bitmaps.items() if key != new}
 
-    def judge(self) -> None:
+    def validate(self) -> None:
         """Validates the changes made in place, before the commit.
 
         Raises:

@@ -17,7 +17,7 @@ from dirtmap.engine.namespaces.condition import (
     end_session,
     other_size,
     refuse_tracked,
-    refuse_unsettled,
+    refuse_unrecovered,
     refuse_without_root,
     size_now,
     tracked_view,
@@ -47,7 +47,7 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     """
     snapshot = change.snapshot
     refuse_tracked(snapshot.file.path, record)
-    refuse_unsettled(snapshot, record)
+    refuse_unrecovered(snapshot, record)
     refuse_without_root(snapshot, record)
     size = size_now(record)
     if not record.nb_bitmaps:
@@ -65,7 +65,7 @@ def changing(change: Change, record: Record) -> Iterator[Transaction]:
     )
     try:
         yield bitmaps
-        bitmaps.judge()
+        bitmaps.validate()
         if size == record.size:
             _put(change, record, entries, bitmaps, doubted)
         else:

@@ -41,7 +41,7 @@ from dirtmap.engine.namespaces import salvage
 from dirtmap.engine.namespaces.condition import bitmap_of, busy_of, doubts
 from dirtmap.engine.namespaces.image import Image
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.namespaces.recover import confirm, log_recovered, settle_device
+from dirtmap.engine.namespaces.recover import confirm, log_recovered, recover_tracked_device
 from dirtmap.engine.qcow2.check import free_leaks
 from dirtmap.engine.qcow2.commit import Kept, Written, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout
@@ -101,7 +101,7 @@ def check_in(
         As `Namespace.transaction`.
     """
     with host.opened(store_path) as target:
-        settle_device(host, target, name)
+        recover_tracked_device(host, target, name)
     with (
         host.opened(store_path) as target,
         write_session(path, locking=host.locking) as (file, layout),
@@ -118,13 +118,13 @@ def check_in(
         if session is live.NO_SESSION:
             livefile.refuse_living(file.abspath, record.uuid)
         entries = (_entries if salvaging else read_entries)(change.snapshot, record)
-        settled, recovered = _settle(file, layout, change.snapshot, record, entries)
-        there = {part.entry.name if isinstance(part, Kept) else part.name for part in settled}
+        written, recovered = _recovered_slots(file, layout, change.snapshot, record, entries)
+        there = {part.entry.name if isinstance(part, Kept) else part.name for part in written}
         for bitmap in wanted:
             if encode_name(bitmap) not in there:
                 raise not_found(path, bitmap)
         before = _look(path)
-        commit(file, layout, settled)
+        commit(file, layout, written)
         if not own:
             free_leaks(file)  # those of a check-in that the tracker's death interrupted
         set_tracked(file, read_layout(file), False)
@@ -162,22 +162,22 @@ def _forget(change: Change, record: Record, entries: list[Entry] | None) -> None
     change.table.put(replace(ended, directory=NOWHERE, nb_bitmaps=0))
 
 
-def _settle(
+def _recovered_slots(
     file: File, layout: Layout, snapshot: Snapshot, record: Record, entries: list[Entry] | None
 ) -> tuple[list[Kept | Written], list[Recovery]]:
     """The new directory of the image, and what was done to each bitmap of the session."""
     slots = {slot.entry.name: slot for slot in layout.slots}
     contents = _contents(file, layout, snapshot, record, entries)
-    settled: list[Kept | Written] = []
+    written: list[Kept | Written] = []
     recovered = []
     for name, (bitmap, how) in contents.items():
         slot = slots.pop(encode_name(name), None)
         if bitmap is None:
             assert slot
-            settled.append(Kept(slot.entry))
+            written.append(Kept(slot.entry))
             continue
         recovered.append(Recovery(name, how))
-        settled.append(
+        written.append(
             Written(
                 name=encode_name(name),
                 flags=directory.FLAG_AUTO if bitmap.recording else 0,
@@ -186,7 +186,7 @@ def _settle(
                 base=slot,
             )
         )
-    return settled, recovered
+    return written, recovered
 
 
 def _contents(
@@ -373,14 +373,14 @@ class CheckedOutImage(Namespace):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps after recovering them; see `Namespace.transaction`."""
-        self.settle()
+        self.recover_session()
         with Image(self._abspath, self._host, force_share=True) as image, image.transaction() as bitmaps:
             yield bitmaps
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup, after recovery; see `Namespace.hold`. A live tracker refuses: use its `take`."""
-        self.settle()
+        self.recover_session()
         with Image(self._abspath, self._host) as image, image.hold(name, owner) as held:
             yield held
 
@@ -395,8 +395,8 @@ class CheckedOutImage(Namespace):
                 recovered += image.recover(left)
         return [item for item in recovered if not chosen or item.name in chosen]
 
-    def settle(self) -> None:
-        """Like `recover`, but refuses a damaged directory; see `Namespace.settle`."""
+    def recover_session(self) -> None:
+        """Like `recover`, but refuses a damaged directory; see `Namespace.recover_session`."""
         check_in(self._host, self._abspath, self._store_path, self._raw_name)
 
     def tracking(self) -> Status | None:

@@ -81,7 +81,7 @@ class _Eager(Change):
 def compact(
     path: str,
     *,
-    mend: bool = False,
+    repair: bool = False,
     new_identity: bool = False,
     of_copy: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -92,7 +92,7 @@ def compact(
 
     Args:
         path: the store.
-        mend: carries over what can be read of a damaged store, instead of refusing it.
+        repair: carries over what can be read of a damaged store, instead of refusing it.
         new_identity: gives the store, its nodes and its devices new UUIDs.
         of_copy: the store is known to be a copy; the trackers and holds in it are those of the original.
         progress: called with (namespaces done, namespaces in all).
@@ -101,7 +101,7 @@ def compact(
         locking: how to take the lock of the store.
 
     Raises:
-        FormatError: the store is damaged and ``mend`` is False, or no header is whole.
+        FormatError: the store is damaged and ``repair`` is False, or no header is whole.
         LockedError: another process writes to the store, or tracks an image in a store that gets a new identity; or a
             bitmap in it is held, and damage hides which.
         BitmapError: a bitmap in it is held.
@@ -132,14 +132,14 @@ def compact(
             with open_file(temporary, writable=True) as new:
                 new.belong_as(old)
                 change = _Eager(new, headers.choose(temporary, new.read(0, store.RESERVED)))
-                readable = _readable(snapshot, result, mend=mend)
+                readable = _readable(snapshot, result, repair=repair)
                 _refuse_held(old, readable, locking)
                 if new_identity and not of_copy:
                     _refuse_used(path, readable)
                 if new_identity:
                     readable = _with_new_identities(readable)
                 for done, found in enumerate(readable):
-                    _carry_over(found, change, result, mend=mend)
+                    _carry_over(found, change, result, repair=repair)
                     if progress:
                         progress(done + 1, len(readable))
                 change.commit()
@@ -232,8 +232,8 @@ def _with_session_lost(source: Snapshot, record: Record, change: Change) -> Reco
     return ended.with_extensions(store.OF_A_SESSION, lost)
 
 
-def _readable(snapshot: Snapshot, result: Compaction, *, mend: bool) -> list[_Readable]:
-    if not mend:
+def _readable(snapshot: Snapshot, result: Compaction, *, repair: bool) -> list[_Readable]:
+    if not repair:
         return [_Readable(snapshot, record) for record in snapshot.table()]
     faults: list[FormatError] = []
     newest = {record.name: record for record in _records(snapshot, faults)}
@@ -271,7 +271,7 @@ def _text(snapshot: Snapshot, error: Error) -> str:
     return f"{error.where.removeprefix(f'{snapshot.file.path}: ')}: {error.what}"
 
 
-def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: bool) -> None:
+def _carry_over(found: _Readable, change: Change, result: Compaction, *, repair: bool) -> None:
     source, record = found.source, found.record
     if found.doubt:
         record = _with_session_lost(source, record, change)
@@ -280,7 +280,7 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
     try:
         entries = read_entries(source, record)
     except FormatError as error:
-        if not mend:
+        if not repair:
             raise
         lost = _text(source, error)
     if lost is not None:  # outside `except`, so that the error keeps no data in memory
@@ -290,7 +290,7 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
             result.dropped.append(f"{record.label}, {many}: {lost}")
         record = _with_session_lost(source, record, change)
     copied = [
-        _carry_bits(source, record, entry, change, result, mend=mend, doubt=whys.get(entry, found.doubt))
+        _carry_bits(source, record, entry, change, result, repair=repair, doubt=whys.get(entry, found.doubt))
         for entry in entries
     ]
     place = change.place(build_directory(copied))
@@ -299,7 +299,7 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, mend: b
 
 
 def _carry_bits(
-    source: Snapshot, record: Record, entry: Entry, change: Change, result: Compaction, *, mend: bool, doubt: str
+    source: Snapshot, record: Record, entry: Entry, change: Change, result: Compaction, *, repair: bool, doubt: str
 ) -> Entry:
     where = f"{record.label}, {label(decode_name(entry.name))}"
     if doubt:
@@ -310,7 +310,7 @@ def _carry_bits(
     try:
         verify(source, record, entry)  # proves the checksum before the bits are believed
     except Error:
-        if not mend:
+        if not repair:
             raise
         result.made_dirty.append(f"{where}: its bits are damaged")
         return all_dirty(entry)

@@ -90,7 +90,7 @@ def refuse_session(path: str, record: Record) -> None:
         raise BitmapError(f"{path}: {record.label}", what)
 
 
-def refuse_unsettled(snapshot: Snapshot, record: Record) -> None:
+def refuse_unrecovered(snapshot: Snapshot, record: Record) -> None:
     """Refuses to end a node's session before that of the device that was tracked with it.
 
     Raises:
@@ -99,7 +99,7 @@ def refuse_unsettled(snapshot: Snapshot, record: Record) -> None:
     if record.tracked:
         from dirtmap.engine.session import peers
 
-        if peer := peers.unsettled(snapshot.file.abspath, record):
+        if peer := peers.unrecovered(snapshot.file.abspath, record):
             what = f"tracked with device '{printable(decode_name(peer.name))}' until that died; 'dirtmap recover' first"
             raise BitmapError(f"{snapshot.file.path}: {record.label}", what)
 

@@ -284,16 +284,16 @@ def _changing(file: File, layout: Layout, place: Place) -> Iterator[Transaction]
     )
     try:
         yield bitmaps
-        bitmaps.judge()
+        bitmaps.validate()
         wanted = _wanted(layout, bitmaps)
         if bad:
             good = iter(wanted)
             wanted = [Kept(s.entry) if i in bad else next(good) for i, s in enumerate(layout.slots)]
         if _is_change(layout, wanted):
             if chain:  # after a crash in between, a former checkpoint must not count as one
-                from dirtmap.engine.model.checkpoints import settle
+                from dirtmap.engine.model.checkpoints import reconcile
 
-                place.keep_checkpoints(settle(chain, dict.fromkeys(bitmaps.checkpoints, True)))
+                place.keep_checkpoints(reconcile(chain, dict.fromkeys(bitmaps.checkpoints, True)))
             void = void_bitmaps(file) if layout.is_void and not layout.slots else None
             commit(file, layout, wanted)
             if void:

@@ -20,7 +20,7 @@ from dirtmap.engine.namespaces.condition import (
     refuse_held,
     refuse_session,
     refuse_tracked,
-    refuse_unsettled,
+    refuse_unrecovered,
     rewrite,
 )
 from dirtmap.engine.namespaces.image import Image, Naming
@@ -319,7 +319,7 @@ def resize_node(target: Store, name: str) -> int:
         if identity.size == record.size:
             what = f"its image has {record.size} bytes, as before: there is no new size to adopt"
             raise BitmapError(f"{target.path}: {record.label}", what)
-        refuse_unsettled(change.snapshot, record)
+        refuse_unrecovered(change.snapshot, record)
         refuse_held(change.snapshot, record)
         # The caller explains the new size and mtime; nothing else may differ.
         explained = replace(record.identity, size=identity.size, mtime_ns=identity.mtime_ns)

@@ -13,13 +13,13 @@ from dirtmap.engine.namespaces.condition import (
     doubts,
     refuse_held,
     refuse_tracked,
-    refuse_unsettled,
+    refuse_unrecovered,
     rewrite,
     size_now,
     tracked_view,
 )
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.session.peers import path_of, unsettled
+from dirtmap.engine.session.peers import path_of, unrecovered
 from dirtmap.engine.storefile.directory import is_readable, no_namespace, read_entries
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.storefile.session import peer_of
@@ -57,7 +57,7 @@ def _recover_resized(change: Change, record: Record, names: list[str]) -> list[R
     """Recovers a namespace whose disk has another size now: adopts that size, and makes all its bitmaps all dirty."""
     path = change.snapshot.file.path
     refuse_tracked(path, record)
-    refuse_unsettled(change.snapshot, record)
+    refuse_unrecovered(change.snapshot, record)
     refuse_held(change.snapshot, record)
     found = [decode_name(entry.name) for entry in read_entries(change.snapshot, record)]
     for name in names:
@@ -79,7 +79,7 @@ def log_recovered(where: str, recovered: list[Recovery]) -> None:
         logger(__name__).info("%s: %s recovered: %s", where, label(item.name), item.how)
 
 
-def settle_device(host: HostPort, target: Store, name: bytes) -> None:
+def recover_tracked_device(host: HostPort, target: Store, name: bytes) -> None:
     """Recovers the device that was tracked with a node, if it is not yet recovered. The node comes after it.
 
     The session of one tracker is in two records, that of the device and that of its root node. The device ends its
@@ -96,18 +96,18 @@ def settle_device(host: HostPort, target: Store, name: bytes) -> None:
         BitmapError: the root of the device has another size now.
     """
     record = target.record(name)
-    peer = unsettled(target.abspath, record) if record is not None and record.tracked else None
+    peer = unrecovered(target.abspath, record) if record is not None and record.tracked else None
     if record is None or peer is None:
         return
     refuse_tracked(target.path, record)
     if peer.store:
         with host.opened(path_of(target.abspath, peer)) as other:
-            settle(other, peer.name)
+            recover_session(other, peer.name)
     else:
-        settle(target, peer.name)
+        recover_session(target, peer.name)
 
 
-def settle(target: Store, name: bytes) -> None:
+def recover_session(target: Store, name: bytes) -> None:
     """Recovers all bitmaps of one namespace in one commit; see `recover_record`.
 
     Raises:

@@ -22,7 +22,7 @@ from dirtmap.engine.namespaces.condition import (
     end_session,
     refuse_held,
     refuse_tracked,
-    refuse_unsettled,
+    refuse_unrecovered,
     refuse_without_root,
     size_now,
 )
@@ -87,7 +87,7 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
     """
     path = change.snapshot.file.path
     refuse_tracked(path, record)
-    refuse_unsettled(change.snapshot, record)
+    refuse_unrecovered(change.snapshot, record)
     refuse_without_root(change.snapshot, record)
     refuse_held(change.snapshot, record)
     entries = spare_entries(change.snapshot, record, change.snapshot.older())

@@ -70,7 +70,7 @@ def check(
     wrong = report.corruptions or report.leaks
     if not wrong or repair is None or (repair == "leaks" and report.corruptions):
         return report
-    compaction = compact(path, mend=repair == "all", expect=expect, locking=locking)
+    compaction = compact(path, repair=repair == "all", expect=expect, locking=locking)
     with Store(path) as target:
         after = target.read(lambda snapshot: _Check(snapshot, None).run())
     report.corruptions_fixed, report.leaks_fixed = report.corruptions - after.corruptions, report.leaks - after.leaks

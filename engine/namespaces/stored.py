@@ -24,7 +24,7 @@ from dirtmap.engine.namespaces.condition import (
 )
 from dirtmap.engine.namespaces.place import holding
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.namespaces.recover import log_recovered, recover_record, settle, settle_device
+from dirtmap.engine.namespaces.recover import log_recovered, recover_record, recover_session, recover_tracked_device
 from dirtmap.engine.storefile.directory import no_namespace, read_entries
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.fmt import geometry, store
@@ -126,7 +126,7 @@ class StoredImage(Namespace):
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes all dirty what is inconsistent, in doubt or damaged, bits or directory; see `Namespace.recover`."""
-        settle_device(self._host, self._store, self._raw_name)
+        recover_tracked_device(self._host, self._store, self._raw_name)
         with self._store.change() as change:
             record = self._record(change.snapshot)
             damage = None
@@ -141,10 +141,10 @@ class StoredImage(Namespace):
         log_recovered(self.where, recovered)
         return recovered
 
-    def settle(self) -> None:
-        """Like `recover`, but refuses a damaged directory; see `Namespace.settle`."""
-        settle_device(self._host, self._store, self._raw_name)
-        settle(self._store, self._raw_name)
+    def recover_session(self) -> None:
+        """Like `recover`, but refuses a damaged directory; see `Namespace.recover_session`."""
+        recover_tracked_device(self._host, self._store, self._raw_name)
+        recover_session(self._store, self._raw_name)
 
     def __repr__(self) -> str:
         return f"<StoredImage {self.name!r} in {self.path!r}>"
@@ -160,7 +160,7 @@ class StoredImage(Namespace):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, in one commit of the store; see `Namespace.transaction`."""
-        settle_device(self._host, self._store, self._raw_name)
+        recover_tracked_device(self._host, self._store, self._raw_name)
         with (
             self._store.change() as change,
             changing(change, self._record(change.snapshot)) as bitmaps,

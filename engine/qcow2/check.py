@@ -62,7 +62,7 @@ def check(
         with open_file(path) as file, locks.reading(file, force_share=force_share, locking=locking):
             return _Check(file, progress).run().report
     with open_file(path, writable=True) as file, locks.writing(file, locking=locking):
-        return _mend(file, repair, progress)
+        return _repair_file(file, repair, progress)
 
 
 def free_leaks(file: File) -> None:
@@ -183,7 +183,7 @@ class _Check:
         return f"clusters {first * self.layout.cluster_size:#x}..{last * self.layout.cluster_size:#x}"
 
 
-def _mend(file: File, repair: str, progress: Callable[[int, int], None] | None) -> CheckReport:
+def _repair_file(file: File, repair: str, progress: Callable[[int, int], None] | None) -> CheckReport:
     before = _Check(file, progress).run()
     report = before.report
     if not (report.corruptions or report.leaks):
@@ -235,7 +235,7 @@ def _drop_bad(file: File, found: _Check) -> list[str] | None:
         The names of the dropped bitmaps. None, without a commit, if nothing had to be dropped or more is at fault.
     """
     layout = found.layout
-    if not (layout.faults or found.bad) or not all(fault.mendable for fault in layout.faults):
+    if not (layout.faults or found.bad) or not all(fault.repairable for fault in layout.faults):
         return None
     names = [_name(layout.slots[index]) for index in sorted(found.bad)]
     layout.slots = [slot for index, slot in enumerate(layout.slots) if index not in found.bad]

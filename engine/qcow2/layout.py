@@ -57,7 +57,7 @@ class Fault(NamedTuple):
     bitmap: int | None = None
 
     @property
-    def mendable(self) -> bool:
+    def repairable(self) -> bool:
         """True if dropping bitmaps repairs the fault: the rest of the image is not affected."""
         return self.field.startswith("bitmap")
 
@@ -210,7 +210,7 @@ class Layout:
         if not all(fault.bitmap is not None for fault in self.faults):
             self.require_sound()
 
-    def blame(self, fields: Iterable[tuple[str, str]], prefix: str, bitmap: int | None = None) -> None:
+    def add_faults(self, fields: Iterable[tuple[str, str]], prefix: str, bitmap: int | None = None) -> None:
         """Adds the faults that a validator of `dirtmap.fmt` found; ``prefix`` comes before the name of each field."""
         self.faults += [Fault(f"{prefix}.{name}", what, bitmap) for name, what in fields]
 
@@ -274,7 +274,7 @@ def read_head(file: File) -> Layout:
     file_size = file.size()
     head = file.read(0, _FIRST_READ)
     layout = Layout(file.path, file_size, parse_header(head.ljust(qcow2.MORE_OFFSET + 8, b"\0")))
-    layout.blame(qcow2.header_faults(layout.header), "header")
+    layout.add_faults(qcow2.header_faults(layout.header), "header")
     least = qcow2.MORE_OFFSET if layout.header.v2.version == 3 else HEADER_V2.size
     if len(head) < least and head.startswith(qcow2.MAGIC):
         layout.faults.insert(0, Fault("header", f"the file ends after {file_size} bytes, inside the header"))
@@ -356,7 +356,7 @@ def _read_extensions(file: File, layout: Layout, chain: Chain, *, void: bool) ->
         if extension.type == qcow2.EXTENSION_BITMAPS:
             layout.extension = extension
         elif extension.type == qcow2.EXTENSION_NAMESPACE:
-            layout.blame(qcow2.namespace_extension_faults(extension.data), "namespace extension")
+            layout.add_faults(qcow2.namespace_extension_faults(extension.data), "namespace extension")
     faults = list(extension_faults(layout.header, chain.extensions))
     for extension in chain.extensions if not faults else ():
         if extension.type == qcow2.EXTENSION_CRYPTO:
@@ -372,10 +372,10 @@ def _read_extensions(file: File, layout: Layout, chain: Chain, *, void: bool) ->
     faults = list(bitmaps_extension_faults(layout.extension.data, layout.cluster_size, layout.file_size))
     if not valid and not void:
         # The bitmaps are void: QEMU looks at nothing but the length.
-        layout.blame([fault for fault in faults if fault[0] == "length"], "bitmaps extension")
+        layout.add_faults([fault for fault in faults if fault[0] == "length"], "bitmaps extension")
         return
     layout.valid = valid
-    layout.blame(faults, "bitmaps extension")
+    layout.add_faults(faults, "bitmaps extension")
     _read_directory(file, layout, {name for name, _ in faults})
 
 
@@ -400,7 +400,7 @@ def _read_directory(file: File, layout: Layout, bad: set[str]) -> None:
         if names.setdefault(entry.name, index) != index:
             faults.append(("name", f"entries {names[entry.name]} and {index} share it"))
         if faults:
-            layout.blame(faults, bitmap_label(entry.name), index)
+            layout.add_faults(faults, bitmap_label(entry.name), index)
         if not any(name.startswith("table") or name == "granularity_bits" for name, _ in faults):
             left -= entry.table_size
             if left >= 0:
@@ -490,7 +490,7 @@ def _read_table(file: File, layout: Layout, slot: Slot, index: int) -> None:
     if fault is None:
         slot.table = table
     else:
-        layout.blame([fault], bitmap_label(entry.name), index)
+        layout.add_faults([fault], bitmap_label(entry.name), index)
 
 
 def _find_overlaps(layout: Layout) -> None:
@@ -509,15 +509,15 @@ def _find_overlaps(layout: Layout) -> None:
         return
     regions.sort(key=itemgetter(0))
     reach, holder = regions[0].length, regions[0]
-    blamed: set[int] = set()
+    reported: set[int] = set()
     for region in regions[1:]:
         if region.offset // cluster * cluster < reach:
-            _blame_overlap(layout, region, holder, blamed)
+            _add_overlap(layout, region, holder, reported)
         if region.offset + region.length > reach:
             reach, holder = region.offset + region.length, region
 
 
-def _blame_overlap(layout: Layout, region: Region, other: Region, blamed: set[int]) -> None:
+def _add_overlap(layout: Layout, region: Region, other: Region, reported: set[int]) -> None:
     def label(region: Region) -> str:
         return "" if region.bitmap is None else bitmap_label(layout.slots[region.bitmap].entry.name)
 
@@ -529,7 +529,7 @@ def _blame_overlap(layout: Layout, region: Region, other: Region, blamed: set[in
         region, other = (other, region) if other.field.startswith("bitmap") else (region, other)
         layout.faults.append(Fault(region.field, f"{text(region)} at {region.offset:#x} overlaps {text(other)}"))
     for one, another in ((region, other), (other, region)):
-        if one.bitmap is not None and one.bitmap not in blamed:
-            blamed.add(one.bitmap)
+        if one.bitmap is not None and one.bitmap not in reported:
+            reported.add(one.bitmap)
             what = f"{one.what} at {one.offset:#x} overlaps {text(another)}"
             layout.faults.append(Fault(label(one), what, one.bitmap))

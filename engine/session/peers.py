@@ -69,7 +69,7 @@ def find(path: str, peer: Peer, session: bytes, *, of_node: bool) -> Found:
     return Found(record if named else None, named)
 
 
-def unsettled(path: str, record: Record) -> Peer | None:
+def unrecovered(path: str, record: Record) -> Peer | None:
     """The device that has to end its session before this node does; None where there is none, or none to be found."""
     session, peer = record.extension(store.EXTENSION_SESSION), peer_of(record)
     if record.kind == store.KIND_DEVICE or session is None or peer is None:

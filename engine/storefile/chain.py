@@ -50,7 +50,7 @@ def checkpoints_of(where: str, record: Record, recording: Mapping[str, bool]) ->
         return []
     from dirtmap.engine.model import checkpoints
 
-    return checkpoints.settle(read_chain(where, record), recording)
+    return checkpoints.reconcile(read_chain(where, record), recording)
 
 
 def with_checkpoints(record: Record, chain: list[str]) -> Record:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -235,7 +234,7 @@ class Store:
         for _ in range(_ATTEMPTS):
             if not self._file.is_current():
                 self._reopen()
-            snapshot = Snapshot(self._file, self._settled())
+            snapshot = Snapshot(self._file, self._stable_header())
             if snapshot.chosen.lost and not self._file.is_current():
                 continue  # a compaction has just put another file in its place
             try:
@@ -243,7 +242,7 @@ class Store:
                 failure = None
             except FormatError as error:
                 failure = error
-            now = self._settled().header
+            now = self._stable_header().header
             if failure is None and now.generation <= snapshot.header.generation + 1:
                 return answer
             if failure is not None and now.commit_id == snapshot.header.commit_id and self._file.is_current():
@@ -253,7 +252,7 @@ class Store:
                     failure = None  # its traceback refers to this frame, and keeps the data in memory
         raise LockedError(self.path, "changes faster than it can be read")
 
-    def _settled(self) -> Chosen:
+    def _stable_header(self) -> Chosen:
         """The header that counts. If it looks damaged, looks again, to tell a torn read from damage."""
         for _ in range(20):
             try:
@@ -302,7 +301,7 @@ class Store:
                     while locked and not locks.try_alone(file, _WRITER):
                         if time.monotonic() > deadline:
                             raise refusal()
-                        time.sleep(random.uniform(0.001, 0.01))
+                        locks.pause()
                     # A compaction may have replaced the file while this thread waited.
                     if file.is_current():
                         yield file
@@ -381,7 +380,7 @@ class Change:
             autoclear=0,
         )
         block = headers.build_block(new)
-        for number, data in self._chosen.mends:
+        for number, data in self._chosen.repairs:
             self._file.write(number * store.BLOCK, data)
         for offset, area in [*self._writes, *writes]:
             self._file.write(offset, area)

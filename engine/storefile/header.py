@@ -226,7 +226,7 @@ class Chosen:
         header: it; where ``in_doubt``, or a commit is lost, with every namespace put in doubt.
         slot: 0 (A) or 1 (B).
         in_doubt: the other slot may have had the newest: it is not as a commit leaves it.
-        mends: (block, bytes): damaged or outdated copies, and what they should be, before anything new is written.
+        repairs: (block, bytes): damaged or outdated copies, and what they should be, before anything new is written.
         lost: generation of a commit that was seen and is missing; 0: none.
         copies: the whole copies, and what they say.
     """
@@ -234,7 +234,7 @@ class Chosen:
     header: Header
     slot: int
     in_doubt: bool
-    mends: tuple[tuple[int, bytes], ...]
+    repairs: tuple[tuple[int, bytes], ...]
     lost: int = 0
     copies: Mapping[bytes, Header] = field(default_factory=dict, compare=False, repr=False)
 
@@ -273,7 +273,7 @@ def choose(path: str, data: bytes, known: Mapping[bytes, Header] | None = None) 
     slot = int(2 * sum(number % 2 for number in bests) > len(bests))  # a slot has two copies of it, but for a crash
     best = next(number for number in bests if number % 2 == slot)
     header = headers[best]
-    mends = [(number, blocks[best]) for number in store.COPIES[slot] if blocks[number] != blocks[best]]
+    repairs = [(number, blocks[best]) for number in store.COPIES[slot] if blocks[number] != blocks[best]]
     other = [number for number in store.COPIES[1 - slot] if number in headers]
     in_doubt = (
         {headers[number].generation for number in other} not in ({newest - 1}, {header.doubt_generation})
@@ -284,10 +284,10 @@ def choose(path: str, data: bytes, known: Mapping[bytes, Header] | None = None) 
         header = _in_doubt(header)
         # Their generation is wiped, or a torn write over what is left of them could bring back a header whose areas are
         # gone by then. Nothing else: another value of a damaged word could be what that word was before.
-        mends += [(n, wiped) for n in store.COPIES[1 - slot] if (wiped := _wiped(blocks[n])) != blocks[n]]
+        repairs += [(n, wiped) for n in store.COPIES[1 - slot] if (wiped := _wiped(blocks[n])) != blocks[n]]
     else:
-        mends += [(n, blocks[other[0]]) for n in store.COPIES[1 - slot] if n not in other]
-    return Chosen(header, slot, in_doubt, tuple(mends), copies=copies)
+        repairs += [(n, blocks[other[0]]) for n in store.COPIES[1 - slot] if n not in other]
+    return Chosen(header, slot, in_doubt, tuple(repairs), copies=copies)
 
 
 def _claims(block: bytes, twin: bytes) -> int:
@@ -295,12 +295,12 @@ def _claims(block: bytes, twin: bytes) -> int:
 
     A copy that lacks one word, and has there what its twin has, was being written over that when a crash came.
     """
-    mended = _with_a_bit_flipped_back(block)
-    if mended is not None:
-        word = next(at for at in range(0, store.BLOCK, 8) if mended[at : at + 8] != block[at : at + 8])
+    repaired = _with_a_bit_flipped_back(block)
+    if repaired is not None:
+        word = next(at for at in range(0, store.BLOCK, 8) if repaired[at : at + 8] != block[at : at + 8])
         if block[word : word + 8] == twin[word : word + 8]:
             return 0
-        return int(HEADER.parse(mended).generation)
+        return int(HEADER.parse(repaired).generation)
     ones = b"\xff" * _GENERATION.offset  # which a disk can read as where it has lost what was there
     wiped = block == _wiped(block) and not block.startswith(ones)
     return store.MAX_GENERATION + 1 if wiped else 0
@@ -314,9 +314,9 @@ def _with_a_bit_flipped_back(block: bytes) -> bytes | None:
     at = _syndromes().get(syndrome)
     if at is None:
         return None
-    mended = bytearray(block)
-    mended[at // 8] ^= 1 << at % 8
-    return bytes(mended) if is_whole(bytes(mended)) else None
+    repaired = bytearray(block)
+    repaired[at // 8] ^= 1 << at % 8
+    return bytes(repaired) if is_whole(bytes(repaired)) else None
 
 
 @cache

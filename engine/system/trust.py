@@ -15,15 +15,28 @@ _ROOT = 0
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
-def distrust(path: str) -> str | None:
+def distrust(path: str, trusted: set[str]) -> str | None:
     """Why root must not believe what is at a path; None where it may, where nothing is there, and for other users.
 
     Args:
-        path: absolute; of a file or a folder. Links on the way to it are judged as well.
+        path: absolute; of a file or a folder. Links on the way to it are checked as well.
+        trusted: paths of which that is known. Takes in this one and its folder, so that the next file in that folder
+            costs one look.
     """
-    if os.geteuid() != _ROOT or "\0" in path:  # no file can have such a path; whoever opens it tells
+    if path in trusted or os.geteuid() != _ROOT or "\0" in path:  # no file can have such a path; whoever opens it tells
         return None
-    real = os.path.realpath(path)
+    folder = os.path.dirname(path)
+    if folder in trusted and not os.path.islink(path):
+        reason = _reason(path, is_file=True)
+    else:
+        reason = _reason_on_the_way(path, os.path.realpath(path))
+    if reason is None and os.path.exists(path):  # what is not there yet may be anybody's once it is
+        trusted.update((folder, path))
+    return reason
+
+
+def _reason_on_the_way(path: str, real: str) -> str | None:
+    """What is wrong with what is at a path, or with a folder or a link on the way; ``real`` is where it leads."""
     seen: set[str] = set()
     for start in dict.fromkeys((path, real)):
         at = start

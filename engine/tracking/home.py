@@ -138,10 +138,10 @@ class HomeChange(HomeView):
         self.entries[name] = self.clean_entry(name, granularity, recording=recording)
         self.set_window(name, window)
 
-    def settle_checkpoints(self) -> None:
+    def reconcile_checkpoints(self) -> None:
         """Reconciles the chain with what other programs have done to checkpoints since the last session."""
         recording = {name: entry.auto for name, entry in self.entries.items()}
-        self.checkpoints = checkpoints.settle(self.checkpoints, recording)
+        self.checkpoints = checkpoints.reconcile(self.checkpoints, recording)
 
     def make_all_dirty(self) -> None:
         """Makes every bitmap dirty all over, except inconsistent ones, whose bits cannot be trusted anyway."""

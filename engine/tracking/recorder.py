@@ -309,7 +309,7 @@ class Recorder:
         moved = peer is not None and change.record.kind == store.KIND_DEVICE and change.record.root_uuid != peer.uuid
         if change.record.size != self.size or moved:
             raise BitmapError(change.where, "its image changed while tracking began; try again")
-        change.settle_checkpoints()
+        change.reconcile_checkpoints()
         for name in change.recording:
             change.set_window(name, Window(0))
         change.session = self._session

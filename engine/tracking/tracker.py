@@ -158,8 +158,8 @@ class Tracker(Recorder):
             self._refuse_busy(home, name)
             home.entry(name)
             if name in home.checkpoints:
-                if (heir := checkpoints.heir(home.checkpoints, name)) is not None:
-                    self._fold(home, heir, name)
+                if (predecessor := checkpoints.predecessor(home.checkpoints, name)) is not None:
+                    self._fold(home, predecessor, name)
                 home.checkpoints = checkpoints.without(home.checkpoints, name)
             del home.entries[name]
 

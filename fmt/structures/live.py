@@ -177,14 +177,14 @@ def build_log_record(seed: int, region: int) -> bytes:
 def build_log(uuid: bytes, intent: int, bits: int, regions: int) -> bytes:
     """Returns the header of an intent log. ``bits`` is log2 of the region size in bytes."""
     fields = {"magic": LOG_MAGIC, "version": LOG_VERSION, "uuid": uuid, "intent": intent}
-    bare = LOG.build(**fields, region_bits=bits, regions=regions, checksum=0)[:-4]
-    return bare + int(crc32c.crc32c(bare)).to_bytes(4, "big")
+    body = LOG.build(**fields, region_bits=bits, regions=regions, checksum=0)[:-4]
+    return body + int(crc32c.crc32c(body)).to_bytes(4, "big")
 
 
 def build_beat(uuid: bytes, time: int) -> bytes:
     """Returns a heartbeat with that time, in nanoseconds since 1970."""
-    bare = BEAT.build(time=time, reserved=0, checksum=0)[:-4]
-    return bare + int(crc32c.crc32c(bare, crc32c.crc32c(uuid))).to_bytes(4, "big")
+    body = BEAT.build(time=time, reserved=0, checksum=0)[:-4]
+    return body + int(crc32c.crc32c(body, crc32c.crc32c(uuid))).to_bytes(4, "big")
 
 
 def parse_beat(uuid: bytes, data: bytes) -> int:
@@ -196,8 +196,8 @@ def parse_beat(uuid: bytes, data: bytes) -> int:
 
 def build_tally(uuid: bytes, number: int, count: int) -> bytes:
     """Returns a tally of the session with that UUID: so many records of log ``number`` are durable."""
-    bare = TALLY.build(number=number, count=count, checksum=0)[:-4]
-    return bare + int(crc32c.crc32c(b"tally" + uuid + bare)).to_bytes(4, "big")
+    body = TALLY.build(number=number, count=count, checksum=0)[:-4]
+    return body + int(crc32c.crc32c(b"tally" + uuid + body)).to_bytes(4, "big")
 
 
 def parse_tally(uuid: bytes, data: bytes) -> Tally | None:

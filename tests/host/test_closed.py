@@ -29,7 +29,7 @@ USES: dict[str, Callable[[dm.Handle], Any]] = {
     "info": lambda image: image.info(),
     "doubt": lambda image: image.doubt(),
     "tracking": lambda image: image.tracking(),
-    "settle": lambda image: image.settle(),
+    "recover_session": lambda image: image.recover_session(),
     "recover": lambda image: image.recover(),
     "recover_dead": lambda image: image.recover_dead(),
     "transaction": lambda image: image.transaction().__enter__(),

@@ -138,9 +138,9 @@ def test_a_link_on_the_way_is_judged(folder: Path) -> None:
 
 def test_other_users_judge_for_themselves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chown(STORE)
-    assert distrust(str(folder / STORE))
+    assert distrust(str(folder / STORE), set())
     monkeypatch.setattr(os, "geteuid", lambda: USER)
-    assert distrust(str(folder / STORE)) is None
+    assert distrust(str(folder / STORE), set()) is None
 
 
 @pytest.mark.parametrize("suffix", [".guard", ".stamp"])
@@ -155,3 +155,24 @@ def test_a_planted_link_is_not_followed(folder: Path, suffix: str) -> None:
     assert not victim.exists()
     guard.unlink()
     dirtmap("find", "b", *chosen)
+
+
+def test_a_second_file_of_a_trusted_folder_is_looked_at_itself(folder: Path) -> None:
+    trusted: set[str] = set()
+    paths = [folder / name for name in ("one", "two", "three")]
+    for path in paths[:2]:
+        path.touch()
+        assert distrust(str(path), trusted) is None
+    assert str(folder) in trusted
+    paths[2].symlink_to(paths[1])
+    paths[1].chmod(0o666)
+    assert "can be written by every user" in str(distrust(str(paths[2]), trusted))
+
+
+def test_what_is_not_there_yet_is_not_trusted_once_it_is(folder: Path) -> None:
+    trusted: set[str] = set()
+    later = folder / "later"
+    assert distrust(str(later), trusted) is None
+    later.touch()
+    later.chmod(0o666)
+    assert distrust(str(later), trusted)

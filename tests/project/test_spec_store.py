@@ -145,4 +145,4 @@ def test_example_is_what_dirtmap_reads(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_copies_of_the_example_are_alike(example: Path) -> None:
     chosen = headers.choose("example", example.read_bytes())
-    assert (chosen.header.generation, chosen.slot, chosen.in_doubt, chosen.mends) == (4, 1, False, ())
+    assert (chosen.header.generation, chosen.slot, chosen.in_doubt, chosen.repairs) == (4, 1, False, ())

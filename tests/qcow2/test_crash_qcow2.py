@@ -412,9 +412,9 @@ class VoidJudge(crash.Judge):
                 raise crash.Harm("void bitmaps are lost")
 
 
-def judge_of(name: str, recording: crash.Recording) -> crash.Judge | crash.MendJudge:
+def judge_of(name: str, recording: crash.Recording) -> crash.Judge | crash.RepairJudge:
     if name in DAMAGED:
-        return crash.MendJudge(recording, may_void="across" in name)
+        return crash.RepairJudge(recording, may_void="across" in name)
     case = CASES[name]
     kind = VoidJudge if name.startswith("recover void") and not case.may_void else crash.Judge
     return kind(recording, may_void=case.may_void)

@@ -188,8 +188,8 @@ def test_doubt_survives_whatever_its_repair_leaves(state: str) -> None:
             continue
         if not chosen.in_doubt:
             continue
-        for count in range(len(chosen.mends) + 1):
-            for some in itertools.combinations(chosen.mends, count):
+        for count in range(len(chosen.repairs) + 1):
+            for some in itertools.combinations(chosen.repairs, count):
                 repaired = list(damaged)
                 for number, block in some:
                     repaired[number] = block

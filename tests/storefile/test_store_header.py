@@ -188,14 +188,14 @@ class TestChoose:
         assert chosen.header.doubt_generation == (newest_of_all if chosen.in_doubt else 0)
         # Mending makes the copies of a slot the same, and changes no slot's last commit.
         mended = dict(blocks)
-        for number, block in chosen.mends:
+        for number, block in chosen.repairs:
             assert blocks[number] != block
             mended[number] = block
         again = headers.choose("s", b"".join(mended[number] for number in range(4)))
-        assert (again.header, again.slot, again.mends) == (chosen.header, chosen.slot, ())
+        assert (again.header, again.slot, again.repairs) == (chosen.header, chosen.slot, ())
         assert chosen.in_doubt or mended[others[0]] == mended[others[1]]
         # ... and a crash in the middle of it is no worse.
-        for number, block in chosen.mends:
+        for number, block in chosen.repairs:
             wiped = block if chosen.in_doubt and number in others else _damaged(8)  # a word, which is never torn
             torn = b"".join(wiped if n == number else blocks[n] for n in range(4))
             assert headers.choose("s", torn).header == chosen.header
@@ -209,8 +209,8 @@ def test_lost_header_does_not_come_back() -> None:
     for bit in range(0, store.BLOCK * 8, 13):
         damaged = bytearray(lost)
         damaged[bit // 8] ^= 1 << bit % 8
-        mends = dict(headers.choose("s", sound + damaged + sound + damaged).mends)
-        wiped = mends.get(1, bytes(damaged))
+        repairs = dict(headers.choose("s", sound + damaged + sound + damaged).repairs)
+        wiped = repairs.get(1, bytes(damaged))
         assert sum(wiped[at : at + 8] != damaged[at : at + 8] for at in range(0, store.BLOCK, 8)) <= 1, "never torn"
         assert not headers.is_whole(wiped)
         for _ in range(3):

@@ -1101,7 +1101,7 @@ class NamespaceConformance:
     def test_settle(self, maker: Maker) -> None:
         made = maker.make(SIZE, some())
         with unchanged(made), made.open() as namespace:
-            namespace.settle()
+            namespace.recover_session()
         with made.open() as namespace:
             assert namespace.tracking() is None
 
@@ -1353,7 +1353,7 @@ class NamespaceConformance:
         with unchanged(made), made.open() as namespace:
             with pytest.raises(dm.LockedError, match="tracked by"), namespace.transaction() as bitmaps:
                 bitmaps.clear()
-            for act in (namespace.recover, namespace.settle):
+            for act in (namespace.recover, namespace.recover_session):
                 with pytest.raises(dm.LockedError, match="tracked by"):
                     act()
 

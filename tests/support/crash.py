@@ -480,7 +480,7 @@ class Judge:
             raise Harm("clusters have leaked")
 
 
-class MendJudge:
+class RepairJudge:
     """As `Judge`, of the mending of a damaged image: a state is as damaged as the original, or mended.
 
     What dirtmap reads of the bitmaps and their faults tells which.
@@ -638,7 +638,7 @@ def mutants(recording: Recording) -> Iterator[Mutant]:
             yield Mutant(f"no sync {number}", replace(recording, epochs=left, unsynced=epochs[number]), (number,))
 
 
-def caught(mutant: Mutant, judge: Judge | MendJudge, effort: Effort) -> str | None:
+def caught(mutant: Mutant, judge: Judge | RepairJudge, effort: Effort) -> str | None:
     """Why the mutant is harmful, or None where no state of it is."""
     try:
         require_durable(mutant.recording)

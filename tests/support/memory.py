@@ -50,7 +50,7 @@ class MemoryNamespace(Namespace):
         bitmaps = dm.Transaction(self.where, self.size, CLUSTER, {n: b.copy() for n, b in self._bitmaps.items()})
         try:
             yield bitmaps
-            bitmaps.judge()
+            bitmaps.validate()
             changed = {name: bitmap.copy().freeze() for name, bitmap in bitmaps.items()}
             self._bitmaps.clear()
             self._bitmaps.update(changed)

@@ -30,7 +30,7 @@ def test_flipped_bit_of_one_header_copy_changes_nothing(sound: Sound) -> None:
             )
             chosen = headers.choose(sound.path, data)
             assert (chosen.header, chosen.slot, chosen.in_doubt) == (before.header, before.slot, False)
-            assert chosen.mends == ((number, block),)
+            assert chosen.repairs == ((number, block),)
 
 
 def _sampled(region: Region, count: int, seed: int) -> list[int]:
