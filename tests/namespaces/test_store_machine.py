@@ -256,9 +256,10 @@ class Machine(RuleBasedStateMachine):
         models = copy.deepcopy(self.nodes)
         with contextlib.suppress(Abort):
             with self.transactions(names) as namespaces:
+                for name in names:  # all of them first: a step may copy from one whose turn comes later
+                    models[name].settle()
                 for name in names:
                     before = copy.deepcopy(models[name].bitmaps)
-                    models[name].settle()
                     for _ in range(data.draw(st.integers(1, 3))):
                         self.step(data, namespaces, models, name)
                     required(namespaces[name], models[name].bitmaps)
