@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.identity import identity_of_disk, is_twin, lasting_identity
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces import devices
-from dirtmap.engine.namespaces.condition import refuse_tracked
+from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
 from dirtmap.engine.storefile.directory import no_namespace
@@ -35,7 +35,7 @@ def holding(target: Store, node: bytes, name: str, owner: str) -> Iterator[None]
             record = change.table.get(node)
             if record is None:
                 raise no_namespace(target.path, node)
-            refuse_tracked(target.path, record)  # its tracker takes bitmaps for backups
+            Condition(change.snapshot, record).refuse_tracked()  # its tracker takes bitmaps for backups
             file = change.snapshot.file
             # Before anybody can see the record: one whose byte is not locked is stale.
             locked = stack.enter_context(holds.lock(taken, file))

@@ -42,7 +42,7 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, Process, boot_id, clock_offset
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, printable
+from dirtmap.fmt.errors import Error, FormatError, StorageError, printable
 from dirtmap.fmt.store import Identity, Record
 
 _NS = 1_000_000_000
@@ -286,14 +286,9 @@ def view_of(snapshot: Snapshot, record: Record) -> SessionView | None:
     return views[record.uuid]
 
 
-def refuse_tracked(where: str, session: live.Session | None) -> None:
-    """Refuses what must not happen behind a tracker's back.
-
-    Raises:
-        LockedError: names the tracker.
-    """
-    if session and is_alive(session):
-        raise LockedError(where, f"tracked by {tracker_of(session)}; {_remedy(session)}")
+def tracked_by(session: live.Session) -> str | None:
+    """Who tracks, and what to do about it, as an error says it; None where the tracker is known to have ended."""
+    return f"tracked by {tracker_of(session)}; {_remedy(session)}" if is_alive(session) else None
 
 
 def _remedy(session: live.Session) -> str:
