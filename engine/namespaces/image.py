@@ -110,10 +110,7 @@ class Image(Namespace):
 
     def info(self) -> ImageInfo:
         """Describes the image and all its bitmaps, as of one moment."""
-        found = self._read_here(lambda layout: describe_layout(self._file, layout))
-        if not (held := self.place.held()):
-            return found
-        return replace(found, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in found.bitmaps))
+        return self.place.with_holds(self._read_here(lambda layout: describe_layout(self._file, layout)))
 
     def _load(self, name: bytes) -> Bitmap | None:
         def read(layout: Layout) -> Bitmap | None:

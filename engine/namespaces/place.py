@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.identity import identity_of_disk, is_twin, lasting_identity
@@ -21,6 +22,7 @@ from dirtmap.fmt.errors import BitmapError, GoneError, StorageError, printable
 from dirtmap.fmt.store import Identity, Record
 
 if TYPE_CHECKING:
+    from dirtmap.engine.model.infos import ImageInfo
     from dirtmap.engine.namespaces.ports import HostPort
     from dirtmap.engine.storefile.file import Snapshot, Store
     from dirtmap.engine.system.file import File
@@ -95,6 +97,12 @@ class Place:
 
         with self._host.opened(self.store) as target:
             return target.read(held)
+
+    def with_holds(self, info: ImageInfo) -> ImageInfo:
+        """A description of the image, in which the bitmaps that are held are busy."""
+        if not (held := self.held()):
+            return info
+        return replace(info, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in info.bitmaps))
 
     def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
         """The chain of its checkpoints; see `dirtmap.engine.storefile.chain.checkpoints_of`."""
