@@ -94,6 +94,7 @@ class Qcow2Kind(Kind):
 
         Only if the bitmaps are not in the image, because a tracker has them or had them, it is opened as any other.
         """
+        from dirtmap.engine.namespaces.place import remembered
         from dirtmap.engine.qcow2.reading import describe
         from dirtmap.engine.system.file import open_file
 
@@ -105,7 +106,7 @@ class Qcow2Kind(Kind):
             place.refuse_twin(address.path)
             if not tracked and not place.is_checked_out(address.path):
                 place.refuse_moved(address.path)
-                return place.with_holds(info)
+                return remembered(info, place)
         return super().describe(host, address, force_share=force_share)
 
     def recover(self, host: KindPort, address: Address, names: Iterable[str]) -> list[Recovery]:
