@@ -1,4 +1,4 @@
-"""What an image looks like from outside: by this it is known again, and seen to have changed."""
+"""What an image looks like from outside. This tells which file it is, and whether it has changed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dirtmap.fmt.store import Identity, Record
 from dirtmap.fmt.structures.qcow2 import HEADER_V2
 
 _SECOND_NS = 1_000_000_000
-# Linux before 6.13 takes the time of a write from a clock that steps every 1 to 10 ms. Where it has whole seconds, as
-# in ext4 with small inodes, or even seconds, as in FAT, that is the step.
+# Linux before 6.13 takes the time of a write from a clock that steps every 1 to 10 ms. Some file systems keep whole
+# seconds only, as ext4 with small inodes, or even seconds, as FAT.
 _TICK_NS = 20_000_000
 _ROUNDS = 10
 
@@ -44,12 +44,12 @@ def identity_of(path: str) -> Identity:
 
 
 def touched(path: str) -> int:
-    """When a file was last written to, or its times, its names, its owner or its mode were changed; ns since 1970.
+    """When a file was last written to or changed in its times, names, owner or mode; ns since 1970.
 
-    The time of the last write can be put back, as ``touch -r`` and ``cp -p`` do; that of the last change cannot.
+    The time of the last write can be put back, as ``touch -r`` and ``cp -p`` do. That of the last change cannot.
 
     Returns:
-        0 for a block device, which does not tell.
+        The later of the two times; 0 for a block device, which has none.
 
     Raises:
         StorageError: it cannot be looked at.
@@ -62,7 +62,7 @@ def touched(path: str) -> int:
 
 
 def data_file_of(path: str) -> str | None:
-    """The path of the file that has a qcow2 image's guest data; None where that is the image itself.
+    """The path of the file that has a qcow2 image's guest data; None if the image itself has it.
 
     Raises:
         StorageError: the image cannot be read, or does not say which file that is.
@@ -72,7 +72,7 @@ def data_file_of(path: str) -> str | None:
 
 
 def identity_of_disk(path: str) -> Identity:
-    """As `identity_of`, of an image as a guest reads it: the data of a qcow2 image may be in another file.
+    """Like `identity_of`, but of all that a guest reads. The data of a qcow2 image may be in another file.
 
     Raises:
         StorageError: either cannot be looked at.
@@ -93,15 +93,15 @@ def identity_now(record: Record) -> Identity:
 
 
 def root_elsewhere(record: Record) -> str | None:
-    """That another image is where a device's root was, which is named by its UUID; None where none is known to be.
+    """Why a device's root is not at its recorded path any more; None if it is, or if that is not known.
 
-    A raw root has no UUID but its place.
+    A qcow2 root is known by its UUID. A raw root has none, so another raw image at the path counts as the root.
     """
     if record.kind != store.KIND_DEVICE:
         return None
     path = os.fsdecode(record.path)
     with suppress(StorageError), open_file(path) as file:
-        # A raw root was as long as its disk, which a qcow2 image is by chance only.
+        # The recorded identity of a raw root has the size of its disk. That of a qcow2 image has it only by chance.
         was_raw = record.identity.size == record.size
         if not (read_head(file).uuid == record.root_uuid if _is_qcow2(file) else was_raw):
             return f"its root's image is not at {printable(path)} any more; 'index scan' finds one that was moved"
@@ -113,21 +113,21 @@ def _is_qcow2(file: File) -> bool:
 
 
 def lasting_identity(path: str, *, of_disk: bool = False) -> Identity:
-    """As `identity_of`, to be remembered: whoever writes to the image from now on gives it another time.
+    """Like `identity_of`, but any later write to the image will give it another time. This is what gets recorded.
 
-    A time is only as fine as the clock it is taken from. So this waits until that has moved on since the last write: a
-    few milliseconds, and only if the image was written to just before; longer where times are in whole seconds.
+    A time is only as fine as its clock. If the image was written to just before, this waits until the clock has moved
+    on: a few milliseconds, or longer if the file system keeps whole seconds.
 
-    Nor does a write through a mapping give a file another time while the page is dirty: the time is taken when a clean
-    page gets dirty. So all of the file is written back, until none of its pages has got dirty meanwhile. Source:
-    Linux, ``file_update_time`` in ``filemap_page_mkwrite``; a tmpfs has no such thing.
+    A write through a mapping changes the time of the file only when it makes a clean page dirty. So the file is written
+    back, until none of its pages has become dirty meanwhile. Source: Linux, ``file_update_time`` in
+    ``filemap_page_mkwrite``. A tmpfs does not do this.
 
     Args:
         path: of the image.
-        of_disk: as `identity_of_disk`.
+        of_disk: looks at all that a guest reads, as `identity_of_disk`.
 
     Raises:
-        StorageError: as `identity_of`; or it cannot be written back, or is written to without pause.
+        StorageError: as `identity_of`; or the image cannot be written back, or is written to without pause.
     """
     files = [path]
     if of_disk and (data := data_file_of(path)) is not None:
@@ -145,7 +145,7 @@ def lasting_identity(path: str, *, of_disk: bool = False) -> Identity:
 
 
 def lasting_identity_now(record: Record) -> Identity:
-    """As `identity_now`, to be remembered."""
+    """Like `identity_now`, but to be recorded; see `lasting_identity`."""
     return lasting_identity(os.fsdecode(record.path), of_disk=record.kind == store.KIND_DEVICE)
 
 
@@ -158,10 +158,10 @@ def _wait_out(mtime_ns: int) -> None:
 
 
 def disk_size(path: str) -> int:
-    """The size in bytes of the disk that an image holds: as its header says where it is qcow2, else its own.
+    """The size in bytes of an image's disk: the virtual size of a qcow2 image, else the size of the file or device.
 
     Raises:
-        StorageError: it cannot be looked at.
+        StorageError: the image cannot be read.
     """
     with open_file(path) as file:
         head = file.read(0, HEADER_V2.size)
@@ -188,10 +188,10 @@ def is_twin(record: Record, path: str) -> bool:
 
 
 def carries(record: Record) -> bool:
-    """True where the file in a qcow2 image's place has its UUID: it itself, or one that was put back from a backup.
+    """True if the file at a qcow2 image's place has the image's UUID: the image itself, or a copy that was put there.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the file cannot be read.
     """
     from dirtmap.engine.qcow2.reading import read_identity
 

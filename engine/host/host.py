@@ -301,7 +301,7 @@ class Host:
         """
         from dirtmap.engine.qcow2.sidecar import make_sidecar
 
-        self._parts.registry.refuse_tracked(disk)
+        self._parts.registry.refuse_tracked_image(disk)
         make_sidecar(disk, path, raw=raw)
 
     def in_lock_order(self, targets: Iterable[Target]) -> list[Target]:

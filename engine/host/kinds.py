@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.model.namespace import Namespace
     from dirtmap.engine.model.report import CheckReport
     from dirtmap.engine.model.transaction import Transaction
+    from dirtmap.engine.namespaces.place import Place
     from dirtmap.engine.storefile.file import Store
     from dirtmap.engine.system.file import File
     from dirtmap.engine.tracking.tracker import Tracker
@@ -65,17 +66,22 @@ class Qcow2Kind(Kind):
         return None if identity is None else identity[0]
 
     @staticmethod
-    def _checked_out(host: KindPort, path: str) -> Namespace | None:
-        """The bitmaps that a tracker has, or had when it died; None where they are in the image."""
+    def _place_of(host: KindPort, node: str, image_uuid: str) -> Place:
+        """The place record of an image that says that it is this node, and has this UUID."""
         import uuid
 
+        from dirtmap.engine.namespaces.place import place_of
+
+        return place_of(host, node, uuid.UUID(image_uuid).bytes)
+
+    @staticmethod
+    def _checked_out(host: KindPort, path: str) -> Namespace | None:
+        """The bitmaps that a tracker has, or had when it died; None where they are in the image."""
         from dirtmap.engine.qcow2.reading import read_identity
 
         if (identity := read_identity(path)) is None:
             return None
-        from dirtmap.engine.namespaces.place import place_of
-
-        place = place_of(host, identity[0], uuid.UUID(identity[1]).bytes)
+        place = Qcow2Kind._place_of(host, *identity)
         if place.store is None or not place.is_checked_out(path):
             place.refuse_moved(path)
             return None
@@ -84,22 +90,29 @@ class Qcow2Kind(Kind):
         return CheckedOutImage(path, host, place.store, place.node)
 
     def describe(self, host: KindPort, address: Address, *, force_share: bool) -> ImageInfo:
-        """See `Kind`. Of an image without a name nothing but the image is read."""
+        """See `Kind`. Reads the image once, and of one without a name nothing else.
+
+        Only if the bitmaps are not in the image, because a tracker has them or had them, it is opened as any other.
+        """
+        from dirtmap.engine.namespaces.place import remembered
         from dirtmap.engine.qcow2.reading import describe
         from dirtmap.engine.system.file import open_file
 
         with contextlib.suppress(LockedError), open_file(address.path) as file:
-            info = describe(file, force_share=force_share, locking=host.locking)
+            info, tracked = describe(file, force_share=force_share, locking=host.locking)
             if info.node is None or info.uuid is None or info.errors:  # with one, nothing else opens the image
                 return info
+            place = self._place_of(host, info.node, info.uuid)
+            place.refuse_twin(address.path)
+            if not tracked and not place.is_checked_out(address.path):
+                place.refuse_moved(address.path)
+                return remembered(info, place)
         return super().describe(host, address, force_share=force_share)
 
     def recover(self, host: KindPort, address: Address, names: Iterable[str]) -> list[Recovery]:
         """See `Kind`. Works on images that cannot be opened because of other bitmaps."""
-        import uuid
-
         from dirtmap.engine.namespaces.image import recover
-        from dirtmap.engine.namespaces.place import NO_PLACE, Place, place_of
+        from dirtmap.engine.namespaces.place import NO_PLACE
         from dirtmap.engine.qcow2.reading import read_identity
 
         path = address.path
@@ -108,7 +121,7 @@ class Qcow2Kind(Kind):
                 return found.recover(names)
         place: Place = NO_PLACE
         if identity := read_identity(path):
-            place = place_of(host, identity[0], uuid.UUID(identity[1]).bytes)
+            place = self._place_of(host, *identity)
             place.refuse_twin(path)
         return recover(path, names, place=place, locking=host.locking)
 

@@ -80,7 +80,7 @@ class Parts:
             if self.normal != self.home:
                 fallback = Stores(self.normal, self.normal, self.index, self.kinds, self.locking, trust=self.trust)
             stores = Stores(self.home, self.store, self.index, self.kinds, self.locking, fallback, trust=self.trust)
-            names = Resolver(stores, self.kinds)
+            names = Resolver(stores, self.kinds, self)
             self._made = stores, names, Registry(stores, names, self)
             return self._made
 

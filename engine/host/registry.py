@@ -187,8 +187,10 @@ class Registry:
         with self._stores.opened(found.store) as target:
             devices.remove_device(target, name)
 
-    def refuse_tracked(self, path: str) -> None:
-        """Refuses a raw image that is tracked as a node. Finds the node by the image's path, without the index.
+    def refuse_tracked_image(self, path: str) -> None:
+        """Refuses a raw image that is tracked as a node; see `dirtmap.engine.namespaces.condition.refuse_tracked`.
+
+        Finds the node by the image's path, without the index.
 
         Raises:
             LockedError: the image is tracked; the error names the process.
@@ -202,7 +204,7 @@ class Registry:
                 continue  # damage to one store does not forbid images of others
             for record in records:
                 if record.tracked and is_same_file(record.path, path):
-                    refuse_tracked(where, record)
+                    refuse_tracked(f"{where}: {record.label}", record)
 
 
 def _name_fault(name: str) -> str | None:

@@ -19,8 +19,9 @@ from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces.devices import Root
+from dirtmap.engine.namespaces.place import place_of
+from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.qcow2.reading import read_identity, require_header
-from dirtmap.engine.system.file import is_same_file
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
@@ -105,12 +106,13 @@ class Resolver:
     Args:
         stores: of the host.
         kinds: the kinds of containers.
+        host: asked for the places of images.
     """
 
-    def __init__(self, stores: Stores, kinds: Iterable[Kind]) -> None:
-        self._stores, self._kinds = stores, kinds
+    def __init__(self, stores: Stores, kinds: Iterable[Kind], host: HostPort) -> None:
+        self._stores, self._kinds, self._host = stores, kinds, host
         fallback = stores.fallback
-        self._fallback = None if fallback is None else Resolver(fallback, kinds)
+        self._fallback = None if fallback is None else Resolver(fallback, kinds, host)
 
     def resolve(self, name: str) -> NodeMatch | None:
         """The node or device of that name, as its container says; None if there is none.
@@ -268,16 +270,6 @@ class Resolver:
                     known += [name for name in [encode_name(found.name)] if name not in known]
         return names
 
-    def is_checked_out(self, path: str, name: str, image_uuid: bytes) -> bool:
-        """True for a qcow2 image whose bitmaps are checked out by a tracker, alive or dead."""
-        place = self.place_of(name, image_uuid)
-        if place is None:
-            return False
-        with self._stores.opened(place.store) as target:
-            record = target.record(encode_name(place.name))
-        mine = record is not None and record.uuid == image_uuid and record.tracked
-        return mine and record is not None and is_same_file(path, record.path)
-
     def find(
         self, bitmap: str, *, force_share: bool = False, told: Callable[[Error], object] | None = None
     ) -> list[BitmapMatch]:
@@ -301,7 +293,7 @@ class Resolver:
                         kind, name = _kind_of(index, container, holder), decode_name(holder[1:])
                         in_use = bool(claim.flags & FLAG_IN_USE)
                         if in_use and container.kind == KIND_QCOW2:  # its tracker may have what the image lacks
-                            in_use = not self.is_checked_out(container.path, name, claim.uuid)
+                            in_use = not place_of(self._host, name, claim.uuid).is_checked_out(container.path)
                         namespace = str(uuid.UUID(bytes=claim.uuid)) if any(claim.uuid) else None
                         granularity = 1 << claim.granularity_bits
                         recording = bool(claim.flags & FLAG_AUTO)

@@ -22,6 +22,7 @@ from dirtmap.engine.identity import identity_of, is_twin
 from dirtmap.engine.index.reading import Container, look
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.namespaces import devices
+from dirtmap.engine.namespaces.place import place_of
 from dirtmap.engine.qcow2.reading import read_identity
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.system.file import is_gone, is_same_file
@@ -147,7 +148,7 @@ def _what(stores: Stores, problem: Error | None, path: str) -> str:
 def _is_checked_out(host: Host, container: Container) -> bool:
     """True for a qcow2 image whose bitmaps are checked out by a tracker."""
     return container.kind == KIND_QCOW2 and any(
-        host._parts.names.is_checked_out(container.path, decode_name(member.name), member.uuid)
+        place_of(host._parts, decode_name(member.name), member.uuid).is_checked_out(container.path)
         for member in host._parts.stores.index.members(container.number)
         if member.name
     )

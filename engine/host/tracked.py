@@ -16,14 +16,14 @@ from dataclasses import replace
 from dirtmap.engine.host.kind import KindPort, Tracking
 from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label
-from dirtmap.engine.namespaces.checked_out import bitmap_of_slot, check_in
+from dirtmap.engine.namespaces.check_in import check_in
+from dirtmap.engine.namespaces.condition import refuse_tracked
+from dirtmap.engine.namespaces.contents import bitmap_of_slot
 from dirtmap.engine.namespaces.image import Image
 from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.qcow2.commit import Kept, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.layout import Layout, read_layout
 from dirtmap.engine.qcow2.reading import write_session
-from dirtmap.engine.session import view
-from dirtmap.engine.storefile.session import session_of
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.recorder import Setup
@@ -157,7 +157,7 @@ def _copy_out(home: Home, image: Image, file: File, layout: Layout) -> None:
     if record is None:
         raise _no_place(image)
     require_place(record)
-    view.refuse_tracked(f"{home.store.path}: {record.label}", session_of(record))
+    refuse_tracked(f"{home.store.path}: {record.label}", record)
     with home.change(None) as changed:
         require_place(changed.record)
         changed.record = replace(changed.record, size=layout.header.size)

@@ -10,66 +10,55 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.identity import lasting_identity_now
 from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.model.transaction import Transaction
-from dirtmap.engine.namespaces.condition import (
-    Source,
-    bitmap_of,
-    doubts,
-    end_session,
-    other_size,
-    refuse_tracked,
-    refuse_unrecovered,
-    refuse_without_root,
-    size_now,
-    tracked_view,
-)
+from dirtmap.engine.namespaces.condition import Condition, Source
 from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
-from dirtmap.engine.storefile.directory import no_namespace, place_bitmap, read_entries, replace_directory
+from dirtmap.engine.storefile.directory import no_namespace, place_bitmap, replace_directory
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.storefile.holds import held_by
 from dirtmap.engine.system.log import logger
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import StorageError
-from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
 
 
 @contextlib.contextmanager
-def changing(change: Change, record: Record) -> Iterator[Transaction]:
+def changing(change: Change, now: Condition) -> Iterator[Transaction]:
     """One namespace's part of a change. The end of the transaction puts its new directory into ``change``.
+
+    Args:
+        change: of the store.
+        now: the condition of the namespace, as of the snapshot of the change.
 
     Raises:
         LockedError: the namespace is tracked.
         BitmapError: it must be recovered first, a device's root is elsewhere, or a rule of the format is broken.
         FormatError: the directory is damaged.
     """
-    snapshot = change.snapshot
-    refuse_tracked(snapshot.file.path, record)
-    refuse_unrecovered(snapshot, record)
-    refuse_without_root(snapshot, record)
-    size = size_now(record)
-    if not record.nb_bitmaps:
-        record = replace(record, size=size)  # without bitmaps the new size can be adopted at once
-    doubted = size != record.size or doubts(snapshot, record) is not None
-    entries = read_entries(snapshot, record)
-    where = f"{snapshot.file.path}: {record.label}"
+    now.refuse_tracked()
+    now.refuse_unrecovered()
+    now.refuse_without_root()
+    if not now.record.nb_bitmaps:  # the new size can be adopted at once
+        now = Condition(now.snapshot, replace(now.record, size=now.size_now))
+    record = now.record
+    doubted = now.resized or now.doubted
     bitmaps = Transaction(
-        where,
+        now.where,
         record.size,
         geometry.MAX_DEFAULT_GRANULARITY,
-        {decode_name(entry.name): bitmap_of(snapshot, record, entry, doubted) for entry in entries},
-        held_by(snapshot.file, record),
-        checkpoints_of(where, record, {decode_name(entry.name): entry.auto for entry in entries}),
+        {decode_name(entry.name): now.bitmap(entry, doubted=doubted) for entry in now.entries},
+        held_by(now.snapshot.file, record),
+        checkpoints_of(now.where, record, {decode_name(entry.name): entry.auto for entry in now.entries}),
     )
     try:
         yield bitmaps
         bitmaps.validate()
-        if size == record.size:
-            _put(change, record, entries, bitmaps, doubted)
+        if now.resized:
+            _put_at_old_size(change, now, bitmaps)
         else:
-            _put_at_old_size(change, record, entries, bitmaps)
+            _put(change, now, bitmaps)
     finally:
         bitmaps.close()
 
@@ -86,7 +75,8 @@ class StoreTransaction(Mapping[str, Transaction]):
             record = self._change.table.get(encode_name(name))
             if record is None:
                 raise no_namespace(self._change.snapshot.file.path, encode_name(name))
-            self._begun[name] = self._stack.enter_context(changing(self._change, record))
+            now = Condition(self._change.snapshot, record)
+            self._begun[name] = self._stack.enter_context(changing(self._change, now))
         return self._begun[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -106,7 +96,7 @@ def transaction(target: Store) -> Iterator[StoreTransaction]:
         yield StoreTransaction(change, stack)
 
 
-def _put_at_old_size(change: Change, record: Record, old: list[Entry], bitmaps: Transaction) -> None:
+def _put_at_old_size(change: Change, now: Condition, bitmaps: Transaction) -> None:
     """Like `_put`, but for a disk that has another size than its bits, as long as no bits have to be written.
 
     All bits stay in doubt, and a dead tracker's session stays, until the new size is adopted.
@@ -117,13 +107,13 @@ def _put_at_old_size(change: Change, record: Record, old: list[Entry], bitmaps: 
     wanted: list[Entry] = []
     for name, bitmap in bitmaps.items():
         source = bitmap._source
-        kept = _kept(source.entry, name, bitmap) if isinstance(source, Source) and source.record is record else None
+        kept = _kept(source.entry, name, bitmap) if isinstance(source, Source) and source.condition is now else None
         if kept is None or any(kept.table_offset == entry.table_offset > store.ALL_ONES for entry in wanted):
-            raise other_size(change.snapshot, record)
+            raise now.other_size()
         wanted.append(kept)
-    if wanted != old:
-        area = replace_directory(change, record, old, wanted)
-        change.table.put(replace(record, directory=area, nb_bitmaps=len(wanted)))
+    if wanted != now.entries:
+        area = replace_directory(change, now.record, now.entries, wanted)
+        change.table.put(replace(now.record, directory=area, nb_bitmaps=len(wanted)))
 
 
 def _kept(entry: Entry, name: str, bitmap: Bitmap) -> Entry:
@@ -132,19 +122,19 @@ def _kept(entry: Entry, name: str, bitmap: Bitmap) -> Entry:
     return replace(entry.with_flags(**flags), name=encode_name(name))
 
 
-def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction, doubted: bool) -> None:
+def _put(change: Change, now: Condition, bitmaps: Transaction) -> None:
+    record, view = now.record, now.view
     wanted: list[Entry] = []
     kept: set[int] = set()
     # A tracker that has the session is dead, or this change would have been refused. What it marked is in the bits that
     # were read. They are written, and the session ends.
-    view = tracked_view(change.snapshot, record)
     for name, bitmap in bitmaps.items():
         source = bitmap._source
         # Bits of another namespace or store are copied. Bits in doubt are written as they are shown, all dirty. Bits of
         # an inconsistent bitmap are not shown at all.
         if (
             isinstance(source, Source)
-            and source.record is record
+            and source.condition is now
             and (not source.doubted or bitmap.inconsistent)
             and not (view and not bitmap.inconsistent)
             and id(source.entry) not in kept
@@ -153,20 +143,19 @@ def _put(change: Change, record: Record, old: list[Entry], bitmaps: Transaction,
             wanted.append(_kept(source.entry, name, bitmap))
         else:
             wanted.append(place_bitmap(change, record, name, bitmap))
-    if wanted == old and not doubted and not view:
+    if wanted == now.entries and not now.doubted and not view:
         return
-    if doubted:
-        why = doubts(change.snapshot, record)
-        where = f"{change.snapshot.file.path}: {record.label}"
-        change.afterwards.append(lambda: logger(__name__).warning("%s: all bitmaps are dirty now: %s", where, why))
-    area = replace_directory(change, record, old, wanted)
+    if now.doubted:
+        message = "%s: all bitmaps are dirty now: %s"
+        change.afterwards.append(lambda: logger(__name__).warning(message, now.where, now.doubt))
+    area = replace_directory(change, record, now.entries, wanted)
     identity = record.identity
     if view and view.identity:
         identity = view.identity
-    elif record.kind in (store.KIND_NODE, store.KIND_DEVICE) and (doubted or not record.nb_bitmaps):
+    elif record.kind in (store.KIND_NODE, store.KIND_DEVICE) and (now.doubted or not record.nb_bitmaps):
         # Either all that was in doubt is now dirty on disk, or the first bitmap begins: changes count from here on.
         with contextlib.suppress(StorageError):
             identity = lasting_identity_now(record)
-    new = with_checkpoints(end_session(change, record), bitmaps.checkpoints)
+    new = with_checkpoints(now.end_session(change), bitmaps.checkpoints)
     generation, count = change.generation, len(wanted)
     change.table.put(replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=identity))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from dirtmap.engine.model.naming import decode_name, label
-from dirtmap.engine.namespaces.condition import end_session, refuse_held, refuse_tracked
+from dirtmap.engine.namespaces.condition import Condition, refuse_tracked
 from dirtmap.engine.namespaces.salvage import all_dirty, spare_entries
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile import holds
@@ -175,7 +175,7 @@ def _fill_older_slot(file: File) -> None:
 
 def _refuse_used(path: str, readable: list[_Readable]) -> None:
     for found in readable:
-        refuse_tracked(path, found.record)
+        refuse_tracked(f"{path}: {found.record.label}", found.record)
 
 
 def _refuse_held(old: File, readable: list[_Readable], locking: Locking) -> None:
@@ -186,7 +186,7 @@ def _refuse_held(old: File, readable: list[_Readable], locking: Locking) -> None
         LockedError: the hold's record cannot be read.
     """
     for found in readable:
-        refuse_held(found.source, found.record)
+        Condition(found.source, found.record).refuse_held()
     # On a file system without locks nobody can hold, and the caller has said that nobody else uses the store.
     if locks.has_locks(old, locking) and holds.is_any_alive(old):
         raise LockedError(old.path, "a bitmap in it is held, and its record of that cannot be read; try again later")
@@ -226,8 +226,9 @@ def _with_session_lost(source: Snapshot, record: Record, change: Change) -> Reco
     """
     if not record.tracked:
         return record
-    refuse_tracked(source.file.path, record)
-    ended = end_session(change, record, source)
+    now = Condition(source, record)
+    now.refuse_tracked()
+    ended = now.end_session(change)
     lost = [(store.EXTENSION_SESSION, live.LOST)] if record.kind == store.KIND_PLACE else []
     return ended.with_extensions(store.OF_A_SESSION, lost)
 

@@ -1,6 +1,8 @@
-"""The condition of a namespace as of one commit: its bits, whether they can be relied on, and what forbids a change.
+"""`Condition`: whether the bitmaps of a namespace can be relied on, and what forbids to change them.
 
-Also writes all its bitmaps anew, for the next commit.
+the record in the store           -> entries                            as of one commit
+the image, its tracker, holders   -> doubt, size_now, view, busy        as of the first time that somebody asks
+locks of trackers and holders     -> refuse_tracked, refuse_held, ...   as of each call
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.identity import disk_size, identity_now, root_elsewhere
@@ -18,7 +21,7 @@ from dirtmap.engine.storefile.file import Change, Snapshot
 from dirtmap.engine.storefile.session import session_of
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, Error, StorageError, printable
+from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, printable
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
@@ -29,91 +32,44 @@ if TYPE_CHECKING:
     from dirtmap.engine.model.infos import Status
     from dirtmap.engine.session.view import SessionView
 
-
-@dataclass(eq=False, slots=True)
-class Source:
-    """Where a bitmap of a transaction has its bits until they are read; all dirty if ``doubted``."""
-
-    snapshot: Snapshot
-    record: Record
-    entry: Entry
-    doubted: bool
-
-    def load(self) -> NDArray[np.uint64]:
-        """Reads the bits; see the function `load`.
-
-        Raises:
-            Error: the transaction has ended.
-        """
-        if self.snapshot.file.fd < 0:
-            raise Error(self.snapshot.file.path, "the transaction has ended")
-        return load(self.snapshot, self.record, self.entry, self.doubted)
+_WITH_IMAGE = store.KIND_NODE, store.KIND_DEVICE  # the image's looks tell whether their bitmaps are right
 
 
-def load(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> NDArray[np.uint64]:
-    """The bits of a bitmap as words: uint64, shape (ceil(granules / 64),), verified, tail bits zero.
+def refuse_tracked(where: str, record: Record) -> None:
+    """Refuses what must not happen behind a live tracker's back. Looks for the tracker at each call.
 
-    If the image is tracked, or its tracker has died, they include what the tracker has marked.
-
-    Raises:
-        FormatError: the checksum is wrong.
-    """
-    words = load_saved(snapshot, record, entry, doubted)
-    if not doubted and (view := tracked_view(snapshot, record)):
-        view.add(entry, words)
-    return words
-
-
-def refuse_tracked(path: str, record: Record) -> None:
-    """Refuses to change a namespace that a live process tracks.
+    Args:
+        where: how the error names the namespace.
+        record: of the namespace.
 
     Raises:
         LockedError: the namespace is tracked; the error names the process.
     """
-    if record.tracked:
-        from dirtmap.engine.session import view as recovery
+    if (session := session_of(record)) is not None:
+        from dirtmap.engine.session.view import tracked_by
 
-        where = f"{path}: {record.label}"
-        recovery.refuse_tracked(where, session_of(record))
+        if (what := tracked_by(session)) is not None:
+            raise LockedError(where, what)
 
 
-def refuse_session(path: str, record: Record) -> None:
+def refuse_session(where: str, record: Record) -> None:
     """Like `refuse_tracked`, but also refuses the session of a dead tracker, which is to be recovered first.
 
     Raises:
         LockedError: the namespace is tracked; the error names the process.
         BitmapError: the tracker has died; the error names the command that recovers.
     """
-    refuse_tracked(path, record)
+    refuse_tracked(where, record)
     if record.tracked:
-        what = "its tracker has died; 'dirtmap recover' first"
-        raise BitmapError(f"{path}: {record.label}", what)
-
-
-def refuse_unrecovered(snapshot: Snapshot, record: Record) -> None:
-    """Refuses to end a node's session before that of the device that was tracked with it.
-
-    Raises:
-        BitmapError: the device is yet to be recovered; the error names it, and the command that recovers.
-    """
-    if record.tracked:
-        from dirtmap.engine.session import peers
-
-        if peer := peers.unrecovered(snapshot.file.abspath, record):
-            what = f"tracked with device '{printable(decode_name(peer.name))}' until that died; 'dirtmap recover' first"
-            raise BitmapError(f"{snapshot.file.path}: {record.label}", what)
-
-
-def other_size(snapshot: Snapshot, record: Record) -> BitmapError:
-    """The error for bits of a disk that has another size now: they say nothing about the new space."""
-    verb = "node resize" if record.kind == store.KIND_NODE else "device set-root"
-    what = f"its image has {size_now(record)} bytes now, and had {record.size}; '{verb}' adopts the new size"
-    return BitmapError(f"{snapshot.file.path}: {record.label}", what)
+        raise BitmapError(where, "its tracker has died; 'dirtmap recover' first")
 
 
 def size_now(record: Record) -> int:
-    """The present size of a namespace's disk in bytes, from its image; the recorded size if that cannot be read."""
-    if record.kind in (store.KIND_NODE, store.KIND_DEVICE):
+    """The present size of a namespace's disk in bytes, from its image; the recorded size if that cannot be read.
+
+    Looks at the image at each call.
+    """
+    if record.kind in _WITH_IMAGE:
         with contextlib.suppress(StorageError):
             now = identity_now(record)
             if record.kind == store.KIND_NODE:
@@ -125,126 +81,234 @@ def size_now(record: Record) -> int:
     return record.size
 
 
-def refuse_held(snapshot: Snapshot, record: Record) -> None:
-    """Refuses a change of all bitmaps of a namespace, or of their addresses, while one of them is held.
+class Condition:
+    """The condition of a namespace as of one commit.
+
+    What the commit says cannot change. The image and the tracker can change at any time, so each fact about them has a
+    time of its own, and is a property or a method accordingly:
+
+    - A property is looked at when it is first asked for. From then on it stays the same, so one answer, or one change,
+      does not contradict itself. Nobody keeps a `Condition` for longer than that.
+    - A method looks at each call: at the locks of trackers and of holders.
+    - An image's identity that is to be recorded is no fact of a condition. Whoever records it looks at the image
+      himself, and asks `size_now`, the function, after that.
 
     Args:
-        snapshot: of the store, which has the record.
-        record: of the namespace.
+        snapshot: the store, as of the commit.
+        record: of the namespace. It may differ from the one in the snapshot in what the caller vouches for.
 
-    Raises:
-        BitmapError: names the bitmap and its holder.
+    Attributes:
+        where: how messages name the namespace.
     """
-    for held in holds.living(snapshot.file, record):
-        where = f"{snapshot.file.path}: {record.label}: {label(decode_name(held.bitmap))}"
-        raise BitmapError(where, f"busy: held by {held}")
 
+    def __init__(self, snapshot: Snapshot, record: Record) -> None:
+        self.snapshot, self.record = snapshot, record
+        self.where = f"{snapshot.file.path}: {record.label}"
 
-def refuse_without_root(snapshot: Snapshot, record: Record) -> None:
-    """Refuses to change a device's bitmaps if another image is in the place of its root's image.
+    # What the commit says.
 
-    Raises:
-        BitmapError: the root's image is elsewhere.
-    """
-    if record.kind != store.KIND_DEVICE:
-        return
-    with contextlib.suppress(StorageError):
-        if identity_now(record) == record.identity:
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """The directory. Errors as `read_entries`, each time."""
+        return read_entries(self.snapshot, self.record)
+
+    # What the image and the tracker say, as of the first time that somebody asks.
+
+    @cached_property
+    def view(self) -> SessionView | None:
+        """What a tracker, alive or dead, says about the namespace; None without a session.
+
+        It is looked at once for each snapshot, whatever conditions are made of that.
+        """
+        if not self.record.tracked:
+            return None
+        from dirtmap.engine.session.view import view_of
+
+        return view_of(self.snapshot, self.record)
+
+    @cached_property
+    def status(self) -> Status | None:
+        """The session of the tracker, alive or dead, for people and programs that look on; None without a session."""
+        if not self.record.tracked:
+            return None
+        from dirtmap.engine.session.status import status_of
+
+        return status_of(self.snapshot, self.record)
+
+    @cached_property
+    def doubt(self) -> str | None:
+        """Why the bits cannot be relied on, so that all count as dirty; None if they can be."""
+        record = self.record
+        if not record.nb_bitmaps:
+            return None
+        if doubt := header_doubts(self.snapshot, record):
+            return doubt
+        if self.view:
+            return self.view.doubt
+        if record.kind in _WITH_IMAGE:
+            try:
+                now = identity_now(record)
+            except StorageError as error:
+                return f"the image cannot be looked at ({error.what})"
+            if now != record.identity:
+                return root_elsewhere(record) or "the image has changed while nobody tracked it"
+        return None
+
+    @property
+    def doubted(self) -> bool:
+        """True if there is a `doubt`."""
+        return self.doubt is not None
+
+    @cached_property
+    def size_now(self) -> int:
+        """The size of the disk in bytes; see the function `size_now`."""
+        return size_now(self.record)
+
+    @property
+    def resized(self) -> bool:
+        """True if there are bitmaps, and they are for another size than the disk has now."""
+        return self.record.nb_bitmaps > 0 and self.size_now != self.record.size
+
+    @cached_property
+    def busy(self) -> set[bytes]:
+        """The raw names of the bitmaps that somebody holds, or that the tracker has taken for a backup.
+
+        Errors as `entries`.
+        """
+        view = self.view
+        taken = {entry.name for entry in self.entries if view.is_busy(entry)} if view else set()
+        return taken | {held.bitmap for held in holds.living(self.snapshot.file, self.record)}
+
+    # What forbids a change, as of the call.
+
+    def refuse_tracked(self) -> None:
+        """Refuses a change while a live process tracks the namespace; see the function `refuse_tracked`."""
+        refuse_tracked(self.where, self.record)
+
+    def refuse_session(self) -> None:
+        """Refuses a change while the namespace has a session; see the function `refuse_session`."""
+        refuse_session(self.where, self.record)
+
+    def refuse_unrecovered(self) -> None:
+        """Refuses to end a node's session before that of the device that was tracked with it.
+
+        Raises:
+            BitmapError: the device is yet to be recovered; the error names it, and the command that recovers.
+        """
+        if self.record.tracked:
+            from dirtmap.engine.session import peers
+
+            if peer := peers.unrecovered(self.snapshot.file.abspath, self.record):
+                device = printable(decode_name(peer.name))
+                what = f"tracked with device '{device}' until that died; 'dirtmap recover' first"
+                raise BitmapError(self.where, what)
+
+    def refuse_held(self) -> None:
+        """Refuses a change of all bitmaps, or of their addresses, while one of them is held.
+
+        Raises:
+            BitmapError: names the bitmap and its holder.
+        """
+        for held in holds.living(self.snapshot.file, self.record):
+            raise BitmapError(f"{self.where}: {label(decode_name(held.bitmap))}", f"busy: held by {held}")
+
+    def refuse_without_root(self) -> None:
+        """Refuses to change a device's bitmaps if another image is in the place of its root's image.
+
+        Raises:
+            BitmapError: the root's image is elsewhere.
+        """
+        if self.record.kind != store.KIND_DEVICE:
             return
-    if reason := root_elsewhere(record):
-        raise BitmapError(f"{snapshot.file.path}: {record.label}", reason)
+        with contextlib.suppress(StorageError):
+            if identity_now(self.record) == self.record.identity:
+                return
+        if reason := root_elsewhere(self.record):
+            raise BitmapError(self.where, reason)
+
+    def other_size(self) -> BitmapError:
+        """The error for bits of a disk that has another size now: they say nothing about the new space."""
+        verb = "node resize" if self.record.kind == store.KIND_NODE else "device set-root"
+        what = f"its image has {self.size_now} bytes now, and had {self.record.size}; '{verb}' adopts the new size"
+        return BitmapError(self.where, what)
+
+    # The bits.
+
+    def load(self, entry: Entry, *, doubted: bool) -> NDArray[np.uint64]:
+        """The bits of a bitmap as words: uint64, shape (ceil(granules / 64),), verified, tail bits zero.
+
+        If the image is tracked, or its tracker has died, they include what the tracker has marked.
+
+        Args:
+            entry: of the bitmap.
+            doubted: all bits count as dirty.
+
+        Raises:
+            FormatError: the checksum is wrong.
+        """
+        words = load_saved(self.snapshot, self.record, entry, doubted)
+        if not doubted and self.view:
+            self.view.add(entry, words)
+        return words
+
+    def bitmap(self, entry: Entry, *, doubted: bool) -> Bitmap:
+        """A bitmap of the directory, its bits still unread; dirty all over if ``doubted``."""
+        from dirtmap.engine.model.bitmap import Bitmap
+
+        return Bitmap._lazy(self.record.size, entry.granularity, entry.auto, entry.in_use, Source(self, entry, doubted))
+
+    # Changes.
+
+    def end_session(self, change: Change) -> Record:
+        """The record without the session of its dead tracker, whose files are removed once the change is durable."""
+        if self.view:
+            change.afterwards.append(self.view.clean_up)
+        return self.record.with_extensions(store.OF_A_SESSION)
+
+    def rewrite(self, change: Change, new: Record, *, doubted: bool) -> None:
+        """Writes all bitmaps anew, for the disk and the image of a new record.
+
+        Old bits stay; new space is dirty; an inconsistent bitmap becomes dirty all over. The session of a dead tracker
+        ends, because what the tracker marked is among the old bits.
+
+        Args:
+            change: plans the bitmaps and the new record.
+            new: the record as it will be, except for its directory.
+            doubted: nothing is known about the content of the disk, so all bits become dirty.
+
+        Raises:
+            BitmapError: a bitmap is too fine for the new size.
+            FormatError: bits are damaged, unless ``doubted``.
+        """
+        self.end_session(change)
+        new = new.with_extensions(store.OF_A_SESSION)
+        placed = []
+        for entry in self.entries:
+            bitmap = self.bitmap(entry, doubted=doubted)
+            if doubted or bitmap.inconsistent:
+                bitmap = type(bitmap)(new.size, entry.granularity, entry.auto).recovered()
+            elif new.size != self.record.size:
+                bitmap = bitmap.resized(new.size)
+            placed.append(place_bitmap(change, new, decode_name(entry.name), bitmap))
+        area = replace_directory(change, self.record, self.entries, placed)
+        change.table.put(replace(new, generation=change.generation, directory=area))
 
 
-def tracked_view(snapshot: Snapshot, record: Record) -> SessionView | None:
-    """What a tracker, alive or dead, says about a namespace; None without a session."""
-    if not record.tracked:
-        return None
-    from dirtmap.engine.session.view import view_of
+@dataclass(eq=False, slots=True)
+class Source:
+    """Where a bitmap has its bits until they are read; all dirty if ``doubted``."""
 
-    return view_of(snapshot, record)
+    condition: Condition
+    entry: Entry
+    doubted: bool
 
+    def load(self) -> NDArray[np.uint64]:
+        """Reads the bits; see `Condition.load`.
 
-def tracking_status(snapshot: Snapshot, record: Record) -> Status | None:
-    """The session of a namespace's tracker, alive or dead; None without a session."""
-    if not record.tracked:
-        return None
-    from dirtmap.engine.session.status import status_of
-
-    return status_of(snapshot, record)
-
-
-def end_session(change: Change, record: Record, source: Snapshot | None = None) -> Record:
-    """The record without the session of its dead tracker, whose files are removed once the change is durable.
-
-    Args:
-        change: the change that ends the session.
-        record: with the session.
-        source: the snapshot that has the record; None for that of the change.
-    """
-    if view := tracked_view(source or change.snapshot, record):
-        change.afterwards.append(view.clean_up)
-    return record.with_extensions(store.OF_A_SESSION)
-
-
-def doubts(snapshot: Snapshot, record: Record) -> str | None:
-    """Why the bits of a namespace cannot be relied on, so that all count as dirty; None if they can be."""
-    if not record.nb_bitmaps:
-        return None
-    if doubt := header_doubts(snapshot, record):
-        return doubt
-    if view := tracked_view(snapshot, record):
-        return view.doubt
-    if record.kind in (store.KIND_NODE, store.KIND_DEVICE):
-        try:
-            now = identity_now(record)
-        except StorageError as error:
-            return f"the image cannot be looked at ({error.what})"
-        if now != record.identity:
-            return root_elsewhere(record) or "the image has changed while nobody tracked it"
-    return None
-
-
-def bitmap_of(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> Bitmap:
-    """A bitmap of a directory, its bits still unread; dirty all over if ``doubted``."""
-    from dirtmap.engine.model.bitmap import Bitmap
-
-    source = Source(snapshot, record, entry, doubted)
-    return Bitmap._lazy(record.size, entry.granularity, entry.auto, entry.in_use, source)
-
-
-def busy_of(snapshot: Snapshot, record: Record, entries: list[Entry]) -> set[bytes]:
-    """The raw names of the bitmaps of a namespace that are held, or that its tracker has taken for a backup."""
-    view = tracked_view(snapshot, record)
-    taken = {entry.name for entry in entries if view.is_busy(entry)} if view else set()
-    return taken | {held.bitmap for held in holds.living(snapshot.file, record)}
-
-
-def rewrite(change: Change, record: Record, new: Record, *, doubted: bool) -> None:
-    """Writes all bitmaps of a namespace anew, for the disk and the image of its new record.
-
-    Old bits stay; new space is dirty; an inconsistent bitmap becomes dirty all over. The session of a dead tracker
-    ends, because what the tracker marked is among the old bits.
-
-    Args:
-        change: plans the bitmaps and the new record.
-        record: of the namespace, as it was.
-        new: the record as it will be, except for its directory.
-        doubted: nothing is known about the content of the disk, so all bits become dirty.
-
-    Raises:
-        BitmapError: a bitmap is too fine for the new size.
-        FormatError: bits are damaged, unless ``doubted``.
-    """
-    end_session(change, record)
-    new = new.with_extensions(store.OF_A_SESSION)
-    entries = read_entries(change.snapshot, record)
-    placed = []
-    for entry in entries:
-        bitmap = bitmap_of(change.snapshot, record, entry, doubted)
-        if doubted or bitmap.inconsistent:
-            bitmap = type(bitmap)(new.size, entry.granularity, entry.auto).recovered()
-        elif new.size != record.size:
-            bitmap = bitmap.resized(new.size)
-        placed.append(place_bitmap(change, new, decode_name(entry.name), bitmap))
-    area = replace_directory(change, record, entries, placed)
-    change.table.put(replace(new, generation=change.generation, directory=area))
+        Raises:
+            Error: the transaction has ended.
+        """
+        file = self.condition.snapshot.file
+        if file.fd < 0:
+            raise Error(file.path, "the transaction has ended")
+        return self.condition.load(self.entry, doubted=self.doubted)

@@ -12,14 +12,7 @@ from dataclasses import dataclass, replace
 
 from dirtmap.engine.identity import disk_size, lasting_identity
 from dirtmap.engine.model.naming import decode_name, encode_name
-from dirtmap.engine.namespaces.condition import (
-    doubts,
-    refuse_held,
-    refuse_session,
-    refuse_tracked,
-    rewrite,
-    tracked_view,
-)
+from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.storefile.directory import require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.fmt import store
@@ -69,7 +62,7 @@ def devices(target: Store, broken: list[FormatError] | None = None) -> list[Devi
     def look(snapshot: Snapshot) -> list[tuple[store.Record, str | None]]:
         table = snapshot.table()
         return [
-            (record, doubts(snapshot, record))
+            (record, Condition(snapshot, record).doubt)
             for record in (table if broken is None else table.readable(broken))
             if record.kind == store.KIND_DEVICE
         ]
@@ -135,11 +128,12 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
     identity, size = lasting_identity(root.path, of_disk=True), disk_size(root.path)
     with target.change() as change:
         record = require_device(change, name)
-        where = f"{target.path}: {record.label}"
-        refuse_tracked(target.path, record)
-        refuse_held(change.snapshot, record)
+        now = Condition(change.snapshot, record)
+        now.refuse_tracked()
+        now.refuse_held()
         if content_unchanged and size != record.size:
-            raise BitmapError(where, f"has {record.size} bytes, and the new root {size}: the content is not unchanged")
+            what = f"has {record.size} bytes, and the new root {size}: the content is not unchanged"
+            raise BitmapError(now.where, what)
         new = replace(
             record,
             root_uuid=root.uuid,
@@ -149,9 +143,9 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
             generation=change.generation,
         )
         # Bitmaps that were in doubt stay so: the caller vouches for this step, not for what happened earlier.
-        doubted = not content_unchanged or doubts(change.snapshot, record) is not None
-        if doubted or tracked_view(change.snapshot, record):
-            rewrite(change, record, new, doubted=doubted)
+        doubted = not content_unchanged or now.doubted
+        if doubted or now.view:
+            now.rewrite(change, new, doubted=doubted)
         else:
             change.table.put(new)
 
@@ -165,10 +159,10 @@ def remove_device(target: Store, name: str) -> None:
     """
     with target.change() as change:
         record = require_device(change, name)
-        refuse_session(target.path, record)
+        now = Condition(change.snapshot, record)
+        now.refuse_session()
         if record.nb_bitmaps:
-            where = f"{target.path}: {record.label}"
-            raise BitmapError(where, f"has {counted(record.nb_bitmaps, 'bitmap')}; remove or move them first")
+            raise BitmapError(now.where, f"has {counted(record.nb_bitmaps, 'bitmap')}; remove or move them first")
         change.table.remove(record.name)
 
 
@@ -211,13 +205,14 @@ def relocate_roots(target: Store, names: list[bytes], path: str, *, kept: bool) 
             record = change.table.get(name)
             if record is None or record.kind != store.KIND_DEVICE:
                 continue
-            _refuse_relocation(change.snapshot, record)
+            now = Condition(change.snapshot, record)
+            _refuse_relocation(now)
             new = replace(record, path=os.fsencode(path), identity=identity)
             before = record.identity
             if kept and (before.size, before.mtime_ns) == (identity.size, identity.mtime_ns):
                 change.table.put(new)
             else:
-                rewrite(change, record, new, doubted=True)
+                now.rewrite(change, new, doubted=True)
 
 
 def refuse_relocation(target: Store, names: list[bytes]) -> None:
@@ -226,14 +221,14 @@ def refuse_relocation(target: Store, names: list[bytes]) -> None:
     def refuse(snapshot: Snapshot) -> None:
         for name in names:
             if record := snapshot.record(name):
-                _refuse_relocation(snapshot, record)
+                _refuse_relocation(Condition(snapshot, record))
 
     target.read(refuse)
 
 
-def _refuse_relocation(snapshot: Snapshot, record: Record) -> None:
-    refuse_session(snapshot.file.path, record)
-    refuse_held(snapshot, record)
+def _refuse_relocation(now: Condition) -> None:
+    now.refuse_session()
+    now.refuse_held()
 
 
 def require_device(change: Change, name: str) -> Record:

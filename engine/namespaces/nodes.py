@@ -14,18 +14,10 @@ from dataclasses import dataclass, replace
 
 from dirtmap.engine.identity import carries, disk_size, identity_of, is_twin, lasting_identity
 from dirtmap.engine.model.naming import decode_name, encode_name
-from dirtmap.engine.namespaces.condition import (
-    doubts,
-    end_session,
-    refuse_held,
-    refuse_session,
-    refuse_tracked,
-    refuse_unrecovered,
-    rewrite,
-)
+from dirtmap.engine.namespaces.condition import Condition, refuse_session, refuse_tracked
 from dirtmap.engine.namespaces.image import Image, Naming
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.storefile.directory import header_doubts, no_namespace, read_entries, release_bits, require_free
+from dirtmap.engine.storefile.directory import header_doubts, no_namespace, release_bits, require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.system.file import is_same_file, replace_file, sync_folder
 from dirtmap.engine.system.foreign import require_raw
@@ -123,7 +115,8 @@ def nodes(target: Store, broken: list[FormatError] | None = None) -> list[Node]:
 
     def look(snapshot: Snapshot) -> list[tuple[store.Record, str | None]]:
         table = snapshot.table()
-        return [(record, doubts(snapshot, record)) for record in (table if broken is None else table.readable(broken))]
+        records = table if broken is None else table.readable(broken)
+        return [(record, Condition(snapshot, record).doubt) for record in records if record.kind in KINDS]
 
     found = target.read(look)
     return sorted(
@@ -137,7 +130,6 @@ def nodes(target: Store, broken: list[FormatError] | None = None) -> list[Node]:
                 doubt=doubt,
             )
             for record, doubt in found
-            if record.kind in KINDS
         ),
         key=lambda node: node.name,
     )
@@ -170,7 +162,7 @@ def add_qcow2(host: HostPort, target: Store, name: str, image: str, *, new_ident
     with Image(path, host) as opened, opened.naming() as naming, target.change() as change:
         known = change.table.get(encode_name(name))
         if known:
-            refuse_session(target.path, known)
+            refuse_session(f"{target.path}: {known.label}", known)
         mine = known and naming.identity is not None and known.uuid == naming.identity[1]
         if known and (new_identity or not mine or is_twin(known, path)):
             raise BitmapError(f"{target.path}: {known.label}", "the name is taken")
@@ -207,23 +199,23 @@ def remove_node(host: HostPort, target: Store, name: str) -> None:
         LockedError: the node is tracked.
     """
     with _its_image(host, target, name, gone=True) as naming, target.change() as change:
-        record = _record(change, name, died=True)
-        where = f"{target.path}: {record.label}"
+        now = _condition(change, name, died=True)
+        record = now.record
         if record.kind == store.KIND_PLACE and naming is None:
             # The bitmaps are gone with the image, and what has taken its place has nothing of ours. What a dead tracker
             # had of the bitmaps is of no use.
-            end_session(change, record)
+            now.end_session(change)
             with suppress(FormatError):  # if the directory is damaged, its bits are unknown, and leak
-                for entry in read_entries(change.snapshot, record):
+                for entry in now.entries:
                     release_bits(change, record, entry)
                 change.release(record.directory)
             change.table.remove(record.name)
             return
-        refuse_session(target.path, record)
+        now.refuse_session()
         if naming is not None and naming.identity == (name, record.uuid):
-            _refuse_with_bitmaps(where, naming.bitmaps())
+            _refuse_with_bitmaps(now.where, naming.bitmaps())
             naming.remove()
-        _refuse_with_bitmaps(where, record.nb_bitmaps)
+        _refuse_with_bitmaps(now.where, record.nb_bitmaps)
         change.table.remove(record.name)
 
 
@@ -246,11 +238,12 @@ def _its_image(host: HostPort, target: Store, name: str, *, gone: bool = False) 
     if record is None or record.kind != store.KIND_PLACE:
         yield None
         return
-    _refuse_session_of(target.path, record, died=gone)
+    where = f"{target.path}: {record.label}"
+    (refuse_tracked if gone else refuse_session)(where, record)
     if gone and not (os.path.exists(record.path) and carries(record)):
         yield None
         return
-    refuse_session(target.path, record)
+    refuse_session(where, record)
     with Image(os.fsdecode(record.path), host) as image, image.naming() as naming:
         before = naming.identity
         try:
@@ -283,17 +276,17 @@ def rename_node(host: HostPort, target: Store, name: str, new: str, *, with_bitm
             ``with_bitmaps`` is False.
     """
     with _its_image(host, target, name) as naming, target.change() as change:
-        record = _record(change, name)
-        where = f"{target.path}: {record.label}"
+        now = _condition(change, name)
+        record = now.record
         require_free(change, encode_name(new))
-        refuse_held(change.snapshot, record)
+        now.refuse_held()
         if naming is not None and naming.identity != (name, record.uuid):
             what = f"{os.fsdecode(record.path)} is not its image any more; 'index scan' finds where that is"
-            raise BitmapError(where, what)
+            raise BitmapError(now.where, what)
         count = record.nb_bitmaps if naming is None else naming.bitmaps()
         if count and not with_bitmaps:
             what = f"has {counted(count, 'bitmap')}, whose addresses would change; --with-bitmaps renames them, too"
-            raise BitmapError(where, what)
+            raise BitmapError(now.where, what)
         if naming is not None:
             naming.set(new)
         change.table.remove(record.name)
@@ -314,17 +307,18 @@ def resize_node(target: Store, name: str) -> int:
         StorageError: the status of the image cannot be read.
     """
     with target.change() as change:
-        record = _stored(change, name, died=True)
+        now = _stored(change, name, died=True)
+        record = now.record
         identity = lasting_identity(os.fsdecode(record.path))
         if identity.size == record.size:
             what = f"its image has {record.size} bytes, as before: there is no new size to adopt"
-            raise BitmapError(f"{target.path}: {record.label}", what)
-        refuse_unrecovered(change.snapshot, record)
-        refuse_held(change.snapshot, record)
+            raise BitmapError(now.where, what)
+        now.refuse_unrecovered()
+        now.refuse_held()
         # The caller explains the new size and mtime; nothing else may differ.
         explained = replace(record.identity, size=identity.size, mtime_ns=identity.mtime_ns)
-        doubted = doubts(change.snapshot, replace(record, identity=explained)) is not None
-        rewrite(change, record, replace(record, size=identity.size, identity=identity), doubted=doubted)
+        doubted = Condition(change.snapshot, replace(record, identity=explained)).doubted
+        now.rewrite(change, replace(record, size=identity.size, identity=identity), doubted=doubted)
         return identity.size
 
 
@@ -336,14 +330,15 @@ def confirm_node(target: Store, name: str) -> None:
         StorageError: the status of the image cannot be read.
     """
     with target.change() as change:
-        record = _stored(change, name)
+        now = _stored(change, name)
+        record = now.record
         identity = lasting_identity(os.fsdecode(record.path))
         if identity.size != record.size:
             what = f"its image has {identity.size} bytes now; 'node resize' adopts the new size"
-            raise BitmapError(f"{target.path}: {record.label}", what)
+            raise BitmapError(now.where, what)
         if record.nb_bitmaps and (doubt := header_doubts(change.snapshot, record)):
             what = f"counts as all dirty, whatever its image is like: {doubt}; 'dirtmap recover' settles it"
-            raise BitmapError(f"{target.path}: {record.label}", what)
+            raise BitmapError(now.where, what)
         change.table.put(replace(record, identity=identity))
 
 
@@ -369,42 +364,43 @@ def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False,
             another size.
         StorageError: the image cannot be looked at, or renamed.
     """
-    where, moved = f"{target.path}: node '{printable(name)}'", ""
+    moved = ""
     try:
         with target.change() as change:
-            record = _record(change, name)
+            now = _condition(change, name)
+            record = now.record
             if record.kind != store.KIND_NODE:
-                raise BitmapError(
-                    where, "is a qcow2 image, which says itself what it is; 'index scan' finds where it is"
-                )
-            refuse_held(change.snapshot, record)
+                what = "is a qcow2 image, which says itself what it is; 'index scan' finds where it is"
+                raise BitmapError(f"{target.path}: node '{printable(name)}'", what)
+            now.refuse_held()
             old = os.fsdecode(record.path)
             if move:
                 if os.path.lexists(path):
                     raise StorageError(path, "exists already")
-                sound = doubts(change.snapshot, record) is None
+                sound = not now.doubted
                 replace_file(old, path)
                 moved = old
                 sync_folder(old)
-                now = lasting_identity(path)
-                kept = sound and _looks_same(record.identity, now)
-                change.table.put(replace(record, path=os.fsencode(path), identity=now if kept else record.identity))
+                identity = lasting_identity(path)
+                kept = sound and _looks_same(record.identity, identity)
+                recorded = identity if kept else record.identity
+                change.table.put(replace(record, path=os.fsencode(path), identity=recorded))
                 return kept
-            now = identity_of(path)
-            if not now.is_file(record.identity) and (found := probe_path(path)) is not None:
+            identity = identity_of(path)
+            if not identity.is_file(record.identity) and (found := probe_path(path)) is not None:
                 raise BitmapError(path, f"of format {found}, and the node's image is raw")
             others = (other for other in change.table if other.name != record.name)
-            refuse_second_name(others, path, now, *KINDS)
-            if now.size != record.size:
-                what = f"has {now.size} bytes, and the node's image {record.size}: it is not the same disk"
+            refuse_second_name(others, path, identity, *KINDS)
+            if identity.size != record.size:
+                what = f"has {identity.size} bytes, and the node's image {record.size}: it is not the same disk"
                 raise BitmapError(path, what)
-            now = lasting_identity(path)
-            new = replace(record, path=os.fsencode(path), identity=now)
-            kept = confirm and not header_doubts(change.snapshot, record) and _looks_same(record.identity, now)
+            identity = lasting_identity(path)
+            new = replace(record, path=os.fsencode(path), identity=identity)
+            kept = confirm and not header_doubts(change.snapshot, record) and _looks_same(record.identity, identity)
             if kept:
                 change.table.put(new)
             else:
-                rewrite(change, record, new, doubted=True)
+                now.rewrite(change, new, doubted=True)
             return kept
     except BaseException:
         with suppress(Error):
@@ -419,22 +415,22 @@ def _looks_same(before: Identity, now: Identity) -> bool:
     return (before.size, before.mtime_ns) == (now.size, now.mtime_ns) and (before.mtime_ns != 0 or before.is_file(now))
 
 
-def _record(change: Change, name: str, *, died: bool = False) -> Record:
-    """The record of a node that is not tracked. With ``died`` its tracker may have died without being recovered."""
+def _condition(change: Change, name: str, *, died: bool = False) -> Condition:
+    """The condition of a node that is not tracked. With ``died`` its tracker may have died without being recovered."""
     record = change.table.get(encode_name(name))
     if record is None or record.kind not in KINDS:
         raise no_namespace(change.snapshot.file.path, encode_name(name))
-    _refuse_session_of(change.snapshot.file.path, record, died=died)
-    return record
+    now = Condition(change.snapshot, record)
+    if died:
+        now.refuse_tracked()
+    else:
+        now.refuse_session()
+    return now
 
 
-def _refuse_session_of(path: str, record: Record, *, died: bool) -> None:
-    (refuse_tracked if died else refuse_session)(path, record)
-
-
-def _stored(change: Change, name: str, *, died: bool = False) -> Record:
-    record = _record(change, name, died=died)
-    if record.kind != store.KIND_NODE:
-        where = f"{change.snapshot.file.path}: {record.label}"
-        raise BitmapError(where, "keeps its bitmaps itself; QEMU resizes them with the image")
-    return record
+def _stored(change: Change, name: str, *, died: bool = False) -> Condition:
+    """Like `_condition`, of a node whose bitmaps the store holds."""
+    now = _condition(change, name, died=died)
+    if now.record.kind != store.KIND_NODE:
+        raise BitmapError(now.where, "keeps its bitmaps itself; QEMU resizes them with the image")
+    return now

@@ -1,16 +1,17 @@
-"""What a store remembers about bitmaps beside their bits: holds, and the place of a qcow2 image."""
+"""`Place`: what a store remembers about a qcow2 image. `holding`: a hold on a bitmap, in any namespace's record."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.identity import identity_of_disk, is_twin, lasting_identity
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces import devices
-from dirtmap.engine.namespaces.condition import refuse_tracked
+from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
 from dirtmap.engine.storefile.directory import no_namespace
@@ -21,6 +22,7 @@ from dirtmap.fmt.errors import BitmapError, GoneError, StorageError, printable
 from dirtmap.fmt.store import Identity, Record
 
 if TYPE_CHECKING:
+    from dirtmap.engine.model.infos import ImageInfo
     from dirtmap.engine.namespaces.ports import HostPort
     from dirtmap.engine.storefile.file import Snapshot, Store
     from dirtmap.engine.system.file import File
@@ -28,33 +30,33 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def holding(target: Store, node: bytes, name: str, owner: str) -> Iterator[None]:
-    """A hold on a bitmap, in the record of its namespace, for the time of the block; see `Namespace.hold`."""
+    """Holds a bitmap for the time of the block; see `Namespace.hold`. The hold is in the record of its namespace."""
     taken = holds.hold(encode_name(name), owner)
     with contextlib.ExitStack() as stack:
         with target.change() as change:
             record = change.table.get(node)
             if record is None:
                 raise no_namespace(target.path, node)
-            refuse_tracked(target.path, record)  # its tracker takes bitmaps for backups
+            Condition(change.snapshot, record).refuse_tracked()  # its tracker takes bitmaps for backups
             file = change.snapshot.file
-            # Before anybody can see the record: one whose byte is not locked is stale.
+            # The byte is locked before anybody can see the record, because a hold without a lock counts as stale.
             locked = stack.enter_context(holds.lock(taken, file))
             change.table.put(holds.with_holds(record, [*holds.living(file, record), taken]))
         try:
             yield
         finally:
-            if locked.fd >= 0:  # else this is a forked child, and the hold its parent's
+            if locked.fd >= 0:  # else this is a forked child, and its parent has the hold
                 _end_hold(target, node, taken, locked)
 
 
 def _end_hold(target: Store, node: bytes, taken: Hold, locked: File) -> None:
-    """Takes a hold out of the record of its namespace.
+    """Removes a hold from the record of its namespace.
 
     Raises:
-        GoneError: the store was replaced meanwhile, and with it went the hold.
+        GoneError: another file has replaced the store, which had the hold.
     """
     with target.change() as change:
-        if (record := change.table.get(node)) is not None:  # else the hold went with it
+        if (record := change.table.get(node)) is not None:  # else the hold is gone with the record
             others = [found for found in holds.living(change.snapshot.file, record) if found.token != taken.token]
             change.table.put(holds.with_holds(record, others))
     if not locked.is_current():
@@ -67,9 +69,12 @@ class Place:
 
     Args:
         host: opens the store.
-        store: the path of the store that has the record; None where no store of the host has one.
-        name: of the record, raw bytes: the node's name, or the one before where a rename was killed halfway.
+        store: the path of the store that has the record.
+        name: of the record, raw bytes. It is the node's name, or its former one if a rename was killed halfway.
         uuid: of the image's namespace, 16 bytes.
+
+    Attributes:
+        store: as given; None for an image of which no store has a record.
     """
 
     def __init__(self, host: HostPort, store: str, name: bytes, uuid: bytes) -> None:
@@ -78,7 +83,7 @@ class Place:
 
     @property
     def node(self) -> str:
-        """The node's name as the record has it."""
+        """The name of the node in the record."""
         return decode_name(self._name)
 
     def _record(self) -> Record | None:
@@ -102,7 +107,7 @@ class Place:
         return checkpoints_of(f"{self.store}: {record.label}", record, recording) if record else []
 
     def keep_checkpoints(self, chain: list[str]) -> None:
-        """Remembers another chain: now, or once this thread holds no store."""
+        """Records another chain of checkpoints, as soon as this thread holds no store."""
 
         def keep() -> None:
             with self._host.opened(self.store) as target, target.change() as change:
@@ -115,7 +120,9 @@ class Place:
 
     @contextlib.contextmanager
     def changing(self, path: str) -> Iterator[None]:
-        """Around a change of the image's metadata, which leaves the guest's data alone: devices on it stay right.
+        """Lets the block change the image's metadata without putting bitmaps of devices on the image in doubt.
+
+        The block must not change what a guest reads. Afterwards the devices get the new identity of the image.
 
         Args:
             path: of the image, absolute.
@@ -141,10 +148,10 @@ class Place:
         Args:
             where: how messages name the bitmap.
             name: of the bitmap.
-            owner: what others are told who ask.
+            owner: who holds it, for messages to others.
 
         Raises:
-            BitmapError: there is no place to remember that.
+            BitmapError: no store has a record of the image.
         """
         with self._host.opened(self.store) as target, holding(target, self._name, name, owner):
             yield
@@ -152,10 +159,10 @@ class Place:
     # Which file is meant.
 
     def refuse_twin(self, path: str) -> None:
-        """Refuses a file that carries the identity of another one, which is the image that is remembered.
+        """Refuses a copy of the image, which has the same identity.
 
         Raises:
-            BitmapError: names the original, and what to do.
+            BitmapError: names the original, and the command that gives the copy an identity of its own.
         """
         if (record := self._record()) and is_twin(record, path):
             original = os.fsdecode(record.path)
@@ -163,15 +170,15 @@ class Place:
             raise BitmapError(path, what)
 
     def is_checked_out(self, path: str) -> bool:
-        """True where a tracker has the image's bitmaps, or had them when it died; not for a copy of the file."""
+        """True if a tracker has the image's bitmaps, or had them when it died. False for a copy of the image."""
         record = self._record()
         return record is not None and record.tracked and is_same_file(path, record.path)
 
     def refuse_moved(self, path: str) -> None:
-        """Refuses an image that was moved while its bitmaps were checked out, until its place is known again.
+        """Refuses an image that was moved while its bitmaps were checked out, until its new place is recorded.
 
         Raises:
-            BitmapError: says what makes it known.
+            BitmapError: names the command that records it.
         """
         record = self._record()
         if record and record.tracked and not is_same_file(path, record.path) and not is_twin(record, path):
@@ -181,7 +188,7 @@ class Place:
 
 
 class _NoPlace(Place):
-    """The place of an image that no store knows: nothing is remembered."""
+    """The place of an image of which no store has a record."""
 
     def __init__(self) -> None:
         self.store = None
@@ -217,20 +224,27 @@ class _NoPlace(Place):
 NO_PLACE = _NoPlace()
 
 
+def remembered(info: ImageInfo, place: Place) -> ImageInfo:
+    """An image's description with what its place adds: which bitmaps are held."""
+    if not (held := place.held()):
+        return info
+    return replace(info, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in info.bitmaps))
+
+
 def place_of(host: HostPort, name: str, uuid: bytes) -> Place:
-    """What a host's stores remember of a qcow2 image; `NO_PLACE` where none has a record of it.
+    """The place of a qcow2 image on a host; `NO_PLACE` if no store of the host has a record of it.
 
     Args:
-        host: that is asked.
-        name: of the node, as the image says it.
-        uuid: 16 bytes, as the image says it.
+        host: of the image.
+        name: of the node, as the image has it.
+        uuid: of the namespace, as the image has it, 16 bytes.
     """
     found = host.place_of(name, uuid)
     return NO_PLACE if found is None else Place(host, *found, uuid)
 
 
 def _look(path: str, *, lasting: bool = False) -> Identity | None:
-    """What an image looks like as a guest reads it; None where it cannot be looked at."""
+    """The identity of all that a guest reads of an image, lasting or not; None if it cannot be looked at."""
     with contextlib.suppress(StorageError):
         return lasting_identity(path, of_disk=True) if lasting else identity_of_disk(path)
     return None

@@ -1,4 +1,4 @@
-"""What a namespace may ask of its host. The host is above it, so it is known here by these ports alone."""
+"""`HostPort`: what a namespace may ask of its host. The host is a room above, so it is known here only by this port."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ if TYPE_CHECKING:
 
 
 class HostPort(Protocol):
-    """The host of a namespace, given to its constructor and never replaced.
+    """The host of a namespace. It is given to the namespace's constructor, and never replaced.
 
     Implemented by `dirtmap.engine.host.parts.Parts`.
 
     Attributes:
-        locking: how whoever acts for this host takes the locks of images and stores.
+        locking: how to take the locks of images and stores.
     """
 
     locking: Locking
 
     def opened(self, path: str | None = None) -> AbstractContextManager[Store]:
-        """A store of the host, for the time of the block; the default store where ``path`` is None.
+        """Opens a store of the host for the time of the block; the default store if ``path`` is None.
 
-        Called by whoever reads or changes a store that it does not have open: recovery, a check-in, holds on the
-        bitmaps of a qcow2 image. The store was checked for a rollback, and its commits are reported to the index.
+        Called to read or change a store that the caller does not have open: by recovery, by a check-in, and for holds
+        on the bitmaps of a qcow2 image. Before the block the store is checked for a rollback. Its commits are reported
+        to the index.
 
         Raises:
             BitmapError: it is a copy of another store.
@@ -39,24 +40,26 @@ class HostPort(Protocol):
         """
 
     def report(self, store: Store) -> None:
-        """Reports a store's last commit to the index, by which a rollback to one before it is noticed.
+        """Reports a store's last commit to the index, which then notices a rollback to an earlier one.
 
-        Called after each commit, once this thread holds no store; by a tracker when it suits it, since a cut must not
-        wait for it. Raises nothing: the commit is durable whatever happens here, and the next look reports it.
+        Called after each commit, once this thread holds no store. A tracker calls it later, since a cut must not wait
+        for it. Raises nothing: the commit is durable whatever happens here. What could not be reported is reported when
+        the store is opened next.
         """
 
     def devices_on(self, root: bytes) -> dict[str, list[bytes]]:
         """The devices whose root node has that UUID: their raw names, by the absolute path of their store.
 
-        Called before a change of a qcow2 image's metadata, which must not look like a change of what a guest reads.
+        Called before a change of a qcow2 image's metadata, because that is no change of what a guest reads: the devices
+        have to be told of the image's new identity.
         """
 
     def place_of(self, name: str, uuid: bytes) -> tuple[str, bytes] | None:
-        """Which store remembers a qcow2 image: its path, and the raw name of the record; None where none does.
+        """The store that has the place of a qcow2 image: its path, and the raw name of the record; None if none has it.
 
-        Called when an image that carries an identity is opened; see `dirtmap.engine.namespaces.place.place_of`.
+        Called when an image that has a name and a UUID is opened; see `dirtmap.engine.namespaces.place.place_of`.
 
         Args:
-            name: of the node, as the image says it.
-            uuid: 16 bytes, as the image says it.
+            name: of the node, as the image has it.
+            uuid: of the namespace, as the image has it, 16 bytes.
         """

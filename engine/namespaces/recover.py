@@ -9,18 +9,10 @@ from dirtmap.engine.identity import lasting_identity_now
 from dirtmap.engine.model.infos import LEFT_IN_USE, Recovery
 from dirtmap.engine.model.naming import decode_name, label, not_found
 from dirtmap.engine.namespaces.changing import changing
-from dirtmap.engine.namespaces.condition import (
-    doubts,
-    refuse_held,
-    refuse_tracked,
-    refuse_unrecovered,
-    rewrite,
-    size_now,
-    tracked_view,
-)
+from dirtmap.engine.namespaces.condition import Condition, refuse_tracked, size_now
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.session.peers import path_of, unrecovered
-from dirtmap.engine.storefile.directory import is_readable, no_namespace, read_entries
+from dirtmap.engine.storefile.directory import is_readable, no_namespace
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.storefile.session import peer_of
 from dirtmap.engine.system.log import logger
@@ -30,41 +22,41 @@ from dirtmap.fmt.live import Peer
 from dirtmap.fmt.store import Identity, Record
 
 
-def recover_record(change: Change, record: Record, names: list[str]) -> list[Recovery]:
+def recover_record(change: Change, now: Condition, names: list[str]) -> list[Recovery]:
     """Recovers the named bitmaps, or all, of a namespace whose directory is whole; see `Namespace.recover`."""
-    if size_now(record) != record.size:
-        return _recover_resized(change, record, names)
+    if now.size_now != now.record.size:
+        return _recover_resized(change, now, names)
     recovered = []
-    entries = {decode_name(entry.name): entry for entry in read_entries(change.snapshot, record)}
-    doubt, view = doubts(change.snapshot, record), tracked_view(change.snapshot, record)
-    with changing(change, record) as bitmaps:
+    entries = {decode_name(entry.name): entry for entry in now.entries}
+    with changing(change, now) as bitmaps:
         for name in names or list(bitmaps):
             bitmap = bitmaps[name]
-            why = doubt
+            why = now.doubt
             if why is None and bitmap.inconsistent:
                 why = LEFT_IN_USE
-            if why is None and not is_readable(change.snapshot, record, entries[name]):
+            if why is None and not is_readable(now.snapshot, now.record, entries[name]):
                 why = "the checksum of its bits is wrong"
             if why is not None:
                 bitmaps[name] = bitmap.recovered()
                 recovered.append(Recovery(name, f"all dirty: {why}"))
-            elif view:
-                recovered.append(Recovery(name, view.how))
+            elif now.view:
+                recovered.append(Recovery(name, now.view.how))
     return recovered
 
 
-def _recover_resized(change: Change, record: Record, names: list[str]) -> list[Recovery]:
+def _recover_resized(change: Change, now: Condition, names: list[str]) -> list[Recovery]:
     """Recovers a namespace whose disk has another size now: adopts that size, and makes all its bitmaps all dirty."""
-    path = change.snapshot.file.path
-    refuse_tracked(path, record)
-    refuse_unrecovered(change.snapshot, record)
-    refuse_held(change.snapshot, record)
-    found = [decode_name(entry.name) for entry in read_entries(change.snapshot, record)]
+    record = now.record
+    now.refuse_tracked()
+    now.refuse_unrecovered()
+    now.refuse_held()
+    found = [decode_name(entry.name) for entry in now.entries]
     for name in names:
         if name not in found:
-            raise not_found(f"{path}: {record.label}", name)
-    identity, size = lasting_identity_now(record), size_now(record)
-    rewrite(change, record, replace(record, size=size, identity=identity), doubted=True)
+            raise not_found(now.where, name)
+    identity = lasting_identity_now(record)
+    size = size_now(record)  # looked at after the identity, so that a later change of the size is seen
+    now.rewrite(change, replace(record, size=size, identity=identity), doubted=True)
     return [Recovery(name, f"all dirty: the disk has {size} bytes now, and had {record.size}") for name in found]
 
 
@@ -99,7 +91,7 @@ def recover_tracked_device(host: HostPort, target: Store, name: bytes) -> None:
     peer = unrecovered(target.abspath, record) if record is not None and record.tracked else None
     if record is None or peer is None:
         return
-    refuse_tracked(target.path, record)
+    refuse_tracked(f"{target.path}: {record.label}", record)
     if peer.store:
         with host.opened(path_of(target.abspath, peer)) as other:
             recover_session(other, peer.name)
@@ -118,7 +110,7 @@ def recover_session(target: Store, name: bytes) -> None:
         record = change.table.get(name)
         if record is None:
             raise no_namespace(target.path, name)
-        recovered = recover_record(change, record, [])
+        recovered = recover_record(change, Condition(change.snapshot, record), [])
     log_recovered(f"{target.path}: {record.label}", recovered)
 
 

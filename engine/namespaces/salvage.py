@@ -18,14 +18,7 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.identity import lasting_identity_now
 from dirtmap.engine.model.infos import Recovery
 from dirtmap.engine.model.naming import decode_name, encode_name, label
-from dirtmap.engine.namespaces.condition import (
-    end_session,
-    refuse_held,
-    refuse_tracked,
-    refuse_unrecovered,
-    refuse_without_root,
-    size_now,
-)
+from dirtmap.engine.namespaces.condition import size_now
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import Entry
@@ -33,6 +26,7 @@ from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, St
 from dirtmap.fmt.structures.directory import build_directory, parse_entries
 
 if TYPE_CHECKING:
+    from dirtmap.engine.namespaces.condition import Condition
     from dirtmap.engine.storefile.file import Change, Snapshot
     from dirtmap.fmt.store import Record
 
@@ -69,14 +63,14 @@ def spare_entries(snapshot: Snapshot, record: Record, older: Snapshot | None) ->
     return dict(found.values())
 
 
-def recover(change: Change, record: Record, names: list[str], damage: FormatError) -> list[Recovery]:
+def recover(change: Change, now: Condition, names: list[str], damage: FormatError) -> list[Recovery]:
     """Gives a namespace with a damaged directory a new one, in which each bitmap that can be named is all dirty.
 
     The space that the old directory led to cannot be known, so it leaks. `check` repairs that.
 
     Args:
         change: plans the new directory.
-        record: of the namespace.
+        now: the condition of the namespace, as of the snapshot of the change.
         names: the bitmaps that the caller asks for; empty for all. All are recovered in any case.
         damage: the error from reading the directory.
 
@@ -85,11 +79,11 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
         BitmapNotFoundError: one of ``names`` is not among those found.
         As `Namespace.transaction`.
     """
-    path = change.snapshot.file.path
-    refuse_tracked(path, record)
-    refuse_unrecovered(change.snapshot, record)
-    refuse_without_root(change.snapshot, record)
-    refuse_held(change.snapshot, record)
+    record = now.record
+    now.refuse_tracked()
+    now.refuse_unrecovered()
+    now.refuse_without_root()
+    now.refuse_held()
     entries = spare_entries(change.snapshot, record, change.snapshot.older())
     if not entries:
         raise FormatError(damage.where, "damaged, and none of its bitmaps can be named; 'check -r all' gives them up")
@@ -97,18 +91,18 @@ def recover(change: Change, record: Record, names: list[str], damage: FormatErro
     for name in names:
         if encode_name(name) not in known:
             what = "its directory is damaged, and shows no such name; with no name 'recover' brings back what it shows"
-            raise BitmapNotFoundError(f"{path}: {record.label}: {label(name)}", what)
+            raise BitmapNotFoundError(f"{now.where}: {label(name)}", what)
     identity = record.identity
     with contextlib.suppress(StorageError):
         identity = lasting_identity_now(record)
-    size = size_now(record)
+    size = size_now(record)  # looked at after the identity, so that a later change of the size is seen
     for entry in entries:
         for field, what in store.entry_faults(entry, size, change.header.cluster_size, 0):
-            raise BitmapError(f"{path}: {record.label}: {label(decode_name(entry.name))}.{field}", what)
+            raise BitmapError(f"{now.where}: {label(decode_name(entry.name))}.{field}", what)
     area = change.place(build_directory(entries))
     change.table.put(
         replace(
-            end_session(change, record),
+            now.end_session(change),
             size=size,
             identity=identity,
             generation=change.generation,

@@ -16,9 +16,9 @@ import numpy as np
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport, require_repair
 from dirtmap.engine.namespaces.compact import compact
-from dirtmap.engine.namespaces.condition import doubts
+from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.storefile import header as headers
-from dirtmap.engine.storefile.directory import read_entries, verify
+from dirtmap.engine.storefile.directory import verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.storefile.space import SpaceMap
 from dirtmap.engine.system.locks import USUAL, Locking
@@ -150,10 +150,11 @@ class _Check:
         """Checks one namespace. False if what it uses is not known."""
         where = record.label
         self.area(record.directory, f"directory of {where}")
-        if doubt := doubts(self.snapshot, record):
+        now = Condition(self.snapshot, record)
+        if doubt := now.doubt:
             self.report.found(NOTE, where, f"counts as all dirty: {doubt}")
         try:
-            entries = read_entries(self.snapshot, record)
+            entries = now.entries
         except FormatError as error:
             self.wrong(error)
             return False

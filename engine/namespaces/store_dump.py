@@ -10,7 +10,7 @@ import numpy as np
 
 from dirtmap.engine.model.dumping import MOST_RUNS, Shown, data, text
 from dirtmap.engine.model.naming import decode_name, label
-from dirtmap.engine.namespaces.condition import doubts
+from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.directory import verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
@@ -234,7 +234,7 @@ class _Dump(Shown):
             self.fault(f"{where}.{field_name}", what)
         if faults:
             return
-        if doubt := doubts(snapshot, record):
+        if doubt := Condition(snapshot, record).doubt:
             self.note(f"counts as all dirty: {doubt}")
         area, count, bad = record.directory, 0, 0
         if entries := self.area(snapshot, area, f"directory of {where}"):

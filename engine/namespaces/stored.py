@@ -13,19 +13,11 @@ from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces import salvage
 from dirtmap.engine.namespaces.changing import changing
-from dirtmap.engine.namespaces.condition import (
-    bitmap_of,
-    busy_of,
-    doubts,
-    other_size,
-    size_now,
-    tracked_view,
-    tracking_status,
-)
+from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.namespaces.place import holding
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.recover import log_recovered, recover_record, recover_session, recover_tracked_device
-from dirtmap.engine.storefile.directory import no_namespace, read_entries
+from dirtmap.engine.storefile.directory import no_namespace
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.directory import Entry
@@ -57,7 +49,7 @@ class StoredImage(Namespace):
         self._store, self._host = target, host
         self.path, self.abspath, self.name = target.path, target.abspath, name
         self._raw_name = encode_name(name)
-        record, self.cluster_size = self._read(lambda snapshot, record: (record, snapshot.header.cluster_size))
+        record, self.cluster_size = self._read(lambda now: (now.record, now.snapshot.header.cluster_size))
         self.size, self.uuid = record.size, str(uuid.UUID(bytes=record.uuid))
         self._label = record.label
 
@@ -68,7 +60,7 @@ class StoredImage(Namespace):
 
     def record(self) -> Record:
         """The record of the namespace, as of the newest commit."""
-        return self._read(lambda _, record: record)
+        return self._read(lambda now: now.record)
 
     def require_same_size(self) -> None:
         """Refuses bitmaps of a disk that has another size now.
@@ -85,11 +77,11 @@ class StoredImage(Namespace):
 
     def doubt(self) -> str | None:
         """Why all bitmaps count as dirty all over; see `Namespace.doubt`."""
-        return self._read(doubts)
+        return self._read(lambda now: now.doubt)
 
     def tracking(self) -> Status | None:
         """The session of the image's tracker; see `Namespace.tracking`."""
-        return self._read(tracking_status)
+        return self._read(lambda now: now.status)
 
     def close(self) -> None:
         """Does nothing: the host owns the store."""
@@ -100,20 +92,20 @@ class StoredImage(Namespace):
             raise no_namespace(self.path, self._raw_name)
         return record
 
-    def _read(self, read: Callable[[Snapshot, Record], T]) -> T:
-        return self._store.read(lambda snapshot: read(snapshot, self._record(snapshot)))
+    def _read(self, read: Callable[[Condition], T]) -> T:
+        return self._store.read(lambda snapshot: read(Condition(snapshot, self._record(snapshot))))
 
     def info(self) -> ImageInfo:
         """The namespace and all its bitmaps as of one commit."""
         return self._read(_describe)
 
     def _load(self, name: bytes) -> Bitmap | None:
-        def read(snapshot: Snapshot, record: Record) -> Bitmap | None:
-            for entry in read_entries(snapshot, record):
+        def read(now: Condition) -> Bitmap | None:
+            for entry in now.entries:
                 if entry.name == name:
-                    _require_same_size(snapshot, record)
-                    bitmap = bitmap_of(snapshot, record, entry, doubts(snapshot, record) is not None)
-                    bitmap.busy = name in busy_of(snapshot, record, [entry])
+                    _require_same_size(now)
+                    bitmap = now.bitmap(entry, doubted=now.doubted)
+                    bitmap.busy = name in now.busy
                     if not bitmap.inconsistent:
                         _ = bitmap.words  # loads the bits now, while they are consistent
                     return bitmap.freeze()
@@ -122,22 +114,22 @@ class StoredImage(Namespace):
         return self._read(read)
 
     def _names(self) -> list[bytes]:
-        return self._read(lambda snapshot, record: [entry.name for entry in read_entries(snapshot, record)])
+        return self._read(lambda now: [entry.name for entry in now.entries])
 
     def recover(self, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes all dirty what is inconsistent, in doubt or damaged, bits or directory; see `Namespace.recover`."""
         recover_tracked_device(self._host, self._store, self._raw_name)
         with self._store.change() as change:
-            record = self._record(change.snapshot)
+            now = Condition(change.snapshot, self._record(change.snapshot))
             damage = None
             try:
-                read_entries(change.snapshot, record)
+                _ = now.entries
             except FormatError as error:
                 damage = FormatError(error.where, error.what)  # a copy: the traceback keeps the data in memory
             if damage is not None:
-                recovered = salvage.recover(change, record, list(names), damage)
+                recovered = salvage.recover(change, now, list(names), damage)
             else:
-                recovered = recover_record(change, record, list(names))
+                recovered = recover_record(change, now, list(names))
         log_recovered(self.where, recovered)
         return recovered
 
@@ -161,48 +153,45 @@ class StoredImage(Namespace):
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps, in one commit of the store; see `Namespace.transaction`."""
         recover_tracked_device(self._host, self._store, self._raw_name)
-        with (
-            self._store.change() as change,
-            changing(change, self._record(change.snapshot)) as bitmaps,
-        ):
-            yield bitmaps
+        with self._store.change() as change:
+            now = Condition(change.snapshot, self._record(change.snapshot))
+            with changing(change, now) as bitmaps:
+                yield bitmaps
 
 
-def _require_same_size(snapshot: Snapshot, record: Record) -> None:
-    if record.nb_bitmaps and size_now(record) != record.size:
-        raise other_size(snapshot, record)
+def _require_same_size(now: Condition) -> None:
+    if now.resized:
+        raise now.other_size()
 
 
-def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
-    doubt, view = doubts(snapshot, record), tracked_view(snapshot, record)
-    resized = record.nb_bitmaps > 0 and size_now(record) != record.size
-    notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt and not resized else []
-    if view and not doubt:
-        notes.append(f"{record.label} is {view.note}")
+def _describe(now: Condition) -> ImageInfo:
+    record, doubt = now.record, now.doubt
+    notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt and not now.resized else []
+    if now.view and not doubt:
+        notes.append(f"{record.label} is {now.view.note}")
     name = decode_name(record.name)
     # Whoever reads a bitmap is refused.
-    errors = [str(other_size(snapshot, record))] if resized else []
+    errors = [str(now.other_size())] if now.resized else []
     counts: dict[bytes, int | None] = {}
     entries: list[Entry] = []
     # Damage to one bitmap must not hide the others.
     with _noting(errors):
-        entries = read_entries(snapshot, record)
-    busy = busy_of(snapshot, record, entries)
+        entries = now.entries
     for entry in entries:
         with _noting(errors):
-            counts[entry.name] = None if entry.in_use else _count(snapshot, record, entry, doubt is not None)
+            counts[entry.name] = None if entry.in_use else _count(now, entry)
     return ImageInfo(
-        path=snapshot.file.path,
+        path=now.snapshot.file.path,
         format=FORMAT,
         size=record.size,
-        cluster_size=snapshot.header.cluster_size,
+        cluster_size=now.snapshot.header.cluster_size,
         bitmaps=tuple(
             BitmapInfo(
                 name=decode_name(entry.name),
                 granularity=entry.granularity,
                 recording=entry.auto,
                 inconsistent=entry.in_use,
-                busy=entry.name in busy,
+                busy=entry.name in now.busy,
                 count=counts.get(entry.name),
                 namespace=str(uuid.UUID(bytes=record.uuid)),
                 node=None if record.kind == store.KIND_DEVICE else name,
@@ -227,13 +216,13 @@ def _noting(errors: list[str]) -> Iterator[None]:
         errors.append(str(error))
 
 
-def _count(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> int:
+def _count(now: Condition, entry: Entry) -> int:
     """The dirty bytes of a bitmap, in whole granules. Reads nothing if the bitmap takes no space."""
-    if doubted or entry.table_offset == store.ALL_ONES:
-        return geometry.granules(record.size, entry.granularity) * entry.granularity
-    if entry.table_offset == store.ALL_ZEROS and not tracked_view(snapshot, record):
+    if now.doubted or entry.table_offset == store.ALL_ONES:
+        return geometry.granules(now.record.size, entry.granularity) * entry.granularity
+    if entry.table_offset == store.ALL_ZEROS and not now.view:
         return 0
-    return bitmap_of(snapshot, record, entry, False).count
+    return now.bitmap(entry, doubted=False).count
 
 
 def describe_store(target: Store) -> ImageInfo:
@@ -245,7 +234,7 @@ def describe_store(target: Store) -> ImageInfo:
     """
 
     def read(snapshot: Snapshot) -> ImageInfo:
-        parts = [_describe(snapshot, record) for record in snapshot.table()]
+        parts = [_describe(Condition(snapshot, record)) for record in snapshot.table()]
         return ImageInfo(
             path=target.path,
             format=FORMAT,

@@ -66,15 +66,18 @@ def read_session(
     raise AssertionError("unreachable")
 
 
-def describe(file: File, *, force_share: bool = False, locking: Locking = USUAL) -> ImageInfo:
+def describe(file: File, *, force_share: bool = False, locking: Locking = USUAL) -> tuple[ImageInfo, bool]:
     """The image and all its bitmaps, in one session; without numpy.
 
     Where single bitmaps are at fault, they have no count, and the faults are among the errors: nothing but that is
     shown of them, and everything else refuses the image. Errors as `read_session`.
+
+    Returns:
+        The description, and whether the image says that a tracker has its bitmaps.
     """
     return read_session(
         file,
-        lambda layout: describe_layout(file, layout),
+        lambda layout: (describe_layout(file, layout), layout.tracked),
         force_share=force_share,
         require=Layout.require_listable,
         locking=locking,

@@ -1,28 +1,33 @@
 """The intent log: which regions of the disk may have been written to since the last save, durable before the write.
 
-Two areas, used in turn by logs of rising number. A record's checksum begins with the session and the log's number, so
-records of an older log in the same area are void without being wiped, and a new log is durable by existing: rotation
-writes nothing. The store's commit says which is the oldest log that counts.
+The file has two areas, which logs of rising number use in turn. The checksum of a record begins with the session and
+the number of the log. So records of an older log in the same area are void without being wiped, and to begin the next
+log nothing needs to be written. The store's commit says which is the oldest log that counts.
 
-What a log looks like, whenever its writer stops. The writer gives out places one after another, each region one place,
-and writes records in the order of their places: those of one sector, then a sync, then those of the next. A sector is
-written whole or not at all. So on disk a log of *k* records has them in its first *k* places, each region once, and
-nothing behind them. An exception in the middle of that, or a write that failed, leaves no gap either: the next record
-is written together with all those before it that are not known to be durable. What lies behind the *k* records is what
-the area had before: the records of the newest older log that came so far, and zeros where none has. So from one place
-to the next the number of a record's log never rises:
+This is what a log looks like, whenever its writer stops. The writer gives each region one place, one after another, and
+writes the records in the order of their places: those of one sector, then a sync, then those of the next sector. A
+sector is written whole or not at all. So on disk a log of *k* records has them in its first *k* places, each region
+once, and nothing after them. An exception, or a write that fails, leaves no gap either: the next record is written
+together with all records before it that are not known to be durable.
+
+After the *k* records the area has what it had before: the records of the newest older log that was long enough, and
+zeros if none was. So from one place to the next the number of a record's log never rises:
 
     log 4 has 3 records, log 2 had 5, log 0 had 4    | 4 | 4 | 4 | 2 | 2 | zeros ...
 
-A record's checksum, with the region, gives away the number of its log (`_numbers`), so that order can be seen. What
-breaks it was not left by a writer that stopped, but is damage: a record that is none of this session, or of a log that
-has yet to come; one behind zeros, or behind one of an older log; a region twice in one log. Then nothing is known of
-what the log had, and it counts as lost. A flipped bit changes the number to one above 2^26, so it is always seen in
-logs of numbers below that.
+This order can be checked, because the checksum of a record, together with its region, gives the number of the log
+(`_numbers`). A writer that stops never breaks the order, so what breaks it is damage:
 
-A log that lacks its last sectors looks like one that was stopped earlier. So there is a *tally* for each area: how many
-records were durable when it was written, which is after each record, without a sync of its own. A log with fewer is
-damaged. Until the tally has reached the disk, which a later sync sees to, the loss of the last records is not seen.
+- a record of another session, or of a log that is still to come;
+- a record after zeros, or after a record of an older log;
+- a region that is twice in one log.
+
+Then it is not known what the log had, and it counts as lost. A flipped bit changes the number to one above 2^26, so it
+is always seen in logs of lower numbers.
+
+A log that lacks its last sectors looks like one that was stopped earlier. So each area has a *tally*: how many records
+were durable when the tally was written. It is written after each record, and not synced by itself. A log with fewer
+records is damaged. Until a later sync has made the tally durable, the loss of the last records is not seen.
 """
 
 from __future__ import annotations
@@ -52,7 +57,7 @@ from dirtmap.fmt.structures.live import (
     record_seed,
 )
 
-_OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; behind any log
+_OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; no log is that long
 _PER_SECTOR = 512 // live.LOG_RECORD_SIZE
 # CRC32C a byte at a time: what each low byte of the state adds, and which low byte left that top byte behind.
 _ADDED = np.array([crc32c.crc32c(bytes([byte]), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)], np.uint32)
@@ -60,14 +65,15 @@ _LOW_BYTE = np.argsort(_ADDED >> 24).astype(np.uint32)
 
 
 class _Log:
-    """A log while records go to it.
+    """A log while records are added to it.
 
     Attributes:
         number: of the log.
-        seed: of its records' checksums.
-        regions: those that have a place, in the order of their places. Each step on it is one of C: whatever comes in
-            between, say a mark in a signal's handler, no region gets two places, and no place two regions.
-        durable: so many of the first places are.
+        seed: of the checksums of its records.
+        regions: those that have a place, in the order of their places. Every change of it is one call into C, which
+            nothing interrupts. So even if a signal's handler marks, no region gets two places, and no place two
+            regions.
+        durable: how many of the first places are durable.
     """
 
     __slots__ = ("durable", "number", "regions", "seed")
@@ -83,14 +89,14 @@ class _Log:
             first, end = self.durable, len(self.regions)
             try:
                 found = list(islice(reversed(self.regions), end - first))
-            except RuntimeError:  # a handler has added some in between
+            except RuntimeError:  # a signal's handler has added some meanwhile
                 continue
             if end == len(self.regions):
                 return first, found[::-1]
 
 
 class IntentLog:
-    """A tracker's own log.
+    """The log of a tracker, as the tracker itself uses it.
 
     Raises:
         StorageError: it cannot be made.
@@ -100,12 +106,12 @@ class IntentLog:
         self.path, self._uuid = path, uuid
         self._regions = geometry.ceil_div(size, 1 << region_bits)
         self._log, self._beat = _Log(uuid, 0), 0
-        remove_file(path)  # what a crash left before its session was in the store
+        remove_file(path)  # a crash may have left one, before its session was in the store
         self._file = open_file(path, writable=True, create=True)
         try:
             self._file.lock_alone(_OWNER)
             self._file.write(0, build_log(uuid, intent, region_bits, self._regions).ljust(live.PAGE, b"\0"))
-            # All of it now, so that logging a region later needs no room and no change of the file's length.
+            # The whole file is written now, so that logging a region later needs no space and changes no file length.
             for offset in range(live.PAGE, live.log_bytes(self._regions), live.PAGE):
                 self._file.write(offset, bytes(live.PAGE))
             self._file.sync()
@@ -117,14 +123,17 @@ class IntentLog:
 
     @property
     def number(self) -> int:
-        """Of the log that records go to now."""
+        """The number of the log to which records are added now."""
         return self._log.number
 
     def append(self, regions: list[int]) -> None:
-        """Returns once those regions, which are not in this log yet, are durable.
+        """Adds regions to the log. On return they are durable.
+
+        Args:
+            regions: numbers of regions that are not in this log yet.
 
         Raises:
-            SyncError: it is not known whether they are.
+            SyncError: it is not known whether they are durable.
             StorageError: they could not be written.
         """
         log = self._log
@@ -135,7 +144,9 @@ class IntentLog:
             part = missing[: _PER_SECTOR - first % _PER_SECTOR]
             data = b"".join(build_log_record(log.seed, region) for region in part)
             if log is not self._log:
-                return  # a handler has begun the next log: the mark is made again, and its area may be another's
+                # A signal's handler has begun the next log, and this area may belong to a later one. The caller makes
+                # the mark again.
+                return
             self._file.write(area + first * live.LOG_RECORD_SIZE, data)
             self._file.sync()
             first, missing = first + len(part), missing[len(part) :]
@@ -143,20 +154,21 @@ class IntentLog:
         self._file.write(live.TALLIES[log.number % 2], build_tally(self._uuid, log.number, log.durable))
 
     def rotate(self) -> None:
-        """From here on records go to the next log, which is empty.
+        """Begins the next log, which is empty. Records are added to it from now on.
 
-        It takes the place of the one before last, which the caller knows to be void.
+        It uses the area of the log before the present one. The caller has seen to it that that one does not count any
+        more.
         """
         self._log = _Log(self._uuid, self._log.number + 1)
 
     def beat(self, time: int) -> None:
-        """Makes a sign of life durable: a time, ns since 1970. Errors as `append`."""
+        """Makes a heartbeat durable: a time, ns since 1970. Errors as `append`."""
         self._file.write(live.BEATS[self._beat], build_beat(self._uuid, time))
         self._beat = 1 - self._beat
         self._file.sync()
 
     def close(self, *, remove: bool) -> None:
-        """Gives up the lock, and the file with it where its session has ended."""
+        """Gives up the lock. With ``remove``, removes the file as well, because its session has ended."""
         if remove:
             remove_file(self.path)
         self._file.close()
@@ -164,11 +176,11 @@ class IntentLog:
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """What a log says.
+    """What was read from a log.
 
     Attributes:
-        regions: that are in it; None where it is damaged.
-        beat: when its tracker last showed a sign of life, ns since 1970.
+        regions: numbers of the regions in it; None if it is damaged.
+        beat: the last durable heartbeat of its tracker, ns since 1970.
     """
 
     regions: frozenset[int] | None
@@ -176,7 +188,7 @@ class Logged:
 
 
 def read_log(session: live.Session, size: int) -> Logged | None:
-    """What the log of a session says, of a disk of ``size`` bytes; None where there is none of that session."""
+    """Reads the log of a session on a disk of ``size`` bytes; None if there is no log of that session."""
     regions = geometry.ceil_div(size, 1 << session.region_bits)
     if regions > live.MAX_REGIONS or session.log > live.MAX_LOG:
         return None
@@ -194,10 +206,10 @@ def read_log(session: live.Session, size: int) -> Logged | None:
 
 
 def _read_area(file: File, uuid: bytes, regions: int, number: int) -> list[int] | None:
-    """The regions in log ``number``, of whose area it is the newest; None where it is damaged.
+    """The regions in log ``number``, which is the newest in its area; None if it is damaged.
 
     Raises:
-        StorageError: the file ends before them.
+        StorageError: the file ends before the end of the area.
     """
     data = file.read_exactly(live.area_offset(regions, number), regions * live.LOG_RECORD_SIZE)
     logs, nothing = _numbers(data, uuid, number), np.frombuffer(data, np.uint64) == 0
@@ -210,7 +222,7 @@ def _read_area(file: File, uuid: bytes, regions: int, number: int) -> list[int] 
     if max(found, default=0) >= regions or len(set(found)) < count:
         return None
     tally = file.read_exactly(live.TALLIES[number % 2], TALLY.size)
-    if tally != bytes(len(tally)):  # else none was written yet
+    if tally != bytes(len(tally)):  # zeros: none was written yet
         last = parse_tally(uuid, tally)
         if last is None or last.number > number or (last.number == number and last.count > count):
             return None
@@ -218,11 +230,14 @@ def _read_area(file: File, uuid: bytes, regions: int, number: int) -> list[int] 
 
 
 def _numbers(data: bytes, uuid: bytes, number: int) -> NDArray[np.int64]:
-    """Of which log each record is, in numbers from that multiple of 2^32 on that is at or below ``number``.
+    """The number of the log of each record: int64, shape (records,).
 
-    A checksum is reached from the seed over two words: the low half of the log's number, and the region. CRC can be
-    taken back word by word, so the checksum and the region give the state between the two, and that and the state
-    before both the number. Any eight bytes are a record of some number in that way; few of them of one that exists.
+    The upper half of all numbers is taken to be that of ``number``.
+
+    A record's checksum is the CRC of a seed, then of two words: the lower half of the log's number, and the region.
+    A CRC can be computed backwards. From the checksum and the region follows the state between the two words; from that
+    and the state before the first word follows the first word. By this, any eight bytes are a record of some number,
+    but seldom of one that exists.
     """
     fields = np.frombuffer(data, "<u4")
     checksums, regions = fields[1::2].byteswap(), fields[::2]
@@ -233,7 +248,7 @@ def _numbers(data: bytes, uuid: bytes, number: int) -> NDArray[np.int64]:
 
 
 def _back(states: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The states of CRC32C four zero bytes before."""
+    """The states that CRC32C had four bytes earlier, if those bytes were zeros."""
     for _ in range(4):
         low = _LOW_BYTE[states >> 24]
         states = (states ^ _ADDED[low]) << 8 | low
@@ -241,7 +256,7 @@ def _back(states: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def remove_log(session: live.Session) -> None:
-    """Removes the log of a session that has ended; nothing where that path is anything else."""
+    """Removes the log of a session that has ended. Removes nothing if another file is at its path."""
     try:
         with open_file(os.fsdecode(session.log_path)) as file:
             mine = (
@@ -255,7 +270,7 @@ def remove_log(session: live.Session) -> None:
 
 
 def is_held(session: live.Session) -> bool | None:
-    """True while the tracker that made the log has it open, in whichever process namespace; None where it is gone."""
+    """True while the tracker that made the log has it open, in whichever PID namespace; None if the log is gone."""
     try:
         with open_file(os.fsdecode(session.log_path)) as file:
             return file.locked_by_other(_OWNER)

@@ -1,4 +1,4 @@
-"""The live files: a tracker's control file and its writesets, mapped for the tracker, copied for whoever reads them."""
+"""Live files: the control file and the writesets of a tracker. The tracker maps them; readers copy them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dirtmap.fmt.errors import LockedError, StorageError
 from dirtmap.fmt.store import Identity
 from dirtmap.fmt.structures.live import CONTROL, WRITESET
 
-# Writes that have begun in an interval and not ended: where they begin and end, bytes, and their thread, by number.
+# Writes that have begun in an interval and not ended, by their number: first byte, end, and thread.
 Flights = dict[int, tuple[int, int, int | None]]
 
 _BLOCK: Final = 16384  # words
@@ -33,19 +33,19 @@ _NAMES: Final = re.compile(r"control|writeset-[0-9]+")
 
 
 def default_folder() -> str:
-    """Where live files are kept: ``$DIRTMAP_LIVE``, else the tmpfs that every Linux has."""
+    """The folder for live files: ``$DIRTMAP_LIVE``, else the tmpfs that every Linux has."""
     return os.environ.get("DIRTMAP_LIVE") or "/dev/shm"
 
 
 def user_folder(folder: str) -> str:
-    """Where this user's live files are, under a folder that all users share."""
+    """The folder for the live files of this user, in a folder that all users share."""
     return os.path.join(folder, f"dirtmap-{os.geteuid()}")
 
 
 class Folder:
-    """The folder of a session's live files, made where it is not there; no other tracker's until it is closed.
+    """The folder of a session's live files. It is made if it is missing, and no other tracker gets it until `close`.
 
-    It is known by the namespace's UUID, and so are those of copies of the store.
+    Its name is the namespace's UUID. In a copy of the store the namespace has the same UUID, so the same folder.
 
     Raises:
         LockedError: a tracker has its live files there.
@@ -54,7 +54,7 @@ class Folder:
 
     def __init__(self, path: str) -> None:
         self._fd = -1
-        for _ in range(_ATTEMPTS):  # who only removes what a dead one left has it for a moment
+        for _ in range(_ATTEMPTS):  # whoever removes what a dead tracker has left holds the folder for a moment
             livefs.make_live_folder(path)
             if (fd := livefs.hold_live_folder(path)) is not None:
                 self._fd = fd
@@ -63,14 +63,14 @@ class Folder:
         raise LockedError(path, "a tracker with another store has its live files here; end it first")
 
     def close(self) -> None:
-        """Lets others have it."""
+        """Gives the folder up."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 def remove_session(folder: str, uuid: bytes) -> None:
-    """Removes the live files of a session that has ended, if they are in that folder."""
+    """Removes the live files of a session that has ended, if the folder has those of that session."""
     with contextlib.suppress(StorageError):
         if is_of(folder, uuid) and (fd := livefs.hold_live_folder(folder)) is not None:
             try:
@@ -86,14 +86,14 @@ def remove_files(folder: str, *, keep_folder: bool = False) -> None:
 
 
 def refuse_living(path: str, uuid: bytes) -> None:
-    """Refuses what must not happen to an image while a tracker lives whose session is in a store that is not known.
+    """Refuses a change of an image while a tracker of it lives whose session is in a store that is not known.
 
     Args:
-        path: of the image; copies of it have the same UUID.
+        path: of the image. Copies of it have the same UUID, and are not refused.
         uuid: of the namespace, 16 bytes.
 
     Raises:
-        LockedError: this user tracks that very file, with live files in the usual folder.
+        LockedError: this user tracks that very file, and the live files are in the usual folder.
     """
     folder = os.path.join(user_folder(default_folder()), uuid.hex())
     control, image = _read_control(folder), identity_of(path)
@@ -105,13 +105,13 @@ def refuse_living(path: str, uuid: bytes) -> None:
 
 
 def is_of(folder: str, uuid: bytes) -> bool:
-    """True where the live files in a folder are those of that session."""
+    """True if the live files in a folder are those of that session."""
     control = _read_control(folder)
     return control is not None and control.uuid == uuid
 
 
 def _read_control(folder: str) -> Any:
-    """The control file in a folder, a record of `fmt.live.CONTROL`; None where there is none."""
+    """The control file in a folder, as `CONTROL` parses it; None if there is none."""
     data = livefs.read_live(_control_path(folder), lambda _: live.PAGE)
     control = CONTROL.parse(bytes(data)) if data else None
     return control if control and control.magic == live.CONTROL_MAGIC else None
@@ -126,7 +126,7 @@ def _writeset_path(folder: str, number: int) -> str:
 
 
 def _index(name: str) -> int:
-    """Which of the mapped u64 that field of the control file is."""
+    """The index of a field of the control file among the mapped u64."""
     return CONTROL.field(name).offset // 8
 
 
@@ -136,10 +136,11 @@ POISONED, CURRENT, HEARTBEAT, EVENT, IN_FLIGHT, BARE, WRITES, LOGGED, CLOCK = ma
 
 
 class Control:
-    """A tracker's own control file, mapped.
+    """The control file of a tracker, as the tracker itself has it mapped.
 
     Attributes:
-        fields: its numbers: a memoryview of u64, each changed by one store; index it with the constants above.
+        fields: its numbers, a memoryview of u64, to be indexed with the constants above. Each is written by one store
+            instruction, so no reader sees half of it.
     """
 
     def __init__(self, folder: str, uuid: bytes, image: Identity) -> None:
@@ -151,7 +152,7 @@ class Control:
         self.fields = memoryview(self._map).cast("Q")
 
     def give_sign(self) -> None:
-        """A sign of life. Where the clock has been set back, times that were taken before it mean nothing after it."""
+        """Writes a heartbeat. If the clock was set back, times from before that mean nothing any more."""
         now, clock = time.time_ns(), clock_offset()
         if clock < self.fields[CLOCK] - CLOCK_TOLERANCE_NS:
             self.fields[EVENT] = now
@@ -166,11 +167,13 @@ class Control:
 
 
 class Writeset:
-    """The bits of one interval, mapped; all clean at first.
+    """The bits of one interval, mapped. It is made before the interval begins, and all clean at first.
 
     Attributes:
-        number: of the interval; one that has not begun.
-        granularity_bits: log2 of bytes of the disk for each bit.
+        number: of the interval.
+        size: of the disk, in bytes.
+        granularity_bits: log2 of the bytes of the disk that one bit stands for.
+        path: of the file.
         flights: the writes that have begun in this interval and not ended.
     """
 
@@ -179,13 +182,14 @@ class Writeset:
         self.path = _writeset_path(folder, number)
         nbits = geometry.granules(size, 1 << granularity_bits)
         self._octets = geometry.ceil_div(nbits, 64) * 8
-        fileio.remove_file(self.path)  # what an interrupt left of the last attempt; the folder is ours alone
+        fileio.remove_file(self.path)  # an attempt that was interrupted may have left one; the folder is ours alone
         self._map = livefs.create_live(self.path, live.PAGE + max(self._octets, 8))
         try:
             self._map[: WRITESET.size] = WRITESET.build(
                 magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
             )
-            # Has its pages mapped now, not mark by mark; numpy lets other threads run meanwhile, mmap would not.
+            # Reading a word of each page maps all pages now, not one by one with the marks. numpy lets other threads
+            # run meanwhile; mmap's MAP_POPULATE would not.
             self.words[:: live.PAGE // 8].max(initial=0)
         except BaseException:
             self.forget()
@@ -193,36 +197,36 @@ class Writeset:
         self.flights: Flights = {}
 
     def view(self) -> bitarray:
-        """Another bitarray over the same bits."""
+        """A new bitarray over the same bits."""
         return bitarray(buffer=memoryview(self._map)[live.PAGE :], endian="little")
 
     @property
     def words(self) -> bits.Words:
-        """The bits as words, as they are now and as they will be: never to be written through."""
+        """The bits as words: a read-only view, which shows later marks as well."""
         words = np.frombuffer(self._map, bits.WORD, self._octets // 8, live.PAGE)
         words.flags.writeable = False
         return words
 
     def forget(self) -> None:
-        """Removes the file; the memory goes with the last view of it."""
+        """Removes the file. Its memory is freed with the last view of it."""
         fileio.remove_file(self.path)
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """The bits of one or several intervals: at one granularity, bytes, of a disk of ``size`` bytes."""
+    """The bits of one or several intervals, at one granularity (bytes), for a disk of ``size`` bytes."""
 
     words: bits.Words
     size: int
     granularity: int
 
     def at(self, granularity: int) -> bits.Words:
-        """The words at another granularity, rounded outward; never to be written to."""
+        """The words at another granularity, in bytes, rounded outward. They must not be written to."""
         return bits.rescaled(self.words, self.size, self.granularity, granularity)
 
 
 def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:
-    """What any of them has, at that granularity: new words. A block at a time, which stays in the cache."""
+    """The OR of all parts at a granularity, in bytes: new words. Works by blocks that fit into the CPU's cache."""
     result = np.empty(geometry.ceil_div(geometry.granules(size, granularity), 64), bits.WORD)
     all_words = [part.at(granularity) for part in parts]
     for at in range(0, len(result), _BLOCK):
@@ -238,7 +242,7 @@ def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The live files of a session as a reader finds them.
+    """The live files of a session, as a reader has copied them.
 
     Attributes:
         poisoned, current, heartbeat, event, in_flight, bare, writes, logged, clock: see `fmt.live.CONTROL`.
@@ -267,7 +271,7 @@ def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
         size: of the disk, bytes.
 
     Returns:
-        None where one that is needed is not there, is another session's, or is not as a tracker makes it.
+        None if one that is needed is missing, belongs to another session, or is not as a tracker makes it.
     """
     control = _read_control(folder)
     if control is None or control.uuid != uuid or not 0 <= control.current - oldest < live.MAX_INTERVALS:
@@ -283,10 +287,11 @@ def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
 
 
 def is_outdated(folder: str, uuid: bytes, current: int, size: int) -> bool:
-    """True where a dead tracker has marked in a later interval than the one that its control file has as current.
+    """True if a dead tracker has marked in a later interval than the one that its control file has as current.
 
-    The control file is told of an interval before anything is marked in it; and no writeset but that of the next one is
-    made beforehand.
+    A tracker writes the number of an interval into the control file before it marks anything in that interval. And it
+    makes no writeset beforehand but that of the next interval. So a later mark shows that the control file is an old
+    one.
     """
     spare = _read_writeset(folder, uuid, current + 1, size)
     marked = spare is not None and bool(spare.words.any())
@@ -305,7 +310,7 @@ def _read_writeset(folder: str, uuid: bytes, number: int, size: int) -> Words | 
 
 
 def _writeset_bytes(head: bytes, uuid: bytes, number: int, size: int) -> int | None:
-    """How long a writeset with that header is; None where it is not that interval's."""
+    """The length in bytes of a writeset with that header; None if it is not that of the interval."""
     if len(head) < WRITESET.size:
         return None
     found = WRITESET.parse(head)

@@ -1,16 +1,17 @@
-"""The two namespaces of a device's session, the device's and its root node's, and the order that keeps them right.
+"""A device's session is in two records, that of the device and that of its root node: its *peer*.
 
-One session, one log, one set of live files; but a record in each namespace, perhaps in different stores, and so commits
-of their own. Each says what it has saved itself: its own ``oldest`` and ``log``. What neither order nor a crash between
-two commits may lose:
+There is one session, one log and one set of live files. But each of the two records has them, perhaps in different
+stores, so each has commits of its own. Each says what it has saved itself: its own ``oldest`` and ``log``. The order of
+the commits is such that a crash between two of them loses no mark:
 
-    begin    the root's record, then the device's, then the first mark
-    save     each by itself; writesets and logs are dropped once both have been saved
-    end      the device's record, then the root's; so is recovery, which may also end the device's alone
+    begin      the root's record, then the device's, then the first mark
+    save       each by itself; writesets and logs are dropped once both have been saved
+    end        the device's record, then the root's
+    recovery   the device's record, then the root's; or the device's alone
 
-So a session that the device has is in the root's record, too. Where it is not, it was lost, and the device is all
-dirty. And who begins to track the root later has ended the device's session before: no write of ours that the device
-has missed can come before the device is judged.
+So a session that is in the device's record is in the root's record, too. If it is not, it was lost, and the device is
+all dirty. Whoever tracks the root again has ended the device's session before. So no tracker of ours writes to the root
+what the device misses, until it is decided what the device's bitmaps hold.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ def path_of(path: str, peer: Peer) -> str:
 
     Args:
         path: of the store whose record names the peer.
-        peer: as it names it.
+        peer: as that record names it.
     """
     return os.fsdecode(peer.store) or path
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What became of a peer.
+    """What was found of a peer.
 
     Attributes:
-        record: the peer's, where the session is in it; else None.
-        needs_files: False where the peer is known to have done with the session.
+        record: of the peer, if it has the session; else None.
+        needs_files: False if the peer is known not to need the session's live files and log any more.
     """
 
     record: Record | None
@@ -54,9 +55,9 @@ def find(path: str, peer: Peer, session: bytes, *, of_node: bool) -> Found:
 
     Args:
         path: of the store whose record names the peer.
-        peer: as it names it.
-        session: UUID of the session.
-        of_node: the record is a node's, whose peer has to be a device; else it is the other way round.
+        peer: as that record names it.
+        session: UUID of the session, 16 bytes.
+        of_node: True if the record is a node's: then the peer has to be a device. False if it is the other way round.
     """
     try:
         with Store(path_of(path, peer)) as target:
@@ -70,7 +71,7 @@ def find(path: str, peer: Peer, session: bytes, *, of_node: bool) -> Found:
 
 
 def unrecovered(path: str, record: Record) -> Peer | None:
-    """The device that has to end its session before this node does; None where there is none, or none to be found."""
+    """The device that has to end its session before this node does; None if there is none, or it cannot be found."""
     session, peer = record.extension(store.EXTENSION_SESSION), peer_of(record)
     if record.kind == store.KIND_DEVICE or session is None or peer is None:
         return None

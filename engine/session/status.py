@@ -1,4 +1,4 @@
-"""`Status`: who tracks an image, and what there is to save or to recover; for people and programs that look on."""
+"""`status_of`: who tracks an image, and what there is to save or to recover. For monitoring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dirtmap.fmt.store import Record
 
 
 def status_of(snapshot: Snapshot, record: Record) -> Status | None:
-    """The session of a record; None where it has none."""
+    """The session of a record; None if it has none."""
     view = view_of(snapshot, record)
     if view is None:
         return None
@@ -27,7 +27,7 @@ def status_of(snapshot: Snapshot, record: Record) -> Status | None:
         dirty = bits.count(union) * granularity
     alive = view.row is Row.LIVE
     return Status(
-        # The number of one that has died may be another's by now.
+        # The number of a process that has ended may be that of another one by now.
         tracker=str(tracker_of(session)) if alive else f"a process that has ended ({session.pid} while it ran)",
         pid=session.pid,
         alive=alive,

@@ -1,19 +1,15 @@
-"""`decide`: what a session's bitmaps hold, as a table over facts. The table of SPEC.md, "Recovery"."""
+"""`decide`: what the bitmaps of a session hold, as a table over facts. It is the table of SPEC.md, "Recovery"."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
+# A tracker writes a heartbeat so often, into its live file and, durable, into its log. For so long after the last one a
+# write to the image can be the tracker's own.
 HEARTBEAT_SECONDS = 0.25
-
-
 TOLERANCE_SECONDS = 0.5
-
-
 DURABLE_HEARTBEAT_SECONDS = 1.0
-
-
 DURABLE_TOLERANCE_SECONDS = 5.0
 
 
@@ -28,7 +24,16 @@ class Row(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What decides; ``changed`` says why the image, or the store, is not as the tracker left it, or is None."""
+    """What decides about a session.
+
+    Attributes:
+        alive: its tracker is alive, or not known to have ended.
+        changed: why the image, or the store, is not as the tracker left it; None if it is.
+        same_boot: the machine was not booted since.
+        live: there are live files that fit the session.
+        poisoned: they say that a sync of the tracker had failed.
+        log: there is a log of regions that can be relied on.
+    """
 
     alive: bool
     changed: str | None

@@ -8,20 +8,27 @@
     no       no                   no                        yes               saved bits, and all logged regions
     no       no                   no                        no                all dirty
 
-Changed by others. Of a raw file only size, inode and the times of the last write and of the last change can tell; the
-latter cannot be put back. The tracker writes down in its control file when a write began or ended: where none is in
-flight, a file changed after the last end was changed by someone else. The kernel's clock for files is never ahead of
-the one we read, but may be a tick (at most 10 ms) behind: a write of others within a tick of our last one is not
-seen. Where a write was in flight, or `mark` was used, whose writes have no end that we hear of, what counts is the
-last sign of life, given four times a second, and half a second more. After a power loss only signs of life on disk
-are left, given once a second while the image changes: five seconds more. A clock that was set back would hide what
-others write: the tracker writes down when, by its clock, the machine was booted, which changes with the clock only. A
-block device tells only that it is another one. Of a qcow2 image a bit in its header tells, which every other program
-that opens it for writing takes away; where its guest data is in a file of its own, that is judged as a raw file is,
-too: it can be written to by itself. What is left is in SPEC.md, "What cannot be noticed".
+How a change by others is seen depends on the image.
 
-A device is as its root is; and changed, too, where the root's session has ended without the device's, which no order
-of recovery leads to: see `dirtmap.engine.session.peers`.
+- A raw file is compared with what the session has of it: size, inode, time of the last write (mtime) and time of the
+  last change (ctime, which nobody can put back).
+    - The control file of the tracker has the time at which the last write began or ended. If none was in flight, a
+      later time of the file means a write by others. The kernel's clock for files is never ahead of the one we read,
+      but up to a tick (10 ms) behind. So a write of others within a tick of the last one of ours is not seen.
+    - If a write was in flight, or `mark` was used, which tells of no end, the last heartbeat counts, and half a second
+      more. There are four a second.
+    - After a power loss only the heartbeats on disk are left. There is one a second while the image changes. The last
+      one counts, and five seconds more.
+    - A clock that was set back would hide what others write. So the tracker notes when the machine was booted by its
+      clock, which changes only if the clock is set.
+- A block device only tells that it is another one.
+- A qcow2 image has a bit in its header, which every other program that opens it for writing clears. If its guest data
+  is in a file of its own, that is compared like a raw file, too, because it can be written to by itself.
+
+What is left is in SPEC.md, "What cannot be noticed".
+
+A device has changed if its root has. It has changed as well if the root's session has ended without the device's, to
+which no order of recovery leads: see `dirtmap.engine.session.peers`.
 """
 
 from __future__ import annotations
@@ -42,22 +49,22 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, Process, boot_id, clock_offset
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, printable
+from dirtmap.fmt.errors import Error, FormatError, StorageError, printable
 from dirtmap.fmt.store import Identity, Record
 
 _NS = 1_000_000_000
 
 
 class SessionView:
-    """A session as found, and what it adds to the saved bits.
+    """A session as it was found, and what it adds to the saved bits.
 
     Attributes:
-        session: as in the record.
+        session: as the record has it.
         row: of the table.
-        why: in words, one line.
-        found: the live files, or None.
-        logged: the regions that the log has; None where it was not kept, cannot be read, or is damaged.
-        identity: of the image now; None where it cannot be looked at or has none.
+        why: the reason for that row, one line.
+        found: the live files; None if there are none that fit the session.
+        logged: the regions that the log has; None if it was not kept, cannot be read, or is damaged.
+        identity: of the image now; None if it cannot be looked at.
     """
 
     def __init__(self, snapshot: Snapshot, record: Record, session: live.Session) -> None:
@@ -68,7 +75,7 @@ class SessionView:
         if alive or same_boot:
             self.found = livefile.find(os.fsdecode(session.live), session.uuid, session.oldest, record.size)
         if alive and self.found is None:
-            # The store moves on before live files go: then this is read again.
+            # A tracker commits to the store before it removes live files. If it has just done so, this is read again.
             where = f"{snapshot.file.path}: {record.label}"
             what = f"tracked by {tracker_of(session)}, whose live files cannot be read; {_remedy(session)}"
             raise FormatError(where, what)
@@ -100,31 +107,31 @@ class SessionView:
 
     @property
     def how(self) -> str:
-        """What recovery did, or will do: the row, and why."""
+        """What recovery did or will do: the row, and the reason for it."""
         return f"{self.row.value}: {self.why}"
 
     @property
     def note(self) -> str:
-        """What a listing says of the namespace."""
+        """What a listing says about the namespace."""
         if self.row is Row.LIVE:
             return f"tracked by {tracker_of(self.session)}"
         return f"not recovered yet: {self.how}"
 
     @property
     def doubt(self) -> str | None:
-        """Why all is dirty, or None."""
+        """Why all bits count as dirty, or None."""
         return self.why if self.row is Row.ALL_DIRTY else None
 
     def is_busy(self, entry: Entry) -> bool:
-        """True while a reader has taken that bitmap; not once the tracker is dead."""
+        """True while a reader has taken that bitmap from the tracker. False once the tracker is dead."""
         window = window_of(entry)
         return self.row is Row.LIVE and window is not None and window.busy
 
     def clean_up(self) -> None:
-        """Removes what the session has left on tmpfs and beside the store, once it has ended.
+        """Removes the live files and the log of the session, which has ended.
 
-        The paths are from the store, which may be anybody's: only what carries the session's UUID is touched. What the
-        session's other namespace still needs stays: whichever ends last removes it.
+        Their paths are from the store, which anybody may have written. So only files with the session's UUID are
+        removed. As long as the session's other namespace needs them, they stay: the last of the two removes them.
         """
         peer = peer_of(self._record)
         of_node = self._record.kind != store.KIND_DEVICE
@@ -134,7 +141,7 @@ class SessionView:
         intent.remove_log(self.session)
 
     def add(self, entry: Entry, words: bits.Words) -> None:
-        """ORs into a bitmap's saved bits what the session adds."""
+        """ORs what the session adds into the saved bits of a bitmap."""
         window = window_of(entry)
         if window is None or window.ended <= self.session.oldest:
             return
@@ -184,7 +191,7 @@ class SessionView:
         return None
 
     def _last_sign(self, log: intent.Logged | None) -> int:
-        """Until when a write to the image counts as the tracker's own; ns since 1970."""
+        """The time until which a write to the image counts as the tracker's own, ns since 1970."""
         if found := self.found:
             if not found.in_flight and not found.bare:
                 return found.event
@@ -195,17 +202,17 @@ class SessionView:
         return max(log.beat if log else 0, self.session.started)
 
     def _is_clock_behind(self, log: intent.Logged | None) -> bool:
-        """True where the clock is set to earlier than it was for the tracker: what is written now can look older."""
+        """True if the clock was set back since: a file that is written now can look older than the last heartbeat."""
         if self.found:
             return clock_offset() < self.found.clock - CLOCK_TOLERANCE_NS
         return time.time_ns() < self._last_beat(log)
 
 
 def data_path(kind: int, path: str) -> str:
-    """The file that a guest's writes go to, by which is seen whether others have written.
+    """The path of the file that has the guest's data. Its times tell whether others have written.
 
     Args:
-        kind: of the root node's record: only a qcow2 image may say that its data is elsewhere, a guest may not.
+        kind: of the root node's record. Only a qcow2 image may name another file: what a raw one says is the guest's.
         path: of the image.
 
     Raises:
@@ -215,7 +222,7 @@ def data_path(kind: int, path: str) -> str:
 
 
 def opened_by_others(path: str) -> str | None:
-    """Why a tracked qcow2 image is not the tracker's alone any more, or None."""
+    """Why others may have written to a tracked qcow2 image, or None."""
     from dirtmap.engine.qcow2.layout import read_layout
 
     try:
@@ -227,7 +234,7 @@ def opened_by_others(path: str) -> str | None:
 
 
 def _damaged(snapshot: Snapshot, record: Record) -> str | None:
-    """That the session or its directory is lost, so that recovery makes all dirty what can still be named; or None."""
+    """Why the session or its directory is lost, or None. Recovery makes all bitmaps dirty that can still be named."""
     from dirtmap.engine.storefile.directory import read_entries
 
     if session_of(record) is live.NO_SESSION:
@@ -240,7 +247,7 @@ def _damaged(snapshot: Snapshot, record: Record) -> str | None:
 
 
 def _fit(snapshot: Snapshot, record: Record, session: live.Session, found: livefile.Found) -> bool:
-    """False where the live files of a dead tracker are older than what the store knows of it, or than one another."""
+    """False if the live files of a dead tracker are older than what the store has of it, or than one another."""
     from dirtmap.engine.storefile.directory import read_entries
 
     if livefile.is_outdated(os.fsdecode(session.live), session.uuid, found.current, record.size):
@@ -261,24 +268,27 @@ def _look_at(record: Record) -> Identity | None:
 
 
 def tracker_of(session: live.Session) -> Process:
-    """The process that tracks, or did."""
+    """The process of the session's tracker, which may have ended."""
     return Process(session.pid, session.process_start, session.boot_id)
 
 
 def is_alive(session: live.Session) -> bool:
-    """False where the session's tracker is known to have ended: it locks its log; without that, its process tells."""
+    """False if the session's tracker is known to have ended.
+
+    A live tracker has a lock on its log. If the log is gone, the tracker's process is looked for.
+    """
     if session is live.NO_SESSION:
-        return False  # nothing is left of it that could name a tracker, or a log
+        return False  # the record names neither a tracker nor a log
     held = intent.is_held(session)
     return not tracker_of(session).has_ended() if held is None else held
 
 
-# Sessions as found, by snapshot and namespace UUID: what one answer needs more than once is looked at once.
+# Sessions as they were found, by snapshot and namespace UUID. So one answer looks at a session once.
 _views: WeakKeyDictionary[Snapshot, dict[bytes, SessionView | None]] = WeakKeyDictionary()
 
 
 def view_of(snapshot: Snapshot, record: Record) -> SessionView | None:
-    """A record's session as found now, once for each snapshot; None where it has none."""
+    """The session of a record; None if it has none. It is looked at once for each snapshot."""
     views = _views.setdefault(snapshot, {})
     if record.uuid not in views:
         session = session_of(record)
@@ -286,18 +296,13 @@ def view_of(snapshot: Snapshot, record: Record) -> SessionView | None:
     return views[record.uuid]
 
 
-def refuse_tracked(where: str, session: live.Session | None) -> None:
-    """Refuses what must not happen behind a tracker's back.
-
-    Raises:
-        LockedError: names the tracker.
-    """
-    if session and is_alive(session):
-        raise LockedError(where, f"tracked by {tracker_of(session)}; {_remedy(session)}")
+def tracked_by(session: live.Session) -> str | None:
+    """Who tracks, and what to do about it, for an error; None if the tracker is known to have ended."""
+    return f"tracked by {tracker_of(session)}; {_remedy(session)}" if is_alive(session) else None
 
 
 def _remedy(session: live.Session) -> str:
-    """What to do about a tracker that lives, or that is not known to have ended."""
+    """What to do about a tracker that is alive, or not known to have ended."""
     if intent.is_held(session) is None and not tracker_of(session).is_seen():
         log = printable(os.fsdecode(session.log_path))
         return f"it may have ended, but its log {log} is gone, which would tell; an empty file there says that it has"

@@ -140,7 +140,7 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
 def header_doubts(snapshot: Snapshot, record: Record) -> str | None:
     """Why the store itself says that the bits of a namespace cannot be relied on; None if it does not.
 
-    `condition.doubts` adds what the image and its tracker say.
+    `Condition.doubt` adds what the image and its tracker say.
     """
     if snapshot.chosen.in_doubt:
         return "copies of the header are damaged, perhaps those of the newest"

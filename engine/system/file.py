@@ -1,7 +1,7 @@
-"""The one seam through which every byte reaches a disk: read, write, sync, lock.
+"""`File`: the one seam through which every byte reaches a disk. It reads, writes, syncs and locks.
 
-The engine opens files with `open_file` only. Tests put a subclass of `File` in its place with `using`, to record,
-fail or reorder what the engine does.
+The engine opens files with `open_file` only. Tests replace `File` by a subclass, with `using`, which records what the
+engine does, or fails, or reorders it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MOST = 2**63 - 1  # the last offset that a file can have
 _TOGETHER = 512  # places that `File.with_data` skips at once, where all of them lie in one hole
 
 
-_NOBODYS = 2**40 + 1  # a byte that nobody locks but to see whether locks work
+_NOBODYS = 2**40 + 1  # a byte that is locked only to see whether locks work
 _NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS}
 
-# What the operating system refuses; an offset past 2**63, a path that no file can have.
+# The errors of system calls; of an offset from 2**63 on; and of a path that no file can have.
 _FAILURES = (OSError, OverflowError, ValueError)
 
 
@@ -41,7 +41,7 @@ class File:
 
     Attributes:
         path: as messages name it.
-        abspath: absolute: the process may change its folder.
+        abspath: the absolute path, because the process may change its working folder.
     """
 
     def __init__(self, path: str, *, writable: bool = False, create: bool = False) -> None:
@@ -63,11 +63,11 @@ class File:
 
     @property
     def growable(self) -> bool:
-        """True where writing past the end makes the file longer: not so on a block device."""
+        """True if writing past the end makes the file longer, which it does not on a block device."""
         return stat.S_ISREG(self.status.st_mode)
 
     def close(self) -> None:
-        """Gives up the descriptor and with it every lock taken through it."""
+        """Closes the descriptor. Every lock that was taken through it is given up with it."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -79,14 +79,14 @@ class File:
         self.close()
 
     def size(self) -> int:
-        """The file's length now, or the device's."""
+        """The present length of the file or the device, in bytes."""
         try:
             return os.lseek(self.fd, 0, os.SEEK_END)
         except _FAILURES as error:
             raise self._failed("size", error) from error
 
     def read(self, offset: int, length: int) -> bytes:
-        """Up to ``length`` bytes at ``offset``: fewer only where the file ends."""
+        """``length`` bytes at ``offset``; fewer only if the file ends before that."""
         if offset > MOST:
             return b""
         try:
@@ -103,7 +103,7 @@ class File:
             raise self._failed("read", error) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fills ``buffer`` from ``offset`` on.
+        """Reads into ``buffer`` from ``offset`` on, until it is full.
 
         Raises:
             StorageError: the file ends before it is full.
@@ -129,21 +129,21 @@ class File:
         return data
 
     def has_data(self, offset: int, length: int) -> bool:
-        """False where the range is known to be a hole, which reads as zeros; True when in doubt."""
+        """False if the range is known to be a hole, which reads as zeros. True if that is not known."""
         try:
             return offset <= MOST and os.lseek(self.fd, offset, os.SEEK_DATA) < offset + length
         except OSError as error:
-            return error.errno != errno.ENXIO  # nothing but a hole up to the end of the file
+            return error.errno != errno.ENXIO  # ENXIO: nothing but a hole up to the end of the file
 
     def with_data(self, offsets: Sequence[int], length: int) -> Iterator[int]:
-        """The positions of those ``offsets``, ascending, at which ``length`` bytes are more than a hole."""
+        """The indexes of those ``offsets`` at which ``length`` bytes are not just a hole. The offsets are ascending."""
         for first in range(0, len(offsets), _TOGETHER):
             last = min(first + _TOGETHER, len(offsets)) - 1
             if self.has_data(offsets[first], offsets[last] + length - offsets[first]):
                 yield from (at for at in range(first, last + 1) if self.has_data(offsets[at], length))
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Writes all of ``data`` at ``offset``; durable after the next `sync` only."""
+        """Writes all of ``data`` at ``offset``. It is durable only after the next `sync`."""
         self._refuse_if_poisoned()
         view = memoryview(data).cast("B")
         try:
@@ -177,10 +177,10 @@ class File:
             raise self._failed("owner and mode of the old file", error) from error
 
     def sync(self) -> None:
-        """Returns once everything written before is durable.
+        """Makes everything durable that was written before.
 
         Raises:
-            SyncError: it is not known to be; the handle is poisoned.
+            SyncError: it is not known to be durable. The handle is poisoned.
         """
         self._refuse_if_poisoned()
         try:
@@ -191,10 +191,10 @@ class File:
             raise SyncError(failed.where, failed.what, failed.errno) from error
 
     def write_back(self) -> None:
-        """Has the kernel write what others have written to the file, so that it notices when they write again.
+        """Makes durable what others have written to the file, so that the kernel notices when they write again.
 
         Raises:
-            StorageError: it could not.
+            StorageError: the system call failed. The handle is not poisoned.
         """
         try:
             os.fdatasync(self.fd)
@@ -202,7 +202,7 @@ class File:
             raise self._failed("write back", error) from error
 
     def lock(self, offset: int) -> None:
-        """Takes a shared open-file-description lock on one byte (never waits: QEMU takes shared ones only)."""
+        """Takes a shared open-file-description lock on one byte. Does not wait; QEMU takes shared ones only."""
         try:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, offset, 1, 0))
         except _FAILURES as error:
@@ -216,7 +216,7 @@ class File:
             raise self._failed("unlock", error) from error
 
     def lock_alone(self, offset: int) -> bool:
-        """Takes an exclusive open-file-description lock on one byte; False where someone else holds it."""
+        """Takes an exclusive open-file-description lock on one byte; False if someone else has a lock on it."""
         try:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
         except (BlockingIOError, PermissionError):
@@ -226,7 +226,7 @@ class File:
         return True
 
     def lock_fault(self) -> str | None:
-        """Why locks on the file are not seen by all who have it open; None where they are. Names the file system."""
+        """Why not all who have the file open see its locks, with the type of the file system; None if all see them."""
         kind, private = file_system(self.status.st_dev)
         if private is not None:
             return f"on {kind} with the mount option '{private}', which keeps locks to this machine"
@@ -241,9 +241,9 @@ class File:
         return None
 
     def lock_beside(self, offset: int) -> bool:
-        """Takes a shared open-file-description lock on one byte; False where someone else holds it alone.
+        """Takes a shared open-file-description lock on one byte; False if someone else has an exclusive one.
 
-        Threads that share this file share the lock: the last `unlock_beside` gives it up.
+        Threads that share this `File` share the lock. The last `unlock_beside` gives it up.
         """
         with self._guard:
             try:
@@ -263,7 +263,7 @@ class File:
                 self.unlock(offset)
 
     def locked_by_other(self, offset: int, length: int = 1) -> bool:
-        """True where any other open file description holds a lock on any of ``length`` bytes."""
+        """True if another open file description has a lock on any of ``length`` bytes from ``offset`` on."""
         request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, length, 0)
         try:
             answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, request)
@@ -272,14 +272,14 @@ class File:
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
     def modified(self) -> int:
-        """When it was last written to, in ns; the clock may step as seldom as every 10 ms before Linux 6.13."""
+        """When the file was last written to, ns since 1970. Before Linux 6.13 that clock steps by up to 10 ms."""
         try:
             return os.fstat(self.fd).st_mtime_ns
         except _FAILURES as error:
             raise self._failed("stat", error) from error
 
     def is_current(self) -> bool:
-        """True while the path still leads to this very file: locks follow the inode, a rename moves the name."""
+        """True while the path still leads to this file. A lock stays with the inode, but a rename moves the name."""
         try:
             now = os.stat(self.abspath)
         except OSError:
@@ -295,7 +295,7 @@ class File:
 
 
 def failure(path: str, action: str, error: Exception) -> StorageError:
-    """The error for something that the operating system refused."""
+    """The error for an action that the operating system refused."""
     return StorageError(path, f"{action}: {getattr(error, 'strerror', None) or error}", errno_of(error))
 
 
@@ -306,13 +306,13 @@ def open_file(path: str, *, writable: bool = False, create: bool = False, abspat
     """Opens ``path``; with ``create``, makes it, readable by its owner only.
 
     Args:
-        path: also what messages call it.
-        writable: for writing, too.
-        create: it must not exist.
-        abspath: where the path led when it was first opened: see `File`.
+        path: of the file, also in messages.
+        writable: opens it for writing as well.
+        create: makes the file, which must not exist.
+        abspath: the absolute path of the file, if its path may lead elsewhere by now; see `File`.
 
     Raises:
-        StorageError: it cannot be opened, is neither a regular file nor a block device, or exists and was to be made.
+        StorageError: it cannot be opened, is neither a regular file nor a block device, or exists despite ``create``.
     """
     file = _factory(abspath or path, writable=writable, create=create)
     file.path = path
@@ -320,11 +320,11 @@ def open_file(path: str, *, writable: bool = False, create: bool = False, abspat
 
 
 def make_folder_of(path: str, where: str) -> None:
-    """Makes the folder that the file ``path`` is to be in, for its owner only, where it is not there.
+    """Makes the folder of the file ``path``, if it is missing, with access for its owner only.
 
     Args:
         path: of the file, absolute.
-        where: what messages call it.
+        where: how messages name the file.
 
     Raises:
         StorageError: it cannot be made.
@@ -348,7 +348,7 @@ def sync_folder(path: str) -> None:
 
 
 def replace_file(new: str, old: str) -> None:
-    """Gives the file ``new`` the name of ``old``, which is gone; durable on return."""
+    """Renames the file ``new`` to ``old``, which it replaces. The rename is durable on return."""
     try:
         os.replace(new, old)
     except OSError as error:
@@ -357,7 +357,7 @@ def replace_file(new: str, old: str) -> None:
 
 
 def room_at(path: str) -> int:
-    """How many bytes a new file at ``path`` could take.
+    """How many bytes are free for a new file at ``path``.
 
     Raises:
         StorageError: its folder cannot be looked at.
@@ -370,7 +370,7 @@ def room_at(path: str) -> int:
 
 
 def is_gone(path: str) -> bool:
-    """True where there is nothing at a path; not where that cannot be told, as behind a folder of someone else's."""
+    """True if there is nothing at a path. False if that is not known, as in a folder that this user cannot search."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -381,7 +381,7 @@ def is_gone(path: str) -> bool:
 
 
 def is_same_file(one: str | bytes, other: str | bytes) -> bool:
-    """True where both paths lead to one file; not where that cannot be told."""
+    """True if both paths lead to one file. False if that is not known."""
     try:
         return os.path.samefile(one, other)
     except (OSError, ValueError):
@@ -389,14 +389,14 @@ def is_same_file(one: str | bytes, other: str | bytes) -> bool:
 
 
 def remove_file(path: str) -> None:
-    """Removes a file that this process made; nothing where it is gone."""
+    """Removes a file that this process has made, if it is still there."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
 
 @contextlib.contextmanager
 def using(factory: type[File]) -> Iterator[None]:
-    """For tests: while active, `open_file` makes files of this class."""
+    """For tests: until the end of the block `open_file` makes files of this class."""
     global _factory
     previous, _factory = _factory, factory
     try:

@@ -1,14 +1,14 @@
-r"""Which other format a file has that a user may take for a raw disk, by the magic numbers in it.
+r"""`require_raw`: refuses a file of another format that a user takes for a raw disk. The magic numbers tell.
 
-What is written to such a file as to a raw disk lands on the metadata of its format and destroys it. So a file is taken
-for raw only where no format is recognized, or where the user insists: a guest can have written a magic number itself.
+A write to such a file as to a raw disk would destroy the metadata of its format. So a file is taken for a raw disk only
+if no format is recognized, or if the user insists, because a guest can have written a magic number itself.
 
     byte 0          QFI\xfb  KDMV  COWD  conectix  vhdxfile  QED  WithoutFreeSpace  Bochs  cloop's script  text of VMDK
     byte 16         0xbeefc0de, in the first meta page of an LMDB database
     byte 64         0xbeda107f, VDI
     last 512 bytes  conectix, the footer of a VHD of fixed size; koly, the trailer of a DMG
 
-LUKS is not among them: an encrypted disk is a raw disk to whoever writes to it below the encryption.
+LUKS is not among them: below its encryption an encrypted disk is a raw disk.
 Sources: the functions ``*_probe`` of QEMU's block/qcow.c, qcow2.c, vmdk.c, vpc.c, vhdx.c, vdi.c, qed.c, parallels.c,
 bochs.c and cloop.c; ``vpc_open`` in block/vpc.c and ``dmg_find_koly_offset`` in block/dmg.c for what is at the end.
 """
@@ -26,7 +26,7 @@ _SECTOR: Final = 512
 _START: Final = 2048  # bytes that QEMU gives its probes
 _VHD: Final = b"conectix"
 _CLOOP: Final = b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n"
-# (offset, bytes there, what it is). Numbers are little-endian but for qcow's version, as in the sources.
+# (offset, bytes there, what it is). Numbers are little-endian, except qcow's version, as in the sources.
 _MAGICS: Final = (
     (0, qcow2.MAGIC + bytes((0, 0, 0, 1)), "a qcow image of version 1"),
     (0, qcow2.MAGIC, "a qcow2 image"),
@@ -48,7 +48,7 @@ _MAGICS: Final = (
 
 
 def foreign_format(file: File) -> str | None:
-    """What a file is that is no raw disk, such as ``a VMDK image``; None where no format is recognized.
+    """What a file is if it is no raw disk, such as ``a VMDK image``; None if no format is recognized.
 
     Raises:
         StorageError: it cannot be read.
@@ -65,7 +65,7 @@ def foreign_format(file: File) -> str | None:
 
 
 def _is_vmdk_text(start: bytes) -> bool:
-    """True where comments and empty lines are followed by a version that QEMU knows."""
+    """True if the first line that is neither empty nor a comment is a version that QEMU knows."""
     for line in start.splitlines():
         if not line.startswith(b"#") and line.strip(b" "):
             return line in (b"version=1", b"version=2", b"version=3")
@@ -73,7 +73,7 @@ def _is_vmdk_text(start: bytes) -> bool:
 
 
 def _at_the_end(file: File) -> str | None:
-    """What has its mark at the end, if it is that."""
+    """Like `foreign_format`, for the formats whose magic number is at the end of the file."""
     size = file.size()
     # Old versions of Virtual PC wrote a footer of 511 bytes; a DMG need not end at the end of a sector.
     first = max(0, size - 2 * _SECTOR + 1)

@@ -1,4 +1,4 @@
-"""Live files on a tmpfs: made with their space, mapped, read by others, and removed."""
+"""Live files on a tmpfs. Their memory is allocated when they are made; they are mapped, copied and removed here."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dirtmap.fmt.errors import StorageError
 
 
 def make_live_folder(path: str) -> None:
-    """Makes a folder for live files, which only this user can look into; one that is there has to be like that.
+    """Makes a folder for live files, to which only this user has access. An existing one has to be such a folder.
 
     Raises:
-        StorageError: it cannot be made, or is somebody else's, or open to others.
+        StorageError: it cannot be made, belongs to another user, or others have access to it.
     """
     try:
         with contextlib.suppress(FileExistsError):
@@ -31,15 +31,15 @@ def make_live_folder(path: str) -> None:
 
 
 def create_live(path: str, size: int) -> mmap.mmap:
-    """Makes a live file of ``size`` zeros, all of which have their memory, and maps it.
+    """Makes a live file of ``size`` zero bytes, allocates all its memory, and maps it.
 
     Raises:
-        StorageError: it exists, or there is no room.
+        StorageError: it exists, or there is not enough memory.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, size)  # else a full tmpfs would be a SIGBUS at some mark
+            os.posix_fallocate(fd, 0, size)  # else a mark could end in a SIGBUS, once the tmpfs is full
             return mmap.mmap(fd, size)
         except BaseException:
             os.unlink(path)
@@ -51,14 +51,15 @@ def create_live(path: str, size: int) -> mmap.mmap:
 
 
 def read_live(path: str, size_of: Callable[[bytes], int | None]) -> bytearray | None:
-    """A live file as it is now. Copied, not mapped: nobody can cut it off under us.
+    """The content of a live file. It is copied and not mapped, since a file that shrinks while mapped is a SIGBUS.
 
     Args:
         path: of the file.
-        size_of: which size, in bytes, a file with these first 4096 bytes has to have; None: it is none.
+        size_of: gets the first 4096 bytes of the file. Returns the size in bytes that such a file must have, or None
+            if it is no live file.
 
     Returns:
-        None where there is none, or where it has another size: then the rest of it is not read.
+        None if there is no such file, or if it has another size. Then the rest of it is not read.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -78,7 +79,10 @@ def read_live(path: str, size_of: Callable[[bytes], int | None]) -> bytearray | 
 
 
 def hold_live_folder(path: str) -> int | None:
-    """Takes a folder for live files for this process, until the descriptor is closed; None where another has it.
+    """Locks a folder for live files.
+
+    Returns:
+        A descriptor, whose closing gives up the lock; None if another process has it.
 
     Raises:
         StorageError: it cannot be opened.
@@ -87,7 +91,7 @@ def hold_live_folder(path: str) -> int | None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):  # whoever had it may just have removed it
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):  # whoever had the lock may have removed the folder
                 return fd
         except BaseException:
             os.close(fd)
@@ -101,7 +105,13 @@ def hold_live_folder(path: str) -> int | None:
 
 
 def remove_live_files(path: str, pattern: re.Pattern[str], *, keep_folder: bool) -> None:
-    """Removes the live files in a folder, by their names, and the folder, unless something else is in it."""
+    """Removes the files in a folder whose names match a pattern. Then removes the folder, if it is empty.
+
+    Args:
+        path: of the folder.
+        pattern: of the whole names of live files.
+        keep_folder: leaves the folder there.
+    """
     with contextlib.suppress(OSError):
         for name in os.listdir(path):
             if pattern.fullmatch(name):

@@ -5,18 +5,19 @@ QEMU takes shared open-file-description locks on single bytes of the image and t
     byte 100 + p: "I use permission p"        byte 200 + p: "I do not share permission p"
     p: 0 consistent read, 1 write, 2 write unchanged, 3 resize, 4 graph modification
 
-    writer    takes 100 101 103 201 203   tests 200 201 203 (does everyone share what I use?)
+    writer    takes 100 101 103 201 203   tests 200 201 203 (does anyone not share what I use?)
                                                 and 101 103 (does anyone use what I do not share?)
     reader    takes 100                   tests 101
     -U        takes 100                   tests nothing
 
-A reader takes less than QEMU's own would: 201 and 203 would make a virtual machine fail that starts just then.
-Source: QEMU block/file-posix.c, raw_apply_lock_bytes and raw_check_lock_bytes.
+A reader of ours takes less than one of QEMU's. If it took 201 and 203, a virtual machine that starts meanwhile would
+fail. Source: QEMU block/file-posix.c, raw_apply_lock_bytes and raw_check_lock_bytes.
 
-Byte 300 is between processes of ours, and QEMU does not look at it. A writer has it alone while it holds or tries the
-bytes above, so that two that wait never see each other try. Who waits for it has byte 301, which everybody has to have
-before: nobody who comes again at once overtakes who waits. A reader shares it with other readers: it waits for a
-writer of ours, which is done in a moment, and refuses at once where QEMU writes.
+Byte 300 is for processes of ours. QEMU does not look at it. A writer has it alone while it holds or tries the bytes
+above, so two waiting writers never mistake each other's attempts for somebody who has the image open. Byte 301 is the
+queue for byte 300: everybody has to take it first, and whoever waits keeps it. So nobody overtakes the one who waits.
+Readers share byte 300. So a reader waits for a writer of ours, which is done in a moment. If QEMU writes, it fails at
+once.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ PATIENCE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Locking:
-    """How locks are taken; a host has one such value, and hands it down to whatever takes a lock.
+    """How locks are taken. A host has one such value and hands it down to everything that takes a lock.
 
     Attributes:
         wait: seconds to wait for whoever holds an image or a store; 0 does not wait.
-        lock: False: where a file system has no locks that others see, do without; the caller knows that nobody else
-            uses the file.
+        lock: False does without locks on a file system on which others would not see them. Then the caller knows that
+            nobody else uses the file.
     """
 
     wait: float = PATIENCE_SECONDS
@@ -60,11 +61,11 @@ class Locking:
 
 
 USUAL = Locking()
-UNLOCKED = Locking(lock=False)  # for what may read whatever others do
+UNLOCKED = Locking(lock=False)  # for reads that may happen whatever others do
 
 
 class _Line:
-    """The threads of this process that want one file; the first has it."""
+    """The threads of this process that wait for one file. The first of them has its turn."""
 
     def __init__(self) -> None:
         self._moved = threading.Condition()
@@ -93,7 +94,7 @@ _lines_guard = threading.RLock()
 
 
 def _forget_lines() -> None:
-    """In a forked child: the threads that stood there are not in it."""
+    """Empties the lines in a forked child, which does not have the threads that stand in them."""
     global _lines, _lines_guard
     _lines, _lines_guard = weakref.WeakValueDictionary(), threading.RLock()
 
@@ -102,25 +103,27 @@ os.register_at_fork(after_in_child=_forget_lines)
 
 
 def pause() -> None:
-    """Waits between two attempts at a lock: 1 to 10 ms at random, so that those who wait do not go in step."""
+    """Waits between two attempts at a lock: 1 to 10 ms at random, so that two processes do not try in step."""
     time.sleep(0.001 + 0.009 * os.urandom(1)[0] / 255)  # the module random takes longer to import than this sleeps
 
 
 @contextlib.contextmanager
 def turn(rank: Rank, path: str, locking: Locking, refusal: Callable[[], LockedError]) -> Iterator[float]:
-    """Around the taking and the holding of the lock of a file: threads of this process come one after the other.
+    """Lets the threads of this process take the lock of a file one after the other.
+
+    The block takes the lock, holds it, and gives it up.
 
     Args:
         rank: of the lock.
         path: of the file, absolute.
         locking: how long to wait.
-        refusal: what to raise where the turn does not come in time.
+        refusal: makes the error if the turn does not come in time.
 
     Yields:
-        Until when to wait for other processes, as `time.monotonic` has it.
+        The deadline for waiting for other processes, as `time.monotonic` tells the time.
 
     Raises:
-        LockedError: as ``refusal`` makes it; at once where this very thread has the lock.
+        LockedError: as ``refusal`` makes it. If this thread itself has the lock, at once.
     """
     if order.is_held_here(rank, path):
         raise refusal()
@@ -146,15 +149,15 @@ def reading(
 
     Args:
         file: the image.
-        force_share: read although somebody writes to it.
-        locking: how long to wait for another process of ours that writes to it; QEMU is not waited for.
-        briefly: keep such processes out until the read is done: for reads that take a moment.
+        force_share: reads although somebody writes to the image.
+        locking: how long to wait for another process of ours that writes to it. QEMU is not waited for.
+        briefly: keeps such processes out until the read is done. For reads that take a moment.
 
     Raises:
-        LockedError: someone has the image open for writing, or wrote to it or replaced it meanwhile.
+        LockedError: someone has the image open for writing, or has written to it or replaced it during the read.
     """
     if not has_locks(file, Locking(lock=locking.lock and not force_share)):
-        # Who writes cannot be told; that somebody has written can.
+        # Without locks it is not seen that somebody has the image open for writing, but that somebody has written.
         yield from _unchanged(file) if not force_share else _as_it_is()
         return
     file.lock(_USE + _READ)
@@ -180,8 +183,8 @@ def _unchanged(file: File, refuse: Callable[[File], object] = lambda file: None)
     try:
         yield
     finally:
-        # A writer that came while we read may have changed what we read, and have made it look broken. It may
-        # be gone again, and what lay where the bits were be a guest's.
+        # A writer that came during the read may have changed what was read, so that it looks damaged. The writer may be
+        # gone again by now, and the clusters that had the bits may have a guest's data.
         refuse(file)
         if file.modified() != modified:
             raise LockedError(file.path, "was written to while it was being read")
@@ -192,10 +195,10 @@ def _as_it_is() -> Iterator[None]:
 
 
 def has_locks(file: File, locking: Locking) -> bool:
-    """True where locks on a file are seen by everybody who has it open; False where they are not, and are not needed.
+    """True if everybody who has a file open sees the locks on it. False if not, and they are not needed.
 
     Raises:
-        UnsupportedError: they are not, and are needed; names the file system.
+        UnsupportedError: not everybody sees them, and they are needed; the error names the file system.
     """
     fault = file.lock_fault()
     if fault is None:
@@ -206,13 +209,13 @@ def has_locks(file: File, locking: Locking) -> bool:
 
 
 def is_written_by_others(file: File) -> bool:
-    """As `is_written`; False also where that cannot be told."""
+    """Like `is_written`, but also False if that is not known."""
     return has_locks(file, UNLOCKED) and is_written(file)
 
 
 @contextlib.contextmanager
 def _beside_readers(file: File, locking: Locking) -> Iterator[Callable[[], object]]:
-    """Keeps writers of ours out, until the end of the block or a call of what is yielded."""
+    """Keeps writers of ours out until the end of the block, or until the function that it yields is called."""
     deadline = time.monotonic() + locking.wait
     while not _join(file):
         if order.is_held_here(Rank.IMAGE, file.abspath) or time.monotonic() > deadline:
@@ -250,10 +253,10 @@ def _join(file: File) -> bool:
 
 
 def try_alone(file: File, byte: int) -> bool:
-    """Tries to take an exclusive lock on a byte, once.
+    """Tries once to take an exclusive lock on a byte.
 
-    Whoever tries and has to try again keeps the byte after it meanwhile, which everybody needs to try: so it is next.
-    Whoever gives up has to unlock that byte, too.
+    Everybody who tries has to take the byte after it first. If the attempt fails, the caller keeps that one until the
+    next attempt, and so is the next in turn. A caller that gives up has to unlock it.
     """
     if not (file.lock_alone(byte + 1) and file.lock_alone(byte)):
         return False
@@ -263,14 +266,14 @@ def try_alone(file: File, byte: int) -> bool:
 
 @contextlib.contextmanager
 def writing(file: File, *, locking: Locking = USUAL) -> Iterator[None]:
-    """Holds the writer's locks; QEMU refuses to open the image meanwhile.
+    """Holds the writer's locks. Meanwhile QEMU refuses to open the image.
 
     Args:
         file: the image, open for writing.
         locking: how long to wait for whoever has it open.
 
     Raises:
-        LockedError: someone has the image open and does not share it, or it was replaced meanwhile.
+        LockedError: someone has the image open and does not share it, or it was replaced while it was being opened.
     """
 
     def refusal() -> LockedError:
@@ -295,7 +298,7 @@ def writing(file: File, *, locking: Locking = USUAL) -> Iterator[None]:
 
 
 def _take(file: File) -> bool:
-    """Takes what a writer takes; nothing where somebody holds the image, who is to notice nothing of us."""
+    """Tries to take the locks of a writer. Takes none if somebody has the image open, who must not see them."""
     if not try_alone(file, _QUEUE):
         return False
     if not any(map(file.locked_by_other, _WRITER_TESTS)):
@@ -313,9 +316,9 @@ def _give_up(file: File) -> None:
 
 
 def holders(file: File) -> str:
-    """Which other processes have the file open, as far as /proc tells; open-file-description locks name none.
+    """Which other processes have the file open, as far as /proc tells. An open-file-description lock names no process.
 
-    This process is one where it has a lock on the file by another descriptor.
+    This process is among them if it has a lock on the file by another descriptor.
     """
     found = []
     if _locked_here(file):
@@ -336,7 +339,7 @@ def holders(file: File) -> str:
 
 
 def _locked_here(file: File) -> bool:
-    """True where this process has a lock on the file by another descriptor. Source: proc(5), /proc/PID/fdinfo."""
+    """True if this process has a lock on the file by another descriptor. Source: proc(5), /proc/PID/fdinfo."""
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # closed meanwhile
             status = os.stat(int(fd))

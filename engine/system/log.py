@@ -1,7 +1,7 @@
-"""A logger for each room, under ``dirtmap.engine``; silent until a program that embeds dirtmap gives it a handler.
+"""A logger for each room of the engine, under ``dirtmap.engine``. They are silent until a program gives them a handler.
 
 What is logged is what a user may ask about later: recoveries, doubts that were committed, repairs, rebuilt indexes.
-`logging` is imported when something is logged: most commands have nothing to say.
+`logging` is imported only when something is logged, because most commands log nothing.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""`medium_of`: what is behind the number of a block device, as far as the kernel tells.
+"""`medium_of`: which disk or medium is behind the number of a block device, as far as the kernel tells.
 
-                          what lasts                       else
-    logical volume        dm/uuid                          which boot it is, and the disk's sequence number
-    RAID                  md/uuid                          in it, which the kernel counts up with every disk that it
-    SCSI, SATA, NVMe      device/wwid, wwid                attaches and every medium that it finds in a drive
-    virtio, MMC           serial, device/cid
+    logical volume      dm/uuid
+    RAID                md/uuid
+    SCSI, SATA, NVMe    device/wwid, wwid
+    virtio, MMC         serial, device/cid
+    any other           the UUID of the boot, and the sequence number of the disk in it. The kernel raises that number
+                        with every disk that it attaches, and with every medium that it finds in a drive.
 
 Source: Linux, Documentation/ABI/stable/sysfs-block (``diskseq`` and ``serial`` are there since Linux 5.14 and 4.x).
 """
@@ -21,10 +22,10 @@ _LASTING = ("dm/uuid", "md/uuid", "device/wwid", "wwid", "serial", "device/cid")
 
 
 def medium_of(number: int) -> int:
-    """A number of 64 bits that is another one where another disk or medium is known, or has to be feared, to be there.
+    """A number of 64 bits, which is another one if another disk or medium is there, or may be there.
 
-    Of a drive whose medium can be taken out, and of what has no name that lasts, as a loop device, it is another one
-    after every boot. A partition is that of its disk with its number and its start.
+    A drive with removable media, and a device without a lasting name such as a loop device, have another number after
+    every boot. The number of a partition follows from that of its disk, its own index, and its start.
 
     Args:
         number: of the device, as in ``st_rdev``.
@@ -46,7 +47,7 @@ def medium_of(number: int) -> int:
 
 
 def _read(folder: str, name: str) -> bytes:
-    """A file's content; empty where there is none."""
+    """The content of a file; empty if there is none."""
     try:
         with open(os.path.join(folder, name), "rb") as file:
             return file.read(4096).strip()

@@ -1,4 +1,4 @@
-"""Which file system a file is on, and whether that keeps locks to this machine."""
+"""`file_system`: the file system that a file is on, and whether other machines see the locks on it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import os
 
 MOUNTINFO = "/proc/self/mountinfo"
 _NFS = ("nolock", "local_lock=all", "local_lock=posix")
-# Mount options by which a lock is granted, and nobody on another machine sees it.
+# Mount options with which a lock is granted although no other machine sees it.
 _PRIVATE = {"nfs": _NFS, "nfs4": _NFS, "cifs": ("nobrl",), "smb3": ("nobrl",), "lustre": ("localflock",)}
 
 
 def file_system(device: int) -> tuple[str, str | None]:
-    """The type of a file system, and the mount option that keeps locks to this machine, if any.
+    """The type of a file system, and the mount option that hides its locks from other machines, or None.
 
     Args:
-        device: its number, as `os.stat` has it.
+        device: number of the file system, as in ``st_dev``.
 
     Source: proc(5), /proc/PID/mountinfo; nfs(5) and mount.cifs(8).
     """
     number = f"{os.major(device)}:{os.minor(device)}".encode()
     if os.major(device):
-        return "of a disk", None  # and no network's: those have no device
+        return "of a disk", None  # network file systems have no device, so a major number of 0
     with contextlib.suppress(OSError), open(MOUNTINFO, "rb") as lines:
         for line in lines:
             mount, _, rest = line.partition(b" - ")

@@ -1,4 +1,4 @@
-"""The lock order: which lock a thread may take while it holds which; and what waits until it holds no store.
+"""The lock order: which locks a thread may take while it holds another one.
 
 A thread takes locks in ascending rank, so that no two threads or processes wait for each other in a circle.
 
@@ -9,16 +9,17 @@ A thread takes locks in ascending rank, so that no two threads or processes wait
     STORE     a store file: its byte 100                      storefile.file, `Store.change`  as `locks.Locking` says
     INDEX     the index: LMDB's writer lock                   index.database, `change`        as long as it takes
 
-Threads of one process queue for an image or a store before they ask for the lock of its file, see `locks.turn`: that
-queue has the rank of the lock. Two images, or two stores, may be held at once: both waits are bounded, so opposite
-orders end in a `LockedError`; taking one and the same of these locks twice does so at once. A tracker's mark takes none
-of these locks. Its `_spare_guard` and its kernel's guard are leaves: whoever holds one takes no lock of this table, and
-calls nobody who does. So is the guard of `storefile.holds`.
+Threads of one process queue for an image or a store before they ask for the lock of its file: see `locks.turn`. That
+queue has the rank of the lock. A thread may hold two images, or two stores. Both waits are bounded, so opposite orders
+end in a `LockedError`. Taking the same image or store twice ends in one at once.
 
-What has to happen after a commit of a store, and needs another lock, is given to `after_stores`: it is done once the
+A tracker's mark takes none of these locks. The tracker's `_spare_guard`, the guard of its kernel and the guard of
+`storefile.holds` are leaves: whoever holds one takes no lock of this table, and calls nothing that does.
+
+An act that has to follow a commit of a store, and needs another lock, is given to `after_stores`. It is done once the
 thread holds no store any more.
 
-With ``DIRTMAP_CHECK_LOCKS`` in the environment a violation is an error; the tests run so.
+With ``DIRTMAP_CHECK_LOCKS`` in the environment a violation is an error. The tests set it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class LockOrderError(AssertionError):
 
 
 class _Thread(threading.local):
-    """What one thread holds, and what it has put off until it holds no store."""
+    """The locks that one thread holds, and the acts that it has put off until it holds no store."""
 
     def __init__(self) -> None:
         self.held: list[tuple[Rank, str]] = []
@@ -56,22 +57,22 @@ _this = _Thread()
 
 
 def is_held_here(rank: Rank, what: str) -> bool:
-    """True where this thread has that lock: to wait for it would be in vain."""
+    """True if this thread has that lock, so that it would wait for it in vain."""
     return (rank, what) in _this.held
 
 
 @contextlib.contextmanager
 def holding(rank: Rank, what: str) -> Iterator[None]:
-    """Around the taking and the holding of a lock.
+    """Notes that this thread takes and holds a lock. The block takes the lock, holds it, and gives it up.
 
-    Blocks need not be nested: of two locks that were taken one after the other either may be given back first.
+    Blocks need not be nested: of two locks either may be given up first.
 
     Args:
         rank: of the lock.
-        what: which of that rank, as a path or a name.
+        what: which lock of that rank it is: a path or a name.
 
     Raises:
-        LockOrderError: the thread holds one that has to be taken later; only where that is checked.
+        LockOrderError: the thread holds a lock of a higher rank. Only if the order is checked.
     """
     held, waiting, mine = _this.held, _this.waiting, (rank, what)
     if "DIRTMAP_CHECK_LOCKS" in os.environ:
@@ -97,9 +98,9 @@ def _run_waiting(held: list[tuple[Rank, str]], waiting: list[Callable[[], object
 
 
 def after_stores(act: Callable[[], object]) -> None:
-    """Does it now, or, while this thread holds a store, as soon as it holds none.
+    """Does an act as soon as this thread holds no store: now, or at the end of the change.
 
-    Acts are done in the order in which they were given, also where the change in between has failed.
+    Acts are done in the order in which they were given, even if the change has failed.
     """
     _this.waiting.append(act)
     _run_waiting(_this.held, _this.waiting)

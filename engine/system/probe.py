@@ -1,7 +1,7 @@
-"""Which kind of container a file is, by the magic numbers in it, and where an index is.
+"""`probe`: which kind of container a file is, by the magic numbers in it. `index_folder`: where an index is.
 
-An image has its magic at byte 0; a store in each of its four header copies, any of which is enough: damage to one must
-not hide a store.
+A qcow2 image has its magic number at byte 0. A store has it in each of its four header copies, and any one of them is
+enough, so that damage to the others does not hide the store.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import qcow2
 
-# As ``--output=json`` and ``-f`` call them.
+# The names in ``--output=json`` and for ``-f``.
 QCOW2: Final = "qcow2"
 STORE: Final = "dirtmap"
 INDEX: Final = "index"
@@ -25,36 +25,36 @@ def is_qcow2(file: File) -> bool:
 
 def is_store(file: File) -> bool:
     """True of a store. Errors as `File.read`."""
-    from dirtmap.fmt import store  # of no use to whoever has images only
+    from dirtmap.fmt import store  # imported here, because a command on images does not need it
 
     copies = range(0, store.RESERVED, store.BLOCK)
     return any(file.read(at, len(store.MAGIC)) == store.MAGIC for at in copies)
 
 
 def probe(file: File) -> str | None:
-    """`QCOW2`, `STORE`, or None: no container.
+    """The kind of a file: `QCOW2` or `STORE`; None if it is no container.
 
     Raises:
-        StorageError: cannot be read.
+        StorageError: the file cannot be read.
     """
     return QCOW2 if is_qcow2(file) else STORE if is_store(file) else None
 
 
 def probe_path(path: str) -> str | None:
-    """As `probe`, of the file at that path.
+    """Like `probe`, for the file at a path.
 
     Raises:
-        StorageError: cannot be opened or read.
+        StorageError: the file cannot be opened or read.
     """
     with open_file(path) as file:
         return probe(file)
 
 
 def index_folder(path: str) -> str | None:
-    """The folder of the index at that path, or of which it is the ``data.mdb``; None where there is no index.
+    """The folder of an index, from the path of the folder or of the ``data.mdb`` in it; None if there is no index.
 
     Raises:
-        StorageError: cannot be opened or read.
+        StorageError: the file cannot be opened or read.
     """
     if os.path.isfile(os.path.join(path, "data.mdb")):
         return path

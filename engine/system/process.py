@@ -1,7 +1,7 @@
-"""`Process`: a process of this machine, once and for all; whether it can be seen, and whether it has ended for certain.
+"""`Process`: a process of this machine: whether it can be seen, and whether it has certainly ended.
 
-A number says which process is meant in one PID namespace only, and a container may be told another boot than its host.
-So a process that cannot be seen is not known to have ended. Where a lock tells, it is asked instead.
+A process number means something in one PID namespace only, and a container may see another boot id than its host. So a
+process that cannot be seen is not known to have ended. Locks tell more, and are asked first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import time
 import uuid
 from dataclasses import dataclass
 
-CLOCK_TOLERANCE_NS = 5_000_000  # two looks at a clock that nobody has set differ by less; less than a tick of it
+# Two values of `clock_offset` differ by less if nobody has set the clock in between. It is less than a tick of the
+# clock.
+CLOCK_TOLERANCE_NS = 5_000_000
 UNSEEN = "a process that cannot be seen from here"
 # The inode of the initial PID namespace. Source: Linux, include/linux/proc_ns.h, PROC_PID_INIT_INO.
 _INITIAL_NAMESPACE = 0xEFFFFFFC
@@ -23,8 +25,8 @@ class Process:
 
     Attributes:
         number: of the process, in its own PID namespace.
-        start: when it began, in clock ticks since boot; 0 where it could not tell.
-        boot_id: 16 bytes that no two boots of any machine share. A container may have its own.
+        start: when it began, in clock ticks since boot; 0 if it could not tell.
+        boot_id: 16 bytes, different for every boot of every machine. A container may have its own.
     """
 
     number: int
@@ -32,14 +34,14 @@ class Process:
     boot_id: bytes
 
     def is_seen(self) -> bool:
-        """True where it is there to be seen; its number means nothing elsewhere, as in another PID namespace."""
+        """True if this process can see it. In another PID namespace its number is none, or another process's."""
         return self.boot_id == boot_id() and start_of(self.number) == self.start
 
     def has_ended(self) -> bool:
-        """True where it is certain that it does not run on this machine any more.
+        """True if it is certain that it does not run on this machine any more.
 
-        A process of another container, or one that ``/proc`` hides, cannot be seen from here, and may live. So nothing
-        is certain but where all processes of the machine can be seen.
+        A process of another container, or one that ``/proc`` hides, cannot be seen from here and may be alive. So this
+        is certain only if all processes of the machine can be seen.
         """
         if self.is_seen() or not self.start or not _sees_all():
             return False
@@ -50,16 +52,16 @@ class Process:
         return not any(self._may_be(number) for number in numbers)
 
     def _may_be(self, number: int) -> bool:
-        """False where the process that has that number here is known to be another one."""
+        """False if the process that has that number here is known to be another one."""
         start = start_of(number)
         if start is None or _innermost_number(number) not in (self.number, None):
             return False
-        # A time namespace has a clock of its own, by which the process may have read when it began.
+        # In another time namespace the clock is another one, so the process may have read another start.
         return start == self.start or _clock_of(str(number)) != _clock_of("self")
 
     @property
     def address(self) -> str:
-        """Where to find it, for messages: its number where that means something here."""
+        """How messages name it: by its number, if that means something here."""
         return f"process {self.number}" if self.is_seen() else UNSEEN
 
     def __str__(self) -> str:
@@ -74,12 +76,12 @@ class Process:
 
 
 def this_process() -> Process:
-    """The process that asks."""
+    """This process itself."""
     return Process(os.getpid(), start_of(os.getpid()) or 0, boot_id())
 
 
 def boot_id() -> bytes:
-    """The UUID of this boot; zeros where the kernel does not tell."""
+    """The UUID of this boot, 16 bytes; zeros if the kernel does not tell."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return uuid.UUID(file.read().strip()).bytes
@@ -88,13 +90,13 @@ def boot_id() -> bytes:
 
 
 def clock_offset() -> int:
-    """When the machine was booted, by its clock as that is set now: ns since 1970.
+    """When the machine was booted, by its clock as it is set now: ns since 1970.
 
-    It changes only where the clock is set: a clock that is slowed down or sped up, as by NTP, takes the time since boot
-    with it. Source: clock_gettime(2), CLOCK_BOOTTIME.
+    This changes only if the clock is set. If NTP slows the clock down or speeds it up, it does the same to the time
+    since boot. Source: clock_gettime(2), CLOCK_BOOTTIME.
     """
     looks = []
-    for _ in range(3):  # whoever is interrupted between two looks tells too little
+    for _ in range(3):  # the attempt that was least interrupted is the most exact one
         before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         now = time.time_ns()
         after = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
@@ -103,9 +105,10 @@ def clock_offset() -> int:
 
 
 def start_of(number: int) -> int | None:
-    """When a process began, in clock ticks since boot; None where there is none. A zombie is none: it does nothing.
+    """When a process began, in clock ticks since boot; None if there is no such process.
 
-    Source: proc(5), /proc/PID/stat, fields 3 and 22; the name before them may hold spaces and parentheses.
+    A zombie counts as none, since it does nothing any more.
+    Source: proc(5), /proc/PID/stat, fields 3 and 22. The name before them may have spaces and parentheses in it.
     """
     try:
         with open(f"/proc/{number}/stat", "rb") as file:
@@ -116,9 +119,9 @@ def start_of(number: int) -> int | None:
 
 
 def _sees_all() -> bool:
-    """True where ``/proc`` shows all processes of the machine: that of the initial PID namespace, with nothing hidden.
+    """True if ``/proc`` shows all processes of the machine: it is that of the initial PID namespace, and hides nothing.
 
-    Under the mount option ``hidepid`` those of other users are hidden, and of them number 1.
+    The mount option ``hidepid`` hides the processes of other users, so number 1 as well.
     """
     try:
         initial = os.stat("/proc/self/ns/pid").st_ino == _INITIAL_NAMESPACE
@@ -128,7 +131,7 @@ def _sees_all() -> bool:
 
 
 def _innermost_number(number: int) -> int | None:
-    """The number that a process has for itself; None where that cannot be told.
+    """The number of a process in its own PID namespace; None if that is not known.
 
     Source: proc(5), /proc/PID/status, NSpid: the numbers in nested PID namespaces, the innermost last.
     """
@@ -140,7 +143,7 @@ def _innermost_number(number: int) -> int | None:
 
 
 def _clock_of(process: str) -> int | None:
-    """The time namespace of a process as ``/proc`` names it; None where there are none."""
+    """The inode of a process's time namespace; None if the kernel has none, or it cannot be seen."""
     try:
         return os.stat(f"/proc/{process}/ns/time").st_ino
     except OSError:

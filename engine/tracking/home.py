@@ -11,9 +11,8 @@ from typing import TypeVar
 from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, encode_name, label
-from dirtmap.engine.namespaces.condition import doubts
+from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.session.view import refuse_tracked
 from dirtmap.engine.storefile.chain import read_chain, with_chain
 from dirtmap.engine.storefile.directory import (
     header_doubts,
@@ -221,10 +220,9 @@ class Home:
             BitmapError: there is no such namespace.
             LockedError: a live tracker has the session.
         """
-        record = self.record(snapshot)
-        session = session_of(record)
-        refuse_tracked(f"{self.store.path}: {record.label}", session)
-        return session is not None or doubts(snapshot, record) is not None
+        now = Condition(snapshot, self.record(snapshot))
+        now.refuse_tracked()
+        return now.record.tracked or now.doubted
 
     def view(self, snapshot: Snapshot) -> HomeView:
         """The namespace as it is, whichever session it has."""

@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, Self
 from dirtmap.engine.identity import identity_of, identity_of_disk, touched
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, label
-from dirtmap.engine.namespaces.condition import doubts
+from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.session import livefile, verdict
 from dirtmap.engine.session import view as recovery
 from dirtmap.engine.session.intent import IntentLog
@@ -235,7 +235,7 @@ class Recorder:
             self._threads.append(thread)
 
     def _require_free(self, change: HomeChange) -> None:
-        if change.session or doubts(change.snapshot, change.record):
+        if change.session or Condition(change.snapshot, change.record).doubted:
             raise BitmapError(change.where, "its image changed while tracking began; try again")
         for held in holds.living(change.snapshot.file, change.record):
             raise LockedError(f"{change.where}: {label(decode_name(held.bitmap))}", f"held by {held}")

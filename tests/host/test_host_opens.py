@@ -10,7 +10,10 @@ import pytest
 from support.many import MIB, make_host, raw
 
 import dirtmap.engine as dm
+from dirtmap.engine.qcow2 import reading
+from dirtmap.engine.qcow2.layout import Layout, read_layout
 from dirtmap.engine.storefile.file import Store
+from dirtmap.engine.system.file import File
 
 
 @pytest.fixture
@@ -84,3 +87,19 @@ def test_a_store_that_was_replaced_meanwhile_is_opened_anew(tmp_path: Path) -> N
             bitmaps["c"] = dm.Bitmap(MIB)
         with dm.Host(home, index) as other, other.open("node1") as image:
             assert list(image) == ["b", "c"]
+
+
+def test_a_named_image_is_described_by_reading_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, index = make_host(tmp_path, 2)
+    read: list[str] = []
+
+    def counting(file: File) -> Layout:
+        read.append(os.path.basename(file.path))
+        return read_layout(file)
+
+    with dm.Host(home, index) as host, host.open("image") as image, image.hold(next(iter(image))):
+        monkeypatch.setattr(reading, "read_layout", counting)
+        info = host.describe("image")
+        assert read == ["q.qcow2"]
+        assert info.node == "image"
+        assert info.bitmaps[0].busy

@@ -23,12 +23,12 @@ from support.devices import (
     EXACT,
     LOGGED,
     NODE,
-    ROOTS,
     both,
     dirty,
     in_child,
     make,
     no_traces,
+    on_every_root,
     qcow2,
     recover,
 )
@@ -128,14 +128,14 @@ def dies_everywhere(folder: Path, root: Callable[[Path], Path], points: range, *
 
 
 @pytest.mark.parametrize("power", [False, True], ids=["killed", "power loss"])
-@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+@on_every_root
 def test_dead_before_any_act_on_a_disk(tmp_path: Path, root: Callable[[Path], Path], power: bool) -> None:
     print(dies_everywhere(tmp_path, root, range(1 + power, 1000, STEP), power=power), "times all dirty")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("power", [False, True], ids=["killed", "power loss"])
-@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+@on_every_root
 def test_dead_before_every_act_on_a_disk(tmp_path: Path, root: Callable[[Path], Path], power: bool) -> None:
     print(dies_everywhere(tmp_path, root, range(1, 1000), power=power), "times all dirty")
 
@@ -183,14 +183,14 @@ def lose_power(folder: Path, root: Callable[[Path], Path], seed: int, acts: int,
     return crashes
 
 
-@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+@on_every_root
 def test_power_loss_at_any_moment_loses_no_mark_of_either(tmp_path: Path, root: Callable[[Path], Path]) -> None:
     print(lose_power(tmp_path, root, 1, 60, 60), "crashes")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+@on_every_root
 def test_power_loss_at_any_of_many_moments_loses_no_mark_of_either(
     tmp_path: Path, root: Callable[[Path], Path], seed: int
 ) -> None:
@@ -249,14 +249,14 @@ def kill_often(folder: Path, kills: int, root: Callable[[Path], Path]) -> int:
     return kills
 
 
-@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+@on_every_root
 def test_every_mark_that_returned_survives_sigkill_in_both(tmp_path: Path, root: Callable[[Path], Path]) -> None:
     print(kill_often(tmp_path, 6, root), "processes killed")
     no_traces(tmp_path)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
+@on_every_root
 def test_every_mark_that_returned_survives_hundreds_of_sigkills_in_both(
     tmp_path: Path, root: Callable[[Path], Path]
 ) -> None:

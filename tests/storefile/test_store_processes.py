@@ -34,7 +34,7 @@ import dirtmap.engine as dm
 from dirtmap.engine.model import changes
 from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.namespaces.compact import compact
-from dirtmap.engine.namespaces.condition import bitmap_of
+from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Snapshot, Store, create
@@ -197,7 +197,7 @@ def both(snapshot: Snapshot, writer: int) -> tuple[int, int]:
         record = table.get(node)
         assert record
         (entry,) = [entry for entry in read_entries(snapshot, record) if entry.name == name]
-        return bitmap_of(snapshot, record, entry, False).words
+        return Condition(snapshot, record).bitmap(entry, doubted=False).words
 
     own = words(str(writer).encode(), b"v")
     return int(own[0]), int(words(b"common", b"counters")[writer])
@@ -295,7 +295,8 @@ def read_both(path: str) -> int:
     def both(snapshot: Snapshot) -> int:
         record = snapshot.table().get(b"0")
         assert record
-        found = {number_in(bitmap_of(snapshot, record, entry, False).words) for entry in read_entries(snapshot, record)}
+        now = Condition(snapshot, record)
+        found = {number_in(now.bitmap(entry, doubted=False).words) for entry in now.entries}
         (number,) = found
         return number
 

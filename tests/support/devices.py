@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import dirtmap.engine as dm
-from dirtmap.engine.host import calls as containers
 from dirtmap.engine.storefile.file import create
 from support import qemu
 from support.power import SIZE
@@ -34,7 +34,7 @@ def raw_elsewhere(folder: Path) -> Path:
     there.mkdir()
     path = make_node(there, SIZE)
     create(str(folder / "default.dmap"))
-    containers.this_host()._parts.registry.remember_store(str(there / "default.dmap"))
+    dm.this_host()._parts.registry.remember_store(str(there / "default.dmap"))
     return path
 
 
@@ -44,20 +44,46 @@ def qcow2(folder: Path) -> Path:
     qemu.create(path, SIZE)
     qemu.qemu_img("bitmap", "--add", path, "b0")
     create(str(folder / "default.dmap"))
-    containers.this_host().add_qcow2("drive0", str(path))
+    dm.this_host().add_qcow2("drive0", str(path))
     return path
 
 
 ROOTS = (raw_here, raw_elsewhere, qcow2)
+on_every_root = pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.__name__)
 
 
 def make(folder: Path, root: Callable[[Path], Path]) -> Path:
     """A device ``disk0`` with a recording bitmap ``d0``, on the node ``drive0``, which has ``b0``; the image's path."""
     path = root(folder)
-    containers.this_host().add_device("disk0", "drive0")
+    dm.this_host().add_device("disk0", "drive0")
     with dm.open(DEVICE) as image, image.transaction() as bitmaps:
         bitmaps["d0"] = dm.Bitmap(SIZE, GRANULE)
     return path
+
+
+# A test module that uses one of these fixtures gives it a name of its own: ``path = devices.path``.
+
+
+@pytest.fixture(params=ROOTS, ids=lambda root: root.__name__)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The image of a device's root, of every kind; see `make`."""
+    return make(tmp_path, request.param)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """The image of a device's root that is raw, in the device's store; see `make`."""
+    return make(tmp_path, raw_here)
+
+
+@pytest.fixture
+def other(path: Path) -> Path:
+    """The image of the node ``other``, as large as that of ``path``."""
+    image = path.with_name("other.raw")
+    image.touch()
+    os.truncate(image, SIZE)
+    dm.this_host().add_node("other", str(image))
+    return image
 
 
 def granules(bitmap: dm.Bitmap) -> list[int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import dirtmap.engine as dm
-from dirtmap.engine.namespaces.condition import read_entries
+from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt.directory import FLAG_IN_USE
 from dirtmap.fmt.structures.directory import build_directory

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from support import qemu
+from support import devices, qemu
 from support.devices import (
     ALL_DIRTY,
     BOTH,
@@ -25,14 +25,12 @@ from support.devices import (
     EXACT,
     LOGGED,
     NODE,
-    ROOTS,
     both,
     dirty,
     in_child,
     make,
     no_traces,
     qcow2,
-    raw_here,
     recover,
     sessions,
 )
@@ -40,7 +38,6 @@ from support.power import SIZE
 from support.tracking import GRANULE, mark, model_of
 
 import dirtmap.engine as dm
-from dirtmap.engine.host import calls as containers
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.tracking import recorder
 from dirtmap.engine.tracking.home import Home, HomeChange
@@ -51,15 +48,7 @@ from dirtmap.fmt.store import Record
 from dirtmap.fmt.structures.live import build_peer
 from dirtmap.tools.cli import main
 
-
-@pytest.fixture(params=ROOTS, ids=lambda root: root.__name__)
-def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return make(tmp_path, request.param)
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    return make(tmp_path, raw_here)
+path, raw = devices.path, devices.raw
 
 
 # What is fed.
@@ -412,7 +401,7 @@ def test_a_device_of_another_size_than_its_root_is_refused(raw: Path) -> None:
     with dm.open(DEVICE) as image, image.transaction() as bitmaps:
         del bitmaps["d0"]
     os.truncate(raw, 2 * SIZE)
-    containers.this_host().resize_node("drive0")
+    dm.this_host().resize_node("drive0")
     with dm.open(DEVICE) as image, pytest.raises(dm.BitmapError, match="set-root"):
         image.track()
     assert sessions() == [False, False]

@@ -17,7 +17,7 @@ from support.tracking import files_in, model_of
 import dirtmap.engine as dm
 from dirtmap.engine.host import tracked
 from dirtmap.engine.model import changes
-from dirtmap.engine.namespaces import checked_out as checkout
+from dirtmap.engine.namespaces import check_in as checkout
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.qcow2 import commit as qcow2_commit
 from dirtmap.engine.qcow2.sidecar import make_sidecar

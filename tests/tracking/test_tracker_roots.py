@@ -10,17 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import devices
 from support.devices import (
     BOTH,
     DEVICE,
     EXACT,
     NODE,
-    ROOTS,
     both,
     dirty,
     granules,
     in_child,
-    make,
     no_traces,
     recover,
     sessions,
@@ -29,31 +28,17 @@ from support.power import SIZE
 from support.tracking import GRANULE
 
 import dirtmap.engine as dm
-from dirtmap.engine.host import calls as containers
 from dirtmap.engine.host import tracked
 from dirtmap.engine.host.parts import Parts
 from dirtmap.engine.tracking import recorder
 from dirtmap.engine.tracking.home import HomeChange
 from dirtmap.fmt.store import KIND_DEVICE
 
-
-@pytest.fixture(params=ROOTS, ids=lambda root: root.__name__)
-def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return make(tmp_path, request.param)
-
-
-@pytest.fixture
-def other(path: Path) -> Path:
-    """Another node, of the same size."""
-    image = path.with_name("other.raw")
-    image.touch()
-    os.truncate(image, SIZE)
-    containers.this_host().add_node("other", str(image))
-    return image
+path, other = devices.path, devices.other
 
 
 def test_one_live_session_a_node(path: Path, other: Path) -> None:
-    containers.this_host().add_device("disk1", "drive0")
+    dm.this_host().add_device("disk1", "drive0")
     mine = f"process {os.getpid()}"
     with dm.open("disk0") as image, image.track() as tracker:
         for target in (*BOTH, "disk1"):
@@ -68,9 +53,9 @@ def test_one_live_session_a_node(path: Path, other: Path) -> None:
                 pass
         for unchanged in (False, True):
             with pytest.raises(dm.LockedError, match=mine):
-                containers.this_host().set_root("disk0", "other", content_unchanged=unchanged)
+                dm.this_host().set_root("disk0", "other", content_unchanged=unchanged)
         with pytest.raises(dm.LockedError, match=mine):
-            containers.this_host().remove_device("disk0")
+            dm.this_host().remove_device("disk0")
         tracker.mark(0, 1)
     assert both() == ([0], [0])
     with dm.open(NODE) as image, image.track(), dm.open("disk0") as device, pytest.raises(dm.LockedError, match=mine):
@@ -81,7 +66,7 @@ def test_one_live_session_a_node(path: Path, other: Path) -> None:
 
 def test_set_root_after_a_death_takes_the_session_along(path: Path, other: Path, tmp_path: Path) -> None:
     in_child(lambda: dm.open("disk0").track().mark(3 * GRANULE, 1))
-    containers.this_host().set_root("disk0", "other", content_unchanged=True)
+    dm.this_host().set_root("disk0", "other", content_unchanged=True)
     assert both() == ([3], [3])
     assert sessions() == [False, True]
     assert recover(NODE) == {"b0": EXACT}
@@ -171,7 +156,7 @@ def test_a_tracker_that_dies_while_it_changes_the_root_loses_nothing(path: Path,
             assert granules(image["d0"]) == ([3, 4] if step == "end" else [3])
         with dm.open(NODE) as image:
             assert granules(image["b0"]) == [3]
-        containers.this_host().set_root("disk0", "drive0", content_unchanged=True)
+        dm.this_host().set_root("disk0", "drive0", content_unchanged=True)
         for target, name in (("disk0", "d0"), (NODE, "b0")):
             with dm.open(target) as image, image.transaction() as bitmaps:
                 bitmaps[name] = dm.Bitmap(SIZE)
@@ -250,7 +235,7 @@ def test_a_tracker_of_a_node_has_no_root_to_change(path: Path, other: Path) -> N
 
 def test_files_of_a_root_stay_when_its_device_is_tracked_on_another(path: Path, other: Path, tmp_path: Path) -> None:
     in_child(lambda: dm.open("disk0").track().mark(3 * GRANULE, 1))
-    containers.this_host().set_root("disk0", "other", content_unchanged=True)
+    dm.this_host().set_root("disk0", "other", content_unchanged=True)
     with dm.open("disk0") as image, image.track() as tracker:
         tracker.mark(4 * GRANULE, 1)
         assert both() == ([3, 4], [3])
