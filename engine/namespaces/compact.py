@@ -112,7 +112,7 @@ def compact(
         if old.status.st_nlink > 1:
             raise StorageError(path, "has another hard link, which would go on leading to the old content")
         expect(target)
-        chosen = target.choose(old)
+        chosen = target.choose_to_write(old)
         snapshot = Snapshot(old, chosen)
         header = chosen.header
         if header.generation > store.MAX_GENERATION - _COMMITS:
@@ -167,10 +167,10 @@ def _left_behind(path: str) -> list[str]:
 def _fill_older_slot(file: File) -> None:
     """Makes both slots say the same. The older one is still the empty store: losing the newest would lose all."""
     chosen = headers.choose(file.path, file.read(0, store.RESERVED))
-    block = headers.build_block(replace(chosen.header, generation=chosen.header.generation + 1))
-    for offset in headers.blocks_of(1 - chosen.slot):
-        file.write(offset, block)
-    file.sync()
+    for epoch in headers.switch(replace(chosen.header, generation=chosen.header.generation + 1), chosen):
+        for number, block in epoch:
+            file.write(number * store.BLOCK, block)
+        file.sync()
 
 
 def _refuse_used(path: str, readable: list[_Readable]) -> None:

@@ -107,7 +107,7 @@ class _Check:
             self.wrong(error)
             return self.report
         complete = True
-        count = 0
+        count = sessions = 0
         for number, area in enumerate(table.areas()):
             self.area(area, f"bucket {number}")
             try:
@@ -119,11 +119,14 @@ class _Check:
             for record in records:
                 complete &= self.namespace(record)
                 count += 1
+                sessions += record.tracked
                 if self.progress:
                     self.progress(count, max(count, header.namespaces))
         if complete and count != header.namespaces:
             what = f"{header.namespaces}, but there are {count}"
             self.report.found(CORRUPTION, "namespaces extension.namespaces", what)
+        if complete and sessions != header.sessions:
+            self.report.found(CORRUPTION, "header.sessions", f"{header.sessions}, but there are {sessions}")
         self.space(complete=complete)
         return self.report
 
@@ -133,7 +136,7 @@ class _Check:
     def headers(self) -> None:
         data = self.snapshot.file.read(0, store.RESERVED)
         for slot, copies in zip("AB", store.COPIES, strict=True):
-            bad = [n for n in copies if not headers.is_whole(data[n * store.BLOCK : (n + 1) * store.BLOCK])]
+            bad = [n for n in copies if not headers.is_whole(data[n * store.BLOCK : (n + 1) * store.BLOCK], n)]
             for number in bad:
                 # A crash during a commit can damage one copy, never both.
                 severity = NOTE if len(bad) == 1 else CORRUPTION

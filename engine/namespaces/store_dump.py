@@ -31,6 +31,7 @@ from dirtmap.fmt.structures.store import (
     HOLD,
     LEAF,
     NAMESPACES_EXTENSION,
+    PLACE_EXTENSION,
     RECORD,
     RUN,
     build_record,
@@ -42,7 +43,8 @@ _MOST_HEX = 1 << 20  # bytes of one bitmap's bits
 _MOST_BAD_ENTRIES = 100  # in one directory; with so many it is not a directory
 
 _FLAGS: dict[str, dict[int, str]] = {
-    "incompatible_features": {},
+    "incompatible_features": {store.INCOMPATIBLE_SESSION: "a session is open"},
+    "read_only_compatible_features": {},
     "compatible_features": {},
     "autoclear_features": {},
     "flags": directory.FLAG_NAMES,
@@ -51,6 +53,7 @@ _EXTENSIONS = {
     store.EXTENSION_NAMESPACES: NAMESPACES_EXTENSION,
     store.EXTENSION_SPACE: AREA,
     store.EXTENSION_RELEASED: AREA,
+    store.EXTENSION_PLACE: PLACE_EXTENSION,
 }
 
 # The structure of each extension of a record, and the texts behind it with the fields that have their lengths.
@@ -152,9 +155,9 @@ class _Dump(Shown):
                 continue
             at = store.BLOCK - CHECKSUM.size
             self.structures[-1]["fields"] += self.fields(CHECKSUM, start + at, block[at:])
-            if not headers.is_whole(block):
+            if not headers.is_whole(block, number):
                 self.note("damaged")
-                self.fault(name, "damaged: its magic or its checksum is wrong")
+                self.fault(name, "damaged: its magic, its place or its checksum is wrong")
             elif snapshot and headers.parse_block(self.file.path, block).generation == snapshot.header.generation:
                 self.note("it counts")
             self.chain(name, start, block)

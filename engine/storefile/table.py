@@ -33,14 +33,15 @@ class NamespaceTable:
         where: path of the store, for messages.
         pointers: the bytes of the table.
         count: number of namespaces.
+        sessions: how many of them have a session.
         read: returns the bytes of an area, verified.
     """
 
-    def __init__(self, where: str, pointers: bytes, count: int, read: Read) -> None:
+    def __init__(self, where: str, pointers: bytes, count: int, sessions: int, read: Read) -> None:
         self._where, self._read = where, read
         self._pointers = pointers
         self._buckets = len(pointers) // AREA.size
-        self.count = count
+        self.count, self.sessions = count, sessions
         self._changed: dict[int, dict[bytes, Record]] = {}
         self._last: tuple[int, dict[bytes, Record]] | None = None  # the bucket read last: it is often read again
 
@@ -75,15 +76,18 @@ class NamespaceTable:
         for field, what in store.record_faults(record):
             raise FormatError(f"{self._where}: {namespace_label(record.name)}.{field}", what)
         bucket = self._change(self._number(record.name))
-        self.count += record.name not in bucket
+        before = bucket.get(record.name)
+        self.count += before is None
+        self.sessions += record.tracked - (before is not None and before.tracked)
         if self.count > store.MAX_NAMESPACES:
             raise FormatError(f"{self._where}: namespaces", f"more than {store.MAX_NAMESPACES}")
         bucket[record.name] = record
 
     def remove(self, name: bytes) -> None:
         """Removes a namespace. Errors as `bucket`."""
-        del self._change(self._number(name))[name]
+        removed = self._change(self._number(name)).pop(name)
         self.count -= 1
+        self.sessions -= removed.tracked
 
     def seal(self, place: Place, release: Callable[[Area], None], old: Area) -> Area:
         """Writes the changed buckets and the table anew.
