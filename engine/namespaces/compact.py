@@ -23,6 +23,7 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.directory import read_entries, verify
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
 from dirtmap.engine.system.locks import USUAL, Locking
@@ -102,6 +103,7 @@ def compact(
 
     Raises:
         FormatError: the store is damaged and ``repair`` is False, or no header is whole.
+        UnsupportedError: the store, or a namespace in it, has what only newer software keeps right.
         LockedError: another process writes to the store, or tracks an image in a store that gets a new identity; or a
             bitmap in it is held, and damage hides which.
         BitmapError: a bitmap in it is held.
@@ -133,6 +135,8 @@ def compact(
                 new.belong_as(old)
                 change = _Eager(new, headers.choose(temporary, new.read(0, store.RESERVED)))
                 readable = _readable(snapshot, result, repair=repair)
+                for found in readable:
+                    require_known(path, found.record)
                 _refuse_held(old, readable, locking)
                 if new_identity and not of_copy:
                     _refuse_used(path, readable)

@@ -20,10 +20,11 @@ from dirtmap.engine.namespaces.condition import doubts
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.directory import read_entries, verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.space import SpaceMap
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import geometry, store
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.store import Area, Record
 
 if TYPE_CHECKING:
@@ -153,6 +154,11 @@ class _Check:
         """Checks one namespace. False if what it uses is not known."""
         where = record.label
         self.area(record.directory, f"directory of {where}")
+        try:
+            require_known(self.snapshot.file.path, record)
+        except UnsupportedError as error:
+            self.report.found(ERROR, where, error.what)
+            return False
         if doubt := doubts(self.snapshot, record):
             self.report.found(NOTE, where, f"counts as all dirty: {doubt}")
         try:

@@ -14,6 +14,7 @@ from dirtmap.engine.namespaces.condition import doubts
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.directory import verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, geometry, live, store
 from dirtmap.fmt.directory import Entry
@@ -236,6 +237,11 @@ class _Dump(Shown):
         for field_name, what in faults:
             self.fault(f"{where}.{field_name}", what)
         if faults:
+            return
+        try:
+            require_known(self.file.path, record)
+        except UnsupportedError as error:
+            self.fault(where, error.what)
             return
         if doubt := doubts(snapshot, record):
             self.note(f"counts as all dirty: {doubt}")

@@ -27,9 +27,10 @@ from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.recover import log_recovered, recover_record, recover_session, recover_tracked_device
 from dirtmap.engine.storefile.directory import no_namespace, read_entries
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
@@ -174,6 +175,14 @@ def _require_same_size(snapshot: Snapshot, record: Record) -> None:
 
 
 def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
+    try:
+        require_known(snapshot.file.path, record)
+    except UnsupportedError as error:
+        refusal: str | None = str(error)
+    else:
+        refusal = None
+    if refusal is not None:
+        return _info(snapshot, record, (), errors=(refusal,))
     doubt, view = doubts(snapshot, record), tracked_view(snapshot, record)
     resized = record.nb_bitmaps > 0 and size_now(record) != record.size
     notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt and not resized else []
@@ -191,31 +200,46 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     for entry in entries:
         with _noting(errors):
             counts[entry.name] = None if entry.in_use else _count(snapshot, record, entry, doubt is not None)
+    device = record.kind == store.KIND_DEVICE
+    bitmaps = tuple(
+        BitmapInfo(
+            name=decode_name(entry.name),
+            granularity=entry.granularity,
+            recording=entry.auto,
+            inconsistent=entry.in_use,
+            busy=entry.name in busy,
+            count=counts.get(entry.name),
+            namespace=str(uuid.UUID(bytes=record.uuid)),
+            node=None if device else name,
+            device=name if device else None,
+        )
+        for entry in entries
+    )
+    return _info(snapshot, record, bitmaps, notes=tuple(notes), doubt=doubt, errors=tuple(errors))
+
+
+def _info(
+    snapshot: Snapshot,
+    record: Record,
+    bitmaps: tuple[BitmapInfo, ...],
+    *,
+    notes: tuple[str, ...] = (),
+    doubt: str | None = None,
+    errors: tuple[str, ...] = (),
+) -> ImageInfo:
+    device, name = record.kind == store.KIND_DEVICE, decode_name(record.name)
     return ImageInfo(
         path=snapshot.file.path,
         format=FORMAT,
         size=record.size,
         cluster_size=snapshot.header.cluster_size,
-        bitmaps=tuple(
-            BitmapInfo(
-                name=decode_name(entry.name),
-                granularity=entry.granularity,
-                recording=entry.auto,
-                inconsistent=entry.in_use,
-                busy=entry.name in busy,
-                count=counts.get(entry.name),
-                namespace=str(uuid.UUID(bytes=record.uuid)),
-                node=None if record.kind == store.KIND_DEVICE else name,
-                device=name if record.kind == store.KIND_DEVICE else None,
-            )
-            for entry in entries
-        ),
-        notes=tuple(notes),
-        node=None if record.kind == store.KIND_DEVICE else name,
-        device=name if record.kind == store.KIND_DEVICE else None,
+        bitmaps=bitmaps,
+        notes=notes,
+        node=None if device else name,
+        device=name if device else None,
         uuid=str(uuid.UUID(bytes=record.uuid)),
         doubt=doubt,
-        errors=tuple(errors),
+        errors=errors,
     )
 
 

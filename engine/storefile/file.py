@@ -27,6 +27,7 @@ import crc32c
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Chosen, Header, Seen
 from dirtmap.engine.storefile.place import place_of
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.engine.system import locks, order
 from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
@@ -99,8 +100,16 @@ class Snapshot:
         return NamespaceTable(self.file.path, pointers, header.namespaces, header.sessions, self.read)
 
     def record(self, name: bytes) -> Record | None:
-        """The namespace of that name, or None. Errors as `read`."""
-        return self.table().get(name)
+        """The namespace of that name, or None.
+
+        Raises:
+            UnsupportedError: it has what only newer software knows.
+            As `read`.
+        """
+        record = self.table().get(name)
+        if record is not None:
+            require_known(self.file.path, record)
+        return record
 
     def older(self) -> Snapshot | None:
         """The store as the other header slot has it, all of it in doubt; None if neither copy of that slot is whole."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import crc32c
 
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError
 from dirtmap.fmt.store import Area, Record, namespace_label
@@ -71,12 +72,15 @@ class NamespaceTable:
         """Adds or replaces a namespace.
 
         Raises:
+            UnsupportedError: the one there is needs newer software.
             FormatError: the record breaks a rule of the format, or the table is full.
         """
         for field, what in store.record_faults(record):
             raise FormatError(f"{self._where}: {namespace_label(record.name)}.{field}", what)
         bucket = self._change(self._number(record.name))
         before = bucket.get(record.name)
+        if before is not None:
+            require_known(self._where, before)
         self.count += before is None
         self.sessions += record.tracked - (before is not None and before.tracked)
         if self.count > store.MAX_NAMESPACES:
@@ -84,8 +88,10 @@ class NamespaceTable:
         bucket[record.name] = record
 
     def remove(self, name: bytes) -> None:
-        """Removes a namespace. Errors as `bucket`."""
-        removed = self._change(self._number(name)).pop(name)
+        """Removes a namespace. Errors as `put` and `bucket`."""
+        bucket = self._change(self._number(name))
+        require_known(self._where, bucket[name])
+        removed = bucket.pop(name)
         self.count -= 1
         self.sessions -= removed.tracked
 
