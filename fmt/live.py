@@ -39,6 +39,7 @@ DEFAULT_REGIONS = 2048  # the most regions of a disk by default; a large disk ha
 MAX_INTERVALS = 1 << 14  # the most that a session may have and not have saved whole
 MAX_LOG = (1 << 62) - 1  # the largest number of a log that a session may name
 MAX_PATH = 4096
+SESSION_VERSION = 1  # of the record's extension; another is newer software's
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,29 +24,39 @@ from dirtmap.fmt.digest import digest
 from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DATA_BYTES, TYPE_DIRTY_TRACKING, Entry, name_fault
 from dirtmap.fmt.extensions import HEAD_SIZE
 
-MAGIC = b"DMS\xfb"
-VERSION = 1
+MAGIC = b"DMS\xfc"
+EARLIER_MAGIC = b"DMS\xfb"  # of a layout that had no release; such a store is refused, and never repaired
+VERSION = 2
+WRITER = b"dirtmap 0.1.0"  # what a commit says of the program that made it
 BLOCK = 4096  # bytes of one copy of a header
 COPIES = ((0, 2), (1, 3))  # blocks of slot A and of slot B
 RESERVED = 4 * BLOCK  # bytes at the start of the file that hold headers only
+INCOMPATIBLE_SESSION = 1 << 0  # set exactly while a record has a session
+INCOMPATIBLE_KNOWN = INCOMPATIBLE_SESSION
 AREA_SIZE = 16  # bytes of an area pointer
 BITS_CHECKSUM_SIZE = 8  # bytes of the checksum structure in a directory entry's extra data
 
+CRITICAL = 1 << 31  # in the type of a record's extension: who does not know it refuses the namespace
 # Types of a record's extensions.
-EXTENSION_HOLD = 0x484F4C44
-EXTENSION_SESSION = 0x5452414B
-EXTENSION_PEER = 0x50454552
+EXTENSION_HOLD = CRITICAL | 0x484F4C44
+EXTENSION_SESSION = CRITICAL | 0x5452414B
+EXTENSION_PEER = CRITICAL | 0x50454552
 EXTENSION_CHECKPOINTS = 0x434B5054
+RECORD_EXTENSIONS = (EXTENSION_HOLD, EXTENSION_SESSION, EXTENSION_PEER, EXTENSION_CHECKPOINTS)
 OF_A_SESSION = (EXTENSION_SESSION, EXTENSION_PEER)  # removed from a record when its session ends
 
 # Types of the header's extensions.
 EXTENSION_NAMESPACES = 0x4E535043
 EXTENSION_SPACE = 0x53504143
 EXTENSION_RELEASED = 0x52454C53
+EXTENSION_PLACE = 0x504C4143
+EXTENSION_WRITER = 0x57525452
 EXTENSION_NAMES = {
     EXTENSION_NAMESPACES: "namespaces",
     EXTENSION_SPACE: "space map",
     EXTENSION_RELEASED: "released clusters",
+    EXTENSION_PLACE: "place",
+    EXTENSION_WRITER: "writer",
 }
 
 MIN_CLUSTER_BITS = 12
@@ -55,6 +65,7 @@ DEFAULT_CLUSTER_BITS = 12
 MAX_BUCKET_BITS = 16
 MAX_NAMESPACES = 65536
 MAX_PATH = 4096
+MAX_WRITER = 255  # bytes
 MAX_RECORD_EXTENSIONS = 1 << 16  # bytes
 MAX_SPACE_MAP_BYTES = 4 << 20  # of the space map's root: enough for 32 TiB with clusters of 4 KiB, 8 PiB with 64 KiB
 MAX_RELEASED_BYTES = 16 << 20
@@ -109,6 +120,28 @@ def area_faults(area: Area, cluster_size: int, file_size: int) -> Iterator[tuple
     elif area.offset + area.length > file_size:
         end = area.offset + area.length
         yield "offset", f"the area ends at {end:#x}, past the end of the file ({file_size:#x})"
+
+
+class Place(NamedTuple):
+    """Where a store's file itself is: what its own commits do not change, and a copy has otherwise.
+
+    Attributes:
+        filesystem: which file system, 16 bytes; see `is_lasting`.
+        inode: ``st_ino``.
+        birth: when the file was made, in nanoseconds since 1970; 0: not known.
+    """
+
+    filesystem: bytes
+    inode: int
+    birth: int
+
+    @property
+    def is_lasting(self) -> bool:
+        """True where the file system is called the same after it was mounted again."""
+        return any(self.filesystem[:8])
+
+
+NO_PLACE = Place(bytes(16), 0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.directory import read_entries, verify
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
 from dirtmap.engine.system.locks import USUAL, Locking
@@ -102,6 +103,7 @@ def compact(
 
     Raises:
         FormatError: the store is damaged and ``repair`` is False, or no header is whole.
+        UnsupportedError: the store, or a namespace in it, has what only newer software keeps right.
         LockedError: another process writes to the store, or tracks an image in a store that gets a new identity; or a
             bitmap in it is held, and damage hides which.
         BitmapError: a bitmap in it is held.
@@ -112,7 +114,7 @@ def compact(
         if old.status.st_nlink > 1:
             raise StorageError(path, "has another hard link, which would go on leading to the old content")
         expect(target)
-        chosen = target.choose(old)
+        chosen = target.choose_to_write(old)
         snapshot = Snapshot(old, chosen)
         header = chosen.header
         if header.generation > store.MAX_GENERATION - _COMMITS:
@@ -133,6 +135,8 @@ def compact(
                 new.belong_as(old)
                 change = _Eager(new, headers.choose(temporary, new.read(0, store.RESERVED)))
                 readable = _readable(snapshot, result, repair=repair)
+                for found in readable:
+                    require_known(path, found.record)
                 _refuse_held(old, readable, locking)
                 if new_identity and not of_copy:
                     _refuse_used(path, readable)
@@ -167,10 +171,10 @@ def _left_behind(path: str) -> list[str]:
 def _fill_older_slot(file: File) -> None:
     """Makes both slots say the same. The older one is still the empty store: losing the newest would lose all."""
     chosen = headers.choose(file.path, file.read(0, store.RESERVED))
-    block = headers.build_block(replace(chosen.header, generation=chosen.header.generation + 1))
-    for offset in headers.blocks_of(1 - chosen.slot):
-        file.write(offset, block)
-    file.sync()
+    for epoch in headers.switch(replace(chosen.header, generation=chosen.header.generation + 1), chosen):
+        for number, block in epoch:
+            file.write(number * store.BLOCK, block)
+        file.sync()
 
 
 def _refuse_used(path: str, readable: list[_Readable]) -> None:

@@ -15,6 +15,7 @@ from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.storefile.directory import require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, counted
 from dirtmap.fmt.store import Identity, Record
@@ -241,4 +242,5 @@ def require_device(change: Change, name: str) -> Record:
     if record is None or record.kind != store.KIND_DEVICE:
         label = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         raise BitmapNotFoundError(f"{change.snapshot.file.path}: device '{label}'", "there is no such device")
+    require_known(change.snapshot.file.path, record)
     return record

@@ -19,6 +19,7 @@ from dirtmap.engine.namespaces.image import Image, Naming
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.storefile.directory import header_doubts, no_namespace, release_bits, require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.system.file import is_same_file, replace_file, sync_folder
 from dirtmap.engine.system.foreign import require_raw
 from dirtmap.engine.system.probe import STORE, probe_path
@@ -420,6 +421,7 @@ def _condition(change: Change, name: str, *, died: bool = False) -> Condition:
     record = change.table.get(encode_name(name))
     if record is None or record.kind not in KINDS:
         raise no_namespace(change.snapshot.file.path, encode_name(name))
+    require_known(change.snapshot.file.path, record)
     now = Condition(change.snapshot, record)
     if died:
         now.refuse_tracked()

@@ -22,7 +22,14 @@ from dirtmap.engine.namespaces.condition import size_now
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, StorageError, counted
+from dirtmap.fmt.errors import (
+    BitmapError,
+    BitmapNotFoundError,
+    FormatError,
+    StorageError,
+    UnsupportedError,
+    counted,
+)
 from dirtmap.fmt.structures.directory import build_directory, parse_entries
 
 if TYPE_CHECKING:
@@ -116,7 +123,7 @@ def recover(change: Change, now: Condition, names: list[str], damage: FormatErro
 
 
 def _from_before(record: Record, older: Snapshot | None) -> Iterator[Entry]:
-    with contextlib.suppress(FormatError):
+    with contextlib.suppress(FormatError, UnsupportedError):
         before = older and older.record(record.name)
         if older and before and before.uuid == record.uuid:  # not another namespace of that name
             yield from read_entries(older, before)

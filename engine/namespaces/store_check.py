@@ -20,10 +20,11 @@ from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.directory import verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.space import SpaceMap
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import geometry, store
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.store import Area, Record
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class _Check:
             self.wrong(error)
             return self.report
         complete = True
-        count = 0
+        count = sessions = 0
         for number, area in enumerate(table.areas()):
             self.area(area, f"bucket {number}")
             try:
@@ -119,11 +120,14 @@ class _Check:
             for record in records:
                 complete &= self.namespace(record)
                 count += 1
+                sessions += record.tracked
                 if self.progress:
                     self.progress(count, max(count, header.namespaces))
         if complete and count != header.namespaces:
             what = f"{header.namespaces}, but there are {count}"
             self.report.found(CORRUPTION, "namespaces extension.namespaces", what)
+        if complete and sessions != header.sessions:
+            self.report.found(CORRUPTION, "header.sessions", f"{header.sessions}, but there are {sessions}")
         self.space(complete=complete)
         return self.report
 
@@ -133,7 +137,7 @@ class _Check:
     def headers(self) -> None:
         data = self.snapshot.file.read(0, store.RESERVED)
         for slot, copies in zip("AB", store.COPIES, strict=True):
-            bad = [n for n in copies if not headers.is_whole(data[n * store.BLOCK : (n + 1) * store.BLOCK])]
+            bad = [n for n in copies if not headers.is_whole(data[n * store.BLOCK : (n + 1) * store.BLOCK], n)]
             for number in bad:
                 # A crash during a commit can damage one copy, never both.
                 severity = NOTE if len(bad) == 1 else CORRUPTION
@@ -150,6 +154,11 @@ class _Check:
         """Checks one namespace. False if what it uses is not known."""
         where = record.label
         self.area(record.directory, f"directory of {where}")
+        try:
+            require_known(self.snapshot.file.path, record)
+        except UnsupportedError as error:
+            self.report.found(ERROR, where, error.what)
+            return False
         now = Condition(self.snapshot, record)
         if doubt := now.doubt:
             self.report.found(NOTE, where, f"counts as all dirty: {doubt}")

@@ -14,6 +14,7 @@ from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.directory import verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, geometry, live, store
 from dirtmap.fmt.directory import Entry
@@ -31,6 +32,7 @@ from dirtmap.fmt.structures.store import (
     HOLD,
     LEAF,
     NAMESPACES_EXTENSION,
+    PLACE_EXTENSION,
     RECORD,
     RUN,
     build_record,
@@ -42,7 +44,8 @@ _MOST_HEX = 1 << 20  # bytes of one bitmap's bits
 _MOST_BAD_ENTRIES = 100  # in one directory; with so many it is not a directory
 
 _FLAGS: dict[str, dict[int, str]] = {
-    "incompatible_features": {},
+    "incompatible_features": {store.INCOMPATIBLE_SESSION: "a session is open"},
+    "read_only_compatible_features": {},
     "compatible_features": {},
     "autoclear_features": {},
     "flags": directory.FLAG_NAMES,
@@ -51,6 +54,7 @@ _EXTENSIONS = {
     store.EXTENSION_NAMESPACES: NAMESPACES_EXTENSION,
     store.EXTENSION_SPACE: AREA,
     store.EXTENSION_RELEASED: AREA,
+    store.EXTENSION_PLACE: PLACE_EXTENSION,
 }
 
 # The structure of each extension of a record, and the texts behind it with the fields that have their lengths.
@@ -152,9 +156,9 @@ class _Dump(Shown):
                 continue
             at = store.BLOCK - CHECKSUM.size
             self.structures[-1]["fields"] += self.fields(CHECKSUM, start + at, block[at:])
-            if not headers.is_whole(block):
+            if not headers.is_whole(block, number):
                 self.note("damaged")
-                self.fault(name, "damaged: its magic or its checksum is wrong")
+                self.fault(name, "damaged: its magic, its place or its checksum is wrong")
             elif snapshot and headers.parse_block(self.file.path, block).generation == snapshot.header.generation:
                 self.note("it counts")
             self.chain(name, start, block)
@@ -233,6 +237,11 @@ class _Dump(Shown):
         for field_name, what in faults:
             self.fault(f"{where}.{field_name}", what)
         if faults:
+            return
+        try:
+            require_known(self.file.path, record)
+        except UnsupportedError as error:
+            self.fault(where, error.what)
             return
         if doubt := Condition(snapshot, record).doubt:
             self.note(f"counts as all dirty: {doubt}")

@@ -19,9 +19,10 @@ from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.recover import log_recovered, recover_record, recover_session, recover_tracked_device
 from dirtmap.engine.storefile.directory import no_namespace
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
@@ -165,7 +166,14 @@ def _require_same_size(now: Condition) -> None:
 
 
 def _describe(now: Condition) -> ImageInfo:
-    record, doubt = now.record, now.doubt
+    record, refusal = now.record, None
+    try:
+        require_known(now.snapshot.file.path, record)
+    except UnsupportedError as error:
+        refusal = str(error)
+    if refusal is not None:
+        return _info(now, (), errors=(refusal,))
+    doubt = now.doubt
     notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt and not now.resized else []
     if now.view and not doubt:
         notes.append(f"{record.label} is {now.view.note}")
@@ -180,31 +188,46 @@ def _describe(now: Condition) -> ImageInfo:
     for entry in entries:
         with _noting(errors):
             counts[entry.name] = None if entry.in_use else _count(now, entry)
+    device = record.kind == store.KIND_DEVICE
+    bitmaps = tuple(
+        BitmapInfo(
+            name=decode_name(entry.name),
+            granularity=entry.granularity,
+            recording=entry.auto,
+            inconsistent=entry.in_use,
+            busy=entry.name in now.busy,
+            count=counts.get(entry.name),
+            namespace=str(uuid.UUID(bytes=record.uuid)),
+            node=None if device else name,
+            device=name if device else None,
+        )
+        for entry in entries
+    )
+    return _info(now, bitmaps, notes=tuple(notes), doubt=doubt, errors=tuple(errors))
+
+
+def _info(
+    now: Condition,
+    bitmaps: tuple[BitmapInfo, ...],
+    *,
+    notes: tuple[str, ...] = (),
+    doubt: str | None = None,
+    errors: tuple[str, ...] = (),
+) -> ImageInfo:
+    record = now.record
+    device, name = record.kind == store.KIND_DEVICE, decode_name(record.name)
     return ImageInfo(
         path=now.snapshot.file.path,
         format=FORMAT,
         size=record.size,
         cluster_size=now.snapshot.header.cluster_size,
-        bitmaps=tuple(
-            BitmapInfo(
-                name=decode_name(entry.name),
-                granularity=entry.granularity,
-                recording=entry.auto,
-                inconsistent=entry.in_use,
-                busy=entry.name in now.busy,
-                count=counts.get(entry.name),
-                namespace=str(uuid.UUID(bytes=record.uuid)),
-                node=None if record.kind == store.KIND_DEVICE else name,
-                device=name if record.kind == store.KIND_DEVICE else None,
-            )
-            for entry in entries
-        ),
-        notes=tuple(notes),
-        node=None if record.kind == store.KIND_DEVICE else name,
-        device=name if record.kind == store.KIND_DEVICE else None,
+        bitmaps=bitmaps,
+        notes=notes,
+        node=None if device else name,
+        device=name if device else None,
         uuid=str(uuid.UUID(bytes=record.uuid)),
         doubt=doubt,
-        errors=tuple(errors),
+        errors=errors,
     )
 
 

@@ -20,11 +20,12 @@ import os
 from dataclasses import dataclass
 
 from dirtmap.engine.storefile.file import Store
-from dirtmap.engine.storefile.session import peer_of
+from dirtmap.engine.storefile.session import names_session, peer_of
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.live import Peer
 from dirtmap.fmt.store import Record
+from dirtmap.fmt.structures.live import session_uuid
 
 
 def path_of(path: str, peer: Peer) -> str:
@@ -66,7 +67,7 @@ def find(path: str, peer: Peer, session: bytes, *, of_node: bool) -> Found:
         return Found(None, True)
     if record is None or record.uuid != peer.uuid or (record.kind == store.KIND_DEVICE) != of_node:
         return Found(None, False)
-    named = (record.extension(store.EXTENSION_SESSION) or b"")[: len(session)] == session
+    named = names_session(record, session)
     return Found(record if named else None, named)
 
 
@@ -75,4 +76,4 @@ def unrecovered(path: str, record: Record) -> Peer | None:
     session, peer = record.extension(store.EXTENSION_SESSION), peer_of(record)
     if record.kind == store.KIND_DEVICE or session is None or peer is None:
         return None
-    return peer if find(path, peer, session[:16], of_node=True).record else None
+    return peer if find(path, peer, session_uuid(session), of_node=True).record else None

@@ -9,6 +9,7 @@ import crc32c
 
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.storefile.file import Change, Snapshot
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, FormatError
@@ -113,8 +114,10 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
     """The directory of a namespace.
 
     Raises:
+        UnsupportedError: the namespace has what only newer software knows.
         FormatError: the directory is damaged, or an entry breaks a rule of the format.
     """
+    require_known(snapshot.file.path, record)
     _require_own_directory(snapshot, record)
     where = f"{snapshot.file.path}: {record.label}"
     what, remedy = f"directory of {record.label}", "recover makes its bitmaps all dirty"

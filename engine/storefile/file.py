@@ -5,7 +5,7 @@ A commit writes in epochs. A sync ends each:
     0  areas, into clusters that neither header slot refers to; and header copies that differ from their twin after a
        crash or damage, which are made equal to it
     1  one copy of the other slot's header                                  <- the commit
-    2  its second copy
+    2  its second copy; and the second copy of the header before, which says from then on that another has followed
 
 Source: SPEC.md, "Changing a store".
 """
@@ -19,12 +19,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from time import time_ns
 from typing import TypeVar
 
 import crc32c
 
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Chosen, Header, Seen
+from dirtmap.engine.storefile.place import place_of
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.engine.system import locks, order
 from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
@@ -32,7 +35,7 @@ from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.engine.system.order import Rank
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import parse_table
-from dirtmap.fmt.errors import FormatError, GoneError, LockedError, StorageError
+from dirtmap.fmt.errors import FormatError, GoneError, LockedError, StorageError, UnsupportedError
 from dirtmap.fmt.geometry import ceil_div
 from dirtmap.fmt.store import Area, Record
 from dirtmap.fmt.structures.store import AREA, LEAF
@@ -93,21 +96,25 @@ class Snapshot:
     def table(self) -> NamespaceTable:
         """The namespaces of the store. Errors as `read`."""
         header = self.header
-        return NamespaceTable(self.file.path, self.read(header.table, "namespace table"), header.namespaces, self.read)
+        pointers = self.read(header.table, "namespace table")
+        return NamespaceTable(self.file.path, pointers, header.namespaces, header.sessions, self.read)
 
     def record(self, name: bytes) -> Record | None:
-        """The namespace of that name, or None. Errors as `read`."""
-        return self.table().get(name)
+        """The namespace of that name, or None.
+
+        Raises:
+            UnsupportedError: it has what only newer software knows.
+            As `read`.
+        """
+        record = self.table().get(name)
+        if record is not None:
+            require_known(self.file.path, record)
+        return record
 
     def older(self) -> Snapshot | None:
         """The store as the other header slot has it, all of it in doubt; None if neither copy of that slot is whole."""
-        slot = 1 - self.chosen.slot
-        data = self.file.read(0, store.RESERVED)
-        for number in store.COPIES[slot]:
-            block = data[number * store.BLOCK : (number + 1) * store.BLOCK]
-            if headers.is_whole(block):
-                return Snapshot(self.file, Chosen(headers.parse_block(self.file.path, block), slot, True, ()))
-        return None
+        older = self.chosen.older
+        return None if older is None else Snapshot(self.file, Chosen(older, 1 - self.chosen.slot, True))
 
     def released(self) -> list[tuple[int, int]]:
         """The runs of clusters that the commit released, (first, count), ascending.
@@ -215,6 +222,18 @@ class Store:
         self.expect(chosen.header.commit)
         return chosen
 
+    def choose_to_write(self, file: File) -> Chosen:
+        """As `choose`, for who writes.
+
+        Raises:
+            UnsupportedError: the store has what only newer software keeps right.
+        """
+        chosen = self.choose(file)
+        if unknown := chosen.header.read_only_compatible:
+            what = f"{unknown:#x} is unknown: the store can be read, and writing it needs newer software"
+            raise UnsupportedError(f"{file.path}: header.read_only_compatible_features", what)
+        return chosen
+
     def record(self, name: bytes) -> Record | None:
         """The namespace of that name as of the newest commit, or None. Errors as `read`."""
         return self.read(lambda snapshot: snapshot.record(name))
@@ -275,11 +294,12 @@ class Store:
 
         Raises:
             LockedError: another process or thread is writing, and does not end.
+            UnsupportedError: as `choose_to_write`.
             FormatError: what would have to be changed is damaged.
             StorageError: the operating system failed. Either the old state stands, or the new one.
         """
         with self._locked() as file:
-            change = Change(file, self.choose(file))
+            change = Change(file, self.choose_to_write(file))
             yield change
             commit = change.commit()
             self.expect(commit)
@@ -375,20 +395,24 @@ class Change:
             table=table,
             bucket_bits=self.table.bucket_bits,
             namespaces=self.table.count,
+            sessions=self.table.sessions,
             space=space,
             released=released,
+            commit_time=time_ns(),
+            place=place_of(self._file),
+            writer=store.WRITER,
             autoclear=0,
         )
-        block = headers.build_block(new)
         for number, data in self._chosen.repairs:
             self._file.write(number * store.BLOCK, data)
         for offset, area in [*self._writes, *writes]:
             self._file.write(offset, area)
         self._file.sync()
-        for offset in headers.blocks_of(1 - self._chosen.slot):
-            self._file.write(offset, block)
+        for epoch in headers.switch(new, self._chosen):
+            for number, block in epoch:
+                self._file.write(number * store.BLOCK, block)
             self._file.sync()
-        self.copies = {**self.copies, block: new}
+            self.copies = {**self.copies, epoch[0][1]: new}
         return new.commit
 
 
@@ -433,17 +457,18 @@ def create(
         namespaces=0,
         space=Area((first + 2) * cluster, len(root), crc32c.crc32c(root)),
         released=Area(),
+        commit_time=time_ns(),
     )
-    blocks = [headers.build_block(header), headers.build_block(replace(header, generation=generation + 1))]
     with open_file(path, writable=True, create=True) as file:
         try:
             file.write(first * cluster, pointers)
             file.write(leaf_offset, leaf)
             file.write((first + 2) * cluster, root.ljust(cluster, b"\0"))
             file.sync()
-            for slot, block in enumerate(blocks):
-                for offset in headers.blocks_of(slot):
-                    file.write(offset, block)
+            header = replace(header, place=place_of(file))
+            later = replace(header, generation=generation + 1)
+            for number, block in (*headers.pair(header, 0, followed=True), *headers.pair(later, 1, followed=False)):
+                file.write(number * store.BLOCK, block)
             file.sync()
         except BaseException:
             remove_file(path)  # an incomplete store would be in the way of the next attempt

@@ -1,32 +1,29 @@
 """The store's four header copies: which one counts, and what damage to the others means.
 
 block   0    1    2    3        slot A: blocks 0 and 2     slot B: blocks 1 and 3
-        A    B    A'   B'
+        A    B    A'   B'       each says which it is; where it is another, it is damaged
 
-newest slot, at least one copy whole                        it counts
-... and the other slot not as a commit leaves it            the other may have been the newest: it counts, in doubt
-no copy whole                                               refused
+commit N + 1, in slot B, after N in slot A        1   B  = N + 1
+                                                  2   B' = N + 1, and A' = N, which says that another has followed
 
-The other slot is as a commit leaves it where
+newest slot                other slot                              then
+whole, and not followed    has what the newest was made from       the newest counts
+whole, and not followed    has not                                 it counts, in doubt: the other may have been newer
+whole, and followed        any                                     it counts, in doubt: a later commit is lost
+damaged                    damaged                                 refused
 
-- a copy of it is whole;
-- its whole copies are the same: the second copy of a slot is made the same as the first before the other slot changes;
-- they have the header that the newest was made from: the one of the generation before, or, where it counted in doubt or
-  a commit was missing, of the newest's ``doubt_generation``. So they are not the newest's own, which a write that went
-  astray has put there;
-- no damaged copy is, but for one bit, of the newest's generation or a later one, and none has its generation wiped.
-  Where that bit is in a word that is as its twin has it, a crash was in the middle of writing that copy.
+A slot is whole where one of its copies is. The newest was made from the commit before it, or, where it counted in doubt
+or a commit was missing, from its ``doubt_generation``. So three copies have to be damaged before the newest commit is
+lost without doubt: both of its own, and the one that says that it was there.
 
-A writer wipes the generation of both copies of a slot before it changes a store in doubt. So doubt outlives a crash of
-that writer. What cannot be told: one copy of the newest header damaged beyond one bit, or as it was two commits ago,
-and the other as it was two commits ago. That is what the slot is like before a commit, or in the middle of one.
+A writer wipes the generation of both copies of the other slot before it changes a store in doubt, or a torn header over
+what is left there could bring back a commit whose areas are gone by then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import NamedTuple
 
 import crc32c
@@ -34,12 +31,23 @@ import crc32c
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.extensions import Chain
-from dirtmap.fmt.store import Area
+from dirtmap.fmt.store import NO_PLACE, Area, Place
 from dirtmap.fmt.structures.extensions import build_chain, parse_chain
-from dirtmap.fmt.structures.store import AREA, CHECKSUM, HEADER, LEAF, NAMESPACES_EXTENSION, RUN, parse_areas
+from dirtmap.fmt.structures.store import (
+    AREA,
+    CHECKSUM,
+    HEADER,
+    LEAF,
+    NAMESPACES_EXTENSION,
+    PLACE_EXTENSION,
+    RUN,
+    parse_areas,
+)
 
 _CHECKED = store.BLOCK - CHECKSUM.size
 _GENERATION = HEADER.field("generation")
+_SLOT = HEADER.field("slot").offset  # the number of the copy is the byte behind it
+_FOLLOWED = HEADER.field("followed")
 _NO_GENERATION = b"\xff" * _GENERATION.size  # more than one bit away from any that there can be
 
 
@@ -72,7 +80,11 @@ class Header:
         namespaces: how many there are.
         space: the space map's root.
         released: the list of runs that this commit released.
-        compatible, autoclear: feature bits as found.
+        sessions: how many of the namespaces have a session.
+        commit_time: when the commit was made, in nanoseconds since 1970; for people only.
+        place: where the file was that the commit was written to.
+        writer: the program that made the commit, and its version: UTF-8.
+        read_only_compatible, compatible, autoclear: feature bits as found. Nobody writes a store with the first.
         others: extensions we do not know, as (type, data), kept as found.
     """
 
@@ -87,6 +99,11 @@ class Header:
     namespaces: int
     space: Area
     released: Area
+    sessions: int = 0
+    commit_time: int = 0
+    place: Place = NO_PLACE
+    writer: bytes = store.WRITER
+    read_only_compatible: int = 0
     compatible: int = 0
     autoclear: int = 0
     others: tuple[tuple[int, bytes], ...] = ()
@@ -102,21 +119,27 @@ class Header:
         return Seen(self.generation, self.commit_id)
 
 
-def build_block(header: Header) -> bytes:
-    """One copy: `store.BLOCK` bytes with their checksum."""
+def build_block(header: Header, number: int) -> bytes:
+    """The copy that is block ``number`` of the file: `store.BLOCK` bytes with their checksum."""
     fixed = HEADER.build(
         magic=store.MAGIC,
         version=store.VERSION,
-        incompatible_features=0,
+        incompatible_features=store.INCOMPATIBLE_SESSION if header.sessions else 0,
+        read_only_compatible_features=header.read_only_compatible,
         compatible_features=header.compatible,
         autoclear_features=0,  # none are known, and a writer clears those it does not know
         cluster_bits=header.cluster_bits,
         header_length=HEADER.size,
+        slot=number % 2,
+        copy=number // 2,
+        followed=0,
+        sessions=header.sessions,
         uuid=header.uuid,
         generation=header.generation,
         commit_id=header.commit_id,
         doubt_generation=header.doubt_generation,
         clusters=header.clusters,
+        commit_time=header.commit_time,
     )
     namespaces = NAMESPACES_EXTENSION.build(
         **header.table._asdict(), bucket_bits=header.bucket_bits, namespaces=header.namespaces
@@ -126,18 +149,33 @@ def build_block(header: Header) -> bytes:
             (store.EXTENSION_NAMESPACES, namespaces),
             (store.EXTENSION_SPACE, AREA.build(**header.space._asdict())),
             (store.EXTENSION_RELEASED, AREA.build(**header.released._asdict())),
+            (store.EXTENSION_PLACE, PLACE_EXTENSION.build(**header.place._asdict())),
+            (store.EXTENSION_WRITER, header.writer),
             *header.others,
         ]
     )
-    block = (fixed + chain).ljust(_CHECKED, b"\0")
-    return block + CHECKSUM.build(checksum=crc32c.crc32c(block))
+    return _sealed((fixed + chain).ljust(_CHECKED, b"\0"))
 
 
-def is_whole(block: bytes) -> bool:
-    """True where the copy is complete and its checksum right."""
-    if len(block) < store.BLOCK or not block.startswith(store.MAGIC):
+def _sealed(checked: bytes) -> bytes:
+    return checked + CHECKSUM.build(checksum=crc32c.crc32c(checked))
+
+
+def as_copy(block: bytes, number: int, *, followed: bool = False) -> bytes:
+    """The same header as the copy that is block ``number`` of the file, which says whether another has followed."""
+    position = bytes([number % 2, number // 2]) + int(followed).to_bytes(_FOLLOWED.size, "big")
+    return _sealed(block[:_SLOT] + position + block[_SLOT + len(position) : _CHECKED])
+
+
+def is_whole(block: bytes, number: int) -> bool:
+    """True where the copy that is block ``number`` of the file is complete, in place, and its checksum right."""
+    if len(block) < store.BLOCK or not block.startswith(store.MAGIC) or not _is_in_place(block, number):
         return False
     return bool(CHECKSUM.parse(block, _CHECKED).checksum == crc32c.crc32c(block[:_CHECKED]))
+
+
+def _is_in_place(block: bytes, number: int) -> bool:
+    return block[_SLOT] == number % 2 and block[_SLOT + 1] == number // 2
 
 
 def parse_block(path: str, block: bytes) -> Header:
@@ -150,9 +188,12 @@ def parse_block(path: str, block: bytes) -> Header:
     raw = HEADER.parse(block)
     if raw.version != store.VERSION:
         raise UnsupportedError(f"{path}: header.version", f"{raw.version} is not {store.VERSION}")
-    if raw.incompatible_features:
-        what = f"{raw.incompatible_features:#x} has bits that are unknown: the store needs newer software"
+    if unknown := raw.incompatible_features & ~store.INCOMPATIBLE_KNOWN:
+        what = f"{unknown:#x} is unknown: the store needs newer software"
         raise UnsupportedError(f"{path}: header.incompatible_features", what)
+    if bool(raw.incompatible_features & store.INCOMPATIBLE_SESSION) != bool(raw.sessions):
+        what = f"{raw.sessions}, which the incompatible features contradict"
+        raise FormatError(f"{path}: header.sessions", what)
     if not store.MIN_CLUSTER_BITS <= raw.cluster_bits <= store.MAX_CLUSTER_BITS:
         limits = f"{store.MIN_CLUSTER_BITS}..{store.MAX_CLUSTER_BITS}"
         raise FormatError(f"{path}: header.cluster_bits", f"{raw.cluster_bits} is outside {limits}")
@@ -166,6 +207,9 @@ def parse_block(path: str, block: bytes) -> Header:
     if chain.fault or not chain.terminated:
         raise FormatError(f"{path}: header extensions", chain.fault or "there is no end marker")
     areas = _known(path, chain)
+    writer = areas[store.EXTENSION_WRITER]
+    if len(writer) > store.MAX_WRITER or not _is_text(writer):
+        raise FormatError(f"{path}: writer extension", f"more than {store.MAX_WRITER} bytes, or not UTF-8")
     namespaces = NAMESPACES_EXTENSION.parse(areas[store.EXTENSION_NAMESPACES])
     if namespaces.bucket_bits > store.MAX_BUCKET_BITS:
         what = f"{namespaces.bucket_bits} is above {store.MAX_BUCKET_BITS}"
@@ -183,6 +227,11 @@ def parse_block(path: str, block: bytes) -> Header:
     if released.length > store.MAX_RELEASED_BYTES or released.length % RUN.size:
         raise FormatError(f"{path}: released clusters extension.length", f"{released.length} is out of range")
     return Header(
+        sessions=raw.sessions,
+        commit_time=raw.commit_time,
+        place=Place(*PLACE_EXTENSION.parse(areas[store.EXTENSION_PLACE])),
+        writer=writer,
+        read_only_compatible=raw.read_only_compatible_features,
         uuid=raw.uuid,
         generation=raw.generation,
         commit_id=raw.commit_id,
@@ -200,17 +249,28 @@ def parse_block(path: str, block: bytes) -> Header:
     )
 
 
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _known(path: str, chain: Chain) -> dict[int, bytes]:
     sizes = {
         store.EXTENSION_NAMESPACES: NAMESPACES_EXTENSION.size,
         store.EXTENSION_SPACE: AREA.size,
         store.EXTENSION_RELEASED: AREA.size,
+        store.EXTENSION_PLACE: PLACE_EXTENSION.size,
+        store.EXTENSION_WRITER: None,  # any, as far as there is room
     }
     found: dict[int, bytes] = {}
     for extension in chain.extensions:
         if extension.type in sizes:
             name = store.EXTENSION_NAMES[extension.type]
-            if extension.type in found or len(extension.data) != sizes[extension.type]:
+            size = sizes[extension.type]
+            if extension.type in found or size not in (None, len(extension.data)):
                 raise FormatError(f"{path}: {name} extension", "appears twice, or its length is wrong")
             found[extension.type] = extension.data
     for kind in sizes.keys() - found.keys():
@@ -225,7 +285,9 @@ class Chosen:
     Attributes:
         header: it; where ``in_doubt``, or a commit is lost, with every namespace put in doubt.
         slot: 0 (A) or 1 (B).
-        in_doubt: the other slot may have had the newest: it is not as a commit leaves it.
+        in_doubt: a later commit is lost, or may be.
+        block: the copy that it was read from.
+        older: the header that the other slot has; None if neither of its copies is whole.
         repairs: (block, bytes): damaged or outdated copies, and what they should be, before anything new is written.
         lost: generation of a commit that was seen and is missing; 0: none.
         copies: the whole copies, and what they say.
@@ -234,7 +296,9 @@ class Chosen:
     header: Header
     slot: int
     in_doubt: bool
-    repairs: tuple[tuple[int, bytes], ...]
+    block: bytes = b""
+    older: Header | None = None
+    repairs: tuple[tuple[int, bytes], ...] = ()
     lost: int = 0
     copies: Mapping[bytes, Header] = field(default_factory=dict, compare=False, repr=False)
 
@@ -253,83 +317,67 @@ def choose(path: str, data: bytes, known: Mapping[bytes, Header] | None = None) 
 
     Raises:
         FormatError: not a store, or no copy is whole.
-        UnsupportedError: it needs a newer dirtmap.
+        UnsupportedError: it needs a newer dirtmap, or an older one.
     """
     blocks = [data[at : at + store.BLOCK] for at in range(0, store.RESERVED, store.BLOCK)]
     if not any(block.startswith(store.MAGIC) for block in blocks):
+        if any(block.startswith(store.EARLIER_MAGIC) for block in blocks):
+            raise UnsupportedError(f"{path}: header.magic", "a store of an earlier layout, which had no release")
         raise FormatError(f"{path}: header.magic", "not a dirtmap store")
     copies: dict[bytes, Header] = {}
-    for block in blocks:
-        if block not in copies:
-            if known and block in known:
-                copies[block] = known[block]
-            elif is_whole(block):
-                copies[block] = parse_block(path, block)
-    headers = {number: copies[block] for number, block in enumerate(blocks) if block in copies}
-    if not headers:
+    whole: dict[int, Header] = {}
+    for number, block in enumerate(blocks):
+        if known and block in known and _is_in_place(block, number):
+            copies[block] = whole[number] = known[block]
+        elif is_whole(block, number):
+            copies[block] = whole[number] = parse_block(path, block)
+    if not whole:
         raise FormatError(f"{path}: header", "all four copies are damaged")
-    newest = max(header.generation for header in headers.values())
-    bests = [number for number, header in headers.items() if header.generation == newest]
-    slot = int(2 * sum(number % 2 for number in bests) > len(bests))  # a slot has two copies of it, but for a crash
-    best = next(number for number in bests if number % 2 == slot)
-    header = headers[best]
-    repairs = [(number, blocks[best]) for number in store.COPIES[slot] if blocks[number] != blocks[best]]
-    other = [number for number in store.COPIES[1 - slot] if number in headers]
+    best = max(whole, key=lambda number: whole[number].generation)
+    header, slot = whole[best], best % 2
+    others = [number for number in store.COPIES[1 - slot] if number in whole]
+    other = max(others, key=lambda number: whole[number].generation, default=None)
+    older = None if other is None else whole[other]
+    bests = (n for n in store.COPIES[slot] if n in whole and whole[n].generation == header.generation)
+    followed = {number for number in bests if _is_followed(blocks[number])}
     in_doubt = (
-        {headers[number].generation for number in other} not in ({newest - 1}, {header.doubt_generation})
-        or len({blocks[number] for number in other}) > 1
-        or any(_claims(blocks[n], blocks[n ^ 2]) >= newest for n in store.COPIES[1 - slot] if n not in headers)
+        bool(followed) or older is None or older.generation not in (header.generation - 1, header.doubt_generation)
     )
+    # The copy that a repair is made from stays as it is: a crash that tears both would lose the slot.
+    wanted = {n: as_copy(blocks[best], n, followed=n in followed) for n in store.COPIES[slot] if n != best}
     if in_doubt:
         header = _in_doubt(header)
-        # Their generation is wiped, or a torn write over what is left of them could bring back a header whose areas are
-        # gone by then. Nothing else: another value of a damaged word could be what that word was before.
-        repairs += [(n, wiped) for n in store.COPIES[1 - slot] if (wiped := _wiped(blocks[n])) != blocks[n]]
-    else:
-        repairs += [(n, blocks[other[0]]) for n in store.COPIES[1 - slot] if n not in other]
-    return Chosen(header, slot, in_doubt, tuple(repairs), copies=copies)
+        # Only the generation: another value of a damaged word could be what that word was before.
+        wanted |= {n: _wiped(blocks[n]) for n in store.COPIES[1 - slot]}
+    elif other is not None:
+        twin = other ^ 2
+        wanted[twin] = as_copy(blocks[other], twin, followed=twin == store.COPIES[1 - slot][1])
+    repairs = tuple((n, block) for n, block in wanted.items() if block != blocks[n])
+    return Chosen(header, slot, in_doubt, blocks[best], older, repairs, copies=copies)
 
 
-def _claims(block: bytes, twin: bytes) -> int:
-    """Of which generation a damaged copy was, as far as it tells; one that is wiped tells of doubt: any.
+def switch(new: Header, before: Chosen) -> list[list[tuple[int, bytes]]]:
+    """What a commit writes to the header copies, in two epochs: (block, bytes). A sync has to end each.
 
-    A copy that lacks one word, and has there what its twin has, was being written over that when a crash came.
+    Args:
+        new: the commit's header.
+        before: what counted until then.
     """
-    repaired = _with_a_bit_flipped_back(block)
-    if repaired is not None:
-        word = next(at for at in range(0, store.BLOCK, 8) if repaired[at : at + 8] != block[at : at + 8])
-        if block[word : word + 8] == twin[word : word + 8]:
-            return 0
-        return int(HEADER.parse(repaired).generation)
-    ones = b"\xff" * _GENERATION.offset  # which a disk can read as where it has lost what was there
-    wiped = block == _wiped(block) and not block.startswith(ones)
-    return store.MAX_GENERATION + 1 if wiped else 0
+    first, second = store.COPIES[1 - before.slot]
+    last = store.COPIES[before.slot][1]
+    block = build_block(new, first)
+    return [[(first, block)], [(second, as_copy(block, second)), (last, as_copy(before.block, last, followed=True))]]
 
 
-def _with_a_bit_flipped_back(block: bytes) -> bytes | None:
-    """The whole copy that a damaged one was before one of its bits flipped; None where there is none."""
-    if len(block) < store.BLOCK:
-        return None
-    syndrome = CHECKSUM.parse(block, _CHECKED).checksum ^ crc32c.crc32c(block[:_CHECKED])
-    at = _syndromes().get(syndrome)
-    if at is None:
-        return None
-    repaired = bytearray(block)
-    repaired[at // 8] ^= 1 << at % 8
-    return bytes(repaired) if is_whole(bytes(repaired)) else None
+def pair(header: Header, slot: int, *, followed: bool) -> list[tuple[int, bytes]]:
+    """Both copies of a header in a file that nobody has opened yet: (block, bytes)."""
+    first, second = store.COPIES[slot]
+    block = build_block(header, first)
+    return [(first, block), (second, as_copy(block, second, followed=followed))]
 
 
-@cache
-def _syndromes() -> dict[int, int]:
-    """Which bit of a block has flipped, by what that changes in the checksum; CRC32C tells all of them apart."""
-    added = [crc32c.crc32c(bytes([byte]), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)]
-    found = {1 << bit: (store.BLOCK - 1 - bit // 8) * 8 + bit % 8 for bit in range(32)}  # of the checksum itself
-    for bit in range(8):
-        change = added[1 << bit]
-        for byte in reversed(range(_CHECKED)):
-            found[change] = byte * 8 + bit
-            change = change >> 8 ^ added[change & 0xFF]
-    return found
+def _is_followed(block: bytes) -> bool:
+    return any(block[_FOLLOWED.offset : _FOLLOWED.offset + _FOLLOWED.size])
 
 
 def _in_doubt(header: Header) -> Header:
@@ -341,8 +389,3 @@ def _wiped(block: bytes) -> bytes:
     return (block[: _GENERATION.offset].ljust(_GENERATION.offset, b"\0") + _NO_GENERATION + block[end:]).ljust(
         store.BLOCK, b"\0"
     )
-
-
-def blocks_of(slot: int) -> Sequence[int]:
-    """The byte offsets of a slot's two copies."""
-    return [number * store.BLOCK for number in store.COPIES[slot]]

@@ -6,9 +6,36 @@ from dataclasses import dataclass
 
 from dirtmap.fmt import live, store
 from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.errors import UnsupportedError
 from dirtmap.fmt.live import Peer
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.live import WINDOW, parse_peer, parse_session
+from dirtmap.fmt.structures.live import WINDOW, parse_peer, parse_session, session_uuid, session_version
+
+
+def require_known(path: str, record: Record) -> None:
+    """Refuses a namespace that has what only newer software knows, and must not be ignored.
+
+    Args:
+        path: of the store, for the message.
+        record: of the namespace.
+
+    Raises:
+        UnsupportedError: names the namespace.
+    """
+    for kind, data in record.extensions:
+        what = None
+        if kind & store.CRITICAL and kind not in store.RECORD_EXTENSIONS:
+            what = f"extension {kind:#010x} is unknown, and must not be ignored"
+        elif kind == store.EXTENSION_SESSION and session_version(data) not in (None, live.SESSION_VERSION):
+            what = f"the session's version {session_version(data)} is unknown"
+        if what is not None:
+            raise UnsupportedError(f"{path}: {record.label}", f"{what}: the namespace needs newer software")
+
+
+def names_session(record: Record, session: bytes) -> bool:
+    """True where a record has a session, and its UUID begins with these bytes: all of them, or what was read of it."""
+    data = record.extension(store.EXTENSION_SESSION)
+    return data is not None and session_uuid(data)[: len(session)] == session
 
 
 def session_of(record: Record) -> live.Session | None:

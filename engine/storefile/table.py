@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import crc32c
 
+from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError
 from dirtmap.fmt.store import Area, Record, namespace_label
@@ -33,14 +34,15 @@ class NamespaceTable:
         where: path of the store, for messages.
         pointers: the bytes of the table.
         count: number of namespaces.
+        sessions: how many of them have a session.
         read: returns the bytes of an area, verified.
     """
 
-    def __init__(self, where: str, pointers: bytes, count: int, read: Read) -> None:
+    def __init__(self, where: str, pointers: bytes, count: int, sessions: int, read: Read) -> None:
         self._where, self._read = where, read
         self._pointers = pointers
         self._buckets = len(pointers) // AREA.size
-        self.count = count
+        self.count, self.sessions = count, sessions
         self._changed: dict[int, dict[bytes, Record]] = {}
         self._last: tuple[int, dict[bytes, Record]] | None = None  # the bucket read last: it is often read again
 
@@ -70,20 +72,28 @@ class NamespaceTable:
         """Adds or replaces a namespace.
 
         Raises:
+            UnsupportedError: the one there is needs newer software.
             FormatError: the record breaks a rule of the format, or the table is full.
         """
         for field, what in store.record_faults(record):
             raise FormatError(f"{self._where}: {namespace_label(record.name)}.{field}", what)
         bucket = self._change(self._number(record.name))
-        self.count += record.name not in bucket
+        before = bucket.get(record.name)
+        if before is not None:
+            require_known(self._where, before)
+        self.count += before is None
+        self.sessions += record.tracked - (before is not None and before.tracked)
         if self.count > store.MAX_NAMESPACES:
             raise FormatError(f"{self._where}: namespaces", f"more than {store.MAX_NAMESPACES}")
         bucket[record.name] = record
 
     def remove(self, name: bytes) -> None:
-        """Removes a namespace. Errors as `bucket`."""
-        del self._change(self._number(name))[name]
+        """Removes a namespace. Errors as `put` and `bucket`."""
+        bucket = self._change(self._number(name))
+        require_known(self._where, bucket[name])
+        removed = bucket.pop(name)
         self.count -= 1
+        self.sessions -= removed.tracked
 
     def seal(self, place: Place, release: Callable[[Area], None], old: Area) -> Area:
         """Writes the changed buckets and the table anew.

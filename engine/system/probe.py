@@ -28,7 +28,7 @@ def is_store(file: File) -> bool:
     from dirtmap.fmt import store  # imported here, because a command on images does not need it
 
     copies = range(0, store.RESERVED, store.BLOCK)
-    return any(file.read(at, len(store.MAGIC)) == store.MAGIC for at in copies)
+    return any(file.read(at, len(store.MAGIC)) in (store.MAGIC, store.EARLIER_MAGIC) for at in copies)
 
 
 def probe(file: File) -> str | None:

@@ -23,7 +23,7 @@ from dirtmap.engine.storefile.directory import (
     replace_directory,
 )
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
-from dirtmap.engine.storefile.session import Window, peer_of, session_of, window_of
+from dirtmap.engine.storefile.session import Window, names_session, peer_of, session_of, window_of
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, GoneError
@@ -238,8 +238,7 @@ class Home:
             found = self.store.record(self.name)
         except Error:
             return True
-        data = found.extension(store.EXTENSION_SESSION) if found else None
-        return data is not None and data[: len(session)] == session
+        return found is not None and names_session(found, session)
 
     def read(self, session: bytes, read: Callable[[HomeView], T]) -> T:
         """Runs ``read`` on the state of one commit. Raises `GoneError` for another session. Errors as `Store.read`."""

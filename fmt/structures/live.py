@@ -15,6 +15,7 @@ from dirtmap.fmt.live import (
     MAX_PATH,
     MAX_REGION_BITS,
     MIN_REGION_BITS,
+    SESSION_VERSION,
     Peer,
     Session,
     Tally,
@@ -23,6 +24,8 @@ from dirtmap.fmt.structure import Structure
 
 SESSION = Structure(
     "session",
+    "version" / Int32ub,
+    "reserved" / Int32ub,
     "uuid" / Bytes(16),
     "boot_id" / Bytes(16),
     "pid" / Int64ub,
@@ -80,18 +83,35 @@ BEAT = Structure("beat", "time" / Int64ub, "reserved" / Int32ub, "checksum" / In
 TALLY = Structure("tally", "number" / Int64ub, "count" / Int32ub, "checksum" / Int32ub)
 LOG_RECORD = Structure("logged region", "region" / Int32ub, "checksum" / Int32ub)
 _SEED = Structure("log seed", "uuid" / Bytes(16), "number" / Int64ub)
-_NUMBERS = tuple(field.name for field in SESSION.fields if not field.name.endswith(("live_size", "log_size")))
+_NUMBERS = tuple(
+    field.name for field in SESSION.fields if field.name not in ("version", "reserved", "live_size", "log_size")
+)
+_SESSION_UUID = SESSION.field("uuid")
+_SESSION_VERSION = SESSION.field("version")
 
 
 def build_session(session: Session) -> bytes:
     """Returns the data of the record extension with the session."""
     numbers = {name: getattr(session, name) for name in _NUMBERS}
-    head = SESSION.build(**numbers, live_size=len(session.live), log_size=len(session.log_path))
+    sizes = {"live_size": len(session.live), "log_size": len(session.log_path)}
+    head = SESSION.build(version=SESSION_VERSION, reserved=0, **numbers, **sizes)
     return head + session.live + session.log_path
 
 
+def session_version(data: bytes) -> int | None:
+    """Returns the version of the session in the data of a record extension; None where that is lost."""
+    if len(data) < _SESSION_VERSION.offset + _SESSION_VERSION.size:
+        return None
+    return int.from_bytes(data[_SESSION_VERSION.offset :][: _SESSION_VERSION.size], "big")
+
+
+def session_uuid(data: bytes) -> bytes:
+    """Returns the UUID of the session in the data of a record extension, as far as it is there."""
+    return data[_SESSION_UUID.offset :][: _SESSION_UUID.size]
+
+
 def parse_session(data: bytes) -> Session:
-    """Returns the session in the data of a record extension.
+    """Returns the session in the data of a record extension. What a later version has put behind it is ignored.
 
     Raises:
         ValueError: it is not sound; the message says why.
@@ -99,14 +119,16 @@ def parse_session(data: bytes) -> Session:
     if len(data) < SESSION.size:
         raise ValueError(f"{len(data)} bytes are too few for a session")
     raw = SESSION.parse(data)
-    if SESSION.size + raw.live_size + raw.log_size != len(data) or max(raw.live_size, raw.log_size) > MAX_PATH:
+    if SESSION.size + raw.live_size + raw.log_size > len(data) or max(raw.live_size, raw.log_size) > MAX_PATH:
         raise ValueError("its paths do not fit it")
+    if raw.version != SESSION_VERSION:
+        raise ValueError(f"version {raw.version} is not {SESSION_VERSION}")
     if raw.intent not in (INTENT_OFF, INTENT_REGION):
         raise ValueError(f"intent {raw.intent} is unknown")
     if not MIN_REGION_BITS <= raw.region_bits <= MAX_REGION_BITS:
         raise ValueError(f"region_bits {raw.region_bits} is outside {MIN_REGION_BITS}..{MAX_REGION_BITS}")
     live = data[SESSION.size : SESSION.size + raw.live_size]
-    log_path = data[SESSION.size + raw.live_size :]
+    log_path = data[SESSION.size + raw.live_size :][: raw.log_size]
     if b"\0" in live + log_path:
         raise ValueError("a path contains a NUL byte")
     return Session(**{name: getattr(raw, name) for name in _NUMBERS}, live=live, log_path=log_path)

@@ -16,15 +16,21 @@ HEADER = Structure(
     "magic" / Bytes(4),
     "version" / Int32ub,
     "incompatible_features" / Int64ub,
+    "read_only_compatible_features" / Int64ub,
     "compatible_features" / Int64ub,
     "autoclear_features" / Int64ub,
     "cluster_bits" / Int32ub,
     "header_length" / Int32ub,
+    "slot" / Int8ub,
+    "copy" / Int8ub,
+    "followed" / Int16ub,
+    "sessions" / Int32ub,
     "uuid" / Bytes(16),
     "generation" / Int64ub,
     "commit_id" / Bytes(16),
     "doubt_generation" / Int64ub,
     "clusters" / Int64ub,
+    "commit_time" / Int64ub,
 )
 CHECKSUM = Structure("store header checksum", "checksum" / Int32ub)  # of a block, in its last four bytes
 
@@ -37,6 +43,7 @@ NAMESPACES_EXTENSION = Structure(
     "bucket_bits" / Int32ub,
     "namespaces" / Int32ub,
 )
+PLACE_EXTENSION = Structure("place extension", "filesystem" / Bytes(16), "inode" / Int64ub, "birth" / Int64ub)
 LEAF = Structure("space map entry", "offset" / Int64ub, "free" / Int32ub, "checksum" / Int32ub)
 RUN = Structure("released run", "first" / Int64ub, "count" / Int64ub)
 RECORD = Structure(

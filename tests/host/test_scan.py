@@ -206,7 +206,7 @@ class Maker:
 
     def add_damaged_store(self) -> None:
         path = self.path("dmap")
-        path.write_bytes(b"DMS\xfb" + self.chance.randbytes(20_000))
+        path.write_bytes(b"DMS\xfc" + self.chance.randbytes(20_000))
         self.expected.stores += 1
         self.expected.damaged.add(str(path))
 
@@ -364,7 +364,7 @@ def _counted(folder: Path, expected: Expected) -> tuple[int, int]:
                 continue
             bitmaps += len(flags)
             inconsistent += sum(flag & FLAG_IN_USE for flag in flags)
-        elif magic == b"DMS\xfb":
+        elif magic == b"DMS\xfc":
             bitmaps += 1
     return bitmaps, inconsistent
 

@@ -254,7 +254,7 @@ def test_what_cannot_be_read_is_told_and_not_forgotten(monkeypatch: pytest.Monke
 
 def test_the_reason_of_damage_is_told_whoever_read_it_first() -> None:
     Path("bad.qcow2").write_bytes(b"QFI\xfb" + bytes(200))
-    Path("bad.dmap").write_bytes(b"DMS\xfb" + bytes(20_000))
+    Path("bad.dmap").write_bytes(b"DMS\xfc" + bytes(20_000))
     told = [short(scanned()["damaged"], "what") for _ in range(2)]
     assert told[0] == told[1]
     assert [path for path, _ in told[0]] == ["bad.dmap", "bad.qcow2"]

@@ -23,7 +23,7 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import locks
 from dirtmap.fmt import store
-from dirtmap.fmt.store import Identity
+from dirtmap.fmt.store import Identity, Place
 from dirtmap.fmt.structures.store import CHECKSUM, HEADER
 
 CHAPTER = SPEC[SPEC.index("\n## The store\n") :]
@@ -63,6 +63,10 @@ def test_numbers_in_the_text() -> None:
     assert store.COPIES == ((0, 2), (1, 3))
 
 
+def test_writer_is_this_version() -> None:
+    assert store.WRITER.decode() == f"dirtmap {dm.__version__}"
+
+
 def test_size_of_an_empty_store(tmp_path: Path) -> None:
     create(str(tmp_path / "empty"))
     assert f"an empty store takes {(tmp_path / 'empty').stat().st_size >> 10} KiB" in " ".join(CHAPTER.split())
@@ -94,6 +98,16 @@ def test_one_commit_later_is_as_the_table_says() -> None:
             assert [relative(part) for part in done[commit].split(",")] == [number, number - 1]
 
 
+def _of_the_lines(size: int) -> bytearray:
+    """What the lines of the example say: blocks 2 and 3 are as 0 and 1, but for the lines that are shown of them."""
+    image = bytearray(size)
+    for at, data in sorted(LINES.items()):
+        if at == min(line for line in LINES if line >= 2 * store.BLOCK):
+            image[2 * store.BLOCK : 4 * store.BLOCK] = image[: 2 * store.BLOCK]
+        image[at : at + len(data)] = data
+    return image
+
+
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The store of the example, made as its text says."""
@@ -102,6 +116,8 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (looks, nodes):
         monkeypatch.setattr(module, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
     monkeypatch.setattr(nodes, "probe_path", lambda path: None)
+    monkeypatch.setattr(engine, "place_of", lambda file: Place(bytes(8) + (0x801).to_bytes(8, "big"), 4321, 0))
+    monkeypatch.setattr(engine, "time_ns", lambda: 18 * 10**17)
     path = tmp_path / "example"
     create(str(path))
     with Store(str(path)) as target:
@@ -117,18 +133,14 @@ def test_example_is_what_dirtmap_writes(example: Path) -> None:
     assert len(LINES) > 50
     for at, data in LINES.items():
         assert written[at : at + len(data)] == data[: len(written) - at], f"{at:05x}"
-        described[at : at + len(data)] = data
-    described[2 * store.BLOCK : 4 * store.BLOCK] = described[: 2 * store.BLOCK]
+    described[:] = _of_the_lines(len(written))
     del described[len(written) :]
     assert bytes(described) == written
 
 
 def test_example_is_what_dirtmap_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other way round: the bytes of the document alone make a store."""
-    image = bytearray(max(at + len(data) for at, data in LINES.items()))
-    for at, data in LINES.items():
-        image[at : at + len(data)] = data
-    image[2 * store.BLOCK : 4 * store.BLOCK] = image[: 2 * store.BLOCK]
+    image = _of_the_lines(max(at + len(data) for at, data in LINES.items()))
     path = tmp_path / "example"
     path.write_bytes(image)
     report = dm.check(str(path))

@@ -262,7 +262,9 @@ def test_paths_of_a_hostile_session_are_not_touched(tmp_path: Path) -> None:
     assert sorted(os.listdir(precious)) == ["control", "letter", "writeset-0"]
 
 
-@pytest.mark.parametrize("change", [lambda s: b"", lambda s: s[:-1], lambda s: s + b"x", lambda s: b"\xff" * len(s)])
+@pytest.mark.parametrize(
+    "change", [lambda s: b"", lambda s: s[:-1], lambda s: s[:-1] + b"\0", lambda s: s[:8] + b"\xff" * (len(s) - 8)]
+)
 def test_a_session_that_makes_no_sense_is_all_dirty(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     died(tmp_path, bare=False)
     with_session(tmp_path, change)

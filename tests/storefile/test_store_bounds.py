@@ -66,9 +66,9 @@ def test_millions_of_leaks_are_counted_and_a_thousand_runs_shown(tmp_path: Path,
         root = LEAF.build(offset=place, free=free, checksum=crc32c.crc32c(leaf))
         os.pwrite(file.fileno(), root, chosen.header.space.offset)
         space = chosen.header.space._replace(checksum=crc32c.crc32c(root))
-        block = headers.build_block(replace(chosen.header, clusters=8 * size, space=space))
-        for offset in headers.blocks_of(chosen.slot):
-            os.pwrite(file.fileno(), block, offset)
+        header = replace(chosen.header, clusters=8 * size, space=space)
+        for number, block in headers.pair(header, chosen.slot, followed=False):
+            os.pwrite(file.fileno(), block, number * store.BLOCK)
     said, seconds, mebibytes = run_measured("check", path)
     *shown, total = said.splitlines()
     found = int(total.split(": ")[1].split()[0])

@@ -236,7 +236,7 @@ def crashed(operate: Operation, whole: int, part: int = 0) -> Operation:
             for step in epoch:
                 crash.land(image, step)
         if part:
-            (step,) = recording.epochs[whole]
+            step, *_ = recording.epochs[whole]
             assert isinstance(step, crash.Write)
             crash.land(image, step._replace(data=step.data[:part]))
         path.write_bytes(image)

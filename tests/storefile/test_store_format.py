@@ -59,23 +59,26 @@ def test_table_holds_what_was_put(commits: list[list[tuple[bool, int]]], rng: ra
     clusters = Clusters()
     area = clusters.place(AREA.build(**Area()._asdict()))
     model: dict[bytes, Record] = {}
-    bits = 0
+    bits = sessions = 0
     for changes in commits:
-        table = NamespaceTable("s", clusters.read(area, ""), len(model), clusters.read)
+        table = NamespaceTable("s", clusters.read(area, ""), len(model), sessions, clusters.read)
         for remove, number in changes:
             name = b"node-%d" % number
             if remove and name in model:
                 table.remove(name)
                 del model[name]
             elif not remove:
-                model[name] = Record(name, store.KIND_NODE, rng.randbytes(16), number, path=b"/x")
+                session = ((store.EXTENSION_SESSION, b""),) if rng.random() < 0.5 else ()
+                model[name] = Record(name, store.KIND_NODE, rng.randbytes(16), number, path=b"/x", extensions=session)
                 table.put(model[name])
         assert table.count == len(model)
+        sessions = table.sessions
+        assert sessions == sum(record.tracked for record in model.values())
         area = table.seal(clusters.place, clusters.release, area)
         assert table.bucket_bits >= bits, "a table only grows"
         bits = table.bucket_bits
         assert len(model) <= store.RECORDS_PER_BUCKET << bits
-        found = NamespaceTable("s", clusters.read(area, ""), len(model), clusters.read)
+        found = NamespaceTable("s", clusters.read(area, ""), len(model), 0, clusters.read)
         assert {record.name: record for record in found} == model
         for name, record in model.items():
             assert found.get(name) == record
@@ -92,14 +95,14 @@ def test_table_with_a_record_out_of_place_is_refused(wrong: str) -> None:
     pointers = [Area(), Area()]
     pointers[1 - home if wrong == "bucket" else home] = bucket
     raw = b"".join(AREA.build(**pointer._asdict()) for pointer in pointers)
-    table = NamespaceTable("s", raw, 0 if wrong == "count" else 2, clusters.read)
+    table = NamespaceTable("s", raw, 0 if wrong == "count" else 2, 0, clusters.read)
     with pytest.raises(FormatError, match=f"s: bucket {pointers.index(bucket)}"):
         list(table)
 
 
 def test_table_is_full_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "MAX_NAMESPACES", 3)
-    table = NamespaceTable("s", AREA.build(**Area()._asdict()), 0, Clusters().read)
+    table = NamespaceTable("s", AREA.build(**Area()._asdict()), 0, 0, Clusters().read)
     for number in range(3):
         table.put(Record(b"%d" % number, store.KIND_NODE, bytes(16), 0, path=b"/a"))
     with pytest.raises(FormatError, match="more than 3"):

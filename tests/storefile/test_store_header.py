@@ -19,14 +19,15 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Header
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError
-from dirtmap.fmt.store import Area
-from dirtmap.fmt.structures.store import CHECKSUM, HEADER, LEAF, NAMESPACES_EXTENSION, RUN
+from dirtmap.fmt.store import Area, Place
+from dirtmap.fmt.structures.store import CHECKSUM, HEADER, LEAF, NAMESPACES_EXTENSION, PLACE_EXTENSION, RUN
 
 
 @st.composite
 def header_values(draw: st.DrawFn) -> Header:
     """Headers that may be written."""
     cluster_bits = draw(st.integers(store.MIN_CLUSTER_BITS, store.MAX_CLUSTER_BITS))
+    writer = draw(st.text(max_size=store.MAX_WRITER // 4))
     bucket_bits = draw(st.integers(0, store.MAX_BUCKET_BITS))
     return Header(
         uuid=draw(st.binary(min_size=16, max_size=16)),
@@ -40,6 +41,11 @@ def header_values(draw: st.DrawFn) -> Header:
         namespaces=draw(st.integers(0, store.MAX_NAMESPACES)),
         space=draw(areas)._replace(length=draw(st.integers(0, 1000)) * LEAF.size),
         released=draw(areas)._replace(length=draw(st.integers(0, 1000)) * RUN.size),
+        sessions=draw(numbers(4)),
+        commit_time=draw(numbers(8)),
+        place=Place(draw(st.binary(min_size=16, max_size=16)), draw(numbers(8)), draw(numbers(8))),
+        writer=writer.encode(),
+        read_only_compatible=draw(numbers(8)),
         compatible=draw(numbers(8)),
         others=tuple(draw(others)),
     )
@@ -47,19 +53,19 @@ def header_values(draw: st.DrawFn) -> Header:
 
 @given(header_values())
 def test_header_is_parsed_as_it_was_built(header: Header) -> None:
-    block = headers.build_block(header)
+    block = headers.build_block(header, 0)
     assert len(block) == store.BLOCK
-    assert headers.is_whole(block)
+    assert headers.is_whole(block, 0)
     assert headers.parse_block("s", block) == header
 
 
 @given(header_values())
 @settings(max_examples=5)
 def test_every_flipped_bit_of_a_header_is_noticed(header: Header) -> None:
-    block = bytearray(headers.build_block(header))
+    block = bytearray(headers.build_block(header, 0))
     for bit in range(store.BLOCK * 8):
         block[bit // 8] ^= 1 << bit % 8
-        assert not headers.is_whole(block)
+        assert not headers.is_whole(block, 0)
         block[bit // 8] ^= 1 << bit % 8
 
 
@@ -68,7 +74,7 @@ def test_every_flipped_bit_of_a_header_is_noticed(header: Header) -> None:
 def test_header_with_any_content_is_refused_or_survives_a_rewrite(
     header: Header, patches: list[tuple[int, bytes]]
 ) -> None:
-    block = bytearray(headers.build_block(header))
+    block = bytearray(headers.build_block(header, 0))
     for at, patch in patches:
         block[at : at + len(patch)] = patch
     block[-4:] = crc32c.crc32c(block[:-4]).to_bytes(4, "big")
@@ -82,17 +88,18 @@ def test_header_with_any_content_is_refused_or_survives_a_rewrite(
         assert refused.startswith("s: ")
         assert "\n" not in refused
         return
-    rebuilt = headers.build_block(parsed)
+    rebuilt = headers.build_block(parsed, 0)
     assert len(rebuilt) == store.BLOCK
     assert replace(headers.parse_block("s", rebuilt), autoclear=parsed.autoclear) == parsed
 
 
 def test_header_without_room_for_an_end_marker_is_refused() -> None:
     # Written anew with a marker, it would reach into the next copy.
-    header = headers.parse_block("s", headers.build_block(_header(7)))
-    used = HEADER.size + 3 * 8 + NAMESPACES_EXTENSION.size + 2 * store.AREA_SIZE
+    header = headers.parse_block("s", headers.build_block(_header(7), 0))
+    used = HEADER.size + 5 * 8 + NAMESPACES_EXTENSION.size + 2 * store.AREA_SIZE + PLACE_EXTENSION.size
+    used += -(-len(store.WRITER) // 8) * 8
     full = store.BLOCK - CHECKSUM.size - used - 8
-    block = bytearray(headers.build_block(replace(header, others=((0x99, bytes(full // 8 * 8 - 8)),))))
+    block = bytearray(headers.build_block(replace(header, others=((0x99, bytes(full // 8 * 8 - 8)),)), 0))
     assert len(block) == store.BLOCK
     start = block.index((0x99).to_bytes(4, "big"), HEADER.size)
     block[start + 4 : start + 8] = full.to_bytes(4, "big")
@@ -118,43 +125,66 @@ def test_header_without_room_for_an_end_marker_is_refused() -> None:
         ("released clusters extension.length", {"released": Area(0x4000, 8)}),
         ("namespaces extension", {"others": ((store.EXTENSION_NAMESPACES, bytes(24)),)}),
         ("space map extension", {"others": ((store.EXTENSION_SPACE, bytes(16)),)}),
+        ("place extension", {"others": ((store.EXTENSION_PLACE, bytes(32)),)}),
+        ("writer extension", {"others": ((store.EXTENSION_WRITER, b"another"),)}),
+        ("writer extension", {"writer": b"w" * 256}),
+        ("writer extension", {"writer": b"\xff"}),
     ],
 )
 def test_header_that_breaks_a_rule_is_named(field: str, changes: dict[str, Any]) -> None:
     with pytest.raises(FormatError) as error:
-        headers.parse_block("s", headers.build_block(replace(_header(7), **changes)))
+        headers.parse_block("s", headers.build_block(replace(_header(7), **changes), 0))
     assert error.value.where == f"s: {field}"
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("version", 0), ("version", 2), ("incompatible_features", 1), ("incompatible_features", 1 << 63)],
+    [("version", 1), ("version", 3), ("incompatible_features", 2), ("incompatible_features", 1 << 63)],
 )
 def test_header_of_a_newer_format_is_refused_as_such(field: str, value: int) -> None:
-    block = _patched(headers.build_block(_header(7)), field, value)
+    block = _patched(headers.build_block(_header(7), 0), field, value)
     with pytest.raises(dm.UnsupportedError) as error:
         headers.parse_block("s", block)
     assert error.value.where == f"s: header.{field}"
 
 
-@pytest.mark.parametrize("value", [0, 88, 97, 4096, 2**32 - 1])
+@pytest.mark.parametrize(("field", "value"), [("incompatible_features", 1), ("sessions", 1)])
+def test_header_that_contradicts_itself_about_sessions_is_refused(field: str, value: int) -> None:
+    with pytest.raises(FormatError) as error:
+        headers.parse_block("s", _patched(headers.build_block(_header(7), 0), field, value))
+    assert error.value.where == "s: header.sessions"
+
+
+def test_a_session_is_told_by_an_incompatible_bit() -> None:
+    for sessions in (0, 1, 7):
+        block = headers.build_block(replace(_header(7), sessions=sessions), 0)
+        assert HEADER.parse(block).incompatible_features == (store.INCOMPATIBLE_SESSION if sessions else 0)
+
+
+def test_a_store_of_the_earlier_layout_is_refused_by_name() -> None:
+    block = b"DMS\xfb" + headers.build_block(_header(7), 0)[4:]
+    with pytest.raises(dm.UnsupportedError, match="earlier layout"):
+        headers.choose("s", bytes(store.BLOCK) + block + bytes(2 * store.BLOCK))
+
+
+@pytest.mark.parametrize("value", [0, 88, 112, 121, 4096, 2**32 - 1])
 def test_header_of_a_wrong_length_is_refused(value: int) -> None:
     with pytest.raises(FormatError):
-        headers.parse_block("s", _patched(headers.build_block(_header(7)), "header_length", value))
+        headers.parse_block("s", _patched(headers.build_block(_header(7), 0), "header_length", value))
 
 
 def test_longer_header_of_a_later_dirtmap_is_read() -> None:
-    block = headers.build_block(_header(7))
+    block = headers.build_block(_header(7), 0)
     longer = bytearray(block[: HEADER.size] + bytes(16) + block[HEADER.size : -4 - 16] + bytes(4))
     assert headers.parse_block("s", _patched(bytes(longer), "header_length", HEADER.size + 16)) == _header(7)
 
 
 def test_writer_clears_autoclear_bits_and_keeps_compatible_ones_and_extensions() -> None:
     header = replace(_header(7), compatible=5, others=((0x99, b"kept"),))
-    block = _patched(headers.build_block(header), "autoclear_features", 3)
+    block = _patched(headers.build_block(header, 0), "autoclear_features", 3)
     parsed = headers.parse_block("s", block)
     assert parsed.autoclear == 3
-    assert headers.parse_block("s", headers.build_block(parsed)) == header
+    assert headers.parse_block("s", headers.build_block(parsed, 0)) == header
 
 
 class TestChoose:
@@ -169,8 +199,9 @@ class TestChoose:
         for number, state in enumerate(states):
             base = 9 if number % 2 == newest else 8
             generations[number] = {"new": base, "old": base - 2, "damaged": None}[state]
+        # The second copy of a header says that another has followed it; the newest has not been followed.
         blocks = {
-            number: headers.build_block(_header(generation)) if generation else _damaged(8)
+            number: _copy(generation, number, followed=number > 1 and generation < 9) if generation else _damaged(8)
             for number, generation in generations.items()
         }
         data = b"".join(blocks[number] for number in range(4))
@@ -184,8 +215,11 @@ class TestChoose:
         assert chosen.header.generation == newest_of_all
         assert generations[chosen.slot] == newest_of_all or generations[chosen.slot + 2] == newest_of_all
         others = [1 - chosen.slot, 3 - chosen.slot]
-        assert chosen.in_doubt == ({whole[number] for number in others if number in whole} != {newest_of_all - 1})
+        followed = newest_of_all < 9 and whole.get(chosen.slot + 2) == newest_of_all
+        older = max((whole[number] for number in others if number in whole), default=None)
+        assert chosen.in_doubt == (followed or older != newest_of_all - 1)
         assert chosen.header.doubt_generation == (newest_of_all if chosen.in_doubt else 0)
+        assert (chosen.older and chosen.older.generation) == older
         # Mending makes the copies of a slot the same, and changes no slot's last commit.
         mended = dict(blocks)
         for number, block in chosen.repairs:
@@ -193,7 +227,9 @@ class TestChoose:
             mended[number] = block
         again = headers.choose("s", b"".join(mended[number] for number in range(4)))
         assert (again.header, again.slot, again.repairs) == (chosen.header, chosen.slot, ())
-        assert chosen.in_doubt or mended[others[0]] == mended[others[1]]
+        for slot in (0, 1) if not chosen.in_doubt else (chosen.slot,):
+            assert headers.as_copy(mended[slot], slot + 2) == headers.as_copy(mended[slot + 2], slot + 2)
+            assert any(mended[number] == blocks[number] for number in (slot, slot + 2)), "one of the two stays"
         # ... and a crash in the middle of it is no worse.
         for number, block in chosen.repairs:
             wiped = block if chosen.in_doubt and number in others else _damaged(8)  # a word, which is never torn
@@ -204,27 +240,27 @@ class TestChoose:
 def test_lost_header_does_not_come_back() -> None:
     """However the wipe of what is left of it is torn, or the next header over that: its areas may be gone by then."""
     rng = random.Random(1)
-    lost, following = headers.build_block(_header(9)), headers.build_block(_header(10))
-    sound = headers.build_block(_header(8))
+    lost, following = _copy(9, 1), _copy(10, 1)
     for bit in range(0, store.BLOCK * 8, 13):
         damaged = bytearray(lost)
         damaged[bit // 8] ^= 1 << bit % 8
-        repairs = dict(headers.choose("s", sound + damaged + sound + damaged).repairs)
+        data = _copy(8, 0) + damaged + _copy(8, 2, followed=True) + headers.as_copy(bytes(store.BLOCK), 3)
+        repairs = dict(headers.choose("s", data).repairs)
         wiped = repairs.get(1, bytes(damaged))
         assert sum(wiped[at : at + 8] != damaged[at : at + 8] for at in range(0, store.BLOCK, 8)) <= 1, "never torn"
-        assert not headers.is_whole(wiped)
+        assert not headers.is_whole(wiped, 1)
         for _ in range(3):
             torn = bytearray(wiped)
             for at in range(0, store.BLOCK, 8):
                 if rng.random() < 0.5:
                     torn[at : at + 8] = following[at : at + 8]
-            assert not headers.is_whole(torn) or torn == following
+            assert not headers.is_whole(bytes(torn), 1) or torn == following
         # The nearest to it: all that tells the two apart is still to land.
         torn = bytearray(wiped)
         for at in range(0, store.BLOCK, 8):
             if following[at : at + 8] == lost[at : at + 8]:
                 torn[at : at + 8] = following[at : at + 8]
-        assert not headers.is_whole(torn)
+        assert not headers.is_whole(bytes(torn), 1)
 
 
 def test_what_is_no_store_is_refused() -> None:
@@ -255,8 +291,12 @@ def _header(generation: int) -> Header:
     )
 
 
+def _copy(generation: int, number: int, *, followed: bool = False) -> bytes:
+    return headers.as_copy(headers.build_block(_header(generation), number), number, followed=followed)
+
+
 def _damaged(generation: int) -> bytes:
-    block = bytearray(headers.build_block(_header(generation)))
+    block = bytearray(headers.build_block(_header(generation), 0))
     block[1000:1008] = b"\xff" * 8
     return bytes(block)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 import random
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -309,6 +310,7 @@ def in_memory(image: bytearray, *, growable: bool = True) -> Iterator[str]:
     class Memory(File):
         def __init__(self, path: str, **_: bool) -> None:
             self.path, self.abspath, self.fd, self._poisoned = path, path, 0, None
+            self.status = os.stat("/")
 
         @property
         def growable(self) -> bool:

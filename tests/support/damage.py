@@ -322,7 +322,7 @@ class Forged:
         self.root[: LEAF.size] = leaf
         space = self.header.space._replace(checksum=self._put(self.header.space.offset, self.root))
         released = self.header.released._replace(checksum=self._put(self.header.released.offset, self.released))
-        block = bytearray(headers.build_block(replace(self.header, table=table, space=space, released=released)))
+        block = bytearray(headers.build_block(replace(self.header, table=table, space=space, released=released), 0))
         at = HEADER.size + 8
         for name, structure in (
             ("header", HEADER),
@@ -336,8 +336,8 @@ class Forged:
         generation = HEADER.parse(block).generation
         for number in range(4):  # of the one slot a generation earlier, so that there is no doubt
             set_fields(HEADER, block, 0, {"generation": generation - (number % 2 and generation > 0)})
-            block[-4:] = crc32c.crc32c(block[:-4]).to_bytes(4, "big")
-            self._put(number * store.BLOCK, block)
+            copy = headers.as_copy(bytes(block), number, followed=number == 3 and generation > 0)
+            self._put(number * store.BLOCK, copy)
         return bytes(self.raw)
 
 

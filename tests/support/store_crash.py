@@ -31,7 +31,7 @@ from support.hostless import stored
 BLOCK = 4096
 RESERVED = 4 * BLOCK
 WORD = 8  # what a header is torn at
-UUID_AT = 40
+UUID_AT = 56
 
 Pointer = tuple[int, int, int]  # offset, length, CRC32C
 
@@ -47,6 +47,7 @@ class Header(NamedTuple):
     """The fields of a header that this reader needs."""
 
     generation: int
+    followed: bool
     doubt: int
     cluster: int
     clusters: int
@@ -92,18 +93,21 @@ class Reader:
         blocks: the header in each of the four copies, or None where it is damaged.
         header: the one that counts.
         slot: 0 or 1.
-        in_doubt: the other slot is lost.
+        in_doubt: the other slot is lost, or a later commit was there.
     """
 
     def __init__(self, image: bytes | bytearray) -> None:
         self.image = image
-        self.blocks = [_header(bytes(image[at : at + BLOCK])) for at in range(0, RESERVED, BLOCK)]
+        self.blocks = [_header(bytes(image[number * BLOCK : (number + 1) * BLOCK]), number) for number in range(4)]
         whole = [(block.generation, number) for number, block in enumerate(self.blocks) if block]
         if not whole:
             raise Broken("no header copy is whole")
         self.slot = max(whole)[1] % 2
         self.header = self.newest(self.slot)
-        self.in_doubt = not any(self.blocks[1 - self.slot :: 2])
+        newest = [block for block in self.blocks[self.slot :: 2] if block]
+        self.in_doubt = not any(self.blocks[1 - self.slot :: 2]) or any(
+            block.followed for block in newest if block.generation == self.header.generation
+        )
 
     def newest(self, slot: int) -> Header:
         return max((block for block in self.blocks[slot::2] if block), key=lambda header: header.generation)
@@ -117,7 +121,7 @@ class Reader:
 
     def older(self) -> Contents | None:
         """All namespaces as the other slot has them, if it is there: what the loss of the newest header leads to."""
-        return None if self.in_doubt else self._walk(self.newest(1 - self.slot), 0)[0]
+        return None if not any(self.blocks[1 - self.slot :: 2]) else self._walk(self.newest(1 - self.slot), 0)[0]
 
     def _area(self, pointer: Pointer, header: Header, used: list[range]) -> bytes:
         offset, length, checksum = pointer
@@ -200,13 +204,18 @@ class Reader:
             raise Broken(f"clusters have leaked, as number {leaked.bit_length() - 1}")
 
 
-def _header(block: bytes) -> Header | None:
-    if block[:4] != b"DMS\xfb" or crc32c.crc32c(block[:-4]) != int.from_bytes(block[-4:], "big"):
+def _header(block: bytes, number: int) -> Header | None:
+    if (
+        block[:4] != b"DMS\xfc"
+        or block[48:50] != bytes([number % 2, number // 2])
+        or crc32c.crc32c(block[:-4]) != int.from_bytes(block[-4:], "big")
+    ):
         return None
-    version, incompatible, _, _, cluster_bits, length, _, generation, _, doubt, clusters = struct.unpack_from(
-        ">IQQQII16sQ16sQQ", block, 4
-    )
-    if version != 1 or incompatible:
+    (
+        version, incompatible, _, _, _, cluster_bits, length, _, followed, sessions,
+        _, generation, _, doubt, clusters, _,
+    ) = struct.unpack_from(">IQQQQIIHHI16sQ16sQQQ", block, 4)  # fmt: skip
+    if version != 2 or incompatible != (sessions > 0):
         raise Broken("not for this reader")
     chain = {}
     at = length
@@ -218,6 +227,7 @@ def _header(block: bytes) -> Header | None:
         raise Broken("the table's length does not fit")
     return Header(
         generation=generation,
+        followed=bool(followed),
         doubt=doubt,
         cluster=1 << cluster_bits,
         clusters=clusters,

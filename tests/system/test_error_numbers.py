@@ -85,7 +85,7 @@ def test_a_scan_names_the_field() -> None:
     header = bytearray(b"QFI\xfb\0\0\0\3".ljust(300, b"\0"))
     header[23] = 16  # cluster_bits
     Path("folder/bad.qcow2").write_bytes(header)
-    Path("folder/bad.dmap").write_bytes(b"DMS\xfb" + bytes(40_000))
+    Path("folder/bad.dmap").write_bytes(b"DMS\xfc" + bytes(40_000))
     Path("folder/cut.qcow2").write_bytes(header[:100])
     told = [
         ("bad.dmap", "header: all four copies are damaged"),

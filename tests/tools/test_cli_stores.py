@@ -140,7 +140,7 @@ def test_a_name_of_the_default_store_is_taken_where_another_is_chosen() -> None:
 
 
 def test_a_chosen_store_is_of_use_where_the_usual_one_is_not() -> None:
-    Path("default.dmap").write_bytes(b"DMS\xfb" + bytes(20_000))
+    Path("default.dmap").write_bytes(b"DMS\xfc" + bytes(20_000))
     qemu.create(Path("q.qcow2"), SIZE)
     dirtmap("node", "add", "q", "q.qcow2", "--store", "other.dmap")
     dirtmap("add", "q", "b", "--store", "other.dmap")
