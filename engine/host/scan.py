@@ -24,7 +24,7 @@ from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.namespaces import devices
 from dirtmap.engine.qcow2.reading import read_identity
 from dirtmap.engine.storefile.file import Change, Store
-from dirtmap.engine.system.file import is_gone, is_same_file
+from dirtmap.engine.system.file import existing, is_gone, is_same_file
 from dirtmap.engine.system.probe import probe_path
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
@@ -87,7 +87,7 @@ def scan(
         StorageError: a path does not exist, or the store or the index cannot be written.
     """
     summary = Summary()
-    roots = [os.path.realpath(path) for path in paths]  # one path per file, whichever link leads to it
+    roots = [os.path.realpath(existing(path)) for path in paths]  # one path per file, whichever link leads to it
     stores = host._parts.stores
     with stores.opened(make=True):
         pass

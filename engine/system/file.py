@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from dirtmap.engine.system.mounts import file_system
 from dirtmap.fmt.errors import StorageError, SyncError, errno_of
+from dirtmap.fmt.spelling import spellings
 
 # struct flock of Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi")
@@ -378,6 +379,14 @@ def is_gone(path: str) -> bool:
     except OSError:
         pass
     return False
+
+
+def existing(path: str) -> str:
+    r"""The path of what is there: this very text, or else what JSON shows as this text, with ``\xff`` for a byte.
+
+    Where neither is there, the text itself.
+    """
+    return next((found for found in spellings(path) if os.path.lexists(found)), path)
 
 
 def is_same_file(one: str | bytes, other: str | bytes) -> bool:
