@@ -458,10 +458,12 @@ class Host:
         """States that a node's bitmaps are right; see `dirtmap.engine.namespaces.nodes.confirm_node`."""
         self._parts.registry.confirm_node(name)
 
-    def relocate_node(self, name: str, path: str, confirm: bool = False, move: bool = False) -> bool:
+    def relocate_node(
+        self, name: str, path: str, confirm: bool = False, move: bool = False, *, raw: bool = False
+    ) -> bool:
         """Points a raw node to where its image is now; see `dirtmap.engine.namespaces.nodes.relocate_node`."""
         path = path if move else existing(path)
-        return self._parts.registry.relocate_node(name, path, confirm=confirm, move=move)
+        return self._parts.registry.relocate_node(name, path, confirm=confirm, move=move, raw=raw)
 
     def add_device(self, name: str, root: str) -> None:
         """A device on a node, in the default store; see `dirtmap.engine.namespaces.devices.add_device`."""

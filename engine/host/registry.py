@@ -147,7 +147,7 @@ class Registry:
         with self._stores.opened(found.store) as target:
             nodes.confirm_node(target, found.name)
 
-    def relocate_node(self, name: str, path: str, *, confirm: bool, move: bool) -> bool:
+    def relocate_node(self, name: str, path: str, *, confirm: bool, move: bool, raw: bool) -> bool:
         """Points a raw node, and the devices on it, to another place; see `nodes.relocate_node`."""
         found = self._names.require(name, store.KIND_NODE, store.KIND_PLACE)
         path = os.path.abspath(path)
@@ -164,7 +164,7 @@ class Registry:
             with self._stores.opened(where) as target:
                 devices.refuse_relocation(target, names)
         with self._stores.opened(found.store) as target:
-            kept = nodes.relocate_node(target, found.name, path, confirm=confirm, move=move)
+            kept = nodes.relocate_node(target, found.name, path, confirm=confirm, move=move, raw=raw)
         for where, names in on_it.items():
             with self._stores.opened(where) as target:
                 devices.relocate_roots(target, names, path, kept=kept)
