@@ -11,10 +11,7 @@ the file, not on its path, so no other file may take the store's place while any
 
 from __future__ import annotations
 
-import os
-import threading
 import uuid
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -129,8 +126,8 @@ def held_by(file: File, record: Record) -> dict[str, str]:
 def lock(held: Hold, store: File) -> File:
     """Has the kernel tell everybody that a hold is alive, until the file that is returned is closed.
 
-    A forked child gets that file closed: the hold is its parent's, and ends with it. A program that is started does not
-    get it at all.
+    A forked child has that file closed, see `File`: the hold is its parent's, and ends with it. A program that is
+    started does not get it at all.
 
     Args:
         held: of this process.
@@ -141,9 +138,7 @@ def lock(held: Hold, store: File) -> File:
         LockedError: the byte is locked by someone else.
         StorageError: the file system has no such locks.
     """
-    with _guard:
-        file = open_file(store.path, writable=True, abspath=store.abspath)
-        _locked.add(file)
+    file = open_file(store.path, writable=True, abspath=store.abspath)
     try:
         if (file.status.st_dev, file.status.st_ino) != (store.status.st_dev, store.status.st_ino):
             raise GoneError(store.path, "was replaced since it was opened")
@@ -153,19 +148,3 @@ def lock(held: Hold, store: File) -> File:
         file.close()
         raise
     return file
-
-
-# The files of this process by which it holds. The guard is a leaf of the lock order, and held for an open only: no
-# child is forked between the open and the note of it. It is reentrant, for a fork in a signal's handler.
-_locked: weakref.WeakSet[File] = weakref.WeakSet()
-_guard = threading.RLock()
-
-
-def _after_fork_in_child() -> None:
-    for file in list(_locked):
-        file.close()
-    _locked.clear()
-    _guard.release()
-
-
-os.register_at_fork(before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_after_fork_in_child)

@@ -13,7 +13,7 @@ Threads of one process queue for an image or a store before they ask for the loc
 queue has the rank of the lock. Two images, or two stores, may be held at once: both waits are bounded, so opposite
 orders end in a `LockedError`; taking one and the same of these locks twice does so at once. A tracker's mark takes none
 of these locks. Its `_spare_guard` and its kernel's guard are leaves: whoever holds one takes no lock of this table, and
-calls nobody who does. So is the guard of `storefile.holds`.
+calls nobody who does. So is the guard of the files that are open, in `system.file`.
 
 What has to happen after a commit of a store, and needs another lock, is given to `after_stores`: it is done once the
 thread holds no store any more.
@@ -94,6 +94,14 @@ def _check(held: list[tuple[Rank, str]], mine: tuple[Rank, str]) -> None:
 def _run_waiting(held: list[tuple[Rank, str]], waiting: list[Callable[[], object]]) -> None:
     while waiting and not any(rank is Rank.STORE for rank, _ in held):
         waiting.pop(0)()
+
+
+def _forget() -> None:
+    """In a forked child: what is held is the parent's. A block that the child leaves has the old list."""
+    _this.held, _this.waiting = [], []
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def after_stores(act: Callable[[], object]) -> None:
