@@ -59,7 +59,8 @@ class Host:
         wait: seconds to wait for another process or thread that holds an image or a store; 0 does not wait. Reading an
             image that QEMU writes to is refused at once in any case.
         lock: if False, files on a file system without locks that others see are used, too; the caller knows that nobody
-            else uses them. Elsewhere locks are taken all the same.
+            else uses them. So a hold there has ended, unless a lock tells that it has not. Elsewhere locks are taken
+            all the same.
         trust: root believes what is in a default store, in stores that it knows, and in an index, although another user
             owns them or can replace them. A path that is named itself needs no trust.
 

@@ -48,7 +48,10 @@ class File:
     Attributes:
         path: as messages name it.
         abspath: absolute: the process may change its folder.
+        unshared: whoever opened it knows that nobody else uses it, where locks cannot tell.
     """
+
+    unshared = False
 
     def __init__(self, path: str, *, writable: bool = False, create: bool = False) -> None:
         self.path = path
