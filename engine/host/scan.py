@@ -286,6 +286,7 @@ class _Registration:
         that can be read.
         """
         known = {member.path for members in self._members.values() for member in members}
+        known |= {member.path for _, member in self._images}  # has a place now, or another has its name
         unread = [
             container.path
             for container in found
@@ -328,11 +329,26 @@ class _Registration:
                 # It cannot be used now, but it may be the original of which others are copies.
                 if image_uuid := _identity(container.path):
                     self._carriers.setdefault(image_uuid, []).append(container.path)
+                    if container.condition == HELD and (held := self._as_it_says(container.path)) is not None:
+                        self._images.append((container, held))
+                        self._uuids.setdefault(held.name, set()).add(held.uuid)
             elif container.kind == KIND_QCOW2 and any(container.uuid):
                 for member in index.members(container.number):  # none if another process has since found it held
                     self._images.append((container, member))
                     self._carriers.setdefault(member.uuid, []).append(container.path)
                     self._uuids.setdefault(member.name, set()).add(member.uuid)
+
+    def _as_it_says(self, path: str) -> Member | None:
+        """What an image that another process writes to says of itself: its name and UUID, which nobody changes then.
+
+        So it is found by them later, wherever it is. Which bitmaps it has counts when it can be read.
+        """
+        with contextlib.suppress(StorageError):
+            read = look(self._stores.index.readers, lambda key: None, path, None, force_share=True)
+            if read is not None and read.container.condition == SOUND:
+                for _, members in read.buckets.values():
+                    return next((member for member, _ in members if member.name), None)
+        return None
 
     def _news(self) -> dict[str, list[tuple[Container, Member]]]:
         """Images with an unknown or outdated place, or several carriers, by the store that has the place."""
