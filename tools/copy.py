@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+import dirtmap.engine as dm
+from dirtmap.fmt.errors import errno_of
 from dirtmap.tools import options
 from dirtmap.tools.targets import same_container, same_image, tell_doubt, transaction, usable
 
@@ -66,7 +68,7 @@ def move_command(host: Host, target: str, bitmap: str, dest_target: str, new: st
 
     Copies it as "copy" does, then removes the source. Within one image or store this is one change. Between two, both
     are locked and checked first, and the source is removed only when the copy is durable: after a crash in between,
-    both have it.
+    both have it. So they may where the operating system fails to remove it, as an error then tells.
     """
     from dirtmap.engine import changes
 
@@ -90,4 +92,10 @@ def move_command(host: Host, target: str, bitmap: str, dest_target: str, new: st
         changes.remove(bitmaps, bitmap)  # refused before the destination has it
         bitmaps.validate()
         parts[dest_target].close()
-        # The destination is durable. The source's own commit follows, at the end of its transaction.
+        try:
+            parts[target].close()
+        except dm.Error as error:
+            # The copy stays: after a failed sync nobody knows which of the two files has what.
+            copied = f"{dest_target} has it as '{name}' for good, and {target} may have '{bitmap}' still"
+            what = f"{error.what}; the move is half done: {copied}; if it does, 'dirtmap remove' takes it away"
+            raise dm.StorageError(error.where, what, errno_of(error)) from error

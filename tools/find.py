@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dirtmap.fmt.errors import Error, counted, printable
+from dirtmap.fmt.spelling import spellings
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
@@ -36,10 +37,12 @@ def find_command(ctx: click.Context, host: Host, bitmap: str, force_share: bool,
     """
     options.tell_no_store(host, quiet=quiet)
     problems: list[Error] = []
-    hits = host.find(bitmap, force_share=force_share, told=problems.append)
-    if not hits and (meant := options.unescaped(bitmap)) != bitmap:
-        bitmap, problems = meant, []
-        hits = host.find(bitmap, force_share=force_share, told=problems.append)
+    hits: list[BitmapMatch] = []
+    for spelling in spellings(bitmap):
+        problems = []
+        hits = host.find(spelling, force_share=force_share, told=problems.append)
+        if hits:
+            break
     for problem in problems:
         complain(str(problem))
     if not quiet:

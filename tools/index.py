@@ -37,8 +37,8 @@ def scan_command(host: Host, paths: tuple[str, ...], force_share: bool, quiet: b
     """Find every qcow2 image and store below folders.
 
     The default store remembers where they are. An image that was moved is found again by its UUID. A name that an image
-    has and no store knows is learned from the image. A file that is no longer a store is forgotten. Images that another
-    process has open for writing are skipped, unless you give -U.
+    has and no store knows is learned from the image. A file that is no longer a store is forgotten. Of an image
+    that another process has open for writing, only its name and its place are taken, unless you give -U.
 
     Copies that still carry the identity of another image are reported, and so are images whose name belongs to another.
     Neither is taken: "dirtmap list" and "dirtmap find" leave such an image out until "dirtmap node add --new-identity"

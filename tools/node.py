@@ -129,16 +129,18 @@ def confirm_command(host: Host, name: str) -> None:
 @click.argument("path", type=click.Path())
 @click.option("--confirm", is_flag=True, help="You state that it is the same disk, and was moved and not written to.")
 @click.option("--move", is_flag=True, help="Rename the file itself, in its file system; bitmaps stay right.")
+@click.option("--raw", is_flag=True, help="PATH is a raw disk, although it looks like an image of another format.")
 @options.named
 @options.quiet
-def relocate_command(host: Host, name: str, path: str, confirm: bool, move: bool) -> None:
+def relocate_command(host: Host, name: str, path: str, confirm: bool, move: bool, raw: bool) -> None:
     """Point a node to the PATH where its image is now: a raw file that was moved, or a block device.
 
     With --confirm its bitmaps stay as they are, if the size and the time of the last write are as they were; otherwise
-    they become all dirty, and you are told. Devices on it follow. A qcow2 image says itself what it is: "dirtmap index
-    scan" finds where it is.
+    they become all dirty, and you are told. Devices on it follow. Another file than the node had is refused where it
+    looks like an image of another format, as in "dirtmap node add"; --raw insists. A node that is a qcow2 image says
+    itself what it is: "dirtmap index scan" finds where it is.
     """
-    if not host.relocate_node(name, path, confirm=confirm, move=move):
+    if not host.relocate_node(name, path, confirm=confirm, move=move, raw=raw):
         complain(f"{printable(name)}: its bitmaps count as all dirty: nobody knows that {printable(path)} is as it was")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dirtmap.fmt.errors import Error
+from dirtmap.fmt.spelling import escaped, shown_as
 from dirtmap.tools.output import complain
 from dirtmap.tools.sizes import parse_size
 
@@ -61,18 +62,6 @@ class _Size(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
-def escaped(name: str) -> str:
-    """A name as JSON shows it: bytes that are not UTF-8 as a backslash, an x and two hexadecimal digits."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def unescaped(name: str) -> str:
-    """The name that `escaped` shows as this text, unless a name is this very text."""
-    text = os.fsencode(name)
-    found = re.sub(rb"\\x([89a-f][0-9a-f])", lambda match: bytes([int(match[1], 16)]), text)
-    return found.decode("utf-8", "surrogateescape")
-
-
 class _Seconds(click.ParamType):  # type: ignore[type-arg]
     name = "seconds"
 
@@ -101,13 +90,10 @@ class _Bitmap(_Name):
         name = super().convert(value, param, ctx)
         if "\\x" not in name or ctx is None:
             return name
-        there = self._there(ctx)
-        meant = [found for found in there if escaped(found) == name]
-        if name in there or not meant:
-            return name
-        if len(meant) > 1:
-            self.fail(f"'{name}' is how {len(meant)} names are shown, none of which it is", param, ctx)
-        return meant[0]
+        try:
+            return shown_as(name, self._there(ctx))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return _items(map(escaped, self._there(ctx)), incomplete)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import click
 
 import dirtmap.engine as dm
+from dirtmap.fmt.spelling import shown_as
 from dirtmap.tools import options
 from dirtmap.tools.inputs import read_document
 from dirtmap.tools.output import complain
@@ -75,29 +76,38 @@ def _dead_trackers(host: Host, nodes: set[str]) -> Iterator[tuple[str, str]]:
                 yield node, tracking.how
 
 
+def _shown_as(text: str, bitmaps: Mapping[str, object]) -> str:
+    """The name of an existing bitmap that a document means; see `dirtmap.fmt.spelling`."""
+    try:
+        return shown_as(text, list(bitmaps))
+    except ValueError as error:
+        raise dm.BitmapError("name", str(error)) from error
+
+
 def _apply(host: Host, nodes: dict[Target, Transaction], action: Action, others: contextlib.ExitStack) -> None:
     from dirtmap.engine import changes
 
     bitmaps = nodes[action.node]
-
     if action.verb == "add":
         changes.add(bitmaps, action.name, action.granularity, recording=not action.disabled)
-    elif action.verb == "remove":
-        changes.remove(bitmaps, action.name)
+        return
+    name = _shown_as(action.name, bitmaps)
+    if action.verb == "remove":
+        changes.remove(bitmaps, name)
     elif action.verb == "clear":
-        changes.clear(bitmaps, action.name)
+        changes.clear(bitmaps, name)
     elif action.verb == "merge":
 
         def source(node: str | None, name: str) -> Bitmap:
             if node is None:
-                return usable(bitmaps.where, bitmaps, name)
+                return usable(bitmaps.where, bitmaps, _shown_as(name, bitmaps))
             for changed, there in nodes.items():
                 # A bitmap that is being changed is read as the actions before this one have left it.
                 if node == changed or same_image(host, node, str(changed)):
-                    return usable(there.where, there, name)
+                    return usable(there.where, there, _shown_as(name, there))
             image = others.enter_context(host.open(node))
-            return usable(image.where, image, name)
+            return usable(image.where, image, _shown_as(name, image))
 
-        changes.merge(bitmaps, action.name, (source(*item) for item in action.sources))
+        changes.merge(bitmaps, name, (source(*item) for item in action.sources))
     else:
-        changes.set_recording(bitmaps, action.name, action.verb == "enable")
+        changes.set_recording(bitmaps, name, action.verb == "enable")

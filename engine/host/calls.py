@@ -19,9 +19,16 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str]
 
 
-def this_host(store: Path | None = None, index: Path | None = None, *, wait: float = PATIENCE_SECONDS) -> Host:
-    """The host as a default store and an index tell of it; the user's normal ones where None. ``wait`` as `Host`."""
-    return Host(store, index, wait=wait)
+def this_host(
+    store: Path | None = None,
+    index: Path | None = None,
+    *,
+    wait: float = PATIENCE_SECONDS,
+    lock: bool = True,
+    trust: bool = False,
+) -> Host:
+    """The host as a default store and an index tell of it; the user's normal ones where None. The rest as `Host`."""
+    return Host(store, index, wait=wait, lock=lock, trust=trust)
 
 
 def open(
@@ -31,6 +38,8 @@ def open(
     index: Path | None = None,
     force_share: bool = False,
     wait: float = PATIENCE_SECONDS,
+    lock: bool = True,
+    trust: bool = False,
 ) -> Handle:
     """Opens the bitmaps of an image.
 
@@ -40,6 +49,8 @@ def open(
         index: path of the index; the user's normal one where None.
         force_share: read a qcow2 image although another process writes to it; what it has in memory is not seen.
         wait: seconds to wait for whoever holds what is needed; see `Host`.
+        lock: if False, do without locks on file systems that have none; see `Host`.
+        trust: root believes what another user can replace; see `Host`.
 
     Raises:
         FormatError: neither a qcow2 image nor in a store, one that QEMU would refuse, or one that is unsafe to use.
@@ -47,7 +58,7 @@ def open(
         LockedError: open for writing elsewhere.
         StorageError: cannot be opened or read.
     """
-    host = Host(store, index, wait=wait)
+    host = Host(store, index, wait=wait, lock=lock, trust=trust)
     try:
         return host.open(target, force_share=force_share, closing=host.close)
     except BaseException:
@@ -62,12 +73,14 @@ def describe(
     index: Path | None = None,
     force_share: bool = False,
     wait: float = PATIENCE_SECONDS,
+    lock: bool = True,
+    trust: bool = False,
 ) -> ImageInfo:
     """An image and all its bitmaps without their bits, as of one moment; a store's path stands for all it holds.
 
     Arguments and errors as `open`.
     """
-    with Host(store, index, wait=wait) as host:
+    with Host(store, index, wait=wait, lock=lock, trust=trust) as host:
         return host.describe(target, force_share=force_share)
 
 
@@ -78,9 +91,11 @@ def transaction(
     store: Path | None = None,
     index: Path | None = None,
     wait: float = PATIENCE_SECONDS,
+    lock: bool = True,
+    trust: bool = False,
 ) -> Iterator[dict[Target, Transaction]]:
     """Changes the bitmaps of several targets in one commit; see `Host.transaction`. Other arguments as `open`."""
-    with Host(store, index, wait=wait) as host, host.transaction(targets) as transactions:
+    with Host(store, index, wait=wait, lock=lock, trust=trust) as host, host.transaction(targets) as transactions:
         yield transactions
 
 
@@ -91,9 +106,11 @@ def recover(
     store: Path | None = None,
     index: Path | None = None,
     wait: float = PATIENCE_SECONDS,
+    lock: bool = True,
+    trust: bool = False,
 ) -> list[Recovery]:
     """Makes bitmaps usable whose bits cannot be relied on; see `Host.recover`. Other arguments as `open`."""
-    with Host(store, index, wait=wait) as host:
+    with Host(store, index, wait=wait, lock=lock, trust=trust) as host:
         return host.recover(target, names)
 
 
@@ -105,10 +122,12 @@ def check(
     index: Path | None = None,
     force_share: bool = False,
     wait: float = PATIENCE_SECONDS,
+    lock: bool = True,
+    trust: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Checks a container and repairs it; see `Host.check`. Other arguments as `open`."""
-    with Host(store, index, wait=wait) as host:
+    with Host(store, index, wait=wait, lock=lock, trust=trust) as host:
         return host.check(target, repair=repair, force_share=force_share, progress=progress)
 
 
@@ -120,7 +139,9 @@ def dump(
     index: Path | None = None,
     force_share: bool = False,
     wait: float = PATIENCE_SECONDS,
+    lock: bool = True,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Every structure on disk, as far as it can be read; see `Host.dump`. Other arguments as `open`."""
-    with Host(store, index, wait=wait) as host:
+    with Host(store, index, wait=wait, lock=lock, trust=trust) as host:
         return host.dump(target, with_hex=with_hex, force_share=force_share)

@@ -18,6 +18,7 @@ from dirtmap.engine.host.handle import Handle
 from dirtmap.engine.host.kind import Address, Kind
 from dirtmap.engine.host.kinds import KINDS
 from dirtmap.engine.host.parts import Parts
+from dirtmap.engine.system.file import existing
 from dirtmap.engine.system.locks import PATIENCE_SECONDS, Locking
 from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import index_folder
@@ -30,6 +31,7 @@ from dirtmap.fmt.errors import (
     StorageError,
     UnsupportedError,
 )
+from dirtmap.fmt.spelling import spellings
 
 if TYPE_CHECKING:
     from dirtmap.engine.host.resolver import BitmapMatch
@@ -57,7 +59,8 @@ class Host:
         wait: seconds to wait for another process or thread that holds an image or a store; 0 does not wait. Reading an
             image that QEMU writes to is refused at once in any case.
         lock: if False, files on a file system without locks that others see are used, too; the caller knows that nobody
-            else uses them. Elsewhere locks are taken all the same.
+            else uses them. So a hold there has ended, unless a lock tells that it has not. Elsewhere locks are taken
+            all the same.
         trust: root believes what is in a default store, in stores that it knows, and in an index, although another user
             owns them or can replace them. A path that is named itself needs no trust.
 
@@ -112,7 +115,8 @@ class Host:
         """Finds out what a target means, without opening it.
 
         Args:
-            target: a path, a node's name or a device's; ``file:``, ``node:`` or ``device:`` in front says which.
+            target: a path, a node's name or a device's; ``file:``, ``node:`` or ``device:`` in front says which. Bytes
+                that are not UTF-8 may be given as JSON shows them, where nothing has this very text as name or path.
 
         Raises:
             BitmapError: it could be either; or the name is not unique.
@@ -123,15 +127,26 @@ class Host:
             return target
         text = os.fspath(target)
         if text.startswith("file:"):
-            return Address(text.removeprefix("file:"))
-        kind = next((kind for kind in ("node", "device") if text.startswith(f"{kind}:")), None)
-        is_file = kind is None and os.path.lexists(text)
-        if is_file and ("/" in text or "." in text or not os.path.exists(self.home)):
-            return Address(text)
+            return Address(existing(text.removeprefix("file:")))
+        for spelling in spellings(text):
+            if (address := self._locate(spelling)) is not None:
+                return address
+        kind = _kind_said(text)
         if not os.path.exists(self.home):
             what = "" if kind else "no such file, and "
             what = f"{what}no store at {self.store} to look the {kind or 'name'} up in; 'index scan' makes one"
             raise StorageError(text, what)
+        what = f"no {kind} of {self.store}" if kind else f"neither a file nor a node or device of {self.store}"
+        raise BitmapNotFoundError(text, what)
+
+    def _locate(self, text: str) -> Address | None:
+        """What this very text means; None where nothing is there."""
+        kind = _kind_said(text)
+        is_file = kind is None and os.path.lexists(text)
+        if is_file and ("/" in text or "." in text or not os.path.exists(self.home)):
+            return Address(text)
+        if not os.path.exists(self.home):
+            return None
         found = self._parts.names.resolve(text.removeprefix(f"{kind}:"))
         if found is not None and kind is not None and (kind == "device") != found.is_device:
             found = None
@@ -141,8 +156,7 @@ class Host:
         if is_file:
             return Address(text)
         if found is None:
-            what = f"no {kind} of {self.store}" if kind else f"neither a file nor a node or device of {self.store}"
-            raise BitmapNotFoundError(text, what)
+            return None
         return Address(found.container, found.name if found.in_store else None, found.is_device)
 
     def _kind(self, path: str) -> Kind:
@@ -281,6 +295,7 @@ class Host:
         """
         from dirtmap.engine.namespaces.compact import compact
 
+        path = existing(path)
         self._parts.refuse_copy_at(path)
         return compact(path, expect=self._parts.expect, locking=self._parts.locking)
 
@@ -288,6 +303,7 @@ class Host:
         """Makes a copied store one of its own, with other UUIDs; see `dirtmap.engine.namespaces.compact`."""
         from dirtmap.engine.namespaces.compact import compact
 
+        path = existing(path)
         with self._parts.stores.kept(path) as target:
             of_copy = self._parts.stores.original_of(target) is not None
         return compact(path, new_identity=True, of_copy=of_copy, expect=self._parts.expect, locking=self._parts.locking)
@@ -301,6 +317,7 @@ class Host:
         """
         from dirtmap.engine.qcow2.sidecar import make_sidecar
 
+        disk = existing(disk)
         self._parts.registry.refuse_tracked_image(disk)
         make_sidecar(disk, path, raw=raw)
 
@@ -333,7 +350,7 @@ class Host:
 
     def keeps_bitmaps(self, path: str) -> bool:
         """True of a file that keeps the bitmaps of its disk itself, as a qcow2 image does. Errors as `kind_of`."""
-        kind = self._parts.kind_of(path)
+        kind = self._parts.kind_of(existing(path))
         return kind is not None and kind.is_image
 
     def find(
@@ -418,12 +435,12 @@ class Host:
 
     def add_node(self, name: str, image: str, *, raw: bool = False) -> None:
         """A node whose bitmaps the default store holds; see `dirtmap.engine.namespaces.nodes.add_node`."""
-        self._parts.registry.add_node(name, image, raw=raw)
+        self._parts.registry.add_node(name, existing(image), raw=raw)
         self._remember_chosen()
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
         """A node that is a qcow2 image; see `dirtmap.engine.namespaces.nodes.add_qcow2`."""
-        self._parts.registry.add_qcow2(name, image, new_identity=new_identity)
+        self._parts.registry.add_qcow2(name, existing(image), new_identity=new_identity)
         self._remember_chosen()
 
     def remove_node(self, name: str) -> None:
@@ -442,9 +459,12 @@ class Host:
         """States that a node's bitmaps are right; see `dirtmap.engine.namespaces.nodes.confirm_node`."""
         self._parts.registry.confirm_node(name)
 
-    def relocate_node(self, name: str, path: str, confirm: bool = False, move: bool = False) -> bool:
+    def relocate_node(
+        self, name: str, path: str, confirm: bool = False, move: bool = False, *, raw: bool = False
+    ) -> bool:
         """Points a raw node to where its image is now; see `dirtmap.engine.namespaces.nodes.relocate_node`."""
-        return self._parts.registry.relocate_node(name, path, confirm=confirm, move=move)
+        path = path if move else existing(path)
+        return self._parts.registry.relocate_node(name, path, confirm=confirm, move=move, raw=raw)
 
     def add_device(self, name: str, root: str) -> None:
         """A device on a node, in the default store; see `dirtmap.engine.namespaces.devices.add_device`."""
@@ -472,6 +492,11 @@ class Host:
             )
             with contextlib.suppress(Error), host:
                 host._parts.registry.remember_store(self.home)
+
+
+def _kind_said(text: str) -> str | None:
+    """``node`` or ``device`` where a target says which of them it is."""
+    return next((kind for kind in ("node", "device") if text.startswith(f"{kind}:")), None)
 
 
 def _seconds(wait: float) -> float:

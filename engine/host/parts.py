@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.host.defaults import default_index, default_store
 from dirtmap.engine.host.handle import Handle
 from dirtmap.engine.host.kind import Address, Kind
-from dirtmap.engine.system.file import failure, open_file
+from dirtmap.engine.system.file import existing, failure, open_file
 from dirtmap.fmt.errors import StorageError
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ class Parts:
         trust: bool,
     ) -> None:
         self.kinds, self.locking, self.trust = kinds, locking, trust
-        chosen = None if index is None else os.fspath(index)
+        chosen = None if index is None else existing(os.fspath(index))
         self.chosen = store is not None or bool(os.environ.get("DIRTMAP_STORE"))
-        self.store = default_store(chosen) if store is None else os.fspath(store)
+        self.store = default_store(chosen) if store is None else existing(os.fspath(store))
         # Absolute: the process may change its folder before they are needed.
         self.index = os.path.abspath(default_index(chosen))
         self.normal = os.path.abspath(default_store(self.index))

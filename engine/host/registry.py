@@ -126,26 +126,28 @@ class Registry:
         for problem in self._stores.problems():  # an unreadable store may have a device on this node
             raise problem
         with self._stores.opened(found.store) as target:
-            nodes.remove_node(self._host, target, name)
+            nodes.remove_node(self._host, target, found.name)
 
     def rename_node(self, name: str, new: str, *, with_bitmaps: bool = False) -> None:
         """Renames a node; see `nodes.rename_node`."""
         found = self._names.require(name, store.KIND_NODE, store.KIND_PLACE)
         self._require_free(new)
         with self._stores.opened(found.store) as target:
-            nodes.rename_node(self._host, target, name, new, with_bitmaps=with_bitmaps)
+            nodes.rename_node(self._host, target, found.name, new, with_bitmaps=with_bitmaps)
 
     def resize_node(self, name: str) -> int:
         """Adopts the present size of a node's image; see `nodes.resize_node`. Returns it, in bytes."""
-        with self._stores.opened(self._names.require(name, store.KIND_NODE, store.KIND_PLACE).store) as target:
-            return nodes.resize_node(target, name)
+        found = self._names.require(name, store.KIND_NODE, store.KIND_PLACE)
+        with self._stores.opened(found.store) as target:
+            return nodes.resize_node(target, found.name)
 
     def confirm_node(self, name: str) -> None:
         """States that a node's bitmaps are right; see `nodes.confirm_node`."""
-        with self._stores.opened(self._names.require(name, store.KIND_NODE, store.KIND_PLACE).store) as target:
-            nodes.confirm_node(target, name)
+        found = self._names.require(name, store.KIND_NODE, store.KIND_PLACE)
+        with self._stores.opened(found.store) as target:
+            nodes.confirm_node(target, found.name)
 
-    def relocate_node(self, name: str, path: str, *, confirm: bool, move: bool) -> bool:
+    def relocate_node(self, name: str, path: str, *, confirm: bool, move: bool, raw: bool) -> bool:
         """Points a raw node, and the devices on it, to another place; see `nodes.relocate_node`."""
         found = self._names.require(name, store.KIND_NODE, store.KIND_PLACE)
         path = os.path.abspath(path)
@@ -162,7 +164,7 @@ class Registry:
             with self._stores.opened(where) as target:
                 devices.refuse_relocation(target, names)
         with self._stores.opened(found.store) as target:
-            kept = nodes.relocate_node(target, name, path, confirm=confirm, move=move)
+            kept = nodes.relocate_node(target, found.name, path, confirm=confirm, move=move, raw=raw)
         for where, names in on_it.items():
             with self._stores.opened(where) as target:
                 devices.relocate_roots(target, names, path, kept=kept)
@@ -179,13 +181,13 @@ class Registry:
         """Gives a device another root; see `devices.set_root`."""
         found = self._names.require(name, store.KIND_DEVICE)
         with self._stores.opened(found.store) as target:
-            devices.set_root(target, name, self._names.root(root), content_unchanged=content_unchanged)
+            devices.set_root(target, found.name, self._names.root(root), content_unchanged=content_unchanged)
 
     def remove_device(self, name: str) -> None:
         """Removes a device; see `devices.remove_device`."""
         found = self._names.require(name, store.KIND_DEVICE)
         with self._stores.opened(found.store) as target:
-            devices.remove_device(target, name)
+            devices.remove_device(target, found.name)
 
     def refuse_tracked_image(self, path: str) -> None:
         """Refuses a raw image that is tracked as a node; see `dirtmap.engine.namespaces.condition.refuse_tracked`.

@@ -28,6 +28,7 @@ from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, FormatError, StorageError, printable
 from dirtmap.fmt.index import KIND_QCOW2, Member
+from dirtmap.fmt.spelling import spellings
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,18 +309,19 @@ class Resolver:
         return found
 
     def require(self, name: str, *kinds: int) -> NodeMatch:
-        """The node or device of that name.
+        """The node or device of that name, or else the one that JSON shows so; see `dirtmap.fmt.spelling`.
 
         Raises:
             BitmapNotFoundError: there is none, or it is not of these kinds.
             As `unique`.
         """
-        found = self.unique(name)
+        found = next(filter(None, map(self.unique, spellings(name))), None)
         if found is None or (kinds and found.kind not in kinds):
             what = "device" if kinds == (store.KIND_DEVICE,) else "node"
-            text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             other = f"; it is a {store.KIND_NAMES[found.kind]}" if found and found.kind != store.KIND_PLACE else ""
-            raise BitmapNotFoundError(f"{self._stores.store}: {what} '{text}'", f"there is no such {what}{other}")
+            raise BitmapNotFoundError(
+                f"{self._stores.store}: {what} '{printable(name)}'", f"there is no such {what}{other}"
+            )
         return found
 
     def root(self, name: str) -> Root:

@@ -25,7 +25,7 @@ from dirtmap.engine.namespaces import devices
 from dirtmap.engine.namespaces.place import place_of
 from dirtmap.engine.qcow2.reading import read_identity
 from dirtmap.engine.storefile.file import Change, Store
-from dirtmap.engine.system.file import is_gone, is_same_file
+from dirtmap.engine.system.file import existing, is_gone, is_same_file
 from dirtmap.engine.system.probe import probe_path
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
@@ -88,7 +88,7 @@ def scan(
         StorageError: a path does not exist, or the store or the index cannot be written.
     """
     summary = Summary()
-    roots = [os.path.realpath(path) for path in paths]  # one path per file, whichever link leads to it
+    roots = [os.path.realpath(existing(path)) for path in paths]  # one path per file, whichever link leads to it
     stores = host._parts.stores
     with stores.opened(make=True):
         pass
@@ -287,6 +287,7 @@ class _Registration:
         that can be read.
         """
         known = {member.path for members in self._members.values() for member in members}
+        known |= {member.path for _, member in self._images}  # has a place now, or another has its name
         unread = [
             container.path
             for container in found
@@ -329,11 +330,26 @@ class _Registration:
                 # It cannot be used now, but it may be the original of which others are copies.
                 if image_uuid := _identity(container.path):
                     self._carriers.setdefault(image_uuid, []).append(container.path)
+                    if container.condition == HELD and (held := self._as_it_says(container.path)) is not None:
+                        self._images.append((container, held))
+                        self._uuids.setdefault(held.name, set()).add(held.uuid)
             elif container.kind == KIND_QCOW2 and any(container.uuid):
                 for member in index.members(container.number):  # none if another process has since found it held
                     self._images.append((container, member))
                     self._carriers.setdefault(member.uuid, []).append(container.path)
                     self._uuids.setdefault(member.name, set()).add(member.uuid)
+
+    def _as_it_says(self, path: str) -> Member | None:
+        """What an image that another process writes to says of itself: its name and UUID, which nobody changes then.
+
+        So it is found by them later, wherever it is. Which bitmaps it has counts when it can be read.
+        """
+        with contextlib.suppress(StorageError):
+            read = look(self._stores.index.readers, lambda key: None, path, None, force_share=True)
+            if read is not None and read.container.condition == SOUND:
+                for _, members in read.buckets.values():
+                    return next((member for member, _ in members if member.name), None)
+        return None
 
     def _news(self) -> dict[str, list[tuple[Container, Member]]]:
         """Images with an unknown or outdated place, or several carriers, by the store that has the place."""

@@ -10,7 +10,7 @@ never touched: a user may have meant another path.
     PATH.guard                       locked while PATH is opened (shared) or replaced (exclusive)
     PATH.stamp                       what data.mdb looked like after the last commit; locked while one is made
     PATH.bad                         the database that was last put aside
-    PATH.new-PID-...                 a database that is being made; removed if its maker has died
+    PATH.new-PID-...                 a database that is being made; locked by its maker, and removed once nobody does
 
 Source: LMDB's lmdb.h ("Restrictions and caveats").
 """
@@ -32,7 +32,7 @@ import lmdb
 from dirtmap.engine.index.trial import DAMAGE, trial
 from dirtmap.engine.system import order
 from dirtmap.engine.system.order import Rank
-from dirtmap.engine.system.process import boot_id, start_of
+from dirtmap.engine.system.process import boot_id
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import StorageError
 from dirtmap.fmt.lmdb import META_BYTES
@@ -45,7 +45,7 @@ _crc = crc32c.crc32c
 _DATA = "data.mdb"
 _LOCK = "lock.mdb"
 _FILES = (_DATA, _LOCK)
-_NEW = ".new-"  # then its maker's process number
+_NEW = ".new-"  # then its maker's process number, for who looks; in another PID namespace it means nothing
 _FIRST_SIZE = 64 << 20  # bytes of address space; doubled when they are full
 _READERS = 1024
 _READER_BYTES = 64  # of one of them in lock.mdb, behind as many of LMDB's own; source: lmdb.h, mdb.c (MDB_reader)
@@ -515,9 +515,13 @@ def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_i
     with _registry, _errors(path):
         if database := _connected.pop(key, None):
             database.close()
-        _remove_leftovers(key)
-        fresh = tempfile.mkdtemp(prefix=f"{os.path.basename(key)}{_NEW}{os.getpid()}-", dir=os.path.dirname(key))
-        try:
+        with contextlib.ExitStack() as stack:
+            with _guard(key, fcntl.LOCK_EX):  # nobody finds it before it is locked
+                _remove_leftovers(key)
+                prefix = f"{os.path.basename(key)}{_NEW}{os.getpid()}-"
+                fresh = tempfile.mkdtemp(prefix=prefix, dir=os.path.dirname(key))
+                stack.callback(shutil.rmtree, fresh, ignore_errors=True)
+                stack.callback(os.close, _lock_folder(fresh))
             new = Database(fresh)
             try:
                 state = STATE_VALUE.build(version=layout.VERSION, reserved=0, containers=0)
@@ -534,20 +538,37 @@ def replace(path: str, fill: Callable[[Database], None] | None = None, *, even_i
                 os.rename(fresh, key)
                 with _open_stamp(key) as fd:
                     _note(fd, _looks(key))
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _lock_folder(path: str) -> int:
+    """Locks a folder for as long as the descriptor that is returned is open.
+
+    Raises:
+        BlockingIOError: somebody has it locked.
+        OSError: it cannot be opened, or is no folder.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _remove_leftovers(path: str) -> None:
-    """Removes new databases whose makers died before they put them in place."""
+    """Removes new databases whose makers died before they put them in place: the kernel has dropped their locks."""
     folder, start = os.path.dirname(path), os.path.basename(path) + _NEW
     for name in os.listdir(folder):
-        maker = name.removeprefix(start).partition("-")[0]
-        if name.startswith(start) and maker.isdecimal() and start_of(int(maker)) is None:
+        if name.startswith(start) and name.removeprefix(start).partition("-")[0].isdecimal():
             leftover = os.path.join(folder, name)
-            with contextlib.suppress(OSError):  # another user's
-                if _is_ours(leftover):
-                    _remove(leftover)
+            with contextlib.suppress(OSError):  # its maker lives, or it is another user's
+                lock = _lock_folder(leftover)
+                try:
+                    if _is_ours(leftover):
+                        _remove(leftover)
+                finally:
+                    os.close(lock)
 
 
 def _put_aside(path: str) -> None:

@@ -47,10 +47,7 @@ def add_node(target: Store, name: str, image: str, *, raw: bool = False) -> None
     raw_name = encode_name(name)
     path = os.path.abspath(image)
     identity = identity_of(path)
-    if probe_path(path) == STORE:
-        raise BitmapError(image, "a store, and not the image of a disk")
-    if not raw:
-        require_raw(path)
+    _require_disk(path, raw=raw)
     with target.change() as change:
         require_free(change, raw_name)
         refuse_second_name(change.table, path, identity, *KINDS)
@@ -343,7 +340,9 @@ def confirm_node(target: Store, name: str) -> None:
         change.table.put(replace(record, identity=identity))
 
 
-def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False, move: bool = False) -> bool:
+def relocate_node(
+    target: Store, name: str, path: str, *, confirm: bool = False, move: bool = False, raw: bool = False
+) -> bool:
     """Points a raw node to the place where its image is now, or moves the image there.
 
     A crash in between leaves a store that names a place where the image is not: its bitmaps count as all dirty.
@@ -355,14 +354,16 @@ def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False,
         confirm: the caller vouches that it is the same disk, moved and not written to. Its size and its time have to
             say so, too; of a block device the medium.
         move: rename the file; what was right stays right.
+        raw: the image is a raw disk, although it looks like an image of another format. The file that the node had
+            before needs no such word.
 
     Returns:
         True where its bitmaps stay as they are; False where they are all dirty now, or were before a ``move``.
 
     Raises:
         LockedError: it is tracked.
-        BitmapError: no such node, a bitmap is held, or the image is a store's, another node's, of another format or of
-            another size.
+        BitmapError: no such node, a bitmap is held, or the image is a store, another node's, or of another size.
+        FormatError: the image is of another format than raw.
         StorageError: the image cannot be looked at, or renamed.
     """
     moved = ""
@@ -388,8 +389,8 @@ def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False,
                 change.table.put(replace(record, path=os.fsencode(path), identity=recorded))
                 return kept
             identity = identity_of(path)
-            if not identity.is_file(record.identity) and (found := probe_path(path)) is not None:
-                raise BitmapError(path, f"of format {found}, and the node's image is raw")
+            if not identity.is_file(record.identity):
+                _require_disk(path, raw=raw)
             others = (other for other in change.table if other.name != record.name)
             refuse_second_name(others, path, identity, *KINDS)
             if identity.size != record.size:
@@ -409,6 +410,14 @@ def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False,
             if known is not None and known.path == os.fsencode(moved):
                 replace_file(path, moved)
         raise
+
+
+def _require_disk(path: str, *, raw: bool) -> None:
+    """Refuses what cannot be the disk of a node whose bitmaps are in a store; ``raw`` as `add_node`."""
+    if probe_path(path) == STORE:
+        raise BitmapError(path, "a store, and not the image of a disk")
+    if not raw:
+        require_raw(path)
 
 
 def _looks_same(before: Identity, now: Identity) -> bool:

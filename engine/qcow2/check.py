@@ -17,7 +17,7 @@ import numpy as np
 
 from dirtmap.engine.model.bitmap import INCONSISTENT
 from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport, require_repair
-from dirtmap.engine.qcow2.commit import Kept, commit, marks, require_writable, set_refcounts
+from dirtmap.engine.qcow2.commit import Kept, commit, growth, marks, require_writable, set_refcounts
 from dirtmap.engine.qcow2.datafile import misfit
 from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label, read_layout, void_bitmaps
 from dirtmap.engine.qcow2.reading import FORMAT
@@ -117,6 +117,8 @@ class _Check:
             references = walk(self.file, layout, progress=self.progress)
             for fault in references.faults:
                 report.found(CORRUPTION, fault.field, fault.what)
+            if grows := growth(self.file, layout, references):
+                report.found(NOTE, "L2 tables", grows)
             self._shared(references.runs)
             self._refcounts(references.runs)
             self.references = references

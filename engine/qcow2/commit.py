@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 # 64 KiB clusters), all that they refer to is kept in memory.
 _PROOF_BUDGET = 16 << 20
 # Above that, they are streamed past the clusters that have a count of 0. Above this (4 TiB of guest data) they are not
-# read, because that would take seconds: new clusters are taken past the end, where no proof is needed.
+# read, because that would take seconds: new clusters are taken past the end, where no proof is needed. SPEC.md has the
+# figures; `growth` says so.
 _MOST_FOLLOWED = 512 << 20
-_SEEK = 16 << 10  # cost of a seek, in bytes that could be read meanwhile
 _SECTOR = 512  # the most bytes that a disk writes atomically
 _ZEROS = memoryview(bytes(1 << geometry.MAX_CLUSTER_BITS))
 
@@ -299,6 +299,24 @@ def _allocator(
     return references, Allocator(layout.path, refcounts, end, free, capacity)
 
 
+def growth(file: File, layout: Layout, references: References) -> str | None:
+    """Why every change makes the image longer, although it has freed clusters; None where one uses those again.
+
+    Args:
+        file: the image.
+        layout: as read from it.
+        references: of a walk.
+    """
+    l1_sizes = [int(layout.header.v2.l1_size), *(int(snapshot.l1_size) for snapshot in layout.snapshots)]
+    bounded = references.cost <= _MOST_FOLLOWED and sum(l1_sizes) * qcow2.TABLE_ENTRY_SIZE <= qcow2.MAX_L1_BYTES
+    if bounded or not file.growable:
+        return None
+    return (
+        "more than a change reads to prove freed clusters free; so each makes the file longer by what it writes, and "
+        "leaves as much for QEMU to use again"
+    )
+
+
 def _are_void_read(layout: Layout) -> bool:
     return layout.pointer is not None and not layout.valid
 
@@ -309,13 +327,11 @@ def _followed(file: File, layout: Layout, references: References, free: NDArray[
     Raises:
         FormatError: they must be followed, and cannot be.
     """
-    tables, cluster = references.unfollowed, layout.cluster_size
-    cost = len(tables) * cluster + np.count_nonzero(np.diff(tables) != cluster) * _SEEK
     # A block device cannot grow, so free clusters must be found inside, or behind all guest data. And guest data may
     # have taken the clusters of void bitmaps.
     needed = not file.growable or _are_void_read(layout)
     followed = None
-    if needed or (len(free) and cost <= _MOST_FOLLOWED):
+    if needed or (len(free) and references.cost <= _MOST_FOLLOWED):
         followed = follow(file, layout, references, free)
     if needed and followed is None:
         what = "one leads nowhere sensible, so that nothing is known to be free; run check"

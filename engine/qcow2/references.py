@@ -32,6 +32,7 @@ Progress = Callable[[int, int], None]
 _READ = 1 << 20  # bytes of a long table, or of adjacent L2 tables, at a time
 _BUCKETS = 24  # log2 of the number of buckets of clusters, one byte each
 _ACTIVE = "L1 table"
+_SEEK = 16 << 10  # cost of a seek, in bytes that could be read meanwhile
 
 
 @dataclass(slots=True)
@@ -127,6 +128,7 @@ class References:
         faults: references that are broken, or were not followed. If there is any, no cluster is proven free.
         unfollowed: offsets of L2 tables that were left out, in bytes, ascending, uint64. What they refer to is not in
             ``runs``.
+        cost: of reading all L2 tables that say where guest data are in this file, in bytes; a seek counts as some more.
     """
 
     runs: Runs
@@ -134,6 +136,7 @@ class References:
     astray: Runs
     faults: list[Fault] = field(default_factory=list)
     unfollowed: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    cost: int = 0
 
     @classmethod
     def unknown(cls, why: str) -> References:
@@ -151,6 +154,7 @@ class _Walk:
         self.astray: list[Runs] = []
         self.faults: list[Fault] = []
         self.unfollowed = np.empty(0, np.uint64)
+        self.cost = 0
 
     def add(self, numbers: NDArray[np.int64], weight: int = 1) -> None:
         if len(numbers):
@@ -235,8 +239,11 @@ class _Walk:
                 if where == _ACTIVE:
                     active.append(parts[-1])
         tables, weights = np.unique(np.concatenate(parts), return_counts=True)
-        if budget is not None and self.header.incompatible & qcow2.INCOMPATIBLE_DATA_FILE:
+        elsewhere = self.header.incompatible & qcow2.INCOMPATIBLE_DATA_FILE
+        if budget is not None and elsewhere:
             return  # they lead to the data file; QEMU does not follow compressed ones
+        if not elsewhere:
+            self.cost = len(tables) * self.cluster + int(np.count_nonzero(np.diff(tables) != self.cluster)) * _SEEK
         if budget is not None and len(tables) * self.cluster > budget:
             self.unfollowed = tables
             return
@@ -305,7 +312,7 @@ def walk(file: File, layout: Layout, *, progress: Progress | None = None, budget
     steps.refcount_blocks()
     steps.guest(budget)
     parts, uncopied, astray = (Runs.laid_over(each) for each in (steps.parts, steps.uncopied, steps.astray))
-    return References(parts, uncopied, astray, steps.faults, steps.unfollowed)
+    return References(parts, uncopied, astray, steps.faults, steps.unfollowed, steps.cost)
 
 
 class _Window(_Walk):

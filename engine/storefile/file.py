@@ -166,7 +166,7 @@ class Store:
     ) -> None:
         self.path, self._locking = path, locking
         self._after_commit = after_commit
-        self._file = open_file(path, abspath=abspath)
+        self._file = self._opened(path, abspath)
         self._outdated: list[File] = []  # another thread may still read one
         self.abspath = self._file.abspath
         try:
@@ -283,8 +283,13 @@ class Store:
             time.sleep(0.001)
         return self.choose(self._file)
 
+    def _opened(self, path: str, abspath: str | None, *, writable: bool = False) -> File:
+        file = open_file(path, writable=writable, abspath=abspath)
+        file.unshared = not self._locking.lock
+        return file
+
     def _reopen(self) -> None:
-        fresh = open_file(self.path, abspath=self.abspath)
+        fresh = self._opened(self.path, self.abspath)
         self._outdated.append(self._file)
         self._file = fresh
 
@@ -316,7 +321,7 @@ class Store:
 
         with locks.turn(Rank.STORE, self.abspath, self._locking, refusal) as deadline:
             while True:
-                with open_file(self.path, writable=True, abspath=self.abspath) as file:
+                with self._opened(self.path, self.abspath, writable=True) as file:
                     locked = locks.has_locks(file, self._locking)
                     while locked and not locks.try_alone(file, _WRITER):
                         if time.monotonic() > deadline:

@@ -3,7 +3,8 @@
 A hold is two things. Its entry in the namespace's record of a store tells every process that it is there, and for whom.
 A lock on one byte of the store file tells whether it still counts. The kernel drops that lock when the holder ends,
 however it ends, and shows it to every process on the machine: in another container, or where ``/proc`` hides the
-holder. A process number could do neither. What cannot be known counts as alive.
+holder. A process number could do neither. What cannot be known counts as alive, as on a file system without locks that
+others see; there whoever says that nobody else uses the store, with ``--no-lock``, says that it has ended.
 
 The byte lies far behind any data. Which one it is follows from the hold's token: see SPEC.md, "hold". The lock is on
 the file, not on its path, so no other file may take the store's place while anything in it is held.
@@ -11,12 +12,9 @@ the file, not on its path, so no other file may take the store's place while any
 
 from __future__ import annotations
 
-import os
-import threading
 import uuid
-import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.storefile import holds
@@ -32,31 +30,46 @@ _COUNT = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """One hold on a bitmap: raw name, who says to have it, which process, and what tells it from others of that."""
+    """One hold on a bitmap.
+
+    Attributes:
+        bitmap: its raw name.
+        owner: who says to have it.
+        process: which has it.
+        token: tells it from others of that process.
+        unsure: why nobody can tell whether the holder has ended, if so.
+    """
 
     bitmap: bytes
     owner: str
     process: Process
     token: bytes
+    unsure: str | None = None
 
     def __str__(self) -> str:
-        return f"'{printable(self.owner)}' ({self.process.address})"
+        held = f"'{printable(self.owner)}' ({self.process.address})"
+        if self.unsure is None:
+            return held
+        return f"{held}, and nobody can tell whether that has ended ({self.unsure}); --no-lock takes it for ended"
 
     @property
     def byte(self) -> int:
         """The offset of the byte of the store file that its holder locks."""
         return _FIRST | int.from_bytes(self.token[:8]) % _COUNT
 
-    def is_alive(self, file: File) -> bool:
-        """False where the holder is known to have ended.
+    def as_told(self, file: File) -> Hold | None:
+        """The hold, as far as the store's file system tells of it; None where the holder is known to have ended.
 
         Args:
             file: the store that has the hold's record, opened by whoever asks.
         """
         try:
-            return file.locked_by_other(self.byte)
-        except StorageError:
-            return True
+            if file.locked_by_other(self.byte):
+                return self
+            unsure = file.lock_fault()
+        except StorageError as error:
+            unsure = error.what
+        return None if unsure is None or file.unshared else replace(self, unsure=unsure)
 
 
 def hold(bitmap: bytes, owner: str) -> Hold:
@@ -88,7 +101,7 @@ def living(file: File, record: Record) -> list[Hold]:
         file: the store that has the record, opened by whoever asks.
         record: of the namespace.
     """
-    return [found for found in all_holds(record) if found.is_alive(file)]
+    return [found for held in all_holds(record) if (found := held.as_told(file)) is not None]
 
 
 def is_any_alive(file: File) -> bool:
@@ -129,8 +142,8 @@ def held_by(file: File, record: Record) -> dict[str, str]:
 def lock(held: Hold, store: File) -> File:
     """Has the kernel tell everybody that a hold is alive, until the file that is returned is closed.
 
-    A forked child gets that file closed: the hold is its parent's, and ends with it. A program that is started does not
-    get it at all.
+    A forked child has that file closed, see `File`: the hold is its parent's, and ends with it. A program that is
+    started does not get it at all.
 
     Args:
         held: of this process.
@@ -141,9 +154,7 @@ def lock(held: Hold, store: File) -> File:
         LockedError: the byte is locked by someone else.
         StorageError: the file system has no such locks.
     """
-    with _guard:
-        file = open_file(store.path, writable=True, abspath=store.abspath)
-        _locked.add(file)
+    file = open_file(store.path, writable=True, abspath=store.abspath)
     try:
         if (file.status.st_dev, file.status.st_ino) != (store.status.st_dev, store.status.st_ino):
             raise GoneError(store.path, "was replaced since it was opened")
@@ -153,19 +164,3 @@ def lock(held: Hold, store: File) -> File:
         file.close()
         raise
     return file
-
-
-# The files of this process by which it holds. The guard is a leaf of the lock order, and held for an open only: no
-# child is forked between the open and the note of it. It is reentrant, for a fork in a signal's handler.
-_locked: weakref.WeakSet[File] = weakref.WeakSet()
-_guard = threading.RLock()
-
-
-def _after_fork_in_child() -> None:
-    for file in list(_locked):
-        file.close()
-    _locked.clear()
-    _guard.release()
-
-
-os.register_at_fork(before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_after_fork_in_child)

@@ -13,11 +13,13 @@ import os
 import stat
 import struct
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from dirtmap.engine.system.mounts import file_system
 from dirtmap.fmt.errors import StorageError, SyncError, errno_of
+from dirtmap.fmt.spelling import spellings
 
 # struct flock of Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi")
@@ -39,14 +41,23 @@ class File:
     After a failed sync the handle is poisoned: the kernel may have dropped the data it could not write and will call
     the next sync a success, so nothing is retried and every later write or sync fails.
 
+    A lock belongs to what was opened, which a forked child shares. So in the child a file that is open for writing is
+    given up, as if it was closed: the change that is being made is the parent's, and its lock ends with the parent. A
+    file that is open for reading is opened anew, and has the child's locks alone.
+
     Attributes:
         path: as messages name it.
         abspath: the absolute path, because the process may change its working folder.
+        unshared: whoever opened it knows that nobody else uses it, where locks cannot tell.
     """
+
+    unshared = False
 
     def __init__(self, path: str, *, writable: bool = False, create: bool = False) -> None:
         self.path = path
+        self._writable = writable
         self._poisoned: str | None = None
+        self._left = False
         self._guard, self._beside = threading.RLock(), Counter[int]()
         # O_NONBLOCK: a FIFO given as an image must not block the open; it means nothing for files and disks.
         mode = os.O_RDWR if writable else os.O_RDONLY
@@ -71,6 +82,23 @@ class File:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def _fork(self) -> None:
+        """In a forked child: gives up what is the parent's."""
+        self._guard, self._beside = threading.RLock(), Counter[int]()  # of threads that are not in it
+        if self.fd < 0:
+            return
+        if self._writable:
+            self._left = True
+            self.close()
+            return
+        # Where that is refused, as without /proc, the file stays shared: a writer may wait for the child's end.
+        with contextlib.suppress(OSError):
+            fresh = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            try:
+                os.dup2(fresh, self.fd, inheritable=False)
+            finally:
+                os.close(fresh)
 
     def __enter__(self) -> File:
         return self
@@ -209,7 +237,9 @@ class File:
             raise self._failed("lock", error) from error
 
     def unlock(self, offset: int) -> None:
-        """Gives up the lock on that byte."""
+        """Gives up the lock on that byte; a file that is closed has none."""
+        if self.fd < 0:
+            return
         try:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, offset, 1, 0))
         except _FAILURES as error:
@@ -258,7 +288,7 @@ class File:
     def unlock_beside(self, offset: int) -> None:
         """Gives up the lock that one `lock_beside` has taken."""
         with self._guard:
-            self._beside[offset] -= 1
+            self._beside[offset] = max(0, self._beside[offset] - 1)
             if not self._beside[offset]:
                 self.unlock(offset)
 
@@ -291,6 +321,8 @@ class File:
             raise StorageError(self.path, f"not used any more after a failed sync ({self._poisoned})")
 
     def _failed(self, action: str, error: Exception) -> StorageError:
+        if self._left:
+            return StorageError(self.path, f"{action}: open in the process that this one was forked from, and not here")
         return failure(self.path, action, error)
 
 
@@ -314,9 +346,26 @@ def open_file(path: str, *, writable: bool = False, create: bool = False, abspat
     Raises:
         StorageError: it cannot be opened, is neither a regular file nor a block device, or exists despite ``create``.
     """
-    file = _factory(abspath or path, writable=writable, create=create)
+    with _opening:
+        file = _factory(abspath or path, writable=writable, create=create)
+        _open.add(file)
     file.path = path
     return file
+
+
+# The guard is a leaf of the lock order, and held for an open only: no child is forked between the open and the note of
+# it. It is reentrant, for a fork in a signal's handler.
+_open: weakref.WeakSet[File] = weakref.WeakSet()
+_opening = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    for file in list(_open):
+        file._fork()
+    _opening.release()
+
+
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_after_fork_in_child)
 
 
 def make_folder_of(path: str, where: str) -> None:
@@ -378,6 +427,14 @@ def is_gone(path: str) -> bool:
     except OSError:
         pass
     return False
+
+
+def existing(path: str) -> str:
+    r"""The path of what is there: this very text, or else what JSON shows as this text, with ``\xff`` for a byte.
+
+    Where neither is there, the text itself.
+    """
+    return next((found for found in spellings(path) if os.path.lexists(found)), path)
 
 
 def is_same_file(one: str | bytes, other: str | bytes) -> bool:

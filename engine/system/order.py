@@ -14,7 +14,7 @@ queue has the rank of the lock. A thread may hold two images, or two stores. Bot
 end in a `LockedError`. Taking the same image or store twice ends in one at once.
 
 A tracker's mark takes none of these locks. The tracker's `_spare_guard`, the guard of its kernel and the guard of
-`storefile.holds` are leaves: whoever holds one takes no lock of this table, and calls nothing that does.
+the open files in `system.file` are leaves: whoever holds one takes no lock of this table, and calls nothing that does.
 
 An act that has to follow a commit of a store, and needs another lock, is given to `after_stores`. It is done once the
 thread holds no store any more.
@@ -95,6 +95,14 @@ def _check(held: list[tuple[Rank, str]], mine: tuple[Rank, str]) -> None:
 def _run_waiting(held: list[tuple[Rank, str]], waiting: list[Callable[[], object]]) -> None:
     while waiting and not any(rank is Rank.STORE for rank, _ in held):
         waiting.pop(0)()
+
+
+def _forget() -> None:
+    """In a forked child: what is held is the parent's. A block that the child leaves has the old list."""
+    _this.held, _this.waiting = [], []
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def after_stores(act: Callable[[], object]) -> None:

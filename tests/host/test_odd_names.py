@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -138,3 +139,95 @@ def test_any_name_works_or_is_refused(name: str) -> None:
                 dirtmap("node", "add", name, "raw0", status=1)
             return
     works(name)
+
+
+# Names and paths that are not UTF-8, given back as JSON and messages show them.
+
+ODD = os.fsdecode(b"odd-\xff")
+SHOWN = "odd-\\xff"
+
+
+def test_names_and_paths_work_as_json_shows_them() -> None:
+    with place() as folder:
+        Path(f"{ODD}.raw").write_bytes(bytes(MIB))
+        os.rename("disk.qcow2", f"{ODD}.qcow2")
+        dirtmap("node", "add", ODD, f"{SHOWN}.raw")
+        dirtmap("node", "add", "qcow2", f"{SHOWN}.qcow2")
+        dirtmap("device", "add", f"dev-{ODD}", "--root", SHOWN)
+        (first, *_) = [node for node in json_of("node", "list") if node["name"] != "qcow2"]
+        assert (first["name"], first["filename"]) == (SHOWN, f"{folder}/{SHOWN}.raw")
+        (device,) = json_of("device", "list")
+        for target in (SHOWN, f"node:{SHOWN}", device["name"], f"device:{device['name']}"):
+            use(target)
+        for target in (f"{SHOWN}.qcow2", f"file:{SHOWN}.qcow2", f"{folder}/{SHOWN}.qcow2"):
+            use(target)
+            with dm.open(target) as image:
+                assert image.name == "qcow2"
+        dirtmap("device", "set-root", device["name"], SHOWN)
+        dirtmap("device", "remove", device["name"])
+        dirtmap("node", "confirm", SHOWN)
+        os.truncate(f"{ODD}.raw", 2 * MIB)
+        dirtmap("node", "resize", SHOWN)
+        os.rename(f"{ODD}.raw", f"moved-{ODD}.raw")
+        dirtmap("node", "relocate", "--confirm", SHOWN, f"moved-{SHOWN}.raw")
+        dirtmap("sidecar", f"moved-{SHOWN}.raw", "sidecar.qcow2")
+        dirtmap("node", "rename", SHOWN, "even")
+        dirtmap("node", "rename", "even", ODD)
+        dirtmap("node", "remove", SHOWN)
+        assert f"node '{SHOWN}'" in error_of("node", "remove", SHOWN)
+
+
+def test_stores_and_folders_work_as_json_shows_them() -> None:
+    with place():
+        os.mkdir(ODD)
+        dirtmap("store", "create", f"{ODD}.dmap")
+        dirtmap("node", "add", "n", "raw0", "--store", f"{SHOWN}.dmap")
+        assert not os.path.lexists(f"{SHOWN}.dmap")
+        os.rename("disk.qcow2", f"{ODD}/disk.qcow2")
+        assert json_of("index", "scan", SHOWN)["images"] == 1
+        dirtmap("store", "compact", f"{SHOWN}.dmap")
+        assert [node.name for node in dm.Host(f"{SHOWN}.dmap").nodes([])] == ["n"]
+
+
+def test_a_transaction_takes_names_as_json_shows_them() -> None:
+    with place():
+        dirtmap("node", "add", ODD, "raw0")
+        os.rename("disk.qcow2", f"{ODD}.qcow2")
+        for target in (ODD, f"{ODD}.qcow2"):
+            dirtmap("add", target, ODD)
+        dirtmap("mark", f"{ODD}.qcow2", SHOWN, 0, 1)
+        act = "block-dirty-bitmap-"
+        sources = [{"node": f"{SHOWN}.qcow2", "name": SHOWN}]
+        actions = [
+            {"type": act + "clear", "data": {"node": SHOWN, "name": SHOWN}},
+            {"type": act + "merge", "data": {"node": SHOWN, "target": SHOWN, "bitmaps": sources}},
+            {"type": act + "add", "data": {"node": SHOWN, "name": "copy"}},
+            {"type": act + "merge", "data": {"node": SHOWN, "target": "copy", "bitmaps": [SHOWN]}},
+            {"type": act + "disable", "data": {"node": SHOWN, "name": SHOWN}},
+        ]
+        Path("actions.json").write_text(json.dumps({"actions": actions}))
+        dirtmap("transaction", "actions.json")
+        assert json_of("map", SHOWN, "copy")[0]["length"] == 65536
+        with dm.transaction([SHOWN]) as transactions:
+            assert list(transactions[SHOWN]) == [ODD, "copy"]
+            del transactions[SHOWN][ODD]
+
+
+def test_what_has_this_very_text_wins() -> None:
+    with place():
+        dirtmap("node", "add", ODD, "raw0")
+        dirtmap("node", "add", SHOWN, "raw1")  # a new name is taken as it is
+        with dm.Host() as host:
+            assert host.locate(SHOWN).node == SHOWN
+            assert host.locate(ODD).node == ODD
+            dirtmap("node", "remove", SHOWN)
+            assert host.locate(SHOWN).node == ODD
+            Path(f"{ODD}.raw").write_bytes(b"byte")
+            Path(f"{SHOWN}.raw").write_bytes(b"text")
+            assert host.locate(f"{SHOWN}.raw").path == f"{SHOWN}.raw"
+            assert host.locate(f"file:{SHOWN}.new").path == f"{SHOWN}.new"
+            for other in ("odd-\\xfe", "odd-\\xc3\\xa9"):  # the last is UTF-8, and not shown so
+                with pytest.raises(dm.BitmapNotFoundError, match="neither a file nor a node"):
+                    host.locate(other)
+            with pytest.raises(dm.BitmapError):
+                host.locate("odd-\\xff\ud800")  # no bytes at all

@@ -95,9 +95,10 @@ def test_an_original_that_is_held_is_none_the_less_the_original() -> None:
     with qemu.StorageDaemon(Path("m.qcow2")) as daemon:
         done = scanned()
         assert short(done["twins"], "original") == [("copy", "m.qcow2")]
-        assert done["moved"] == []
+        assert short(done["moved"]) == [("m.qcow2",)]  # it says itself which image it is
         daemon.quit()
-    assert short(scanned()["moved"]) == [("m.qcow2",)]
+    assert scanned()["moved"] == []
+    assert nodes() == [("a", "m.qcow2")]
 
 
 def test_a_moved_image_keeps_what_a_dead_tracker_left() -> None:

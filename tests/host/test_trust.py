@@ -81,6 +81,16 @@ def test_what_another_user_can_replace_is_refused(folder: Path, spoil: Callable[
     with dm.Host(trust=True) as host:
         assert [node.name for node in host.nodes([])] == ["m", "n"]
         assert dm.index_stats(host)
+    with pytest.raises(dm.Error, match="not trusted"):
+        dm.open("n")
+    with dm.open("n", trust=True) as image, dm.this_host(trust=True) as host:
+        assert list(image) == [bitmap.name for bitmap in host.describe("n").bitmaps]
+    with dm.transaction(["n"], trust=True) as transactions:
+        assert list(transactions["n"]) == ["b"]
+    assert dm.describe("n", trust=True).bitmaps
+    assert dm.check("n", trust=True).corruptions == 0
+    assert dm.recover("n", trust=True) == []
+    assert dm.dump("n", trust=True)
 
 
 def test_the_statistics_of_an_index_are_no_exception() -> None:

@@ -73,6 +73,34 @@ def test_an_image_that_was_held_when_it_was_found_is_tried_again(named: bool) ->
     require_whole(path)
 
 
+def test_a_named_image_that_was_held_when_it_was_found_is_known_by_its_name() -> None:
+    path, moved = image("a.qcow2", named=True), Path("images/moved.qcow2").absolute()
+    with held(path):
+        assert json_of("index", "scan", "images")["new"] == 1
+        assert [(node["name"], node["filename"]) for node in json_of("node", "list")] == [("a", str(path))]
+        assert "open for writing by" in error_of("map", "node:a", "b")
+        assert json_of("list", "-U", "node:a")[0]["filename"] == str(path)
+        path.rename(moved)
+        assert "index scan" in error_of("map", "node:a", "b")
+        assert json_of("index", "scan", "images")["moved"] == [{"filename": str(moved), "node": "a"}]
+        require_told(moved, "open for writing by")
+        assert json_of("list", "-U", "node:a")[0]["filename"] == str(moved)
+        again = moved.rename(moved.with_name("again.qcow2"))
+    dirtmap("index", "scan", "images")
+    require_whole(again)
+    dirtmap("map", "node:a", "b")
+
+
+def test_a_held_image_whose_name_is_anothers_is_told_and_left_out() -> None:
+    path = image("a.qcow2", named=True)
+    Path("raw").write_bytes(bytes(MIB))
+    dirtmap("node", "add", "a", "raw")
+    with held(path):
+        assert json_of("index", "scan", "images")["clashes"] == [{"filename": str(path), "node": "a"}]
+        assert [node["filename"] for node in json_of("node", "list")] == [os.path.abspath("raw")]
+    assert json_of("index", "scan", "images")["clashes"] == [{"filename": str(path), "node": "a"}]
+
+
 def test_an_image_that_was_damaged_when_it_was_found_is_tried_again() -> None:
     path = image("a.qcow2")
     whole = path.read_bytes()
@@ -122,11 +150,11 @@ def test_one_that_proves_to_be_a_copy_is_forgotten() -> None:
     """It was found before the image whose copy it is."""
     path = image("a.qcow2", named=True)
     Path("copies").mkdir()
-    copy = Path("copies/copy.qcow2")
-    copy.write_bytes(path.read_bytes())
-    with held(copy):
-        dirtmap("index", "scan", "copies")
+    copy, whole = Path("copies/copy.qcow2"), path.read_bytes()
+    copy.write_bytes(whole[:24] + b"\xff" * 8 + whole[32:])  # its size: it is damaged, and remembered by its path
+    dirtmap("index", "scan", "copies")
     dirtmap("node", "add", "a", path)
+    copy.write_bytes(whole)
     assert json_of("index", "scan", "copies", "images")["twins"]
     require_whole(path)
 

@@ -16,6 +16,7 @@ import pytest
 from support.child import died_of, in_child
 from support.cli import json_of
 from support.indexed import MIB, Answers, answers, tiny, verified
+from support.unseen import inside, needs_root, started
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.host import Host
@@ -234,6 +235,51 @@ def test_killed_at_every_step_of_a_replacement(host: Host, expected: Answers, ac
     # The one that came through has removed what the others left behind.
     assert not list(folder.glob("index.new-*"))
     assert verified(host) == []
+
+
+MAKER = """
+import sys
+from dirtmap.engine.index.database import replace
+
+def fill(new):
+    print("half made", flush=True)
+    sys.stdin.readline()
+    new.change(lambda writer: writer.put(b"x", b"made elsewhere"))
+
+replace(sys.argv[1], fill, even_if_good=True)
+print("made", flush=True)
+"""
+
+
+@needs_root
+def test_what_a_process_that_cannot_be_seen_makes_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    # There its number is one that no process has here.
+    number = next(number for number in range(30000, 1 << 15) if not os.path.exists(f"/proc/{number}"))
+    as_that = f'echo {number - 1} > /proc/sys/kernel/ns_last_pid; "$0" "$@"; exit $?'
+    with started(*inside("both", "sh", "-c", as_that, sys.executable, "-c", MAKER, str(path))) as maker:
+        (half,) = tmp_path.glob(f"index.new-{number}-*")
+        connect(str(path)).close()
+        assert list(tmp_path.glob("index.new-*")) == [half]
+        assert maker.stdin
+        assert maker.stdout
+        maker.stdin.write("\n")
+        maker.stdin.flush()
+        assert maker.stdout.readline() == "made\n"
+    assert connect(str(path)).get(b"x") == b"made elsewhere"
+    assert not list(tmp_path.glob("index.new-*"))
+
+
+def test_what_nobody_makes_any_more_is_removed_though_its_number_is_in_use(tmp_path: Path) -> None:
+    left = tmp_path / f"index.new-{os.getpid()}-x"
+    left.mkdir()
+    (left / "data.mdb").touch()
+    others = [tmp_path / f"index.new-{os.getpid()}-y", tmp_path / "index.new-mine"]
+    for other in others:
+        other.mkdir()
+        (other / "note").touch()
+    connect(str(tmp_path / "index")).close()
+    assert sorted(tmp_path.glob("index.new-*")) == sorted(others)
 
 
 def test_a_full_disk_does_not_make_a_commit_look_failed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from support.unseen import PLACES, inside, needs_root, runs, started, told
 import dirtmap.engine as dm
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.file import Snapshot, Store
+from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File, using
 from dirtmap.fmt.errors import GoneError, LockedError, StorageError
 from dirtmap.fmt.structures.store import parse_areas
@@ -135,9 +136,11 @@ def test_a_hold_that_nobody_locks_is_stale_though_its_process_number_is_in_use()
 
 
 class Untold(File):
-    """Of a file system that tells of no locks."""
+    """Of a file system that tells nothing of the locks of holds."""
 
     def locked_by_other(self, offset: int, length: int = 1) -> bool:
+        if offset < 1 << 62:
+            return super().locked_by_other(offset, length)
         raise StorageError(self.path, "lock: Invalid argument")
 
 
@@ -147,8 +150,37 @@ def test_a_hold_of_which_the_file_system_tells_nothing_counts() -> None:
         assert record
         change.table.put(holds.with_holds(record, [holds.hold(b"b", "who knows")]))
     with using(Untold):
-        assert "busy: held by 'who knows'" in error_of("clear", "one", "b")
+        error = error_of("clear", "one", "b")
+        assert "busy: held by 'who knows'" in error
+        assert "nobody can tell whether that has ended (lock: Invalid argument); --no-lock takes it for ended" in error
+        assert is_busy()
     dirtmap("clear", "one", "b")
+
+
+def test_a_hold_of_which_the_file_system_tells_nothing_ends_with_the_word_of_the_user() -> None:
+    for target in ("one", "two"):
+        with Store(STORE) as store, store.change() as change:
+            record = change.table.get(target.encode())
+            assert record
+            change.table.put(holds.with_holds(record, [holds.hold(b"b", "who knows")]))
+        with using(Untold):
+            assert "--no-lock" in error_of("clear", target, "b")
+            dirtmap("clear", target, "b", "--no-lock")
+            with dm.open(target, lock=False) as image, image.transaction() as bitmaps:
+                bitmaps.rename("b", "c")
+
+
+def test_a_hold_counts_where_locks_stay_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store(STORE) as target, target.change() as change:
+        record = change.table.get(b"one")
+        assert record
+        change.table.put(holds.with_holds(record, [holds.hold(b"b", "another machine")]))
+    monkeypatch.setattr(fileio, "file_system", lambda device: ("nfs", "nolock"))
+    assert is_busy()
+    assert "--no-lock" in error_of("clear", "one", "b")
+    dirtmap("clear", "one", "b", "--no-lock")
+    with dm.open("one", lock=False) as image, image.hold("b"):
+        assert "busy: held by 'dirtmap'" in error_of("clear", "one", "b", "--no-lock")
 
 
 # Several holds of one process, and its children.

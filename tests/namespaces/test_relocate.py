@@ -95,8 +95,8 @@ def test_refused() -> None:
         ("two.raw", "is node 'two' already"),
         ("other.raw", "is node 'other' already"),
         ("q0.qcow2", "already"),
-        ("plain.qcow2", "of format qcow2"),
-        ("other.dmap", "of format dirtmap"),
+        ("plain.qcow2", "a qcow2 image, and not a raw disk"),
+        ("other.dmap", "a store, and not the image of a disk"),
         ("longer.raw", "not the same disk"),
         ("nowhere.raw", "No such file"),
     ):

@@ -319,6 +319,9 @@ def in_memory(image: bytearray, *, growable: bool = True) -> Iterator[str]:
         def close(self) -> None:
             self.fd = -1
 
+        def _fork(self) -> None:
+            pass  # a child has memory of its own
+
         def size(self) -> int:
             return len(image)
 

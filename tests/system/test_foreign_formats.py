@@ -80,6 +80,15 @@ def require_refused(path: Path, what: str) -> None:
     arguments = "--store", store, "--index", path.with_name("index")
     if what not in ("a qcow2 image", "a qcow image of version 1"):  # of these it is told what is wrong with them
         assert error_of("node", "add", "n", path, *arguments).startswith(refused)
+    size = path.stat().st_size
+    with path.with_name("sound").open("wb") as sound:
+        sound.truncate(size)
+    dirtmap("node", "add", "moved", sound.name, *arguments)
+    assert error_of("node", "relocate", "moved", path, *arguments).startswith(refused)
+    dirtmap("node", "relocate", "--raw", "moved", path, *arguments)
+    dirtmap("node", "relocate", "moved", path.rename(path.with_name("again")), *arguments)  # the file that it had
+    dirtmap("node", "remove", "moved", *arguments)
+    path.with_name("again").rename(path)
     dirtmap("node", "add", "--raw", "n", path, *arguments)
     dirtmap("add", "node:n", "b", *arguments)
     (shown,) = json_of("list", "node:n", *arguments)

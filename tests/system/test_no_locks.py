@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,20 @@ def test_others_are_refused_with_the_reason_or_insist(why: str) -> None:
         assert why in error
         assert "--no-lock" in error
         dirtmap(*command, "--no-lock")
+
+
+def test_each_call_insists(why: str) -> None:
+    with pytest.raises(dm.UnsupportedError, match=re.escape(why)):
+        dm.check("disk.qcow2")
+    with dm.open("disk.qcow2", lock=False) as image, image.transaction() as bitmaps:
+        changes.add(bitmaps, "opened", None)
+    with dm.transaction(["disk.qcow2"], lock=False) as transactions:
+        changes.add(transactions["disk.qcow2"], "changed", None)
+    with dm.this_host(lock=False) as host:
+        assert host.describe("disk.qcow2").bitmaps == dm.describe("disk.qcow2", lock=False).bitmaps
+    assert dm.check("disk.qcow2", lock=False).corruptions == 0
+    assert dm.recover("disk.qcow2", lock=False) == []
+    assert dm.dump("disk.qcow2", lock=False)
 
 
 def test_a_program_insists(why: str) -> None:

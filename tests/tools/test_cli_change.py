@@ -229,6 +229,32 @@ def test_a_move_removes_the_source_only_when_the_destination_is_durable(
     assert log[-1] == (image.name, "sync")
 
 
+@pytest.mark.parametrize("act", ["write", "sync"])
+def test_a_move_that_fails_in_the_end_says_who_has_the_bitmap(image: Path, other: Path, act: str) -> None:
+    """The operating system fails at the first write to the source, or at its first sync."""
+    from dirtmap.engine.system import file as fileio
+
+    class Failing(fileio.File):
+        def write(self, offset: int, data: bytes | memoryview) -> None:
+            if act == "write" and self.path == str(image):
+                raise dm.StorageError(self.path, "write: Input/output error", 5)
+            super().write(offset, data)
+
+        def sync(self) -> None:
+            if act == "sync" and self.path == str(image):
+                raise dm.SyncError(self.path, "sync: Input/output error", 5)
+            super().sync()
+
+    with fileio.using(Failing):
+        error = error_of("move", image, "a", other, "--as", "moved")
+    half = f"the move is half done: {other} has it as 'moved' for good, and {image} may have 'a' still; if it does, "
+    assert error == f"{image}: {act}: Input/output error; {half}'dirtmap remove' takes it away"
+    assert mapped(other, "moved") == [(64 * KIB, 64 * KIB)]
+    dirtmap("list", image)
+    dirtmap("remove", image, "a")
+    assert list(listed(image)) == ["b"]
+
+
 def test_recover(image: Path) -> None:
     leave_in_use(image)
     assert error_of("recover", image, "c") == f"{image}: bitmap 'c': there is no such bitmap"
