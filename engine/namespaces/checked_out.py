@@ -33,6 +33,7 @@ from typing import TypeVar
 
 from dirtmap.engine.identity import identity_of_disk
 from dirtmap.engine.model.bitmap import Bitmap
+from dirtmap.engine.model.checkpoints import shown
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery, Status
 from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, not_found
@@ -51,6 +52,7 @@ from dirtmap.engine.session import view as recovery
 from dirtmap.engine.session.status import status_of
 from dirtmap.engine.session.verdict import Row
 from dirtmap.engine.session.view import SessionView
+from dirtmap.engine.storefile.chain import checkpoints_of
 from dirtmap.engine.storefile.directory import header_doubts, read_entries, release_bits
 from dirtmap.engine.storefile.file import Change, Snapshot
 from dirtmap.engine.storefile.session import session_of, window_of
@@ -305,10 +307,10 @@ class CheckedOutImage(Namespace):
         with self._host.opened(self._store_path) as target:
             return target.read(question)
 
-    def _read(self) -> tuple[SessionView, dict[str, Bitmap]]:
-        """The session, and the bitmaps: as they are now if the tracker lives, else as recovery would make them."""
+    def _read(self) -> tuple[SessionView, dict[str, Bitmap], Record]:
+        """The session, the bitmaps, and the record. If the tracker is dead, they are as recovery would make them."""
 
-        def read(snapshot: Snapshot) -> tuple[SessionView, dict[str, Bitmap]]:
+        def read(snapshot: Snapshot) -> tuple[SessionView, dict[str, Bitmap], Record]:
             record = self._record(snapshot)
             view = recovery.view_of(snapshot, record)
             assert view
@@ -337,14 +339,14 @@ class CheckedOutImage(Namespace):
                 if not bitmap.inconsistent:
                     _ = bitmap.words  # loads the bits now, while they are consistent
                 bitmap.freeze()
-            return view, found
+            return view, found, record
 
         return self._ask(read)
 
     def info(self) -> ImageInfo:
         """Describes the image and its bitmaps, from the session."""
-        view, found = self._read()
-        return ImageInfo(
+        view, found, record = self._read()
+        info = ImageInfo(
             path=self.path,
             format=self.format,
             size=self.size,
@@ -365,6 +367,12 @@ class CheckedOutImage(Namespace):
             uuid=self.uuid,
             doubt=self.doubt(),
         )
+        try:
+            recording = {name: bitmap.recording for name, bitmap in found.items()}
+            chain = checkpoints_of(f"{self._store_path}: {record.label}", record, recording)
+        except FormatError as error:
+            return replace(info, errors=(str(error),))
+        return shown(info, chain)
 
     def doubt(self) -> str | None:
         """Why all bitmaps count as dirty all over; see `Namespace.doubt`."""

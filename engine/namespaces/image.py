@@ -12,7 +12,7 @@ from dirtmap.engine.model.infos import LEFT_IN_USE, VOID, ImageInfo, Recovery
 from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.model.transaction import Transaction
-from dirtmap.engine.namespaces.place import NO_PLACE, Place, place_of
+from dirtmap.engine.namespaces.place import NO_PLACE, Place, place_of, remembered
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout, void_bitmaps
 from dirtmap.engine.qcow2.reading import FORMAT, T, describe_layout, load, read_session, write_session
@@ -110,10 +110,7 @@ class Image(Namespace):
 
     def info(self) -> ImageInfo:
         """Describes the image and all its bitmaps, as of one moment."""
-        found = self._read_here(lambda layout: describe_layout(self._file, layout))
-        if not (held := self.place.held()):
-            return found
-        return replace(found, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in found.bitmaps))
+        return remembered(self._read_here(lambda layout: describe_layout(self._file, layout)), self.place)
 
     def _load(self, name: bytes) -> Bitmap | None:
         def read(layout: Layout) -> Bitmap | None:

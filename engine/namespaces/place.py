@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.identity import identity_of_disk, is_twin, lasting_identity
@@ -21,6 +22,7 @@ from dirtmap.fmt.errors import BitmapError, GoneError, StorageError, printable
 from dirtmap.fmt.store import Identity, Record
 
 if TYPE_CHECKING:
+    from dirtmap.engine.model.infos import ImageInfo
     from dirtmap.engine.namespaces.ports import HostPort
     from dirtmap.engine.storefile.file import Snapshot, Store
     from dirtmap.engine.system.file import File
@@ -96,7 +98,7 @@ class Place:
         with self._host.opened(self.store) as target:
             return target.read(held)
 
-    def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
+    def checkpoints(self, recording: Mapping[str, bool] | None) -> list[str]:
         """The chain of its checkpoints; see `dirtmap.engine.storefile.chain.checkpoints_of`."""
         record = self._record()
         return checkpoints_of(f"{self.store}: {record.label}", record, recording) if record else []
@@ -189,7 +191,7 @@ class _NoPlace(Place):
     def held(self) -> dict[str, str]:
         return {}
 
-    def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
+    def checkpoints(self, recording: Mapping[str, bool] | None) -> list[str]:
         return []
 
     def keep_checkpoints(self, chain: list[str]) -> None:
@@ -215,6 +217,20 @@ class _NoPlace(Place):
 
 
 NO_PLACE = _NoPlace()
+
+
+def remembered(info: ImageInfo, place: Place) -> ImageInfo:
+    """An image's description with what its place adds: which bitmaps are held, and which are checkpoints."""
+    held = place.held()
+    # Where the directory, or a part of it, is damaged, a bitmap that is not listed may still be there.
+    chain = place.checkpoints(None if info.errors else {bitmap.name: bitmap.recording for bitmap in info.bitmaps})
+    if held:
+        info = replace(info, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in info.bitmaps))
+    if chain:
+        from dirtmap.engine.model.checkpoints import shown
+
+        info = shown(info, chain)
+    return info
 
 
 def place_of(host: HostPort, name: str, uuid: bytes) -> Place:

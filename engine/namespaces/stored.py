@@ -25,6 +25,7 @@ from dirtmap.engine.namespaces.condition import (
 from dirtmap.engine.namespaces.place import holding
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.recover import log_recovered, recover_record, recover_session, recover_tracked_device
+from dirtmap.engine.storefile.chain import checkpoints_of
 from dirtmap.engine.storefile.directory import no_namespace, read_entries
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.fmt import geometry, store
@@ -183,15 +184,19 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     # Whoever reads a bitmap is refused.
     errors = [str(other_size(snapshot, record))] if resized else []
     counts: dict[bytes, int | None] = {}
-    entries: list[Entry] = []
+    entries: list[Entry] | None = None
     # Damage to one bitmap must not hide the others.
     with _noting(errors):
         entries = read_entries(snapshot, record)
-    busy = busy_of(snapshot, record, entries)
-    for entry in entries:
+    busy = busy_of(snapshot, record, entries or [])
+    for entry in entries or []:
         with _noting(errors):
             counts[entry.name] = None if entry.in_use else _count(snapshot, record, entry, doubt is not None)
-    return ImageInfo(
+    chain: list[str] = []
+    with _noting(errors):
+        recording = None if entries is None else {decode_name(entry.name): entry.auto for entry in entries}
+        chain = checkpoints_of(f"{snapshot.file.path}: {record.label}", record, recording)
+    info = ImageInfo(
         path=snapshot.file.path,
         format=FORMAT,
         size=record.size,
@@ -208,7 +213,7 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
                 node=None if record.kind == store.KIND_DEVICE else name,
                 device=name if record.kind == store.KIND_DEVICE else None,
             )
-            for entry in entries
+            for entry in entries or []
         ),
         notes=tuple(notes),
         node=None if record.kind == store.KIND_DEVICE else name,
@@ -217,6 +222,11 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
         doubt=doubt,
         errors=tuple(errors),
     )
+    if chain:
+        from dirtmap.engine.model.checkpoints import shown
+
+        info = shown(info, chain, f"{record.label}: ")
+    return info
 
 
 @contextlib.contextmanager
@@ -255,6 +265,7 @@ def describe_store(target: Store) -> ImageInfo:
             notes=tuple(note for part in parts for note in part.notes),
             doubt=next((part.doubt for part in parts if part.doubt), None),
             errors=tuple(error for part in parts for error in part.errors),
+            checkpoints=tuple(name for part in parts for name in part.checkpoints),
         )
 
     return target.read(read)
