@@ -107,8 +107,34 @@ def refuse_unrecovered(snapshot: Snapshot, record: Record) -> None:
 def other_size(snapshot: Snapshot, record: Record) -> BitmapError:
     """The error for bits of a disk that has another size now: they say nothing about the new space."""
     verb = "node resize" if record.kind == store.KIND_NODE else "device set-root"
+    if is_growing(snapshot, record):
+        verb = "dirtmap recover"
     what = f"its image has {size_now(record)} bytes now, and had {record.size}; '{verb}' adopts the new size"
     return BitmapError(f"{snapshot.file.path}: {record.label}", what)
+
+
+def is_resized(snapshot: Snapshot, record: Record) -> bool:
+    """True where the bits are of a disk of another size, and say nothing about the new space.
+
+    Not so while a tracker lives that has the disk grow: nothing is written there before the store has the new size.
+    """
+    if not record.nb_bitmaps or size_now(record) == record.size:
+        return False
+    if not is_growing(snapshot, record):
+        return True
+    from dirtmap.engine.session.verdict import Row
+
+    view = tracked_view(snapshot, record)
+    return view is None or view.row is not Row.LIVE
+
+
+def is_growing(snapshot: Snapshot, record: Record) -> bool:
+    """True where the disk has the size that its tracker was about to give it, so that the old bits are right.
+
+    Unless the image has changed otherwise, which `doubts` tells.
+    """
+    session = session_of(record)
+    return session is not None and record.size < size_now(record) == session.image_size
 
 
 def size_now(record: Record) -> int:

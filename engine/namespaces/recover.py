@@ -11,6 +11,7 @@ from dirtmap.engine.model.naming import decode_name, label, not_found
 from dirtmap.engine.namespaces.changing import changing
 from dirtmap.engine.namespaces.condition import (
     doubts,
+    is_growing,
     refuse_held,
     refuse_tracked,
     refuse_unrecovered,
@@ -54,16 +55,35 @@ def recover_record(change: Change, record: Record, names: list[str]) -> list[Rec
 
 
 def _recover_resized(change: Change, record: Record, names: list[str]) -> list[Recovery]:
-    """Recovers a namespace whose disk has another size now: adopts that size, and makes all its bitmaps all dirty."""
+    """Recovers a namespace whose disk has another size now: adopts that size, and makes all its bitmaps all dirty.
+
+    Where the tracker died that had the disk grow, the old bits are recovered, and the new space is dirty.
+    """
     path = change.snapshot.file.path
     refuse_tracked(path, record)
     refuse_unrecovered(change.snapshot, record)
     refuse_held(change.snapshot, record)
-    found = [decode_name(entry.name) for entry in read_entries(change.snapshot, record)]
+    entries = read_entries(change.snapshot, record)
+    found = [decode_name(entry.name) for entry in entries]
     for name in names:
         if name not in found:
             raise not_found(f"{path}: {record.label}", name)
-    identity, size = lasting_identity_now(record), size_now(record)
+    view, size = tracked_view(change.snapshot, record), size_now(record)
+    if (
+        view
+        and view.identity
+        and view.identity.size == size
+        and is_growing(change.snapshot, record)
+        and doubts(change.snapshot, record) is None
+        and all(is_readable(change.snapshot, record, entry) for entry in entries)
+    ):
+        rewrite(change, record, replace(record, size=size, identity=view.identity), doubted=False)
+        dirty = f"all dirty: {LEFT_IN_USE}"
+        return [
+            Recovery(name, dirty if entry.in_use else f"{view.how}; from byte {record.size} on it is new, and dirty")
+            for name, entry in zip(found, entries, strict=True)
+        ]
+    identity = lasting_identity_now(record)
     rewrite(change, record, replace(record, size=size, identity=identity), doubted=True)
     return [Recovery(name, f"all dirty: the disk has {size} bytes now, and had {record.size}") for name in found]
 

@@ -17,8 +17,8 @@ from dirtmap.engine.namespaces.condition import (
     bitmap_of,
     busy_of,
     doubts,
+    is_resized,
     other_size,
-    size_now,
     tracked_view,
     tracking_status,
 )
@@ -170,13 +170,13 @@ class StoredImage(Namespace):
 
 
 def _require_same_size(snapshot: Snapshot, record: Record) -> None:
-    if record.nb_bitmaps and size_now(record) != record.size:
+    if is_resized(snapshot, record):
         raise other_size(snapshot, record)
 
 
 def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     doubt, view = doubts(snapshot, record), tracked_view(snapshot, record)
-    resized = record.nb_bitmaps > 0 and size_now(record) != record.size
+    resized = is_resized(snapshot, record)
     notes = [f"{record.label} counts as all dirty: {doubt}"] if doubt and not resized else []
     if view and not doubt:
         notes.append(f"{record.label} is {view.note}")

@@ -50,12 +50,13 @@ def create_live(path: str, size: int) -> mmap.mmap:
         raise failure(path, "live file", error) from error
 
 
-def read_live(path: str, size_of: Callable[[bytes], int | None]) -> bytearray | None:
+def read_live(path: str, sizes_of: Callable[[bytes], tuple[int, int] | None]) -> bytearray | None:
     """A live file as it is now. Copied, not mapped: nobody can cut it off under us.
 
     Args:
         path: of the file.
-        size_of: which size, in bytes, a file with these first 4096 bytes has to have; None: it is none.
+        sizes_of: which size, in bytes, a file with these first 4096 bytes has to have, and how much of it is wanted,
+            from its start; None: it is none.
 
     Returns:
         None where there is none, or where it has another size: then the rest of it is not read.
@@ -64,9 +65,10 @@ def read_live(path: str, size_of: Callable[[bytes], int | None]) -> bytearray | 
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
-            size = size_of(os.pread(fd, mmap.PAGESIZE, 0)) if stat.S_ISREG(status.st_mode) else None
-            if size is None or status.st_size != size:
+            sizes = sizes_of(os.pread(fd, mmap.PAGESIZE, 0)) if stat.S_ISREG(status.st_mode) else None
+            if sizes is None or status.st_size != sizes[0]:
                 return None
+            size = sizes[1]
             data, done = bytearray(size), 0
             while done < size and (step := os.preadv(fd, [memoryview(data)[done:]], done)):
                 done += step
