@@ -35,8 +35,9 @@ def list_command(
     """List the bitmaps of images.
 
     Shows each bitmap's granularity, how much of the disk it calls dirty (in whole granules, as QEMU counts), and
-    whether QEMU goes on recording into it. An inconsistent bitmap is in use by a writer, or was left so by one that
-    died. The bits of a damaged bitmap are not what was written; see "dirtmap recover". Without a TARGET, lists all
+    whether QEMU goes on recording into it, or that it is a checkpoint of a tracker, which other checkpoints rely on; in
+    JSON, "checkpoints" names these, oldest first. An inconsistent bitmap is in use by a writer, or was left so by one
+    that died. The bits of a damaged bitmap are not what was written; see "dirtmap recover". Without a TARGET, lists all
     bitmaps of the host, in every image and store that it knows; see "dirtmap index scan". If a TARGET cannot be read, a
     bitmap is damaged, or a disk has another size than its bitmaps, the others are listed, and the exit status is 1. In
     JSON, "errors" has a line for each of these.
@@ -79,6 +80,7 @@ def _document(info: ImageInfo) -> dict[str, Any]:
         "notes": list(info.notes),
         "doubt": info.doubt,
         "errors": list(info.errors),
+        "checkpoints": list(info.checkpoints),
         "bitmaps": [
             {
                 "name": bitmap.name,
@@ -88,6 +90,7 @@ def _document(info: ImageInfo) -> dict[str, Any]:
                 "inconsistent": bitmap.inconsistent,
                 "damaged": bitmap.damaged,
                 "busy": bitmap.busy,
+                "checkpoint": bitmap.checkpoint,
                 "count": bitmap.count,
                 **_attachment(info, bitmap),
             }
@@ -125,10 +128,12 @@ def _show(info: ImageInfo) -> None:
 
 def _row(bitmap: BitmapInfo, size: int | None) -> tuple[str, ...]:
     dirty, share = "?", ""
-    state = "recording" if bitmap.recording else "disabled"
+    state = "recording" if bitmap.recording else "checkpoint" if bitmap.checkpoint else "disabled"
     if bitmap.count is not None:
         dirty = human_size(bitmap.count)
         share = human_share(bitmap.count, size or 0)
     else:
         state = "damaged" if bitmap.damaged else "inconsistent"
+    if bitmap.checkpoint and state != "checkpoint":
+        state += ", checkpoint"
     return printable(bitmap.name), human_size(bitmap.granularity), dirty, share, state + ", busy" * bitmap.busy

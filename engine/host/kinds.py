@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dirtmap.engine.host.kind import Address, Kind, KindPort, Progress, Tracking
 from dirtmap.engine.system import probe
-from dirtmap.fmt.errors import BitmapError, LockedError
+from dirtmap.fmt.errors import BitmapError, Error, LockedError
 
 if TYPE_CHECKING:
     from dirtmap.engine.index.reading import KindReader
@@ -24,6 +24,21 @@ if TYPE_CHECKING:
     from dirtmap.engine.storefile.file import Store
     from dirtmap.engine.system.file import File
     from dirtmap.engine.tracking.tracker import Tracker
+
+
+def _remembered(host: KindPort, info: ImageInfo, node: str, image_uuid: str) -> ImageInfo:
+    """The description of a damaged image, with what its place adds; what cannot be read is among its errors."""
+    import uuid
+    from dataclasses import replace
+
+    from dirtmap.engine.namespaces.place import place_of, remembered
+
+    try:
+        place = place_of(host, node, uuid.UUID(image_uuid).bytes)
+        place.refuse_twin(info.path)
+        return remembered(info, place)
+    except Error as error:
+        return replace(info, errors=(*info.errors, str(error)))
 
 
 class Qcow2Kind(Kind):
@@ -100,8 +115,10 @@ class Qcow2Kind(Kind):
 
         with contextlib.suppress(LockedError), open_file(address.path) as file:
             info, tracked = describe(file, force_share=force_share, locking=host.locking)
-            if info.node is None or info.uuid is None or info.errors:  # with one, nothing else opens the image
+            if info.node is None or info.uuid is None:
                 return info
+            if info.errors:  # with one, nothing else opens the image
+                return _remembered(host, info, info.node, info.uuid)
             place = self._place_of(host, info.node, info.uuid)
             place.refuse_twin(address.path)
             if not tracked and not place.is_checked_out(address.path):

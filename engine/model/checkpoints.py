@@ -13,10 +13,14 @@ no break: the checkpoint before it takes over its content.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from dirtmap.engine.model.naming import label
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
+    from dirtmap.engine.model.infos import ImageInfo
 
 BREAK = ""  # in a chain; no bitmap has that name
 
@@ -37,6 +41,26 @@ def reconcile(chain: list[str], recording: Mapping[str, bool]) -> list[str]:
 def broken(chain: list[str], name: str) -> list[str]:
     """The chain without a checkpoint whose content no other takes over: a break stands in its place."""
     return _tidy([BREAK if other == name else other for other in chain])
+
+
+def shown(info: ImageInfo, chain: list[str], whose: str = "") -> ImageInfo:
+    """An image's description with its checkpoints, and with a note of what is not known any more.
+
+    Args:
+        info: of the image, without checkpoints.
+        chain: of the image.
+        whose: how the note begins: names the namespace, and ends with a space, where the path does not tell it.
+    """
+    if not chain:
+        return info
+    names = tuple(name for name in chain if name != BREAK)
+    notes = info.notes
+    lacking = [name for name in chain[: len(chain) - 1 - chain[::-1].index(BREAK)] if name] if BREAK in chain else []
+    if lacking:
+        since = label(lacking[-1]) + " or an older checkpoint" * (len(lacking) > 1)
+        notes += (f"{whose}not all that was written since {since} is known: a checkpoint was removed or disabled",)
+    bitmaps = tuple(replace(bitmap, checkpoint=bitmap.name in names) for bitmap in info.bitmaps)
+    return replace(info, bitmaps=bitmaps, notes=notes, checkpoints=names)
 
 
 def predecessor(chain: list[str], name: str) -> str | None:

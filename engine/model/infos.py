@@ -19,6 +19,7 @@ class BitmapInfo:
         namespace: in a store, the namespace's UUID as text; else None.
         node: in a store, the node's name; None for a device's bitmap.
         device: in a store, the device's name; None for a node's bitmap.
+        checkpoint: a tracker's checkpoint, which other checkpoints rely on; the newest of them is recording.
     """
 
     name: str
@@ -30,6 +31,7 @@ class BitmapInfo:
     namespace: str | None = None
     node: str | None = None
     device: str | None = None
+    checkpoint: bool = False
 
     @property
     def damaged(self) -> bool:
@@ -53,6 +55,9 @@ class ImageInfo:
         uuid: of its namespace, as text, or None.
         doubt: why all bitmaps count as dirty all over, or None; for a store as a whole, one such reason.
         errors: what is damaged, one line each; a damaged bitmap is left out, or has no ``count``.
+        checkpoints: names of the bitmaps that are checkpoints, oldest first; also of those that are left out. What was
+            written since one is in it and in all later ones; where that is not known any more, ``notes`` say so. For a
+            store as a whole, those of one namespace after the other.
     """
 
     path: str
@@ -66,6 +71,7 @@ class ImageInfo:
     uuid: str | None = None
     doubt: str | None = None
     errors: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
 
 
 # Why a recovered bitmap is dirty all over. Recovery locks writers out, so the writer that left it is gone.

@@ -6,9 +6,11 @@ import contextlib
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 from dirtmap.engine.model.bitmap import Bitmap
+from dirtmap.engine.model.checkpoints import shown
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery, Status
 from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name
@@ -22,10 +24,11 @@ from dirtmap.engine.qcow2.layout import read_layout
 from dirtmap.engine.qcow2.reading import FORMAT
 from dirtmap.engine.session.verdict import Row
 from dirtmap.engine.session.view import SessionView
+from dirtmap.engine.storefile.chain import checkpoints_of
 from dirtmap.engine.storefile.file import Snapshot
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import open_file
-from dirtmap.fmt.errors import MovedError
+from dirtmap.fmt.errors import FormatError, MovedError
 from dirtmap.fmt.store import Record
 
 T = TypeVar("T")
@@ -63,11 +66,12 @@ class CheckedOutImage(Namespace):
         with self._host.opened(self._store_path) as target:
             return target.read(question)
 
-    def _read(self) -> tuple[SessionView, dict[str, Bitmap]]:
-        """The session, and the bitmaps: as they are now if the tracker lives, else as recovery would make them."""
+    def _read(self) -> tuple[SessionView, dict[str, Bitmap], Record]:
+        """The session, the bitmaps, and the record. If the tracker is dead, they are as recovery would make them."""
 
-        def read(snapshot: Snapshot) -> tuple[SessionView, dict[str, Bitmap]]:
-            now = Condition(snapshot, self._record(snapshot))
+        def read(snapshot: Snapshot) -> tuple[SessionView, dict[str, Bitmap], Record]:
+            record = self._record(snapshot)
+            now = Condition(snapshot, record)
             view, busy = now.view, now.busy
             assert view
             found: dict[str, Bitmap] = {}
@@ -92,14 +96,14 @@ class CheckedOutImage(Namespace):
                 if not bitmap.inconsistent:
                     _ = bitmap.words  # loads the bits now, while they are consistent
                 bitmap.freeze()
-            return view, found
+            return view, found, record
 
         return self._ask(read)
 
     def info(self) -> ImageInfo:
         """Describes the image and its bitmaps, from the session."""
-        view, found = self._read()
-        return ImageInfo(
+        view, found, record = self._read()
+        info = ImageInfo(
             path=self.path,
             format=self.format,
             size=self.size,
@@ -120,6 +124,12 @@ class CheckedOutImage(Namespace):
             uuid=self.uuid,
             doubt=self.doubt(),
         )
+        try:
+            recording = {name: bitmap.recording for name, bitmap in found.items()}
+            chain = checkpoints_of(f"{self._store_path}: {record.label}", record, recording)
+        except FormatError as error:
+            return replace(info, errors=(str(error),))
+        return shown(info, chain)
 
     def doubt(self) -> str | None:
         """Why all bitmaps count as dirty all over; see `Namespace.doubt`."""

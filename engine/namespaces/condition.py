@@ -166,8 +166,27 @@ class Condition:
 
     @property
     def resized(self) -> bool:
-        """True if there are bitmaps, and they are for another size than the disk has now."""
-        return self.record.nb_bitmaps > 0 and self.size_now != self.record.size
+        """True if there are bitmaps, and they are for another size than the disk has now.
+
+        Not so while a tracker lives that lets the disk grow: nothing is written to the new space before the store has
+        the new size.
+        """
+        if not self.record.nb_bitmaps or self.size_now == self.record.size:
+            return False
+        if not self.growing:
+            return True
+        from dirtmap.engine.session.verdict import Row
+
+        return self.view is None or self.view.row is not Row.LIVE
+
+    @property
+    def growing(self) -> bool:
+        """True if the disk has the size that its tracker was about to give it, so that the old bits are right.
+
+        Unless the image has changed otherwise, which `doubt` tells.
+        """
+        session = session_of(self.record)
+        return session is not None and self.record.size < self.size_now == session.image_size
 
     @cached_property
     def busy(self) -> set[bytes]:
@@ -229,6 +248,8 @@ class Condition:
     def other_size(self) -> BitmapError:
         """The error for bits of a disk that has another size now: they say nothing about the new space."""
         verb = "node resize" if self.record.kind == store.KIND_NODE else "device set-root"
+        if self.growing:
+            verb = "dirtmap recover"
         what = f"its image has {self.size_now} bytes now, and had {self.record.size}; '{verb}' adopts the new size"
         return BitmapError(self.where, what)
 

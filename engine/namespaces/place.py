@@ -101,7 +101,7 @@ class Place:
         with self._host.opened(self.store) as target:
             return target.read(held)
 
-    def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
+    def checkpoints(self, recording: Mapping[str, bool] | None) -> list[str]:
         """The chain of its checkpoints; see `dirtmap.engine.storefile.chain.checkpoints_of`."""
         record = self._record()
         return checkpoints_of(f"{self.store}: {record.label}", record, recording) if record else []
@@ -196,7 +196,7 @@ class _NoPlace(Place):
     def held(self) -> dict[str, str]:
         return {}
 
-    def checkpoints(self, recording: Mapping[str, bool]) -> list[str]:
+    def checkpoints(self, recording: Mapping[str, bool] | None) -> list[str]:
         return []
 
     def keep_checkpoints(self, chain: list[str]) -> None:
@@ -225,10 +225,17 @@ NO_PLACE = _NoPlace()
 
 
 def remembered(info: ImageInfo, place: Place) -> ImageInfo:
-    """An image's description with what its place adds: which bitmaps are held."""
-    if not (held := place.held()):
-        return info
-    return replace(info, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in info.bitmaps))
+    """An image's description with what its place adds: which bitmaps are held, and which are checkpoints."""
+    held = place.held()
+    # Where the directory, or a part of it, is damaged, a bitmap that is not listed may still be there.
+    chain = place.checkpoints(None if info.errors else {bitmap.name: bitmap.recording for bitmap in info.bitmaps})
+    if held:
+        info = replace(info, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in info.bitmaps))
+    if chain:
+        from dirtmap.engine.model.checkpoints import shown
+
+        info = shown(info, chain)
+    return info
 
 
 def place_of(host: HostPort, name: str, uuid: bytes) -> Place:

@@ -45,7 +45,10 @@ def recover_record(change: Change, now: Condition, names: list[str]) -> list[Rec
 
 
 def _recover_resized(change: Change, now: Condition, names: list[str]) -> list[Recovery]:
-    """Recovers a namespace whose disk has another size now: adopts that size, and makes all its bitmaps all dirty."""
+    """Recovers a namespace whose disk has another size now: adopts that size, and makes all its bitmaps all dirty.
+
+    Where the tracker died that had the disk grow, the old bits are recovered, and the new space is dirty.
+    """
     record = now.record
     now.refuse_tracked()
     now.refuse_unrecovered()
@@ -54,6 +57,21 @@ def _recover_resized(change: Change, now: Condition, names: list[str]) -> list[R
     for name in names:
         if name not in found:
             raise not_found(now.where, name)
+    view, size = now.view, now.size_now
+    if (
+        view
+        and view.identity
+        and view.identity.size == size
+        and now.growing
+        and not now.doubted
+        and all(is_readable(change.snapshot, record, entry) for entry in now.entries)
+    ):
+        now.rewrite(change, replace(record, size=size, identity=view.identity), doubted=False)
+        dirty = f"all dirty: {LEFT_IN_USE}"
+        return [
+            Recovery(name, dirty if entry.in_use else f"{view.how}; from byte {record.size} on it is new, and dirty")
+            for name, entry in zip(found, now.entries, strict=True)
+        ]
     identity = lasting_identity_now(record)
     size = size_now(record)  # looked at after the identity, so that a later change of the size is seen
     now.rewrite(change, replace(record, size=size, identity=identity), doubted=True)

@@ -17,6 +17,7 @@ from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.namespaces.place import holding
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.recover import log_recovered, recover_record, recover_session, recover_tracked_device
+from dirtmap.engine.storefile.chain import checkpoints_of
 from dirtmap.engine.storefile.directory import no_namespace
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.storefile.session import require_known
@@ -181,11 +182,11 @@ def _describe(now: Condition) -> ImageInfo:
     # Whoever reads a bitmap is refused.
     errors = [str(now.other_size())] if now.resized else []
     counts: dict[bytes, int | None] = {}
-    entries: list[Entry] = []
+    entries: list[Entry] | None = None
     # Damage to one bitmap must not hide the others.
     with _noting(errors):
         entries = now.entries
-    for entry in entries:
+    for entry in entries or []:
         with _noting(errors):
             counts[entry.name] = None if entry.in_use else _count(now, entry)
     device = record.kind == store.KIND_DEVICE
@@ -201,9 +202,18 @@ def _describe(now: Condition) -> ImageInfo:
             node=None if device else name,
             device=name if device else None,
         )
-        for entry in entries
+        for entry in entries or []
     )
-    return _info(now, bitmaps, notes=tuple(notes), doubt=doubt, errors=tuple(errors))
+    chain: list[str] = []
+    with _noting(errors):
+        recording = None if entries is None else {decode_name(entry.name): entry.auto for entry in entries}
+        chain = checkpoints_of(now.where, record, recording)
+    info = _info(now, bitmaps, notes=tuple(notes), doubt=doubt, errors=tuple(errors))
+    if chain:
+        from dirtmap.engine.model.checkpoints import shown
+
+        info = shown(info, chain, f"{record.label}: ")
+    return info
 
 
 def _info(
@@ -267,6 +277,7 @@ def describe_store(target: Store) -> ImageInfo:
             notes=tuple(note for part in parts for note in part.notes),
             doubt=next((part.doubt for part in parts if part.doubt), None),
             errors=tuple(error for part in parts for error in part.errors),
+            checkpoints=tuple(name for part in parts for name in part.checkpoints),
         )
 
     return target.read(read)

@@ -57,6 +57,7 @@ from dirtmap.fmt.structures.live import (
     record_seed,
 )
 
+_SUFFIXES = ".intent", ".2.intent"
 _OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; no log is that long
 _PER_SECTOR = 512 // live.LOG_RECORD_SIZE
 # CRC32C a byte at a time: what each low byte of the state adds, and which low byte left that top byte behind.
@@ -255,10 +256,30 @@ def _back(states: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return states
 
 
+def path_of(stem: str) -> str:
+    """The path of a session's first log."""
+    return f"{stem}{_SUFFIXES[0]}"
+
+
+def other_path(path: str) -> str:
+    """The path of the log that follows the one at ``path`` when the disk grows; that of the next one is ``path``."""
+    first, second = _SUFFIXES
+    return path.removesuffix(second) + first if path.endswith(second) else path.removesuffix(first) + second
+
+
 def remove_log(session: live.Session) -> None:
-    """Removes the log of a session that has ended. Removes nothing if another file is at its path."""
+    """Removes the logs of a session that has ended. Removes nothing if another file is at such a path.
+
+    There may be another beside the one that it names, where its tracker died while the disk grew.
+    """
+    path = os.fsdecode(session.log_path)
+    for each in (path, other_path(path)):
+        _remove_log_at(each, session)
+
+
+def _remove_log_at(path: str, session: live.Session) -> None:
     try:
-        with open_file(os.fsdecode(session.log_path)) as file:
+        with open_file(path) as file:
             mine = (
                 file.read(0, LOG.size)[: LOG.field("intent").offset]
                 == build_log(session.uuid, session.intent, session.region_bits, 0)[: LOG.field("intent").offset]
@@ -266,7 +287,7 @@ def remove_log(session: live.Session) -> None:
     except Error:
         return
     if mine:
-        remove_file(os.fsdecode(session.log_path))
+        remove_file(path)
 
 
 def is_held(session: live.Session) -> bool | None:

@@ -112,7 +112,7 @@ def is_of(folder: str, uuid: bytes) -> bool:
 
 def _read_control(folder: str) -> Any:
     """The control file in a folder, as `CONTROL` parses it; None if there is none."""
-    data = livefs.read_live(_control_path(folder), lambda _: live.PAGE)
+    data = livefs.read_live(_control_path(folder), lambda _: (live.PAGE, live.PAGE))
     control = CONTROL.parse(bytes(data)) if data else None
     return control if control and control.magic == live.CONTROL_MAGIC else None
 
@@ -224,6 +224,17 @@ class Words:
         """The words at another granularity, in bytes, rounded outward. They must not be written to."""
         return bits.rescaled(self.words, self.size, self.granularity, granularity)
 
+    def sized(self, size: int) -> Words:
+        """The bits as those of a disk of ``size`` bytes: cut off, or with clean bits behind them."""
+        if size == self.size:
+            return self
+        nbits = geometry.granules(size, self.granularity)
+        words = bits.zeros(nbits)
+        common = min(len(words), len(self.words))
+        words[:common] = self.words[:common]
+        bits.mask_tail(words, nbits)
+        return Words(words, size, self.granularity)
+
 
 def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:
     """The OR of all parts at a granularity, in bytes: new words. Works by blocks that fit into the CPU's cache."""
@@ -299,7 +310,7 @@ def is_outdated(folder: str, uuid: bytes, current: int, size: int) -> bool:
 
 
 def _read_writeset(folder: str, uuid: bytes, number: int, size: int) -> Words | None:
-    data = livefs.read_live(_writeset_path(folder, number), lambda head: _writeset_bytes(head, uuid, number, size))
+    data = livefs.read_live(_writeset_path(folder, number), lambda head: _writeset_sizes(head, uuid, number, size))
     if data is None:
         return None
     granularity = 1 << WRITESET.parse(bytes(data[: WRITESET.size])).granularity_bits
@@ -309,14 +320,24 @@ def _read_writeset(folder: str, uuid: bytes, number: int, size: int) -> Words | 
     return Words(words, size, granularity)
 
 
-def _writeset_bytes(head: bytes, uuid: bytes, number: int, size: int) -> int | None:
-    """The length in bytes of a writeset with that header; None if it is not that of the interval."""
+def _writeset_sizes(head: bytes, uuid: bytes, number: int, size: int) -> tuple[int, int] | None:
+    """How long a writeset with that header is, and how much of it is about a disk of ``size`` bytes.
+
+    It may be a larger disk's: the store has yet to be told of the new size.
+
+    Returns:
+        None where it is not that interval's.
+    """
     if len(head) < WRITESET.size:
         return None
     found = WRITESET.parse(head)
-    if (found.magic, found.uuid, found.number, found.size) != (live.WRITESET_MAGIC, uuid, number, size):
+    if (found.magic, found.uuid, found.number) != (live.WRITESET_MAGIC, uuid, number) or found.size < size:
         return None
     granularity = 1 << min(found.granularity_bits, 63)
     if not geometry.is_granularity(granularity):
         return None
+    return _bytes_for(found.size, granularity), _bytes_for(size, granularity)
+
+
+def _bytes_for(size: int, granularity: int) -> int:
     return live.PAGE + max(geometry.ceil_div(geometry.granules(size, granularity), 64) * 8, 8)

@@ -182,7 +182,13 @@ class SessionView:
             if (others := opened_by_others(path)) or data == path:
                 return others
         what = "the image has changed while nobody tracked it"
-        if (now.device, now.inode, now.size) != (then.device, then.inode, then.size) or now.mtime_ns < then.mtime_ns:
+        # Its tracker has told which size it will have; it died before the image had it, or before the bits had.
+        sizes = (then.size, record.size) if self._root.kind == store.KIND_NODE else (then.size,)
+        if (
+            (now.device, now.inode) != (then.device, then.inode)
+            or now.size not in sizes
+            or now.mtime_ns < then.mtime_ns
+        ):
             return what
         if max(now.mtime_ns, changed) > self._last_sign(log):
             return what

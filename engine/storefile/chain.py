@@ -35,13 +35,14 @@ def with_chain(record: Record, chain: list[str]) -> Record:
     return record.with_extensions([EXTENSION_CHECKPOINTS], [(EXTENSION_CHECKPOINTS, data)] if chain else [])
 
 
-def checkpoints_of(where: str, record: Record, recording: Mapping[str, bool]) -> list[str]:
+def checkpoints_of(where: str, record: Record, recording: Mapping[str, bool] | None) -> list[str]:
     """The chain of checkpoints of a namespace, reconciled with the bitmaps that it has now.
 
     Args:
         where: names the namespace in errors.
         record: of the namespace.
-        recording: of every bitmap that exists, whether it records.
+        recording: of every bitmap that exists, whether it records; None where that cannot be told, which leaves the
+            chain as it was last written.
 
     Raises:
         FormatError: the chain cannot be parsed.
@@ -50,7 +51,8 @@ def checkpoints_of(where: str, record: Record, recording: Mapping[str, bool]) ->
         return []
     from dirtmap.engine.model import checkpoints
 
-    return checkpoints.reconcile(read_chain(where, record), recording)
+    chain = read_chain(where, record)
+    return chain if recording is None else checkpoints.reconcile(chain, recording)
 
 
 def with_checkpoints(record: Record, chain: list[str]) -> Record:

@@ -50,13 +50,13 @@ def create_live(path: str, size: int) -> mmap.mmap:
         raise failure(path, "live file", error) from error
 
 
-def read_live(path: str, size_of: Callable[[bytes], int | None]) -> bytearray | None:
+def read_live(path: str, sizes_of: Callable[[bytes], tuple[int, int] | None]) -> bytearray | None:
     """The content of a live file. It is copied and not mapped, since a file that shrinks while mapped is a SIGBUS.
 
     Args:
         path: of the file.
-        size_of: gets the first 4096 bytes of the file. Returns the size in bytes that such a file must have, or None
-            if it is no live file.
+        sizes_of: gets the first 4096 bytes of the file. Returns the size in bytes that such a file must have, and how
+            many of them are wanted, from its start; None if it is no live file.
 
     Returns:
         None if there is no such file, or if it has another size. Then the rest of it is not read.
@@ -65,9 +65,10 @@ def read_live(path: str, size_of: Callable[[bytes], int | None]) -> bytearray | 
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
-            size = size_of(os.pread(fd, mmap.PAGESIZE, 0)) if stat.S_ISREG(status.st_mode) else None
-            if size is None or status.st_size != size:
+            sizes = sizes_of(os.pread(fd, mmap.PAGESIZE, 0)) if stat.S_ISREG(status.st_mode) else None
+            if sizes is None or status.st_size != sizes[0]:
                 return None
+            size = sizes[1]
             data, done = bytearray(size), 0
             while done < size and (step := os.preadv(fd, [memoryview(data)[done:]], done)):
                 done += step

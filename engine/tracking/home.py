@@ -100,6 +100,7 @@ class HomeChange(HomeView):
     def __init__(self, change: Change, record: Record) -> None:
         super().__init__(change.snapshot, record)
         self.change = change
+        self.placed = record  # with the size that the disk will have
         self.identity = record.identity
         self.peer = peer_of(record)
         if self._doubted:
@@ -129,13 +130,18 @@ class HomeChange(HomeView):
         """
         if fault := directory.name_fault(encode_name(name)):
             raise BitmapError(f"{self.where}: {label(name)}", fault)
-        self.entries[name] = place_bitmap(self.change, self.record, name, bitmap)
+        self.entries[name] = place_bitmap(self.change, self.placed, name, bitmap)
         self.set_window(name, window)
 
     def put_empty(self, name: str, granularity: int, window: Window | None, *, recording: bool) -> None:
         """Like `put` for a clean bitmap, but takes the same time however large the disk. Errors as `clean_entry`."""
         self.entries[name] = self.clean_entry(name, granularity, recording=recording)
         self.set_window(name, window)
+
+    def grow(self, size: int) -> None:
+        """Gives the disk another size, in bytes. The caller then puts every bitmap anew."""
+        self.placed = replace(self.record, size=size)
+        self.identity = replace(self.identity, size=size)
 
     def reconcile_checkpoints(self) -> None:
         """Reconciles the chain with what other programs have done to checkpoints since the last session."""
@@ -162,7 +168,8 @@ class HomeChange(HomeView):
                 extensions.append((store.EXTENSION_PEER, build_peer(self.peer)))
         new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints)
         generation, count = change.generation, len(wanted)
-        change.table.put(replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=self.identity))
+        new = replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=self.identity)
+        change.table.put(replace(new, size=self.placed.size))
 
 
 class Home:

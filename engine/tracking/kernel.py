@@ -2,7 +2,8 @@
 
 State. All that a mark needs is in one `_State`: the bits of the current writeset, the regions that the current log has,
 and the writes in flight. A *swap* replaces the state as a whole. A cut swaps in another writeset, a rotation another
-log, and the end of the tracker a state that refuses marks. The swapping thread reads the old bits only after the swap.
+log, growth of the disk both, and the end of the tracker a state that refuses marks. The swapping thread reads the old
+bits only after the swap.
 
     mark   1  read the state            swap   1  replace the state
            2  region not in its log?           2  a cut: wait for the old state's flights to end
@@ -51,12 +52,13 @@ of the bits alone tells whether there was a swap.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, SupportsIndex
 
 import numpy as np
@@ -105,12 +107,13 @@ class _State:
         bits: a view of its bits.
         flights: the writes that have begun in it and have not ended.
         logged: numbers of the regions that are in the current log.
+        region_bits: log2 of the region size in bytes.
     """
 
-    __slots__ = ("bits", "flights", "logged", "writeset")
+    __slots__ = ("bits", "flights", "logged", "region_bits", "writeset")
 
-    def __init__(self, writeset: Writeset, logged: set[int]) -> None:
-        self.writeset, self.logged = writeset, logged
+    def __init__(self, writeset: Writeset, logged: set[int], region_bits: int) -> None:
+        self.writeset, self.logged, self.region_bits = writeset, logged, region_bits
         self.bits, self.flights = writeset.view(), writeset.flights
 
 
@@ -143,11 +146,12 @@ class Kernel:
     ) -> None:
         if not getattr(sys, "_is_gil_enabled", lambda: True)():
             raise UnsupportedError(where, "this Python has no interpreter lock, which marks rely on")
-        self.where, self.size, self.region_bits = where, size, region_bits
+        self.where, self.size = where, size
         self.failure: Error | None = None
         self._log, self._control = log, control.fields
+        self._next: tuple[IntentLog, int] | None = None  # see `branch`
         self.guard = threading.RLock()
-        self._state = _State(writeset, set())
+        self._state = _State(writeset, set(), region_bits)
         self.numbers = itertools.count()
         self.lost: list[tuple[Flights, int]] = []
         self._flying: set[int] = set()
@@ -243,6 +247,54 @@ class Kernel:
         with self.guard:
             return self._swap(writeset, rotate)
 
+    # While the disk grows. The writeset that marks go to is the larger disk's already, and as the store's records are
+    # told of the new size one after the other, those that are not have the old log, and those that are the new one.
+
+    def branch(self, writeset: Writeset, log: IntentLog, region_bits: int) -> Writeset:
+        """Has marks go to another writeset, and their regions to another log as well as to the current one.
+
+        Args:
+            writeset: of a larger disk.
+            log: of the larger disk, with no records.
+            region_bits: log2 of its region size, which is not below the current one.
+
+        Returns:
+            The writeset that was current.
+        """
+        with self.guard:
+            if self._log:
+                self._next = log, region_bits - self._state.region_bits
+            return self._swap(writeset, False, logged=set())
+
+    def unbranch(self) -> None:
+        """Undoes `branch`, but for the writeset: the disk has not grown."""
+        with self.guard:
+            self._next = None
+
+    def settle(self, size: int, region_bits: int) -> None:
+        """Ends what `branch` began: the disk has ``size`` bytes, and only the new log counts."""
+        with self.guard:
+            logged = {region >> region_bits - self._state.region_bits for region in self._state.logged}
+            if self._next:
+                self._log, self._next = self._next[0], None
+            self.size = size
+            self._control[LOGGED] = len(logged)
+            self._swap(None, False, logged=logged, region_bits=region_bits)
+
+    @contextlib.contextmanager
+    def touching(self) -> Iterator[None]:
+        """Around a change to the image by the tracker itself, which recovery then takes for a write of its own."""
+        number, control = next(self.numbers), self._control
+        self._flying.add(number)
+        control[IN_FLIGHT] = len(self._flying)
+        control[EVENT] = time.time_ns()
+        try:
+            yield
+        finally:
+            self._flying.discard(number)
+            control[EVENT] = time.time_ns()
+            control[IN_FLIGHT] = len(self._flying)
+
     def refuse_own(self, writesets: Iterable[Writeset]) -> None:
         """Refuses to wait for a write that cannot end while this thread waits.
 
@@ -322,15 +374,26 @@ class Kernel:
 
     # How.
 
-    def _swap(self, writeset: Writeset | None, rotate: bool) -> Writeset:
+    def _swap(
+        self,
+        writeset: Writeset | None,
+        rotate: bool,
+        *,
+        logged: set[int] | None = None,
+        region_bits: int | None = None,
+    ) -> Writeset:
         old = self._state
         if rotate and self._log:
             self._log.rotate()
             self._control[LOGGED] = 0
-        state = _State(writeset or old.writeset, set() if rotate else old.logged)
-        if rotate or self.failure:
+        state = _State(
+            writeset or old.writeset,
+            set() if rotate else old.logged if logged is None else logged,
+            old.region_bits if region_bits is None else region_bits,
+        )
+        if rotate or self.failure or logged is not None:
             self._known = set()
-        if state.writeset.granularity_bits != old.writeset.granularity_bits:
+        if (state.writeset.granularity_bits, state.region_bits) != (old.writeset.granularity_bits, old.region_bits):
             self._swap_fast(bitarray(), set())  # a `mark` bound earlier takes the slow path from now on
             self._state = state
             self._install()
@@ -346,7 +409,7 @@ class Kernel:
         shift = state.writeset.granularity_bits
         self._known = set()
         self.mark, self._swap_fast = _make_mark(
-            state.bits, self._known, shift, self.region_bits - shift, self._mark_slowly
+            state.bits, self._known, shift, state.region_bits - shift, self._mark_slowly
         )
 
     def _mark_slowly(self, offset: SupportsIndex, length: SupportsIndex) -> None:
@@ -356,9 +419,9 @@ class Kernel:
         self._set(offset, end)
         # The fast path does not look at the size of the disk. So a region that ends with a granule cut short must
         # never become known to it.
-        whole = self.size >> self._state.writeset.granularity_bits
-        per_region = self.region_bits - self._state.writeset.granularity_bits
-        region = offset >> self.region_bits
+        state = self._state  # where it was replaced by one of other regions, so was what is known
+        whole = self.size >> state.writeset.granularity_bits
+        region, per_region = offset >> state.region_bits, state.region_bits - state.writeset.granularity_bits
         if end > offset and self.failure is None and (region + 1) << per_region <= whole:
             with self.guard:
                 if known is self._known and region in self._state.logged:
@@ -369,11 +432,11 @@ class Kernel:
         if offset == end:
             self.require_usable()
             return
-        first_region, last_region = offset >> self.region_bits, (end - 1) >> self.region_bits
         while True:
             state = self._state
             if self.failure:
                 self.require_usable()
+            first_region, last_region = offset >> state.region_bits, (end - 1) >> state.region_bits
             for region in range(first_region, last_region + 1):
                 if region not in state.logged and not self._log_regions(state, range(region, last_region + 1)):
                     break
@@ -393,6 +456,9 @@ class Kernel:
             if missing and self._log:
                 try:
                     self._log.append(missing)
+                    if self._next:
+                        log, shift = self._next
+                        log.append([region >> shift for region in missing])
                 except SyncError as error:
                     self._fail(error)
                     raise
@@ -427,8 +493,8 @@ class Kernel:
                 raise
 
     def _log_many(self, state: _State, offset: NDArray[np.int64], last: NDArray[np.int64]) -> bool:
-        words = kernels.zeros((self.size >> self.region_bits) + 1)
-        kernels.scatter(words, offset >> self.region_bits, last >> self.region_bits)
+        words = kernels.zeros((self.size >> state.region_bits) + 1)
+        kernels.scatter(words, offset >> state.region_bits, last >> state.region_bits)
         touched = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
         missing = [region for region in touched if region not in state.logged]
         return not missing or self._log_regions(state, missing)

@@ -21,17 +21,18 @@ from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.session import livefile, verdict
 from dirtmap.engine.session import view as recovery
-from dirtmap.engine.session.intent import IntentLog
+from dirtmap.engine.session.intent import IntentLog, other_path, path_of
 from dirtmap.engine.session.livefile import CURRENT, EVENT, HEARTBEAT, Control, Words, Writeset, union
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.session import Window
 from dirtmap.engine.system import livefs, order
+from dirtmap.engine.system.file import open_file, remove_file
 from dirtmap.engine.system.order import Rank
 from dirtmap.engine.system.process import this_process
 from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
 from dirtmap.engine.tracking.kernel import Kernel
 from dirtmap.engine.tracking.options import INTENTS, Options
-from dirtmap.fmt import live, store
+from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, StorageError, SyncError
 from dirtmap.fmt.live import Peer
 
@@ -99,6 +100,7 @@ class Recorder:
         self._undrained: list[Writeset] = []  # no longer current, but writes may be in flight in them
         self._held: dict[str, int] = {}
         self._spare: Writeset | None = None
+        self._next_log: IntentLog | None = None  # while the disk grows
         self._ended, self._wake = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -277,7 +279,7 @@ class Recorder:
             image_mtime=identity.mtime_ns,
             image_size=identity.size,
             live=os.fsencode(live_path),
-            log_path=os.fsencode(f"{change.snapshot.file.abspath}.{name}.intent"),
+            log_path=os.fsencode(path_of(f"{change.snapshot.file.abspath}.{name}")),
         )
         for home in self._homes:
             home.session = session
@@ -291,6 +293,7 @@ class Recorder:
         self._current = self._new_writeset(0, finest)
         self._spare = self._new_writeset(1, finest)
         log_path = os.fsdecode(session.log_path)
+        remove_file(other_path(log_path))  # left like the live files
         self._log = IntentLog(log_path, session.uuid, session.intent, region_bits, self.size)
         undo.callback(self._log.close, remove=True)
         log = self._log if session.intent == live.INTENT_REGION else None
@@ -332,9 +335,9 @@ class Recorder:
         self._log.close(remove=False)
         self._folder.close()
 
-    def _new_writeset(self, number: int, granularity_bits: int) -> Writeset:
+    def _new_writeset(self, number: int, granularity_bits: int, size: int | None = None) -> Writeset:
         folder = os.fsdecode(self._session.live)
-        return Writeset(folder, self._session.uuid, number, self.size, granularity_bits)
+        return Writeset(folder, self._session.uuid, number, size or self.size, granularity_bits)
 
     @contextlib.contextmanager
     def _cut(self, granularity: int | None = None) -> Iterator[int]:
@@ -356,7 +359,7 @@ class Recorder:
         self._refuse_nested(self._lock)
         self._kernel.refuse_own([self._current, *self._undrained])
         with order.holding(Rank.CUT, self._where), self._cuts:
-            if self._current.number - min(home.session.oldest for home in self._homes) >= live.MAX_INTERVALS - 1:
+            if self._is_full():
                 self.save()
             with self._using():
                 finest = self._current.granularity_bits
@@ -378,6 +381,10 @@ class Recorder:
                 yield fresh.number
             self._wake.set()  # the next cut needs a spare
 
+    def _is_full(self) -> bool:
+        """True where there can be no more intervals before a save."""
+        return self._current.number - min(home.session.oldest for home in self._homes) >= live.MAX_INTERVALS - 1
+
     @contextlib.contextmanager
     def _undivided(self) -> Iterator[None]:
         """Steps that belong together: an interruption in between, by Ctrl-C or a signal, ends the tracker.
@@ -394,13 +401,13 @@ class Recorder:
             self._kernel.refuse(StorageError(self._where, what))
             raise
 
-    def _take_spare(self, granularity_bits: int) -> Writeset:
+    def _take_spare(self, granularity_bits: int, size: int | None = None) -> Writeset:
         spare, self._spare = self._spare, None
-        number = self._current.number + 1
-        if spare is None or spare.granularity_bits != granularity_bits or spare.number != number:
+        wanted = self._current.number + 1, granularity_bits, size or self.size
+        if spare is None or (spare.number, spare.granularity_bits, spare.size) != wanted:
             if spare:
                 spare.forget()
-            spare = self._new_writeset(number, granularity_bits)
+            spare = self._new_writeset(*wanted)
         return spare
 
     def _save(self, *, final: bool) -> None:
@@ -410,8 +417,9 @@ class Recorder:
             # Rotates only if every home has committed the current log: that log must stay until the next commit.
             with self._kernel.guard, self._undivided():
                 self._kernel.swap(rotate=self._is_log_saved())
-        marked = {number: words_of(one) for number, one in self._frozen.items()}
-        marked[current.number] = Words(current.words.copy(), self.size, 1 << current.granularity_bits)
+        marked = {number: words_of(one, self.size) for number, one in self._frozen.items()}
+        now = Words(current.words.copy(), current.size, 1 << current.granularity_bits)
+        marked[current.number] = now.sized(self.size)
         unions: dict[tuple[int, int, int], Any] = {}
         for one in self._homes:
             self._save_to(one, marked, unions, final=final)
@@ -437,16 +445,10 @@ class Recorder:
                 window = home.window(name)
                 if window is None:
                     continue
-                numbers = [number for number in sorted(parts) if window.began <= number < window.ended]
                 kept = None if final else window
-                if numbers:
-                    key = numbers[0], numbers[-1], entry.granularity
-                    if key not in unions:
-                        chosen = (parts[number] for number in numbers)
-                        words = union(chosen, self.size, entry.granularity)
-                        unions[key] = Bitmap.from_words(self.size, entry.granularity, words, True)
+                if (added := self._union(parts, window, entry.granularity, unions)) is not None:
                     saved = home.saved(name)
-                    merged = saved | unions[key]
+                    merged = saved | added
                     if merged != saved:
                         home.put(name, merged.replace(recording=entry.auto), kept)
                         continue
@@ -460,6 +462,116 @@ class Recorder:
                     home.make_all_dirty()
         if not final:
             target.session = replace(session, oldest=max(marked), log=self._log.number)
+
+    def _union(
+        self, parts: dict[int, Words], window: Window, granularity: int, unions: dict[tuple[int, int, int], Any]
+    ) -> Bitmap | None:
+        """What the intervals of a window have; None where it has none of them."""
+        numbers = [number for number in sorted(parts) if window.began <= number < window.ended]
+        if not numbers:
+            return None
+        key = numbers[0], numbers[-1], granularity
+        if key not in unions:
+            words = union((parts[number] for number in numbers), self.size, granularity)
+            unions[key] = Bitmap.from_words(self.size, granularity, words, True)
+        found: Bitmap = unions[key]
+        return found
+
+    def _grow(self, size: int, region_bits: int) -> None:
+        """Gives the disk another size, in the order of SPEC.md, "A disk that grows"; see `Tracker.resize`."""
+        if self._is_full():
+            self._save(final=False)
+        session, bits = self._session, self._current.granularity_bits
+        path = other_path(os.fsdecode(session.log_path))
+        log = IntentLog(path, session.uuid, session.intent, region_bits, size)
+        try:
+            for each in (self._log, log):  # else the change of the image's time is after the last sign of life
+                self._kernel.beat(each, time.time_ns())
+            with self._spare_guard:
+                fresh = self._spare = self._take_spare(bits, size)
+            for home in self._homes:
+                with self._changing(home) as change:
+                    change.session = replace(home.session, image_size=size)
+                home.session = replace(home.session, image_size=size)
+            self._grow_image(size)
+        except BaseException:
+            log.close(remove=True)
+            raise
+        with self._spare_guard, self._kernel.guard:
+            self._spare, self._next_log = None, log
+            self._frozen[self._current.number] = self._current
+            self._undrained.append(self._current)
+            self._current = fresh
+            self._control.fields[CURRENT] = fresh.number
+            self._kernel.branch(fresh, log, region_bits)
+            self.mark = self._kernel.mark  # type: ignore[assignment, method-assign]
+        grown = 0
+        try:
+            unions: dict[tuple[int, int, int], Any] = {}
+            for home in self._homes:
+                self._grow_home(home, log, size, region_bits, unions)
+                grown += 1
+        except Error as error:
+            if grown == 0 and self._is_unchanged():
+                with self._kernel.guard:
+                    self._kernel.unbranch()
+                    self._next_log = None
+                log.close(remove=True)
+            else:
+                what = f"was ended while the disk grew ({error}); every mark is recovered"
+                self._kernel.refuse(StorageError(self._where, what))
+            raise
+        # A bitmap that was taken before, and is dropped later, keeps what was written since, and the new space is.
+        fresh.view()[self.size >> bits : geometry.granules(size, 1 << bits)] = 1
+        with self._kernel.guard:
+            self._kernel.settle(size, region_bits)
+            old, self._log, self._next_log, self.size = self._log, log, None, size
+            self.mark = self._kernel.mark  # type: ignore[assignment, method-assign]
+        old.close(remove=True)
+        self._forget()
+        self._saves += 1
+        self._wake.set()
+
+    def _grow_image(self, size: int) -> None:
+        """Makes the image that long, durably, if it is not."""
+        with open_file(self._image, writable=True) as file:
+            if file.size() < size:
+                with self._kernel.touching():
+                    file.truncate(size)
+                    file.sync()
+
+    def _grow_home(
+        self, target: Home, log: IntentLog, size: int, region_bits: int, unions: dict[tuple[int, int, int], Any]
+    ) -> None:
+        """Saves to one home what was marked before the current interval, and gives it the new size, in one commit."""
+        oldest = self._current.number
+        parts = {n: words_of(one, self.size) for n, one in self._frozen.items() if n >= target.session.oldest}
+        session = replace(
+            target.session, oldest=oldest, log=log.number, log_path=os.fsencode(log.path), region_bits=region_bits
+        )
+        with self._changing(target) as home:
+            home.grow(size)
+            for name, entry in list(home.entries.items()):
+                if entry.in_use:  # as `node resize` does
+                    dirty = Bitmap(size, entry.granularity, entry.auto).recovered()
+                    home.put(name, dirty, Window(oldest) if entry.auto else None)
+                    continue
+                window, bitmap = home.window(name), home.saved(name)
+                if window and (added := self._union(parts, window, entry.granularity, unions)) is not None:
+                    bitmap = bitmap | added
+                home.put(name, bitmap.replace(recording=entry.auto).resized(size), window)
+            home.session = session
+        target.session = session
+
+    def _is_unchanged(self) -> bool:
+        """True where it is known for certain that no home has taken the new size: a failed commit came to nothing."""
+        if self._kernel.failure:
+            return False  # a sync has failed, so that nothing is known
+        try:
+            sizes = [home.read(self._session.uuid, lambda view: view.record.size) for home in self._homes]
+        except Error:
+            return False
+        return all(size == self.size for size in sizes)
 
     def _forget(self) -> None:
         """Drops the saved frozen writesets. Those that a taken bitmap needs for its `drop` stay in memory."""
@@ -572,7 +684,9 @@ class Recorder:
         """Makes a heartbeat durable if the image was touched since ``before``. Returns when it was last, in ns."""
         modified = touched(self._data)
         if modified != before:
-            self._kernel.beat(self._log, time.time_ns())
+            with self._kernel.guard:  # neither log goes meanwhile
+                for log in filter(None, (self._log, self._next_log)):
+                    self._kernel.beat(log, time.time_ns())
         return modified
 
     def _stop_threads(self) -> None:
@@ -587,7 +701,8 @@ class Recorder:
     def _release(self) -> None:
         """Closes the files, and removes them if the session has ended."""
         ended = not any(home.has(self._session.uuid) for home in self._homes)
-        self._log.close(remove=ended)
+        for log in filter(None, (self._log, self._next_log)):
+            log.close(remove=ended)
         folder = os.fsdecode(self._session.live)
         if ended and livefile.is_of(folder, self._session.uuid):
             livefile.remove_files(folder)
@@ -602,14 +717,15 @@ class Recorder:
         """
         self._cuts, self._lock, self._spare_guard = threading.RLock(), threading.RLock(), threading.Lock()
         self._kernel.abandon(StorageError(self._where, "a tracker cannot be used in a forked process"))
-        self._log.close(remove=False)  # the lock is the parent's, and ends with it
+        for log in filter(None, (self._log, self._next_log)):
+            log.close(remove=False)  # the lock is the parent's, and ends with it
         self._folder.close()
         self._closed = True
 
 
-def words_of(writeset: Writeset) -> Words:
-    """A view of a writeset's bits, which shows later marks, too."""
-    return Words(writeset.words, writeset.size, 1 << writeset.granularity_bits)
+def words_of(writeset: Writeset, size: int) -> Words:
+    """A writeset's bits, as of a disk of ``size`` bytes; if it has that size, a view, which shows later marks, too."""
+    return Words(writeset.words, writeset.size, 1 << writeset.granularity_bits).sized(size)
 
 
 _recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()

@@ -22,23 +22,27 @@ What survives what: see `dirtmap.engine.tracking.kernel` for marks, `dirtmap.eng
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, SupportsIndex
 
+from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
 from dirtmap.engine.model.naming import a_checkpoint, label
 from dirtmap.engine.session.livefile import Words, union
+from dirtmap.engine.storefile.directory import verify
 from dirtmap.engine.storefile.session import Window, window_of
 from dirtmap.engine.system import order
+from dirtmap.engine.system.file import open_file
 from dirtmap.engine.system.order import Rank
 from dirtmap.engine.tracking.home import HomeChange, HomeView
 from dirtmap.engine.tracking.kernel import Kernel, Ticket
 from dirtmap.engine.tracking.recorder import Recorder, Setup, words_of
-from dirtmap.fmt import live
-from dirtmap.fmt.errors import BitmapError, Error, StorageError
+from dirtmap.fmt import directory, geometry, live
+from dirtmap.fmt.errors import BitmapError, Error, StorageError, UnsupportedError
 
 
 class Tracker(Recorder):
@@ -215,6 +219,67 @@ class Tracker(Recorder):
         del self._held[name]
         self._forget()
 
+    # The size of the disk.
+
+    def resize(self, size: SupportsIndex) -> None:
+        """Grows the disk: the new space is dirty in every bitmap, and can be marked once this returns.
+
+        A raw file is made longer, unless it is as long already; a block device must have its new size already. Marks by
+        other threads go on meanwhile. If the process dies in it, nothing that was marked is lost, and recovery adopts
+        the size that the image has by then.
+
+        Args:
+            size: of the disk, in bytes; not below the present one.
+
+        Raises:
+            UnsupportedError: a qcow2 image is tracked, whose own metadata has the size.
+            BitmapError: the disk would shrink; the image has another size by now; a bitmap, or the region size asked
+                for, is too fine for a larger disk; a write of the same thread is in flight.
+            FormatError: the bits of a bitmap are damaged; nothing has changed.
+            StorageError, LockedError: as `save`. The disk has its old size for the tracker, although the image may be
+                longer, and the call can be repeated; unless it failed between two stores: then the tracker has ended.
+        """
+        wanted = operator.index(size)
+        self._refuse_nested(self._cuts)
+        self._refuse_nested(self._lock)
+        self._kernel.refuse_own([self._current, *self._undrained])
+        with order.holding(Rank.CUT, self._where), self._cuts, self._using():
+            region_bits = self._require_growth(wanted)
+            if wanted > self.size:
+                with self._undivided():
+                    self._grow(wanted, region_bits)
+
+    def _require_growth(self, size: int) -> int:
+        """Refuses a size that the disk cannot get; returns log2 of the region size in bytes for it."""
+        if self._check_in:
+            what = (
+                "a qcow2 image, which is resized once its tracker has ended: 'qemu-img resize' changes its bitmaps, too"
+            )
+            raise UnsupportedError(self._where, what)
+        if size < self.size:
+            what = f"has {self.size} bytes; to shrink it, end the tracker, then let 'node resize' adopt the new size"
+            raise BitmapError(self._where, what)
+        if size > geometry.MAX_DISK_SIZE:
+            raise BitmapError(self._where, f"no disk can have {size} bytes")
+        now = identity_of(self._image)
+        with open_file(self._image) as file:
+            growable = file.growable  # else it gets its size from elsewhere
+        if (now.device, now.inode) != (self._session.image_device, self._session.image_inode):
+            raise BitmapError(self._where, "another image is in its place")
+        if not (self.size <= now.size <= size if growable else now.size == size):
+            raise BitmapError(self._where, f"its image has {now.size} bytes, and is to have {size}")
+
+        def look(view: HomeView) -> None:
+            for name, entry in view.entries.items():
+                if geometry.packed_bytes(size, entry.granularity) > directory.MAX_DATA_BYTES:
+                    what = f"granularity {entry.granularity} is too fine for a disk of {size} bytes"
+                    raise BitmapError(f"{view.where}: {label(name)}", what)
+                verify(view.snapshot, view.record, entry)
+
+        for home in self._homes:
+            home.read(self._session.uuid, look)
+        return max(self._options.region_bits(size), self._session.region_bits)
+
     # A device's root.
 
     def set_root(self, root: str, *, content_unchanged: bool = False) -> None:
@@ -309,8 +374,8 @@ class Tracker(Recorder):
         """
         since = Bitmap(self.size, granularity, recording=True)
         if number <= _oldest(home):
-            parts = [words_of(writeset) for at, writeset in self._frozen.items() if at >= number]
-            words = union([*parts, words_of(self._current)], self.size, granularity)
+            parts = [words_of(writeset, self.size) for at, writeset in self._frozen.items() if at >= number]
+            words = union([*parts, words_of(self._current, self.size)], self.size, granularity)
             since = Bitmap.from_words(self.size, granularity, words, True)
         return since
 
@@ -357,7 +422,7 @@ class Tracker(Recorder):
             if window := window_of(view.entry(name)):
                 end = min(window.ended, before)
                 numbers.update(number for number in every if window.began <= number < end)
-        parts = [words_of(every[number]) for number in sorted(numbers)]
+        parts = [words_of(every[number], self.size) for number in sorted(numbers)]
         saved = [view.saved(name) for name in names if not view.is_clean(name)]
         parts += [Words(bitmap.words, self.size, bitmap.granularity) for bitmap in saved]
         return Bitmap.from_words(self.size, finest, union(parts, self.size, finest), view.entry(names[-1]).auto)

@@ -139,3 +139,25 @@ def test_another_disk_behind_the_same_number_makes_all_dirty(loop: Loop, tmp_pat
     with dm.open(place) as image:
         assert image.doubt() == "the image has changed while nobody tracked it"
         assert image["b0"].count == 8 * MIB
+
+
+def test_a_disk_grows_while_it_is_tracked(loop: Loop, tmp_path: Path) -> None:
+    place = Address(str(tmp_path / "s.dmap"), "disk")
+    create(place.path)
+    with Store(place.path) as target:
+        add_node(target, "disk", loop.path)
+    with dm.open(place) as image, image.transaction() as bitmaps:
+        bitmaps["b0"] = dm.Bitmap(8 * MIB, MIB)
+    with dm.open(place) as image, image.track() as tracker:
+        tracker.mark(MIB, 1)
+        with pytest.raises(dm.BitmapError, match=f"has {8 * MIB} bytes, and is to have {10 * MIB}"):
+            tracker.resize(10 * MIB)
+        os.truncate(tmp_path / "one", 10 * MIB)
+        subprocess.run(["losetup", "--set-capacity", loop.path], check=True)
+        tracker.resize(10 * MIB)
+        tracker.mark(10 * MIB - 1, 1)
+    with dm.open(place) as image:
+        assert image.doubt() is None
+        assert image.size == 10 * MIB
+        offsets, lengths = image["b0"].extents()
+    assert (offsets.tolist(), lengths.tolist()) == ([MIB, 8 * MIB], [MIB, 2 * MIB])

@@ -26,7 +26,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_json_has_exactly_the_promised_keys(image: Path) -> None:
-    common = {"inconsistent": False, "damaged": False, "busy": False}
+    common = {"inconsistent": False, "damaged": False, "busy": False, "checkpoint": False}
     assert json_of("list", image) == [
         {
             "filename": str(image),
@@ -36,6 +36,7 @@ def test_json_has_exactly_the_promised_keys(image: Path) -> None:
             "notes": [],
             "doubt": None,
             "errors": [],
+            "checkpoints": [],
             "bitmaps": [
                 {
                     "name": "b0",
