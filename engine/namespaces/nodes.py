@@ -193,7 +193,7 @@ def add_qcow2(host: HostPort, target: Store, name: str, image: str, *, new_ident
                 size=naming.size,
                 generation=change.generation,
                 path=os.fsencode(path),
-                identity=replace(identity_of(path), mtime_ns=0, size=0),
+                identity=Identity(*identity_of(path).place),
                 extensions=known.extensions if known and mine else (),
             )
         )
@@ -321,8 +321,8 @@ def resize_node(target: Store, name: str) -> int:
             raise BitmapError(f"{target.path}: {record.label}", what)
         refuse_unrecovered(change.snapshot, record)
         refuse_held(change.snapshot, record)
-        # The caller explains the new size and mtime; nothing else may differ.
-        explained = replace(record.identity, size=identity.size, mtime_ns=identity.mtime_ns)
+        # The caller explains the new size and times; nothing else may differ.
+        explained = Identity(*record.identity.place, identity.size, identity.mtime_ns, identity.ctime_ns)
         doubted = doubts(change.snapshot, replace(record, identity=explained)) is not None
         rewrite(change, record, replace(record, size=identity.size, identity=identity), doubted=doubted)
         return identity.size
@@ -385,9 +385,11 @@ def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False,
                 sound = doubts(change.snapshot, record) is None
                 replace_file(old, path)
                 moved = old
+                renamed = identity_of(path)
                 sync_folder(old)
                 now = lasting_identity(path)
-                kept = sound and _looks_same(record.identity, now)
+                # The rename has given it a new time of the last change. Any later one is somebody else's.
+                kept = sound and now == renamed and _looks_same(record.identity, now)
                 change.table.put(replace(record, path=os.fsencode(path), identity=now if kept else record.identity))
                 return kept
             now = identity_of(path)

@@ -272,10 +272,7 @@ class Recorder:
             region_bits=region_bits,
             oldest=0,
             log=0,
-            image_device=identity.device,
-            image_inode=identity.inode,
-            image_mtime=identity.mtime_ns,
-            image_size=identity.size,
+            image=identity,
             live=os.fsencode(live_path),
             log_path=os.fsencode(f"{change.snapshot.file.abspath}.{name}.intent"),
         )
@@ -286,7 +283,7 @@ class Recorder:
         undo.callback(self._folder.close)
         livefile.remove_files(live_path, keep_folder=True)  # left by a death before the session was in the store
         undo.callback(livefile.remove_files, live_path)
-        self._control = Control(live_path, session.uuid, identity_of(self._image))
+        self._control = Control(live_path, session.uuid, identity_of(self._image).place)
         self._control.fields[EVENT] = self._control.fields[HEARTBEAT] = session.started
         self._current = self._new_writeset(0, finest)
         self._spare = self._new_writeset(1, finest)
