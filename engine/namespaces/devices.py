@@ -20,7 +20,7 @@ from dirtmap.engine.namespaces.condition import (
     rewrite,
     tracked_view,
 )
-from dirtmap.engine.storefile.directory import require_free
+from dirtmap.engine.storefile.directory import header_doubts, require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, counted
@@ -125,7 +125,8 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
         name: of the device.
         root: the new root.
         content_unchanged: the caller vouches that the new root reads as the old one did, so the bitmaps stay as they
-            are. Otherwise all of them become dirty all over.
+            are; where it is the old one, that it reads as it did, although it looks changed. Otherwise all of them
+            become dirty all over.
 
     Raises:
         LockedError: the device is tracked; the error names the process.
@@ -148,8 +149,11 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
             identity=identity,
             generation=change.generation,
         )
-        # Bitmaps that were in doubt stay so: the caller vouches for this step, not for what happened earlier.
-        doubted = not content_unchanged or doubts(change.snapshot, record) is not None
+        # Bitmaps that were in doubt stay so: the caller vouches for this step, not for what happened earlier. Where
+        # there is no step, it can only be the image that the caller vouches for.
+        same = root.uuid == record.root_uuid and not record.tracked
+        doubt = header_doubts(change.snapshot, record) if same else doubts(change.snapshot, record)
+        doubted = not content_unchanged or bool(record.nb_bitmaps and doubt)
         if doubted or tracked_view(change.snapshot, record):
             rewrite(change, record, new, doubted=doubted)
         else:
@@ -197,24 +201,38 @@ def move_roots(target: Store, names: list[bytes], path: str) -> None:
                 change.table.put(replace(record, path=os.fsencode(path)))
 
 
-def relocate_roots(target: Store, names: list[bytes], path: str, *, kept: bool) -> None:
-    """Takes note that a raw root is elsewhere; where its bitmaps were not ``kept``, the devices' are all dirty, too.
+def relocate_roots(
+    target: Store,
+    names: list[bytes],
+    path: str,
+    *,
+    now: Identity,
+    before: Identity | None = None,
+    confirmed: bool = False,
+) -> None:
+    """Takes note that a raw root is elsewhere. The devices' bitmaps are all dirty where that was not seen or confirmed.
+
+    Args:
+        target: the store of the devices.
+        names: of the devices, raw bytes.
+        path: of the root's image, as it is now.
+        now: what that looks like there.
+        before: what it looked like before dirtmap itself has moved it.
+        confirmed: the caller vouches that it was moved and not written to.
 
     Raises:
         LockedError: a device is tracked.
         BitmapError: a bitmap is held.
-        StorageError: the root's image cannot be looked at.
     """
-    identity = lasting_identity(path, of_disk=True)
     with target.change() as change:
         for name in names:
             record = change.table.get(name)
             if record is None or record.kind != store.KIND_DEVICE:
                 continue
             _refuse_relocation(change.snapshot, record)
-            new = replace(record, path=os.fsencode(path), identity=identity)
-            before = record.identity
-            if kept and (before.size, before.mtime_ns) == (identity.size, identity.mtime_ns):
+            new, known = replace(record, path=os.fsencode(path), identity=now), record.identity
+            same = confirmed and (known.size, known.mtime_ns) == (now.size, now.mtime_ns)
+            if known == before or same:
                 change.table.put(new)
             else:
                 rewrite(change, record, new, doubted=True)

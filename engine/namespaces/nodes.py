@@ -27,7 +27,7 @@ from dirtmap.engine.namespaces.image import Image, Naming
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.storefile.directory import header_doubts, no_namespace, read_entries, release_bits, require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
-from dirtmap.engine.system.file import is_same_file, replace_file, sync_folder
+from dirtmap.engine.system.file import is_same_file, rename_file, replace_file, sync_folder
 from dirtmap.engine.system.foreign import require_raw
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import store
@@ -347,7 +347,23 @@ def confirm_node(target: Store, name: str) -> None:
         change.table.put(replace(record, identity=identity))
 
 
-def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False, move: bool = False) -> bool:
+@dataclass(frozen=True, slots=True)
+class Relocation:
+    """What became of an image whose node was pointed to another place.
+
+    Attributes:
+        kept: the node's bitmaps stay as they are. Else they are all dirty now, or were before it was moved.
+        before: what the image looked like right before it was moved; None where it was not, or where somebody has
+            changed it meanwhile.
+        now: what it looks like in its new place.
+    """
+
+    kept: bool
+    before: Identity | None
+    now: Identity
+
+
+def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False, move: bool = False) -> Relocation:
     """Points a raw node to the place where its image is now, or moves the image there.
 
     A crash in between leaves a store that names a place where the image is not: its bitmaps count as all dirty.
@@ -359,9 +375,6 @@ def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False,
         confirm: the caller vouches that it is the same disk, moved and not written to. Its size and its time have to
             say so, too; of a block device the medium.
         move: rename the file; what was right stays right.
-
-    Returns:
-        True where its bitmaps stay as they are; False where they are all dirty now, or were before a ``move``.
 
     Raises:
         LockedError: it is tracked.
@@ -383,15 +396,18 @@ def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False,
                 if os.path.lexists(path):
                     raise StorageError(path, "exists already")
                 sound = doubts(change.snapshot, record) is None
-                replace_file(old, path)
+                before = identity_of(old)
+                rename_file(old, path)
                 moved = old
                 renamed = identity_of(path)
+                sync_folder(path)
                 sync_folder(old)
                 now = lasting_identity(path)
-                # The rename has given it a new time of the last change. Any later one is somebody else's.
-                kept = sound and now == renamed and _looks_same(record.identity, now)
+                # The rename has given it a new time of the last change. Any other one is somebody else's.
+                alone = now == renamed == replace(before, ctime_ns=renamed.ctime_ns)
+                kept = sound and alone and _looks_same(record.identity, now)
                 change.table.put(replace(record, path=os.fsencode(path), identity=now if kept else record.identity))
-                return kept
+                return Relocation(kept, before if alone else None, now)
             now = identity_of(path)
             if not now.is_file(record.identity) and (found := probe_path(path)) is not None:
                 raise BitmapError(path, f"of format {found}, and the node's image is raw")
@@ -407,7 +423,7 @@ def relocate_node(target: Store, name: str, path: str, *, confirm: bool = False,
                 change.table.put(new)
             else:
                 rewrite(change, record, new, doubted=True)
-            return kept
+            return Relocation(kept, None, now)
     except BaseException:
         with suppress(Error):
             known = target.record(encode_name(name)) if moved else None
