@@ -10,8 +10,8 @@ from contextlib import suppress
 
 from dirtmap.engine.qcow2.datafile import data_path
 from dirtmap.engine.qcow2.layout import read_head
-from dirtmap.engine.system.file import File, open_file
-from dirtmap.engine.system.medium import medium_of
+from dirtmap.engine.system.file import File, is_same_file, open_file
+from dirtmap.engine.system.filesystem import look_at
 from dirtmap.fmt import qcow2, store
 from dirtmap.fmt.errors import StorageError, errno_of, printable
 from dirtmap.fmt.store import Identity, Record
@@ -25,19 +25,20 @@ _ROUNDS = 10
 
 
 def identity_of(path: str) -> Identity:
-    """What an image looks like now: a file by inode, size and mtime; a block device by number, size and medium.
+    """What an image looks like now: which file it is, its size and times; a block device's number, medium and size.
 
     Raises:
         StorageError: it cannot be looked at, or is neither.
     """
     try:
-        status = os.stat(path)
+        status, place = look_at(path)
         if stat.S_ISREG(status.st_mode):
-            # Before 1970 the time is negative; it is only ever compared.
-            return Identity(status.st_dev, status.st_ino, status.st_mtime_ns % 2**64, status.st_size)
+            # Before 1970 a time is negative; it is only ever compared.
+            times = status.st_mtime_ns % 2**64, status.st_ctime_ns % 2**64
+            return Identity(*place, status.st_size, *times)
         if stat.S_ISBLK(status.st_mode):
             with open_file(path) as file:
-                return Identity(status.st_rdev, medium_of(status.st_rdev), 0, file.size())
+                return Identity(*place, size=file.size())
     except (OSError, ValueError) as error:  # the latter: a path that no file can have
         raise StorageError(path, getattr(error, "strerror", None) or str(error), errno_of(error)) from error
     raise StorageError(path, "neither a regular file nor a block device")
@@ -136,7 +137,8 @@ def lasting_identity(path: str, *, of_disk: bool = False) -> Identity:
     for _ in range(_ROUNDS):
         found = look(path)
         for each in files:
-            _wait_out(identity_of(each).mtime_ns)
+            now = identity_of(each)
+            _wait_out(now.mtime_ns, now.ctime_ns)
             with open_file(each) as file:
                 file.write_back()
         if look(path) == found:
@@ -149,12 +151,14 @@ def lasting_identity_now(record: Record) -> Identity:
     return lasting_identity(os.fsdecode(record.path), of_disk=record.kind == store.KIND_DEVICE)
 
 
-def _wait_out(mtime_ns: int) -> None:
-    tick = _TICK_NS if mtime_ns % _SECOND_NS else 2 * _SECOND_NS
-    # A time to come is another machine's: what passes here passes there, too.
-    age = max(time.time_ns() - mtime_ns, 0)
-    if mtime_ns and age < tick:
-        time.sleep((tick - age) / _SECOND_NS)
+def _wait_out(*times_ns: int) -> None:
+    """Waits until whatever is written next has another time than those."""
+    for time_ns in times_ns:
+        tick = _TICK_NS if time_ns % _SECOND_NS else 2 * _SECOND_NS
+        # A time to come is another machine's: what passes here passes there, too.
+        age = max(time.time_ns() - time_ns, 0)
+        if time_ns and age < tick:
+            time.sleep((tick - age) / _SECOND_NS)
 
 
 def disk_size(path: str) -> int:
@@ -173,17 +177,17 @@ def disk_size(path: str) -> int:
 def is_twin(record: Record, path: str) -> bool:
     """True where ``path`` is another file than the one remembered, and that one, or one put in its place, is there.
 
-    If none is, the image was moved.
+    If none is, the image was moved. Where both look like that one, the file system that it is on was copied as a whole.
     """
-    here = identity_of(path)
-    there = record.identity
-    if here.is_file(there):
+    place, there = os.fsdecode(record.path), record.identity
+    if is_same_file(path, place):
         return False
+    here = identity_of(path)
     with suppress(StorageError):
-        original = identity_of(os.fsdecode(record.path))
+        original = identity_of(place)
         if original.is_file(there):
             return True
-        return not original.is_file(here) and carries(record)
+        return not here.is_file(there) and not original.is_file(here) and carries(record)
     return False
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dirtmap.fmt.geometry import align_up
+from dirtmap.fmt.store import NO_IDENTITY, Identity
 
 PAGE = 4096
 OPEN = 2**64 - 1  # `ended` of a window that has not ended
@@ -56,7 +57,7 @@ class Session:
         region_bits: log2 of the size of a region of the log, in bytes of the disk.
         oldest: number of the oldest interval that may not be wholly saved yet.
         log: number of the oldest log whose records count.
-        image_device, image_inode, image_mtime, image_size: the image's identity when the session began.
+        image: the identity of the file that guests write to, as it was when the session began.
         live: path of the folder with the live files, raw bytes.
         log_path: path of the intent log, raw bytes.
     """
@@ -70,17 +71,14 @@ class Session:
     region_bits: int
     oldest: int
     log: int
-    image_device: int
-    image_inode: int
-    image_mtime: int
-    image_size: int
+    image: Identity
     live: bytes
     log_path: bytes
 
 
 LOST = b""  # data of a session that is known to be lost; it does not parse, so `NO_SESSION` stands for it
 # Stands for a session that cannot be parsed. It has no process, and its paths are such that no file can have them.
-NO_SESSION = Session(bytes(16), bytes(16), 0, 0, 0, INTENT_OFF, MIN_REGION_BITS, 0, 0, 0, 0, 0, 0, b"\0", b"\0")
+NO_SESSION = Session(bytes(16), bytes(16), 0, 0, 0, INTENT_OFF, MIN_REGION_BITS, 0, 0, NO_IDENTITY, b"\0", b"\0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ def add_command(host: Host, name: str, root: str) -> None:
     "set-root",
     examples="""
     dirtmap device set-root --content-unchanged drive0 overlay
+    dirtmap device set-root --content-unchanged drive0 system     # its image was renamed, and nothing else
     """,
 )
 @click.argument("name", type=options.DEVICE)
@@ -53,7 +54,8 @@ def add_command(host: Host, name: str, root: str) -> None:
 def set_root_command(host: Host, name: str, node: str, content_unchanged: bool) -> None:
     """Give a device another root node.
 
-    All its bitmaps become dirty, unless you state that the content is unchanged. Bitmaps of nodes never move.
+    All its bitmaps become dirty, unless you state that the content is unchanged. Bitmaps of nodes never move. The root
+    that it has can be given again: to state that its image, which looks changed, is not.
     """
     host.set_root(name, node, content_unchanged=content_unchanged)
 

@@ -112,8 +112,9 @@ def confirm_command(host: Host, name: str) -> None:
     """State that a node's bitmaps are right although its image looks changed.
 
     If an image was changed while nobody tracked it, its bitmaps count as all dirty. Use this command only if nothing
-    but the time stamp changed, or another file with the same content is in its place. If the image is at another path
-    now, use "dirtmap node relocate" instead. If anything was written to the image, its bitmaps have missed it.
+    but its times, owner or mode changed, or another file with the same content is in its place. If the image is at
+    another path now, use "dirtmap node relocate" instead. If anything was written to the image, its bitmaps have missed
+    it.
     """
     host.confirm_node(name)
 

@@ -148,7 +148,11 @@ class Registry:
             nodes.confirm_node(target, found.name)
 
     def relocate_node(self, name: str, path: str, *, confirm: bool, move: bool, raw: bool) -> bool:
-        """Points a raw node, and the devices on it, to another place; see `nodes.relocate_node`."""
+        """Points a raw node, and the devices on it, to another place; see `nodes.relocate_node`.
+
+        Returns:
+            True where its bitmaps stay as they are; False where they are all dirty now, or were before a ``move``.
+        """
         found = self._names.require(name, store.KIND_NODE, store.KIND_PLACE)
         path = os.path.abspath(path)
         if not move:
@@ -164,11 +168,12 @@ class Registry:
             with self._stores.opened(where) as target:
                 devices.refuse_relocation(target, names)
         with self._stores.opened(found.store) as target:
-            kept = nodes.relocate_node(target, found.name, path, confirm=confirm, move=move, raw=raw)
+            done = nodes.relocate_node(target, found.name, path, confirm=confirm, move=move, raw=raw)
+        confirmed = done.kept and not move
         for where, names in on_it.items():
             with self._stores.opened(where) as target:
-                devices.relocate_roots(target, names, path, kept=kept)
-        return kept
+                devices.relocate_roots(target, names, path, now=done.now, before=done.before, confirmed=confirmed)
+        return done.kept
 
     def add_device(self, name: str, root: str) -> None:
         """Adds a device on a node, in the default store; see `devices.add_device`."""

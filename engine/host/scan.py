@@ -463,7 +463,7 @@ class _Registration:
                 # While the bitmaps are checked out into the store, the size is that of the bitmaps.
                 size=record.size if record.nb_bitmaps else member.size,
                 path=os.fsencode(path),
-                identity=replace(identity_of(path), mtime_ns=0, size=0),
+                identity=Identity(*identity_of(path).place),
             )
         )
         if change.table.get(store.container_name(os.fsencode(path))):
@@ -478,12 +478,12 @@ def _original(known: Record, path: str, others: list[str]) -> str | None:
         path: of a file that carries the image's UUID.
         others: the other files found that carry it.
     """
+    there = os.fsdecode(known.path)
     if _is_file(path, known.identity):
-        return None
+        return there if not is_same_file(path, there) and _is_file(there, known.identity) else None
     for other in others:
         if _is_file(other, known.identity):
             return other
-    there = os.fsdecode(known.path)
     if there == path:
         return None  # it replaced the recorded file, say from a backup
     if is_twin(known, path) or not (is_gone(there) or os.access(there, os.R_OK)):

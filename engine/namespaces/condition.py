@@ -186,7 +186,7 @@ class Condition:
         Unless the image has changed otherwise, which `doubt` tells.
         """
         session = session_of(self.record)
-        return session is not None and self.record.size < self.size_now == session.image_size
+        return session is not None and self.record.size < self.size_now == session.image.size
 
     @cached_property
     def busy(self) -> set[bytes]:

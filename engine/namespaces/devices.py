@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from dirtmap.engine.identity import disk_size, lasting_identity
 from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces.condition import Condition
-from dirtmap.engine.storefile.directory import require_free
+from dirtmap.engine.storefile.directory import header_doubts, require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import store
@@ -119,7 +119,8 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
         name: of the device.
         root: the new root.
         content_unchanged: the caller vouches that the new root reads as the old one did, so the bitmaps stay as they
-            are. Otherwise all of them become dirty all over.
+            are; where it is the old one, that it reads as it did, although it looks changed. Otherwise all of them
+            become dirty all over.
 
     Raises:
         LockedError: the device is tracked; the error names the process.
@@ -143,8 +144,11 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
             identity=identity,
             generation=change.generation,
         )
-        # Bitmaps that were in doubt stay so: the caller vouches for this step, not for what happened earlier.
-        doubted = not content_unchanged or now.doubted
+        # Bitmaps that were in doubt stay so: the caller vouches for this step, not for what happened earlier. Where
+        # there is no step, it can only be the image that the caller vouches for.
+        same = root.uuid == record.root_uuid and not record.tracked
+        doubt = header_doubts(change.snapshot, record) if same else now.doubt
+        doubted = not content_unchanged or bool(record.nb_bitmaps and doubt)
         if doubted or now.view:
             now.rewrite(change, new, doubted=doubted)
         else:
@@ -192,28 +196,42 @@ def move_roots(target: Store, names: list[bytes], path: str) -> None:
                 change.table.put(replace(record, path=os.fsencode(path)))
 
 
-def relocate_roots(target: Store, names: list[bytes], path: str, *, kept: bool) -> None:
-    """Takes note that a raw root is elsewhere; where its bitmaps were not ``kept``, the devices' are all dirty, too.
+def relocate_roots(
+    target: Store,
+    names: list[bytes],
+    path: str,
+    *,
+    now: Identity,
+    before: Identity | None = None,
+    confirmed: bool = False,
+) -> None:
+    """Takes note that a raw root is elsewhere. The devices' bitmaps are all dirty where that was not seen or confirmed.
+
+    Args:
+        target: the store of the devices.
+        names: of the devices, raw bytes.
+        path: of the root's image, as it is now.
+        now: what that looks like there.
+        before: what it looked like before dirtmap itself has moved it.
+        confirmed: the caller vouches that it was moved and not written to.
 
     Raises:
         LockedError: a device is tracked.
         BitmapError: a bitmap is held.
-        StorageError: the root's image cannot be looked at.
     """
-    identity = lasting_identity(path, of_disk=True)
     with target.change() as change:
         for name in names:
             record = change.table.get(name)
             if record is None or record.kind != store.KIND_DEVICE:
                 continue
-            now = Condition(change.snapshot, record)
-            _refuse_relocation(now)
-            new = replace(record, path=os.fsencode(path), identity=identity)
-            before = record.identity
-            if kept and (before.size, before.mtime_ns) == (identity.size, identity.mtime_ns):
+            condition = Condition(change.snapshot, record)
+            _refuse_relocation(condition)
+            new, known = replace(record, path=os.fsencode(path), identity=now), record.identity
+            same = confirmed and (known.size, known.mtime_ns) == (now.size, now.mtime_ns)
+            if known == before or same:
                 change.table.put(new)
             else:
-                now.rewrite(change, new, doubted=True)
+                condition.rewrite(change, new, doubted=True)
 
 
 def refuse_relocation(target: Store, names: list[bytes]) -> None:

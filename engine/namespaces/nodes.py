@@ -20,7 +20,7 @@ from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.storefile.directory import header_doubts, no_namespace, release_bits, require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.storefile.session import require_known
-from dirtmap.engine.system.file import is_same_file, replace_file, sync_folder
+from dirtmap.engine.system.file import is_same_file, rename_file, replace_file, sync_folder
 from dirtmap.engine.system.foreign import require_raw
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import store
@@ -183,7 +183,7 @@ def add_qcow2(host: HostPort, target: Store, name: str, image: str, *, new_ident
                 size=naming.size,
                 generation=change.generation,
                 path=os.fsencode(path),
-                identity=replace(identity_of(path), mtime_ns=0, size=0),
+                identity=Identity(*identity_of(path).place),
                 extensions=known.extensions if known and mine else (),
             )
         )
@@ -313,8 +313,8 @@ def resize_node(target: Store, name: str) -> int:
             raise BitmapError(now.where, what)
         now.refuse_unrecovered()
         now.refuse_held()
-        # The caller explains the new size and mtime; nothing else may differ.
-        explained = replace(record.identity, size=identity.size, mtime_ns=identity.mtime_ns)
+        # The caller explains the new size and times; nothing else may differ.
+        explained = Identity(*record.identity.place, identity.size, identity.mtime_ns, identity.ctime_ns)
         doubted = Condition(change.snapshot, replace(record, identity=explained)).doubted
         now.rewrite(change, replace(record, size=identity.size, identity=identity), doubted=doubted)
         return identity.size
@@ -340,9 +340,25 @@ def confirm_node(target: Store, name: str) -> None:
         change.table.put(replace(record, identity=identity))
 
 
+@dataclass(frozen=True, slots=True)
+class Relocation:
+    """What became of an image whose node was pointed to another place.
+
+    Attributes:
+        kept: the node's bitmaps stay as they are. Else they are all dirty now, or were before it was moved.
+        before: what the image looked like right before it was moved; None where it was not, or where somebody has
+            changed it meanwhile.
+        now: what it looks like in its new place.
+    """
+
+    kept: bool
+    before: Identity | None
+    now: Identity
+
+
 def relocate_node(
     target: Store, name: str, path: str, *, confirm: bool = False, move: bool = False, raw: bool = False
-) -> bool:
+) -> Relocation:
     """Points a raw node to the place where its image is now, or moves the image there.
 
     A crash in between leaves a store that names a place where the image is not: its bitmaps count as all dirty.
@@ -356,9 +372,6 @@ def relocate_node(
         move: rename the file; what was right stays right.
         raw: the image is a raw disk, although it looks like an image of another format. The file that the node had
             before needs no such word.
-
-    Returns:
-        True where its bitmaps stay as they are; False where they are all dirty now, or were before a ``move``.
 
     Raises:
         LockedError: it is tracked.
@@ -380,14 +393,19 @@ def relocate_node(
                 if os.path.lexists(path):
                     raise StorageError(path, "exists already")
                 sound = not now.doubted
-                replace_file(old, path)
+                before = identity_of(old)
+                rename_file(old, path)
                 moved = old
+                renamed = identity_of(path)
+                sync_folder(path)
                 sync_folder(old)
                 identity = lasting_identity(path)
-                kept = sound and _looks_same(record.identity, identity)
+                # The rename has given it a new time of the last change. Any other one is somebody else's.
+                alone = identity == renamed == replace(before, ctime_ns=renamed.ctime_ns)
+                kept = sound and alone and _looks_same(record.identity, identity)
                 recorded = identity if kept else record.identity
                 change.table.put(replace(record, path=os.fsencode(path), identity=recorded))
-                return kept
+                return Relocation(kept, before if alone else None, identity)
             identity = identity_of(path)
             if not identity.is_file(record.identity):
                 _require_disk(path, raw=raw)
@@ -403,7 +421,7 @@ def relocate_node(
                 change.table.put(new)
             else:
                 now.rewrite(change, new, doubted=True)
-            return kept
+            return Relocation(kept, None, identity)
     except BaseException:
         with suppress(Error):
             known = target.record(encode_name(name)) if moved else None

@@ -28,6 +28,7 @@ from dirtmap.fmt.structures.store import (
     AREA,
     BITS_CHECKSUM,
     CHECKSUM,
+    FILE_IDENTITY,
     HEADER,
     HOLD,
     LEAF,
@@ -220,7 +221,7 @@ class _Dump(Shown):
 
     def namespace(self, snapshot: Snapshot, record: Record, offset: int, raw: bytes) -> None:
         where = record.label
-        fields = self.fields(RECORD, offset, raw[: RECORD.size])
+        fields = self.with_image(RECORD, offset, raw[: RECORD.size])
         for field in fields:
             if field["name"] == "kind":
                 field["meaning"] = store.KIND_NAMES.get(record.kind, "unknown")
@@ -259,6 +260,18 @@ class _Dump(Shown):
         if count != record.nb_bitmaps:
             self.fault(f"{where}.nb_bitmaps", f"{record.nb_bitmaps}, but the directory has another number")
 
+    def with_image(self, structure: Structure, offset: int, raw: bytes) -> list[dict[str, Any]]:
+        """As `fields`; what the image looked like is shown number by number."""
+        fields = []
+        for field in self.fields(structure, offset, raw):
+            if field["name"] == "image":
+                at = field["offset"] - offset
+                for part in self.fields(FILE_IDENTITY, field["offset"], raw[at : at + FILE_IDENTITY.size]):
+                    fields.append({**part, "name": f"image.{part['name']}"})
+            else:
+                fields.append(field)
+        return fields
+
     def extension(self, kind: int, offset: int, contents: bytes) -> list[dict[str, Any]]:
         """The fields of a record's extension; bytes without a declared structure are shown as data."""
         fields: list[dict[str, Any]] = []
@@ -277,7 +290,7 @@ class _Dump(Shown):
         structure, texts = _RECORD_EXTENSIONS.get(kind, (None, {}))
         if structure and len(contents) >= structure.size:
             at = structure.size
-            fields += self.fields(structure, offset, contents[:at])
+            fields += self.with_image(structure, offset, contents[:at])
             for name, size_field in texts.items():
                 part = contents[at : at + getattr(structure.parse(contents), size_field)]
                 fields.append(text(name, offset + at, part))

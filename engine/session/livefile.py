@@ -20,7 +20,7 @@ from dirtmap.engine.system import livefs
 from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, clock_offset
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import LockedError, StorageError
-from dirtmap.fmt.store import Identity
+from dirtmap.fmt.store import FilePlace
 from dirtmap.fmt.structures.live import CONTROL, WRITESET
 
 # Writes that have begun in an interval and not ended, by their number: first byte, end, and thread.
@@ -96,8 +96,8 @@ def refuse_living(path: str, uuid: bytes) -> None:
         LockedError: this user tracks that very file, and the live files are in the usual folder.
     """
     folder = os.path.join(user_folder(default_folder()), uuid.hex())
-    control, image = _read_control(folder), identity_of(path)
-    if control is None or (control.image_device, control.image_inode) != (image.device, image.inode):
+    control, image = _read_control(folder), identity_of(path).place
+    if control is None or (control.image_filesystem, control.image_inode, control.image_birth) != image:
         return
     if (fd := livefs.hold_live_folder(folder)) is None:
         raise LockedError(path, "its tracker lives, and uses another store; end it first")
@@ -143,10 +143,11 @@ class Control:
             instruction, so no reader sees half of it.
     """
 
-    def __init__(self, folder: str, uuid: bytes, image: Identity) -> None:
+    def __init__(self, folder: str, uuid: bytes, image: FilePlace) -> None:
         self._map = livefs.create_live(_control_path(folder), live.PAGE)
         values: dict[str, bytes | int] = dict.fromkeys((field.name for field in CONTROL.fields), 0)
-        values |= {"magic": live.CONTROL_MAGIC, "uuid": uuid, "image_device": image.device, "image_inode": image.inode}
+        values |= {"magic": live.CONTROL_MAGIC, "uuid": uuid}
+        values |= {f"image_{name}": value for name, value in image._asdict().items()}
         values["clock"] = max(clock_offset(), 0)
         self._map[: CONTROL.size] = CONTROL.build(**values)
         self.fields = memoryview(self._map).cast("Q")

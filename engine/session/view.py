@@ -39,7 +39,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from dirtmap.engine.identity import data_file_of, identity_now, identity_of, touched
+from dirtmap.engine.identity import data_file_of, identity_now, identity_of
 from dirtmap.engine.model import bits
 from dirtmap.engine.session import intent, livefile, peers
 from dirtmap.engine.session.verdict import DURABLE_TOLERANCE_SECONDS, TOLERANCE_SECONDS, Facts, Row, decide
@@ -169,11 +169,10 @@ class SessionView:
     def _changed(self, record: Record, log: intent.Logged | None) -> str | None:
         if self._root is None:
             return self._rootless
-        session, path = self.session, os.fsdecode(self._root.path)
-        then = Identity(session.image_device, session.image_inode, session.image_mtime, session.image_size)
+        then, path = self.session.image, os.fsdecode(self._root.path)
         try:
             data = data_path(self._root.kind, path)
-            now, changed = identity_of(data), touched(data)
+            now = identity_of(data)
         except StorageError:
             return "the image cannot be looked at"
         if self._root.kind == store.KIND_PLACE:
@@ -184,13 +183,9 @@ class SessionView:
         what = "the image has changed while nobody tracked it"
         # Its tracker has told which size it will have; it died before the image had it, or before the bits had.
         sizes = (then.size, record.size) if self._root.kind == store.KIND_NODE else (then.size,)
-        if (
-            (now.device, now.inode) != (then.device, then.inode)
-            or now.size not in sizes
-            or now.mtime_ns < then.mtime_ns
-        ):
+        if not now.is_file(then) or now.size not in sizes or now.mtime_ns < then.mtime_ns:
             return what
-        if max(now.mtime_ns, changed) > self._last_sign(log):
+        if max(now.mtime_ns, now.ctime_ns) > self._last_sign(log):
             return what
         if now != then and self._is_clock_behind(log):
             return "the clock was set back, so that a write of others to the image could not be told"

@@ -26,11 +26,11 @@ import crc32c
 
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Chosen, Header, Seen
-from dirtmap.engine.storefile.place import place_of
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.engine.system import locks, order
 from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
+from dirtmap.engine.system.filesystem import place_of
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.engine.system.order import Rank
 from dirtmap.fmt import store
@@ -404,7 +404,7 @@ class Change:
             space=space,
             released=released,
             commit_time=time_ns(),
-            place=place_of(self._file),
+            place=place_of(self._file.fd),
             writer=store.WRITER,
             autoclear=0,
         )
@@ -470,7 +470,7 @@ def create(
             file.write(leaf_offset, leaf)
             file.write((first + 2) * cluster, root.ljust(cluster, b"\0"))
             file.sync()
-            header = replace(header, place=place_of(file))
+            header = replace(header, place=place_of(file.fd))
             later = replace(header, generation=generation + 1)
             for number, block in (*headers.pair(header, 0, followed=True), *headers.pair(later, 1, followed=False)):
                 file.write(number * store.BLOCK, block)

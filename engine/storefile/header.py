@@ -31,7 +31,7 @@ import crc32c
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.extensions import Chain
-from dirtmap.fmt.store import NO_PLACE, Area, Place
+from dirtmap.fmt.store import NO_FILE_PLACE, Area, FilePlace
 from dirtmap.fmt.structures.extensions import build_chain, parse_chain
 from dirtmap.fmt.structures.store import (
     AREA,
@@ -101,7 +101,7 @@ class Header:
     released: Area
     sessions: int = 0
     commit_time: int = 0
-    place: Place = NO_PLACE
+    place: FilePlace = NO_FILE_PLACE
     writer: bytes = store.WRITER
     read_only_compatible: int = 0
     compatible: int = 0
@@ -229,7 +229,7 @@ def parse_block(path: str, block: bytes) -> Header:
     return Header(
         sessions=raw.sessions,
         commit_time=raw.commit_time,
-        place=Place(*PLACE_EXTENSION.parse(areas[store.EXTENSION_PLACE])),
+        place=FilePlace(*PLACE_EXTENSION.parse(areas[store.EXTENSION_PLACE])),
         writer=writer,
         read_only_compatible=raw.read_only_compatible_features,
         uuid=raw.uuid,

@@ -396,12 +396,17 @@ def sync_folder(path: str) -> None:
         raise failure(path, "sync of its folder", error) from error
 
 
+def rename_file(old: str, new: str) -> None:
+    """Gives the file ``old`` the name ``new``; durable after `sync_folder` of both."""
+    try:
+        os.replace(old, new)
+    except OSError as error:
+        raise failure(old, "rename", error) from error
+
+
 def replace_file(new: str, old: str) -> None:
     """Renames the file ``new`` to ``old``, which it replaces. The rename is durable on return."""
-    try:
-        os.replace(new, old)
-    except OSError as error:
-        raise failure(new, "rename", error) from error
+    rename_file(new, old)
     sync_folder(old)
 
 

@@ -274,10 +274,7 @@ class Recorder:
             region_bits=region_bits,
             oldest=0,
             log=0,
-            image_device=identity.device,
-            image_inode=identity.inode,
-            image_mtime=identity.mtime_ns,
-            image_size=identity.size,
+            image=identity,
             live=os.fsencode(live_path),
             log_path=os.fsencode(path_of(f"{change.snapshot.file.abspath}.{name}")),
         )
@@ -288,7 +285,7 @@ class Recorder:
         undo.callback(self._folder.close)
         livefile.remove_files(live_path, keep_folder=True)  # left by a death before the session was in the store
         undo.callback(livefile.remove_files, live_path)
-        self._control = Control(live_path, session.uuid, identity_of(self._image))
+        self._control = Control(live_path, session.uuid, identity_of(self._image).place)
         self._control.fields[EVENT] = self._control.fields[HEARTBEAT] = session.started
         self._current = self._new_writeset(0, finest)
         self._spare = self._new_writeset(1, finest)
@@ -491,8 +488,8 @@ class Recorder:
                 fresh = self._spare = self._take_spare(bits, size)
             for home in self._homes:
                 with self._changing(home) as change:
-                    change.session = replace(home.session, image_size=size)
-                home.session = replace(home.session, image_size=size)
+                    change.session = replace(home.session, image=replace(home.session.image, size=size))
+                home.session = replace(home.session, image=replace(home.session.image, size=size))
             self._grow_image(size)
         except BaseException:
             log.close(remove=True)

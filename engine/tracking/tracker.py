@@ -264,7 +264,7 @@ class Tracker(Recorder):
         now = identity_of(self._image)
         with open_file(self._image) as file:
             growable = file.growable  # else it gets its size from elsewhere
-        if (now.device, now.inode) != (self._session.image_device, self._session.image_inode):
+        if not now.is_file(self._session.image):
             raise BitmapError(self._where, "another image is in its place")
         if not (self.size <= now.size <= size if growable else now.size == size):
             raise BitmapError(self._where, f"its image has {now.size} bytes, and is to have {size}")

@@ -21,6 +21,7 @@ from dirtmap.fmt.live import (
     Tally,
 )
 from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.structures.store import FILE_IDENTITY, build_identity, parse_identity
 
 SESSION = Structure(
     "session",
@@ -35,10 +36,7 @@ SESSION = Structure(
     "region_bits" / Int32ub,
     "oldest" / Int64ub,
     "log" / Int64ub,
-    "image_device" / Int64ub,
-    "image_inode" / Int64ub,
-    "image_mtime" / Int64ub,
-    "image_size" / Int64ub,
+    "image" / Bytes(FILE_IDENTITY.size),
     "live_size" / Int32ub,
     "log_size" / Int32ub,
 )
@@ -57,8 +55,9 @@ CONTROL = Structure(
     "bare" / Int64un,
     "writes" / Int64un,
     "logged" / Int64un,
-    "image_device" / Int64un,
+    "image_filesystem" / Bytes(16),
     "image_inode" / Int64un,
+    "image_birth" / Int64un,
     "clock" / Int64un,
 )
 WRITESET = Structure(
@@ -83,9 +82,8 @@ BEAT = Structure("beat", "time" / Int64ub, "reserved" / Int32ub, "checksum" / In
 TALLY = Structure("tally", "number" / Int64ub, "count" / Int32ub, "checksum" / Int32ub)
 LOG_RECORD = Structure("logged region", "region" / Int32ub, "checksum" / Int32ub)
 _SEED = Structure("log seed", "uuid" / Bytes(16), "number" / Int64ub)
-_NUMBERS = tuple(
-    field.name for field in SESSION.fields if field.name not in ("version", "reserved", "live_size", "log_size")
-)
+_OTHERS = {"version", "reserved", "image", "live_size", "log_size"}
+_NUMBERS = tuple(field.name for field in SESSION.fields if field.name not in _OTHERS)
 _SESSION_UUID = SESSION.field("uuid")
 _SESSION_VERSION = SESSION.field("version")
 
@@ -94,7 +92,8 @@ def build_session(session: Session) -> bytes:
     """Returns the data of the record extension with the session."""
     numbers = {name: getattr(session, name) for name in _NUMBERS}
     sizes = {"live_size": len(session.live), "log_size": len(session.log_path)}
-    head = SESSION.build(version=SESSION_VERSION, reserved=0, **numbers, **sizes)
+    image = build_identity(session.image)
+    head = SESSION.build(version=SESSION_VERSION, reserved=0, **numbers, image=image, **sizes)
     return head + session.live + session.log_path
 
 
@@ -131,7 +130,8 @@ def parse_session(data: bytes) -> Session:
     log_path = data[SESSION.size + raw.live_size :][: raw.log_size]
     if b"\0" in live + log_path:
         raise ValueError("a path contains a NUL byte")
-    return Session(**{name: getattr(raw, name) for name in _NUMBERS}, live=live, log_path=log_path)
+    numbers = {name: getattr(raw, name) for name in _NUMBERS}
+    return Session(**numbers, image=parse_identity(raw.image), live=live, log_path=log_path)
 
 
 def build_peer(peer: Peer) -> bytes:

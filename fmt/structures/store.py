@@ -46,6 +46,15 @@ NAMESPACES_EXTENSION = Structure(
 PLACE_EXTENSION = Structure("place extension", "filesystem" / Bytes(16), "inode" / Int64ub, "birth" / Int64ub)
 LEAF = Structure("space map entry", "offset" / Int64ub, "free" / Int32ub, "checksum" / Int32ub)
 RUN = Structure("released run", "first" / Int64ub, "count" / Int64ub)
+FILE_IDENTITY = Structure(
+    "file identity",
+    "filesystem" / Bytes(16),
+    "inode" / Int64ub,
+    "birth" / Int64ub,
+    "size" / Int64ub,
+    "mtime" / Int64ub,
+    "ctime" / Int64ub,
+)
 RECORD = Structure(
     "namespace record",
     "length" / Int32ub,
@@ -61,10 +70,7 @@ RECORD = Structure(
     "directory_checksum" / Int32ub,
     "nb_bitmaps" / Int32ub,
     "path_size" / Int32ub,
-    "image_device" / Int64ub,
-    "image_inode" / Int64ub,
-    "image_mtime" / Int64ub,
-    "image_size" / Int64ub,
+    "image" / Bytes(FILE_IDENTITY.size),
 )
 # In the extra data of a directory entry in a store.
 BITS_CHECKSUM = Structure("bits checksum", "checksum" / Int32ub, "reserved" / Int32ub)
@@ -79,6 +85,23 @@ HOLD = Structure(
     "boot_id" / Bytes(16),
     "token" / Bytes(16),
 )
+
+
+def parse_identity(data: bytes) -> Identity:
+    """Returns the identity in the bytes of a file identity."""
+    return Identity(*FILE_IDENTITY.unpack(data))
+
+
+def build_identity(identity: Identity) -> bytes:
+    """Returns the bytes of a file identity."""
+    return FILE_IDENTITY.build(
+        filesystem=identity.filesystem,
+        inode=identity.inode,
+        birth=identity.birth,
+        size=identity.size,
+        mtime=identity.mtime_ns,
+        ctime=identity.ctime_ns,
+    )
 
 
 def parse_areas(data: bytes) -> list[Area]:
@@ -115,7 +138,7 @@ def parse_records(data: bytes) -> Iterator[Record]:
             directory=Area(raw.directory_offset, raw.directory_length, raw.directory_checksum),
             nb_bitmaps=raw.nb_bitmaps,
             path=data[name + raw.name_size : name + raw.name_size + raw.path_size],
-            identity=Identity(raw.image_device, raw.image_inode, raw.image_mtime, raw.image_size),
+            identity=parse_identity(raw.image),
             root_uuid=raw.root_uuid,
             extensions=tuple((extension.type, extension.data) for extension in chain.extensions),
         )
@@ -141,9 +164,6 @@ def build_record(record: Record) -> bytes:
         directory_checksum=record.directory.checksum,
         nb_bitmaps=record.nb_bitmaps,
         path_size=len(record.path),
-        image_device=record.identity.device,
-        image_inode=record.identity.inode,
-        image_mtime=record.identity.mtime_ns,
-        image_size=record.identity.size,
+        image=build_identity(record.identity),
     )
     return fixed + names + extensions

@@ -61,8 +61,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     for count in (10, 10_000):
         path = str(folder / f"{count}")
         create(path)
-        status = image.stat()
-        identity = store.Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+        identity = identity_of(str(image))
         with Store(path) as target:
             # In one commit, or it would take as many syncs.
             with target.change() as change:

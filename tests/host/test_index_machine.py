@@ -252,6 +252,8 @@ class Machine(RuleBasedStateMachine):
             assert error_of(*command)
             return
         dirtmap(*command)
+        if unchanged and device.root is image:
+            device.doubt = False  # that it is its root still is what the caller vouches for
         device.root = image
         if not unchanged:
             device.doubt = True
@@ -372,6 +374,9 @@ class Machine(RuleBasedStateMachine):
         new = self.folder / "images" / folder / f"moved {self.moves}.qcow2"
         os.rename(image.path, new)
         old, image.path = image.path, new
+        for device in self.devices.values():
+            if device.root is image:
+                device.doubt = device.doubt or bool(device.bitmaps)
         if image.name is not None:
             assert "'index scan' finds one that was moved" in error_of("list", f"node:{image.name}")
         done = self.scan()

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from support.hostless import image as image_of
 from support.hostless import stored
 
 import dirtmap.engine as dm
-from dirtmap.engine.identity import lasting_identity
+from dirtmap.engine import identity as looks
+from dirtmap.engine.identity import identity_of, lasting_identity
 from dirtmap.engine.model import changes
 from dirtmap.engine.namespaces import nodes
 from dirtmap.engine.namespaces.nodes import add_node
@@ -358,15 +360,19 @@ def test_a_write_right_after_a_bitmap_was_made_shows(store: Store) -> None:
                 assert image["b"].count == GIB
 
 
-def test_an_identity_waits_for_a_clock_of_whole_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("which", ["mtime_ns", "ctime_ns"])
+def test_an_identity_waits_for_a_clock_of_whole_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
     path = raw(str(tmp_path / "disk.raw"))
     now = time.time_ns() // 10**9 * 10**9
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    for mtime, longest in ((now, 2), (now + 10**9, 2), (time.time_ns() - 1, 0.02), (now - 5 * 10**9, 0)):
-        os.utime(path, ns=(mtime, mtime))
+    for then, longest in ((now, 2), (now + 10**9, 2), (time.time_ns() - 1, 0.02), (now - 5 * 10**9, 0)):
+        found = replace(identity_of(path), **({"mtime_ns": 1, "ctime_ns": 1} | {which: then}))
+        monkeypatch.setattr(looks, "identity_of", lambda path, found=found: found)
         waits.clear()
-        assert lasting_identity(path).mtime_ns == mtime
+        assert lasting_identity(path) == found
         assert longest / 2 <= sum(waits) <= longest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from support.cli import dirtmap, error_of, json_of
 from support.hosts import ALL, make_host, mapped, refused
 
 import dirtmap.engine as dm
+from dirtmap.engine.namespaces import nodes
 from dirtmap.engine.storefile.file import Change
 
 MIB = 1 << 20
@@ -64,6 +66,19 @@ def test_move_renames_the_file_and_is_exact() -> None:
     assert mapped("one", "b") == mapped("d1", "b") == MARKED
 
 
+def test_a_write_whose_time_is_put_back_during_a_move_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sync(path: str) -> None:
+        before = os.stat("moved.raw")
+        Path("moved.raw").open("r+b").close()
+        time.sleep(0.02)
+        os.utime("moved.raw", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    monkeypatch.setattr(nodes, "sync_folder", sync)
+    with dm.Host() as host:
+        assert not host.relocate_node("one", "moved.raw", move=True)
+    assert mapped("one", "b") == mapped("d1", "b") == ALL
+
+
 def test_move_of_an_image_in_doubt_leaves_it_in_doubt() -> None:
     os.utime("one.raw", ns=(1, 1))
     assert "all dirty" in dirtmap("node", "relocate", "--move", "one", "moved.raw").error
@@ -79,6 +94,8 @@ def test_a_move_whose_commit_fails_is_undone(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(dm.StorageError, match="here: no"):
             host.relocate_node("one", "moved.raw", move=True)
     assert not Path("moved.raw").exists()
+    assert mapped("one", "b") == ALL  # it was renamed twice
+    dirtmap("node", "confirm", "one")
     assert mapped("one", "b") == MARKED
 
 

@@ -82,7 +82,7 @@ def test_65535_bitmaps_and_names_of_1023_bytes(target: Store, tmp_path: Path) ->
 @pytest.mark.parametrize("size", [2**63 - 1, 2**63 - 512, 1 << 60, 0, 1, 511, 513])
 def test_disks_up_to_8_exbibytes(target: Store, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     for module in (looks, nodes):
-        monkeypatch.setattr(module, "identity_of", lambda path: Identity(1, 2, 3, size))
+        monkeypatch.setattr(module, "identity_of", lambda path: Identity(bytes(16), 1, 2, size))
     monkeypatch.setattr(nodes, "probe_path", lambda path: None)
     add_node(target, "n", "raw", raw=True)
     with stored(Store(target.path), "n") as image:

@@ -23,8 +23,13 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import locks
 from dirtmap.fmt import store
-from dirtmap.fmt.store import Identity, Place
+from dirtmap.fmt.store import FilePlace, Identity
 from dirtmap.fmt.structures.store import CHECKSUM, HEADER
+
+# On ext4.
+IMAGE = Identity(
+    bytes.fromhex("65787434000000000123456789abcdef"), 1234, 16 * 10**17, 1 << 20, 17 * 10**17, 17 * 10**17
+)
 
 CHAPTER = SPEC[SPEC.index("\n## The store\n") :]
 EXAMPLE = CHAPTER[CHAPTER.index("\n### Example of a store\n") :]
@@ -114,9 +119,9 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     digits = itertools.count(1)
     monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(f"{next(digits)}" * 32))
     for module in (looks, nodes):
-        monkeypatch.setattr(module, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
+        monkeypatch.setattr(module, "identity_of", lambda path: IMAGE)
     monkeypatch.setattr(nodes, "probe_path", lambda path: None)
-    monkeypatch.setattr(engine, "place_of", lambda file: Place(bytes(8) + (0x801).to_bytes(8, "big"), 4321, 0))
+    monkeypatch.setattr(engine, "place_of", lambda file: FilePlace(bytes(8) + (0x801).to_bytes(8, "big"), 4321, 0))
     monkeypatch.setattr(engine, "time_ns", lambda: 18 * 10**17)
     path = tmp_path / "example"
     create(str(path))
@@ -146,7 +151,7 @@ def test_example_is_what_dirtmap_reads(tmp_path: Path, monkeypatch: pytest.Monke
     report = dm.check(str(path))
     assert (report.corruptions, report.leaks) == (0, 0)
     assert [finding.what.partition(":")[0] for finding in report.findings] == ["counts as all dirty"], "no such image"
-    monkeypatch.setattr(looks, "identity_of", lambda path: Identity(0x801, 1234, 17 * 10**17, 1 << 20))
+    monkeypatch.setattr(looks, "identity_of", lambda path: IMAGE)
     assert not dm.check(str(path)).findings
     with dm.open(Address(str(path), "disk")) as opened:
         offsets, lengths = opened["monday"].extents()

@@ -19,7 +19,7 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Header
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError
-from dirtmap.fmt.store import Area, Place
+from dirtmap.fmt.store import Area, FilePlace
 from dirtmap.fmt.structures.store import CHECKSUM, HEADER, LEAF, NAMESPACES_EXTENSION, PLACE_EXTENSION, RUN
 
 
@@ -43,7 +43,7 @@ def header_values(draw: st.DrawFn) -> Header:
         released=draw(areas)._replace(length=draw(st.integers(0, 1000)) * RUN.size),
         sessions=draw(numbers(4)),
         commit_time=draw(numbers(8)),
-        place=Place(draw(st.binary(min_size=16, max_size=16)), draw(numbers(8)), draw(numbers(8))),
+        place=FilePlace(draw(st.binary(min_size=16, max_size=16)), draw(numbers(8)), draw(numbers(8))),
         writer=writer.encode(),
         read_only_compatible=draw(numbers(8)),
         compatible=draw(numbers(8)),

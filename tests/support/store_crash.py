@@ -73,14 +73,15 @@ class Namespace(NamedTuple):
     uuids: bytes
     size: int
     path: bytes
-    identity: tuple[int, ...]
+    identity: tuple[bytes | int, ...]
     doubted: bool
     bitmaps: tuple[Bitmap, ...]
 
     def changed(self) -> bool:
         """The image is not what it was."""
         now = os.stat(self.path)
-        return self.identity != (now.st_dev, now.st_ino, now.st_mtime_ns, now.st_size)
+        _, inode, _, *looks = self.identity
+        return (inode, *looks) != (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
 
 
 Contents = dict[bytes, Namespace]
@@ -147,9 +148,9 @@ class Reader:
                 (
                     length, kind, _, name_size, uuid, root, generation, size,
                     offset, directory_length, checksum, bitmaps, path_size, *identity,
-                ) = struct.unpack_from(">IBBH16s16sQQQIIIIQQQQ", data, at)  # fmt: skip
-                name = data[at + 112 : at + 112 + name_size]
-                path = data[at + 112 + name_size : at + 112 + name_size + path_size]
+                ) = struct.unpack_from(">IBBH16s16sQQQIIII16sQQQQQ", data, at)  # fmt: skip
+                name = data[at + 136 : at + 136 + name_size]
+                path = data[at + 136 + name_size : at + 136 + name_size + path_size]
                 if crc32c.crc32c(name) % buckets != number or name in found:
                     raise Broken(f"{name!r} is in the wrong place")
                 directory = self._area((offset, directory_length, checksum), header, used)

@@ -1,0 +1,85 @@
+"""File systems of their own for a test, on files that are attached as disks: as root only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from support.alone import alone
+
+# The least that mkfs makes; the files are sparse.
+_SIZES = {"ext4": 16 << 20, "xfs": 320 << 20, "btrfs": 128 << 20}
+
+
+def require_root() -> None:
+    """Skips where nothing can be mounted."""
+    if os.geteuid():
+        pytest.skip("only root mounts file systems")
+
+
+def make(kind: str, image: Path, *options: str) -> Path:
+    """A file with an empty file system. Skips where there is no such mkfs."""
+    program = shutil.which(f"mkfs.{kind}")
+    if program is None:
+        pytest.skip(f"there is no mkfs.{kind}")
+    image.touch()
+    os.truncate(image, _SIZES[kind])
+    subprocess.run([program, "-q", *options, image], check=True, capture_output=True)
+    return image
+
+
+@contextmanager
+def loops() -> Iterator[None]:
+    """Waits for the loop devices, of which there are few."""
+    require_root()
+    with alone("loop"):
+        yield
+
+
+@contextmanager
+def attached(image: Path) -> Iterator[str]:
+    """Attaches a file as a disk, inside `loops`; yields the path of the device."""
+    done = subprocess.run(["losetup", "--find", "--show", image], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file can be attached as a disk here: {done.stderr}")
+    device = done.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@contextmanager
+def mounted(what: str | Path, where: Path, *options: str) -> Iterator[Path]:
+    """Mounts, as mount(8) does, on a folder, which is made; yields that."""
+    where.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", *options, what, where], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot be mounted here: {done.stderr}")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", where], check=True)
+
+
+@contextmanager
+def volume(image: Path, where: Path, *, behind: int = 0) -> Iterator[Path]:
+    """Mounts the file system in a file.
+
+    Args:
+        image: the file.
+        where: the folder to mount it on.
+        behind: how many other disks to attach first, so that it gets the number of another device.
+    """
+    with ExitStack() as stack:
+        for number in range(behind):
+            other = image.with_name(f"other-{number}")
+            other.write_bytes(bytes(1 << 20))
+            stack.enter_context(attached(other))
+        yield stack.enter_context(mounted(stack.enter_context(attached(image)), where))
