@@ -9,3 +9,19 @@ from dirtmap.fmt.store import Place
 def place_of(file: File) -> Place:
     """Where a file is. The file system is called by its device number, which does not outlast its mount."""
     return Place(bytes(8) + file.status.st_dev.to_bytes(8, "big"), file.status.st_ino, 0)
+
+
+def is_elsewhere(said: Place, file: File) -> bool | None:
+    """Whether a store's file is another than the one that its last commit was written to.
+
+    Args:
+        said: what its header says.
+        file: it.
+
+    Returns:
+        None where that cannot be told: the file system has another name now, and had none that lasts.
+    """
+    now = place_of(file)
+    if said.filesystem != now.filesystem:
+        return True if said.is_lasting and now.is_lasting else None
+    return said.inode != now.inode or (said.birth != now.birth and bool(said.birth and now.birth))
