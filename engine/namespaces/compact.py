@@ -179,7 +179,7 @@ def _fill_older_slot(file: File) -> None:
     for epoch in headers.switch(replace(chosen.header, generation=chosen.header.generation + 1), chosen):
         for number, block in epoch:
             file.write(number * store.BLOCK, block)
-        file.sync()
+    file.sync()
 
 
 def _refuse_used(path: str, readable: list[_Readable]) -> None:
