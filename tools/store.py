@@ -81,9 +81,10 @@ def compact_command(host: Host, file: str, quiet: bool, output: str) -> None:
 def new_identity_command(host: Host, file: str) -> None:
     """Make a copy of a store one of its own.
 
-    While the original is there, a copied store is refused, because both would be the home of the same bitmaps. This
-    command gives the copy, its nodes and its devices new UUIDs. If an image was tracked when its store was copied, its
-    bitmaps are all dirty in the copy. A store is refused while one of its bitmaps is held, and, if it is
+    A copied store is refused, because it and the original would be the home of the same bitmaps. This command gives the
+    copy, its nodes and its devices new UUIDs. If an image was tracked when its store was copied, its bitmaps are all
+    dirty in the copy. If the original is not found, as where a backup of the store was put in its place, all bitmaps
+    are: the copy may lack what was written since. A store is refused while one of its bitmaps is held, and, if it is
     not known to be a copy, while one of its images is tracked.
     """
     for line in host.new_identity(file).made_dirty:

@@ -305,8 +305,16 @@ class Host:
 
         path = existing(path)
         with self._parts.stores.kept(path) as target:
-            of_copy = self._parts.stores.original_of(target) is not None
-        return compact(path, new_identity=True, of_copy=of_copy, expect=self._parts.expect, locking=self._parts.locking)
+            known = self._parts.stores.original_of(target) is not None
+            restored = not known and bool(target.is_elsewhere())
+        return compact(
+            path,
+            new_identity=True,
+            of_copy=known or restored,
+            in_doubt=restored,
+            expect=self._parts.expect,
+            locking=self._parts.locking,
+        )
 
     def make_sidecar(self, disk: str, path: str, *, raw: bool = False) -> None:
         """Makes a qcow2 image whose data is a raw image; see `dirtmap.engine.qcow2.sidecar.make_sidecar`.

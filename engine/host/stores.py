@@ -260,6 +260,17 @@ class Stores:
         if path := self.original_of(target):
             what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
             raise BitmapError(target.path, what)
+        elsewhere = target.is_elsewhere()
+        if elsewhere:
+            what = (
+                "a copy of a file that is not found, or put back from one; 'store new-identity' makes it another store"
+            )
+            raise BitmapError(target.path, what)
+        if elsewhere is None:
+            what = (
+                "%s: whether it is a copy cannot be told: its file system has another name since, and none that lasts"
+            )
+            logger(__name__).warning(what, target.path)
 
     @staticmethod
     def _is_copy(target: Store, path: str) -> bool:

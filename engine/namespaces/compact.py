@@ -85,6 +85,7 @@ def compact(
     repair: bool = False,
     new_identity: bool = False,
     of_copy: bool = False,
+    in_doubt: bool = False,
     progress: Callable[[int, int], None] | None = None,
     expect: Callable[[Store], object] = lambda target: None,
     locking: Locking = USUAL,
@@ -96,6 +97,7 @@ def compact(
         repair: carries over what can be read of a damaged store, instead of refusing it.
         new_identity: gives the store, its nodes and its devices new UUIDs.
         of_copy: the store is known to be a copy; the trackers and holds in it are those of the original.
+        in_doubt: what the store lacks is not known: all bitmaps in the new file count as dirty all over.
         progress: called with (namespaces done, namespaces in all).
         expect: compares the store with what was last seen of it; see `Store.expect`. A rolled-back store is in doubt in
             the new file, too.
@@ -120,6 +122,9 @@ def compact(
         if header.generation > store.MAX_GENERATION - _COMMITS:
             raise FormatError(f"{path}: header.generation", f"{header.generation} is so high that no commit can follow")
         result = Compaction(before=old.size())
+        if in_doubt:
+            header = replace(header, doubt_generation=header.generation)
+            result.made_dirty.append("all bitmaps: the store may lack commits that the original has")
         for left in _left_behind(path):  # a live compaction would have the lock that we hold
             remove_file(left)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -174,7 +179,7 @@ def _fill_older_slot(file: File) -> None:
     for epoch in headers.switch(replace(chosen.header, generation=chosen.header.generation + 1), chosen):
         for number, block in epoch:
             file.write(number * store.BLOCK, block)
-        file.sync()
+    file.sync()
 
 
 def _refuse_used(path: str, readable: list[_Readable]) -> None:

@@ -20,6 +20,7 @@ from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.directory import verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
+from dirtmap.engine.storefile.place import is_elsewhere
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.space import SpaceMap
 from dirtmap.engine.system.locks import USUAL, Locking
@@ -143,6 +144,9 @@ class _Check:
                 severity = NOTE if len(bad) == 1 else CORRUPTION
                 what = "damaged; " + ("the next commit mends it" if len(bad) == 1 else "the other slot stands in")
                 self.report.found(severity, f"header copy {number} (slot {slot})", what)
+        if is_elsewhere(self.snapshot.header.place, self.snapshot.file):
+            what = "not where its last commit was written: a copy, or put back from one"
+            self.report.found(NOTE, "place extension", what)
         if self.snapshot.chosen.in_doubt:
             self.report.found(NOTE, "header", "perhaps not the newest: every bitmap counts as all dirty")
 

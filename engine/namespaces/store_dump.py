@@ -177,6 +177,8 @@ class _Dump(Shown):
             at = start + extension.data_offset
             if structure and len(extension.data) == structure.size:
                 fields += self.fields(structure, at, extension.data)
+            elif extension.type == store.EXTENSION_WRITER:
+                fields.append(text("writer", at, extension.data))
             else:
                 fields.append(data("data", at, extension.data))
             self.add(f"{name}, extension: {kind}", start + extension.offset, head + extension.data, fields=fields)

@@ -26,6 +26,7 @@ import crc32c
 
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Chosen, Header, Seen
+from dirtmap.engine.storefile.place import is_elsewhere
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.engine.system import locks, order
@@ -204,6 +205,13 @@ class Store:
     def is_rolled_back(self) -> bool:
         """True if the store lacks a commit that was seen before. Errors as `read`."""
         return self.read(lambda snapshot: bool(snapshot.chosen.lost))
+
+    def is_elsewhere(self) -> bool | None:
+        """True if the file is a copy of the one that its last commit was written to; None if nobody can tell.
+
+        Errors as `read`.
+        """
+        return self.read(lambda snapshot: is_elsewhere(snapshot.header.place, snapshot.file))
 
     def choose(self, file: File) -> Chosen:
         """The header that counts, given the commits that this object has seen.

@@ -1,4 +1,4 @@
-"""What newer software has put into a store: refused where it must not be ignored, kept where it may be."""
+"""What software of another age has put into a store: refused where it must not be ignored, kept where it may be."""
 
 from __future__ import annotations
 
@@ -173,3 +173,28 @@ def test_store_with_an_unknown_read_only_compatible_bit_is_read_and_not_written(
     ):
         assert f"{bits:#x} is unknown" in error_of(*command)
         assert Path(STORE).read_bytes() == raw
+
+
+@pytest.mark.parametrize("copies", [(0, 1, 2, 3), (2,)])
+def test_a_store_of_the_earlier_layout_is_refused_by_name_and_never_repaired(copies: tuple[int, ...]) -> None:
+    raw = bytearray(4 * store.BLOCK + 20_000)
+    for number in copies:
+        raw[number * store.BLOCK : number * store.BLOCK + 8] = b"DMS\xfb" + (1).to_bytes(4, "big")
+    Path("earlier").write_bytes(raw)
+    for command in (
+        ("list", "earlier"),
+        ("check", "earlier"),
+        ("check", "-r", "all", "earlier"),
+        ("store", "compact", "earlier"),
+        ("store", "new-identity", "earlier"),
+        ("list", "--store", "earlier"),
+    ):
+        assert "a store of an earlier layout" in error_of(*command), command
+    assert "earlier: a store, and not the image of a disk" in error_of("node", "add", "disk", "earlier")
+    assert "a store of an earlier layout" in dm.dump("earlier")["stopped"]
+    assert Path("earlier").read_bytes() == raw
+
+
+def test_the_writer_is_shown() -> None:
+    fields = [field for structure in dm.dump(STORE)["structures"] for field in structure.get("fields", [])]
+    assert {field["value"] for field in fields if field["name"] == "writer"} == {f"dirtmap {dm.__version__}"}

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 from support.cli import dirtmap, error_of, json_of
 
+from dirtmap.engine.storefile import file as engine
+from dirtmap.engine.storefile import place
+from dirtmap.engine.system.file import open_file
+from dirtmap.fmt.store import Place
+
 MIB = 1 << 20
 
 
@@ -72,9 +77,85 @@ def test_a_copy_is_adopted_and_a_store_is_moved(folder: Path) -> None:
     dirtmap("add", "one", "c", "--store", "moved.dmap")
 
 
-@pytest.mark.xfail(strict=True, reason="needs the next store format")
-def test_a_copy_where_the_original_is_known_to_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", _CHANGES, ids=" ".join)
+def test_a_copy_where_the_original_is_known_to_nobody(folder: Path, command: list[str]) -> None:
     """Neither the store beside the index nor the chosen one says where the original is."""
     os.rename("default.dmap", "original.dmap")
     shutil.rmtree("index", ignore_errors=True)
-    assert "a copy of" in error_of("add", "one", "c", "--store", "copy.dmap")
+    before = Path("copy.dmap").read_bytes()
+    assert "a copy of" in error_of(*command, *_options(command, True))
+    assert Path("copy.dmap").read_bytes() == before
+    dirtmap("add", "one", "c", "--store", "original.dmap")
+    dirtmap("add", "one", "d", "--store", "original.dmap")  # the commit has left it where it is
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_store_put_back_from_a_backup_is_confirmed_and_all_dirty(folder: Path, index: bool) -> None:
+    dirtmap("list", "one")  # makes the index
+    os.replace("copy.dmap", "default.dmap")
+    if not index:
+        shutil.rmtree("index")
+    assert "put back from one; 'store new-identity'" in error_of("list", "one")
+    assert [finding["where"] for finding in json_of("check", "default.dmap")["findings"]] == ["place extension"]
+    said = dirtmap("store", "new-identity", "default.dmap").error
+    assert "all dirty now: all bitmaps: the store may lack commits" in said
+    dirtmap("add", "one", "c")
+    (listed,) = json_of("list", "one")
+    assert {bitmap["name"]: bitmap["count"] for bitmap in listed["bitmaps"]} == {"b": MIB, "c": 0}
+
+
+def test_a_renamed_and_a_compacted_store_are_no_copies(folder: Path) -> None:
+    os.remove("copy.dmap")
+    os.rename("default.dmap", "moved.dmap")
+    os.link("moved.dmap", "linked.dmap")
+    for store in ("moved.dmap", "linked.dmap"):
+        dirtmap("add", "one", store, "--store", store)
+    os.remove("linked.dmap")
+    dirtmap("store", "compact", "moved.dmap")
+    shutil.rmtree("index", ignore_errors=True)
+    dirtmap("add", "one", "c", "--store", "moved.dmap")
+    assert dirtmap("check", "moved.dmap").error == ""
+
+
+_LASTING = b"file system name"
+
+
+@pytest.mark.parametrize(
+    ("said", "now", "elsewhere"),
+    [
+        (Place(_LASTING, 7, 0), Place(_LASTING, 7, 0), False),
+        (Place(_LASTING, 7, 5), Place(_LASTING, 7, 0), False),
+        (Place(_LASTING, 7, 5), Place(_LASTING, 7, 5), False),
+        (Place(_LASTING, 7, 5), Place(_LASTING, 7, 6), True),
+        (Place(_LASTING, 7, 5), Place(_LASTING, 8, 5), True),
+        (Place(_LASTING, 7, 5), Place(_LASTING[::-1], 7, 5), True),
+        (Place(bytes(8) + b"devno 12", 7, 0), Place(bytes(8) + b"devno 12", 8, 0), True),
+        (Place(bytes(8) + b"devno 12", 7, 0), Place(bytes(8) + b"devno 13", 7, 0), None),
+        (Place(bytes(8) + b"devno 12", 7, 0), Place(bytes(8) + b"devno 13", 8, 0), None),
+        (Place(bytes(8) + b"devno 12", 7, 0), Place(_LASTING, 7, 0), None),
+    ],
+)
+def test_what_tells_a_copy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, said: Place, now: Place, elsewhere: bool | None
+) -> None:
+    monkeypatch.setattr(place, "place_of", lambda file: now)
+    with open_file("default.dmap") as file:
+        assert place.is_elsewhere(said, file) is elsewhere
+
+
+def test_a_store_on_a_file_system_that_has_another_name_now_is_said_and_not_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "place_of", lambda file: Place(bytes(8) + b"devno 12", file.status.st_ino, 0))
+        dirtmap("add", "one", "c")
+    shutil.rmtree("index")
+    caplog.clear()
+    dirtmap("list", "one")
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "whether it is a copy cannot be told: its file system has another name since, and none that lasts"
+    ]
+    dirtmap("add", "one", "d")
+    caplog.clear()
+    dirtmap("list", "one")
+    assert not caplog.records

@@ -46,6 +46,15 @@ def test_extensions() -> None:
     assert all(bytes.fromhex(row["type"][2:]).decode() == row["ASCII"] for row in found)
 
 
+def test_record_extensions() -> None:
+    found = rows("record extension", "ASCII", "critical", "what it is")
+    assert sorted(int(row["record extension"], 16) for row in found) == sorted(store.RECORD_EXTENSIONS)
+    for row in found:
+        kind = int(row["record extension"], 16)
+        assert bool(kind & store.CRITICAL) == (row["critical"] == "yes")
+        assert (kind & ~store.CRITICAL).to_bytes(4, "big").decode() == row["ASCII"]
+
+
 def test_kinds() -> None:
     assert {int(row["kind"]): row["name"] for row in rows("kind", "name", "meaning")} == store.KIND_NAMES
 

@@ -211,7 +211,7 @@ def test_who_may_not_write_a_rolled_back_store_is_told(folder: Path, monkeypatch
     make(folder)
     shutil.copy("s.dmap", "old")
     dirtmap("mark", "other", "m", 0, 1)
-    put_back(False)
+    put_back(True)
     real = os.open
 
     def read_only(path: str, flags: int, *rest: int) -> int:
