@@ -118,12 +118,15 @@ def nodes(target: Store, broken: list[FormatError] | None = None) -> list[Node]:
 
     Args:
         target: the store.
-        broken: takes in why a bucket cannot be read; None: that is raised.
+        broken: takes in why a part of the namespace table cannot be read; None: that is raised.
     """
 
     def look(snapshot: Snapshot) -> list[tuple[store.Record, str | None]]:
         table = snapshot.table()
-        return [(record, doubts(snapshot, record)) for record in (table if broken is None else table.readable(broken))]
+        return [
+            (record, doubts(snapshot, record))
+            for record in (table if broken is None else table.readable(broken.append))
+        ]
 
     found = target.read(look)
     return sorted(
