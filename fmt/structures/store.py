@@ -68,8 +68,7 @@ RECORD = Structure(
     "image_mtime" / Int64ub,
     "image_size" / Int64ub,
 )
-# How a record begins: all that is needed to tell one from the next.
-_RECORD_HEAD = Structure("record head", "length" / Int32ub, "kind" / Int8ub, "reserved" / Int8ub, "name_size" / Int16ub)
+_NAME_SIZE = RECORD.field("name_size").offset
 # In the extra data of a directory entry in a store.
 BITS_CHECKSUM = Structure("bits checksum", "checksum" / Int32ub, "reserved" / Int32ub)
 
@@ -110,9 +109,9 @@ def split_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     while left:
         if left < RECORD.size:
             raise ValueError(f"{left} bytes are left, too few for a record")
-        length, _, _, name_size = _RECORD_HEAD.unpack(data, at)
+        length = int.from_bytes(data[at : at + 4], "big")
         name = at + RECORD.size
-        end = name + name_size
+        end = name + int.from_bytes(data[at + _NAME_SIZE : at + _NAME_SIZE + 2], "big")
         if end > at + length or length > left or length % 8:
             raise ValueError(f"a record of {length} bytes at {at} does not fit its name, or the leaf")
         yield data[name:end], data[at : at + length]
