@@ -15,6 +15,8 @@ Source: SPEC.md, "Namespaces".
 from __future__ import annotations
 
 import heapq
+import sys
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -35,6 +37,8 @@ Part = Item | list[Item]  # of a node: the pointer to what stays as it is, or wh
 Change = tuple[int, bytes, bytes | None]  # key, name, bytes of the record, or None if it goes
 
 _KEYS = 1 << 32
+_WORDS = NODE_POINTER.size // 4  # numbers of four bytes in a pointer
+_NOTHING = array("I")
 
 
 class Node(NamedTuple):
@@ -106,7 +110,7 @@ class NamespaceTable:
         self._where, self._read, self._most = where, read, node_bytes
         self.root = Node(depth, _KEYS, 0, count, *root)
         self._changed: dict[bytes, bytes | None] = {}  # by name, the bytes of the record, or None if it goes
-        self._last: dict[int, tuple[Node, list[Item]]] = {}  # by level, the node read last: it is often read again
+        self._last: dict[int, tuple[Node, bytes, array[int]]] = {}  # by level, what was read last: often read again
 
     # Reading.
 
@@ -159,7 +163,7 @@ class NamespaceTable:
             except DamagedNodeError as error:
                 fail(error)
                 continue
-            if fault := self._count_fault(node, items):
+            if fault := self._count_fault(node, _count(node.level, items)):
                 fail(fault)
             if node.level:
                 waiting += reversed(_below(node, items))
@@ -211,69 +215,100 @@ class NamespaceTable:
         return found
 
     def _found(self, name: bytes) -> bytes | None:
-        """The bytes of a record as the last commit left it."""
+        """The bytes of a record as the last commit left it. Takes apart only what leads to it."""
         key, node = name_key(name), self.root
         while node.level:
-            items = self._cached(node)
-            at = bisect_right(items, (key, _KEYS)) - 1
+            data, words = self._cached(node)
+            at = bisect_right(words[::_WORDS], key) - 1
             if at < 0:
                 return None
-            node = _child(node, items, at)
-        items = self._cached(node)
-        at = bisect_left(items, (key, name))
-        return items[at][2] if at < len(items) and items[at][1] == name else None
+            following = (at + 1) * _WORDS
+            end = words[following] if following < len(words) else node.end
+            node = Node(node.level - 1, end, *NODE_POINTER.unpack(data, at * NODE_POINTER.size))
+        data, _ = self._cached(node)
+        return next((raw for found, raw in split_records(data) if found == name), None)
 
-    def _cached(self, node: Node) -> list[Item]:
-        known = self._last.get(node.level)
-        if known is None or known[0] != node:
-            known = self._last[node.level] = node, self._load(node)
-        return known[1]
+    def _cached(self, node: Node) -> tuple[bytes, array[int]]:
+        """The bytes of a node, and the numbers in them if they are pointers. Errors as `records`."""
+        known, data, words = self._last.get(node.level, (None, b"", _NOTHING))
+        if known != node:
+            data = self._bytes(node)
+            words = self._words(node, data) if node.level else _NOTHING
+            if node.level and (fault := self._count_fault(node, sum(words[1::_WORDS]))):
+                raise fault
+            self._last[node.level] = node, data, words
+        return data, words
 
     def _load(self, node: Node) -> list[Item]:
         """What is in a node. Errors as `records`."""
         items = self._items(node)
-        if fault := self._count_fault(node, items):
+        if fault := self._count_fault(node, _count(node.level, items)):
             raise fault
         return items
 
     def _items(self, node: Node) -> list[Item]:
         """Like `_load`, but the number of records may be wrong."""
-        where = f"{self._where}: {node.what}"
-        if node == (0, _KEYS, 0, node.records, *store.NOWHERE) and node.level == self.root.level:
-            return []
+        data = self._bytes(node)
+        if node.level:
+            self._words(node, data)
+            return list(NODE_POINTER.unpack_all(data))
+        try:
+            items: list[Item] = [(name_key(name), name, raw) for name, raw in split_records(data)]
+        except ValueError as error:
+            raise self._damaged(node, str(error)) from None
+        if len({item[1] for item in items}) < len(items) or not all(map(lt, items, items[1:])):
+            raise self._damaged(node, "its names do not ascend")
+        if items and items[-1][0] >= node.end:
+            raise self._damaged(node, f"has the key {items[-1][0]:08x}, which does not lead to it")
+        return items
+
+    def _bytes(self, node: Node) -> bytes:
+        """The bytes of a node, which begins with the key that leads to it. Nothing of a root without namespaces."""
+        is_root = node.level == self.root.level
+        if is_root and node[2:] == (0, node.records, *store.NOWHERE) and not node.level:
+            return b""
         if not 0 < node.length <= store.MAX_NODE_BYTES:
-            raise DamagedNodeError(f"{where}.length", f"{node.length} is outside 1..{store.MAX_NODE_BYTES}", node)
+            what = f"{node.length} is outside 1..{store.MAX_NODE_BYTES}"
+            raise DamagedNodeError(f"{self._where}: {node.what}.length", what, node)
         try:
             data = self._read(node.area, node.what)
             first = int.from_bytes(data[:4], "big") if node.level else name_key(next(split_records(data))[0])
-            # No node can be reached twice: keys ascend, and each node begins with the key that leads to it. Looked at
-            # first, so that not much time goes into a node to which a thousand pointers lead.
-            if first != node.key and node.level < self.root.level:
-                raise DamagedNodeError(where, f"begins with the key {first:08x}, which does not lead to it", node)
-            if not node.level:
-                items: list[Item] = [(name_key(name), name, raw) for name, raw in split_records(data)]
-            elif len(data) % NODE_POINTER.size == 0:
-                items = list(NODE_POINTER.unpack_all(data))
-            else:
-                raise DamagedNodeError(where, f"{len(data)} bytes are not an array of pointers", node)
         except FormatError as error:
             raise DamagedNodeError(error.where, error.what, node) from None
         except ValueError as error:
-            raise DamagedNodeError(where, str(error), node) from None
-        different = set(map(itemgetter(0 if node.level else 1), items))
-        if len(different) < len(items) or not all(map(lt, items, items[1:])):
-            raise DamagedNodeError(where, "its keys or names do not ascend", node)
-        if items[-1][0] >= node.end:
-            raise DamagedNodeError(where, f"has the key {items[-1][0]:08x}, which does not lead to it", node)
-        return items
+            raise self._damaged(node, str(error)) from None
+        # No node can be reached twice: keys ascend, and each node begins with the key that leads to it. Looked at
+        # first, so that not much time goes into a node to which a thousand pointers lead.
+        if first != node.key and not is_root:
+            raise self._damaged(node, f"begins with the key {first:08x}, which does not lead to it")
+        return data
 
-    def _count_fault(self, node: Node, items: list[Item]) -> DamagedNodeError | None:
-        if (count := _count(node.level, items)) == node.records:
+    def _words(self, node: Node, data: bytes) -> array[int]:
+        """The pointers of a node, six numbers of four bytes each, of which the first is the key, the second the count.
+
+        Faster than to take each pointer apart.
+        """
+        if len(data) % NODE_POINTER.size:
+            raise self._damaged(node, f"{len(data)} bytes are not an array of pointers")
+        words = array("I", data)
+        if sys.byteorder == "little":
+            words.byteswap()
+        keys = words[::_WORDS]
+        if not all(map(lt, keys, keys[1:])):
+            raise self._damaged(node, "its keys do not ascend")
+        if keys[-1] >= node.end:
+            raise self._damaged(node, f"has the key {keys[-1]:08x}, which does not lead to it")
+        return words
+
+    def _damaged(self, node: Node, what: str) -> DamagedNodeError:
+        return DamagedNodeError(f"{self._where}: {node.what}", what, node)
+
+    def _count_fault(self, node: Node, count: int) -> DamagedNodeError | None:
+        if count == node.records:
             return None
         where = "namespaces extension.namespaces" if node.level == self.root.level else f"{node.what}.count"
-        return DamagedNodeError(
-            f"{self._where}: {where}", f"{node.records}, but there are {count}", node, hides_nothing=True
-        )
+        what = f"{node.records}, but there are {count}"
+        return DamagedNodeError(f"{self._where}: {where}", what, node, hides_nothing=True)
 
     def _record(self, name: bytes, raw: bytes) -> Record:
         where = f"{self._where}: {namespace_label(name)}"
@@ -336,8 +371,8 @@ class NamespaceTable:
         release(node.area)
         if not node.level:
             gone = {name for _, name, _ in changes}
-            kept = (item for item in items if item[1] not in gone)
-            return list(heapq.merge(kept, (change for change in changes if change[2] is not None)))
+            kept = [item for item in items if item[1] not in gone]
+            return sorted([*kept, *(change for change in changes if change[2] is not None)])
         parts: list[Part] = [*items]
         start = 0
         while start < len(changes):
@@ -375,11 +410,11 @@ class NamespaceTable:
 
     def _is_short(self, level: int, part: Part) -> bool:
         """True of a changed node that is so short that it is joined with a neighbour."""
-        return isinstance(part, list) and sum(_size(level, item) for item in part) < self._most // 4
+        return isinstance(part, list) and _size(level, part) < self._most // 4
 
     def _placed(self, level: int, items: list[Item], place: Place) -> list[Item]:
         """Places nodes that have all these items, as few and as equal as possible. Returns the pointers to them."""
-        total = sum(_size(level, item) for item in items)
+        total = _size(level, items)
         share = total / max(1, -(-total // self._most))
         pointers: list[Item] = []
         waiting: list[Item] = []
@@ -391,14 +426,15 @@ class NamespaceTable:
                 what = f"{len(waiting)} names share the key {waiting[0][0]:08x}, too many for one leaf"
                 raise FormatError(f"{self._where}: namespaces", what)
             pointers.append((waiting[0][0], _count(level, waiting), *place(data)))
-            waiting.clear()
 
-        for _, alike in groupby(items, itemgetter(0)):
+        # Where one node is enough, all are one group.
+        groups = groupby(items, itemgetter(0)) if total > self._most else [(0, items)] if items else []
+        for _, alike in groups:
             group = list(alike)
-            length = sum(_size(level, item) for item in group)
+            length = _size(level, group)
             if waiting and (size >= share or size + length > self._most):
                 end()
-                size = 0
+                waiting, size = [], 0
             waiting += group
             size += length
         if waiting:
@@ -419,5 +455,5 @@ def _count(level: int, items: list[Item]) -> int:
     return sum(item[1] for item in items) if level else len(items)
 
 
-def _size(level: int, item: Item) -> int:
-    return NODE_POINTER.size if level else len(item[2])
+def _size(level: int, items: list[Item]) -> int:
+    return NODE_POINTER.size * len(items) if level else sum(len(item[2]) for item in items)

@@ -73,10 +73,11 @@ def test_a_wrong_value_is_noticed(host: Host, expected: Answers) -> None:
     assert kinds == set(layout.TAGS)
     for kind in sorted(kinds):
         key, value = chance.choice([item for item in stored if item[0][:1] == kind])
-        assert whole.count(key + value) == 1, key
-        at = whole.index(key + value)
+        before = key if kind != layout.MEMBERS else b""  # a value so long can be on pages of its own
+        assert whole.count(before + value) == 1, key
+        at = whole.index(before + value) + len(before)
         data = bytearray(whole)
-        data[at + len(key) + chance.randrange(len(value))] ^= 1 << chance.randrange(8)
+        data[at + chance.randrange(len(value))] ^= 1 << chance.randrange(8)
         restore(host)
         data_of(host).write_bytes(data)
         assert in_child(lambda: answers(host)) == expected, key
