@@ -2,7 +2,7 @@
 
     c path               what a container looked like when it was read        n name             namespaces of that name
     i number             a container's path                                   u uuid             namespaces of that UUID
-    m number bucket      what that part of it contributed                     r uuid name        devices with that root
+    m number key         what that part of it contributed                     r uuid name        devices with that root
     s uuid               the last commit seen of a store                      t number name      stores a store knows
     v                    version of all this, numbers given out               b holder bitmap    bitmaps of that address
                                                                               f bitmap holder    the same, by bitmap
@@ -24,7 +24,7 @@ import crc32c
 from dirtmap.fmt.digest import digest
 from dirtmap.fmt.store import AREA_SIZE
 
-VERSION = 1
+VERSION = 2
 MAX_SEEN = 1 << 61  # highest generation of a seen commit that is kept: half of what a store can have
 # The CRC32C of any bytes followed by their own CRC32C, little-endian.
 RESIDUE = 0x48674BC7
@@ -188,6 +188,11 @@ class Claim(NamedTuple):
     uuid: bytes
 
 
-def members_key(container: int, bucket: int) -> bytes:
-    """Returns the key of the namespaces in one bucket of a container's namespace table. An image has bucket 0 only."""
-    return MEMBERS + number(container) + bucket.to_bytes(4, "big")
+def members_key(container: int, key: int) -> bytes:
+    """Returns the key of the namespaces in one leaf of a container's namespace table; 0 where the root is one.
+
+    Args:
+        container: number of the container. An image has one leaf, with key 0.
+        key: the smallest key in the leaf.
+    """
+    return MEMBERS + number(container) + key.to_bytes(4, "big")

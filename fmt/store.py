@@ -1,9 +1,9 @@
 """The store: our own file format, which holds the bitmaps of many images, each in a namespace of its own.
 
-    block 0     1     2     3   |  clusters: areas of bits, directories, buckets, tables, the space map
+    block 0     1     2     3   |  clusters: areas of bits, directories, nodes, the space map
       | A | B | A' | B' |       |  ...
 
-    header --+-- namespace table: 2**bucket_bits pointers --> bucket: records --> directory --> bits
+    header --+-- namespace table: nodes of pointers --> leaf: records --> directory --> bits
              +-- space map: a pointer for each leaf --> leaf: one bit a cluster, 1 = used
              +-- released: runs of clusters that the previous commit used and this one does not
 
@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import crc32c
 
 from dirtmap.fmt import geometry
 from dirtmap.fmt.digest import digest
@@ -62,8 +64,10 @@ EXTENSION_NAMES = {
 MIN_CLUSTER_BITS = 12
 MAX_CLUSTER_BITS = 21
 DEFAULT_CLUSTER_BITS = 12
-MAX_BUCKET_BITS = 16
-MAX_NAMESPACES = 65536
+MAX_NAMESPACES = 1 << 24  # of 2**32 keys one in 256 is taken, so that hardly any two names share one
+NODE_BYTES = 4096  # of a node of the namespace table, above which a writer splits it if it can
+MAX_NODE_BYTES = 1 << 17  # the longest record, or 1,000 short ones whose names share a key
+MAX_DEPTH = 8  # levels of nodes above the leaves; 16 million namespaces need four
 MAX_PATH = 4096
 MAX_WRITER = 255  # bytes
 MAX_RECORD_EXTENSIONS = 1 << 16  # bytes
@@ -72,7 +76,6 @@ MAX_RELEASED_BYTES = 16 << 20
 MAX_METADATA_BYTES = 128 << 20  # of any other area without bits: 65,535 entries with the longest names take 66 MiB
 MAX_FILE_BYTES = 1 << 62
 MAX_GENERATION = 1 << 62
-RECORDS_PER_BUCKET = 8  # average above which the number of buckets doubles
 
 KIND_NODE = 1
 KIND_DEVICE = 2
@@ -102,6 +105,11 @@ class Area(NamedTuple):
 
 
 NOWHERE = Area()
+
+
+def name_key(name: bytes) -> int:
+    """Returns the number by which a namespace is found in the namespace table: the CRC32C of its name."""
+    return int(crc32c.crc32c(name))
 
 
 def leaf_clusters(cluster_size: int) -> int:

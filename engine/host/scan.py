@@ -347,7 +347,7 @@ class _Registration:
         with contextlib.suppress(StorageError):
             read = look(self._stores.index.readers, lambda key: None, path, None, force_share=True)
             if read is not None and read.container.condition == SOUND:
-                for _, members in read.buckets.values():
+                for _, members in read.leaves.values():
                     return next((member for member, _ in members if member.name), None)
         return None
 

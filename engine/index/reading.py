@@ -1,7 +1,7 @@
 """Reads a container for the index, as far as it may have changed since the index last read it.
 
 A container is read again if it looks different from outside (device, inode, size, mtime, ctime). In a store, only those
-buckets and directories are read whose place has changed since the commit that was read last. A container that was not
+leaves and directories are read whose place has changed since the commit that was read last. A container that was not
 sound is read again each time, to say what is wrong with it now.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -19,14 +19,15 @@ from dirtmap.engine.qcow2.layout import Layout
 from dirtmap.engine.qcow2.reading import read_session
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Snapshot, Store
-from dirtmap.engine.storefile.table import NamespaceTable, bucket_of
+from dirtmap.engine.storefile.table import DamagedNodeError, NamespaceTable, Node
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.locks import Locking
 from dirtmap.fmt import store
-from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError
+from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError, counted
 from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_STORE, NO_AREA, SOUND, Member, members_key
 from dirtmap.fmt.structures.index import parse_members
+from dirtmap.fmt.structures.store import AREA
 
 Get = Callable[[bytes], bytes | None]
 Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity
@@ -38,22 +39,21 @@ _RACY_NS, _RACY_SECONDS_NS = 50_000_000, 2 * _SECOND_NS
 
 
 class PartlyDamagedError(FormatError):
-    """Some buckets of a store's namespace table cannot be read; the index has what the others say.
+    """Some nodes of a store's namespace table cannot be read; the index has what the others say.
 
     Args:
-        broken: why each cannot be read, by number; not empty.
-        buckets: how many there are.
+        broken: why each cannot be read; not empty.
     """
 
-    def __init__(self, broken: dict[int, FormatError], buckets: int) -> None:
-        first, *others = broken.values()
-        more = f"; and so are {len(others)} more of its {buckets} buckets" if others else ""
+    def __init__(self, broken: list[DamagedNodeError]) -> None:
+        first, *others = broken
+        more = f"; and so {'is' if len(others) == 1 else 'are'} {counted(len(others), 'more part')}" if others else ""
         super().__init__(first.where, f"{first.what}{more}")
-        self._broken, self._buckets = frozenset(broken), buckets
+        self._keys = [range(error.node.key, error.node.end) for error in broken]
 
     def may_hide(self, name: bytes) -> bool:
         """True where a namespace of that name may be in what cannot be read."""
-        return bucket_of(name, self._buckets) in self._broken
+        return any(store.name_key(name) in keys for keys in self._keys)
 
 
 class Fingerprint(NamedTuple):
@@ -76,7 +76,6 @@ class Container(NamedTuple):
         condition: `SOUND`, `DAMAGED` or `HELD`.
         racy: whether it may have changed since and look the same.
         fingerprint: what it looked like when it was read.
-        buckets: for a store, the number of buckets of its namespace table.
         generation: for a store, that of its commit.
         commit_id: for a store, 16 bytes.
         uuid: of a store, or of an image's namespace; 16 bytes, zeros if there is none.
@@ -88,7 +87,6 @@ class Container(NamedTuple):
     condition: int
     racy: bool
     fingerprint: Fingerprint
-    buckets: int = 0
     generation: int = 0
     commit_id: bytes = bytes(16)
     uuid: bytes = bytes(16)
@@ -96,13 +94,25 @@ class Container(NamedTuple):
 
 @dataclass(slots=True)
 class Reading:
-    """The result of reading a container: its condition, and what changes in the index, bucket by bucket."""
+    """The result of reading a container: its condition, and what changes in the index.
+
+    Attributes:
+        container: as it is now.
+        leaves: by key of each leaf that is new or changed, its area pointer, and its namespaces, with their bitmaps if
+            those changed. An image has one leaf, with key 0.
+        gone: keys of leaves that are no more.
+        kept: keys of leaves that are as they were; any that are in none of the three are gone as well. None where all
+            others are as they were.
+        problem: what is wrong with the container.
+        base: what was known when it was read.
+    """
 
     container: Container
-    # By number of each changed bucket: its area pointer, and its namespaces, with their bitmaps if those changed.
-    buckets: dict[int, tuple[bytes, list[tuple[Member, Bitmaps | None]]]] = field(default_factory=dict)
+    leaves: dict[int, tuple[bytes, list[tuple[Member, Bitmaps | None]]]] = field(default_factory=dict)
+    gone: Collection[int] = ()
+    kept: Collection[int] | None = ()
     problem: Error | None = None
-    base: Container | None = None  # what was known when it was read
+    base: Container | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +180,7 @@ def look(
         for reader in readers:
             if reader.probe(file):
                 return reader.read(get, file, blank._replace(kind=reader.number), known, force_share)
-    return Reading(blank, {0: (NO_AREA, [])}, FormatError(path, "neither a qcow2 image nor a store"))
+    return Reading(blank, problem=FormatError(path, "neither a qcow2 image nor a store"))
 
 
 def read_store(
@@ -188,61 +198,72 @@ def read_store(
         with opened as target:
             return _read_store(get, target, blank, known)
     except (FormatError, UnsupportedError) as error:
-        # A reading without buckets removes what the store said before.
-        return Reading(blank._replace(condition=DAMAGED, racy=False), {}, error)
+        # A reading without leaves removes what the store said before.
+        return Reading(blank._replace(condition=DAMAGED, racy=False), problem=error)
 
 
 def _read_store(get: Get, target: Store, blank: Container, before: Container | None) -> Reading | None:
-    known = before if before is not None and before.kind == KIND_STORE else blank
+    if before is not None and before.kind == KIND_STORE:
+        known = before
+    else:  # what the index knows is not of a store
+        known, get = blank, lambda key: None
 
     def look(snapshot: Snapshot) -> Reading | None:
         header = snapshot.header
-        table = snapshot.table()  # read first: a store without its table is damaged, whatever is known
-        pointers = table.pointers
         container = blank._replace(
             condition=SOUND,
-            buckets=len(pointers),
             generation=header.generation,
             commit_id=header.commit_id,
             uuid=header.uuid,
         )
-        reading = Reading(container)
-        broken: dict[int, FormatError] = {}
         if known.condition == SOUND and known.commit_id == header.commit_id:
-            return None if container == known else reading
-        same = known.buckets == len(pointers)
-        for bucket in _changed(snapshot, table, known) if same and known.condition == SOUND else range(len(pointers)):
-            pointer = pointers[bucket]
-            # If namespaces have moved between buckets, all of them are read again.
-            before, members = parse_members(get(members_key(known.number, bucket)) if same else None)
-            if before == pointer:
-                continue
-            old = {member.name: member for _, member in members}
+            return None if container == known else Reading(container, kept=None)
+        table = snapshot.table()
+        broken: list[DamagedNodeError] = []
+        reading = Reading(container)
+        changed, reading.gone, reading.kept = _changed(get, snapshot, table, known, broken)
+        old: dict[bytes, Member] = {}
+        for key in {*reading.gone, *(leaf.key for leaf in changed)}:
+            old.update((member.name, member) for _, member in parse_members(get(members_key(known.number, key)))[1])
+        for leaf in changed:
             try:
-                records = table.bucket(bucket).values()
-            except FormatError as error:
-                # The other buckets are none the worse. What was known of this one goes: nothing holds it any more.
-                broken[bucket] = error
-                reading.buckets[bucket] = (NO_AREA, [])
+                members = [_member(snapshot, record, old) for record in table.records(leaf)]
+            except DamagedNodeError as error:
+                # The others are none the worse. What was known of this one goes: nothing holds it any more.
+                broken.append(error)
+                reading.gone = {*reading.gone, leaf.key}
                 continue
-            reading.buckets[bucket] = (pointer, [_member(snapshot, record, old) for record in records])
+            reading.leaves[leaf.key] = AREA.pack(*leaf.area), members
         if broken:
             reading.container = container._replace(condition=DAMAGED)
-            reading.problem = PartlyDamagedError(broken, len(pointers))
+            reading.problem = PartlyDamagedError(broken)
         return reading
 
     return target.read(look)
 
 
-def _changed(snapshot: Snapshot, table: NamespaceTable, known: Container) -> Iterable[int]:
-    """The buckets that may have changed since the index read the store. They are few if that was one commit ago."""
-    with contextlib.suppress(FormatError, UnsupportedError):
-        older = snapshot.older()
-        if older and older.header.commit_id == known.commit_id and older.header.uuid == known.uuid:
-            before = older.table()
-            if before.bucket_bits == table.bucket_bits:
-                return table.unlike(before)
-    return range(known.buckets)
+def _changed(
+    get: Get, snapshot: Snapshot, table: NamespaceTable, known: Container, broken: list[DamagedNodeError]
+) -> tuple[list[Node], set[int], set[int] | None]:
+    """The leaves that may have changed since the index read the store, and `Reading.gone` and `Reading.kept`.
+
+    They are few if that was one commit ago. ``broken`` takes in which nodes cannot be read.
+    """
+    if known.condition == SOUND:
+        with contextlib.suppress(FormatError, UnsupportedError):
+            older = snapshot.older()
+            if older and older.header.commit_id == known.commit_id and older.header.uuid == known.uuid:
+                found: list[DamagedNodeError] = []
+                changed, others = table.unlike(older.table(), found.append)
+                broken += found
+                return changed, {leaf.key for leaf in others} - {leaf.key for leaf in changed}, None
+    leaves, _ = table.unlike(None, broken.append)
+    kept = {leaf.key for leaf in leaves if _pointer(get, known, leaf.key) == AREA.pack(*leaf.area)}
+    return [leaf for leaf in leaves if leaf.key not in kept], set(), kept
+
+
+def _pointer(get: Get, known: Container, key: int) -> bytes:
+    return parse_members(get(members_key(known.number, key)))[0]
 
 
 def _member(snapshot: Snapshot, record: store.Record, old: dict[bytes, Member]) -> tuple[Member, Bitmaps | None]:
@@ -273,14 +294,13 @@ def read_image(file: File, blank: Container, force_share: bool) -> Reading:
         )
         return member, bitmaps
 
-    nothing: dict[int, tuple[bytes, list[tuple[Member, Bitmaps | None]]]] = {0: (NO_AREA, [])}
     try:
         member, bitmaps = read_session(file, look, force_share=force_share, locking=Locking(wait=0))
         # If a writer holds the image, the next caller without force_share must be told: the reading counts as racy.
         held = force_share and locks.is_written_by_others(file)
     except LockedError as error:
-        return Reading(blank._replace(condition=HELD), nothing, error)
+        return Reading(blank._replace(condition=HELD), problem=error)
     except (FormatError, UnsupportedError) as error:
-        return Reading(blank._replace(condition=DAMAGED), nothing, error)
+        return Reading(blank._replace(condition=DAMAGED), problem=error)
     found = blank._replace(condition=SOUND, uuid=member.uuid, racy=blank.racy or held)
     return Reading(found, {0: (NO_AREA, [(member, bitmaps)])})

@@ -51,7 +51,6 @@ def container_at(get: Get, path: str) -> Container | None:
         condition=raw.condition,
         racy=bool(raw.racy),
         fingerprint=Fingerprint(raw.device, raw.inode, raw.mtime, raw.ctime, raw.size),
-        buckets=raw.buckets,
         generation=raw.generation,
         commit_id=raw.commit_id,
         uuid=raw.uuid,
@@ -74,15 +73,20 @@ def apply(writer: Writer, reading: Reading) -> Container | None:
         return None
     taken = known.number if known else new_number(writer, reading.container.path)
     container = reading.container._replace(number=taken)
-    if known and known.buckets != container.buckets:
-        _drop_all(writer, container)  # first: namespaces have moved between buckets
-    for bucket, (pointer, found) in reading.buckets.items():
-        key = members_key(taken, bucket)
-        old = {member.name: member for _, member in parse_members(writer.get(key))[1]}
-        new = {member.name for member, _ in found}
-        for name, member in old.items():
-            if name not in new:
-                _drop(writer, container, member)
+    left = {members_key(taken, key) for key in reading.gone}
+    if reading.kept is not None:
+        stay = {members_key(taken, key) for key in (*reading.kept, *reading.leaves)}
+        left |= {key for key, _ in writer.scan(MEMBERS + number(taken)) if key not in stay}
+    # A namespace can have moved from one leaf to another: what has gone from all of them is gone.
+    changed = [members_key(taken, key) for key in reading.leaves]
+    old = {member.name: member for key in (*left, *changed) for _, member in parse_members(writer.get(key))[1]}
+    new = {member.name for _, found in reading.leaves.values() for member, _ in found}
+    for name, member in old.items():
+        if name not in new:
+            _drop(writer, container, member)
+    for key in left:
+        writer.delete(key)
+    for key, (pointer, found) in zip(changed, reading.leaves.values(), strict=True):
         for member, bitmaps in found:
             _set(writer, container, old.get(member.name), member, bitmaps)
         writer.put(key, build_members(pointer, [(taken, member) for member, _ in found]))
@@ -92,8 +96,7 @@ def apply(writer: Writer, reading: Reading) -> Container | None:
         kind=container.kind,
         condition=container.condition,
         racy=int(container.racy),
-        reserved=0,
-        buckets=container.buckets,
+        reserved=bytes(5),
         device=seen.device,
         inode=seen.inode,
         mtime=seen.mtime % 2**64,

@@ -53,8 +53,6 @@ class Shown:
             shown["value"] = value.hex() if isinstance(value, bytes) else value
             if field.name in self._flags and value:
                 shown["meaning"] = ", ".join(feature_text(value, self._flags[field.name]))
-            elif field.name == "bucket_bits" and value < 64:
-                shown["meaning"] = f"{1 << value} buckets"
             elif field.name.endswith("_bits") and value < 64:
                 shown["meaning"] = f"{1 << value} bytes"
             elif field.name == "refcount_order" and value < 8:

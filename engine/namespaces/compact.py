@@ -24,6 +24,7 @@ from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.directory import read_entries, verify
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
 from dirtmap.engine.storefile.session import require_known
+from dirtmap.engine.storefile.table import DamagedNodeError
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
 from dirtmap.engine.system.locks import USUAL, Locking
@@ -261,19 +262,12 @@ def _readable(snapshot: Snapshot, result: Compaction, *, repair: bool) -> list[_
 
 def _records(snapshot: Snapshot, faults: list[FormatError]) -> list[Record]:
     """All records that can be read. Adds the rest to ``faults``."""
-    found: list[Record] = []
-    try:
-        table = snapshot.table()
-    except FormatError as error:
-        faults.append(FormatError(error.where, error.what))  # a copy: the raised one keeps the data in memory
-        return found
-    table.count = store.MAX_NAMESPACES  # the number may be what is wrong; the new table counts them
-    for number in range(1 << table.bucket_bits):
-        try:
-            found += table.bucket(number).values()
-        except FormatError as error:
+
+    def fail(error: FormatError) -> None:
+        if not (isinstance(error, DamagedNodeError) and error.hides_nothing):  # the new table counts them
             faults.append(FormatError(error.where, error.what))  # a copy: the raised one keeps the data in memory
-    return found
+
+    return list(snapshot.table().readable(fail))
 
 
 def _text(snapshot: Snapshot, error: Error) -> str:

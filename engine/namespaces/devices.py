@@ -57,14 +57,14 @@ def devices(target: Store, broken: list[FormatError] | None = None) -> list[Devi
 
     Args:
         target: the store.
-        broken: takes in why a bucket cannot be read; None: that is raised.
+        broken: takes in why a part of the namespace table cannot be read; None: that is raised.
     """
 
     def look(snapshot: Snapshot) -> list[tuple[store.Record, str | None]]:
         table = snapshot.table()
         return [
             (record, Condition(snapshot, record).doubt)
-            for record in (table if broken is None else table.readable(broken))
+            for record in (table if broken is None else table.readable(broken.append))
             if record.kind == store.KIND_DEVICE
         ]
 

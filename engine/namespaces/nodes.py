@@ -108,12 +108,12 @@ def nodes(target: Store, broken: list[FormatError] | None = None) -> list[Node]:
 
     Args:
         target: the store.
-        broken: takes in why a bucket cannot be read; None: that is raised.
+        broken: takes in why a part of the namespace table cannot be read; None: that is raised.
     """
 
     def look(snapshot: Snapshot) -> list[tuple[store.Record, str | None]]:
         table = snapshot.table()
-        records = table if broken is None else table.readable(broken)
+        records = table if broken is None else table.readable(broken.append)
         return [(record, Condition(snapshot, record).doubt) for record in records if record.kind in KINDS]
 
     found = target.read(look)

@@ -23,6 +23,7 @@ from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.storefile.place import is_elsewhere
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.space import SpaceMap
+from dirtmap.engine.storefile.table import DamagedNodeError, Node
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.errors import FormatError, UnsupportedError
@@ -102,35 +103,32 @@ class _Check:
         self.used.append((range(geometry.ceil_div(store.RESERVED, self.cluster)), "the headers"))
         self.area(header.space, "space map")
         self.area(header.released, "released clusters")
-        self.area(header.table, "namespace table")
-        try:
-            table = self.snapshot.table()
-        except FormatError as error:
-            self.wrong(error)
-            return self.report
-        complete = True
-        count = sessions = 0
-        for number, area in enumerate(table.areas()):
-            self.area(area, f"bucket {number}")
-            try:
-                records = table.bucket(number).values()
-            except FormatError as error:
-                self.wrong(error)
-                complete = False
-                continue
-            for record in records:
-                complete &= self.namespace(record)
-                count += 1
-                sessions += record.tracked
-                if self.progress:
-                    self.progress(count, max(count, header.namespaces))
-        if complete and count != header.namespaces:
-            what = f"{header.namespaces}, but there are {count}"
-            self.report.found(CORRUPTION, "namespaces extension.namespaces", what)
-        if complete and sessions != header.sessions:
-            self.report.found(CORRUPTION, "header.sessions", f"{header.sessions}, but there are {sessions}")
+        complete = self.namespaces()
         self.space(complete=complete)
         return self.report
+
+    def namespaces(self) -> bool:
+        """Checks the table and all namespaces. False if what they use is not known."""
+        table, faults = self.snapshot.table(), 0
+
+        def fail(error: FormatError) -> None:
+            nonlocal faults
+            self.wrong(error)
+            faults += not (isinstance(error, DamagedNodeError) and error.hides_nothing)
+
+        def seen(node: Node) -> None:
+            self.area(node.area, node.what)
+
+        complete, sessions = True, 0
+        for count, record in enumerate(table.readable(fail, seen), 1):
+            complete &= self.namespace(record)
+            sessions += record.tracked
+            if self.progress:
+                self.progress(count, max(count, self.snapshot.header.namespaces))
+        complete = complete and not faults
+        if complete and sessions != (said := self.snapshot.header.sessions):
+            self.report.found(CORRUPTION, "header.sessions", f"{said}, but there are {sessions}")
+        return complete
 
     def wrong(self, error: FormatError) -> None:
         self.report.found(CORRUPTION, error.where.removeprefix(f"{self.snapshot.file.path}: "), error.what)

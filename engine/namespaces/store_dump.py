@@ -15,6 +15,7 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.directory import verify
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.storefile.session import require_known
+from dirtmap.engine.storefile.table import Node
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, geometry, live, store
 from dirtmap.fmt.directory import Entry
@@ -33,12 +34,12 @@ from dirtmap.fmt.structures.store import (
     HOLD,
     LEAF,
     NAMESPACES_EXTENSION,
+    NODE_POINTER,
     PLACE_EXTENSION,
     RECORD,
     RUN,
-    build_record,
-    parse_areas,
-    parse_records,
+    parse_record,
+    split_records,
 )
 
 _MOST_HEX = 1 << 20  # bytes of one bitmap's bits
@@ -125,10 +126,10 @@ class _Dump(Shown):
         last = self.structures[-1]
         last["note"] = f"{last['note']}; {what}" if "note" in last else what
 
-    def area(self, snapshot: Snapshot, area: Area, what: str) -> bytes | None:
-        """The bytes of an area, even if its checksum is wrong; None if it cannot be read."""
+    def area(self, snapshot: Snapshot, area: Area, what: str, most: int = store.MAX_METADATA_BYTES) -> bytes | None:
+        """The bytes of an area, even if its checksum is wrong; None if it cannot be read, or has more than ``most``."""
         try:
-            snapshot.check_area(area, what)
+            snapshot.check_area(area, what, most)
             if area.length and area.offset in self.shown:
                 raise FormatError(f"{self.file.path}: {what}.offset", "another area begins there, too")
         except FormatError as error:
@@ -188,37 +189,47 @@ class _Dump(Shown):
     # What they lead to.
 
     def namespaces(self, snapshot: Snapshot) -> None:
-        area = snapshot.header.table
-        raw = self.area(snapshot, area, "namespace table")
-        if raw is None:
-            return
-        buckets = parse_areas(raw)
-        fields = []
-        for number, bucket in enumerate(buckets):
-            if bucket != store.NOWHERE:
-                at = number * AREA.size
-                for field in self.fields(AREA, area.offset + at, raw[at : at + AREA.size]):
-                    fields.append({**field, "name": f"[{number}].{field['name']}"})
-        self.add("namespace table", area.offset, raw, entries=len(buckets), fields=fields)
-        count = 0
-        for number, bucket in enumerate(buckets):
-            if records := self.area(snapshot, bucket, f"bucket {number}"):
-                count += self.bucket(snapshot, bucket, number, records)
+        count = self.node(snapshot, snapshot.table().root)
         if count != snapshot.header.namespaces:
             self.fault("namespaces extension.namespaces", f"{snapshot.header.namespaces}, but {count} can be read")
 
-    def bucket(self, snapshot: Snapshot, area: Area, number: int, raw: bytes) -> int:
-        """Adds the records of a bucket, and all that each leads to. Returns their number."""
-        count, at = 0, 0
+    def node(self, snapshot: Snapshot, node: Node) -> int:
+        """Adds a node of the namespace table, and all that it leads to. Returns the number of records below it."""
+        raw = self.area(snapshot, node.area, node.what, store.MAX_NODE_BYTES)
+        if not raw:
+            return 0
+        if not node.level:
+            return self.leaf_node(snapshot, node, raw)
+        fields, children = [], []
+        size = NODE_POINTER.size
+        for number, at in enumerate(range(0, len(raw) // size * size, size)):
+            for field in self.fields(NODE_POINTER, node.offset + at, raw[at : at + size]):
+                fields.append({**field, "name": f"[{number}].{field['name']}"})
+            children.append(NODE_POINTER.unpack(raw, at))
+        self.add(node.what, node.offset, raw, entries=len(children), fields=fields)
+        if len(raw) % size:
+            self.fault(node.what, f"{len(raw)} bytes are not an array of pointers")
+        count = 0
+        for number, child in enumerate(children):
+            end = children[number + 1][0] if number + 1 < len(children) else node.end
+            if not node.key <= child[0] < end <= node.end:
+                self.fault(node.what, f"the key {child[0]:08x} is out of order")
+            count += self.node(snapshot, Node(node.level - 1, end, *child))
+        return count
+
+    def leaf_node(self, snapshot: Snapshot, node: Node, raw: bytes) -> int:
+        """Adds the records of a leaf, and all that each leads to. Returns their number."""
+        self.add(node.what, node.offset, raw)
+        count, at, last = 0, 0, (node.key, b"")
         try:
-            for record in parse_records(raw):
-                end = at + len(build_record(record))
-                self.namespace(snapshot, record, area.offset + at, raw[at:end])
-                count, at = count + 1, end
-                if count == store.MAX_NAMESPACES:
-                    break
+            for name, packed in split_records(raw):
+                this = store.name_key(name), name
+                if not last < this or this[0] >= node.end:
+                    self.fault(node.what, f"{store.namespace_label(name)} is out of order")
+                self.namespace(snapshot, parse_record(packed), node.offset + at, packed)
+                count, at, last = count + 1, at + len(packed), this
         except ValueError as error:
-            self.fault(f"bucket {number}", str(error))
+            self.fault(node.what, str(error))
         return count
 
     def namespace(self, snapshot: Snapshot, record: Record, offset: int, raw: bytes) -> None:

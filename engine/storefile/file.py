@@ -39,7 +39,7 @@ from dirtmap.fmt.directory import parse_table
 from dirtmap.fmt.errors import FormatError, GoneError, LockedError, StorageError, UnsupportedError
 from dirtmap.fmt.geometry import ceil_div
 from dirtmap.fmt.store import Area, Record
-from dirtmap.fmt.structures.store import AREA, LEAF
+from dirtmap.fmt.structures.store import LEAF
 
 T = TypeVar("T")
 
@@ -64,16 +64,16 @@ class Snapshot:
         self.directories: list[tuple[int, int, bytes]] = []
         self.size = file.size()
 
-    def check_area(self, area: Area, what: str) -> None:
-        """Refuses an area that cannot be read.
+    def check_area(self, area: Area, what: str, most: int = store.MAX_METADATA_BYTES) -> None:
+        """Refuses an area that cannot be read, or has more than ``most`` bytes.
 
         Raises:
             FormatError: the area breaks a rule of the format, or is too long; the error names it.
         """
         for field, fault in store.area_faults(area, self.header.cluster_size, self.size):
             raise FormatError(f"{self.file.path}: {what}.{field}", fault)
-        if area.length > store.MAX_METADATA_BYTES:
-            raise FormatError(f"{self.file.path}: {what}.length", f"{area.length} is above {store.MAX_METADATA_BYTES}")
+        if area.length > most:
+            raise FormatError(f"{self.file.path}: {what}.length", f"{area.length} is above {most}")
 
     def read(self, area: Area, what: str, remedy: str = "'check -r all' mends the store") -> bytes:
         """The bytes of an area.
@@ -95,10 +95,17 @@ class Snapshot:
         return data
 
     def table(self) -> NamespaceTable:
-        """The namespaces of the store. Errors as `read`."""
+        """The namespaces of the store."""
         header = self.header
-        pointers = self.read(header.table, "namespace table")
-        return NamespaceTable(self.file.path, pointers, header.namespaces, header.sessions, self.read)
+        return NamespaceTable(
+            self.file.path,
+            header.table,
+            header.depth,
+            header.namespaces,
+            header.sessions,
+            self.read,
+            node_bytes=store.NODE_BYTES,
+        )
 
     def record(self, name: bytes) -> Record | None:
         """The namespace of that name, or None.
@@ -393,8 +400,9 @@ class Change:
             StorageError: the operating system failed, or the store would become too large.
         """
         old = self.header
-        table = self.table.seal(self.place, self.release, old.table)
-        if table == old.table and not self._chosen.lost and not self._writes:
+        self.table.seal(self.place, self.release)
+        table = self.table.root
+        if table.area == old.table and not self._chosen.lost and not self._writes:
             return old.commit
         if self.generation > store.MAX_GENERATION:
             what = f"{old.generation} is so high that no commit can follow; copy its bitmaps into another store"
@@ -405,9 +413,9 @@ class Change:
             generation=self.generation,
             commit_id=uuid.uuid4().bytes,
             clusters=self.space.clusters,
-            table=table,
-            bucket_bits=self.table.bucket_bits,
-            namespaces=self.table.count,
+            table=table.area,
+            depth=table.level,
+            namespaces=table.records,
             sessions=self.table.sessions,
             space=space,
             released=released,
@@ -453,10 +461,9 @@ def create(
         raise StorageError(path, f"a cluster of 2**{cluster_bits} bytes is outside 4 KiB to 2 MiB")
     cluster = 1 << cluster_bits
     first = ceil_div(store.RESERVED, cluster)
-    pointers = AREA.build(**Area()._asdict())
-    used = first + 3  # the table, a leaf, the space map's root
+    used = first + 2  # a leaf, the space map's root
     leaf = ((1 << used) - 1).to_bytes(cluster, "little")
-    leaf_offset = (first + 1) * cluster
+    leaf_offset = first * cluster
     root = LEAF.build(offset=leaf_offset, free=store.leaf_clusters(cluster) - used, checksum=crc32c.crc32c(leaf))
     header = Header(
         uuid=store_uuid or uuid.uuid4().bytes,
@@ -465,18 +472,17 @@ def create(
         doubt_generation=doubt_generation,
         cluster_bits=cluster_bits,
         clusters=used,
-        table=Area(first * cluster, len(pointers), crc32c.crc32c(pointers)),
-        bucket_bits=0,
+        table=Area(),
+        depth=0,
         namespaces=0,
-        space=Area((first + 2) * cluster, len(root), crc32c.crc32c(root)),
+        space=Area((first + 1) * cluster, len(root), crc32c.crc32c(root)),
         released=Area(),
         commit_time=time_ns(),
     )
     with open_file(path, writable=True, create=True) as file:
         try:
-            file.write(first * cluster, pointers)
             file.write(leaf_offset, leaf)
-            file.write((first + 2) * cluster, root.ljust(cluster, b"\0"))
+            file.write((first + 1) * cluster, root.ljust(cluster, b"\0"))
             file.sync()
             header = replace(header, place=place_of(file.fd))
             later = replace(header, generation=generation + 1)

@@ -75,8 +75,8 @@ class Header:
         doubt_generation: namespaces written by this commit or an earlier one count as all dirty.
         cluster_bits: log2 of bytes.
         clusters: length of the file in clusters.
-        table: the namespace table; 2**bucket_bits area pointers.
-        bucket_bits: see `table`.
+        table: the root of the namespace table.
+        depth: how many levels of nodes are below that root.
         namespaces: how many there are.
         space: the space map's root.
         released: the list of runs that this commit released.
@@ -95,7 +95,7 @@ class Header:
     cluster_bits: int
     clusters: int
     table: Area
-    bucket_bits: int
+    depth: int
     namespaces: int
     space: Area
     released: Area
@@ -142,7 +142,7 @@ def build_block(header: Header, number: int) -> bytes:
         commit_time=header.commit_time,
     )
     namespaces = NAMESPACES_EXTENSION.build(
-        **header.table._asdict(), bucket_bits=header.bucket_bits, namespaces=header.namespaces
+        **header.table._asdict(), depth=header.depth, reserved=0, namespaces=header.namespaces
     )
     chain = build_chain(
         [
@@ -211,12 +211,8 @@ def parse_block(path: str, block: bytes) -> Header:
     if len(writer) > store.MAX_WRITER or not _is_text(writer):
         raise FormatError(f"{path}: writer extension", f"more than {store.MAX_WRITER} bytes, or not UTF-8")
     namespaces = NAMESPACES_EXTENSION.parse(areas[store.EXTENSION_NAMESPACES])
-    if namespaces.bucket_bits > store.MAX_BUCKET_BITS:
-        what = f"{namespaces.bucket_bits} is above {store.MAX_BUCKET_BITS}"
-        raise FormatError(f"{path}: namespaces extension.bucket_bits", what)
-    if namespaces.length != AREA.size << namespaces.bucket_bits:
-        what = f"{namespaces.length} is not that of {1 << namespaces.bucket_bits} pointers"
-        raise FormatError(f"{path}: namespaces extension.length", what)
+    if namespaces.depth > store.MAX_DEPTH:
+        raise FormatError(f"{path}: namespaces extension.depth", f"{namespaces.depth} is above {store.MAX_DEPTH}")
     if namespaces.namespaces > store.MAX_NAMESPACES:
         what = f"{namespaces.namespaces} is above {store.MAX_NAMESPACES}"
         raise FormatError(f"{path}: namespaces extension.namespaces", what)
@@ -239,7 +235,7 @@ def parse_block(path: str, block: bytes) -> Header:
         cluster_bits=raw.cluster_bits,
         clusters=raw.clusters,
         table=Area(namespaces.offset, namespaces.length, namespaces.checksum),
-        bucket_bits=namespaces.bucket_bits,
+        depth=namespaces.depth,
         namespaces=namespaces.namespaces,
         space=space,
         released=released,

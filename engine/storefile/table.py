@@ -1,30 +1,98 @@
-"""`NamespaceTable`: the namespaces of a store, in two levels. One is found or changed without reading the others.
+r"""`NamespaceTable`: the namespaces of a store, in a copy-on-write B-tree. What is found or changed is a path of it.
 
-table:   2**bucket_bits area pointers          bucket number = CRC32C(name) mod 2**bucket_bits
-bucket:  records, one behind the other         8 on average, before the table doubles
+root, level 2:             | key count pointer | key count pointer |               key = CRC32C(name)
+                             /                               \
+nodes, level 1:   | .. | .. | .. |                      | .. | .. |              pointers, ascending by key: the
+                   /     |     \                         /     \                   smallest below, how many records are
+leaves, level 0: records ...  records ...           records ...  records ...     below, place and checksum of the child
+
+Records are ascending by key and name, and those of one key are in one leaf. A change is collected until `seal`, which
+writes the leaves that it falls into, and the nodes above them: it splits what has become longer than a node, and joins
+what has become short with a neighbour.
+Source: SPEC.md, "Namespaces".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-import crc32c
+import heapq
+import sys
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import groupby
+from operator import itemgetter, lt
+from typing import Any, NamedTuple, NoReturn
 
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError
-from dirtmap.fmt.store import Area, Record, namespace_label
-from dirtmap.fmt.structures.store import AREA, build_record, parse_areas, parse_records
+from dirtmap.fmt.store import Area, Record, name_key, namespace_label
+from dirtmap.fmt.structures.store import NODE_POINTER, build_record, parse_record, split_records
 
 Read = Callable[[Area, str], bytes]
 Place = Callable[[bytes], Area]
+Release = Callable[[Area], None]
+Item = tuple[Any, ...]  # of a leaf: key, name, bytes of the record; of another node: the fields of a node pointer
+Part = Item | list[Item]  # of a node: the pointer to what stays as it is, or what is to be placed below it
+Change = tuple[int, bytes, bytes | None]  # key, name, bytes of the record, or None if it goes
 
-_PIECE = 256 * AREA.size  # bytes of pointers that are compared at once
+_KEYS = 1 << 32
+_WORDS = NODE_POINTER.size // 4  # numbers of four bytes in a pointer
+_NOTHING = array("I")
 
 
-def bucket_of(name: bytes, buckets: int) -> int:
-    """The number of the bucket that a namespace is in, where a table has so many."""
-    return int(crc32c.crc32c(name)) % buckets
+class Node(NamedTuple):
+    """Where a node is, and what is below it.
+
+    Attributes:
+        level: of nodes below it; a leaf has 0.
+        end: all keys below it are smaller.
+        key: the smallest key below it; of the root 0, whatever is below it.
+        records: how many are below it.
+        offset, length, checksum: of its area.
+    """
+
+    level: int
+    end: int
+    key: int
+    records: int
+    offset: int
+    length: int
+    checksum: int
+
+    @property
+    def area(self) -> Area:
+        """Where its bytes are."""
+        return Area(self.offset, self.length, self.checksum)
+
+    @property
+    def what(self) -> str:
+        """How messages call it. Names whose keys are between the two may be in it, and no others."""
+        whole = (self.key, self.end) == (0, _KEYS)
+        return "namespace table" if whole else f"namespace table, keys {self.key:08x}..{self.end - 1:08x}"
+
+
+class DamagedNodeError(FormatError):
+    """A node cannot be read, or contradicts the one above it.
+
+    Attributes:
+        node: which one.
+        hides_nothing: only the number of records below it is wrong.
+    """
+
+    def __init__(self, where: str, what: str, node: Node, *, hides_nothing: bool = False) -> None:
+        super().__init__(where, what)
+        self.node, self.hides_nothing = node, hides_nothing
+
+
+Fail = Callable[[FormatError], object]
+FailNode = Callable[[DamagedNodeError], object]
+
+
+def raise_it(error: FormatError) -> NoReturn:
+    """For who cannot go on past damage."""
+    raise error
 
 
 class NamespaceTable:
@@ -32,160 +100,373 @@ class NamespaceTable:
 
     Args:
         where: path of the store, for messages.
-        pointers: the bytes of the table.
+        root: the area of the root; nothing if there are no namespaces.
+        depth: level of the root.
         count: number of namespaces.
         sessions: how many of them have a session.
         read: returns the bytes of an area, verified.
+        node_bytes: length above which a node is split.
     """
 
-    def __init__(self, where: str, pointers: bytes, count: int, sessions: int, read: Read) -> None:
-        self._where, self._read = where, read
-        self._pointers = pointers
-        self._buckets = len(pointers) // AREA.size
-        self.count, self.sessions = count, sessions
-        self._changed: dict[int, dict[bytes, Record]] = {}
-        self._last: tuple[int, dict[bytes, Record]] | None = None  # the bucket read last: it is often read again
+    def __init__(
+        self, where: str, root: Area, depth: int, count: int, sessions: int, read: Read, *, node_bytes: int
+    ) -> None:
+        self._where, self._read, self._most = where, read, node_bytes
+        self.sessions = sessions
+        self.root = Node(depth, _KEYS, 0, count, *root)
+        self._changed: dict[bytes, bytes | None] = {}  # by name, the bytes of the record, or None if it goes
+        self._last: dict[int, tuple[Node, bytes, array[int]]] = {}  # by level, what was read last: often read again
+
+    # Reading.
 
     @property
-    def bucket_bits(self) -> int:
-        """log2 of the number of buckets."""
-        return self._buckets.bit_length() - 1
+    def count(self) -> int:
+        """The number of namespaces. Errors as `get`."""
+        changed = ((raw is not None) - (self._found(name) is not None) for name, raw in self._changed.items())
+        return self.root.records + sum(changed)
 
     def get(self, name: bytes) -> Record | None:
-        """The namespace of that name, or None. Errors as `bucket`."""
-        return self.bucket(self._number(name)).get(name)
+        """The namespace of that name, or None.
+
+        Raises:
+            FormatError: a node that leads to it, or its record, is damaged; the error names it.
+        """
+        raw = self._changed[name] if name in self._changed else self._found(name)
+        return None if raw is None else self._record(name, raw)
 
     def __iter__(self) -> Iterator[Record]:
-        """All namespaces, bucket by bucket. Errors as `bucket`."""
-        for number in range(self._buckets):
-            yield from self.bucket(number).values()
+        """All namespaces, ascending by key and name. Errors as `get`."""
+        return self.readable(raise_it)
 
-    def readable(self, broken: list[FormatError]) -> Iterator[Record]:
-        """All namespaces of the buckets that can be read; ``broken`` takes in why others cannot."""
-        for number in range(self._buckets):
+    def readable(self, fail: Fail, see: Callable[[Node], object] = lambda node: None) -> Iterator[Record]:
+        """All namespaces that can be read, ascending by key and name.
+
+        Args:
+            fail: told of each damaged part.
+            see: told of each node that one leads to, before it is read.
+        """
+        leaves = self._leaves(fail, see)
+        found: Iterable[Item] = (item for items in leaves for item in items if item[1] not in self._changed)
+        if self._changed:
+            found = heapq.merge(found, (change for change in self._changes() if change[2] is not None))
+        for _, name, raw in found:
             try:
-                yield from self.bucket(number).values()
+                record = self._record(name, raw)
             except FormatError as error:
-                broken.append(error)
+                fail(error)
+            else:
+                yield record
+
+    def _leaves(self, fail: FailNode, see: Callable[[Node], object]) -> Iterator[list[Item]]:
+        """What is in each leaf that can be read, as the last commit left it. See `readable`."""
+        waiting = [self.root]
+        while waiting:
+            node = waiting.pop()
+            see(node)
+            try:
+                items = self._items(node)
+            except DamagedNodeError as error:
+                fail(error)
+                continue
+            if fault := self._count_fault(node, _count(node.level, items)):
+                fail(fault)
+            if node.level:
+                waiting += reversed(_below(node, items))
+            else:
+                yield items
+
+    def records(self, leaf: Node) -> list[Record]:
+        """The namespaces of one leaf.
+
+        Raises:
+            DamagedNodeError: the leaf or a record in it is damaged.
+        """
+        try:
+            return [self._record(name, raw) for _, name, raw in self._load(leaf)]
+        except FormatError as error:
+            raise DamagedNodeError(error.where, error.what, leaf) from None
+
+    def unlike(self, other: NamespaceTable | None, fail: FailNode) -> tuple[list[Node], list[Node]]:
+        """The leaves of this table that ``other``, one of the same store, has not; and the other way round.
+
+        What both lead to is not read. ``fail`` is told of damaged nodes of this table.
+
+        Raises:
+            DamagedNodeError: a node of ``other`` is damaged.
+        """
+        tables = [self, other] if other else [self]
+        levels: list[dict[tuple[int, ...], Node]] = [
+            {table.root[2:]: table.root} if table.root.length else {} for table in tables
+        ]
+        for level in range(max(table.root.level for table in tables), -1, -1):
+            # A node has the same level in both: all leaves are equally far from the root.
+            shared = set.intersection(*map(set, levels)) if len(levels) > 1 else set()
+            for number, table in enumerate(tables):
+                if level and table.root.level >= level:
+                    nodes = [node for place, node in levels[number].items() if place not in shared]
+                    levels[number] = table._expanded(nodes, raise_it if number else fail)
+                elif not level:
+                    levels[number] = {place: node for place, node in levels[number].items() if place not in shared}
+        mine, *others = (list(level.values()) for level in levels)
+        return mine, others[0] if others else []
+
+    def _expanded(self, nodes: Iterable[Node], fail: FailNode) -> dict[tuple[int, ...], Node]:
+        found: dict[tuple[int, ...], Node] = {}
+        for node in nodes:
+            try:
+                found.update((child[2:], child) for child in _below(node, self._load(node)))
+            except DamagedNodeError as error:
+                fail(error)
+        return found
+
+    def _found(self, name: bytes) -> bytes | None:
+        """The bytes of a record as the last commit left it. Takes apart only what leads to it."""
+        key, node = name_key(name), self.root
+        while node.level:
+            data, words = self._cached(node)
+            at = bisect_right(words[::_WORDS], key) - 1
+            if at < 0:
+                return None
+            following = (at + 1) * _WORDS
+            end = words[following] if following < len(words) else node.end
+            node = Node(node.level - 1, end, *NODE_POINTER.unpack(data, at * NODE_POINTER.size))
+        data, _ = self._cached(node)
+        return next((raw for found, raw in split_records(data) if found == name), None)
+
+    def _cached(self, node: Node) -> tuple[bytes, array[int]]:
+        """The bytes of a node, and the numbers in them if they are pointers. Errors as `records`."""
+        known, data, words = self._last.get(node.level, (None, b"", _NOTHING))
+        if known != node:
+            data = self._bytes(node)
+            words = self._words(node, data) if node.level else _NOTHING
+            if node.level and (fault := self._count_fault(node, sum(words[1::_WORDS]))):
+                raise fault
+            self._last[node.level] = node, data, words
+        return data, words
+
+    def _load(self, node: Node) -> list[Item]:
+        """What is in a node. Errors as `records`."""
+        items = self._items(node)
+        if fault := self._count_fault(node, _count(node.level, items)):
+            raise fault
+        return items
+
+    def _items(self, node: Node) -> list[Item]:
+        """Like `_load`, but the number of records may be wrong."""
+        data = self._bytes(node)
+        if node.level:
+            self._words(node, data)
+            return list(NODE_POINTER.unpack_all(data))
+        try:
+            items: list[Item] = [(name_key(name), name, raw) for name, raw in split_records(data)]
+        except ValueError as error:
+            raise self._damaged(node, str(error)) from None
+        if len({item[1] for item in items}) < len(items) or not all(map(lt, items, items[1:])):
+            raise self._damaged(node, "its names do not ascend")
+        if items and items[-1][0] >= node.end:
+            raise self._damaged(node, f"has the key {items[-1][0]:08x}, which does not lead to it")
+        return items
+
+    def _bytes(self, node: Node) -> bytes:
+        """The bytes of a node, which begins with the key that leads to it. Nothing of a root without namespaces."""
+        is_root = node.level == self.root.level
+        if is_root and node[2:] == (0, node.records, *store.NOWHERE) and not node.level:
+            return b""
+        if not 0 < node.length <= store.MAX_NODE_BYTES:
+            what = f"{node.length} is outside 1..{store.MAX_NODE_BYTES}"
+            raise DamagedNodeError(f"{self._where}: {node.what}.length", what, node)
+        try:
+            data = self._read(node.area, node.what)
+            first = int.from_bytes(data[:4], "big") if node.level else name_key(next(split_records(data))[0])
+        except FormatError as error:
+            raise DamagedNodeError(error.where, error.what, node) from None
+        except ValueError as error:
+            raise self._damaged(node, str(error)) from None
+        # No node can be reached twice: keys ascend, and each node begins with the key that leads to it. Looked at
+        # first, so that not much time goes into a node to which a thousand pointers lead.
+        if first != node.key and not is_root:
+            raise self._damaged(node, f"begins with the key {first:08x}, which does not lead to it")
+        return data
+
+    def _words(self, node: Node, data: bytes) -> array[int]:
+        """The pointers of a node, six numbers of four bytes each, of which the first is the key, the second the count.
+
+        Faster than to take each pointer apart.
+        """
+        if len(data) % NODE_POINTER.size:
+            raise self._damaged(node, f"{len(data)} bytes are not an array of pointers")
+        words = array("I", data)
+        if sys.byteorder == "little":
+            words.byteswap()
+        keys = words[::_WORDS]
+        if not all(map(lt, keys, keys[1:])):
+            raise self._damaged(node, "its keys do not ascend")
+        if keys[-1] >= node.end:
+            raise self._damaged(node, f"has the key {keys[-1]:08x}, which does not lead to it")
+        return words
+
+    def _damaged(self, node: Node, what: str) -> DamagedNodeError:
+        return DamagedNodeError(f"{self._where}: {node.what}", what, node)
+
+    def _count_fault(self, node: Node, count: int) -> DamagedNodeError | None:
+        if count == node.records:
+            return None
+        where = "namespaces extension.namespaces" if node.level == self.root.level else f"{node.what}.count"
+        what = f"{node.records}, but there are {count}"
+        return DamagedNodeError(f"{self._where}: {where}", what, node, hides_nothing=True)
+
+    def _record(self, name: bytes, raw: bytes) -> Record:
+        where = f"{self._where}: {namespace_label(name)}"
+        try:
+            record = parse_record(raw)
+        except ValueError as error:
+            raise FormatError(where, str(error)) from None
+        for field, what in store.record_faults(record):
+            raise FormatError(f"{where}.{field}", what)
+        return record
+
+    # Changing.
 
     def put(self, record: Record) -> None:
         """Adds or replaces a namespace.
 
         Raises:
             UnsupportedError: the one there is needs newer software.
-            FormatError: the record breaks a rule of the format, or the table is full.
+            FormatError: the record breaks a rule of the format; or as `get`.
         """
         for field, what in store.record_faults(record):
             raise FormatError(f"{self._where}: {namespace_label(record.name)}.{field}", what)
-        bucket = self._change(self._number(record.name))
-        before = bucket.get(record.name)
-        if before is not None:
-            require_known(self._where, before)
-        self.count += before is None
-        self.sessions += record.tracked - (before is not None and before.tracked)
-        if self.count > store.MAX_NAMESPACES:
-            raise FormatError(f"{self._where}: namespaces", f"more than {store.MAX_NAMESPACES}")
-        bucket[record.name] = record
+        self._change(record.name, build_record(record), tracked=record.tracked)
 
     def remove(self, name: bytes) -> None:
-        """Removes a namespace. Errors as `put` and `bucket`."""
-        bucket = self._change(self._number(name))
-        require_known(self._where, bucket[name])
-        removed = bucket.pop(name)
-        self.count -= 1
-        self.sessions -= removed.tracked
+        """Removes a namespace, if there is one of that name. Errors as `put`."""
+        self._change(name, None, tracked=False)
 
-    def seal(self, place: Place, release: Callable[[Area], None], old: Area) -> Area:
-        """Writes the changed buckets and the table anew.
+    def _change(self, name: bytes, raw: bytes | None, *, tracked: bool) -> None:
+        before = self.get(name)
+        if before is not None:
+            require_known(self._where, before)
+        self.sessions += tracked - (before is not None and before.tracked)
+        self._changed[name] = raw
+
+    def seal(self, place: Place, release: Release) -> None:
+        """Writes the changed nodes anew, of which `root` is one then.
 
         Args:
             place: finds room for bytes, and plans their writing.
             release: gives up an area.
-            old: the present area of the table.
-
-        Returns:
-            The new area of the table; the old one if nothing has changed.
-        """
-        if not self._changed:
-            return old
-        # Patches the pointers instead of building all: one or two of thousands change.
-        pointers = bytearray(self._pointers)
-        if self.count > self._buckets * store.RECORDS_PER_BUCKET and self.bucket_bits < store.MAX_BUCKET_BITS:
-            records = list(self)
-            for area in self.areas():
-                release(area)
-            while (
-                self.count > self._buckets * store.RECORDS_PER_BUCKET // 2 and self.bucket_bits < store.MAX_BUCKET_BITS
-            ):
-                self._buckets *= 2
-            pointers = bytearray(self._buckets * AREA.size)
-            self._changed, self._last = {}, None
-            for record in records:
-                self._changed.setdefault(self._number(record.name), {})[record.name] = record
-        for number, bucket in self._changed.items():
-            at = slice(number * AREA.size, (number + 1) * AREA.size)
-            release(*parse_areas(bytes(pointers[at])))
-            area = place(b"".join(map(build_record, bucket.values()))) if bucket else Area()
-            pointers[at] = AREA.build(**area._asdict())
-        release(old)
-        self._pointers = bytes(pointers)
-        return place(self._pointers)
-
-    def _number(self, name: bytes) -> int:
-        return bucket_of(name, self._buckets)
-
-    @property
-    def pointers(self) -> list[bytes]:
-        """The bucket pointers as found, each as its raw bytes."""
-        size = AREA.size
-        return [self._pointers[at : at + size] for at in range(0, len(self._pointers), size)]
-
-    def unlike(self, other: NamespaceTable) -> Iterator[int]:
-        """The numbers of the buckets whose pointer differs from that in ``other``, a table of the same length."""
-        mine, theirs = self._pointers, other._pointers
-        size = AREA.size
-        for start in range(0, len(mine), _PIECE):
-            if mine[start : start + _PIECE] != theirs[start : start + _PIECE]:
-                piece = range(start, min(start + _PIECE, len(mine)), size)
-                yield from (at // size for at in piece if mine[at : at + size] != theirs[at : at + size])
-
-    def areas(self) -> list[Area]:
-        """The bucket pointers as found, parsed."""
-        return parse_areas(self._pointers)
-
-    def bucket(self, number: int) -> dict[bytes, Record]:
-        """The namespaces of one bucket, by name.
 
         Raises:
-            FormatError: damaged; the error names the bucket or the record.
+            FormatError: there are too many namespaces, or too many of one key; or a node that changes is damaged.
         """
-        if number in self._changed:
-            return self._changed[number]
-        if self._last and self._last[0] == number:
-            return self._last[1]
-        raw = AREA.parse(self._pointers, number * AREA.size)
-        where = f"bucket {number}"
-        data = self._read(Area(raw.offset, raw.length, raw.checksum), where)
-        found: dict[bytes, Record] = {}
-        try:
-            for record in parse_records(data):
-                for field, what in store.record_faults(record):
-                    raise FormatError(f"{self._where}: {namespace_label(record.name)}.{field}", what)
-                if self._number(record.name) != number:
-                    raise FormatError(
-                        f"{self._where}: {where}", f"{namespace_label(record.name)} belongs into another bucket"
-                    )
-                if record.name in found:
-                    raise FormatError(f"{self._where}: {where}", f"{namespace_label(record.name)} appears twice")
-                found[record.name] = record
-                if len(found) > self.count:
-                    raise FormatError(f"{self._where}: {where}", f"more namespaces than all there are, {self.count}")
-        except ValueError as error:
-            raise FormatError(f"{self._where}: {where}", str(error)) from None
-        self._last = number, found
+        if not self._changed:
+            return
+        level = self.root.level
+        items = self._rebuilt(self.root, self._changes(), place, release)
+        if (count := _count(level, items)) > store.MAX_NAMESPACES:
+            raise FormatError(f"{self._where}: namespaces", f"{count} are more than {store.MAX_NAMESPACES}")
+        if not level:
+            items = self._placed(0, items, place)
+        else:
+            level -= 1
+        while len(items) > 1:
+            level += 1
+            items = self._placed(level, items, place)
+        self.root = Node(level, _KEYS, 0, *items[0][1:]) if items else Node(0, _KEYS, 0, 0, *Area())
+        self._changed, self._last = {}, {}
+
+    def _changes(self) -> list[Change]:
+        return sorted((name_key(name), name, raw) for name, raw in self._changed.items())
+
+    def _rebuilt(self, node: Node, changes: list[Change], place: Place, release: Release) -> list[Item]:
+        """What will be in a node, which is given up. All that is below it has its place."""
+        items = self._load(node)
+        release(node.area)
+        if not node.level:
+            gone = {name for _, name, _ in changes}
+            kept = [item for item in items if item[1] not in gone]
+            return sorted([*kept, *(change for change in changes if change[2] is not None)])
+        parts: list[Part] = [*items]
+        start = 0
+        while start < len(changes):
+            at = max(0, bisect_right(items, (changes[start][0], _KEYS)) - 1)
+            child = _child(node, items, at)
+            end = bisect_left(changes, (child.end,), start)
+            parts[at] = self._rebuilt(child, changes[start:end], place, release)
+            start = end
+        joined: list[Part] = []
+        for part in parts:
+            neighbour = joined[-1] if joined else ()
+            if (
+                part
+                and neighbour
+                and (self._is_short(node.level - 1, part) or self._is_short(node.level - 1, neighbour))
+            ):
+                with suppress(DamagedNodeError):  # what cannot be read stays beside what is short
+                    part = [each for one in (neighbour, part) for each in self._opened(node, items, one, release)]
+                    joined.pop()
+            if part:
+                joined.append(part)
+        found: list[Item] = []
+        for part in joined:
+            found += [part] if isinstance(part, tuple) else self._placed(node.level - 1, part, place)
         return found
 
-    def _change(self, number: int) -> dict[bytes, Record]:
-        if number not in self._changed:
-            self._changed[number] = dict(self.bucket(number))
-        return self._changed[number]
+    def _opened(self, node: Node, items: list[Item], part: Part, release: Release) -> list[Item]:
+        """What is in a part of a node; the part is given up where it has a place."""
+        if isinstance(part, list):
+            return part
+        child = _child(node, items, bisect_left(items, part))
+        found = self._load(child)
+        release(child.area)
+        return found
+
+    def _is_short(self, level: int, part: Part) -> bool:
+        """True of a changed node that is so short that it is joined with a neighbour."""
+        return isinstance(part, list) and _size(level, part) < self._most // 4
+
+    def _placed(self, level: int, items: list[Item], place: Place) -> list[Item]:
+        """Places nodes that have all these items, as few and as equal as possible. Returns the pointers to them."""
+        total = _size(level, items)
+        share = total / max(1, -(-total // self._most))
+        pointers: list[Item] = []
+        waiting: list[Item] = []
+        size = 0
+
+        def end() -> None:
+            data = b"".join(NODE_POINTER.pack(*item) if level else item[2] for item in waiting)
+            if len(data) > store.MAX_NODE_BYTES:
+                what = f"{len(waiting)} names share the key {waiting[0][0]:08x}, too many for one leaf"
+                raise FormatError(f"{self._where}: namespaces", what)
+            pointers.append((waiting[0][0], _count(level, waiting), *place(data)))
+
+        # Where one node is enough, all are one group.
+        groups = groupby(items, itemgetter(0)) if total > self._most else [(0, items)] if items else []
+        for _, alike in groups:
+            group = list(alike)
+            length = _size(level, group)
+            if waiting and (size >= share or size + length > self._most):
+                end()
+                waiting, size = [], 0
+            waiting += group
+            size += length
+        if waiting:
+            end()
+        return pointers
+
+
+def _below(node: Node, items: list[Item]) -> list[Node]:
+    return [_child(node, items, at) for at in range(len(items))]
+
+
+def _child(node: Node, items: list[Item], at: int) -> Node:
+    end = items[at + 1][0] if at + 1 < len(items) else node.end
+    return Node(node.level - 1, end, *items[at])
+
+
+def _count(level: int, items: list[Item]) -> int:
+    return sum(item[1] for item in items) if level else len(items)
+
+
+def _size(level: int, items: list[Item]) -> int:
+    return NODE_POINTER.size * len(items) if level else sum(len(item[2]) for item in items)

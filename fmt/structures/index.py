@@ -18,8 +18,7 @@ CONTAINER_VALUE = Structure(
     "kind" / Int8ub,
     "condition" / Int8ub,
     "racy" / Int8ub,
-    "reserved" / Int8ub,
-    "buckets" / Int32ub,
+    "reserved" / Bytes(5),
     "device" / Int64ub,
     "inode" / Int64ub,
     "mtime" / Int64ub,
@@ -138,11 +137,11 @@ def parse_bitmap(contents: bytes) -> tuple[bytes, list[Claim]]:
 
 
 def build_members(pointer: bytes, members: Iterable[tuple[int, Member]]) -> bytes:
-    """Returns the contents of a bucket's value: its area pointer, then its namespaces, as `build_namespaces` does."""
+    """Returns the contents of a leaf's value: its area pointer, then its namespaces, as `build_namespaces` does."""
     return pointer + build_namespaces(members)
 
 
 def parse_members(contents: bytes | None) -> tuple[bytes, Iterator[tuple[int, Member]]]:
-    """Returns a bucket's area pointer (empty if there is no value), and its namespaces as `parse_namespaces` does."""
+    """Returns a leaf's area pointer (empty if there is no value), and its namespaces as `parse_namespaces` does."""
     contents = contents or b""
     return contents[:AREA_SIZE], parse_namespaces(contents[AREA_SIZE:])

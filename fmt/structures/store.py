@@ -40,8 +40,17 @@ NAMESPACES_EXTENSION = Structure(
     "offset" / Int64ub,
     "length" / Int32ub,
     "checksum" / Int32ub,
-    "bucket_bits" / Int32ub,
-    "namespaces" / Int32ub,
+    "depth" / Int32ub,
+    "reserved" / Int32ub,
+    "namespaces" / Int64ub,
+)
+NODE_POINTER = Structure(
+    "node pointer",
+    "key" / Int32ub,
+    "count" / Int32ub,
+    "offset" / Int64ub,
+    "length" / Int32ub,
+    "checksum" / Int32ub,
 )
 PLACE_EXTENSION = Structure("place extension", "filesystem" / Bytes(16), "inode" / Int64ub, "birth" / Int64ub)
 LEAF = Structure("space map entry", "offset" / Int64ub, "free" / Int32ub, "checksum" / Int32ub)
@@ -72,6 +81,7 @@ RECORD = Structure(
     "path_size" / Int32ub,
     "image" / Bytes(FILE_IDENTITY.size),
 )
+_NAME_SIZE = RECORD.field("name_size").offset
 # In the extra data of a directory entry in a store.
 BITS_CHECKSUM = Structure("bits checksum", "checksum" / Int32ub, "reserved" / Int32ub)
 
@@ -111,38 +121,60 @@ def parse_areas(data: bytes) -> list[Area]:
 
 
 def parse_records(data: bytes) -> Iterator[Record]:
-    """Yields the records of a bucket. `dirtmap.fmt.store.record_faults` checks their fields.
+    """Yields the records of a leaf. `dirtmap.fmt.store.record_faults` checks their fields.
 
     Raises:
-        ValueError: a record, or something in it, ends outside the bucket or the record.
+        ValueError: a record, or something in it, ends outside the leaf or the record.
     """
-    at = 0
-    while at < len(data):
-        if at + RECORD.size > len(data):
-            raise ValueError(f"{len(data) - at} bytes are left, too few for a record")
-        raw = RECORD.parse(data, at)
+    return (parse_record(raw) for _, raw in split_records(data))
+
+
+def split_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yields the name and the bytes of each record of a leaf.
+
+    Raises:
+        ValueError: a record or a name ends outside the leaf or the record.
+    """
+    at, left = 0, len(data)
+    while left:
+        if left < RECORD.size:
+            raise ValueError(f"{left} bytes are left, too few for a record")
+        length = int.from_bytes(data[at : at + 4], "big")
         name = at + RECORD.size
-        first = align_up(name + raw.name_size + raw.path_size, 8)
-        end = at + raw.length
-        if end < first or end > len(data) or raw.length % 8:
-            raise ValueError(f"a record of {raw.length} bytes at {at} does not fit its name and path, or the bucket")
-        chain = parse_chain(data, first, end)
-        if chain.fault or chain.end != end:
-            raise ValueError(f"a record at {at} has extensions that do not fit it")
-        yield Record(
-            name=data[name : name + raw.name_size],
-            kind=raw.kind,
-            uuid=raw.uuid,
-            size=raw.size,
-            generation=raw.generation,
-            directory=Area(raw.directory_offset, raw.directory_length, raw.directory_checksum),
-            nb_bitmaps=raw.nb_bitmaps,
-            path=data[name + raw.name_size : name + raw.name_size + raw.path_size],
-            identity=parse_identity(raw.image),
-            root_uuid=raw.root_uuid,
-            extensions=tuple((extension.type, extension.data) for extension in chain.extensions),
-        )
-        at = end
+        end = name + int.from_bytes(data[at + _NAME_SIZE : at + _NAME_SIZE + 2], "big")
+        if end > at + length or length > left or length % 8:
+            raise ValueError(f"a record of {length} bytes at {at} does not fit its name, or the leaf")
+        yield data[name:end], data[at : at + length]
+        at, left = at + length, left - length
+
+
+def parse_record(raw: bytes) -> Record:
+    """Returns the record in its bytes, as `split_records` yields them.
+
+    Raises:
+        ValueError: the path or an extension ends outside the record.
+    """
+    fixed = RECORD.parse(raw)
+    path = RECORD.size + fixed.name_size
+    first = align_up(path + fixed.path_size, 8)
+    if first > len(raw):
+        raise ValueError(f"a record of {len(raw)} bytes does not fit its path")
+    chain = parse_chain(raw, first, len(raw))
+    if chain.fault or chain.end != len(raw):
+        raise ValueError("a record has extensions that do not fit it")
+    return Record(
+        name=raw[RECORD.size : path],
+        kind=fixed.kind,
+        uuid=fixed.uuid,
+        size=fixed.size,
+        generation=fixed.generation,
+        directory=Area(fixed.directory_offset, fixed.directory_length, fixed.directory_checksum),
+        nb_bitmaps=fixed.nb_bitmaps,
+        path=raw[path : path + fixed.path_size],
+        identity=parse_identity(fixed.image),
+        root_uuid=fixed.root_uuid,
+        extensions=tuple((extension.type, extension.data) for extension in chain.extensions),
+    )
 
 
 def build_record(record: Record) -> bytes:

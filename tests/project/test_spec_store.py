@@ -24,7 +24,7 @@ from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import locks
 from dirtmap.fmt import store
 from dirtmap.fmt.store import FilePlace, Identity
-from dirtmap.fmt.structures.store import CHECKSUM, HEADER
+from dirtmap.fmt.structures.store import CHECKSUM, HEADER, NODE_POINTER
 
 # On ext4.
 IMAGE = Identity(
@@ -64,8 +64,9 @@ def test_numbers_in_the_text() -> None:
     for said in (
         f"A block has {store.BLOCK} bytes",
         f"the CRC32C of the {store.BLOCK - CHECKSUM.size} bytes before",
-        f"more than {store.RECORDS_PER_BUCKET} namespaces a bucket on average",
-        f"until there are at most {store.RECORDS_PER_BUCKET // 2}",
+        f"more than {store.NODE_BYTES} bytes, unless it is a leaf",
+        f"less than {store.NODE_BYTES // 4} bytes, with a neighbour",
+        f"is no multiple of {NODE_POINTER.size}",
         f"lock on byte {engine._WRITER} of the file",
         f"tries again for {locks.PATIENCE_SECONDS:.0f} seconds",
         f"below {HEADER.size}, above {store.BLOCK - CHECKSUM.size}",

@@ -1,4 +1,4 @@
-"""What a store is made of: its namespace table, its space map, and the whole file as the format says."""
+"""What a store is made of: its space map, and the whole file as the format says."""
 
 from __future__ import annotations
 
@@ -20,94 +20,11 @@ from dirtmap.engine.host.kind import Address
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.storefile.space import SpaceMap
-from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.errors import FormatError
-from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.store import Area
 from dirtmap.fmt.structures.directory import parse_entries
-from dirtmap.fmt.structures.store import AREA, BITS_CHECKSUM, LEAF, build_record, parse_records
-
-# The namespace table
-
-
-class Clusters:
-    """Areas in memory: places them one behind the other, remembers which were given up, reads what was placed."""
-
-    def __init__(self, cluster_size: int = 4096) -> None:
-        self.data: dict[Area, bytes] = {}
-        self.live: set[Area] = set()
-        self.next, self.cluster = store.RESERVED, cluster_size
-
-    def place(self, data: bytes) -> Area:
-        area = Area(self.next, len(data), crc32c.crc32c(data))
-        self.next += geometry.align_up(len(data), self.cluster)
-        self.data[area] = data
-        self.live.add(area)
-        return area
-
-    def release(self, area: Area) -> None:
-        if area.length:
-            self.live.remove(area)  # a KeyError is an area released twice, or never placed
-
-    def read(self, area: Area, what: str) -> bytes:
-        return self.data[area] if area.length else b""
-
-
-@given(st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 60)), max_size=40), max_size=6), st.randoms())
-@settings(max_examples=60)
-def test_table_holds_what_was_put(commits: list[list[tuple[bool, int]]], rng: random.Random) -> None:
-    clusters = Clusters()
-    area = clusters.place(AREA.build(**Area()._asdict()))
-    model: dict[bytes, Record] = {}
-    bits = sessions = 0
-    for changes in commits:
-        table = NamespaceTable("s", clusters.read(area, ""), len(model), sessions, clusters.read)
-        for remove, number in changes:
-            name = b"node-%d" % number
-            if remove and name in model:
-                table.remove(name)
-                del model[name]
-            elif not remove:
-                session = ((store.EXTENSION_SESSION, b""),) if rng.random() < 0.5 else ()
-                model[name] = Record(name, store.KIND_NODE, rng.randbytes(16), number, path=b"/x", extensions=session)
-                table.put(model[name])
-        assert table.count == len(model)
-        sessions = table.sessions
-        assert sessions == sum(record.tracked for record in model.values())
-        area = table.seal(clusters.place, clusters.release, area)
-        assert table.bucket_bits >= bits, "a table only grows"
-        bits = table.bucket_bits
-        assert len(model) <= store.RECORDS_PER_BUCKET << bits
-        found = NamespaceTable("s", clusters.read(area, ""), len(model), 0, clusters.read)
-        assert {record.name: record for record in found} == model
-        for name, record in model.items():
-            assert found.get(name) == record
-            assert record in parse_records(clusters.read(found.areas()[crc32c.crc32c(name) % (1 << bits)], ""))
-        assert clusters.live == {area, *found.areas()} - {Area()}, "what is not used was given up, and nothing else"
-
-
-@pytest.mark.parametrize("wrong", ["bucket", "twice", "count"])
-def test_table_with_a_record_out_of_place_is_refused(wrong: str) -> None:
-    record = Record(b"a", store.KIND_NODE, bytes(16), 0, path=b"/a")
-    clusters = Clusters()
-    bucket = clusters.place(build_record(record) * (2 if wrong == "twice" else 1))
-    home = crc32c.crc32c(b"a") % 2
-    pointers = [Area(), Area()]
-    pointers[1 - home if wrong == "bucket" else home] = bucket
-    raw = b"".join(AREA.build(**pointer._asdict()) for pointer in pointers)
-    table = NamespaceTable("s", raw, 0 if wrong == "count" else 2, 0, clusters.read)
-    with pytest.raises(FormatError, match=f"s: bucket {pointers.index(bucket)}"):
-        list(table)
-
-
-def test_table_is_full_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "MAX_NAMESPACES", 3)
-    table = NamespaceTable("s", AREA.build(**Area()._asdict()), 0, 0, Clusters().read)
-    for number in range(3):
-        table.put(Record(b"%d" % number, store.KIND_NODE, bytes(16), 0, path=b"/a"))
-    with pytest.raises(FormatError, match="more than 3"):
-        table.put(Record(b"3", store.KIND_NODE, bytes(16), 0, path=b"/a"))
-
+from dirtmap.fmt.structures.store import BITS_CHECKSUM, LEAF
 
 # The space map
 

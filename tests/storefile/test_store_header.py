@@ -28,7 +28,6 @@ def header_values(draw: st.DrawFn) -> Header:
     """Headers that may be written."""
     cluster_bits = draw(st.integers(store.MIN_CLUSTER_BITS, store.MAX_CLUSTER_BITS))
     writer = draw(st.text(max_size=store.MAX_WRITER // 4))
-    bucket_bits = draw(st.integers(0, store.MAX_BUCKET_BITS))
     return Header(
         uuid=draw(st.binary(min_size=16, max_size=16)),
         generation=draw(st.integers(0, store.MAX_GENERATION)),
@@ -36,8 +35,8 @@ def header_values(draw: st.DrawFn) -> Header:
         doubt_generation=draw(numbers(8)),
         cluster_bits=cluster_bits,
         clusters=draw(st.integers(-(-store.RESERVED >> cluster_bits) or 1, store.MAX_FILE_BYTES >> cluster_bits)),
-        table=draw(areas)._replace(length=store.AREA_SIZE << bucket_bits),
-        bucket_bits=bucket_bits,
+        table=draw(areas),
+        depth=draw(st.integers(0, store.MAX_DEPTH)),
         namespaces=draw(st.integers(0, store.MAX_NAMESPACES)),
         space=draw(areas)._replace(length=draw(st.integers(0, 1000)) * LEAF.size),
         released=draw(areas)._replace(length=draw(st.integers(0, 1000)) * RUN.size),
@@ -116,14 +115,13 @@ def test_header_without_room_for_an_end_marker_is_refused() -> None:
         ("header.clusters", {"clusters": 2**62}),
         ("header.cluster_bits", {"cluster_bits": 11}),
         ("header.cluster_bits", {"cluster_bits": 22}),
-        ("namespaces extension.namespaces", {"namespaces": 65537}),
-        ("namespaces extension.bucket_bits", {"bucket_bits": 17, "table": Area(0x4000, 16 << 17)}),
-        ("namespaces extension.length", {"bucket_bits": 1}),
+        ("namespaces extension.namespaces", {"namespaces": (1 << 24) + 1}),
+        ("namespaces extension.depth", {"depth": 9}),
         ("space map extension.length", {"space": Area(0x4000, (4 << 20) + 16)}),
         ("space map extension.length", {"space": Area(0x4000, 17)}),
         ("released clusters extension.length", {"released": Area(0x4000, (16 << 20) + 16)}),
         ("released clusters extension.length", {"released": Area(0x4000, 8)}),
-        ("namespaces extension", {"others": ((store.EXTENSION_NAMESPACES, bytes(24)),)}),
+        ("namespaces extension", {"others": ((store.EXTENSION_NAMESPACES, bytes(32)),)}),
         ("space map extension", {"others": ((store.EXTENSION_SPACE, bytes(16)),)}),
         ("place extension", {"others": ((store.EXTENSION_PLACE, bytes(32)),)}),
         ("writer extension", {"others": ((store.EXTENSION_WRITER, b"another"),)}),
@@ -284,7 +282,7 @@ def _header(generation: int) -> Header:
         cluster_bits=12,
         clusters=7,
         table=Area(0x4000, 16, 0),
-        bucket_bits=0,
+        depth=0,
         namespaces=0,
         space=Area(0x6000, 16, 0),
         released=Area(),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import crc32c
 import numpy as np
+import pytest
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
@@ -29,9 +30,9 @@ from dirtmap.fmt.structures.store import (
     HEADER,
     LEAF,
     NAMESPACES_EXTENSION,
+    NODE_POINTER,
     RECORD,
     build_record,
-    parse_areas,
     parse_records,
 )
 
@@ -75,7 +76,9 @@ class Sound:
         return Path(self.path).read_bytes()
 
 
-def make_sound(folder: Path) -> Sound:
+def make_sound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Sound:
+    """Its namespace table has a root with a leaf for each of three nodes."""
+    monkeypatch.setattr(store, "NODE_BYTES", 200)
     path = str(folder / "s.dmap")
     create(path)
     rng = np.random.default_rng(3)
@@ -281,16 +284,18 @@ class Forged:
         leaf = LEAF.parse(self.root)
         self.leaf_offset = int(leaf.offset)
         self.leaf = self._at(Area(self.leaf_offset, self.header.cluster_size, 0))
-        number, self.bucket_area = next(
-            (number, area) for number, area in enumerate(parse_areas(self.table)) if area.length
-        )
-        self.position = number * AREA.size
-        self.bucket = self._at(self.bucket_area)
-        self.records: list[Record] = list(parse_records(bytes(self.bucket)))
-        self.directories = {bytes(record.name): self._at(record.directory) for record in self.records}
+        self.pointers = [NODE_POINTER.parse(self.table, at) for at in range(0, len(self.table), NODE_POINTER.size)]
+        # By the number of each leaf.
+        self.leaves: list[list[Record]] = [
+            list(parse_records(bytes(self.raw[pointer.offset : pointer.offset + pointer.length])))
+            for pointer in self.pointers
+        ]
+        self.first = next(number for number, leaf in enumerate(self.leaves) if leaf[0].name == b"a")
+        self.directories = {record.name: self._at(record.directory) for leaf in self.leaves for record in leaf}
         self.fields: dict[str, dict[str, int]] = {}  # of the header and its extensions, to be set at the end
-        self.record_fields: dict[str, int] = {}  # of the first record
-        self.pointer_fields: dict[str, int] = {}  # of the pointer to the bucket
+        self.record_fields: dict[str, int] = {}  # of the record of node a
+        self.pointer_fields: dict[str, int] = {}  # of the pointer to its leaf
+        self.table_forged = False  # the bytes of the table stay as they are
         self.leaf_fields: dict[str, int] = {}  # of the root's first entry
 
     def _at(self, area: Area) -> bytearray:
@@ -300,22 +305,26 @@ class Forged:
         self.raw[offset : offset + len(data)] = data
         return crc32c.crc32c(data)
 
+    def _record(self, record: Record) -> bytes:
+        area = record.directory
+        if area.length:
+            area = area._replace(checksum=self._put(area.offset, self.directories[record.name]))
+        raw = bytearray(build_record(replace(record, directory=area)))
+        if record.name == b"a":
+            set_fields(RECORD, raw, 0, self.record_fields)
+        return bytes(raw)
+
     def data(self) -> bytes:
         """The whole file, checksums right from the leaves to the headers."""
-        bucket = b""
-        for record in self.records:
-            area = record.directory
-            if area.length:
-                area = area._replace(checksum=self._put(area.offset, self.directories[record.name]))
-            raw = bytearray(build_record(replace(record, directory=area)))
-            if record.name == b"a":
-                set_fields(RECORD, raw, 0, self.record_fields)
-            bucket += raw
-        checksum = self._put(self.bucket_area.offset, bucket)
-        pointer = bytearray(AREA.build(offset=self.bucket_area.offset, length=len(bucket), checksum=checksum))
-        set_fields(AREA, pointer, 0, self.pointer_fields)
-        if any(self.table):  # else the table itself is forged
-            self.table[self.position : self.position + AREA.size] = pointer
+        pointers = bytearray()
+        for number, (old, leaf) in enumerate(zip(self.pointers, self.leaves, strict=True)):
+            data = b"".join(map(self._record, leaf))
+            place = {"length": len(data), "checksum": self._put(old.offset, data)}
+            pointer = bytearray(NODE_POINTER.build(**{**old._asdict(), **place}))
+            set_fields(NODE_POINTER, pointer, 0, self.pointer_fields if number == self.first else {})
+            pointers += pointer
+        if not self.table_forged:
+            self.table[:] = pointers
         table = self.header.table._replace(checksum=self._put(self.header.table.offset, self.table))
         leaf = bytearray(self.root[: LEAF.size])
         set_fields(LEAF, leaf, 0, {"checksum": self._put(self.leaf_offset, self.leaf)} | self.leaf_fields)

@@ -52,6 +52,7 @@ class Header(NamedTuple):
     cluster: int
     clusters: int
     table: Pointer
+    depth: int
     namespaces: int
     space: Pointer
     released: Pointer
@@ -139,11 +140,8 @@ class Reader:
     def _walk(self, header: Header, doubt: int) -> tuple[Contents, list[range]]:
         used: list[range] = [range(-(-RESERVED // header.cluster))]
         found: Contents = {}
-        table = self._area(header.table, header, used)
-        buckets = len(table) // 16
-        for number, pointer in enumerate(struct.iter_unpack(">QII", table)):
-            data = self._area(pointer, header, used)
-            at = 0
+        for low, high, data in self._leaves(header, used):
+            at, last = 0, (low, b"")
             while at < len(data):
                 (
                     length, kind, _, name_size, uuid, root, generation, size,
@@ -151,8 +149,10 @@ class Reader:
                 ) = struct.unpack_from(">IBBH16s16sQQQIIII16sQQQQQ", data, at)  # fmt: skip
                 name = data[at + 136 : at + 136 + name_size]
                 path = data[at + 136 + name_size : at + 136 + name_size + path_size]
-                if crc32c.crc32c(name) % buckets != number or name in found:
+                key = crc32c.crc32c(name)
+                if not last < (key, name) or key >= high:
                     raise Broken(f"{name!r} is in the wrong place")
+                last = key, name
                 directory = self._area((offset, directory_length, checksum), header, used)
                 entries = tuple(self._entries(directory, size, header, used))
                 if len(entries) != bitmaps or len({entry.name for entry in entries}) != bitmaps:
@@ -163,6 +163,24 @@ class Reader:
         if len(found) != header.namespaces:
             raise Broken(f"{len(found)} namespaces, not {header.namespaces}")
         return found, used
+
+    def _leaves(self, header: Header, used: list[range]) -> Iterator[tuple[int, int, bytes]]:
+        """The least key, the end of the keys, and the bytes of each leaf of the namespace table."""
+        waiting = [(header.depth, 0, 1 << 32, header.namespaces, header.table)]
+        while waiting:
+            level, low, high, count, pointer = waiting.pop()
+            data = self._area(pointer, header, used)
+            if not level:
+                yield low, high, data
+                continue
+            children = list(struct.iter_unpack(">IIQII", data))
+            ends = [*(child[0] for child in children[1:]), high]
+            if sum(child[1] for child in children) != count or children[0][0] < low:
+                raise Broken("a node of the table contradicts the one above it")
+            waiting += [
+                (level - 1, key, end, below, (place[0], place[1], place[2]))
+                for (key, below, *place), end in zip(children, ends, strict=True)
+            ]
 
     def _entries(self, directory: bytes, size: int, header: Header, used: list[range]) -> Iterator[Bitmap]:
         at = 0
@@ -223,9 +241,7 @@ def _header(block: bytes, number: int) -> Header | None:
     while (head := struct.unpack_from(">II", block, at))[0]:
         chain[head[0]] = block[at + 8 : at + 8 + head[1]]
         at += 8 + -(-head[1] // 8) * 8
-    *table, bucket_bits, namespaces = struct.unpack(">QIIII", chain[0x4E535043])
-    if table[1] != 16 << bucket_bits:
-        raise Broken("the table's length does not fit")
+    *table, depth, _, namespaces = struct.unpack(">QIIIIQ", chain[0x4E535043])
     return Header(
         generation=generation,
         followed=bool(followed),
@@ -233,6 +249,7 @@ def _header(block: bytes, number: int) -> Header | None:
         cluster=1 << cluster_bits,
         clusters=clusters,
         table=(table[0], table[1], table[2]),
+        depth=depth,
         namespaces=namespaces,
         space=struct.unpack(">QII", chain[0x53504143]),
         released=struct.unpack(">QII", chain[0x52454C53]),

@@ -23,7 +23,8 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def sound(folder: Path) -> Sound:
-    return make_sound(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return make_sound(folder, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -69,7 +69,7 @@ def test_check_names_each_kind_of_damage_by_its_place(sound: Sound) -> None:
     for kind, where in (
         ("header copy 2 (slot A)", "header copy 2"),
         ("namespace table", "namespace table"),
-        ("namespace record: node 'a'", "bucket"),
+        ("namespace record: node 'a'", "namespace table, keys "),
         ("directory entry: node 'a', bitmap 'monday'", "directory of node 'a'"),
         ("bits: node 'a', bitmap 'monday'", "bitmap 'monday'"),
         ("space map", "space map"),

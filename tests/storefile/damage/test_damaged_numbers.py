@@ -17,9 +17,11 @@ from support.damage import Forged, Sound, attempt, bounded, change, read_everyth
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
+from dirtmap.fmt import geometry, store
 from dirtmap.fmt.errors import Error
+from dirtmap.fmt.store import Area
 from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY, build_directory, parse_entries
-from dirtmap.fmt.structures.store import AREA, HEADER, LEAF, NAMESPACES_EXTENSION, RECORD, RUN
+from dirtmap.fmt.structures.store import AREA, HEADER, LEAF, NAMESPACES_EXTENSION, NODE_POINTER, RECORD, RUN
 
 
 def _extremes(size: int) -> list[int]:
@@ -45,7 +47,7 @@ def _forgeries() -> Iterator[tuple[str, Callable[[Forged], None]]]:
                     )
     for target, structure in (
         ("record_fields", RECORD),
-        ("pointer_fields", AREA),
+        ("pointer_fields", NODE_POINTER),
         ("leaf_fields", LEAF),
     ):
         for field in structure.fields:
@@ -69,27 +71,51 @@ def _forgeries() -> Iterator[tuple[str, Callable[[Forged], None]]]:
                 f"run.{field.name}={value:#x}",
                 lambda f, name=field.name, value=value: set_fields(RUN, f.released, 0, {name: value}),
             )
-    for name in ("table", "root", "released", "leaf", "bucket"):
+    for name in ("table", "root", "released", "leaf", "records"):
         for filler in (0, 0xFF, 0x55):
             yield (f"{name} of {filler:#x}", lambda f, name=name, filler=filler: _fill(f, name, filler))
     yield "all free", lambda f: _fill(f, "leaf", 0, then={"free": 32768})
     yield "all used", lambda f: _fill(f, "leaf", 0xFF, then={"free": 0})
     yield "headers free", lambda f: _free_headers(f)
-    yield "twice the bucket", lambda f: f.records.extend(f.records)
+    yield "all records twice", lambda f: [leaf.extend(leaf) for leaf in f.leaves]
+    yield (
+        "all records in each leaf",
+        lambda f: f.leaves.__setitem__(slice(None), [[record for leaf in f.leaves for record in leaf]] * 3),
+    )
+    yield "two pointers to a leaf", lambda f: f.pointers.__setitem__(1, f.pointers[0]._replace(key=f.pointers[1].key))
+    yield "pointers that lead back", _lead_back
+    yield "pointers to nothing", lambda f: _lead_back(f, zeros=True)
     yield (
         "shared directory",
-        lambda f: f.records.__setitem__(
-            1, replace(f.records[1], directory=f.records[0].directory, nb_bitmaps=f.records[0].nb_bitmaps)
+        lambda f: f.leaves[1].__setitem__(
+            0, replace(f.leaves[1][0], directory=f.leaves[0][0].directory, nb_bitmaps=f.leaves[0][0].nb_bitmaps)
         ),
     )
 
 
 def _fill(forged: Forged, name: str, filler: int, then: dict[str, int] | None = None) -> None:
+    if name == "records":
+        forged.leaves = [[] for _ in forged.leaves]
+        return
     raw = getattr(forged, name)
     raw[:] = bytes([filler]) * len(raw)
-    if name == "bucket":
-        forged.records = []
+    forged.table_forged = name == "table"
     forged.leaf_fields.update(then or {})
+
+
+def _lead_back(forged: Forged, *, zeros: bool = False) -> None:
+    """A table of as many pointers as one can have, on as many levels, all of them to itself or to zeros.
+
+    No checksum of a table can lead back to it; so those of the zeros are right, and those of itself are not.
+    """
+    count = store.MAX_NODE_BYTES // NODE_POINTER.size
+    length = count * NODE_POINTER.size
+    start = geometry.align_up(len(forged.raw), 4096)
+    forged.raw += bytes(start + 2 * store.MAX_NODE_BYTES - len(forged.raw))
+    place = (start + (store.MAX_NODE_BYTES if zeros else 0), length, crc32c.crc32c(bytes(length)))
+    forged.table_forged = True
+    forged.table = bytearray(b"".join(NODE_POINTER.pack(number, 1, *place) for number in range(count)))
+    forged.header = replace(forged.header, table=Area(start, length, 0), depth=store.MAX_DEPTH)
 
 
 def _free_headers(forged: Forged) -> None:
@@ -192,7 +218,7 @@ def test_long_areas_of_a_sparse_file(sound: Sound, length: int) -> None:
     cases = [
         lambda f: f.fields.update(space={"length": 4 << 20}),
         lambda f: f.fields.update(released={"length": 16 << 20}),
-        lambda f: f.fields.update(namespaces={"length": 1 << 20, "bucket_bits": 16}),
+        lambda f: f.fields.update(namespaces={"length": store.MAX_NODE_BYTES, "depth": 8}),
         lambda f: f.pointer_fields.update(length=2**32 - 1),
         lambda f: f.pointer_fields.update(length=128 << 20),
         lambda f: f.record_fields.update(directory_length=2**32 - 1),
@@ -258,11 +284,9 @@ def _shared_bits(forged: Forged) -> None:
     twin = replace(entry, name=b"clean")
     entries = [entry, *(twin if other.name == b"clean" else other for _, other in others)]
     forged.directories[b"a"] = bytearray(build_directory(entries))
-    number = next(n for n, record in enumerate(forged.records) if record.name == b"a")
-    area = forged.records[number].directory
-    forged.records[number] = replace(
-        forged.records[number], directory=area._replace(length=len(forged.directories[b"a"]))
-    )
+    (record,) = forged.leaves[forged.first]
+    area = record.directory._replace(length=len(forged.directories[b"a"]))
+    forged.leaves[forged.first] = [replace(record, directory=area)]
 
 
 def _released_but_used(forged: Forged) -> None:
@@ -283,8 +307,16 @@ def _too_short(forged: Forged) -> None:
         (_released_but_used, "released clusters", "overlaps namespace table|out of range"),
         (_too_short, "space map", "behind the last cluster"),
         (lambda f: f.fields.update(namespaces={"namespaces": 4}), "namespaces extension.namespaces", "there are 3"),
-        (lambda f: f.fields.update(namespaces={"namespaces": 1}), "bucket 0", "more namespaces than all there are, 1"),
-        (lambda f: f.fields.update(namespaces={"namespaces": 0}), "bucket 0", "more namespaces than all there are, 0"),
+        (
+            lambda f: f.fields.update(namespaces={"namespaces": 1}),
+            "namespaces extension.namespaces",
+            "1, but there are 3",
+        ),
+        (
+            lambda f: f.fields.update(namespaces={"namespaces": 0}),
+            "namespaces extension.namespaces",
+            "0, but there are 3",
+        ),
         (lambda f: f.leaf_fields.update(free=3), "space map[0].free", "are free"),
     ],
 )
