@@ -67,9 +67,16 @@ def test_a_write_into_an_external_data_file_makes_a_device_dirty(root: str) -> N
     assert "has changed while nobody tracked it" in dirtmap("list", "d").error
 
 
+def put_back(path: Path) -> None:
+    before = os.stat(path)
+    path.write_bytes(bytes(SIZE))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 REPLACED: dict[str, Callable[[], object]] = {
     "written": lambda: Path("im/data.raw").write_bytes(bytes(SIZE)),
     "a copy in its place": lambda: [shutil.copy2("im/data.raw", "n"), os.rename("n", "im/data.raw")],
+    "written, and its time put back": lambda: put_back(Path("im/data.raw")),
     "set back": lambda: os.utime("im/data.raw", (1, 1)),
     "gone": lambda: os.remove("im/data.raw"),
 }

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -395,6 +396,34 @@ def test_an_image_changed_by_others_counts_as_all_dirty(store: Store) -> None:
     assert dm.open("raw0")["b"].count == GIB  # it was made dirty, and stays so until someone clears it
     with dm.open("raw0") as image, image.transaction() as bitmaps:
         changes.clear(bitmaps, "b")
+    assert dm.open("raw0")["b"].count == 0
+
+
+CHANGES: dict[str, Callable[[], object]] = {
+    "written, and its time put back": lambda: put_back("disk.raw"),
+    "a hard link": lambda: os.link("disk.raw", "link.raw"),
+    "another mode": lambda: os.chmod("disk.raw", 0o640),
+    "renamed, and back": lambda: [os.rename("disk.raw", "n"), os.rename("n", "disk.raw")],
+}
+
+
+def put_back(path: str) -> None:
+    before = os.stat(path)
+    with open(path, "r+b") as file:
+        file.write(b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("act", CHANGES)
+def test_what_changes_the_time_of_the_last_change_alone_is_a_change_and_can_be_confirmed(
+    store: Store, act: str
+) -> None:
+    with_a_bitmap(store)
+    mtime = os.stat("disk.raw").st_mtime_ns
+    CHANGES[act]()
+    assert os.stat("disk.raw").st_mtime_ns == mtime
+    assert dm.open("raw0")["b"].count == GIB
+    nodes.confirm_node(store, "raw0")
     assert dm.open("raw0")["b"].count == 0
 
 

@@ -88,6 +88,8 @@ def test_a_moved_image_of_another_store(tmp_path: Path) -> None:
     done = json_of("index", "scan", ".")
     assert [(os.path.basename(each["filename"]), each["node"]) for each in done["moved"]] == [("b.qcow2", "x")]
     assert (done["new"], done["gone"]) == (0, [])
+    assert mapped("d", "m") == [(0, SIZE)]  # the new name came with a new time of the last change
+    dirtmap("device", "set-root", "d", "x", "--content-unchanged")
     for _ in range(2):
         assert mapped("x", "b") == [(MIB, 64 * KIB)]
         assert mapped("d", "m") == []
