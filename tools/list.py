@@ -89,6 +89,8 @@ def _document(info: ImageInfo) -> dict[str, Any]:
                 "damaged": bitmap.damaged,
                 "busy": bitmap.busy,
                 "count": bitmap.count,
+                "uuid": bitmap.uuid,
+                "generation": bitmap.generation,
                 **_attachment(info, bitmap),
             }
             for bitmap in info.bitmaps

@@ -256,7 +256,7 @@ def _member(snapshot: Snapshot, record: store.Record, old: dict[bytes, Member]) 
         return member, []  # the image itself says which bitmaps it has, even while they are checked out
     try:
         entries = read_entries(snapshot, record)
-    except FormatError:
+    except (FormatError, UnsupportedError):
         # Damage to one namespace does not affect the others. `check` reports what is wrong with this one.
         return replace(member, directory=(0, 0, 0)), []
     return member, [(entry.name, entry.flags, entry.granularity_bits) for entry in entries]

@@ -19,6 +19,8 @@ class BitmapInfo:
         namespace: in a store, the namespace's UUID as text; else None.
         node: in a store, the node's name; None for a device's bitmap.
         device: in a store, the device's name; None for a node's bitmap.
+        uuid: in a store, the bitmap's UUID as text, which it has from when it is added until it is removed; else None.
+        generation: in a store, the number of the commit that last changed its bits or its flags; else None.
     """
 
     name: str
@@ -30,6 +32,8 @@ class BitmapInfo:
     namespace: str | None = None
     node: str | None = None
     device: str | None = None
+    uuid: str | None = None
+    generation: int | None = None
 
     @property
     def damaged(self) -> bool:

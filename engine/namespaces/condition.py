@@ -14,9 +14,11 @@ from dirtmap.engine.identity import disk_size, identity_now, root_elsewhere
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.directory import header_doubts, load_saved, place_bitmap, read_entries, replace_directory
+from dirtmap.engine.storefile.entries import with_root
 from dirtmap.engine.storefile.file import Change, Snapshot
 from dirtmap.engine.storefile.session import session_of
-from dirtmap.fmt import store
+from dirtmap.engine.system.log import logger
+from dirtmap.fmt import geometry, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, StorageError, printable
 from dirtmap.fmt.store import Record
@@ -32,36 +34,53 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class Source:
-    """Where a bitmap of a transaction has its bits until they are read; all dirty if ``doubted``."""
+    """Where a bitmap of a transaction has its bits until they are read; all dirty if ``doubted``.
+
+    Attributes:
+        damage: what of the bits was damaged when they were read, and so is dirty: one line, or None.
+    """
 
     snapshot: Snapshot
     record: Record
     entry: Entry
     doubted: bool
+    damage: str | None = None
+
+    @property
+    def uniform(self) -> bool | None:
+        """What all bits are, if no bits have to be read for that; else None."""
+        if self.doubted or self.entry.table_offset == store.ALL_ONES:
+            return True
+        return False if self.entry.table_offset == store.ALL_ZEROS and not self.record.tracked else None
 
     def load(self) -> NDArray[np.uint64]:
-        """Reads the bits; see the function `load`.
+        """Reads the bits, and logs what is damaged; see the function `load`.
 
         Raises:
             Error: the transaction has ended.
         """
+        from dirtmap.engine.model import bits
+
+        if (fill := self.uniform) is not None:
+            return bits.filled(geometry.granules(self.record.size, self.entry.granularity), fill)
         if self.snapshot.file.fd < 0:
             raise Error(self.snapshot.file.path, "the transaction has ended")
-        return load(self.snapshot, self.record, self.entry, self.doubted)
+        words, self.damage = load(self.snapshot, self.record, self.entry, self.doubted)
+        if self.damage:
+            where = f"{self.snapshot.file.path}: {self.record.label}"
+            logger(__name__).warning("%s: %s: %s", where, label(decode_name(self.entry.name)), self.damage)
+        return words
 
 
-def load(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> NDArray[np.uint64]:
-    """The bits of a bitmap as words: uint64, shape (ceil(granules / 64),), verified, tail bits zero.
+def load(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> tuple[NDArray[np.uint64], str | None]:
+    """The bits of a bitmap, with what its tracker has marked if the image is tracked, or its tracker has died.
 
-    If the image is tracked, or its tracker has died, they include what the tracker has marked.
-
-    Raises:
-        FormatError: the checksum is wrong.
+    Arguments and result are those of `load_saved`, and so are the errors.
     """
-    words = load_saved(snapshot, record, entry, doubted)
+    words, damage = load_saved(snapshot, record, entry, doubted)
     if not doubted and (view := tracked_view(snapshot, record)):
         view.add(entry, words)
-    return words
+    return words, damage
 
 
 def refuse_tracked(path: str, record: Record) -> None:
@@ -233,7 +252,6 @@ def rewrite(change: Change, record: Record, new: Record, *, doubted: bool) -> No
 
     Raises:
         BitmapError: a bitmap is too fine for the new size.
-        FormatError: bits are damaged, unless ``doubted``.
     """
     end_session(change, record)
     new = new.with_extensions(store.OF_A_SESSION)
@@ -245,6 +263,7 @@ def rewrite(change: Change, record: Record, new: Record, *, doubted: bool) -> No
             bitmap = type(bitmap)(new.size, entry.granularity, entry.auto).recovered()
         elif new.size != record.size:
             bitmap = bitmap.resized(new.size)
-        placed.append(place_bitmap(change, new, decode_name(entry.name), bitmap))
+        base = entry if new.size == record.size else with_root(entry, store.ALL_ZEROS, 0, 0)
+        placed.append(place_bitmap(change, new, decode_name(entry.name), bitmap, base))
     area = replace_directory(change, record, entries, placed)
     change.table.put(replace(new, generation=change.generation, directory=area))

@@ -20,7 +20,7 @@ from dirtmap.engine.namespaces.condition import (
 )
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.session.peers import path_of, unrecovered
-from dirtmap.engine.storefile.directory import is_readable, no_namespace, read_entries
+from dirtmap.engine.storefile.directory import damage_of, no_namespace, read_entries
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.storefile.session import peer_of
 from dirtmap.engine.system.log import logger
@@ -43,11 +43,13 @@ def recover_record(change: Change, record: Record, names: list[str]) -> list[Rec
             why = doubt
             if why is None and bitmap.inconsistent:
                 why = LEFT_IN_USE
-            if why is None and not is_readable(change.snapshot, record, entries[name]):
-                why = "the checksum of its bits is wrong"
             if why is not None:
                 bitmaps[name] = bitmap.recovered()
                 recovered.append(Recovery(name, f"all dirty: {why}"))
+            elif damage := damage_of(change.snapshot, record, entries[name]):
+                # What was damaged is dirty as it was read, and no longer what the store has.
+                bitmaps[name] = type(bitmap).from_words(bitmap.size, bitmap.granularity, bitmap.words, bitmap.recording)
+                recovered.append(Recovery(name, f"partly dirty: its {damage}"))
             elif view:
                 recovered.append(Recovery(name, view.how))
     return recovered

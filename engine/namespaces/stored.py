@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery
 from dirtmap.engine.model.namespace import Namespace
@@ -25,11 +25,12 @@ from dirtmap.engine.namespaces.condition import (
 from dirtmap.engine.namespaces.place import holding
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.recover import log_recovered, recover_record, recover_session, recover_tracked_device
-from dirtmap.engine.storefile.directory import no_namespace, read_entries
+from dirtmap.engine.storefile.directory import count_saved, no_namespace, read_entries
+from dirtmap.engine.storefile.entries import identity_of
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
-from dirtmap.fmt import geometry, store
+from dirtmap.fmt import store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class StoredImage(Namespace):
                     _require_same_size(snapshot, record)
                     bitmap = bitmap_of(snapshot, record, entry, doubts(snapshot, record) is not None)
                     bitmap.busy = name in busy_of(snapshot, record, [entry])
-                    if not bitmap.inconsistent:
+                    if not bitmap.inconsistent and bitmap._uniform() is None:
                         _ = bitmap.words  # loads the bits now, while they are consistent
                     return bitmap.freeze()
             return None
@@ -182,15 +183,17 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
     name = decode_name(record.name)
     # Whoever reads a bitmap is refused.
     errors = [str(other_size(snapshot, record))] if resized else []
-    counts: dict[bytes, int | None] = {}
+    counts: dict[bytes, int] = {}
     entries: list[Entry] = []
     # Damage to one bitmap must not hide the others.
     with _noting(errors):
         entries = read_entries(snapshot, record)
     busy = busy_of(snapshot, record, entries)
     for entry in entries:
-        with _noting(errors):
-            counts[entry.name] = None if entry.in_use else _count(snapshot, record, entry, doubt is not None)
+        if not entry.in_use:
+            counts[entry.name], damage = _count(snapshot, record, entry, doubt is not None)
+            if damage:
+                notes.append(f"{record.label}: {label(decode_name(entry.name))}: {damage}; recover makes that last")
     return ImageInfo(
         path=snapshot.file.path,
         format=FORMAT,
@@ -207,6 +210,7 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
                 namespace=str(uuid.UUID(bytes=record.uuid)),
                 node=None if record.kind == store.KIND_DEVICE else name,
                 device=name if record.kind == store.KIND_DEVICE else None,
+                **_identity(entry),
             )
             for entry in entries
         ),
@@ -223,17 +227,22 @@ def _describe(snapshot: Snapshot, record: Record) -> ImageInfo:
 def _noting(errors: list[str]) -> Iterator[None]:
     try:
         yield
-    except FormatError as error:
+    except (FormatError, UnsupportedError) as error:
         errors.append(str(error))
 
 
-def _count(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> int:
-    """The dirty bytes of a bitmap, in whole granules. Reads nothing if the bitmap takes no space."""
-    if doubted or entry.table_offset == store.ALL_ONES:
-        return geometry.granules(record.size, entry.granularity) * entry.granularity
-    if entry.table_offset == store.ALL_ZEROS and not tracked_view(snapshot, record):
-        return 0
-    return bitmap_of(snapshot, record, entry, False).count
+def _identity(entry: Entry) -> dict[str, Any]:
+    found = identity_of(entry)
+    return {"uuid": str(uuid.UUID(bytes=found.uuid)), "generation": found.generation} if found else {}
+
+
+def _count(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> tuple[int, str | None]:
+    """The dirty bytes of a bitmap, in whole granules; and what of its bits is damaged, or None."""
+    if not doubted and entry.table_offset > store.ALL_ONES and not record.tracked:
+        granules, damage = count_saved(snapshot, record, entry)
+        return granules * entry.granularity, damage
+    bitmap = bitmap_of(snapshot, record, entry, doubted)
+    return bitmap.count, bitmap.damage
 
 
 def describe_store(target: Store) -> ImageInfo:

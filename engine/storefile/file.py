@@ -53,11 +53,13 @@ class Snapshot:
         chosen: which header counts, and why.
         header: the header that counts.
         directories: of each directory read so far: its first byte, the byte behind it, and the namespace; ascending.
+        doubted: the checksum of a part of a bitmap was wrong, and what it covers was taken for damaged.
     """
 
     def __init__(self, file: File, chosen: Chosen) -> None:
         self.file, self.chosen, self.header = file, chosen, chosen.header
         self.directories: list[tuple[int, int, bytes]] = []
+        self.doubted = False
         self.size = file.size()
 
     def check_area(self, area: Area, what: str) -> None:
@@ -317,6 +319,7 @@ class Change:
         generation: the number that the commit will have.
         afterwards: callbacks for when the commit is durable.
         copies: the header copies known so far, and what they say.
+        superseded: the roots of those bits of the old state that new ones take over from: see `chunks.write`.
     """
 
     def __init__(self, file: File, chosen: Chosen) -> None:
@@ -334,6 +337,7 @@ class Change:
         self.generation = max(header.generation + (2 if chosen.in_doubt else 1), chosen.lost + 1)
         self._writes: list[tuple[int, bytes | memoryview]] = []
         self.afterwards: list[Callable[[], None]] = []
+        self.superseded: set[int] = set()
 
     def place(self, data: bytes | memoryview) -> Area:
         """Finds room for bytes, and plans their writing by the commit. Errors as `SpaceMap.take`."""
@@ -342,8 +346,20 @@ class Change:
             return Area()
         cluster = self.space.take(ceil_div(length, self.header.cluster_size))
         offset = cluster * self.header.cluster_size
-        self._writes.append((offset, data))
+        self.plan(offset, data)
         return Area(offset, length, crc32c.crc32c(data))
+
+    def take(self, count: int) -> list[tuple[int, int]]:
+        """Finds so many clusters, for `plan`: runs, (first, count). Errors as `SpaceMap.take_runs`."""
+        return self.space.take_runs(count)
+
+    def untake(self, first: int, count: int) -> None:
+        """Gives back clusters that `take` has found, and for which nothing is planned."""
+        self.space.untake(first, count)
+
+    def plan(self, offset: int, data: bytes | memoryview) -> None:
+        """Plans the writing of bytes by the commit, into clusters that `take` has found."""
+        self._writes.append((offset, data))
 
     def release(self, area: Area) -> None:
         """Gives up an area. It is reused once neither header slot refers to it."""

@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 from dirtmap.engine.identity import identity_of, identity_of_disk, touched
-from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import doubts
 from dirtmap.engine.session import livefile, verdict
@@ -443,14 +442,10 @@ class Recorder:
                     key = numbers[0], numbers[-1], entry.granularity
                     if key not in unions:
                         chosen = (parts[number] for number in numbers)
-                        words = union(chosen, self.size, entry.granularity)
-                        unions[key] = Bitmap.from_words(self.size, entry.granularity, words, True)
-                    saved = home.saved(name)
-                    merged = saved | unions[key]
-                    if merged != saved:
-                        home.put(name, merged.replace(recording=entry.auto), kept)
-                        continue
-                home.set_window(name, kept)
+                        unions[key] = union(chosen, self.size, entry.granularity)
+                    home.merge(name, unions[key], kept)
+                else:
+                    home.set_window(name, kept)
             if not final:
                 home.session = replace(session, oldest=max(marked), log=self._log.number)
             elif not (self._check_in and target is self._homes[-1]):
