@@ -142,6 +142,7 @@ class _Dump(Shown):
         self.shown.add(area.offset)
         raw = self.file.read(area.offset, area.length)
         if raw and crc32c.crc32c(raw) != area.checksum:
+            snapshot.doubted = True
             self.fault(f"{what} at {area.offset:#x}", "its checksum is wrong")
         return raw
 

@@ -13,7 +13,7 @@ below it dirty; that is no error, but it is told. Source: SPEC.md, "Bitmaps in a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import crc32c
@@ -207,13 +207,25 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
     return found
 
 
-def load(snapshot: Snapshot, tree: Tree) -> tuple[bits.Words, str | None]:
-    """The bits of a tree: uint64, shape (ceil(nbits / 64),), tail bits zero; and what is damaged, in words, or None."""
+def load(snapshot: Snapshot, tree: Tree, key: object = None) -> tuple[bits.Words, str | None]:
+    """The bits of a tree.
+
+    Args:
+        snapshot: of the store.
+        tree: of the bitmap.
+        key: tells the bitmap from others. If a checksum is wrong, and the answer is made again because it was that of a
+            commit too long ago, the chunks that have not changed since are not read again.
+
+    Returns:
+        uint64, shape (ceil(nbits / 64),), tail bits zero; and what is damaged, in words, or None.
+    """
     found = walk(snapshot, tree)
     shape = found.shape
     held = len(found.chunks) + sum(end - first for first, end in found.dirty)
     words = _zeros(shape.nbits, sparse=held < shape.chunks // _SPARSE)
-    _read(snapshot, found, words)
+    _read(snapshot, _unread(found, words, snapshot.kept.pop(key, None)), words)
+    if found.damaged:
+        snapshot.kept[key] = found, words
     for first, end, *_ in (*found.dirty, *found.damaged):
         bits.set_range(words, first * shape.bits, min(end * shape.bits, shape.nbits))
     bits.mask_tail(words, shape.nbits)
@@ -393,6 +405,22 @@ def _read(snapshot: Snapshot, found: Found, words: bits.Words) -> None:
             for at, number in enumerate(found.chunks[first:end].tolist()):
                 target = data[number * cluster : (number + 1) * cluster]
                 target[:] = buffer[at * cluster : at * cluster + len(target)]
+
+
+def _unread(found: Found, words: bits.Words, before: tuple[Found, bits.Words] | None) -> Found:
+    """What is left to be read when what an earlier attempt has verified, and what is as it was, is in ``words``."""
+    if before is None or before[0].shape.nbits != found.shape.nbits:
+        return found
+    old, known = before
+    sound = ~np.isin(old.chunks, np.array([first for first, _, _ in old.damaged], np.int64))
+    common, mine, theirs = np.intersect1d(found.chunks, old.chunks, assume_unique=True, return_indices=True)
+    same = sound[theirs] & (found.places[mine] == old.places[theirs]) & (found.checksums[mine] == old.checksums[theirs])
+    per = found.shape.bits // 64
+    for first, end in _runs(common[same]):
+        words[first * per : end * per] = known[first * per : end * per]
+    left = np.ones(len(found.chunks), np.bool_)
+    left[mine[same]] = False
+    return replace(found, chunks=found.chunks[left], places=found.places[left], checksums=found.checksums[left])
 
 
 def _contents(snapshot: Snapshot, found: Found) -> Iterator[tuple[Positions, NDArray[np.uint64]]]:

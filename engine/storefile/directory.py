@@ -70,7 +70,8 @@ def load_saved(
     tree = tree_of(record, entry)
     where = f"{snapshot.file.path}: {record.label}: {label(decode_name(entry.name))}"
     try:
-        return chunks.load(snapshot, tree._replace(place=store.ALL_ONES) if doubted else tree)
+        tree = tree._replace(place=store.ALL_ONES) if doubted else tree
+        return chunks.load(snapshot, tree, (record.uuid, entry.name))
     except MemoryError:
         what = f"there is no memory for its {geometry.ceil_div(tree.nbits, 8)} bytes of bits"
         raise StorageError(where, what) from None
@@ -121,7 +122,6 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
     what, remedy = f"directory of {record.label}", "recover makes its bitmaps all dirty"
     data = snapshot.read(record.directory, what, remedy)
     entries: dict[bytes, Entry] = {}
-    roots: set[int] = set()
     try:
         for _, entry in parse_entries(data):
             faults = store.entry_faults(entry, record.size, snapshot.header.cluster_size, snapshot.size)
@@ -132,10 +132,6 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
                 raise UnsupportedError(f"{where}: {label(decode_name(entry.name))}.extra_data", what)
             if entry.name in entries:
                 raise FormatError(f"{where}: directory", f"two entries for {label(decode_name(entry.name))}")
-            if entry.table_offset in roots:
-                raise FormatError(f"{where}: directory", f"two bitmaps have their bits at {entry.table_offset:#x}")
-            if entry.table_offset > store.ALL_ONES:
-                roots.add(entry.table_offset)
             entries[entry.name] = entry
             if len(entries) > record.nb_bitmaps:
                 break

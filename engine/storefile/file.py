@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import crc32c
 
@@ -41,8 +41,9 @@ T = TypeVar("T")
 
 FORMAT = "dirtmap"
 _WRITER = 100  # offset of the byte that a writer locks exclusively; the next one to write locks the byte after it
-# A reader starts over if the header changed meanwhile. So many attempts are needed only if commits never pause.
-_ATTEMPTS = 1000
+# A reader starts over if what it reads is overwritten meanwhile. So many attempts are needed only if commits never
+# pause: each keeps what was read of a bitmap and has not changed.
+_ATTEMPTS = 200
 
 
 class Snapshot:
@@ -53,13 +54,17 @@ class Snapshot:
         chosen: which header counts, and why.
         header: the header that counts.
         directories: of each directory read so far: its first byte, the byte behind it, and the namespace; ascending.
-        doubted: the checksum of a part of a bitmap was wrong, and what it covers was taken for damaged.
+        doubted: a checksum was wrong: damage, or the commits since have written over what was read.
+        watched: the namespaces of which something else was looked at, too, such as a tracker's live files, by name.
+        kept: what an earlier attempt at the same answer has read and verified, for those who can use it.
     """
 
-    def __init__(self, file: File, chosen: Chosen) -> None:
+    def __init__(self, file: File, chosen: Chosen, kept: dict[object, Any] | None = None) -> None:
         self.file, self.chosen, self.header = file, chosen, chosen.header
         self.directories: list[tuple[int, int, bytes]] = []
         self.doubted = False
+        self.watched: dict[bytes, Record] = {}
+        self.kept: dict[object, Any] = {} if kept is None else kept
         self.size = file.size()
 
     def check_area(self, area: Area, what: str) -> None:
@@ -89,6 +94,7 @@ class Snapshot:
             return b""
         data = self.file.read(area.offset, area.length)
         if len(data) < area.length or crc32c.crc32c(data) != area.checksum:
+            self.doubted = True
             raise FormatError(f"{self.file.path}: {what} at {area.offset:#x}", f"its checksum is wrong; {remedy}")
         return data
 
@@ -224,19 +230,22 @@ class Store:
     def read(self, read: Callable[[Snapshot], T]) -> T:
         """Runs ``read`` on the state of one commit, or again on a later one if the store changed too much meanwhile.
 
-        What a commit refers to stays untouched until the commit after the next has switched the header, because areas
-        are taken from clusters that neither slot refers to. So an answer counts if, after it was made, the newest
-        header is at most one generation on. Otherwise it is made again, as it is if a checksum failed meanwhile.
+        An answer counts, as that of its commit, if all that it was made from was verified. If a checksum was wrong, it
+        is damage only if the newest header is still at most one generation on: what a commit refers to stays untouched
+        until the commit after the next has switched the header, because areas are taken from clusters that neither slot
+        refers to. Otherwise the answer is made again. What was looked at beside the store, such as live files, goes
+        with its record: that must be the same, or the header at most one generation on.
 
         Raises:
             FormatError: a checksum is wrong, and the store did not change.
             GoneError: the file is another store now.
             LockedError: the store changes faster than it can be read.
         """
+        kept: dict[object, Any] = {}
         for _ in range(_ATTEMPTS):
             if not self._file.is_current():
                 self._reopen()
-            snapshot = Snapshot(self._file, self._stable_header())
+            snapshot = Snapshot(self._file, self._stable_header(), kept)
             if snapshot.chosen.lost and not self._file.is_current():
                 continue  # a compaction has just put another file in its place
             try:
@@ -244,8 +253,13 @@ class Store:
                 failure = None
             except FormatError as error:
                 failure = error
-            now = self._stable_header().header
+            if failure is None and not snapshot.doubted and not snapshot.watched:
+                return answer
+            chosen = self._stable_header()
+            now = chosen.header
             if failure is None and now.generation <= snapshot.header.generation + 1:
+                return answer
+            if failure is None and not snapshot.doubted and _is_as_watched(snapshot, Snapshot(self._file, chosen)):
                 return answer
             if failure is not None and now.commit_id == snapshot.header.commit_id and self._file.is_current():
                 try:
@@ -308,6 +322,15 @@ class Store:
                     if file.is_current():
                         yield file
                         return
+
+
+def _is_as_watched(then: Snapshot, now: Snapshot) -> bool:
+    """True if no commit since has changed a namespace of which something else was looked at, too."""
+    try:
+        table = now.table()
+        return all(table.get(name) == record for name, record in then.watched.items())
+    except FormatError:
+        return False
 
 
 class Change:

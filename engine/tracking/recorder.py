@@ -410,7 +410,8 @@ class Recorder:
             with self._kernel.guard, self._undivided():
                 self._kernel.swap(rotate=self._is_log_saved())
         marked = {number: words_of(one) for number, one in self._frozen.items()}
-        marked[current.number] = Words(current.words.copy(), self.size, 1 << current.granularity_bits)
+        granularity = 1 << current.granularity_bits
+        marked[current.number] = Words(union([words_of(current)], self.size, granularity), self.size, granularity)
         unions: dict[tuple[int, int, int], Any] = {}
         for one in self._homes:
             self._save_to(one, marked, unions, final=final)

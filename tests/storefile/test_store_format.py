@@ -332,16 +332,16 @@ def test_image_from_before_1970_can_be_a_node(path: str, tmp_path: Path) -> None
 
 
 def test_granularity_too_fine_for_the_disk_is_refused_without_making_the_bits(path: str, tmp_path: Path) -> None:
-    with open(tmp_path / "huge.raw", "wb") as huge:
-        huge.truncate(1 << 43)
-    with Store(path) as target:
-        add_node(target, "huge", str(tmp_path / "huge.raw"))
+    size = 1 << 60
+    with Store(path) as target, target.change() as change:  # a device, or there would have to be a file of that size
+        where = os.fsencode(tmp_path / "disk.raw")
+        change.table.put(Record(b"huge", store.KIND_DEVICE, bytes(16), size, path=where))
     with (
         dm.open(Address(path, "huge")) as image,
         pytest.raises(dm.BitmapError, match="bytes of bits"),
         image.transaction() as bitmaps,
     ):
-        bitmaps["b"] = dm.Bitmap(1 << 43, 512)
+        bitmaps["b"] = dm.Bitmap(size, 512)
 
 
 def test_dump_shows_every_byte_of_metadata(path: str) -> None:
