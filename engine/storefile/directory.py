@@ -206,7 +206,7 @@ def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap, base
     flags = directory.FLAG_AUTO if bitmap.recording else 0
     clean = Entry(encode_name(name), store.ALL_ZEROS, 0, flags, bitmap.granularity.bit_length() - 1)
     for _, what in store.entry_faults(clean, record.size, change.header.cluster_size, 0):
-        raise BitmapError(where, what)
+        raise BitmapError(where, f"granularity {bitmap.granularity} is too fine for the disk: {what}")
     entry = clean if base is None else replace(with_items(base, {ITEM_WINDOW: None}), name=clean.name)
     entry = entry.with_flags(set=flags, clear=(directory.FLAG_AUTO | directory.FLAG_IN_USE) & ~flags)
     if base is not None and base.granularity_bits != clean.granularity_bits:

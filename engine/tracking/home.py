@@ -94,7 +94,10 @@ class HomeView:
     def saved(self, name: str) -> Bitmap:
         """The bitmap with its saved bits; all dirty if the store is in doubt. Errors as `entry`."""
         entry = self.entry(name)
-        words, damage = load_saved(self.snapshot, self.record, entry, self._doubted)
+        blank = Bitmap(self.record.size, entry.granularity, entry.auto)
+        if self._doubted or entry.table_offset <= store.ALL_ONES:  # then its bits need no memory
+            return blank.recovered() if self._doubted or entry.table_offset == store.ALL_ONES else blank
+        words, damage = load_saved(self.snapshot, self.record, entry, False)
         if damage:
             logger(__name__).warning("%s: %s: %s", self.where, label(name), damage)
         return Bitmap.from_words(self.record.size, entry.granularity, words, entry.auto)
