@@ -3,7 +3,7 @@
     block 0     1     2     3   |  clusters: areas of bits, directories, nodes, the space map
       | A | B | A' | B' |       |  ...
 
-    header --+-- namespace table: nodes of pointers --> leaf: records --> directory --> bits
+    header --+-- namespace table: nodes of pointers --> leaf: records --> directory --> nodes --> chunks of bits
              +-- space map: a pointer for each leaf --> leaf: one bit a cluster, 1 = used
              +-- released: runs of clusters that the previous commit used and this one does not
 
@@ -23,7 +23,7 @@ import crc32c
 
 from dirtmap.fmt import geometry
 from dirtmap.fmt.digest import digest
-from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DATA_BYTES, TYPE_DIRTY_TRACKING, Entry, name_fault
+from dirtmap.fmt.directory import MAX_BITMAPS, TYPE_DIRTY_TRACKING, Entry, name_fault
 from dirtmap.fmt.extensions import HEAD_SIZE
 
 MAGIC = b"DMS\xfc"
@@ -36,7 +36,7 @@ RESERVED = 4 * BLOCK  # bytes at the start of the file that hold headers only
 INCOMPATIBLE_SESSION = 1 << 0  # set exactly while a record has a session
 INCOMPATIBLE_KNOWN = INCOMPATIBLE_SESSION
 AREA_SIZE = 16  # bytes of an area pointer
-BITS_CHECKSUM_SIZE = 8  # bytes of the checksum structure in a directory entry's extra data
+POINTER_SIZE = 16  # bytes of a pointer in a node of the tree that leads to a bitmap's bits
 
 CRITICAL = 1 << 31  # in the type of a record's extension: who does not know it refuses the namespace
 # Types of a record's extensions.
@@ -46,6 +46,13 @@ EXTENSION_PEER = CRITICAL | 0x50454552
 EXTENSION_CHECKPOINTS = 0x434B5054
 RECORD_EXTENSIONS = (EXTENSION_HOLD, EXTENSION_SESSION, EXTENSION_PEER, EXTENSION_CHECKPOINTS)
 OF_A_SESSION = (EXTENSION_SESSION, EXTENSION_PEER)  # removed from a record when its session ends
+
+# Types of the items in the extra data of a directory entry. Who does not know a critical one refuses the namespace.
+CRITICAL_ITEM = 1 << 31
+ITEM_BITS = 0x42495453
+ITEM_WINDOW = CRITICAL_ITEM | 0x57494E44
+ITEM_IDENTITY = 0x424D4944
+ITEM_SIZES = {ITEM_BITS: 8, ITEM_WINDOW: 24, ITEM_IDENTITY: 24}  # bytes of data; a later version may have more
 
 # Types of the header's extensions.
 EXTENSION_NAMESPACES = 0x4E535043
@@ -74,6 +81,7 @@ MAX_RECORD_EXTENSIONS = 1 << 16  # bytes
 MAX_SPACE_MAP_BYTES = 4 << 20  # of the space map's root: enough for 32 TiB with clusters of 4 KiB, 8 PiB with 64 KiB
 MAX_RELEASED_BYTES = 16 << 20
 MAX_METADATA_BYTES = 128 << 20  # of any other area without bits: 65,535 entries with the longest names take 66 MiB
+MAX_CHUNKS = 0xFFFFFFFF  # of a bitmap: as many as an entry's table_size can say
 MAX_FILE_BYTES = 1 << 62
 MAX_GENERATION = 1 << 62
 
@@ -86,7 +94,7 @@ KIND_CONTAINER = 4
 KIND_NAMES = {KIND_NODE: "node", KIND_DEVICE: "device", KIND_PLACE: "place", KIND_CONTAINER: "container"}
 CONTAINER_PREFIX = b"container:"  # of the name of a container's record; a digest of the path follows
 
-# Values of a directory entry's table_offset for a bitmap that takes no space.
+# Values of a place, in a directory entry's table_offset and in a pointer of a node, for bits that take no space.
 ALL_ZEROS = 0
 ALL_ONES = 1
 
@@ -110,6 +118,19 @@ NOWHERE = Area()
 def name_key(name: bytes) -> int:
     """Returns the number by which a namespace is found in the namespace table: the CRC32C of its name."""
     return int(crc32c.crc32c(name))
+
+
+def fan_out(cluster_size: int) -> int:
+    """Returns how many pointers a node has: as many as fit into a cluster."""
+    return cluster_size // POINTER_SIZE
+
+
+def root_level(chunks: int, cluster_size: int) -> int:
+    """Returns the level of the root of a tree with so many chunks: 0 if the root is a chunk."""
+    level, covered = 0, 1
+    while covered < chunks:
+        level, covered = level + 1, covered * fan_out(cluster_size)
+    return level
 
 
 def leaf_clusters(cluster_size: int) -> int:
@@ -292,15 +313,13 @@ def entry_faults(entry: Entry, disk_size: int, cluster_size: int, file_size: int
     if not geometry.is_granularity(1 << min(entry.granularity_bits, 63)):
         yield "granularity_bits", f"{entry.granularity_bits} is outside 9..31"
         return
-    length = geometry.packed_bytes(disk_size, entry.granularity)
-    if length > MAX_DATA_BYTES:
-        yield "granularity_bits", f"{length} bytes of bits are more than {MAX_DATA_BYTES}"
+    chunks = geometry.table_entries(disk_size, entry.granularity, cluster_size)
+    if chunks > MAX_CHUNKS:
+        yield "granularity_bits", f"{chunks} chunks of bits are more than {MAX_CHUNKS}"
     if entry.table_offset in (ALL_ZEROS, ALL_ONES):
         if entry.table_size:
             yield "table_size", f"{entry.table_size}, but the bitmap takes no space"
         return
-    if entry.table_size != geometry.ceil_div(length, cluster_size):
-        yield "table_size", f"{entry.table_size} clusters, but the disk's size needs another number"
-    if len(entry.extra_data) < BITS_CHECKSUM_SIZE:
-        yield "extra_data_size", f"{len(entry.extra_data)} bytes are too few for a checksum"
-    yield from area_faults(Area(entry.table_offset, length, 0), cluster_size, file_size)
+    if entry.table_size != chunks or not chunks:
+        yield "table_size", f"{entry.table_size} chunks, but the disk's size needs another number"
+    yield from area_faults(Area(entry.table_offset, cluster_size, 0), cluster_size, file_size)

@@ -92,6 +92,8 @@ def _document(info: ImageInfo) -> dict[str, Any]:
                 "busy": bitmap.busy,
                 "checkpoint": bitmap.checkpoint,
                 "count": bitmap.count,
+                "uuid": bitmap.uuid,
+                "generation": bitmap.generation,
                 **_attachment(info, bitmap),
             }
             for bitmap in info.bitmaps

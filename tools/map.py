@@ -11,7 +11,7 @@ import click
 
 from dirtmap.tools import options
 from dirtmap.tools.output import colourful
-from dirtmap.tools.targets import tell_doubt, usable
+from dirtmap.tools.targets import tell_damage, tell_doubt, usable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +63,7 @@ def map_command(
     with host.open(target, force_share=force_share) as image:
         found = usable(image.where, image, bitmap)
         tell_doubt(image, image.doubt())
+        tell_damage(image, bitmap, found)
     offsets, lengths = found.extents()
     if quiet:
         return

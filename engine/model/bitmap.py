@@ -30,7 +30,17 @@ INCONSISTENT: Final = "inconsistent: in use by a writer, or left so by one that 
 
 
 class Source(Protocol):
-    """A bitmap's content that is still in its container, and is read at first use."""
+    """A bitmap's content that is still in its container, and is read at first use.
+
+    Attributes:
+        damage: what of it was damaged when it was read, and so is dirty: one line, or None.
+    """
+
+    damage: str | None
+
+    @property
+    def uniform(self) -> bool | None:
+        """What all bits are, if that is known without reading them; else None."""
 
     def load(self) -> bits.Words:
         """Reads the content.
@@ -60,12 +70,24 @@ class Bitmap:
         inconsistent: the content cannot be trusted, say after a crash; what needs the content raises `BitmapError`.
         busy: an operation, such as a backup, is using the bitmap.
         frozen: the content cannot be changed in place.
+        damage: what of the content was damaged in its container when it was read, and so is dirty; one line, or None.
 
     Raises:
         BitmapError: size or granularity is out of range.
     """
 
-    __slots__ = ("_source", "_words", "busy", "frozen", "granularity", "inconsistent", "recording", "size")
+    __slots__ = (
+        "_fill",
+        "_source",
+        "_words",
+        "busy",
+        "damage",
+        "frozen",
+        "granularity",
+        "inconsistent",
+        "recording",
+        "size",
+    )
 
     def __init__(
         self, size: SupportsIndex, granularity: SupportsIndex = DEFAULT_GRANULARITY, recording: bool = True
@@ -78,8 +100,11 @@ class Bitmap:
         self.inconsistent = self.busy = self.frozen = False
         # Where the content was loaded from, as long as it is unchanged: a container need not write it again.
         self._source: Source | None = None
-        # None: the content is still in the source, or all clean without one. A read-only array is shared: `_writable`.
+        # None: the content is still in the source; without one, all bits are `_fill`. A read-only array is shared:
+        # `_writable`.
         self._words: bits.Words | None = None
+        self._fill = False
+        self.damage: str | None = None
 
     @classmethod
     def from_extents(
@@ -150,10 +175,15 @@ class Bitmap:
     @property
     def count(self) -> int:
         """Dirty bytes, counted as QEMU does: in whole granules, even where the last granule is cut short."""
+        if (fill := self._uniform()) is not None:
+            return self._nbits * self.granularity if fill else 0
         return bits.count(self._load()) * self.granularity
 
     def extents(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The maximal dirty runs in order, as two int64 arrays (offsets, lengths in bytes), cut at the disk's end."""
+        if (fill := self._uniform()) is not None:
+            runs = 1 if fill and self.size else 0
+            return np.zeros(runs, np.int64), np.full(runs, self.size, np.int64)
         return bits.extents(self._load(), self.size, self.granularity)
 
     # Changes in place.
@@ -229,12 +259,13 @@ class Bitmap:
         if self._words is not None:
             self._words.flags.writeable = False
         other.inconsistent, other._source, other._words = self.inconsistent, self._source, self._words
+        other._fill, other.damage = self._fill, self.damage
         return other
 
     def recovered(self) -> Bitmap:
         """The replacement for an inconsistent bitmap: same size and granularity, consistent, and dirty all over."""
         other = Bitmap(self.size, self.granularity, self.recording)
-        other.mark(0, self.size)
+        other._fill = True
         return other
 
     def resized(self, size: int) -> Bitmap:
@@ -300,10 +331,20 @@ class Bitmap:
         if self.inconsistent:
             raise BitmapError(WHERE, "inconsistent; recover it first")
         if self._words is None:
-            words = bits.zeros(self._nbits) if self._source is None else self._source.load()
+            if self._source is None:
+                words = bits.filled(self._nbits, self._fill)
+            else:
+                words = self._source.load()
+                self.damage = self._source.damage
             bits.mask_tail(words, self._nbits)
             self._words = words
         return self._words
+
+    def _uniform(self) -> bool | None:
+        """What all bits are, if that is known without looking at them; else None."""
+        if self.inconsistent or self._words is not None:
+            return None
+        return self._fill if self._source is None else self._source.uniform
 
     def _writable(self) -> bits.Words:
         """The content for a change in place. From now on it is shared with no bitmap and differs from the source's."""

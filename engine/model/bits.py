@@ -50,6 +50,15 @@ def zeros(nbits: int) -> Words:
     return np.zeros(-(-nbits // 64), WORD)
 
 
+def filled(nbits: int, fill: bool) -> Words:
+    """An array of ``nbits`` bits that are all set, or all clear."""
+    if not fill:
+        return zeros(nbits)
+    words = np.full(-(-nbits // 64), ALL, WORD)
+    mask_tail(words, nbits)
+    return words
+
+
 def from_packed(data: Packed, nbits: int) -> Words:
     """A copy of the first ``nbits`` bits of ``data``, which has at least ``ceil(nbits / 8)`` bytes."""
     words = zeros(nbits)

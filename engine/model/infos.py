@@ -20,6 +20,8 @@ class BitmapInfo:
         node: in a store, the node's name; None for a device's bitmap.
         device: in a store, the device's name; None for a node's bitmap.
         checkpoint: a tracker's checkpoint, which other checkpoints rely on; the newest of them is recording.
+        uuid: in a store, the bitmap's UUID as text, which it has from when it is added until it is removed; else None.
+        generation: in a store, the number of the commit that last changed its bits or its flags; else None.
     """
 
     name: str
@@ -32,6 +34,8 @@ class BitmapInfo:
     node: str | None = None
     device: str | None = None
     checkpoint: bool = False
+    uuid: str | None = None
+    generation: int | None = None
 
     @property
     def damaged(self) -> bool:

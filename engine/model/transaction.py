@@ -28,6 +28,9 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         checkpoints: the chain of `dirtmap.engine.model.checkpoints`, as it will be committed. Others rely on the bits
             of a checkpoint: it may gain bits, or be taken over by the checkpoint before it, and nothing else.
         notes: what the commit did that the caller did not ask for, one line each; set once it is done.
+        origins: of each bitmap that was there before, under whichever name now, the name that it had. One that was
+            removed, and added again, is another.
+        most_bytes: of bits that the container can hold for a bitmap.
     """
 
     def __init__(
@@ -38,11 +41,15 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         bitmaps: Mapping[str, Bitmap],
         held: Mapping[str, str] | None = None,
         checkpoints: Iterable[str] = (),
+        *,
+        most_bytes: int = MAX_DATA_BYTES,
     ) -> None:
         self.where = where
         self.size = size
         self.default_granularity = default_granularity
+        self.most_bytes = most_bytes
         self._bitmaps = dict(bitmaps)
+        self.origins = {name: name for name in bitmaps}
         self._held = {name: (who, self._bitmaps[name].copy()) for name, who in (held or {}).items() if name in bitmaps}
         for name in self._held:
             self._bitmaps[name].busy = True
@@ -83,8 +90,8 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         if not geometry.is_granularity(bitmap.granularity):
             raise BitmapError(where, f"granularity {bitmap.granularity} is not a power of two from 512 bytes to 2 GiB")
         needed = geometry.packed_bytes(self.size, bitmap.granularity)
-        if needed > MAX_DATA_BYTES:  # refused before so many bits are allocated
-            what = f"granularity {bitmap.granularity} needs {needed} bytes of bits, more than {MAX_DATA_BYTES}"
+        if needed > self.most_bytes:  # refused before so many bits are allocated
+            what = f"granularity {bitmap.granularity} needs {needed} bytes of bits, more than {self.most_bytes}"
             raise BitmapError(where, what)
         self._bitmaps[name] = bitmap.copy()
         self._bitmaps[name].busy = False
@@ -96,6 +103,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         if name in self._relied_on:
             self._hand_over(name)
         del self._bitmaps[name]
+        self.origins.pop(name, None)
 
     def _hand_over(self, name: str) -> None:
         """Removes a checkpoint from the chain: the checkpoint before it takes over its bits, if it can."""
@@ -132,6 +140,8 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         if new in self:
             raise BitmapError(f"{self.where}: {label(new)}", "the name is taken")
         self[new] = bitmap
+        if name in self.origins:
+            self.origins[new] = self.origins.pop(name)
         self._bitmaps = {new if key == name else key: value for key, value in self._bitmaps.items() if key != new}
 
     def validate(self) -> None:

@@ -13,6 +13,7 @@ from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces.condition import Condition, Source
 from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
 from dirtmap.engine.storefile.directory import no_namespace, place_bitmap, replace_directory
+from dirtmap.engine.storefile.entries import identified, with_root
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.storefile.holds import held_by
 from dirtmap.engine.system.log import logger
@@ -51,6 +52,7 @@ def changing(change: Change, now: Condition) -> Iterator[Transaction]:
         {decode_name(entry.name): now.bitmap(entry, doubted=doubted) for entry in now.entries},
         held_by(now.snapshot.file, record),
         checkpoints_of(now.where, record, {decode_name(entry.name): entry.auto for entry in now.entries}),
+        most_bytes=store.MAX_CHUNKS * change.header.cluster_size,
     )
     try:
         yield bitmaps
@@ -107,7 +109,9 @@ def _put_at_old_size(change: Change, now: Condition, bitmaps: Transaction) -> No
     wanted: list[Entry] = []
     for name, bitmap in bitmaps.items():
         source = bitmap._source
-        kept = _kept(source.entry, name, bitmap) if isinstance(source, Source) and source.condition is now else None
+        kept = None
+        if isinstance(source, Source) and source.condition is now:
+            kept = _kept(change, source.entry, name, bitmap, new=bitmaps.origins.get(name) is None)
         if kept is None or any(kept.table_offset == entry.table_offset > store.ALL_ONES for entry in wanted):
             raise now.other_size()
         wanted.append(kept)
@@ -116,33 +120,43 @@ def _put_at_old_size(change: Change, now: Condition, bitmaps: Transaction) -> No
         change.table.put(replace(now.record, directory=area, nb_bitmaps=len(wanted)))
 
 
-def _kept(entry: Entry, name: str, bitmap: Bitmap) -> Entry:
-    """The entry of a bitmap whose bits keep their place in the file."""
+def _kept(change: Change, entry: Entry, name: str, bitmap: Bitmap, *, new: bool) -> Entry:
+    """The entry of a bitmap whose bits keep their place in the file; ``new`` if they were another one's."""
     flags = {"set": directory.FLAG_AUTO} if bitmap.recording else {"clear": directory.FLAG_AUTO}
-    return replace(entry.with_flags(**flags), name=encode_name(name))
+    kept = replace(entry.with_flags(**flags), name=encode_name(name))
+    return kept if kept.flags == entry.flags and not new else identified(kept, change.generation, new=new)
 
 
 def _put(change: Change, now: Condition, bitmaps: Transaction) -> None:
     record, view = now.record, now.view
-    wanted: list[Entry] = []
-    kept: set[int] = set()
+    kept: dict[str, Entry] = {}
+    of: set[bytes] = set()  # old names of the bitmaps whose bits are kept
     # A tracker that has the session is dead, or this change would have been refused. What it marked is in the bits that
     # were read. They are written, and the session ends.
+    before = {decode_name(entry.name): entry for entry in now.entries}
+    # First those that stay what they are, then those whose bits are now another's.
+    for moved in (False, True):
+        for name, bitmap in bitmaps.items():
+            source = bitmap._source
+            # Bits of another namespace or store are copied. Bits in doubt are written as they are shown, all dirty.
+            # Bits of an inconsistent bitmap are not shown at all.
+            if (
+                name not in kept
+                and isinstance(source, Source)
+                and source.condition is now
+                and (not source.doubted or bitmap.inconsistent)
+                and not (view and not bitmap.inconsistent)
+                and source.entry.name not in of
+                and (moved or bitmaps.origins.get(name) == decode_name(source.entry.name))
+            ):
+                of.add(source.entry.name)
+                kept[name] = _kept(change, source.entry, name, bitmap, new=moved)
+    wanted: list[Entry] = []
     for name, bitmap in bitmaps.items():
-        source = bitmap._source
-        # Bits of another namespace or store are copied. Bits in doubt are written as they are shown, all dirty. Bits of
-        # an inconsistent bitmap are not shown at all.
-        if (
-            isinstance(source, Source)
-            and source.condition is now
-            and (not source.doubted or bitmap.inconsistent)
-            and not (view and not bitmap.inconsistent)
-            and id(source.entry) not in kept
-        ):
-            kept.add(id(source.entry))
-            wanted.append(_kept(source.entry, name, bitmap))
-        else:
-            wanted.append(place_bitmap(change, record, name, bitmap))
+        base = before.get(bitmaps.origins.get(name, ""))
+        if base and base.name in of and name not in kept:
+            base = with_root(base, store.ALL_ZEROS, 0, 0)  # its bits are another's now
+        wanted.append(kept.get(name) or place_bitmap(change, record, name, bitmap, base))
     if wanted == now.entries and not now.doubted and not view:
         return
     if now.doubted:

@@ -2,8 +2,8 @@
 
     old file, locked --> every readable namespace --> new file beside it, synced --> renamed over the old one
 
-A crash leaves the old file, or the new one. Nothing dirty becomes clean. Bits that fail their checksum become all
-dirty, and so does a namespace that only the older header slot leads to, or whose directory is damaged. Such a namespace
+A crash leaves the old file, or the new one. Nothing dirty becomes clean. What damaged bits cover becomes dirty, and
+a namespace all dirty that only the older header slot leads to, or whose directory is damaged. Such a namespace
 also loses a tracker's session, because the bitmaps that are missing would count as removed by the tracker.
 """
 
@@ -18,20 +18,21 @@ from typing import NamedTuple
 
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import Condition, refuse_tracked
-from dirtmap.engine.namespaces.salvage import all_dirty, spare_entries
+from dirtmap.engine.namespaces.salvage import spare_entries
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile import holds
-from dirtmap.engine.storefile.directory import read_entries, verify
+from dirtmap.engine.storefile.directory import read_entries
+from dirtmap.engine.storefile.entries import all_dirty, identified, tree_of, with_root
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.table import DamagedNodeError
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
 from dirtmap.engine.system.locks import USUAL, Locking
-from dirtmap.fmt import geometry, live, store
+from dirtmap.fmt import live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, counted
-from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.store import Record
 from dirtmap.fmt.structures.directory import build_directory
 
 
@@ -72,12 +73,8 @@ _OLDER = "known from the older header slot only"
 class _Eager(Change):
     """A change of a file that no other process knows yet. Writes areas as they are placed, to save memory."""
 
-    def place(self, data: bytes | memoryview) -> Area:
-        area = super().place(data)
-        for offset, waiting in self._writes:
-            self._file.write(offset, waiting)
-        self._writes.clear()
-        return area
+    def plan(self, offset: int, data: bytes | memoryview) -> None:
+        self._file.write(offset, data)
 
 
 def compact(
@@ -308,16 +305,16 @@ def _carry_bits(
     where = f"{record.label}, {label(decode_name(entry.name))}"
     if doubt:
         result.made_dirty.append(f"{where}: {doubt}")
-        return all_dirty(entry)
-    if entry.table_offset in (store.ALL_ZEROS, store.ALL_ONES):
+        return identified(all_dirty(entry), change.generation)
+    if entry.table_offset <= store.ALL_ONES:
         return entry
-    try:
-        verify(source, record, entry)  # proves the checksum before the bits are believed
-    except Error:
-        if not repair:
-            raise
-        result.made_dirty.append(f"{where}: its bits are damaged")
-        return all_dirty(entry)
-    length = geometry.packed_bytes(record.size, entry.granularity)
-    area = change.place(source.file.read_exactly(entry.table_offset, length))
-    return replace(entry, table_offset=area.offset)
+    from dirtmap.engine.storefile import chunks
+
+    (place, checksum), damage = chunks.carry_over(source, tree_of(record, entry), change)
+    new = with_root(entry, place, checksum, entry.table_size)
+    if damage is None:
+        return new
+    if not repair:
+        raise FormatError(f"{source.file.path}: {where}", f"its {damage}; recover makes that last")
+    result.made_dirty.append(f"{where}: its {damage}")
+    return identified(new, change.generation)

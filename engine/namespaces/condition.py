@@ -17,9 +17,11 @@ from dirtmap.engine.identity import disk_size, identity_now, root_elsewhere
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.directory import header_doubts, load_saved, place_bitmap, read_entries, replace_directory
+from dirtmap.engine.storefile.entries import with_root
 from dirtmap.engine.storefile.file import Change, Snapshot
 from dirtmap.engine.storefile.session import session_of
-from dirtmap.fmt import store
+from dirtmap.engine.system.log import logger
+from dirtmap.fmt import geometry, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, printable
 from dirtmap.fmt.store import Record
@@ -255,22 +257,15 @@ class Condition:
 
     # The bits.
 
-    def load(self, entry: Entry, *, doubted: bool) -> NDArray[np.uint64]:
-        """The bits of a bitmap as words: uint64, shape (ceil(granules / 64),), verified, tail bits zero.
+    def load(self, entry: Entry, *, doubted: bool) -> tuple[NDArray[np.uint64], str | None]:
+        """The bits of a bitmap, with what its tracker has marked if the image is tracked, or its tracker has died.
 
-        If the image is tracked, or its tracker has died, they include what the tracker has marked.
-
-        Args:
-            entry: of the bitmap.
-            doubted: all bits count as dirty.
-
-        Raises:
-            FormatError: the checksum is wrong.
+        Arguments and result are those of `load_saved`, and so are the errors.
         """
-        words = load_saved(self.snapshot, self.record, entry, doubted)
+        words, damage = load_saved(self.snapshot, self.record, entry, doubted)
         if not doubted and self.view:
             self.view.add(entry, words)
-        return words
+        return words, damage
 
     def bitmap(self, entry: Entry, *, doubted: bool) -> Bitmap:
         """A bitmap of the directory, its bits still unread; dirty all over if ``doubted``."""
@@ -299,7 +294,6 @@ class Condition:
 
         Raises:
             BitmapError: a bitmap is too fine for the new size.
-            FormatError: bits are damaged, unless ``doubted``.
         """
         self.end_session(change)
         new = new.with_extensions(store.OF_A_SESSION)
@@ -310,26 +304,46 @@ class Condition:
                 bitmap = type(bitmap)(new.size, entry.granularity, entry.auto).recovered()
             elif new.size != self.record.size:
                 bitmap = bitmap.resized(new.size)
-            placed.append(place_bitmap(change, new, decode_name(entry.name), bitmap))
+            base = entry if new.size == self.record.size else with_root(entry, store.ALL_ZEROS, 0, 0)
+            placed.append(place_bitmap(change, new, decode_name(entry.name), bitmap, base))
         area = replace_directory(change, self.record, self.entries, placed)
         change.table.put(replace(new, generation=change.generation, directory=area))
 
 
 @dataclass(eq=False, slots=True)
 class Source:
-    """Where a bitmap has its bits until they are read; all dirty if ``doubted``."""
+    """Where a bitmap has its bits until they are read; all dirty if ``doubted``.
+
+    Attributes:
+        damage: what of the bits was damaged when they were read, and so is dirty: one line, or None.
+    """
 
     condition: Condition
     entry: Entry
     doubted: bool
+    damage: str | None = None
+
+    @property
+    def uniform(self) -> bool | None:
+        """What all bits are, if no bits have to be read for that; else None."""
+        if self.doubted or self.entry.table_offset == store.ALL_ONES:
+            return True
+        return False if self.entry.table_offset == store.ALL_ZEROS and not self.condition.record.tracked else None
 
     def load(self) -> NDArray[np.uint64]:
-        """Reads the bits; see `Condition.load`.
+        """Reads the bits, and logs what is damaged; see `Condition.load`.
 
         Raises:
             Error: the transaction has ended.
         """
-        file = self.condition.snapshot.file
-        if file.fd < 0:
-            raise Error(file.path, "the transaction has ended")
-        return self.condition.load(self.entry, doubted=self.doubted)
+        from dirtmap.engine.model import bits
+
+        now = self.condition
+        if (fill := self.uniform) is not None:
+            return bits.filled(geometry.granules(now.record.size, self.entry.granularity), fill)
+        if now.snapshot.file.fd < 0:
+            raise Error(now.snapshot.file.path, "the transaction has ended")
+        words, self.damage = now.load(self.entry, doubted=self.doubted)
+        if self.damage:
+            logger(__name__).warning("%s: %s: %s", now.where, label(decode_name(self.entry.name)), self.damage)
+        return words

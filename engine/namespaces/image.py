@@ -38,6 +38,13 @@ class _Source:
     layout: Layout
     slot: Slot
 
+    damage: str | None = None  # what is damaged is refused
+
+    @property
+    def uniform(self) -> bool | None:
+        """What all bits are: not known without reading the bitmap table."""
+        return None
+
     def load(self) -> NDArray[np.uint64]:
         if self.file.fd < 0:
             raise Error(self.layout.path, "the transaction has ended")

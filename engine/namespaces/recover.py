@@ -12,7 +12,7 @@ from dirtmap.engine.namespaces.changing import changing
 from dirtmap.engine.namespaces.condition import Condition, refuse_tracked, size_now
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.session.peers import path_of, unrecovered
-from dirtmap.engine.storefile.directory import is_readable, no_namespace
+from dirtmap.engine.storefile.directory import damage_of, no_namespace
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.storefile.session import peer_of
 from dirtmap.engine.system.log import logger
@@ -34,11 +34,13 @@ def recover_record(change: Change, now: Condition, names: list[str]) -> list[Rec
             why = now.doubt
             if why is None and bitmap.inconsistent:
                 why = LEFT_IN_USE
-            if why is None and not is_readable(now.snapshot, now.record, entries[name]):
-                why = "the checksum of its bits is wrong"
             if why is not None:
                 bitmaps[name] = bitmap.recovered()
                 recovered.append(Recovery(name, f"all dirty: {why}"))
+            elif damage := damage_of(now.snapshot, now.record, entries[name]):
+                # What was damaged is dirty as it was read, and no longer what the store has.
+                bitmaps[name] = type(bitmap).from_words(bitmap.size, bitmap.granularity, bitmap.words, bitmap.recording)
+                recovered.append(Recovery(name, f"partly dirty: its {damage}"))
             elif now.view:
                 recovered.append(Recovery(name, now.view.how))
     return recovered
@@ -64,7 +66,7 @@ def _recover_resized(change: Change, now: Condition, names: list[str]) -> list[R
         and view.identity.size == size
         and now.growing
         and not now.doubted
-        and all(is_readable(change.snapshot, record, entry) for entry in now.entries)
+        and not any(damage_of(change.snapshot, record, entry) for entry in now.entries)
     ):
         now.rewrite(change, replace(record, size=size, identity=view.identity), doubted=False)
         dirty = f"all dirty: {LEFT_IN_USE}"

@@ -20,6 +20,7 @@ from dirtmap.engine.model.infos import Recovery
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces.condition import size_now
 from dirtmap.engine.storefile.directory import read_entries
+from dirtmap.engine.storefile.entries import identified
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import (
@@ -41,11 +42,6 @@ KNOWN = "its directory was damaged"
 READ = f"{KNOWN}, and its name may have been another"
 
 
-def all_dirty(entry: Entry) -> Entry:
-    """The entry of the same bitmap, dirty all over."""
-    return replace(entry, table_offset=store.ALL_ONES, table_size=0, extra_data=b"")
-
-
 def spare_entries(snapshot: Snapshot, record: Record, older: Snapshot | None) -> dict[Entry, str]:
     """The bitmaps that a namespace with a damaged directory may have had: all dirty, consistent and recording.
 
@@ -62,7 +58,9 @@ def spare_entries(snapshot: Snapshot, record: Record, older: Snapshot | None) ->
     for entries, why in ((_from_before(record, older), KNOWN), (_from_damaged(snapshot, record), READ)):
         for entry in entries:
             # Whether it recorded is uncertain. A bitmap that does not record would miss all later writes.
-            dirty = all_dirty(entry.with_flags(set=directory.FLAG_AUTO, clear=directory.FLAG_IN_USE))
+            flags = entry.with_flags(set=directory.FLAG_AUTO, clear=directory.FLAG_IN_USE)
+            # Without its extra data, which may be damaged: it gets an identity of its own.
+            dirty = replace(flags, table_offset=store.ALL_ONES, table_size=0, extra_data=b"")
             # The disk may have grown since, and the bitmap be too long for it.
             faults = store.entry_faults(dirty, record.size, snapshot.header.cluster_size, snapshot.size)
             if len(found) < directory.MAX_BITMAPS and not any(faults):
@@ -106,7 +104,7 @@ def recover(change: Change, now: Condition, names: list[str], damage: FormatErro
     for entry in entries:
         for field, what in store.entry_faults(entry, size, change.header.cluster_size, 0):
             raise BitmapError(f"{now.where}: {label(decode_name(entry.name))}.{field}", what)
-    area = change.place(build_directory(entries))
+    area = change.place(build_directory([identified(entry, change.generation) for entry in entries]))
     change.table.put(
         replace(
             now.end_session(change),

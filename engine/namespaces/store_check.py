@@ -17,8 +17,9 @@ from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport, require_repair
 from dirtmap.engine.namespaces.compact import compact
 from dirtmap.engine.namespaces.condition import Condition
+from dirtmap.engine.storefile import chunks
 from dirtmap.engine.storefile import header as headers
-from dirtmap.engine.storefile.directory import verify
+from dirtmap.engine.storefile.entries import tree_of
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.storefile.place import is_elsewhere
 from dirtmap.engine.storefile.session import require_known
@@ -26,7 +27,7 @@ from dirtmap.engine.storefile.space import SpaceMap
 from dirtmap.engine.storefile.table import DamagedNodeError, Node
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import geometry, store
-from dirtmap.fmt.errors import FormatError, UnsupportedError
+from dirtmap.fmt.errors import Error, FormatError, UnsupportedError
 from dirtmap.fmt.store import Area, Record
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class _Check:
             self.report.found(CORRUPTION, "header.sessions", f"{said}, but there are {sessions}")
         return complete
 
-    def wrong(self, error: FormatError) -> None:
+    def wrong(self, error: Error) -> None:
         self.report.found(CORRUPTION, error.where.removeprefix(f"{self.snapshot.file.path}: "), error.what)
 
     def headers(self) -> None:
@@ -166,20 +167,22 @@ class _Check:
             self.report.found(NOTE, where, f"counts as all dirty: {doubt}")
         try:
             entries = now.entries
-        except FormatError as error:
+        except (FormatError, UnsupportedError) as error:
             self.wrong(error)
             return False
+        complete = True
         for entry in entries:
-            if entry.table_offset > store.ALL_ONES:
-                length = geometry.packed_bytes(record.size, entry.granularity)
-                self.area(Area(entry.table_offset, length), f"bits of {where}, {label(decode_name(entry.name))}")
+            bitmap = f"{where}, {label(decode_name(entry.name))}"
             if entry.in_use:
-                self.report.found(NOTE, f"{where}, {label(decode_name(entry.name))}", "inconsistent")
-            try:
-                verify(self.snapshot, record, entry)
-            except FormatError as error:
-                self.wrong(error)
-        return True
+                self.report.found(NOTE, bitmap, "inconsistent")
+            if entry.table_offset > store.ALL_ONES:
+                found = chunks.verify(self.snapshot, tree_of(record, entry))
+                for area in chunks.clusters(found):
+                    self.area(area, f"bits of {bitmap}")
+                if damage := found.told():
+                    self.report.found(CORRUPTION, bitmap, damage)
+                complete &= not found.lost_nodes
+        return complete
 
     def space(self, *, complete: bool) -> None:
         """Compares the space map with the clusters that are used."""

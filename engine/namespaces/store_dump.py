@@ -11,13 +11,14 @@ import numpy as np
 from dirtmap.engine.model.dumping import MOST_RUNS, Shown, data, text
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import Condition
+from dirtmap.engine.storefile import chunks
 from dirtmap.engine.storefile import header as headers
-from dirtmap.engine.storefile.directory import verify
+from dirtmap.engine.storefile.entries import tree_of
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.table import Node
 from dirtmap.engine.system.file import File, open_file
-from dirtmap.fmt import directory, geometry, live, store
+from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import FormatError, UnsupportedError, counted
 from dirtmap.fmt.store import Area, Record
@@ -27,17 +28,20 @@ from dirtmap.fmt.structures.extensions import EXTENSION_HEAD, build_extension, p
 from dirtmap.fmt.structures.live import CHECKPOINT_NAME, PEER, SESSION, WINDOW
 from dirtmap.fmt.structures.store import (
     AREA,
-    BITS_CHECKSUM,
+    BITS,
     CHECKSUM,
     FILE_IDENTITY,
     HEADER,
     HOLD,
+    IDENTITY,
     LEAF,
     NAMESPACES_EXTENSION,
     NODE_POINTER,
     PLACE_EXTENSION,
+    POINTER,
     RECORD,
     RUN,
+    item_faults,
     parse_record,
     split_records,
 )
@@ -65,6 +69,7 @@ _RECORD_EXTENSIONS: dict[int, tuple[Structure, dict[str, str]]] = {
     store.EXTENSION_SESSION: (SESSION, {"live": "live_size", "log_path": "log_size"}),
     store.EXTENSION_PEER: (PEER, {"name": "name_size", "store": "store_size"}),
 }
+_ITEMS = {store.ITEM_BITS: BITS, store.ITEM_WINDOW: WINDOW, store.ITEM_IDENTITY: IDENTITY}
 _RECORD_EXTENSION_NAMES = {
     **{kind: structure.name for kind, (structure, _) in _RECORD_EXTENSIONS.items()},
     store.EXTENSION_CHECKPOINTS: "checkpoints",
@@ -103,6 +108,7 @@ class _Dump(Shown):
         self.faults: list[dict[str, str]] = []
         self.stopped: str | None = None
         self.shown: set[int] = set()  # offsets of the areas shown so far
+        self.pointers = 0  # of nodes, shown so far
         self.copies(snapshot)
         if snapshot is not None:
             self.namespaces(snapshot)
@@ -142,6 +148,7 @@ class _Dump(Shown):
         self.shown.add(area.offset)
         raw = self.file.read(area.offset, area.length)
         if raw and crc32c.crc32c(raw) != area.checksum:
+            snapshot.doubted = True
             self.fault(f"{what} at {area.offset:#x}", "its checksum is wrong")
         return raw
 
@@ -319,39 +326,63 @@ class _Dump(Shown):
         meaning = {store.ALL_ZEROS: "all zeros", store.ALL_ONES: "all ones"}.get(entry.table_offset)
         if meaning:
             fields[0]["meaning"] = meaning
-        at, extra = offset + DIRECTORY_ENTRY.size, entry.extra_data
-        if len(extra) >= BITS_CHECKSUM.size:
-            fields += self.fields(BITS_CHECKSUM, at, extra[: BITS_CHECKSUM.size])
-            at, extra = at + BITS_CHECKSUM.size, extra[BITS_CHECKSUM.size :]
-        if len(extra) >= WINDOW.size:
-            window = self.fields(WINDOW, at, extra[: WINDOW.size])
-            window[2]["meaning"] = "busy" if window[2]["value"] & live.WINDOW_BUSY else ""
-            fields += window
-            at, extra = at + WINDOW.size, extra[WINDOW.size :]
-        if extra:
-            fields.append(data("extra_data", at, extra))
-        fields.append(text("name", at + len(extra), entry.name))
+        at = offset + DIRECTORY_ENTRY.size
+        fields += self.items(at, entry.extra_data)
+        fields.append(text("name", at + len(entry.extra_data), entry.name))
         self.add(f"directory entry: {where}", offset, raw, fields=fields)
         faults = list(store.entry_faults(entry, record.size, snapshot.header.cluster_size, snapshot.size))
+        faults += item_faults(entry)
         for field_name, what in faults:
             self.fault(f"{where}.{field_name}", what)
         if not faults and not meaning:
             self.bits(snapshot, record, entry, where)
         return not faults
 
+    def items(self, offset: int, extra: bytes) -> list[dict[str, Any]]:
+        """The fields of the items in an entry's extra data; what makes no sense is shown as data."""
+        chain = parse_chain(extra, 0, len(extra))
+        fields: list[dict[str, Any]] = []
+        for item in chain.extensions:
+            structure = _ITEMS.get(item.type)
+            head = extra[item.offset : item.data_offset]
+            fields += self.fields(EXTENSION_HEAD, offset + item.offset, head)
+            fields[-2]["meaning"] = structure.name if structure else "unknown"
+            at, raw = offset + item.data_offset, item.data
+            if structure and len(raw) >= structure.size:
+                found = self.fields(structure, at, raw[: structure.size])
+                if structure is WINDOW:
+                    found[2]["meaning"] = "busy" if found[2]["value"] & live.WINDOW_BUSY else ""
+                fields += found
+                at, raw = at + structure.size, raw[structure.size :]
+            if raw:
+                fields.append(data("data", at, raw))
+        if chain.end < len(extra):
+            fields.append(data("extra_data", offset + chain.end, extra[chain.end :]))
+        return fields
+
     def bits(self, snapshot: Snapshot, record: Record, entry: Entry, where: str) -> None:
-        length = geometry.packed_bytes(record.size, entry.granularity)
-        self.add(f"bits: {where}", entry.table_offset, self.file.read(entry.table_offset, min(length, _MOST_HEX)))
-        self.structures[-1]["length"] = length
+        """Adds the nodes and the chunks of a bitmap's bits; chunks that are adjacent in the file as one structure."""
         if entry.table_offset in self.shown:
             self.fault(f"{where}.table_offset", "another area begins there, too")
             return
         self.shown.add(entry.table_offset)
-        try:
-            verify(snapshot, record, entry)
-        except FormatError as error:
-            self.note("its checksum is wrong")
-            self.fault(f"{where} at {entry.table_offset:#x}", error.what)
+        cluster = snapshot.header.cluster_size
+        found = chunks.verify(snapshot, tree_of(record, entry))
+        for (level, number), place in found.at.items():
+            raw = self.file.read(place, cluster)
+            fields: list[dict[str, Any]] = []
+            for at in range(0, len(raw), POINTER.size):
+                pointer = raw[at : at + POINTER.size]
+                if any(pointer) and self.pointers < MOST_RUNS:
+                    self.pointers += 1
+                    for field in self.fields(POINTER, place + at, pointer):
+                        fields.append({**field, "name": f"[{at // POINTER.size}].{field['name']}"})
+            self.add(f"node {number} of level {level} of the bits: {where}", place, raw, fields=fields)
+        for area in chunks.clusters_of_chunks(found):
+            self.add(f"bits: {where}", area.offset, self.file.read(area.offset, min(area.length, _MOST_HEX)))
+            self.structures[-1]["length"] = area.length
+        for _, _, place in found.damaged:
+            self.fault(f"{where} at {place:#x}", "its checksum is wrong, or nothing can be there")
 
     def space(self, snapshot: Snapshot) -> None:
         area = snapshot.header.space

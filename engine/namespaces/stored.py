@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery
 from dirtmap.engine.model.namespace import Namespace
@@ -18,10 +18,11 @@ from dirtmap.engine.namespaces.place import holding
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.recover import log_recovered, recover_record, recover_session, recover_tracked_device
 from dirtmap.engine.storefile.chain import checkpoints_of
-from dirtmap.engine.storefile.directory import no_namespace
+from dirtmap.engine.storefile.directory import count_saved, no_namespace
+from dirtmap.engine.storefile.entries import identity_of
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
 from dirtmap.engine.storefile.session import require_known
-from dirtmap.fmt import geometry, store
+from dirtmap.fmt import store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.store import Record
@@ -108,7 +109,7 @@ class StoredImage(Namespace):
                     _require_same_size(now)
                     bitmap = now.bitmap(entry, doubted=now.doubted)
                     bitmap.busy = name in now.busy
-                    if not bitmap.inconsistent:
+                    if not bitmap.inconsistent and bitmap._uniform() is None:
                         _ = bitmap.words  # loads the bits now, while they are consistent
                     return bitmap.freeze()
             return None
@@ -181,14 +182,16 @@ def _describe(now: Condition) -> ImageInfo:
     name = decode_name(record.name)
     # Whoever reads a bitmap is refused.
     errors = [str(now.other_size())] if now.resized else []
-    counts: dict[bytes, int | None] = {}
+    counts: dict[bytes, int] = {}
     entries: list[Entry] | None = None
     # Damage to one bitmap must not hide the others.
     with _noting(errors):
         entries = now.entries
     for entry in entries or []:
-        with _noting(errors):
-            counts[entry.name] = None if entry.in_use else _count(now, entry)
+        if not entry.in_use:
+            counts[entry.name], damage = _count(now, entry)
+            if damage:
+                notes.append(f"{record.label}: {label(decode_name(entry.name))}: {damage}; recover makes that last")
     device = record.kind == store.KIND_DEVICE
     bitmaps = tuple(
         BitmapInfo(
@@ -201,6 +204,7 @@ def _describe(now: Condition) -> ImageInfo:
             namespace=str(uuid.UUID(bytes=record.uuid)),
             node=None if device else name,
             device=name if device else None,
+            **_identity(entry),
         )
         for entry in entries or []
     )
@@ -245,17 +249,22 @@ def _info(
 def _noting(errors: list[str]) -> Iterator[None]:
     try:
         yield
-    except FormatError as error:
+    except (FormatError, UnsupportedError) as error:
         errors.append(str(error))
 
 
-def _count(now: Condition, entry: Entry) -> int:
-    """The dirty bytes of a bitmap, in whole granules. Reads nothing if the bitmap takes no space."""
-    if now.doubted or entry.table_offset == store.ALL_ONES:
-        return geometry.granules(now.record.size, entry.granularity) * entry.granularity
-    if entry.table_offset == store.ALL_ZEROS and not now.view:
-        return 0
-    return now.bitmap(entry, doubted=False).count
+def _identity(entry: Entry) -> dict[str, Any]:
+    found = identity_of(entry)
+    return {"uuid": str(uuid.UUID(bytes=found.uuid)), "generation": found.generation} if found else {}
+
+
+def _count(now: Condition, entry: Entry) -> tuple[int, str | None]:
+    """The dirty bytes of a bitmap, in whole granules; and what of its bits is damaged, or None."""
+    if not now.doubted and entry.table_offset > store.ALL_ONES and not now.record.tracked:
+        granules, damage = count_saved(now.snapshot, now.record, entry)
+        return granules * entry.granularity, damage
+    bitmap = now.bitmap(entry, doubted=now.doubted)
+    return bitmap.count, bitmap.damage
 
 
 def describe_store(target: Store) -> ImageInfo:

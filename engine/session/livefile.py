@@ -16,7 +16,7 @@ from bitarray import bitarray
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import bits
 from dirtmap.engine.system import file as fileio
-from dirtmap.engine.system import livefs
+from dirtmap.engine.system import livefs, memory
 from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, clock_offset
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import LockedError, StorageError
@@ -238,17 +238,17 @@ class Words:
 
 
 def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:
-    """The OR of all parts at a granularity, in bytes: new words. Works by blocks that fit into the CPU's cache."""
-    result = np.empty(geometry.ceil_div(geometry.granules(size, granularity), 64), bits.WORD)
-    all_words = [part.at(granularity) for part in parts]
-    for at in range(0, len(result), _BLOCK):
-        block = result[at : at + _BLOCK]
-        if len(all_words) < 2:
-            block[:] = all_words[0][at : at + _BLOCK] if all_words else 0
-            continue
-        np.bitwise_or(all_words[0][at : at + _BLOCK], all_words[1][at : at + _BLOCK], out=block)
-        for words in all_words[2:]:
-            np.bitwise_or(block, words[at : at + _BLOCK], out=block)
+    """What any of them has, at that granularity: new words. A block at a time, which stays in the cache.
+
+    Blocks without a bit take no memory.
+    """
+    length = geometry.ceil_div(geometry.granules(size, granularity), 64)
+    result = np.frombuffer(memory.sparse(max(length, 1) * 8), bits.WORD)[:length]
+    for words in [part.at(granularity) for part in parts]:
+        for at in range(0, length, _BLOCK):
+            block = words[at : at + _BLOCK]
+            if block.any():
+                result[at : at + _BLOCK] |= block
     return result
 
 

@@ -293,6 +293,8 @@ def view_of(snapshot: Snapshot, record: Record) -> SessionView | None:
     views = _views.setdefault(snapshot, {})
     if record.uuid not in views:
         session = session_of(record)
+        if session is not None:
+            snapshot.watched[record.name] = record
         views[record.uuid] = None if session is None else SessionView(snapshot, record, session)
     return views[record.uuid]
 

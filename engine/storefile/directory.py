@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import bisect
-from typing import TYPE_CHECKING
-
-import crc32c
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from dirtmap.engine.model.naming import decode_name, encode_name, label
+from dirtmap.engine.storefile.entries import (
+    Tree,
+    identified,
+    identity_of,
+    is_same_content,
+    tree_of,
+    with_items,
+    with_root,
+)
 from dirtmap.engine.storefile.file import Change, Snapshot
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, FormatError
-from dirtmap.fmt.store import Area, Record, namespace_label
+from dirtmap.fmt.errors import BitmapError, FormatError, StorageError, UnsupportedError
+from dirtmap.fmt.store import ITEM_WINDOW, Area, Record, namespace_label
 from dirtmap.fmt.structures.directory import build_directory, parse_entries
-from dirtmap.fmt.structures.store import BITS_CHECKSUM
+from dirtmap.fmt.structures.store import item_faults, unknown_item
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from dirtmap.engine.model.bitmap import Bitmap
-
-
-_PIECE = 1 << 20  # bytes that `verify` reads at a time
 
 
 def no_namespace(path: str, name: bytes) -> BitmapError:
@@ -42,55 +48,50 @@ def require_free(change: Change, name: bytes) -> None:
         raise BitmapError(f"{change.snapshot.file.path}: {namespace_label(name)}", "the name is taken")
 
 
-def load_saved(snapshot: Snapshot, record: Record, entry: Entry, doubted: bool) -> NDArray[np.uint64]:
-    """The saved bits of a bitmap, without a tracker's marks: uint64, shape (ceil(granules / 64),), tail bits zero.
+def load_saved(
+    snapshot: Snapshot, record: Record, entry: Entry, doubted: bool
+) -> tuple[NDArray[np.uint64], str | None]:
+    """The saved bits of a bitmap, without a tracker's marks.
 
-    All are set if ``doubted``.
+    Args:
+        snapshot: of the store.
+        record: of the namespace.
+        entry: of the bitmap.
+        doubted: all bits are set, whatever is stored.
 
-    Raises:
-        FormatError: the checksum is wrong.
-    """
-    import numpy as np
-
-    from dirtmap.engine.model import bits
-
-    nbits = geometry.granules(record.size, entry.granularity)
-    length = geometry.packed_bytes(record.size, entry.granularity)
-    if doubted or entry.table_offset == store.ALL_ONES:
-        words = np.full(geometry.ceil_div(nbits, 64), 2**64 - 1, "<u8")
-        bits.mask_tail(words, nbits)
-        return words
-    words = np.zeros(geometry.ceil_div(nbits, 64), "<u8")
-    if entry.table_offset != store.ALL_ZEROS:
-        buffer = words.view(np.uint8).data[:length]
-        snapshot.file.read_into(entry.table_offset, buffer)
-        checksum = BITS_CHECKSUM.parse(entry.extra_data).checksum
-        if crc32c.crc32c(buffer) != checksum:
-            raise _wrong_bits(snapshot, record, entry)
-        bits.mask_tail(words, nbits)
-    return words
-
-
-def verify(snapshot: Snapshot, record: Record, entry: Entry) -> None:
-    """Compares the bits of a bitmap with their checksum, without keeping them in memory.
+    Returns:
+        The bits: uint64, shape (ceil(granules / 64),), tail bits zero. What of them is damaged, and so counts as dirty:
+        one line; None if nothing is.
 
     Raises:
-        FormatError: the checksum is wrong.
+        StorageError: there is no memory for so many bits.
     """
-    if entry.table_offset in (store.ALL_ZEROS, store.ALL_ONES):
-        return
-    checksum = 0
-    end = entry.table_offset + geometry.packed_bytes(record.size, entry.granularity)
-    for offset in range(entry.table_offset, end, _PIECE):
-        checksum = crc32c.crc32c(snapshot.file.read(offset, min(_PIECE, end - offset)), checksum)
-    if checksum != BITS_CHECKSUM.parse(entry.extra_data).checksum:
-        raise _wrong_bits(snapshot, record, entry)
+    from dirtmap.engine.storefile import chunks
+
+    tree = tree_of(record, entry)
+    where = f"{snapshot.file.path}: {record.label}: {label(decode_name(entry.name))}"
+    try:
+        tree = tree._replace(place=store.ALL_ONES) if doubted else tree
+        return chunks.load(snapshot, tree, (record.uuid, entry.name))
+    except MemoryError:
+        what = f"there is no memory for its {geometry.ceil_div(tree.nbits, 8)} bytes of bits"
+        raise StorageError(where, what) from None
 
 
-def _wrong_bits(snapshot: Snapshot, record: Record, entry: Entry) -> FormatError:
-    bitmap = f"{label(decode_name(entry.name))} at {entry.table_offset:#x}"
-    where = f"{snapshot.file.path}: {record.label}: {bitmap}"
-    return FormatError(where, "its checksum is wrong; recover makes it all dirty")
+def count_saved(snapshot: Snapshot, record: Record, entry: Entry) -> tuple[int, str | None]:
+    """How many granules are dirty in the saved bits; and what is damaged, as in `load_saved`. Keeps no bits."""
+    from dirtmap.engine.storefile import chunks
+
+    return chunks.count(snapshot, tree_of(record, entry))
+
+
+def damage_of(snapshot: Snapshot, record: Record, entry: Entry) -> str | None:
+    """What of the bits of a bitmap is damaged, and so counts as dirty: one line; None if nothing is. Keeps no bits."""
+    if entry.table_offset <= store.ALL_ONES:
+        return None
+    from dirtmap.engine.storefile import chunks
+
+    return chunks.verify(snapshot, tree_of(record, entry)).told()
 
 
 def _require_own_directory(snapshot: Snapshot, record: Record) -> None:
@@ -116,6 +117,7 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
     Raises:
         UnsupportedError: the namespace has what only newer software knows.
         FormatError: the directory is damaged, or an entry breaks a rule of the format.
+        UnsupportedError: an entry has an item that must be known, and is not.
     """
     require_known(snapshot.file.path, record)
     _require_own_directory(snapshot, record)
@@ -126,8 +128,11 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
     try:
         for _, entry in parse_entries(data):
             faults = store.entry_faults(entry, record.size, snapshot.header.cluster_size, snapshot.size)
-            for field, what in faults:
+            for field, what in (*faults, *item_faults(entry)):
                 raise FormatError(f"{where}: {label(decode_name(entry.name))}.{field}", what)
+            if unknown := unknown_item(entry):
+                what = f"an item of type {unknown:#010x}, without which a later version does not let it be used"
+                raise UnsupportedError(f"{where}: {label(decode_name(entry.name))}.extra_data", what)
             if entry.name in entries:
                 raise FormatError(f"{where}: directory", f"two entries for {label(decode_name(entry.name))}")
             entries[entry.name] = entry
@@ -152,19 +157,12 @@ def header_doubts(snapshot: Snapshot, record: Record) -> str | None:
     return None
 
 
-def is_readable(snapshot: Snapshot, record: Record, entry: Entry) -> bool:
-    """False if the checksum of the bits is wrong."""
-    try:
-        verify(snapshot, record, entry)
-    except FormatError:
-        return False
-    return True
-
-
 def release_bits(change: Change, record: Record, entry: Entry) -> None:
     """Gives up the clusters of a bitmap's bits, if it has any."""
     if entry.table_offset > store.ALL_ONES:
-        change.release(Area(entry.table_offset, geometry.packed_bytes(record.size, entry.granularity)))
+        from dirtmap.engine.storefile import chunks
+
+        chunks.release(change, tree_of(record, entry))
 
 
 def replace_directory(change: Change, record: Record, old: list[Entry], wanted: list[Entry]) -> Area:
@@ -174,7 +172,7 @@ def replace_directory(change: Change, record: Record, old: list[Entry], wanted: 
         change: plans the writing.
         record: of the namespace, as it was.
         old: the old entries.
-        wanted: the new entries. An entry that keeps its bits has the same offset as before.
+        wanted: the new entries. An entry that keeps its bits has the same root as before.
 
     Raises:
         BitmapError: there are too many bitmaps.
@@ -183,7 +181,7 @@ def replace_directory(change: Change, record: Record, old: list[Entry], wanted: 
     if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
         where = f"{change.snapshot.file.path}: {record.label}"
         raise BitmapError(where, f"{len(wanted)} bitmaps are more than {directory.MAX_BITMAPS}")
-    kept = {entry.table_offset for entry in wanted}
+    kept = {entry.table_offset for entry in wanted} | change.superseded
     for entry in old:
         if entry.table_offset not in kept:
             release_bits(change, record, entry)
@@ -191,8 +189,16 @@ def replace_directory(change: Change, record: Record, old: list[Entry], wanted: 
     return change.place(packed)
 
 
-def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap) -> Entry:
-    """Plans the writing of a bitmap's bits, and makes the entry that leads to them.
+def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap, base: Entry | None = None) -> Entry:
+    """Plans the writing of a bitmap's bits, and makes the entry that leads to them. It has no window.
+
+    Args:
+        change: plans the writing.
+        record: of the namespace.
+        name: of the bitmap.
+        bitmap: its content and flags. Its words must not change until the commit.
+        base: the entry in the old directory of the bitmap that this one takes the place of; None for a new bitmap.
+            Only what differs from its bits is written, and what is replaced is given up; no other entry may keep them.
 
     Raises:
         BitmapError: the bitmap is inconsistent, or too fine for the size of the disk.
@@ -200,19 +206,55 @@ def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap) -> E
     where = f"{change.snapshot.file.path}: {record.label}: {label(name)}"
     if bitmap.inconsistent:
         raise BitmapError(where, "an inconsistent bitmap cannot be copied")
-    length = geometry.packed_bytes(record.size, bitmap.granularity)
-    if length > directory.MAX_DATA_BYTES:
-        what = f"granularity {bitmap.granularity} needs {length} bytes of bits, more than {directory.MAX_DATA_BYTES}"
-        raise BitmapError(where, what)
-    packed = bitmap.packed()
     flags = directory.FLAG_AUTO if bitmap.recording else 0
-    bits = bitmap.granularity.bit_length() - 1
+    clean = Entry(encode_name(name), store.ALL_ZEROS, 0, flags, bitmap.granularity.bit_length() - 1)
+    for _, what in store.entry_faults(clean, record.size, change.header.cluster_size, 0):
+        raise BitmapError(where, f"granularity {bitmap.granularity} is too fine for the disk: {what}")
+    entry = clean if base is None else replace(with_items(base, {ITEM_WINDOW: None}), name=clean.name)
+    entry = entry.with_flags(set=flags, clear=(directory.FLAG_AUTO | directory.FLAG_IN_USE) & ~flags)
+    if base is not None and base.granularity_bits != clean.granularity_bits:
+        entry = replace(with_root(entry, store.ALL_ZEROS, 0, 0), granularity_bits=clean.granularity_bits)
     dirty = bitmap.count // bitmap.granularity
-    if dirty == 0:
-        return Entry(encode_name(name), store.ALL_ZEROS, 0, flags, bits)
-    if dirty == geometry.granules(record.size, bitmap.granularity):
-        return Entry(encode_name(name), store.ALL_ONES, 0, flags, bits)
-    area = change.place(packed)
-    clusters = len(area.clusters(change.header.cluster_size))
-    extra = BITS_CHECKSUM.build(checksum=area.checksum, reserved=0)
-    return Entry(encode_name(name), area.offset, clusters, flags, bits, extra_data=extra)
+    nbits = geometry.granules(record.size, bitmap.granularity)
+    if dirty in (0, nbits):
+        entry = with_root(entry, store.ALL_ONES if dirty else store.ALL_ZEROS, 0, 0)
+    else:
+        entry = _write(change, record, entry, lambda chunks, tree: chunks.write(change, bitmap.words, tree))
+    return _renewed(change, base, entry)
+
+
+def merge_bits(change: Change, record: Record, entry: Entry, words: NDArray[np.uint64]) -> Entry:
+    """Plans the writing of a bitmap's bits together with those of ``words``, and makes the entry that leads to them.
+
+    Args:
+        change: plans the writing.
+        record: of the namespace.
+        entry: as it is in the old directory, but for its window.
+        words: uint64, shape (ceil(granules / 64),), tail bits zero.
+    """
+    if entry.table_offset == store.ALL_ONES:
+        return entry
+    return _renewed(
+        change, entry, _write(change, record, entry, lambda chunks, tree: chunks.merge(change, words, tree))
+    )
+
+
+def _write(change: Change, record: Record, entry: Entry, write: Callable[[Any, Tree], tuple[int, int]]) -> Entry:
+    from dirtmap.engine.storefile import chunks
+
+    tree = tree_of(record, entry)
+    if tree.place in change.superseded:
+        tree = tree._replace(place=store.ALL_ZEROS, checksum=0)
+    elif tree.place > store.ALL_ONES:
+        change.superseded.add(tree.place)
+    place, checksum = write(chunks, tree)
+    return with_root(
+        entry, place, checksum, geometry.table_entries(record.size, entry.granularity, change.header.cluster_size)
+    )
+
+
+def _renewed(change: Change, base: Entry | None, entry: Entry) -> Entry:
+    """The entry with its identity: another generation if its content is not that of ``base``."""
+    if base is not None and is_same_content(base, entry) and identity_of(entry):
+        return entry
+    return identified(entry, change.generation, new=base is None)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from time import time_ns
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import crc32c
 
@@ -45,8 +45,9 @@ T = TypeVar("T")
 
 FORMAT = "dirtmap"
 _WRITER = 100  # offset of the byte that a writer locks exclusively; the next one to write locks the byte after it
-# A reader starts over if the header changed meanwhile. So many attempts are needed only if commits never pause.
-_ATTEMPTS = 1000
+# A reader starts over if what it reads is overwritten meanwhile. So many attempts are needed only if commits never
+# pause: each keeps what was read of a bitmap and has not changed.
+_ATTEMPTS = 200
 
 
 class Snapshot:
@@ -57,11 +58,17 @@ class Snapshot:
         chosen: which header counts, and why.
         header: the header that counts.
         directories: of each directory read so far: its first byte, the byte behind it, and the namespace; ascending.
+        doubted: a checksum was wrong: damage, or the commits since have written over what was read.
+        watched: the namespaces of which something else was looked at, too, such as a tracker's live files, by name.
+        kept: what an earlier attempt at the same answer has read and verified, for those who can use it.
     """
 
-    def __init__(self, file: File, chosen: Chosen) -> None:
+    def __init__(self, file: File, chosen: Chosen, kept: dict[object, Any] | None = None) -> None:
         self.file, self.chosen, self.header = file, chosen, chosen.header
         self.directories: list[tuple[int, int, bytes]] = []
+        self.doubted = False
+        self.watched: dict[bytes, Record] = {}
+        self.kept: dict[object, Any] = {} if kept is None else kept
         self.size = file.size()
 
     def check_area(self, area: Area, what: str, most: int = store.MAX_METADATA_BYTES) -> None:
@@ -91,6 +98,7 @@ class Snapshot:
             return b""
         data = self.file.read(area.offset, area.length)
         if len(data) < area.length or crc32c.crc32c(data) != area.checksum:
+            self.doubted = True
             raise FormatError(f"{self.file.path}: {what} at {area.offset:#x}", f"its checksum is wrong; {remedy}")
         return data
 
@@ -256,19 +264,22 @@ class Store:
     def read(self, read: Callable[[Snapshot], T]) -> T:
         """Runs ``read`` on the state of one commit, or again on a later one if the store changed too much meanwhile.
 
-        What a commit refers to stays untouched until the commit after the next has switched the header, because areas
-        are taken from clusters that neither slot refers to. So an answer counts if, after it was made, the newest
-        header is at most one generation on. Otherwise it is made again, as it is if a checksum failed meanwhile.
+        An answer counts, as that of its commit, if all that it was made from was verified. If a checksum was wrong, it
+        is damage only if the newest header is still at most one generation on: what a commit refers to stays untouched
+        until the commit after the next has switched the header, because areas are taken from clusters that neither slot
+        refers to. Otherwise the answer is made again. What was looked at beside the store, such as live files, goes
+        with its record: that must be the same, or the header at most one generation on.
 
         Raises:
             FormatError: a checksum is wrong, and the store did not change.
             GoneError: the file is another store now.
             LockedError: the store changes faster than it can be read.
         """
+        kept: dict[object, Any] = {}
         for _ in range(_ATTEMPTS):
             if not self._file.is_current():
                 self._reopen()
-            snapshot = Snapshot(self._file, self._stable_header())
+            snapshot = Snapshot(self._file, self._stable_header(), kept)
             if snapshot.chosen.lost and not self._file.is_current():
                 continue  # a compaction has just put another file in its place
             try:
@@ -276,8 +287,13 @@ class Store:
                 failure = None
             except FormatError as error:
                 failure = error
-            now = self._stable_header().header
+            if failure is None and not snapshot.doubted and not snapshot.watched:
+                return answer
+            chosen = self._stable_header()
+            now = chosen.header
             if failure is None and now.generation <= snapshot.header.generation + 1:
+                return answer
+            if failure is None and not snapshot.doubted and _is_as_watched(snapshot, Snapshot(self._file, chosen)):
                 return answer
             if failure is not None and now.commit_id == snapshot.header.commit_id and self._file.is_current():
                 try:
@@ -348,6 +364,15 @@ class Store:
                         return
 
 
+def _is_as_watched(then: Snapshot, now: Snapshot) -> bool:
+    """True if no commit since has changed a namespace of which something else was looked at, too."""
+    try:
+        table = now.table()
+        return all(table.get(name) == record for name, record in then.watched.items())
+    except FormatError:
+        return False
+
+
 class Change:
     """A store during a change. Areas are planned; then `commit` writes them and switches the header.
 
@@ -357,6 +382,7 @@ class Change:
         generation: the number that the commit will have.
         afterwards: callbacks for when the commit is durable.
         copies: the header copies known so far, and what they say.
+        superseded: the roots of those bits of the old state that new ones take over from: see `chunks.write`.
     """
 
     def __init__(self, file: File, chosen: Chosen) -> None:
@@ -374,6 +400,7 @@ class Change:
         self.generation = max(header.generation + (2 if chosen.in_doubt else 1), chosen.lost + 1)
         self._writes: list[tuple[int, bytes | memoryview]] = []
         self.afterwards: list[Callable[[], None]] = []
+        self.superseded: set[int] = set()
 
     def place(self, data: bytes | memoryview) -> Area:
         """Finds room for bytes, and plans their writing by the commit. Errors as `SpaceMap.take`."""
@@ -382,8 +409,20 @@ class Change:
             return Area()
         cluster = self.space.take(ceil_div(length, self.header.cluster_size))
         offset = cluster * self.header.cluster_size
-        self._writes.append((offset, data))
+        self.plan(offset, data)
         return Area(offset, length, crc32c.crc32c(data))
+
+    def take(self, count: int) -> list[tuple[int, int]]:
+        """Finds so many clusters, for `plan`: runs, (first, count). Errors as `SpaceMap.take_runs`."""
+        return self.space.take_runs(count)
+
+    def untake(self, first: int, count: int) -> None:
+        """Gives back clusters that `take` has found, and for which nothing is planned."""
+        self.space.untake(first, count)
+
+    def plan(self, offset: int, data: bytes | memoryview) -> None:
+        """Plans the writing of bytes by the commit, into clusters that `take` has found."""
+        self._writes.append((offset, data))
 
     def release(self, area: Area) -> None:
         """Gives up an area. It is reused once neither header slot refers to it."""

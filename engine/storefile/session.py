@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dirtmap.engine.storefile.entries import item, with_items
 from dirtmap.fmt import live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import UnsupportedError
@@ -64,11 +65,16 @@ class Window:
 
 def window_of(entry: Entry) -> Window | None:
     """The window of a bitmap in a session; None where it records nothing in it."""
-    data = entry.extra_data[store.BITS_CHECKSUM_SIZE :]
-    if len(data) < WINDOW.size:
+    data = item(entry, store.ITEM_WINDOW)
+    if data is None:
         return None
     raw = WINDOW.parse(data)
     return Window(raw.began, raw.ended, bool(raw.flags & live.WINDOW_BUSY))
+
+
+def with_window(entry: Entry, window: Window | None) -> Entry:
+    """The entry with that window, or without one."""
+    return with_items(entry, {store.ITEM_WINDOW: window.build() if window else None})
 
 
 def peer_of(record: Record) -> Peer | None:

@@ -34,6 +34,8 @@ Write = tuple[int, bytes | memoryview]
 # Number of leaves to search for a run of clusters, from the first leaf on and again from the emptiest. After that the
 # run is taken at the end of the file instead.
 _MOST_LEAVES_SEARCHED = 4
+# About the number of runs that clusters of one bitmap are spread over, so that they can be read in few pieces.
+_MOST_RUNS = 128
 
 
 class SpaceMap:
@@ -107,6 +109,32 @@ class SpaceMap:
             self._grow(count)
         self._mark(first, count, used=True)
         return first
+
+    def take_runs(self, count: int) -> list[tuple[int, int]]:
+        """Like `take`, but the clusters lie in several runs, (first, count), where the free ones inside the file do.
+
+        Raises:
+            StorageError: the store would become larger than its space map can show.
+        """
+        runs: list[tuple[int, int]] = []
+        step, least = count, max(count // _MOST_RUNS, 1)
+        while count:
+            step = min(step, count)
+            first = self._found(step)
+            if first is not None:
+                self._mark(first, step, used=True)
+                runs.append((first, step))
+                count -= step
+            elif step > least:
+                step = max(step // 2, least)
+            else:
+                runs.append((self.take(count), count))
+                break
+        return runs
+
+    def untake(self, first: int, count: int) -> None:
+        """Marks clusters as free that this commit has taken and does not use."""
+        self._mark(first, count, used=False)
 
     def _found(self, count: int) -> int | None:
         """The first of ``count`` adjacent free clusters inside the file; None if a short search finds none."""

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import Bitmap
@@ -17,18 +17,32 @@ from dirtmap.engine.storefile.chain import read_chain, with_chain
 from dirtmap.engine.storefile.directory import (
     header_doubts,
     load_saved,
+    merge_bits,
     no_namespace,
     place_bitmap,
     read_entries,
     replace_directory,
 )
+from dirtmap.engine.storefile.entries import identified, with_items, with_root
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
-from dirtmap.engine.storefile.session import Window, names_session, peer_of, session_of, window_of
+from dirtmap.engine.storefile.session import (
+    Window,
+    names_session,
+    peer_of,
+    session_of,
+    window_of,
+    with_window,
+)
+from dirtmap.engine.system.log import logger
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, GoneError
 from dirtmap.fmt.store import Record
 from dirtmap.fmt.structures.live import build_peer, build_session
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -86,7 +100,12 @@ class HomeView:
     def saved(self, name: str) -> Bitmap:
         """The bitmap with its saved bits; all dirty if the store is in doubt. Errors as `entry`."""
         entry = self.entry(name)
-        words = load_saved(self.snapshot, self.record, entry, self._doubted)
+        blank = Bitmap(self.record.size, entry.granularity, entry.auto)
+        if self._doubted or entry.table_offset <= store.ALL_ONES:  # then its bits need no memory
+            return blank.recovered() if self._doubted or entry.table_offset == store.ALL_ONES else blank
+        words, damage = load_saved(self.snapshot, self.record, entry, False)
+        if damage:
+            logger(__name__).warning("%s: %s: %s", self.where, label(name), damage)
         return Bitmap.from_words(self.record.size, entry.granularity, words, entry.auto)
 
     def is_clean(self, name: str) -> bool:
@@ -116,11 +135,10 @@ class HomeChange(HomeView):
     def set_window(self, name: str, window: Window | None, *, recording: bool | None = None) -> None:
         """Sets or removes the window of a bitmap; also sets whether it records, unless ``recording`` is None."""
         entry = self.entries[name]
-        checksum = entry.extra_data[: store.BITS_CHECKSUM_SIZE].ljust(store.BITS_CHECKSUM_SIZE, b"\0")
-        extra = checksum + window.build() if window else b"" if checksum == bytes(len(checksum)) else checksum
-        if recording is not None:
+        if recording is not None and recording != entry.auto:
             entry = entry.with_flags(**{"set" if recording else "clear": directory.FLAG_AUTO})
-        self.entries[name] = replace(entry, extra_data=extra)
+            entry = identified(entry, self.change.generation)
+        self.entries[name] = with_window(entry, window)
 
     def put(self, name: str, bitmap: Bitmap, window: Window | None) -> None:
         """Replaces the saved bits and the window of a bitmap; adds the bitmap if there is none of that name.
@@ -130,12 +148,35 @@ class HomeChange(HomeView):
         """
         if fault := directory.name_fault(encode_name(name)):
             raise BitmapError(f"{self.where}: {label(name)}", fault)
-        self.entries[name] = place_bitmap(self.change, self.placed, name, bitmap)
+        self.entries[name] = place_bitmap(self.change, self.placed, name, bitmap, self._base(name))
         self.set_window(name, window)
+
+    def merge(self, name: str, words: NDArray[np.uint64], window: Window | None) -> None:
+        """Adds bits to the saved ones of a bitmap, and replaces its window. Looks only at what changes.
+
+        Args:
+            name: of the bitmap, whose saved bits were not replaced in this change.
+            words: uint64, shape (ceil(granules / 64),), tail bits zero.
+            window: the new one.
+        """
+        self.entries[name] = merge_bits(self.change, self.record, self.entries[name], words)
+        self.set_window(name, window)
+
+    def _base(self, name: str) -> Entry | None:
+        """The entry of the bitmap that another one replaces, with the bits that are in the file; or None."""
+        entry = self.entries.get(name)
+        if entry and self.placed.size != self.record.size:
+            return with_root(entry, store.ALL_ZEROS, 0, 0)  # a tree of another size
+        if entry and all(entry.table_offset != found.table_offset for found in self.found):
+            return with_root(entry, store.ALL_ZEROS, 0, 0)  # its bits are only planned
+        return entry
 
     def put_empty(self, name: str, granularity: int, window: Window | None, *, recording: bool) -> None:
         """Like `put` for a clean bitmap, but takes the same time however large the disk. Errors as `clean_entry`."""
-        self.entries[name] = self.clean_entry(name, granularity, recording=recording)
+        entry, known = self.clean_entry(name, granularity, recording=recording), self.entries.get(name)
+        if known:  # the same bitmap, with what is known of it
+            entry = replace(entry, extra_data=with_items(known, {store.ITEM_BITS: None}).extra_data)
+        self.entries[name] = identified(entry, self.change.generation, new=known is None)
         self.set_window(name, window)
 
     def grow(self, size: int) -> None:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 from dirtmap.engine.identity import identity_of, identity_of_disk, touched
+from dirtmap.engine.model import bits
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import Condition
@@ -415,9 +416,10 @@ class Recorder:
             with self._kernel.guard, self._undivided():
                 self._kernel.swap(rotate=self._is_log_saved())
         marked = {number: words_of(one, self.size) for number, one in self._frozen.items()}
-        now = Words(current.words.copy(), current.size, 1 << current.granularity_bits)
+        granularity = 1 << current.granularity_bits
+        now = Words(union([words_of(current, current.size)], current.size, granularity), current.size, granularity)
         marked[current.number] = now.sized(self.size)
-        unions: dict[tuple[int, int, int], Any] = {}
+        unions: dict[tuple[int, int, int], bits.Words] = {}
         for one in self._homes:
             self._save_to(one, marked, unions, final=final)
             if final:
@@ -432,7 +434,7 @@ class Recorder:
             self._homes[-1].report()
 
     def _save_to(
-        self, target: Home, marked: dict[int, Words], unions: dict[tuple[int, int, int], Any], *, final: bool
+        self, target: Home, marked: dict[int, Words], unions: dict[tuple[int, int, int], bits.Words], *, final: bool
     ) -> None:
         """Saves to one home, in one commit. ``unions`` caches unions of writesets, for the homes that follow."""
         session = target.session
@@ -444,12 +446,9 @@ class Recorder:
                     continue
                 kept = None if final else window
                 if (added := self._union(parts, window, entry.granularity, unions)) is not None:
-                    saved = home.saved(name)
-                    merged = saved | added
-                    if merged != saved:
-                        home.put(name, merged.replace(recording=entry.auto), kept)
-                        continue
-                home.set_window(name, kept)
+                    home.merge(name, added, kept)
+                else:
+                    home.set_window(name, kept)
             if not final:
                 home.session = replace(session, oldest=max(marked), log=self._log.number)
             elif not (self._check_in and target is self._homes[-1]):
@@ -461,31 +460,29 @@ class Recorder:
             target.session = replace(session, oldest=max(marked), log=self._log.number)
 
     def _union(
-        self, parts: dict[int, Words], window: Window, granularity: int, unions: dict[tuple[int, int, int], Any]
-    ) -> Bitmap | None:
-        """What the intervals of a window have; None where it has none of them."""
+        self, parts: dict[int, Words], window: Window, granularity: int, unions: dict[tuple[int, int, int], bits.Words]
+    ) -> bits.Words | None:
+        """What the intervals of a window have: uint64, tail bits zero; None where it has none of them."""
         numbers = [number for number in sorted(parts) if window.began <= number < window.ended]
         if not numbers:
             return None
         key = numbers[0], numbers[-1], granularity
         if key not in unions:
-            words = union((parts[number] for number in numbers), self.size, granularity)
-            unions[key] = Bitmap.from_words(self.size, granularity, words, True)
-        found: Bitmap = unions[key]
-        return found
+            unions[key] = union((parts[number] for number in numbers), self.size, granularity)
+        return unions[key]
 
     def _grow(self, size: int, region_bits: int) -> None:
         """Gives the disk another size, in the order of SPEC.md, "A disk that grows"; see `Tracker.resize`."""
         if self._is_full():
             self._save(final=False)
-        session, bits = self._session, self._current.granularity_bits
+        session, shift = self._session, self._current.granularity_bits
         path = other_path(os.fsdecode(session.log_path))
         log = IntentLog(path, session.uuid, session.intent, region_bits, size)
         try:
             for each in (self._log, log):  # else the change of the image's time is after the last sign of life
                 self._kernel.beat(each, time.time_ns())
             with self._spare_guard:
-                fresh = self._spare = self._take_spare(bits, size)
+                fresh = self._spare = self._take_spare(shift, size)
             for home in self._homes:
                 with self._changing(home) as change:
                     change.session = replace(home.session, image=replace(home.session.image, size=size))
@@ -504,7 +501,7 @@ class Recorder:
             self.mark = self._kernel.mark  # type: ignore[assignment, method-assign]
         grown = 0
         try:
-            unions: dict[tuple[int, int, int], Any] = {}
+            unions: dict[tuple[int, int, int], bits.Words] = {}
             for home in self._homes:
                 self._grow_home(home, log, size, region_bits, unions)
                 grown += 1
@@ -519,7 +516,7 @@ class Recorder:
                 self._kernel.refuse(StorageError(self._where, what))
             raise
         # A bitmap that was taken before, and is dropped later, keeps what was written since, and the new space is.
-        fresh.view()[self.size >> bits : geometry.granules(size, 1 << bits)] = 1
+        fresh.view()[self.size >> shift : geometry.granules(size, 1 << shift)] = 1
         with self._kernel.guard:
             self._kernel.settle(size, region_bits)
             old, self._log, self._next_log, self.size = self._log, log, None, size
@@ -538,7 +535,7 @@ class Recorder:
                     file.sync()
 
     def _grow_home(
-        self, target: Home, log: IntentLog, size: int, region_bits: int, unions: dict[tuple[int, int, int], Any]
+        self, target: Home, log: IntentLog, size: int, region_bits: int, unions: dict[tuple[int, int, int], bits.Words]
     ) -> None:
         """Saves to one home what was marked before the current interval, and gives it the new size, in one commit."""
         oldest = self._current.number
@@ -555,7 +552,7 @@ class Recorder:
                     continue
                 window, bitmap = home.window(name), home.saved(name)
                 if window and (added := self._union(parts, window, entry.granularity, unions)) is not None:
-                    bitmap = bitmap | added
+                    bitmap |= Bitmap.from_words(self.size, entry.granularity, added, True)
                 home.put(name, bitmap.replace(recording=entry.auto).resized(size), window)
             home.session = session
         target.session = session

@@ -33,7 +33,6 @@ from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
 from dirtmap.engine.model.naming import a_checkpoint, label
 from dirtmap.engine.session.livefile import Words, union
-from dirtmap.engine.storefile.directory import verify
 from dirtmap.engine.storefile.session import Window, window_of
 from dirtmap.engine.system import order
 from dirtmap.engine.system.file import open_file
@@ -41,7 +40,7 @@ from dirtmap.engine.system.order import Rank
 from dirtmap.engine.tracking.home import HomeChange, HomeView
 from dirtmap.engine.tracking.kernel import Kernel, Ticket
 from dirtmap.engine.tracking.recorder import Recorder, Setup, words_of
-from dirtmap.fmt import directory, geometry, live
+from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.errors import BitmapError, Error, StorageError, UnsupportedError
 
 
@@ -270,11 +269,11 @@ class Tracker(Recorder):
             raise BitmapError(self._where, f"its image has {now.size} bytes, and is to have {size}")
 
         def look(view: HomeView) -> None:
+            cluster = view.snapshot.header.cluster_size
             for name, entry in view.entries.items():
-                if geometry.packed_bytes(size, entry.granularity) > directory.MAX_DATA_BYTES:
+                if geometry.table_entries(size, entry.granularity, cluster) > store.MAX_CHUNKS:
                     what = f"granularity {entry.granularity} is too fine for a disk of {size} bytes"
                     raise BitmapError(f"{view.where}: {label(name)}", what)
-                verify(view.snapshot, view.record, entry)
 
         for home in self._homes:
             home.read(self._session.uuid, look)

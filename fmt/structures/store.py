@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 
+from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.geometry import align_up
-from dirtmap.fmt.store import Area, Identity, Record
+from dirtmap.fmt.store import ALL_ONES, CRITICAL_ITEM, ITEM_BITS, ITEM_SIZES, Area, Identity, Record
 from dirtmap.fmt.structure import Structure
 from dirtmap.fmt.structures.extensions import build_extension, parse_chain
 
@@ -82,8 +83,10 @@ RECORD = Structure(
     "image" / Bytes(FILE_IDENTITY.size),
 )
 _NAME_SIZE = RECORD.field("name_size").offset
-# In the extra data of a directory entry in a store.
-BITS_CHECKSUM = Structure("bits checksum", "checksum" / Int32ub, "reserved" / Int32ub)
+POINTER = Structure("bits pointer", "place" / Int64ub, "checksum" / Int32ub, "reserved" / Int32ub)
+# Items in the extra data of a directory entry. A window is another: see `dirtmap.fmt.structures.live`.
+BITS = Structure("bits", "checksum" / Int32ub, "reserved" / Int32ub)
+IDENTITY = Structure("bitmap identity", "uuid" / Bytes(16), "generation" / Int64ub)
 
 # A record's extension, one for each hold. The bitmap's name and the owner follow it.
 HOLD = Structure(
@@ -112,6 +115,46 @@ def build_identity(identity: Identity) -> bytes:
         mtime=identity.mtime_ns,
         ctime=identity.ctime_ns,
     )
+
+
+def parse_items(data: bytes) -> tuple[tuple[int, bytes], ...]:
+    """Returns the items in the extra data of a directory entry, as (type, data).
+
+    Raises:
+        ValueError: they do not fit the extra data.
+    """
+    chain = parse_chain(data, 0, len(data))
+    if chain.fault or chain.terminated or chain.end != len(data):
+        raise ValueError(chain.fault or f"items that end at byte {chain.end} of {len(data)}")
+    return tuple((item.type, item.data) for item in chain.extensions)
+
+
+def build_items(items: Iterable[tuple[int, bytes]]) -> bytes:
+    """Returns the extra data of a directory entry with these items, as (type, data)."""
+    return b"".join(build_extension(kind, data) for kind, data in items)
+
+
+def item_faults(entry: Entry) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the extra data of a directory entry in a store, as (field, what)."""
+    try:
+        items = parse_items(entry.extra_data)
+    except ValueError as error:
+        yield "extra_data", str(error)
+        return
+    kinds = [kind for kind, _ in items]
+    if len(set(kinds)) != len(kinds):
+        yield "extra_data", "two items of one type"
+    for kind, data in items:
+        if len(data) < ITEM_SIZES.get(kind, 0):
+            yield "extra_data", f"an item of type {kind:#010x} has {len(data)} bytes, which are too few"
+    if entry.table_offset > ALL_ONES and ITEM_BITS not in kinds:
+        yield "extra_data", "no checksum of the bits"
+
+
+def unknown_item(entry: Entry) -> int | None:
+    """Returns the type of an item that must be known to use the entry, and is not; or None. The items have to fit."""
+    kinds = (kind for kind, _ in parse_items(entry.extra_data))
+    return next((kind for kind in kinds if kind & CRITICAL_ITEM and kind not in ITEM_SIZES), None)
 
 
 def parse_areas(data: bytes) -> list[Area]:

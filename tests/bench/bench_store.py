@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import pytest
 from support.hostless import stored
 
 from dirtmap.engine.identity import identity_of
-from dirtmap.engine.model import changes
+from dirtmap.engine.model import bits, changes
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.namespaces.changing import transaction
+from dirtmap.engine.storefile.directory import merge_bits, read_entries, replace_directory
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import geometry, store
 
@@ -136,34 +138,98 @@ def test_read_one_bitmap_among_a_million_namespaces(against: Callable[..., None]
     against(reading(most), "among 10", reading(few), rounds=201)
 
 
-@pytest.mark.parametrize("percent", [10])
-def test_load_16_tib(against: Callable[..., None], tmp_path: Path, percent: int) -> None:
-    """Aim: at most 1.3 times as long as reading the same bytes and computing their CRC32C."""
-    size = 16 * TIB
-    path = tmp_path / "store"
-    create(str(path))
-    random = np.random.default_rng(1)
-    length = geometry.packed_bytes(size, GRANULARITY)
-    packed = np.concatenate(
-        [np.packbits(random.random(1 << 24, np.float32) < percent / 100) for _ in range(length // (1 << 21))]
-    )
-    with Store(str(path)) as target:
-        disk = tmp_path / "disk"
-        disk.touch()
-        # A device that claims to be larger than its root: few file systems have files of that size.
+def add_large(folder: Path, size: int) -> str:
+    """A store with a device ``a`` that claims to be larger than its root: few file systems have files of that size."""
+    path, disk = str(folder / "store"), folder / "disk"
+    create(path)
+    disk.touch()
+    with Store(path) as target, target.change() as change:
         where, identity = os.fsencode(disk), identity_of(str(disk))
-        with target.change() as change:
-            change.table.put(store.Record(b"a", store.KIND_DEVICE, bytes(16), size, path=where, identity=identity))
+        change.table.put(store.Record(b"a", store.KIND_DEVICE, bytes(16), size, path=where, identity=identity))
+    return path
+
+
+def some(size: int, percent: float, *, clustered: bool) -> bytes:
+    """Packed bits at 64 KiB: so many of them, anywhere, or in one place."""
+    length = geometry.packed_bytes(size, GRANULARITY)
+    if clustered:
+        dirty = int(length * percent / 100)
+        return bytes(length // 3) + b"\xff\xfe" * (dirty // 2) + bytes(length - length // 3 - dirty // 2 * 2)
+    random = np.random.default_rng(1)
+    parts = [np.packbits(random.random(1 << 24, np.float32) < percent / 100) for _ in range(length // (1 << 21))]
+    return np.concatenate(parts).tobytes()
+
+
+@pytest.mark.parametrize(("percent", "clustered"), [(10, False), (0.01, True)])
+def test_load_16_tib(against: Callable[..., None], tmp_path: Path, percent: float, clustered: bool) -> None:
+    """Aim: at most twice as long as reading as many bytes and computing their CRC32C at once; 0.05 times if sparse."""
+    size = 16 * TIB
+    path = add_large(tmp_path, size)
+    packed = some(size, percent, clustered=clustered)
+    flat = tmp_path / "flat"
+    flat.write_bytes(packed)
+    with Store(path) as target:
         with stored(target, "a").transaction() as bitmaps:
             bitmaps["b0"] = Bitmap.from_packed(size, GRANULARITY, packed)
-        offset = path.read_bytes().index(packed[:64].tobytes())
 
         def load() -> None:
-            with Store(str(path)) as target:
+            with Store(path) as target:
                 _ = stored(target, "a")["b0"].words
 
         def read() -> None:
-            assert crc32c.crc32c(np.fromfile(path, np.uint8, length, offset=offset))
+            assert crc32c.crc32c(np.fromfile(flat, np.uint8))
 
-        assert np.array_equal(stored(target, "a")["b0"].packed(), packed)
+        assert bytes(stored(target, "a")["b0"].packed()) == packed
         against(load, "reading and CRC32C", read, rounds=21)
+
+
+@pytest.mark.parametrize("percent", [0, 10])
+def test_commit_of_one_mark_on_15_tib(against: Callable[..., None], tmp_path: Path, percent: float) -> None:
+    """Beside the commit of a mark on a small disk."""
+    sizes, paths = {"small": 1 << 30, "large": 15 * TIB}, {}
+    for name, size in sizes.items():
+        (tmp_path / name).mkdir()
+        paths[name] = add_large(tmp_path / name, size)
+        with Store(paths[name]) as target, stored(target, "a").transaction() as bitmaps:
+            bitmaps["b0"] = Bitmap.from_packed(size, GRANULARITY, some(15 * TIB, percent, clustered=False))
+    done = 0
+
+    def mark(name: str) -> None:
+        nonlocal done
+        done += 1
+        with Store(paths[name]) as target, stored(target, "a").transaction() as bitmaps:
+            bitmaps["b0"].mark((done * 7919 * GRANULARITY) % sizes[name], 1)
+
+    against(lambda: mark("large"), "on 1 GiB", lambda: mark("small"), rounds=21)
+
+
+def test_save_of_100_granules_on_15_tib(against: Callable[..., None], tmp_path: Path) -> None:
+    """A tracker's marks, anywhere, beside a commit of one mark of a small bitmap of the same disk."""
+    size = 15 * TIB
+    path = add_large(tmp_path, size)
+    with Store(path) as target:
+        with stored(target, "a").transaction() as bitmaps:
+            bitmaps["b0"] = Bitmap.from_packed(size, GRANULARITY, some(size, 10, clustered=False))
+            bitmaps["small"] = Bitmap(size, 1 << 31)
+        random = np.random.default_rng(2)
+        done = 0
+
+        def save() -> None:
+            words = bits.zeros(geometry.granules(size, GRANULARITY))
+            marks = random.integers(0, geometry.granules(size, GRANULARITY), 100)
+            bits.scatter(words, marks, marks)
+            with target.change() as change:
+                record = change.table.get(b"a")
+                assert record
+                old = read_entries(change.snapshot, record)
+                new = [merge_bits(change, record, entry, words) if entry.name == b"b0" else entry for entry in old]
+                place = replace_directory(change, record, old, new)
+                change.table.put(replace(record, directory=place, generation=change.generation))
+
+        def mark() -> None:
+            nonlocal done
+            done += 1
+            with stored(target, "a").transaction() as bitmaps:
+                bitmaps["small"].mark((done % 7000) << 31, 1)
+
+        against(save, "one mark", mark, rounds=21)

@@ -13,9 +13,9 @@ from dirtmap.fmt import directory, extensions, live, qcow2, store
 from dirtmap.fmt import structures as declaring
 from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
 from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
-from dirtmap.fmt.structures.live import LOG_RECORD
+from dirtmap.fmt.structures.live import LOG_RECORD, WINDOW
 from dirtmap.fmt.structures.qcow2 import HEADER_V2, HEADER_V3, NAMESPACE_EXTENSION, SNAPSHOT
-from dirtmap.fmt.structures.store import AREA, BITS_CHECKSUM
+from dirtmap.fmt.structures.store import AREA, BITS, IDENTITY, POINTER
 
 FORMATS = {module.name for module in pkgutil.iter_modules(declaring.__path__)}
 PLAIN = {module.name for module in pkgutil.iter_modules(fmt.__path__)} - {"structure", "structures"}
@@ -55,7 +55,10 @@ def test_what_is_declared_is_beside_a_plain_module(name: str) -> None:
         (qcow2.AUTOCLEAR_OFFSET, HEADER_V2.size + HEADER_V3.field("autoclear_features").offset),
         (qcow2.MORE_OFFSET, HEADER_V2.size + HEADER_V3.size),
         (store.AREA_SIZE, AREA.size),
-        (store.BITS_CHECKSUM_SIZE, BITS_CHECKSUM.size),
+        (store.POINTER_SIZE, POINTER.size),
+        (store.ITEM_SIZES[store.ITEM_BITS], BITS.size),
+        (store.ITEM_SIZES[store.ITEM_IDENTITY], IDENTITY.size),
+        (store.ITEM_SIZES[store.ITEM_WINDOW], WINDOW.size),
     ],
 )
 def test_sizes_and_offsets_are_those_of_the_declarations(constant: int, declared: int) -> None:

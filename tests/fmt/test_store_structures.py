@@ -18,17 +18,23 @@ from dirtmap.fmt.store import Area, Identity, Record
 from dirtmap.fmt.structure import Structure
 from dirtmap.fmt.structures.store import (
     AREA,
-    BITS_CHECKSUM,
+    BITS,
     CHECKSUM,
     FILE_IDENTITY,
     HEADER,
+    IDENTITY,
     LEAF,
     NAMESPACES_EXTENSION,
     NODE_POINTER,
+    POINTER,
     RECORD,
     RUN,
+    build_items,
     build_record,
+    item_faults,
+    parse_items,
     parse_records,
+    unknown_item,
 )
 
 STRUCTURES = [
@@ -41,7 +47,9 @@ STRUCTURES = [
     RUN,
     FILE_IDENTITY,
     RECORD,
-    BITS_CHECKSUM,
+    POINTER,
+    BITS,
+    IDENTITY,
 ]
 
 
@@ -188,7 +196,6 @@ def test_record_that_breaks_a_rule_is_named(field: str, changes: dict[str, Any])
         ("table_size", {"table_size": 2}),
         ("table_size", {"table_offset": store.ALL_ZEROS}),
         ("table_size", {"table_offset": store.ALL_ONES}),
-        ("extra_data_size", {"extra_data": b"1234567"}),
         ("offset", {"table_offset": 0x3000}),
         ("offset", {"table_offset": 0x4800}),
         ("offset", {"table_offset": 0x10000}),
@@ -196,15 +203,50 @@ def test_record_that_breaks_a_rule_is_named(field: str, changes: dict[str, Any])
     ],
 )
 def test_entry_that_breaks_a_rule_is_named(field: str, changes: dict[str, Any]) -> None:
-    sound = directory.Entry(b"b0", 0x4000, 1, 0xFFFF0002, 9, extra_data=bytes(8))
+    sound = directory.Entry(b"b0", 0x4000, 1, 0xFFFF0002, 9)
     assert not list(store.entry_faults(sound, 1 << 20, 4096, 0x10000))
     assert [fault for fault, _ in store.entry_faults(replace(sound, **changes), 1 << 20, 4096, 0x10000)] == [field]
 
 
 def test_entry_whose_bits_are_too_many_is_named() -> None:
-    entry = directory.Entry(b"b0", store.ALL_ONES, 0, 0, 30)
+    entry = directory.Entry(b"b0", store.ALL_ONES, 0, 0, 15)
     assert [fault for fault, _ in store.entry_faults(entry, 2**63 - 1, 4096, 0)] == ["granularity_bits"]
-    assert not list(store.entry_faults(replace(entry, granularity_bits=31), 2**63 - 1, 4096, 0))
+    assert not list(store.entry_faults(replace(entry, granularity_bits=16), 2**62, 4096, 0))
+
+
+ITEMS = ((store.ITEM_BITS, bytes(8)), (store.ITEM_IDENTITY, bytes(24)), (7, b"1"))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        b"1234567",
+        build_items(ITEMS) + bytes(8),
+        build_items(ITEMS)[:-8],
+        build_items(ITEMS[1:]),
+        build_items([*ITEMS, ITEMS[0]]),
+        build_items([(store.ITEM_BITS, bytes(7))]),
+        build_items([*ITEMS, (store.ITEM_WINDOW, bytes(23))]),
+    ],
+)
+def test_extra_data_that_breaks_a_rule_is_named(extra: bytes) -> None:
+    entry = directory.Entry(b"b0", 0x4000, 1, 0, 9, extra_data=build_items(ITEMS))
+    assert parse_items(entry.extra_data) == ITEMS
+    assert not list(item_faults(entry))
+    assert [fault for fault, _ in item_faults(replace(entry, extra_data=extra))] == ["extra_data"]
+
+
+@pytest.mark.parametrize(("kind", "found"), [(7, None), (store.CRITICAL_ITEM | 7, store.CRITICAL_ITEM | 7)])
+def test_only_a_critical_item_has_to_be_known(kind: int, found: int | None) -> None:
+    entry = directory.Entry(
+        b"b0", 0, 0, 0, 9, extra_data=build_items([*ITEMS, (store.ITEM_WINDOW, bytes(24)), (kind, b"")])
+    )
+    assert unknown_item(entry) == found
+
+
+def test_levels() -> None:
+    assert [store.root_level(chunks, 4096) for chunks in (0, 1, 2, 256, 257, 65536, 65537)] == [0, 0, 1, 1, 2, 2, 3]
+    assert store.root_level(store.MAX_CHUNKS, 4096) == 4
 
 
 @given(

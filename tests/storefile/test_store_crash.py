@@ -255,6 +255,8 @@ USED = after(
         for seed, (name, bitmap) in enumerate([("a", "b0"), ("b", "b0"), ("a", "b1"), ("a", "b0")], 20)
     ),
 )
+# Bits in five chunks below a node, and a few of them written anew since.
+TREE = after(ONE, on("a", add("t", 512)), on("a", mark("t", 30)), on("a", mark("b0", 31)), on("a", mark("t", 32)))
 EIGHT = after(EMPTY, *(node(name) for name in "abcdefgh"), *(on(name, add("b0")) for name in "ah"))
 MARK = on("a", mark("b0"))
 CRASHED = on("b", mark("b0", 9))
@@ -305,6 +307,12 @@ CASES = {
         after(EIGHT, node("i")), together(**{name: [add("b1")] for name in "abcdefghi"})
     ),
     "move from node to node": Case(USED, moving),
+    "tree, a few bits": Case(TREE, on("a", lambda bitmaps: changes.mark(bitmaps, "t", [SIZE // 2, SIZE - 1], [1, 1]))),
+    "tree, all dirty in part": Case(TREE, on("a", lambda bitmaps: changes.mark(bitmaps, "t", [1 << 20], [40 << 20]))),
+    "tree, clean in part": Case(TREE, on("a", lambda bitmaps: bitmaps["t"].clear(1 << 20, 40 << 20))),
+    "tree, all dirty": Case(TREE, on("a", mark_all("t"))),
+    "tree, of a copy": Case(TREE, on("a", lambda bitmaps: changes.put(bitmaps, "u", bitmaps["t"]), mark("t"))),
+    "tree, removed": Case(TREE, on("a", remove("t"))),
     "space map, a second leaf": Case(
         after(USED, on("a", *(add(f"c{i}", 512) for i in range(2)))), on("b", add("c", 512), add("d", 512)), LEAF
     ),

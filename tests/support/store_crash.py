@@ -185,14 +185,48 @@ class Reader:
     def _entries(self, directory: bytes, size: int, header: Header, used: list[range]) -> Iterator[Bitmap]:
         at = 0
         while at < len(directory):
-            offset, _, flags, _, granularity_bits, name_size, extra = struct.unpack_from(">QIIBBHI", directory, at)
+            offset, chunks, flags, _, granularity_bits, name_size, extra = struct.unpack_from(">QIIBBHI", directory, at)
             bits: bytes | int = offset
+            items = {}
+            start, end = at + 24, at + 24 + extra
+            while start < end:
+                kind, length = struct.unpack_from(">II", directory, start)
+                items[kind] = directory[start + 8 : start + 8 + length]
+                start += 8 + -(-length // 8) * 8
+            if len(items[0x424D4944]) != 24:
+                raise Broken("a bitmap has no identity")
             if offset > 1:
-                (checksum,) = struct.unpack_from(">I", directory, at + 24)
-                bits = self._area((offset, packed_size(size, granularity_bits), checksum), header, used)
+                (checksum,) = struct.unpack_from(">I", items[0x42495453])
+                length = packed_size(size, granularity_bits)
+                if chunks != -(-length // header.cluster):
+                    raise Broken(f"{chunks} chunks, not {-(-length // header.cluster)}")
+                level = 0
+                while header.cluster * (header.cluster // 16) ** level < length:
+                    level += 1
+                bits = self._tree(offset, checksum, level, header, used, length)
+                if any(bits[length:]):
+                    raise Broken("there is something behind the bits")
+                last = (1 << (-(-size >> granularity_bits) - 1) % 8 + 1) - 1  # the bits of the last byte that count
+                bits = bits[: length - 1] + bytes([bits[length - 1] & last])
             name = directory[at + 24 + extra : at + 24 + extra + name_size]
             yield Bitmap(name, granularity_bits, flags, bits)
             at += -(-(24 + extra + name_size) // 8) * 8
+
+    def _tree(self, place: int, checksum: int, level: int, header: Header, used: list[range], left: int) -> bytes:
+        """The packed bytes below a pointer: ``left``, or more in whole chunks."""
+        covered = min(header.cluster * (header.cluster // 16) ** level, left)
+        if place <= 1:
+            return b"\xff" * covered if place else bytes(covered)
+        data = self._area((place, header.cluster, checksum), header, used)
+        if level == 0:
+            return data
+        found = bytearray()
+        for at, (place, checksum, reserved) in enumerate(struct.iter_unpack(">QII", data)):
+            if reserved or (place <= 1 and checksum) or (place and len(found) >= left):
+                raise Broken(f"pointer {at} of a node has what it must not have")
+            if len(found) < left:
+                found += self._tree(place, checksum, level - 1, header, used, left - len(found))
+        return bytes(found)
 
     def _require_counted(self, header: Header, used: list[range]) -> None:
         """Marked is what is used or was released, nothing else; and nothing is used twice."""

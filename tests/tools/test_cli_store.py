@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,9 @@ def test_every_bitmap_command_works_on_a_node() -> None:
     dirtmap("rename", "one", "b", "c")
     dirtmap("disable", "one", "c")
     dirtmap("enable", "one", "a")
-    assert json_of("list", "one")[0]["bitmaps"] == [
+    bitmaps = json_of("list", "one")[0]["bitmaps"]
+    assert all(uuid.UUID(bitmap.pop("uuid")) and bitmap.pop("generation") > 3 for bitmap in bitmaps)
+    assert bitmaps == [
         {
             **{"name": name, "granularity": granularity, "flags": flags, "recording": bool(flags)},
             **{"inconsistent": False, "damaged": False, "busy": False, "checkpoint": False, "count": count},

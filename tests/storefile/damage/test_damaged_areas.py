@@ -35,7 +35,10 @@ def test_flipped_bit_of_anything_else_is_an_error_at_most(sound: Sound, kind: st
     assert regions
     numbers = _numbers(sound)
     for region in regions:
-        for bit in flipped(sound, range(region.start * 8, region.stop * 8)):
+        bits = range(region.start * 8, region.stop * 8)
+        if kind == "bits":  # a cluster of which little means something
+            bits = sorted({*bits[:: step * 131], *bits[: 8 * 8]})
+        for bit in flipped(sound, bits):
             whole = bit in numbers or bit % step == 0
             answers = use(sound) if whole else glance(sound)
             assert found_damage(answers), f"bit {bit} of {region.name}"

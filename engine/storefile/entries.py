@@ -1,0 +1,85 @@
+"""The items in the extra data of a store's directory entry: the root of its bits, its identity, its window."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from dirtmap.fmt import geometry
+from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.store import ALL_ONES, ITEM_BITS, ITEM_IDENTITY, Record
+from dirtmap.fmt.structures.store import BITS, IDENTITY, build_items, parse_items
+
+
+class Tree(NamedTuple):
+    """Where the bits of a bitmap are: the root's place and checksum, and how many bits there are."""
+
+    place: int
+    checksum: int
+    nbits: int
+
+
+class Identity(NamedTuple):
+    """Which bitmap it is, 16 bytes, and the number of the commit that last changed its bits or its flags."""
+
+    uuid: bytes
+    generation: int
+
+
+def item(entry: Entry, kind: int) -> bytes | None:
+    """The data of an item; None if there is none of that type."""
+    return next((data for found, data in parse_items(entry.extra_data) if found == kind), None)
+
+
+def with_items(entry: Entry, new: Mapping[int, bytes | None]) -> Entry:
+    """The entry with these items in place of its own of their types; None removes one. All others stay."""
+    items = {kind: data for kind, data in parse_items(entry.extra_data) if kind not in new}
+    items.update({kind: data for kind, data in new.items() if data is not None})
+    extra = build_items(sorted(items.items()))
+    return entry if extra == entry.extra_data else replace(entry, extra_data=extra)
+
+
+def tree_of(record: Record, entry: Entry) -> Tree:
+    """Where the bits of a bitmap are."""
+    nbits = geometry.granules(record.size, entry.granularity)
+    data = item(entry, ITEM_BITS) if entry.table_offset > ALL_ONES else None
+    return Tree(entry.table_offset, BITS.parse(data).checksum if data else 0, nbits)
+
+
+def with_root(entry: Entry, place: int, checksum: int, chunks: int) -> Entry:
+    """The entry with another root, of a tree with so many chunks."""
+    there = place > ALL_ONES
+    entry = replace(entry, table_offset=place, table_size=chunks if there else 0)
+    return with_items(entry, {ITEM_BITS: BITS.build(checksum=checksum, reserved=0) if there else None})
+
+
+def identity_of(entry: Entry) -> Identity | None:
+    """Which bitmap it is; None where the entry does not say."""
+    data = item(entry, ITEM_IDENTITY)
+    if data is None:
+        return None
+    raw = IDENTITY.parse(data)
+    return Identity(raw.uuid, raw.generation)
+
+
+def identified(entry: Entry, generation: int, *, new: bool = False) -> Entry:
+    """The entry of a bitmap that commit ``generation`` changes; a ``new`` one, or one without a UUID, gets one."""
+    known = None if new else identity_of(entry)
+    own = known.uuid if known else uuid.uuid4().bytes
+    return with_items(entry, {ITEM_IDENTITY: IDENTITY.build(uuid=own, generation=generation)})
+
+
+def all_dirty(entry: Entry) -> Entry:
+    """The entry of the same bitmap, dirty all over."""
+    return with_root(entry, ALL_ONES, 0, 0)
+
+
+def is_same_content(one: Entry, other: Entry) -> bool:
+    """True if both lead to the same bits, with the same flags and granularity."""
+
+    def content(entry: Entry) -> tuple[object, ...]:
+        return entry.table_offset, entry.granularity_bits, entry.flags, item(entry, ITEM_BITS)
+
+    return content(one) == content(other)
