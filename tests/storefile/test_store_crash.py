@@ -65,7 +65,9 @@ class Case:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits, and nodes of the namespace table are so small that each record has a leaf of its own."""
     quick.hurry(monkeypatch)
+    monkeypatch.setattr(fmt_store, "NODE_BYTES", 200)
 
 
 @contextlib.contextmanager

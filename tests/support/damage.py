@@ -76,9 +76,14 @@ class Sound:
         return Path(self.path).read_bytes()
 
 
-def make_sound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Sound:
+def make_sound(folder: Path) -> Sound:
     """Its namespace table has a root with a leaf for each of three nodes."""
-    monkeypatch.setattr(store, "NODE_BYTES", 200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "NODE_BYTES", 200)
+        return _made(folder)
+
+
+def _made(folder: Path) -> Sound:
     path = str(folder / "s.dmap")
     create(path)
     rng = np.random.default_rng(3)
