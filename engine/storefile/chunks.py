@@ -287,9 +287,11 @@ def write(change: Change, words: bits.Words, base: Tree, among: Positions | None
         Place and checksum of the new root.
     """
     shape = Shape(base.nbits, change.header.cluster_size)
-    old = walk(change.snapshot, base, among, keep=True)
     if among is None:
         among = np.arange(shape.chunks)
+        old = walk(change.snapshot, base, keep=True)
+    else:
+        old = walk(change.snapshot, base, among, keep=True)
     kinds = _kinds(words, shape, among)
     before = _places(old, among)
     new = among[kinds == _UNKNOWN]
@@ -312,6 +314,8 @@ def merge(change: Change, words: bits.Words, base: Tree) -> tuple[int, int]:
     """Like `write`, for the bits that are there and those of ``words``. Looks only at chunks where those are."""
     shape = Shape(base.nbits, change.header.cluster_size)
     among = _some(words, shape)
+    if not len(among):
+        return base.place, base.checksum
     found = walk(change.snapshot, base, among)
     merged = _zeros(shape.nbits, sparse=True)
     _read(change.snapshot, found, merged)

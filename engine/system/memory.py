@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+
+_SMALL = 64 << 20  # bytes: so much may take memory, as it is several times as fast in huge pages
 
 
 def sparse(length: int) -> mmap.mmap:
-    """``length`` zero bytes, at least one, of which each 4 KiB take memory only once they are written to.
+    """``length`` zero bytes, at least one; where they are many, each 4 KiB take memory once they are written to.
 
     numpy asks for huge pages, so that a hundred bits set in an array of 512 MiB would take 200 MiB.
 
@@ -15,7 +18,8 @@ def sparse(length: int) -> mmap.mmap:
     """
     try:
         memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
     except OSError:
         raise MemoryError from None
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE if length > _SMALL else mmap.MADV_HUGEPAGE)
     return memory

@@ -160,6 +160,21 @@ def test_one_more_bit_writes_a_chunk_and_the_nodes_above(target: Store) -> None:
     assert np.array_equal(read(target, second.tree)[0], flags)
 
 
+@pytest.mark.parametrize("nbits", SIZES)
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), runs=st.integers(0, 3), more=st.integers(0, 3))
+def test_merging_is_or(tmp_path_factory: pytest.TempPathFactory, nbits: int, seed: int, runs: int, more: int) -> None:
+    path = str(tmp_path_factory.mktemp("chunks") / "store")
+    create(path)
+    flags, marks = some(nbits, seed, runs), some(nbits, seed + 1, more)
+    with Store(path) as target:
+        first = write(target, flags)
+        merged = committed(target, lambda change: chunks.merge(change, words_of(marks), first.tree), nbits)
+        assert first.clusters + merged.clusters - merged.released == cost(flags | marks)
+        assert merged.clusters == 0 or not (flags >= marks).all()
+        assert np.array_equal(read(target, merged.tree)[0], flags | marks)
+
+
 def test_large_bitmaps_are_in_one_piece(target: Store) -> None:
     flags = np.random.default_rng(1).random(FAN * CHUNK) < 0.1
     tree = write(target, flags).tree
