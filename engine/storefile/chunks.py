@@ -287,6 +287,8 @@ def write(change: Change, words: bits.Words, base: Tree, among: Positions | None
         Place and checksum of the new root.
     """
     shape = Shape(base.nbits, change.header.cluster_size)
+    if among is not None and not len(among):
+        return base.place, base.checksum
     if among is None:
         among = np.arange(shape.chunks)
         old = walk(change.snapshot, base, keep=True)

@@ -189,8 +189,8 @@ def test_bits_lie_as_the_format_says(seed: int, granularity: int, tmp_path_facto
     assert entry.granularity == granularity
 
 
-@pytest.mark.parametrize(("moved", "asked"), [(0, 1), (1, 1), (2, 2)])
-def test_answer_counts_unless_the_store_moved_on_by_two(path: str, moved: int, asked: int) -> None:
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_an_answer_that_was_verified_counts_as_that_of_its_commit(path: str, moved: int) -> None:
     calls = []
 
     def read(snapshot: Any) -> int:
@@ -202,8 +202,7 @@ def test_answer_counts_unless_the_store_moved_on_by_two(path: str, moved: int, a
         return len(calls)
 
     with Store(path) as target:
-        assert target.read(read) == asked
-    assert calls == [calls[0], calls[0] + moved][:asked]
+        assert target.read(read) == 1
 
 
 def test_failed_checksum_counts_only_if_the_store_stood_still(path: str) -> None:
@@ -255,7 +254,8 @@ def test_granularity_too_fine_for_the_disk_is_refused_without_making_the_bits(pa
     size = 1 << 60
     with Store(path) as target, target.change() as change:  # a device, or there would have to be a file of that size
         where = os.fsencode(tmp_path / "disk.raw")
-        change.table.put(Record(b"huge", store.KIND_DEVICE, bytes(16), size, path=where))
+        identity = store.Identity(size=size)
+        change.table.put(Record(b"huge", store.KIND_DEVICE, bytes(16), size, path=where, identity=identity))
     with (
         dm.open(Address(path, "huge")) as image,
         pytest.raises(dm.BitmapError, match="bytes of bits"),
