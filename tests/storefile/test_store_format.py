@@ -253,7 +253,7 @@ def test_image_from_before_1970_can_be_a_node(path: str, tmp_path: Path) -> None
 def test_granularity_too_fine_for_the_disk_is_refused_without_making_the_bits(path: str, tmp_path: Path) -> None:
     size = 1 << 60
     with Store(path) as target, target.change() as change:  # a device, or there would have to be a file of that size
-        where = os.fsencode(tmp_path / "disk.raw")
+        where = os.fsencode(tmp_path / "gone")
         identity = store.Identity(size=size)
         change.table.put(Record(b"huge", store.KIND_DEVICE, bytes(16), size, path=where, identity=identity))
     with (
