@@ -13,7 +13,7 @@ from support import quick
 from support.damage import Sound, make_sound
 
 from dirtmap.engine.storefile import place
-from dirtmap.fmt.store import NO_PLACE
+from dirtmap.fmt.store import NO_FILE_PLACE
 
 
 @pytest.fixture(scope="module")
@@ -37,4 +37,4 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sound store is put back into the file that a repair has made: nobody can tell that this is another."""
-    monkeypatch.setattr(place, "place_of", lambda file: NO_PLACE)
+    monkeypatch.setattr(place, "place_of", lambda file: NO_FILE_PLACE)
