@@ -210,6 +210,7 @@ def _read_store(get: Get, target: Store, blank: Container, before: Container | N
 
     def look(snapshot: Snapshot) -> Reading | None:
         header = snapshot.header
+        snapshot.read(header.table, "namespace table")  # first: a store without it is damaged, whatever is known
         container = blank._replace(
             condition=SOUND,
             generation=header.generation,
