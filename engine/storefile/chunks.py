@@ -218,6 +218,9 @@ def load(snapshot: Snapshot, tree: Tree, key: object = None) -> tuple[bits.Words
 
     Returns:
         uint64, shape (ceil(nbits / 64),), tail bits zero; and what is damaged, in words, or None.
+
+    Raises:
+        FormatError: see `Snapshot.require_untouched`; so do `count` and `verify`.
     """
     found = walk(snapshot, tree)
     shape = found.shape
@@ -226,6 +229,7 @@ def load(snapshot: Snapshot, tree: Tree, key: object = None) -> tuple[bits.Words
     _read(snapshot, _unread(found, words, snapshot.kept.pop(key, None)), words)
     if found.damaged:
         snapshot.kept[key] = found, words
+        snapshot.require_untouched()
     for first, end, *_ in (*found.dirty, *found.damaged):
         bits.set_range(words, first * shape.bits, min(end * shape.bits, shape.nbits))
     bits.mask_tail(words, shape.nbits)
@@ -237,6 +241,7 @@ def verify(snapshot: Snapshot, tree: Tree) -> Found:
     found = walk(snapshot, tree, keep=True)
     for _ in _contents(snapshot, found):
         pass
+    snapshot.require_untouched()
     return found
 
 
@@ -251,6 +256,7 @@ def count(snapshot: Snapshot, tree: Tree) -> tuple[int, str | None]:
             data[-1, used:] = 0
             bits.mask_tail(data[-1, :used], shape.nbits)
         total += bits.count(data.reshape(-1))
+    snapshot.require_untouched()
     total += sum(shape.dirty_bits(first, end) for first, end, *_ in (*found.dirty, *found.damaged))
     return total, found.told()
 

@@ -63,13 +63,29 @@ class Snapshot:
         kept: what an earlier attempt at the same answer has read and verified, for those who can use it.
     """
 
-    def __init__(self, file: File, chosen: Chosen, kept: dict[object, Any] | None = None) -> None:
+    def __init__(
+        self,
+        file: File,
+        chosen: Chosen,
+        kept: dict[object, Any] | None = None,
+        outdated: Callable[[Header], bool] = lambda header: False,
+    ) -> None:
+        self._outdated = outdated
         self.file, self.chosen, self.header = file, chosen, chosen.header
         self.directories: list[tuple[int, int, bytes]] = []
         self.doubted = False
         self.watched: dict[bytes, Record] = {}
         self.kept: dict[object, Any] = {} if kept is None else kept
         self.size = file.size()
+
+    def require_untouched(self) -> None:
+        """Called where a wrong checksum shall count as damage: it may come from commits that have written over it.
+
+        Raises:
+            FormatError: the store has moved on that far, so that the answer will be made again.
+        """
+        if self.doubted and self._outdated(self.header):
+            raise FormatError(self.file.path, "was written over while it was read")
 
     def check_area(self, area: Area, what: str, most: int = store.MAX_METADATA_BYTES) -> None:
         """Refuses an area that cannot be read, or has more than ``most`` bytes.
@@ -279,7 +295,7 @@ class Store:
         for _ in range(_ATTEMPTS):
             if not self._file.is_current():
                 self._reopen()
-            snapshot = Snapshot(self._file, self._stable_header(), kept)
+            snapshot = Snapshot(self._file, self._stable_header(), kept, self._has_moved_on)
             if snapshot.chosen.lost and not self._file.is_current():
                 continue  # a compaction has just put another file in its place
             try:
@@ -301,6 +317,10 @@ class Store:
                 finally:
                     failure = None  # its traceback refers to this frame, and keeps the data in memory
         raise LockedError(self.path, "changes faster than it can be read")
+
+    def _has_moved_on(self, header: Header) -> bool:
+        """True if commits since may have written over what that header leads to."""
+        return self._stable_header().header.generation > header.generation + 1
 
     def _stable_header(self) -> Chosen:
         """The header that counts. If it looks damaged, looks again, to tell a torn read from damage."""

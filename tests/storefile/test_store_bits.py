@@ -415,6 +415,36 @@ def test_what_was_written_over_is_read_again_and_the_rest_is_not(disks: Disks) -
         assert reads[1] < 64 << 10 < reads[0]
 
 
+@pytest.mark.parametrize("others", [1, 2])
+def test_what_was_written_over_is_never_taken_for_damage(disks: Disks, others: int) -> None:
+    """Not even for a moment, to be logged: two commits on, a wrong checksum says nothing."""
+    size = 1 << 30
+    disks.add("a", size)
+    with Store(disks.path) as target:
+        image = stored(target, "a")
+        with image.transaction() as bitmaps:
+            bitmaps["b"] = dm.Bitmap.from_extents(size, [0], [1])
+        calls = 0
+
+        def read(snapshot: Snapshot) -> str | None:
+            nonlocal calls
+            calls += 1
+            record = snapshot.record(b"a")
+            assert record is not None
+            (entry,) = read_entries(snapshot, record)
+            if calls == 1:
+                for number in range(others):
+                    with Store(disks.path) as other, stored(other, "a").transaction() as bitmaps:
+                        bitmaps["b"].mark((number + 1) << 20, 1)
+                with open(disks.path, "r+b") as file:  # as what comes next may
+                    file.seek(entry.table_offset)
+                    file.write(b"\x77" * 4096)
+            return load_saved(snapshot, record, entry, False)[1]
+
+        told = target.read(read)
+        assert (calls, told is None) == ((1, False) if others == 1 else (2, True))
+
+
 def test_damage_is_told_at_once_though_others_commit(disks: Disks) -> None:
     disks.add("a", 1 << 20)
     disks.add("b", 1 << 20)

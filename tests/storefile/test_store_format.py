@@ -18,6 +18,7 @@ from support.store_crash import contents
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
+from dirtmap.engine.identity import identity_of
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.storefile.space import SpaceMap
@@ -189,20 +190,27 @@ def test_bits_lie_as_the_format_says(seed: int, granularity: int, tmp_path_facto
     assert entry.granularity == granularity
 
 
-@pytest.mark.parametrize("moved", [0, 1, 2])
-def test_an_answer_that_was_verified_counts_as_that_of_its_commit(path: str, moved: int) -> None:
+@pytest.mark.parametrize("why", ["all was verified", "a checksum was wrong", "live files were read"])
+@pytest.mark.parametrize(("moved", "asked"), [(0, 1), (1, 1), (2, 2)])
+def test_answer_counts_unless_the_store_moved_on_by_two(path: str, moved: int, asked: int, why: str) -> None:
     calls = []
+    if why == "all was verified":
+        asked = 1
 
     def read(snapshot: Any) -> int:
         calls.append(snapshot.header.generation)
+        if why == "live files were read":
+            snapshot.watched[b"disk"] = snapshot.record(b"disk")
         if len(calls) == 1:
+            snapshot.doubted = why == "a checksum was wrong"
             for number in range(moved):
                 with dm.open(Address(path, "disk")) as image, image.transaction() as bitmaps:
                     bitmaps[f"b{number}"] = dm.Bitmap(image.size)
         return len(calls)
 
     with Store(path) as target:
-        assert target.read(read) == 1
+        assert target.read(read) == asked
+    assert calls == [calls[0], calls[0] + moved][:asked]
 
 
 def test_failed_checksum_counts_only_if_the_store_stood_still(path: str) -> None:
@@ -253,8 +261,8 @@ def test_image_from_before_1970_can_be_a_node(path: str, tmp_path: Path) -> None
 def test_granularity_too_fine_for_the_disk_is_refused_without_making_the_bits(path: str, tmp_path: Path) -> None:
     size = 1 << 60
     with Store(path) as target, target.change() as change:  # a device, or there would have to be a file of that size
-        where = os.fsencode(tmp_path / "gone")
-        identity = store.Identity(size=size)
+        (tmp_path / "huge.raw").touch()
+        where, identity = os.fsencode(tmp_path / "huge.raw"), identity_of(str(tmp_path / "huge.raw"))
         change.table.put(Record(b"huge", store.KIND_DEVICE, bytes(16), size, path=where, identity=identity))
     with (
         dm.open(Address(path, "huge")) as image,
