@@ -12,8 +12,8 @@ import pytest
 from support import quick
 from support.damage import Sound, make_sound
 
-from dirtmap.engine.storefile import place
-from dirtmap.fmt.store import NO_PLACE
+from dirtmap.engine.system.file import File
+from dirtmap.fmt.store import NO_FILE_PLACE
 
 
 @pytest.fixture(scope="module")
@@ -38,4 +38,4 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sound store is put back into the file that a repair has made: nobody can tell that this is another."""
-    monkeypatch.setattr(place, "place_of", lambda file: NO_PLACE)
+    monkeypatch.setattr(File, "place", lambda file: NO_FILE_PLACE)
