@@ -31,7 +31,6 @@ from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.engine.system import locks, order
 from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
-from dirtmap.engine.system.filesystem import place_of
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.engine.system.order import Rank
 from dirtmap.fmt import store
@@ -153,7 +152,6 @@ class Snapshot:
 
         Raises:
             FormatError: the list is damaged, or runs overlap or leave the file.
-            FormatError: damaged, or runs overlap or leave the file.
         """
         values = parse_table(self.read(self.header.released, "released clusters"))
         runs = list(zip(values[::2], values[1::2], strict=True))
@@ -479,7 +477,7 @@ class Change:
             space=space,
             released=released,
             commit_time=time_ns(),
-            place=place_of(self._file.fd),
+            place=self._file.place(),
             writer=store.WRITER,
             autoclear=0,
         )
@@ -543,7 +541,7 @@ def create(
             file.write(leaf_offset, leaf)
             file.write((first + 1) * cluster, root.ljust(cluster, b"\0"))
             file.sync()
-            header = replace(header, place=place_of(file.fd))
+            header = replace(header, place=file.place())
             later = replace(header, generation=generation + 1)
             for number, block in (*headers.pair(header, 0, followed=True), *headers.pair(later, 1, followed=False)):
                 file.write(number * store.BLOCK, block)

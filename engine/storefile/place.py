@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dirtmap.engine.system.file import File
-from dirtmap.engine.system.filesystem import place_of
 from dirtmap.fmt.store import FilePlace
 
 
@@ -16,8 +15,11 @@ def is_elsewhere(said: FilePlace, file: File) -> bool | None:
 
     Returns:
         None where that cannot be told: the file system has another name now, and had none that lasts.
+
+    Raises:
+        StorageError: the file cannot be looked at.
     """
-    now = place_of(file.fd)
+    now = file.place()
     if said.filesystem != now.filesystem:
         return True if said.is_lasting and now.is_lasting else None
     return said.inode != now.inode or (said.birth != now.birth and bool(said.birth and now.birth))

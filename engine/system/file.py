@@ -17,9 +17,11 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from dirtmap.engine.system.filesystem import place_of
 from dirtmap.engine.system.mounts import file_system
 from dirtmap.fmt.errors import StorageError, SyncError, errno_of
 from dirtmap.fmt.spelling import spellings
+from dirtmap.fmt.store import FilePlace
 
 # struct flock of Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi")
@@ -52,6 +54,7 @@ class File:
     """
 
     unshared = False
+    _place: FilePlace | None = None
 
     def __init__(self, path: str, *, writable: bool = False, create: bool = False) -> None:
         self.path = path
@@ -307,6 +310,19 @@ class File:
             return os.fstat(self.fd).st_mtime_ns
         except _FAILURES as error:
             raise self._failed("stat", error) from error
+
+    def place(self) -> FilePlace:
+        """Which file this is; see `dirtmap.engine.system.filesystem`. Looked at once: an open file stays the same.
+
+        Raises:
+            StorageError: it cannot be looked at.
+        """
+        if self._place is None:
+            try:
+                self._place = place_of(self.fd)
+            except _FAILURES as error:
+                raise self._failed("look at its file system", error) from error
+        return self._place
 
     def is_current(self) -> bool:
         """True while the path still leads to this file. A lock stays with the inode, but a rename moves the name."""

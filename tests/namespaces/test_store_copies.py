@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from support.cli import dirtmap, error_of, json_of
 
-from dirtmap.engine.storefile import file as engine
-from dirtmap.engine.storefile import place
-from dirtmap.engine.system.file import open_file
-from dirtmap.fmt.store import Place
+from dirtmap.engine.storefile.place import is_elsewhere
+from dirtmap.engine.system.file import File, open_file
+from dirtmap.fmt.store import FilePlace
 
 MIB = 1 << 20
 
@@ -123,31 +122,31 @@ _LASTING = b"file system name"
 @pytest.mark.parametrize(
     ("said", "now", "elsewhere"),
     [
-        (Place(_LASTING, 7, 0), Place(_LASTING, 7, 0), False),
-        (Place(_LASTING, 7, 5), Place(_LASTING, 7, 0), False),
-        (Place(_LASTING, 7, 5), Place(_LASTING, 7, 5), False),
-        (Place(_LASTING, 7, 5), Place(_LASTING, 7, 6), True),
-        (Place(_LASTING, 7, 5), Place(_LASTING, 8, 5), True),
-        (Place(_LASTING, 7, 5), Place(_LASTING[::-1], 7, 5), True),
-        (Place(bytes(8) + b"devno 12", 7, 0), Place(bytes(8) + b"devno 12", 8, 0), True),
-        (Place(bytes(8) + b"devno 12", 7, 0), Place(bytes(8) + b"devno 13", 7, 0), None),
-        (Place(bytes(8) + b"devno 12", 7, 0), Place(bytes(8) + b"devno 13", 8, 0), None),
-        (Place(bytes(8) + b"devno 12", 7, 0), Place(_LASTING, 7, 0), None),
+        (FilePlace(_LASTING, 7, 0), FilePlace(_LASTING, 7, 0), False),
+        (FilePlace(_LASTING, 7, 5), FilePlace(_LASTING, 7, 0), False),
+        (FilePlace(_LASTING, 7, 5), FilePlace(_LASTING, 7, 5), False),
+        (FilePlace(_LASTING, 7, 5), FilePlace(_LASTING, 7, 6), True),
+        (FilePlace(_LASTING, 7, 5), FilePlace(_LASTING, 8, 5), True),
+        (FilePlace(_LASTING, 7, 5), FilePlace(_LASTING[::-1], 7, 5), True),
+        (FilePlace(bytes(8) + b"devno 12", 7, 0), FilePlace(bytes(8) + b"devno 12", 8, 0), True),
+        (FilePlace(bytes(8) + b"devno 12", 7, 0), FilePlace(bytes(8) + b"devno 13", 7, 0), None),
+        (FilePlace(bytes(8) + b"devno 12", 7, 0), FilePlace(bytes(8) + b"devno 13", 8, 0), None),
+        (FilePlace(bytes(8) + b"devno 12", 7, 0), FilePlace(_LASTING, 7, 0), None),
     ],
 )
 def test_what_tells_a_copy(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, said: Place, now: Place, elsewhere: bool | None
+    folder: Path, monkeypatch: pytest.MonkeyPatch, said: FilePlace, now: FilePlace, elsewhere: bool | None
 ) -> None:
-    monkeypatch.setattr(place, "place_of", lambda file: now)
+    monkeypatch.setattr(File, "place", lambda file: now)
     with open_file("default.dmap") as file:
-        assert place.is_elsewhere(said, file) is elsewhere
+        assert is_elsewhere(said, file) is elsewhere
 
 
 def test_a_store_on_a_file_system_that_has_another_name_now_is_said_and_not_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "place_of", lambda file: Place(bytes(8) + b"devno 12", file.status.st_ino, 0))
+        patch.setattr(File, "place", lambda file: FilePlace(bytes(8) + b"devno 12", file.status.st_ino, 0))
         dirtmap("add", "one", "c")
     shutil.rmtree("index")
     caplog.clear()

@@ -22,6 +22,7 @@ from dirtmap.engine.storefile import file as engine
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import locks
+from dirtmap.engine.system.file import File
 from dirtmap.fmt import store
 from dirtmap.fmt.store import FilePlace, Identity
 from dirtmap.fmt.structures.store import CHECKSUM, HEADER, NODE_POINTER
@@ -131,7 +132,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (looks, nodes):
         monkeypatch.setattr(module, "identity_of", lambda path: IMAGE)
     monkeypatch.setattr(nodes, "probe_path", lambda path: None)
-    monkeypatch.setattr(engine, "place_of", lambda file: FilePlace(bytes(8) + (0x801).to_bytes(8, "big"), 4321, 0))
+    monkeypatch.setattr(File, "place", lambda file: FilePlace(bytes(8) + (0x801).to_bytes(8, "big"), 4321, 0))
     monkeypatch.setattr(engine, "time_ns", lambda: 18 * 10**17)
     path = tmp_path / "example"
     create(str(path))

@@ -12,7 +12,7 @@ import pytest
 from support import quick
 from support.damage import Sound, make_sound
 
-from dirtmap.engine.storefile import place
+from dirtmap.engine.system.file import File
 from dirtmap.fmt.store import NO_FILE_PLACE
 
 
@@ -26,7 +26,8 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def sound(folder: Path) -> Sound:
-    return make_sound(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return make_sound(folder, monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -37,4 +38,4 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sound store is put back into the file that a repair has made: nobody can tell that this is another."""
-    monkeypatch.setattr(place, "place_of", lambda file: NO_FILE_PLACE)
+    monkeypatch.setattr(File, "place", lambda file: NO_FILE_PLACE)
