@@ -11,7 +11,7 @@ A *holder* is a node or device, or the path of an image without a name. Its firs
 length ends with a NUL, and a long one is replaced by a digest. So no two keys can be mistaken for each other, and all
 keys that begin with the same parts have a prefix of their own. Every value ends with a CRC32C of its key and the rest
 of the value. Numbers are big-endian. The values' structures are in `dirtmap.fmt.structures.index`. Source of every
-rule: SPEC.md, "The index".
+rule: docs/behaviour.md, "The index".
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ IMAGE = Identity(
     bytes.fromhex("65787434000000000123456789abcdef"), 1234, 16 * 10**17, 1 << 20, 17 * 10**17, 17 * 10**17
 )
 
-CHAPTER = SPEC[SPEC.index("\n## The store\n") :]
-EXAMPLE = CHAPTER[CHAPTER.index("\n### Example of a store\n") :]
+CHAPTER = SPEC[SPEC.index("\n## 4. The store\n") :]
+EXAMPLE = CHAPTER[CHAPTER.index(" Example of a store\n\n") :]
 # Offset, bytes and a comment, with two spaces between.
 LINES = {
     int(at, 16): bytes.fromhex(data)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
-SPEC = (ROOT / "SPEC.md").read_text()
+BEHAVIOUR = (ROOT / "docs/behaviour.md").read_text()
+SPEC = (ROOT / "SPEC.md").read_text() + BEHAVIOUR  # their tables are held against the code as one
 README = (ROOT / "README.md").read_text()
 
 Row = dict[str, str]
@@ -34,7 +36,7 @@ def tables(text: str) -> list[Table]:
         if line.startswith("```"):
             fenced = not fenced
         elif not fenced and line.startswith("#"):
-            heading, current = line.lstrip("# "), None
+            heading, current = re.sub(r"^#+ ([0-9.]+ )?", "", line), None
         elif fenced or not line.startswith("|"):
             current = None
         elif current is None:
