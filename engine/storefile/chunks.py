@@ -35,6 +35,7 @@ Pointers = NDArray[np.void]
 
 _POINTER = np.dtype([("place", ">u8"), ("checksum", ">u4"), ("reserved", ">u4")])
 _PIECE = 1 << 18  # bytes that are read at a time, so that they are still in the cache when they are verified
+_BLOCK = 1 << 22  # bytes that are looked at in one step
 _UNKNOWN = -1  # in place of a place: the bits cannot be read, so whatever is there has to be written anew
 _SPARSE = 8  # an array of which less than one part in so many is set gets its memory in small pages
 
@@ -298,8 +299,10 @@ def write(change: Change, words: bits.Words, base: Tree, among: Positions | None
     if among is None:
         among = np.arange(shape.chunks)
         old = walk(change.snapshot, base, keep=True)
-    else:
+    elif len(among):
         old = walk(change.snapshot, base, among, keep=True)
+    else:
+        return base.place, base.checksum
     kinds = _kinds(words, shape, among)
     before = _places(old, among)
     new = among[kinds == _UNKNOWN]
@@ -405,7 +408,7 @@ def _read(snapshot: Snapshot, found: Found, words: bits.Words) -> None:
     """Reads the chunks that have a cluster into ``words``, verified."""
     cluster = found.shape.cluster
     data = words.view(np.uint8).data
-    spare = memoryview(bytearray(_PIECE if cluster < _PIECE else cluster))
+    spare = memoryview(bytearray(min(max(_PIECE, cluster), len(found.chunks) * cluster)))
     for first, end in _pieces(found):
         chunk, last = int(found.chunks[first]), int(found.chunks[end - 1])
         straight = last - chunk == end - first - 1 and (last + 1) * cluster <= len(data)
@@ -438,7 +441,7 @@ def _unread(found: Found, words: bits.Words, before: tuple[Found, bits.Words] | 
 def _contents(snapshot: Snapshot, found: Found) -> Iterator[tuple[Positions, NDArray[np.uint64]]]:
     """The sound chunks, some at a time: their numbers, and their words, a row each, which are valid until the next."""
     cluster = found.shape.cluster
-    spare = memoryview(bytearray(_PIECE if cluster < _PIECE else cluster))
+    spare = memoryview(bytearray(min(max(_PIECE, cluster), len(found.chunks) * cluster)))
     for first, end in _pieces(found):
         buffer = spare[: (end - first) * cluster]
         snapshot.file.read_into(int(found.places[first]), buffer)
@@ -481,7 +484,7 @@ def _kinds(words: bits.Words, shape: Shape, among: Positions) -> Positions:
     rows = _rows(words, shape)
     kinds = np.full(len(among), _UNKNOWN, np.int64)
     whole = np.searchsorted(among, len(rows))
-    step = max(bits.BLOCK * 8 // shape.bits * 8, 1)
+    step = max(_BLOCK // shape.cluster, 1)
     for at in range(0, int(whole), step):
         numbers = among[at : min(at + step, int(whole))]
         first, last = int(numbers[0]), int(numbers[-1])
@@ -507,7 +510,7 @@ def _kinds(words: bits.Words, shape: Shape, among: Positions) -> Positions:
 def _some(words: bits.Words, shape: Shape) -> Positions:
     """The numbers of the chunks that have bits; ascending."""
     rows = _rows(words, shape)
-    step = max(bits.BLOCK * 8 // shape.bits * 8, 1)
+    step = max(_BLOCK // shape.cluster, 1)
     found = [
         np.flatnonzero(np.bitwise_or.reduce(rows[at : at + step], axis=1)) + at for at in range(0, len(rows), step)
     ]
@@ -537,12 +540,17 @@ def _is_same(
     part = Found(old.shape, old.root, chunks=common[equal])
     part.places, part.checksums = old.places[theirs[equal]], old.checksums[theirs[equal]]
     rows = _rows(words, old.shape)
-    at = 0
     for chunks, data in _contents(snapshot, part):
-        at = int(np.searchsorted(part.chunks, chunks[0]))
-        for row, number in enumerate(chunks.tolist()):
-            mine_now = rows[number] if number < len(rows) else np.frombuffer(_row(words, old.shape, number), bits.WORD)
-            same[mine[equal[at + row]]] = np.array_equal(data[row], mine_now)
+        at, first = int(np.searchsorted(part.chunks, chunks[0])), int(chunks[0])
+        if chunks[-1] - first == len(chunks) - 1 and chunks[-1] < len(rows):
+            found = (data == rows[first : first + len(chunks)]).all(axis=1)
+        else:
+            now = (
+                rows[number] if number < len(rows) else np.frombuffer(_row(words, old.shape, number), bits.WORD)
+                for number in chunks.tolist()
+            )
+            found = np.array([np.array_equal(row, other) for row, other in zip(data, now, strict=True)])
+        same[mine[equal[at : at + len(chunks)]]] = found
     return same
 
 

@@ -519,6 +519,9 @@ def test_flags() -> None:
 class Counting:
     """A source that counts how often it is read."""
 
+    damage: str | None = None
+    uniform: bool | None = None
+
     def __init__(self, *words: int) -> None:
         self.content, self.reads = words, 0
 
@@ -635,3 +638,28 @@ def test_an_inconsistent_bitmap_gives_no_bit_away() -> None:
     assert (recovered.granularity, recovered.recording, recovered.inconsistent) == (4096, False, False)
     assert recovered._source is None
     assert bitmap.inconsistent, "the bitmap itself is as it was"
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_a_bitmap_that_is_all_one_thing_is_counted_and_mapped_without_its_bits(fill: bool) -> None:
+    source = Counting()
+    source.uniform = fill
+    for bitmap in (
+        Bitmap._lazy(1300, 512, False, False, source),
+        Bitmap(1300, 512).recovered() if fill else Bitmap(1300, 512),
+    ):
+        assert bitmap.count == 3 * 512 * fill
+        assert extents(bitmap) == [(0, 1300)] * fill
+        assert bitmap._words is None
+    assert source.reads == 0
+    assert bitmap.words.tolist() == [7 * fill]
+
+
+def test_what_was_damaged_is_told_of_copies_too() -> None:
+    source = Counting(0b101)
+    source.damage = "bits are damaged"
+    bitmap = Bitmap._lazy(3 * 512, 512, True, False, source)
+    assert bitmap.damage is None
+    assert bitmap.count == 1024
+    assert bitmap.damage == bitmap.copy().damage == "bits are damaged"
+    assert (bitmap | bitmap).damage is None
