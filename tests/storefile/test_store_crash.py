@@ -395,7 +395,7 @@ def test_every_state_is_old_or_new(name: str, recorded: Recorded, tallies: dict[
         assert judge.old != judge.new
         crash.require_durable(recording)
         tallies[name] = crash.explore(store_crash.shredded(recording), judge, EFFORT) + judge.chained
-        assert tallies[name].built * len(CASES) > 50_000
+        assert tallies[name].built * len(CASES) > 45_000
         judge.finish(bytearray(recording.final))
 
 
@@ -562,7 +562,7 @@ def test_the_judge_sees_what_is_missing_at_the_end(recorded: Recorded) -> None:
     image = bytearray(recording.final)
     image[8192:12288] = recording.original[8192:12288]
     judge(image)
-    with pytest.raises(crash.Harm, match="not without"):
+    with pytest.raises(crash.Harm, match="has put the store in doubt"):
         judge.finish(image)
 
 

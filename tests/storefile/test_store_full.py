@@ -132,7 +132,7 @@ def test_files_that_must_not_grow(name: str, path: Path) -> None:
 
 def test_no_room_for_a_new_store(tmp_path: Path) -> None:
     path = tmp_path / "store"
-    for limit in range(0, 7 * 4096, LEVEL):
+    for limit in range(0, 6 * 4096, LEVEL):
         with files_up_to(limit), pytest.raises(dm.StorageError, match="No space left on device"):
             create(str(path))
         assert not path.exists()

@@ -309,7 +309,7 @@ def in_memory(image: bytearray, *, growable: bool = True) -> Iterator[str]:
 
     class Memory(File):
         def __init__(self, path: str, **_: bool) -> None:
-            self.path, self.abspath, self.fd, self._poisoned = path, path, 0, None
+            self.path, self.abspath, self.fd, self._poisoned, self._left = path, path, 0, None, False
             self.status = os.stat("/")
 
         @property
@@ -342,6 +342,8 @@ def in_memory(image: bytearray, *, growable: bool = True) -> Iterator[str]:
 
         def sync(self) -> None:
             pass
+
+        write_back = sync
 
         def lock(self, offset: int) -> None:
             pass
