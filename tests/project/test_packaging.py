@@ -15,6 +15,7 @@ from support.alone import alone
 
 ROOT = Path(__file__).parent.parent.parent
 FLOORS = ["fmt", "engine", "tools"]
+SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
@@ -36,8 +37,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_every_module_and_no_other(wheel: Path) -> None:
-    sources = [p for floor in FLOORS for suffix in ("*.py", "py.typed") for p in (ROOT / floor).rglob(suffix)]
+    sources = [p for floor in FLOORS for kind in ("*.py", "*.pyi", "py.typed") for p in (ROOT / floor).rglob(kind)]
     expected = {f"dirtmap/{path.relative_to(ROOT)}" for path in sources}
+    expected |= {f"dirtmap/{path.relative_to(ROOT).with_suffix(SUFFIX)}" for path in ROOT.glob("engine/**/*.pyx")}
     assert expected >= {f"dirtmap/{floor}/py.typed" for floor in FLOORS}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -54,6 +56,7 @@ def test_installed_wheel_runs_away_from_the_source_tree(wheel: Path, tmp_path: P
     (site_packages,) = home.glob("lib/python*/site-packages")
     (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
-    where = run(home / "bin/python", "-c", "import dirtmap.fmt as m; print(m.__file__)", cwd=tmp_path)
-    assert Path(where.strip()) == site_packages / "dirtmap/fmt/__init__.py"
+    for module, file in (("fmt", "fmt/__init__.py"), ("engine.model._bits", f"engine/model/_bits{SUFFIX}")):
+        where = run(home / "bin/python", "-c", f"import dirtmap.{module} as m; print(m.__file__)", cwd=tmp_path)
+        assert Path(where.strip()) == site_packages / "dirtmap" / file
     assert VERSION in run(home / "bin/dirtmap", "--version", cwd=tmp_path)
