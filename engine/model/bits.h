@@ -34,8 +34,8 @@ enum { BITS_OR, BITS_AND, BITS_AND_NOT, BITS_XOR };
 #include <immintrin.h>
 /* Every processor since 2013 (Intel) or 2015 (AMD). */
 #define BITS_FOR_V3 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt")))
-/* Ice Lake, Zen 4, and what came after: they count the bits of eight words at once. */
-#define BITS_FOR_V4 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,avx512f,avx512vl,avx512vpopcntdq")))
+/* Ice Lake, Zen 4, and what came after: they count the bits of eight words at once, and list those of one. */
+#define BITS_FOR_V4 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vpopcntdq")))
 #endif
 
 /* The highest level that this processor has, from 0. */
@@ -45,8 +45,9 @@ static inline int bits_best_level(void)
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi") || !__builtin_cpu_supports("bmi2") ||
         !__builtin_cpu_supports("popcnt"))
         return 0;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl") ||
-        !__builtin_cpu_supports("avx512vpopcntdq"))
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl") ||
+        !__builtin_cpu_supports("avx512vbmi2") || !__builtin_cpu_supports("avx512vpopcntdq"))
         return 1;
     return 2;
 #else
@@ -228,32 +229,70 @@ BITS_INLINE uint64_t bits_runs_body(const bits_word *words, size_t from, size_t 
     return total;
 }
 
-/* Appends `unit` times the position of each bit of `edges`; with `starts`, minus the start of the run of that number.
+/* The runs that begin in one word: `begins` has where, `ends` where they end, but for the last if it goes on. Puts them
+ * at place `at`, starts and lengths in units of `unit`, and returns the place behind. `base` is the word's first bit.
  *
- * It writes four numbers at a time, whether there are so many or not, as long as there is room: to find out costs more.
+ * It writes some numbers more than there are, as long as there is room: to find out costs more.
  */
-BITS_INLINE size_t bits_append(bits_number *into, size_t at, size_t end, const bits_number *starts, uint64_t edges,
-                               uint64_t base, uint64_t unit)
+BITS_INLINE size_t bits_append_slowly(bits_number *starts, bits_number *lengths, size_t at, size_t end,
+                                      uint64_t begins, uint64_t ends, uint64_t base, uint64_t unit)
 {
-    size_t behind = at + __builtin_popcountll(edges);
-    if (behind + 3 < end) {
-        while (at < behind) {
-            for (size_t k = 0; k < 4; k++) {
-                /* No bit is left: any number will do. */
-                uint64_t position = (base + __builtin_ctzll(edges | UINT64_C(1) << 63)) * unit;
-                into[at + k] = position - (starts ? (uint64_t)starts[at + k] : 0);
-                edges &= edges - 1;
-            }
-            at += 4;
-        }
-        return behind;
-    }
-    for (; edges && at < end; edges &= edges - 1, at++) {
-        uint64_t position = (base + __builtin_ctzll(edges)) * unit;
-        into[at] = position - (starts ? (uint64_t)starts[at] : 0);
+    for (; begins && at < end; at++) {
+        /* No end is left: its length is written when it is known, so any number will do. */
+        uint64_t first = __builtin_ctzll(begins), behind = __builtin_ctzll(ends | UINT64_C(1) << 63);
+        starts[at] = (base + first) * unit;
+        lengths[at] = (behind - first) * unit;
+        begins &= begins - 1;
+        ends &= ends - 1;
     }
     return at;
 }
+
+BITS_INLINE size_t bits_append(bits_number *starts, bits_number *lengths, size_t at, size_t end, uint64_t begins,
+                               uint64_t ends, uint64_t base, uint64_t unit)
+{
+    size_t behind_all = at + __builtin_popcountll(begins);
+    if (behind_all + 3 > end)
+        return bits_append_slowly(starts, lengths, at, end, begins, ends, base, unit);
+    for (; at < behind_all; at += 4)
+        for (size_t k = 0; k < 4; k++) {
+            uint64_t first = __builtin_ctzll(begins | UINT64_C(1) << 63);
+            uint64_t behind = __builtin_ctzll(ends | UINT64_C(1) << 63);
+            starts[at + k] = (base + first) * unit;
+            lengths[at + k] = (behind - first) * unit;
+            begins &= begins - 1;
+            ends &= ends - 1;
+        }
+    return behind_all;
+}
+
+#if defined(__x86_64__)
+/* The same, eight at a time. */
+BITS_FOR_V4 static inline size_t bits_append_v4(bits_number *starts, bits_number *lengths, size_t at, size_t end,
+                                                uint64_t begins, uint64_t ends, uint64_t base, uint64_t unit)
+{
+    static const uint8_t places[64] = {
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+        22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+        44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+    size_t n = __builtin_popcountll(begins);
+    if (at + n + 7 > end)
+        return bits_append_slowly(starts, lengths, at, end, begins, ends, base, unit);
+    /* Words begin at most 32 runs. */
+    __m512i all = _mm512_loadu_si512(places), from = _mm512_set1_epi64(base), by = _mm512_set1_epi64(unit);
+    __m256i firsts = _mm512_castsi512_si256(_mm512_maskz_compress_epi8(begins, all));
+    __m256i behinds = _mm512_castsi512_si256(_mm512_maskz_compress_epi8(ends, all));
+    for (size_t k = 0; k < n; k += 8) {
+        __m512i first = _mm512_cvtepu8_epi64(_mm256_castsi256_si128(firsts));
+        __m512i behind = _mm512_cvtepu8_epi64(_mm256_castsi256_si128(behinds));
+        _mm512_storeu_si512(starts + at + k, _mm512_mullo_epi64(_mm512_add_epi64(first, from), by));
+        _mm512_storeu_si512(lengths + at + k, _mm512_mullo_epi64(_mm512_sub_epi64(behind, first), by));
+        firsts = _mm256_permute4x64_epi64(firsts, 0x39);
+        behinds = _mm256_permute4x64_epi64(behinds, 0x39);
+    }
+    return at + n;
+}
+#endif
 
 /* A bit for each of 64 words that has an edge, a bit that differs from the one before. words[-1] is there, too. */
 static uint64_t bits_edgy_base(const bits_word *words)
@@ -278,18 +317,25 @@ BITS_FOR_V3 static uint64_t bits_edgy_v3(const bits_word *words)
 }
 #endif
 
-/* Writes where the runs of words[from..to] start, and how long they are. No run may be open at `from`; one that is open
- * at `to` gets no length. Numbers go from place `at` up to `end`, and not further. */
+typedef size_t bits_appender(bits_number *starts, bits_number *lengths, size_t at, size_t end, uint64_t begins,
+                             uint64_t ends, uint64_t base, uint64_t unit);
+
+/* Writes where the runs of words[from..to] start, and how long they are. No run may be open at `from`; of one that is
+ * open at `to` the length is missing. Numbers go from place `begin` up to `end`, and not further. */
 BITS_INLINE void bits_extents_body(const bits_word *words, size_t from, size_t to, uint64_t unit, bits_number *starts,
-                                   bits_number *lengths, size_t at, size_t end,
-                                   uint64_t (*edgy_words)(const bits_word *))
+                                   bits_number *lengths, size_t begin, size_t end,
+                                   uint64_t (*edgy_words)(const bits_word *), bits_appender append)
 {
-    size_t closed = at;
+    size_t at = begin;
 #define BITS_APPEND(k, before) \
     do { \
-        uint64_t word = words[k], shifted = word << 1 | (before) >> 63; \
-        at = bits_append(starts, at, end, NULL, word & ~shifted, (k) * 64, unit); \
-        closed = bits_append(lengths, closed, end, starts, ~word & shifted, (k) * 64, unit); \
+        uint64_t word = words[k], shifted = word << 1 | (before) >> 63, base = (uint64_t)(k) * 64; \
+        uint64_t begins = word & ~shifted, ends = ~word & shifted; \
+        if ((shifted & 1) && ends && at > begin) { \
+            lengths[at - 1] = (base + __builtin_ctzll(ends)) * unit - (uint64_t)starts[at - 1]; \
+            ends &= ends - 1; \
+        } \
+        at = append(starts, lengths, at, end, begins, ends, base, unit); \
     } while (0)
     if (from < to)
         BITS_APPEND(from, UINT64_C(0));
@@ -422,42 +468,42 @@ BITS_INLINE void bits_refine_body(const bits_word *coarse, bits_word *fine, size
 #define BITS_RUNS (const bits_word *words, size_t from, size_t to)
 #define BITS_EXTENTS \
     (const bits_word *words, size_t from, size_t to, uint64_t unit, bits_number *starts, bits_number *lengths, \
-     size_t at, size_t end)
+     size_t begin, size_t end)
 #define BITS_COARSEN (const bits_word *fine, size_t n, bits_word *coarse, int factor)
 #define BITS_REFINE (const bits_word *coarse, bits_word *fine, size_t n, int factor)
 
-#define BITS_COUNTING_AT(level, target) \
+#define BITS_RUNS_AT(level, target, edgy, append) \
     target static uint64_t bits_count_##level BITS_COUNT { return bits_count_body(data, size); } \
-    target static uint64_t bits_runs_##level BITS_RUNS { return bits_runs_body(words, from, to); }
-#define BITS_OTHERS_AT(level, target) \
-    target static uint64_t bits_combine_##level BITS_COMBINE { return bits_combine_body(a, b, into, n, how); } \
+    target static uint64_t bits_runs_##level BITS_RUNS { return bits_runs_body(words, from, to); } \
     target static void bits_extents_##level BITS_EXTENTS \
     { \
-        bits_extents_body(words, from, to, unit, starts, lengths, at, end, bits_edgy_##level); \
-    } \
+        bits_extents_body(words, from, to, unit, starts, lengths, begin, end, edgy, append); \
+    }
+#define BITS_OTHERS_AT(level, target) \
+    target static uint64_t bits_combine_##level BITS_COMBINE { return bits_combine_body(a, b, into, n, how); } \
     target static void bits_coarsen_##level BITS_COARSEN { bits_coarsen_body(fine, n, coarse, factor); } \
     target static void bits_refine_##level BITS_REFINE { bits_refine_body(coarse, fine, n, factor); }
 
-BITS_COUNTING_AT(base, )
+BITS_RUNS_AT(base, , bits_edgy_base, bits_append)
 BITS_OTHERS_AT(base, )
 #if defined(__x86_64__)
-BITS_COUNTING_AT(v3, BITS_FOR_V3)
+BITS_RUNS_AT(v3, BITS_FOR_V3, bits_edgy_v3, bits_append)
 BITS_OTHERS_AT(v3, BITS_FOR_V3)
-BITS_COUNTING_AT(v4, BITS_FOR_V4)
+BITS_RUNS_AT(v4, BITS_FOR_V4, bits_edgy_v3, bits_append_v4)
 #endif
 
 typedef struct {
     uint64_t (*count) BITS_COUNT;
     uint64_t (*runs) BITS_RUNS;
-    uint64_t (*combine) BITS_COMBINE;
     void (*extents) BITS_EXTENTS;
+    uint64_t (*combine) BITS_COMBINE;
     void (*coarsen) BITS_COARSEN;
     void (*refine) BITS_REFINE;
 } bits_loops;
 
-#define BITS_LOOPS(counting, others) \
-    {bits_count_##counting, bits_runs_##counting, bits_combine_##others, bits_extents_##others, \
-     bits_coarsen_##others, bits_refine_##others}
+#define BITS_LOOPS(level, others) \
+    {bits_count_##level, bits_runs_##level, bits_extents_##level, bits_combine_##others, bits_coarsen_##others, \
+     bits_refine_##others}
 
 static const bits_loops bits_levels[] = {
     BITS_LOOPS(base, base),

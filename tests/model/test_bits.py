@@ -325,6 +325,37 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
             call()
 
 
+@given(bitmaps.filter(len), st.data())
+def test_two_threads_find_what_one_does(flags: list[bool], data: st.DataObject) -> None:
+    """Halves meet wherever they do: in runs of many words, and beside them."""
+    flags = (flags * 3000)[: data.draw(st.integers(1, 6000))] + flags
+    nbits, factor = len(flags), data.draw(factors)
+    words, other = pack(flags), pack(flags[::-1])
+
+    def results() -> list[Any]:
+        fine = bits.refine(words, nbits * factor, factor)
+        return [*bits.extents(words, nbits * 8 - 3, 8), *bits.combine(words, other, bits.XOR), fine]
+
+    alone = results()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bits, "LARGE", 0)
+        shared = results()
+    assert all(np.array_equal(one, other) for one, other in zip(alone, shared, strict=True))
+    assert [alone[0].tolist(), alone[1].tolist()] == [
+        [start * 8 for start, _ in runs(flags)],
+        [min((start + length) * 8, nbits * 8 - 3) - start * 8 for start, length in runs(flags)],
+    ]
+
+
+def test_a_failure_of_either_thread_is_raised() -> None:
+    words = np.zeros(4, "<u8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bits, "LARGE", 0)
+        for short in (words[:1], words[:3]):
+            with pytest.raises(ValueError, match="elements beside"):
+                bits.combine(words, short, bits.OR)
+
+
 def test_extents_write_no_more_than_there_is_room_for() -> None:
     """As when another thread sets bits after the runs have been counted."""
     words = np.full(200, 0x5555555555555555, "<u8")
