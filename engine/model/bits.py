@@ -180,7 +180,7 @@ def extents(words: Words, size: int, unit: int = 1) -> tuple[Positions, Position
     lengths = np.empty_like(starts)
     middle = _between_runs(words) if runs * 16 >= LARGE else 0
     if middle:
-        before = _bits.runs(words, 0, middle)
+        before = min(_bits.runs(words, 0, middle), runs)  # another thread may have set bits since they were counted
         _both(
             lambda: _bits.extents(words, 0, middle, unit, starts, lengths, 0, before),
             lambda: _bits.extents(words, middle, len(words), unit, starts, lengths, before, runs),
