@@ -1,6 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+COMPILED := .venv/.compiled
+KERNELS := engine/model/_bits.pyx engine/model/bits.h
 # Processes that run tests: one for each core, or so many. A test that is long begins while others still run.
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --dist worksteal
@@ -20,12 +22,21 @@ install_missing = if [ -z "$$missing" ]; then :; \
 		echo "Please install these Debian packages first: $$missing" >&2; exit 1; \
 	fi
 
-setup: $(INSTALLED) .typeroot/dirtmap ## make .venv with dirtmap and everything its development needs
+setup: $(INSTALLED) $(COMPILED) .typeroot/dirtmap ## make .venv with dirtmap and everything its development needs
 
 $(INSTALLED): pyproject.toml
-	@missing=; $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing=python3-venv; $(install_missing)
+	@missing=; $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing=python3-venv; \
+	command -v gcc >/dev/null || missing="$$missing gcc libc6-dev"; \
+	[ -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || \
+		missing="$$missing python3-dev"; \
+	$(install_missing)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(COMPILED)
+
+# The editable install has compiled them once; this is for what has changed since.
+$(COMPILED): $(KERNELS) $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # Type checkers do not follow an editable install; they find dirtmap.fmt and its like here.
@@ -57,10 +68,14 @@ demo: setup tools ## see dirtmap at work on a real qcow2 image
 bench: setup tools ## measure, side by side with what there is today
 	$(BIN)/pytest -o python_files='bench_*.py' --benchmark-columns=min,median,stddev,rounds tests/bench
 
-wheel: setup ## build dist/dirtmap-VERSION-py3-none-any.whl, through an sdist
-	$(BIN)/python -m build --no-isolation
+wheel: setup ## build dist/dirtmap-VERSION-*-manylinux*.whl and the sdist that it is made from
+	rm -rf build/raw
+	$(BIN)/python -m build --no-isolation --outdir build/raw
+	mkdir -p dist && mv build/raw/*.tar.gz dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --wheel-dir dist build/raw/*.whl
 
 clean: ## remove all that make has made
 	rm -rf .venv .typeroot build dist *.egg-info .benchmarks .hypothesis \
-		.grimp_cache .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+		.grimp_cache .import_linter_cache .mypy_cache .pytest_cache .ruff_cache \
+		engine/model/_bits.c engine/model/_bits.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

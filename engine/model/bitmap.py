@@ -12,7 +12,7 @@ cut the last granule short. Rounding never loses a dirty byte: `mark` rounds out
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final, Protocol, SupportsIndex, final
 
 import numpy as np
@@ -77,7 +77,9 @@ class Bitmap:
     """
 
     __slots__ = (
+        "_count",
         "_fill",
+        "_marker",
         "_source",
         "_words",
         "busy",
@@ -105,6 +107,10 @@ class Bitmap:
         self._words: bits.Words | None = None
         self._fill = False
         self.damage: str | None = None
+        # How many bits are set, where that is known.
+        self._count: int | None = None
+        # What `mark` can do at once: there only while a change has nothing to look after but the words.
+        self._marker: bits.Marker | None = None
 
     @classmethod
     def from_extents(
@@ -177,7 +183,10 @@ class Bitmap:
         """Dirty bytes, counted as QEMU does: in whole granules, even where the last granule is cut short."""
         if (fill := self._uniform()) is not None:
             return self._nbits * self.granularity if fill else 0
-        return bits.count(self._load()) * self.granularity
+        words = self._load()
+        if self._count is None:
+            self._count, self._marker = bits.count(words), None
+        return self._count * self.granularity
 
     def extents(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The maximal dirty runs in order, as two int64 arrays (offsets, lengths in bytes), cut at the disk's end."""
@@ -195,8 +204,12 @@ class Bitmap:
             RangeError: the range is not inside the disk. Nothing is marked.
             BitmapError: the bitmap is frozen or inconsistent.
         """
+        if bits.mark(self._marker, offset, length):
+            return
         offset, end = self._range(offset, length)
         words = self._writable()
+        if self._marker is None:
+            self._marker = bits.Marker(words, self.size, self.granularity)
         if offset < end:
             bits.set_range(words, offset // self.granularity, geometry.ceil_div(end, self.granularity))
 
@@ -210,13 +223,10 @@ class Bitmap:
         offset, length = as_int64(offsets), as_int64(lengths)
         if offset.shape != length.shape:
             raise RangeError(WHERE, f"{counted(len(offset), 'offset')} and {counted(len(length), 'length')}")
-        # `offset + length` could overflow. `size - length` overflows only for a negative length, which is bad anyway.
-        bad = np.flatnonzero((offset < 0) | (length < 0) | (offset > self.size - length))
-        if bad.size:
-            self._range(offset[bad[0]], length[bad[0]])  # raises
-        words = self._writable()
-        offset, length = offset[length > 0], length[length > 0]
-        bits.set_many(words, offset // self.granularity, (offset + length - 1) // self.granularity + 1)
+        bad = bits.first_outside(offset, length, self.size)
+        if bad is not None:
+            self._range(offset[bad], length[bad])  # raises
+        bits.mark_ranges(self._writable(), offset, length, self.granularity)
 
     def clear(self, offset: SupportsIndex, length: SupportsIndex) -> None:
         """Makes every granule clean whose bytes on the disk are all in the range.
@@ -231,7 +241,7 @@ class Bitmap:
 
     def freeze(self) -> Bitmap:
         """Refuses every change in place from now on; returns the bitmap itself."""
-        self.frozen = True
+        self.frozen, self._marker = True, None
         return self
 
     # Bitmaps made from this one. None of them is frozen.
@@ -257,9 +267,10 @@ class Bitmap:
         other = Bitmap(self.size, self.granularity, self.recording if recording is None else recording)
         other.busy = self.busy if busy is None else busy
         if self._words is not None:
-            self._words.flags.writeable = False
+            self._words.flags.writeable, self._marker = False, None
         other.inconsistent, other._source, other._words = self.inconsistent, self._source, self._words
         other._fill, other.damage = self._fill, self.damage
+        other._count = self._count
         return other
 
     def recovered(self) -> Bitmap:
@@ -293,16 +304,16 @@ class Bitmap:
         return self.copy() if granularity == self.granularity else self._like(granularity, words)
 
     def __or__(self, other: Bitmap) -> Bitmap:
-        return self._combined(other, np.bitwise_or)
+        return self._combined(other, bits.OR)
 
     def __and__(self, other: Bitmap) -> Bitmap:
-        return self._combined(other, np.bitwise_and)
+        return self._combined(other, bits.AND)
 
     def __sub__(self, other: Bitmap) -> Bitmap:
-        return self._combined(other, lambda mine, theirs: mine & ~theirs)
+        return self._combined(other, bits.AND_NOT)
 
     def __xor__(self, other: Bitmap) -> Bitmap:
-        return self._combined(other, np.bitwise_xor)
+        return self._combined(other, bits.XOR)
 
     # No __hash__: a change in place would change it.
     def __eq__(self, other: object) -> bool:
@@ -353,7 +364,7 @@ class Bitmap:
         words = self._load()
         if not words.flags.writeable:
             self._words = words = words.copy()
-        self._source = None
+        self._source = self._count = None
         return words
 
     def _words_at(self, granularity: int) -> bits.Words:
@@ -364,14 +375,17 @@ class Bitmap:
         """Another bitmap for the same disk, recording as this one does."""
         return Bitmap.from_words(self.size, granularity, words, self.recording)
 
-    def _combined(self, other: Bitmap, combine: Callable[[bits.Words, bits.Words], bits.Words]) -> Bitmap:
-        """Both contents combined, at the finer of the two granularities."""
+    def _combined(self, other: Bitmap, how: int) -> Bitmap:
+        """Both contents combined, at the finer of the two granularities; see `bits.combine`."""
         if not isinstance(other, Bitmap):
             return NotImplemented
         if self.size != other.size:
             raise BitmapError(WHERE, f"for a disk of {self.size} bytes; the other is for one of {other.size}")
         finer = min(self.granularity, other.granularity)
-        return self._like(finer, combine(self._words_at(finer), other._words_at(finer)))
+        words, count = bits.combine(self._words_at(finer), other._words_at(finer), how)
+        result = self._like(finer, words)
+        result._count = count
+        return result
 
     def _range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
         """The first byte of the range, and the first byte behind it. Checks that the range is inside the disk."""
@@ -404,7 +418,8 @@ def as_int64(values: Iterable[SupportsIndex]) -> NDArray[np.int64]:
     """
     try:
         if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
-            if values.ndim != 1 or values.max(initial=0) > geometry.MAX_DISK_SIZE:
+            # No signed number is past the limit, which is that of int64.
+            if values.ndim != 1 or (values.dtype.kind == "u" and values.max(initial=0) > geometry.MAX_DISK_SIZE):
                 raise OverflowError
             return values.astype(np.int64, copy=False)
         return np.fromiter(map(operator.index, values), np.int64)

@@ -18,31 +18,46 @@ of 4 bits:
     bits    0000 0110 0011 1111 1110 0000       (least significant bit first)
     edges   0000 0101 0010 0000 0001 0000
 
-Cost. Each function takes one or two passes; only `set_many` sorts. A pass works in blocks, so that its intermediate
-results stay in the second-level cache. For 2**28 bits (a 16 TiB disk at 64 KiB) on a 2-core virtual machine:
-`count` 4 ms, `coarsen` by 16 5 ms, `extents` 15 ms with 0.1 % and 250 ms with 10 % of the bits set at random.
-A million ranges to `set_many` take 150 ms.
-No function is safe while another thread writes to the same words.
+The loops are compiled: `_bits.pyx` checks what arrays they get, `bits.h` has the loops. A call on more than 1 MiB gives
+up the interpreter's lock, and one that makes a `LARGE` result is shared by two threads.
+
+Cost. Each function takes one or two passes over its input; only ranges that overlap a lot are sorted. For 2**28 bits
+(a 16 TiB disk at 64 KiB) on a 2-core virtual machine: `count` 1 ms, `coarsen` by 16 2 ms, `extents` 3 ms with 0.1 % and
+15 ms with 10 % of the bits set at random. What comes on top is the memory of large results, which the system hands out
+page by page; for those 10 % it takes longer than all else. A million ranges take 10 to 30 ms.
+No function is safe while another thread writes to the same words: its result may then be wrong, and no more than that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Final
+import threading
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dirtmap.engine.model import _bits
+from dirtmap.engine.model._bits import Marker as Marker
+from dirtmap.engine.model._bits import mark as mark
 from dirtmap.fmt import geometry
 
 Words = NDArray[np.uint64]
 Positions = NDArray[np.int64]
 Packed = bytes | bytearray | memoryview
 
+_Found = TypeVar("_Found")
+
 WORD: Final = np.dtype("<u8")
 ALL: Final = 2**64 - 1
-# Elements in a block. A power of two, at least 64, so that a block coarsened by 64 is still whole bytes.
-BLOCK: Final = 65536
+# Bytes of results that are worth a second thread. More than the work it is the memory that takes time: the system has
+# to find and clear every page of it.
+LARGE: Final = 1 << 25
+# How `combine` combines.
+OR: Final = _bits.OR
+AND: Final = _bits.AND
+AND_NOT: Final = _bits.AND_NOT
+XOR: Final = _bits.XOR
 
 
 def zeros(nbits: int) -> Words:
@@ -74,95 +89,88 @@ def mask_tail(words: Words, nbits: int) -> None:
         words[-1] &= ALL >> (64 - nbits % 64)
 
 
-def count(words: NDArray[np.unsignedinteger[Any]]) -> int:
+def count(words: NDArray[np.unsignedinteger[Any]] | Packed) -> int:
     """The number of set bits. The elements may be unsigned integers of any width."""
-    counts = np.empty(min(BLOCK, len(words)), np.uint8)
-    total = 0
-    for at in range(0, len(words), BLOCK):
-        block = words[at : at + BLOCK]
-        total += int(np.bitwise_count(block, out=counts[: len(block)]).sum())
-    return total
+    return _bits.count(words)
+
+
+def all_zero(data: NDArray[np.unsignedinteger[Any]] | Packed) -> bool:
+    """True if no bit is set. Stops at the first 512 bytes that have one."""
+    return _bits.all_are(data, 0)
+
+
+def all_one(data: NDArray[np.unsignedinteger[Any]] | Packed) -> bool:
+    """True if every bit is set, up to the end of the last byte. Stops at the first 512 bytes that have a clear one."""
+    return _bits.all_are(data, 0xFF)
 
 
 def set_range(words: Words, start: int, end: int) -> None:
-    """Sets the bits of ``start..end``, in place; an empty range sets none."""
-    if start < end:
-        first, head, last, tail = _masks(start, end)
-        words[first] |= head
-        words[first + 1 : last] = ALL
-        words[last] |= tail
+    """Sets the bits of ``start..end``, in place; an empty range sets none.
+
+    Raises:
+        IndexError: the words do not have these bits.
+    """
+    _bits.set_range(words, start, end)
 
 
 def clear_range(words: Words, start: int, end: int) -> None:
-    """Clears the bits of ``start..end``, in place; an empty range clears none."""
-    if start < end:
-        first, head, last, tail = _masks(start, end)
-        words[first] &= ALL ^ head
-        words[first + 1 : last] = 0
-        words[last] &= ALL ^ tail
+    """Clears the bits of ``start..end``, in place; an empty range clears none. Errors as `set_range`."""
+    _bits.clear_range(words, start, end)
 
 
-def _masks(start: int, end: int) -> tuple[int, int, int, int]:
-    """The first word and a mask of its bits in the range, the last word and its mask. Both may be the same word.
+def first_outside(offsets: Positions, lengths: Positions, size: int) -> int | None:
+    """The index of the first range that is not inside ``0..size``, or None. Any numbers will do, negative ones too."""
+    return _bits.first_outside(_packed(offsets), _packed(lengths), size)
 
-    |....head|ALL.....|ALL.....|tail....|
-      first                      last
+
+def mark_ranges(words: Words, offsets: Positions, lengths: Positions, granularity: int) -> None:
+    """Sets the bit of every granule that has a byte in one of the ranges, in place.
+
+    Args:
+        words: one bit per granule.
+        offsets: of the ranges, bytes; int64, 1-D, all inside the disk (see `first_outside`). In any order.
+        lengths: of the ranges, bytes; may be 0.
+        granularity: bytes, a power of two.
     """
-    first, last = start // 64, (end - 1) // 64
-    head, tail = ALL << start % 64 & ALL, ALL >> 63 - (end - 1) % 64
-    if first == last:
-        head = tail = head & tail
-    return first, head, last, tail
+    offsets, lengths = _packed(offsets), _packed(lengths)
+    done = _bits.mark_ranges(words, offsets, lengths, granularity)
+    if done < len(offsets):
+        offsets, lengths = offsets[done:], lengths[done:]
+        some = lengths > 0
+        offsets, lengths = offsets[some], lengths[some]
+        _scatter_overlapping(words, offsets // granularity, (offsets + (lengths - 1)) // granularity)
 
 
-def set_many(words: Words, starts: Positions, ends: Positions) -> None:
+def scatter(words: Words, starts: Positions, lasts: Positions) -> None:
     """Sets the bits of every range, in place. Each range has at least one bit; ranges may overlap, in any order.
 
     Args:
         words: the bits to change.
         starts: first bit of each range; int64, 1-D.
-        ends: first bit behind each range; int64, same shape and order.
+        lasts: last bit of each range; int64, same shape and order.
+
+    Raises:
+        IndexError: the words do not have one of these bits. No bit is set.
     """
-    if not starts.size:
-        return
+    starts, lasts = _packed(starts), _packed(lasts)
+    if first_outside(starts, lasts - starts, len(words) * 64 - 1) is not None:
+        raise IndexError("a range outside the bits")
+    done = _bits.scatter(words, starts, lasts)
+    if done < len(starts):
+        _scatter_overlapping(words, starts[done:], lasts[done:])
+
+
+def _scatter_overlapping(words: Words, starts: Positions, lasts: Positions) -> None:
+    """`scatter` for ranges that cover the bits many times over: ranges that overlap or touch become one."""
     order = np.argsort(starts)
-    starts, ends = starts[order], np.maximum.accumulate(ends[order])
-    # Ranges that overlap or touch become one.
+    starts, ends = starts[order], np.maximum.accumulate(lasts[order]) + 1
     apart = starts[1:] > ends[:-1]
-    starts, lasts = starts[np.append(True, apart)], ends[np.append(apart, True)] - 1
-    first, last = starts >> 6, lasts >> 6
-    heads = np.left_shift(np.uint64(ALL), (starts & 63).astype(WORD))
-    tails = np.right_shift(np.uint64(ALL), (~lasts & 63).astype(WORD))
-    one = first == last
-    heads[one] &= tails[one]
-    # Many runs may begin in one word, where `|=` would keep only one of them. But at most one of them goes on into
-    # the next word, and at most one run comes from an earlier word and ends in this one.
-    np.bitwise_or.at(words, first, heads)
-    words[last[~one]] |= tails[~one]
-    whole = np.maximum(last - first - 1, 0)
-    inside = np.arange(whole.sum())
-    inside += np.repeat(first + 1 - (np.cumsum(whole) - whole), whole)
-    words[inside] = ALL
+    _bits.scatter(words, starts[np.append(True, apart)], ends[np.append(apart, True)] - 1)
 
 
-def scatter(words: Words, starts: Positions, lasts: Positions) -> None:
-    """Like `set_many`, but takes the last bit of each range in place of its end, and is faster for short ranges.
-
-    It does not sort: it sets the bits of each range's first and last word at once, and then, one range at a time, the
-    words between, which few ranges have.
-    """
-    for at in range(0, len(starts), BLOCK):
-        start, last = starts[at : at + BLOCK], lasts[at : at + BLOCK]
-        first_word, last_word = start >> 6, last >> 6
-        heads = np.left_shift(np.uint64(ALL), (start & 63).view(WORD))
-        tails = np.right_shift(np.uint64(ALL), (~last & 63).view(WORD))
-        one = first_word == last_word
-        both = heads & tails
-        np.bitwise_or.at(words, first_word, np.where(one, both, heads))
-        more = np.flatnonzero(~one)
-        np.bitwise_or.at(words, last_word[more], tails[more])
-        for index in more[last_word[more] - first_word[more] > 1].tolist():
-            words[int(first_word[index]) + 1 : int(last_word[index])] = ALL
+def _packed(numbers: Positions) -> Positions:
+    """The same numbers, without space between them."""
+    return np.ascontiguousarray(numbers)
 
 
 def extents(words: Words, size: int, unit: int = 1) -> tuple[Positions, Positions]:
@@ -176,66 +184,75 @@ def extents(words: Words, size: int, unit: int = 1) -> tuple[Positions, Position
     Returns:
         Starts and lengths: two new int64 arrays of the same shape, in the unit of ``size``.
     """
-    found = list(_edges(words))
-    edges = sum(count(data) for _, data in found)
-    starts = np.empty((edges + 1) // 2, np.int64)
+    runs = _bits.runs(words, 0, len(words))
+    starts = np.empty(runs, np.int64)
     lengths = np.empty_like(starts)
-    done = 0
-    for at, data in found:
-        for first in range(0, len(data), BLOCK):
-            part = data[first : first + BLOCK]
-            edge = np.flatnonzero(np.unpackbits(part, bitorder="little").view(np.bool_))
-            if isinstance(at, int):
-                edge += at + first * 8
-            else:
-                moved = at[first : first + BLOCK] - np.arange(0, len(part) * 8, 8)
-                edge += np.repeat(moved, np.bitwise_count(part))
-            edge *= unit
-            # `done` is odd while the last run is still open. Then the first edge is its end.
-            open_run, behind = done % 2, done + len(edge)
-            starts[(done + 1) // 2 : (behind + 1) // 2] = edge[open_run::2]
-            closed = slice(done // 2, behind // 2)
-            np.subtract(edge[1 - open_run :: 2], starts[closed], out=lengths[closed])
-            done = behind
+    middle = _between_runs(words) if runs * 16 >= LARGE else 0
+    if middle:
+        before = min(_bits.runs(words, 0, middle), runs)  # another thread may have set bits since they were counted
+        _both(
+            lambda: _bits.extents(words, 0, middle, unit, starts, lengths, 0, before),
+            lambda: _bits.extents(words, middle, len(words), unit, starts, lengths, before, runs),
+        )
+    else:
+        _bits.extents(words, 0, len(words), unit, starts, lengths, 0, runs)
     bits_before_last, in_last = divmod(-(-size // unit) - 1, 64)
-    if starts.size and int(words[bits_before_last]) >> in_last & 1:
+    if runs and int(words[bits_before_last]) >> in_last & 1:
         # The last bit is set, so its end may be no edge: the words may end there. If it is one, it is a multiple of
         # `unit`, which may be past `size`, even past 2**63.
         lengths[-1] = size - int(starts[-1])
     return starts, lengths
 
 
-def _edges(words: Words) -> Iterator[tuple[int | Positions, NDArray[np.uint8]]]:
-    """The bytes that hold the edges of ``words``, a block of words at a time.
+def _between_runs(words: Words) -> int:
+    """The first word in the second half at whose begin no run is open; 0 if there is none nearby."""
+    half = len(words) // 2
+    closed = np.flatnonzero(words[half : half + 1024].view("<i8") >= 0)
+    return half + int(closed[0]) + 1 if closed.size else 0
 
-    Yields:
-        If most words have an edge: the bit at which the first byte begins, and all bytes from there on. Otherwise the
-        bit at which each byte begins (int64, 1-D), and only those bytes that have an edge.
+
+def _both(one: Callable[[], _Found], other: Callable[[], _Found]) -> tuple[_Found, _Found]:
+    """What both calls return; another thread makes the second one meanwhile."""
+    found: list[_Found] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(other())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        own = one()
+    finally:
+        thread.join()
+    for error in failed:
+        raise error
+    return own, found[0]
+
+
+def combine(one: Words, other: Words, how: int) -> tuple[Words, int]:
+    """Two arrays of the same length, word by word.
+
+    Args:
+        one: the bits on the left.
+        other: the bits on the right.
+        how: `OR`, `AND`, `AND_NOT` (what only the left one has) or `XOR`.
+
+    Returns:
+        New words, and how many of their bits are set.
     """
-    # Signed, so that `>>` spreads the top bit: each element becomes -1 or 0.
-    signed = words.view("<i8")
-    spread, differs = np.empty(BLOCK, "<i8"), np.empty(BLOCK, np.bool_)
-    top = 0
-    for first in range(0, len(signed), BLOCK):
-        block = signed[first : first + BLOCK]
-        before = spread[: len(block)]
-        before[0] = top
-        np.right_shift(block[:-1], 63, out=before[1:])
-        top = int(block[-1]) >> 63
-        at = np.flatnonzero(np.not_equal(block, before, out=differs[: len(block)]))
-        if most := at.size > len(block) // 2:
-            chosen, before = block, before
-        else:
-            chosen, before = block[at], before[at]
-        edges = chosen + chosen
-        edges -= before
-        edges ^= chosen
-        data = edges.view(np.uint8)
-        if most:
-            yield first * 64, data
-        else:
-            kept = np.flatnonzero(data != 0)
-            yield (first + at[kept >> 3]) * 64 + (kept & 7) * 8, data[kept]
+    result = np.empty(len(one), WORD)
+    if result.nbytes < LARGE:
+        return result, _bits.combine(one, other, result, how)
+    half = len(one) // 2
+    counts = _both(
+        lambda: _bits.combine(one[:half], other[:half], result[:half], how),
+        lambda: _bits.combine(one[half:], other[half:], result[half:], how),
+    )
+    return result, sum(counts)
 
 
 def rescaled(words: Words, size: int, granularity: int, wanted: int) -> Words:
@@ -255,7 +272,7 @@ def rescaled(words: Words, size: int, granularity: int, wanted: int) -> Words:
 
 
 def coarsen(words: Words, nbits: int, factor: int) -> Words:
-    """One bit for each group of ``factor`` bits, set if any of them is: ``ceil(nbits / factor)`` bits.
+    """One bit for each group of ``factor`` bits, set if any of them is: ``ceil(nbits / factor)`` bits, in new words.
 
     Args:
         words: the fine bits.
@@ -264,20 +281,15 @@ def coarsen(words: Words, nbits: int, factor: int) -> Words:
     """
     if factor > 64:
         return coarsen(coarsen(words, nbits, 64), -(-nbits // 64), factor // 64)
-    result = zeros(-(-nbits // factor))
-    packed = result.view(np.uint8)
-    for first in range(0, len(words), BLOCK // 8):
-        block = words[first : first + BLOCK // 8].view(np.uint8)
-        # One element per group: the group's own bits, or, for a group of less than a byte, one byte for each bit.
-        groups = block.view(f"<u{factor // 8}") if factor >= 8 else _unpack(block).view(f"<u{factor}")
-        part = np.packbits(groups != 0, bitorder="little")
-        at = first * 8 // factor
-        packed[at : at + len(part)] = part
+    if factor == 1:
+        return words.copy()
+    result = np.empty(-(-nbits // factor // 64), WORD)
+    _bits.coarsen(words[: -(-nbits // 64)], result, factor)
     return result
 
 
 def refine(words: Words, nbits: int, factor: int) -> Words:
-    """Repeats each bit ``factor`` times, and cuts the result behind the first ``nbits`` bits.
+    """Repeats each bit ``factor`` times, and cuts the result behind the first ``nbits`` bits: new words.
 
     Args:
         words: the coarse bits, ``ceil(nbits / factor)`` of them.
@@ -286,19 +298,17 @@ def refine(words: Words, nbits: int, factor: int) -> Words:
     """
     if factor > 64:
         return refine(refine(words, -(-nbits // 64), factor // 64), nbits, 64)
-    result = zeros(nbits)
-    packed, coarse = result.view(np.uint8), words.view(np.uint8)
-    for at in range(0, len(packed), BLOCK):
-        bits = _unpack(coarse[at // factor : (at + BLOCK) // factor])
-        if factor >= 8:
-            part = np.negative(bits.astype(f"<u{factor // 8}")).view(np.uint8)
-        else:
-            part = np.packbits(np.repeat(bits, factor), bitorder="little")
-        packed[at : at + BLOCK] = part[: len(packed) - at]
+    if factor == 1:
+        return words.copy()
+    result = np.empty(-(-nbits // 64), WORD)
+    words = words[: -(-nbits // factor // 64)]
+    if result.nbytes < LARGE:
+        _bits.refine(words, result, factor)
+    else:
+        half = len(words) // 2
+        _both(
+            lambda: _bits.refine(words[:half], result[: half * factor], factor),
+            lambda: _bits.refine(words[half:], result[half * factor :], factor),
+        )
     mask_tail(result, nbits)
     return result
-
-
-def _unpack(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """One byte, 0 or 1, for each bit."""
-    return np.unpackbits(data, bitorder="little")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dirtmap.engine.model.bits import all_one, all_zero
 from dirtmap.engine.qcow2.extension import NewExtension, Write
 from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label
 from dirtmap.engine.qcow2.refcounts import Allocator, Refcounts
@@ -408,13 +409,11 @@ def _chunks(file: File, layout: Layout, item: Written, entries: int) -> Iterator
     # QEMU expands an all-ones entry to whole 64-bit words. Bits behind the last granule would be dirty, too, and become
     # visible once the disk grows. Source: util/hbitmap.c, hbitmap_deserialize_ones.
     cut = geometry.granules(layout.header.size, 1 << item.granularity_bits) % 64
-    full = np.frombuffer(item.packed, np.uint8)
     for index in range(entries):
-        octets = full[index * cluster : (index + 1) * cluster]
         chunk = item.packed[index * cluster : (index + 1) * cluster]
-        if not octets.any():
+        if all_zero(chunk):
             yield chunk, 0
-        elif not (cut and index == entries - 1) and (octets == 0xFF).all():
+        elif not (cut and index == entries - 1) and all_one(chunk):
             yield chunk, directory.TABLE_ALL_ONES
         elif (
             old

