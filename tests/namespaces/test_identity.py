@@ -371,15 +371,17 @@ def test_an_identity_waits_for_a_clock_of_whole_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
     path = raw(str(tmp_path / "disk.raw"))
-    now = time.time_ns() // 10**9 * 10**9
+    second = time.time_ns() // 10**9 * 10**9
+    now = second + 10**9 // 2
     waits: list[float] = []
+    monkeypatch.setattr(time, "time_ns", lambda: now)
     monkeypatch.setattr(time, "sleep", waits.append)
-    for then, longest in ((now, 2), (now + 10**9, 2), (time.time_ns() - 1, 0.02), (now - 5 * 10**9, 0)):
+    for then, wait in ((second, 1.5), (second + 10**9, 2), (now - 10**7, 0.01), (second - 5 * 10**9, 0)):
         found = replace(identity_of(path), **({"mtime_ns": 1, "ctime_ns": 1} | {which: then}))
         monkeypatch.setattr(looks, "identity_of", lambda path, found=found: found)
         waits.clear()
         assert lasting_identity(path) == found
-        assert longest / 2 <= sum(waits) <= longest
+        assert sum(waits) == pytest.approx(wait)
 
 
 def test_an_image_changed_by_others_counts_as_all_dirty(store: Store) -> None:

@@ -27,11 +27,19 @@ def of_a_later_version(path: Path) -> None:
     path.write_bytes(data)
 
 
-def with_a_damaged_table(path: Path) -> None:
+def with_a_namespace(path: Path) -> None:
     create(str(path))
+    with Store(str(path)) as target, target.change() as change:
+        change.table.put(store.Record(b"d", store.KIND_DEVICE, bytes(16), 0, path=b"/disk", root_uuid=bytes(16)))
+
+
+def with_a_damaged_table(path: Path) -> None:
+    with_a_namespace(path)
+    with Store(str(path)) as target:
+        area = target.read(lambda snapshot: snapshot.header.table)
     with path.open("r+b") as file:
-        file.seek(store.RESERVED)
-        file.write(b"\xff" * 4096)
+        file.seek(area.offset)
+        file.write(b"\xff" * area.length)
 
 
 PLACES: dict[str, Callable[[Path], object]] = {
@@ -40,7 +48,7 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "no store": lambda path: path.write_bytes(os.urandom(20000)),
     "a store of a later version": of_a_later_version,
     "a store with a damaged table": with_a_damaged_table,
-    "a store cut short": lambda path: (create(str(path)), os.truncate(path, 5000)),
+    "a store cut short": lambda path: (with_a_namespace(path), os.truncate(path, 5000)),
     "a folder": lambda path: path.mkdir(),
     "a pipe": lambda path: os.mkfifo(path),
     "a link to itself": lambda path: path.symlink_to(path),
