@@ -148,14 +148,14 @@ def test_a_log_whose_last_records_are_lost_is_noticed_by_its_tally(tmp_path: Pat
     assert regions_of(path, SIZE) is DAMAGED
 
 
-@pytest.mark.xfail(strict=True, reason="needs the next store format: nothing else says how many records there were")
-def test_a_log_that_has_lost_its_tally_and_its_last_records_is_noticed(tmp_path: Path) -> None:
+def test_a_log_that_has_lost_its_last_records_and_their_tally_looks_like_one_without_them(tmp_path: Path) -> None:
+    """The one loss that is not noticed, as SPEC.md says: two places that were synced are as they were before."""
     path = tmp_path / "log"
     a_log(path, SIZE, [[[1], [2], [3]]])
     data = path.read_bytes().replace(build_log_record(record_seed(UUID, 0), 3), bytes(RECORD))
     tally = live.TALLIES[0]
     path.write_bytes(data[:tally] + bytes(TALLY.size) + data[tally + TALLY.size :])
-    assert regions_of(path, SIZE) is DAMAGED
+    assert regions_of(path, SIZE) == {1, 2}
 
 
 def test_a_tally_that_is_damaged_makes_the_log_worthless(log: Path) -> None:

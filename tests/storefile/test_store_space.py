@@ -52,7 +52,8 @@ class SpaceModel:
 
     def commit(self, wanted: list[int], given_up: list[Area]) -> None:
         """Takes areas of so many clusters, and gives others up."""
-        space = self.map()
+        space, before = self.map(), self.clusters
+        marked = sum(self.map().read_leaf(index) << index * self.per_leaf for index in range(len(space.places)))
         taken: set[int] = set()
         for count in wanted:
             self.held.append(Area(space.take(count) * self.cluster, count * self.cluster))
@@ -64,6 +65,8 @@ class SpaceModel:
             taken |= set(self.write(offset, bytes(data)).clusters(self.cluster))
         assert not taken & self.slots[0], "written over what the newest header leads to"
         assert not taken & self.slots[1], "written over what the older header leads to"
+        inside = {cluster for cluster in taken if cluster < before}
+        assert not any(marked >> cluster & 1 for cluster in inside), "not free in the map of the commit before"
         self.clusters = space.clusters
         self.slots = [self.sound(), self.slots[0]]
 
