@@ -253,8 +253,8 @@ def test_a_store_written_over_answers_nothing(here: Here) -> None:
         for name in NAMES:
             with pytest.raises(dm.GoneError):
                 lookup.find("node1", name)
-    with here.host as host, dm.Lookup(host) as lookup:
-        assert lookup.find("node1", "b") is None
+    with here.host as host, dm.Lookup(host) as lookup, pytest.raises(dm.BitmapError, match="a copy of a file"):
+        lookup.find("node1", "b")
 
 
 def test_bitmaps_of_a_damaged_directory_are_not_said_to_be_missing(here: Here) -> None:
