@@ -7,7 +7,7 @@ KERNELS := engine/model/_bits.pyx engine/model/bits.h
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup tools test test-long lint demo bench wheel clean
+.PHONY: help setup tools test test-long vectors lint demo bench wheel clean
 .NOTPARALLEL:
 
 help: ## show these targets
@@ -55,6 +55,9 @@ test: setup tools ## run the tests, but for the longest
 
 test-long: setup tools ## run all tests, exhaustive searches included
 	$(BIN)/pytest $(PARALLEL) -o faulthandler_timeout=7200
+
+vectors: setup ## make the test vectors in tests/vectors anew
+	cd tests && ../$(BIN)/python -m vectors.make
 
 lint: setup ## check style, types and who imports whom
 	$(BIN)/ruff check

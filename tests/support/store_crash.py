@@ -59,12 +59,14 @@ class Header(NamedTuple):
 
 
 class Bitmap(NamedTuple):
-    """A bitmap; ``bits`` are packed bytes, or 0 or 1 where all of them are."""
+    """A bitmap; ``bits`` are packed bytes, or 0 or 1 where all of them are; ``uuid`` and ``generation`` tell which."""
 
     name: bytes
     granularity_bits: int
     flags: int
     bits: bytes | int
+    uuid: bytes
+    generation: int
 
 
 class Namespace(NamedTuple):
@@ -209,7 +211,7 @@ class Reader:
                 last = (1 << (-(-size >> granularity_bits) - 1) % 8 + 1) - 1  # the bits of the last byte that count
                 bits = bits[: length - 1] + bytes([bits[length - 1] & last])
             name = directory[at + 24 + extra : at + 24 + extra + name_size]
-            yield Bitmap(name, granularity_bits, flags, bits)
+            yield Bitmap(name, granularity_bits, flags, bits, *struct.unpack(">16sQ", items[0x424D4944]))
             at += -(-(24 + extra + name_size) // 8) * 8
 
     def _tree(self, place: int, checksum: int, level: int, header: Header, used: list[range], left: int) -> bytes:
