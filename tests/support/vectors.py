@@ -33,6 +33,7 @@ from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.entries import tree_of
 from dirtmap.engine.storefile.file import Snapshot, Store
 from dirtmap.engine.storefile.holds import all_holds
+from dirtmap.engine.system.file import File
 from dirtmap.engine.system.process import Process
 from dirtmap.engine.tracking import home, recorder
 from dirtmap.fmt import live, store
@@ -104,7 +105,7 @@ def fixed() -> Iterator[Clock]:
             (uuid, "uuid4", lambda: uuid.UUID(f"{next(numbers):08x}-0000-4000-8000-000000000000")),
             (time, "time_ns", clock),
             (storefile, "time_ns", clock),
-            (storefile, "place_of", lambda file: FilePlace(EXT4, 4321, MADE)),
+            (File, "place", lambda file: FilePlace(EXT4, 4321, MADE)),
             (livefile, "clock_offset", lambda: BOOTED),
             (home, "build_session", recorded),
             (recorder, "identity_of", image),
