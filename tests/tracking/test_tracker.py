@@ -28,9 +28,11 @@ from dirtmap.engine.model import bits, changes
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.session.livefile import IN_FLIGHT, Writeset
 from dirtmap.engine.storefile.file import Store
+from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt.directory import FLAG_AUTO, Entry
+from dirtmap.fmt.store import NO_FILE_PLACE
 
 SIZE = 64 << 20
 
@@ -824,6 +826,7 @@ def test_a_relative_folder_of_live_files_stays_where_it_is(
 def test_a_copy_of_the_store_takes_no_live_files_from_a_tracker(
     image: dm.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: bool
 ) -> None:
+    monkeypatch.setattr(File, "place", lambda file: NO_FILE_PLACE)  # so nobody can tell that it is a copy
     elsewhere = tmp_path / "elsewhere"  # of another host, as far as anything there tells
     elsewhere.mkdir()
     shutil.copy(tmp_path / "default.dmap", elsewhere / "copy.dmap")
