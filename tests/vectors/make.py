@@ -724,10 +724,21 @@ def saved(folder: Path, clock: Clock) -> Left:
 
 
 def below_oldest(folder: Path, clock: Clock) -> Left:
-    """The control file's `current` is below the session's `oldest`: there are no live files."""
-    files = _saved(folder, clock)
+    """The control file's `current` is 0, and below the session's `oldest`, which is 3: there are no live files."""
+    making = Making(folder)
+    making.add(node("disk", DISK))
+    making.give("disk", "monday", GRANULE, [SAVED])
+    killed = Killed(making, clock, "disk")
+    killed.write(*SUNDAY)
+    for name in ("tuesday", "wednesday", "thursday"):
+        killed.tracker.checkpoint(name)
+    killed.tracker.save()
+    for name in ("tuesday", "wednesday", "thursday"):  # so that no window tells how old the control file is
+        killed.tracker.remove(name)
+    killed.write(*LATE)
+    files = killed.files()
     files["live/control"][32:40] = bytes(8)
-    return files, [case("same boot", "logged regions", disk=AFTER_SAVE)]
+    return files, [case("same boot", "logged regions", disk={"monday": [SAVED, SUNDAY, [3 * MIB, MIB]]})]
 
 
 def log_reused(folder: Path, clock: Clock) -> Left:
@@ -760,11 +771,22 @@ def short_writeset(folder: Path, clock: Clock) -> Left:
     return files, [case("same boot", "logged regions", disk=LOGGED)]
 
 
+def long_writeset(folder: Path, clock: Clock) -> Left:
+    """A writeset is a byte longer than described: there are no live files."""
+    files = _example(folder, clock)
+    files["live/writeset-1"] += b"\0"
+    return files, [case("same boot", "logged regions", disk=LOGGED)]
+
+
 def window_behind_current(folder: Path, clock: Clock) -> Left:
     """The control file is an older one: a bitmap's window begins behind its `current`. There are no live files."""
-    files = _example(folder, clock)
+    killed = _begun(folder, clock)
+    killed.write(*SUNDAY)
+    killed.tracker.checkpoint("tuesday")
+    files = killed.files()
     files["live/control"][32] = 0
-    return files, [case("same boot", "logged regions", disk=LOGGED)]
+    region = [MIB, MIB]
+    return files, [case("same boot", "logged regions", disk={"monday": [SAVED, region], "tuesday": [region]})]
 
 
 ONE_WRITE: Bits = {"monday": [SAVED, [MIB, MIB]]}
@@ -904,6 +926,7 @@ def with_device(folder: Path, clock: Clock) -> Left:
 
 KILLED = (
     example, live_gone, log_gone, log_off, saved, below_oldest, log_reused, poisoned, short_writeset,
+    long_writeset,
     window_behind_current, mark_behind_current, writeset_behind_the_next, other_session, log_damaged, log_gap,
     log_to_come, log_twice, log_beyond_the_disk, log_short, session_lost, with_device,
 )  # fmt: skip
