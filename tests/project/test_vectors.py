@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support import plain, qemu
+from support.documents import SPEC, tables
 from support.vectors import (
     VECTORS,
     Said,
@@ -21,6 +22,11 @@ from support.vectors import (
     told_of_tracker,
 )
 from vectors import make
+
+from dirtmap.engine.storefile import header as headers
+from dirtmap.fmt import store
+from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
+from dirtmap.fmt.structures.store import RECORD
 
 SOUND = sorted(VECTORS.glob("stores/*.json"))
 STORES = [*SOUND, *sorted(VECTORS.glob("damaged/*.json"))]
@@ -142,6 +148,73 @@ def test_readme_tells_of_each() -> None:
         assert f"| `{title}` | {json.loads(path.read_text())['what']} |" in README
 
 
-def test_they_are_small() -> None:
-    sizes = {path: path.stat().st_size for path in VECTORS.rglob("*") if path.is_file()}
-    assert sum(sizes.values()) < 8 << 20
+# The example of SPEC.md.
+
+_, _, AFTER_HEADING = SPEC.partition("Example of a killed tracker\n\n")
+EXAMPLE = re.split(r"^#", AFTER_HEADING, maxsplit=1, flags=re.M)[0]
+FOLDER = VECTORS / "killed" / "example"
+# The name of a file, and what is shown of it: offset, bytes and a comment, with two spaces between.
+BLOCKS = re.findall(r"^`([a-z0-9./-]+)`,[^`]*(?:`[a-z]+`[^`]*)?\n\n```\n(.*?)```", EXAMPLE, re.M | re.S)
+
+
+def _shown(text: str) -> dict[int, bytes]:
+    lines = re.findall(r"^([0-9a-f]{5})  ((?:[0-9a-f]{2} ?)+)(?= |$)", text, re.M)
+    return {int(at, 16): bytes.fromhex(data) for at, data in lines}
+
+
+def test_example_shows_the_files_of_the_vector() -> None:
+    assert [name for name, _ in BLOCKS] == [
+        "store.dmap",
+        "live/control",
+        "live/writeset-0",
+        "live/writeset-1",
+        "intent",
+    ]
+    for name, text in BLOCKS:
+        data, shown = (FOLDER / name).read_bytes(), _shown(text)
+        assert len(shown) == text.count("\n"), name
+        for at, line in shown.items():
+            assert data[at : at + len(line)] == line, f"{name}, {at:05x}"
+        if name != "store.dmap":
+            assert f"`{name}`, {len(data)} bytes" in EXAMPLE
+            rest = bytearray(data)
+            for at, line in shown.items():
+                rest[at : at + len(line)] = bytes(len(line))
+            assert not any(rest), f"{name}: not all is shown that is not zero"
+
+
+def test_example_shows_record_directory_and_bits_whole() -> None:
+    shown = _shown(dict(BLOCKS)["store.dmap"])
+    data = (FOLDER / "store.dmap").read_bytes()
+    table = headers.choose("", data[: store.RESERVED]).header.table
+    record = RECORD.parse(data[table.offset : table.offset + RECORD.size])
+    assert record.length == table.length
+    areas = (table.offset, table.length), (record.directory_offset, record.directory_length)
+    expected = [at for start, length in areas for at in range(start, start + length, 16)]
+    entry = DIRECTORY_ENTRY.parse(data[record.directory_offset : record.directory_offset + DIRECTORY_ENTRY.size])
+    assert sorted(shown) == sorted([entry.table_offset, *expected])
+    assert not any(data[entry.table_offset + 16 : entry.table_offset + store.BLOCK])
+
+
+def test_example_says_what_recovery_makes_of_it() -> None:
+    granule = 64 << 10
+
+    def extents(text: str) -> list[list[int]]:
+        runs = [[int(number) for number in part.split(" to ")] for part in text.split(", ")]
+        return [[run[0] * granule, (run[-1] - run[0] + 1) * granule] for run in runs]
+
+    (table,) = tables(EXAMPLE)
+    assert [
+        {
+            "image_unchanged": row["image"] == "unchanged",
+            "same_boot": row["boot"] == "the same",
+            "namespaces": [
+                {
+                    "name": "disk",
+                    "row": row["row"],
+                    "bitmaps": [{"name": name, "dirty": extents(row[name])} for name in ("monday", "tuesday")],
+                }
+            ],
+        }
+        for row in table.rows
+    ] == said_in(FOLDER / "said.json")["cases"]

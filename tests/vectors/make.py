@@ -41,6 +41,7 @@ from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.store import Record
+from dirtmap.fmt.structures.live import build_log_record, record_seed
 from dirtmap.fmt.structures.store import NODE_POINTER, POINTER
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -384,6 +385,40 @@ def other_slot(folder: Path) -> Stored:
     return data, said
 
 
+def _with_past(folder: Path) -> tuple[Making, list[Stored]]:
+    """A store, and what it was after each of its last three commits."""
+    making, past = Making(folder), []
+    making.add(node("disk", MIB))
+    for number in range(3):
+        making.give("disk", "monday", 64 * KIB, [[number * 64 * KIB, 64 * KIB]])
+        past.append(making.done())
+    return making, past
+
+
+def _put_back(data: bytearray, slot: int, older: bytearray) -> None:
+    """Puts both copies of a slot back to what they were."""
+    for number in (slot, slot + 2):
+        data[number * BLOCK : (number + 1) * BLOCK] = older[number * BLOCK : (number + 1) * BLOCK]
+
+
+def newest_slot_stale(folder: Path) -> Stored:
+    """Both copies of the newest header are as they were before its commit; but the second copy of the header before
+    says that it was followed: all is in doubt.
+    """
+    _, (*_, (before, said), (data, after)) = _with_past(folder)
+    _put_back(data, (after["generation"] + 1) % 2, before)
+    all_in_doubt(said)
+    return data, said
+
+
+def other_slot_stale(folder: Path) -> Stored:
+    """Both copies of the older header are those of an earlier commit than the newest was made from: all is in doubt."""
+    _, ((first, _), _, (data, said)) = _with_past(folder)
+    _put_back(data, said["generation"] % 2, first)
+    all_in_doubt(said)
+    return data, said
+
+
 def no_header(folder: Path) -> Stored:
     """All four copies of the header are damaged: the store is refused."""
     data, _ = _two(folder).done()
@@ -543,7 +578,8 @@ def earlier(folder: Path) -> Stored:
 
 
 DAMAGED = (
-    header_copy, header_copies, header_astray, newest_slot, other_slot, no_header, table_leaf, table_root, a_directory,
+    header_copy, header_copies, header_astray, newest_slot, newest_slot_stale, other_slot,
+    other_slot_stale, no_header, table_leaf, table_root, a_directory,
     a_chunk, a_bits_node, a_bits_root, bits_past_the_end, space_map, space_map_root, critical_extension, critical_item,
     session_version, read_only_bit, incompatible_bit, earlier,
 )  # fmt: skip
@@ -688,10 +724,21 @@ def saved(folder: Path, clock: Clock) -> Left:
 
 
 def below_oldest(folder: Path, clock: Clock) -> Left:
-    """The control file's `current` is below the session's `oldest`: there are no live files."""
-    files = _saved(folder, clock)
+    """The control file's `current` is 0, and below the session's `oldest`, which is 3: there are no live files."""
+    making = Making(folder)
+    making.add(node("disk", DISK))
+    making.give("disk", "monday", GRANULE, [SAVED])
+    killed = Killed(making, clock, "disk")
+    killed.write(*SUNDAY)
+    for name in ("tuesday", "wednesday", "thursday"):
+        killed.tracker.checkpoint(name)
+    killed.tracker.save()
+    for name in ("tuesday", "wednesday", "thursday"):  # so that no window tells how old the control file is
+        killed.tracker.remove(name)
+    killed.write(*LATE)
+    files = killed.files()
     files["live/control"][32:40] = bytes(8)
-    return files, [case("same boot", "logged regions", disk=AFTER_SAVE)]
+    return files, [case("same boot", "logged regions", disk={"monday": [SAVED, SUNDAY, [3 * MIB, MIB]]})]
 
 
 def log_reused(folder: Path, clock: Clock) -> Left:
@@ -724,11 +771,46 @@ def short_writeset(folder: Path, clock: Clock) -> Left:
     return files, [case("same boot", "logged regions", disk=LOGGED)]
 
 
-def mark_behind_current(folder: Path, clock: Clock) -> Left:
-    """The control file is an older one, and the writeset behind its `current` has a bit: there are no live files."""
+def long_writeset(folder: Path, clock: Clock) -> Left:
+    """A writeset is a byte longer than described: there are no live files."""
     files = _example(folder, clock)
-    files["live/control"][32] = 0
+    files["live/writeset-1"] += b"\0"
     return files, [case("same boot", "logged regions", disk=LOGGED)]
+
+
+def window_behind_current(folder: Path, clock: Clock) -> Left:
+    """The control file is an older one: a bitmap's window begins behind its `current`. There are no live files."""
+    killed = _begun(folder, clock)
+    killed.write(*SUNDAY)
+    killed.tracker.checkpoint("tuesday")
+    files = killed.files()
+    files["live/control"][32] = 0
+    region = [MIB, MIB]
+    return files, [case("same boot", "logged regions", disk={"monday": [SAVED, region], "tuesday": [region]})]
+
+
+ONE_WRITE: Bits = {"monday": [SAVED, [MIB, MIB]]}
+
+
+def _one_write(folder: Path, clock: Clock) -> Files:
+    killed = _begun(folder, clock)
+    killed.write(*SUNDAY)
+    return killed.files()
+
+
+def mark_behind_current(folder: Path, clock: Clock) -> Left:
+    """A bit is set in the writeset behind the control file's `current`: there are no live files."""
+    files = _one_write(folder, clock)
+    files["live/writeset-1"][BLOCK + 6] = 4
+    return files, [case("same boot", "logged regions", disk=ONE_WRITE)]
+
+
+def writeset_behind_the_next(folder: Path, clock: Clock) -> Left:
+    """There is a writeset two behind the control file's `current`: there are no live files."""
+    files = _one_write(folder, clock)
+    files["live/writeset-2"] = bytearray(files["live/writeset-1"])
+    files["live/writeset-2"][24] = 2
+    return files, [case("same boot", "logged regions", disk=ONE_WRITE)]
 
 
 def other_session(folder: Path, clock: Clock) -> Left:
@@ -745,14 +827,55 @@ def _three_regions(folder: Path, clock: Clock) -> tuple[Files, Bits]:
     return killed.files(), {"monday": [SAVED, *([region * MIB, GRANULE] for region in (1, 2, 3))]}
 
 
-def log_damaged(folder: Path, clock: Clock) -> Left:
-    """The second of three records of the log is damaged: it counts as lost where it is needed."""
+def _spoiled_log(folder: Path, clock: Clock, spoil: Callable[[bytearray, bytes], object]) -> Left:
+    """Three regions were logged, and the tally is not durable; then somebody has changed the log.
+
+    Args:
+        folder: to work in.
+        clock: of the tracker.
+        spoil: changes the log; gets the session's UUID, too.
+    """
     files, exact = _three_regions(folder, clock)
-    files["intent"][8192 + 8 + 2] ^= 1
+    log = files["intent"]
+    log[live.TALLIES[0] : live.TALLIES[0] + 16] = bytes(16)
+    spoil(log, bytes(log[8:24]))
     return files, [
         case("same boot", "exact", disk=exact),
         case("another boot", "all dirty", disk={"monday": WHOLE}),
     ]
+
+
+def _set_record(log: bytearray, place: int, record: bytes) -> None:
+    log[live.AREAS + 8 * place : live.AREAS + 8 * place + 8] = record
+
+
+def log_damaged(folder: Path, clock: Clock) -> Left:
+    """The second of three records of the log is damaged: the log counts as lost where it is needed."""
+
+    def spoil(log: bytearray, uuid: bytes) -> None:
+        log[live.AREAS + 8 + 2] ^= 1
+
+    return _spoiled_log(folder, clock, spoil)
+
+
+def log_gap(folder: Path, clock: Clock) -> Left:
+    """The second of three records of the log is zeros: the log counts as lost where it is needed."""
+    return _spoiled_log(folder, clock, lambda log, uuid: _set_record(log, 1, bytes(8)))
+
+
+def log_to_come(folder: Path, clock: Clock) -> Left:
+    """The fourth record is of log 2, which the session does not know yet: the log counts as lost where it is needed."""
+    return _spoiled_log(folder, clock, lambda log, uuid: _set_record(log, 3, build_log_record(record_seed(uuid, 2), 0)))
+
+
+def log_twice(folder: Path, clock: Clock) -> Left:
+    """A region is in the log twice: the log counts as lost where it is needed."""
+    return _spoiled_log(folder, clock, lambda log, uuid: _set_record(log, 3, build_log_record(record_seed(uuid, 0), 2)))
+
+
+def log_beyond_the_disk(folder: Path, clock: Clock) -> Left:
+    """A region is in the log that the disk does not have: the log counts as lost where it is needed."""
+    return _spoiled_log(folder, clock, lambda log, uuid: _set_record(log, 3, build_log_record(record_seed(uuid, 0), 4)))
 
 
 def log_short(folder: Path, clock: Clock) -> Left:
@@ -803,7 +926,9 @@ def with_device(folder: Path, clock: Clock) -> Left:
 
 KILLED = (
     example, live_gone, log_gone, log_off, saved, below_oldest, log_reused, poisoned, short_writeset,
-    mark_behind_current, other_session, log_damaged, log_short, session_lost, with_device,
+    long_writeset,
+    window_behind_current, mark_behind_current, writeset_behind_the_next, other_session, log_damaged, log_gap,
+    log_to_come, log_twice, log_beyond_the_disk, log_short, session_lost, with_device,
 )  # fmt: skip
 
 

@@ -26,8 +26,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def sound(folder: Path) -> Sound:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        return make_sound(folder, monkeypatch)
+    return make_sound(folder)
 
 
 @pytest.fixture(autouse=True)
