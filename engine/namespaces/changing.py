@@ -13,7 +13,7 @@ from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces.condition import Condition, Source
 from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
 from dirtmap.engine.storefile.directory import no_namespace, place_bitmap, replace_directory
-from dirtmap.engine.storefile.entries import identified, with_root
+from dirtmap.engine.storefile.entries import identified, item, with_items, with_root
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.storefile.holds import held_by
 from dirtmap.engine.system.log import logger
@@ -107,11 +107,12 @@ def _put_at_old_size(change: Change, now: Condition, bitmaps: Transaction) -> No
         BitmapError: bits would have to be written.
     """
     wanted: list[Entry] = []
+    before = {decode_name(entry.name): entry for entry in now.entries}
     for name, bitmap in bitmaps.items():
         source = bitmap._source
         kept = None
         if isinstance(source, Source) and source.condition is now:
-            kept = _kept(change, source.entry, name, bitmap, new=bitmaps.origins.get(name) is None)
+            kept = _kept(change, source.entry, before.get(bitmaps.origins.get(name, "")), name, bitmap)
         if kept is None or any(kept.table_offset == entry.table_offset > store.ALL_ONES for entry in wanted):
             raise now.other_size()
         wanted.append(kept)
@@ -120,11 +121,24 @@ def _put_at_old_size(change: Change, now: Condition, bitmaps: Transaction) -> No
         change.table.put(replace(now.record, directory=area, nb_bitmaps=len(wanted)))
 
 
-def _kept(change: Change, entry: Entry, name: str, bitmap: Bitmap, *, new: bool) -> Entry:
-    """The entry of a bitmap whose bits keep their place in the file; ``new`` if they were another one's."""
+def _kept(change: Change, source: Entry, own: Entry | None, name: str, bitmap: Bitmap) -> Entry:
+    """The entry of a bitmap that has the bits of another one's, or its own, where they are in the file.
+
+    Args:
+        change: of the store.
+        source: the entry that has led to these bits.
+        own: the entry that the bitmap had, under whichever name; None for a new one.
+        name: of the bitmap now.
+        bitmap: its flags.
+    """
     flags = {"set": directory.FLAG_AUTO} if bitmap.recording else {"clear": directory.FLAG_AUTO}
-    kept = replace(entry.with_flags(**flags), name=encode_name(name))
-    return kept if kept.flags == entry.flags and not new else identified(kept, change.generation, new=new)
+    kept = replace(source.with_flags(**flags), name=encode_name(name))
+    if own and own.name != source.name:  # it stays the bitmap that it is, with all else that is known of it
+        of_bits = {kind: item(source, kind) for kind in (store.ITEM_BITS, store.ITEM_WINDOW)}
+        kept = replace(kept, extra_data=with_items(own, of_bits).extra_data)
+    elif own and kept.flags == source.flags:
+        return kept
+    return identified(kept, change.generation, new=own is None)
 
 
 def _put(change: Change, now: Condition, bitmaps: Transaction) -> None:
@@ -150,7 +164,8 @@ def _put(change: Change, now: Condition, bitmaps: Transaction) -> None:
                 and (moved or bitmaps.origins.get(name) == decode_name(source.entry.name))
             ):
                 of.add(source.entry.name)
-                kept[name] = _kept(change, source.entry, name, bitmap, new=moved)
+                own = before.get(bitmaps.origins.get(name, ""))
+                kept[name] = _kept(change, source.entry, own, name, bitmap)
     wanted: list[Entry] = []
     for name, bitmap in bitmaps.items():
         base = before.get(bitmaps.origins.get(name, ""))

@@ -296,18 +296,14 @@ def write(change: Change, words: bits.Words, base: Tree, among: Positions | None
     shape = Shape(base.nbits, change.header.cluster_size)
     if among is not None and not len(among):
         return base.place, base.checksum
+    old = walk(change.snapshot, base, among, keep=True)
     if among is None:
         among = np.arange(shape.chunks)
-        old = walk(change.snapshot, base, keep=True)
-    elif len(among):
-        old = walk(change.snapshot, base, among, keep=True)
-    else:
-        return base.place, base.checksum
     kinds = _kinds(words, shape, among)
     before = _places(old, among)
     new = among[kinds == _UNKNOWN]
     checksums = _checksums_of(words, shape, new)
-    changed = before != kinds
+    changed = (before != kinds) | (before == _UNKNOWN)
     changed[np.flatnonzero(kinds == _UNKNOWN)[_is_same(change.snapshot, words, old, new, checksums)]] = False
     if not changed.any():
         return base.place, base.checksum

@@ -232,6 +232,27 @@ def test_a_damaged_cluster_makes_dirty_what_it_covers(
         assert np.array_equal(shown, expected)
 
 
+@pytest.mark.parametrize("nbits", [3 * CHUNK + 100, (FAN + 3) * CHUNK - 63])
+def test_what_is_cleared_below_a_damaged_node_is_clean(tmp_path: Path, nbits: int) -> None:
+    """Its chunks are dirty as they are read. One that is neither all clean nor all dirty then is written, too."""
+    path = tmp_path / "store"
+    create(str(path))
+    flags = np.zeros(nbits, np.bool_)
+    flags[[0, -1]] = True
+    with Store(str(path)) as target:
+        tree = write(target, flags).tree
+        with path.open("r+b") as file:
+            file.seek(tree.place)
+            file.write(b"?")
+        shown, _ = read(target, tree)
+        assert shown.all()
+        for run in (slice(100, 200), slice(CHUNK + 7, 3 * CHUNK + 9), slice(0, 1)):
+            shown[run] = False
+        mended = write(target, shown, tree).tree
+        assert np.array_equal(read(target, mended)[0], shown)
+        assert read(target, mended)[1] is None
+
+
 @pytest.mark.parametrize("place", [2, 3, CLUSTER, 4 * CLUSTER + 512, 1 << 40, 2**63, 2**64 - CLUSTER])
 def test_a_place_where_no_cluster_can_be_counts_as_damaged(target: Store, place: int) -> None:
     for nbits in (5, CHUNK + 5):

@@ -21,6 +21,7 @@ from dirtmap.engine.host.kind import Address
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import bits
 from dirtmap.engine.namespaces.compact import compact
+from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile import chunks
 from dirtmap.engine.storefile.directory import load_saved, merge_bits, read_entries, replace_directory
 from dirtmap.engine.storefile.entries import with_items
@@ -244,6 +245,37 @@ def test_a_bitmap_keeps_its_uuid_until_it_is_removed(disks: Disks) -> None:
     with Store(disks.path) as target:
         assert identities(stored(target, "a")) == eighth
     assert not [finding for finding in dm.check(disks.path).findings if finding.severity != "note"]
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_a_bitmap_keeps_its_uuid_where_it_takes_over_the_bits_of_another(tmp_path: Path, resized: bool) -> None:
+    path, disk = str(tmp_path / "store"), tmp_path / "disk"
+    create(path)
+    disk.write_bytes(bytes(1 << 20))
+    with Store(path) as target:
+        add_node(target, "a", str(disk))
+        image = stored(target, "a")
+        with image.transaction() as bitmaps:
+            for number, name in enumerate(("first", "second", "third")):
+                bitmaps[name] = dm.Bitmap.from_extents(1 << 20, [number << 16], [1])
+            bitmaps["dirty"] = dm.Bitmap.from_extents(1 << 20, [0], [1 << 20])
+        own = {name: known for name, (known, _) in identities(image).items()}
+        if resized:
+            os.truncate(disk, 2 << 20)
+        with image.transaction() as bitmaps:
+            bitmaps["first"], bitmaps["second"] = bitmaps["second"].copy(), bitmaps["first"].copy()
+            bitmaps["third"] = bitmaps["dirty"]
+        assert {name: known for name, (known, _) in identities(image).items()} == own
+        with image.transaction() as bitmaps:
+            bitmaps["first"] = bitmaps["second"]
+            bitmaps["new"] = bitmaps["dirty"]
+            del bitmaps["second"], bitmaps["dirty"]
+        left = {name: known for name, (known, _) in identities(image).items()}
+        assert left.pop("new") not in own.values()
+        assert left == {name: own[name] for name in ("first", "third")}
+        if not resized:
+            assert image["first"] == dm.Bitmap.from_extents(1 << 20, [0], [1])
+    assert not [finding for finding in dm.check(path).findings if finding.severity != "note"]
 
 
 def test_bits_that_move_to_another_name_are_not_shared(disks: Disks) -> None:
