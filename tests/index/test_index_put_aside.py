@@ -263,7 +263,7 @@ def test_a_foreign_database_is_put_aside_whole(host: Host, expected: Answers, na
 
 def test_an_index_of_another_version_is_begun_anew(host: Host, expected: Answers) -> None:
     def make() -> None:
-        state = STATE_VALUE.build(version=2, reserved=0, containers=0)
+        state = STATE_VALUE.build(version=99, reserved=0, containers=0)
         Database(host._parts.stores.index.path).change(lambda writer: writer.put(layout.STATE, state))
 
     in_child(make)

@@ -33,7 +33,7 @@ IMAGE = Identity(
 )
 
 CHAPTER = SPEC[SPEC.index("\n## 4. The store\n") :]
-EXAMPLE = CHAPTER[CHAPTER.index(" Example of a store\n\n") :]
+EXAMPLE = CHAPTER[CHAPTER.index("\n### 6.1 Example of a store\n") : CHAPTER.index("\n### 6.2 ")]
 # Offset, bytes and a comment, with two spaces between.
 LINES = {
     int(at, 16): bytes.fromhex(data)
