@@ -200,6 +200,8 @@ class Stores:
         if seen is None:
             return None
         target.expect(seen.commit)
+        if seen.path == target.abspath and target.is_elsewhere():
+            target.suspect()
         return seen.path
 
     def _check_copy_and_age(self, target: Store) -> None:
@@ -261,7 +263,7 @@ class Stores:
             what = f"a copy of {path}, with its identity; 'store new-identity' gives it one of its own"
             raise BitmapError(target.path, what)
         elsewhere = target.is_elsewhere()
-        if elsewhere:
+        if elsewhere and not target.is_rolled_back():  # else all is dirty, whatever has been put back
             what = (
                 "a copy of a file that is not found, or put back from one; 'store new-identity' makes it another store"
             )

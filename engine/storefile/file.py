@@ -231,6 +231,11 @@ class Store:
         if seen.generation >= self._seen.generation:
             self._seen = seen
 
+    def suspect(self) -> None:
+        """Counts the store as rolled back, although nobody knows of a commit that it lacks. Errors as `read`."""
+        if not self.is_rolled_back():
+            self._seen = Seen(self._seen.generation, bytes(len(self._seen.commit_id)))
+
     def is_rolled_back(self) -> bool:
         """True if the store lacks a commit that was seen before. Errors as `read`."""
         return self.read(lambda snapshot: bool(snapshot.chosen.lost))

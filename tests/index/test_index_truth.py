@@ -163,7 +163,7 @@ SCRIPT: list[Step] = [
 ]
 # What they print is of the index itself.
 OF_THE_INDEX = [("index", "verify", "--output=json"), ("index", "stats", "-q")]
-VARYING = ("mtime", "ctime", "birth", "inode", "checksum")
+VARYING = ("mtime", "ctime", "birth", "inode", "checksum", "commit_time")
 
 
 @pytest.fixture

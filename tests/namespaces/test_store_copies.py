@@ -88,12 +88,19 @@ def test_a_copy_where_the_original_is_known_to_nobody(folder: Path, command: lis
     dirtmap("add", "one", "d", "--store", "original.dmap")  # the commit has left it where it is
 
 
-@pytest.mark.parametrize("index", [True, False])
-def test_a_store_put_back_from_a_backup_is_confirmed_and_all_dirty(folder: Path, index: bool) -> None:
+@pytest.mark.parametrize("command", [["list", "one"], ["store", "compact", "default.dmap"], ["add", "one", "c"]])
+def test_a_store_put_back_where_the_index_knows_it_is_all_dirty(folder: Path, command: list[str]) -> None:
     dirtmap("list", "one")  # makes the index
+    dirtmap("clear", "one", "b")
+    shutil.copy("default.dmap", "copy.dmap")
+    os.replace("copy.dmap", "default.dmap")  # lacks nothing, as far as the index can tell
+    dirtmap(*command)
+    assert json_of("map", "--dirty", "one", "b") == [{"offset": 0, "length": MIB}]
+    assert dirtmap("check", "default.dmap").error == ""
+
+
+def test_a_store_put_back_from_a_backup_is_confirmed_and_all_dirty(folder: Path) -> None:
     os.replace("copy.dmap", "default.dmap")
-    if not index:
-        shutil.rmtree("index")
     assert "put back from one; 'store new-identity'" in error_of("list", "one")
     assert [finding["where"] for finding in json_of("check", "default.dmap")["findings"]] == ["place extension"]
     said = dirtmap("store", "new-identity", "default.dmap").error
