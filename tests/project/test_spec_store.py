@@ -32,7 +32,7 @@ IMAGE = Identity(
 )
 
 CHAPTER = SPEC[SPEC.index("\n## The store\n") :]
-EXAMPLE = CHAPTER[CHAPTER.index("\n### Example of a store\n") :]
+EXAMPLE = CHAPTER[CHAPTER.index("\n### Example of a store\n") + 1 :].partition("\n#")[0]
 # Offset, bytes and a comment, with two spaces between.
 LINES = {
     int(at, 16): bytes.fromhex(data)
