@@ -14,7 +14,8 @@ from dirtmap.engine.system.file import File, is_same_file, open_file
 from dirtmap.engine.system.filesystem import look_at
 from dirtmap.fmt import qcow2, store
 from dirtmap.fmt.errors import StorageError, errno_of, printable
-from dirtmap.fmt.store import Identity, Record
+from dirtmap.fmt.identity import Identity
+from dirtmap.fmt.store import Record
 from dirtmap.fmt.structures.qcow2 import HEADER_V2
 
 _SECOND_NS = 1_000_000_000

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dirtmap.fmt.geometry import align_up
-from dirtmap.fmt.store import NO_IDENTITY, Identity
+from dirtmap.fmt.identity import NO_IDENTITY, Identity
 
 PAGE = 4096
 OPEN = 2**64 - 1  # `ended` of a window that has not ended

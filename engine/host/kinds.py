@@ -109,7 +109,6 @@ class Qcow2Kind(Kind):
 
         Only if the bitmaps are not in the image, because a tracker has them or had them, it is opened as any other.
         """
-        from dirtmap.engine.namespaces.place import remembered
         from dirtmap.engine.qcow2.reading import describe
         from dirtmap.engine.system.file import open_file
 
@@ -119,6 +118,8 @@ class Qcow2Kind(Kind):
                 return info
             if info.errors:  # with one, nothing else opens the image
                 return _remembered(host, info, info.node, info.uuid)
+            from dirtmap.engine.namespaces.place import remembered  # what reads stores is needed from here on
+
             place = self._place_of(host, info.node, info.uuid)
             place.refuse_twin(address.path)
             if not tracked and not place.is_checked_out(address.path):

@@ -30,8 +30,9 @@ from dirtmap.engine.system.probe import probe_path
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_IN_USE
 from dirtmap.fmt.errors import Error, StorageError, printable
+from dirtmap.fmt.identity import Identity
 from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_QCOW2, KIND_STORE, SOUND, Member
-from dirtmap.fmt.store import Identity, Record
+from dirtmap.fmt.store import Record
 
 
 @dataclass(slots=True)

@@ -40,7 +40,8 @@ from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import FormatError, StorageError
-from dirtmap.fmt.store import NOWHERE, Identity
+from dirtmap.fmt.identity import Identity
+from dirtmap.fmt.store import NOWHERE
 
 
 def check_in(

@@ -18,7 +18,8 @@ from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, FormatError, counted
-from dirtmap.fmt.store import Identity, Record
+from dirtmap.fmt.identity import Identity
+from dirtmap.fmt.store import Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from dirtmap.engine.system.foreign import require_raw
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, counted, printable
-from dirtmap.fmt.store import Identity, Record
+from dirtmap.fmt.identity import Identity
+from dirtmap.fmt.store import Record
 
 KINDS = store.KIND_NODE, store.KIND_PLACE  # the kinds of records that are nodes
 

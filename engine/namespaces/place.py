@@ -19,7 +19,8 @@ from dirtmap.engine.storefile.holds import Hold, held_by
 from dirtmap.engine.system import order
 from dirtmap.engine.system.file import is_same_file
 from dirtmap.fmt.errors import BitmapError, GoneError, StorageError, printable
-from dirtmap.fmt.store import Identity, Record
+from dirtmap.fmt.identity import Identity
+from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.infos import ImageInfo

@@ -18,8 +18,9 @@ from dirtmap.engine.storefile.session import peer_of
 from dirtmap.engine.system.log import logger
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error
+from dirtmap.fmt.identity import Identity
 from dirtmap.fmt.live import Peer
-from dirtmap.fmt.store import Identity, Record
+from dirtmap.fmt.store import Record
 
 
 def recover_record(change: Change, now: Condition, names: list[str]) -> list[Recovery]:

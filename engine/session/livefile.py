@@ -20,7 +20,7 @@ from dirtmap.engine.system import livefs, memory
 from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, clock_offset
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import LockedError, StorageError
-from dirtmap.fmt.store import FilePlace
+from dirtmap.fmt.identity import FilePlace
 from dirtmap.fmt.structures.live import CONTROL, WRITESET
 
 # Writes that have begun in an interval and not ended, by their number: first byte, end, and thread.

@@ -50,7 +50,8 @@ from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, Process, boot_id, 
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, StorageError, printable
-from dirtmap.fmt.store import Identity, Record
+from dirtmap.fmt.identity import Identity
+from dirtmap.fmt.store import Record
 
 _NS = 1_000_000_000
 

@@ -31,7 +31,8 @@ import crc32c
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.extensions import Chain
-from dirtmap.fmt.store import NO_FILE_PLACE, Area, FilePlace
+from dirtmap.fmt.identity import NO_FILE_PLACE, FilePlace
+from dirtmap.fmt.store import Area
 from dirtmap.fmt.structures.extensions import build_chain, parse_chain
 from dirtmap.fmt.structures.store import (
     AREA,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dirtmap.engine.system.file import File
-from dirtmap.fmt.store import FilePlace
+from dirtmap.fmt.identity import FilePlace
 
 
 def is_elsewhere(said: FilePlace, file: File) -> bool | None:

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from dirtmap.engine.system.filesystem import place_of
 from dirtmap.engine.system.mounts import file_system
 from dirtmap.fmt.errors import StorageError, SyncError, errno_of
+from dirtmap.fmt.identity import FilePlace
 from dirtmap.fmt.spelling import spellings
-from dirtmap.fmt.store import FilePlace
 
 # struct flock of Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi")

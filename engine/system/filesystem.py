@@ -25,7 +25,7 @@ from functools import cache
 from typing import Any
 
 from dirtmap.engine.system.medium import medium_of
-from dirtmap.fmt.store import FilePlace, unnamed_filesystem
+from dirtmap.fmt.identity import FilePlace, unnamed_filesystem
 
 _EXT, _BTRFS, _XFS = 0xEF53, 0x9123683E, 0x58465342
 _FSID_OF = {_EXT: b"ext4", _BTRFS: b"btrfs"}

@@ -8,7 +8,8 @@ from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.geometry import align_up
-from dirtmap.fmt.store import ALL_ONES, CRITICAL_ITEM, ITEM_BITS, ITEM_SIZES, Area, Identity, Record
+from dirtmap.fmt.identity import Identity
+from dirtmap.fmt.store import ALL_ONES, CRITICAL_ITEM, ITEM_BITS, ITEM_SIZES, Area, Record
 from dirtmap.fmt.structure import Structure
 from dirtmap.fmt.structures.extensions import build_extension, parse_chain
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from support.generated import areas, numbers
 
 from dirtmap.fmt import directory, geometry, store
-from dirtmap.fmt.store import Area, Identity, Record
+from dirtmap.fmt.identity import Identity
+from dirtmap.fmt.store import Area, Record
 from dirtmap.fmt.structure import Structure
 from dirtmap.fmt.structures.store import (
     AREA,

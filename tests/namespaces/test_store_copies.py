@@ -11,7 +11,7 @@ from support.cli import dirtmap, error_of, json_of
 
 from dirtmap.engine.storefile.place import is_elsewhere
 from dirtmap.engine.system.file import File, open_file
-from dirtmap.fmt.store import FilePlace
+from dirtmap.fmt.identity import FilePlace
 
 MIB = 1 << 20
 

@@ -19,7 +19,8 @@ from dirtmap.engine.namespaces import nodes
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import directory, store
-from dirtmap.fmt.store import Identity, Record
+from dirtmap.fmt.identity import Identity
+from dirtmap.fmt.store import Record
 
 
 @pytest.fixture

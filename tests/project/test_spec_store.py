@@ -24,7 +24,7 @@ from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import store
-from dirtmap.fmt.store import FilePlace, Identity
+from dirtmap.fmt.identity import FilePlace, Identity
 from dirtmap.fmt.structures.store import CHECKSUM, HEADER, NODE_POINTER
 
 # On ext4.

@@ -19,7 +19,8 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Header
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError
-from dirtmap.fmt.store import Area, FilePlace
+from dirtmap.fmt.identity import FilePlace
+from dirtmap.fmt.store import Area
 from dirtmap.fmt.structures.store import CHECKSUM, HEADER, LEAF, NAMESPACES_EXTENSION, PLACE_EXTENSION, RUN
 
 

@@ -32,7 +32,7 @@ from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt.directory import FLAG_AUTO, Entry
-from dirtmap.fmt.store import NO_FILE_PLACE
+from dirtmap.fmt.identity import NO_FILE_PLACE
 
 SIZE = 64 << 20
 

@@ -13,7 +13,7 @@ from support import quick
 from support.damage import Sound, make_sound
 
 from dirtmap.engine.system.file import File
-from dirtmap.fmt.store import NO_FILE_PLACE
+from dirtmap.fmt.identity import NO_FILE_PLACE
 
 
 @pytest.fixture(scope="module")
