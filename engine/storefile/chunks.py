@@ -157,7 +157,8 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
     found = Found(shape, (tree.place, tree.checksum))
     index, places = np.zeros(1, np.int64), np.array([tree.place], np.uint64)
     checksums = np.array([tree.checksum], np.int64)
-    left = snapshot.header.clusters  # a tree cannot have more; else a small store could keep a reader busy for years
+    # A tree cannot have more; else a small store could keep a reader busy for years. Its header may say anything.
+    left = min(snapshot.header.clusters, geometry.ceil_div(snapshot.size, shape.cluster))
     for level in range(shape.top, -1, -1):
         below = shape.below(level)
         found.dirty += [
@@ -170,7 +171,7 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
         )
         if len(index) > left:
             bad[left:] = True
-        left -= len(index)
+        left = max(left - len(index), 0)
         for at in np.flatnonzero(bad).tolist():
             found.lose(level, int(index[at]), int(places[at]))
         if bad.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -261,38 +262,45 @@ def test_a_place_where_no_cluster_can_be_counts_as_damaged(target: Store, place:
         assert told is not None
 
 
-def test_a_small_store_does_not_keep_a_reader_busy(tmp_path: Path) -> None:
-    """Nodes that lead to themselves, or all to one, could make a tree of any size."""
+@pytest.mark.parametrize("levels", [2, 3])
+@pytest.mark.parametrize("clusters", [None, 1 << 40])
+def test_a_small_store_does_not_keep_a_reader_busy(tmp_path: Path, levels: int, clusters: int | None) -> None:
+    """Nodes that lead to themselves, or all to one, could make a tree of any size; and a header can say anything."""
     path = str(tmp_path / "store")
     create(path)
-    nbits = FAN**2 * CHUNK
+    nbits = FAN**levels * CHUNK
     with Store(path) as target:
-        flags = np.zeros(nbits, np.bool_)
-        flags[0] = True
         with target.change() as change:
-            chunk = change.place(b"\1".ljust(CLUSTER, b"\0"))
-            pointer = chunk.offset.to_bytes(8, "big") + chunk.checksum.to_bytes(4, "big") + bytes(4)
-            low = change.place(pointer * FAN)
-            pointer = low.offset.to_bytes(8, "big") + low.checksum.to_bytes(4, "big") + bytes(4)
-            root = change.place(pointer * FAN)
+            root = change.place(b"\1".ljust(CLUSTER, b"\0"))
+            for _ in range(levels):
+                pointer = root.offset.to_bytes(8, "big") + root.checksum.to_bytes(4, "big") + bytes(4)
+                root = change.place(pointer * FAN)
         reads = 0
 
         def look(snapshot: Snapshot) -> tuple[int, str | None]:
             nonlocal reads
-            plain = snapshot.file.read
+            plain, plain_into = snapshot.file.read, snapshot.file.read_into
 
             def counted(offset: int, length: int) -> bytes:
                 nonlocal reads
                 reads += 1
+                assert reads < 100
                 return plain(offset, length)
 
+            def counted_into(offset: int, buffer: memoryview) -> None:
+                nonlocal reads
+                reads += 1
+                assert reads < 100
+                plain_into(offset, buffer)
+
+            snapshot.header = replace(snapshot.header, clusters=clusters or snapshot.header.clusters)
             snapshot.file.read = counted  # type: ignore[method-assign]
+            snapshot.file.read_into = counted_into  # type: ignore[method-assign]
             try:
                 return chunks.count(snapshot, Tree(root.offset, root.checksum, nbits))
             finally:
-                del snapshot.file.read
+                del snapshot.file.read, snapshot.file.read_into
 
         dirty, told = target.read(look)
         assert told is not None
         assert dirty > nbits // 2
-        assert reads < 100
