@@ -157,8 +157,7 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
     found = Found(shape, (tree.place, tree.checksum))
     index, places = np.zeros(1, np.int64), np.array([tree.place], np.uint64)
     checksums = np.array([tree.checksum], np.int64)
-    # A tree cannot have more; else a small store could keep a reader busy for years. Its header may say anything.
-    left = min(snapshot.header.clusters, geometry.ceil_div(snapshot.size, shape.cluster))
+    left = most = snapshot.unclaimed(tree.owner)
     for level in range(shape.top, -1, -1):
         below = shape.below(level)
         found.dirty += [
@@ -205,6 +204,7 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
         if wanted is not None:
             asked = np.flatnonzero(np.isin(index, wanted // shape.below(level - 1)))
             index, places, checksums = index[asked], places[asked], checksums[asked]
+    snapshot.claim(tree.owner, most - left)
     found.dirty.sort()
     return found
 
