@@ -84,14 +84,18 @@ class Snapshot:
 
         No cluster belongs to two bitmaps. So bits that have more are damaged, which bounds what a small store can have
         a reader do, whatever its header says.
+
+        Args:
+            owner: tells the bitmap from others; nothing where the others do not count: for who changes it, and may
+                have read it under another name.
         """
         clusters = min(self.header.clusters, ceil_div(self.size, self.header.cluster_size))
-        return max(clusters - self._claimed + self._claims.get(owner, 0), 0)
+        return max(clusters - self._claimed + self._claims.get(owner, 0), 0) if owner else clusters
 
     def claim(self, owner: bytes, clusters: int) -> None:
         """Notes how many clusters the bits of a bitmap have, as far as they were read."""
         known = self._claims.get(owner, 0)
-        if clusters > known:
+        if owner and clusters > known:
             self._claims[owner] = clusters
             self._claimed += clusters - known
 
