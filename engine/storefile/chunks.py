@@ -41,7 +41,10 @@ _SPARSE = 8  # an array of which less than one part in so many is set gets its m
 
 
 class Damage(NamedTuple):
-    """Chunks from ``first`` up to ``end`` that count as dirty, because what is at ``place``, in bytes, is damaged."""
+    """Chunks from ``first`` up to ``end`` that count as dirty, because what they are in, or under, is damaged.
+
+    The ``place`` of the first of that is in bytes.
+    """
 
     first: int
     end: int
@@ -111,15 +114,18 @@ class Found:
     damaged: list[Damage] = field(default_factory=list)
     lost_nodes: bool = False
 
-    def lose(self, level: int, index: int, place: int) -> None:
-        """Notes that a node or a chunk is damaged, so that all below it is dirty."""
-        first = index * self.shape.below(level)
-        self.damaged.append(Damage(first, min(first + self.shape.below(level), self.shape.chunks), place))
+    def lose(self, level: int, first: int, end: int, place: int) -> None:
+        """Notes that nodes or chunks from ``first`` up to ``end`` are damaged, so that all below them is dirty."""
+        below = self.shape.below(level)
+        self.damaged.append(Damage(first * below, min(end * below, self.shape.chunks), place))
         self.lost_nodes |= level > 0
         if level == self.shape.top:
             self.root = ALL_ONES, 0
-        elif (table := self.nodes.get((level + 1, index // self.shape.fan))) is not None:
-            table[index % self.shape.fan] = (ALL_ONES, 0, 0)
+            return
+        fan = self.shape.fan
+        for above in range(first // fan, (end - 1) // fan + 1):
+            if (table := self.nodes.get((level + 1, above))) is not None:
+                table[max(first - above * fan, 0) : end - above * fan] = (ALL_ONES, 0, 0)
 
     def table(self, level: int, index: int) -> Pointers:
         """The pointers of a node. One that takes no space gets the pointers that say the same."""
@@ -157,8 +163,7 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
     found = Found(shape, (tree.place, tree.checksum))
     index, places = np.zeros(1, np.int64), np.array([tree.place], np.uint64)
     checksums = np.array([tree.checksum], np.int64)
-    # A tree cannot have more; else a small store could keep a reader busy for years. Its header may say anything.
-    left = min(snapshot.header.clusters, geometry.ceil_div(snapshot.size, shape.cluster))
+    left = most = snapshot.unclaimed(tree.owner)
     for level in range(shape.top, -1, -1):
         below = shape.below(level)
         found.dirty += [
@@ -172,9 +177,10 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
         if len(index) > left:
             bad[left:] = True
         left = max(left - len(index), 0)
-        for at in np.flatnonzero(bad).tolist():
-            found.lose(level, int(index[at]), int(places[at]))
         if bad.any():
+            lost, at = index[bad], places[bad].tolist()
+            for first, end in _together(np.diff(lost) == 1):  # of which a small store can have many
+                found.lose(level, int(lost[first]), int(lost[end - 1]) + 1, at[first])
             index, places, checksums = index[~bad], places[~bad], checksums[~bad]
         if level == 0:
             found.chunks, found.places, found.checksums = index, places.astype(np.int64), checksums
@@ -184,7 +190,7 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
             data = snapshot.file.read(place, shape.cluster)
             if len(data) < shape.cluster or crc32c.crc32c(data) != checksum:
                 snapshot.doubted = True
-                found.lose(level, number, place)
+                found.lose(level, number, number + 1, place)
                 continue
             pointers = np.frombuffer(data, _POINTER)
             if keep:
@@ -205,6 +211,7 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
         if wanted is not None:
             asked = np.flatnonzero(np.isin(index, wanted // shape.below(level - 1)))
             index, places, checksums = index[asked], places[asked], checksums[asked]
+    snapshot.claim(tree.owner, most - left)
     found.dirty.sort()
     return found
 
@@ -398,7 +405,8 @@ def _lose(snapshot: Snapshot, found: Found, first: int, bad: Positions) -> None:
     if len(bad):
         snapshot.doubted = True
         for at in (bad + first).tolist():
-            found.lose(0, int(found.chunks[at]), int(found.places[at]))
+            number = int(found.chunks[at])
+            found.lose(0, number, number + 1, int(found.places[at]))
 
 
 def _read(snapshot: Snapshot, found: Found, words: bits.Words) -> None:

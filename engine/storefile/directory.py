@@ -162,7 +162,7 @@ def release_bits(change: Change, record: Record, entry: Entry) -> None:
     if entry.table_offset > store.ALL_ONES:
         from dirtmap.engine.storefile import chunks
 
-        chunks.release(change, tree_of(record, entry))
+        chunks.release(change, tree_of(record, entry)._replace(owner=b""))
 
 
 def replace_directory(change: Change, record: Record, old: list[Entry], wanted: list[Entry]) -> Area:
@@ -241,7 +241,7 @@ def merge_bits(change: Change, record: Record, entry: Entry, words: NDArray[np.u
 def _write(change: Change, record: Record, entry: Entry, write: Callable[[Any, Tree], tuple[int, int]]) -> Entry:
     from dirtmap.engine.storefile import chunks
 
-    tree = tree_of(record, entry)
+    tree = tree_of(record, entry)._replace(owner=b"")
     if tree.place in change.superseded:
         tree = tree._replace(place=store.ALL_ZEROS, checksum=0)
     elif tree.place > store.ALL_ONES:

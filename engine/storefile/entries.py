@@ -14,11 +14,12 @@ from dirtmap.fmt.structures.store import BITS, IDENTITY, build_items, parse_item
 
 
 class Tree(NamedTuple):
-    """Where the bits of a bitmap are: the root's place and checksum, and how many bits there are."""
+    """Where the bits of a bitmap are: the root's place and checksum, how many bits there are, and whose they are."""
 
     place: int
     checksum: int
     nbits: int
+    owner: bytes = b""
 
 
 class Identity(NamedTuple):
@@ -45,7 +46,7 @@ def tree_of(record: Record, entry: Entry) -> Tree:
     """Where the bits of a bitmap are."""
     nbits = geometry.granules(record.size, entry.granularity)
     data = item(entry, ITEM_BITS) if entry.table_offset > ALL_ONES else None
-    return Tree(entry.table_offset, BITS.parse(data).checksum if data else 0, nbits)
+    return Tree(entry.table_offset, BITS.parse(data).checksum if data else 0, nbits, record.uuid + entry.name)
 
 
 def with_root(entry: Entry, place: int, checksum: int, chunks: int) -> Entry:

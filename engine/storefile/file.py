@@ -76,6 +76,28 @@ class Snapshot:
         self.watched: dict[bytes, Record] = {}
         self.kept: dict[object, Any] = {} if kept is None else kept
         self.size = file.size()
+        self._claims: dict[bytes, int] = {}
+        self._claimed = 0  # in all
+
+    def unclaimed(self, owner: bytes) -> int:
+        """How many clusters the bits of a bitmap can have, given those of all other bitmaps that were read.
+
+        No cluster belongs to two bitmaps. So bits that have more are damaged, which bounds what a small store can have
+        a reader do, whatever its header says.
+
+        Args:
+            owner: tells the bitmap from others; nothing where the others do not count: for who changes it, and may
+                have read it under another name.
+        """
+        clusters = min(self.header.clusters, ceil_div(self.size, self.header.cluster_size))
+        return max(clusters - self._claimed + self._claims.get(owner, 0), 0) if owner else clusters
+
+    def claim(self, owner: bytes, clusters: int) -> None:
+        """Notes how many clusters the bits of a bitmap have, as far as they were read."""
+        known = self._claims.get(owner, 0)
+        if owner and clusters > known:
+            self._claims[owner] = clusters
+            self._claimed += clusters - known
 
     def require_untouched(self) -> None:
         """Called where a wrong checksum shall count as damage: it may come from commits that have written over it.

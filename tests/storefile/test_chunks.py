@@ -262,6 +262,21 @@ def test_a_place_where_no_cluster_can_be_counts_as_damaged(target: Store, place:
         assert told is not None
 
 
+def test_damaged_neighbours_are_told_together(target: Store) -> None:
+    """Else a store of 16 MB could have a million of them, each in memory on its own."""
+    nbits = FAN**2 * CHUNK
+    pointers = [place.to_bytes(8, "big") + bytes(8) for place in range(3, 3 + FAN)]
+    pointers[7] = bytes(16)
+    with target.change() as change:
+        low = change.place(b"".join(pointers))
+        root = change.place(low.offset.to_bytes(8, "big") + low.checksum.to_bytes(4, "big") + bytes(4 + CLUSTER - 16))
+    tree = Tree(root.offset, root.checksum, nbits)
+    found = target.read(lambda snapshot: chunks.walk(snapshot, tree, keep=True))
+    assert found.damaged == [(0, 7, 3), (8, FAN, 11)]
+    assert found.nodes[1, 0]["place"].tolist() == [1] * 7 + [0] + [1] * (FAN - 8)
+    assert target.read(lambda snapshot: chunks.count(snapshot, tree))[0] == (FAN - 1) * CHUNK
+
+
 @pytest.mark.parametrize("levels", [2, 3])
 @pytest.mark.parametrize("clusters", [None, 1 << 40])
 def test_a_small_store_does_not_keep_a_reader_busy(tmp_path: Path, levels: int, clusters: int | None) -> None:

@@ -278,6 +278,27 @@ def test_a_bitmap_keeps_its_uuid_where_it_takes_over_the_bits_of_another(tmp_pat
     assert not [finding for finding in dm.check(path).findings if finding.severity != "note"]
 
 
+def test_bits_that_were_read_are_known_under_a_new_name(tmp_path: Path, written: list[int]) -> None:
+    """A store that has little but one bitmap: read, and changed under another name, it is still the same tree."""
+    path, disk = str(tmp_path / "store"), tmp_path / "disk"
+    create(path)
+    size = 64 * 32768 * 512
+    disk.touch()
+    os.truncate(disk, size)
+    with Store(path) as target:
+        add_node(target, "a", str(disk))
+        image = stored(target, "a")
+        with image.transaction() as bitmaps:
+            bitmaps["monday"] = dm.Bitmap.from_extents(size, range(0, size, size // 64), [1] * 64, 512)
+        written.clear()
+        with image.transaction() as bitmaps:
+            bitmaps["monday"].mark(size // 2 + 512, 1)
+            bitmaps.rename("monday", "tuesday")
+        assert sum(written) < 20 * 4096 + 3 * 4096
+        assert image["tuesday"].count == 65 * 512
+    assert not [finding for finding in dm.check(path).findings if finding.severity != "note"]
+
+
 def test_bits_that_move_to_another_name_are_not_shared(disks: Disks) -> None:
     """One takes over the clusters of the other, which gets new content: each has its own then."""
     disks.add("a", 1 << 20)

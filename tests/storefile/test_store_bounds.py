@@ -12,12 +12,16 @@ from pathlib import Path
 import crc32c
 import pytest
 from support.damage import SIZE
+from support.hostless import stored
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.storefile.directory import read_entries, replace_directory
+from dirtmap.engine.storefile.entries import identified
 from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.store import Area, Record
 from dirtmap.fmt.structures.directory import build_directory
@@ -106,6 +110,48 @@ def test_a_directory_that_two_namespaces_have_is_read_once(tmp_path: Path, neste
             assert len(image) == 4 * (count - number if nested else count)
     assert dm.check(path, repair="all").corruptions == 0
     assert dm.describe(path).errors == ()
+
+
+def test_bits_that_many_bitmaps_share_are_read_for_few_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a store of 2 MiB could have a reader verify 20,000 times as many clusters as it has."""
+    path, disk, many = str(tmp_path / "s.dmap"), tmp_path / "a.raw", 200
+    disk.touch()
+    os.truncate(disk, 4 << 30)
+    create(path)
+    with Store(path) as target:
+        add_node(target, "a", str(disk))
+        with stored(target, "a").transaction() as bitmaps:
+            bitmaps["0"] = dm.Bitmap.from_extents(4 << 30, range(0, 4 << 30, 1 << 26), [1] * 64, 512)
+        with target.change() as change:
+            record = change.table.get(b"a")
+            assert record
+            (entry,) = read_entries(change.snapshot, record)
+            shared = [identified(replace(entry, name=b"%d" % number), 1, new=True) for number in range(many)]
+            place = replace_directory(change, record, [entry], shared)
+            change.table.put(replace(record, directory=place, nb_bitmaps=many, generation=change.generation))
+    reads = 0
+    read_into = File.read_into
+
+    def counted(file: File, offset: int, buffer: memoryview) -> None:
+        nonlocal reads
+        reads += len(buffer) // 4096
+        read_into(file, offset, buffer)
+
+    monkeypatch.setattr(File, "read_into", counted)
+    clusters = os.path.getsize(path) // 4096
+    info = dm.describe(path)
+    assert reads <= clusters
+    assert info.bitmaps[0].count == 64 * 512
+    assert info.bitmaps[-1].count == 4 << 30
+    assert "bits are damaged" in info.notes[-1]
+    reads = 0
+    assert dm.check(path).corruptions > many // 2
+    assert reads <= clusters
+    # Whoever asks for one of them alone is told what it has, and a repair parts them.
+    with dm.open(Address(path, "a")) as image:
+        assert image["199"].count == 64 * 512
+    assert dm.check(path, repair="all").corruptions == 0
+    assert dm.describe(path).notes == ()
 
 
 def test_recovery_of_the_largest_directory_keeps_little_of_it(tmp_path: Path) -> None:
