@@ -132,10 +132,10 @@ def test_a_store_does_not_count_on_from_a_generation_that_is_made_up() -> None:
 
 
 @pytest.fixture
-def sound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Sound:
+def sound(folder: Path) -> Sound:
     """Another store, with bitmaps that have something in them."""
     (folder / "sound").mkdir()
-    return make_sound(folder / "sound", monkeypatch)
+    return make_sound(folder / "sound")
 
 
 def test_compaction_through_a_link_leaves_the_link(sound: Sound, folder: Path) -> None:

@@ -347,7 +347,7 @@ def test_a_bitmap_that_is_too_fine(tmp_path: Path) -> None:
     with dm.open("node:drive0") as image, image.track() as tracker:
         tracker.add("fine", 512)
         with pytest.raises(dm.BitmapError, match=r"fine.*too fine for a disk"):
-            tracker.resize(1 << 50)
+            tracker.resize(1 << 60)
         tracker.mark(0, 1)
 
 
