@@ -45,8 +45,8 @@ $(COMPILED): $(KERNELS) $(INSTALLED)
 	@ln -s ../../fmt ../../engine ../../tools $@
 
 # tests/tools.txt: a command and the Debian package it comes in, a line each.
-tools: ## check for the QEMU and NBD tools that the tests and the demo compare with
-	@missing=$$(while read -r command package; do \
+tools: ## check for what the tests and the demo compare with, and make file systems with
+	@PATH="$$PATH:/usr/sbin:/sbin"; missing=$$(while read -r command package; do \
 		command -v "$$command" >/dev/null || echo "$$package"; \
 	done <tests/tools.txt | sort -u | xargs); $(install_missing)
 
