@@ -11,7 +11,7 @@ import contextlib
 import os
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import crc32c
@@ -58,15 +58,19 @@ class Header(NamedTuple):
     released: Pointer
 
 
-class Bitmap(NamedTuple):
-    """A bitmap; ``bits`` are packed bytes, or 0 or 1 where all of them are; ``uuid`` and ``generation`` tell which."""
+@dataclass(frozen=True)
+class Bitmap:
+    """A bitmap; ``bits`` are packed bytes, or 0 or 1 where all of them are; ``uuid`` and ``generation`` tell which.
+
+    These two are not compared: the same change made in another commit comes to the same.
+    """
 
     name: bytes
     granularity_bits: int
     flags: int
     bits: bytes | int
-    uuid: bytes
-    generation: int
+    uuid: bytes = field(compare=False)
+    generation: int = field(compare=False)
 
 
 class Namespace(NamedTuple):
