@@ -12,10 +12,10 @@ Source: Linux, Documentation/ABI/stable/sysfs-block (``diskseq`` and ``serial`` 
 
 from __future__ import annotations
 
-import hashlib
 import os
 
 from dirtmap.engine.system.process import boot_id
+from dirtmap.fmt.digest import digest
 
 _SYSFS = "/sys/dev/block"
 _LASTING = ("dm/uuid", "md/uuid", "device/wwid", "wwid", "serial", "device/cid")
@@ -40,10 +40,7 @@ def medium_of(number: int) -> int:
         parts += lasting[0]
     else:
         parts += [boot_id(), _read(folder, "diskseq")]
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(len(part).to_bytes(2) + part)
-    return int.from_bytes(digest.digest())
+    return int.from_bytes(digest(b"".join(len(part).to_bytes(2) + part for part in parts), 8))
 
 
 def _read(folder: str, name: str) -> bytes:
