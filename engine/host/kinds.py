@@ -31,7 +31,8 @@ def _remembered(host: KindPort, info: ImageInfo, node: str, image_uuid: str) -> 
     import uuid
     from dataclasses import replace
 
-    from dirtmap.engine.namespaces.place import place_of, remembered
+    from dirtmap.engine.namespaces.place import remembered
+    from dirtmap.engine.namespaces.whereabouts import place_of
 
     try:
         place = place_of(host, node, uuid.UUID(image_uuid).bytes)
@@ -85,7 +86,7 @@ class Qcow2Kind(Kind):
         """The place record of an image that says that it is this node, and has this UUID."""
         import uuid
 
-        from dirtmap.engine.namespaces.place import place_of
+        from dirtmap.engine.namespaces.whereabouts import place_of
 
         return place_of(host, node, uuid.UUID(image_uuid).bytes)
 

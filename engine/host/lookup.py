@@ -22,7 +22,7 @@ from dirtmap.engine.host.kind import Address
 from dirtmap.engine.host.resolver import NodeMatch
 from dirtmap.engine.index.reading import Container, fingerprint, is_unchanged
 from dirtmap.engine.model.naming import encode_name
-from dirtmap.engine.namespaces.place import place_of
+from dirtmap.engine.namespaces.whereabouts import place_of
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Snapshot, Store
 from dirtmap.fmt import store

@@ -19,8 +19,8 @@ from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container
 from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces.devices import Root
-from dirtmap.engine.namespaces.place import place_of
 from dirtmap.engine.namespaces.ports import HostPort
+from dirtmap.engine.namespaces.whereabouts import place_of
 from dirtmap.engine.qcow2.reading import read_identity, require_header
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import index as layout

@@ -22,7 +22,7 @@ from dirtmap.engine.identity import identity_of, is_twin
 from dirtmap.engine.index.reading import Container, look
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.namespaces import devices
-from dirtmap.engine.namespaces.place import place_of
+from dirtmap.engine.namespaces.whereabouts import place_of
 from dirtmap.engine.qcow2.reading import read_identity
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.system.file import existing, is_gone, is_same_file

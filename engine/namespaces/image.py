@@ -12,8 +12,9 @@ from dirtmap.engine.model.infos import LEFT_IN_USE, VOID, ImageInfo, Recovery
 from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.model.transaction import Transaction
-from dirtmap.engine.namespaces.place import NO_PLACE, Place, place_of, remembered
+from dirtmap.engine.namespaces.place import NO_PLACE, Place, remembered
 from dirtmap.engine.namespaces.ports import HostPort
+from dirtmap.engine.namespaces.whereabouts import place_of
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout, void_bitmaps
 from dirtmap.engine.qcow2.reading import FORMAT, T, describe_layout, load, read_session, write_session
 from dirtmap.engine.system.file import File, open_file

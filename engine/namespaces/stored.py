@@ -14,9 +14,9 @@ from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces import salvage
 from dirtmap.engine.namespaces.changing import changing
 from dirtmap.engine.namespaces.condition import Condition
-from dirtmap.engine.namespaces.place import holding
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.recover import log_recovered, recover_record, recover_session, recover_tracked_device
+from dirtmap.engine.namespaces.stored_place import holding
 from dirtmap.engine.storefile.chain import checkpoints_of
 from dirtmap.engine.storefile.directory import count_saved, no_namespace
 from dirtmap.engine.storefile.entries import identity_of

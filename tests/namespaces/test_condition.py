@@ -7,7 +7,7 @@ import pytest
 import dirtmap.engine as dm
 from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.namespaces.nodes import add_node
-from dirtmap.engine.namespaces.place import holding
+from dirtmap.engine.namespaces.stored_place import holding
 from dirtmap.engine.storefile.file import Snapshot, Store, create
 
 MIB = 1 << 20
