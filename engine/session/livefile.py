@@ -244,11 +244,15 @@ def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:
     """
     length = geometry.ceil_div(geometry.granules(size, granularity), 64)
     result = np.frombuffer(memory.sparse(max(length, 1) * 8), bits.WORD)[:length]
-    for words in [part.at(granularity) for part in parts]:
-        for at in range(0, length, _BLOCK):
-            block = words[at : at + _BLOCK]
-            if block.any():
-                result[at : at + _BLOCK] |= block
+    every = [part.at(granularity) for part in parts]
+    scratch = np.empty(min(_BLOCK, length), bits.WORD)
+    for at in range(0, length if every else 0, _BLOCK):
+        first, *others = [words[at : at + _BLOCK] for words in every]
+        block = scratch[: len(first)]
+        for other in others:
+            first = np.bitwise_or(first, other, out=block)
+        if first.any():
+            result[at : at + _BLOCK] = first
     return result
 
 
