@@ -33,7 +33,7 @@ from support.devices import (
     recover,
 )
 from support.power import REGION, SIZE, Recording, expected, use
-from support.tracking import GRANULE, Shared, forget_index, kill, mark, model_of
+from support.tracking import GRANULE, Shared, count_down, forget_index, kill, mark, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.system import file as fileio
@@ -48,23 +48,13 @@ def die_at(point: int, folder: Path) -> set[int]:
 
     def act() -> None:
         left = [point]
-
-        def counting(original: Callable[..., object]) -> Callable[..., object]:
-            def call(*args: object, **kwargs: object) -> object:
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*args, **kwargs)
-
-            return call
-
-        for holder, name in (
+        count_down(
+            left,
             (fileio.File, "write"),
             (fileio.File, "sync"),
             (livefs, "create_live"),
             (livefs, "remove_live_files"),
-        ):
-            setattr(holder, name, counting(getattr(holder, name)))
+        )
         with dm.open("disk0") as image:
             tracker = image.track(save_interval=0, region_size=1 << 20)
             for number, granule in enumerate(granules):

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from support.devices import BOTH, DEVICE, NODE, dirty, in_child, make, no_traces, raw_elsewhere, raw_here, recover
 from support.power import SIZE, Recording, Written
-from support.tracking import GRANULE, Shared, forget_index, kill, make_node, mark, model_of
+from support.tracking import GRANULE, Shared, count_down, forget_index, kill, make_node, mark, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.identity import identity_of
@@ -46,24 +46,14 @@ def dies_at(point: int) -> bool:
 
     def act() -> None:
         left = [0]
-
-        def counting(original: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: object, **kwargs: object) -> Any:
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*args, **kwargs)
-
-            return call
-
-        for holder, name in (
+        count_down(
+            left,
             (fileio.File, "write"),
             (fileio.File, "sync"),
             (fileio.File, "truncate"),
             (fileio.File, "close"),
             (livefs, "create_live"),
-        ):
-            setattr(holder, name, counting(getattr(holder, name)))
+        )
         with dm.open("disk0") as image:
             tracker = image.track(save_interval=0, region_size=1 << 20)
             with tracker.write(3 * GRANULE, 1):
