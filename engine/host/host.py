@@ -199,7 +199,8 @@ class Host:
         Arguments and errors as `open`.
         """
         address = self.locate(target)
-        return self._kind(address.path).describe(self._parts, address, force_share=force_share)
+        with self._parts.probed(address.path) as (file, kind):
+            return (kind or self._parts.kinds[0]).describe(self._parts, address, file, force_share=force_share)
 
     @contextlib.contextmanager
     def transaction(self, targets: Iterable[Target]) -> Iterator[dict[Target, Transaction]]:

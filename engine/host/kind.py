@@ -153,8 +153,8 @@ class Kind(abc.ABC):
         """The name of the node that a container says to be; None of one without, and of a container of several."""
         return None
 
-    def describe(self, host: KindPort, address: Address, *, force_share: bool) -> ImageInfo:
-        """All bitmaps without their bits; see `Host.describe`."""
+    def describe(self, host: KindPort, address: Address, file: File, *, force_share: bool) -> ImageInfo:
+        """All bitmaps without their bits; see `Host.describe`. The file is the container, open since it was probed."""
         with self.open(host, address, force_share=force_share) as namespace:
             return namespace.info()
 

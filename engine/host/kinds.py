@@ -105,15 +105,14 @@ class Qcow2Kind(Kind):
 
         return CheckedOutImage(path, host, place.store, place.node)
 
-    def describe(self, host: KindPort, address: Address, *, force_share: bool) -> ImageInfo:
+    def describe(self, host: KindPort, address: Address, file: File, *, force_share: bool) -> ImageInfo:
         """See `Kind`. Reads the image once, and of one without a name nothing else.
 
         Only if the bitmaps are not in the image, because a tracker has them or had them, it is opened as any other.
         """
         from dirtmap.engine.qcow2.reading import describe
-        from dirtmap.engine.system.file import open_file
 
-        with contextlib.suppress(LockedError), open_file(address.path) as file:
+        with contextlib.suppress(LockedError):
             info, tracked = describe(file, force_share=force_share, locking=host.locking)
             if info.node is None or info.uuid is None:
                 return info
@@ -126,7 +125,7 @@ class Qcow2Kind(Kind):
             if not tracked and not place.is_checked_out(address.path):
                 place.refuse_moved(address.path)
                 return remembered(info, place)
-        return super().describe(host, address, force_share=force_share)
+        return super().describe(host, address, file, force_share=force_share)
 
     def recover(self, host: KindPort, address: Address, names: Iterable[str]) -> list[Recovery]:
         """See `Kind`. Works on images that cannot be opened because of other bitmaps."""
@@ -211,10 +210,10 @@ class StoreKind(Kind):
             raise BitmapError(address.path, "a store of many images: name one of its nodes")
         return address.node
 
-    def describe(self, host: KindPort, address: Address, *, force_share: bool) -> ImageInfo:
+    def describe(self, host: KindPort, address: Address, file: File, *, force_share: bool) -> ImageInfo:
         """See `Kind`. A store's path stands for all that it holds."""
         if address.node is not None:
-            return super().describe(host, address, force_share=force_share)
+            return super().describe(host, address, file, force_share=force_share)
         from dirtmap.engine.namespaces.stored import describe_store
 
         with host.opened(address.path) as target:

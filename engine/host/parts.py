@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import uuid as uuids
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.host.defaults import default_index, default_store
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.host.resolver import Resolver
     from dirtmap.engine.host.stores import Stores
     from dirtmap.engine.storefile.file import Store
+    from dirtmap.engine.system.file import File
     from dirtmap.engine.system.locks import Locking
 
 
@@ -62,8 +64,8 @@ class Parts:
         self.store = default_store(chosen) if store is None else existing(os.fspath(store))
         # Absolute: the process may change its folder before they are needed.
         self.index = os.path.abspath(default_index(chosen))
-        self.normal = os.path.abspath(default_store(self.index))
         self.home = os.path.abspath(self.store)
+        self.normal = self.home if store is None else os.path.abspath(default_store(self.index))
         self._made: tuple[Stores, Resolver, Registry] | None = None
         self._guard = threading.Lock()
 
@@ -128,15 +130,21 @@ class Parts:
         if self._made is not None:
             self._made[0].close()
 
-    def kind_of(self, path: str) -> Kind | None:
-        """The kind of the container at a path; None where it is none.
+    @contextlib.contextmanager
+    def probed(self, path: str) -> Iterator[tuple[File, Kind | None]]:
+        """The file at a path, open, and the kind of container that it is; None where it is none.
 
         Raises:
             StorageError: it cannot be opened or read.
         """
         where = self.home if path == self.store else None  # the process may have changed its folder
         with open_file(path, abspath=where) as file:
-            return next((kind for kind in self.kinds if kind.probe(file)), None)
+            yield file, next((kind for kind in self.kinds if kind.probe(file)), None)
+
+    def kind_of(self, path: str) -> Kind | None:
+        """The kind of the container at a path; None where it is none. Errors as `probed`."""
+        with self.probed(path) as (_, kind):
+            return kind
 
     def opened(self, path: str | None = None) -> contextlib.AbstractContextManager[Store]:
         """See `HostPort`."""

@@ -13,8 +13,8 @@ import os
 import stat
 import struct
 import threading
+import time
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from dirtmap.engine.system.filesystem import place_of
@@ -30,6 +30,8 @@ _TOGETHER = 512  # places that `File.with_data` skips at once, where all of them
 
 
 _NOBODYS = 2**40 + 1  # a byte that is locked only to see whether locks work
+# What `File.lock_fault` has found, and until when that is believed, by the number of the file system.
+_lock_faults: dict[int, tuple[str | None, float]] = {}
 _NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS}
 
 # The errors of system calls; of an offset from 2**63 on; and of a path that no file can have.
@@ -55,13 +57,14 @@ class File:
 
     unshared = False
     _place: FilePlace | None = None
+    _beside: dict[int, int]  # how many hold the lock on each byte that `lock_beside` takes
 
     def __init__(self, path: str, *, writable: bool = False, create: bool = False) -> None:
         self.path = path
         self._writable = writable
         self._poisoned: str | None = None
         self._left = False
-        self._guard, self._beside = threading.RLock(), Counter[int]()
+        self._guard, self._beside = threading.RLock(), {}
         # O_NONBLOCK: a FIFO given as an image must not block the open; it means nothing for files and disks.
         mode = os.O_RDWR if writable else os.O_RDONLY
         mode |= os.O_CREAT | os.O_EXCL if create else 0
@@ -88,7 +91,7 @@ class File:
 
     def _fork(self) -> None:
         """In a forked child: gives up what is the parent's."""
-        self._guard, self._beside = threading.RLock(), Counter[int]()  # of threads that are not in it
+        self._guard, self._beside = threading.RLock(), {}  # of threads that are not in it
         if self.fd < 0:
             return
         if self._writable:
@@ -259,7 +262,19 @@ class File:
         return True
 
     def lock_fault(self) -> str | None:
-        """Why not all who have the file open see its locks, with the type of the file system; None if all see them."""
+        """Why not all who have the file open see its locks, with the type of the file system; None if all see them.
+
+        What was found is believed of the same file system for a second: whoever lists thousands of images would spend a
+        quarter of the time on it.
+        """
+        now = time.monotonic()
+        found, until = _lock_faults.get(self.status.st_dev, (None, now))
+        if now >= until:
+            found = self._look_for_locks()
+            _lock_faults[self.status.st_dev] = found, now + 1
+        return found
+
+    def _look_for_locks(self) -> str | None:
         kind, private = file_system(self.status.st_dev)
         if private is not None:
             return f"on {kind} with the mount option '{private}', which keeps locks to this machine"
@@ -285,14 +300,14 @@ class File:
                 return False
             except _FAILURES as error:
                 raise self._failed("lock", error) from error
-            self._beside[offset] += 1
+            self._beside[offset] = self._beside.get(offset, 0) + 1
             return True
 
     def unlock_beside(self, offset: int) -> None:
         """Gives up the lock that one `lock_beside` has taken."""
         with self._guard:
-            self._beside[offset] = max(0, self._beside[offset] - 1)
-            if not self._beside[offset]:
+            self._beside[offset] = left = max(0, self._beside.get(offset, 0) - 1)
+            if not left:
                 self.unlock(offset)
 
     def locked_by_other(self, offset: int, length: int = 1) -> bool:

@@ -165,17 +165,17 @@ def reading(
         if force_share:
             yield
             return
-        with _beside_readers(file, locking) as leave:
+        _wait_beside_readers(file, locking)
+        try:
             if not briefly:
-                leave()
-            yield from _reading(file)
+                file.unlock_beside(_QUEUE)
+            _refuse_if_written(file)
+            yield from _unchanged(file, _refuse_if_written)
+        finally:
+            if briefly:
+                file.unlock_beside(_QUEUE)
     finally:
         file.unlock(_USE + _READ)
-
-
-def _reading(file: File) -> Iterator[None]:
-    _refuse_if_written(file)
-    yield from _unchanged(file, _refuse_if_written)
 
 
 def _unchanged(file: File, refuse: Callable[[File], object] = lambda file: None) -> Iterator[None]:
@@ -213,18 +213,14 @@ def is_written_by_others(file: File) -> bool:
     return has_locks(file, UNLOCKED) and is_written(file)
 
 
-@contextlib.contextmanager
-def _beside_readers(file: File, locking: Locking) -> Iterator[Callable[[], object]]:
-    """Keeps writers of ours out until the end of the block, or until the function that it yields is called."""
+def _wait_beside_readers(file: File, locking: Locking) -> None:
+    """Waits for its turn beside other readers. Keeps writers of ours out until `_QUEUE` is unlocked."""
     deadline = time.monotonic() + locking.wait
     while not _join(file):
         if order.is_held_here(Rank.IMAGE, file.abspath) or time.monotonic() > deadline:
             _refuse_if_written(file)
             raise LockedError(file.path, f"being written by {holders(file)}")
         pause()
-    with contextlib.ExitStack() as stack:
-        stack.callback(file.unlock_beside, _QUEUE)
-        yield stack.close
 
 
 def is_written(file: File) -> bool:

@@ -16,7 +16,7 @@ from support.qemu import create
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
-from dirtmap.engine.system import mounts
+from dirtmap.engine.system import file, mounts
 
 MIB = 1 << 20
 OFD = (fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW, fcntl.F_OFD_GETLK)
@@ -78,6 +78,7 @@ WAYS = {
 @pytest.fixture(params=WAYS)
 def why(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Why there are no locks."""
+    monkeypatch.setattr(file, "_lock_faults", {})  # what was found of the same file system a moment ago
     return WAYS[request.param](monkeypatch, folder)
 
 
@@ -146,5 +147,6 @@ def test_no_lock_does_not_keep_locks_from_being_taken_where_there_are(folder: Pa
 
 
 def test_nfs_with_locks_is_used_as_any_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file, "_lock_faults", {})
     _mounted("nfs4", "rw", "rw,vers=4.2,local_lock=none", "")(monkeypatch, folder)
     dirtmap("mark", "disk.qcow2", "b", "0", "1")
