@@ -22,6 +22,7 @@ what is left there could bring back a commit whose areas are gone by then.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -49,6 +50,7 @@ _CHECKED = store.BLOCK - CHECKSUM.size
 _GENERATION = HEADER.field("generation")
 _SLOT = HEADER.field("slot").offset  # the number of the copy is the byte behind it
 _FOLLOWED = HEADER.field("followed")
+_LABEL = 2 + _FOLLOWED.size  # bytes from `_SLOT` on that differ between the copies of one header
 _NO_GENERATION = b"\xff" * _GENERATION.size  # more than one bit away from any that there can be
 
 
@@ -186,6 +188,12 @@ def parse_block(path: str, block: bytes) -> Header:
         UnsupportedError: it asks for a newer dirtmap.
         FormatError: a field makes no sense.
     """
+    return _parse_unlabelled(path, block[:_SLOT] + bytes(_LABEL) + block[_SLOT + _LABEL : _CHECKED])
+
+
+# Both copies of a slot say the same, and a commit reads each of them several times.
+@functools.lru_cache(maxsize=8)
+def _parse_unlabelled(path: str, block: bytes) -> Header:
     raw = HEADER.parse(block)
     if raw.version != store.VERSION:
         raise UnsupportedError(f"{path}: header.version", f"{raw.version} is not {store.VERSION}")
