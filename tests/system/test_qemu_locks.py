@@ -34,21 +34,24 @@ def path(tmp_path: Path) -> Path:
 B0 = [(0, 65536), (4 * MIB - 65536, 65536)]
 
 
+WAIT = 0.2  # seconds; what is waited for here never comes
+
+
 def write(path: Path) -> None:
-    with dm.open(path, force_share=True) as image, image.transaction() as changed:
+    with dm.open(path, force_share=True, wait=WAIT) as image, image.transaction() as changed:
         changes.add(changed, "new")
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "transaction": write,
-    "recover": dm.recover,
-    "repair": lambda path: dm.check(path, repair="all"),
+    "recover": lambda path: dm.recover(path, wait=WAIT),
+    "repair": lambda path: dm.check(path, repair="all", wait=WAIT),
 }
 READERS: dict[str, Callable[[Path], object]] = {
-    "open": dm.open,
-    "describe": dm.describe,
-    "check": dm.check,
-    "dump": dm.dump,
+    "open": lambda path: dm.open(path, wait=WAIT),
+    "describe": lambda path: dm.describe(path, wait=WAIT),
+    "check": lambda path: dm.check(path, wait=WAIT),
+    "dump": lambda path: dm.dump(path, wait=WAIT),
 }
 
 

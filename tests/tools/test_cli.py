@@ -330,7 +330,7 @@ def test_images_in_use(image: Path) -> None:
             ["recover", image],
             ["check", "-r", "all", image],
         ):
-            assert "held by qemu-storage-da" in error_of(*arguments)
+            assert "held by qemu-storage-da" in error_of(*arguments, "--wait", "0.2")
         assert image.read_bytes() == held
     assert before != held
 

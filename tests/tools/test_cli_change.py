@@ -197,7 +197,7 @@ def test_a_move_from_what_may_not_be_written_copies_nothing(image: Path, other: 
         held = other.read_bytes()
         assert "marked dirty" in error_of("move", image, "a", other)
         qemu.patch(image, 79, b"\x00")
-        assert "held by qemu-storage-da" in error_of("move", image, "a", other)
+        assert "held by qemu-storage-da" in error_of("move", image, "a", other, "--wait", "0.2")
         assert other.read_bytes() == held
         qemu.patch(image, 79, b"\x01")
     assert image.read_bytes() == before[0]
