@@ -7,7 +7,7 @@ KERNELS := engine/model/_bits.pyx engine/model/bits.h
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup tools test test-long vectors lint demo bench wheel clean
+.PHONY: help setup tools test test-long vectors lint demo bench bench-compare wheel clean
 .NOTPARALLEL:
 
 help: ## show these targets
@@ -68,8 +68,14 @@ lint: setup ## check style, types and who imports whom
 demo: setup tools ## see dirtmap at work on a real qcow2 image
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh demo.sh
 
-bench: setup tools ## measure, side by side with what there is today
-	$(BIN)/pytest -o python_files='bench_*.py' --benchmark-columns=min,median,stddev,rounds tests/bench
+bench: setup tools ## measure, side by side with what there is today, and write BENCHMARKS.md
+	@mkdir -p build
+	$(BIN)/pytest -o python_files='bench_*.py' --benchmark-columns=min,median,stddev,rounds \
+		--benchmark-json=build/bench.json tests/bench
+	$(BIN)/python tests/bench/report.py build/bench.json BENCHMARKS.md docs/benchmarks.svg
+
+bench-compare: setup tools ## hold two commits side by side: make bench-compare A=COMMIT B=COMMIT [K=EXPRESSION]
+	@$(BIN)/python tests/bench/compare.py '$(A)' '$(B)' '$(K)'
 
 wheel: setup ## build dist/dirtmap-VERSION-*-manylinux*.whl and the sdist that it is made from
 	rm -rf build/raw

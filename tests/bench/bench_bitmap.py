@@ -1,17 +1,10 @@
-"""How fast the kernels for bits are, beside numpy's plain way, bitarray, pyroaring, plain C loops, and reading memory.
-
-Run with ``make bench``, or ``pytest -s tests/bench/bench_bitmap.py`` to see the ratios at once; they are under
-``extra_info`` in ``--benchmark-json``. What is compared is run in turn, since what else the machine does weighs on all
-of it alike, and ratios are those of medians. Each is shown beside the one that is aimed at; no time is asserted.
-"""
+"""How fast the kernels for bits are, beside numpy, bitarray, pyroaring, plain C loops, and reading memory."""
 
 from __future__ import annotations
 
 import ctypes
 import random
-import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +15,7 @@ import pyroaring
 import pytest
 from bitarray import bitarray
 from numpy.typing import NDArray
+from support.measuring import Against, Peer
 
 from dirtmap.engine.model import _bits, bits
 from dirtmap.engine.model.bitmap import Bitmap
@@ -34,7 +28,7 @@ NBITS = 16 * TIB // GRANULE
 MARKS = 1_000
 RANGES = 1_000_000
 Extents = tuple[NDArray[np.int64], NDArray[np.int64]]
-Peers = dict[str, tuple[Callable[[], object], float]]
+SECTION = "Bits in memory"
 
 # What anybody would write, compiled for this very processor; `read_all` is as fast as memory allows.
 LOOPS = r"""
@@ -129,29 +123,6 @@ def at(array: NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def compare(benchmark: Any, ours: Callable[[], object], peers: Peers, rounds: int = 9) -> None:
-    """Benchmarks ours; ``extra_info`` has its ratio to each peer, and the one aimed at."""
-    if benchmark.disabled:
-        benchmark(ours)
-        return
-    functions = {"ours": ours, **{name: peer for name, (peer, _) in peers.items()}}
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            begun = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - begun)
-    median = {name: statistics.median(taken) for name, taken in times.items()}
-    benchmark.extra_info["ms"] = {name: round(taken * 1e3, 3) for name, taken in median.items()}
-    benchmark.extra_info["ratio, aim"] = {
-        name: (round(median["ours"] / median[name], 3), aim) for name, (_, aim) in peers.items()
-    }
-    least = {name: min(taken) for name, taken in times.items()}
-    benchmark.extra_info["ratio of the best"] = {name: round(least["ours"] / least[name], 3) for name in peers}
-    print(f"\n{benchmark.name}: {benchmark.extra_info}")
-    benchmark.pedantic(ours, rounds=3)
-
-
 @cache
 def some_words(kind: str) -> bits.Words:
     """The words of 2**28 bits; those of a smaller disk are the first of them."""
@@ -182,21 +153,22 @@ def looped_extents(loops: ctypes.CDLL, words: bits.Words) -> Extents:
 
 @pytest.mark.parametrize("tebibytes", [1, 16])
 @pytest.mark.parametrize("kind", ["sparse", "10%", "clustered", "full"])
-def test_extents(benchmark: Any, loops: ctypes.CDLL, kind: str, tebibytes: int) -> None:
+def test_extents(against: Against, loops: ctypes.CDLL, kind: str, tebibytes: int) -> None:
     words = some_words(kind)[: tebibytes * TIB // GRANULE // 64]
     bitmap = Bitmap.from_words(tebibytes * TIB, GRANULE, words, True)
     starts, lengths = bitmap.extents()
     for found in (naive_extents(words), looped_extents(loops, words)):
         assert np.array_equal(found[0], starts)
         assert np.array_equal(found[1], lengths)
-    peers: Peers = {
-        "unpackbits and diff": (lambda: naive_extents(words), 0.06),
-        "C loop": (lambda: looped_extents(loops, words), 1.5),
+    peers = {
+        "numpy's unpackbits and diff": Peer(lambda: naive_extents(words), 0.06),
+        "a C loop": Peer(lambda: looped_extents(loops, words), 1.5, limit=True),
     }
-    compare(benchmark, bitmap.extents, peers, rounds=5 if tebibytes == 16 else 15)
+    what = f"extents of {tebibytes} TiB at 64 KiB, {kind}"
+    against(what, bitmap.extents, peers, rounds=5 if tebibytes == 16 else 15)
 
 
-def test_count(benchmark: Any, loops: ctypes.CDLL) -> None:
+def test_count(against: Against, loops: ctypes.CDLL) -> None:
     words = some_words("10%")
     bitmap = Bitmap.from_words(16 * TIB, GRANULE, words, True)
     assert bitmap.count == int(np.bitwise_count(words).sum()) * GRANULE
@@ -204,10 +176,11 @@ def test_count(benchmark: Any, loops: ctypes.CDLL) -> None:
     def read() -> None:
         loops.read_all(at(words), ctypes.c_size_t(len(words)))
 
-    compare(benchmark, lambda: bits.count(words), {"reading": (read, 1.3)}, rounds=31)
+    peers = {"reading the bytes": Peer(read, 1.3, limit=True)}
+    against("a count of 32 MiB", lambda: bits.count(words), peers, rounds=31)
 
 
-def test_or_with_count(benchmark: Any, loops: ctypes.CDLL) -> None:
+def test_or_with_count(against: Against, loops: ctypes.CDLL) -> None:
     one, other = some_words("10%").copy(), some_words("sparse")
     assert _bits.combine(one, other, one, bits.OR) == bits.count(some_words("10%") | other)
 
@@ -215,10 +188,12 @@ def test_or_with_count(benchmark: Any, loops: ctypes.CDLL) -> None:
         loops.read_all(at(one), ctypes.c_size_t(len(one)))
         loops.read_all(at(other), ctypes.c_size_t(len(other)))
 
-    compare(benchmark, lambda: _bits.combine(one, other, one, bits.OR), {"reading": (read, 1.3)}, rounds=31)
+    peers = {"reading the bytes": Peer(read, 1.3, limit=True)}
+    what = "an OR of 32 MiB into another 32 MiB, counted"
+    against(what, lambda: _bits.combine(one, other, one, bits.OR), peers, rounds=31)
 
 
-def test_or_of_two_bitmaps(benchmark: Any) -> None:
+def test_or_of_two_bitmaps(against: Against) -> None:
     """Most of the time goes into the memory of the result, which is new."""
     one = Bitmap.from_words(16 * TIB, GRANULE, some_words("10%"), True)
     other = Bitmap.from_words(16 * TIB, GRANULE, some_words("sparse"), True)
@@ -227,11 +202,12 @@ def test_or_of_two_bitmaps(benchmark: Any) -> None:
         return int(np.bitwise_count(one.words | other.words).sum()) * GRANULE
 
     assert (one | other).count == plain()
-    compare(benchmark, lambda: (one | other).count, {"numpy": (plain, 1.0)}, rounds=15)
+    peers = {"numpy": Peer(plain, 1.0)}
+    against("an OR of two bitmaps of 32 MiB into a third, counted", lambda: (one | other).count, peers, rounds=15)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "10%"])
-def test_4_kib_to_64(benchmark: Any, loops: ctypes.CDLL, kind: str) -> None:
+def test_4_kib_to_64(against: Against, loops: ctypes.CDLL, kind: str) -> None:
     words = some_words(kind)
 
     def loop() -> bits.Words:
@@ -240,11 +216,12 @@ def test_4_kib_to_64(benchmark: Any, loops: ctypes.CDLL, kind: str) -> None:
         return result
 
     assert np.array_equal(bits.coarsen(words, NBITS, 16), loop())
-    compare(benchmark, lambda: bits.coarsen(words, NBITS, 16), {"C loop": (loop, 1.5)}, rounds=15)
+    peers = {"a C loop": Peer(loop, 1.5, limit=True)}
+    against(f"32 MiB of bits at 4 KiB, to 64 KiB, {kind}", lambda: bits.coarsen(words, NBITS, 16), peers, rounds=15)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "10%"])
-def test_64_kib_to_4(benchmark: Any, loops: ctypes.CDLL, kind: str) -> None:
+def test_64_kib_to_4(against: Against, loops: ctypes.CDLL, kind: str) -> None:
     words = some_words(kind)[: NBITS // 16 // 64]
 
     def loop() -> bits.Words:
@@ -253,12 +230,13 @@ def test_64_kib_to_4(benchmark: Any, loops: ctypes.CDLL, kind: str) -> None:
         return result
 
     assert np.array_equal(bits.refine(words, NBITS, 16), loop())
-    compare(benchmark, lambda: bits.refine(words, NBITS, 16), {"C loop": (loop, 1.5)}, rounds=15)
+    peers = {"a C loop": Peer(loop, 1.5, limit=True)}
+    against(f"2 MiB of bits at 64 KiB, to 4 KiB, {kind}", lambda: bits.refine(words, NBITS, 16), peers, rounds=15)
 
 
 @pytest.mark.parametrize("tebibytes", [1, 16])
 @pytest.mark.parametrize("longest", [4096, 2**20])
-def test_mark(benchmark: Any, tebibytes: int, longest: int) -> None:
+def test_mark(against: Against, tebibytes: int, longest: int) -> None:
     rng = random.Random(1)
     size = tebibytes * TIB
     ranges = [(rng.randrange((size - 2**20) // 512) * 512, rng.randrange(512, longest + 1)) for _ in range(MARKS)]
@@ -276,11 +254,13 @@ def test_mark(benchmark: Any, tebibytes: int, longest: int) -> None:
     ours()
     slices()
     assert bitmap.packed() == array.tobytes()
-    compare(benchmark, ours, {"bitarray": (slices, 0.6)}, rounds=301)
+    what = f"Bitmap.mark, random, up to {longest >> 10} KiB, {tebibytes} TiB at 64 KiB"
+    peers = {"a bitarray's slice assignment": Peer(slices, 0.6)}
+    against(what, ours, peers, calls=MARKS, rounds=301)
 
 
 @pytest.mark.parametrize("tebibytes", [1, 16])
-def test_mark_many(benchmark: Any, loops: ctypes.CDLL, tebibytes: int) -> None:
+def test_mark_many(against: Against, loops: ctypes.CDLL, tebibytes: int) -> None:
     """A million ranges of 4 KiB to 1 MiB."""
     rng = np.random.default_rng(1)
     size = tebibytes * TIB
@@ -312,17 +292,18 @@ def test_mark_many(benchmark: Any, loops: ctypes.CDLL, tebibytes: int) -> None:
     loop()
     assert np.array_equal(bitmap.words, words)
     assert len(roaring_by_range()) == len(roaring_by_granule()) == bits.count(words)
-    peers: Peers = {
-        "C loop": (loop, 2),
-        "pyroaring by range": (roaring_by_range, 0.05),
-        "pyroaring by granule": (roaring_by_granule, 0.05),
+    peers = {
+        "a C loop": Peer(loop, 2, limit=True),
+        "pyroaring by range": Peer(roaring_by_range, 0.05),
+        "pyroaring by granule": Peer(roaring_by_granule, 0.05),
     }
-    compare(benchmark, ours, peers, rounds=7)
+    what = f"Bitmap.mark_many, a million random ranges of 4 KiB to 1 MiB, {tebibytes} TiB"
+    against(what, ours, peers, calls=RANGES, rounds=7)
 
 
 @pytest.mark.parametrize("level", range(_bits.BEST_LEVEL))
 @pytest.mark.parametrize("what", ["count", "runs", "combine", "extents", "coarsen", "refine"])
-def test_levels(benchmark: Any, what: str, level: int) -> None:
+def test_levels(against: Against, what: str, level: int) -> None:
     """What a loop gains from the processor's best level over a lower one; the memory of results is not counted in."""
     words, other = some_words("10%"), some_words("sparse").copy()
     runs = _bits.runs(words, 0, len(words))
@@ -342,4 +323,5 @@ def test_levels(benchmark: Any, what: str, level: int) -> None:
         calls[what]()
         _bits.use_level(_bits.BEST_LEVEL)
 
-    compare(benchmark, calls[what], {f"level {level}": (lower, 1.0)}, rounds=15)
+    peers = {f"processors of level {level}": Peer(lower, 1.0)}
+    against(f"{what} of 32 MiB on this processor", calls[what], peers, rounds=15)

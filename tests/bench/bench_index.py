@@ -1,8 +1,4 @@
-"""How fast names are resolved and hosts scanned: `make bench`.
-
-What a benchmark is compared with runs just before each of its rounds; the ratios of the medians go to the terminal and
-into ``extra_info``: how many times as long ours takes.
-"""
+"""How fast names are resolved and hosts scanned."""
 
 from __future__ import annotations
 
@@ -10,16 +6,16 @@ import os
 import random
 import shutil
 import sqlite3
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import qemu
 from support.many import make_host
+from support.measuring import Against, Peer
 
 from dirtmap.engine.host.host import Host
 from dirtmap.engine.host.lookup import Lookup
@@ -33,47 +29,10 @@ from dirtmap.engine.system.file import open_file
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 
+SECTION = "Names across a host"
 NODES, BITMAPS = 10_000, 100
 IMAGES = 10_000
 QUESTIONS = 2000
-
-
-@pytest.fixture
-def against(benchmark: Any, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Measures a call against others, and reports how many times as long it takes, for each of ``calls`` in it.
-
-    ``each`` has the calls of others, where that is another number.
-    """
-
-    def measure(
-        ours: Callable[[], Any],
-        *,
-        calls: int,
-        rounds: int,
-        each: dict[str, int] | None = None,
-        **others: Callable[[], Any],
-    ) -> None:
-        taken: dict[str, list[float]] = {name: [] for name in others}
-
-        def call_others() -> None:
-            for name, call in others.items():
-                start = time.perf_counter()
-                call()
-                taken[name].append(time.perf_counter() - start)
-
-        benchmark.pedantic(ours, setup=call_others, rounds=rounds, warmup_rounds=1)
-        if benchmark.stats is None:  # --benchmark-disable
-            return
-        mine = benchmark.stats.stats.median / calls
-        said = f"\n{request.node.name}: {mine * 1e6:.2f} us"
-        for name, times in taken.items():
-            other = statistics.median(times[1:]) / (each or {}).get(name, calls)
-            benchmark.extra_info[f"times {name}"] = round(mine / other, 2)
-            said += f"; {name}: {other * 1e6:.2f} us, ratio {mine / other:.2f}"
-        with capsys.disabled():
-            print(said)
-
-    return measure
 
 
 @pytest.fixture(scope="module")
@@ -115,17 +74,22 @@ def questions() -> list[tuple[str, str]]:
     return [(f"node{rng.randrange(NODES):05}", f"bitmap{rng.randrange(BITMAPS):02}") for _ in range(QUESTIONS)]
 
 
-def peers(host: Host, questions: list[tuple[str, str]], folder: Path) -> dict[str, Callable[[], Any]]:
+def peers(host: Host, questions: list[tuple[str, str]], folder: Path, aim: float) -> dict[str, Peer]:
     """A bare get of the same entries, each in a transaction of its own; and sqlite with the same addresses."""
     environment = host._parts.stores.index.database._env
     keys = [layout.bitmap_key(layout.named(node.encode()), name.encode()) for node, name in questions]
     rows = ((f"node{node:05}", f"bitmap{name:02}", bytes(32)) for node in range(NODES) for name in range(BITMAPS))
-    return getters(environment, keys, questions, rows, folder)
+    return getters(environment, keys, questions, rows, folder, aim)
 
 
 def getters(
-    environment: Any, keys: list[bytes], questions: list[tuple[str, str]], rows: Iterable[Any], folder: Path
-) -> dict[str, Callable[[], Any]]:
+    environment: Any,
+    keys: list[bytes],
+    questions: list[tuple[str, str]],
+    rows: Iterable[Any],
+    folder: Path,
+    aim: float | None = None,
+) -> dict[str, Peer]:
     """The keys got from LMDB, the questions asked of a table in sqlite that has those rows; one after the other."""
     base = sqlite3.connect(folder / "peer.sqlite")
     base.execute("create table bitmaps (node text, name text, place blob, primary key (node, name)) without rowid")
@@ -141,13 +105,10 @@ def getters(
         for question in questions:
             base.execute("select place from bitmaps where node = ? and name = ?", question).fetchone()
 
-    return {"lmdb": bare, "sqlite": sqlite}
+    return {"a bare get of LMDB": Peer(bare, aim, limit=True), "the same table in sqlite": Peer(sqlite)}
 
 
-def test_the_index_answers(
-    against: Callable[..., None], million: Host, questions: list[tuple[str, str]], tmp_path: Path
-) -> None:
-    """Aim: at most 2.5 times as long as a bare get of LMDB."""
+def test_the_index_answers(against: Against, million: Host, questions: list[tuple[str, str]], tmp_path: Path) -> None:
     index = million._parts.stores.index
 
     def ours() -> None:
@@ -155,13 +116,13 @@ def test_the_index_answers(
             index.bitmap(node, name)
 
     assert all(len(index.bitmap(*question)) == 1 for question in questions)
-    against(ours, calls=QUESTIONS, rounds=21, **peers(million, questions, tmp_path))
+    others = peers(million, questions, tmp_path, 2.5)
+    against("where (node, name) is, as the index says", ours, others, calls=QUESTIONS, rounds=21)
 
 
 def test_an_answer_is_verified(
-    against: Callable[..., None], million: Host, questions: list[tuple[str, str]], tmp_path: Path
+    against: Against, million: Host, questions: list[tuple[str, str]], tmp_path: Path
 ) -> None:
-    """Aim: at most 10 times as long as a bare get of LMDB."""
     with Lookup(million) as lookup:
         assert all(lookup.find(*question) for question in questions)
         assert lookup.find("node00000", "nothing") is None
@@ -170,7 +131,8 @@ def test_an_answer_is_verified(
             for node, name in questions:
                 lookup.find(node, name)
 
-        against(ours, calls=QUESTIONS, rounds=21, **peers(million, questions, tmp_path))
+        others = peers(million, questions, tmp_path, 10)
+        against("an answer of Lookup, among a million bitmaps", ours, others, calls=QUESTIONS, rounds=21)
 
 
 @pytest.fixture(scope="module", params=[1, 6, 21, 200])
@@ -188,9 +150,7 @@ def named(what: str, stores: int) -> str:
 
 
 @pytest.mark.parametrize("what", WHAT)
-def test_an_answer_with_many_stores(
-    against: Callable[..., None], many: tuple[str, str, int], what: str, tmp_path: Path
-) -> None:
+def test_an_answer_with_many_stores(against: Against, many: tuple[str, str, int], what: str, tmp_path: Path) -> None:
     """Aim: at most 25 us, whatever it is, and however many stores the host has."""
     home, index, stores = many
     node, calls = named(what, stores), 20
@@ -204,14 +164,12 @@ def test_an_answer_with_many_stores(
             for _ in range(calls):
                 lookup.find(node, "b")
 
-        against(ours, calls=calls, rounds=201, **others)
+        against(f"an answer of Lookup, {what}, of {stores} stores", ours, others, calls=calls, rounds=201)
 
 
 @pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
-def test_opening_with_many_stores(
-    against: Callable[..., None], many: tuple[str, str, int], what: str, again: bool
-) -> None:
+def test_opening_with_many_stores(against: Against, many: tuple[str, str, int], what: str, again: bool) -> None:
     """A target is opened by name, by a host that was made just now, or that has opened it before."""
     home, index, stores = many
     name = named(what, stores)
@@ -242,7 +200,9 @@ def test_opening_with_many_stores(
                 with Host(home, index) as host:
                     host.open(name).close()
 
-        against(ours, calls=1, rounds=51, **{"its container alone": alone, "a stat of each store": look})
+        others = {"its container alone": Peer(alone), "a stat of each store": Peer(look, limit=True)}
+        host = "the same Host again" if again else "a new Host"
+        against(f"opening by name, {what}, of {stores} stores, by {host}", ours, others, rounds=51)
 
 
 @pytest.fixture(scope="module")
@@ -260,8 +220,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_scan(against: Callable[..., None], images: Path, tmp_path: Path) -> None:
-    """Aim: at least 20 times as fast an image as ``qemu-img info``, which is measured on 50 of them."""
+def test_scan(against: Against, images: Path, tmp_path: Path) -> None:
     some = sorted(images.iterdir())[:50]
     rounds = iter(range(100))
 
@@ -274,11 +233,11 @@ def test_scan(against: Callable[..., None], images: Path, tmp_path: Path) -> Non
         summary = scan(Host(str(tmp_path / f"store{number}"), str(tmp_path / f"index{number}")), [str(images)])
         assert (summary.images, summary.bitmaps) == (IMAGES, 2 * IMAGES)
 
-    against(ours, calls=IMAGES, rounds=3, each={"qemu-img info": len(some)}, **{"qemu-img info": info})
+    others = {"a run of qemu-img info": Peer(info, 0.05, len(some))}
+    against("'index scan' of 10,000 images, an image", ours, others, calls=IMAGES, rounds=3)
 
 
-def test_rescan(against: Callable[..., None], images: Path, tmp_path: Path) -> None:
-    """Aim: at most a fifth of the time of a first scan."""
+def test_rescan(against: Against, images: Path, tmp_path: Path) -> None:
     time.sleep(0.1)  # so that no image is as young as the clock's step
     host = Host(str(tmp_path / "store"), str(tmp_path / "index"))
     scan(host, [str(images)])
@@ -288,4 +247,11 @@ def test_rescan(against: Callable[..., None], images: Path, tmp_path: Path) -> N
         number = next(rounds)
         scan(Host(str(tmp_path / f"store{number}"), str(tmp_path / f"index{number}")), [str(images)])
 
-    against(lambda: scan(host, [str(images)]), calls=IMAGES, rounds=3, **{"first scan": first})
+    others = {"the first scan": Peer(first, 0.2)}
+    against(
+        "'index scan' again, nothing changed, an image",
+        lambda: scan(host, [str(images)]),
+        others,
+        calls=IMAGES,
+        rounds=3,
+    )

@@ -1,18 +1,12 @@
-"""How fast dirtmap reads and changes qcow2 images, side by side with `qemu-img` and numpy: `make bench`.
-
-What a benchmark is compared with, its *peers*, runs just before each of its rounds, so that both see the same machine.
-The ratios of the medians go to the terminal and into the benchmark's ``extra_info``. Nothing here fails for being slow.
-"""
+"""How fast dirtmap reads and changes qcow2 images, beside `qemu-img` and numpy; and how fast its commands are."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,66 +15,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import qemu
+from support.measuring import Against, Peer
 
 import dirtmap.engine as dm
 from dirtmap.tools.cli import main
 
 Positions = NDArray[np.int64]
 
+SECTION = "Images, and whole commands"
 DIRTMAP = Path(sys.executable).with_name("dirtmap")
 GRANULARITY = 65536
 HOLE = 4096  # copies leave out runs of zeros of this size
-
-
-@pytest.fixture
-def side_by_side(
-    benchmark: Any, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
-) -> Callable[..., None]:
-    """Measures a call against its peers, and reports how many times as long each peer takes.
-
-    Args (of what it returns):
-        ours: the call.
-        peers: calls by name.
-        rounds: how often each is measured.
-        each: how many images a call of ours handles, where a peer handles one.
-        peer_rounds: how often a peer is called in each round.
-    """
-
-    def measure(
-        ours: Callable[[], Any],
-        peers: dict[str, Callable[[], Any]],
-        *,
-        rounds: int,
-        each: int = 1,
-        peer_rounds: int = 1,
-    ) -> None:
-        taken: dict[str, list[float]] = {name: [] for name in peers}
-
-        def call_peers() -> None:
-            for name, peer in peers.items():
-                taken[name] += [_seconds(peer) for _ in range(peer_rounds)]
-
-        benchmark.pedantic(ours, setup=call_peers, rounds=rounds, warmup_rounds=1)
-        mine = benchmark.stats.stats.median / each
-        lines = [f"{request.node.name}: {_shown(mine)}"]
-        for name, seconds in taken.items():
-            theirs = statistics.median(seconds[peer_rounds:])  # without the warm-up
-            benchmark.extra_info[name] = round(theirs / mine, 2)
-            lines.append(f"    {name}: {_shown(theirs)}, {theirs / mine:.2f} times as long")
-        with capsys.disabled():
-            print("\n" + "\n".join(lines))
-
-    return measure
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _shown(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def process(*command: str | Path) -> Callable[[], Any]:
@@ -117,9 +62,7 @@ def many(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("many", [(65536, 10_000), (4096, 1000)], ids=["64K-10000", "4K-1000"], indirect=True)
-def test_list_of_many_images(side_by_side: Callable[..., None], many: list[str]) -> None:
-    """Aim: an image 20 times faster than a run of `qemu-img info`."""
-
+def test_list_of_many_images(against: Against, many: list[str]) -> None:
     def list_all() -> str:
         with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended:
             main(["list", *many])
@@ -127,25 +70,42 @@ def test_list_of_many_images(side_by_side: Callable[..., None], many: list[str])
         return output.getvalue()
 
     assert list_all().count("3 MiB") == len(many)
-    side_by_side(
-        list_all, {"qemu-img info": process("qemu-img", "info", many[0])}, rounds=5, each=len(many), peer_rounds=40
-    )
+    info = process("qemu-img", "info", many[0])
+
+    def infos() -> None:
+        for _ in range(40):
+            info()
+
+    what = f"'list' of {len(many):,} images in one call, an image"
+    against(what, list_all, {"a run of qemu-img info": Peer(infos, 0.05, 40)}, calls=len(many), rounds=5)
 
 
-def test_list_as_a_process(side_by_side: Callable[..., None], tmp_path: Path) -> None:
-    """Aim: within 1.5 times of importing numpy, which is to say a ratio above 0.67."""
+def test_list_as_a_process(against: Against, tmp_path: Path) -> None:
     path = make_image(tmp_path / "image.qcow2", 65536)
     peers = {
-        "python -c 'import numpy'": process(sys.executable, "-c", "import numpy"),
-        "python -c pass": process(sys.executable, "-c", "pass"),
-        "qemu-img info": process("qemu-img", "info", path),
+        "python -c pass": Peer(process(sys.executable, "-c", "pass"), 5, limit=True),
+        "qemu-img info": Peer(process("qemu-img", "info", path)),
     }
-    side_by_side(process(DIRTMAP, "list", path), peers, rounds=21)
+    against("'dirtmap list', the whole process", process(DIRTMAP, "list", path), peers, rounds=31)
+
+
+def test_disable_as_a_process(against: Against, tmp_path: Path) -> None:
+    path = make_image(tmp_path / "image.qcow2", 65536)
+    peers = {
+        "python -c pass": Peer(process(sys.executable, "-c", "pass"), 6, limit=True),
+        "qemu-img bitmap --disable": Peer(process("qemu-img", "bitmap", "--disable", path, "b0")),
+    }
+    against("'dirtmap disable', the whole process", process(DIRTMAP, "disable", path, "b0"), peers, rounds=31)
+
+
+def test_map_as_a_process(against: Against, tmp_path: Path) -> None:
+    path = make_image(tmp_path / "image.qcow2", 65536)
+    peers = {"python -c 'import numpy'": Peer(process(sys.executable, "-c", "import numpy"), 1.15, limit=True)}
+    against("'dirtmap map', the whole process", process(DIRTMAP, "map", path, "b0"), peers, rounds=31)
 
 
 @pytest.mark.parametrize("percent", [10, 0.1])
-def test_extents_of_16_tib(side_by_side: Callable[..., None], tmp_path: Path, percent: float) -> None:
-    """Aim: 3 times faster than unpackbits and diff where 10 % are dirty, 15 times where 0.1 % are."""
+def test_extents_of_16_tib(against: Against, tmp_path: Path, percent: float) -> None:
     path = tmp_path / "large.qcow2"
     qemu.create(path, "16T")
     dirty = np.concatenate([part < percent / 100 for part in _random_parts(2**28)])
@@ -172,13 +132,13 @@ def test_extents_of_16_tib(side_by_side: Callable[..., None], tmp_path: Path, pe
         return edges[::2] * GRANULARITY, (edges[1::2] - edges[::2]) * GRANULARITY
 
     peers = {
-        "numpy, unpackbits and diff": lambda: unpacked(np.uint8),
-        "the same, bits viewed as bool": lambda: unpacked(np.bool_),
+        "numpy's unpackbits and diff": Peer(lambda: unpacked(np.uint8), 0.06),
+        "the same, bits viewed as bool": Peer(lambda: unpacked(np.bool_), 0.06),
     }
-    for peer in peers.values():
-        for found, expected in zip(extents(), peer(), strict=True):
+    for dtype in (np.uint8, np.bool_):
+        for found, expected in zip(extents(), unpacked(dtype), strict=True):
             assert np.array_equal(found, expected)
-    side_by_side(extents, peers, rounds=5)
+    against(f"extents of an image of 16 TiB, {percent} % dirty at random, opened and read", extents, peers, rounds=5)
     path.unlink()
 
 
@@ -197,8 +157,7 @@ def marked(tmp_path: Path) -> Path:
     return path
 
 
-def test_mark(side_by_side: Callable[..., None], marked: Path) -> None:
-    """For information: a commit, with its syncs, against a process of QEMU's that merges or clears."""
+def test_mark(against: Against, marked: Path) -> None:
     offset = 0
 
     def mark() -> None:
@@ -207,18 +166,19 @@ def test_mark(side_by_side: Callable[..., None], marked: Path) -> None:
         with dm.open(marked) as image, image.transaction() as bitmaps:
             bitmaps["b0"].mark(offset, GRANULARITY)
 
-    side_by_side(mark, _changes_by_qemu(marked), rounds=21)
+    against("one commit to an image from Python, syncs included", mark, _changes_by_qemu(marked), rounds=21)
     qemu.check(marked)
 
 
-def test_merge_as_a_process(side_by_side: Callable[..., None], marked: Path) -> None:
-    """For information: as above, start-up included. From the second round on the merge finds nothing to change."""
-    side_by_side(process(DIRTMAP, "merge", marked, "b0", "b1"), _changes_by_qemu(marked), rounds=11)
+def test_merge_as_a_process(against: Against, marked: Path) -> None:
+    """From the second round on the merge finds nothing to change."""
+    merge = process(DIRTMAP, "merge", marked, "b0", "b1")
+    against("'dirtmap merge', the whole process", merge, _changes_by_qemu(marked), rounds=11)
     qemu.check(marked)
 
 
-def _changes_by_qemu(path: Path) -> dict[str, Callable[[], Any]]:
+def _changes_by_qemu(path: Path) -> dict[str, Peer]:
     return {
-        "qemu-img bitmap --merge": process("qemu-img", "bitmap", "--merge", "b0", path, "b1"),
-        "qemu-img bitmap --clear": process("qemu-img", "bitmap", "--clear", path, "b1"),
+        "qemu-img bitmap --merge": Peer(process("qemu-img", "bitmap", "--merge", "b0", path, "b1")),
+        "qemu-img bitmap --clear": Peer(process("qemu-img", "bitmap", "--clear", path, "b1")),
     }

@@ -1,23 +1,17 @@
-"""How a store's speed depends on how much is in it, and how fast bits come out of it: `make bench`.
-
-As in `bench_qcow2`, what a benchmark is compared with runs just before each of its rounds; the ratios of the medians go
-to the terminal and into ``extra_info``. Here they are *ours to theirs*: how many times as long ours takes.
-"""
+"""How a store's speed depends on how much is in it, and how fast bits come out of it."""
 
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import crc32c
 import numpy as np
 import pytest
 from support.hostless import stored
+from support.measuring import Against, Peer
 
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import bits, changes
@@ -27,29 +21,9 @@ from dirtmap.engine.storefile.directory import merge_bits, read_entries, replace
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import geometry, store
 
+SECTION = "Stores"
 GRANULARITY = 65536
 TIB = 1 << 40
-
-
-@pytest.fixture
-def against(benchmark: Any, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Measures a call against another, and reports how many times as long it takes."""
-
-    def measure(ours: Callable[[], Any], name: str, theirs: Callable[[], Any], *, rounds: int) -> None:
-        taken: list[float] = []
-
-        def call_theirs() -> None:
-            start = time.perf_counter()
-            theirs()
-            taken.append(time.perf_counter() - start)
-
-        benchmark.pedantic(ours, setup=call_theirs, rounds=rounds, warmup_rounds=2)
-        mine, other = benchmark.stats.stats.median, statistics.median(taken[2:])
-        benchmark.extra_info[f"times {name}"] = round(mine / other, 2)
-        with capsys.disabled():
-            print(f"\n{request.node.name}: {mine * 1e3:.2f} ms; {name}: {other * 1e3:.2f} ms; ratio {mine / other:.2f}")
-
-    return measure
 
 
 @pytest.fixture(scope="module")
@@ -114,28 +88,29 @@ def reading(path: str) -> Callable[[], int]:
     return read
 
 
-def test_commit_among_10_000_namespaces(against: Callable[..., None], stores: tuple[str, str, str]) -> None:
-    """Aim: at most 1.5 times as long as among 10."""
+def test_commit_among_10_000_namespaces(against: Against, stores: tuple[str, str, str]) -> None:
     few, many, _ = stores
-    against(marking(many), "among 10", marking(few), rounds=101)
+    against(
+        "commit of one mark among 10,000 namespaces", marking(many), {"among 10": Peer(marking(few), 1.5)}, rounds=101
+    )
 
 
-def test_commit_among_a_million_namespaces(against: Callable[..., None], stores: tuple[str, str, str]) -> None:
-    """Aim: at most 1.5 times as long as among 10,000."""
+def test_commit_among_a_million_namespaces(against: Against, stores: tuple[str, str, str]) -> None:
     _, many, most = stores
-    against(marking(most), "among 10,000", marking(many), rounds=101)
+    peers = {"among 10,000": Peer(marking(many), 1.5)}
+    against("commit of one mark among a million namespaces", marking(most), peers, rounds=101)
 
 
-def test_read_one_bitmap_among_10_000_namespaces(against: Callable[..., None], stores: tuple[str, str, str]) -> None:
-    """Aim: at most 1.5 times as long as among 10; opening the store included."""
+def test_read_one_bitmap_among_10_000_namespaces(against: Against, stores: tuple[str, str, str]) -> None:
     few, many, _ = stores
-    against(reading(many), "among 10", reading(few), rounds=201)
+    peers = {"among 10": Peer(reading(few), 1.5)}
+    against("opening a store and reading one bitmap, among 10,000 namespaces", reading(many), peers, rounds=201)
 
 
-def test_read_one_bitmap_among_a_million_namespaces(against: Callable[..., None], stores: tuple[str, str, str]) -> None:
-    """Aim: at most 1.5 times as long as among 10; opening the store included."""
+def test_read_one_bitmap_among_a_million_namespaces(against: Against, stores: tuple[str, str, str]) -> None:
     few, _, most = stores
-    against(reading(most), "among 10", reading(few), rounds=201)
+    peers = {"among 10": Peer(reading(few), 1.5)}
+    against("opening a store and reading one bitmap, among a million namespaces", reading(most), peers, rounds=201)
 
 
 def add_large(folder: Path, size: int) -> str:
@@ -161,8 +136,7 @@ def some(size: int, percent: float, *, clustered: bool) -> bytes:
 
 
 @pytest.mark.parametrize(("percent", "clustered"), [(10, False), (0.01, True)])
-def test_load_16_tib(against: Callable[..., None], tmp_path: Path, percent: float, clustered: bool) -> None:
-    """Aim: at most twice as long as reading as many bytes and computing their CRC32C at once; 0.05 times if sparse."""
+def test_load_16_tib(against: Against, tmp_path: Path, percent: float, clustered: bool) -> None:
     size = 16 * TIB
     path = add_large(tmp_path, size)
     packed = some(size, percent, clustered=clustered)
@@ -180,11 +154,13 @@ def test_load_16_tib(against: Callable[..., None], tmp_path: Path, percent: floa
             assert crc32c.crc32c(np.fromfile(flat, np.uint8))
 
         assert bytes(stored(target, "a")["b0"].packed()) == packed
-        against(load, "reading and CRC32C", read, rounds=21)
+        what = f"loading a bitmap of 16 TiB at 64 KiB, {percent} % dirty" + (" in clusters" if clustered else "")
+        peers = {"reading the bytes and their CRC32C": Peer(read, 0.05 if clustered else 1.2, limit=True)}
+        against(what, load, peers, rounds=21)
 
 
 @pytest.mark.parametrize("percent", [0, 10])
-def test_commit_of_one_mark_on_15_tib(against: Callable[..., None], tmp_path: Path, percent: float) -> None:
+def test_commit_of_one_mark_on_15_tib(against: Against, tmp_path: Path, percent: float) -> None:
     """Beside the commit of a mark on a small disk."""
     sizes, paths = {"small": 1 << 30, "large": 15 * TIB}, {}
     for name, size in sizes.items():
@@ -200,10 +176,11 @@ def test_commit_of_one_mark_on_15_tib(against: Callable[..., None], tmp_path: Pa
         with Store(paths[name]) as target, stored(target, "a").transaction() as bitmaps:
             bitmaps["b0"].mark((done * 7919 * GRANULARITY) % sizes[name], 1)
 
-    against(lambda: mark("large"), "on 1 GiB", lambda: mark("small"), rounds=21)
+    peers = {"on 1 GiB": Peer(lambda: mark("small"))}
+    against(f"commit of one mark on 15 TiB, {percent} % dirty", lambda: mark("large"), peers, rounds=21)
 
 
-def test_save_of_100_granules_on_15_tib(against: Callable[..., None], tmp_path: Path) -> None:
+def test_save_of_100_granules_on_15_tib(against: Against, tmp_path: Path) -> None:
     """A tracker's marks, anywhere, beside a commit of one mark of a small bitmap of the same disk."""
     size = 15 * TIB
     path = add_large(tmp_path, size)
@@ -232,4 +209,5 @@ def test_save_of_100_granules_on_15_tib(against: Callable[..., None], tmp_path: 
             with stored(target, "a").transaction() as bitmaps:
                 bitmaps["small"].mark((done % 7000) << 31, 1)
 
-        against(save, "one mark", mark, rounds=21)
+        peers = {"commit of one mark": Peer(mark)}
+        against("a save of 100 granules marked on 15 TiB, 10 % dirty", save, peers, rounds=21)
