@@ -3,11 +3,12 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 COMPILED := .venv/.compiled
 KERNELS := engine/model/_bits.pyx engine/model/bits.h
+DECLARED := $(filter-out %/__init__.py,$(wildcard fmt/structures/*.py))
 # Processes that run tests: one for each core, or so many. A test that is long begins while others still run.
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup tools test test-long vectors lint demo bench bench-compare wheel clean
+.PHONY: help setup tools test test-long parsers vectors lint demo bench bench-compare wheel clean
 .NOTPARALLEL:
 
 help: ## show these targets
@@ -55,6 +56,12 @@ test: setup tools ## run the tests, but for the longest
 
 test-long: setup tools ## run all tests, exhaustive searches included
 	$(BIN)/pytest $(PARALLEL) -o faulthandler_timeout=7200
+
+parsers: setup ## write fmt/parsers anew, after a change of a declaration in fmt/structures
+	@mkdir -p build; for file in $(DECLARED); do \
+		$(BIN)/python -m dirtmap.fmt.generate "$$(basename $$file .py)" >build/parser.py && \
+			mv build/parser.py "fmt/parsers/$$(basename $$file)" || exit 1; \
+	done
 
 vectors: setup ## make the test vectors in tests/vectors anew
 	cd tests && ../$(BIN)/python -m vectors.make

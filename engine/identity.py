@@ -15,8 +15,8 @@ from dirtmap.engine.system.filesystem import look_at
 from dirtmap.fmt import qcow2, store
 from dirtmap.fmt.errors import StorageError, errno_of, printable
 from dirtmap.fmt.identity import Identity
+from dirtmap.fmt.parsers.qcow2 import HEADER_V2
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.qcow2 import HEADER_V2
 
 _SECOND_NS = 1_000_000_000
 # Linux before 6.13 takes the time of a write from a clock that steps every 1 to 10 ms. Some file systems keep whole

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from dirtmap.fmt import geometry
+from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
 
 ENTRY_SIZE = 24  # bytes of an entry's fixed part
 
@@ -186,3 +187,54 @@ def table_faults(table: Iterable[int], cluster_size: int, file_size: int) -> Ite
             yield index, f"{offset:#x} is not a multiple of the cluster size {cluster_size}"
         else:
             yield index, f"cluster at {offset:#x} ends past the end of the file ({file_size:#x})"
+
+
+def parse_entries(data: bytes, start: int = 0) -> Iterator[tuple[int, Entry]]:
+    """Yields the entries of a directory from byte ``start`` on, each with its offset in ``data``.
+
+    Checks lengths only, which are needed to find the next entry. `entry_faults` checks the rest.
+
+    Raises:
+        BrokenEntryError: an entry does not fit into the directory. It ends the iteration.
+    """
+    at, total = start, len(data)
+    while at < total:
+        if at + DIRECTORY_ENTRY.size > total:
+            raise BrokenEntryError(at, f"{total - at} bytes are left, too few for an entry")
+        fixed = DIRECTORY_ENTRY.parse(data, at)
+        name_size, extra_data_size = fixed.name_size, fixed.extra_data_size
+        extra = at + DIRECTORY_ENTRY.size
+        name = extra + extra_data_size
+        end = geometry.align_up(name + name_size, 8)
+        if end > total:
+            raise BrokenEntryError(at, f"entry of {end - at} bytes ends past the directory's {total} bytes")
+        yield (
+            at,
+            Entry(
+                name=data[name : name + name_size],
+                table_offset=fixed.table_offset,
+                table_size=fixed.table_size,
+                flags=fixed.flags,
+                granularity_bits=fixed.granularity_bits,
+                type=fixed.type,
+                extra_data=data[extra:name],
+            ),
+        )
+        at = end
+
+
+def build_directory(entries: Iterable[Entry]) -> bytes:
+    """Returns the bytes of a directory with these entries, padded with zeros."""
+    parts = []
+    for entry in entries:
+        fixed = DIRECTORY_ENTRY.build(
+            table_offset=entry.table_offset,
+            table_size=entry.table_size,
+            flags=entry.flags,
+            type=entry.type,
+            granularity_bits=entry.granularity_bits,
+            name_size=len(entry.name),
+            extra_data_size=len(entry.extra_data),
+        )
+        parts.append((fixed + entry.extra_data + entry.name).ljust(entry.packed_size, b"\0"))
+    return b"".join(parts)

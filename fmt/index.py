@@ -16,12 +16,14 @@ rule: docs/behaviour.md, "The index".
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import crc32c
 
 from dirtmap.fmt.digest import digest
+from dirtmap.fmt.parsers.index import BITMAP_VALUE, NAMESPACE_VALUE
 from dirtmap.fmt.store import AREA_SIZE
 
 VERSION = 2
@@ -196,3 +198,88 @@ def members_key(container: int, key: int) -> bytes:
         key: the smallest key in the leaf.
     """
     return MEMBERS + number(container) + key.to_bytes(4, "big")
+
+
+def _build_namespace(container: int, member: Member) -> bytes:
+    """Returns the bytes of a namespace in a value: the fixed fields, then its name and its path."""
+    offset, length, checksum = member.directory
+    fixed = NAMESPACE_VALUE.build(
+        container=container,
+        kind=member.kind,
+        reserved=bytes(3),
+        name_size=len(member.name),
+        path_size=len(member.path),
+        uuid=member.uuid,
+        root_uuid=member.root_uuid,
+        size=member.size,
+        directory_offset=offset,
+        directory_length=length,
+        directory_checksum=checksum,
+    )
+    return fixed + member.name + member.path
+
+
+def build_namespaces(namespaces: Iterable[tuple[int, Member]]) -> bytes:
+    """Returns the bytes of namespaces in a value, each given with the number of its container."""
+    return b"".join(_build_namespace(container, member) for container, member in namespaces)
+
+
+def parse_namespaces(contents: bytes | None) -> Iterator[tuple[int, Member]]:
+    """Yields the namespaces in a value, each with the number of its container. No value has no namespaces.
+
+    Raises:
+        BadValueError: a namespace is cut short.
+    """
+    at, contents = 0, contents or b""
+    while at < len(contents):
+        if at + NAMESPACE_VALUE.size > len(contents):
+            raise BadValueError("a namespace is cut short")
+        raw = NAMESPACE_VALUE.parse(contents, at)
+        at += NAMESPACE_VALUE.size
+        path = at + raw.name_size
+        end = path + raw.path_size
+        if end > len(contents):
+            raise BadValueError("a namespace's name or path is cut short")
+        yield (
+            raw.container,
+            Member(
+                name=contents[at:path],
+                kind=raw.kind,
+                uuid=raw.uuid,
+                root_uuid=raw.root_uuid,
+                size=raw.size,
+                path=contents[path:end],
+                directory=(raw.directory_offset, raw.directory_length, raw.directory_checksum),
+            ),
+        )
+        at = end
+
+
+def build_bitmap(name: bytes, claims: Iterable[Claim]) -> bytes:
+    """Returns the contents of a bitmap's value: every bitmap at that address, then the name and its length."""
+    return b"".join(BITMAP_VALUE.build(**claim._asdict()) for claim in claims) + name + len(name).to_bytes(2, "big")
+
+
+def parse_bitmap(contents: bytes) -> tuple[bytes, list[Claim]]:
+    """Returns the name in a bitmap's value, and every bitmap at that address.
+
+    Raises:
+        BadValueError: the name or a bitmap is cut short.
+    """
+    end = len(contents) - 2 - int.from_bytes(contents[-2:], "big")
+    if end < 0:
+        raise BadValueError("a bitmap's name is cut short")
+    if end % BITMAP_VALUE.size:
+        raise BadValueError(f"{BITMAP_VALUE.name}: {end} bytes are not a multiple of {BITMAP_VALUE.size}")
+    return contents[end:-2], list(map(Claim._make, BITMAP_VALUE.unpack_all(contents[:end])))
+
+
+def build_members(pointer: bytes, members: Iterable[tuple[int, Member]]) -> bytes:
+    """Returns the contents of a leaf's value: its area pointer, then its namespaces, as `build_namespaces` does."""
+    return pointer + build_namespaces(members)
+
+
+def parse_members(contents: bytes | None) -> tuple[bytes, Iterator[tuple[int, Member]]]:
+    """Returns a leaf's area pointer (empty if there is no value), and its namespaces as `parse_namespaces` does."""
+    contents = contents or b""
+    return contents[:AREA_SIZE], parse_namespaces(contents[AREA_SIZE:])

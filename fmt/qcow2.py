@@ -10,11 +10,20 @@ Source of the limits: QEMU's block/qcow2.h and block/qcow2.c.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dirtmap.fmt import geometry
-from dirtmap.fmt.directory import name_fault
+from dirtmap.fmt.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE, name_fault
+from dirtmap.fmt.extensions import Extension
+from dirtmap.fmt.parsers.qcow2 import (
+    BITMAPS_EXTENSION,
+    CRYPTO_EXTENSION,
+    HEADER_MORE,
+    HEADER_V2,
+    HEADER_V3,
+    RawHeaderV2,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,14 +122,14 @@ class Header(NamedTuple):
     """The fields of a header. In a version 2 header, those of version 3 have the values that version 2 implies.
 
     Attributes:
-        v2: the fields of `dirtmap.fmt.structures.qcow2.HEADER_V2`.
+        v2: the fields of `dirtmap.fmt.parsers.qcow2.HEADER_V2`.
         incompatible, compatible, autoclear: feature bits, all 64 as found.
         refcount_order: log2 of the width of a refcount in bits.
         length: bytes before the first extension.
         compression_type: 0 for zlib, 1 for zstd.
     """
 
-    v2: Any
+    v2: RawHeaderV2
     incompatible: int
     compatible: int
     autoclear: int
@@ -311,3 +320,76 @@ def refcount_block(counts: Counts, refcount_bits: int) -> bytes:
     parts = counts.astype(np.uint8).reshape(-1, 8 // refcount_bits) << shifts
     packed: NDArray[np.uint8] = np.bitwise_or.reduce(parts, axis=1).astype(np.uint8)
     return packed.tobytes()
+
+
+def parse_header(data: bytes) -> Header:
+    """Returns the header at the start of ``data``, without checking it: see `header_faults`.
+
+    Args:
+        data: at least the first 112 bytes of the image, padded with zeros if the image is shorter.
+    """
+    v2 = HEADER_V2.parse(data)
+    if v2.version < 3:
+        return Header(v2, 0, 0, 0, 4, HEADER_V2.size, 0)
+    v3 = HEADER_V3.parse(data, V3_OFFSET)
+    more = v3.header_length >= MORE_OFFSET + HEADER_MORE.size
+    return Header(
+        v2,
+        v3.incompatible_features,
+        v3.compatible_features,
+        v3.autoclear_features,
+        v3.refcount_order,
+        v3.header_length,
+        HEADER_MORE.parse(data, MORE_OFFSET).compression_type if more else 0,
+    )
+
+
+def extension_faults(header: Header, chain: Iterable[Extension]) -> Iterator[tuple[str, str]]:
+    """Yields what makes QEMU refuse an extension other than the bitmaps extension, as (extension or field in it, what).
+
+    Source: QEMU block/qcow2.c, qcow2_read_extensions, qcow2_do_open.
+    """
+    found = {extension.type: extension.data for extension in chain}
+    if len(found.get(EXTENSION_BACKING_FORMAT, b"")) > MAX_BACKING_FORMAT:
+        yield "backing file format", f"{len(found[EXTENSION_BACKING_FORMAT])} bytes are above {MAX_BACKING_FORMAT}"
+    # QEMU takes the name for a C string: one that begins with a NUL is empty.
+    if header.incompatible & INCOMPATIBLE_DATA_FILE and not found.get(EXTENSION_DATA_FILE, b"").partition(b"\0")[0]:
+        yield "external data file", "there is none, but incompatible feature bit 2 is set"
+    encrypted, data = header.v2.crypt_method == CRYPT_LUKS, found.get(EXTENSION_CRYPTO)
+    if encrypted != (data is not None):
+        yield "full disk encryption header", f"contradicts crypt_method {header.v2.crypt_method}"
+    elif data is not None and len(data) != CRYPTO_EXTENSION.size:
+        yield "full disk encryption header", f"length {len(data)} is not {CRYPTO_EXTENSION.size}"
+    elif data is not None:
+        crypto = CRYPTO_EXTENSION.parse(data)
+        if crypto.offset % header.cluster_size:
+            what = f"{crypto.offset:#x} is not a multiple of the cluster size {header.cluster_size}"
+            yield "full disk encryption header.offset", what
+        if not MIN_CRYPTO_BYTES <= crypto.length <= MAX_CRYPTO_BYTES:
+            limits = f"{MIN_CRYPTO_BYTES}..{MAX_CRYPTO_BYTES}"
+            yield "full disk encryption header.length", f"{crypto.length} is outside {limits}"
+
+
+def bitmaps_extension_faults(data: bytes, cluster_size: int, file_size: int) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the bitmaps extension's data, as (field, what). Sizes are in bytes.
+
+    Source: QEMU block/qcow2.c, qcow2_read_extensions. That the directory must lie inside the file is our own rule: QEMU
+    reads zeros past the end.
+    """
+    if len(data) != BITMAPS_EXTENSION.size:
+        yield "length", f"{len(data)} is not {BITMAPS_EXTENSION.size}"
+        return
+    ext = BITMAPS_EXTENSION.parse(data)
+    if ext.reserved:
+        yield "reserved", f"{ext.reserved:#x} is not 0"
+    if not 1 <= ext.nb_bitmaps <= MAX_BITMAPS:
+        yield "nb_bitmaps", f"{ext.nb_bitmaps} is outside 1..{MAX_BITMAPS}"
+    if ext.directory_offset == 0 or ext.directory_offset % cluster_size:
+        yield "directory_offset", f"{ext.directory_offset:#x} is not a multiple of the cluster size {cluster_size}"
+    elif ext.directory_offset >= file_size:
+        yield "directory_offset", f"{ext.directory_offset:#x} is past the end of the file ({file_size:#x})"
+    if not 1 <= ext.directory_size <= MAX_DIRECTORY_SIZE:
+        yield "directory_size", f"{ext.directory_size} is outside 1..{MAX_DIRECTORY_SIZE}"
+    elif ext.directory_offset < file_size < ext.directory_offset + ext.directory_size:
+        end = ext.directory_offset + ext.directory_size
+        yield "directory_size", f"the directory ends at {end:#x}, past the end of the file ({file_size:#x})"

@@ -22,8 +22,9 @@ from typing import NamedTuple
 from dirtmap.fmt import geometry
 from dirtmap.fmt.digest import digest
 from dirtmap.fmt.directory import MAX_BITMAPS, TYPE_DIRTY_TRACKING, Entry, name_fault
-from dirtmap.fmt.extensions import HEAD_SIZE
+from dirtmap.fmt.extensions import HEAD_SIZE, build_extension, parse_chain
 from dirtmap.fmt.identity import NO_IDENTITY, Identity
+from dirtmap.fmt.parsers.store import AREA, FILE_IDENTITY, RECORD
 
 MAGIC = b"DMS\xfc"
 EARLIER_MAGIC = b"DMS\xfb"  # of a layout that had no release; such a store is refused, and never repaired
@@ -96,6 +97,7 @@ CONTAINER_PREFIX = b"container:"  # of the name of a container's record; a diges
 # Values of a place, in a directory entry's table_offset and in a pointer of a node, for bits that take no space.
 ALL_ZEROS = 0
 ALL_ONES = 1
+_NAME_SIZE = RECORD.field("name_size").offset
 
 
 class Area(NamedTuple):
@@ -257,3 +259,147 @@ def entry_faults(entry: Entry, disk_size: int, cluster_size: int, file_size: int
     if entry.table_size != chunks or not chunks:
         yield "table_size", f"{entry.table_size} chunks, but the disk's size needs another number"
     yield from area_faults(Area(entry.table_offset, cluster_size, 0), cluster_size, file_size)
+
+
+def parse_identity(data: bytes) -> Identity:
+    """Returns the identity in the bytes of a file identity."""
+    return Identity(*FILE_IDENTITY.unpack(data))
+
+
+def build_identity(identity: Identity) -> bytes:
+    """Returns the bytes of a file identity."""
+    return FILE_IDENTITY.build(
+        filesystem=identity.filesystem,
+        inode=identity.inode,
+        birth=identity.birth,
+        size=identity.size,
+        mtime=identity.mtime_ns,
+        ctime=identity.ctime_ns,
+    )
+
+
+def parse_items(data: bytes) -> tuple[tuple[int, bytes], ...]:
+    """Returns the items in the extra data of a directory entry, as (type, data).
+
+    Raises:
+        ValueError: they do not fit the extra data.
+    """
+    chain = parse_chain(data, 0, len(data))
+    if chain.fault or chain.terminated or chain.end != len(data):
+        raise ValueError(chain.fault or f"items that end at byte {chain.end} of {len(data)}")
+    return tuple((item.type, item.data) for item in chain.extensions)
+
+
+def build_items(items: Iterable[tuple[int, bytes]]) -> bytes:
+    """Returns the extra data of a directory entry with these items, as (type, data)."""
+    return b"".join(build_extension(kind, data) for kind, data in items)
+
+
+def item_faults(entry: Entry) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the extra data of a directory entry in a store, as (field, what)."""
+    try:
+        items = parse_items(entry.extra_data)
+    except ValueError as error:
+        yield "extra_data", str(error)
+        return
+    kinds = [kind for kind, _ in items]
+    if len(set(kinds)) != len(kinds):
+        yield "extra_data", "two items of one type"
+    for kind, data in items:
+        if len(data) < ITEM_SIZES.get(kind, 0):
+            yield "extra_data", f"an item of type {kind:#010x} has {len(data)} bytes, which are too few"
+    if entry.table_offset > ALL_ONES and ITEM_BITS not in kinds:
+        yield "extra_data", "no checksum of the bits"
+
+
+def unknown_item(entry: Entry) -> int | None:
+    """Returns the type of an item that must be known to use the entry, and is not; or None. The items have to fit."""
+    kinds = (kind for kind, _ in parse_items(entry.extra_data))
+    return next((kind for kind in kinds if kind & CRITICAL_ITEM and kind not in ITEM_SIZES), None)
+
+
+def parse_areas(data: bytes) -> list[Area]:
+    """Returns the area pointers in an array of them."""
+    parsed = (AREA.parse(data, at) for at in range(0, len(data), AREA.size))
+    return [Area(area.offset, area.length, area.checksum) for area in parsed]
+
+
+def parse_records(data: bytes) -> Iterator[Record]:
+    """Yields the records of a leaf. `record_faults` checks their fields.
+
+    Raises:
+        ValueError: a record, or something in it, ends outside the leaf or the record.
+    """
+    return (parse_record(raw) for _, raw in split_records(data))
+
+
+def split_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yields the name and the bytes of each record of a leaf.
+
+    Raises:
+        ValueError: a record or a name ends outside the leaf or the record.
+    """
+    at, left = 0, len(data)
+    while left:
+        if left < RECORD.size:
+            raise ValueError(f"{left} bytes are left, too few for a record")
+        length = int.from_bytes(data[at : at + 4], "big")
+        name = at + RECORD.size
+        end = name + int.from_bytes(data[at + _NAME_SIZE : at + _NAME_SIZE + 2], "big")
+        if end > at + length or length > left or length % 8:
+            raise ValueError(f"a record of {length} bytes at {at} does not fit its name, or the leaf")
+        yield data[name:end], data[at : at + length]
+        at, left = at + length, left - length
+
+
+def parse_record(raw: bytes) -> Record:
+    """Returns the record in its bytes, as `split_records` yields them.
+
+    Raises:
+        ValueError: the path or an extension ends outside the record.
+    """
+    fixed = RECORD.parse(raw)
+    path = RECORD.size + fixed.name_size
+    first = geometry.align_up(path + fixed.path_size, 8)
+    if first > len(raw):
+        raise ValueError(f"a record of {len(raw)} bytes does not fit its path")
+    chain = parse_chain(raw, first, len(raw))
+    if chain.fault or chain.end != len(raw):
+        raise ValueError("a record has extensions that do not fit it")
+    return Record(
+        name=raw[RECORD.size : path],
+        kind=fixed.kind,
+        uuid=fixed.uuid,
+        size=fixed.size,
+        generation=fixed.generation,
+        directory=Area(fixed.directory_offset, fixed.directory_length, fixed.directory_checksum),
+        nb_bitmaps=fixed.nb_bitmaps,
+        path=raw[path : path + fixed.path_size],
+        identity=parse_identity(fixed.image),
+        root_uuid=fixed.root_uuid,
+        extensions=tuple((extension.type, extension.data) for extension in chain.extensions),
+    )
+
+
+def build_record(record: Record) -> bytes:
+    """Returns the bytes of one record, padded with zeros to a multiple of 8."""
+    names = (record.name + record.path).ljust(geometry.align_up(len(record.name) + len(record.path), 8), b"\0")
+    extensions = b"".join(build_extension(kind, data) for kind, data in record.extensions)
+    length = RECORD.size + len(names) + len(extensions)
+    fixed = RECORD.build(
+        length=length,
+        kind=record.kind,
+        reserved=0,
+        name_size=len(record.name),
+        uuid=record.uuid,
+        root_uuid=record.root_uuid,
+        generation=record.generation,
+        size=record.size,
+        directory_offset=record.directory.offset,
+        directory_length=record.directory.length,
+        directory_checksum=record.directory.checksum,
+        nb_bitmaps=record.nb_bitmaps,
+        path_size=len(record.path),
+        image=build_identity(record.identity),
+    )
+    return fixed + names + extensions

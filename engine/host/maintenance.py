@@ -21,8 +21,8 @@ from dirtmap.fmt import index as layout
 from dirtmap.fmt.directory import FLAG_AUTO, FLAG_IN_USE
 from dirtmap.fmt.errors import StorageError
 from dirtmap.fmt.index import Claim, Member
+from dirtmap.fmt.parsers.index import CONTAINER_VALUE
 from dirtmap.fmt.store import KIND_CONTAINER, KIND_DEVICE
-from dirtmap.fmt.structures.index import CONTAINER_VALUE
 
 Progress = Callable[[int, int], None]
 

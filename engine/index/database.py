@@ -35,9 +35,8 @@ from dirtmap.engine.system.order import Rank
 from dirtmap.engine.system.process import boot_id
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import StorageError
-from dirtmap.fmt.lmdb import META_BYTES
-from dirtmap.fmt.structures.index import STATE_VALUE
-from dirtmap.fmt.structures.lmdb import meta_fault
+from dirtmap.fmt.lmdb import META_BYTES, meta_fault
+from dirtmap.fmt.parsers.index import STATE_VALUE
 
 T = TypeVar("T")
 _crc = crc32c.crc32c

@@ -20,17 +20,10 @@ from dirtmap.engine.system.probe import INDEX, QCOW2, STORE
 from dirtmap.fmt import directory, store
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error
-from dirtmap.fmt.structure import Structure
-from dirtmap.fmt.structures.index import (
-    BITMAP_VALUE,
-    CONTAINER_VALUE,
-    NAMESPACE_VALUE,
-    SEEN_VALUE,
-    STATE_VALUE,
-    parse_bitmap,
-    parse_namespaces,
-)
-from dirtmap.fmt.structures.store import AREA
+from dirtmap.fmt.index import parse_bitmap, parse_namespaces
+from dirtmap.fmt.parsers.index import BITMAP_VALUE, CONTAINER_VALUE, NAMESPACE_VALUE, SEEN_VALUE, STATE_VALUE
+from dirtmap.fmt.parsers.store import AREA
+from dirtmap.fmt.structure import AnyStructure
 
 # An index has as many entries as a host has bitmaps; a hostile index may have any number.
 _MOST_ENTRIES = 10_000
@@ -41,7 +34,7 @@ _FLAGS = {"flags": directory.FLAG_NAMES}
 # The kinds and conditions of containers, as SPEC.md numbers them, and the kinds of namespaces.
 _CONTAINER: Final = {"kind": {1: QCOW2, 2: STORE, 3: "unknown"}, "condition": layout.CONDITION_NAMES}
 _NAMESPACE: Final = {"kind": {**store.KIND_NAMES, store.KIND_CONTAINER: "container"}}
-_FIXED: Final = {
+_FIXED: Final[dict[bytes, tuple[AnyStructure, dict[str, dict[int, str]]]]] = {
     layout.STATE: (STATE_VALUE, {}),
     layout.CONTAINER: (CONTAINER_VALUE, _CONTAINER),
     layout.SEEN: (SEEN_VALUE, {}),
@@ -130,7 +123,7 @@ class _Dump(Shown):
             raise layout.BadValueError("nobody knows what this is")
 
     def declared(
-        self, structure: Structure, at: int, contents: bytes, meanings: dict[str, dict[int, str]] | None = None
+        self, structure: AnyStructure, at: int, contents: bytes, meanings: dict[str, dict[int, str]] | None = None
     ) -> list[dict[str, Any]]:
         """The fields of a declared structure, with the meaning of some values."""
         raw = contents[at : at + structure.size]

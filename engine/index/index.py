@@ -32,8 +32,25 @@ from dirtmap.engine.storefile.header import Seen
 from dirtmap.engine.system.log import logger
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error, StorageError
-from dirtmap.fmt.index import BITMAP, FOUND, MEMBERS, NAME, OTHERS, PATH, ROOT, SEEN, UUID, Claim, Member, number, part
-from dirtmap.fmt.structures.index import BITMAP_VALUE, SEEN_VALUE, parse_bitmap, parse_members, parse_namespaces
+from dirtmap.fmt.index import (
+    BITMAP,
+    FOUND,
+    MEMBERS,
+    NAME,
+    OTHERS,
+    PATH,
+    ROOT,
+    SEEN,
+    UUID,
+    Claim,
+    Member,
+    number,
+    parse_bitmap,
+    parse_members,
+    parse_namespaces,
+    part,
+)
+from dirtmap.fmt.parsers.index import BITMAP_VALUE, SEEN_VALUE
 
 _TOGETHER = 512  # readings per commit of the index
 # Bound here for `Index.bitmap`, the one look-up that must be fast.

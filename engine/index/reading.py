@@ -25,9 +25,8 @@ from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.locks import Locking
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError, counted
-from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_STORE, NO_AREA, SOUND, Member, members_key
-from dirtmap.fmt.structures.index import parse_members
-from dirtmap.fmt.structures.store import AREA
+from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_STORE, NO_AREA, SOUND, Member, members_key, parse_members
+from dirtmap.fmt.parsers.store import AREA
 
 Get = Callable[[bytes], bytes | None]
 Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity

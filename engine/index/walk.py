@@ -17,15 +17,8 @@ from dirtmap.engine.index.writing import keys_of
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error
-from dirtmap.fmt.index import Member
-from dirtmap.fmt.structures.index import (
-    CONTAINER_VALUE,
-    SEEN_VALUE,
-    STATE_VALUE,
-    parse_bitmap,
-    parse_members,
-    parse_namespaces,
-)
+from dirtmap.fmt.index import Member, parse_bitmap, parse_members, parse_namespaces
+from dirtmap.fmt.parsers.index import CONTAINER_VALUE, SEEN_VALUE, STATE_VALUE
 
 Members = dict[tuple[int, bytes], Member]  # by container and name
 
@@ -78,13 +71,13 @@ def _check_entry(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes
         ValueError: says what is wrong.
     """
     tag = key[:1]
-    fixed = {
-        layout.STATE: STATE_VALUE,
-        layout.CONTAINER: CONTAINER_VALUE,
-        layout.SEEN: SEEN_VALUE,
+    sizes = {
+        layout.STATE: STATE_VALUE.size,
+        layout.CONTAINER: CONTAINER_VALUE.size,
+        layout.SEEN: SEEN_VALUE.size,
     }
-    if tag in fixed and len(contents) != fixed[tag].size:
-        raise ValueError(f"{len(contents)} bytes are not {fixed[tag].size}")
+    if tag in sizes and len(contents) != sizes[tag]:
+        raise ValueError(f"{len(contents)} bytes are not {sizes[tag]}")
     if tag == layout.BITMAP:
         _check_bitmap(reader, key, contents, numbers)
     elif tag == layout.FOUND:
@@ -98,7 +91,7 @@ def _check_entry(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes
         for container, member in parse_namespaces(contents):
             if members.get((container, member.name)) != member:
                 raise ValueError(f"container {container} does not say so")
-    elif tag not in (*fixed, layout.PATH):
+    elif tag not in (*sizes, layout.PATH):
         raise ValueError("nobody knows what this is")
 
 

@@ -22,20 +22,17 @@ from dirtmap.fmt.index import (
     UUID,
     Claim,
     Member,
-    members_key,
-    number,
-    part,
-)
-from dirtmap.fmt.structures.index import (
-    CONTAINER_VALUE,
-    STATE_VALUE,
     build_bitmap,
     build_members,
     build_namespaces,
+    members_key,
+    number,
     parse_bitmap,
     parse_members,
     parse_namespaces,
+    part,
 )
+from dirtmap.fmt.parsers.index import CONTAINER_VALUE, STATE_VALUE
 
 
 def container_at(get: Get, path: str) -> Container | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dirtmap.fmt.qcow2 import feature_text
-from dirtmap.fmt.structure import Structure
+from dirtmap.fmt.structure import AnyStructure
 
 MOST_RUNS = 4096  # of one table; a hostile table could have millions
 
@@ -37,7 +37,7 @@ class Shown:
             structure["hex"] = raw.hex()
         self.structures.append(structure)
 
-    def record(self, structure: Structure, offset: int, raw: bytes, name: str | None = None) -> None:
+    def record(self, structure: AnyStructure, offset: int, raw: bytes, name: str | None = None) -> None:
         """Adds a declared structure, field by field; without fields if the end of the file cuts it short."""
         raw = raw[: structure.size]
         if len(raw) < structure.size:
@@ -45,10 +45,10 @@ class Shown:
             return
         self.add(name or structure.name, offset, raw, fields=self.fields(structure, offset, raw))
 
-    def fields(self, structure: Structure, offset: int, raw: bytes) -> list[dict[str, Any]]:
+    def fields(self, structure: AnyStructure, offset: int, raw: bytes) -> list[dict[str, Any]]:
         """The fields of a declared structure. Each has its value, and a meaning where one is known."""
         found = []
-        for field, value in zip(structure.fields, structure.parse(raw), strict=True):
+        for field, value in zip(structure.fields, structure.unpack(raw), strict=True):
             shown = {"name": field.name, "offset": int(offset) + field.offset, "length": field.size}
             shown["value"] = value.hex() if isinstance(value, bytes) else value
             if field.name in self._flags and value:

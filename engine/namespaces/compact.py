@@ -30,10 +30,9 @@ from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import live, store
-from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.directory import Entry, build_directory
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, counted
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.directory import build_directory
 
 
 @dataclass(slots=True)

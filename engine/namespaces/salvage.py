@@ -22,7 +22,7 @@ from dirtmap.engine.namespaces.condition import size_now
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.entries import identified
 from dirtmap.fmt import directory, store
-from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.directory import Entry, build_directory, parse_entries
 from dirtmap.fmt.errors import (
     BitmapError,
     BitmapNotFoundError,
@@ -31,7 +31,6 @@ from dirtmap.fmt.errors import (
     UnsupportedError,
     counted,
 )
-from dirtmap.fmt.structures.directory import build_directory, parse_entries
 
 if TYPE_CHECKING:
     from dirtmap.engine.namespaces.condition import Condition

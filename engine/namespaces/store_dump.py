@@ -19,14 +19,13 @@ from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.table import Node
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, live, store
-from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.directory import Entry, parse_entries
 from dirtmap.fmt.errors import FormatError, UnsupportedError, counted
-from dirtmap.fmt.store import Area, Record
-from dirtmap.fmt.structure import Structure
-from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY, parse_entries
-from dirtmap.fmt.structures.extensions import EXTENSION_HEAD, build_extension, parse_chain
-from dirtmap.fmt.structures.live import CHECKPOINT_NAME, PEER, SESSION, WINDOW
-from dirtmap.fmt.structures.store import (
+from dirtmap.fmt.extensions import build_extension, parse_chain
+from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
+from dirtmap.fmt.parsers.extensions import EXTENSION_HEAD
+from dirtmap.fmt.parsers.live import CHECKPOINT_NAME, PEER, SESSION, WINDOW
+from dirtmap.fmt.parsers.store import (
     AREA,
     BITS,
     CHECKSUM,
@@ -41,10 +40,9 @@ from dirtmap.fmt.structures.store import (
     POINTER,
     RECORD,
     RUN,
-    item_faults,
-    parse_record,
-    split_records,
 )
+from dirtmap.fmt.store import Area, Record, item_faults, parse_record, split_records
+from dirtmap.fmt.structure import AnyStructure
 
 _MOST_HEX = 1 << 20  # bytes of one bitmap's bits
 _MOST_BAD_ENTRIES = 100  # in one directory; with so many it is not a directory
@@ -56,7 +54,7 @@ _FLAGS: dict[str, dict[int, str]] = {
     "autoclear_features": {},
     "flags": directory.FLAG_NAMES,
 }
-_EXTENSIONS = {
+_EXTENSIONS: dict[int, AnyStructure] = {
     store.EXTENSION_NAMESPACES: NAMESPACES_EXTENSION,
     store.EXTENSION_SPACE: AREA,
     store.EXTENSION_RELEASED: AREA,
@@ -64,12 +62,12 @@ _EXTENSIONS = {
 }
 
 # The structure of each extension of a record, and the texts behind it with the fields that have their lengths.
-_RECORD_EXTENSIONS: dict[int, tuple[Structure, dict[str, str]]] = {
+_RECORD_EXTENSIONS: dict[int, tuple[AnyStructure, dict[str, str]]] = {
     store.EXTENSION_HOLD: (HOLD, {"bitmap": "name_size", "owner": "owner_size"}),
     store.EXTENSION_SESSION: (SESSION, {"live": "live_size", "log_path": "log_size"}),
     store.EXTENSION_PEER: (PEER, {"name": "name_size", "store": "store_size"}),
 }
-_ITEMS = {store.ITEM_BITS: BITS, store.ITEM_WINDOW: WINDOW, store.ITEM_IDENTITY: IDENTITY}
+_ITEMS: dict[int, AnyStructure] = {store.ITEM_BITS: BITS, store.ITEM_WINDOW: WINDOW, store.ITEM_IDENTITY: IDENTITY}
 _RECORD_EXTENSION_NAMES = {
     **{kind: structure.name for kind, (structure, _) in _RECORD_EXTENSIONS.items()},
     store.EXTENSION_CHECKPOINTS: "checkpoints",
@@ -280,7 +278,7 @@ class _Dump(Shown):
         if count != record.nb_bitmaps:
             self.fault(f"{where}.nb_bitmaps", f"{record.nb_bitmaps}, but the directory has another number")
 
-    def with_image(self, structure: Structure, offset: int, raw: bytes) -> list[dict[str, Any]]:
+    def with_image(self, structure: AnyStructure, offset: int, raw: bytes) -> list[dict[str, Any]]:
         """As `fields`; what the image looked like is shown number by number."""
         fields = []
         for field in self.fields(structure, offset, raw):

@@ -29,12 +29,11 @@ from dirtmap.engine.qcow2.refcounts import Allocator, Refcounts
 from dirtmap.engine.qcow2.references import References, follow, walk
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, geometry, qcow2
-from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.directory import Entry, build_directory
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, UnsupportedError
 from dirtmap.fmt.extensions import END_MARKER, Extension
-from dirtmap.fmt.structures.directory import build_directory
-from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
-from dirtmap.fmt.structures.qcow2 import BITMAPS_EXTENSION, POINTER, REFCOUNT_TABLE_POINTER
+from dirtmap.fmt.parsers.extensions import EXTENSION_HEAD
+from dirtmap.fmt.parsers.qcow2 import BITMAPS_EXTENSION, POINTER, REFCOUNT_TABLE_POINTER
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,9 +13,9 @@ from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.probe import probe
 from dirtmap.fmt import directory, extensions, qcow2
 from dirtmap.fmt.errors import Error, FormatError, counted
-from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
-from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
-from dirtmap.fmt.structures.qcow2 import (
+from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
+from dirtmap.fmt.parsers.extensions import EXTENSION_HEAD
+from dirtmap.fmt.parsers.qcow2 import (
     BITMAPS_EXTENSION,
     CRYPTO_EXTENSION,
     FEATURE_NAME,
@@ -25,6 +25,7 @@ from dirtmap.fmt.structures.qcow2 import (
     NAMESPACE_EXTENSION,
     SNAPSHOT,
 )
+from dirtmap.fmt.structure import AnyStructure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,7 +138,7 @@ class _Dump(Shown):
         fields = self.fields(EXTENSION_HEAD, extension.offset, head)
         fields[0]["meaning"] = name
         body, at = extension.data, extension.data_offset
-        known = {
+        known: dict[int, AnyStructure] = {
             qcow2.EXTENSION_BITMAPS: BITMAPS_EXTENSION,
             qcow2.EXTENSION_CRYPTO: CRYPTO_EXTENSION,
         }

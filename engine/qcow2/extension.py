@@ -18,8 +18,8 @@ from dirtmap.engine.qcow2.layout import Layout
 from dirtmap.fmt import geometry, qcow2
 from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.extensions import END_MARKER
-from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
-from dirtmap.fmt.structures.qcow2 import POINTER
+from dirtmap.fmt.parsers.extensions import EXTENSION_HEAD
+from dirtmap.fmt.parsers.qcow2 import POINTER
 
 Write = tuple[int, bytes | memoryview]
 

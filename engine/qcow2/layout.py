@@ -14,20 +14,11 @@ from typing import Any, NamedTuple
 
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, geometry, qcow2
-from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.directory import Entry, parse_entries
 from dirtmap.fmt.errors import FormatError, LockedError, counted, printable
-from dirtmap.fmt.extensions import Chain, Extension
-from dirtmap.fmt.structures.directory import parse_entries
-from dirtmap.fmt.structures.extensions import parse_chain
-from dirtmap.fmt.structures.qcow2 import (
-    BITMAPS_EXTENSION,
-    CRYPTO_EXTENSION,
-    HEADER_V2,
-    SNAPSHOT,
-    bitmaps_extension_faults,
-    extension_faults,
-    parse_header,
-)
+from dirtmap.fmt.extensions import Chain, Extension, parse_chain
+from dirtmap.fmt.parsers.qcow2 import BITMAPS_EXTENSION, CRYPTO_EXTENSION, HEADER_V2, SNAPSHOT
+from dirtmap.fmt.qcow2 import bitmaps_extension_faults, extension_faults, parse_header
 
 # Enough for the header and extensions of every image that QEMU makes. A longer chain is read in full.
 _FIRST_READ = 4096

@@ -17,9 +17,9 @@ from dirtmap.engine.system.file import open_file, remove_file, room_at, sync_fol
 from dirtmap.engine.system.foreign import require_raw
 from dirtmap.fmt import geometry, qcow2
 from dirtmap.fmt.errors import StorageError, UnsupportedError
+from dirtmap.fmt.extensions import build_chain
 from dirtmap.fmt.geometry import ceil_div
-from dirtmap.fmt.structures.extensions import build_chain
-from dirtmap.fmt.structures.qcow2 import HEADER_MORE, HEADER_V2, HEADER_V3
+from dirtmap.fmt.parsers.qcow2 import HEADER_MORE, HEADER_V2, HEADER_V3
 
 _COPIED = 1 << 63  # of an L1 or L2 entry: referenced once. With an external data file it also means "mapped".
 _REFCOUNT_BITS = 16

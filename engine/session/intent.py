@@ -43,10 +43,7 @@ from numpy.typing import NDArray
 from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import Error
-from dirtmap.fmt.structures.live import (
-    BEAT,
-    LOG,
-    TALLY,
+from dirtmap.fmt.live import (
     build_beat,
     build_log,
     build_log_record,
@@ -56,6 +53,7 @@ from dirtmap.fmt.structures.live import (
     parse_tally,
     record_seed,
 )
+from dirtmap.fmt.parsers.live import BEAT, LOG, TALLY
 
 _SUFFIXES = ".intent", ".2.intent"
 _OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; no log is that long

@@ -21,7 +21,7 @@ from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, clock_offset
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import LockedError, StorageError
 from dirtmap.fmt.identity import FilePlace
-from dirtmap.fmt.structures.live import CONTROL, WRITESET
+from dirtmap.fmt.parsers.live import CONTROL, WRITESET
 
 # Writes that have begun in an interval and not ended, by their number: first byte, end, and thread.
 Flights = dict[int, tuple[int, int, int | None]]
@@ -145,7 +145,7 @@ class Control:
 
     def __init__(self, folder: str, uuid: bytes, image: FilePlace) -> None:
         self._map = livefs.create_live(_control_path(folder), live.PAGE)
-        values: dict[str, bytes | int] = dict.fromkeys((field.name for field in CONTROL.fields), 0)
+        values: dict[str, Any] = dict.fromkeys((field.name for field in CONTROL.fields), 0)
         values |= {"magic": live.CONTROL_MAGIC, "uuid": uuid}
         values |= {f"image_{name}": value for name, value in image._asdict().items()}
         values["clock"] = max(clock_offset(), 0)

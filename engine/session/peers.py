@@ -23,9 +23,8 @@ from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.storefile.session import names_session, peer_of
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error
-from dirtmap.fmt.live import Peer
+from dirtmap.fmt.live import Peer, session_uuid
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.live import session_uuid
 
 
 def path_of(path: str, peer: Peer) -> str:

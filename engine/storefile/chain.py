@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.live import build_checkpoints, parse_checkpoints
 from dirtmap.fmt.store import EXTENSION_CHECKPOINTS
-from dirtmap.fmt.structures.live import build_checkpoints, parse_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -20,11 +20,9 @@ from dirtmap.engine.storefile.entries import (
 from dirtmap.engine.storefile.file import Change, Snapshot
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import directory, geometry, store
-from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.directory import Entry, build_directory, parse_entries
 from dirtmap.fmt.errors import BitmapError, FormatError, StorageError, UnsupportedError
-from dirtmap.fmt.store import ITEM_WINDOW, Area, Record, namespace_label
-from dirtmap.fmt.structures.directory import build_directory, parse_entries
-from dirtmap.fmt.structures.store import item_faults, unknown_item
+from dirtmap.fmt.store import ITEM_WINDOW, Area, Record, item_faults, namespace_label, unknown_item
 
 if TYPE_CHECKING:
     import numpy as np

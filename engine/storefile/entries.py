@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from dirtmap.fmt import geometry
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.store import ALL_ONES, ITEM_BITS, ITEM_IDENTITY, Record
-from dirtmap.fmt.structures.store import BITS, IDENTITY, build_items, parse_items
+from dirtmap.fmt.parsers.store import BITS, IDENTITY
+from dirtmap.fmt.store import ALL_ONES, ITEM_BITS, ITEM_IDENTITY, Record, build_items, parse_items
 
 
 class Tree(NamedTuple):

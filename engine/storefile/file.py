@@ -37,8 +37,8 @@ from dirtmap.fmt import store
 from dirtmap.fmt.directory import parse_table
 from dirtmap.fmt.errors import FormatError, GoneError, LockedError, StorageError, UnsupportedError
 from dirtmap.fmt.geometry import ceil_div
+from dirtmap.fmt.parsers.store import LEAF
 from dirtmap.fmt.store import Area, Record
-from dirtmap.fmt.structures.store import LEAF
 
 T = TypeVar("T")
 

@@ -31,20 +31,10 @@ import crc32c
 
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError, UnsupportedError
-from dirtmap.fmt.extensions import Chain
+from dirtmap.fmt.extensions import Chain, build_chain, parse_chain
 from dirtmap.fmt.identity import NO_FILE_PLACE, FilePlace
-from dirtmap.fmt.store import Area
-from dirtmap.fmt.structures.extensions import build_chain, parse_chain
-from dirtmap.fmt.structures.store import (
-    AREA,
-    CHECKSUM,
-    HEADER,
-    LEAF,
-    NAMESPACES_EXTENSION,
-    PLACE_EXTENSION,
-    RUN,
-    parse_areas,
-)
+from dirtmap.fmt.parsers.store import AREA, CHECKSUM, HEADER, LEAF, NAMESPACES_EXTENSION, PLACE_EXTENSION, RUN
+from dirtmap.fmt.store import Area, parse_areas
 
 _CHECKED = store.BLOCK - CHECKSUM.size
 _GENERATION = HEADER.field("generation")
@@ -234,7 +224,7 @@ def _parse_unlabelled(path: str, block: bytes) -> Header:
     return Header(
         sessions=raw.sessions,
         commit_time=raw.commit_time,
-        place=FilePlace(*PLACE_EXTENSION.parse(areas[store.EXTENSION_PLACE])),
+        place=FilePlace(*PLACE_EXTENSION.unpack(areas[store.EXTENSION_PLACE])),
         writer=writer,
         read_only_compatible=raw.read_only_compatible_features,
         uuid=raw.uuid,

@@ -21,8 +21,8 @@ from dirtmap.engine.storefile import holds
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.process import Process, this_process
 from dirtmap.fmt.errors import GoneError, LockedError, StorageError, printable
+from dirtmap.fmt.parsers.store import HOLD
 from dirtmap.fmt.store import EXTENSION_HOLD, Record
-from dirtmap.fmt.structures.store import HOLD
 
 _FIRST = 1 << 62  # the first byte that a hold may lock; the last is the last that a file can have
 _COUNT = 1 << 62

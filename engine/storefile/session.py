@@ -8,9 +8,9 @@ from dirtmap.engine.storefile.entries import item, with_items
 from dirtmap.fmt import live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import UnsupportedError
-from dirtmap.fmt.live import Peer
+from dirtmap.fmt.live import Peer, parse_peer, parse_session, session_uuid, session_version
+from dirtmap.fmt.parsers.live import WINDOW
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.live import WINDOW, parse_peer, parse_session, session_uuid, session_version
 
 
 def require_known(path: str, record: Record) -> None:

@@ -26,8 +26,8 @@ import crc32c
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError, StorageError, counted
 from dirtmap.fmt.geometry import ceil_div
+from dirtmap.fmt.parsers.store import LEAF, RUN
 from dirtmap.fmt.store import Area
-from dirtmap.fmt.structures.store import LEAF, RUN
 
 Write = tuple[int, bytes | memoryview]
 

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple, NoReturn
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import FormatError
-from dirtmap.fmt.store import Area, Record, name_key, namespace_label
-from dirtmap.fmt.structures.store import NODE_POINTER, build_record, parse_record, split_records
+from dirtmap.fmt.parsers.store import NODE_POINTER
+from dirtmap.fmt.store import Area, Record, build_record, name_key, namespace_label, parse_record, split_records
 
 Read = Callable[[Area, str], bytes]
 Place = Callable[[bytes], Area]

@@ -37,8 +37,8 @@ from dirtmap.engine.system.log import logger
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import BitmapError, Error, GoneError
+from dirtmap.fmt.live import build_peer, build_session
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.live import build_peer, build_session
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,5 +1,5 @@
-"""The structures of each format, declared with construct, and the functions that parse and build them.
+"""The structures of each format, declared with construct, and nothing else.
 
-The names, limits and arithmetic of a format are in the module of the same name in `dirtmap.fmt`. Those modules do not
-import construct. Import from this package only to parse, build or show bytes.
+`dirtmap.fmt.generate` makes `dirtmap.fmt.parsers` of them, which is what parses and builds. Nothing but that and the
+tests imports this package, or construct.
 """

@@ -1,4 +1,4 @@
-"""The names, limits and arithmetic of a format cost no import of construct, and agree with its declarations."""
+"""What parses and builds costs no import of construct, and its constants agree with the declarations."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import sys
 import pytest
 
 from dirtmap import fmt
-from dirtmap.fmt import directory, extensions, live, qcow2, store
+from dirtmap.fmt import directory, extensions, live, parsers, qcow2, store
 from dirtmap.fmt import structures as declaring
-from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
-from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
-from dirtmap.fmt.structures.live import LOG_RECORD, WINDOW
-from dirtmap.fmt.structures.qcow2 import HEADER_V2, HEADER_V3, NAMESPACE_EXTENSION, SNAPSHOT
-from dirtmap.fmt.structures.store import AREA, BITS, IDENTITY, POINTER
+from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
+from dirtmap.fmt.parsers.extensions import EXTENSION_HEAD
+from dirtmap.fmt.parsers.live import LOG_RECORD, WINDOW
+from dirtmap.fmt.parsers.qcow2 import HEADER_V2, HEADER_V3, NAMESPACE_EXTENSION, SNAPSHOT
+from dirtmap.fmt.parsers.store import AREA, BITS, IDENTITY, POINTER
 
 FORMATS = {module.name for module in pkgutil.iter_modules(declaring.__path__)}
-PLAIN = {module.name for module in pkgutil.iter_modules(fmt.__path__)} - {"structure", "structures"}
+PARSERS = {module.name for module in pkgutil.iter_modules(parsers.__path__)}
+PLAIN = {module.name for module in pkgutil.iter_modules(fmt.__path__)} - {"generate", "structures"}
 
 
 def imported_with(*modules: str) -> set[str]:
@@ -30,15 +31,14 @@ def imported_with(*modules: str) -> set[str]:
 
 def test_plain_modules_import_no_construct() -> None:
     found = imported_with("dirtmap.fmt", *(f"dirtmap.fmt.{name}" for name in PLAIN))
-    assert {"dirtmap.fmt.qcow2", "dirtmap.fmt.live"} <= found
+    assert {"dirtmap.fmt.qcow2", "dirtmap.fmt.live", "dirtmap.fmt.parsers.live"} <= found
     assert not [name for name in found if name.partition(".")[0] in ("construct", "numpy")]
-    assert not [name for name in found if name.startswith("dirtmap.fmt.structure")]
+    assert not [name for name in found if name.startswith("dirtmap.fmt.structures")]
 
 
-@pytest.mark.parametrize("name", sorted(FORMATS))
-def test_what_is_declared_is_beside_a_plain_module(name: str) -> None:
-    assert name in PLAIN
-    assert "construct" in imported_with(f"dirtmap.fmt.structures.{name}")
+def test_what_is_declared_is_beside_a_plain_module_and_its_parsers() -> None:
+    assert FORMATS == PARSERS
+    assert FORMATS < PLAIN
 
 
 @pytest.mark.parametrize(

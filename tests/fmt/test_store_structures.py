@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import struct
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from construct import Array, Bytes, Const, Float32b, Int8ub, Int16ub, Int24ub, Int32sb, Int32ub, Int32ul, Padded
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.generated import areas, numbers
 
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.identity import Identity
-from dirtmap.fmt.store import Area, Record
-from dirtmap.fmt.structure import Structure
-from dirtmap.fmt.structures.store import (
-    AREA,
-    BITS,
-    CHECKSUM,
-    FILE_IDENTITY,
-    HEADER,
-    IDENTITY,
-    LEAF,
-    NAMESPACES_EXTENSION,
-    NODE_POINTER,
-    POINTER,
-    RECORD,
-    RUN,
+from dirtmap.fmt.store import (
+    Area,
+    Record,
     build_items,
     build_record,
     item_faults,
@@ -37,22 +23,6 @@ from dirtmap.fmt.structures.store import (
     parse_records,
     unknown_item,
 )
-
-STRUCTURES = [
-    HEADER,
-    CHECKSUM,
-    AREA,
-    NAMESPACES_EXTENSION,
-    NODE_POINTER,
-    LEAF,
-    RUN,
-    FILE_IDENTITY,
-    RECORD,
-    POINTER,
-    BITS,
-    IDENTITY,
-]
-
 
 names = st.binary(min_size=1, max_size=1023).filter(lambda name: b"\0" not in name) | st.sampled_from(
     [b"a", b"drive0", b"\xff" * 1023, "Bücher".encode()]
@@ -72,64 +42,6 @@ records = st.builds(
     identity=st.builds(Identity, st.binary(min_size=16, max_size=16), *[numbers(8)] * 5),
     root_uuid=st.binary(min_size=16, max_size=16),
 )
-
-
-@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.name)
-@given(data=st.data())
-def test_structure_is_built_as_it_is_parsed(structure: Structure, data: st.DataObject) -> None:
-    raw = data.draw(st.binary(min_size=structure.size, max_size=structure.size))
-    parsed = structure.parse(b"xyz" + raw, 3)
-    values = {field.name: getattr(parsed, field.name) for field in structure.fields}
-    assert structure.build(**values) == raw
-    for field in structure.fields:
-        part = raw[field.offset : field.offset + field.size]
-        assert values[field.name] in (part, int.from_bytes(part, "big")), "bytes as they are, numbers big-endian"
-
-
-@pytest.mark.parametrize(
-    "declared", [Int32ul, Int32sb, Int24ub, Float32b, Array(2, Int8ub), Const(b"magic"), Padded(8, Int32ub)]
-)
-def test_structure_takes_unsigned_numbers_and_bytes_only(declared: object) -> None:
-    with pytest.raises(TypeError, match="field: neither an unsigned number nor bytes"):
-        Structure("s", "field" / declared)
-
-
-@pytest.mark.parametrize(
-    ("values", "error"),
-    [
-        ({"magic": b"abc", "count": 1}, ValueError),
-        ({"magic": b"abcde", "count": 1}, ValueError),
-        ({"magic": b"abcd", "count": -1}, struct.error),
-        ({"magic": b"abcd", "count": 1 << 16}, struct.error),
-        ({"magic": b"abcd"}, TypeError),
-        ({"count": 1}, TypeError),
-        ({"magic": b"abcd", "count": 1, "more": 1}, TypeError),
-    ],
-)
-def test_structure_builds_nothing_that_does_not_fit(values: dict[str, Any], error: type[Exception]) -> None:
-    structure = Structure("s", "magic" / Bytes(4), "count" / Int16ub)
-    assert structure.build(magic=b"abcd", count=1) == b"abcd\0\1"
-    with pytest.raises(error):
-        structure.build(**values)
-
-
-@pytest.mark.parametrize("offset", [0, 1, 7])
-def test_structure_is_not_parsed_past_the_end(offset: int) -> None:
-    structure = Structure("s", "magic" / Bytes(4), "count" / Int16ub)
-    data = bytes(structure.size + offset)
-    assert structure.parse(data, offset).count == 0
-    with pytest.raises(struct.error):
-        structure.parse(data[:-1], offset)
-
-
-@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.name)
-def test_structure_has_no_gaps_and_its_numbers_are_aligned(structure: Structure) -> None:
-    at = 0
-    for field in structure.fields:
-        assert field.offset == at
-        assert field.offset % min(field.size, 8) == 0, field
-        at += field.size
-    assert at == structure.size
 
 
 @given(st.lists(records, max_size=6))

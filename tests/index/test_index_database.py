@@ -30,8 +30,9 @@ from dirtmap.engine.index.reading import look
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
+from dirtmap.fmt.index import build_members, parse_members
+from dirtmap.fmt.parsers.index import NAMESPACE_VALUE
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.index import NAMESPACE_VALUE, build_members, parse_members
 
 # The value that says what a leaf contributed, as SPEC.md has it.
 

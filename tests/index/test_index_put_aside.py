@@ -17,8 +17,9 @@ from support.indexed import PAGE, Answers, answers, data_of, restore, verified
 from dirtmap.engine.host.host import Host
 from dirtmap.engine.index.database import Database, fault
 from dirtmap.fmt import index as layout
-from dirtmap.fmt.structures.index import STATE_VALUE
-from dirtmap.fmt.structures.lmdb import META_PAGE, meta_fault
+from dirtmap.fmt.lmdb import meta_fault
+from dirtmap.fmt.parsers.index import STATE_VALUE
+from dirtmap.fmt.parsers.lmdb import META_PAGE
 
 
 def test_a_file_cut_short_anywhere_is_begun_anew(host: Host, expected: Answers) -> None:

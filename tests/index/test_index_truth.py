@@ -22,7 +22,7 @@ from support.cli import dirtmap, error_of, json_of
 from dirtmap.engine.index import database
 from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import index as layout
-from dirtmap.fmt.structures.index import build_bitmap, parse_bitmap
+from dirtmap.fmt.index import build_bitmap, parse_bitmap
 from dirtmap.tools.cli import _HOMES, main
 
 MIB = 1 << 20

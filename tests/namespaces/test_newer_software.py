@@ -13,9 +13,8 @@ import dirtmap.engine as dm
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import store
-from dirtmap.fmt.live import NO_SESSION
-from dirtmap.fmt.structures.live import build_session, parse_session
-from dirtmap.fmt.structures.store import HEADER
+from dirtmap.fmt.live import NO_SESSION, build_session, parse_session
+from dirtmap.fmt.parsers.store import HEADER
 
 MIB = 1 << 20
 CRITICAL = store.CRITICAL | 0x4E455721

@@ -25,7 +25,7 @@ from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import store
 from dirtmap.fmt.identity import FilePlace, Identity
-from dirtmap.fmt.structures.store import CHECKSUM, HEADER, NODE_POINTER
+from dirtmap.fmt.parsers.store import CHECKSUM, HEADER, NODE_POINTER
 
 # On ext4.
 IMAGE = Identity(

@@ -25,8 +25,8 @@ from vectors import make
 
 from dirtmap.engine.storefile import header as headers
 from dirtmap.fmt import store
-from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
-from dirtmap.fmt.structures.store import RECORD
+from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
+from dirtmap.fmt.parsers.store import RECORD
 
 SOUND = sorted(VECTORS.glob("stores/*.json"))
 STORES = [*SOUND, *sorted(VECTORS.glob("damaged/*.json"))]

@@ -17,11 +17,9 @@ from support.hostile import MIB
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
 from dirtmap.fmt import directory, qcow2
-from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.extensions import END_MARKER
-from dirtmap.fmt.structures.directory import build_directory
-from dirtmap.fmt.structures.extensions import build_extension
-from dirtmap.fmt.structures.qcow2 import BITMAPS_EXTENSION, CRYPTO_EXTENSION, HEADER_V2, HEADER_V3, SNAPSHOT
+from dirtmap.fmt.directory import Entry, build_directory
+from dirtmap.fmt.extensions import END_MARKER, build_extension
+from dirtmap.fmt.parsers.qcow2 import BITMAPS_EXTENSION, CRYPTO_EXTENSION, HEADER_V2, HEADER_V3, SNAPSHOT
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from support.craft import Craft, Place
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
 from dirtmap.fmt import directory, qcow2
-from dirtmap.fmt.structures.directory import build_directory
+from dirtmap.fmt.directory import build_directory
 
 MIB = 1 << 20
 SECONDS = 2.0

@@ -18,8 +18,8 @@ from support.craft import Craft, Place
 
 import dirtmap.engine as dm
 from dirtmap.fmt import directory, extensions, qcow2
-from dirtmap.fmt.structures.extensions import build_extension
-from dirtmap.fmt.structures.qcow2 import CRYPTO_EXTENSION
+from dirtmap.fmt.extensions import build_extension
+from dirtmap.fmt.parsers.qcow2 import CRYPTO_EXTENSION
 
 SPEC = (Path(__file__).parents[2] / "SPEC.md").read_text()
 MIB = 1 << 20

@@ -24,7 +24,8 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import StorageError
-from dirtmap.fmt.structures.live import TALLY, build_log_record, record_seed
+from dirtmap.fmt.live import build_log_record, record_seed
+from dirtmap.fmt.parsers.live import TALLY
 
 SIZE = 256 << 20  # in regions of 1 MiB: four sectors of records
 REGIONS = SIZE >> 20

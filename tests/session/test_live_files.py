@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.cli import dirtmap, json_of
+from support.structures import changed
 from support.tracking import GRANULE, make_node, model_of
 
 import dirtmap.engine as dm
@@ -22,7 +23,8 @@ from dirtmap.engine.session import livefile
 from dirtmap.engine.session import view as recovery
 from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import live
-from dirtmap.fmt.structures.live import CONTROL, WRITESET, build_session
+from dirtmap.fmt.live import build_session
+from dirtmap.fmt.parsers.live import CONTROL, WRITESET
 
 SIZE = 64 << 20
 SECTOR = 512
@@ -58,8 +60,7 @@ def dead(tmp_path: Path) -> Path:
 
 def with_fields(folder: Path, **fields: Any) -> None:
     """Changes the control file."""
-    control = CONTROL.parse((folder / "control").read_bytes())
-    data = CONTROL.build(**{**control._asdict(), **fields})
+    data = changed(CONTROL, (folder / "control").read_bytes(), **fields)
     (folder / "control").write_bytes(data.ljust(live.PAGE, b"\0"))
 
 
@@ -67,7 +68,7 @@ def with_head(folder: Path, number: int, **fields: Any) -> None:
     """Changes the header of a writeset."""
     path = folder / f"writeset-{number}"
     data = path.read_bytes()
-    head = WRITESET.build(**{**WRITESET.parse(data)._asdict(), **fields})
+    head = changed(WRITESET, data, **fields)
     path.write_bytes(head + data[len(head) :])
 
 
@@ -184,7 +185,7 @@ def test_thousands_of_writesets_are_read_in_little_time_and_memory(dead: Path, t
     session = recovery.session_of(record)
     assert session
     for number in range(3, session.oldest + last):
-        head = WRITESET.build(**{**WRITESET.parse(data)._asdict(), "number": number})
+        head = changed(WRITESET, data, number=number)
         (dead / f"writeset-{number}").write_bytes(head + data[len(head) :])
     with_fields(dead, current=session.oldest + last - 1)
     asked = "import re, time, dirtmap.engine as dm; a = time.process_time(); how = dm.open('node:drive0').tracking()"

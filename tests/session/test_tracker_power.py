@@ -34,7 +34,7 @@ from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
 from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.errors import StorageError, SyncError
-from dirtmap.fmt.structures.live import build_session, parse_session
+from dirtmap.fmt.live import build_session, parse_session
 
 
 def lose(tracker: Tracker) -> None:

@@ -14,8 +14,8 @@ import dirtmap.engine as dm
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Header
 from dirtmap.fmt import store
+from dirtmap.fmt.parsers.store import HEADER
 from dirtmap.fmt.store import Area
-from dirtmap.fmt.structures.store import HEADER
 
 BLOCK = store.BLOCK
 Damage = Callable[[int, list[bytes]], bytes]

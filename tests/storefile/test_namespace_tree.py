@@ -16,8 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from dirtmap.engine.storefile.table import DamagedNodeError, NamespaceTable, Node
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.errors import FormatError
-from dirtmap.fmt.store import Area, Record
-from dirtmap.fmt.structures.store import build_record, parse_records
+from dirtmap.fmt.store import Area, Record, build_record, parse_records
 
 POINTER = struct.Struct(">IIQII")  # as SPEC.md has it
 

@@ -28,7 +28,7 @@ from dirtmap.engine.storefile.entries import with_items
 from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.fmt import store
-from dirtmap.fmt.structures.store import parse_items
+from dirtmap.fmt.store import parse_items
 
 TIB = 1 << 40
 

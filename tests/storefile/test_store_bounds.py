@@ -23,9 +23,9 @@ from dirtmap.engine.storefile.entries import identified
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, store
+from dirtmap.fmt.directory import build_directory
+from dirtmap.fmt.parsers.store import LEAF
 from dirtmap.fmt.store import Area, Record
-from dirtmap.fmt.structures.directory import build_directory
-from dirtmap.fmt.structures.store import LEAF
 
 # Its own memory only: the kernel counts what a process had before it became another program as that one's, too.
 MEASURED = """

@@ -35,7 +35,7 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory
 from dirtmap.fmt import store as fmt_store
-from dirtmap.fmt.structures.directory import build_directory
+from dirtmap.fmt.directory import build_directory
 
 EFFORT = crash.Effort(pieces=8, most=16, random=40).times(int(os.environ.get("DIRTMAP_CRASH_EFFORT", "1")))
 CHAIN_EFFORT = crash.Effort(pieces=4, most=8, random=20)

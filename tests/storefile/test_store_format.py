@@ -23,10 +23,10 @@ from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.storefile.space import SpaceMap
 from dirtmap.fmt import directory, geometry, store
+from dirtmap.fmt.directory import parse_entries
 from dirtmap.fmt.errors import FormatError
+from dirtmap.fmt.parsers.store import LEAF
 from dirtmap.fmt.store import Area, Record
-from dirtmap.fmt.structures.directory import parse_entries
-from dirtmap.fmt.structures.store import LEAF
 
 # The space map
 

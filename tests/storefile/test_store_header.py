@@ -20,8 +20,8 @@ from dirtmap.engine.storefile.header import Header
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError
 from dirtmap.fmt.identity import FilePlace
+from dirtmap.fmt.parsers.store import CHECKSUM, HEADER, LEAF, NAMESPACES_EXTENSION, PLACE_EXTENSION, RUN
 from dirtmap.fmt.store import Area
-from dirtmap.fmt.structures.store import CHECKSUM, HEADER, LEAF, NAMESPACES_EXTENSION, PLACE_EXTENSION, RUN
 
 
 @st.composite

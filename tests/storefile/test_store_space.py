@@ -11,8 +11,8 @@ import pytest
 
 from dirtmap.engine.storefile.space import SpaceMap
 from dirtmap.fmt import store
+from dirtmap.fmt.parsers.store import LEAF
 from dirtmap.fmt.store import Area
-from dirtmap.fmt.structures.store import LEAF
 
 
 class SpaceModel:

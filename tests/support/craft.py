@@ -13,17 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dirtmap.fmt import directory, qcow2
+from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
+from dirtmap.fmt.parsers.extensions import EXTENSION_HEAD
+from dirtmap.fmt.parsers.qcow2 import BITMAPS_EXTENSION, CRYPTO_EXTENSION, HEADER_MORE, HEADER_V2, HEADER_V3, SNAPSHOT
 from dirtmap.fmt.structure import Structure
-from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
-from dirtmap.fmt.structures.extensions import EXTENSION_HEAD
-from dirtmap.fmt.structures.qcow2 import (
-    BITMAPS_EXTENSION,
-    CRYPTO_EXTENSION,
-    HEADER_MORE,
-    HEADER_V2,
-    HEADER_V3,
-    SNAPSHOT,
-)
 
 
 class Place(NamedTuple):

@@ -23,18 +23,9 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error
-from dirtmap.fmt.store import Area, Record
+from dirtmap.fmt.parsers.store import AREA, HEADER, LEAF, NAMESPACES_EXTENSION, NODE_POINTER, RECORD
+from dirtmap.fmt.store import Area, Record, build_record, parse_records
 from dirtmap.fmt.structure import Structure
-from dirtmap.fmt.structures.store import (
-    AREA,
-    HEADER,
-    LEAF,
-    NAMESPACES_EXTENSION,
-    NODE_POINTER,
-    RECORD,
-    build_record,
-    parse_records,
-)
 
 SIZE = 300_001  # of each disk
 Bits = dict[tuple[str, str], np.ndarray[Any, Any]]
@@ -324,8 +315,10 @@ class Forged:
         pointers = bytearray()
         for number, (old, leaf) in enumerate(zip(self.pointers, self.leaves, strict=True)):
             data = b"".join(map(self._record, leaf))
-            place = {"length": len(data), "checksum": self._put(old.offset, data)}
-            pointer = bytearray(NODE_POINTER.build(**{**old._asdict(), **place}))
+            checksum = self._put(old.offset, data)
+            pointer = bytearray(
+                NODE_POINTER.build(key=old.key, count=old.count, offset=old.offset, length=len(data), checksum=checksum)
+            )
             set_fields(NODE_POINTER, pointer, 0, self.pointer_fields if number == self.first else {})
             pointers += pointer
         if not self.table_forged:

@@ -19,8 +19,7 @@ from typing import ClassVar, TypeVar
 import dirtmap.engine as dm
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Store
-from dirtmap.fmt.directory import FLAG_IN_USE
-from dirtmap.fmt.structures.directory import build_directory
+from dirtmap.fmt.directory import FLAG_IN_USE, build_directory
 from support import qemu
 from support.child import in_child
 from support.craft import Craft

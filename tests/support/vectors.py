@@ -39,8 +39,8 @@ from dirtmap.engine.tracking import home, recorder
 from dirtmap.fmt import live, store
 from dirtmap.fmt.errors import Error, FormatError, UnsupportedError
 from dirtmap.fmt.identity import FilePlace, Identity
+from dirtmap.fmt.live import build_session, parse_session
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.live import build_session, parse_session
 from support import hostless, store_crash
 
 VECTORS = Path(__file__).parent.parent / "vectors"

@@ -13,7 +13,7 @@ from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
 from dirtmap.fmt import store
-from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
+from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

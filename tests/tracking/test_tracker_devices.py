@@ -44,8 +44,8 @@ from dirtmap.engine.tracking.home import Home, HomeChange
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
 from dirtmap.fmt import store as fmt_store
+from dirtmap.fmt.live import build_peer
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.live import build_peer
 from dirtmap.tools.cli import main
 
 path, raw = devices.path, devices.raw

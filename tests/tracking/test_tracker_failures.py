@@ -25,7 +25,7 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.tracking.recorder import Recorder
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt.errors import Error
-from dirtmap.fmt.structures.live import CONTROL
+from dirtmap.fmt.parsers.live import CONTROL
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.tracker import Tracker
-from dirtmap.fmt.structures.directory import parse_entries
+from dirtmap.fmt.directory import parse_entries
 
 SIZE = 64 << 20
 GRANULE = 65536

@@ -40,9 +40,9 @@ from dirtmap.engine.tracking.recorder import Setup
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
+from dirtmap.fmt.live import build_log_record, record_seed
+from dirtmap.fmt.parsers.store import NODE_POINTER, POINTER
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.live import build_log_record, record_seed
-from dirtmap.fmt.structures.store import NODE_POINTER, POINTER
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = store.BLOCK

@@ -14,8 +14,9 @@ import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
 from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import directory, store
+from dirtmap.fmt.directory import build_directory
+from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY, build_directory
 
 
 @pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.long)])

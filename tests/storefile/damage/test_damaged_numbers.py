@@ -18,10 +18,11 @@ from support.damage import Forged, Sound, attempt, bounded, change, read_everyth
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
 from dirtmap.fmt import geometry, store
+from dirtmap.fmt.directory import build_directory, parse_entries
 from dirtmap.fmt.errors import Error
+from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
+from dirtmap.fmt.parsers.store import AREA, HEADER, LEAF, NAMESPACES_EXTENSION, NODE_POINTER, RECORD, RUN
 from dirtmap.fmt.store import Area
-from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY, build_directory, parse_entries
-from dirtmap.fmt.structures.store import AREA, HEADER, LEAF, NAMESPACES_EXTENSION, NODE_POINTER, RECORD, RUN
 
 
 def _extremes(size: int) -> list[int]:
@@ -82,7 +83,7 @@ def _forgeries() -> Iterator[tuple[str, Callable[[Forged], None]]]:
         "all records in each leaf",
         lambda f: f.leaves.__setitem__(slice(None), [[record for leaf in f.leaves for record in leaf]] * 3),
     )
-    yield "two pointers to a leaf", lambda f: f.pointers.__setitem__(1, f.pointers[0]._replace(key=f.pointers[1].key))
+    yield "two pointers to a leaf", lambda f: setattr(f.pointers[1], "offset", f.pointers[0].offset)
     yield "pointers that lead back", _lead_back
     yield "pointers to nothing", lambda f: _lead_back(f, zeros=True)
     yield (
