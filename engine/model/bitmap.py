@@ -181,6 +181,8 @@ class Bitmap:
 
     def packed(self) -> memoryview:
         """The packed bits as bytes, least significant bit first, zero behind the last granule; valid as `words` is."""
+        if self._uniform() is False:
+            return memoryview(bytes(geometry.packed_bytes(self.size, self.granularity)))
         return self.words.view(np.uint8).data[: geometry.packed_bytes(self.size, self.granularity)]
 
     @property

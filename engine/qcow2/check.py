@@ -263,7 +263,7 @@ def _set_right(file: File, found: _Check, wrong: np.ufunc) -> bool:
         return False
     runs, uncopied = found.references.runs, found.references.uncopied
     refcounts = Refcounts(file, found.layout.header)
-    places = (refcounts.table // np.uint64(refcounts.cluster_size)).astype(np.int64)
+    places = (np.asarray(refcounts.table) // np.uint64(refcounts.cluster_size)).astype(np.int64)
     if (runs.of(places) > 1).any():
         return False  # a refcount block is also used as something else
 
