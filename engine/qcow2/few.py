@@ -15,7 +15,7 @@ from dirtmap.engine.system.file import File
 from dirtmap.fmt import qcow2
 from dirtmap.fmt.geometry import ceil_div
 
-_MOST_BYTES = 1 << 20  # of L1 and L2 tables and the refcount table: takes 5 ms, and importing numpy 70
+MOST_BYTES = 1 << 20  # of L1 and L2 tables and the refcount table: takes 5 ms, and importing numpy 70
 _MOST_CLUSTERS = 1 << 16  # of metadata
 
 
@@ -61,7 +61,7 @@ def count_few(file: File, layout: Layout, budget: int) -> Few | None:
         return None
     times: dict[int, int] = {}
     try:
-        for cluster in _clusters(file, layout, min(budget, _MOST_BYTES)):
+        for cluster in _clusters(file, layout, min(budget, MOST_BYTES)):
             times[cluster] = times.get(cluster, 0) + 1
     except _UnusualError:
         return None
@@ -103,7 +103,7 @@ def _clusters(file: File, layout: Layout, budget: int) -> Iterator[int]:
 
 def _entries(file: File, layout: Layout, offset: int, length: int, step: int = 1) -> list[int]:
     """The entries of a table that are not 0: every one, or the first of so many."""
-    if length > _MOST_BYTES:
+    if length > MOST_BYTES:
         raise _UnusualError
     raw = file.read(offset, length).ljust(length, b"\0")
     return list(filter(None, struct.unpack(f">{length // 8}Q", raw)[::step]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.model.later import later
@@ -172,6 +172,24 @@ class Refcounts:
                 found += [first + at for at, count in enumerate(counts) if not count]
             if len(found) >= _MOST_FREE:
                 break
+        return found
+
+    def counted_once(self) -> Set[int] | None:
+        """The clusters whose count is 1; None where another has any other count than 0, or there are many to look at.
+
+        Errors as `block_offset`.
+        """
+        indices = [index for index, offset in enumerate(self.table) if offset]
+        if len(indices) * self.per_block > _MOST_PLAIN:
+            return None
+        found: set[int] = set()
+        for index in indices:
+            if (block := self.glance(index)) is not None:
+                first = index * self.per_block
+                here = [first + at for at, count in enumerate(block) if count]
+                if sum(block) != len(here):
+                    return None
+                found.update(here)
         return found
 
     def pieces(self) -> Iterator[tuple[int, qcow2.Counts]]:
