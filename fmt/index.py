@@ -20,9 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import crc32c
-
-from dirtmap.fmt.digest import digest
+from dirtmap.fmt.digest import crc32c, digest
 from dirtmap.fmt.parsers.index import BITMAP_VALUE, NAMESPACE_VALUE
 from dirtmap.fmt.store import AREA_SIZE
 
@@ -116,12 +114,12 @@ def unnamed(path: bytes) -> bytes:
 
 def seal(key: bytes, contents: bytes) -> bytes:
     """Returns a value as stored: the contents, then the CRC32C of key and contents, little-endian."""
-    return contents + crc32c.crc32c(key + contents).to_bytes(4, "little")
+    return contents + crc32c(key + contents).to_bytes(4, "little")
 
 
 def is_sound(key: bytes, value: bytes) -> bool:
     """Returns True if a value's checksum is right. ``value`` includes the checksum."""
-    return bool(crc32c.crc32c(key + value) == RESIDUE)
+    return bool(crc32c(key + value) == RESIDUE)
 
 
 def damage(key: bytes) -> str:

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import crc32c
-
+from dirtmap.fmt.digest import crc32c, crc32c_after
 from dirtmap.fmt.geometry import align_up
 from dirtmap.fmt.identity import NO_IDENTITY, Identity
 from dirtmap.fmt.parsers.live import BEAT, CHECKPOINT_NAME, LOG, LOG_RECORD, LOG_SEED, PEER, SESSION, TALLY
@@ -229,35 +228,35 @@ def record_seed(uuid: bytes, number: int) -> int:
 
     It makes the records of other logs and sessions void.
     """
-    return int(crc32c.crc32c(LOG_SEED.build(uuid=uuid, number=number)))
+    return crc32c(LOG_SEED.build(uuid=uuid, number=number))
 
 
 def log_seed_head(uuid: bytes, high: int) -> int:
     """Returns what `record_seed` has reached before the low 32 bits of the log's number, of these high 32 bits."""
-    return int(crc32c.crc32c(LOG_SEED.build(uuid=uuid, number=high << 32)[:-4]))
+    return crc32c(LOG_SEED.build(uuid=uuid, number=high << 32)[:-4])
 
 
 def build_log_record(seed: int, region: int) -> bytes:
     """Returns the record that logs a region, by its number. ``seed`` is the log's `record_seed`."""
-    return LOG_RECORD.build(region=region, checksum=crc32c.crc32c(region.to_bytes(4, "big"), seed))
+    return LOG_RECORD.build(region=region, checksum=crc32c_after(seed, region.to_bytes(4, "big")))
 
 
 def build_log(uuid: bytes, intent: int, bits: int, regions: int) -> bytes:
     """Returns the header of an intent log. ``bits`` is log2 of the region size in bytes."""
     fields: dict[str, Any] = {"magic": LOG_MAGIC, "version": LOG_VERSION, "uuid": uuid, "intent": intent}
     body = LOG.build(**fields, region_bits=bits, regions=regions, checksum=0)[:-4]
-    return body + int(crc32c.crc32c(body)).to_bytes(4, "big")
+    return body + crc32c(body).to_bytes(4, "big")
 
 
 def build_beat(uuid: bytes, time: int) -> bytes:
     """Returns a heartbeat with that time, in nanoseconds since 1970."""
     body = BEAT.build(time=time, reserved=0, checksum=0)[:-4]
-    return body + int(crc32c.crc32c(body, crc32c.crc32c(uuid))).to_bytes(4, "big")
+    return body + crc32c_after(crc32c(uuid), body).to_bytes(4, "big")
 
 
 def parse_beat(uuid: bytes, data: bytes) -> int:
     """Returns the time of a heartbeat, in nanoseconds since 1970, or 0 if it is not wholly written."""
-    if len(data) < BEAT.size or crc32c.crc32c(data[: BEAT.size - 4], crc32c.crc32c(uuid)) != BEAT.parse(data).checksum:
+    if len(data) < BEAT.size or crc32c_after(crc32c(uuid), data[: BEAT.size - 4]) != BEAT.parse(data).checksum:
         return 0
     return int(BEAT.parse(data).time)
 
@@ -265,7 +264,7 @@ def parse_beat(uuid: bytes, data: bytes) -> int:
 def build_tally(uuid: bytes, number: int, count: int) -> bytes:
     """Returns a tally of the session with that UUID: so many records of log ``number`` are durable."""
     body = TALLY.build(number=number, count=count, checksum=0)[:-4]
-    return body + int(crc32c.crc32c(b"tally" + uuid + body)).to_bytes(4, "big")
+    return body + crc32c(b"tally" + uuid + body).to_bytes(4, "big")
 
 
 def parse_tally(uuid: bytes, data: bytes) -> Tally | None:

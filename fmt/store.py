@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dirtmap.fmt import geometry
-from dirtmap.fmt.digest import digest
+from dirtmap.fmt.digest import crc32c, digest
 from dirtmap.fmt.directory import MAX_BITMAPS, TYPE_DIRTY_TRACKING, Entry, name_fault
 from dirtmap.fmt.extensions import HEAD_SIZE, build_extension, parse_chain
 from dirtmap.fmt.identity import NO_IDENTITY, Identity
@@ -118,9 +118,7 @@ NOWHERE = Area()
 
 def name_key(name: bytes) -> int:
     """Returns the number by which a namespace is found in the namespace table: the CRC32C of its name."""
-    import crc32c  # which imports importlib.metadata; few commands need a key
-
-    return int(crc32c.crc32c(name))
+    return crc32c(name)
 
 
 def fan_out(cluster_size: int) -> int:

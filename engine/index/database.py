@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import crc32c
 import lmdb
 
 from dirtmap.engine.index.trial import DAMAGE, trial
@@ -34,12 +33,12 @@ from dirtmap.engine.system import order
 from dirtmap.engine.system.order import Rank
 from dirtmap.engine.system.process import boot_id
 from dirtmap.fmt import index as layout
+from dirtmap.fmt.digest import crc32c
 from dirtmap.fmt.errors import StorageError
 from dirtmap.fmt.lmdb import META_BYTES, meta_fault
 from dirtmap.fmt.parsers.index import STATE_VALUE
 
 T = TypeVar("T")
-_crc = crc32c.crc32c
 
 _DATA = "data.mdb"
 _LOCK = "lock.mdb"
@@ -138,7 +137,7 @@ class Database:
                 value = self._read(lambda txn: txn.get(key))
         if value is None:
             return None
-        if _crc(key + value) != layout.RESIDUE:  # the same as `layout.is_sound`, without a call
+        if crc32c(key + value) != layout.RESIDUE:  # the same as `layout.is_sound`, without a call
             raise DamagedError(self.path, layout.damage(key))
         contents: bytes = value[:-4]
         return contents

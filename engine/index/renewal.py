@@ -5,15 +5,21 @@ These commits are the only thing in an index that no container tells. A rollback
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dirtmap.engine.index.database import Database, fault, replace
 from dirtmap.engine.index.index import Index, SeenCommit
 from dirtmap.engine.index.trial import ending
+from dirtmap.engine.model.later import later
 from dirtmap.engine.storefile.header import Seen
+
+if TYPE_CHECKING:
+    import json
+    import subprocess
+else:  # hardly ever needed
+    later(globals(), json="json", subprocess="subprocess")
 
 
 @dataclass(slots=True)

@@ -8,13 +8,19 @@ itself and each value's checksum is right; else with 1 and what is wrong; with 2
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import lmdb
 
+from dirtmap.engine.model.later import later
 from dirtmap.fmt import index as layout
+
+if TYPE_CHECKING:
+    import signal
+    import subprocess
+else:  # hardly ever needed
+    later(globals(), signal="signal", subprocess="subprocess")
 
 DAMAGE = (
     lmdb.CorruptedError,
@@ -27,7 +33,6 @@ DAMAGE = (
     lmdb.BadValsizeError,
 )
 _DAMAGED, _UNREADABLE = 1, 2
-_DEADLY = (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 _PATIENCE_SECONDS = 300.0  # a damaged page may send LMDB in circles
 
 
@@ -46,7 +51,8 @@ def trial(path: str) -> str | None:
         return f"reading it took more than {_PATIENCE_SECONDS:.0f} seconds"
     if done.returncode == 0:
         return None
-    if done.returncode == _DAMAGED or -done.returncode in _DEADLY:
+    deadly = signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL
+    if done.returncode == _DAMAGED or -done.returncode in deadly:
         return ending(done)
     raise OSError(ending(done))
 

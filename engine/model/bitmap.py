@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Final, Protocol, SupportsIndex, final
+from typing import TYPE_CHECKING, Final, Protocol, SupportsIndex, final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dirtmap.engine.model import bits
+from dirtmap.engine.model.later import later
 from dirtmap.fmt import geometry
 from dirtmap.fmt.errors import BitmapError, RangeError, counted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dirtmap.engine.model import bits
+else:  # a bitmap whose content nobody looks at needs neither
+    later(globals(), np="numpy", bits="dirtmap.engine.model.bits")
 
 DEFAULT_GRANULARITY: Final = geometry.MAX_DEFAULT_GRANULARITY
 # What errors name: a bitmap knows neither its name nor its file.
@@ -176,6 +181,8 @@ class Bitmap:
 
     def packed(self) -> memoryview:
         """The packed bits as bytes, least significant bit first, zero behind the last granule; valid as `words` is."""
+        if self._uniform() is False:
+            return memoryview(bytes(geometry.packed_bytes(self.size, self.granularity)))
         return self.words.view(np.uint8).data[: geometry.packed_bytes(self.size, self.granularity)]
 
     @property

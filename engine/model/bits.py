@@ -32,23 +32,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dirtmap.engine.model import _bits
 from dirtmap.engine.model._bits import Marker as Marker
 from dirtmap.engine.model._bits import mark as mark
+from dirtmap.engine.model.later import later
 from dirtmap.fmt import geometry
 
-Words = NDArray[np.uint64]
-Positions = NDArray[np.int64]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Words = NDArray[np.uint64]
+    Positions = NDArray[np.int64]
+else:  # `all_zero`, `all_one` and `mark` are used without it
+    later(globals(), np="numpy")
 Packed = bytes | bytearray | memoryview
 
 _Found = TypeVar("_Found")
 
-WORD: Final = np.dtype("<u8")
+WORD: Final = "<u8"
 ALL: Final = 2**64 - 1
 # Bytes of results that are worth a second thread. More than the work it is the memory that takes time: the system has
 # to find and clear every page of it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import crc32c
 import numpy as np
 
 from dirtmap.engine.model.dumping import MOST_RUNS, Shown, data, text
@@ -19,6 +18,7 @@ from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.storefile.table import Node
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, live, store
+from dirtmap.fmt.digest import crc32c
 from dirtmap.fmt.directory import Entry, parse_entries
 from dirtmap.fmt.errors import FormatError, UnsupportedError, counted
 from dirtmap.fmt.extensions import build_extension, parse_chain
@@ -145,7 +145,7 @@ class _Dump(Shown):
             return b""
         self.shown.add(area.offset)
         raw = self.file.read(area.offset, area.length)
-        if raw and crc32c.crc32c(raw) != area.checksum:
+        if raw and crc32c(raw) != area.checksum:
             snapshot.doubted = True
             self.fault(f"{what} at {area.offset:#x}", "its checksum is wrong")
         return raw

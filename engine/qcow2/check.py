@@ -13,16 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dirtmap.engine.model.bitmap import INCONSISTENT
+from dirtmap.engine.model.later import later
 from dirtmap.engine.model.report import CORRUPTION, ERROR, LEAK, MOST_FINDINGS, NOTE, CheckReport, require_repair
 from dirtmap.engine.qcow2.commit import Kept, commit, growth, marks, require_writable, set_refcounts
 from dirtmap.engine.qcow2.datafile import misfit
+from dirtmap.engine.qcow2.few import MOST_BYTES, count_few
 from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label, read_layout, void_bitmaps
 from dirtmap.engine.qcow2.reading import FORMAT
 from dirtmap.engine.qcow2.refcounts import Refcounts
-from dirtmap.engine.qcow2.references import References, Runs, walk
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.locks import USUAL, Locking
@@ -30,7 +29,13 @@ from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.fmt.geometry import ceil_div
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
+
+    from dirtmap.engine.qcow2 import references as many
+    from dirtmap.engine.qcow2.references import References, Runs
+else:  # a small image that is sound is found so without them
+    later(globals(), np="numpy", many="dirtmap.engine.qcow2.references")
 
 
 def check(
@@ -113,8 +118,10 @@ class _Check:
             report.found(NOTE, "bitmaps extension", what)
         if resized := misfit(layout):
             report.found(NOTE, "external data file", resized)
+        if self._is_plainly_right():
+            return self
         try:
-            references = walk(self.file, layout, progress=self.progress)
+            references = many.walk(self.file, layout, progress=self.progress)
             for fault in references.faults:
                 report.found(CORRUPTION, fault.field, fault.what)
             if grows := growth(self.file, layout, references):
@@ -125,6 +132,13 @@ class _Check:
         except FormatError as error:
             report.found(ERROR, error.where.removeprefix(f"{layout.path}: "), error.what)
         return self
+
+    def _is_plainly_right(self) -> bool:
+        """True where every reference and count can be looked at one by one, and each cluster in use has one of each."""
+        few = count_few(self.file, self.layout, MOST_BYTES)
+        if few is None or not all(times == 1 for times in few.times.values()):
+            return False
+        return Refcounts(self.file, self.layout.header).counted_once() == few.times.keys()
 
     def _shared(self, runs: Runs) -> None:
         """Finds bitmaps that share a cluster with anything else. The layout has already found overlaps among them."""
@@ -263,7 +277,7 @@ def _set_right(file: File, found: _Check, wrong: np.ufunc) -> bool:
         return False
     runs, uncopied = found.references.runs, found.references.uncopied
     refcounts = Refcounts(file, found.layout.header)
-    places = (refcounts.table // np.uint64(refcounts.cluster_size)).astype(np.int64)
+    places = (np.asarray(refcounts.table) // np.uint64(refcounts.cluster_size)).astype(np.int64)
     if (runs.of(places) > 1).any():
         return False  # a refcount block is also used as something else
 

@@ -20,13 +20,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dirtmap.engine.model.bits import all_one, all_zero
+from dirtmap.engine.model.later import later
 from dirtmap.engine.qcow2.extension import NewExtension, Write
+from dirtmap.engine.qcow2.few import Few, count_few
 from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label
 from dirtmap.engine.qcow2.refcounts import Allocator, Refcounts
-from dirtmap.engine.qcow2.references import References, follow, walk
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.directory import Entry, build_directory
@@ -36,7 +35,13 @@ from dirtmap.fmt.parsers.extensions import EXTENSION_HEAD
 from dirtmap.fmt.parsers.qcow2 import BITMAPS_EXTENSION, POINTER, REFCOUNT_TABLE_POINTER
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
+
+    from dirtmap.engine.qcow2 import references as many
+    from dirtmap.engine.qcow2.references import References
+else:  # an image with few references is changed without them
+    later(globals(), np="numpy", many="dirtmap.engine.qcow2.references")
 
 # Proving that clusters are free means reading all L2 tables. Up to this many bytes of them (128 GiB of guest data at
 # 64 KiB clusters), all that they refer to is kept in memory.
@@ -212,9 +217,8 @@ def make_plan(
     if wanted:
         pointer.make_room()
     refcounts = Refcounts(file, layout.header)
-    if references is None:
-        references = walk(file, layout, budget=_PROOF_BUDGET)
-    references, allocator = _allocator(file, layout, refcounts, references)
+    found = references or count_few(file, layout, _PROOF_BUDGET) or many.walk(file, layout, budget=_PROOF_BUDGET)
+    found, allocator = _allocator(file, layout, refcounts, found)
     contents: list[Write] = []
     entries = [
         item.entry if isinstance(item, Kept) else _place(file, layout, item, allocator, contents) for item in wanted
@@ -244,8 +248,8 @@ def make_plan(
         refcounts.release(cluster)
     written += refcounts.touched()
     written += [offset // layout.cluster_size for offset, _ in _refcount_pointers(refcounts)]
-    _refuse_shared(layout, references, [*abandoned, *written])
-    _refuse_astray(layout, references, [*written, *_clusters_of(contents, layout.cluster_size)])
+    _refuse_shared(layout, found, [*abandoned, *written])
+    _refuse_astray(layout, found, [*written, *_clusters_of(contents, layout.cluster_size)])
 
     plan = Plan()
     if wanted or not layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS:
@@ -275,27 +279,27 @@ def _check_names(layout: Layout, wanted: Sequence[Kept | Written]) -> None:
 
 
 def _allocator(
-    file: File, layout: Layout, refcounts: Refcounts, references: References
-) -> tuple[References, Allocator]:
+    file: File, layout: Layout, refcounts: Refcounts, references: Few | References
+) -> tuple[Few | References, Allocator]:
     """An allocator of new clusters, and the references, followed as far as it needs them."""
     size = file.size()
-    end = references.runs.end
+    end = references.end
     if file.growable:
         end = max(end, geometry.ceil_div(size, layout.cluster_size))
     end = refcounts.end(end)
-    free: NDArray[np.int64] = np.empty(0, np.int64)
-    if not references.faults:
-        free = refcounts.uncounted(end)
-        free = free[references.runs.of(free) == 0]
+    capacity = None if file.growable else size // layout.cluster_size
+    if isinstance(references, Few):
+        free = references.unused(refcounts.uncounted(end))
+        return references, Allocator(layout.path, refcounts, end, free, capacity)
+    free = references.unused(refcounts.uncounted(end)) if not references.faults else []
     if references.faults and _are_void_read(layout):
         fault = references.faults[0]
         what = f"{fault.what}; so nobody knows whether there is something else now where void bitmaps were"
         raise FormatError(f"{layout.path}: {fault.field}", what)
     if len(references.unfollowed):
         references = _followed(file, layout, references, free)
-        free = free[references.runs.of(free) == 0] if not len(references.unfollowed) else free[:0]
-        end = max(end, references.runs.end)
-    capacity = None if file.growable else size // layout.cluster_size
+        free = references.unused(free) if not len(references.unfollowed) else []
+        end = max(end, references.end)
     return references, Allocator(layout.path, refcounts, end, free, capacity)
 
 
@@ -321,7 +325,7 @@ def _are_void_read(layout: Layout) -> bool:
     return layout.pointer is not None and not layout.valid
 
 
-def _followed(file: File, layout: Layout, references: References, free: NDArray[np.int64]) -> References:
+def _followed(file: File, layout: Layout, references: References, free: list[int]) -> References:
     """The references, followed if that may prove some of these clusters free; else unchanged.
 
     Raises:
@@ -332,36 +336,32 @@ def _followed(file: File, layout: Layout, references: References, free: NDArray[
     needed = not file.growable or _are_void_read(layout)
     followed = None
     if needed or (len(free) and references.cost <= _MOST_FOLLOWED):
-        followed = follow(file, layout, references, free)
+        followed = many.follow(file, layout, references, np.array(free, np.int64))
     if needed and followed is None:
         what = "one leads nowhere sensible, so that nothing is known to be free; run check"
         raise FormatError(f"{layout.path}: L2 tables", what)
     return followed or references
 
 
-def _refuse_shared(layout: Layout, references: References, clusters: Sequence[int]) -> None:
+def _refuse_shared(layout: Layout, references: Few | References, clusters: Sequence[int]) -> None:
     """Refuses to free or write a cluster that two structures share, because the other one would lose it.
 
     Raises:
         FormatError: a cluster is shared.
     """
-    numbers = np.array(clusters, np.int64)
-    shared = numbers[references.runs.of(numbers) > 1]
-    if len(shared):
-        where = f"{layout.path}: cluster {int(shared[0]) * layout.cluster_size:#x}"
+    if shared := references.shared(clusters):
+        where = f"{layout.path}: cluster {shared[0] * layout.cluster_size:#x}"
         raise FormatError(where, "used twice; run check")
 
 
-def _refuse_astray(layout: Layout, references: References, clusters: Sequence[int]) -> None:
+def _refuse_astray(layout: Layout, references: Few | References, clusters: Sequence[int]) -> None:
     """Refuses to write where a broken reference past the end of the file leads, because it would become part of that.
 
     Raises:
         FormatError: a broken reference leads to a cluster that is to be written.
     """
-    numbers = np.array(clusters, np.int64)
-    claimed = numbers[references.astray.of(numbers) > 0]
-    if len(claimed):
-        where = f"{layout.path}: cluster {int(claimed[0]) * layout.cluster_size:#x}"
+    if claimed := references.claimed(clusters):
+        where = f"{layout.path}: cluster {claimed[0] * layout.cluster_size:#x}"
         raise FormatError(where, "to be written, but a reference that makes no sense leads there; run check")
 
 

@@ -8,18 +8,24 @@ refcount table (big-endian u64)      refcount block (one cluster)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from array import array
+from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from dirtmap.engine.model.later import later
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import qcow2
 from dirtmap.fmt.errors import FormatError, StorageError, counted
 from dirtmap.fmt.geometry import ceil_div
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
+
+    Counts = array[int]  # the counts of one block, an element each
+else:  # takes longer to import than a few counts to change
+    later(globals(), np="numpy")
 
 _UNIT = 512  # changed refcounts are written in whole sectors, which a disk writes atomically
 # A search for free clusters stops after so many blocks (32 TiB at 64 KiB clusters), or so many free clusters. It only
@@ -27,6 +33,8 @@ _UNIT = 512  # changed refcounts are written in whole sectors, which a disk writ
 _MOST_BLOCKS = 16384
 _MOST_FREE = 1 << 20
 _PIECE = 1 << 18  # counts in one piece; a block may have 16 million
+_MOST_PLAIN = 1 << 17  # counts that are looked at one by one; more with numpy
+_CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}  # of arrays, by bits of an element
 
 
 class Refcounts:
@@ -45,11 +53,11 @@ class Refcounts:
         self.maximum = (1 << header.refcount_bits) - 1
         size = self.table_clusters * header.cluster_size
         raw = file.read(header.v2.refcount_table_offset, size).ljust(size, b"\0")
-        self.table: NDArray[np.uint64] = qcow2.table_view(raw).astype(np.uint64)
+        self.table: Counts = _native("Q", raw)
         self.table_offset = int(header.v2.refcount_table_offset)
         self.moved_table = False
         self.new_blocks: set[int] = set()
-        self._blocks: dict[int, qcow2.Counts] = {}
+        self._blocks: dict[int, Counts] = {}
         self._changed: dict[int, set[int]] = {}  # by block, the numbers of the changed units
 
     def block_offset(self, index: int) -> int:
@@ -58,7 +66,7 @@ class Refcounts:
         Raises:
             FormatError: the table's entry is not a cluster inside the file.
         """
-        offset = int(self.table[index]) if index < len(self.table) else 0
+        offset = self.table[index] if index < len(self.table) else 0
         bad = offset % self.cluster_size or (
             index not in self.new_blocks and offset + self.cluster_size > self._file_size and offset
         )
@@ -67,7 +75,7 @@ class Refcounts:
             raise FormatError(where, f"{offset:#x} is not a cluster inside the file")
         return offset
 
-    def block(self, index: int) -> qcow2.Counts | None:
+    def block(self, index: int) -> Counts | None:
         """The counts of block ``index``, one per cluster; None if there is no such block, which means all are 0."""
         if index not in self._blocks:
             offset = self.block_offset(index)
@@ -76,20 +84,24 @@ class Refcounts:
             self._blocks[index] = self._read(offset)
         return self._blocks[index]
 
-    def glance(self, index: int) -> qcow2.Counts | None:
+    def glance(self, index: int) -> Counts | None:
         """Like `block`, but not kept in memory, for passes over all blocks; None also for a hole, where all are 0."""
         if index in self._blocks:
             return self._blocks[index]
         offset = self.block_offset(index)
         return self._read(offset) if offset and self._file.has_data(offset, self.cluster_size) else None
 
-    def _read(self, offset: int) -> qcow2.Counts:
-        return qcow2.refcounts_of(self._file.read_exactly(offset, self.cluster_size), self._header.refcount_bits)
+    def _read(self, offset: int) -> Counts:
+        return self._counts(self._file.read_exactly(offset, self.cluster_size))
+
+    def _counts(self, raw: bytes) -> Counts:
+        bits = self._header.refcount_bits
+        return _native(_CODES[bits], raw) if bits >= 8 else array("B", qcow2.refcounts_of(raw, bits).tobytes())
 
     def get(self, cluster: int) -> int:
         """The recorded number of references to a cluster. Errors as `block_offset`."""
         block = self.block(cluster // self.per_block)
-        return 0 if block is None else int(block[cluster % self.per_block])
+        return 0 if block is None else block[cluster % self.per_block]
 
     def set(self, cluster: int, count: int) -> None:
         """Changes one count, in memory.
@@ -112,7 +124,7 @@ class Refcounts:
         if block is not None:
             fit = counts <= self.maximum
             positions = numbers[fit] % self.per_block
-            block[positions] = counts[fit]
+            np.asarray(block)[positions] = counts[fit]
             units = np.unique(positions * self._header.refcount_bits // 8 // _UNIT)
             self._changed.setdefault(index, set()).update(units.tolist())
 
@@ -134,29 +146,51 @@ class Refcounts:
         Raises:
             FormatError: the table reaches far beyond ``known``.
         """
-        indices = np.flatnonzero(self.table)[::-1]
-        indices = indices[indices >= known // self.per_block]
-        for index in indices[:_MOST_BLOCKS].tolist():
+        first = known // self.per_block
+        indices = [first + at for at, offset in enumerate(self.table[first:]) if offset][::-1]
+        for index in indices[:_MOST_BLOCKS]:
             block = self.glance(index)
-            if block is not None and block.any():
-                return max(known, int(index) * self.per_block + int(np.flatnonzero(block)[-1]) + 1)
+            if block is not None and (raw := block.tobytes().rstrip(b"\0")):
+                return max(known, index * self.per_block + ceil_div(len(raw), block.itemsize))
         if len(indices) > _MOST_BLOCKS:
             raise FormatError(f"{self._file.path}: refcount_table", "reaches far beyond the end of the file")
         return known
 
-    def uncounted(self, end: int) -> NDArray[np.int64]:
-        """The numbers of clusters before ``end`` whose count is 0; ascending, int64; not all if there are many."""
-        parts = [np.empty(0, np.int64)]
-        found = 0
-        for index in np.flatnonzero(self.table[: ceil_div(end, self.per_block)])[:_MOST_BLOCKS].tolist():
+    def uncounted(self, end: int) -> list[int]:
+        """The numbers of clusters before ``end`` whose count is 0; ascending; not all if there are many."""
+        found: list[int] = []
+        blocks = [index for index, offset in enumerate(self.table[: ceil_div(end, self.per_block)]) if offset]
+        for index in blocks[:_MOST_BLOCKS]:
             first = index * self.per_block
             block = self.glance(index)
-            if block is not None:
-                parts.append(np.flatnonzero(block[: end - first] == 0)[:_MOST_FREE] + first)
-                found += len(parts[-1])
-            if found >= _MOST_FREE:
+            if block is None:
+                continue
+            counts = block[: end - first]
+            if end > _MOST_PLAIN:
+                found += (np.flatnonzero(np.asarray(counts) == 0)[:_MOST_FREE] + first).tolist()
+            else:
+                found += [first + at for at, count in enumerate(counts) if not count]
+            if len(found) >= _MOST_FREE:
                 break
-        return np.concatenate(parts)
+        return found
+
+    def counted_once(self) -> Set[int] | None:
+        """The clusters whose count is 1; None where another has any other count than 0, or there are many to look at.
+
+        Errors as `block_offset`.
+        """
+        indices = [index for index, offset in enumerate(self.table) if offset]
+        if len(indices) * self.per_block > _MOST_PLAIN:
+            return None
+        found: set[int] = set()
+        for index in indices:
+            if (block := self.glance(index)) is not None:
+                first = index * self.per_block
+                here = [first + at for at, count in enumerate(block) if count]
+                if sum(block) != len(here):
+                    return None
+                found.update(here)
+        return found
 
     def pieces(self) -> Iterator[tuple[int, qcow2.Counts]]:
         """All counts, except those in holes and in blocks that cannot exist.
@@ -165,13 +199,14 @@ class Refcounts:
             The number of a piece's first cluster, and the counts of its clusters.
         """
         last = np.uint64(max(0, self._file_size - self.cluster_size))
-        possible = (self.table % np.uint64(self.cluster_size) == 0) & (self.table <= last)
-        indices = np.flatnonzero((self.table != 0) & possible)
+        table = np.asarray(self.table)
+        possible = (table % np.uint64(self.cluster_size) == 0) & (table <= last)
+        indices = np.flatnonzero((table != 0) & possible)
         # Sorted by offset, each block once: if several entries lead to one block, it is the first entry's.
-        offsets, first = np.unique(self.table[indices], return_index=True)
+        offsets, first = np.unique(table[indices], return_index=True)
         found = [int(indices[first[at]]) for at in self._file.with_data(offsets.data, self.cluster_size)]
         for index in sorted(found):
-            block = self._read(self.block_offset(index))
+            block = np.asarray(self._read(self.block_offset(index)))
             for at in range(0, self.per_block, _PIECE):
                 yield index * self.per_block + at, block[at : at + _PIECE]
 
@@ -184,11 +219,11 @@ class Refcounts:
         """Adds an empty block ``index``, to be written at that cluster. The table must be long enough."""
         self.new_blocks.add(index)
         self.table[index] = cluster * self.cluster_size
-        self._blocks[index] = qcow2.refcounts_of(bytes(self.cluster_size), self._header.refcount_bits)
+        self._blocks[index] = self._counts(bytes(self.cluster_size))
 
     def move_table(self, cluster: int, clusters: int) -> None:
         """Replaces the table by a longer one, to be written at that cluster."""
-        table = np.zeros(clusters * self.cluster_size // qcow2.TABLE_ENTRY_SIZE, np.uint64)
+        table = array("Q", bytes(clusters * self.cluster_size))
         table[: len(self.table)] = self.table
         self.table, self.table_offset, self.moved_table = table, cluster * self.cluster_size, True
 
@@ -196,7 +231,7 @@ class Refcounts:
         """The writes for all counts changed since the last call, as (offset in bytes, bytes). New blocks are whole."""
         writes = []
         for index, units in sorted(self._changed.items()):
-            raw = qcow2.refcount_block(self._blocks[index], self._header.refcount_bits)
+            raw = self._packed(self._blocks[index])
             offset = self.block_offset(index)
             if index in self.new_blocks:
                 writes.append((offset, raw))
@@ -207,7 +242,24 @@ class Refcounts:
 
     def table_bytes(self) -> bytes:
         """The whole table as it is to be on disk."""
-        return self.table.astype(">u8").tobytes()
+        return _big_endian(self.table)
+
+    def _packed(self, block: Counts) -> bytes:
+        bits = self._header.refcount_bits
+        return _big_endian(block) if bits >= 8 else qcow2.refcount_block(np.asarray(block), bits)
+
+
+def _native(code: str, raw: bytes) -> Counts:
+    """The big-endian numbers in ``raw``; ``code`` is that of their type in an array."""
+    numbers = array(code, raw)
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers
+
+
+def _big_endian(numbers: Counts) -> bytes:
+    """The inverse of `_native`."""
+    return _native(numbers.typecode, numbers.tobytes()).tobytes()
 
 
 class Allocator:
@@ -220,18 +272,16 @@ class Allocator:
         path: of the image, for messages.
         refcounts: to be changed.
         end: number of the first cluster past the end of the file and of everything counted or referenced.
-        proven: numbers of clusters inside the file that are proven free; ascending, int64.
+        proven: numbers of clusters inside the file that are proven free; ascending.
         capacity: number of clusters that the file can ever have, if it is a block device; None for no limit.
     """
 
-    def __init__(
-        self, path: str, refcounts: Refcounts, end: int, proven: NDArray[np.int64], capacity: int | None
-    ) -> None:
+    def __init__(self, path: str, refcounts: Refcounts, end: int, proven: Sequence[int], capacity: int | None) -> None:
         self._path = path
         self._refcounts = refcounts
         self._cluster_size = refcounts.cluster_size
         self._end = end
-        self._free = proven
+        self._free = [*reversed(proven)]  # so that the lowest is the cheapest to take
         self._capacity = capacity
         self._uncovered: set[int] = set()
 
@@ -261,20 +311,15 @@ class Allocator:
         return first
 
     def _find_free(self, clusters: int) -> int | None:
-        #  free:     4 5   9 10 11   20          for 3 adjacent: free[i + 2] - free[i] == 2
-        #  start       no  ^yes
-        if clusters == 1 and len(self._free):
-            first, self._free = int(self._free[0]), self._free[1:]
-            return first
-        span = clusters - 1
-        if len(self._free) <= span:
-            return None
-        starts = np.flatnonzero(self._free[span:] - self._free[: len(self._free) - span] == span)
-        if not len(starts):
-            return None
-        first = int(self._free[starts[0]])
-        self._free = np.delete(self._free, np.arange(starts[0], starts[0] + clusters))
-        return first
+        #  free:     20   11 10 9   5 4          for 3 adjacent: free[i - 2] - free[i] == 2
+        #  first                ^yes  no
+        free, span = self._free, clusters - 1
+        for at in range(len(free) - 1, span - 1, -1):
+            if free[at - span] - free[at] == span:
+                first = free[at]
+                del free[at - span : at + 1]
+                return first
+        return None
 
     def _count(self, cluster: int) -> None:
         index = cluster // self._refcounts.per_block

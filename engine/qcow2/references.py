@@ -13,7 +13,7 @@ a large image `walk` follows everything but L2 tables, and `follow` streams thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -137,6 +137,29 @@ class References:
     faults: list[Fault] = field(default_factory=list)
     unfollowed: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     cost: int = 0
+
+    @property
+    def end(self) -> int:
+        """The number of the first cluster behind all that are referenced."""
+        return self.runs.end
+
+    def unused(self, clusters: Sequence[int]) -> list[int]:
+        """Those of the clusters that nothing refers to, as far as it was followed."""
+        numbers = np.array(clusters, np.int64)
+        found: list[int] = numbers[self.runs.of(numbers) == 0].tolist()
+        return found
+
+    def shared(self, clusters: Sequence[int]) -> list[int]:
+        """Those of the clusters that are referenced more than once."""
+        numbers = np.array(clusters, np.int64)
+        found: list[int] = numbers[self.runs.of(numbers) > 1].tolist()
+        return found
+
+    def claimed(self, clusters: Sequence[int]) -> list[int]:
+        """Those of the clusters to which broken references lead; see ``astray``."""
+        numbers = np.array(clusters, np.int64)
+        found: list[int] = numbers[self.astray.of(numbers) > 0].tolist()
+        return found
 
     @classmethod
     def unknown(cls, why: str) -> References:

@@ -36,12 +36,12 @@ import os
 from dataclasses import dataclass
 from itertools import islice
 
-import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
 from dirtmap.fmt import geometry, live
+from dirtmap.fmt.digest import crc32c_after
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.live import (
     build_beat,
@@ -59,7 +59,7 @@ _SUFFIXES = ".intent", ".2.intent"
 _OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; no log is that long
 _PER_SECTOR = 512 // live.LOG_RECORD_SIZE
 # CRC32C a byte at a time: what each low byte of the state adds, and which low byte left that top byte behind.
-_ADDED = np.array([crc32c.crc32c(bytes([byte]), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)], np.uint32)
+_ADDED = np.array([crc32c_after(0xFFFFFFFF, bytes([byte])) ^ 0xFFFFFFFF for byte in range(256)], np.uint32)
 _LOW_BYTE = np.argsort(_ADDED >> 24).astype(np.uint32)
 
 

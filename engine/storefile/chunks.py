@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +23,7 @@ from dirtmap.engine.model import bits
 from dirtmap.engine.storefile.entries import Tree
 from dirtmap.engine.system import memory
 from dirtmap.fmt import geometry, store
+from dirtmap.fmt.digest import crc32c
 from dirtmap.fmt.errors import counted
 from dirtmap.fmt.store import ALL_ONES, ALL_ZEROS, Area
 
@@ -188,7 +188,7 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
         parts: list[tuple[Positions, NDArray[np.uint64], Positions]] = []
         for number, place, checksum in zip(index.tolist(), places.tolist(), checksums.tolist(), strict=True):
             data = snapshot.file.read(place, shape.cluster)
-            if len(data) < shape.cluster or crc32c.crc32c(data) != checksum:
+            if len(data) < shape.cluster or crc32c(data) != checksum:
                 snapshot.doubted = True
                 found.lose(level, number, number + 1, place)
                 continue
@@ -378,7 +378,8 @@ def carry_over(snapshot: Snapshot, tree: Tree, change: Change) -> tuple[tuple[in
 
 def checksums(data: memoryview, cluster: int) -> Positions:
     """The CRC32C of each cluster of ``data``."""
-    return np.array([crc32c.crc32c(data[at : at + cluster]) for at in range(0, len(data), cluster)], np.int64)
+    octets = np.frombuffer(data, np.uint8)
+    return np.array([crc32c(octets[at : at + cluster]) for at in range(0, len(octets), cluster)], np.int64)
 
 
 # What is read.
@@ -610,7 +611,7 @@ def _seal(change: Change, old: Found, chunks: Positions, pointers: Pointers) -> 
         _release(change, np.array([old.at[level, n] for n in numbers if (level, n) in old.at], np.int64))
         for at, offset in zip(written, _offsets(change, len(written)).tolist(), strict=True):
             data = old.nodes[level, numbers[at]].tobytes()
-            pointers[at] = (offset, crc32c.crc32c(data), 0)
+            pointers[at] = (offset, crc32c(data), 0)
             change.plan(offset, data)
         index = np.array(numbers, np.int64)
     return int(pointers["place"][0]), int(pointers["checksum"][0])

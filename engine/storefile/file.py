@@ -22,8 +22,6 @@ from functools import partial
 from time import time_ns
 from typing import Any, TypeVar
 
-import crc32c
-
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Chosen, Header, Seen
 from dirtmap.engine.storefile.place import is_elsewhere
@@ -34,6 +32,7 @@ from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.engine.system.order import Rank
 from dirtmap.fmt import store
+from dirtmap.fmt.digest import crc32c
 from dirtmap.fmt.directory import parse_table
 from dirtmap.fmt.errors import FormatError, GoneError, LockedError, StorageError, UnsupportedError
 from dirtmap.fmt.geometry import ceil_div
@@ -134,7 +133,7 @@ class Snapshot:
         if not area.length:
             return b""
         data = self.file.read(area.offset, area.length)
-        if len(data) < area.length or crc32c.crc32c(data) != area.checksum:
+        if len(data) < area.length or crc32c(data) != area.checksum:
             self.doubted = True
             raise FormatError(f"{self.file.path}: {what} at {area.offset:#x}", f"its checksum is wrong; {remedy}")
         return data
@@ -447,7 +446,7 @@ class Change:
         self.afterwards: list[Callable[[], None]] = []
         self.superseded: set[int] = set()
 
-    def place(self, data: bytes | memoryview) -> Area:
+    def place(self, data: bytes) -> Area:
         """Finds room for bytes, and plans their writing by the commit. Errors as `SpaceMap.take`."""
         length = len(data)
         if not length:
@@ -455,7 +454,7 @@ class Change:
         cluster = self.space.take(ceil_div(length, self.header.cluster_size))
         offset = cluster * self.header.cluster_size
         self.plan(offset, data)
-        return Area(offset, length, crc32c.crc32c(data))
+        return Area(offset, length, crc32c(data))
 
     def take(self, count: int) -> list[tuple[int, int]]:
         """Finds so many clusters, for `plan`: runs, (first, count). Errors as `SpaceMap.take_runs`."""
@@ -548,7 +547,7 @@ def create(
     used = first + 2  # a leaf, the space map's root
     leaf = ((1 << used) - 1).to_bytes(cluster, "little")
     leaf_offset = first * cluster
-    root = LEAF.build(offset=leaf_offset, free=store.leaf_clusters(cluster) - used, checksum=crc32c.crc32c(leaf))
+    root = LEAF.build(offset=leaf_offset, free=store.leaf_clusters(cluster) - used, checksum=crc32c(leaf))
     header = Header(
         uuid=store_uuid or uuid.uuid4().bytes,
         generation=generation,
@@ -559,7 +558,7 @@ def create(
         table=Area(),
         depth=0,
         namespaces=0,
-        space=Area((first + 1) * cluster, len(root), crc32c.crc32c(root)),
+        space=Area((first + 1) * cluster, len(root), crc32c(root)),
         released=Area(),
         commit_time=time_ns(),
     )

@@ -27,9 +27,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import crc32c
-
 from dirtmap.fmt import store
+from dirtmap.fmt.digest import crc32c
 from dirtmap.fmt.errors import FormatError, UnsupportedError
 from dirtmap.fmt.extensions import Chain, build_chain, parse_chain
 from dirtmap.fmt.identity import NO_FILE_PLACE, FilePlace
@@ -151,7 +150,7 @@ def build_block(header: Header, number: int) -> bytes:
 
 
 def _sealed(checked: bytes) -> bytes:
-    return checked + CHECKSUM.build(checksum=crc32c.crc32c(checked))
+    return checked + CHECKSUM.build(checksum=crc32c(checked))
 
 
 def as_copy(block: bytes, number: int, *, followed: bool = False) -> bytes:
@@ -164,7 +163,7 @@ def is_whole(block: bytes, number: int) -> bool:
     """True where the copy that is block ``number`` of the file is complete, in place, and its checksum right."""
     if len(block) < store.BLOCK or not block.startswith(store.MAGIC) or not _is_in_place(block, number):
         return False
-    return bool(CHECKSUM.parse(block, _CHECKED).checksum == crc32c.crc32c(block[:_CHECKED]))
+    return bool(CHECKSUM.parse(block, _CHECKED).checksum == crc32c(block[:_CHECKED]))
 
 
 def _is_in_place(block: bytes, number: int) -> bool:

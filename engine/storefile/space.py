@@ -21,9 +21,8 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 
-import crc32c
-
 from dirtmap.fmt import store
+from dirtmap.fmt.digest import crc32c
 from dirtmap.fmt.errors import FormatError, StorageError, counted
 from dirtmap.fmt.geometry import ceil_div
 from dirtmap.fmt.parsers.store import LEAF, RUN
@@ -277,7 +276,7 @@ def _written(writes: list[Write], offset: int, raw: bytes) -> Area:
     if not raw:
         return Area()
     writes.append((offset, raw))
-    return Area(offset, len(raw), crc32c.crc32c(raw))
+    return Area(offset, len(raw), crc32c(raw))
 
 
 def _ones(count: int) -> int:

@@ -227,7 +227,7 @@ def test_too_many_tables_are_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
     """The time of a change is bounded: such an image grows."""
     monkeypatch.setattr(commit, "_PROOF_BUDGET", 0)
     monkeypatch.setattr(commit, "_MOST_FOLLOWED", 4096)
-    monkeypatch.setattr(commit, "follow", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(references, "follow", lambda *_: pytest.fail("read"))
     path = build(tmp_path, "plain")
     before = path.stat().st_size
     for number in range(4):

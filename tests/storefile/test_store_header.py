@@ -65,7 +65,7 @@ def test_every_flipped_bit_of_a_header_is_noticed(header: Header) -> None:
     block = bytearray(headers.build_block(header, 0))
     for bit in range(store.BLOCK * 8):
         block[bit // 8] ^= 1 << bit % 8
-        assert not headers.is_whole(block, 0)
+        assert not headers.is_whole(bytes(block), 0)
         block[bit // 8] ^= 1 << bit % 8
 
 

@@ -335,18 +335,63 @@ def test_images_in_use(image: Path) -> None:
     assert before != held
 
 
-def test_list_starts_fast(image: Path) -> None:
-    """By what it leaves out: neither numpy nor rich, nor anything else that takes long."""
+# What takes longer to import than a command that touches no bits to do its work.
+SLOW = {
+    *("argparse", "asyncio", "concurrent.futures", "construct", "crc32c", "dirtmap.fmt.structures", "hashlib"),
+    *("hypothesis", "importlib.metadata", "json", "logging", "multiprocessing", "numpy", "pdb", "pickle", "rich"),
+    *("socket", "subprocess", "tempfile", "traceback", "zipfile"),
+}
+
+
+def imported(*arguments: str | Path) -> set[str]:
+    """The modules that a command has imported when it ends, all going well."""
     run = "import sys\nfrom dirtmap.tools.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
-    for arguments in (["list", image], ["list", "--output=json", image]):
-        done = subprocess.run(
-            [sys.executable, "-c", run, *arguments], capture_output=True, check=True, text=True, timeout=60
-        )
-        imported = set(done.stderr.split())
-        for slow in ("numpy", "rich", "importlib.metadata", "asyncio", "multiprocessing", "hypothesis"):
-            assert slow not in imported
-        ours = {name for name in imported if name.startswith("dirtmap.tools.")}
-        assert ours == {f"dirtmap.tools.{name}" for name in ("cli", "exits", "list", "options", "output", "sizes")}
+    done = subprocess.run(
+        [sys.executable, "-c", run, *arguments], capture_output=True, check=False, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("where", ["image", "store"])
+def test_commands_that_touch_no_bits_start_fast(image: Path, tmp_path: Path, where: str) -> None:
+    """By what they leave out: neither numpy nor construct, nor anything else that takes long."""
+    target: str | Path = image
+    if where == "store":
+        (tmp_path / "disk.raw").write_bytes(bytes(MIB))
+        dirtmap("node", "add", "drive0", tmp_path / "disk.raw")
+        dirtmap("add", "drive0", "b0")
+        target = "drive0"
+    commands: list[tuple[str | Path, ...]] = [
+        ("list", target),
+        ("disable", target, "b0"),
+        ("enable", target, "b0"),
+        ("add", target, "b1"),
+        ("rename", target, "b1", "b2"),
+        ("remove", target, "b2"),
+        ("find", "b0"),
+        ("node", "list"),
+    ]
+    if where == "image":
+        assert imported("node", "add", "drive1", image) & SLOW == {"hashlib"}, "the name of its record is a digest"
+        commands += [("node", "rename", "drive1", "drive2"), ("check", image)]
+    for arguments in commands:
+        assert imported(*arguments) & SLOW == set(), arguments
+
+
+def test_a_command_imports_no_other(image: Path) -> None:
+    ours = {name for name in imported("list", image) if name.startswith("dirtmap.tools.")}
+    assert ours == {f"dirtmap.tools.{name}" for name in ("cli", "exits", "list", "options", "output", "sizes")}
+    assert "json" in imported("list", "--output=json", image)
+
+
+def test_a_map_takes_numpy_and_the_kernels(image: Path) -> None:
+    found = imported("map", image, "b0")
+    assert {"numpy", "dirtmap.engine.model._bits"} <= found
+    alone = subprocess.run(
+        [sys.executable, "-c", "import sys, numpy; print(*sys.modules)"], capture_output=True, check=True, text=True
+    )
+    assert not (found & SLOW) - set(alone.stdout.split())
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
