@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dirtmap.engine.model import bits
 from dirtmap.fmt import geometry
@@ -31,7 +30,7 @@ BLOCK: Final = 1 << 23
 # Bits of a page, the unit in which a change in place is kept: those of a chunk in a store with the usual clusters.
 PAGE: Final = 1 << 15
 # Pages that are kept as words before it is tried to keep them in less.
-_LOOSE = 1 << 14
+_LOOSE = 1 << 12
 
 
 class Content(Protocol):
@@ -277,13 +276,14 @@ class Resized:
         return words
 
 
-_Runs = tuple[NDArray[np.uint16], NDArray[np.uint16]]  # firsts and lasts, in a page
-
-
 class Sparse:
-    """Bits of which few are set, in pages, where there are any: each as words, as runs, or True if all are."""
+    """Bits of which few are set, in pages, where there are any.
 
-    def __init__(self, nbits: int, pages: Mapping[int, bits.Words | _Runs | bool] | None = None) -> None:
+    A page is kept as its words; as its runs, where each begins and then where each ends, uint16; or True where all of
+    its bits are set.
+    """
+
+    def __init__(self, nbits: int, pages: Mapping[int, bits.Words | bytes | bool] | None = None) -> None:
         self.nbits = nbits
         self._pages = dict(pages or {})
         self._loose: set[int] = set()  # pages that are words of its own, and that may take less as runs
@@ -365,9 +365,9 @@ class Sparse:
         number = min(PAGE, self.nbits - page * PAGE)
         if isinstance(value, bool):
             return bits.filled(number, value)
-        if isinstance(value, tuple):
-            words = bits.zeros(number)
-            bits.scatter(words, value[0].astype(np.int64), value[1].astype(np.int64))
+        if isinstance(value, bytes):
+            words, runs = bits.zeros(number), np.frombuffer(value, np.uint16).astype(np.int64)
+            bits.scatter(words, *runs.reshape(2, -1))
             return words
         return value
 
@@ -387,7 +387,7 @@ class Sparse:
             words = self._words(page)
             starts, lengths = bits.extents(words, len(words) * 64)
             if len(starts) * 4 < words.nbytes // 2:
-                self._pages[page] = starts.astype(np.uint16), (starts + lengths - 1).astype(np.uint16)
+                self._pages[page] = np.append(starts, starts + lengths - 1).astype(np.uint16).tobytes()
             else:
                 self._pages[page] = words.copy()  # not as a part of an array whose other pages are gone
         self._loose.clear()
