@@ -285,7 +285,8 @@ class Condition:
             if bitmap._nbits > LARGE:
                 source.snapshot = self.snapshot.pinned()
                 bitmap = self._lazy(entry, source)
-                _ = bitmap.count  # which verifies all of them, and tells what is damaged
+                _ = bitmap.count  # which verifies all of them
+                bitmap.damage = source.damage
             else:
                 _ = bitmap.words
         return bitmap.freeze()
