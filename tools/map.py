@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dirtmap.engine import Host
 
     Positions = NDArray[np.int64]
+    Extents = Iterator[tuple[Positions, Positions]]
 
 _DESCRIPTIONS = ("clean", "dirty")
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
@@ -64,7 +65,6 @@ def map_command(
         found = usable(image.where, image, bitmap)
         tell_doubt(image, image.doubt())
         tell_damage(image, bitmap, found)
-    offsets, lengths = found.extents()
     if quiet:
         return
     if picture:
@@ -73,18 +73,18 @@ def map_command(
         for row in draw(f"{image.path}: {bitmap}", found, colour=colourful()):
             print(row)
     elif totals:
-        _sum_up(found.size, int(lengths.sum()), dirty_only, output)
+        _sum_up(found.size, sum(int(lengths.sum()) for _, lengths in found.extents_by_parts()), dirty_only, output)
     elif output == "json":
         sys.stdout.write("[\n")
         separator = ",\n"
         skip = len(separator)
-        for text in _text(found.size, offsets, lengths, dirty_only, separator + _JSON, _DESCRIPTIONS):
+        for text in _text(found.size, found.extents_by_parts(), dirty_only, separator + _JSON, _DESCRIPTIONS):
             sys.stdout.write(text[skip:])
             skip = 0
         sys.stdout.write("\n]\n")
     else:
         shown = ("clean", f"{_RED}dirty{_PLAIN}") if colourful() else _DESCRIPTIONS
-        for text in _text(found.size, offsets, lengths, dirty_only, "%%10d  %%10d  %3d  %s\n", shown):
+        for text in _text(found.size, found.extents_by_parts(), dirty_only, "%%10d  %%10d  %3d  %s\n", shown):
             sys.stdout.write(text)
 
 
@@ -101,30 +101,29 @@ class _Run(NamedTuple):
     lengths: Positions
 
 
-def _text(
-    size: int, offsets: Positions, lengths: Positions, dirty_only: bool, line: str, descriptions: tuple[str, str]
-) -> Iterator[str]:
+def _text(size: int, extents: Extents, dirty_only: bool, line: str, descriptions: tuple[str, str]) -> Iterator[str]:
     """The extents as text, thousands of lines at a time, which takes a fifth of the time of one by one."""
     import numpy as np
 
     lines = [line % (kind, description) for kind, description in enumerate(descriptions)]
-    for run in _dirty_runs(offsets, lengths) if dirty_only else _runs(size, offsets, lengths):
+    for run in _dirty_runs(extents) if dirty_only else _runs(size, extents):
         turns = (lines[run.first], lines[1 - run.first]) if run.alternating else (lines[run.first],)
         template = "".join(islice(cycle(turns), len(run.offsets)))
         yield template % tuple(np.stack((run.offsets, run.lengths), axis=1).ravel().tolist())
 
 
-def _dirty_runs(offsets: Positions, lengths: Positions) -> Iterator[_Run]:
-    for start in range(0, len(offsets), _BLOCK):
-        yield _Run(1, False, offsets[start : start + _BLOCK], lengths[start : start + _BLOCK])
+def _dirty_runs(extents: Extents) -> Iterator[_Run]:
+    for offsets, lengths in extents:
+        for start in range(0, len(offsets), _BLOCK):
+            yield _Run(1, False, offsets[start : start + _BLOCK], lengths[start : start + _BLOCK])
 
 
-def _runs(size: int, offsets: Positions, lengths: Positions) -> Iterator[_Run]:
+def _runs(size: int, extents: Extents) -> Iterator[_Run]:
     """The extents of the whole disk: before each dirty extent the clean one, and at last the rest."""
     import numpy as np
 
     done = 0
-    for part in _dirty_runs(offsets, lengths):
+    for part in _dirty_runs(extents):
         edges = np.empty(2 * len(part.offsets) + 1, np.int64)
         edges[0] = done
         edges[1::2] = part.offsets

@@ -43,10 +43,12 @@ def draw(title: str, bitmap: Bitmap, *, colour: bool) -> Iterator[str]:
     while each * width * _MOST_ROWS < bitmap.size:
         each *= 2
 
-    offsets, lengths = bitmap.extents()
     edges = np.append(np.arange(-(-bitmap.size // each), dtype=np.int64) * each, bitmap.size)
-    characters = np.array(list(shades))[_levels(edges, offsets, lengths)]
-    dirty = int(lengths.sum())
+    before = np.zeros_like(edges)  # dirty bytes before each edge
+    for offsets, lengths in bitmap.extents_by_parts():
+        before += _dirty_before(edges, offsets, lengths)
+    characters = np.array(list(shades))[_levels(edges, before)]
+    dirty = int(before[-1])
     share = human_share(dirty, bitmap.size) or "0%"
     yield f"{printable(title)}: {human_size(dirty)} of {human_size(bitmap.size)} dirty ({share})"
     for row in range(0, len(characters), width):
@@ -57,9 +59,9 @@ def draw(title: str, bitmap: Bitmap, *, colour: bool) -> Iterator[str]:
     yield f"{'':{_LABEL_WIDTH}}  {shades[0]} clean  {shades[1:]} dirty; a character is {human_size(each)}"
 
 
-def _levels(edges: Positions, offsets: Positions, lengths: Positions) -> NDArray[Any]:
+def _levels(edges: Positions, before: Positions) -> NDArray[Any]:
     """The shade of each part of the disk, from 0 (clean) to 4 (dirty all over); any dirt at all makes it at least 1."""
-    dirty, size = np.diff(_dirty_before(edges, offsets, lengths)), np.diff(edges)
+    dirty, size = np.diff(before), np.diff(edges)
     return np.where(dirty == 0, 0, np.where(dirty == size, 4, 1 + (dirty / size * 3).astype(np.int64).clip(0, 2)))
 
 

@@ -12,7 +12,7 @@ cut the last granule short. Rounding never loses a dirty byte: `mark` rounds out
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final, Protocol, SupportsIndex, final
 
 from dirtmap.engine.model.later import later
@@ -23,13 +23,19 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dirtmap.engine.model import bits
-else:  # a bitmap whose content nobody looks at needs neither
-    later(globals(), np="numpy", bits="dirtmap.engine.model.bits")
+    from dirtmap.engine.model import bits, content
+    from dirtmap.engine.model.content import Content
+else:  # a bitmap whose content nobody looks at needs none of them
+    later(globals(), np="numpy", bits="dirtmap.engine.model.bits", content="dirtmap.engine.model.content")
 
 DEFAULT_GRANULARITY: Final = geometry.MAX_DEFAULT_GRANULARITY
 # What errors name: a bitmap knows neither its name nor its file.
 WHERE: Final = "bitmap"
+# Bits. What is changed of more of them, in a container, is kept by itself, so that a commit need not look at all.
+_SEVERAL: Final = 1 << 20
+# Changes in place, and one part in so many of the pages, after which it takes less time to load all bits.
+_MANY: Final = 1 << 12
+_SHARE: Final = 8
 # "May be in use": only the container's lock tells whether the writer is alive, and it is not looked at here.
 INCONSISTENT: Final = "inconsistent: in use by a writer, or left so by one that died; then recover or remove it"
 
@@ -57,6 +63,9 @@ class Source(Protocol):
             FormatError, StorageError: the container is damaged, or cannot be read.
         """
 
+    def open(self) -> Content:
+        """The content, of which parts are read when they are asked for. Errors as `load`, also from each part."""
+
 
 @final
 class Bitmap:
@@ -79,9 +88,14 @@ class Bitmap:
 
     Raises:
         BitmapError: size or granularity is out of range.
+
+    A bitmap of more than `content.LARGE` bits, 32 MiB of them, is not in memory. It is an expression, of which every
+    operation looks at a part after the other. What takes memory is what was changed in place; what `extents`, `words`
+    and `packed` return; and nothing else.
     """
 
     __slots__ = (
+        "_content",
         "_count",
         "_fill",
         "_marker",
@@ -107,9 +121,11 @@ class Bitmap:
         self.inconsistent = self.busy = self.frozen = False
         # Where the content was loaded from, as long as it is unchanged: a container need not write it again.
         self._source: Source | None = None
-        # None: the content is still in the source; without one, all bits are `_fill`. A read-only array is shared:
-        # `_writable`.
+        # None: it is `_content`, or is still in the source; without one, all bits are `_fill`. A read-only array is
+        # shared: `_writable`.
         self._words: bits.Words | None = None
+        # What the parts of a content that is not in memory come from.
+        self._content: Content | None = None
         self._fill = False
         self.damage: str | None = None
         # How many bits are set, where that is known.
@@ -164,6 +180,15 @@ class Bitmap:
         return bitmap
 
     @classmethod
+    def _of(cls, size: int, granularity: int, found: Content, recording: bool) -> Bitmap:
+        """A bitmap with that content; in memory, if it is not large."""
+        bitmap = cls(size, granularity, recording)
+        bitmap._content = found
+        if not bitmap._is_large:
+            bitmap._load()
+        return bitmap
+
+    @classmethod
     def _lazy(cls, size: int, granularity: int, recording: bool, inconsistent: bool, source: Source | None) -> Bitmap:
         """A bitmap whose content is still unread in its container."""
         bitmap = cls(size, granularity, recording)
@@ -190,9 +215,9 @@ class Bitmap:
         """Dirty bytes, counted as QEMU does: in whole granules, even where the last granule is cut short."""
         if (fill := self._uniform()) is not None:
             return self._nbits * self.granularity if fill else 0
-        words = self._load()
         if self._count is None:
-            self._count, self._marker = bits.count(words), None
+            found = self._parts()
+            self._count, self._marker = content.count(found), None
         return self._count * self.granularity
 
     def extents(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -200,7 +225,18 @@ class Bitmap:
         if (fill := self._uniform()) is not None:
             runs = 1 if fill and self.size else 0
             return np.zeros(runs, np.int64), np.full(runs, self.size, np.int64)
-        return bits.extents(self._load(), self.size, self.granularity)
+        if not self._is_large:
+            return bits.extents(self._load(), self.size, self.granularity)
+        parts = list(self.extents_by_parts()) or [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        offsets, lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return offsets, lengths
+
+    def extents_by_parts(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """The same as `extents`, some millions at a time: all of them can take 64 times the memory of the bits."""
+        if self._uniform() is not None or not self._is_large:
+            yield self.extents()
+        else:
+            yield from content.extents(self._parts(lasting=True), self.size, self.granularity)
 
     # Changes in place.
 
@@ -214,11 +250,13 @@ class Bitmap:
         if bits.mark(self._marker, offset, length):
             return
         offset, end = self._range(offset, length)
-        words = self._writable()
+        first, last = offset // self.granularity, geometry.ceil_div(end, self.granularity) if length else 0
+        if isinstance(there := self._writable(), content.Changed):
+            there.set(first, last, True)
+            return
         if self._marker is None:
-            self._marker = bits.Marker(words, self.size, self.granularity)
-        if offset < end:
-            bits.set_range(words, offset // self.granularity, geometry.ceil_div(end, self.granularity))
+            self._marker = bits.Marker(there, self.size, self.granularity)
+        bits.set_range(there, first, last)
 
     def mark_many(self, offsets: Iterable[SupportsIndex], lengths: Iterable[SupportsIndex]) -> None:
         """Like `mark` for each offset and its length, all or none. Fast for numpy arrays, exact for any integers.
@@ -233,7 +271,11 @@ class Bitmap:
         bad = bits.first_outside(offset, length, self.size)
         if bad is not None:
             self._range(offset[bad], length[bad])  # raises
-        bits.mark_ranges(self._writable(), offset, length, self.granularity)
+        if isinstance(there := self._writable(len(offset)), content.Changed):
+            offset, length = offset[length > 0], length[length > 0]
+            there.scatter(offset // self.granularity, (offset + (length - 1)) // self.granularity)
+        else:
+            bits.mark_ranges(there, offset, length, self.granularity)
 
     def clear(self, offset: SupportsIndex, length: SupportsIndex) -> None:
         """Makes every granule clean whose bytes on the disk are all in the range.
@@ -244,7 +286,11 @@ class Bitmap:
         """
         offset, end = self._range(offset, length)
         whole = self._nbits if end == self.size else end // self.granularity
-        bits.clear_range(self._writable(), geometry.ceil_div(offset, self.granularity), whole)
+        first = geometry.ceil_div(offset, self.granularity)
+        if isinstance(there := self._writable(), content.Changed):
+            there.set(first, whole, False)
+        else:
+            bits.clear_range(there, first, whole)
 
     def freeze(self) -> Bitmap:
         """Refuses every change in place from now on; returns the bitmap itself."""
@@ -275,7 +321,10 @@ class Bitmap:
         other.busy = self.busy if busy is None else busy
         if self._words is not None:
             self._words.flags.writeable, self._marker = False, None
+        if isinstance(self._content, content.Changed):
+            self._content.shared = True
         other.inconsistent, other._source, other._words = self.inconsistent, self._source, self._words
+        other._content = self._content
         other._fill, other.damage = self._fill, self.damage
         other._count = self._count
         return other
@@ -292,13 +341,11 @@ class Bitmap:
         Raises:
             BitmapError: no disk can have that size, or the bitmap is inconsistent.
         """
-        other = Bitmap(size, self.granularity, self.recording)
-        offsets, lengths = self.extents()
-        kept = offsets < size
-        other.mark_many(offsets[kept], np.minimum(lengths[kept], size - offsets[kept]))
-        if size > self.size:
-            other.mark(self.size, size - self.size)
-        return other
+        nbits = Bitmap(size, self.granularity)._nbits
+        dirty = self.size // self.granularity if size > self.size else nbits  # also what was cut short
+        return self._of(
+            size, self.granularity, content.Resized(self._parts(lasting=True), nbits, dirty), self.recording
+        )
 
     def at(self, granularity: SupportsIndex) -> Bitmap:
         """The same dirty bytes at another granularity in bytes, rounded outward where that is coarser.
@@ -307,8 +354,16 @@ class Bitmap:
             BitmapError: no bitmap can have that granularity, or the bitmap is inconsistent.
         """
         granularity = checked_granularity(granularity)
-        words = self._words_at(granularity)
-        return self.copy() if granularity == self.granularity else self._like(granularity, words)
+        if granularity == self.granularity:
+            self._parts()  # raises
+            return self.copy()
+        if self._is_large or geometry.granules(self.size, granularity) > content.LARGE:
+            return self._of(self.size, granularity, self._parts_at(granularity, lasting=True), self.recording)
+        return self._like(granularity, self._words_at(granularity))
+
+    def _anew(self) -> Bitmap:
+        """The same content as one that is not in a container, so that a commit writes what is different there."""
+        return self._of(self.size, self.granularity, self._parts(lasting=True), self.recording)
 
     def __or__(self, other: Bitmap) -> Bitmap:
         return self._combined(other, bits.OR)
@@ -332,7 +387,7 @@ class Bitmap:
         if not isinstance(other, Bitmap):
             return NotImplemented
         finer = min(self.granularity, other.granularity)
-        return self.size == other.size and np.array_equal(self._words_at(finer), other._words_at(finer))
+        return self.size == other.size and content.is_equal(self._parts_at(finer), other._parts_at(finer))
 
     def __repr__(self) -> str:
         flags = [flag for flag in ("recording", "inconsistent", "busy", "frozen") if getattr(self, flag)]
@@ -349,30 +404,93 @@ class Bitmap:
         if self.inconsistent:
             raise BitmapError(WHERE, "inconsistent; recover it first")
         if self._words is None:
-            if self._source is None:
+            if self._content is not None:
+                words = content.load(self._content)
+            elif self._source is None:
                 words = bits.filled(self._nbits, self._fill)
             else:
                 words = self._source.load()
+                bits.mask_tail(words, self._nbits)
                 self.damage = self._source.damage
-            bits.mask_tail(words, self._nbits)
-            self._words = words
+            self._words, self._content = words, None
         return self._words
+
+    @property
+    def _is_large(self) -> bool:
+        return self._nbits > content.LARGE
+
+    def _parts(self, *, lasting: bool = False) -> Content:
+        """The content, for reading part by part; where it is ``lasting``, it stays whatever becomes of this bitmap."""
+        if self.inconsistent:
+            raise BitmapError(WHERE, "inconsistent; recover it first")
+        if (fill := self._uniform()) is not None:
+            return content.Uniform(self._nbits, fill)
+        if self._content is None and not self._is_large:
+            self._load()
+        if self._words is not None:
+            if lasting:
+                self._words.flags.writeable, self._marker = False, None
+            return content.Whole(self._nbits, self._words)
+        if self._content is None:
+            assert self._source is not None  # or it was uniform
+            self._content = self._opened(self._source)
+        if isinstance(self._content, content.Changed):
+            self._content.shared |= lasting
+        return self._content
+
+    def _opened(self, source: Source) -> Content:
+        found = source.open()
+        if isinstance(found, content.Whole):
+            bits.mask_tail(found.words, self._nbits)
+        self.damage = source.damage
+        return found
+
+    def _parts_at(self, granularity: int, *, lasting: bool = False) -> Content:
+        """The content at any granularity; see `_parts`."""
+        return content.rescaled(self._parts(lasting=lasting), self.size, self.granularity, granularity)
 
     def _uniform(self) -> bool | None:
         """What all bits are, if that is known without looking at them; else None."""
-        if self.inconsistent or self._words is not None:
+        if self.inconsistent or self._words is not None or (self._content is not None and self._source is None):
             return None
         return self._fill if self._source is None else self._source.uniform
 
-    def _writable(self) -> bits.Words:
-        """The content for a change in place. From now on it is shared with no bitmap and differs from the source's."""
+    def _writable(self, ranges: int = 1) -> bits.Words | content.Changed:
+        """The content for a change in place. From now on it is shared with no bitmap and differs from the source's.
+
+        Args:
+            ranges: how many parts of it will be changed at once.
+        """
         if self.frozen:
             raise BitmapError(WHERE, "frozen; change a copy, or change it in a transaction")
+        if (changed := self._changed(ranges)) is not None:
+            self._content, self._words = changed, None
+            self._source = self._count = None
+            return changed
         words = self._load()
         if not words.flags.writeable:
             self._words = words = words.copy()
         self._source = self._count = None
         return words
+
+    def _changed(self, ranges: int) -> content.Changed | None:
+        """The content, with changes that are kept by themselves; None where all bits shall be in memory."""
+        if self.inconsistent or self._words is not None:
+            return None
+        there = self._content
+        if not self._is_large:
+            acts = there.acts if isinstance(there, content.Changed) else 0
+            pages = geometry.ceil_div(self._nbits, content.PAGE)
+            if self._uniform() is not None or self._nbits < _SEVERAL or acts > _MANY or ranges > pages // _SHARE:
+                return None
+        if isinstance(there, content.Changed):
+            return there.copy() if there.shared else there
+        if there is None and self._source is not None and self._uniform() is None:
+            there = self._opened(self._source)
+            if isinstance(there, content.Whole):
+                self._words = there.words
+                return None
+        return content.Changed(there or self._parts())
 
     def _words_at(self, granularity: int) -> bits.Words:
         """The content at any granularity, for reading."""
@@ -389,6 +507,9 @@ class Bitmap:
         if self.size != other.size:
             raise BitmapError(WHERE, f"for a disk of {self.size} bytes; the other is for one of {other.size}")
         finer = min(self.granularity, other.granularity)
+        if geometry.granules(self.size, finer) > content.LARGE:
+            found = content.Combined(self._parts_at(finer, lasting=True), other._parts_at(finer, lasting=True), how)
+            return self._of(self.size, finer, found, self.recording)
         words, count = bits.combine(self._words_at(finer), other._words_at(finer), how)
         result = self._like(finer, words)
         result._count = count

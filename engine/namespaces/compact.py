@@ -69,13 +69,6 @@ _COMMITS = 4  # the most by which a compaction raises the generation
 _OLDER = "known from the older header slot only"
 
 
-class _Eager(Change):
-    """A change of a file that no other process knows yet. Writes areas as they are placed, to save memory."""
-
-    def plan(self, offset: int, data: bytes | memoryview) -> None:
-        self._file.write(offset, data)
-
-
 def compact(
     path: str,
     *,
@@ -135,7 +128,7 @@ def compact(
             )
             with open_file(temporary, writable=True) as new:
                 new.belong_as(old)
-                change = _Eager(new, headers.choose(temporary, new.read(0, store.RESERVED)))
+                change = Change(new, headers.choose(temporary, new.read(0, store.RESERVED)))
                 readable = _readable(snapshot, result, repair=repair)
                 for found in readable:
                     require_known(path, found.record)

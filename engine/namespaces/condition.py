@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from dirtmap.engine.identity import disk_size, identity_now, root_elsewhere
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.directory import header_doubts, load_saved, place_bitmap, read_entries, replace_directory
-from dirtmap.engine.storefile.entries import with_root
+from dirtmap.engine.storefile.entries import tree_of, with_root
 from dirtmap.engine.storefile.file import Change, Snapshot
 from dirtmap.engine.storefile.session import session_of
 from dirtmap.engine.system.log import logger
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dirtmap.engine.model.bitmap import Bitmap
+    from dirtmap.engine.model.content import Content
     from dirtmap.engine.model.infos import Status
     from dirtmap.engine.session.view import SessionView
 
@@ -263,15 +264,37 @@ class Condition:
         Arguments and result are those of `load_saved`, and so are the errors.
         """
         words, damage = load_saved(self.snapshot, self.record, entry, doubted)
-        if not doubted and self.view:
-            self.view.add(entry, words)
+        if not doubted and self.view and (added := self.view.added(entry)) is not None:
+            words |= added
         return words, damage
 
     def bitmap(self, entry: Entry, *, doubted: bool) -> Bitmap:
         """A bitmap of the directory, its bits still unread; dirty all over if ``doubted``."""
+        return self._lazy(entry, Source(self, entry, doubted))
+
+    def frozen(self, entry: Entry, *, doubted: bool) -> Bitmap:
+        """Like `bitmap`, but a value that lasts: its bits are read, or can be read for as long as it is there.
+
+        Errors as `Source.load` and `Snapshot.pinned`.
+        """
+        from dirtmap.engine.model.content import LARGE
+
+        source = Source(self, entry, doubted)
+        bitmap = self._lazy(entry, source)
+        if not entry.in_use and source.uniform is None:
+            if bitmap._nbits > LARGE:
+                source.snapshot = self.snapshot.pinned()
+                bitmap = self._lazy(entry, source)
+                _ = bitmap.count  # which verifies all of them
+                bitmap.damage = source.damage
+            else:
+                _ = bitmap.words
+        return bitmap.freeze()
+
+    def _lazy(self, entry: Entry, source: Source) -> Bitmap:
         from dirtmap.engine.model.bitmap import Bitmap
 
-        return Bitmap._lazy(self.record.size, entry.granularity, entry.auto, entry.in_use, Source(self, entry, doubted))
+        return Bitmap._lazy(self.record.size, entry.granularity, entry.auto, entry.in_use, source)
 
     # Changes.
 
@@ -310,18 +333,20 @@ class Condition:
         change.table.put(replace(new, generation=change.generation, directory=area))
 
 
-@dataclass(eq=False, slots=True)
 class Source:
     """Where a bitmap has its bits until they are read; all dirty if ``doubted``.
 
     Attributes:
         damage: what of the bits was damaged when they were read, and so is dirty: one line, or None.
+        snapshot: what they are read from.
     """
 
-    condition: Condition
-    entry: Entry
-    doubted: bool
-    damage: str | None = None
+    __slots__ = "condition", "damage", "doubted", "entry", "snapshot"
+
+    def __init__(self, condition: Condition, entry: Entry, doubted: bool) -> None:
+        self.condition, self.entry, self.doubted = condition, entry, doubted
+        self.damage: str | None = None
+        self.snapshot = condition.snapshot
 
     @property
     def uniform(self) -> bool | None:
@@ -341,9 +366,29 @@ class Source:
         now = self.condition
         if (fill := self.uniform) is not None:
             return bits.filled(geometry.granules(now.record.size, self.entry.granularity), fill)
-        if now.snapshot.file.fd < 0:
-            raise Error(now.snapshot.file.path, "the transaction has ended")
-        words, self.damage = now.load(self.entry, doubted=self.doubted)
-        if self.damage:
-            logger(__name__).warning("%s: %s: %s", now.where, label(decode_name(self.entry.name)), self.damage)
+        self._require_open()
+        words, damage = now.load(self.entry, doubted=self.doubted)
+        self._tell(damage)
         return words
+
+    def open(self) -> Content:
+        """The bits, to be read in parts, each when it is asked for. Errors as `load`."""
+        from dirtmap.engine.model.content import OR, Combined, Whole
+        from dirtmap.engine.storefile.chunks import Stored
+
+        self._require_open()
+        now = self.condition
+        tree = tree_of(now.record, self.entry)
+        stored = Stored(self.snapshot, tree, self._tell)
+        added = now.view.added(self.entry) if now.view else None
+        return stored if added is None else Combined(stored, Whole(tree.nbits, added), OR)
+
+    def _require_open(self) -> None:
+        if self.snapshot.file.fd < 0:
+            raise Error(self.snapshot.file.path, "the transaction has ended")
+
+    def _tell(self, damage: str | None) -> None:
+        self.damage = damage
+        if damage:
+            where, name = self.condition.where, label(decode_name(self.entry.name))
+            logger(__name__).warning("%s: %s: %s", where, name, damage)

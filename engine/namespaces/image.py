@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dirtmap.engine.model.bitmap import Bitmap
+    from dirtmap.engine.model.content import Content
     from dirtmap.engine.qcow2.commit import Kept, Written
 
 
@@ -50,6 +51,11 @@ class _Source:
         if self.file.fd < 0:
             raise Error(self.layout.path, "the transaction has ended")
         return load(self.file, self.layout, self.slot)
+
+    def open(self) -> Content:
+        from dirtmap.engine.model.content import Whole
+
+        return Whole(geometry.granules(self.layout.header.size, self.slot.entry.granularity), self.load())
 
 
 class Image(Namespace):

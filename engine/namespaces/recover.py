@@ -40,7 +40,7 @@ def recover_record(change: Change, now: Condition, names: list[str]) -> list[Rec
                 recovered.append(Recovery(name, f"all dirty: {why}"))
             elif damage := damage_of(now.snapshot, now.record, entries[name]):
                 # What was damaged is dirty as it was read, and no longer what the store has.
-                bitmaps[name] = type(bitmap).from_words(bitmap.size, bitmap.granularity, bitmap.words, bitmap.recording)
+                bitmaps[name] = bitmap._anew()
                 recovered.append(Recovery(name, f"partly dirty: its {damage}"))
             elif now.view:
                 recovered.append(Recovery(name, now.view.how))

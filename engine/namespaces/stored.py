@@ -107,11 +107,9 @@ class StoredImage(Namespace):
             for entry in now.entries:
                 if entry.name == name:
                     _require_same_size(now)
-                    bitmap = now.bitmap(entry, doubted=now.doubted)
+                    bitmap = now.frozen(entry, doubted=now.doubted)
                     bitmap.busy = name in now.busy
-                    if not bitmap.inconsistent and bitmap._uniform() is None:
-                        _ = bitmap.words  # loads the bits now, while they are consistent
-                    return bitmap.freeze()
+                    return bitmap
             return None
 
         return self._read(read)

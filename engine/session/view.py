@@ -141,17 +141,18 @@ class SessionView:
         livefile.remove_session(os.fsdecode(self.session.live), self.session.uuid)
         intent.remove_log(self.session)
 
-    def add(self, entry: Entry, words: bits.Words) -> None:
-        """ORs what the session adds into the saved bits of a bitmap."""
+    def added(self, entry: Entry) -> bits.Words | None:
+        """What the session adds to the saved bits of a bitmap, at its granularity; None if that is nothing."""
         window = window_of(entry)
         if window is None or window.ended <= self.session.oldest:
-            return
+            return None
         if self._regions:
-            np.bitwise_or(words, self._regions.at(entry.granularity), out=words)
-        elif self.found:
+            return self._regions.at(entry.granularity)
+        if self.found:
             numbers = [number for number in self.found.writesets if window.began <= number < window.ended]
             if numbers:
-                np.bitwise_or(words, self._union(numbers[0], numbers[-1], entry.granularity), out=words)
+                return self._union(numbers[0], numbers[-1], entry.granularity)
+        return None
 
     def _region_words(self, regions: frozenset[int]) -> livefile.Words:
         size = 1 << self.session.region_bits

@@ -12,7 +12,8 @@ below it dirty; that is no error, but it is told. Source: SPEC.md, "Bitmaps in a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,14 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dirtmap.engine.model import bits
+from dirtmap.engine.model.content import PAGE, Changed, Combined, Content, Whole
 from dirtmap.engine.storefile.entries import Tree
 from dirtmap.engine.system import memory
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.digest import crc32c
-from dirtmap.fmt.errors import counted
+from dirtmap.fmt.errors import FormatError, counted
 from dirtmap.fmt.store import ALL_ONES, ALL_ZEROS, Area
 
 if TYPE_CHECKING:
+    from dirtmap.engine.model.content import Part
     from dirtmap.engine.storefile.file import Change, Snapshot
 
 Positions = NDArray[np.int64]
@@ -37,6 +40,8 @@ _POINTER = np.dtype([("place", ">u8"), ("checksum", ">u4"), ("reserved", ">u4")]
 _PIECE = 1 << 18  # bytes that are read at a time, so that they are still in the cache when they are verified
 _BLOCK = 1 << 22  # bytes that are looked at in one step
 _UNKNOWN = -1  # in place of a place: the bits cannot be read, so whatever is there has to be written anew
+_NEAR = 4  # chunks: so far from each other they are read together with what is between them
+_PARTLY = 8  # times that a part of the nodes is read; then all are
 _SPARSE = 8  # an array of which less than one part in so many is set gets its memory in small pages
 
 
@@ -141,13 +146,13 @@ class Found:
 
     def told(self) -> str | None:
         """What is damaged, in words; None if nothing is."""
-        if not self.damaged:
-            return None
-        granules = sum(self.shape.dirty_bits(first, end) for first, end, _ in self.damaged)
-        where = f"at {self.damaged[0].place:#x}" + (
-            f" and {len(self.damaged) - 1} more" if len(self.damaged) > 1 else ""
-        )
-        return f"bits are damaged {where}, so {counted(granules, 'granule')} of {self.shape.nbits} must count as dirty"
+        return _told(self.shape, self.damaged) if self.damaged else None
+
+
+def _told(shape: Shape, damaged: list[Damage]) -> str:
+    granules = sum(shape.dirty_bits(first, end) for first, end, _ in damaged)
+    where = f"at {damaged[0].place:#x}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
+    return f"bits are damaged {where}, so {counted(granules, 'granule')} of {shape.nbits} must count as dirty"
 
 
 def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, keep: bool = False) -> Found:
@@ -245,6 +250,115 @@ def load(snapshot: Snapshot, tree: Tree, key: object = None) -> tuple[bits.Words
     return words, found.told()
 
 
+class Stored:
+    """The bits of a tree, which are read when they are asked for: a `Content`.
+
+    A wrong checksum is damage: what it covers is dirty, and told. Where the bits were counted before, and were sound,
+    it is an error: another program has written over them, or the file was damaged meanwhile.
+
+    Args:
+        snapshot: of the store; nobody writes over what it leads to, or it says so, see `Snapshot.require_untouched`.
+        tree: of the bitmap.
+        tell: called with what is damaged so far, in words, each time that more is found.
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, tree: Tree, tell: Callable[[str | None], object] = lambda told: None
+    ) -> None:
+        self.nbits, self.snapshot, self.tree = tree.nbits, snapshot, tree
+        self._tell, self._shape = tell, Shape(tree.nbits, snapshot.header.cluster_size)
+        self._found: Found | None = None
+        self._dirty: list[tuple[int, int]] = []  # of what was found: runs of chunks, damaged ones included; ascending
+        self._partly = 0
+        self._told: dict[Damage, None] = {}
+        self._verified = False
+        self._last: tuple[int, int, Part] | None = None
+
+    def count(self) -> int:
+        """How many bits are set. Reads and verifies all, and keeps none.
+
+        Raises:
+            FormatError: as `load`.
+        """
+        total, found = _counted(self.snapshot, self.tree)
+        self._keep(found)
+        self._found, self._verified = found, True
+        return total
+
+    def _keep(self, found: Found) -> None:
+        """Notes what of a tree that was looked at is dirty all over, and tells what is damaged."""
+        self._dirty = sorted([*found.dirty, *((first, end) for first, end, _ in found.damaged)])
+        self._lose(found.damaged)
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        shape = self._shape
+        low, high = first // shape.bits, geometry.ceil_div(end, shape.bits)
+        if self._last is None or self._last[:2] != (low, high):
+            part = self._read(low, high)
+            self._last = (low, high, part) if (high - low) * shape.bits > end - first else None
+        else:
+            part = self._last[2]
+        if isinstance(part, bool):
+            return part
+        start = low * shape.bits
+        return part[(first - start) // 64 : geometry.ceil_div(end - start, 64)]
+
+    def _read(self, low: int, high: int) -> Part:
+        """The chunks from ``low`` up to ``high``."""
+        shape, found = self._shape, self._tables(low, high)
+        at, to = np.searchsorted(found.chunks, [low, high]).tolist()
+        dirty = [(max(first, low), min(end, high)) for first, end in _between(self._dirty, low, high)]
+        if at == to:
+            if not dirty:
+                return False
+            if dirty == [(low, high)]:
+                return True
+        start, stop = low * shape.bits, min(high * shape.bits, shape.nbits)
+        words = bits.zeros((high - low) * shape.bits)
+        here = replace(found, chunks=found.chunks[at:to], places=found.places[at:to], damaged=[], nodes={})
+        here.checksums = found.checksums[at:to]
+        _read(self.snapshot, here, words, low)
+        if here.damaged:
+            self.snapshot.require_untouched()
+            dirty += [(first, end) for first, end, _ in here.damaged]
+            self._lose(here.damaged)
+        for first, end in dirty:
+            bits.set_range(words, (first - low) * shape.bits, min(end * shape.bits, shape.nbits) - start)
+        words = words[: geometry.ceil_div(stop - start, 64)]
+        bits.mask_tail(words, stop - start)
+        return words
+
+    def _lose(self, pieces: list[Damage]) -> None:
+        pieces = [piece for piece in pieces if piece not in self._told]
+        if pieces and self._verified:
+            what = "was sound when it was read before: written over, or damaged since"
+            raise FormatError(f"{self.snapshot.file.path}: bits at {pieces[0].place:#x}", what)
+        if pieces:
+            self._told.update(dict.fromkeys(pieces))
+            self._tell(_told(self._shape, list(self._told)))
+
+    def _tables(self, low: int, high: int) -> Found:
+        """What is known of where these chunks are, and perhaps all others."""
+        if self._found is None:
+            if self._partly < _PARTLY and (high - low) * _PARTLY < self._shape.chunks:
+                self._partly += 1
+                found = walk(self.snapshot, self.tree, np.arange(low, high))
+            else:
+                found = self._found = walk(self.snapshot, self.tree)
+            if found.damaged:
+                self.snapshot.require_untouched()
+            self._keep(found)
+            return found
+        return self._found
+
+
+def _between(runs: list[tuple[int, int]], low: int, high: int) -> list[tuple[int, int]]:
+    """Those of ascending runs, first and end, that have a number from ``low`` up to ``high``."""
+    at = bisect.bisect_right(runs, low, key=lambda run: run[1])
+    return runs[at : bisect.bisect_left(runs, high, lo=at, key=lambda run: run[0])]
+
+
 def verify(snapshot: Snapshot, tree: Tree) -> Found:
     """Reads and verifies a whole tree, and keeps no bits but its nodes."""
     found = walk(snapshot, tree, keep=True)
@@ -256,6 +370,11 @@ def verify(snapshot: Snapshot, tree: Tree) -> Found:
 
 def count(snapshot: Snapshot, tree: Tree) -> tuple[int, str | None]:
     """How many bits are set; and what is damaged, in words, or None. Keeps no bits."""
+    total, found = _counted(snapshot, tree)
+    return total, found.told()
+
+
+def _counted(snapshot: Snapshot, tree: Tree) -> tuple[int, Found]:
     found = walk(snapshot, tree)
     shape, total = found.shape, 0
     for chunks, data in _contents(snapshot, found):
@@ -267,7 +386,7 @@ def count(snapshot: Snapshot, tree: Tree) -> tuple[int, str | None]:
         total += bits.count(data.reshape(-1))
     snapshot.require_untouched()
     total += sum(shape.dirty_bits(first, end) for first, end, *_ in (*found.dirty, *found.damaged))
-    return total, found.told()
+    return total, found
 
 
 def release(change: Change, tree: Tree) -> None:
@@ -287,61 +406,61 @@ def clusters_of_chunks(found: Found) -> Iterator[Area]:
     return _areas(found.places, found.shape.cluster)
 
 
-def write(change: Change, words: bits.Words, base: Tree, among: Positions | None = None) -> tuple[int, int]:
+def write(change: Change, wanted: Content, base: Tree, among: Positions | None = None) -> tuple[int, int]:
     """Plans the writing of those chunks that differ from what is there, and of the nodes above them.
 
-    What they replace is given up; all else stays, and belongs to the new tree.
+    What they replace is given up; all else stays, and belongs to the new tree. A part of the bits after the other is
+    looked at, so all of them need not be in memory.
 
     Args:
         change: plans the writing.
-        words: the bits as they shall be; tail bits are zero. They must not change until the commit.
+        wanted: the bits as they shall be; tail bits are zero. They must not change until the commit.
         base: the tree that is there; ``place`` 0 for a new one. Afterwards it must not be used any more.
-        among: the chunks that can differ, ascending; None for all.
+        among: the chunks that can differ, ascending; None for those from which the content tells that they do not.
 
     Returns:
         Place and checksum of the new root.
     """
+    if among is None:
+        among = _changed(change, wanted, base)
     shape = Shape(base.nbits, change.header.cluster_size)
     if among is not None and not len(among):
         return base.place, base.checksum
     old = walk(change.snapshot, base, among, keep=True)
     if among is None:
         among = np.arange(shape.chunks)
-    kinds = _kinds(words, shape, among)
     before = _places(old, among)
-    new = among[kinds == _UNKNOWN]
-    checksums = _checksums_of(words, shape, new)
-    changed = (before != kinds) | (before == _UNKNOWN)
-    changed[np.flatnonzero(kinds == _UNKNOWN)[_is_same(change.snapshot, words, old, new, checksums)]] = False
+    pointers = np.zeros(len(among), _POINTER)
+    changed = np.zeros(len(among), np.bool_)
+    for here, rows in _batches(wanted, shape, among):
+        numbers = among[here]
+        if isinstance(rows, bool):
+            kinds = np.full(len(numbers), ALL_ONES if rows else ALL_ZEROS)
+            changed[here] = (before[here] != kinds) | (before[here] == _UNKNOWN)
+            pointers["place"][here] = kinds
+            continue
+        kinds = _kinds(rows, shape, numbers)
+        new = np.flatnonzero(kinds == _UNKNOWN)
+        sums = _checksums_of(rows, new)
+        differs = (before[here] != kinds) | (before[here] == _UNKNOWN)
+        differs[new[_is_same(change.snapshot, rows, numbers, old, new, sums)]] = False
+        chosen = differs[new]
+        pointers["place"][here] = np.maximum(kinds, 0)
+        at = new[chosen]
+        pointers["place"][here.start + at] = _plan(change, rows, shape, at)
+        pointers["checksum"][here.start + at] = sums[chosen]
+        changed[here] = differs
     if not changed.any():
         return base.place, base.checksum
     _release(change, before[changed & (before > ALL_ONES)])
-    chosen = changed[kinds == _UNKNOWN]
-    pointers = np.zeros(len(among), _POINTER)
-    pointers["place"] = np.maximum(kinds, 0)
-    at = np.flatnonzero(changed & (kinds == _UNKNOWN))
-    pointers["place"][at] = _plan(change, words, shape, new[chosen])
-    pointers["checksum"][at] = checksums[chosen]
     return _seal(change, old, among[changed], pointers[changed])
 
 
 def merge(change: Change, words: bits.Words, base: Tree) -> tuple[int, int]:
     """Like `write`, for the bits that are there and those of ``words``. Looks only at chunks where those are."""
     shape = Shape(base.nbits, change.header.cluster_size)
-    among = _some(words, shape)
-    if not len(among):
-        return base.place, base.checksum
-    found = walk(change.snapshot, base, among)
-    merged = _zeros(shape.nbits, sparse=True)
-    _read(change.snapshot, found, merged)
-    per = shape.bits // 64
-    for number in among.tolist():
-        here = slice(number * per, (number + 1) * per)
-        merged[here] |= words[here]
-    places = _places(found, among)
-    for number in among[(places == ALL_ONES) | (places == _UNKNOWN)].tolist():
-        bits.set_range(merged, number * shape.bits, min((number + 1) * shape.bits, shape.nbits))
-    return write(change, merged, base, among)
+    both = Combined(Stored(change.snapshot, base), Whole(base.nbits, words), bits.OR)
+    return write(change, both, base, _some(words, shape))
 
 
 def carry_over(snapshot: Snapshot, tree: Tree, change: Change) -> tuple[tuple[int, int], str | None]:
@@ -410,20 +529,20 @@ def _lose(snapshot: Snapshot, found: Found, first: int, bad: Positions) -> None:
             found.lose(0, number, number + 1, int(found.places[at]))
 
 
-def _read(snapshot: Snapshot, found: Found, words: bits.Words) -> None:
-    """Reads the chunks that have a cluster into ``words``, verified."""
+def _read(snapshot: Snapshot, found: Found, words: bits.Words, base: int = 0) -> None:
+    """Reads the chunks that have a cluster into ``words``, which begin with chunk ``base``; verified."""
     cluster = found.shape.cluster
     data = words.view(np.uint8).data
     spare = memoryview(bytearray(min(max(_PIECE, cluster), len(found.chunks) * cluster)))
     for first, end in _pieces(found):
-        chunk, last = int(found.chunks[first]), int(found.chunks[end - 1])
+        chunk, last = int(found.chunks[first]) - base, int(found.chunks[end - 1]) - base
         straight = last - chunk == end - first - 1 and (last + 1) * cluster <= len(data)
         buffer = data[chunk * cluster : (last + 1) * cluster] if straight else spare[: (end - first) * cluster]
         snapshot.file.read_into(int(found.places[first]), buffer)
         bad = np.flatnonzero(checksums(buffer, cluster) != found.checksums[first:end])
         _lose(snapshot, found, first, bad)
         if not straight:
-            for at, number in enumerate(found.chunks[first:end].tolist()):
+            for at, number in enumerate((found.chunks[first:end] - base).tolist()):
                 target = data[number * cluster : (number + 1) * cluster]
                 target[:] = buffer[at * cluster : at * cluster + len(target)]
 
@@ -473,90 +592,97 @@ def _places(found: Found, among: Positions) -> Positions:
 # What is written.
 
 
-def _rows(words: bits.Words, shape: Shape) -> NDArray[np.uint64]:
-    """The chunks that are whole in the array, a row each."""
-    per = shape.bits // 64
-    return words[: len(words) // per * per].reshape(-1, per)
+Rows = NDArray[np.uint64]  # chunks, a row each
 
 
-def _row(words: bits.Words, shape: Shape, number: int) -> bytes:
-    """The bytes of one chunk; those behind the last word are zero."""
-    per = shape.bits // 64
-    return words[number * per : (number + 1) * per].tobytes().ljust(shape.cluster, b"\0")
-
-
-def _kinds(words: bits.Words, shape: Shape, among: Positions) -> Positions:
-    """What each of the chunks is: `ALL_ZEROS`, `ALL_ONES`, or `_UNKNOWN` for one that needs a cluster."""
-    rows = _rows(words, shape)
-    kinds = np.full(len(among), _UNKNOWN, np.int64)
-    whole = np.searchsorted(among, len(rows))
+def _batches(wanted: Content, shape: Shape, among: Positions) -> Iterator[tuple[slice, Rows | bool]]:
+    """The chunks that are asked for, some at a time: which of ``among``, and their words, or what all bits are."""
     step = max(_BLOCK // shape.cluster, 1)
-    for at in range(0, int(whole), step):
-        numbers = among[at : min(at + step, int(whole))]
-        first, last = int(numbers[0]), int(numbers[-1])
-        block = rows[first : last + 1] if last - first == len(numbers) - 1 else rows[numbers]
-        some = np.bitwise_or.reduce(block, axis=1) != 0
-        kinds[at : at + len(numbers)][~some] = ALL_ZEROS
-        candidates = np.flatnonzero(some & (block[:, 0] == bits.ALL))
-        full = candidates[np.bitwise_and.reduce(block[candidates], axis=1) == bits.ALL]
-        kinds[at + full] = ALL_ONES
-    for at in range(int(whole), len(among)):
-        dirty = bits.count(words[int(among[at]) * (shape.bits // 64) :])
-        if not dirty:
-            kinds[at] = ALL_ZEROS
-        elif dirty == shape.dirty_bits(int(among[at]), shape.chunks):
-            kinds[at] = ALL_ONES
-    # One that is whole in the array need not be whole on the disk.
-    if shape.nbits % shape.bits and len(among) and among[-1] == shape.chunks - 1 < len(rows):
-        dirty = bits.count(rows[-1])
-        kinds[-1] = ALL_ONES if dirty == shape.dirty_bits(shape.chunks - 1, shape.chunks) else kinds[-1]
+    at = 0
+    while at < len(among):
+        first = int(among[at])
+        to = int(np.searchsorted(among, first + step))
+        numbers = among[at:to]
+        gaps = np.flatnonzero(np.diff(numbers) > _NEAR) + 1
+        parts = []
+        for run in np.split(numbers, gaps):
+            low, high = int(run[0]), int(run[-1]) + 1
+            part = wanted.part(low * shape.bits, min(high * shape.bits, shape.nbits))
+            if isinstance(part, bool):
+                if len(run) == len(numbers):
+                    yield slice(at, to), part
+                    break
+                part = bits.filled(shape.dirty_bits(low, high), part)
+            rows = _rows(part, shape, high - low)
+            parts.append(rows if len(run) == high - low else rows[run - low])
+        else:
+            yield slice(at, to), parts[0] if len(parts) == 1 else np.concatenate(parts)
+        at = to
+
+
+def _rows(words: bits.Words, shape: Shape, number: int) -> Rows:
+    """So many chunks; behind the last word are zeros."""
+    per = shape.bits // 64
+    if len(words) < number * per:
+        words = np.append(words, bits.zeros((number * per - len(words)) * 64))
+    return words.reshape(number, per)
+
+
+def _kinds(rows: Rows, shape: Shape, numbers: Positions) -> Positions:
+    """What each of the chunks is: `ALL_ZEROS`, `ALL_ONES`, or `_UNKNOWN` for one that needs a cluster."""
+    kinds = np.full(len(rows), _UNKNOWN, np.int64)
+    some = np.bitwise_or.reduce(rows, axis=1) != 0
+    kinds[~some] = ALL_ZEROS
+    candidates = np.flatnonzero(some & (rows[:, 0] == bits.ALL))
+    kinds[candidates[np.bitwise_and.reduce(rows[candidates], axis=1) == bits.ALL]] = ALL_ONES
+    last = shape.chunks - 1
+    if numbers[-1] == last and bits.count(rows[-1]) == shape.dirty_bits(last, shape.chunks):
+        kinds[-1] = ALL_ONES  # the bits behind the last one are not set
     return kinds
+
+
+def _changed(change: Change, wanted: Content, base: Tree) -> Positions | None:
+    """The chunks of a tree from which a content can differ; None where that is not known."""
+    if not isinstance(wanted, Changed) or not isinstance(there := wanted.base, Stored):
+        return None
+    if there.snapshot is not change.snapshot or there.tree[:3] != base[:3]:
+        return None
+    return np.unique(wanted.pages() * PAGE // Shape(base.nbits, change.header.cluster_size).bits)
 
 
 def _some(words: bits.Words, shape: Shape) -> Positions:
     """The numbers of the chunks that have bits; ascending."""
-    rows = _rows(words, shape)
-    step = max(_BLOCK // shape.cluster, 1)
-    found = [
-        np.flatnonzero(np.bitwise_or.reduce(rows[at : at + step], axis=1)) + at for at in range(0, len(rows), step)
-    ]
-    if len(rows) < shape.chunks and words[len(rows) * (shape.bits // 64) :].any():
-        found.append(np.array([len(rows)], np.int64))
+    per, step = shape.bits // 64, max(_BLOCK // shape.cluster, 1)
+    found = []
+    for at in range(0, shape.chunks, step):
+        rows = _rows(words[at * per : (at + step) * per], shape, min(step, shape.chunks - at))
+        found.append(np.flatnonzero(np.bitwise_or.reduce(rows, axis=1)) + at)
     return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
-def _checksums_of(words: bits.Words, shape: Shape, chunks: Positions) -> Positions:
-    rows = _rows(words, shape)
-    parts = []
-    for first, end in _runs(chunks):
-        if whole := rows[first:end].size:
-            parts.append(checksums(rows[first:end].reshape(-1).view(np.uint8).data[: whole * 8], shape.cluster))
-        if end > len(rows):
-            parts.append(checksums(memoryview(_row(words, shape, end - 1)), shape.cluster))
+def _checksums_of(rows: Rows, chosen: Positions) -> Positions:
+    """The CRC32C of these rows."""
+    parts = [
+        checksums(rows[first:end].reshape(-1).view(np.uint8).data, rows.shape[1] * 8) for first, end in _runs(chosen)
+    ]
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
 def _is_same(
-    snapshot: Snapshot, words: bits.Words, old: Found, new: Positions, checked: Positions
+    snapshot: Snapshot, rows: Rows, numbers: Positions, old: Found, new: Positions, checked: Positions
 ) -> NDArray[np.bool_]:
-    """Which of the chunks ``new``, with these checksums, are in the file as they are in ``words``, bit for bit."""
+    """Which of the rows ``new``, with these checksums, are in the file bit for bit; each row has the chunk's number."""
     same = np.zeros(len(new), np.bool_)
-    common, mine, theirs = np.intersect1d(new, old.chunks, assume_unique=True, return_indices=True)
+    at, to = np.searchsorted(old.chunks, [numbers[0], numbers[-1] + 1]).tolist()
+    common, mine, theirs = np.intersect1d(numbers[new], old.chunks[at:to], assume_unique=True, return_indices=True)
+    theirs += at
     equal = np.flatnonzero(checked[mine] == old.checksums[theirs])
     part = Found(old.shape, old.root, chunks=common[equal])
     part.places, part.checksums = old.places[theirs[equal]], old.checksums[theirs[equal]]
-    rows = _rows(words, old.shape)
     for chunks, data in _contents(snapshot, part):
-        at, first = int(np.searchsorted(part.chunks, chunks[0])), int(chunks[0])
-        if chunks[-1] - first == len(chunks) - 1 and chunks[-1] < len(rows):
-            found = (data == rows[first : first + len(chunks)]).all(axis=1)
-        else:
-            now = (
-                rows[number] if number < len(rows) else np.frombuffer(_row(words, old.shape, number), bits.WORD)
-                for number in chunks.tolist()
-            )
-            found = np.array([np.array_equal(row, other) for row, other in zip(data, now, strict=True)])
-        same[mine[equal[at : at + len(chunks)]]] = found
+        first = int(np.searchsorted(part.chunks, chunks[0]))
+        here = mine[equal[first : first + len(chunks)]]
+        same[here] = (data == rows[new[here]]).all(axis=1)
     return same
 
 
@@ -567,17 +693,12 @@ def _offsets(change: Change, number: int) -> Positions:
     return np.concatenate([np.arange(first, first + many) for first, many in runs] or [np.empty(0, np.int64)]) * cluster
 
 
-def _plan(change: Change, words: bits.Words, shape: Shape, chunks: Positions) -> Positions:
-    """Plans the writing of chunks into clusters that it takes; returns where they are."""
-    offsets = _offsets(change, len(chunks))
-    rows = _rows(words, shape)
-    for first, end in _together((np.diff(chunks) == 1) & (np.diff(offsets) == shape.cluster)) if len(chunks) else ():
-        number, last = int(chunks[first]), int(chunks[end - 1])
-        if last >= len(rows):
-            change.plan(int(offsets[end - 1]), _row(words, shape, last))
-            last -= 1
-        if last >= number:
-            change.plan(int(offsets[first]), rows[number : last + 1].reshape(-1).view(np.uint8).data)
+def _plan(change: Change, rows: Rows, shape: Shape, chosen: Positions) -> Positions:
+    """Plans the writing of these rows into clusters that it takes; returns where they are."""
+    offsets = _offsets(change, len(chosen))
+    for first, end in _together((np.diff(chosen) == 1) & (np.diff(offsets) == shape.cluster)) if len(chosen) else ():
+        data = rows[int(chosen[first]) : int(chosen[end - 1]) + 1]
+        change.plan(int(offsets[first]), data.reshape(-1).view(np.uint8).data)
     return offsets
 
 

@@ -212,11 +212,11 @@ def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap, base
     entry = entry.with_flags(set=flags, clear=(directory.FLAG_AUTO | directory.FLAG_IN_USE) & ~flags)
     if base is not None and base.granularity_bits != clean.granularity_bits:
         entry = replace(with_root(entry, store.ALL_ZEROS, 0, 0), granularity_bits=clean.granularity_bits)
-    fill = bitmap._uniform()
+    fill, found = bitmap._uniform(), bitmap._parts(lasting=True)
     if fill is not None or not record.size:
         entry = with_root(entry, store.ALL_ONES if fill and record.size else store.ALL_ZEROS, 0, 0)
     else:
-        entry = _write(change, record, entry, lambda chunks, tree: chunks.write(change, bitmap.words, tree))
+        entry = _write(change, record, entry, lambda chunks, tree: chunks.write(change, found, tree))
     return _renewed(change, base, entry)
 
 

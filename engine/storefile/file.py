@@ -16,6 +16,7 @@ import contextlib
 import os
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -43,9 +44,12 @@ T = TypeVar("T")
 
 FORMAT = "dirtmap"
 _WRITER = 100  # offset of the byte that a writer locks exclusively; the next one to write locks the byte after it
+_READERS = 102  # that of the byte that all have locked who read a state by and by
 # A reader starts over if what it reads is overwritten meanwhile. So many attempts are needed only if commits never
 # pause: each keeps what was read of a bitmap and has not changed.
 _ATTEMPTS = 200
+# What a change plans to write is in memory, up to so many bytes; those of a bitmap that was loaded are so anyway.
+_MOST_PLANNED = 1 << 24
 
 
 class Snapshot:
@@ -106,6 +110,35 @@ class Snapshot:
         """
         if self.doubted and self._outdated(self.header):
             raise FormatError(self.file.path, "was written over while it was read")
+
+    def pinned(self) -> Snapshot:
+        """The same state, for who reads it by and by: no commit writes over it as long as the result is there.
+
+        It has the file open for itself, with a lock that says so: see SPEC.md, "Reading". On a file system without
+        locks that writers see, a commit may write over it: what is read then is found to be wrong.
+
+        Raises:
+            FormatError: the store has moved on too far, or another file has taken its place: the answer is made again.
+            StorageError: the store cannot be opened.
+        """
+        file = open_file(self.file.path, abspath=self.file.abspath)
+        try:
+            with contextlib.suppress(StorageError):
+                file.lock_beside(_READERS)
+            if not os.path.samestat(file.status, self.file.status) or self._outdated(self.header):
+                self.doubted = True
+                raise FormatError(self.file.path, "was written over while it was read")
+        except BaseException:
+            file.close()
+            raise
+
+        def outdated(header: Header) -> bool:
+            newest = headers.choose(file.path, file.read(0, store.RESERVED)).header
+            return newest.generation > header.generation + 1
+
+        found = Snapshot(file, self.chosen, outdated=outdated)
+        weakref.finalize(found, file.close)
+        return found
 
     def check_area(self, area: Area, what: str, most: int = store.MAX_METADATA_BYTES) -> None:
         """Refuses an area that cannot be read, or has more than ``most`` bytes.
@@ -440,9 +473,12 @@ class Change:
         self.space = SpaceMap(
             file.path, header.cluster_size, header.clusters, root, self.snapshot.released(), self.snapshot.read
         )
+        with contextlib.suppress(StorageError):  # a file system without locks
+            self.space.reuses = not file.locked_by_other(_READERS)
         # Also past a lost newest header, which had the next number.
         self.generation = max(header.generation + (2 if chosen.in_doubt else 1), chosen.lost + 1)
         self._writes: list[tuple[int, bytes | memoryview]] = []
+        self._planned, self._written = 0, False  # bytes; some of what was planned
         self.afterwards: list[Callable[[], None]] = []
         self.superseded: set[int] = set()
 
@@ -465,8 +501,20 @@ class Change:
         self.space.untake(first, count)
 
     def plan(self, offset: int, data: bytes | memoryview) -> None:
-        """Plans the writing of bytes by the commit, into clusters that `take` has found."""
+        """Plans the writing of bytes by the commit, into clusters that `take` has found.
+
+        Where there are many, they are written at once, to save memory: before the commit nothing leads there.
+        """
         self._writes.append((offset, data))
+        self._planned += len(data)
+        if self._planned > _MOST_PLANNED:
+            self._write_planned()
+
+    def _write_planned(self) -> None:
+        for offset, data in self._writes:
+            self._file.write(offset, data)
+        self._written |= bool(self._writes)
+        self._writes, self._planned = [], 0
 
     def release(self, area: Area) -> None:
         """Gives up an area. It is reused once neither header slot refers to it."""
@@ -485,7 +533,7 @@ class Change:
         old = self.header
         self.table.seal(self.place, self.release)
         table = self.table.root
-        if table.area == old.table and not self._chosen.lost and not self._writes:
+        if table.area == old.table and not self._chosen.lost and not self._writes and not self._written:
             return old.commit
         if self.generation > store.MAX_GENERATION:
             what = f"{old.generation} is so high that no commit can follow; copy its bitmaps into another store"
@@ -509,7 +557,8 @@ class Change:
         )
         for number, data in self._chosen.repairs:
             self._file.write(number * store.BLOCK, data)
-        for offset, area in [*self._writes, *writes]:
+        self._write_planned()
+        for offset, area in writes:
             self._file.write(offset, area)
         self._file.sync()
         for epoch in headers.switch(new, self._chosen):

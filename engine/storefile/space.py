@@ -48,9 +48,15 @@ class SpaceMap:
         released: (first, count) of the runs of clusters that the last commit released.
         read: returns the bytes of an area, verified.
 
+    Attributes:
+        clusters: as above, with those that were taken behind the end.
+        reuses: False: takes clusters behind the end only, because somebody may still read what others had.
+
     Raises:
         FormatError: the root does not cover the clusters, or two leaves have the same offset.
     """
+
+    reuses = True
 
     def __init__(
         self,
@@ -137,6 +143,8 @@ class SpaceMap:
 
     def _found(self, count: int) -> int | None:
         """The first of ``count`` adjacent free clusters inside the file; None if a short search finds none."""
+        if not self.reuses:
+            return None
         if count > self.per_leaf:
             return self._found_across(count)
         possible = [index for index, free in enumerate(self.free) if free >= count]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import Bitmap
+from dirtmap.engine.model.content import LARGE
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.namespaces.ports import HostPort
@@ -23,7 +24,7 @@ from dirtmap.engine.storefile.directory import (
     read_entries,
     replace_directory,
 )
-from dirtmap.engine.storefile.entries import identified, with_items, with_root
+from dirtmap.engine.storefile.entries import identified, tree_of, with_items, with_root
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.storefile.session import (
     Window,
@@ -103,9 +104,19 @@ class HomeView:
         blank = Bitmap(self.record.size, entry.granularity, entry.auto)
         if self._doubted or entry.table_offset <= store.ALL_ONES:  # then its bits need no memory
             return blank.recovered() if self._doubted or entry.table_offset == store.ALL_ONES else blank
+
+        def tell(damage: str | None) -> None:
+            if damage:
+                logger(__name__).warning("%s: %s: %s", self.where, label(name), damage)
+
+        tree = tree_of(self.record, entry)
+        if tree.nbits > LARGE:
+            from dirtmap.engine.storefile.chunks import Stored
+
+            found = Stored(self.snapshot.pinned(), tree, tell)
+            return Bitmap._of(self.record.size, entry.granularity, found, entry.auto)
         words, damage = load_saved(self.snapshot, self.record, entry, False)
-        if damage:
-            logger(__name__).warning("%s: %s: %s", self.where, label(name), damage)
+        tell(damage)
         return Bitmap.from_words(self.record.size, entry.granularity, words, entry.auto)
 
     def is_clean(self, name: str) -> bool:

@@ -423,8 +423,12 @@ class Tracker(Recorder):
                 numbers.update(number for number in every if window.began <= number < end)
         parts = [words_of(every[number], self.size) for number in sorted(numbers)]
         saved = [view.saved(name) for name in names if not view.is_clean(name)]
-        parts += [Words(bitmap.words, self.size, bitmap.granularity) for bitmap in saved]
-        return Bitmap.from_words(self.size, finest, union(parts, self.size, finest), view.entry(names[-1]).auto)
+        parts += [Words(bitmap.words, self.size, bitmap.granularity) for bitmap in saved if not bitmap._is_large]
+        found = Bitmap.from_words(self.size, finest, union(parts, self.size, finest), view.entry(names[-1]).auto)
+        for bitmap in saved:
+            if bitmap._is_large:
+                found |= bitmap
+        return found
 
     def _changed(self, name: str, end: str | None) -> Bitmap:
         def read(view: HomeView) -> Bitmap:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dirtmap.engine.model import bits
+from dirtmap.engine.model.content import Whole
 from dirtmap.engine.storefile import chunks
 from dirtmap.engine.storefile.entries import Tree
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
@@ -66,7 +67,7 @@ def committed(target: Store, act: Callable[[Change], tuple[int, int]], nbits: in
 def write(target: Store, flags: Flags, base: Tree | None = None, among: list[int] | None = None) -> Written:
     def act(change: Change) -> tuple[int, int]:
         chosen = None if among is None else np.array(among, np.int64)
-        return chunks.write(change, words_of(flags), base or Tree(0, 0, len(flags)), chosen)
+        return chunks.write(change, Whole(len(flags), words_of(flags)), base or Tree(0, 0, len(flags)), chosen)
 
     return committed(target, act, len(flags))
 

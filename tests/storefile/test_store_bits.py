@@ -6,7 +6,6 @@ import os
 import resource
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,10 @@ import numpy as np
 import pytest
 from support.child import in_child
 from support.hostless import stored
+from support.large import TIB, Disks
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
-from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import bits
 from dirtmap.engine.namespaces.compact import compact
 from dirtmap.engine.namespaces.nodes import add_node
@@ -29,24 +28,6 @@ from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.fmt import store
 from dirtmap.fmt.store import parse_items
-
-TIB = 1 << 40
-
-
-class Disks:
-    """A store with devices of any size, which claim to be larger than their root."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path, self.disk = str(folder / "store"), folder / "disk"
-        create(self.path)
-        self.disk.touch()
-
-    def add(self, name: str, size: int) -> None:
-        where, identity = os.fsencode(self.disk), identity_of(str(self.disk))
-        with Store(self.path) as target, target.change() as change:
-            own = uuid.uuid4().bytes
-            record = store.Record(name.encode(), store.KIND_DEVICE, own, size, path=where, identity=identity)
-            change.table.put(record)
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import crc32c
 import pytest
 from support.damage import SIZE
 from support.hostless import stored
+from support.large import run_measured
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
@@ -26,31 +25,6 @@ from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import build_directory
 from dirtmap.fmt.parsers.store import LEAF
 from dirtmap.fmt.store import Area, Record
-
-# Its own memory only: the kernel counts what a process had before it became another program as that one's, too.
-MEASURED = """
-import sys
-from dirtmap.tools.cli import main
-try:
-    main()
-finally:
-    sys.stdout.flush()
-    with open("/proc/self/status") as status:
-        print("resident", next(line.split()[1] for line in status if line.startswith("VmHWM")), file=sys.stderr)
-"""
-
-
-def run_measured(*args: object) -> tuple[str, float, int]:
-    """What a `dirtmap` of its own says, its seconds of CPU and how many MiB it ever had resident."""
-    command = [sys.executable, "-c", MEASURED, *map(str, args)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as started:
-        assert started.stdout
-        said = started.stdout.read()
-        _, status, used = os.wait4(started.pid, 0)
-        started.returncode = os.waitstatus_to_exitcode(status)
-    said, _, resident = said.rpartition("resident ")
-    return said, used.ru_utime + used.ru_stime, int(resident) >> 10
-
 
 SECONDS, MEBIBYTES = 2 * 2.0, 256  # as in test_hostile_bounds
 

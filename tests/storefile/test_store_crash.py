@@ -21,13 +21,15 @@ from support.hostless import stored
 from support.store_crash import Judge, Reader
 
 import dirtmap.engine as dm
-from dirtmap.engine.model import changes
+from dirtmap.engine.model import changes, content
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces import compact, nodes
 from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.namespaces.store_check import check
 from dirtmap.engine.namespaces.stored import describe_store
+from dirtmap.engine.storefile import chunks
+from dirtmap.engine.storefile import file as storefile
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.storefile.header import Seen
@@ -43,6 +45,7 @@ MUTANT_EFFORT = crash.Effort(pieces=8, most=24, random=16)
 
 # 16,385 granules of 4 KiB: bits in five sectors, and a last granule that is cut short.
 SIZE = (64 << 20) + 1536
+CHUNK = 32768  # bits
 
 Operation = Callable[[Path], object]
 Step = Callable[[Transaction], object]
@@ -56,11 +59,14 @@ class Case:
         prepare: makes the store.
         operate: what is recorded.
         leaf: clusters that a leaf of the space map shows, to see several without a large file; 0 as always.
+        streamed: bitmaps of more than a chunk are not loaded, a chunk is looked at after the other, and what is planned
+            is written before anything else is.
     """
 
     prepare: Operation
     operate: Operation
     leaf: int = 0
+    streamed: bool = False
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +77,15 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def leaves_of(clusters: int) -> Iterator[None]:
+def limits_of(case: Case) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        if clusters:
-            patch.setattr(fmt_store, "leaf_clusters", lambda cluster_size: clusters)
+        if case.leaf:
+            patch.setattr(fmt_store, "leaf_clusters", lambda cluster_size: case.leaf)
+        if case.streamed:
+            patch.setattr(content, "LARGE", CHUNK)
+            patch.setattr(content, "BLOCK", CHUNK)
+            patch.setattr(chunks, "_BLOCK", CHUNK // 8)
+            patch.setattr(storefile, "_MOST_PLANNED", 0)
         yield
 
 
@@ -315,6 +326,21 @@ CASES = {
     "tree, all dirty": Case(TREE, on("a", mark_all("t"))),
     "tree, of a copy": Case(TREE, on("a", lambda bitmaps: changes.put(bitmaps, "u", bitmaps["t"]), mark("t"))),
     "tree, removed": Case(TREE, on("a", remove("t"))),
+    "streamed, a few bits": Case(
+        TREE, on("a", lambda bitmaps: changes.mark(bitmaps, "t", [SIZE // 2, SIZE - 1], [1, 1])), streamed=True
+    ),
+    "streamed, a new one": Case(USED, on("a", add("c", 512), add("d", 1024)), streamed=True),
+    "streamed, merge": Case(after(TREE, on("a", add("u", 512, 41))), on("a", merge("t", "u", "b0")), streamed=True),
+    "streamed, merge into a coarser one": Case(TREE, on("a", merge("b0", "t")), streamed=True),
+    "streamed, of a copy": Case(
+        TREE, on("a", lambda bitmaps: changes.put(bitmaps, "u", bitmaps["t"]), mark("t")), streamed=True
+    ),
+    "streamed, several leaves": Case(
+        after(USED, on("a", add("c", 512))), on("b", add("c", 512), add("d", 512)), LEAF, streamed=True
+    ),
+    "streamed, resize node": Case(
+        after(TREE, node("b"), on("b", add("b0")), resized(2 * SIZE)), of_node(nodes.resize_node, "a"), streamed=True
+    ),
     "space map, a second leaf": Case(
         after(USED, on("a", *(add(f"c{i}", 512) for i in range(2)))), on("b", add("c", 512), add("d", 512)), LEAF
     ),
@@ -378,7 +404,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     def run(name: str) -> tuple[Path, Recording]:
         path = tmp_path_factory.mktemp("crash") / "store"
         case = CASES[name]
-        with leaves_of(case.leaf):
+        with limits_of(case):
             case.prepare(path)
             recording = crash.record(path, case.operate)
         assert path.read_bytes() == recording.final
@@ -390,7 +416,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 @pytest.mark.parametrize("name", CASES)
 def test_every_state_is_old_or_new(name: str, recorded: Recorded, tallies: dict[str, Tally]) -> None:
     _, recording = recorded(name)
-    with leaves_of(CASES[name].leaf):
+    with limits_of(CASES[name]):
         judge = Judge(recording, CHAIN_EFFORT)
         assert judge.old != judge.new
         crash.require_durable(recording)
@@ -419,7 +445,7 @@ def test_every_sync_is_needed(name: str, recorded: Recorded, tallies: dict[str, 
     slot was lost before, it is no harm to lose it again.
     """
     _, recording = recorded(name)
-    with leaves_of(CASES[name].leaf):
+    with limits_of(CASES[name]):
         judge = Judge(recording)
         harmless = []
         for mutant in crash.mutants(recording):
@@ -487,7 +513,7 @@ def test_one_crash_after_another(seed: int, tmp_path: Path, tallies: dict[str, T
                 step = rng.choice(RANDOM_STEPS) if namespaces[name] else RANDOM_STEPS[0]
                 step(rng, namespaces[name])
 
-    with leaves_of(rng.choice([0, 48, 64])):
+    with limits_of(Case(EMPTY, EMPTY, rng.choice([0, 48, 64]), streamed=seed % 2 == 1)):
         USED(path)
         for number in range(12):
             recording = crash.record(path, operate if number % 4 else node(f"node {number}"))

@@ -1,0 +1,456 @@
+"""Bits that need not be in memory: whoever needs them asks for a part at a time. No I/O: what reads comes from outside.
+
+A disk of 16 TiB at 4 KiB has 512 MiB of bits. So the content of such a bitmap is an expression, which is evaluated part
+by part, and of which no more than a few parts are in memory at any time:
+
+    week | monday.at(4096)      Combined(what reads "week", Finer(what reads "monday"), OR)
+
+    extents, count, a commit    ask for one part after the other       | part | part | part | ...
+
+A part is an array in the form of `bits`, or, where all bits are known to be the same without a look, that bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+
+from dirtmap.engine.model import bits
+from dirtmap.engine.model.later import later
+from dirtmap.fmt import geometry
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Part = bits.Words | bool
+else:
+    later(globals(), np="numpy")
+
+OR: Final = bits.OR
+
+# Bits. A bitmap with more than `LARGE` is not loaded as a whole, unless somebody asks for its words. `BLOCK` of them
+# are a part, as a rule: with what an operation needs beside it, that stays in the cache.
+LARGE: Final = 1 << 28
+BLOCK: Final = 1 << 23
+# Bits of a page, the unit in which a change in place is kept: those of a chunk in a store with the usual clusters.
+PAGE: Final = 1 << 15
+# Pages that are kept as words before it is tried to keep them in less.
+_LOOSE = 1 << 12
+
+
+class Content(Protocol):
+    """Bits, a part at a time.
+
+    Attributes:
+        nbits: how many there are.
+    """
+
+    nbits: int
+
+    def part(self, first: int, end: int) -> Part:
+        """The bits from ``first`` up to ``end``.
+
+        Args:
+            first: a multiple of 64.
+            end: a multiple of 64, or ``nbits``; greater than ``first``.
+
+        Returns:
+            uint64, shape (ceil((end - first) / 64),), tail bits zero, not to be written to; or what all bits are.
+        """
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A content that can count its bits with less effort than to read them all."""
+
+    def count(self) -> int:
+        """How many bits are set."""
+
+
+def blocks(content: Content) -> Iterator[tuple[int, int, Part]]:
+    """All parts in order: first bit, the bit behind the last, and the part."""
+    for first in range(0, content.nbits, BLOCK):
+        end = min(first + BLOCK, content.nbits)
+        yield first, end, content.part(first, end)
+
+
+def load(content: Content) -> bits.Words:
+    """All bits at once: new words, or those of a `Whole`."""
+    if isinstance(content, Whole):
+        return content.words
+    words = bits.zeros(content.nbits)
+    for first, end, part in blocks(content):
+        if part is True:
+            bits.set_range(words, first, end)
+        elif part is not False:
+            words[first // 64 : first // 64 + len(part)] = part
+    return words
+
+
+def count(content: Content) -> int:
+    """How many bits are set."""
+    if isinstance(content, Counted):
+        return content.count()
+    total = 0
+    for first, end, part in blocks(content):
+        total += (end - first) * part if isinstance(part, bool) else bits.count(part)
+    return total
+
+
+def is_equal(one: Content, other: Content) -> bool:
+    """True if both have the same bits; they have the same number of them. Stops at the first part that differs."""
+    if isinstance(one, Whole) and isinstance(other, Whole):
+        return np.array_equal(one.words, other.words)
+    for (first, end, part), (_, _, found) in zip(blocks(one), blocks(other), strict=True):
+        if isinstance(part, bool) and isinstance(found, bool):
+            same = part is found
+        else:
+            same = np.array_equal(_words(part, end - first), _words(found, end - first))
+        if not same:
+            return False
+    return True
+
+
+def extents(content: Content, size: int, unit: int = 1) -> Iterator[tuple[bits.Positions, bits.Positions]]:
+    """The maximal runs of set bits, in order, some at a time; see `bits.extents` for arguments and arrays."""
+    start = length = 0  # of a run that goes on to the end of the parts so far
+    for first, end, part in blocks(content):
+        if isinstance(part, bool):
+            starts = np.full(int(part), first, np.int64)
+            lengths = np.full(int(part), end - first, np.int64)
+        else:
+            starts, lengths = bits.extents(part, end - first)
+            starts += first
+        if length and len(starts) and starts[0] == first:
+            starts[0], lengths[0] = start, lengths[0] + length
+        elif length:
+            starts, lengths = np.append(start, starts), np.append(length, lengths)
+        length = 0
+        if end < content.nbits and len(starts) and starts[-1] + lengths[-1] == end:
+            start, length = int(starts[-1]), int(lengths[-1])
+            starts, lengths = starts[:-1], lengths[:-1]
+        if len(starts):
+            last = int(starts[-1] + lengths[-1])
+            starts *= unit
+            lengths *= unit
+            if last == content.nbits:  # the end of the disk can cut the last one short
+                lengths[-1] = size - int(starts[-1])
+            yield starts, lengths
+
+
+class Uniform:
+    """Bits that are all the same."""
+
+    def __init__(self, nbits: int, fill: bool) -> None:
+        self.nbits, self.fill = nbits, fill
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        return self.fill
+
+    def count(self) -> int:
+        """See `Counted`."""
+        return self.nbits * self.fill
+
+
+class Whole:
+    """Bits that are in memory."""
+
+    def __init__(self, nbits: int, words: bits.Words) -> None:
+        self.nbits, self.words = nbits, words
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        return self.words[first // 64 : -(-end // 64)]
+
+    def count(self) -> int:
+        """See `Counted`."""
+        return bits.count(self.words)
+
+
+class Combined:
+    """Two contents with the same number of bits, bit by bit; see `bits.combine`."""
+
+    def __init__(self, one: Content, other: Content, how: int) -> None:
+        self.nbits, self._one, self._other, self._how = one.nbits, one, other, how
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        how = self._how
+        if how == bits.AND_NOT:
+            other = self._other.part(first, end)
+            if other is True:
+                return False
+            one = self._one.part(first, end)
+        else:
+            one = self._one.part(first, end)
+            if (one is True and how == bits.OR) or (one is False and how == bits.AND):
+                return one
+            other = self._other.part(first, end)
+        if isinstance(one, bool) and isinstance(other, bool):
+            return (one or other) if how == bits.OR else (one and other) if how == bits.AND else one != other
+        if other is False:
+            return one if how != bits.AND else False
+        if one is False:
+            return other if how != bits.AND_NOT else False
+        if how == bits.OR and other is True:
+            return True
+        if how == bits.AND and isinstance(one, bool):
+            return other
+        if how == bits.AND and isinstance(other, bool):
+            return one
+        number = end - first
+        return bits.combine(_words(one, number), _words(other, number), how)[0]
+
+
+class Coarser:
+    """One bit for each group of bits; see `bits.coarsen`."""
+
+    def __init__(self, base: Content, factor: int) -> None:
+        self.nbits, self._base, self._factor = geometry.ceil_div(base.nbits, factor), base, factor
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        found = None
+        stop = min(end * self._factor, self._base.nbits)
+        for at in range(first * self._factor, stop, BLOCK):
+            upto = min(at + BLOCK, stop)
+            part = self._base.part(at, upto)
+            if part is False:
+                continue
+            if found is None:
+                found = bits.zeros(end - first)
+            low, high = at // self._factor - first, geometry.ceil_div(upto, self._factor) - first
+            if part is True:
+                bits.set_range(found, low, high)
+                continue
+            coarse = bits.coarsen(part, upto - at, self._factor)
+            if low % 64:
+                starts, lengths = bits.extents(coarse, high - low)
+                bits.scatter(found, starts + low, starts + lengths + (low - 1))
+            else:
+                found[low // 64 : low // 64 + len(coarse)] |= coarse
+        return False if found is None else found
+
+
+class Finer:
+    """Each bit a number of times, as many as make ``nbits``; see `bits.refine`."""
+
+    def __init__(self, base: Content, nbits: int, factor: int) -> None:
+        self.nbits, self._base, self._factor = nbits, base, factor
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        base, factor = self._base, self._factor
+        start = first // factor // 64 * 64
+        stop = min(geometry.ceil_div(geometry.ceil_div(end, factor), 64) * 64, base.nbits)
+        part = base.part(start, stop)
+        if isinstance(part, bool):
+            return part
+        if factor <= 64:
+            return bits.refine(part, end - start * factor, factor)[(first - start * factor) // 64 :]
+        starts, lengths = bits.extents(part, stop - start)
+        starts += start
+        lows, highs = np.maximum(starts * factor, first), np.minimum((starts + lengths) * factor, end)
+        inside = lows < highs
+        found = bits.zeros(end - first)
+        bits.scatter(found, lows[inside] - first, highs[inside] - (first + 1))
+        return found
+
+
+class Resized:
+    """The first ``nbits`` of another content; those from ``dirty`` on, where there are any, are set."""
+
+    def __init__(self, base: Content, nbits: int, dirty: int) -> None:
+        self.nbits, self._base, self._dirty = nbits, base, dirty
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        if first >= self._dirty:
+            return True
+        stop = min(geometry.ceil_div(end, 64) * 64, self._base.nbits)
+        part = self._base.part(first, stop) if first < stop else False
+        if isinstance(part, bool) and (end <= self._dirty or part):
+            return part
+        words = bits.zeros(end - first)
+        if part is not False:
+            there = _words(part, stop - first)
+            words[:] = np.append(there, bits.zeros(64 * (len(words) - len(there))))
+        bits.mask_tail(words, end - first)
+        bits.set_range(words, max(self._dirty, first) - first, end - first)
+        return words
+
+
+class Sparse:
+    """Bits of which few are set, in pages, where there are any.
+
+    A page is kept as its words; as its runs, where each begins and then where each ends, uint16; or True where all of
+    its bits are set.
+    """
+
+    def __init__(self, nbits: int, pages: Mapping[int, bits.Words | bytes | bool] | None = None) -> None:
+        self.nbits = nbits
+        self._pages = dict(pages or {})
+        self._loose: set[int] = set()  # pages that are words of its own, and that may take less as runs
+
+    def copy(self) -> Sparse:
+        """The same, to be changed by itself; this one is not to be changed any more."""
+        return Sparse(self.nbits, self._pages)
+
+    def pages(self) -> Iterable[int]:
+        """The pages that may have any bits."""
+        return self._pages.keys()
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        low, high = first // PAGE, geometry.ceil_div(end, PAGE)
+        there = [page for page in range(low, high) if page in self._pages] if self._pages else []
+        if not there:
+            return False
+        if len(there) == high - low and all(self._pages[page] is True for page in there):
+            return True
+        start = low * PAGE
+        words = bits.zeros(min(high * PAGE, self.nbits) - start)
+        for page in there:
+            here = self._words(page)
+            at = (page * PAGE - start) // 64
+            words[at : at + len(here)] = here
+        return words[(first - start) // 64 : geometry.ceil_div(end - start, 64)]
+
+    def set(self, first: int, end: int, value: bool) -> None:
+        """Sets, or clears, the bits from ``first`` up to ``end``."""
+        for page in range(first // PAGE, geometry.ceil_div(end, PAGE) if first < end else 0):
+            start, stop = page * PAGE, min((page + 1) * PAGE, self.nbits)
+            low, high = max(first, start), min(end, stop)
+            if (low, high) == (start, stop):
+                self._put(page, True if value else None)
+            elif value or page in self._pages:
+                change = bits.set_range if value else bits.clear_range
+                change(self._own(page), low - start, high - start)
+
+    def scatter(self, starts: bits.Positions, lasts: bits.Positions, value: bool) -> None:
+        """Sets, or clears, the bits of ranges, each from its start to its last one; they ascend, and are disjoint."""
+        long = lasts - starts >= 2 * PAGE
+        for first, last in zip(starts[long].tolist(), lasts[long].tolist(), strict=True):
+            self.set(first, last + 1, value)
+        starts, lasts = starts[~long], lasts[~long]
+        pages = np.unique(np.concatenate((starts, lasts, np.minimum(starts + PAGE, lasts))) // PAGE)
+        for at in range(0, len(pages), BLOCK // PAGE):
+            some = pages[at : at + BLOCK // PAGE]
+            for run in np.split(some, np.flatnonzero(np.diff(some) > 1) + 1):
+                self._scatter(run.tolist(), starts, lasts, value)
+
+    def _scatter(self, pages: list[int], starts: bits.Positions, lasts: bits.Positions, value: bool) -> None:
+        """As `scatter`, in pages that follow one another."""
+        first, end = pages[0] * PAGE, min((pages[-1] + 1) * PAGE, self.nbits)
+        here = slice(int(np.searchsorted(lasts, first)), int(np.searchsorted(starts, end)))
+        words = bits.zeros(end - first)
+        bits.scatter(words, np.maximum(starts[here], first) - first, np.minimum(lasts[here], end - 1) - first)
+        for at, page in enumerate(pages):
+            mine = words[at * PAGE // 64 : (at + 1) * PAGE // 64]
+            if page in self._pages:
+                mine = bits.combine(self._words(page), mine, bits.OR if value else bits.AND_NOT)[0]
+            if value or page in self._pages:
+                self._put(page, mine)
+
+    def _put(self, page: int, value: bits.Words | bool | None) -> None:
+        self._loose.discard(page)
+        if value is None:
+            self._pages.pop(page, None)
+            return
+        self._pages[page] = value
+        if not isinstance(value, bool):
+            self._loose.add(page)
+            if len(self._loose) > _LOOSE:
+                self._pack()
+
+    def _words(self, page: int) -> bits.Words:
+        """The words of a page; not to be written to."""
+        value = self._pages.get(page, False)
+        number = min(PAGE, self.nbits - page * PAGE)
+        if isinstance(value, bool):
+            return bits.filled(number, value)
+        if isinstance(value, bytes):
+            words, runs = bits.zeros(number), np.frombuffer(value, np.uint16).astype(np.int64)
+            bits.scatter(words, *runs.reshape(2, -1))
+            return words
+        return value
+
+    def _own(self, page: int) -> bits.Words:
+        """The words of a page, to be changed at once."""
+        words = self._words(page)
+        if page not in self._loose:
+            words = words.copy()
+            self._put(page, words)
+            self._pages[page] = words  # whatever it was packed to
+            self._loose.add(page)
+        return words
+
+    def _pack(self) -> None:
+        """Keeps pages as what takes less memory. Sixteen million ranges take no more than 130 MiB in any case."""
+        for page in self._loose:
+            words = self._words(page)
+            starts, lengths = bits.extents(words, len(words) * 64)
+            if len(starts) * 4 < words.nbytes // 2:
+                self._pages[page] = np.append(starts, starts + lengths - 1).astype(np.uint16).tobytes()
+            else:
+                self._pages[page] = words.copy()  # not as a part of an array whose other pages are gone
+        self._loose.clear()
+
+
+class Changed:
+    """A content with changes, which are kept by themselves: nothing of it is read for them.
+
+    Attributes:
+        base: what it was before.
+        shared: somebody else has it, too: who wants to change it takes a `copy`.
+        acts: how often it was changed.
+    """
+
+    def __init__(self, base: Content, dirty: Sparse | None = None, clean: Sparse | None = None) -> None:
+        self.nbits, self.base = base.nbits, base
+        self._dirty, self._clean = dirty or Sparse(base.nbits), clean or Sparse(base.nbits)
+        self._now = Combined(self._dirty, Combined(base, self._clean, bits.AND_NOT), bits.OR)
+        self.shared, self.acts = False, 0
+
+    def copy(self) -> Changed:
+        """The same, to be changed by itself; this one is not to be changed any more."""
+        return Changed(self.base, self._dirty.copy(), self._clean.copy())
+
+    def pages(self) -> bits.Positions:
+        """The numbers of the pages that can differ from what was there before; ascending."""
+        return np.array(sorted({*self._dirty.pages(), *self._clean.pages()}), np.int64)
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        return self._now.part(first, end)
+
+    def set(self, first: int, end: int, value: bool) -> None:
+        """Sets, or clears, the bits from ``first`` up to ``end``."""
+        self.acts += 1
+        self._dirty.set(first, end, value)
+        self._clean.set(first, end, not value)
+
+    def scatter(self, starts: bits.Positions, lasts: bits.Positions) -> None:
+        """Sets the bits of every range, from its start to its last one; in any order, and they may overlap."""
+        self.acts += 1
+        if len(starts):
+            order = np.argsort(starts)
+            starts, ends = starts[order], np.maximum.accumulate(lasts[order]) + 1
+            apart = starts[1:] > ends[:-1]
+            starts, lasts = starts[np.append(True, apart)], ends[np.append(apart, True)] - 1
+            self._dirty.scatter(starts, lasts, True)
+            self._clean.scatter(starts, lasts, False)
+
+
+def rescaled(content: Content, size: int, granularity: int, wanted: int) -> Content:
+    """The content at another granularity, rounded outward; see `bits.rescaled`."""
+    if wanted > granularity:
+        return Coarser(content, wanted // granularity)
+    if wanted < granularity:
+        return Finer(content, geometry.granules(size, wanted), granularity // wanted)
+    return content
+
+
+def _words(part: Part, nbits: int) -> bits.Words:
+    return bits.filled(nbits, part) if isinstance(part, bool) else part

@@ -1,0 +1,218 @@
+"""Contents that are not in memory, against the same done to a whole array of flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from dirtmap.engine.model import bits, content
+from dirtmap.engine.model.bitmap import Bitmap
+from dirtmap.engine.model.content import Changed, Content, Part
+
+Flags = NDArray[np.bool_]
+
+PAGE, BLOCK = 128, 512
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "PAGE", PAGE)
+    monkeypatch.setattr(content, "BLOCK", BLOCK)
+    monkeypatch.setattr(content, "LARGE", 256)
+    monkeypatch.setattr(content, "_LOOSE", 3)
+
+
+def words_of(flags: Flags) -> bits.Words:
+    words = bits.zeros(len(flags))
+    words.view(np.uint8)[: -(-len(flags) // 8)] = np.packbits(flags, bitorder="little")
+    return words
+
+
+def flags_of(words: bits.Words, nbits: int) -> Flags:
+    return np.unpackbits(words.view(np.uint8), bitorder="little", count=nbits).astype(np.bool_)
+
+
+class Asked:
+    """Flags as a content, which says of stretches of 64 equal ones what they are, and holds callers to the rules."""
+
+    damage = None
+    uniform = None
+
+    def __init__(self, flags: Flags) -> None:
+        self.nbits, self.flags, self.most = len(flags), flags, 0
+
+    def part(self, first: int, end: int) -> Part:
+        assert first % 64 == 0
+        assert first < end <= self.nbits
+        assert end % 64 == 0 or end == self.nbits
+        self.most = max(self.most, end - first)
+        here = self.flags[first:end]
+        if here.all() or not here.any():
+            return bool(here[0])
+        words = words_of(here)
+        words.flags.writeable = False
+        return words
+
+    def load(self) -> bits.Words:
+        raise AssertionError("not to be loaded")
+
+    def open(self) -> Content:
+        return self
+
+
+@st.composite
+def flags(draw: st.DrawFn, least: int = 257, most: int = 3000) -> Flags:
+    """Random bits, with stretches of equal ones."""
+    number = draw(st.integers(least, most))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    found = rng.random(number) < draw(st.sampled_from([0.0, 0.02, 0.5, 0.98, 1.0]))
+    for _ in range(draw(st.integers(0, 4))):
+        first, end = sorted(rng.integers(0, number, 2).tolist())
+        found[first:end] = rng.random() < 0.5
+    return found
+
+
+def lazy(found: Flags, granularity: int = 512, cut: int = 0) -> Bitmap:
+    return Bitmap._lazy(len(found) * granularity - cut, granularity, True, False, Asked(found))
+
+
+def of(bitmap: Bitmap) -> Flags:
+    """The flags of a bitmap, by three ways."""
+    nbits = -(-bitmap.size // bitmap.granularity)
+    found = np.zeros(nbits, np.bool_)
+    ends = [0]
+    for offsets, lengths in bitmap.extents_by_parts():
+        assert len(offsets) or not bitmap._is_large
+        for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
+            assert offset > ends[-1] or len(ends) == 1, "extents are maximal, and ascend"
+            assert length > 0
+            assert (offset + length) % bitmap.granularity == 0 or offset + length == bitmap.size
+            ends.append(offset + length)
+            found[offset // bitmap.granularity : -(-ends[-1] // bitmap.granularity)] = True
+    assert bitmap.count == found.sum() * bitmap.granularity
+    assert np.array_equal(flags_of(bitmap.copy().words, nbits), found)
+    assert bitmap == Bitmap.from_words(bitmap.size, bitmap.granularity, words_of(found), True)
+    return found
+
+
+def coarse(found: Flags, factor: int) -> Flags:
+    padded = np.append(found, np.zeros(-len(found) % factor, np.bool_))
+    return padded.reshape(-1, factor).any(axis=1)
+
+
+OPERATIONS: list[Callable[[Any, Any], Any]] = [
+    lambda a, b: a | b,
+    lambda a, b: a & b,
+    lambda a, b: a ^ b,
+    lambda a, b: a - b if isinstance(a, Bitmap) else a & ~b,
+]
+
+
+@given(flags(), st.data(), st.sampled_from(OPERATIONS))
+def test_two_contents_are_combined_part_by_part(one: Flags, data: st.DataObject, operation: Callable[..., Any]) -> None:
+    other = data.draw(flags(len(one), len(one)))
+    first, second = lazy(one), lazy(other)
+    assert np.array_equal(of(operation(first, second)), operation(one, other))
+    assert (first == second) == np.array_equal(one, other)
+    for bitmap in (first, second):
+        assert isinstance(bitmap._source, Asked)
+        assert bitmap._source.most <= BLOCK
+
+
+@given(flags(most=1500), st.sampled_from([2, 8, 64, 128, 1024]), st.integers(0, 511))
+def test_other_granularities(found: Flags, factor: int, cut: int) -> None:
+    bitmap = lazy(found, 512, cut)
+    coarser = bitmap.at(512 * factor)
+    assert np.array_equal(of(coarser), coarse(found, factor))
+    finer = lazy(found, 512 * factor, cut).at(512)
+    nbits = -(-finer.size // 512)
+    assert np.array_equal(of(finer), np.repeat(found, factor)[:nbits])
+    assert of(coarser | bitmap).sum() == np.repeat(coarse(found, factor), factor)[: len(found)].sum()
+
+
+@given(flags(), st.integers(0, 3500), st.integers(0, 511), st.integers(0, 511))
+def test_other_sizes(found: Flags, number: int, cut: int, other_cut: int) -> None:
+    size = max(number * 512 - other_cut, 0)
+    bitmap = lazy(found, 512, cut)
+    new = bitmap.resized(size)
+    wanted = np.append(found, np.ones(3500, np.bool_))[: -(-size // 512)]
+    if size > bitmap.size and cut:
+        wanted[len(found) - 1 : len(found)] = True
+    assert np.array_equal(of(new), wanted)
+
+
+@given(flags(most=1200), st.integers(0, 2**32), st.integers(1, 12))
+@settings(deadline=None)
+def test_changes_are_kept_by_themselves(found: Flags, seed: int, acts: int) -> None:
+    rng = np.random.default_rng(seed)
+    granularity, size = 512, len(found) * 512
+    bitmap = lazy(found)
+    source = bitmap._source
+    assert isinstance(source, Asked)
+    kept: list[tuple[Bitmap, Flags]] = []
+    flags_now = found.copy()
+    for _ in range(acts):
+        first, end = sorted(rng.integers(0, len(found) + 1, 2).tolist())
+        match rng.integers(0, 5):
+            case 0:
+                bitmap.mark(first * granularity, (end - first) * granularity)
+                flags_now[first:end] = True
+            case 1:
+                bitmap.clear(first * granularity, (end - first) * granularity)
+                flags_now[first:end] = False
+            case 2:
+                bitmap.mark(int(rng.integers(0, size)), 0)
+            case 3:
+                starts = rng.integers(0, len(found), 40)
+                lengths = np.minimum(rng.integers(0, 2 if rng.random() < 0.5 else 400, 40), len(found) - starts)
+                bitmap.mark_many(starts * granularity, lengths * granularity)
+                for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+                    flags_now[start : start + length] = True
+            case 4:
+                kept.append((bitmap, flags_now.copy()))
+                bitmap = bitmap.copy()
+    assert source.most == 0, "no change needs to read"
+    pages = set(bitmap._content.pages().tolist()) if isinstance(bitmap._content, Changed) else set()
+    differing = set((np.flatnonzero(flags_now != found) // PAGE).tolist())
+    assert differing <= pages
+    for one, wanted in [(bitmap, flags_now), *kept]:
+        assert np.array_equal(of(one), wanted)
+
+
+def test_what_is_changed_is_not_more_than_asked_for() -> None:
+    bitmap = lazy(np.random.default_rng(1).random(3000) < 0.5)
+    bitmap.mark(5 * 512, 1)
+    bitmap.clear(1000 * 512, 512 * 30)
+    bitmap.mark_many([2000 * 512], [1])
+    assert isinstance(bitmap._content, Changed)
+    assert bitmap._content.pages().tolist() == [0, 7, 8, 15]
+    assert bitmap._source is None
+
+
+def test_fresh_bitmaps_are_not_in_memory() -> None:
+    clean, dirty = Bitmap(3000 * 512, 512), Bitmap(3000 * 512, 512).recovered()
+    for bitmap, count in ((clean, 1), (dirty, 3000)):
+        bitmap.mark(512, 512)
+        assert (bitmap._words, bitmap.count) == (None, count * 512)
+    dirty.clear(0, 1024)
+    assert (dirty | clean).count == 2999 * 512
+    assert (dirty ^ clean)._words is None
+
+
+def test_a_bitmap_that_goes_on_changing_leaves_what_was_made_from_it() -> None:
+    found = np.random.default_rng(2).random(2000) < 0.5
+    bitmap = lazy(found)
+    bitmap.mark(0, 512)
+    union = bitmap | lazy(np.zeros(2000, np.bool_))
+    parts = bitmap.extents_by_parts()
+    first = next(parts)
+    bitmap.clear(0, bitmap.size)
+    assert bitmap.count == 0
+    assert union.count == (found[1:].sum() + 1) * 512
+    assert sum(len(offsets) for offsets, _ in (first, *parts)) == len(union.extents()[0])

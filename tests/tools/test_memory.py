@@ -1,0 +1,107 @@
+"""No command, and no call from Python, has all bits of a large bitmap in memory: 16 TiB at 4 KiB have 512 MiB."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.large import SIZE, make_large, run_measured
+
+import dirtmap.engine as dm
+
+MEBIBYTES = 256
+OPEN = "import dirtmap.engine as dm; import numpy as np; image = dm.open('disk'); "
+CHANGE = f"{OPEN}changing = image.transaction(); bitmaps = changing.__enter__(); "
+DONE = "; changing.__exit__(None, None, None)"
+
+COMMANDS = {
+    "list": ["list", "disk"],
+    "dump": ["dump", "disk"],
+    "check": ["check", "STORE"],
+    "map, totals": ["map", "--totals", "disk", "dense"],
+    "map, picture": ["map", "--picture", "disk", "dense"],
+    "mark": ["mark", "disk", "dense", "5M", "4K"],
+    "mark, from lines": ["mark", "disk", "dense", "--from", "LINES"],
+    "merge into the same": ["merge", "disk", "dense", "week"],
+    "merge into another": ["merge", "disk", "few", "dense"],
+    "merge into a coarser one": ["merge", "disk", "week", "dense"],
+    "copy": ["copy", "disk", "dense", "disk", "--as", "copy"],
+    "copy to another node": ["copy", "disk", "dense", "other"],
+    "move to another node": ["move", "disk", "dense", "other"],
+    "rename": ["rename", "disk", "dense", "renamed"],
+    "disable": ["disable", "disk", "dense"],
+    "clear": ["clear", "disk", "dense"],
+    "hold": ["hold", "disk", "dense", "--", "true"],
+    "recover": ["recover", "disk"],
+    "compact": ["store", "compact", "STORE"],
+    "remove": ["remove", "disk", "dense"],
+}
+CALLS = {
+    "count": f"{OPEN}print(image['dense'].count)",
+    "extents by parts": f"{OPEN}print(sum(int(n.sum()) for _, n in image['dense'].extents_by_parts()))",
+    "coarser": f"{OPEN}print(image['dense'].at(65536).count)",
+    "finer": f"{OPEN}print(image['week'].at(2048).count)",
+    "set algebra": f"{OPEN}a, b = image['dense'], image['few']; print((a | b).count, (a & b) == b, (a ^ b).count)",
+    "add": f"{CHANGE}dm.changes.add(bitmaps, 'new', 4096){DONE}",
+    "one mark": f"{CHANGE}bitmaps['dense'].mark(1 << 30, 1){DONE}",
+    "marks": f"{CHANGE}o = np.arange(10**6) * 16777216; bitmaps['dense'].mark_many(o, np.full(10**6, 4096)){DONE}",
+    "a clear": f"{CHANGE}bitmaps['dense'].clear(1 << 30, 1 << 41){DONE}",
+    "a union": f"{CHANGE}bitmaps['few'] |= bitmaps['dense']{DONE}",
+    "a difference": f"{CHANGE}bitmaps['dense'] -= bitmaps['few']{DONE}",
+    "another granularity": f"{CHANGE}bitmaps['dense'] = bitmaps['dense'].at(8192){DONE}",
+}
+LINES = "".join(f"{number * 16777216} 4096\n" for number in range(SIZE >> 24))
+QUICK = "map, totals", "merge into another", "marks"
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_large(tmp_path_factory.mktemp("large"), 1 / 256)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """One of which all the bits are in the file."""
+    yield make_large(tmp_path, 1)
+    for path in tmp_path.iterdir():
+        if path.is_file():
+            path.unlink()
+
+
+def run(what: str, folder: Path) -> str:
+    """Runs one of them, which must succeed within its memory; returns what it said last."""
+    if what in CALLS:
+        said, _, resident = run_measured(program=CALLS[what], folder=folder)
+    else:
+        (folder / "lines").write_text(LINES)
+        places = {"STORE": str(folder / "default.dmap"), "LINES": str(folder / "lines")}
+        words = [places.get(word, word) for word in (COMMANDS[what] if what in COMMANDS else what.split())]
+        said, _, resident = run_measured(*words, folder=folder)
+    assert "Traceback" not in said
+    assert "dirtmap:" not in said
+    assert resident < MEBIBYTES, f"{what}: {resident} MiB"
+    return said
+
+
+@pytest.mark.parametrize("what", QUICK)
+def test_in_bounded_memory(what: str, sparse: Path) -> None:
+    run(what, sparse)
+    with dm.Host(str(sparse / "default.dmap"), str(sparse / "index")) as host, host.open("disk") as image:
+        dense, few = image["dense"], image["few"]
+        assert SIZE // 8 * 7 <= dense.count < SIZE
+        if what == "merge into another":
+            assert (dense - few).count == 0
+            assert few.count - dense.count in (0, 4096)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", [*COMMANDS, *CALLS])
+def test_all_in_bounded_memory(what: str, full: Path) -> None:
+    run(what, full)
+
+
+@pytest.mark.long
+def test_all_extents_in_bounded_memory(sparse: Path) -> None:
+    assert run("map --output=json disk dense", sparse).rstrip().endswith("]")
+    assert run("map disk dense", sparse)
