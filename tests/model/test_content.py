@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 from dirtmap.engine.model import bits, content
 from dirtmap.engine.model.bitmap import Bitmap
-from dirtmap.engine.model.content import Changed, Content, Part
+from dirtmap.engine.model.content import Changed, Content
+
+if TYPE_CHECKING:
+    from dirtmap.engine.model.content import Part
 
 Flags = NDArray[np.bool_]
 

@@ -7,15 +7,18 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import dirtmap.engine as dm
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import bits
-from dirtmap.engine.model.content import Part
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import store
+
+if TYPE_CHECKING:
+    from dirtmap.engine.model.content import Part
 
 TIB = 1 << 40
 # A file on ext4 has less than 16 TiB.
