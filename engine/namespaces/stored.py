@@ -287,6 +287,7 @@ def describe_store(target: Store) -> ImageInfo:
             doubt=next((part.doubt for part in parts if part.doubt), None),
             errors=tuple(error for part in parts for error in part.errors),
             checkpoints=tuple(name for part in parts for name in part.checkpoints),
+            incomplete=tuple(name for part in parts for name in part.incomplete),
         )
 
     return target.read(read)
