@@ -97,10 +97,10 @@ def test_a_smaller_carrier_would_tell_its_tail_clean(drive0: str, tmp_path: Path
     with dm.Host() as host:
         carrier.make_carrier(str(small), MIB // 2)
         with pytest.raises(dm.BitmapError, match="would be told clean"):
-            carrier.put_into_carrier(host, str(small), "b0", bitmap)
+            carrier.put_into_carrier(host, str(small), {"b0": bitmap})
         half = dm.Bitmap(MIB // 2)
         half.mark(0, MIB // 2)
-        carrier.put_into_carrier(host, str(small), "b0", half)
+        carrier.put_into_carrier(host, str(small), {"b0": half})
         with Daemon() as daemon:
             size = daemon.open_disk("disk", disk, force_share=False)
             there = daemon.open_carrier("bitmaps", str(small))
@@ -163,6 +163,9 @@ def test_what_changed_since_a_checkpoint(tmp_path: Path) -> None:
             assert each.bitmaps == ("b0", "since-two")
             assert by_nbdinfo(each.uri, "since-two") == extents(expected)
             assert busy("drive0") == ["b0", "two", "three"]
+    mark("drive0", "since-two", (0, 1))
+    said = error_of("export", "drive0", "--since", "two", "--run", "false")
+    assert "'since-two': two bitmaps would be served by this name" in said
     assert "'b0': there is no such checkpoint" in error_of("export", "drive0", "--since", "b0", "--run", "false")
     with Home(ALONE, str(tmp_path / "default.dmap"), b"drive0").change(None) as home:
         home.entries.pop("three")  # by software that knows no checkpoints
@@ -288,6 +291,7 @@ def test_where_it_listens(tmp_path: Path) -> None:
         ((), "Where to listen?"),
         (("--port", 1, "--unix", "s"), "exclude each other"),
         (("--port", 1, "--bind", "0.0.0.0"), "anybody could read the disk"),
+        (("--unix", "s", "--bind", "::1"), "--bind goes with --port"),
         (("--port", 1, "--bind", "host"), "'host' is no IP address"),
         (("--port", 1, "--live", "--source", "s"), "goes with no frozen source"),
         (("--port", 1, "--source", "s", "--source", "s"), "2 given, and 1 targets"),

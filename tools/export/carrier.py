@@ -15,6 +15,8 @@ from dirtmap.fmt import geometry
 from dirtmap.fmt.errors import BitmapError, StorageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dirtmap.engine import Bitmap, Host
 
 SECTOR = 512
@@ -48,26 +50,26 @@ def make_carrier(path: str, size: int) -> None:
         raise StorageError(path, " ".join(done.stderr.split()) or f"qemu-img ended with status {done.returncode}")
 
 
-def put_into_carrier(host: Host, path: str, name: str, bitmap: Bitmap) -> None:
-    """Adds a bitmap to a carrier, exact to the bit where QEMU can have it so.
+def put_into_carrier(host: Host, path: str, bitmaps: Mapping[str, Bitmap]) -> None:
+    """Adds bitmaps to a carrier by one commit, exact to the bit where QEMU can have it so.
 
     QEMU has at most 512 MiB of bits for a bitmap. One that needs more becomes as coarse as it must, rounded outward.
 
     Args:
         host: opens the carrier.
         path: of the carrier.
-        name: of the bitmap there.
-        bitmap: of a disk that the carrier was made for.
+        bitmaps: by their names there; of a disk that the carrier was made for.
 
     Raises:
         BitmapError: the carrier is for a disk of another size, QEMU knows no such name, or the name is taken.
-        StorageError: there is no room for it.
+        StorageError: there is no room for them.
     """
-    with host.open(f"file:{path}") as carrier, carrier.transaction() as bitmaps:
-        if carrier.size != carrier_size(bitmap.size):
-            what = f"has {carrier.size} bytes: all else of a disk of {bitmap.size} would be told clean"
-            raise BitmapError(path, what)
-        dm.changes.put(bitmaps, name, _fitted(bitmap, carrier.size, bitmaps.most_bytes))
+    with host.open(f"file:{path}") as carrier, carrier.transaction() as changed:
+        for name, bitmap in bitmaps.items():
+            if carrier.size != carrier_size(bitmap.size):
+                what = f"has {carrier.size} bytes: all else of a disk of {bitmap.size} would be told clean"
+                raise BitmapError(path, what)
+            dm.changes.put(changed, name, _fitted(bitmap, carrier.size, changed.most_bytes))
 
 
 def _fitted(bitmap: Bitmap, size: int, most_bytes: int) -> Bitmap:

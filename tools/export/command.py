@@ -117,6 +117,8 @@ def export_command(
     """
     if unix is not None and port is not None:
         raise click.UsageError("--unix and --port exclude each other.")
+    if bind != LOOPBACK and port is None:
+        raise click.UsageError("--bind goes with --port.")
     if unix is None and port is None and command is None:
         raise click.UsageError("Where to listen? --unix, --port or --run says it.")
     if command is not None and output == "json":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dirtmap.engine as dm
+from dirtmap.fmt import geometry
 from dirtmap.fmt.errors import ArgumentError, BitmapError, BitmapNotFoundError, LockedError, printable
 from dirtmap.fmt.spelling import escaped, shown_as
 from dirtmap.tools.export.carrier import make_carrier, put_into_carrier
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from dirtmap.engine import Bitmap, Disk, Handle, Host, ImageInfo
     from dirtmap.tools.export.listener import Listener
 
-CONTEXT = "qemu:dirty-bitmap:"
+_TOGETHER = 64 << 20  # bytes of bits that are in memory at a time, and go into a carrier with one commit; or one bitmap
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,10 @@ def export(
 ) -> Iterator[Serving]:
     """Serves disks with their bitmaps, read-only, over NBD, until the end of the block.
 
-    The bitmaps are what they are when the block begins, and are held until it ends: see `Namespace.hold`. A held bitmap
-    does not change, so they are of one instant. The disks are kept offline: see `Host.offline`. An error that tells of
-    a write to them comes at the end of the block. The server ends with the thread that begins the block.
+    The bitmaps are what they are when the block begins, and are held until it ends: see `Namespace.hold_all`. A held
+    bitmap does not change, so they are of one instant, that of the last hold. The disks are kept offline: see
+    `Host.offline`. An error that tells of a write to them comes at the end of the block. The server ends with the
+    thread that begins the block.
 
     Args:
         host: opens the targets.
@@ -253,32 +255,53 @@ class _Served:
             raise LockedError(self.handle.where, "its checkpoints have changed meanwhile; try again")
 
     def _hold(self, stack: contextlib.ExitStack, owner: str) -> None:
-        in_image = self.handle.format == "qcow2"
-        for name in dict.fromkeys([*self.chosen, *self.chain]):
-            try:
-                stack.enter_context(self.handle.hold(name, owner))
-            except (BitmapError, LockedError):
+        names = list(dict.fromkeys([*self.chosen, *self.chain]))
+        try:
+            stack.enter_context(self.handle.hold_all(names, owner))
+        except (BitmapError, LockedError):
+            for name in names:
                 dm.changes.usable(self.handle.where, self.handle, name)  # says what is wrong with it, if that was it
-                if self.kept and in_image:
-                    continue  # no store knows the image; but nobody can change what is in it
-                if not self.tracked and not in_image:
-                    raise
+            in_image = self.handle.format == "qcow2"
+            if not self.tracked and not in_image:
+                raise
+            # Nobody can change what is in an image that is kept offline, whether or not a store has a record of it.
+            if not (self.kept and in_image):
                 self.notes.append("its bitmaps are not held: each is as it was when the export began, or later")
-                return
 
     def write_carrier(self, host: Host, path: str) -> None:
-        """Writes the bitmaps into a carrier, if there are any. One at a time is in memory."""
-        if not self.chosen and not self.chain:
+        """Writes the bitmaps into a carrier, if there are any, as many at a time as fit into the memory meant for it.
+
+        Raises:
+            BitmapError: two would have the same name there.
+        """
+        parts = [(escaped(name), [name]) for name in self.chosen]
+        if self.since is not None:
+            parts.append((f"since-{escaped(self.since)}", self.chain))
+        for context, _ in parts:
+            if context in self.contexts:
+                raise BitmapError(f"{self.handle.where}: '{context}'", "two bitmaps would be served by this name")
+            self.contexts.append(context)
+        if not parts:
             return
         make_carrier(path, self.handle.size)
-        for name in self.chosen:
-            self._put(host, path, escaped(name), self._read(name))
-        if self.since is not None:
-            first, *others = self.chain
-            changed = self._read(first)
-            for name in others:
-                changed |= self._read(name)
-            self._put(host, path, f"since-{escaped(self.since)}", changed)
+        together: dict[str, Bitmap] = {}
+        taken = 0
+        for context, names in parts:
+            bitmap = self._changed(names)
+            together[context] = bitmap
+            taken += geometry.packed_bytes(bitmap.size, bitmap.granularity)
+            if taken >= _TOGETHER:
+                self._put(host, path, together)
+                together, taken = {}, 0
+        self._put(host, path, together)
+
+    def _changed(self, names: list[str]) -> Bitmap:
+        """All of several bitmaps in one."""
+        first, *others = names
+        changed = self._read(first)
+        for name in others:
+            changed |= self._read(name)
+        return changed
 
     def _read(self, name: str) -> Bitmap:
         bitmap = dm.changes.usable(self.handle.where, self.handle, name)
@@ -286,12 +309,11 @@ class _Served:
             self.notes.append(f"'{name}': its {bitmap.damage}; recover makes that last")
         return bitmap
 
-    def _put(self, host: Host, path: str, context: str, bitmap: Bitmap) -> None:
+    def _put(self, host: Host, path: str, bitmaps: dict[str, Bitmap]) -> None:
         try:
-            put_into_carrier(host, path, context, bitmap)
-        except BitmapError as error:
-            raise BitmapError(f"{self.handle.where}: bitmap '{context}'", error.what) from error
-        self.contexts.append(context)
+            put_into_carrier(host, path, bitmaps)
+        except BitmapError as error:  # what QEMU has no room for, in the user's words
+            raise BitmapError(self.handle.where, f"cannot be served: {error}") from error
 
     def open(self, daemon: Daemon, number: int, carrier: Path) -> None:
         """Has the daemon open the disk and the carrier, and compares their sizes."""
