@@ -135,6 +135,8 @@ def test_bitmaps_that_cannot_be_used(tmp_path: Path) -> None:
     image = tmp_path / "d.qcow2"
     create(image, MIB)
     with StorageDaemon(image) as daemon:
+        said = error_of("export", image, "--run", "false")
+        assert said.endswith(f"(process {daemon.pid}); --source serves a frozen copy, --live insists")
         daemon.add("left in use")
         daemon.quit()
     with StorageDaemon(image):
@@ -294,6 +296,7 @@ def test_where_it_listens(tmp_path: Path) -> None:
         (("--unix", "s", "--bind", "::1"), "--bind goes with --port"),
         (("--port", 1, "--bind", "host"), "'host' is no IP address"),
         (("--port", 1, "--live", "--source", "s"), "goes with no frozen source"),
+        (("--port", 1, "--source", tmp_path / "drive0.raw"), "is the disk itself, and no frozen copy"),
         (("--port", 1, "--source", "s", "--source", "s"), "2 given, and 1 targets"),
         (("--unix", there), "exists already"),
     ):

@@ -154,7 +154,8 @@ def _opened(
     host: Host, stack: contextlib.ExitStack, target: str, source: str | None, *, live: bool, listener: Listener
 ) -> _Served:
     """Opens a target, and keeps what is served of it as it is."""
-    handle = stack.enter_context(host.open(target, force_share=live or source is not None))
+    # Whoever has it open for writing is met below, where the error can say what else can be done.
+    handle = stack.enter_context(host.open(target, force_share=True))
     notes, status = [], handle.tracking()
     tracked = status is not None and status.alive
     if status is not None and tracked and not live and source is None:
@@ -165,11 +166,20 @@ def _opened(
         notes.append(f"recovered first: {status.how}")
     disk = handle.disk()
     if source is not None:
+        if _is_same(source, disk.path):
+            raise ArgumentError("sources", f"{printable(source)} is the disk itself, and no frozen copy of it")
         disk = dm.Disk(os.path.abspath(source), disk.format)
     if not live:
         stack.enter_context(_offline(host, disk))
     own = source is None and not live
     return _Served(target, handle, disk, tracked=tracked, kept=own, live=live, notes=notes)
+
+
+def _is_same(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False  # who opens it says what is wrong
 
 
 @contextlib.contextmanager
