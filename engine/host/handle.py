@@ -17,7 +17,7 @@ from dirtmap.fmt.errors import Error, LockedError, MovedError
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
-    from dirtmap.engine.model.infos import ImageInfo, Recovery, Status
+    from dirtmap.engine.model.infos import Disk, ImageInfo, Recovery, Status
     from dirtmap.engine.model.transaction import Transaction
     from dirtmap.engine.tracking.tracker import Tracker
 
@@ -116,6 +116,14 @@ class Handle(Namespace):
         """Who tracks the image; see `Namespace.tracking`."""
         return self._ask(lambda backend: backend.tracking())
 
+    def disk(self) -> Disk:
+        """Where the disk is that the bitmaps are about; of a device, its root's.
+
+        Raises:
+            BitmapNotFoundError: of a device: no store of the host has its root.
+        """
+        return self._ask(lambda backend: self._kind.disk(self._host, backend))
+
     def _names(self) -> list[bytes]:
         return self._ask(lambda backend: backend._names())
 
@@ -142,6 +150,13 @@ class Handle(Namespace):
         """Holds a bitmap for a backup; see `Namespace.hold`."""
         with self._opened(lambda backend: backend.hold(name, owner)) as bitmap:
             yield bitmap
+
+    @contextlib.contextmanager
+    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[None]:
+        """Holds several bitmaps; see `Namespace.hold_all`."""
+        chosen = list(names)
+        with self._opened(lambda backend: backend.hold_all(chosen, owner)):
+            yield
 
     @contextlib.contextmanager
     def _opened(self, begin: Callable[[Namespace], contextlib.AbstractContextManager[T]]) -> Iterator[T]:
