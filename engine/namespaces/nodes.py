@@ -17,7 +17,7 @@ from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces.condition import Condition, refuse_session, refuse_tracked
 from dirtmap.engine.namespaces.image import Image, Naming
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.storefile.directory import header_doubts, no_namespace, release_bits, require_free
+from dirtmap.engine.storefile.directory import header_doubts, no_namespace, release_bits, rename_record, require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.system.file import is_same_file, rename_file, replace_file, sync_folder
@@ -288,8 +288,7 @@ def rename_node(host: HostPort, target: Store, name: str, new: str, *, with_bitm
             raise BitmapError(now.where, what)
         if naming is not None:
             naming.set(new)
-        change.table.remove(record.name)
-        change.table.put(replace(record, name=encode_name(new)))
+        change.table.put(rename_record(change, record, encode_name(new)))
 
 
 def resize_node(target: Store, name: str) -> int:

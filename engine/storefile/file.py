@@ -56,7 +56,6 @@ class Snapshot:
         file: the store.
         chosen: which header counts, and why.
         header: the header that counts.
-        directories: of each directory read so far: its first byte, the byte behind it, and the namespace; ascending.
         doubted: a checksum was wrong: damage, or the commits since have written over what was read.
         watched: the namespaces of which something else was looked at, too, such as a tracker's live files, by name.
         kept: what an earlier attempt at the same answer has read and verified, for those who can use it.
@@ -71,7 +70,6 @@ class Snapshot:
     ) -> None:
         self._outdated = outdated
         self.file, self.chosen, self.header = file, chosen, chosen.header
-        self.directories: list[tuple[int, int, bytes]] = []
         self.doubted = False
         self.watched: dict[bytes, Record] = {}
         self.kept: dict[object, Any] = {} if kept is None else kept

@@ -83,6 +83,7 @@ RECORD = Structure(
     "path_size" / Int32ub,
     "image" / Bytes(FILE_IDENTITY.size),
 )
+OWNER = Structure("directory owner", "owner" / Bytes(16))  # at the start of each cluster of a directory
 _NAME_SIZE = RECORD.field("name_size").offset
 POINTER = Structure("bits pointer", "place" / Int64ub, "checksum" / Int32ub, "reserved" / Int32ub)
 # Items in the extra data of a directory entry. A window is another: see `dirtmap.fmt.structures.live`.

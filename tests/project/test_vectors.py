@@ -190,7 +190,7 @@ def test_example_shows_record_directory_and_bits_whole() -> None:
     assert record.length == table.length
     areas = (table.offset, table.length), (record.directory_offset, record.directory_length)
     expected = [at for start, length in areas for at in range(start, start + length, 16)]
-    entry = DIRECTORY_ENTRY.parse(data[record.directory_offset : record.directory_offset + DIRECTORY_ENTRY.size])
+    entry = DIRECTORY_ENTRY.parse(data, record.directory_offset + store.OWNER_SIZE)
     assert sorted(shown) == sorted([entry.table_offset, *expected])
     assert not any(data[entry.table_offset + 16 : entry.table_offset + store.BLOCK])
 

@@ -28,14 +28,13 @@ from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.namespaces.store_check import check
 from dirtmap.engine.namespaces.stored import describe_store
-from dirtmap.engine.storefile.directory import read_entries
+from dirtmap.engine.storefile.directory import place_directory, read_entries
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.storefile.header import Seen
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory
 from dirtmap.fmt import store as fmt_store
-from dirtmap.fmt.structures.directory import build_directory
 
 EFFORT = crash.Effort(pieces=8, most=16, random=40).times(int(os.environ.get("DIRTMAP_CRASH_EFFORT", "1")))
 CHAIN_EFFORT = crash.Effort(pieces=4, most=8, random=20)
@@ -192,7 +191,7 @@ def in_use(path: Path) -> None:
         assert record
         entries = [entry.with_flags(set=directory.FLAG_IN_USE) for entry in read_entries(change.snapshot, record)]
         change.release(record.directory)
-        change.table.put(replace(record, directory=change.place(build_directory(entries))))
+        change.table.put(replace(record, directory=place_directory(change, b"a", entries)))
 
 
 def image_of(path: Path, name: str) -> Path:

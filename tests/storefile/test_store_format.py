@@ -178,7 +178,7 @@ def test_bits_lie_as_the_format_says(seed: int, granularity: int, tmp_path_facto
         record = target.read(lambda snapshot: snapshot.table().get(b"disk"))
         area = record.directory
     raw = Path(where).read_bytes()
-    ((_, entry),) = parse_entries(raw[area.offset : area.offset + area.length])
+    ((_, entry),) = parse_entries(raw[area.offset + store.OWNER_SIZE : area.offset + area.length])
     expected = np.packbits(dirty, bitorder="little").tobytes()
     if not dirty.any() or dirty.all():
         assert entry.table_offset == (store.ALL_ONES if count and dirty.all() else store.ALL_ZEROS)
@@ -297,6 +297,7 @@ def test_dump_shows_every_byte_of_metadata(path: str) -> None:
     assert [name for name in seen if not name.startswith("header")] == [
         "namespace table",
         "namespace record: node 'disk'",
+        "directory owner: node 'disk'",
         "directory entry: node 'disk', bitmap 'b'",
         "bits: node 'disk', bitmap 'b'",
         "directory entry: node 'disk', bitmap 'ones'",

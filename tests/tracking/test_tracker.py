@@ -31,6 +31,7 @@ from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_AUTO, Entry
 from dirtmap.fmt.identity import NO_FILE_PLACE
 
@@ -873,7 +874,7 @@ def test_mending_a_damaged_directory_ends_the_session_of_a_tracker_that_has_ende
         record = target.record(b"drive0")
     assert record
     with (tmp_path / "default.dmap").open("r+b") as file:  # the older header slot leads to a directory without 'c2'
-        file.seek(record.directory.offset + 20)
+        file.seek(record.directory.offset + store.OWNER_SIZE + 20)
         file.write(b"?")
     with pytest.raises(dm.LockedError, match="tracked by"):
         image.recover()

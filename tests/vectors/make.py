@@ -113,6 +113,13 @@ class Making:
             assert record is not None
             return record.directory.offset
 
+    def uuid_of(self, name: str) -> str:
+        """The UUID of a namespace."""
+        with Store(str(self.path)) as target:
+            record = target.record(name.encode())
+            assert record is not None
+            return vectors.text_of(record.uuid)
+
     def parts_of(self, name: str, called: str) -> dict[tuple[int, int], int]:
         """Where the nodes and chunks of a bitmap are, by level and number."""
 
@@ -456,6 +463,19 @@ def a_directory(folder: Path) -> Stored:
     return data, said
 
 
+def shared_directory(folder: Path) -> Stored:
+    """The records of two namespaces lead to the directory of one of them: the other namespace is refused."""
+    making = _two(folder)
+    _, said = making.done()
+    with making.changing() as change:
+        disk = change.table.get(b"disk")
+        change.table.put(replace(disk, name=b"twin", uuid=uuid.uuid4().bytes))
+    said["generation"] += 1
+    said["namespaces"].append(namespace(said, "disk") | {"name": "twin", "uuid": making.uuid_of("twin")})
+    unreadable(said, "twin")
+    return bytearray(making.path.read_bytes()), said
+
+
 def a_chunk(folder: Path) -> Stored:
     """A chunk in the middle of a bitmap is damaged: what it covers counts as dirty."""
     making = _tree(folder)
@@ -579,7 +599,7 @@ def earlier(folder: Path) -> Stored:
 
 DAMAGED = (
     header_copy, header_copies, header_astray, newest_slot, newest_slot_stale, other_slot,
-    other_slot_stale, no_header, table_leaf, table_root, a_directory,
+    other_slot_stale, no_header, table_leaf, table_root, a_directory, shared_directory,
     a_chunk, a_bits_node, a_bits_root, bits_past_the_end, space_map, space_map_root, critical_extension, critical_item,
     session_version, read_only_bit, incompatible_bit, earlier,
 )  # fmt: skip
