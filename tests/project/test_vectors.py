@@ -23,7 +23,9 @@ from support.vectors import (
 )
 from vectors import make
 
+from dirtmap.engine.qcow2.layout import read_layout
 from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.system.file import open_file
 from dirtmap.fmt import store
 from dirtmap.fmt.structures.directory import DIRECTORY_ENTRY
 from dirtmap.fmt.structures.store import RECORD
@@ -89,11 +91,21 @@ def test_killed_tracker(document: Path, tmp_path: Path) -> None:
         "store": "store.dmap",
         "live": "live" if (document.parent / "live").exists() else None,
         "log": "intent" if (document.parent / "intent").exists() else None,
+        **({"image": "image.qcow2"} if (document.parent / "image.qcow2").exists() else {}),
     }
     folder = tmp_path / "vector"
     shutil.copytree(document.parent, folder)
     assert [told_of_tracker(folder, said, case) for case in said["cases"]] == said["cases"]
     assert said["cases"]
+
+
+def test_the_image_that_is_checked_out_says_so() -> None:
+    (path,) = VECTORS.glob("killed/*/image.qcow2")
+    assert [one["inconsistent"] for one in told_of_image(path)["bitmaps"]] == [True]
+    reader = plain.Reader(path.read_bytes())
+    assert [bool(one.flags & 1) for one in reader.bitmaps()] == [True]
+    with open_file(str(path)) as file:
+        assert read_layout(file).tracked
 
 
 def test_every_row_of_the_recovery_table_is_there() -> None:
