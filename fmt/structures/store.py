@@ -165,15 +165,6 @@ def parse_areas(data: bytes) -> list[Area]:
     return [Area(area.offset, area.length, area.checksum) for area in parsed]
 
 
-def parse_records(data: bytes) -> Iterator[Record]:
-    """Yields the records of a leaf. `dirtmap.fmt.store.record_faults` checks their fields.
-
-    Raises:
-        ValueError: a record, or something in it, ends outside the leaf or the record.
-    """
-    return (parse_record(raw) for _, raw in split_records(data))
-
-
 def split_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yields the name and the bytes of each record of a leaf.
 

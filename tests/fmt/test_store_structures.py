@@ -12,6 +12,7 @@ from construct import Array, Bytes, Const, Float32b, Int8ub, Int16ub, Int24ub, I
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.generated import areas, numbers
+from support.leaves import parse_records
 
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.identity import Identity
@@ -34,7 +35,6 @@ from dirtmap.fmt.structures.store import (
     build_record,
     item_faults,
     parse_items,
-    parse_records,
     unknown_item,
 )
 

@@ -33,8 +33,8 @@ from dirtmap.fmt.structures.store import (
     NODE_POINTER,
     RECORD,
     build_record,
-    parse_records,
 )
+from support.leaves import parse_records
 
 SIZE = 300_001  # of each disk
 Bits = dict[tuple[str, str], np.ndarray[Any, Any]]
