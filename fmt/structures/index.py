@@ -7,7 +7,7 @@ from typing import Any
 
 from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 
-from dirtmap.fmt.index import BadValueError, Claim, Member
+from dirtmap.fmt.index import IMAGE_MARK_SIZE, BadValueError, Claim, Member
 from dirtmap.fmt.store import AREA_SIZE
 from dirtmap.fmt.structure import Structure
 
@@ -42,6 +42,7 @@ NAMESPACE_VALUE = Structure(
     "directory_offset" / Int64ub,
     "directory_length" / Int32ub,
     "directory_checksum" / Int32ub,
+    "image" / Bytes(IMAGE_MARK_SIZE),
 )
 BITMAP_VALUE = Structure(
     "index bitmap",
@@ -79,6 +80,7 @@ def _build_namespace(container: int, member: Member) -> bytes:
         directory_offset=offset,
         directory_length=length,
         directory_checksum=checksum,
+        image=member.image,
     )
     return fixed + member.name + member.path
 
@@ -114,6 +116,7 @@ def parse_namespaces(contents: bytes | None) -> Iterator[tuple[int, Member]]:
                 size=raw.size,
                 path=contents[path:end],
                 directory=(raw.directory_offset, raw.directory_length, raw.directory_checksum),
+                image=raw.image,
             ),
         )
         at = end
