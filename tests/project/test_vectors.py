@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support import plain, qemu
-from support.documents import SPEC, tables
+from support.documents import EXAMPLES, tables
 from support.vectors import (
     VECTORS,
     Said,
@@ -160,9 +160,9 @@ def test_readme_tells_of_each() -> None:
         assert f"| `{title}` | {json.loads(path.read_text())['what']} |" in README
 
 
-# The example of SPEC.md.
+# The example of docs/examples.md.
 
-EXAMPLE = re.split(r"^#.* Example of a killed tracker$", SPEC, flags=re.M)[1].partition("\n#")[0]
+EXAMPLE = re.split(r"^## Example of a killed tracker$", EXAMPLES, flags=re.M)[1].partition("\n#")[0]
 FOLDER = VECTORS / "killed" / "example"
 # The name of a file, and what is shown of it: offset, bytes and a comment, with two spaces between.
 BLOCKS = re.findall(r"^`([a-z0-9./-]+)`,[^`]*(?:`[a-z]+`[^`]*)?\n\n```\n(.*?)```", EXAMPLE, re.M | re.S)

@@ -708,7 +708,7 @@ def _example(folder: Path, clock: Clock, intent: str = "region") -> Files:
 
 
 def example(folder: Path, clock: Clock) -> Left:
-    """The example of SPEC.md: a write, a checkpoint, another write. Live files and log are there."""
+    """The example of docs/examples.md: a write, a checkpoint, another write. Live files and log are there."""
     return _example(folder, clock), [
         case("same boot", "exact", disk=EXACT),
         case("another boot", "logged regions", disk=LOGGED),
