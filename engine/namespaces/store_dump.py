@@ -276,8 +276,10 @@ class _Dump(Shown):
             entries = store.without_owner(whole, cluster)
             try:
                 for at, entry in parse_entries(entries):
-                    raw = entries[at : at + entry.packed_size]
-                    bad += not self.entry(snapshot, record, entry, at, raw)
+                    end = at + entry.packed_size
+                    first, last = (store.place_in_directory(byte, cluster) for byte in (at, end - 1))
+                    in_file = whole[first : last + 1]
+                    bad += not self.entry(snapshot, record, entry, at, entries[at:end], in_file)
                     count += 1
                     if count > record.nb_bitmaps or bad > _MOST_BAD_ENTRIES:
                         break
@@ -326,8 +328,20 @@ class _Dump(Shown):
             fields.append(data("data", offset + at, contents[at:]))
         return fields
 
-    def entry(self, snapshot: Snapshot, record: Record, entry: Entry, start: int, raw: bytes) -> bool:
-        """Adds an entry, at byte ``start`` of the entries, and its bits. False if it breaks a rule of the format."""
+    def entry(self, snapshot: Snapshot, record: Record, entry: Entry, start: int, raw: bytes, in_file: bytes) -> bool:
+        """Adds an entry and its bits.
+
+        Args:
+            snapshot: of the store.
+            record: of the namespace.
+            entry: as it was parsed.
+            start: where it begins in the bytes of all entries.
+            raw: its bytes.
+            in_file: the same as they are in the file, with an owner in their midst where they go on in another cluster.
+
+        Returns:
+            False if the entry breaks a rule of the format.
+        """
         where = f"{record.label}, {label(decode_name(entry.name))}"
         fields = self.fields(DIRECTORY_ENTRY, start, raw[: DIRECTORY_ENTRY.size])
         meaning = {store.ALL_ZEROS: "all zeros", store.ALL_ONES: "all ones"}.get(entry.table_offset)
@@ -337,9 +351,9 @@ class _Dump(Shown):
         fields += self.items(at, entry.extra_data)
         fields.append(text("name", at + len(entry.extra_data), entry.name))
         first, cluster = record.directory.offset, snapshot.header.cluster_size
-        for field in fields:  # one that goes on in the next cluster has the owner in its middle
+        for field in fields:
             field["offset"] = first + store.place_in_directory(field["offset"], cluster)
-        self.add(f"directory entry: {where}", first + store.place_in_directory(start, cluster), raw, fields=fields)
+        self.add(f"directory entry: {where}", first + store.place_in_directory(start, cluster), in_file, fields=fields)
         faults = list(store.entry_faults(entry, record.size, snapshot.header.cluster_size, snapshot.size))
         faults += item_faults(entry)
         for field_name, what in faults:
