@@ -3,8 +3,9 @@
     c path               what a container looked like when it was read        n name             namespaces of that name
     i number             a container's path                                   u uuid             namespaces of that UUID
     m number key         what that part of it contributed                     r uuid name        devices with that root
-    s uuid               the last commit seen of a store                      t number name      stores a store knows
+    s uuid               the last commit seen of a store                      t number name      others a store knows
     v                    version of all this, numbers given out               b holder bitmap    bitmaps of that address
+    g number image name  nodes of a store that may be that image
                                                                               f bitmap holder    the same, by bitmap
 
 A *holder* is a node or device, or the path of an image without a name. Its first byte says which. A part of variable
@@ -21,16 +22,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dirtmap.fmt.digest import crc32c, digest
+from dirtmap.fmt.identity import FilePlace
 from dirtmap.fmt.parsers.index import BITMAP_VALUE, NAMESPACE_VALUE
 from dirtmap.fmt.store import AREA_SIZE
 
-VERSION = 2
+VERSION = 3
 MAX_SEEN = 1 << 61  # highest generation of a seen commit that is kept: half of what a store can have
 # The CRC32C of any bytes followed by their own CRC32C, little-endian.
 RESIDUE = 0x48674BC7
 
 CONTAINER, PATH, MEMBERS, SEEN, STATE = b"c", b"i", b"m", b"s", b"v"
-NAME, UUID, ROOT, OTHERS, BITMAP, FOUND = b"n", b"u", b"r", b"t", b"b", b"f"
+NAME, UUID, ROOT, OTHERS, IMAGE, BITMAP, FOUND = b"n", b"u", b"r", b"t", b"g", b"b", b"f"
 TAGS = {
     CONTAINER: "container",
     PATH: "path",
@@ -39,12 +41,14 @@ TAGS = {
     NAME: "name",
     UUID: "uuid",
     ROOT: "root",
-    OTHERS: "other store",
+    OTHERS: "other container",
+    IMAGE: "image",
     BITMAP: "bitmap",
     FOUND: "bitmap by name",
     STATE: "state",
 }
 NO_AREA = bytes(AREA_SIZE)  # area pointer in the members of a container without a namespace table
+IMAGE_MARK_SIZE = NAMESPACE_VALUE.field("image").size  # bytes
 NAMED, UNNAMED = b"N", b"P"  # first byte of a holder: a node or device; an image without a name
 _LONGEST = 200  # bytes of the longest part that is not replaced by a digest; an LMDB key has at most 511
 _SURE = _LONGEST // 4  # so many characters, with a holder's first byte, are never more bytes than that
@@ -59,6 +63,7 @@ _KEY_PARTS = {
     UUID: (16,),
     ROOT: (16, 0),
     OTHERS: (8, 0),
+    IMAGE: (8, 8, 0),
     BITMAP: (0, 0),
     FOUND: (0, 0),
     STATE: (),
@@ -159,6 +164,7 @@ class Member:
         size: of the virtual disk, bytes.
         path: of the image, raw bytes, if the container says it.
         directory: offset, length (bytes) and CRC32C of its directory. While they stay the same, so do its bitmaps.
+        image: `image_mark` of which file the image is, if a store says it; else zeros.
     """
 
     name: bytes
@@ -168,6 +174,7 @@ class Member:
     size: int
     path: bytes = b""
     directory: tuple[int, int, int] = (0, 0, 0)
+    image: bytes = bytes(IMAGE_MARK_SIZE)
 
 
 class Claim(NamedTuple):
@@ -186,6 +193,27 @@ class Claim(NamedTuple):
     granularity_bits: int
     reserved: int
     uuid: bytes
+
+
+def image_mark(place: FilePlace) -> bytes:
+    """Returns what stands in a key for which file an image is; others may have the same."""
+    return digest(place.filesystem + number(place.inode) + number(place.birth), IMAGE_MARK_SIZE)
+
+
+def path_mark(path: bytes) -> bytes:
+    """Returns what stands in a key for the path of an image; others may have the same."""
+    return digest(path, IMAGE_MARK_SIZE)
+
+
+def image_key(container: int, mark: bytes, name: bytes = b"") -> bytes:
+    """Returns the key that says of a node of a store that it may be an image; without its name the prefix of all.
+
+    Args:
+        container: number of the store.
+        mark: `image_mark` or `path_mark` of the image.
+        name: of the node.
+    """
+    return IMAGE + number(container) + mark + (part(name) if name else b"")
 
 
 def members_key(container: int, key: int) -> bytes:
@@ -213,6 +241,7 @@ def _build_namespace(container: int, member: Member) -> bytes:
         directory_offset=offset,
         directory_length=length,
         directory_checksum=checksum,
+        image=member.image,
     )
     return fixed + member.name + member.path
 
@@ -248,6 +277,7 @@ def parse_namespaces(contents: bytes | None) -> Iterator[tuple[int, Member]]:
                 size=raw.size,
                 path=contents[path:end],
                 directory=(raw.directory_offset, raw.directory_length, raw.directory_checksum),
+                image=raw.image,
             ),
         )
         at = end

@@ -37,6 +37,7 @@ INCOMPATIBLE_SESSION = 1 << 0  # set exactly while a record has a session
 INCOMPATIBLE_KNOWN = INCOMPATIBLE_SESSION
 AREA_SIZE = 16  # bytes of an area pointer
 POINTER_SIZE = 16  # bytes of a pointer in a node of the tree that leads to a bitmap's bits
+OWNER_SIZE = 16  # bytes at the start of each cluster of a directory: whose it is
 
 CRITICAL = 1 << 31  # in the type of a record's extension: who does not know it refuses the namespace
 # Types of a record's extensions.
@@ -217,6 +218,34 @@ def container_name(path: bytes) -> bytes:
     return CONTAINER_PREFIX + digest(path, 16).hex().encode()
 
 
+def directory_owner(name: bytes) -> bytes:
+    """Returns what each cluster of the directory of that namespace begins with. No other namespace has the same."""
+    return digest(name, OWNER_SIZE)
+
+
+def with_owner(entries: bytes, name: bytes, cluster_size: int) -> bytes:
+    """Returns the bytes of a directory: those of its entries, cut into clusters that each begin with the owner."""
+    owner, room, view = directory_owner(name), cluster_size - OWNER_SIZE, memoryview(entries)
+    return b"".join(part for at in range(0, len(entries), room) for part in (owner, view[at : at + room]))
+
+
+def without_owner(data: bytes, cluster_size: int) -> bytes:
+    """Returns the bytes of the entries of a directory, whoever it belongs to."""
+    view = memoryview(data)
+    return b"".join(view[at + OWNER_SIZE : at + cluster_size] for at in range(0, len(data), cluster_size))
+
+
+def belongs_to(data: bytes, name: bytes, cluster_size: int) -> bool:
+    """Returns True if every cluster of a directory begins with that namespace as its owner."""
+    owner = directory_owner(name)
+    return all(data.startswith(owner, at) for at in range(0, len(data), cluster_size))
+
+
+def place_in_directory(at: int, cluster_size: int) -> int:
+    """Returns where byte ``at`` of a directory's entries is in the directory."""
+    return at + (at // (cluster_size - OWNER_SIZE) + 1) * OWNER_SIZE
+
+
 def record_faults(record: Record) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with a record, as (field, what). Called before reading and before writing."""
     if fault := name_fault(record.name):
@@ -320,15 +349,6 @@ def parse_areas(data: bytes) -> list[Area]:
     """Returns the area pointers in an array of them."""
     parsed = (AREA.parse(data, at) for at in range(0, len(data), AREA.size))
     return [Area(area.offset, area.length, area.checksum) for area in parsed]
-
-
-def parse_records(data: bytes) -> Iterator[Record]:
-    """Yields the records of a leaf. `record_faults` checks their fields.
-
-    Raises:
-        ValueError: a record, or something in it, ends outside the leaf or the record.
-    """
-    return (parse_record(raw) for _, raw in split_records(data))
 
 
 def split_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -21,6 +21,7 @@ from dirtmap.engine.system.file import is_same_file
 from dirtmap.fmt import store
 from dirtmap.fmt.directory import name_fault
 from dirtmap.fmt.errors import BitmapError, Error, printable
+from dirtmap.fmt.store import Record
 
 RESERVED = store.CONTAINER_PREFIX.decode()
 _PREFIXES = ("file:", "node:", "device:")  # of targets
@@ -60,16 +61,20 @@ class Registry:
         self._require_free(name)
         self._refuse_second_name(image, *nodes.KINDS)
         with self._stores.opened(make=True) as target:
-            nodes.add_node(target, name, image, raw=raw)
+            nodes.add_node(target, name, image, raw=raw, on_image=self._stores.records_on)
 
     def _refuse_second_name(self, image: str, *kinds: int) -> None:
         """Refuses an image that is a node of these kinds in any store but the default one; see `nodes`."""
         path = os.path.abspath(image)
         for other in self._names.every_store():
             if other != self._stores.home:
-                with self._stores.kept(other) as known:
-                    records = known.read(lambda snapshot: list(snapshot.table()))
-                nodes.refuse_second_name(records, path, identity_of(path), *kinds)
+                nodes.refuse_second_name(self._on_image(other, path), path, identity_of(path), *kinds)
+
+    def _on_image(self, where: str, path: str) -> list[Record]:
+        """The nodes of a store of which some may be the image at a path; see `Stores.records_on`."""
+        place = identity_of(path).place
+        with self._stores.kept(where) as known:
+            return known.read(lambda snapshot: list(self._stores.records_on(snapshot, path, place)))
 
     def add_qcow2(self, name: str, image: str, *, new_identity: bool = False) -> None:
         """Adds a node that is a qcow2 image; see `nodes.add_qcow2`."""
@@ -85,7 +90,8 @@ class Registry:
             self._refuse_original(image, place)
         self._refuse_second_name(image, store.KIND_NODE)
         with self._stores.opened(make=True) as target:
-            nodes.add_qcow2(self._host, target, name, image, new_identity=new_identity)
+            on_image = self._stores.records_on
+            nodes.add_qcow2(self._host, target, name, image, new_identity=new_identity, on_image=on_image)
 
     @staticmethod
     def _refuse_original(image: str, place: NodeMatch) -> None:
@@ -157,9 +163,7 @@ class Registry:
         path = os.path.abspath(path)
         if not move:
             for other in self._names.every_store():
-                with self._stores.kept(other) as known:
-                    records = known.read(lambda snapshot: list(snapshot.table()))
-                others = [record for record in records if record.uuid != found.uuid]
+                others = [record for record in self._on_image(other, path) if record.uuid != found.uuid]
                 nodes.refuse_second_name(others, path, identity_of(path), *nodes.KINDS)
         for problem in self._stores.problems():  # an unreadable store may have a device on this node
             raise problem
@@ -168,7 +172,8 @@ class Registry:
             with self._stores.opened(where) as target:
                 devices.refuse_relocation(target, names)
         with self._stores.opened(found.store) as target:
-            done = nodes.relocate_node(target, found.name, path, confirm=confirm, move=move, raw=raw)
+            how = {"confirm": confirm, "move": move, "raw": raw}
+            done = nodes.relocate_node(target, found.name, path, **how, on_image=self._stores.records_on)
         confirmed = done.kept and not move
         for where, names in on_it.items():
             with self._stores.opened(where) as target:
@@ -197,7 +202,7 @@ class Registry:
     def refuse_tracked_image(self, path: str) -> None:
         """Refuses a raw image that is tracked as a node; see `dirtmap.engine.namespaces.condition.refuse_tracked`.
 
-        Finds the node by the image's path, without the index.
+        Needs no index; with one it reads only records that may be of the image.
 
         Raises:
             LockedError: the image is tracked; the error names the process.
@@ -205,8 +210,7 @@ class Registry:
         """
         for where in self._stores.remembered():
             try:
-                with self._stores.kept(where) as target:
-                    records = target.read(lambda snapshot: list(snapshot.table()))
+                records = self._on_image(where, os.path.abspath(path))
             except Error:
                 continue  # damage to one store does not forbid images of others
             for record in records:

@@ -24,6 +24,7 @@ from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.namespaces import devices
 from dirtmap.engine.namespaces.whereabouts import place_of
 from dirtmap.engine.qcow2.reading import read_identity
+from dirtmap.engine.storefile.directory import rename_record
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.engine.system.file import existing, is_gone, is_same_file
 from dirtmap.engine.system.probe import probe_path
@@ -453,14 +454,13 @@ class _Registration:
             self._moved.append((member.uuid, path))
         if known is not None and (os.fsdecode(known.path), known.name) != (path, member.name):
             self._summary.moved.append((path, name))
-            change.table.remove(known.name)
+            known = rename_record(change, known, member.name)
         record = known or Record(
             name=member.name, kind=store.KIND_PLACE, uuid=member.uuid, size=0, generation=change.generation
         )
         change.table.put(
             replace(
                 record,
-                name=member.name,
                 # While the bitmaps are checked out into the store, the size is that of the bitmaps.
                 size=record.size if record.nb_bitmaps else member.size,
                 path=os.fsencode(path),

@@ -29,6 +29,9 @@ from dirtmap.engine.system.trust import distrust
 from dirtmap.fmt import index as layout
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError
+from dirtmap.fmt.identity import FilePlace
+from dirtmap.fmt.index import SOUND
+from dirtmap.fmt.store import Record
 
 T = TypeVar("T")
 
@@ -231,13 +234,57 @@ class Stores:
         def look(snapshot: Snapshot) -> list[str]:
             if snapshot.header.uuid == target.uuid:
                 return [home]
-            known = [record for record in snapshot.table() if record.kind == store.KIND_CONTAINER]
+
+            def carriers(index: Index, number: int) -> list[bytes]:
+                return [member.name for found, member in index.carriers(target.uuid) if found == number]
+
+            records = self._records(snapshot, carriers)
+            known = [record for record in records if record.kind == store.KIND_CONTAINER]
             return [os.fsdecode(record.path) for record in known if record.uuid == target.uuid]
 
         with contextlib.suppress(Error), self.kept(home) as default:
             paths = default.read(look)
             return paths[0] if paths and target.abspath not in paths else None
         return None
+
+    def records_on(self, snapshot: Snapshot, path: str, place: FilePlace) -> Iterable[Record]:
+        """The nodes of a store of which some may be an image: all that are it, and perhaps others.
+
+        Args:
+            snapshot: of the store.
+            path: of the image, absolute.
+            place: which file the image is.
+
+        Raises:
+            FormatError: a part of the store that may have one cannot be read.
+        """
+        paths = {os.fsencode(path), os.fsencode(os.path.realpath(path))}
+        return self._records(snapshot, lambda index, number: index.on_image(number, paths, place))
+
+    def _records(self, snapshot: Snapshot, names: Callable[[Index, int], list[bytes]]) -> Iterable[Record]:
+        """Records of a store: those that the index names, where it knows the store as of this commit; else all.
+
+        Args:
+            snapshot: of the store.
+            names: asks the index for names, given the number of the store in it.
+        """
+
+        def ask(index: Index) -> list[bytes] | None:
+            for renewed in (False, True):
+                known = index.container(snapshot.file.abspath)
+                if known and known.condition == SOUND and known.commit_id == snapshot.header.commit_id:
+                    return names(index, known.number)
+                if not renewed:
+                    for _ in index.refresh([snapshot.file.abspath]):
+                        pass
+            return None
+
+        found = None
+        if self.index.exists:
+            with contextlib.suppress(Error):
+                found = self.asking(ask)
+        table = snapshot.table()
+        return table if found is None else [record for name in found if (record := table.get(name))]
 
     def original_of(self, target: Store) -> str | None:
         """The path of the store of which this one is a copy; None if it is not known to be a copy."""
@@ -351,9 +398,13 @@ class Stores:
         """
         if not self.exists:
             return []
+
+        def known(index: Index, number: int) -> list[bytes]:
+            return [member.name for member in index.others(number)]
+
         try:
             with self.kept(self.home) as default:
-                records = default.read(lambda snapshot: list(snapshot.table()))
+                records = default.read(lambda snapshot: list(self._records(snapshot, known)))
         except FormatError as error:
             raise self._advised(self.home, error) from error
         others = [record for record in records if record.kind == store.KIND_CONTAINER and any(record.uuid)]
@@ -423,11 +474,7 @@ class Stores:
             container = index.container(path)
             if container is None:
                 raise DamagedError(index.path, "another index has taken its place")
-            found += [
-                os.fsdecode(member.path)
-                for member in index.members(container.number)
-                if member.kind in (store.KIND_PLACE, store.KIND_CONTAINER)
-            ]
+            found += [os.fsdecode(member.path) for member in index.others(container.number)]
         return list(dict.fromkeys(found))
 
     def refresh(self, *, force_share: bool = False) -> tuple[dict[int, Container], list[Error]]:

@@ -112,6 +112,8 @@ class _Dump(Shown):
             fields.append(text("path", 0, contents))
         elif tag == layout.FOUND:
             fields.append(text("holder", 0, contents))
+        elif tag == layout.IMAGE:
+            fields.append(text("name", 0, contents))
         elif tag == layout.MEMBERS:
             fields += self.declared(AREA, 0, contents)
             self.namespaces(fields, AREA.size, contents)

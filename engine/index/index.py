@@ -32,6 +32,7 @@ from dirtmap.engine.storefile.header import Seen
 from dirtmap.engine.system.log import logger
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error, StorageError
+from dirtmap.fmt.identity import FilePlace
 from dirtmap.fmt.index import (
     BITMAP,
     FOUND,
@@ -51,6 +52,7 @@ from dirtmap.fmt.index import (
     part,
 )
 from dirtmap.fmt.parsers.index import BITMAP_VALUE, SEEN_VALUE
+from dirtmap.fmt.store import KIND_CONTAINER
 
 _TOGETHER = 512  # readings per commit of the index
 # Bound here for `Index.bitmap`, the one look-up that must be fast.
@@ -228,7 +230,24 @@ class Index:
 
     def stores(self, container: int) -> list[str]:
         """The paths of the stores that a store remembers."""
-        return [os.fsdecode(member.path) for _, member in self._scan(OTHERS + number(container))]
+        others = self.others(container)
+        return [os.fsdecode(one.path) for one in others if one.kind == KIND_CONTAINER and any(one.uuid)]
+
+    def others(self, container: int) -> list[Member]:
+        """What a store remembers of other containers: stores, and images, with a name or without."""
+        return [member for _, member in self._scan(OTHERS + number(container))]
+
+    def on_image(self, container: int, paths: Iterable[bytes], place: FilePlace) -> list[bytes]:
+        """The names of those nodes of a store that may be an image.
+
+        Args:
+            container: number of the store.
+            paths: of the image, raw bytes.
+            place: which file the image is.
+        """
+        keys = [layout.image_key(container, mark) for mark in (layout.image_mark(place), *map(layout.path_mark, paths))]
+        rows = self.database.read(lambda reader: [row for key in keys for row in reader.scan(key)])
+        return list(dict.fromkeys(name for _, name in rows))
 
     def _scan(self, prefix: bytes) -> list[tuple[int, Member]]:
         rows = self.database.read(lambda reader: list(reader.scan(prefix)))

@@ -25,7 +25,18 @@ from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.locks import Locking
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, UnsupportedError, counted
-from dirtmap.fmt.index import DAMAGED, HELD, KIND_FAULTY, KIND_STORE, NO_AREA, SOUND, Member, members_key, parse_members
+from dirtmap.fmt.index import (
+    DAMAGED,
+    HELD,
+    KIND_FAULTY,
+    KIND_STORE,
+    NO_AREA,
+    SOUND,
+    Member,
+    image_mark,
+    members_key,
+    parse_members,
+)
 from dirtmap.fmt.parsers.store import AREA
 
 Get = Callable[[bytes], bytes | None]
@@ -269,7 +280,8 @@ def _pointer(get: Get, known: Container, key: int) -> bytes:
 def _member(snapshot: Snapshot, record: store.Record, old: dict[bytes, Member]) -> tuple[Member, Bitmaps | None]:
     """A namespace of a store, and its bitmaps if its directory has changed, else None."""
     area = (record.directory.offset, record.directory.length, record.directory.checksum)
-    member = Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path, area)
+    mark = image_mark(record.identity.place)
+    member = Member(record.name, record.kind, record.uuid, record.root_uuid, record.size, record.path, area, mark)
     before = old.get(record.name)
     if before and (before.directory, before.uuid) == (member.directory, member.uuid):
         return member, None

@@ -13,7 +13,7 @@ import sys
 
 from dirtmap.engine.index.database import Database, Reader, fault
 from dirtmap.engine.index.index import Index, SeenCommit
-from dirtmap.engine.index.writing import keys_of
+from dirtmap.engine.index.writing import image_keys_of, keys_of
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.fmt import index as layout
 from dirtmap.fmt.errors import Error
@@ -91,6 +91,11 @@ def _check_entry(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes
         for container, member in parse_namespaces(contents):
             if members.get((container, member.name)) != member:
                 raise ValueError(f"container {container} does not say so")
+    elif tag == layout.IMAGE:
+        container = int.from_bytes(key[1:9], "big")
+        known = members.get((container, contents))
+        if known is None or key not in image_keys_of(container, known):
+            raise ValueError(f"container {container} does not say so")
     elif tag not in (*sizes, layout.PATH):
         raise ValueError("nobody knows what this is")
 
@@ -103,6 +108,8 @@ def _check_members(reader: Reader, contents: bytes, numbers: set[bytes]) -> None
             if (container, member) not in parse_namespaces(reader.get(key)):
                 name = decode_name(member.name)
                 raise ValueError(f"'{name}' cannot be found by its {layout.TAGS[key[:1]]}")
+        if any(reader.get(key) != member.name for key in image_keys_of(container, member)):
+            raise ValueError(f"'{decode_name(member.name)}' cannot be found by its image")
 
 
 def _check_bitmap(reader: Reader, key: bytes, contents: bytes, numbers: set[bytes]) -> None:

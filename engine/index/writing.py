@@ -25,12 +25,14 @@ from dirtmap.fmt.index import (
     build_bitmap,
     build_members,
     build_namespaces,
+    image_key,
     members_key,
     number,
     parse_bitmap,
     parse_members,
     parse_namespaces,
     part,
+    path_mark,
 )
 from dirtmap.fmt.parsers.index import CONTAINER_VALUE, STATE_VALUE
 
@@ -129,6 +131,11 @@ def _set(writer: Writer, container: Container, old: Member | None, new: Member, 
                 _claim(writer, key, container.number, new.name, None)
         for key in keys:
             _claim(writer, key, container.number, new.name, new)
+        images = image_keys_of(container.number, new)
+        for key in image_keys_of(container.number, old) - images if old else ():
+            writer.delete(key)
+        for key in images:
+            writer.put(key, new.name)
     if bitmaps is not None:
         _set_bitmaps(writer, container, new, bitmaps)
 
@@ -144,6 +151,15 @@ def _drop(writer: Writer, container: Container, member: Member) -> None:
     _set_bitmaps(writer, container, member, [])
     for key in keys_of(container.number, member):
         _claim(writer, key, container.number, member.name, None)
+    for key in image_keys_of(container.number, member):
+        writer.delete(key)
+
+
+def image_keys_of(container: int, member: Member) -> set[bytes]:
+    """The keys under which a node of a store is found by its image."""
+    if member.kind not in (store.KIND_NODE, store.KIND_PLACE) or not any(member.image):
+        return set()
+    return {image_key(container, mark, member.name) for mark in (member.image, path_mark(member.path))}
 
 
 def keys_of(container: int, member: Member) -> Iterator[bytes]:
@@ -152,8 +168,8 @@ def keys_of(container: int, member: Member) -> Iterator[bytes]:
         yield NAME + part(member.name)
     if any(member.uuid):
         yield UUID + member.uuid
-        if member.kind == store.KIND_CONTAINER:
-            yield OTHERS + number(container) + part(member.name)
+    if member.kind in (store.KIND_PLACE, store.KIND_CONTAINER) and any(member.image):
+        yield OTHERS + number(container) + part(member.name)
     if any(member.root_uuid):
         yield ROOT + member.root_uuid + part(member.name)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from dirtmap.fmt.errors import ArgumentError
 
 LEAK, CORRUPTION, ERROR, NOTE = "leak", "corruption", "error", "note"
-MOST_FINDINGS = 1000  # of runs of clusters; the totals count the others, too
+MOST_FINDINGS = 1000  # of runs of clusters, and of namespaces in doubt; the totals count the others, too
 
 
 def require_repair(where: str, repair: str | None) -> None:

@@ -21,7 +21,7 @@ from dirtmap.engine.namespaces.condition import Condition, refuse_tracked
 from dirtmap.engine.namespaces.salvage import spare_entries
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile import holds
-from dirtmap.engine.storefile.directory import read_entries
+from dirtmap.engine.storefile.directory import place_directory, read_entries
 from dirtmap.engine.storefile.entries import all_dirty, identified, tree_of, with_root
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
 from dirtmap.engine.storefile.session import require_known
@@ -30,7 +30,7 @@ from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file, remove_file, replace_file
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import live, store
-from dirtmap.fmt.directory import Entry, build_directory
+from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.errors import Error, FormatError, LockedError, StorageError, counted
 from dirtmap.fmt.store import Record
 
@@ -286,7 +286,7 @@ def _carry_over(found: _Readable, change: Change, result: Compaction, *, repair:
         _carry_bits(source, record, entry, change, result, repair=repair, doubt=whys.get(entry, found.doubt))
         for entry in entries
     ]
-    place = change.place(build_directory(copied))
+    place = place_directory(change, record.name, copied)
     change.table.put(replace(record, directory=place, nb_bitmaps=len(copied)))
     result.namespaces += 1
 

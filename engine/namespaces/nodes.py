@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces.condition import Condition, refuse_session, refuse_tracked
 from dirtmap.engine.namespaces.image import Image, Naming
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.storefile.directory import header_doubts, no_namespace, release_bits, require_free
+from dirtmap.engine.storefile.directory import header_doubts, no_namespace, release_bits, rename_record, require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.engine.system.file import is_same_file, rename_file, replace_file, sync_folder
@@ -25,19 +25,30 @@ from dirtmap.engine.system.foreign import require_raw
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import BitmapError, Error, FormatError, StorageError, counted, printable
-from dirtmap.fmt.identity import Identity
+from dirtmap.fmt.identity import FilePlace, Identity
 from dirtmap.fmt.store import Record
 
 KINDS = store.KIND_NODE, store.KIND_PLACE  # the kinds of records that are nodes
 
 
-def add_node(target: Store, name: str, image: str, *, raw: bool = False) -> None:
+# Given a snapshot of a store, the path of an image and which file it is: the nodes of the store that are on the image,
+# and perhaps others. See `Stores.records_on`, which need not read all.
+OnImage = Callable[[Snapshot, str, FilePlace], Iterable[Record]]
+
+
+def _all_records(snapshot: Snapshot, path: str, place: FilePlace) -> Iterable[Record]:
+    """For a store whose host is not known."""
+    return snapshot.table()
+
+
+def add_node(target: Store, name: str, image: str, *, raw: bool = False, on_image: OnImage = _all_records) -> None:
     """Gives an image a namespace of its own.
 
     Args:
         target: the store that will hold its bitmaps.
         name: of the node; unique among the nodes and devices of the store.
         image: path of the image; stored as an absolute one.
+        on_image: finds the nodes on the image.
         raw: the image is a raw disk, although it looks like an image of another format.
 
     Raises:
@@ -51,7 +62,7 @@ def add_node(target: Store, name: str, image: str, *, raw: bool = False) -> None
     _require_disk(path, raw=raw)
     with target.change() as change:
         require_free(change, raw_name)
-        refuse_second_name(change.table, path, identity, *KINDS)
+        refuse_second_name(on_image(change.snapshot, path, identity.place), path, identity, *KINDS)
         change.table.put(
             Record(
                 name=raw_name,
@@ -142,7 +153,15 @@ def _size_of(record: Record) -> int:
     return record.size
 
 
-def add_qcow2(host: HostPort, target: Store, name: str, image: str, *, new_identity: bool = False) -> None:
+def add_qcow2(
+    host: HostPort,
+    target: Store,
+    name: str,
+    image: str,
+    *,
+    new_identity: bool = False,
+    on_image: OnImage = _all_records,
+) -> None:
     """Gives a qcow2 image a name and a UUID, written into the image, and remembers its place.
 
     Args:
@@ -151,6 +170,7 @@ def add_qcow2(host: HostPort, target: Store, name: str, image: str, *, new_ident
         name: of the node; unique in the store.
         image: path of the image.
         new_identity: the image is a copy of another one, and becomes a node of its own.
+        on_image: finds the nodes on the image.
 
     Raises:
         BitmapError: the name is taken, or the image already has another one.
@@ -169,7 +189,8 @@ def add_qcow2(host: HostPort, target: Store, name: str, image: str, *, new_ident
             what = f"is node '{naming.identity[0]}' already; rename that, or say --new-identity if it is a copy"
             raise BitmapError(path, what)
         # A node that was added while the image was raw: its bitmaps would miss what is written through this node.
-        refuse_second_name(change.table, path, identity_of(path), store.KIND_NODE)
+        identity = identity_of(path)
+        refuse_second_name(on_image(change.snapshot, path, identity.place), path, identity, store.KIND_NODE)
         if new_identity or naming.identity is None:
             image_uuid = naming.set(name, uuid.uuid4().bytes if new_identity else None)
         else:
@@ -288,8 +309,7 @@ def rename_node(host: HostPort, target: Store, name: str, new: str, *, with_bitm
             raise BitmapError(now.where, what)
         if naming is not None:
             naming.set(new)
-        change.table.remove(record.name)
-        change.table.put(replace(record, name=encode_name(new)))
+        change.table.put(rename_record(change, record, encode_name(new)))
 
 
 def resize_node(target: Store, name: str) -> int:
@@ -358,7 +378,14 @@ class Relocation:
 
 
 def relocate_node(
-    target: Store, name: str, path: str, *, confirm: bool = False, move: bool = False, raw: bool = False
+    target: Store,
+    name: str,
+    path: str,
+    *,
+    confirm: bool = False,
+    move: bool = False,
+    raw: bool = False,
+    on_image: OnImage = _all_records,
 ) -> Relocation:
     """Points a raw node to the place where its image is now, or moves the image there.
 
@@ -373,6 +400,7 @@ def relocate_node(
         move: rename the file; what was right stays right.
         raw: the image is a raw disk, although it looks like an image of another format. The file that the node had
             before needs no such word.
+        on_image: finds the nodes on the image.
 
     Raises:
         LockedError: it is tracked.
@@ -410,7 +438,8 @@ def relocate_node(
             identity = identity_of(path)
             if not identity.is_file(record.identity):
                 _require_disk(path, raw=raw)
-            others = (other for other in change.table if other.name != record.name)
+            on_it = on_image(change.snapshot, path, identity.place)
+            others = (other for other in on_it if other.name != record.name)
             refuse_second_name(others, path, identity, *KINDS)
             if identity.size != record.size:
                 what = f"has {identity.size} bytes, and the node's image {record.size}: it is not the same disk"

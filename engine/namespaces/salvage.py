@@ -19,10 +19,10 @@ from dirtmap.engine.identity import lasting_identity_now
 from dirtmap.engine.model.infos import Recovery
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces.condition import size_now
-from dirtmap.engine.storefile.directory import read_entries
+from dirtmap.engine.storefile.directory import place_directory, read_entries, spare_directory
 from dirtmap.engine.storefile.entries import identified
 from dirtmap.fmt import directory, store
-from dirtmap.fmt.directory import Entry, build_directory, parse_entries
+from dirtmap.fmt.directory import Entry, parse_entries
 from dirtmap.fmt.errors import (
     BitmapError,
     BitmapNotFoundError,
@@ -103,7 +103,7 @@ def recover(change: Change, now: Condition, names: list[str], damage: FormatErro
     for entry in entries:
         for field, what in store.entry_faults(entry, size, change.header.cluster_size, 0):
             raise BitmapError(f"{now.where}: {label(decode_name(entry.name))}.{field}", what)
-    area = change.place(build_directory([identified(entry, change.generation) for entry in entries]))
+    area = place_directory(change, record.name, [identified(entry, change.generation) for entry in entries])
     change.table.put(
         replace(
             now.end_session(change),
@@ -128,6 +128,5 @@ def _from_before(record: Record, older: Snapshot | None) -> Iterator[Entry]:
 
 def _from_damaged(snapshot: Snapshot, record: Record) -> Iterator[Entry]:
     with contextlib.suppress(FormatError, directory.BrokenEntryError):
-        snapshot.check_area(record.directory, "directory")
-        data = snapshot.file.read(record.directory.offset, record.directory.length)
+        data = spare_directory(snapshot, record)
         yield from (entry for _, entry in islice(parse_entries(data), record.nb_bitmaps))

@@ -36,6 +36,7 @@ from dirtmap.fmt.parsers.store import (
     LEAF,
     NAMESPACES_EXTENSION,
     NODE_POINTER,
+    OWNER,
     PLACE_EXTENSION,
     POINTER,
     RECORD,
@@ -265,16 +266,24 @@ class _Dump(Shown):
         if doubt := Condition(snapshot, record).doubt:
             self.note(f"counts as all dirty: {doubt}")
         area, count, bad = record.directory, 0, 0
-        if entries := self.area(snapshot, area, f"directory of {where}"):
+        cluster = snapshot.header.cluster_size
+        if whole := self.area(snapshot, area, f"directory of {where}"):
+            self.record(OWNER, area.offset, whole, f"directory owner: {where}")
+            if not store.belongs_to(whole, record.name, cluster):
+                self.fault(f"directory of {where}", "it, or a part of it, is the directory of another namespace")
+            entries = store.without_owner(whole, cluster)
             try:
                 for at, entry in parse_entries(entries):
-                    raw = entries[at : at + entry.packed_size]
-                    bad += not self.entry(snapshot, record, entry, area.offset + at, raw)
+                    end = at + entry.packed_size
+                    first, last = (store.place_in_directory(byte, cluster) for byte in (at, end - 1))
+                    in_file = whole[first : last + 1]
+                    bad += not self.entry(snapshot, record, entry, at, entries[at:end], in_file)
                     count += 1
                     if count > record.nb_bitmaps or bad > _MOST_BAD_ENTRIES:
                         break
             except directory.BrokenEntryError as error:
-                self.fault(f"directory of {where} at {area.offset + error.offset:#x}", str(error))
+                at = area.offset + store.place_in_directory(error.offset, cluster)
+                self.fault(f"directory of {where} at {at:#x}", str(error))
         if count != record.nb_bitmaps:
             self.fault(f"{where}.nb_bitmaps", f"{record.nb_bitmaps}, but the directory has another number")
 
@@ -317,17 +326,32 @@ class _Dump(Shown):
             fields.append(data("data", offset + at, contents[at:]))
         return fields
 
-    def entry(self, snapshot: Snapshot, record: Record, entry: Entry, offset: int, raw: bytes) -> bool:
-        """Adds an entry and its bits. False if the entry breaks a rule of the format."""
+    def entry(self, snapshot: Snapshot, record: Record, entry: Entry, start: int, raw: bytes, in_file: bytes) -> bool:
+        """Adds an entry and its bits.
+
+        Args:
+            snapshot: of the store.
+            record: of the namespace.
+            entry: as it was parsed.
+            start: where it begins in the bytes of all entries.
+            raw: its bytes.
+            in_file: the same as they are in the file, with an owner in their midst where they go on in another cluster.
+
+        Returns:
+            False if the entry breaks a rule of the format.
+        """
         where = f"{record.label}, {label(decode_name(entry.name))}"
-        fields = self.fields(DIRECTORY_ENTRY, offset, raw[: DIRECTORY_ENTRY.size])
+        fields = self.fields(DIRECTORY_ENTRY, start, raw[: DIRECTORY_ENTRY.size])
         meaning = {store.ALL_ZEROS: "all zeros", store.ALL_ONES: "all ones"}.get(entry.table_offset)
         if meaning:
             fields[0]["meaning"] = meaning
-        at = offset + DIRECTORY_ENTRY.size
+        at = start + DIRECTORY_ENTRY.size
         fields += self.items(at, entry.extra_data)
         fields.append(text("name", at + len(entry.extra_data), entry.name))
-        self.add(f"directory entry: {where}", offset, raw, fields=fields)
+        first, cluster = record.directory.offset, snapshot.header.cluster_size
+        for field in fields:
+            field["offset"] = first + store.place_in_directory(field["offset"], cluster)
+        self.add(f"directory entry: {where}", first + store.place_in_directory(start, cluster), in_file, fields=fields)
         faults = list(store.entry_faults(entry, record.size, snapshot.header.cluster_size, snapshot.size))
         faults += item_faults(entry)
         for field_name, what in faults:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from dirtmap.engine.storefile.entries import (
 from dirtmap.engine.storefile.file import Change, Snapshot
 from dirtmap.engine.storefile.session import require_known
 from dirtmap.fmt import directory, geometry, store
+from dirtmap.fmt.digest import crc32c
 from dirtmap.fmt.directory import Entry, build_directory, parse_entries
 from dirtmap.fmt.errors import BitmapError, FormatError, StorageError, UnsupportedError
 from dirtmap.fmt.store import ITEM_WINDOW, Area, Record, item_faults, namespace_label, unknown_item
@@ -92,21 +93,60 @@ def damage_of(snapshot: Snapshot, record: Record, entry: Entry) -> str | None:
     return chunks.verify(snapshot, tree_of(record, entry)).told()
 
 
-def _require_own_directory(snapshot: Snapshot, record: Record) -> None:
-    """Refuses a directory that overlaps another namespace's. Else a small store could claim any number of bitmaps.
+def read_directory(snapshot: Snapshot, record: Record) -> bytes:
+    """The bytes of the entries of a namespace.
 
     Raises:
-        FormatError: the two overlap; the error names both.
+        FormatError: the directory is damaged, or that of another namespace.
     """
-    area, known = record.directory, snapshot.directories
-    mine = area.offset, area.offset + area.length, record.name
-    at = bisect.bisect_left(known, mine)
-    for first, end, name in known[max(0, at - 1) : at + 1]:  # none of which overlap
-        if name != record.name and first < mine[1] and mine[0] < end:
-            what = f"overlaps that of {namespace_label(name)}; 'check -r all' mends the store"
-            raise FormatError(f"{snapshot.file.path}: directory of {record.label} at {area.offset:#x}", what)
-    if area.length and known[at : at + 1] != [mine]:
-        known.insert(at, mine)
+    area, what = record.directory, f"directory of {record.label}"
+    data = snapshot.read(area, what, "recover makes its bitmaps all dirty")
+    if not store.belongs_to(data, record.name, snapshot.header.cluster_size):
+        fault = "it, or a part of it, is the directory of another namespace; 'check -r all' mends the store"
+        raise FormatError(f"{snapshot.file.path}: {what} at {area.offset:#x}", fault)
+    return store.without_owner(data, snapshot.header.cluster_size)
+
+
+def spare_directory(snapshot: Snapshot, record: Record) -> bytes:
+    """The bytes of the entries of a namespace whose directory is damaged, as far as they are its own.
+
+    Raises:
+        FormatError: the area cannot be read.
+    """
+    snapshot.check_area(record.directory, "directory")
+    data, cluster = snapshot.file.read(record.directory.offset, record.directory.length), snapshot.header.cluster_size
+    sound = crc32c(data) == record.directory.checksum
+    if sound and not store.belongs_to(data, record.name, cluster):
+        return b""  # another namespace has these names
+    return store.without_owner(data, cluster)
+
+
+def place_directory(change: Change, name: bytes, entries: list[Entry]) -> Area:
+    """Plans the writing of the directory of a namespace of that name.
+
+    Raises:
+        BitmapError: there are too many bitmaps.
+    """
+    data = store.with_owner(build_directory(entries), name, change.header.cluster_size)
+    if len(entries) > directory.MAX_BITMAPS or len(data) > store.MAX_METADATA_BYTES:
+        where = f"{change.snapshot.file.path}: {namespace_label(name)}"
+        raise BitmapError(where, f"{len(entries)} bitmaps are more than {directory.MAX_BITMAPS}")
+    return change.place(data)
+
+
+def rename_record(change: Change, record: Record, name: bytes) -> Record:
+    """Takes a namespace out of the table, and returns its record under another name, to be put there.
+
+    Its directory becomes that of the new name, and generation and bits stay. One that is damaged stays so.
+    """
+    change.table.remove(record.name)
+    area = record.directory
+    if area.length and name != record.name:
+        with suppress(FormatError):
+            entries = read_directory(change.snapshot, record)
+            area = change.place(store.with_owner(entries, name, change.header.cluster_size))
+            change.release(record.directory)
+    return replace(record, name=name, directory=area)
 
 
 def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
@@ -114,14 +154,12 @@ def read_entries(snapshot: Snapshot, record: Record) -> list[Entry]:
 
     Raises:
         UnsupportedError: the namespace has what only newer software knows.
-        FormatError: the directory is damaged, or an entry breaks a rule of the format.
+        FormatError: the directory is damaged or another's, or an entry breaks a rule of the format.
         UnsupportedError: an entry has an item that must be known, and is not.
     """
     require_known(snapshot.file.path, record)
-    _require_own_directory(snapshot, record)
     where = f"{snapshot.file.path}: {record.label}"
-    what, remedy = f"directory of {record.label}", "recover makes its bitmaps all dirty"
-    data = snapshot.read(record.directory, what, remedy)
+    data = read_directory(snapshot, record)
     entries: dict[bytes, Entry] = {}
     try:
         for _, entry in parse_entries(data):
@@ -175,16 +213,13 @@ def replace_directory(change: Change, record: Record, old: list[Entry], wanted: 
     Raises:
         BitmapError: there are too many bitmaps.
     """
-    packed = build_directory(wanted)
-    if len(wanted) > directory.MAX_BITMAPS or len(packed) > store.MAX_METADATA_BYTES:
-        where = f"{change.snapshot.file.path}: {record.label}"
-        raise BitmapError(where, f"{len(wanted)} bitmaps are more than {directory.MAX_BITMAPS}")
+    new = place_directory(change, record.name, wanted)
     kept = {entry.table_offset for entry in wanted} | change.superseded
     for entry in old:
         if entry.table_offset not in kept:
             release_bits(change, record, entry)
     change.release(record.directory)
-    return change.place(packed)
+    return new
 
 
 def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap, base: Entry | None = None) -> Entry:

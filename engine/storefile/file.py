@@ -18,7 +18,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import time_ns
 from typing import Any, TypeVar
@@ -59,7 +59,6 @@ class Snapshot:
         file: the store.
         chosen: which header counts, and why.
         header: the header that counts.
-        directories: of each directory read so far: its first byte, the byte behind it, and the namespace; ascending.
         doubted: a checksum was wrong: damage, or the commits since have written over what was read.
         watched: the namespaces of which something else was looked at, too, such as a tracker's live files, by name.
         kept: what an earlier attempt at the same answer has read and verified, for those who can use it.
@@ -74,7 +73,6 @@ class Snapshot:
     ) -> None:
         self._outdated = outdated
         self.file, self.chosen, self.header = file, chosen, chosen.header
-        self.directories: list[tuple[int, int, bytes]] = []
         self.doubted = False
         self.watched: dict[bytes, Record] = {}
         self.kept: dict[object, Any] = {} if kept is None else kept
@@ -101,6 +99,10 @@ class Snapshot:
         if owner and clusters > known:
             self._claims[owner] = clusters
             self._claimed += clusters - known
+
+    def settle_claims(self) -> None:
+        """Forgets which bitmaps have claimed clusters, so that it takes no memory: none of them is read again."""
+        self._claims.clear()
 
     def require_untouched(self) -> None:
         """Called where a wrong checksum shall count as damage: it may come from commits that have written over it.
@@ -146,8 +148,8 @@ class Snapshot:
         Raises:
             FormatError: the area breaks a rule of the format, or is too long; the error names it.
         """
-        for field, fault in store.area_faults(area, self.header.cluster_size, self.size):
-            raise FormatError(f"{self.file.path}: {what}.{field}", fault)
+        for name, fault in store.area_faults(area, self.header.cluster_size, self.size):
+            raise FormatError(f"{self.file.path}: {what}.{name}", fault)
         if area.length > most:
             raise FormatError(f"{self.file.path}: {what}.length", f"{area.length} is above {most}")
 
@@ -450,6 +452,21 @@ def _is_as_watched(then: Snapshot, now: Snapshot) -> bool:
         return False
 
 
+@dataclass(slots=True)
+class Plan:
+    """What a part of a change has planned, so that it can be withdrawn.
+
+    Attributes:
+        writes: what it writes, each with its offset in bytes.
+        released: the runs of clusters that it gives up, (first, count).
+        superseded: what it has added to `Change.superseded`.
+    """
+
+    writes: list[tuple[int, bytes | memoryview]] = field(default_factory=list)
+    released: list[tuple[int, int]] = field(default_factory=list)
+    superseded: set[int] = field(default_factory=set)
+
+
 class Change:
     """A store during a change. Areas are planned; then `commit` writes them and switches the header.
 
@@ -519,6 +536,25 @@ class Change:
     def release(self, area: Area) -> None:
         """Gives up an area. It is reused once neither header slot refers to it."""
         self.space.release(area)
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[Plan]:
+        """Yields what the block plans, as soon as it has ended."""
+        plan, superseded = Plan(), set(self.superseded)
+        writes, released = len(self._writes), len(self.space.newly_released)
+        yield plan
+        plan.writes, plan.released = self._writes[writes:], self.space.newly_released[released:]
+        plan.superseded = self.superseded - superseded
+
+    def withdraw(self, plan: Plan) -> None:
+        """Undoes what was planned, and what nothing planned since relies on."""
+        gone = set(map(id, plan.writes))
+        self._writes = [write for write in self._writes if id(write) not in gone]
+        for offset, data in plan.writes:
+            cluster = self.header.cluster_size
+            self.untake(offset // cluster, ceil_div(len(data), cluster))
+        self.space.keep(plan.released)
+        self.superseded -= plan.superseded
 
     def commit(self) -> Seen:
         """Makes the change durable. Writes nothing if nothing has changed and no commit is missing.

@@ -50,6 +50,7 @@ class SpaceMap:
 
     Attributes:
         clusters: as above, with those that were taken behind the end.
+        newly_released: (first, count) of the runs of clusters that this commit gives up, in no order.
         reuses: False: takes clusters behind the end only, because somebody may still read what others had.
 
     Raises:
@@ -78,7 +79,7 @@ class SpaceMap:
         if len({place.offset for place in self.places}) != count:
             raise FormatError(f"{where}: space map", "two leaves share a place")
         self._released = list(released)
-        self._newly_released: list[tuple[int, int]] = []
+        self.newly_released: list[tuple[int, int]] = []
         self._leaves: dict[int, int] = {}
         self._changed: set[int] = set()
 
@@ -224,7 +225,12 @@ class SpaceMap:
     def release(self, area: Area) -> None:
         """Gives up an area in this commit. The commit after the next may reuse it."""
         if clusters := area.clusters(self._cluster):
-            self._newly_released.append((clusters.start, len(clusters)))
+            self.newly_released.append((clusters.start, len(clusters)))
+
+    def keep(self, runs: list[tuple[int, int]]) -> None:
+        """Takes back that these runs were given up in this commit."""
+        kept = set(runs)
+        self.newly_released = [run for run in self.newly_released if run not in kept]
 
     def seal(self, old_root: Area, old_released: Area) -> tuple[Area, Area, list[Write]]:
         """Ends the changes to the map. Its own parts are replaced like all others.
@@ -246,7 +252,7 @@ class SpaceMap:
                 if self.places[index].length:
                     self.release(self.places[index])
                 placed[index] = self.take(1)
-            runs = merged(self._newly_released)
+            runs = merged(self.newly_released)
             if len(runs) * RUN.size > store.MAX_RELEASED_BYTES:
                 raise StorageError(self._where, "the change is too large for one commit")
             root = self._resized(root, len(self.places) * LEAF.size)

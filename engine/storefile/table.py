@@ -386,22 +386,24 @@ class NamespaceTable:
             gone = {name for _, name, _ in changes}
             kept = [item for item in items if item[1] not in gone]
             return sorted([*kept, *(change for change in changes if change[2] is not None)])
-        parts: list[Part] = [*items]
-        start = 0
+        start, below = 0, node.level - 1
+        touched: dict[int, list[Item]] = {}
         while start < len(changes):
             at = max(0, bisect_right(items, (changes[start][0], _KEYS)) - 1)
             child = _child(node, items, at)
             end = bisect_left(changes, (child.end,), start)
-            parts[at] = self._rebuilt(child, changes[start:end], place, release)
+            touched[at] = self._rebuilt(child, changes[start:end], place, release)
             start = end
+        if not any(self._is_short(below, part) for part in touched.values()):  # the usual case, made fast
+            pointers = [(at, self._placed(below, part, place)) for at, part in touched.items()]
+            for at, pointer in reversed(pointers):
+                items[at : at + 1] = pointer
+            return items
+        parts: list[Part] = [touched.get(at, item) for at, item in enumerate(items)]
         joined: list[Part] = []
         for part in parts:
             neighbour = joined[-1] if joined else ()
-            if (
-                part
-                and neighbour
-                and (self._is_short(node.level - 1, part) or self._is_short(node.level - 1, neighbour))
-            ):
+            if part and neighbour and (self._is_short(below, part) or self._is_short(below, neighbour)):
                 with suppress(DamagedNodeError):  # what cannot be read stays beside what is short
                     part = [each for one in (neighbour, part) for each in self._opened(node, items, one, release)]
                     joined.pop()
@@ -409,7 +411,7 @@ class NamespaceTable:
                 joined.append(part)
         found: list[Item] = []
         for part in joined:
-            found += [part] if isinstance(part, tuple) else self._placed(node.level - 1, part, place)
+            found += [part] if isinstance(part, tuple) else self._placed(below, part, place)
         return found
 
     def _opened(self, node: Node, items: list[Item], part: Part, release: Release) -> list[Item]:

@@ -25,7 +25,7 @@ from dirtmap.engine.storefile.directory import (
     replace_directory,
 )
 from dirtmap.engine.storefile.entries import identified, tree_of, with_items, with_root
-from dirtmap.engine.storefile.file import Change, Snapshot, Store
+from dirtmap.engine.storefile.file import Change, Plan, Snapshot, Store
 from dirtmap.engine.storefile.session import (
     Window,
     names_session,
@@ -133,6 +133,7 @@ class HomeChange(HomeView):
         self.placed = record  # with the size that the disk will have
         self.identity = record.identity
         self.peer = peer_of(record)
+        self._plans: list[tuple[int, Plan]] = []  # of bits that were replaced, by their new root
         if self._doubted:
             # This commit ends the doubt, so all that is in doubt must be dirty in it.
             for name, entry in self.entries.items():
@@ -159,7 +160,9 @@ class HomeChange(HomeView):
         """
         if fault := directory.name_fault(encode_name(name)):
             raise BitmapError(f"{self.where}: {label(name)}", fault)
-        self.entries[name] = place_bitmap(self.change, self.placed, name, bitmap, self._base(name))
+        with self.change.planning() as plan:
+            self.entries[name] = place_bitmap(self.change, self.placed, name, bitmap, self._base(name))
+        self._plans.append((self.entries[name].table_offset, plan))
         self.set_window(name, window)
 
     def merge(self, name: str, words: NDArray[np.uint64], window: Window | None) -> None:
@@ -210,6 +213,10 @@ class HomeChange(HomeView):
         """Plans the new record and directory, to be committed at the end of the block."""
         change, record = self.change, self.record
         wanted = list(self.entries.values())
+        roots = {entry.table_offset for entry in wanted}
+        for root, plan in self._plans:
+            if root not in roots:  # another content has taken its place, or the bitmap was removed
+                change.withdraw(plan)
         area = record.directory
         if wanted != self.found:
             area = replace_directory(change, record, self.found, wanted)

@@ -215,7 +215,7 @@ SEEN_VALUE = Structure(
     Field("container", 24, 8),
 )
 
-_namespace_value = Struct(">QB3sHH16s16sQQLL")
+_namespace_value = Struct(">QB3sHH16s16sQQLL8s")
 
 
 class RawNamespaceValue:
@@ -233,6 +233,7 @@ class RawNamespaceValue:
         "directory_offset",
         "directory_length",
         "directory_checksum",
+        "image",
     )
 
     def __init__(
@@ -248,6 +249,7 @@ class RawNamespaceValue:
         directory_offset: int,
         directory_length: int,
         directory_checksum: int,
+        image: bytes,
     ) -> None:
         self.container = container
         self.kind = kind
@@ -260,6 +262,7 @@ class RawNamespaceValue:
         self.directory_offset = directory_offset
         self.directory_length = directory_length
         self.directory_checksum = directory_checksum
+        self.image = image
 
 
 def _build_namespace_value(
@@ -275,6 +278,7 @@ def _build_namespace_value(
     directory_offset: int,
     directory_length: int,
     directory_checksum: int,
+    image: bytes,
 ) -> bytes:
     if len(reserved) != 3:
         raise ValueError(f"index namespace.reserved: {len(reserved)} bytes, not 3")
@@ -282,6 +286,8 @@ def _build_namespace_value(
         raise ValueError(f"index namespace.uuid: {len(uuid)} bytes, not 16")
     if len(root_uuid) != 16:
         raise ValueError(f"index namespace.root_uuid: {len(root_uuid)} bytes, not 16")
+    if len(image) != 8:
+        raise ValueError(f"index namespace.image: {len(image)} bytes, not 8")
     return _namespace_value.pack(
         container,
         kind,
@@ -294,6 +300,7 @@ def _build_namespace_value(
         directory_offset,
         directory_length,
         directory_checksum,
+        image,
     )
 
 
@@ -313,6 +320,7 @@ NAMESPACE_VALUE = Structure(
     Field("directory_offset", 56, 8),
     Field("directory_length", 64, 4),
     Field("directory_checksum", 68, 4),
+    Field("image", 72, 8),
 )
 
 _bitmap_value = Struct(">QLHH16s")

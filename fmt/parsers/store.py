@@ -669,6 +669,40 @@ RECORD = Structure(
     Field("image", 80, 56),
 )
 
+_owner = Struct(">16s")
+
+
+class RawOwner:
+    """The fields of a structure: directory owner."""
+
+    __slots__ = ("owner",)
+
+    def __init__(
+        self,
+        owner: bytes,
+    ) -> None:
+        self.owner = owner
+
+
+def _build_owner(
+    *,
+    owner: bytes,
+) -> bytes:
+    if len(owner) != 16:
+        raise ValueError(f"directory owner.owner: {len(owner)} bytes, not 16")
+    return _owner.pack(
+        owner,
+    )
+
+
+OWNER = Structure(
+    "directory owner",
+    _owner,
+    RawOwner,
+    _build_owner,
+    Field("owner", 0, 16),
+)
+
 _pointer = Struct(">QLL")
 
 

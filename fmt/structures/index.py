@@ -33,6 +33,7 @@ NAMESPACE_VALUE = "index namespace" / Struct(
     "directory_offset" / Int64ub,
     "directory_length" / Int32ub,
     "directory_checksum" / Int32ub,
+    "image" / Bytes(8),
 )
 BITMAP_VALUE = "index bitmap" / Struct(
     "container" / Int64ub,

@@ -69,6 +69,7 @@ RECORD = "namespace record" / Struct(
     "path_size" / Int32ub,
     "image" / Bytes(FILE_IDENTITY.sizeof()),
 )
+OWNER = "directory owner" / Struct("owner" / Bytes(16))  # at the start of each cluster of a directory
 POINTER = "bits pointer" / Struct("place" / Int64ub, "checksum" / Int32ub, "reserved" / Int32ub)
 # Items in the extra data of a directory entry. A window is another: see `live`.
 BITS = "bits" / Struct("checksum" / Int32ub, "reserved" / Int32ub)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.generated import areas, numbers
+from support.leaves import parse_records
 
 from dirtmap.fmt import directory, geometry, store
 from dirtmap.fmt.identity import Identity
@@ -20,7 +21,6 @@ from dirtmap.fmt.store import (
     build_record,
     item_faults,
     parse_items,
-    parse_records,
     unknown_item,
 )
 

@@ -38,10 +38,21 @@ from dirtmap.fmt.store import Record
 
 
 def test_members_are_an_area_pointer_and_namespaces() -> None:
-    one = layout.Member(b"n", store.KIND_NODE, b"u" * 16, bytes(16), MIB, b"/x", (4096, 100, 7))
+    one = layout.Member(b"n", store.KIND_NODE, b"u" * 16, bytes(16), MIB, b"/x", (4096, 100, 7), b"its file")
     other = layout.Member(b"", store.KIND_PLACE, bytes(16), b"r" * 16, 0)
     raw = b"".join(
-        struct.pack(">QB3xHH16s16sQQLL", 9, m.kind, len(m.name), len(m.path), m.uuid, m.root_uuid, m.size, *m.directory)
+        struct.pack(
+            ">QB3xHH16s16sQQLL8s",
+            9,
+            m.kind,
+            len(m.name),
+            len(m.path),
+            m.uuid,
+            m.root_uuid,
+            m.size,
+            *m.directory,
+            m.image,
+        )
         + m.name
         + m.path
         for m in (one, other)

@@ -166,9 +166,9 @@ def test_forms_that_no_entry_has(index: Path) -> None:
             "index seen commit: 31 bytes are not 32",
         ),
         layout.CONTAINER + b"x\0": (bytes(97), "container: x", "index container: 97 bytes are not 96"),
-        layout.NAME + b"y\0": (bytes(71), "name: y", "a namespace is cut short"),
+        layout.NAME + b"y\0": (bytes(79), "name: y", "a namespace is cut short"),
         layout.UUID + bytes(16): (
-            struct.pack(">12xH58x", 1),
+            struct.pack(">12xH66x", 1),
             f"uuid: {bytes(16).hex()}",
             "a namespace's name or path is cut short",
         ),

@@ -14,6 +14,7 @@ from support.cli import dirtmap, error_of, json_of
 import dirtmap.engine as dm
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Change, Store
+from dirtmap.fmt import store
 
 MIB = 1 << 20
 
@@ -75,7 +76,7 @@ def spoil(where: str) -> None:
         assert record
         entry = target.read(lambda snapshot: read_entries(snapshot, record))[0]
     with open("s.dmap", "r+b") as file:
-        file.seek(entry.table_offset if where == "bits" else record.directory.offset + 40)
+        file.seek(entry.table_offset if where == "bits" else record.directory.offset + store.OWNER_SIZE + 40)
         file.write(b"\x55\xaa\x55\xaa")
 
 

@@ -228,11 +228,38 @@ def test_a_node_with_bitmaps_is_neither_renamed_nor_removed(store: Store) -> Non
             hostless.rename(store, name, "taken", with_bitmaps=True)
         hostless.rename(store, name, f"{name}-new", with_bitmaps=True)
         assert list(dm.open(f"{name}-new")) == ["b"]
+        assert not dm.check(store.path).findings
         with dm.open(f"{name}-new") as image, image.transaction() as bitmaps:
             changes.remove(bitmaps, "b")
         hostless.remove(store, f"{name}-new")
     assert [node.name for node in nodes.nodes(store)] == ["taken"]
     assert identity("disk.qcow2") == (None, None)
+
+
+def test_a_rename_takes_the_directory_along_and_leaves_bits_and_doubt(store: Store) -> None:
+    add_node(store, "raw0", raw("disk.raw"))
+    with dm.open("raw0") as image, image.transaction() as bitmaps:
+        changes.add(bitmaps, "b")
+        bitmaps["b"].mark(MIB, 1)
+    before = store.record(b"raw0")
+    hostless.rename(store, "raw0", "new", with_bitmaps=True)
+    after = store.record(b"new")
+    assert before
+    assert after
+    assert after.directory != before.directory
+    assert after == replace(before, name=b"new", directory=after.directory), "its generation tells of doubt"
+    with dm.open("new") as image:
+        assert image["b"].count == 65536
+    with open(store.path, "r+b") as file:
+        file.seek(after.directory.offset + 40)
+        file.write(b"?")
+    hostless.rename(store, "new", "newer", with_bitmaps=True)  # what is damaged stays so, and can be recovered
+    with dm.open("newer") as image, pytest.raises(dm.FormatError, match="its checksum is wrong"):
+        list(image)
+    with dm.open("newer") as image:
+        image.recover()
+        assert list(image)
+    assert not dm.check(store.path).corruptions
 
 
 @pytest.mark.parametrize(("size", "expected"), [(2 * GIB, [(MIB, 65536), (GIB, GIB)]), (MIB, [])])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import crc32c
 import pytest
-from support.documents import SPEC, judged, rows
+from support.documents import EXAMPLES, SPEC, judged, rows
 
 import dirtmap.engine as dm
 from dirtmap.engine import identity as looks
@@ -33,7 +33,7 @@ IMAGE = Identity(
 )
 
 CHAPTER = SPEC[SPEC.index("\n## 4. The store\n") :]
-EXAMPLE = CHAPTER[CHAPTER.index("\n### 6.1 Example of a store\n") : CHAPTER.index("\n### 6.2 ")]
+EXAMPLE = EXAMPLES[EXAMPLES.index("\n## Example of a store\n") : EXAMPLES.index("\n## Example of a killed tracker\n")]
 # Offset, bytes and a comment, with two spaces between.
 LINES = {
     int(at, 16): bytes.fromhex(data)

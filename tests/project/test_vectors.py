@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support import plain, qemu
-from support.documents import SPEC, tables
+from support.documents import EXAMPLES, tables
 from support.vectors import (
     VECTORS,
     Said,
@@ -23,7 +23,9 @@ from support.vectors import (
 )
 from vectors import make
 
+from dirtmap.engine.qcow2.layout import read_layout
 from dirtmap.engine.storefile import header as headers
+from dirtmap.engine.system.file import open_file
 from dirtmap.fmt import store
 from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
 from dirtmap.fmt.parsers.store import RECORD
@@ -89,11 +91,21 @@ def test_killed_tracker(document: Path, tmp_path: Path) -> None:
         "store": "store.dmap",
         "live": "live" if (document.parent / "live").exists() else None,
         "log": "intent" if (document.parent / "intent").exists() else None,
+        **({"image": "image.qcow2"} if (document.parent / "image.qcow2").exists() else {}),
     }
     folder = tmp_path / "vector"
     shutil.copytree(document.parent, folder)
     assert [told_of_tracker(folder, said, case) for case in said["cases"]] == said["cases"]
     assert said["cases"]
+
+
+def test_the_image_that_is_checked_out_says_so() -> None:
+    (path,) = VECTORS.glob("killed/*/image.qcow2")
+    assert [one["inconsistent"] for one in told_of_image(path)["bitmaps"]] == [True]
+    reader = plain.Reader(path.read_bytes())
+    assert [bool(one.flags & 1) for one in reader.bitmaps()] == [True]
+    with open_file(str(path)) as file:
+        assert read_layout(file).tracked
 
 
 def test_every_row_of_the_recovery_table_is_there() -> None:
@@ -148,9 +160,9 @@ def test_readme_tells_of_each() -> None:
         assert f"| `{title}` | {json.loads(path.read_text())['what']} |" in README
 
 
-# The example of SPEC.md.
+# The example of docs/examples.md.
 
-EXAMPLE = re.split(r"^#.* Example of a killed tracker$", SPEC, flags=re.M)[1].partition("\n#")[0]
+EXAMPLE = re.split(r"^## Example of a killed tracker$", EXAMPLES, flags=re.M)[1].partition("\n#")[0]
 FOLDER = VECTORS / "killed" / "example"
 # The name of a file, and what is shown of it: offset, bytes and a comment, with two spaces between.
 BLOCKS = re.findall(r"^`([a-z0-9./-]+)`,[^`]*(?:`[a-z]+`[^`]*)?\n\n```\n(.*?)```", EXAMPLE, re.M | re.S)
@@ -190,7 +202,7 @@ def test_example_shows_record_directory_and_bits_whole() -> None:
     assert record.length == table.length
     areas = (table.offset, table.length), (record.directory_offset, record.directory_length)
     expected = [at for start, length in areas for at in range(start, start + length, 16)]
-    entry = DIRECTORY_ENTRY.parse(data[record.directory_offset : record.directory_offset + DIRECTORY_ENTRY.size])
+    entry = DIRECTORY_ENTRY.parse(data, record.directory_offset + store.OWNER_SIZE)
     assert sorted(shown) == sorted([entry.table_offset, *expected])
     assert not any(data[entry.table_offset + 16 : entry.table_offset + store.BLOCK])
 

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.leaves import parse_records
 
 from dirtmap.engine.storefile.table import DamagedNodeError, NamespaceTable, Node
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.errors import FormatError
-from dirtmap.fmt.store import Area, Record, build_record, parse_records
+from dirtmap.fmt.store import Area, Record, build_record
 
 POINTER = struct.Struct(">IIQII")  # as SPEC.md has it
 

@@ -17,12 +17,13 @@ import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile import header as headers
-from dirtmap.engine.storefile.directory import read_entries, replace_directory
+from dirtmap.engine.storefile.directory import place_directory, read_entries, replace_directory
 from dirtmap.engine.storefile.entries import identified
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import build_directory
+from dirtmap.fmt.extensions import build_extension
 from dirtmap.fmt.parsers.store import LEAF
 from dirtmap.fmt.store import Area, Record
 
@@ -56,34 +57,51 @@ def test_millions_of_leaks_are_counted_and_a_thousand_runs_shown(tmp_path: Path,
     assert mebibytes < MEBIBYTES
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_directory_that_two_namespaces_have_is_read_once(tmp_path: Path, nested: bool) -> None:
-    """Else a store of 2 MiB could claim 65,536 times as many bitmaps as it has."""
-    path, count = str(tmp_path / "s.dmap"), 64
+@pytest.mark.parametrize("how", ["same", "nested", "own"])
+def test_a_directory_that_two_namespaces_have_is_that_of_one(tmp_path: Path, how: str) -> None:
+    """Else a store of 2 MiB could claim 65,536 times as many bitmaps as it has. Whichever is read first."""
+    path, count, cluster = str(tmp_path / "s.dmap"), 64, 4096
     create(path)
     with Store(path) as target, target.change() as change:
-        entry = directory.Entry(b"n" * 1000, store.ALL_ONES, 0, 2, 16)
-        size = entry.packed_size  # four of them take a cluster
-        assert size == 1024
+        room = cluster - store.OWNER_SIZE  # for two entries
+        filling = build_extension(0x46494C4C, bytes(room // 2 - 24 - 1000 - 8))
         packed = build_directory(
-            [replace(entry, name=f"{number:04}".encode() + entry.name[4:]) for number in range(4 * count)]
+            directory.Entry(b"%01000d" % number, store.ALL_ONES, 0, 2, 16, extra_data=filling)
+            for number in range(2 * count)
         )
-        place = change.place(packed)
+        assert len(packed) == count * room
+        data = bytearray(store.with_owner(packed, b"0", cluster))
+        if how == "own":  # each has the first cluster of what it leads to
+            for number in range(count):
+                data[number * cluster : number * cluster + store.OWNER_SIZE] = store.directory_owner(b"%d" % number)
+        place = change.place(bytes(data))
         for number in range(count):
-            start = 4096 * number if nested else 0
-            area = Area(place.offset + start, len(packed) - start, crc32c.crc32c(packed[start:]))
-            node = Record(b"%d" % number, store.KIND_DEVICE, os.urandom(16), SIZE, 1, area, area.length // size)
+            start = 0 if how == "same" else cluster * number
+            area = Area(place.offset + start, len(data) - start, crc32c.crc32c(bytes(data[start:])))
+            node = Record(b"%d" % number, store.KIND_DEVICE, os.urandom(16), SIZE, 1, area, area.length // cluster * 2)
             change.table.put(node)
+    rightful, has = (count - 1, 2) if how == "own" else (0, 2 * count)
     info = dm.describe(path)
     assert len(info.errors) == count - 1
-    assert all(re.search(r"directory of device '\d+' at 0x\w+: overlaps that of namespace", it) for it in info.errors)
-    assert len(info.bitmaps) <= 4 * count
-    assert len([f for f in dm.check(path).findings if "overlaps that of" in f.what]) == count - 1
+    assert all(re.search(r"directory of device '\d+' at 0x\w+: it, or a part of it, is the", it) for it in info.errors)
+    assert len(info.bitmaps) == has
+    findings = dm.check(path).findings
+    refused = {it.where for it in findings if "is the directory of another namespace" in it.what}
+    overlaps = {it.where for it in findings if "overlaps directory of device" in it.what}
+    assert (len(refused), len(overlaps)) == (count - 1, count - 1)
     for number in range(count):  # each by itself
         with dm.open(Address(path, str(number))) as image:
-            assert len(image) == 4 * (count - number if nested else count)
+            if number == rightful:
+                assert len(image) == has
+            else:
+                with pytest.raises(dm.FormatError, match="directory of another namespace"):
+                    len(image)
+    with dm.open(Address(path, "1")) as image, pytest.raises(dm.FormatError, match="none of its bitmaps can be named"):
+        image.recover()
     assert dm.check(path, repair="all").corruptions == 0
-    assert dm.describe(path).errors == ()
+    info = dm.describe(path)
+    assert info.errors == ()
+    assert {bitmap.device for bitmap in info.bitmaps} == {str(rightful)}
 
 
 def test_bits_that_many_bitmaps_share_are_read_for_few_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +138,7 @@ def test_bits_that_many_bitmaps_share_are_read_for_few_of_them(tmp_path: Path, m
     assert "bits are damaged" in info.notes[-1]
     reads = 0
     assert dm.check(path).corruptions > many // 2
-    assert reads <= clusters
+    assert reads <= 2 * clusters, "it looks a second time for the names of what overlaps"
     # Whoever asks for one of them alone is told what it has, and a repair parts them.
     with dm.open(Address(path, "a")) as image:
         assert image["199"].count == 64 * 512
@@ -140,7 +158,7 @@ def test_recovery_of_the_largest_directory_keeps_little_of_it(tmp_path: Path) ->
         with target.change() as change:
             record = change.table.get(b"a")
             assert record
-            place = change.place(build_directory([replace(entry, name=name) for name in names]))
+            place = place_directory(change, b"a", [replace(entry, name=name) for name in names])
             change.table.put(replace(record, directory=place, nb_bitmaps=directory.MAX_BITMAPS))
     with open(path, "r+b") as file:
         file.seek(place.offset + place.length - 100)

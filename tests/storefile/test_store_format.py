@@ -178,7 +178,7 @@ def test_bits_lie_as_the_format_says(seed: int, granularity: int, tmp_path_facto
         record = target.read(lambda snapshot: snapshot.table().get(b"disk"))
         area = record.directory
     raw = Path(where).read_bytes()
-    ((_, entry),) = parse_entries(raw[area.offset : area.offset + area.length])
+    ((_, entry),) = parse_entries(raw[area.offset + store.OWNER_SIZE : area.offset + area.length])
     expected = np.packbits(dirty, bitorder="little").tobytes()
     if not dirty.any() or dirty.all():
         assert entry.table_offset == (store.ALL_ONES if count and dirty.all() else store.ALL_ZEROS)
@@ -297,6 +297,7 @@ def test_dump_shows_every_byte_of_metadata(path: str) -> None:
     assert [name for name in seen if not name.startswith("header")] == [
         "namespace table",
         "namespace record: node 'disk'",
+        "directory owner: node 'disk'",
         "directory entry: node 'disk', bitmap 'b'",
         "bits: node 'disk', bitmap 'b'",
         "directory entry: node 'disk', bitmap 'ones'",
@@ -304,3 +305,26 @@ def test_dump_shows_every_byte_of_metadata(path: str) -> None:
         "space map leaf 0",
         "released clusters",
     ]
+
+
+def test_a_directory_of_several_clusters_is_dumped_as_it_is_in_the_file(path: str) -> None:
+    """An entry that goes on in another cluster has the owner in its midst."""
+    names = [f"{number:02}".ljust(1000, "n") for number in range(20)]
+    with dm.open(Address(path, "disk")) as image:
+        with image.transaction() as bitmaps:
+            for name in names:
+                bitmaps[name] = dm.Bitmap(image.size)
+        assert list(image) == names
+    raw = Path(path).read_bytes()
+    document = dm.dump(path, with_hex=True)
+    assert document["faults"] == []
+    shown = [one for one in document["structures"] if one["name"].startswith("directory entry")]
+    assert [one["fields"][-1]["value"] for one in shown] == names
+    owner = store.directory_owner(b"disk")
+    for one in shown:
+        assert bytes.fromhex(one["hex"]) == raw[one["offset"] : one["offset"] + one["length"]]
+        assert (owner in bytes.fromhex(one["hex"])) == (
+            one["offset"] // 4096 != (one["offset"] + one["length"] - 1) // 4096
+        )
+    assert sum(owner in bytes.fromhex(one["hex"]) for one in shown) > 3
+    assert contents(raw)[b"disk"].bitmaps[-1].name == names[-1].encode()

@@ -24,8 +24,9 @@ from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import store
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.parsers.store import AREA, HEADER, LEAF, NAMESPACES_EXTENSION, NODE_POINTER, RECORD
-from dirtmap.fmt.store import Area, Record, build_record, parse_records
+from dirtmap.fmt.store import Area, Record, build_record
 from dirtmap.fmt.structure import Structure
+from support.leaves import parse_records
 
 SIZE = 300_001  # of each disk
 Bits = dict[tuple[str, str], np.ndarray[Any, Any]]
@@ -287,7 +288,12 @@ class Forged:
             for pointer in self.pointers
         ]
         self.first = next(number for number, leaf in enumerate(self.leaves) if leaf[0].name == b"a")
-        self.directories = {record.name: self._at(record.directory) for leaf in self.leaves for record in leaf}
+        cluster = self.header.cluster_size
+        self.directories = {  # without their owners
+            record.name: bytearray(store.without_owner(bytes(self._at(record.directory)), cluster))
+            for leaf in self.leaves
+            for record in leaf
+        }
         self.fields: dict[str, dict[str, int]] = {}  # of the header and its extensions, to be set at the end
         self.record_fields: dict[str, int] = {}  # of the record of node a
         self.pointer_fields: dict[str, int] = {}  # of the pointer to its leaf
@@ -304,7 +310,9 @@ class Forged:
     def _record(self, record: Record) -> bytes:
         area = record.directory
         if area.length:
-            area = area._replace(checksum=self._put(area.offset, self.directories[record.name]))
+            entries = bytes(self.directories[record.name])
+            data = store.with_owner(entries, record.name, self.header.cluster_size)
+            area = area._replace(checksum=self._put(area.offset, data))
         raw = bytearray(build_record(replace(record, directory=area)))
         if record.name == b"a":
             set_fields(RECORD, raw, 0, self.record_fields)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
 BEHAVIOUR = (ROOT / "docs/behaviour.md").read_text()
-SPEC = (ROOT / "SPEC.md").read_text() + BEHAVIOUR  # their tables are held against the code as one
+EXAMPLES = (ROOT / "docs/examples.md").read_text()
+SPEC = (ROOT / "SPEC.md").read_text() + BEHAVIOUR + EXAMPLES  # they are held against the code as one
 README = (ROOT / "README.md").read_text()
 
 Row = dict[str, str]

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import dirtmap.engine as dm
-from dirtmap.engine.storefile.directory import read_entries
+from dirtmap.engine.storefile.directory import place_directory, read_entries
 from dirtmap.engine.storefile.file import Store
-from dirtmap.fmt.directory import FLAG_IN_USE, build_directory
+from dirtmap.fmt.directory import FLAG_IN_USE
 from support import qemu
 from support.child import in_child
 from support.craft import Craft
@@ -261,7 +261,7 @@ class NodeMaker(Maker):
             *others, last = read_entries(change.snapshot, record)
             entries = [*others, last.with_flags(set=FLAG_IN_USE)]
             change.release(record.directory)
-            change.table.put(replace(record, directory=change.place(build_directory(entries))))
+            change.table.put(replace(record, directory=place_directory(change, raw, entries)))
 
     def interlude(self, made: Made) -> None:
         """Another namespace of the store changes."""

@@ -8,6 +8,7 @@ but that choice and the bytes it reads; so it is done once for each choice and e
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -160,6 +161,11 @@ class Reader:
                     raise Broken(f"{name!r} is in the wrong place")
                 last = key, name
                 directory = self._area((offset, directory_length, checksum), header, used)
+                owner = hashlib.blake2b(name, digest_size=16).digest()
+                starts = range(0, len(directory), header.cluster)
+                if any(directory[start : start + 16] != owner for start in starts):
+                    raise Broken(f"the directory of {name!r} is another's")
+                directory = b"".join(directory[start + 16 : start + header.cluster] for start in starts)
                 entries = tuple(self._entries(directory, size, header, used))
                 if len(entries) != bitmaps or len({entry.name for entry in entries}) != bitmaps:
                     raise Broken(f"the directory of {name!r} has {len(entries)} entries")

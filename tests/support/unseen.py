@@ -11,7 +11,6 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -25,10 +24,9 @@ def inside(place: str, *command: str) -> list[str]:
     """The command line that runs a command in one of the places above; in this one, where ``place`` is empty."""
     line = list(command)
     if place in ("boot", "both"):
-        fake = Path("boot_id").absolute()
-        fake.write_text("11111111-2222-4333-8444-555555555555\n")
-        mount = f'mount --bind "$0" {_BOOT_ID} && exec "$@"'
-        line = ["unshare", "--mount", "sh", "-c", mount, str(fake), *line]
+        fake = 'file=$(mktemp) && echo "$0" >"$file"'
+        mount = f'{fake} && mount --bind "$file" {_BOOT_ID} && rm "$file" && exec "$@"'
+        line = ["unshare", "--mount", "sh", "-c", mount, "11111111-2222-4333-8444-555555555555", *line]
     if place in ("pid", "both"):
         line = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *line]
     return line

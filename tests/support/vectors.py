@@ -35,7 +35,7 @@ from dirtmap.engine.storefile.file import Snapshot, Store
 from dirtmap.engine.storefile.holds import all_holds
 from dirtmap.engine.system.file import File
 from dirtmap.engine.system.process import Process
-from dirtmap.engine.tracking import home, recorder
+from dirtmap.engine.tracking import home, recorder, tracker
 from dirtmap.fmt import live, store
 from dirtmap.fmt.errors import Error, FormatError, UnsupportedError
 from dirtmap.fmt.identity import FilePlace, Identity
@@ -110,9 +110,12 @@ def fixed() -> Iterator[Clock]:
             (livefile, "clock_offset", lambda: BOOTED),
             (home, "build_session", recorded),
             (recorder, "identity_of", image),
+            (tracker.Tracker, "_require_growth", lambda self, size: self._session.region_bits),
             (recorder, "this_process", lambda: Process(4711, 1500, BOOT.bytes)),
+            (view, "data_path", lambda kind, path: path),
             (recorder.Recorder, "_give_signs", lambda self: None),
             (recorder.Recorder, "_in_background", lambda self: None),
+            (recorder.Recorder, "_grow_image", lambda self, size: None),
         ),
     ):
         yield clock
@@ -131,9 +134,16 @@ def written(document: Said) -> str:
 
 def extents_of(packed: bytes, size: int, granularity: int) -> list[list[int]]:
     """The dirty extents in packed bits, cut at the end of the disk."""
-    bits = np.zeros(-(-size // granularity) + 2, np.int8)
-    bits[1:-1] = np.unpackbits(np.frombuffer(packed, np.uint8), count=len(bits) - 2, bitorder="little")
-    ends = np.flatnonzero(np.diff(bits)).tolist()
+    count = -(-size // granularity)
+    packed_bytes = np.frombuffer(packed, np.uint8)[: -(-count // 8)]
+    # Only bytes that differ from the one before, or have bits that do, are taken apart: there can be very many.
+    before = np.concatenate((np.zeros(1, np.uint8), packed_bytes[:-1]))
+    telling = np.flatnonzero((packed_bytes != before) | ((packed_bytes != 0) & (packed_bytes != 255)))
+    bits = np.unpackbits(packed_bytes[telling], bitorder="little").reshape(-1, 8)
+    changes = np.flatnonzero(np.diff(bits, prepend=before[telling, None] >> 7, axis=1))
+    ends = telling[changes // 8] * 8 + changes % 8
+    ends = ends[ends < count].tolist()
+    ends += [count] * (len(ends) % 2)
     return [
         [first * granularity, min(end * granularity, size) - first * granularity]
         for first, end in zip(ends[::2], ends[1::2], strict=True)

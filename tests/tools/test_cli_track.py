@@ -18,6 +18,7 @@ from support.tracking import GRANULE, make_node
 import dirtmap.engine as dm
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import store
 
 SIZE = 64 << 20
 
@@ -162,7 +163,7 @@ def test_nothing_is_called_exact_whose_directory_is_damaged(tmp_path: Path) -> N
         record = target.record(b"drive0")
     assert record
     with open(os.environ["DIRTMAP_STORE"], "r+b") as file:
-        file.seek(record.directory.offset + 10)
+        file.seek(record.directory.offset + store.OWNER_SIZE + 10)
         file.write(b"?")
     told = dirtmap("list", "drive0", status=1).error
     assert "checksum is wrong" in told

@@ -31,6 +31,7 @@ from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_AUTO, Entry
 from dirtmap.fmt.identity import NO_FILE_PLACE
 
@@ -873,7 +874,7 @@ def test_mending_a_damaged_directory_ends_the_session_of_a_tracker_that_has_ende
         record = target.record(b"drive0")
     assert record
     with (tmp_path / "default.dmap").open("r+b") as file:  # the older header slot leads to a directory without 'c2'
-        file.seek(record.directory.offset + 20)
+        file.seek(record.directory.offset + store.OWNER_SIZE + 20)
         file.write(b"?")
     with pytest.raises(dm.LockedError, match="tracked by"):
         image.recover()
@@ -909,3 +910,26 @@ def test_an_interrupt_while_a_writeset_is_made_leaves_no_file(tracker: Tracker) 
         with pytest.raises(KeyboardInterrupt) if kind is InterruptedWriteset else contextlib.nullcontext():
             kind(str(live), tracker._session.uuid, number, SIZE, 16)
         assert (live / f"writeset-{number}").exists() == (kind is Writeset)
+
+
+@pytest.mark.parametrize("end", ["other bits", "all dirty", "removed"])
+def test_bits_that_are_replaced_again_in_one_change_leave_no_leak(tmp_path: Path, end: str) -> None:
+    make_node(tmp_path, SIZE)
+    path = str(tmp_path / "default.dmap")
+    old, first, second = (dm.Bitmap.from_extents(SIZE, [at << 20], [GRANULE], 512) for at in (1, 2, 3))
+    with dm.open("node:drive0") as image, image.transaction() as bitmaps:
+        bitmaps["b"] = old
+    with Home(ALONE, path, b"drive0").change(None) as home:
+        home.put("other", first, None)
+        home.put("b", first, None)
+        home.put("b", second if end == "other bits" else second.recovered(), None)
+        if end == "removed":
+            home.put("b", first, None)
+            del home.entries["b"]
+    with dm.open("node:drive0") as image:
+        assert image["other"] == first
+        if end == "removed":
+            assert "b" not in image
+        else:
+            assert image["b"].extents()[0].tolist() == ([3 << 20] if end == "other bits" else [0])
+    assert not dm.check(path).findings

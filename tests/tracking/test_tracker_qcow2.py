@@ -25,6 +25,7 @@ from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import store
 from dirtmap.fmt.directory import parse_entries
 
 SIZE = 64 << 20
@@ -362,7 +363,7 @@ def test_a_node_whose_image_is_gone_can_be_removed(path: Path, damaged: bool) ->
         assert record
         if damaged:
             with place.open("r+b") as file:
-                file.seek(record.directory.offset + 10)
+                file.seek(record.directory.offset + store.OWNER_SIZE + 10)
                 file.write(b"?")
         hostless.remove(target, "drive0")
     assert files_in(path.parent) == ["default.dmap"]
@@ -647,7 +648,7 @@ def test_recover_of_a_session_with_a_damaged_directory_makes_all_dirty_that_the_
         record = target.record(b"drive0")
     assert record
     with place.open("r+b") as file:
-        file.seek(record.directory.offset + 20)
+        file.seek(record.directory.offset + store.OWNER_SIZE + 20)
         file.write(b"?")
     with pytest.raises(dm.FormatError, match="directory of node 'drive0'"), dm.open(path) as image:
         image["b0"]
@@ -668,8 +669,8 @@ def damage_directory(place: Path, *, name: bool = False) -> None:
         record = target.record(b"drive0")
     assert record
     with place.open("r+b") as file:
-        _, entry = next(parse_entries(place.read_bytes()[record.directory.offset :]))
-        file.seek(record.directory.offset + (24 + len(entry.extra_data) if name else 20))
+        _, entry = next(parse_entries(place.read_bytes()[record.directory.offset + store.OWNER_SIZE :]))
+        file.seek(record.directory.offset + store.OWNER_SIZE + (24 + len(entry.extra_data) if name else 20))
         file.write(b"?")
 
 

@@ -25,6 +25,9 @@ from support.hostless import ALONE, image, name_image, stored
 from support.vectors import SECOND, Clock, Said, identity, plainly, written
 
 import dirtmap.engine as dm
+from dirtmap.engine.qcow2.commit import Kept, commit, set_tracked
+from dirtmap.engine.qcow2.layout import read_layout
+from dirtmap.engine.qcow2.reading import write_session
 from dirtmap.engine.storefile import chunks, holds
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.chain import with_chain
@@ -33,6 +36,7 @@ from dirtmap.engine.storefile.entries import tree_of, with_items, with_root
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.storefile.header import Header
 from dirtmap.engine.storefile.holds import Hold
+from dirtmap.engine.system.locks import USUAL
 from dirtmap.engine.system.process import Process
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.options import Options
@@ -112,6 +116,13 @@ class Making:
             record = target.record(name.encode())
             assert record is not None
             return record.directory.offset
+
+    def uuid_of(self, name: str) -> str:
+        """The UUID of a namespace."""
+        with Store(str(self.path)) as target:
+            record = target.record(name.encode())
+            assert record is not None
+            return vectors.text_of(record.uuid)
 
     def parts_of(self, name: str, called: str) -> dict[tuple[int, int], int]:
         """Where the nodes and chunks of a bitmap are, by level and number."""
@@ -234,6 +245,17 @@ def levels(folder: Path) -> Stored:
     return making.done()
 
 
+def level_3(folder: Path) -> Stored:
+    """A bitmap of more than 2^31 granules: the root of its bits is on level 3, and most nodes below are not there."""
+    making = Making(folder)
+    size = 65537 * CHUNK
+    making.add(node("disk", size))
+    making.give("disk", "monday", 512, [[512, 512], [40_000 * CHUNK, CHUNK], [size - 1024, 1024]])
+    data, said = making.done()
+    assert max(level for level, _ in making.parts_of("disk", "monday")) == 3
+    return data, said
+
+
 def clusters(folder: Path) -> Stored:
     """Clusters of 16 KiB: a chunk has 131072 bits, a node 1024 pointers, and the headers fill one cluster."""
     making = Making(folder, cluster_bits=14)
@@ -316,7 +338,7 @@ def doubt(folder: Path) -> Stored:
     return data, said
 
 
-SOUND = empty, kinds, contents, levels, clusters, reused, kept, many, deep, doubt
+SOUND = empty, kinds, contents, levels, level_3, clusters, reused, kept, many, deep, doubt
 
 
 # Damaged stores, and those of other software.
@@ -456,6 +478,19 @@ def a_directory(folder: Path) -> Stored:
     return data, said
 
 
+def shared_directory(folder: Path) -> Stored:
+    """The records of two namespaces lead to the directory of one of them: the other namespace is refused."""
+    making = _two(folder)
+    _, said = making.done()
+    with making.changing() as change:
+        disk = change.table.get(b"disk")
+        change.table.put(replace(disk, name=b"twin", uuid=uuid.uuid4().bytes))
+    said["generation"] += 1
+    said["namespaces"].append(namespace(said, "disk") | {"name": "twin", "uuid": making.uuid_of("twin")})
+    unreadable(said, "twin")
+    return bytearray(making.path.read_bytes()), said
+
+
 def a_chunk(folder: Path) -> Stored:
     """A chunk in the middle of a bitmap is damaged: what it covers counts as dirty."""
     making = _tree(folder)
@@ -579,7 +614,7 @@ def earlier(folder: Path) -> Stored:
 
 DAMAGED = (
     header_copy, header_copies, header_astray, newest_slot, newest_slot_stale, other_slot,
-    other_slot_stale, no_header, table_leaf, table_root, a_directory,
+    other_slot_stale, no_header, table_leaf, table_root, a_directory, shared_directory,
     a_chunk, a_bits_node, a_bits_root, bits_past_the_end, space_map, space_map_root, critical_extension, critical_item,
     session_version, read_only_bit, incompatible_bit, earlier,
 )  # fmt: skip
@@ -601,13 +636,13 @@ class Killed:
         tracker: it.
     """
 
-    def __init__(self, making: Making, clock: Clock, *names: str, intent: str = "region") -> None:
+    def __init__(self, making: Making, clock: Clock, *names: str, intent: str = "region", size: int = DISK) -> None:
         self._store, self._clock = making.path, clock
         self._shm = making.path.with_name("shm")
         self._shm.mkdir()
         homes = [Home(ALONE, str(making.path), name.encode()) for name in names]
         options = Options(live=self._shm, intent=intent, region_size=MIB, save_interval=0)
-        self.tracker = Tracker(Setup(homes, f"/images/{DISK}", options))  # see `support.vectors.fixed`
+        self.tracker = Tracker(Setup(homes, f"/images/{size}", options))  # see `support.vectors.fixed`
 
     def write(self, offset: int, length: int) -> None:
         """A write, as the tracker sees it, a second after what was before."""
@@ -673,7 +708,7 @@ def _example(folder: Path, clock: Clock, intent: str = "region") -> Files:
 
 
 def example(folder: Path, clock: Clock) -> Left:
-    """The example of SPEC.md: a write, a checkpoint, another write. Live files and log are there."""
+    """The example of docs/examples.md: a write, a checkpoint, another write. Live files and log are there."""
     return _example(folder, clock), [
         case("same boot", "exact", disk=EXACT),
         case("another boot", "logged regions", disk=LOGGED),
@@ -754,6 +789,51 @@ def log_reused(folder: Path, clock: Clock) -> Left:
     return killed.files(), [
         case("same boot", "exact", disk={"monday": [*first, [2 * MIB, 2 * GRANULE], [3 * MIB, GRANULE]]}),
         case("another boot", "logged regions", disk={"monday": [*first, [2 * MIB, MIB + GRANULE]]}),
+    ]
+
+
+def grown(folder: Path, clock: Clock) -> Left:
+    """The disk grew from 4 MiB to 6.5 MiB while it was tracked: new space is dirty, and so is a write before."""
+    killed = _begun(folder, clock)
+    killed.write(*SUNDAY)
+    size = 6 * MIB + 512 * KIB
+    killed.tracker.resize(size)
+    killed.write(0, GRANULE)
+    killed.tracker.checkpoint("tuesday")
+    killed.write(5 * MIB + GRANULE, GRANULE)
+    killed.beat()
+    new = [DISK, size - DISK]
+    monday = [[0, 4 * GRANULE], SUNDAY, new]
+    return killed.files(), [
+        case("same boot", "exact", disk={"monday": monday, "tuesday": [[5 * MIB + GRANULE, GRANULE]]}),
+        case(
+            "another boot", "logged regions",
+            disk={"monday": [[0, MIB], SUNDAY, new], "tuesday": [[0, MIB], [5 * MIB, MIB]]},
+        ),
+        case("changed", "all dirty", disk={"monday": [[0, size]], "tuesday": [[0, size]]}),
+    ]  # fmt: skip
+
+
+def checked_out(folder: Path, clock: Clock) -> Left:
+    """A tracked qcow2 image: the store has bitmaps and session. In the image they are `in-use`, and `tracked` is on."""
+    path, _ = _image(folder, ("monday", GRANULE, [SAVED], True), name="disk")
+    making = Making(folder)
+    with image(path) as opened:
+        of_image = uuid.UUID(opened.uuid or "").bytes
+    place = replace(node("disk", MIB), kind=store.KIND_PLACE, uuid=of_image, path=b"/images/disk.qcow2")
+    making.add(replace(place, identity=replace(place.identity, size=0, mtime_ns=0, ctime_ns=0)))
+    making.give("disk", "monday", GRANULE, [SAVED])
+    killed = Killed(making, clock, "disk", size=MIB)
+    with write_session(str(path), str(path), locking=USUAL) as (file, layout):
+        set_tracked(file, layout, True)
+        layout = read_layout(file)
+        commit(file, layout, [Kept(slot.entry.with_flags(set=directory.FLAG_IN_USE)) for slot in layout.slots])
+    killed.write(MIB - GRANULE, GRANULE)
+    killed.beat()
+    exact: Bits = {"monday": [SAVED, [MIB - GRANULE, GRANULE]]}
+    return killed.files() | {"image.qcow2": bytearray(path.read_bytes())}, [
+        case("same boot", "exact", disk=exact),
+        case("another boot", "logged regions", disk={"monday": [[0, MIB]]}),
     ]
 
 
@@ -925,8 +1005,8 @@ def with_device(folder: Path, clock: Clock) -> Left:
 
 
 KILLED = (
-    example, live_gone, log_gone, log_off, saved, below_oldest, log_reused, poisoned, short_writeset,
-    long_writeset,
+    example, live_gone, log_gone, log_off, saved, below_oldest, log_reused, grown, checked_out, poisoned,
+    short_writeset, long_writeset,
     window_behind_current, mark_behind_current, writeset_behind_the_next, other_session, log_damaged, log_gap,
     log_to_come, log_twice, log_beyond_the_disk, log_short, session_lost, with_device,
 )  # fmt: skip
@@ -1070,6 +1150,8 @@ def make_all(target: Path) -> None:
             "live": "live" if "live/control" in files else None,
             "log": "intent" if "intent" in files else None,
         }
+        if "image.qcow2" in files:
+            there["image"] = "image.qcow2"
         _write(folder / "said.json", tracker, {"files": there, "cases": cases})
 
 

@@ -12,7 +12,15 @@ import dirtmap.engine as dm
 from dirtmap.fmt.errors import Error
 from dirtmap.fmt.store import Area
 
-METADATA = ["namespace table", "namespace record", "directory entry", "bits", "space map", "released clusters"]
+METADATA = [
+    "namespace table",
+    "namespace record",
+    "directory owner",
+    "directory entry",
+    "bits",
+    "space map",
+    "released clusters",
+]
 
 
 def _numbers(sound: Sound) -> set[int]:

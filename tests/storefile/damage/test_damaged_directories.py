@@ -12,9 +12,9 @@ from support.damage import SIZE, Sound, flipped, mended
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
+from dirtmap.engine.storefile.directory import place_directory
 from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import directory, store
-from dirtmap.fmt.directory import build_directory
 from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
 from dirtmap.fmt.store import Record
 
@@ -102,7 +102,7 @@ def _spoil_directory(path: str, node: bytes) -> None:
         record = target.read(lambda snapshot: snapshot.table().get(node))
     assert record is not None
     with open(path, "r+b") as file:
-        file.seek(record.directory.offset + DIRECTORY_ENTRY.field("extra_data_size").offset)
+        file.seek(record.directory.offset + store.OWNER_SIZE + DIRECTORY_ENTRY.field("extra_data_size").offset)
         file.write(b"?")
 
 
@@ -129,7 +129,7 @@ def test_mending_never_takes_the_bitmaps_of_another_node_of_that_name(sound: Sou
     with Store(sound.path) as target, target.change() as change:
         record = change.table.get(b"b")
         assert record is not None
-        place = change.place(build_directory([directory.Entry(b"other", store.ALL_ONES, 0, 0, 16)]))
+        place = place_directory(change, b"b", [directory.Entry(b"other", store.ALL_ONES, 0, 0, 16)])
         change.table.put(replace(record, uuid=b"another one here", directory=place, generation=change.generation))
     _spoil_directory(sound.path, b"b")
     report = dm.check(sound.path, repair="all")
@@ -141,11 +141,11 @@ def test_mending_after_a_disk_has_grown_drops_what_is_too_fine_for_it(sound: Sou
     sound.write(sound.data)
     with Store(sound.path) as target:
         with target.change() as change:  # a device, or there would have to be a file of that size
-            place = change.place(build_directory([directory.Entry(b"fine", store.ALL_ONES, 0, 0, 9)]))
+            place = place_directory(change, b"d", [directory.Entry(b"fine", store.ALL_ONES, 0, 0, 9)])
             node = Record(b"d", store.KIND_DEVICE, bytes(16), SIZE, change.generation, place, 1)
             change.table.put(node)
         with target.change() as change:
-            place = change.place(build_directory([directory.Entry(b"coarse", store.ALL_ONES, 0, 0, 30)]))
+            place = place_directory(change, b"d", [directory.Entry(b"coarse", store.ALL_ONES, 0, 0, 30)])
             change.table.put(replace(node, size=1 << 62, directory=place, generation=change.generation))
     _spoil_directory(sound.path, b"d")
     report = dm.check(sound.path, repair="all")

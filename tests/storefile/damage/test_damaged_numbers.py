@@ -286,7 +286,7 @@ def _shared_bits(forged: Forged) -> None:
     entries = [entry, *(twin if other.name == b"clean" else other for _, other in others)]
     forged.directories[b"a"] = bytearray(build_directory(entries))
     (record,) = forged.leaves[forged.first]
-    area = record.directory._replace(length=len(forged.directories[b"a"]))
+    area = record.directory._replace(length=store.OWNER_SIZE + len(forged.directories[b"a"]))
     forged.leaves[forged.first] = [replace(record, directory=area)]
 
 
