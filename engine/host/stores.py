@@ -19,7 +19,6 @@ from dirtmap.engine.host.pool import Pool
 from dirtmap.engine.index.database import DamagedError, DatabaseError, ForbiddenError, MisplacedError
 from dirtmap.engine.index.index import Index
 from dirtmap.engine.index.reading import Container, PartlyDamagedError
-from dirtmap.engine.index.renewal import examine, renew
 from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system.file import is_gone, is_same_file, make_folder_of
 from dirtmap.engine.system.locks import Locking
@@ -360,6 +359,8 @@ class Stores:
             except (DamagedError, layout.BadValueError):
                 logger(__name__).warning("%s: the index is damaged, and begun anew", self.index.path)
                 try:
+                    from dirtmap.engine.index.renewal import examine, renew
+
                     renew(self.index.path, examine(self.index.path).seen)
                 except (ForbiddenError, MisplacedError):
                     raise
