@@ -12,6 +12,7 @@ A part is an array in the form of `bits`, or, where all bits are known to be the
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
@@ -34,8 +35,7 @@ LARGE: Final = 1 << 28
 BLOCK: Final = 1 << 23
 # Bits of a page, the unit in which a change in place is kept: those of a chunk in a store with the usual clusters.
 PAGE: Final = 1 << 15
-# Pages that are kept as words before it is tried to keep them in less.
-_LOOSE = 1 << 12
+_RUN = struct.Struct("=HH")  # in a page
 
 
 class Content(Protocol):
@@ -284,14 +284,14 @@ class Resized:
 class Sparse:
     """Bits of which few are set, in pages, where there are any.
 
-    A page is kept as its words; as its runs, where each begins and then where each ends, uint16; or True where all of
-    its bits are set.
+    A page is kept as runs, each where it begins and its last bit, two uint16, in any order; as words, where these take
+    less; or True where all of its bits are set. So sixteen million ranges take no more than 130 MiB, wherever they are.
     """
 
-    def __init__(self, nbits: int, pages: Mapping[int, bits.Words | bytes | bool] | None = None) -> None:
+    def __init__(self, nbits: int, pages: Mapping[int, bytes | bits.Words | bool] | None = None) -> None:
         self.nbits = nbits
         self._pages = dict(pages or {})
-        self._loose: set[int] = set()  # pages that are words of its own, and that may take less as runs
+        self._own: set[int] = set()  # pages that are words, which nobody else has
 
     def copy(self) -> Sparse:
         """The same, to be changed by itself; this one is not to be changed any more."""
@@ -322,11 +322,12 @@ class Sparse:
         for page in range(first // PAGE, geometry.ceil_div(end, PAGE) if first < end else 0):
             start, stop = page * PAGE, min((page + 1) * PAGE, self.nbits)
             low, high = max(first, start), min(end, stop)
-            if (low, high) == (start, stop):
-                self._put(page, True if value else None)
-            elif value or page in self._pages:
-                change = bits.set_range if value else bits.clear_range
-                change(self._own(page), low - start, high - start)
+            if (low, high) != (start, stop):
+                self._change(page, _RUN.pack(low - start, high - start - 1), value)
+            elif value:
+                self._pages[page] = True
+            else:
+                self._pages.pop(page, None)
 
     def scatter(self, starts: bits.Positions, lasts: bits.Positions, value: bool) -> None:
         """Sets, or clears, the bits of ranges, each from its start to its last one; they ascend, and are disjoint."""
@@ -334,68 +335,56 @@ class Sparse:
         for first, last in zip(starts[long].tolist(), lasts[long].tolist(), strict=True):
             self.set(first, last + 1, value)
         starts, lasts = starts[~long], lasts[~long]
-        pages = np.unique(np.concatenate((starts, lasts, np.minimum(starts + PAGE, lasts))) // PAGE)
-        for at in range(0, len(pages), BLOCK // PAGE):
-            some = pages[at : at + BLOCK // PAGE]
-            for run in np.split(some, np.flatnonzero(np.diff(some) > 1) + 1):
-                self._scatter(run.tolist(), starts, lasts, value)
+        pieces = []
+        for more in range(3):  # a range is in as many pages at most
+            pages = starts // PAGE + more
+            here = np.flatnonzero(pages <= lasts // PAGE)
+            pages, low = pages[here], pages[here] * PAGE
+            ends = np.maximum(starts[here], low) - low, np.minimum(lasts[here], low + (PAGE - 1)) - low
+            pieces.append((pages, np.stack(ends, axis=1).astype(np.uint16)))
+        pages, runs = (np.concatenate(part) for part in zip(*pieces, strict=True))
+        order = np.argsort(pages, kind="stable")
+        pages, packed = pages[order], runs[order].tobytes()
+        edges = np.flatnonzero(np.diff(pages, prepend=-1, append=-1))
+        for page, at, to in zip(pages[edges[:-1]].tolist(), edges.tolist(), edges[1:].tolist(), strict=False):
+            self._change(page, packed[at * _RUN.size : to * _RUN.size], value)
 
-    def _scatter(self, pages: list[int], starts: bits.Positions, lasts: bits.Positions, value: bool) -> None:
-        """As `scatter`, in pages that follow one another."""
-        first, end = pages[0] * PAGE, min((pages[-1] + 1) * PAGE, self.nbits)
-        here = slice(int(np.searchsorted(lasts, first)), int(np.searchsorted(starts, end)))
-        words = bits.zeros(end - first)
-        bits.scatter(words, np.maximum(starts[here], first) - first, np.minimum(lasts[here], end - 1) - first)
-        for at, page in enumerate(pages):
-            mine = words[at * PAGE // 64 : (at + 1) * PAGE // 64]
-            if page in self._pages:
-                mine = bits.combine(self._words(page), mine, bits.OR if value else bits.AND_NOT)[0]
-            if value or page in self._pages:
-                self._put(page, mine)
-
-    def _put(self, page: int, value: bits.Words | bool | None) -> None:
-        self._loose.discard(page)
-        if value is None:
-            self._pages.pop(page, None)
+    def _change(self, page: int, runs: bytes, value: bool) -> None:
+        """Sets, or clears, runs of a page."""
+        there = self._pages.get(page)
+        if there is (True if value else None):
             return
-        self._pages[page] = value
-        if not isinstance(value, bool):
-            self._loose.add(page)
-            if len(self._loose) > _LOOSE:
-                self._pack()
+        if value and (there is None or isinstance(there, bytes)):
+            self._pages[page] = runs = there + runs if there else runs
+            if len(runs) > PAGE // 16:  # bytes: half of what the words take
+                self._pages[page] = self._words(page)
+                self._own.add(page)
+            return
+        words = self._words(page)
+        if page not in self._own or words is not there:
+            self._pages[page] = words = words.copy()
+            self._own.add(page)
+        if value:
+            _scatter(words, runs)
+        else:
+            cleared = np.zeros_like(words)
+            _scatter(cleared, runs)
+            words &= ~cleared
 
     def _words(self, page: int) -> bits.Words:
         """The words of a page; not to be written to."""
-        value = self._pages.get(page, False)
+        value = self._pages[page]
         number = min(PAGE, self.nbits - page * PAGE)
-        if isinstance(value, bool):
-            return bits.filled(number, value)
         if isinstance(value, bytes):
-            words, runs = bits.zeros(number), np.frombuffer(value, np.uint16).astype(np.int64)
-            bits.scatter(words, *runs.reshape(2, -1))
+            words = bits.zeros(number)
+            _scatter(words, value)
             return words
-        return value
+        return bits.filled(number, value) if isinstance(value, bool) else value
 
-    def _own(self, page: int) -> bits.Words:
-        """The words of a page, to be changed at once."""
-        words = self._words(page)
-        if page not in self._loose:
-            words = words.copy()
-            self._put(page, words)
-            self._pages[page] = words  # whatever it was packed to
-            self._loose.add(page)
-        return words
 
-    def _pack(self) -> None:
-        """Keeps pages as what takes less memory. Sixteen million ranges take no more than 130 MiB in any case."""
-        for page in self._loose:
-            words = self._words(page)
-            starts, lengths = bits.extents(words, len(words) * 64)
-            if len(starts) * 4 < words.nbytes // 2:
-                self._pages[page] = np.append(starts, starts + lengths - 1).astype(np.uint16).tobytes()
-            else:
-                self._pages[page] = words.copy()  # not as a part of an array whose other pages are gone
-        self._loose.clear()
+def _scatter(words: bits.Words, runs: bytes) -> None:
+    pairs = np.frombuffer(runs, np.uint16).astype(np.int64).reshape(-1, 2)
+    bits.scatter(words, pairs[:, 0], pairs[:, 1])
 
 
 class Changed:

@@ -19,7 +19,8 @@ class Transaction(MutableMapping[str, "Bitmap"]):
     """The bitmaps of a namespace during a change: a mutable mapping of names to bitmaps, in directory order.
 
     A bitmap read from the mapping is a working copy: marking it changes what will be committed. A bitmap assigned to a
-    name is copied.
+    name is copied. What was read from the mapping may be read from the container as late as when it is used, and so not
+    after the end.
 
     Attributes:
         where: the image, for messages.

@@ -26,7 +26,7 @@ from dirtmap.engine.storefile.entries import Tree
 from dirtmap.engine.system import memory
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.digest import crc32c
-from dirtmap.fmt.errors import FormatError, counted
+from dirtmap.fmt.errors import Error, FormatError, counted
 from dirtmap.fmt.store import ALL_ONES, ALL_ZEROS, Area
 
 if TYPE_CHECKING:
@@ -267,8 +267,9 @@ class Stored:
     ) -> None:
         self.nbits, self.snapshot, self.tree = tree.nbits, snapshot, tree
         self._tell, self._shape = tell, Shape(tree.nbits, snapshot.header.cluster_size)
-        self._found: Found | None = None
-        self._dirty: list[tuple[int, int]] = []  # of what was found: runs of chunks, damaged ones included; ascending
+        # What the whole tree leads to, and the runs of chunks that are dirty all over, damaged or not; ascending.
+        # Threads may share the bits: what one of them finds is put here at once, or kept to itself.
+        self._known: tuple[Found, list[tuple[int, int]]] | None = None
         self._partly = 0
         self._told: dict[Damage, None] = {}
         self._verified = False
@@ -281,24 +282,20 @@ class Stored:
             FormatError: as `load`.
         """
         total, found = _counted(self.snapshot, self.tree)
-        self._keep(found)
-        self._found, self._verified = found, True
-        return total
-
-    def _keep(self, found: Found) -> None:
-        """Notes what of a tree that was looked at is dirty all over, and tells what is damaged."""
-        self._dirty = sorted([*found.dirty, *((first, end) for first, end, _ in found.damaged)])
         self._lose(found.damaged)
+        self._known, self._verified = (found, _dirty(found)), True
+        return total
 
     def part(self, first: int, end: int) -> Part:
         """See `Content.part`."""
         shape = self._shape
         low, high = first // shape.bits, geometry.ceil_div(end, shape.bits)
-        if self._last is None or self._last[:2] != (low, high):
+        last = self._last
+        if last is None or last[:2] != (low, high):
             part = self._read(low, high)
             self._last = (low, high, part) if (high - low) * shape.bits > end - first else None
         else:
-            part = self._last[2]
+            part = last[2]
         if isinstance(part, bool):
             return part
         start = low * shape.bits
@@ -306,9 +303,11 @@ class Stored:
 
     def _read(self, low: int, high: int) -> Part:
         """The chunks from ``low`` up to ``high``."""
-        shape, found = self._shape, self._tables(low, high)
+        if self.snapshot.file.fd < 0:
+            raise Error(self.snapshot.file.path, "the transaction has ended")
+        shape, (found, runs) = self._shape, self._tables(low, high)
         at, to = np.searchsorted(found.chunks, [low, high]).tolist()
-        dirty = [(max(first, low), min(end, high)) for first, end in _between(self._dirty, low, high)]
+        dirty = [(max(first, low), min(end, high)) for first, end in _between(runs, low, high)]
         if at == to:
             if not dirty:
                 return False
@@ -338,19 +337,26 @@ class Stored:
             self._told.update(dict.fromkeys(pieces))
             self._tell(_told(self._shape, list(self._told)))
 
-    def _tables(self, low: int, high: int) -> Found:
-        """What is known of where these chunks are, and perhaps all others."""
-        if self._found is None:
-            if self._partly < _PARTLY and (high - low) * _PARTLY < self._shape.chunks:
-                self._partly += 1
-                found = walk(self.snapshot, self.tree, np.arange(low, high))
-            else:
-                found = self._found = walk(self.snapshot, self.tree)
-            if found.damaged:
-                self.snapshot.require_untouched()
-            self._keep(found)
-            return found
-        return self._found
+    def _tables(self, low: int, high: int) -> tuple[Found, list[tuple[int, int]]]:
+        """What is known of where these chunks are, and perhaps all others; as `_known`."""
+        if (known := self._known) is not None:
+            return known
+        partly = self._partly < _PARTLY and (high - low) * _PARTLY < self._shape.chunks
+        found = walk(self.snapshot, self.tree, np.arange(low, high) if partly else None)
+        if found.damaged:
+            self.snapshot.require_untouched()
+        self._lose(found.damaged)
+        known = found, _dirty(found)
+        if partly:
+            self._partly += 1
+        else:
+            self._known = known
+        return known
+
+
+def _dirty(found: Found) -> list[tuple[int, int]]:
+    """Runs of chunks that are dirty all over, whether or not because they are damaged; ascending."""
+    return sorted([*found.dirty, *((first, end) for first, end, _ in found.damaged)])
 
 
 def _between(runs: list[tuple[int, int]], low: int, high: int) -> list[tuple[int, int]]:

@@ -1,9 +1,9 @@
-"""`Store`: a store file. Reading takes no lock; one commit at a time changes it.
+"""`Store`: a store file. Reading waits for nobody; one commit at a time changes it.
 
 A commit writes in epochs. A sync ends each:
 
-    0  areas, into clusters that neither header slot refers to; and header copies that differ from their twin after a
-       crash or damage, which are made equal to it
+    0  areas, into clusters that neither header slot refers to, some of them while the change is still being planned;
+       and header copies that differ from their twin after a crash or damage, which are made equal to it
     1  one copy of the other slot's header                                  <- the commit
     2  its second copy; and the second copy of the header before, which says from then on that another has followed
 
@@ -123,10 +123,10 @@ class Snapshot:
             FormatError: the store has moved on too far, or another file has taken its place: the answer is made again.
             StorageError: the store cannot be opened.
         """
-        file = open_file(self.file.path, abspath=self.file.abspath)
+        file, locked = open_file(self.file.path, abspath=self.file.abspath), False
         try:
             with contextlib.suppress(StorageError):
-                file.lock_beside(_READERS)
+                locked = file.lock_beside(_READERS)
             if not os.path.samestat(file.status, self.file.status) or self._outdated(self.header):
                 self.doubted = True
                 raise FormatError(self.file.path, "was written over while it was read")
@@ -135,6 +135,8 @@ class Snapshot:
             raise
 
         def outdated(header: Header) -> bool:
+            if locked:
+                return False
             newest = headers.choose(file.path, file.read(0, store.RESERVED)).header
             return newest.generation > header.generation + 1
 
@@ -220,7 +222,7 @@ class Snapshot:
 
 
 class Store:
-    """A store file. Reading takes no lock; `change` is the only way to write.
+    """A store file. Reading waits for nobody; `change` is the only way to write.
 
     A store is rolled back if it lacks a commit that was seen before, say because an older copy was put back. From then
     on all bitmaps in it count as dirty all over, and the next change records that on disk.

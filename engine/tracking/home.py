@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from dirtmap.engine.model import checkpoints
+from dirtmap.engine.model import checkpoints, content
 from dirtmap.engine.model.bitmap import Bitmap
-from dirtmap.engine.model.content import LARGE
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.namespaces.ports import HostPort
@@ -110,7 +109,7 @@ class HomeView:
                 logger(__name__).warning("%s: %s: %s", self.where, label(name), damage)
 
         tree = tree_of(self.record, entry)
-        if tree.nbits > LARGE:
+        if tree.nbits > content.LARGE:
             from dirtmap.engine.storefile.chunks import Stored
 
             found = Stored(self.snapshot.pinned(), tree, tell)

@@ -28,7 +28,6 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "PAGE", PAGE)
     monkeypatch.setattr(content, "BLOCK", BLOCK)
     monkeypatch.setattr(content, "LARGE", 256)
-    monkeypatch.setattr(content, "_LOOSE", 3)
 
 
 def words_of(flags: Flags) -> bits.Words:

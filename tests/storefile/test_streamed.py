@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -75,15 +76,18 @@ def test_a_value_stays_while_others_commit(image: StoredImage) -> None:
     sound(image)
 
 
-def test_where_no_lock_tells_of_readers_a_value_that_was_written_over_is_an_error(
-    image: StoredImage, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("locked", "error"), [(False, "was written over while it was read"), (True, "was sound when it was read before")]
+)
+def test_where_writers_do_not_see_readers_a_value_that_was_written_over_is_an_error(
+    image: StoredImage, monkeypatch: pytest.MonkeyPatch, locked: bool, error: str
 ) -> None:
-    monkeypatch.setattr(File, "lock_beside", lambda self, offset: True)
+    monkeypatch.setattr(File, "lock_beside", lambda self, offset: locked)
     first = image["b"]
     for seed in range(2, 8):
         with image.transaction() as bitmaps:
             bitmaps["b"] = random(seed)
-    with pytest.raises(dm.FormatError, match="was written over while it was read"):
+    with pytest.raises(dm.FormatError, match=error):
         first.extents()
 
 
@@ -117,6 +121,27 @@ def test_a_reader_in_a_transaction_of_the_same_store(image: StoredImage) -> None
     assert image["b"] == random(1) | random(3)
     assert image["d"] == random(3) - random(2) - random(1)
     sound(image)
+
+
+def test_a_value_of_a_transaction_ends_with_it(image: StoredImage) -> None:
+    with image.transaction() as bitmaps:
+        found = bitmaps["b"]
+        found.mark(0, 1)
+    with pytest.raises(dm.Error, match="the transaction has ended"):
+        _ = found.count
+
+
+def test_threads_share_a_value(image: StoredImage) -> None:
+    expected = random(1)
+    expected.mark(5 * CHUNK * 4096, 9 * CHUNK * 4096)
+    with image.transaction() as bitmaps:
+        bitmaps["b"].mark(5 * CHUNK * 4096, 9 * CHUNK * 4096)
+    found = image["b"].copy()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: found == expected, range(8)))
+        assert {part.count for part in pool.map(lambda _: found | random(2), range(4))} == {
+            (expected | random(2)).count
+        }
 
 
 def test_a_change_that_fails_late_leaves_what_was_there(image: StoredImage) -> None:
