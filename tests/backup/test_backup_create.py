@@ -250,9 +250,7 @@ def patiently(work: Callable[[], object]) -> None:
     raise AssertionError("QEMU goes on")
 
 
-@pytest.mark.parametrize(
-    ("kind", "step"), [("qcow2", 1), ("raw", 4), pytest.param("raw", 1, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("kind", "step"), [("qcow2", 1), ("raw", 4), pytest.param("raw", 1, marks=pytest.mark.long)])
 def test_killed_at_every_act(tmp_path: Path, kind: str, step: int) -> None:
     repository = tmp_path / "repo"
     disk = qcow2_disk(tmp_path / "disk.qcow2") if kind == "qcow2" else raw_disk(tmp_path / "data.raw")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import dirtmap.engine as dm
 from dirtmap.tools.backup import Backup, Repository, create
@@ -66,3 +69,19 @@ def held(repository: Path, backup: Backup) -> Map:
     """What the image of a backup itself holds, zeros included."""
     told: list[dict[str, Any]] = json.loads(qemu_img("map", "--output=json", image_of(repository, backup)))
     return merged((run["start"], run["length"]) for run in told if run["depth"] == 0 and run["present"])
+
+
+def make_nights(folder: Path) -> tuple[Path, list[bytes]]:
+    """A repository with four backups of the disk ``data``, and what that had at each; outside of any host."""
+    disk, repository, chooser = folder / "data.raw", folder / "repo", random.Random(3)
+    contents = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIRTMAP_STORE", str(folder / "store.dmap"))
+        patch.setenv("DIRTMAP_INDEX", str(folder / "index"))
+        raw_disk(disk)
+        for night in range(4):
+            places = (chooser.randrange(SIZE) for _ in range(6))
+            write_raw(disk, {at: bytes([night]) * min(100_000, SIZE - at) for at in places})
+            back_up(repository, "data")
+            contents.append(disk.read_bytes())
+    return repository, contents

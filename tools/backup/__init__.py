@@ -9,7 +9,8 @@
 
 The rooms, each of which knows those below it and nothing of the engine but its face:
 
-    creating               acts
+    creating | restoring   acts
+    chain                  a disk as it was at a backup
     copying | state        data and digests on their way | what a disk remembers of its backups
     repository             the folder of backups, its lock, unfinished acts
     daemon | document      images opened by QEMU | the JSON document of a backup
@@ -21,5 +22,6 @@ from __future__ import annotations
 from dirtmap.tools.backup.creating import create
 from dirtmap.tools.backup.document import Backup, Piece
 from dirtmap.tools.backup.repository import Repository
+from dirtmap.tools.backup.restoring import restore
 
-__all__ = ["Backup", "Piece", "Repository", "create"]
+__all__ = ["Backup", "Piece", "Repository", "create", "restore"]

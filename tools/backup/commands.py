@@ -10,7 +10,7 @@ import click
 
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
-from dirtmap.tools.output import write_json
+from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
 
 if TYPE_CHECKING:
@@ -96,4 +96,128 @@ def _watching(what: str, *, quiet: bool) -> Iterator[Watcher]:
         yield watch
 
 
-backup_command.add_command(create_command)
+@options.command(
+    "list",
+    examples="""
+    dirtmap backup list /backups/web
+    dirtmap backup list --output=json /backups/web disk.qcow2 | jq '.[-1].time'
+    """,
+)
+@_repo
+@click.argument("disk", required=False, type=options.NAME)
+@options.speaking
+@click.pass_context
+def list_command(ctx: click.Context, repo: str, disk: str | None, quiet: bool, output: str) -> None:
+    """List the backups in REPO, of all disks or of DISK, oldest first.
+
+    Reads the heads of documents, and no image. A document that cannot be read is told on standard error; the others
+    are listed, and the exit status is 1.
+    """
+    from dirtmap.tools.backup.repository import Repository
+
+    place = Repository(repo)
+    found = place.backups(disk)
+    for problem in place.problems:
+        complain(str(problem))
+    if disk is not None and not found and not place.problems:
+        place.disk(disk)  # says which there are
+    if not quiet and output == "json":
+        write_json([backup.document() for backup in found])
+    elif not quiet:
+        columns = ("DISK", "NUMBER", "TIME", "KIND", "SIZE", "DIRTY", "FILE")
+        sizes = [tuple(map(human_size, (backup.size, backup.dirty, backup.image_size))) for backup in found]
+        rows = [
+            (printable(backup.disk), str(backup.number), _local(backup), backup.kind, *three)
+            for backup, three in zip(found, sizes, strict=True)
+        ]
+        none = "" if rows else ", no backups"
+        write_table(f"{printable(place.path)}: {place.uuid}{none}", columns, rows, right=(1, 4, 5, 6))
+    if place.problems:
+        ctx.exit(1)
+
+
+def _local(backup: Backup) -> str:
+    from datetime import datetime
+
+    return datetime.fromisoformat(backup.time).astimezone().isoformat(" ", "seconds")
+
+
+_at = click.option(
+    "--at", metavar="N|TIME", help="The number of a backup, or a time as 2026-11-30T22:00: the newest one then."
+)
+
+
+@options.command(
+    "info",
+    examples="""
+    dirtmap backup info /backups/web disk.qcow2
+    dirtmap backup info --at=3 --output=json /backups/web disk.qcow2
+    """,
+)
+@_repo
+@click.argument("disk", type=options.NAME)
+@_at
+@options.speaking
+def info_command(repo: str, disk: str, at: str | None, quiet: bool, output: str) -> None:
+    """Tell all that is known of a backup: the newest of DISK, or that of --at; and what it is on.
+
+    In JSON, "chain" has the ids of the backups that it needs, itself first. Where one is missing, or its file has
+    another length than it had, that is an error.
+    """
+    from dirtmap.tools.backup.repository import Repository
+
+    place = Repository(repo)
+    backup = place.at(disk, at)
+    chain = place.chain(backup)
+    if quiet:
+        return
+    if output == "json":
+        write_json({**backup.document(), "image": place.image(backup), "chain": [each.id for each in chain]})
+        return
+    print(f"{printable(backup.disk)}: backup {backup.number} of {_local(backup)}, {_kind(backup)}")
+    print(f"  disk    {human_size(backup.size)} ({backup.size} bytes), {backup.format}, {printable(backup.path)}")
+    print(f"  image   {human_size(backup.image_size)}, {printable(place.image(backup))}")
+    print(f"  copied  {human_size(backup.copied)}, and {human_size(backup.zeros)} of zeros, in {backup.seconds:.1f} s")
+    print(f"  bitmap  {backup.bitmap}, {human_size(backup.granularity)} granules")
+    print(f"  needs   {', '.join(f'backup {each.number}' for each in chain[1:]) or 'no other backup'}")
+
+
+@options.command(
+    "restore",
+    examples="""
+    dirtmap backup restore /backups/web disk.qcow2 disk.qcow2
+    dirtmap backup restore --at=2026-11-30T22:00 /backups/web data data.raw
+    dirtmap backup restore --force --at=3 /backups/web data /dev/vg/data
+    """,
+)
+@_repo
+@click.argument("disk", type=options.NAME)
+@click.argument("out", type=click.Path())
+@_at
+@click.option(
+    "-f", "--format", "form", type=click.Choice(["raw", "qcow2"]), help="Of OUT.  [default: as its name ends]"
+)
+@click.option("--force", is_flag=True, help="Replace a file, or write over a block device.")
+@options.quiet
+@options.named
+@click.pass_context
+def restore_command(
+    ctx: click.Context, host: Host, repo: str, disk: str, out: str, at: str | None, form: str | None, force: bool
+) -> None:
+    """Write DISK as it was at its newest backup, or at that of --at, to OUT.
+
+    All that is read is held against its digest; what is damaged is an error. A file gets its name once all of it is
+    right. It is sparse, and has no bitmaps. A block device must be large enough and not in use; it is zero where the
+    disk is, and if it is a node, its bitmaps are all dirty afterwards.
+    """
+    from dirtmap.tools.backup.restoring import restore
+
+    with _watching("restore", quiet=options.is_quiet(ctx)) as watch:
+        wait = options.patience(ctx)
+        backup = restore(host, repo, disk, out, at=at, form=form, force=force, wait=wait, watch=watch)
+    if not options.is_quiet(ctx):
+        print(f"{printable(out)}: {printable(backup.disk)} as of {_local(backup)}, backup {backup.number}")
+
+
+for _command in (create_command, list_command, info_command, restore_command):
+    backup_command.add_command(_command)

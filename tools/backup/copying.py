@@ -126,13 +126,15 @@ class Writer:
         cluster: bytes, a power of two: the least that is written as zeros.
         size: of the disk, bytes.
         sparse: zeros need not be written, as the image has nothing else so far.
+        whole: the image is an image of this disk, and its last sector is zero behind the disk's end.
 
     Attributes:
         copied: bytes that were not zero.
     """
 
-    def __init__(self, target: Connection, cluster: int, size: int, *, sparse: bool) -> None:
-        self._target, self._cluster, self._size, self._sparse = target, cluster, size, sparse
+    def __init__(self, target: Connection, cluster: int, size: int, *, sparse: bool, whole: bool = True) -> None:
+        self._target, self._cluster, self._sparse = target, cluster, sparse
+        self._size = size if whole else None
         self._waiting: deque[int] = deque()
         self.copied = 0
 

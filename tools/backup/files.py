@@ -105,6 +105,21 @@ def set_size(path: str, size: int) -> None:
 
 
 @contextlib.contextmanager
+def unused_device(path: str) -> Iterator[int]:
+    """Keeps the kernel from mounting a block device, or using it otherwise, until the block ends; yields its bytes.
+
+    Raises:
+        StorageError: it is in use, as when it is mounted.
+    """
+    with failing(path):
+        number = os.open(path, os.O_RDWR | os.O_EXCL)
+    try:
+        yield os.lseek(number, 0, os.SEEK_END)
+    finally:
+        os.close(number)
+
+
+@contextlib.contextmanager
 def locked(path: str, *, shared: bool, wait: float) -> Iterator[None]:
     """Holds the lock of a file that is there, for the time of the block; the process's end gives it up, too.
 
