@@ -9,7 +9,8 @@
 
 The rooms, each of which knows those below it and nothing of the engine but its face:
 
-    creating | restoring   acts
+    verifying | restoring  acts
+    creating               the act that they know
     chain                  a disk as it was at a backup
     copying | state        data and digests on their way | what a disk remembers of its backups
     repository             the folder of backups, its lock, unfinished acts
@@ -23,5 +24,6 @@ from dirtmap.tools.backup.creating import create
 from dirtmap.tools.backup.document import Backup, Piece
 from dirtmap.tools.backup.repository import Repository
 from dirtmap.tools.backup.restoring import restore
+from dirtmap.tools.backup.verifying import verify, verify_disk
 
-__all__ = ["Backup", "Piece", "Repository", "create", "restore"]
+__all__ = ["Backup", "Piece", "Repository", "create", "restore", "verify", "verify_disk"]

@@ -147,6 +147,15 @@ class ChainReader:
         pieces = self._place.pieces(self._chain[depth])
         yield from self._read(Seen(piece.offset, piece.end, depth, piece) for piece in pieces)
 
+    def status(self, depth: int, context: str) -> Iterator[tuple[int, int, int]]:
+        """Block status of the image at a depth, by itself, in order: beginning, end, and flags of the context."""
+        connection, at, size = self._daemon.connect(f"layer-{depth}", context), 0, self._chain[depth].size
+        while at < size:
+            for length, flags in connection.status(at, size - at):
+                if at < size:
+                    yield at, min(at + length, size), flags
+                at += length
+
     def _read(self, seen: Iterable[Seen]) -> Iterator[Data]:
         loading: dict[tuple[int, int], _Loading] = {}
         asked: deque[Seen] = deque()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.fmt.errors import printable
+from dirtmap.fmt.errors import Error, counted, printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
@@ -219,5 +219,50 @@ def restore_command(
         print(f"{printable(out)}: {printable(backup.disk)} as of {_local(backup)}, backup {backup.number}")
 
 
-for _command in (create_command, list_command, info_command, restore_command):
+@options.command(
+    "verify",
+    examples="""
+    dirtmap backup verify /backups/web
+    dirtmap backup verify --output=json /backups/web disk.qcow2
+    """,
+)
+@_repo
+@click.argument("target", required=False, type=options.TARGET)
+@options.reporting
+@click.pass_context
+def verify_command(ctx: click.Context, host: Host, repo: str, target: str | None, quiet: bool, output: str) -> None:
+    """Verify the backups in REPO; or, against its newest one, the disk TARGET.
+
+    Without TARGET all images are read, once, and held against their documents: digests, what each image has and on
+    which it is. With TARGET the disk, which nobody may write to meanwhile, is compared with its newest backup. What
+    differs where the disk's bitmap says that nothing was written is a write that the bitmap has missed, and that the
+    next backup would miss. Exit status: 0 nothing is wrong, 2 something is, 1 it could not be found out.
+    """
+    from dirtmap.tools.backup.verifying import verify, verify_disk
+
+    wait, faults, differences = options.patience(ctx), list[Error](), list[tuple[int, int]]()
+    with _watching("verify", quiet=quiet) as watch:
+        if target is None:
+            faults = verify(repo, wait=wait, watch=watch)
+        else:
+            backup, differences = verify_disk(host, repo, target, wait=wait, watch=watch)
+    for fault in faults:
+        complain(str(fault))
+    if not quiet and output == "json" and target is None:
+        write_json({"faults": [{"where": fault.where, "what": fault.what} for fault in faults]})
+    elif not quiet and output == "json":
+        found = [{"offset": offset, "length": length} for offset, length in differences]
+        write_json({"disk": backup.disk, "number": backup.number, "differences": found})
+    elif not quiet and target is None:
+        print(f"{printable(repo)}: {counted(len(faults), 'fault') if faults else 'no faults'}")
+    elif not quiet:
+        for offset, length in differences:
+            print(f"{offset:>16} {length:>16}  differs, and is clean in the bitmap")
+        found_ = counted(len(differences), "difference") if differences else "no differences"
+        print(f"{printable(backup.disk)}: {found_} from backup {backup.number} that the bitmap does not tell")
+    if faults or differences:
+        ctx.exit(2)
+
+
+for _command in (create_command, list_command, info_command, restore_command, verify_command):
     backup_command.add_command(_command)

@@ -96,11 +96,11 @@ def _begin(host: Host, place: Repository, target: str, stack: contextlib.ExitSta
     image = stack.enter_context(host.open(target, force_share=True))
     state.refuse_unknown(image, is_device=host.locate(target).is_device)
     disk = image.disk()
-    name = image.name or os.path.basename(disk.path)
+    name = disk_name(image, disk)
     earlier = place.backups()
     last = next((backup for backup in reversed(earlier) if backup.disk == name), None)
     if last is not None:
-        _require_same_disk(place, image, disk, last)
+        require_same_disk(place, image, disk, last)
     now = datetime.now(UTC)
     made = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(8)}"
     broken = None if last is None else _broken(place, last, image.size)
@@ -155,7 +155,12 @@ def _begin(host: Host, place: Repository, target: str, stack: contextlib.ExitSta
     return _Plan(image, disk, backup, changed, offline)
 
 
-def _require_same_disk(place: Repository, image: Handle, disk: Disk, last: Backup) -> None:
+def disk_name(image: Handle, disk: Disk) -> str:
+    """How a repository calls a disk: as its node is called, or else its file."""
+    return image.name or os.path.basename(disk.path)
+
+
+def require_same_disk(place: Repository, image: Handle, disk: Disk, last: Backup) -> None:
     """Refuses another disk of the name of one that the repository has.
 
     Raises:

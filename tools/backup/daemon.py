@@ -59,7 +59,8 @@ class Daemon:
         for name, node in self._nodes.items():
             writable = "off" if node.get("read-only") else "on"
             command += ["--blockdev", json.dumps({"node-name": name, **node})]
-            command += ["--export", f"type=nbd,id=export-{name},node-name={name},name={name},writable={writable}"]
+            export = f"type=nbd,id=export-{name},node-name={name},name={name},writable={writable},allocation-depth=on"
+            command += ["--export", export]
         if not shutil.which("qemu-storage-daemon"):
             raise StorageError("qemu-storage-daemon", "no such command; it is part of QEMU")
         try:

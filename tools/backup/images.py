@@ -6,7 +6,7 @@ import os
 import subprocess
 from typing import Any
 
-from dirtmap.fmt.errors import StorageError
+from dirtmap.fmt.errors import FormatError, StorageError
 
 
 def node(path: str, form: str, *, writable: bool = False, alone: bool = False) -> dict[str, Any]:
@@ -47,6 +47,18 @@ def create(path: str, size: int, *, cluster_size: int | None = None, backing: st
     below = ["-u", "-b", backing, "-F", "qcow2"] if backing else []
     chosen = ["-o", ",".join(options)] if options else []
     qemu_img("create", "-q", "-f", "qcow2", *chosen, *below, path, str(-(-size // 512) * 512))
+
+
+def check(path: str) -> None:
+    """Has QEMU check the structures of a qcow2 image.
+
+    Raises:
+        FormatError: they are damaged.
+    """
+    try:
+        qemu_img("check", "-q", "-f", "qcow2", path)
+    except StorageError as error:
+        raise FormatError(path, f"damaged: {error.what}") from error
 
 
 def qemu_img(*arguments: str) -> str:

@@ -14,6 +14,7 @@ pruned. In both cases the next backup removes it; only the content of the first 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from dirtmap.fmt.errors import BitmapError, LockedError, UnsupportedError
@@ -104,22 +105,53 @@ def _merge_failed(bitmaps: Transaction, names: Names) -> Since:
     """Puts what a failed backup's bitmap has into that of the last backup; says why that is of no use, if so."""
     from dirtmap.engine import changes
 
+    refusal, failed = _judged(bitmaps, names)
+    if failed is not None and names.last is not None:
+        changes.merge(bitmaps, names.last, [bitmaps[failed]])
+    return refusal
+
+
+def _judged(bitmaps: Mapping[str, Bitmap], names: Names) -> tuple[Since, str | None]:
+    """Why the last backup's bitmap in an image is of no use; and the name of a failed one's that goes on from it."""
     last = names.last
     if last is None:
-        return Since(None, None, None)
+        return Since(None, None, None), None
     if last not in bitmaps:
-        return Since(None, MISSING, f"the bitmap of the last backup, {last}, is not in the image any more")
+        what = f"the bitmap of the last backup, {last}, is not in the image any more"
+        return Since(None, MISSING, what), None
     ours = [name for name in bitmaps if name.startswith(names.prefix) and name not in names.known]
     failed = [name for name in ours if bitmaps[name].recording]
     if any(bitmaps[name].inconsistent for name in (last, *failed)):
         what = "a program that wrote to the image did not finish, so its bitmap is inconsistent"
-        return Since(None, UNUSABLE, what)
+        return Since(None, UNUSABLE, what), None
     if bitmaps[last].recording and not failed:
-        return Since(None, None, None)
+        return Since(None, None, None), None
     if bitmaps[last].recording or len(failed) != 1:
-        return Since(None, UNUSABLE, f"the bitmap of the last backup, {last}, was disabled or enabled meanwhile")
-    changes.merge(bitmaps, last, [bitmaps[failed[0]]])
-    return Since(None, None, None)
+        what = f"the bitmap of the last backup, {last}, was disabled or enabled meanwhile"
+        return Since(None, UNUSABLE, what), None
+    return Since(None, None, None), failed[0]
+
+
+def since_now(image: Handle, names: Names, *, stored: bool) -> Bitmap:
+    """What was written since the last backup, without beginning anything. The disk is kept offline meanwhile.
+
+    Args:
+        image: the disk's bitmaps.
+        names: ``new`` is not used.
+        stored: they are in a store.
+
+    Raises:
+        BitmapError: that is not known; or a store's node is tracked.
+    """
+    last = names.last
+    assert last is not None
+    if stored:
+        with image.track(save_interval=0) as tracker:
+            return tracker.changed_since(last)
+    refusal, failed = _judged(image, names)
+    if refusal.why is not None:
+        raise BitmapError(image.path, refusal.why)
+    return image[last] if failed is None else image[last] | image[failed]
 
 
 def changed_qcow2(image: Handle, names: Names, begun: Since) -> Since:
