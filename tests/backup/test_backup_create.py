@@ -13,7 +13,8 @@ import pytest
 from support.backups import SIZE, back_up, held, image_of, qcow2_disk, raw_disk, same, write_raw
 from support.child import died_of
 from support.cli import dirtmap, error_of, json_of
-from support.qemu import StorageDaemon, ToolError, bitmaps, extents, info, qemu_img, qemu_io
+from support.qemu import StorageDaemon, ToolError, bitmaps, extents, info, qemu_img, qemu_io, run
+from support.volumes import mounted, require_root
 
 import dirtmap.engine as dm
 from dirtmap.tools.backup import Repository, create, creating, files
@@ -202,6 +203,21 @@ def test_a_disk_that_is_written_to_meanwhile_fails(tmp_path: Path) -> None:
     made = back_up(repository, "data")
     assert made.reason == "all-dirty"
     same(repository, made, disk)
+
+
+def test_a_full_file_system_fails_and_the_next_backup_has_it(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    require_root()
+    with mounted("tmpfs", repository, "-t", "tmpfs", "-o", "size=5m"):
+        back_up(repository, disk)
+        qemu_io(disk, "write -qP 3 0 2M")
+        assert "No space left" in error_of("backup", "create", disk, repository)
+        assert len(list(repository.iterdir())) == 4
+        qemu_io(disk, "write -qP 3 9M 64k")
+        assert run("mount", "-o", "remount,size=9m", str(repository)) == ""
+        made = back_up(repository, disk)
+        assert (made.kind, made.copied) == ("incremental", (2 << 20) + 65536)
+        same(repository, made, disk)
 
 
 def test_another_disk_of_the_same_name_is_refused(tmp_path: Path) -> None:

@@ -264,5 +264,35 @@ def verify_command(ctx: click.Context, host: Host, repo: str, target: str | None
         ctx.exit(2)
 
 
-for _command in (create_command, list_command, info_command, restore_command, verify_command):
+@options.command(
+    "prune",
+    examples="""
+    dirtmap backup prune --keep=30 /backups/web
+    dirtmap backup prune --keep=1 /backups/web disk.qcow2
+    """,
+)
+@_repo
+@click.argument("disk", required=False, type=options.NAME)
+@click.option("--keep", metavar="N", type=click.IntRange(min=1), required=True, help="How many of each disk stay.")
+@options.waiting
+@options.speaking
+@click.pass_context
+def prune_command(ctx: click.Context, repo: str, disk: str | None, keep: int, quiet: bool, output: str) -> None:
+    """Remove all but the newest backups, of all disks or of DISK.
+
+    The oldest one that stays becomes a full one, which needs room for that until the others are gone. An end at any
+    point loses nothing. The bitmaps are removed from the disks by their next backups.
+    """
+    from dirtmap.tools.backup.pruning import prune
+
+    with _watching("prune", quiet=quiet) as watch:
+        removed = prune(repo, keep, disk=disk, wait=options.patience(ctx), watch=watch)
+    if not quiet and output == "json":
+        write_json([backup.document() for backup in removed])
+    elif not quiet:
+        for backup in removed:
+            print(f"{printable(backup.disk)}: removed backup {backup.number} of {_local(backup)}")
+
+
+for _command in (create_command, list_command, info_command, restore_command, verify_command, prune_command):
     backup_command.add_command(_command)

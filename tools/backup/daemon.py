@@ -82,7 +82,7 @@ class Daemon:
             StorageError: as the class.
         """
         try:
-            connection = Connection(self._path, name, context)
+            connection = Connection(self._path, name, self._nodes[name]["file"]["filename"], context)
         except StorageError as error:
             raise self.failure(error) from error
         self._connections.append(connection)

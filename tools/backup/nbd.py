@@ -60,6 +60,7 @@ class Connection:
     Args:
         path: of the server's socket.
         name: of the export.
+        where: how errors name it.
         context: of block status: `ALLOCATION` or `DEPTH`.
 
     Attributes:
@@ -69,8 +70,13 @@ class Connection:
         StorageError: the server has ended, or has no such export.
     """
 
-    def __init__(self, path: str, name: str, context: str = ALLOCATION) -> None:
-        self._name, self._pending, self._answered = name, dict[int, _Pending](), dict[int, _Pending]()
+    def __init__(self, path: str, name: str, where: str, context: str = ALLOCATION) -> None:
+        self._name, self._where, self._pending, self._answered = (
+            name,
+            where,
+            dict[int, _Pending](),
+            dict[int, _Pending](),
+        )
         self._next = 0
         self._socket = socket.socket(socket.AF_UNIX)
         try:
@@ -91,7 +97,7 @@ class Connection:
         self._socket.close()
 
     def _failed(self, what: str) -> StorageError:
-        return StorageError(self._name, what)
+        return StorageError(self._where, what)
 
     # The beginning.
 
@@ -202,7 +208,7 @@ class Connection:
             answer.status = [_pair(numbers, at) for at in range(4, length - 7, 8)]
         elif kind & _CHUNK_ERROR and 4 <= length < _MOST_TEXT:
             said = self._take(length)
-            answer.error = said[6:].decode(errors="replace") or _text(struct.unpack_from(">I", said)[0])
+            answer.error = _text(struct.unpack_from(">I", said)[0], said[6:])
         elif length:
             raise self._failed("the server breaks the protocol")
         if flags & _DONE:
@@ -246,10 +252,10 @@ class Connection:
             view = view[got:]
 
 
-def _text(error: int) -> str:
+def _text(error: int, said: bytes = b"") -> str:
     import os
 
-    return os.strerror(error)
+    return f"{os.strerror(error)} (QEMU: {said.decode(errors='replace')})" if said else os.strerror(error)
 
 
 def _pair(numbers: bytes, at: int) -> tuple[int, int]:

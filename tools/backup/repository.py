@@ -101,7 +101,15 @@ class Repository:
 
     @contextlib.contextmanager
     def reading(self, wait: float = WAIT_SECONDS) -> Iterator[None]:
-        """Keeps those out who write, until the end of the block. Errors as `writing`."""
+        """Keeps those out who write, until the end of the block; first ends what an earlier act has left, if it can.
+
+        Raises:
+            LockedError: another process writes to it, for longer than ``wait`` seconds.
+        """
+        if any(name.endswith(NEW) for name in self._names()):
+            # On a medium that cannot be written to it is read as it is.
+            with contextlib.suppress(StorageError), self.writing(wait):
+                pass
         with files.locked(os.path.join(self.path, "lock"), shared=True, wait=wait):
             yield
 
