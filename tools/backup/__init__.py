@@ -9,22 +9,23 @@
 
 The rooms, each of which knows those below it and nothing of the engine but its face:
 
-    pruning | verifying | restoring  acts
-    creating                         the act that they know
-    chain                            a disk as it was at a backup
-    copying | state                  data and digests on their way | what a disk remembers of its backups
-    repository                       the folder of backups, its lock, unfinished acts
-    daemon | document                images opened by QEMU | the JSON document of a backup
-    nbd | images | files             the protocol | what QEMU is told | files of ours
+    pruning | verifying | restoring | mounting    acts
+    creating                                      the act that they know
+    chain                                         a disk as it was at a backup
+    copying | state                               data and digests on their way | what a disk remembers of its backups
+    repository                                    the folder of backups, its lock, unfinished acts
+    daemon | document                             images opened by QEMU | the JSON document of a backup
+    nbd | images | files                          the protocol | what QEMU is told | files of ours
 """
 
 from __future__ import annotations
 
 from dirtmap.tools.backup.creating import create
 from dirtmap.tools.backup.document import Backup, Piece
+from dirtmap.tools.backup.mounting import Mounted, mount
 from dirtmap.tools.backup.pruning import prune
 from dirtmap.tools.backup.repository import Repository
 from dirtmap.tools.backup.restoring import restore
 from dirtmap.tools.backup.verifying import verify, verify_disk
 
-__all__ = ["Backup", "Piece", "Repository", "create", "prune", "restore", "verify", "verify_disk"]
+__all__ = ["Backup", "Mounted", "Piece", "Repository", "create", "mount", "prune", "restore", "verify", "verify_disk"]

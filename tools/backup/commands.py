@@ -294,5 +294,63 @@ def prune_command(ctx: click.Context, repo: str, disk: str | None, keep: int, qu
             print(f"{printable(backup.disk)}: removed backup {backup.number} of {_local(backup)}")
 
 
-for _command in (create_command, list_command, info_command, restore_command, verify_command, prune_command):
+@options.command(
+    "mount",
+    examples="""
+    dirtmap backup mount --unix=/run/web.sock /backups/web disk.qcow2
+    dirtmap backup mount --port=10809 --at=2026-11-30T22:00 /backups/web data
+    nbd-client -unix /run/web.sock -N disk -readonly /dev/nbd0 && mount -o ro,noload /dev/nbd0 /mnt
+    """,
+)
+@_repo
+@click.argument("disk", type=options.NAME)
+@_at
+@click.option("--unix", metavar="SOCKET", type=click.Path(), help="Serve on a new socket of this path.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Serve on this port of 127.0.0.1; 0 for any that is free.")
+@options.waiting
+@options.quiet
+@click.pass_context
+def mount_command(ctx: click.Context, repo: str, disk: str, at: str | None, unix: str | None, port: int | None) -> None:
+    """Serve DISK as it was at its newest backup, or at that of --at, over NBD, read-only.
+
+    Prints the URI once it can be read, and serves until SIGINT or SIGTERM. Backups can be made and pruned meanwhile.
+    The export is called "disk". Digests are not looked at: see "dirtmap backup verify".
+    """
+    import signal
+
+    from dirtmap.tools.backup.mounting import mount
+
+    if (unix is None) == (port is None):
+        raise click.UsageError("one of --unix and --port says where", ctx)
+
+    def end(number: int, _: object) -> None:
+        raise _Ended
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with (
+            contextlib.suppress(_Ended),
+            mount(repo, disk, at=at, unix=unix, port=port, wait=options.patience(ctx)) as mounted,
+        ):
+            if not options.is_quiet(ctx):
+                click.echo(mounted.uri)
+            mounted.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Ended(BaseException):
+    """A signal asks this process to end."""
+
+
+for _command in (
+    create_command,
+    list_command,
+    info_command,
+    restore_command,
+    verify_command,
+    prune_command,
+    mount_command,
+):
     backup_command.add_command(_command)

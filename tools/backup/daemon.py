@@ -27,23 +27,26 @@ class Daemon:
 
     Args:
         nodes: of each export, by its name: what ``blockdev-add`` takes. What is not ``read-only`` can be written.
+        listener: a socket that it is to be reached at, listened to already; None for one that only this process finds.
 
     Raises:
         StorageError: QEMU is not there, or cannot open an image.
     """
 
-    def __init__(self, nodes: dict[str, dict[str, Any]]) -> None:
-        self._nodes = nodes
+    def __init__(self, nodes: dict[str, dict[str, Any]], listener: socket.socket | None = None) -> None:
+        self._nodes, self._listener = nodes, listener
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtmap-"))  # nobody else may enter
-            self._path = os.path.join(folder, "nbd")
             self._errors = stack.enter_context(tempfile.TemporaryFile())
-            # Listened to before it starts, so that nobody has to try until it does.
-            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-            listener.bind(self._path)
-            listener.listen(16)
+            listener = self._listener
+            if listener is None:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtmap-"))  # nobody else may enter
+                # Listened to before it starts, so that nobody has to try until it does.
+                listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+                listener.bind(os.path.join(folder, "nbd"))
+                listener.listen(16)
+            self._address = listener.getsockname()
             self._process = self._start(listener)
             stack.callback(self._kill)
             listener.close()  # if the daemon ends, whoever connects is told
@@ -82,7 +85,7 @@ class Daemon:
             StorageError: as the class.
         """
         try:
-            connection = Connection(self._path, name, self._nodes[name]["file"]["filename"], context)
+            connection = Connection(self._address, name, self._nodes[name]["file"]["filename"], context)
         except StorageError as error:
             raise self.failure(error) from error
         self._connections.append(connection)
@@ -97,6 +100,11 @@ class Daemon:
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines()
         return StorageError("qemu-storage-daemon", said[-1].partition(": ")[2] if said else "has ended")
+
+    def ended(self) -> Error:
+        """Waits until it has ended, and tells why."""
+        self._process.wait()
+        return self.failure(StorageError("qemu-storage-daemon", "has ended"))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._stack:

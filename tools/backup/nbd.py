@@ -58,7 +58,7 @@ class Connection:
     """One export of a server. Not for several threads at once.
 
     Args:
-        path: of the server's socket.
+        address: of the server: the path of its socket, or a host and a port.
         name: of the export.
         where: how errors name it.
         context: of block status: `ALLOCATION` or `DEPTH`.
@@ -70,7 +70,7 @@ class Connection:
         StorageError: the server has ended, or has no such export.
     """
 
-    def __init__(self, path: str, name: str, where: str, context: str = ALLOCATION) -> None:
+    def __init__(self, address: str | tuple[str, int], name: str, where: str, context: str = ALLOCATION) -> None:
         self._name, self._where, self._pending, self._answered = (
             name,
             where,
@@ -78,9 +78,9 @@ class Connection:
             dict[int, _Pending](),
         )
         self._next = 0
-        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
         try:
-            self._socket.connect(path)
+            self._socket.connect(address)
             self._stream = cast(io.BufferedReader, self._socket.makefile("rb", buffering=1 << 16))
             self._shake_hands(context)
         except OSError as error:
