@@ -14,7 +14,7 @@ from support.backups import SIZE, back_up, held, image_of, qcow2_disk, raw_disk,
 from support.child import died_of
 from support.cli import dirtmap, error_of, json_of
 from support.qemu import StorageDaemon, ToolError, bitmaps, extents, info, qemu_img, qemu_io, run
-from support.volumes import mounted, require_root
+from support.volumes import attached, loops, mounted, require_root
 
 import dirtmap.engine as dm
 from dirtmap.tools.backup import Repository, create, creating, files
@@ -168,6 +168,55 @@ def test_untracked_writes_to_a_raw_disk_make_a_full_backup(tmp_path: Path) -> No
     assert (made.reason, made.parent) == ("all-dirty", None)
     assert "changed while nobody tracked it" in str(made.why)
     same(repository, made, disk)
+
+
+def test_several_disks_in_any_order(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    raw, other = raw_disk(tmp_path / "data.raw"), qcow2_disk(tmp_path / "other.qcow2")
+    disks = {"data.raw": ("data", raw), "disk.qcow2": (disk, disk), "other.qcow2": (other, other)}
+    for turn in (("data.raw", "disk.qcow2", "other.qcow2"), ("other.qcow2", "disk.qcow2", "data.raw")):
+        with dm.Host() as host:
+            made = create(host, [str(disks[name][0]) for name in turn], repository)
+        for name, backup in zip(turn, made, strict=True):
+            same(repository, backup, disks[name][1])
+        qemu_io(disk, "write -qP 2 5M 1k")
+        write_raw(raw, {3: b"z"})
+    assert [backup.kind for backup in made] == ["incremental"] * 3
+    assert [backup.copied for backup in made] == [0, 65536, 65536]
+
+
+def test_a_raw_disk_that_has_grown(tmp_path: Path) -> None:
+    disk, repository = raw_disk(tmp_path / "data.raw"), tmp_path / "repo"
+    back_up(repository, "data")
+    os.truncate(disk, SIZE + 70_001)
+    assert "node resize" in error_of("backup", "create", "data", repository)
+    dirtmap("node", "resize", "data")
+    made = back_up(repository, "data")
+    assert (made.reason, made.size) == ("resized", SIZE + 70_001)
+    same(repository, made, disk)
+
+
+def test_a_block_device_is_backed_up(tmp_path: Path) -> None:
+    (tmp_path / "device").write_bytes(b"\5" * 70_000 + bytes(4 << 20))
+    os.truncate(tmp_path / "device", SIZE)
+    with loops(), attached(tmp_path / "device") as device:
+        with dm.Host() as host:
+            host.add_node("device", device)
+        same(tmp_path / "repo", back_up(tmp_path / "repo", "device"), Path(device))
+        write_raw(Path(device), {9 << 20: b"x"}, "device")
+        made = back_up(tmp_path / "repo", "device")
+        assert (made.kind, made.copied) == ("incremental", 65536)
+        same(tmp_path / "repo", made, Path(device))
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    back_up(repository, disk)
+    with Repository(repository).reading():
+        assert "in use by another" in error_of("backup", "create", "--wait=0", disk, repository)
+    with Repository(repository).writing():
+        assert "in use by another" in error_of("backup", "verify", "--wait=0", repository)
+    assert len(ours(disk)) == 1
 
 
 def test_disks_in_use_are_refused(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support.backup_damage import DAMAGE
 from support.backups import back_up, make_nights, qcow2_disk, raw_disk
 from support.cli import dirtmap, error_of, json_of
-from support.qemu import check, qemu_img, qemu_io
-from support.volumes import attached, loops
+from support.qemu import StorageDaemon, check, qemu_img, qemu_io, run
+from support.volumes import attached, loops, mounted
 
 import dirtmap.engine as dm
 from dirtmap.tools.backup import Backup, Piece, Repository
@@ -55,6 +55,26 @@ def test_every_night_is_restored(nights: tuple[Path, list[bytes]], tmp_path: Pat
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_paths_may_be_relative(
+    nights: tuple[Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(nights[0])
+    dirtmap("backup", "restore", ".", "data", "out.raw")
+    assert (nights[0] / "out.raw").read_bytes() == nights[1][-1]
+    monkeypatch.chdir(tmp_path)
+    back_up(Path("new"), qcow2_disk(Path("disk.qcow2")))
+    dirtmap("backup", "restore", "new", "disk.qcow2", "again.qcow2")
+    qemu_img("compare", "-q", "disk.qcow2", "again.qcow2")
+
+
+def test_what_is_in_use_is_not_replaced(nights: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    running, tracked = qcow2_disk(tmp_path / "disk.qcow2"), raw_disk(tmp_path / "data.raw")
+    with StorageDaemon(running):
+        assert "open for writing" in error_of("backup", "restore", "--force", nights[0], "data", running)
+    with dm.open("data") as image, image.track():
+        assert "tracked by" in error_of("backup", "restore", "--force", nights[0], "data", tracked)
+
+
 def test_what_is_listed(nights: tuple[Path, list[bytes]]) -> None:
     repository, _ = nights
     listed = json_of("backup", "list", repository)
@@ -90,6 +110,10 @@ def test_a_block_device_is_restored(nights: tuple[Path, list[bytes]], tmp_path: 
     size = len(contents[0])
     (tmp_path / "device").write_bytes(b"\xff" * (32 << 20))
     with loops(), attached(tmp_path / "device") as device:
+        run("mkfs.ext4", "-q", device)
+        with mounted(device, tmp_path / "mnt"):
+            assert "busy" in error_of("backup", "restore", "--force", repository, "data", device)
+        Path(device).write_bytes(b"\xff" * (32 << 20))
         with dm.Host() as host:
             host.add_node("device", device)
         dirtmap("add", "device", "b")

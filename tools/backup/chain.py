@@ -25,7 +25,7 @@ from dirtmap.tools.backup.document import Backup, Piece
 from dirtmap.tools.backup.nbd import Connection
 from dirtmap.tools.backup.repository import Repository
 
-_AHEAD: Final = 4  # pieces that are asked for before the first is needed; then as many again are being hashed
+_AHEAD: Final = 8  # pieces that are asked for before the first is needed; then as many again are being hashed
 _KEPT: Final = 32  # pieces that are kept, as another part of them may be seen further on
 
 

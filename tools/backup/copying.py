@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from dirtmap.tools.backup.document import PIECE, Piece
 from dirtmap.tools.backup.nbd import MOST_ZEROES, ZERO, Connection
@@ -19,9 +19,34 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-_AHEAD: Final = 4  # requests that are sent before an answer is waited for
+_AHEAD: Final = 8  # requests that are sent before an answer is waited for
 _WINDOW: Final = 1 << 16  # bytes of bits at a time
 _WHOLE: Final = 4 * PIECE  # a run of this length is asked for its holes before it is read
+
+
+class Answer(Protocol):
+    """What was read; ``empty`` where it is zeros for certain."""
+
+    @property
+    def data(self) -> bytearray | None:
+        """The bytes."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether they are zeros, as they need not be looked at to know."""
+
+
+class Source(Protocol):
+    """A disk that is read: an export of QEMU, or a raw disk."""
+
+    def status(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """What is at the beginning of a range: (length, flags), as of `nbd.ALLOCATION`."""
+
+    def read(self, offset: int, length: int) -> int:
+        """Asks for bytes, and returns a token."""
+
+    def wait(self, token: int) -> Answer:
+        """Waits for what was asked for."""
 
 
 class Data(NamedTuple):
@@ -61,7 +86,7 @@ def dirty_runs(bitmap: Bitmap) -> Iterator[Run]:
         yield Run(start, length)
 
 
-def with_holes(source: Connection, runs: Iterable[Run], cluster: int, size: int) -> Iterator[Run]:
+def with_holes(source: Source, runs: Iterable[Run], cluster: int, size: int) -> Iterator[Run]:
     """The runs, with what the image says is zero in long ones as runs of their own, at multiples of ``cluster``."""
     for run in runs:
         if run.length < _WHOLE:
@@ -93,7 +118,7 @@ def pieces_of(runs: Iterable[Run]) -> Iterator[Run]:
             at = cut
 
 
-def read(source: Connection, runs: Iterable[Run]) -> Iterator[Data]:
+def read(source: Source, runs: Iterable[Run]) -> Iterator[Data]:
     """The data of runs of `PIECE` bytes at most; requests are sent ahead."""
     waiting: deque[tuple[Run, int]] = deque()
     for run in runs:
@@ -104,7 +129,7 @@ def read(source: Connection, runs: Iterable[Run]) -> Iterator[Data]:
         yield _answered(source, *waiting.popleft())
 
 
-def _answered(source: Connection, run: Run, token: int) -> Data:
+def _answered(source: Source, run: Run, token: int) -> Data:
     if run.hole:
         return Data(run.offset, run.length, None)
     answer = source.wait(token)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from dirtmap.fmt.errors import ArgumentError, Error, printable
 from dirtmap.tools.backup import files, images, state
-from dirtmap.tools.backup.copying import Run, Writer, copy, dirty_runs, pieces_of, read, with_holes
+from dirtmap.tools.backup.copying import Run, Source, Writer, copy, dirty_runs, pieces_of, read, with_holes
 from dirtmap.tools.backup.daemon import Daemon
 from dirtmap.tools.backup.document import FULL, INCREMENTAL, Backup, Digest, Piece, parts
+from dirtmap.tools.backup.rawsource import RawSource
 from dirtmap.tools.backup.repository import DOCUMENT, IMAGE, WAIT_SECONDS, Repository
 
 if TYPE_CHECKING:
@@ -205,14 +206,10 @@ def _copy(plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
     begun = time.monotonic()
     parent = None if backup.parent is None else backup.parent + IMAGE
     images.create(temporary, size, cluster_size=cluster, backing=parent)
-    nodes = {
-        "disk": images.node(plan.disk.path, plan.disk.format),
-        "image": images.node(temporary, "qcow2", writable=True, alone=True),
-    }
+    node = images.node(temporary, "qcow2", writable=True, alone=True)
     total = min(backup.dirty, size)
-    with spool, Daemon(nodes) as daemon:
-        source, target = daemon.connect("disk"), daemon.connect("image")
-        writer = Writer(target, cluster, size, sparse=parent is None)
+    with spool, reading(plan.disk, size) as source, Daemon({"image": node}) as daemon:
+        writer = Writer(daemon.connect("image"), cluster, size, sparse=parent is None)
         runs: Iterable[Run] = [Run(0, size)] if size else []
         if plan.changed is not None:
             runs = dirty_runs(plan.changed)
@@ -233,6 +230,17 @@ def _copy(plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
         pieces=spool.digest.count,
         pieces_digest=spool.digest.hex(),
     )
+
+
+@contextlib.contextmanager
+def reading(disk: Disk, size: int) -> Iterator[Source]:
+    """A disk of ``size`` bytes, to be read until the end of the block."""
+    if disk.format == "raw":
+        with RawSource(disk.path, size) as raw:
+            yield raw
+        return
+    with Daemon({"disk": images.node(disk.path, disk.format)}) as daemon:
+        yield daemon.connect("disk")
 
 
 class Spool:

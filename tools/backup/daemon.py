@@ -12,6 +12,7 @@ import tempfile
 from typing import Any, Self
 
 from dirtmap.fmt.errors import Error, StorageError
+from dirtmap.tools.backup.files import failing
 from dirtmap.tools.backup.nbd import ALLOCATION, Connection
 
 _SECONDS = 60  # that it has to end in, once it was asked to
@@ -44,8 +45,9 @@ class Daemon:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtmap-"))  # nobody else may enter
                 # Listened to before it starts, so that nobody has to try until it does.
                 listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-                listener.bind(os.path.join(folder, "nbd"))
-                listener.listen(16)
+                with failing(folder):  # a socket's path has 107 bytes at most
+                    listener.bind(os.path.join(folder, "nbd"))
+                    listener.listen()
             self._address = listener.getsockname()
             self._process = self._start(listener)
             stack.callback(self._kill)

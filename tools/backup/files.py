@@ -6,6 +6,7 @@ Every act that changes the disk passes through `_act`, where tests end the proce
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -37,12 +38,57 @@ def _act(what: str, path: str) -> Iterator[None]:
         yield
 
 
+class Reading:
+    """A file or block device that is read. Threads may share it.
+
+    Raises:
+        StorageError: it cannot be opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        with failing(path):
+            self._number = os.open(path, os.O_RDONLY)
+
+    def close(self) -> None:
+        """Closes it."""
+        os.close(self._number)
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """Exactly these bytes.
+
+        Raises:
+            StorageError: they cannot be read, or end before.
+        """
+        data = bytearray(length)
+        view = memoryview(data)
+        while view:
+            with failing(self._path):
+                got = os.preadv(self._number, [view], offset + length - len(view))
+            if not got:
+                raise StorageError(self._path, f"ends before {offset + length}")
+            view = view[got:]
+        return data
+
+    def run(self, offset: int, end: int) -> tuple[bool, int]:
+        """Whether there is a hole, and where that, or else the data there, end; ``end`` at most."""
+        try:
+            data = os.lseek(self._number, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end of the file
+                return True, end
+            return False, end  # a block device, or a file system that does not tell
+        if data > offset:
+            return True, min(data, end)
+        return False, min(os.lseek(self._number, offset, os.SEEK_HOLE), end)
+
+
 def make_folder(path: str) -> None:
     """Makes a folder durably, if it is not there; the one that it is in has to be."""
     if not os.path.isdir(path):
         with _act("make folder", path):
             os.mkdir(path)
-        sync_folder(os.path.dirname(os.path.abspath(path)))
+        sync_folder_of(path)
 
 
 def write(path: str, parts: Iterable[bytes]) -> None:
@@ -71,14 +117,14 @@ def rename(old: str, new: str) -> None:
     """Renames a file within its folder, durably; one that has the new name is replaced."""
     with _act("rename", new):
         os.rename(old, new)
-    sync_folder(os.path.dirname(new))
+    sync_folder_of(new)
 
 
 def remove(path: str) -> None:
     """Removes a file durably, if it is there."""
     with _act("remove", path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    sync_folder(os.path.dirname(path))
+    sync_folder_of(path)
 
 
 def discard(path: str) -> None:
@@ -87,8 +133,9 @@ def discard(path: str) -> None:
         os.unlink(path)
 
 
-def sync_folder(path: str) -> None:
-    """Makes the names in a folder durable."""
+def sync_folder_of(name: str) -> None:
+    """Makes the names durable in the folder that a file is in."""
+    path = os.path.dirname(os.path.abspath(name))
     with _act("sync folder", path):
         number = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -67,6 +67,7 @@ def restore(
         backup = place.at(disk, at)
         chain = place.chain(backup)
         with ChainReader(place, chain) as reader:
+            _refuse_used(host, path)
             if is_block:
                 if form != RAW:
                     raise ArgumentError(path, "a block device is restored as a raw disk")
@@ -119,19 +120,40 @@ def _write_device(host: Host, path: str, backup: Backup, reader: ChainReader, wa
     files.sync(path)
 
 
-def _make_dirty(host: Host, path: str) -> None:
-    if not host.has_store():
-        return
+def _nodes_at(host: Host, path: str) -> list[str]:
+    """The names of the nodes whose disk is at a path, as targets."""
+    if not os.path.exists(path) or not host.has_store():
+        return []
     problems: list[Error] = []
-    for node in host.nodes(problems):
-        if not os.path.exists(node.path) or not os.path.samefile(node.path, path):
-            continue
-        with host.open(f"node:{node.name}") as image, image.transaction() as bitmaps:
+    found = [node for node in host.nodes(problems) if os.path.exists(node.path) and os.path.samefile(node.path, path)]
+    for problem in problems:  # a store that cannot be read may have a node there
+        raise problem
+    return [f"node:{node.name}" for node in found]
+
+
+def _refuse_used(host: Host, path: str) -> None:
+    """Refuses what somebody writes to at the moment.
+
+    Raises:
+        LockedError: a program has it open under QEMU's locks, or tracks it.
+    """
+    import dirtmap.engine as dm
+
+    if os.path.exists(path):
+        with host.offline(dm.Disk(os.path.abspath(path), RAW)):
+            pass
+    for target in _nodes_at(host, path):
+        with host.open(target, force_share=True) as image:
+            if (status := image.tracking()) is not None and status.alive:
+                raise dm.LockedError(path, f"tracked by {status.tracker}; end it first")
+
+
+def _make_dirty(host: Host, path: str) -> None:
+    for target in _nodes_at(host, path):
+        with host.open(target) as image, image.transaction() as bitmaps:
             for name in bitmaps:
                 if not bitmaps[name].inconsistent:
                     bitmaps[name].mark(0, bitmaps.size)
-    for problem in problems:  # a store that cannot be read may have a node there
-        raise problem
 
 
 def _write(node: dict[str, Any], backup: Backup, reader: ChainReader, watch: Watcher, *, sparse: bool) -> None:

@@ -10,8 +10,7 @@ from dirtmap.fmt.errors import Error, FormatError
 from dirtmap.tools.backup import images, state
 from dirtmap.tools.backup.chain import ChainReader
 from dirtmap.tools.backup.copying import Data, Run, pieces_of, read, with_holes
-from dirtmap.tools.backup.creating import Watcher, disk_name, require_same_disk
-from dirtmap.tools.backup.daemon import Daemon
+from dirtmap.tools.backup.creating import Watcher, disk_name, reading, require_same_disk
 from dirtmap.tools.backup.document import FULL
 from dirtmap.tools.backup.nbd import ALLOCATION, DEPTH, ZERO
 from dirtmap.tools.backup.repository import WAIT_SECONDS, Repository
@@ -167,9 +166,7 @@ def verify_disk(
         with host.offline(disk):
             since = state.since_now(image, names, stored=disk.format == "raw")
             differing = dm.Bitmap(image.size, since.granularity)
-            nodes = {"disk": images.node(disk.path, disk.format)}
-            with ChainReader(place, chain) as reader, Daemon(nodes) as daemon:
-                source = daemon.connect("disk")
+            with ChainReader(place, chain) as reader, reading(disk, image.size) as source:
                 runs = [Run(0, image.size)] if image.size else []
                 now = read(source, pieces_of(with_holes(source, runs, _STEP, image.size)))
                 for done in _compared(reader.read(), now, differing):
