@@ -110,12 +110,12 @@ def test_a_block_device_is_restored(nights: tuple[Path, list[bytes]], tmp_path: 
     size = len(contents[0])
     (tmp_path / "device").write_bytes(b"\xff" * (32 << 20))
     with loops(), attached(tmp_path / "device") as device:
+        with dm.Host() as host:
+            host.add_node("device", device)
         run("mkfs.ext4", "-q", device)
         with mounted(device, tmp_path / "mnt"):
             assert "busy" in error_of("backup", "restore", "--force", repository, "data", device)
         Path(device).write_bytes(b"\xff" * (32 << 20))
-        with dm.Host() as host:
-            host.add_node("device", device)
         dirtmap("add", "device", "b")
         assert "--force insists" in error_of("backup", "restore", repository, "data", device)
         dirtmap("backup", "restore", "--force", "--at=2", repository, "data", device)
