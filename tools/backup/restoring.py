@@ -122,7 +122,8 @@ def _write_device(host: Host, path: str, backup: Backup, reader: ChainReader, wa
 
 def _nodes_at(host: Host, path: str) -> list[str]:
     """The names of the nodes whose disk is at a path, as targets."""
-    if not os.path.exists(path) or not host.has_store():
+    # A store that is lost must keep nobody from restoring a disk.
+    if not os.path.exists(path) or not os.path.exists(host.home):
         return []
     problems: list[Error] = []
     found = [node for node in host.nodes(problems) if os.path.exists(node.path) and os.path.samefile(node.path, path)]
