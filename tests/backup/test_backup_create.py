@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -267,6 +268,33 @@ def test_a_full_file_system_fails_and_the_next_backup_has_it(tmp_path: Path) -> 
         made = back_up(repository, disk)
         assert (made.kind, made.copied) == ("incremental", (2 << 20) + 65536)
         same(repository, made, disk)
+
+
+def test_qemu_dies_meanwhile_and_the_next_backup_has_it(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    back_up(repository, disk)
+    qemu_io(disk, "write -qP 3 0 20M")
+
+    def kill(name: str, done: int, total: int) -> None:
+        for child in Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+
+    with dm.Host() as host, pytest.raises(dm.StorageError, match="has ended"):
+        create(host, [str(disk)], repository, watch=kill)
+    assert len(list(repository.iterdir())) == 4
+    made = back_up(repository, disk)
+    assert (made.kind, made.copied) == ("incremental", 20 << 20)
+    same(repository, made, disk)
+
+
+def test_names_that_qemu_takes_for_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    disk, repository = qcow2_disk(tmp_path / "disk").rename(tmp_path / "nbd:disk,1.qcow2"), Path("web:1")
+    for _ in range(2):
+        same(tmp_path / repository, back_up(repository, Path("nbd:disk,1.qcow2")), disk)
+    dirtmap("backup", "restore", repository, disk.name, "nbd:out.qcow2")
+    dirtmap("backup", "verify", repository)
+    assert repository.stat().st_mode & 0o777 == 0o700
 
 
 def test_another_disk_of_the_same_name_is_refused(tmp_path: Path) -> None:

@@ -84,10 +84,10 @@ class Reading:
 
 
 def make_folder(path: str) -> None:
-    """Makes a folder durably, if it is not there; the one that it is in has to be."""
+    """Makes a folder durably, if it is not there, for its owner alone: disks have secrets."""
     if not os.path.isdir(path):
         with _act("make folder", path):
-            os.mkdir(path)
+            os.mkdir(path, 0o700)
         sync_folder_of(path)
 
 

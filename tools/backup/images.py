@@ -31,6 +31,11 @@ def node(path: str, form: str, *, writable: bool = False, alone: bool = False) -
     return made
 
 
+def plain(path: str) -> str:
+    """A path as qemu-img takes none for a protocol, whatever colons are in it."""
+    return os.path.abspath(path)
+
+
 def create(path: str, size: int, *, cluster_size: int | None = None, backing: str | None = None) -> None:
     """Makes a new qcow2 image.
 
@@ -46,7 +51,7 @@ def create(path: str, size: int, *, cluster_size: int | None = None, backing: st
     options = [f"cluster_size={cluster_size}"] if cluster_size else []
     below = ["-u", "-b", backing, "-F", "qcow2"] if backing else []
     chosen = ["-o", ",".join(options)] if options else []
-    qemu_img("create", "-q", "-f", "qcow2", *chosen, *below, path, str(-(-size // 512) * 512))
+    qemu_img("create", "-q", "-f", "qcow2", *chosen, *below, plain(path), str(-(-size // 512) * 512))
 
 
 def check(path: str) -> None:
@@ -56,7 +61,7 @@ def check(path: str) -> None:
         FormatError: they are damaged.
     """
     try:
-        qemu_img("check", "-q", "-f", "qcow2", path)
+        qemu_img("check", "-q", "-f", "qcow2", plain(path))
     except StorageError as error:
         raise FormatError(path, f"damaged: {error.what}") from error
 

@@ -24,7 +24,7 @@ from typing import Final, Self
 from dirtmap.fmt.errors import ArgumentError, Error, FormatError, StorageError, printable
 from dirtmap.tools.backup import files
 from dirtmap.tools.backup.document import BITMAP_PREFIX, STEM, VERSION, Backup, Piece, read_head, read_pieces
-from dirtmap.tools.backup.images import qemu_img
+from dirtmap.tools.backup.images import plain, qemu_img
 
 FORMAT: Final = "dirtmap-backup"
 IMAGE, DOCUMENT, NEW = ".qcow2", ".json", ".new"
@@ -251,7 +251,9 @@ class Repository:
         """
         chain = self.chain(backup)
         try:
-            told = json.loads(qemu_img("info", "--backing-chain", "--output=json", "-f", "qcow2", self.image(backup)))
+            told = json.loads(
+                qemu_img("info", "--backing-chain", "--output=json", "-f", "qcow2", plain(self.image(backup)))
+            )
             found = [os.path.basename(image["filename"]) for image in told]
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(self.image(backup), "qemu-img tells nothing of it") from error
