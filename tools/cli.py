@@ -45,6 +45,7 @@ _HOMES = {
     "node": "node",
     "device": "device",
     "track": "track",
+    "backup": "backup.commands",
     "sidecar": "sidecar",
     "completion": "completion",
 }

@@ -305,6 +305,17 @@ def host_of(ctx: click.Context) -> Host:
     return found
 
 
+def patience(ctx: click.Context) -> float:
+    """For how many seconds a command waits for whoever has what it needs."""
+    seconds: float = ctx.meta.get(_WAIT, _PATIENCE_SECONDS)
+    return seconds
+
+
+def is_quiet(ctx: click.Context) -> bool:
+    """Whether a command is to print nothing but errors."""
+    return bool(ctx.meta.get(_QUIET))
+
+
 def tell_no_store(host: Host, *, quiet: bool) -> None:
     """Says so where the user's normal default store was never made, and answers are empty for that reason."""
     if not host.has_store() and not quiet:

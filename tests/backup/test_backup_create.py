@@ -1,0 +1,379 @@
+"""Backups are full or increments, and QEMU reads of each what the disk had; why one is full is said."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.backups import SIZE, back_up, held, image_of, qcow2_disk, raw_disk, same, write_raw
+from support.child import died_of
+from support.cli import dirtmap, error_of, json_of
+from support.qemu import StorageDaemon, ToolError, bitmaps, extents, info, qemu_img, qemu_io, run
+from support.volumes import attached, loops, mounted, require_root
+
+import dirtmap.engine as dm
+from dirtmap.tools.backup import Repository, create, creating, files
+
+GRANULARITY = 65536
+
+
+def ours(path: Path) -> list[str]:
+    return [name for name in bitmaps(path) if name.startswith("dirtmap-backup-")]
+
+
+def test_increments_of_a_qcow2_image_hold_exactly_what_was_written(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    qemu_img("bitmap", "--add", disk, "other")
+    first = back_up(repository, disk)
+    assert (first.kind, first.reason, first.number) == ("full", "first", 1)
+    assert first.copied == (3 << 20) + 2 * 65536  # nothing that is zero
+    same(repository, first, disk)
+    chooser = random.Random(4)
+    for number in range(2, 5):
+        for _ in range(5):
+            at, kind = chooser.randrange(SIZE - 300_000) & ~511, chooser.choice(["-z", "-zu", "-P 5", "-P 6"])
+            qemu_io(disk, f"write -q {kind} {at} {chooser.randrange(1, 500) * 512}")
+        with dm.open(disk) as image:
+            dirty = image[image_bitmap(repository)]
+        made = back_up(repository, disk)
+        assert (made.kind, made.reason, made.number, made.parent) == ("incremental", None, number, first.id)
+        assert held(repository, made) == extents(dirty)
+        assert made.copied + made.zeros == made.dirty == dirty.count
+        same(repository, made, disk)
+        assert info(image_of(repository, made))["backing-filename"] == image_of(repository, first).name
+        first = made
+    found = bitmaps(disk)
+    assert len(ours(disk)) == 4
+    assert [name for name, (_, flags) in found.items() if "auto" in flags] == ["other", first.bitmap]
+
+
+def image_bitmap(repository: Path) -> str:
+    return Repository(repository).backups()[-1].bitmap
+
+
+def test_increments_of_a_raw_disk_of_an_odd_size(tmp_path: Path) -> None:
+    disk, repository = raw_disk(tmp_path / "data.raw"), tmp_path / "repo"
+    size = disk.stat().st_size
+    first = back_up(repository, "data")
+    same(repository, first, disk)
+    assert first.size == size
+    write_raw(disk, {0: b"x", 5 << 20: bytes(65536), size - 1: b"y"})
+    made = back_up(repository, "data")
+    assert (made.kind, made.zeros, made.copied) == ("incremental", 65536, 65536 + size % 65536)
+    same(repository, made, disk)
+    assert json_of("list", "data")[0]["checkpoints"] == [first.bitmap, made.bitmap]
+    again = back_up(repository, "data")
+    assert (again.kind, again.pieces) == ("incremental", 0)
+    same(repository, again, disk)
+
+
+def test_granules_smaller_than_a_cluster(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    back_up(repository, disk)
+    name = image_bitmap(repository)
+    with dm.open(disk) as image, image.transaction() as changed:
+        changed[name] = dm.Bitmap(SIZE, 4096)
+    qemu_io(disk, "write -qP 1 8k 512")
+    made = back_up(repository, disk)
+    assert (made.granularity, made.cluster_size, held(repository, made)) == (4096, 4096, [(8192, 4096)])
+    same(repository, made, disk)
+
+
+def lose_bitmap(disk: Path, repository: Path) -> None:
+    dirtmap("remove", disk, image_bitmap(repository))
+
+
+def disable_bitmap(disk: Path, repository: Path) -> None:
+    dirtmap("disable", disk, image_bitmap(repository))
+
+
+def kill_writer(disk: Path, repository: Path) -> None:
+    with StorageDaemon(disk) as daemon:
+        daemon.io("write -qP 1 0 512")
+
+
+def recover(disk: Path, repository: Path) -> None:
+    kill_writer(disk, repository)
+    dirtmap("recover", disk)
+
+
+def grow(disk: Path, repository: Path) -> None:
+    qemu_img("resize", "-q", disk, str(SIZE * 2))
+
+
+def remove_image(disk: Path, repository: Path) -> None:
+    image_of(repository, Repository(repository).backups()[0]).unlink()
+
+
+def truncate_image(disk: Path, repository: Path) -> None:
+    os.truncate(image_of(repository, Repository(repository).backups()[0]), 70_000)
+
+
+def remove_document(disk: Path, repository: Path) -> None:
+    os.unlink(Repository(repository).document(Repository(repository).backups()[0]))
+
+
+def flip_document(disk: Path, repository: Path) -> None:
+    place = Path(Repository(repository).document(Repository(repository).backups()[0]))
+    place.write_bytes(place.read_bytes().replace(b'"size": 2', b'"size": 3', 1))
+
+
+def other_backing(disk: Path, repository: Path) -> None:
+    newest = image_of(repository, Repository(repository).backups()[-1])
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", "", newest)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lose_bitmap, "bitmap-missing"),
+        (disable_bitmap, "bitmap-unusable"),
+        (kill_writer, "bitmap-unusable"),
+        (recover, "all-dirty"),
+        (grow, "resized"),
+        (remove_image, "chain-broken"),
+        (truncate_image, "chain-broken"),
+        (remove_document, "chain-broken"),
+        (flip_document, "chain-broken"),
+        (other_backing, "chain-broken"),
+    ],
+)
+def test_why_a_backup_is_full(tmp_path: Path, harm: Callable[[Path, Path], None], reason: str) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2", SIZE), tmp_path / "repo"
+    back_up(repository, disk)
+    back_up(repository, disk)
+    harm(disk, repository)
+    (said,) = json_of("backup", "create", disk, repository)
+    assert (said["kind"], said["reason"], said["parent"]) == ("full", reason, None)
+    made = Repository(repository).backups()[-1]
+    assert made.why
+    same(repository, made, disk)
+    qemu_io(disk, "write -qP 8 1M 1k")
+    after = back_up(repository, disk)
+    assert (after.kind, after.parent, after.copied) == ("incremental", made.id, GRANULARITY)
+    same(repository, after, disk)
+
+
+def test_untracked_writes_to_a_raw_disk_make_a_full_backup(tmp_path: Path) -> None:
+    disk, repository = raw_disk(tmp_path / "data.raw"), tmp_path / "repo"
+    back_up(repository, "data")
+    with open(disk, "r+b") as file:
+        file.write(b"untracked")
+    made = back_up(repository, "data")
+    assert (made.reason, made.parent) == ("all-dirty", None)
+    assert "changed while nobody tracked it" in str(made.why)
+    same(repository, made, disk)
+
+
+def test_several_disks_in_any_order(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    raw, other = raw_disk(tmp_path / "data.raw"), qcow2_disk(tmp_path / "other.qcow2")
+    disks = {"data.raw": ("data", raw), "disk.qcow2": (disk, disk), "other.qcow2": (other, other)}
+    for turn in (("data.raw", "disk.qcow2", "other.qcow2"), ("other.qcow2", "disk.qcow2", "data.raw")):
+        with dm.Host() as host:
+            made = create(host, [str(disks[name][0]) for name in turn], repository)
+        for name, backup in zip(turn, made, strict=True):
+            same(repository, backup, disks[name][1])
+        qemu_io(disk, "write -qP 2 5M 1k")
+        write_raw(raw, {3: b"z"})
+    assert [backup.kind for backup in made] == ["incremental"] * 3
+    assert [backup.copied for backup in made] == [0, 65536, 65536]
+
+
+def test_a_raw_disk_that_has_grown(tmp_path: Path) -> None:
+    disk, repository = raw_disk(tmp_path / "data.raw"), tmp_path / "repo"
+    back_up(repository, "data")
+    os.truncate(disk, SIZE + 70_001)
+    assert "node resize" in error_of("backup", "create", "data", repository)
+    dirtmap("node", "resize", "data")
+    made = back_up(repository, "data")
+    assert (made.reason, made.size) == ("resized", SIZE + 70_001)
+    same(repository, made, disk)
+
+
+def test_a_block_device_is_backed_up(tmp_path: Path) -> None:
+    (tmp_path / "device").write_bytes(b"\5" * 70_000 + bytes(4 << 20))
+    os.truncate(tmp_path / "device", SIZE)
+    with loops(), attached(tmp_path / "device") as device:
+        with dm.Host() as host:
+            host.add_node("device", device)
+        same(tmp_path / "repo", back_up(tmp_path / "repo", "device"), Path(device))
+        write_raw(Path(device), {9 << 20: b"x"}, "device")
+        made = back_up(tmp_path / "repo", "device")
+        assert (made.kind, made.copied) == ("incremental", 65536)
+        same(tmp_path / "repo", made, Path(device))
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    back_up(repository, disk)
+    with Repository(repository).reading():
+        assert "in use by another" in error_of("backup", "create", "--wait=0", disk, repository)
+    with Repository(repository).writing():
+        assert "in use by another" in error_of("backup", "verify", "--wait=0", repository)
+    assert len(ours(disk)) == 1
+
+
+def test_disks_in_use_are_refused(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    raw_disk(tmp_path / "data.raw")
+    with StorageDaemon(disk):
+        assert "held by qemu-storage-da" in error_of("backup", "create", "--wait=0", disk, repository)
+    with dm.open("data") as image, image.track():
+        assert "tracked by" in error_of("backup", "create", "--wait=0", "data", repository)
+    assert Repository(repository).backups() == []
+    assert error_of("backup", "create", "none.qcow2", repository)
+    assert "too" in error_of("backup", "create", "data", "data", repository)
+    with dm.Host() as host:
+        host.add_device("drive0", "data")
+    assert "name its root node" in error_of("backup", "create", "drive0", repository)
+    made = back_up(repository, disk, "data")
+    assert (made.disk, made.kind) == ("data", "full")
+
+
+def test_a_disk_that_is_written_to_meanwhile_fails(tmp_path: Path) -> None:
+    disk, repository = raw_disk(tmp_path / "data.raw"), tmp_path / "repo"
+    back_up(repository, "data")
+    write_raw(disk, {0: b"x"})
+
+    def interfere(name: str, done: int, total: int) -> None:
+        with open(disk, "r+b") as file:
+            file.write(b"y")
+
+    with dm.Host() as host, pytest.raises(dm.LockedError, match="written to"):
+        create(host, ["data"], repository, watch=interfere)
+    assert len(Repository(repository).backups()) == 1
+    assert len(list(repository.iterdir())) == 4
+    made = back_up(repository, "data")
+    assert made.reason == "all-dirty"
+    same(repository, made, disk)
+
+
+def test_a_full_file_system_fails_and_the_next_backup_has_it(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    require_root()
+    with mounted("tmpfs", repository, "-t", "tmpfs", "-o", "size=5m"):
+        back_up(repository, disk)
+        qemu_io(disk, "write -qP 3 0 2M")
+        assert "No space left" in error_of("backup", "create", disk, repository)
+        assert len(list(repository.iterdir())) == 4
+        qemu_io(disk, "write -qP 3 9M 64k")
+        assert run("mount", "-o", "remount,size=9m", str(repository)) == ""
+        made = back_up(repository, disk)
+        assert (made.kind, made.copied) == ("incremental", (2 << 20) + 65536)
+        same(repository, made, disk)
+
+
+def test_qemu_dies_meanwhile_and_the_next_backup_has_it(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    back_up(repository, disk)
+    qemu_io(disk, "write -qP 3 0 20M")
+
+    def kill(name: str, done: int, total: int) -> None:
+        for child in Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+
+    with dm.Host() as host, pytest.raises(dm.StorageError, match="has ended"):
+        create(host, [str(disk)], repository, watch=kill)
+    assert len(list(repository.iterdir())) == 4
+    made = back_up(repository, disk)
+    assert (made.kind, made.copied) == ("incremental", 20 << 20)
+    same(repository, made, disk)
+
+
+def test_names_that_qemu_takes_for_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    disk, repository = qcow2_disk(tmp_path / "disk").rename(tmp_path / "nbd:disk,1.qcow2"), Path("web:1")
+    for _ in range(2):
+        same(tmp_path / repository, back_up(repository, Path("nbd:disk,1.qcow2")), disk)
+    dirtmap("backup", "restore", repository, disk.name, "nbd:out.qcow2")
+    dirtmap("backup", "verify", repository)
+    assert repository.stat().st_mode & 0o777 == 0o700
+
+
+def test_another_disk_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    back_up(tmp_path / "repo", qcow2_disk(tmp_path / "disk.qcow2"))
+    other = qcow2_disk(tmp_path / "a" / "disk.qcow2")
+    assert "another disk" in error_of("backup", "create", other, tmp_path / "repo")
+    (tmp_path / "disk.qcow2").rename(other)  # known by its bitmap
+    assert back_up(tmp_path / "repo", other).kind == "incremental"
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    disk = qcow2_disk(tmp_path / "disk.qcow2")
+    assert "not empty" in error_of("backup", "create", disk, tmp_path)
+    (tmp_path / "repository.json").write_text('{"format": "dirtmap-backup", "version": 2, "uuid": "x"}')
+    assert "not that" in error_of("backup", "create", disk, tmp_path)
+
+
+class Killer:
+    """Ends the process at an act on the disk, or only counts them."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.acts = at, 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        act, copy = files._act, creating.copy
+        monkeypatch.setattr(files, "_act", lambda what, path: (self.reach(), act(what, path))[1])
+        monkeypatch.setattr(creating, "copy", lambda *given: (self.reach(), copy(*given), self.reach()))
+
+    def reach(self) -> None:
+        if self.acts == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.acts += 1
+
+
+def patiently(work: Callable[[], object]) -> None:
+    """Does it again while QEMU has the image, which ends a moment after the process that started it was killed."""
+    for _ in range(200):
+        try:
+            work()
+            return
+        except ToolError as error:
+            if "lock" not in str(error):
+                raise
+            time.sleep(0.05)
+    raise AssertionError("QEMU goes on")
+
+
+@pytest.mark.parametrize(("kind", "step"), [("qcow2", 1), ("raw", 4), pytest.param("raw", 1, marks=pytest.mark.long)])
+def test_killed_at_every_act(tmp_path: Path, kind: str, step: int) -> None:
+    repository = tmp_path / "repo"
+    disk = qcow2_disk(tmp_path / "disk.qcow2") if kind == "qcow2" else raw_disk(tmp_path / "data.raw")
+    target = str(disk) if kind == "qcow2" else "data"
+
+    def write(at: int) -> None:
+        if kind == "qcow2":
+            patiently(lambda: qemu_io(disk, f"write -qP {at % 200 + 1} {at << 17} 64k"))
+        else:
+            write_raw(disk, {at << 17: bytes([at % 200 + 1]) * 65536})
+
+    back_up(repository, target)
+    at = 0
+    while True:
+        write(at)
+
+        def attempt(at: int = at) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                Killer(at).install(patch)
+                back_up(repository, target)
+
+        number = died_of(attempt)
+        write(at + 64)
+        made = back_up(repository, target)
+        assert made.kind == "incremental"
+        assert made.copied <= 2 * GRANULARITY  # what was written since the last one that is whole
+        same(repository, made, disk)
+        assert len(list(repository.iterdir())) == 2 + 2 * len(Repository(repository).backups())
+        if not number:
+            break
+        assert number == signal.SIGKILL
+        at += step
+    assert at > 7

@@ -1,0 +1,31 @@
+"""Incremental backups of disks, and what is done with them, for programs that embed it.
+
+    import dirtmap.engine as dm
+    from dirtmap.tools import backup
+
+    with dm.Host() as host:
+        for made in backup.create(host, ["disk.qcow2", "data"], "/backups/web"):
+            print(made.disk, made.number, made.kind, made.why, made.copied)
+
+The rooms, each of which knows those below it and nothing of the engine but its face:
+
+    pruning | verifying | restoring | mounting    acts
+    creating                                      the act that they know
+    chain                                         a disk as it was at a backup
+    copying | state                               data and digests on their way | what a disk remembers of its backups
+    repository                                    the folder of backups, its lock, unfinished acts
+    daemon | document                             images opened by QEMU | the JSON document of a backup
+    nbd | images | rawsource | files              the protocol | what QEMU is told | raw disks | files of ours
+"""
+
+from __future__ import annotations
+
+from dirtmap.tools.backup.creating import create
+from dirtmap.tools.backup.document import Backup, Piece
+from dirtmap.tools.backup.mounting import Mounted, mount
+from dirtmap.tools.backup.pruning import prune
+from dirtmap.tools.backup.repository import Repository
+from dirtmap.tools.backup.restoring import restore
+from dirtmap.tools.backup.verifying import verify, verify_disk
+
+__all__ = ["Backup", "Mounted", "Piece", "Repository", "create", "mount", "prune", "restore", "verify", "verify_disk"]

@@ -1,0 +1,197 @@
+"""A disk as it was at a backup, read from the images of its chain, each piece of them held against its digest.
+
+    backup 3    |    ####    |          what can be seen of it: all
+    backup 2    |  ####    ##|          ##      ##
+    backup 1    |############|          ##    ##
+
+An image has exactly what its document lists. So each is read by itself, without those below it, and what it should have
+and has not is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final, NamedTuple, Self
+
+from dirtmap.fmt.errors import FormatError
+from dirtmap.tools.backup import images
+from dirtmap.tools.backup.copying import Data, sha256
+from dirtmap.tools.backup.daemon import Daemon
+from dirtmap.tools.backup.document import Backup, Piece
+from dirtmap.tools.backup.nbd import Connection
+from dirtmap.tools.backup.repository import Repository
+
+_AHEAD: Final = 8  # pieces that are asked for before the first is needed; then as many again are being hashed
+_KEPT: Final = 32  # pieces that are kept, as another part of them may be seen further on
+
+
+class Seen(NamedTuple):
+    """What can be seen of a piece: bytes ``start`` to ``end`` of the disk, of the backup at that depth in the chain."""
+
+    start: int
+    end: int
+    depth: int
+    piece: Piece
+
+
+def visible(layers: Iterable[Iterable[Piece]]) -> Iterator[Seen]:
+    """What can be seen of each of several layers, the topmost first, in order of offsets."""
+    coming: list[tuple[int, int, Piece, Iterator[Piece]]] = []  # by where they begin
+    there: list[tuple[int, Piece]] = []  # the topmost first; some may have ended
+
+    def follow(depth: int, pieces: Iterator[Piece]) -> None:
+        if (piece := next(pieces, None)) is not None:
+            heapq.heappush(coming, (piece.offset, depth, piece, pieces))
+
+    for depth, layer in enumerate(layers):
+        follow(depth, iter(layer))
+    at, last = 0, None
+    while coming or there:
+        while there and there[0][1].end <= at:
+            heapq.heappop(there)
+        if not there and coming:
+            at = max(at, coming[0][0])
+        while coming and coming[0][0] <= at:
+            _, depth, piece, pieces = heapq.heappop(coming)
+            heapq.heappush(there, (depth, piece))
+            follow(depth, pieces)
+        if not there or there[0][1].end <= at:
+            continue
+        depth, piece = there[0]
+        end = min(piece.end, coming[0][0]) if coming else piece.end
+        if last is not None and (last.depth, last.piece) == (depth, piece) and last.end == at:
+            last = last._replace(end=end)
+        else:
+            if last is not None:
+                yield last
+            last = Seen(at, end, depth, piece)
+        at = end
+    if last is not None:
+        yield last
+
+
+class _Loading:
+    """A piece that is on its way from its image."""
+
+    def __init__(self, connection: Connection, piece: Piece) -> None:
+        self._connection, self._token = connection, connection.read(piece.offset, piece.length)
+        self._data: bytearray | None = None
+        self._digest: Future[bytes] | None = None
+
+    def hash(self, pool: ThreadPoolExecutor) -> None:
+        """Takes the data and has them hashed, if that is not done yet."""
+        if self._data is None:
+            self._data = self._connection.wait(self._token).data or bytearray()
+            self._digest = pool.submit(sha256, self._data)
+
+    def result(self) -> tuple[bytearray, bytes]:
+        """The data and their digest."""
+        assert self._data is not None
+        assert self._digest is not None
+        return self._data, self._digest.result()
+
+
+class ChainReader:
+    """The disk as it was at a backup. A context manager, in which QEMU has the images open.
+
+    Args:
+        place: the repository.
+        chain: the backup, and those that it is on, the full one last; see `Repository.chain`.
+    """
+
+    def __init__(self, place: Repository, chain: list[Backup]) -> None:
+        self._place, self._chain = place, chain
+        self._connections: dict[int, Connection] = {}
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            names = {
+                f"layer-{depth}": images.node(self._place.image(backup), "qcow2", alone=True)
+                for depth, backup in enumerate(self._chain)
+            }
+            self._daemon = stack.enter_context(Daemon(names))
+            self._pool = stack.enter_context(ThreadPoolExecutor(1))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)  # type: ignore[arg-type]
+
+    def connection(self, depth: int) -> Connection:
+        """To the image of the backup at a depth of the chain."""
+        if depth not in self._connections:
+            self._connections[depth] = self._daemon.connect(f"layer-{depth}")
+        return self._connections[depth]
+
+    def read(self) -> Iterator[Data]:
+        """All of the disk, in order.
+
+        Raises:
+            FormatError: a document or an image is damaged.
+        """
+        at = 0
+        for data in self._read(visible(self._place.pieces(backup) for backup in self._chain)):
+            if data.offset != at:
+                break
+            at += data.length
+            yield data
+        if at != self._chain[0].size:
+            raise FormatError(self._place.document(self._chain[-1]), f"damaged: has nothing at {at}")
+
+    def read_layer(self, depth: int) -> Iterator[Data]:
+        """What the image at a depth has itself, in order. Errors as `read`."""
+        pieces = self._place.pieces(self._chain[depth])
+        yield from self._read(Seen(piece.offset, piece.end, depth, piece) for piece in pieces)
+
+    def status(self, depth: int, context: str) -> Iterator[tuple[int, int, int]]:
+        """Block status of the image at a depth, by itself, in order: beginning, end, and flags of the context."""
+        connection, at, size = self._daemon.connect(f"layer-{depth}", context), 0, self._chain[depth].size
+        while at < size:
+            for length, flags in connection.status(at, size - at):
+                if at < size:
+                    yield at, min(at + length, size), flags
+                at += length
+
+    def _read(self, seen: Iterable[Seen]) -> Iterator[Data]:
+        loading: dict[tuple[int, int], _Loading] = {}
+        asked: deque[Seen] = deque()
+        hashed: deque[Seen] = deque()
+
+        def key(part: Seen) -> tuple[int, int]:
+            return part.depth, part.piece.offset
+
+        def turn(*, least: int) -> Iterator[Data]:
+            if len(asked) > least:
+                part = asked.popleft()
+                if part.piece.digest is not None:
+                    loading[key(part)].hash(self._pool)
+                hashed.append(part)
+            if len(hashed) > least:
+                yield self._checked(hashed.popleft(), loading)
+
+        for part in seen:
+            if part.piece.digest is not None and key(part) not in loading:
+                for old in list(loading)[: max(0, len(loading) - _KEPT)]:
+                    del loading[old]  # older than all that wait
+                loading[key(part)] = _Loading(self.connection(part.depth), part.piece)
+            elif part.piece.digest is not None:
+                loading[key(part)] = loading.pop(key(part))  # the youngest again
+            asked.append(part)
+            yield from turn(least=_AHEAD)
+        while asked or hashed:
+            yield from turn(least=0)
+
+    def _checked(self, part: Seen, loading: dict[tuple[int, int], _Loading]) -> Data:
+        length = part.end - part.start
+        if part.piece.digest is None:
+            return Data(part.start, length, None)
+        data, digest = loading[part.depth, part.piece.offset].result()
+        if digest != part.piece.digest:
+            path = self._place.image(self._chain[part.depth])
+            raise FormatError(path, f"damaged: at {part.piece.offset} of the disk it has not what was written")
+        first = part.start - part.piece.offset
+        return Data(part.start, length, memoryview(data)[first : first + length])

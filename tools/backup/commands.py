@@ -1,0 +1,356 @@
+"""`dirtmap backup`: the commands."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from dirtmap.fmt.errors import Error, counted, printable
+from dirtmap.tools import options
+from dirtmap.tools.output import complain, write_json, write_table
+from dirtmap.tools.sizes import human_size
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Host
+    from dirtmap.tools.backup.creating import Watcher
+    from dirtmap.tools.backup.document import Backup
+
+
+@click.group("backup")
+def backup_command() -> None:
+    """Back up disks, and restore them.
+
+    REPO is a folder with the backups of any number of disks: qcow2 images that are on each other, and a JSON document
+    each; docs/backup.md describes both. DISK is the name of a disk in it: that of its node, or else of its file.
+    """
+
+
+_repo = click.argument("repo", type=click.Path())
+
+
+@options.command(
+    "create",
+    examples="""
+    dirtmap backup create disk.qcow2 /backups/web
+    dirtmap backup create --output=json system data /backups/web
+    """,
+)
+@click.argument("targets", metavar="TARGET...", nargs=-1, required=True, type=options.TARGET)
+@_repo
+@options.reporting
+@click.pass_context
+def create_command(
+    ctx: click.Context, host: Host, targets: tuple[str, ...], repo: str, quiet: bool, output: str
+) -> None:
+    """Back up disks that nobody writes to at the moment.
+
+    The first backup of a disk is a full one. Each later one has what the disk's bitmap calls dirty since the one
+    before, and is put on top of that. Where that cannot be, it is a full one again, and says why. TARGET is the path of
+    a qcow2 image, or the name of a node: a raw disk has to be one, see "dirtmap node add". All of them are kept from
+    being written to until they are copied. REPO is made where it is not there.
+    """
+    from dirtmap.tools.backup.creating import create
+
+    with _watching("backup", quiet=quiet) as watch:
+        made = create(host, targets, repo, wait=options.patience(ctx), watch=watch)
+    if quiet:
+        return
+    if output == "json":
+        write_json([backup.document() for backup in made])
+        return
+    for backup in made:
+        print(f"{printable(backup.disk)}: backup {backup.number}, {_kind(backup)}")
+        copied = f"{human_size(backup.copied)} and {human_size(backup.zeros)} of zeros"
+        print(f"  {human_size(backup.dirty)} dirty, {copied} copied in {backup.seconds:.1f} s")
+
+
+def _kind(backup: Backup) -> str:
+    if backup.parent is not None:
+        return "incremental"
+    return f"full: {printable(backup.why)}" if backup.why else "full"
+
+
+@contextlib.contextmanager
+def _watching(what: str, *, quiet: bool) -> Iterator[Watcher]:
+    """Shows a progress bar with throughput and the time that remains, where standard error is a terminal."""
+    import sys
+
+    if quiet or not sys.stderr.isatty():
+        yield lambda disk, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        tasks = {}
+
+        def watch(disk: str, done: int, total: int) -> None:
+            if disk not in tasks:
+                tasks[disk] = bar.add_task(f"{what} {printable(disk)}", total=total)
+            bar.update(tasks[disk], completed=done)
+
+        yield watch
+
+
+@options.command(
+    "list",
+    examples="""
+    dirtmap backup list /backups/web
+    dirtmap backup list --output=json /backups/web disk.qcow2 | jq '.[-1].time'
+    """,
+)
+@_repo
+@click.argument("disk", required=False, type=options.NAME)
+@options.speaking
+@click.pass_context
+def list_command(ctx: click.Context, repo: str, disk: str | None, quiet: bool, output: str) -> None:
+    """List the backups in REPO, of all disks or of DISK, oldest first.
+
+    Reads the heads of documents, and no image. A document that cannot be read is told on standard error; the others
+    are listed, and the exit status is 1.
+    """
+    from dirtmap.tools.backup.repository import Repository
+
+    place = Repository(repo)
+    found = place.backups(disk)
+    for problem in place.problems:
+        complain(str(problem))
+    if disk is not None and not found and not place.problems:
+        place.disk(disk)  # says which there are
+    if not quiet and output == "json":
+        write_json([backup.document() for backup in found])
+    elif not quiet:
+        columns = ("DISK", "NUMBER", "TIME", "KIND", "SIZE", "DIRTY", "FILE")
+        sizes = [tuple(map(human_size, (backup.size, backup.dirty, backup.image_size))) for backup in found]
+        rows = [
+            (printable(backup.disk), str(backup.number), _local(backup), backup.kind, *three)
+            for backup, three in zip(found, sizes, strict=True)
+        ]
+        none = "" if rows else ", no backups"
+        write_table(f"{printable(place.path)}: {place.uuid}{none}", columns, rows, right=(1, 4, 5, 6))
+    if place.problems:
+        ctx.exit(1)
+
+
+def _local(backup: Backup) -> str:
+    from datetime import datetime
+
+    return datetime.fromisoformat(backup.time).astimezone().isoformat(" ", "seconds")
+
+
+_at = click.option(
+    "--at", metavar="N|TIME", help="The number of a backup, or a time as 2026-11-30T22:00: the newest one then."
+)
+
+
+@options.command(
+    "info",
+    examples="""
+    dirtmap backup info /backups/web disk.qcow2
+    dirtmap backup info --at=3 --output=json /backups/web disk.qcow2
+    """,
+)
+@_repo
+@click.argument("disk", type=options.NAME)
+@_at
+@options.speaking
+def info_command(repo: str, disk: str, at: str | None, quiet: bool, output: str) -> None:
+    """Tell all that is known of a backup: the newest of DISK, or that of --at; and what it is on.
+
+    In JSON, "chain" has the ids of the backups that it needs, itself first. Where one is missing, or its file has
+    another length than it had, that is an error.
+    """
+    from dirtmap.tools.backup.repository import Repository
+
+    place = Repository(repo)
+    backup = place.at(disk, at)
+    chain = place.chain(backup)
+    if quiet:
+        return
+    if output == "json":
+        write_json({**backup.document(), "image": place.image(backup), "chain": [each.id for each in chain]})
+        return
+    print(f"{printable(backup.disk)}: backup {backup.number} of {_local(backup)}, {_kind(backup)}")
+    print(f"  disk    {human_size(backup.size)} ({backup.size} bytes), {backup.format}, {printable(backup.path)}")
+    print(f"  image   {human_size(backup.image_size)}, {printable(place.image(backup))}")
+    print(f"  copied  {human_size(backup.copied)}, and {human_size(backup.zeros)} of zeros, in {backup.seconds:.1f} s")
+    print(f"  bitmap  {backup.bitmap}, {human_size(backup.granularity)} granules")
+    print(f"  needs   {', '.join(f'backup {each.number}' for each in chain[1:]) or 'no other backup'}")
+
+
+@options.command(
+    "restore",
+    examples="""
+    dirtmap backup restore /backups/web disk.qcow2 disk.qcow2
+    dirtmap backup restore --at=2026-11-30T22:00 /backups/web data data.raw
+    dirtmap backup restore --force --at=3 /backups/web data /dev/vg/data
+    """,
+)
+@_repo
+@click.argument("disk", type=options.NAME)
+@click.argument("out", type=click.Path())
+@_at
+@click.option(
+    "-f", "--format", "form", type=click.Choice(["raw", "qcow2"]), help="Of OUT.  [default: as its name ends]"
+)
+@click.option("--force", is_flag=True, help="Replace a file, or write over a block device.")
+@options.quiet
+@options.named
+@click.pass_context
+def restore_command(
+    ctx: click.Context, host: Host, repo: str, disk: str, out: str, at: str | None, form: str | None, force: bool
+) -> None:
+    """Write DISK as it was at its newest backup, or at that of --at, to OUT.
+
+    All that is read is held against its digest; what is damaged is an error. A file gets its name once all of it is
+    right. It is sparse, and has no bitmaps. A block device must be large enough and not in use; it is zero where the
+    disk is, and if it is a node, its bitmaps are all dirty afterwards.
+    """
+    from dirtmap.tools.backup.restoring import restore
+
+    with _watching("restore", quiet=options.is_quiet(ctx)) as watch:
+        wait = options.patience(ctx)
+        backup = restore(host, repo, disk, out, at=at, form=form, force=force, wait=wait, watch=watch)
+    if not options.is_quiet(ctx):
+        print(f"{printable(out)}: {printable(backup.disk)} as of {_local(backup)}, backup {backup.number}")
+
+
+@options.command(
+    "verify",
+    examples="""
+    dirtmap backup verify /backups/web
+    dirtmap backup verify --output=json /backups/web disk.qcow2
+    """,
+)
+@_repo
+@click.argument("target", required=False, type=options.TARGET)
+@options.reporting
+@click.pass_context
+def verify_command(ctx: click.Context, host: Host, repo: str, target: str | None, quiet: bool, output: str) -> None:
+    """Verify the backups in REPO; or, against its newest one, the disk TARGET.
+
+    Without TARGET all images are read, once, and held against their documents: digests, what each image has and on
+    which it is. With TARGET the disk, which nobody may write to meanwhile, is compared with its newest backup. What
+    differs where the disk's bitmap says that nothing was written is a write that the bitmap has missed, and that the
+    next backup would miss. Exit status: 0 nothing is wrong, 2 something is, 1 it could not be found out.
+    """
+    from dirtmap.tools.backup.verifying import verify, verify_disk
+
+    wait, faults, differences = options.patience(ctx), list[Error](), list[tuple[int, int]]()
+    with _watching("verify", quiet=quiet) as watch:
+        if target is None:
+            faults = verify(repo, wait=wait, watch=watch)
+        else:
+            backup, differences = verify_disk(host, repo, target, wait=wait, watch=watch)
+    for fault in faults:
+        complain(str(fault))
+    if not quiet and output == "json" and target is None:
+        write_json({"faults": [{"where": fault.where, "what": fault.what} for fault in faults]})
+    elif not quiet and output == "json":
+        found = [{"offset": offset, "length": length} for offset, length in differences]
+        write_json({"disk": backup.disk, "number": backup.number, "differences": found})
+    elif not quiet and target is None:
+        print(f"{printable(repo)}: {counted(len(faults), 'fault') if faults else 'no faults'}")
+    elif not quiet:
+        for offset, length in differences:
+            print(f"{offset:>16} {length:>16}  differs, and is clean in the bitmap")
+        found_ = counted(len(differences), "difference") if differences else "no differences"
+        print(f"{printable(backup.disk)}: {found_} from backup {backup.number} that the bitmap does not tell")
+    if faults or differences:
+        ctx.exit(2)
+
+
+@options.command(
+    "prune",
+    examples="""
+    dirtmap backup prune --keep=30 /backups/web
+    dirtmap backup prune --keep=1 /backups/web disk.qcow2
+    """,
+)
+@_repo
+@click.argument("disk", required=False, type=options.NAME)
+@click.option("--keep", metavar="N", type=click.IntRange(min=1), required=True, help="How many of each disk stay.")
+@options.waiting
+@options.speaking
+@click.pass_context
+def prune_command(ctx: click.Context, repo: str, disk: str | None, keep: int, quiet: bool, output: str) -> None:
+    """Remove all but the newest backups, of all disks or of DISK.
+
+    The oldest one that stays becomes a full one, which needs room for that until the others are gone. An end at any
+    point loses nothing. The bitmaps are removed from the disks by their next backups.
+    """
+    from dirtmap.tools.backup.pruning import prune
+
+    with _watching("prune", quiet=quiet) as watch:
+        removed = prune(repo, keep, disk=disk, wait=options.patience(ctx), watch=watch)
+    if not quiet and output == "json":
+        write_json([backup.document() for backup in removed])
+    elif not quiet:
+        for backup in removed:
+            print(f"{printable(backup.disk)}: removed backup {backup.number} of {_local(backup)}")
+
+
+@options.command(
+    "mount",
+    examples="""
+    dirtmap backup mount --unix=/run/web.sock /backups/web disk.qcow2
+    dirtmap backup mount --port=10809 --at=2026-11-30T22:00 /backups/web data
+    nbd-client -unix /run/web.sock -N disk -readonly /dev/nbd0 && mount -o ro,noload /dev/nbd0 /mnt
+    """,
+)
+@_repo
+@click.argument("disk", type=options.NAME)
+@_at
+@click.option("--unix", metavar="SOCKET", type=click.Path(), help="Serve on a new socket of this path.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Serve on this port of 127.0.0.1; 0 for any that is free.")
+@options.waiting
+@options.quiet
+@click.pass_context
+def mount_command(ctx: click.Context, repo: str, disk: str, at: str | None, unix: str | None, port: int | None) -> None:
+    """Serve DISK as it was at its newest backup, or at that of --at, over NBD, read-only.
+
+    Prints the URI once it can be read, and serves until SIGINT or SIGTERM. Backups can be made and pruned meanwhile.
+    The export is called "disk". Digests are not looked at: see "dirtmap backup verify".
+    """
+    import signal
+
+    from dirtmap.tools.backup.mounting import mount
+
+    if (unix is None) == (port is None):
+        raise click.UsageError("one of --unix and --port says where", ctx)
+
+    def end(number: int, _: object) -> None:
+        raise _Ended
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with (
+            contextlib.suppress(_Ended),
+            mount(repo, disk, at=at, unix=unix, port=port, wait=options.patience(ctx)) as mounted,
+        ):
+            if not options.is_quiet(ctx):
+                click.echo(mounted.uri)
+            mounted.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Ended(BaseException):
+    """A signal asks this process to end."""
+
+
+for _command in (
+    create_command,
+    list_command,
+    info_command,
+    restore_command,
+    verify_command,
+    prune_command,
+    mount_command,
+):
+    backup_command.add_command(_command)

@@ -1,0 +1,198 @@
+"""The repository's files, as far as QEMU does not write them: made, synced, renamed, removed and locked.
+
+Every act that changes the disk passes through `_act`, where tests end the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterable, Iterator
+
+from dirtmap.fmt.errors import LockedError, StorageError
+
+_PAUSE_SECONDS = 0.02
+TEMPORARY = ".tmp"  # of files that are being written: whoever has the lock may remove what is left of them
+
+
+@contextlib.contextmanager
+def failing(path: str) -> Iterator[None]:
+    """Makes what the operating system says an error that names the file.
+
+    Raises:
+        StorageError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(path, error.strerror or str(error), error.errno) from error
+
+
+@contextlib.contextmanager
+def _act(what: str, path: str) -> Iterator[None]:
+    """One act that changes the disk; ``what`` tells tests which."""
+    with failing(path):
+        yield
+
+
+class Reading:
+    """A file or block device that is read. Threads may share it.
+
+    Raises:
+        StorageError: it cannot be opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        with failing(path):
+            self._number = os.open(path, os.O_RDONLY)
+
+    def close(self) -> None:
+        """Closes it."""
+        os.close(self._number)
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """Exactly these bytes.
+
+        Raises:
+            StorageError: they cannot be read, or end before.
+        """
+        data = bytearray(length)
+        view = memoryview(data)
+        while view:
+            with failing(self._path):
+                got = os.preadv(self._number, [view], offset + length - len(view))
+            if not got:
+                raise StorageError(self._path, f"ends before {offset + length}")
+            view = view[got:]
+        return data
+
+    def run(self, offset: int, end: int) -> tuple[bool, int]:
+        """Whether there is a hole, and where that, or else the data there, end; ``end`` at most."""
+        try:
+            data = os.lseek(self._number, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end of the file
+                return True, end
+            return False, end  # a block device, or a file system that does not tell
+        if data > offset:
+            return True, min(data, end)
+        return False, min(os.lseek(self._number, offset, os.SEEK_HOLE), end)
+
+
+def make_folder(path: str) -> None:
+    """Makes a folder durably, if it is not there, for its owner alone: disks have secrets."""
+    if not os.path.isdir(path):
+        with _act("make folder", path):
+            os.mkdir(path, 0o700)
+        sync_folder_of(path)
+
+
+def write(path: str, parts: Iterable[bytes]) -> None:
+    """Writes a new file, wholly or not at all, and durably.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        parts: of its content, taken one after the other.
+    """
+    temporary = path + TEMPORARY
+    with _act("write", temporary), open(temporary, "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    rename(temporary, path)
+
+
+def sync(path: str) -> None:
+    """Makes the content of a file durable that another process has written."""
+    with _act("sync", path), open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def rename(old: str, new: str) -> None:
+    """Renames a file within its folder, durably; one that has the new name is replaced."""
+    with _act("rename", new):
+        os.rename(old, new)
+    sync_folder_of(new)
+
+
+def remove(path: str) -> None:
+    """Removes a file durably, if it is there."""
+    with _act("remove", path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sync_folder_of(path)
+
+
+def discard(path: str) -> None:
+    """Removes a temporary file, if it is there and that can be done; else whoever has the lock next does."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def sync_folder_of(name: str) -> None:
+    """Makes the names durable in the folder that a file is in."""
+    path = os.path.dirname(os.path.abspath(name))
+    with _act("sync folder", path):
+        number = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def set_size(path: str, size: int) -> None:
+    """Gives a file a size in bytes, and makes it if it is not there."""
+    with _act("set size", path), open(path, "ab") as file:
+        os.ftruncate(file.fileno(), size)
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def unused_device(path: str) -> Iterator[int]:
+    """Keeps the kernel from mounting a block device, or using it otherwise, until the block ends; yields its bytes.
+
+    Raises:
+        StorageError: it is in use, as when it is mounted.
+    """
+    with failing(path):
+        number = os.open(path, os.O_RDWR | os.O_EXCL)
+    try:
+        yield os.lseek(number, 0, os.SEEK_END)
+    finally:
+        os.close(number)
+
+
+@contextlib.contextmanager
+def locked(path: str, *, shared: bool, wait: float) -> Iterator[None]:
+    """Holds the lock of a file that is there, for the time of the block; the process's end gives it up, too.
+
+    Args:
+        path: of the file.
+        shared: others may share it.
+        wait: seconds to wait for others.
+
+    Raises:
+        LockedError: somebody else has it.
+    """
+    deadline = time.monotonic() + wait
+    with failing(path):
+        number = os.open(path, os.O_RDWR if not shared else os.O_RDONLY)
+    try:
+        while True:
+            try:
+                with failing(path):
+                    fcntl.flock(number, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except StorageError as error:
+                if not isinstance(error.__cause__, BlockingIOError):
+                    raise
+            if time.monotonic() > deadline:
+                raise LockedError(path, "the repository is in use by another process")
+            time.sleep(_PAUSE_SECONDS)
+        yield
+    finally:
+        os.close(number)

@@ -1,0 +1,82 @@
+"""The images that are read and written, as QEMU's block layer is told of them; and qemu-img."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from typing import Any
+
+from dirtmap.fmt.errors import FormatError, StorageError
+
+
+def node(path: str, form: str, *, writable: bool = False, alone: bool = False) -> dict[str, Any]:
+    """What ``blockdev-add`` takes of an image.
+
+    What is written is synced by ourselves, once, at the end: QEMU need not.
+
+    Args:
+        path: of the image.
+        form: ``raw`` or ``qcow2``.
+        writable: it is to be written.
+        alone: without what it is on: what it does not have is zeros.
+    """
+    is_block = not os.path.isfile(path)
+    file: dict[str, Any] = {"driver": "host_device" if is_block else "file", "filename": os.path.abspath(path)}
+    made: dict[str, Any] = {"driver": form, "read-only": not writable, "file": file}
+    if writable:
+        for layer in (made, file):
+            layer |= {"cache": {"direct": False, "no-flush": True}, "discard": "unmap"}
+    if alone:
+        made["backing"] = None
+    return made
+
+
+def plain(path: str) -> str:
+    """A path as qemu-img takes none for a protocol, whatever colons are in it."""
+    return os.path.abspath(path)
+
+
+def create(path: str, size: int, *, cluster_size: int | None = None, backing: str | None = None) -> None:
+    """Makes a new qcow2 image.
+
+    Args:
+        path: of the image.
+        size: of its disk, bytes; it is rounded up to 512.
+        cluster_size: bytes; None for QEMU's own choice.
+        backing: the name of the image that it is on, in its own folder.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    options = [f"cluster_size={cluster_size}"] if cluster_size else []
+    below = ["-u", "-b", backing, "-F", "qcow2"] if backing else []
+    chosen = ["-o", ",".join(options)] if options else []
+    qemu_img("create", "-q", "-f", "qcow2", *chosen, *below, plain(path), str(-(-size // 512) * 512))
+
+
+def check(path: str) -> None:
+    """Has QEMU check the structures of a qcow2 image.
+
+    Raises:
+        FormatError: they are damaged.
+    """
+    try:
+        qemu_img("check", "-q", "-f", "qcow2", plain(path))
+    except StorageError as error:
+        raise FormatError(path, f"damaged: {error.what}") from error
+
+
+def qemu_img(*arguments: str) -> str:
+    """What qemu-img prints.
+
+    Raises:
+        StorageError: it has failed; with its words.
+    """
+    try:
+        done = subprocess.run(["qemu-img", *arguments], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        raise StorageError("qemu-img", f"{error.strerror}; it is part of QEMU", error.errno) from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
+        raise StorageError(f"qemu-img {arguments[0]}", said[-1].removeprefix("qemu-img: ") if said else "has failed")
+    return done.stdout.decode(errors="replace")

@@ -1,0 +1,183 @@
+"""What a disk remembers of its backups: a checkpoint of its node each, or a bitmap each in a qcow2 image.
+
+Every backup begins one, of a name of its own, and what was written until the next one begins is in it:
+
+    backup        1            2            (failed)     3
+    bitmap 1      [===========|                                    what backup 2 copies
+    bitmap 2                   [===========|
+    bitmap F                                [===========|          goes into bitmap 2, which backup 3 copies
+    bitmap 3                                             [====>    recording
+
+A bitmap whose backup is not in the repository is either of one that has failed, and then it records, or of one that was
+pruned. In both cases the next backup removes it; only the content of the first is still needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from dirtmap.fmt.errors import BitmapError, LockedError, UnsupportedError
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Bitmap, Handle, Transaction
+
+MISSING, UNUSABLE, ALL_DIRTY = "bitmap-missing", "bitmap-unusable", "all-dirty"
+
+
+class Since(NamedTuple):
+    """What was written since the last backup.
+
+    Attributes:
+        bitmap: which granules; None where that is not known.
+        reason: why a full backup is needed, one word; None where it is not.
+        why: the same as a sentence.
+    """
+
+    bitmap: Bitmap | None
+    reason: str | None
+    why: str | None
+
+
+class Names(NamedTuple):
+    """The names of bitmaps of a repository, in any disk.
+
+    Attributes:
+        prefix: how all of them begin.
+        known: those whose backups are there.
+        new: of the backup that begins.
+        last: of the last backup of the disk; None where there is none that can be gone on from.
+    """
+
+    prefix: str
+    known: set[str]
+    new: str
+    last: str | None
+
+
+def begin_stored(image: Handle, names: Names) -> Since:
+    """Begins a checkpoint of a node in a store. The disk is kept offline meanwhile.
+
+    Raises:
+        LockedError: a program tracks the disk.
+    """
+    doubt = image.doubt()
+    with image.track(save_interval=0) as tracker:
+        for name in tracker.checkpoints():
+            if name.startswith(names.prefix) and name not in names.known:
+                tracker.remove(name)  # the one before it takes over its content
+        tracker.checkpoint(names.new)
+        if names.last is None:
+            return Since(None, None, None)
+        if names.last not in tracker.checkpoints():
+            return Since(None, MISSING, f"the checkpoint of the last backup, {names.last}, is not there any more")
+        try:
+            bitmap = tracker.changed_between(names.last, names.new)
+        except BitmapError as error:
+            return Since(None, UNUSABLE, error.what)
+    return _unless_all(bitmap, doubt)
+
+
+def begin_qcow2(image: Handle, names: Names) -> Since:
+    """Begins a bitmap in a qcow2 image, and ends the last one, in one transaction.
+
+    What `changed_qcow2` tells afterwards, once the disk is kept offline, has what was written in between.
+
+    Raises:
+        LockedError: somebody has the image open.
+    """
+    if (status := image.tracking()) is not None and status.alive:
+        raise LockedError(image.path, f"tracked by {status.tracker}; end it first")
+    with image.transaction() as bitmaps:
+        refusal = _merge_failed(bitmaps, names)
+        from dirtmap.engine import changes
+
+        for name in [name for name in bitmaps if name.startswith(names.prefix)]:
+            if name not in names.known:
+                changes.remove(bitmaps, name)
+            elif bitmaps[name].recording and not bitmaps[name].inconsistent:
+                changes.set_recording(bitmaps, name, False)
+        changes.add(bitmaps, names.new)
+    return refusal
+
+
+def _merge_failed(bitmaps: Transaction, names: Names) -> Since:
+    """Puts what a failed backup's bitmap has into that of the last backup; says why that is of no use, if so."""
+    from dirtmap.engine import changes
+
+    refusal, failed = _judged(bitmaps, names)
+    if failed is not None and names.last is not None:
+        changes.merge(bitmaps, names.last, [bitmaps[failed]])
+    return refusal
+
+
+def _judged(bitmaps: Mapping[str, Bitmap], names: Names) -> tuple[Since, str | None]:
+    """Why the last backup's bitmap in an image is of no use; and the name of a failed one's that goes on from it."""
+    last = names.last
+    if last is None:
+        return Since(None, None, None), None
+    if last not in bitmaps:
+        what = f"the bitmap of the last backup, {last}, is not in the image any more"
+        return Since(None, MISSING, what), None
+    ours = [name for name in bitmaps if name.startswith(names.prefix) and name not in names.known]
+    failed = [name for name in ours if bitmaps[name].recording]
+    if any(bitmaps[name].inconsistent for name in (last, *failed)):
+        what = "a program that wrote to the image did not finish, so its bitmap is inconsistent"
+        return Since(None, UNUSABLE, what), None
+    if bitmaps[last].recording and not failed:
+        return Since(None, None, None), None
+    if bitmaps[last].recording or len(failed) != 1:
+        what = f"the bitmap of the last backup, {last}, was disabled or enabled meanwhile"
+        return Since(None, UNUSABLE, what), None
+    return Since(None, None, None), failed[0]
+
+
+def since_now(image: Handle, names: Names, *, stored: bool) -> Bitmap:
+    """What was written since the last backup, without beginning anything. The disk is kept offline meanwhile.
+
+    Args:
+        image: the disk's bitmaps.
+        names: ``new`` is not used.
+        stored: they are in a store.
+
+    Raises:
+        BitmapError: that is not known; or a store's node is tracked.
+    """
+    last = names.last
+    assert last is not None
+    if stored:
+        with image.track(save_interval=0) as tracker:
+            return tracker.changed_since(last)
+    refusal, failed = _judged(image, names)
+    if refusal.why is not None:
+        raise BitmapError(image.path, refusal.why)
+    return image[last] if failed is None else image[last] | image[failed]
+
+
+def changed_qcow2(image: Handle, names: Names, begun: Since) -> Since:
+    """What was written since the last backup, until now; see `begin_qcow2`. The disk is kept offline meanwhile.
+
+    Raises:
+        BitmapError: a program has written to the image just now, and did not finish.
+    """
+    fresh = image[names.new].required(f"{image.path}: {names.new}")
+    if begun.reason is not None or names.last is None:
+        return begun
+    return _unless_all(image[names.last].required(f"{image.path}: {names.last}") | fresh, None)
+
+
+def _unless_all(bitmap: Bitmap, doubt: str | None) -> Since:
+    granules = -(-bitmap.size // bitmap.granularity)
+    if bitmap.count < granules * bitmap.granularity:
+        return Since(bitmap, None, None)
+    return Since(bitmap, ALL_DIRTY, f"all of the disk counts as written{f': {doubt}' if doubt else ''}")
+
+
+def refuse_unknown(image: Handle, *, is_device: bool) -> None:
+    """Refuses what cannot be backed up.
+
+    Raises:
+        UnsupportedError: a device.
+    """
+    if is_device:
+        raise UnsupportedError(image.where, "a device has no disk of its own: name its root node")

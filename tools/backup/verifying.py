@@ -1,0 +1,208 @@
+"""Verifies backups: by themselves, see `verify`, and against their disk, see `verify_disk`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from dirtmap.fmt.errors import Error, FormatError
+from dirtmap.tools.backup import images, state
+from dirtmap.tools.backup.chain import ChainReader
+from dirtmap.tools.backup.copying import Data, Run, pieces_of, read, with_holes
+from dirtmap.tools.backup.creating import Watcher, disk_name, reading, require_same_disk
+from dirtmap.tools.backup.document import FULL
+from dirtmap.tools.backup.nbd import ALLOCATION, DEPTH, ZERO
+from dirtmap.tools.backup.repository import WAIT_SECONDS, Repository
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Bitmap, Host
+    from dirtmap.tools.backup.document import Backup
+
+_STEP = 1 << 16  # bytes that are looked at for holes; as large as any cluster of ours
+
+
+def verify(
+    repository: str | os.PathLike[str],
+    *,
+    disk: str | None = None,
+    wait: float = WAIT_SECONDS,
+    watch: Watcher = lambda disk, done, total: None,
+) -> list[Error]:
+    """Reads all that backups have, once, and holds it against their documents.
+
+    Each image has to have what its document lists, with these digests, and nothing else; it has to be on the one that
+    the document says; and `qemu-img check` has to find nothing.
+
+    Args:
+        repository: the path of its folder.
+        disk: the name of a disk in the repository; None for all.
+        wait: seconds to wait for a process that writes to the repository.
+        watch: is told how far it is.
+
+    Returns:
+        What is wrong, one error for each document or image; empty where nothing is.
+
+    Raises:
+        ArgumentError: there is no such disk.
+        LockedError: somebody writes to the repository.
+    """
+    place = Repository(repository)
+    with place.reading(wait):
+        backups = place.backups() if disk is None else place.disk(disk)
+        faults = list(place.problems)
+        for backup in backups:
+            try:
+                place.require_sound(backup)
+                images.check(place.image(backup))
+                _verify_image(place, backup, watch)
+            except Error as error:
+                if str(error) not in map(str, faults):  # as of one that several are on
+                    faults.append(error)
+    return faults
+
+
+def _verify_image(place: Repository, backup: Backup, watch: Watcher) -> None:
+    """Holds one image against its document.
+
+    Raises:
+        FormatError: it has something else.
+    """
+    total = backup.size if backup.kind == FULL else min(backup.dirty, backup.size)
+    done = 0
+    with ChainReader(place, [backup]) as reader:
+        for data in reader.read_layer(0):
+            done += data.length
+            watch(f"{backup.disk} {backup.number}", done, total)
+        # What is written outside of the list, or is not zero where it says so, is not in what was read.
+        if backup.kind == FULL:
+            used = ((at, end) for at, end, flags in reader.status(0, ALLOCATION) if not flags & ZERO)
+            listed = ((piece.offset, piece.end) for piece in place.pieces(backup) if piece.digest)
+            fault = _outside(_merged(used), _merged(listed))
+        else:
+            used = ((at, end) for at, end, depth in reader.status(0, DEPTH) if depth)
+            listed = ((piece.offset, piece.end) for piece in place.pieces(backup))
+            fault = _unequal(_merged(used), _merged(listed))
+    if fault is not None:
+        raise FormatError(place.image(backup), f"damaged: at {fault} of the disk it has not what its document lists")
+
+
+def _merged(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Maximal runs of runs in order, each a beginning and an end."""
+    begin = end = 0
+    for first, last in runs:
+        if first > end:
+            if begin < end:
+                yield begin, end
+            begin = first
+        end = last
+    if begin < end:
+        yield begin, end
+
+
+def _unequal(one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]) -> int | None:
+    """Where the runs differ; None where they do not."""
+    while True:
+        first, second = next(one, None), next(other, None)
+        if first is None or second is None or first != second:
+            found = [run[0] for run in (first, second) if run is not None]
+            return min(found) if found else None
+
+
+def _outside(inner: Iterator[tuple[int, int]], outer: Iterator[tuple[int, int]]) -> int | None:
+    """Where a run is not inside one of the others; None where all are."""
+    here = next(outer, None)
+    for begin, end in inner:
+        while here is not None and here[1] <= begin:
+            here = next(outer, None)
+        if here is None or begin < here[0]:
+            return begin
+        if end > here[1]:
+            return here[1]
+    return None
+
+
+def verify_disk(
+    host: Host,
+    repository: str | os.PathLike[str],
+    target: str,
+    *,
+    wait: float = WAIT_SECONDS,
+    watch: Watcher = lambda disk, done, total: None,
+) -> tuple[Backup, list[tuple[int, int]]]:
+    """Compares a disk with its newest backup, where its bitmap says that nothing was written since.
+
+    A difference there is a write that the bitmap has missed. The disk is kept offline meanwhile.
+
+    Args:
+        host: knows the disk.
+        repository: the path of its folder.
+        target: the path of a qcow2 image, or the name of a node.
+        wait: seconds to wait for a process that writes to the repository.
+        watch: is told how far it is.
+
+    Returns:
+        The backup; and the differences, (offset, length) in bytes, in whole granules.
+
+    Raises:
+        ArgumentError: the repository has no backup of the disk.
+        BitmapError: it is not known what was written since.
+        LockedError: the disk is in use, or was written to meanwhile.
+        FormatError: the backup is damaged.
+    """
+    import dirtmap.engine as dm
+
+    place = Repository(repository)
+    with place.reading(wait), host.open(target) as image:
+        state.refuse_unknown(image, is_device=host.locate(target).is_device)
+        disk = image.disk()
+        backup = place.at(disk_name(image, disk), None)
+        require_same_disk(place, image, disk, backup)
+        if backup.size != image.size:
+            raise dm.BitmapError(image.where, f"has {image.size} bytes, and had {backup.size} at its last backup")
+        known = {each.bitmap for each in place.backups()}
+        names = state.Names(place.bitmap_prefix, known, "", backup.bitmap)
+        chain = place.chain(backup)
+        with host.offline(disk):
+            since = state.since_now(image, names, stored=disk.format == "raw")
+            differing = dm.Bitmap(image.size, since.granularity)
+            with ChainReader(place, chain) as reader, reading(disk, image.size) as source:
+                runs = [Run(0, image.size)] if image.size else []
+                now = read(source, pieces_of(with_holes(source, runs, _STEP, image.size)))
+                for done in _compared(reader.read(), now, differing):
+                    watch(backup.disk, done, backup.size)
+    missed = differing - since
+    return backup, [
+        (offset, length) for offset, length in zip(*(part.tolist() for part in missed.extents()), strict=True)
+    ]
+
+
+def _compared(one: Iterator[Data], other: Iterator[Data], differing: Bitmap) -> Iterator[int]:
+    """Marks where two readings of a disk differ; yields how far it is. Each covers the disk, in pieces of its own."""
+    at, first, second = 0, next(one, None), next(other, None)
+    while first is not None and second is not None:
+        end = min(first.offset + first.length, second.offset + second.length)
+        _compare(_part(first, at, end), _part(second, at, end), at, differing)
+        at = end
+        yield at
+        if first.offset + first.length == at:
+            first = next(one, None)
+        if second.offset + second.length == at:
+            second = next(other, None)
+
+
+def _part(data: Data, start: int, end: int) -> memoryview | None:
+    return None if data.data is None else memoryview(data.data)[start - data.offset : end - data.offset]
+
+
+def _compare(one: memoryview | None, other: memoryview | None, at: int, differing: Bitmap) -> None:
+    import numpy as np
+
+    if one is None and other is None:
+        return
+    parts = [np.frombuffer(part, np.uint8) for part in (one, other) if part is not None]
+    unlike = parts[0] != (parts[1] if len(parts) > 1 else 0)
+    if unlike.any():
+        granules = np.unique((np.flatnonzero(unlike) + at) // differing.granularity)
+        offsets = granules * differing.granularity
+        differing.mark_many(offsets, np.minimum(differing.granularity, differing.size - offsets))
