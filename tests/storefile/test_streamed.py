@@ -240,13 +240,14 @@ class Counting(fileio.File):
         super().write(offset, data)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("granularity", [65536, 4096])
-def test_a_commit_of_one_mark_reads_and_writes_one_chunk(tmp_path: Path, granularity: int) -> None:
+def test_a_commit_of_one_mark_reads_and_writes_one_chunk(tmp_path: Path, granularity: int, share: float) -> None:
     """With the nodes above it, the directory, the table and the space map: however many bits there are."""
     disks = Disks(tmp_path)
     disks.add("a", TIB)
     granules = TIB // granularity
-    flags = np.random.default_rng(5).random(granules, np.float32) < 0.1
+    flags = np.random.default_rng(5).random(granules, np.float32) < share
     dense = dm.Bitmap.from_packed(TIB, granularity, np.packbits(flags, bitorder="little").tobytes())
     with fileio.using(Counting), Store(disks.path) as target:
         found = stored(target, "a")
