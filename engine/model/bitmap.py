@@ -481,11 +481,12 @@ class Bitmap:
         if not self._is_large:
             acts = there.acts if isinstance(there, content.Changed) else 0
             pages = geometry.ceil_div(self._nbits, content.PAGE)
-            if self._uniform() is not None or self._nbits < _SEVERAL or acts > _MANY or ranges > pages // _SHARE:
+            fresh = self._source is None and there is None
+            if fresh or self._nbits < _SEVERAL or acts > _MANY or ranges > pages // _SHARE:
                 return None
         if isinstance(there, content.Changed):
             return there.copy() if there.shared else there
-        if there is None and self._source is not None and self._uniform() is None:
+        if there is None and self._source is not None:
             there = self._opened(self._source)
             if isinstance(there, content.Whole):
                 self._words = there.words

@@ -373,12 +373,14 @@ class Source:
 
     def open(self) -> Content:
         """The bits, to be read in parts, each when it is asked for. Errors as `load`."""
-        from dirtmap.engine.model.content import OR, Combined, Whole
+        from dirtmap.engine.model.content import OR, Combined, Uniform, Whole
         from dirtmap.engine.storefile.chunks import Stored
 
-        self._require_open()
         now = self.condition
         tree = tree_of(now.record, self.entry)
+        if self.doubted:
+            return Uniform(tree.nbits, True)
+        self._require_open()
         stored = Stored(self.snapshot, tree, self._tell)
         added = now.view.added(self.entry) if now.view else None
         return stored if added is None else Combined(stored, Whole(tree.nbits, added), OR)

@@ -123,6 +123,25 @@ def test_a_reader_in_a_transaction_of_the_same_store(image: StoredImage) -> None
     sound(image)
 
 
+def test_clusters_that_are_larger_than_a_part(tmp_path: Path) -> None:
+    disks = Disks(tmp_path, 16)
+    disks.add("a", SIZE)
+    expected = random(1)
+    with Store(disks.path) as target:
+        found = stored(target, "a")
+        with found.transaction() as bitmaps:
+            bitmaps["b"] = expected
+        with found.transaction() as bitmaps:
+            bitmaps["b"].mark(3 * CHUNK * 4096, 5)
+            bitmaps["b"].mark(SIZE - 1, 1)
+            bitmaps["c"] = bitmaps["b"] ^ random(2)
+        expected.mark(3 * CHUNK * 4096, 5)
+        expected.mark(SIZE - 1, 1)
+        assert found["b"] == expected
+        assert found["c"] == expected ^ random(2)
+        sound(found)
+
+
 def test_a_value_of_a_transaction_ends_with_it(image: StoredImage) -> None:
     with image.transaction() as bitmaps:
         found = bitmaps["b"]
@@ -221,13 +240,14 @@ class Counting(fileio.File):
         super().write(offset, data)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("granularity", [65536, 4096])
-def test_a_commit_of_one_mark_reads_and_writes_one_chunk(tmp_path: Path, granularity: int) -> None:
+def test_a_commit_of_one_mark_reads_and_writes_one_chunk(tmp_path: Path, granularity: int, share: float) -> None:
     """With the nodes above it, the directory, the table and the space map: however many bits there are."""
     disks = Disks(tmp_path)
     disks.add("a", TIB)
     granules = TIB // granularity
-    flags = np.random.default_rng(5).random(granules, np.float32) < 0.1
+    flags = np.random.default_rng(5).random(granules, np.float32) < share
     dense = dm.Bitmap.from_packed(TIB, granularity, np.packbits(flags, bitorder="little").tobytes())
     with fileio.using(Counting), Store(disks.path) as target:
         found = stored(target, "a")

@@ -40,9 +40,9 @@ _COMMAND = "from dirtmap.tools.cli import main; main()"
 class Disks:
     """A store with devices of any size, which claim to be larger than their root."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cluster_bits: int = 12) -> None:
         self.path, self.disk = str(folder / "store"), folder / "disk"
-        create(self.path)
+        create(self.path, cluster_bits=cluster_bits)
         self.disk.touch()
 
     def add(self, name: str, size: int) -> None:
