@@ -92,7 +92,7 @@ def test_damage_is_not_carried_on(nights: tuple[Path, list[bytes]]) -> None:
     assert "not the document" in error_of("backup", "prune", "--keep=4", repository)
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_every_act(nights: tuple[Path, list[bytes]], tmp_path: Path, step: int) -> None:
     original, contents = nights
     at = 0

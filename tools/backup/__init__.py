@@ -15,7 +15,7 @@ The rooms, each of which knows those below it and nothing of the engine but its 
     copying | state                               data and digests on their way | what a disk remembers of its backups
     repository                                    the folder of backups, its lock, unfinished acts
     daemon | document                             images opened by QEMU | the JSON document of a backup
-    nbd | images | rawsource | files              the protocol | what QEMU is told | raw disks | files of ours
+    nbd | images | raw | files              the protocol | what QEMU is told | raw disks | files of ours
 """
 
 from __future__ import annotations
