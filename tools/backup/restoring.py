@@ -60,6 +60,8 @@ def restore(
         FormatError: the backup, or one that it needs, is damaged; a file has not got its name then.
     """
     place, path = Repository(repository), os.fspath(out)
+    if os.path.islink(path):
+        path = os.path.realpath(path)  # not the link is replaced
     form = form or (QCOW2 if path.endswith(".qcow2") else RAW)
     if form not in (RAW, QCOW2):
         raise ArgumentError(form, "neither raw nor qcow2")
