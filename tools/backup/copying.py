@@ -62,14 +62,8 @@ class Target(Protocol):
         """Passes on what was written."""
 
 
-class Zeroed(Target, Protocol):
-    """One that has something else than zeros.
-
-    Attributes:
-        size: bytes.
-    """
-
-    size: int
+class Zeroing(Target, Protocol):
+    """One that may have something else than zeros."""
 
     def zero(self, offset: int, length: int) -> int:
         """Asks to make bytes zero, and returns a token."""
@@ -176,14 +170,13 @@ class Writer:
         target: the image.
         cluster: bytes, a power of two: the least that is written as zeros.
         zeros: the image again, where zeros have to be written; None where it has nothing else so far.
-        size: of the disk, bytes, where the image is one of this disk, and is zero behind its end up to its last sector.
 
     Attributes:
         copied: bytes that were not zero.
     """
 
-    def __init__(self, target: Target, cluster: int, *, zeros: Zeroed | None = None, size: int | None = None) -> None:
-        self._target, self._cluster, self._zeros, self._size = target, cluster, zeros, size
+    def __init__(self, target: Target, cluster: int, *, zeros: Zeroing | None = None) -> None:
+        self._target, self._cluster, self._zeros = target, cluster, zeros
         self._waiting: deque[int] = deque()
         self.copied = 0
 
@@ -223,8 +216,6 @@ class Writer:
         if self._zeros is None:
             return
         end = offset + length
-        if end == self._size:
-            end = self._zeros.size
         while offset < end:
             part = min(end - offset, MOST_ZEROES)
             self._sent(self._zeros.zero(offset, part))

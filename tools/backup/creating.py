@@ -210,7 +210,7 @@ def _copy(plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
     total = min(backup.dirty, size)
     with spool, reading(plan.disk, size) as source, Daemon({"image": node}) as daemon:
         image = daemon.connect("image")
-        writer = Writer(image, cluster, zeros=None if parent is None else image, size=size)
+        writer = Writer(image, cluster, zeros=None if parent is None else image)
         runs: Iterable[Run] = [Run(0, size)] if size else []
         if plan.changed is not None:
             runs = dirty_runs(plan.changed)

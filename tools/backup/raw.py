@@ -69,11 +69,11 @@ class RawTarget:
     """
 
     def __init__(self, path: str, size: int) -> None:
-        self._path, self.size, self._next = path, size, 0
+        self._path, self._size, self._next = path, size, 0
         self._waiting: dict[int, Future[None]] = {}
 
     def __enter__(self) -> Self:
-        self._file = files.Writing(self._path, self.size)
+        self._file = files.Writing(self._path, self._size)
         self._pool = ThreadPoolExecutor(1)
         return self
 
