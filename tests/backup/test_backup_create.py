@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -353,6 +354,31 @@ def test_another_disk_of_the_same_name_is_refused(tmp_path: Path) -> None:
     assert "another disk" in error_of("backup", "create", other, tmp_path / "repo")
     (tmp_path / "disk.qcow2").rename(other)  # known by its bitmap
     assert back_up(tmp_path / "repo", other).kind == "incremental"
+
+
+def test_a_disk_whose_store_was_lost_begins_anew(tmp_path: Path) -> None:
+    disk, repository = raw_disk(tmp_path / "data.raw"), tmp_path / "repo"
+    back_up(repository, "data")
+    (tmp_path / "default.dmap").unlink()
+    shutil.rmtree(tmp_path / "index")
+    with dm.Host() as host:
+        host.add_node("data", str(disk))
+    made = back_up(repository, "data")
+    assert (made.number, made.reason) == (2, "bitmap-missing")
+    same(repository, made, disk)
+
+
+def test_two_that_make_a_repository_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one makes it when this one has just seen that there is none."""
+    touch, uuids = files.touch, []
+
+    def overtaken(path: str) -> None:
+        touch(path)
+        monkeypatch.setattr(files, "touch", touch)
+        uuids.append(Repository.made(tmp_path / "repo").uuid)
+
+    monkeypatch.setattr(files, "touch", overtaken)
+    assert [Repository.made(tmp_path / "repo").uuid] == uuids
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:

@@ -167,8 +167,8 @@ def require_same_disk(place: Repository, image: Handle, disk: Disk, last: Backup
     Raises:
         ArgumentError: it is another one, as far as can be told.
     """
-    same = last.uuid == image.uuid if image.uuid or last.uuid else disk.path == last.path or last.bitmap in image
-    if not same:
+    # A disk whose store was lost has another UUID, at the same place.
+    if not (disk.path == last.path or last.uuid == image.uuid is not None or last.bitmap in image):
         what = f"has backups of another disk that is called '{printable(last.disk)}', {printable(last.path)}"
         raise ArgumentError(place.path, f"{what}; 'node add' gives this one a name, or use another repository")
 

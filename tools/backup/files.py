@@ -124,9 +124,16 @@ class Writing:
 def make_folder(path: str) -> None:
     """Makes a folder durably, if it is not there, for its owner alone: disks have secrets."""
     if not os.path.isdir(path):
-        with _act("make folder", path):
+        with _act("make folder", path), contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
         sync_folder_of(path)
+
+
+def touch(path: str) -> None:
+    """Makes an empty file durably, if there is none."""
+    with _act("make", path):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+    sync_folder_of(path)
 
 
 def write(path: str, parts: Iterable[bytes]) -> None:
