@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,38 @@ def test_increments_of_a_raw_disk_of_an_odd_size(tmp_path: Path) -> None:
     again = back_up(repository, "data")
     assert (again.kind, again.pieces) == ("incremental", 0)
     same(repository, again, disk)
+
+
+def test_zeros_at_the_end_of_an_odd_disk_are_a_zero_cluster(tmp_path: Path) -> None:
+    disk, repository = raw_disk(tmp_path / "data.raw"), tmp_path / "repo"
+    size = disk.stat().st_size
+    back_up(repository, "data")
+    write_raw(disk, {size - 5: bytes(5)})
+    made = back_up(repository, "data")
+    assert (made.copied, made.zeros) == (0, size % GRANULARITY)
+    same(repository, made, disk)
+    last = json.loads(qemu_img("map", "--output=json", image_of(repository, made)))[-1]
+    assert (last["depth"], last["zero"], last["data"]) == (0, True, False)
+
+
+class Intruder(dm.Host):
+    """A host on which somebody writes to a disk just before it is kept offline."""
+
+    @contextlib.contextmanager
+    def offline(self, disk: dm.Disk) -> Iterator[None]:
+        qemu_io(Path(disk.path), "write -qP 99 17M 1k")
+        with super().offline(disk):
+            yield
+
+
+def test_a_write_between_the_bitmap_s_begin_and_the_copy(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    back_up(repository, disk)
+    qemu_io(disk, "write -qP 98 2M 1k")
+    with Intruder() as host:
+        (made,) = create(host, [str(disk)], repository)
+    assert (made.kind, made.copied) == ("incremental", 2 * GRANULARITY)
+    same(repository, made, disk)
 
 
 def test_granules_smaller_than_a_cluster(tmp_path: Path) -> None:
@@ -297,6 +332,21 @@ def test_names_that_qemu_takes_for_a_protocol(tmp_path: Path, monkeypatch: pytes
     assert repository.stat().st_mode & 0o777 == 0o700
 
 
+def test_images_that_others_are_on_are_never_removed(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    backups = [back_up(repository, disk) for _ in range(2)]
+    remove_document(disk, repository)
+    back_up(repository, disk)
+    assert image_of(repository, backups[0]).exists()  # the second one's document says that it is on it
+    truncated = Path(Repository(repository).document(backups[1]))
+    truncated.write_text("")
+    back_up(repository, disk)
+    assert image_of(repository, backups[0]).exists()  # nobody knows who is on it
+    truncated.unlink()
+    back_up(repository, disk)
+    assert not image_of(repository, backups[0]).exists()
+
+
 def test_another_disk_of_the_same_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     back_up(tmp_path / "repo", qcow2_disk(tmp_path / "disk.qcow2"))
@@ -304,6 +354,31 @@ def test_another_disk_of_the_same_name_is_refused(tmp_path: Path) -> None:
     assert "another disk" in error_of("backup", "create", other, tmp_path / "repo")
     (tmp_path / "disk.qcow2").rename(other)  # known by its bitmap
     assert back_up(tmp_path / "repo", other).kind == "incremental"
+
+
+def test_a_disk_whose_store_was_lost_begins_anew(tmp_path: Path) -> None:
+    disk, repository = raw_disk(tmp_path / "data.raw"), tmp_path / "repo"
+    back_up(repository, "data")
+    (tmp_path / "default.dmap").unlink()
+    shutil.rmtree(tmp_path / "index")
+    with dm.Host() as host:
+        host.add_node("data", str(disk))
+    made = back_up(repository, "data")
+    assert (made.number, made.reason) == (2, "bitmap-missing")
+    same(repository, made, disk)
+
+
+def test_two_that_make_a_repository_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one makes it when this one has just seen that there is none."""
+    touch, uuids = files.touch, []
+
+    def overtaken(path: str) -> None:
+        touch(path)
+        monkeypatch.setattr(files, "touch", touch)
+        uuids.append(Repository.made(tmp_path / "repo").uuid)
+
+    monkeypatch.setattr(files, "touch", overtaken)
+    assert [Repository.made(tmp_path / "repo").uuid] == uuids
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:

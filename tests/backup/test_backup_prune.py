@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,28 +93,31 @@ def test_damage_is_not_carried_on(nights: tuple[Path, list[bytes]]) -> None:
     assert "not the document" in error_of("backup", "prune", "--keep=4", repository)
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
+def acts_of(repository: Path, at: int | None = None) -> int:
+    """How many acts a pruning makes on the disk; it dies at that one."""
+    act, acts = files._act, 0
+
+    def counted(what: str, path: str) -> object:
+        nonlocal acts
+        if acts == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        acts += 1
+        return act(what, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_act", counted)
+        prune(repository, 2)
+    return acts
+
+
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_every_act(nights: tuple[Path, list[bytes]], tmp_path: Path, step: int) -> None:
     original, contents = nights
-    at = 0
-    while True:
+    acts = acts_of(shutil.copytree(original, tmp_path / "whole"))
+    assert acts > 12
+    for at in sorted({*range(0, acts, step), acts - 6}):  # with one document removed, and the other not
         repository = shutil.copytree(original, tmp_path / f"killed-{at}")
-
-        def attempt(repository: Path = repository, at: int = at) -> None:
-            act, acts = files._act, 0
-
-            def counted(what: str, path: str) -> object:
-                nonlocal acts
-                if acts == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                acts += 1
-                return act(what, path)
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(files, "_act", counted)
-                prune(repository, 2)
-
-        number = died_of(attempt)
+        assert died_of(partial(acts_of, repository, at)) == signal.SIGKILL
         assert numbers(repository)[-2:] == [3, 4]
         read_by_qemu(repository, contents[-1], tmp_path)
         as_before(repository, contents, tmp_path)
@@ -121,8 +125,3 @@ def test_killed_at_every_act(nights: tuple[Path, list[bytes]], tmp_path: Path, s
         assert numbers(repository) == [3, 4]
         assert len(list(repository.iterdir())) == 6
         as_before(repository, contents, tmp_path)
-        if not number:
-            break
-        assert number == signal.SIGKILL
-        at += step
-    assert at > 12

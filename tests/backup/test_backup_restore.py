@@ -67,6 +67,14 @@ def test_paths_may_be_relative(
     qemu_img("compare", "-q", "disk.qcow2", "again.qcow2")
 
 
+def test_a_link_stays_one(nights: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("out")
+    for flags in ([], ["--force"]):
+        dirtmap("backup", "restore", *flags, nights[0], "data", tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "out").read_bytes() == nights[1][-1]
+
+
 def test_what_is_in_use_is_not_replaced(nights: tuple[Path, list[bytes]], tmp_path: Path) -> None:
     running, tracked = qcow2_disk(tmp_path / "disk.qcow2"), raw_disk(tmp_path / "data.raw")
     with StorageDaemon(running):

@@ -15,17 +15,59 @@ The rooms, each of which knows those below it and nothing of the engine but its 
     copying | state                               data and digests on their way | what a disk remembers of its backups
     repository                                    the folder of backups, its lock, unfinished acts
     daemon | document                             images opened by QEMU | the JSON document of a backup
-    nbd | images | rawsource | files              the protocol | what QEMU is told | raw disks | files of ours
+    nbd | images | raw | files              the protocol | what QEMU is told | raw disks | files of ours
 """
 
 from __future__ import annotations
 
-from dirtmap.tools.backup.creating import create
-from dirtmap.tools.backup.document import Backup, Piece
-from dirtmap.tools.backup.mounting import Mounted, mount
-from dirtmap.tools.backup.pruning import prune
-from dirtmap.tools.backup.repository import Repository
-from dirtmap.tools.backup.restoring import restore
-from dirtmap.tools.backup.verifying import verify, verify_disk
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Backup", "Mounted", "Piece", "Repository", "create", "mount", "prune", "restore", "verify", "verify_disk"]
+if TYPE_CHECKING:
+    from dirtmap.tools.backup.creating import create
+    from dirtmap.tools.backup.document import Backup, Piece
+    from dirtmap.tools.backup.mounting import Mounted, mount
+    from dirtmap.tools.backup.pruning import prune
+    from dirtmap.tools.backup.repository import Repository
+    from dirtmap.tools.backup.restoring import restore
+    from dirtmap.tools.backup.verifying import verify, verify_disk
+
+# Where each name is. They are imported on first use: the help of commands needs none of them.
+_HOMES = {
+    "Backup": "document",
+    "Mounted": "mounting",
+    "Piece": "document",
+    "Repository": "repository",
+    "create": "creating",
+    "mount": "mounting",
+    "prune": "pruning",
+    "restore": "restoring",
+    "verify": "verifying",
+    "verify_disk": "verifying",
+}
+
+__all__ = [
+    "Backup",
+    "Mounted",
+    "Piece",
+    "Repository",
+    "create",
+    "mount",
+    "prune",
+    "restore",
+    "verify",
+    "verify_disk",
+]
+
+
+def __dir__() -> list[str]:
+    """All names, also those not imported yet."""
+    return sorted({*globals(), *_HOMES})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

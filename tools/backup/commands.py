@@ -84,7 +84,7 @@ def _watching(what: str, *, quiet: bool) -> Iterator[Watcher]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
         tasks = {}
 
@@ -108,10 +108,10 @@ def _watching(what: str, *, quiet: bool) -> Iterator[Watcher]:
 @options.speaking
 @click.pass_context
 def list_command(ctx: click.Context, repo: str, disk: str | None, quiet: bool, output: str) -> None:
-    """List the backups in REPO, of all disks or of DISK, oldest first.
+    """List the backups in a repository.
 
-    Reads the heads of documents, and no image. A document that cannot be read is told on standard error; the others
-    are listed, and the exit status is 1.
+    Those of DISK, or else of all disks, oldest first. Reads the heads of documents, and no image. A document that
+    cannot be read is told on standard error; the others are listed, and the exit status is 1.
     """
     from dirtmap.tools.backup.repository import Repository
 
@@ -159,10 +159,10 @@ _at = click.option(
 @_at
 @options.speaking
 def info_command(repo: str, disk: str, at: str | None, quiet: bool, output: str) -> None:
-    """Tell all that is known of a backup: the newest of DISK, or that of --at; and what it is on.
+    """Tell all that is known of one backup.
 
-    In JSON, "chain" has the ids of the backups that it needs, itself first. Where one is missing, or its file has
-    another length than it had, that is an error.
+    It is the newest of DISK, or that of --at. In JSON, "chain" has the ids of the backups that it needs, itself first.
+    Where one is missing, or its file has another length than it had, that is an error.
     """
     from dirtmap.tools.backup.repository import Repository
 
@@ -204,11 +204,12 @@ def info_command(repo: str, disk: str, at: str | None, quiet: bool, output: str)
 def restore_command(
     ctx: click.Context, host: Host, repo: str, disk: str, out: str, at: str | None, form: str | None, force: bool
 ) -> None:
-    """Write DISK as it was at its newest backup, or at that of --at, to OUT.
+    """Write a disk as it was at a backup.
 
-    All that is read is held against its digest; what is damaged is an error. A file gets its name once all of it is
-    right. It is sparse, and has no bitmaps. A block device must be large enough and not in use; it is zero where the
-    disk is, and if it is a node, its bitmaps are all dirty afterwards.
+    The newest backup of DISK, or that of --at, is written to OUT. All that is read is held against its digest; what is
+    damaged is an error. A file gets its name once all of it is right. It is sparse, and has no bitmaps. A block device
+    must be large enough and not in use; it is zero where the disk is, and if it is a node, its bitmaps are all dirty
+    afterwards.
     """
     from dirtmap.tools.backup.restoring import restore
 
@@ -231,7 +232,7 @@ def restore_command(
 @options.reporting
 @click.pass_context
 def verify_command(ctx: click.Context, host: Host, repo: str, target: str | None, quiet: bool, output: str) -> None:
-    """Verify the backups in REPO; or, against its newest one, the disk TARGET.
+    """Verify backups, or a disk against its newest one.
 
     Without TARGET all images are read, once, and held against their documents: digests, what each image has and on
     which it is. With TARGET the disk, which nobody may write to meanwhile, is compared with its newest backup. What
@@ -278,10 +279,11 @@ def verify_command(ctx: click.Context, host: Host, repo: str, target: str | None
 @options.speaking
 @click.pass_context
 def prune_command(ctx: click.Context, repo: str, disk: str | None, keep: int, quiet: bool, output: str) -> None:
-    """Remove all but the newest backups, of all disks or of DISK.
+    """Remove all but the newest backups.
 
-    The oldest one that stays becomes a full one, which needs room for that until the others are gone. An end at any
-    point loses nothing. The bitmaps are removed from the disks by their next backups.
+    Of DISK, or else of each disk in REPO. The oldest one that stays becomes a full one, which needs room for that until
+    the others are gone. An end at any point loses nothing. The bitmaps are removed from the disks by their next
+    backups.
     """
     from dirtmap.tools.backup.pruning import prune
 
@@ -311,10 +313,11 @@ def prune_command(ctx: click.Context, repo: str, disk: str | None, keep: int, qu
 @options.quiet
 @click.pass_context
 def mount_command(ctx: click.Context, repo: str, disk: str, at: str | None, unix: str | None, port: int | None) -> None:
-    """Serve DISK as it was at its newest backup, or at that of --at, over NBD, read-only.
+    """Serve a disk as it was at a backup, over NBD.
 
-    Prints the URI once it can be read, and serves until SIGINT or SIGTERM. Backups can be made and pruned meanwhile.
-    The export is called "disk". Digests are not looked at: see "dirtmap backup verify".
+    It is the newest backup of DISK, or that of --at, and read-only. Prints the URI once it can be read, and serves
+    until SIGINT or SIGTERM. Backups can be made and pruned meanwhile. The export is called "disk". Digests are not
+    looked at: see "dirtmap backup verify".
     """
     import signal
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from dirtmap.tools.backup.document import PIECE, Piece
-from dirtmap.tools.backup.nbd import MOST_ZEROES, ZERO, Connection
+from dirtmap.tools.backup.nbd import MOST_ZEROES, ZERO
 
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap
@@ -47,6 +47,26 @@ class Source(Protocol):
 
     def wait(self, token: int) -> Answer:
         """Waits for what was asked for."""
+
+
+class Target(Protocol):
+    """An image that is written: an export of QEMU, or a raw file."""
+
+    def write(self, offset: int, data: memoryview) -> int:
+        """Asks to write bytes, and returns a token."""
+
+    def wait(self, token: int) -> object:
+        """Waits for what was asked for."""
+
+    def flush(self) -> None:
+        """Passes on what was written."""
+
+
+class Zeroing(Target, Protocol):
+    """One that may have something else than zeros."""
+
+    def zero(self, offset: int, length: int) -> int:
+        """Asks to make bytes zero, and returns a token."""
 
 
 class Data(NamedTuple):
@@ -149,17 +169,14 @@ class Writer:
     Args:
         target: the image.
         cluster: bytes, a power of two: the least that is written as zeros.
-        size: of the disk, bytes.
-        sparse: zeros need not be written, as the image has nothing else so far.
-        whole: the image is an image of this disk, and its last sector is zero behind the disk's end.
+        zeros: the image again, where zeros have to be written; None where it has nothing else so far.
 
     Attributes:
         copied: bytes that were not zero.
     """
 
-    def __init__(self, target: Connection, cluster: int, size: int, *, sparse: bool, whole: bool = True) -> None:
-        self._target, self._cluster, self._sparse = target, cluster, sparse
-        self._size = size if whole else None
+    def __init__(self, target: Target, cluster: int, *, zeros: Zeroing | None = None) -> None:
+        self._target, self._cluster, self._zeros = target, cluster, zeros
         self._waiting: deque[int] = deque()
         self.copied = 0
 
@@ -196,14 +213,12 @@ class Writer:
                 start = number * cluster
 
     def _zero(self, offset: int, length: int) -> None:
-        if self._sparse:
+        if self._zeros is None:
             return
         end = offset + length
-        if end == self._size:
-            end = self._target.size  # an image's disk is rounded up to sectors
         while offset < end:
             part = min(end - offset, MOST_ZEROES)
-            self._sent(self._target.zero(offset, part))
+            self._sent(self._zeros.zero(offset, part))
             offset += part
 
     def _sent(self, token: int) -> None:

@@ -16,7 +16,7 @@ from dirtmap.tools.backup import files, images, state
 from dirtmap.tools.backup.copying import Run, Source, Writer, copy, dirty_runs, pieces_of, read, with_holes
 from dirtmap.tools.backup.daemon import Daemon
 from dirtmap.tools.backup.document import FULL, INCREMENTAL, Backup, Digest, Piece, parts
-from dirtmap.tools.backup.rawsource import RawSource
+from dirtmap.tools.backup.raw import RawSource
 from dirtmap.tools.backup.repository import DOCUMENT, IMAGE, WAIT_SECONDS, Repository
 
 if TYPE_CHECKING:
@@ -167,8 +167,8 @@ def require_same_disk(place: Repository, image: Handle, disk: Disk, last: Backup
     Raises:
         ArgumentError: it is another one, as far as can be told.
     """
-    same = last.uuid == image.uuid if image.uuid or last.uuid else disk.path == last.path or last.bitmap in image
-    if not same:
+    # A disk whose store was lost has another UUID, at the same place.
+    if not (disk.path == last.path or last.uuid == image.uuid is not None or last.bitmap in image):
         what = f"has backups of another disk that is called '{printable(last.disk)}', {printable(last.path)}"
         raise ArgumentError(place.path, f"{what}; 'node add' gives this one a name, or use another repository")
 
@@ -209,7 +209,8 @@ def _copy(plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
     node = images.node(temporary, "qcow2", writable=True, alone=True)
     total = min(backup.dirty, size)
     with spool, reading(plan.disk, size) as source, Daemon({"image": node}) as daemon:
-        writer = Writer(daemon.connect("image"), cluster, size, sparse=parent is None)
+        image = daemon.connect("image")
+        writer = Writer(image, cluster, zeros=None if parent is None else image)
         runs: Iterable[Run] = [Run(0, size)] if size else []
         if plan.changed is not None:
             runs = dirty_runs(plan.changed)

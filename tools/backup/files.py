@@ -83,12 +83,57 @@ class Reading:
         return False, min(os.lseek(self._number, offset, os.SEEK_HOLE), end)
 
 
+class Writing:
+    """A new file that is written at any place.
+
+    Args:
+        path: of the file, which is not there.
+        size: bytes; all of it is a hole.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+
+    def __init__(self, path: str, size: int) -> None:
+        self._path = path
+        with _act("make", path):
+            self._number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            os.ftruncate(self._number, size)
+
+    def close(self) -> None:
+        """Closes it."""
+        os.close(self._number)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Writes all of the data.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        while data:
+            with failing(self._path):
+                done = os.pwrite(self._number, data, offset)
+            data, offset = data[done:], offset + done
+
+    def sync(self) -> None:
+        """Makes it durable."""
+        with _act("sync", self._path):
+            os.fsync(self._number)
+
+
 def make_folder(path: str) -> None:
     """Makes a folder durably, if it is not there, for its owner alone: disks have secrets."""
     if not os.path.isdir(path):
-        with _act("make folder", path):
+        with _act("make folder", path), contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
         sync_folder_of(path)
+
+
+def touch(path: str) -> None:
+    """Makes an empty file durably, if there is none."""
+    with _act("make", path):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+    sync_folder_of(path)
 
 
 def write(path: str, parts: Iterable[bytes]) -> None:
@@ -142,13 +187,6 @@ def sync_folder_of(name: str) -> None:
             os.fsync(number)
         finally:
             os.close(number)
-
-
-def set_size(path: str, size: int) -> None:
-    """Gives a file a size in bytes, and makes it if it is not there."""
-    with _act("set size", path), open(path, "ab") as file:
-        os.ftruncate(file.fileno(), size)
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import os
 import subprocess
 from typing import Any
 
-from dirtmap.fmt.errors import FormatError, StorageError
+from dirtmap.fmt.errors import FormatError, StorageError, UnsupportedError
 
 
 def node(path: str, form: str, *, writable: bool = False, alone: bool = False) -> dict[str, Any]:
@@ -19,7 +19,14 @@ def node(path: str, form: str, *, writable: bool = False, alone: bool = False) -
         form: ``raw`` or ``qcow2``.
         writable: it is to be written.
         alone: without what it is on: what it does not have is zeros.
+
+    Raises:
+        UnsupportedError: QEMU cannot be told of a name that is not UTF-8.
     """
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedError(path, "its name is not UTF-8, and QEMU takes no other") from error
     is_block = not os.path.isfile(path)
     file: dict[str, Any] = {"driver": "host_device" if is_block else "file", "filename": os.path.abspath(path)}
     made: dict[str, Any] = {"driver": form, "read-only": not writable, "file": file}

@@ -54,7 +54,7 @@ def mount(
     """Serves a disk as it was at a backup, until the end of the block.
 
     QEMU has the images open from before the block begins, so that backups can be made and pruned meanwhile. Digests are
-    not looked at. The disk's size is rounded up to 512 bytes.
+    not looked at. The disk's size is rounded up to 512 bytes. The thread that enters the block has to last as long.
 
     Args:
         repository: the path of its folder.

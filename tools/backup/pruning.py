@@ -77,7 +77,7 @@ def _make_full(place: Repository, backup: Backup, watch: Watcher) -> None:
         images.create(temporary, backup.size, cluster_size=backup.cluster_size)
         node = images.node(temporary, "qcow2", writable=True)
         with spool, ChainReader(place, chain) as reader, Daemon({"image": node}) as daemon:
-            writer = Writer(daemon.connect("image"), backup.cluster_size, backup.size, sparse=True)
+            writer = Writer(daemon.connect("image"), backup.cluster_size)
             done = 0
 
             def progress(length: int) -> None:

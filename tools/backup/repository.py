@@ -78,12 +78,15 @@ class Repository:
         if not os.path.exists(about):
             files.make_folder(place)
             with files.failing(place):
-                others = set(os.listdir(place)) - {"lock", "repository.json" + files.TEMPORARY}
+                others = set(os.listdir(place)) - {"lock", "repository.json", "repository.json" + files.TEMPORARY}
             if others:
                 raise StorageError(place, "is no repository of backups, and not empty")
-            files.write(os.path.join(place, "lock"), [b""])
-            said = {"format": FORMAT, "version": VERSION, "uuid": str(uuid.uuid4())}
-            files.write(about, [json.dumps(said, indent=4).encode() + b"\n"])
+            lock = os.path.join(place, "lock")
+            files.touch(lock)
+            with files.locked(lock, shared=False, wait=WAIT_SECONDS):
+                if not os.path.exists(about):  # nor did another process make it just now
+                    said = {"format": FORMAT, "version": VERSION, "uuid": str(uuid.uuid4())}
+                    files.write(about, [json.dumps(said, indent=4).encode() + b"\n"])
         return cls(path)
 
     # Who uses it.

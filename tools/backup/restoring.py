@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dirtmap.fmt.errors import ArgumentError, Error, StorageError
 from dirtmap.tools.backup import files, images
@@ -12,6 +12,7 @@ from dirtmap.tools.backup.chain import ChainReader
 from dirtmap.tools.backup.copying import Writer
 from dirtmap.tools.backup.creating import Watcher
 from dirtmap.tools.backup.daemon import Daemon
+from dirtmap.tools.backup.raw import RawTarget
 from dirtmap.tools.backup.repository import WAIT_SECONDS, Repository
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def restore(
         FormatError: the backup, or one that it needs, is damaged; a file has not got its name then.
     """
     place, path = Repository(repository), os.fspath(out)
+    if os.path.islink(path):
+        path = os.path.realpath(path)  # not the link is replaced
     form = form or (QCOW2 if path.endswith(".qcow2") else RAW)
     if form not in (RAW, QCOW2):
         raise ArgumentError(form, "neither raw nor qcow2")
@@ -98,13 +101,13 @@ def _write_file(path: str, form: str, backup: Backup, reader: ChainReader, watch
     files.discard(temporary)
     try:
         if form == RAW:
-            files.set_size(temporary, backup.size)
+            with RawTarget(temporary, backup.size) as raw:
+                _write(Writer(raw, _CLUSTER), backup, reader, watch)
         else:
             images.create(temporary, backup.size)
-        _write(images.node(temporary, form, writable=True), backup, reader, watch, sparse=True)
-        if form == RAW:
-            files.set_size(temporary, backup.size)  # QEMU counts in sectors
-        files.sync(temporary)
+            with Daemon({"out": images.node(temporary, form, writable=True)}) as daemon:
+                _write(Writer(daemon.connect("out"), _CLUSTER), backup, reader, watch)
+            files.sync(temporary)
         files.rename(temporary, path)
     finally:
         files.discard(temporary)
@@ -116,7 +119,9 @@ def _write_device(host: Host, path: str, backup: Backup, reader: ChainReader, wa
             raise ArgumentError(path, f"has {size} bytes, and the disk has {backup.size}")
     # Whatever becomes of this, the bitmaps of a node there do not tell what is on it any more.
     _make_dirty(host, path)
-    _write(images.node(path, RAW, writable=True), backup, reader, watch, sparse=False)
+    with Daemon({"out": images.node(path, RAW, writable=True)}) as daemon:
+        device = daemon.connect("out")
+        _write(Writer(device, _CLUSTER, zeros=device), backup, reader, watch)
     files.sync(path)
 
 
@@ -157,12 +162,10 @@ def _make_dirty(host: Host, path: str) -> None:
                     bitmaps[name].mark(0, bitmaps.size)
 
 
-def _write(node: dict[str, Any], backup: Backup, reader: ChainReader, watch: Watcher, *, sparse: bool) -> None:
-    with Daemon({"out": node}) as daemon:
-        writer = Writer(daemon.connect("out"), _CLUSTER, backup.size, sparse=sparse, whole=False)
-        done = 0
-        for data in reader.read():
-            writer.write(data)
-            done += data.length
-            watch(backup.disk, done, backup.size)
-        writer.finish()
+def _write(writer: Writer, backup: Backup, reader: ChainReader, watch: Watcher) -> None:
+    done = 0
+    for data in reader.read():
+        writer.write(data)
+        done += data.length
+        watch(backup.disk, done, backup.size)
+    writer.finish()

@@ -1,4 +1,4 @@
-"""`RawSource`: a raw disk, asked as an export of QEMU is; see `dirtmap.tools.backup.nbd.Connection`.
+"""Raw disks, asked as an export of QEMU is; see `dirtmap.tools.backup.nbd.Connection`.
 
 QEMU has nothing to add to what is in a raw disk, and each byte that goes through it is copied three times more.
 """
@@ -55,3 +55,42 @@ class RawSource:
     def wait(self, token: int) -> _Answer:
         """The bytes that were asked for."""
         return _Answer(self._waiting.pop(token).result())
+
+
+class RawTarget:
+    """A new raw file. A context manager; writes behind in a thread of its own.
+
+    Args:
+        path: of the file, which is made.
+        size: of the disk, bytes.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+
+    def __init__(self, path: str, size: int) -> None:
+        self._path, self._size, self._next = path, size, 0
+        self._waiting: dict[int, Future[None]] = {}
+
+    def __enter__(self) -> Self:
+        self._file = files.Writing(self._path, self._size)
+        self._pool = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._file.close()
+
+    def write(self, offset: int, data: memoryview) -> int:
+        """Asks to write bytes, which must not change before that is waited for."""
+        self._next += 1
+        self._waiting[self._next] = self._pool.submit(self._file.write, offset, data)
+        return self._next
+
+    def wait(self, token: int) -> None:
+        """Waits for a write."""
+        self._waiting.pop(token).result()
+
+    def flush(self) -> None:
+        """Makes what was written durable."""
+        self._file.sync()
