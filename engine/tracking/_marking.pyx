@@ -56,6 +56,7 @@ cdef extern from "marking.h" nogil:
     ctypedef struct dm_handle:
         dm_control *control
         int bits_fd, control_fd, forked
+        uint64_t closed
         dm_hooks hooks
         void *context
         dm_own *owns[512]
@@ -69,6 +70,7 @@ cdef extern from "marking.h" nogil:
         DM_HELD
         DM_OWN
         DM_HOOK
+        DM_DEAD
         DM_ORPHAN
         DM_FLIGHTS
         DM_SLOTS
@@ -99,7 +101,7 @@ cdef extern from "marking.h" nogil:
     int __builtin_popcountll(unsigned long long)
 
 RANGE, REFUSED, DAMAGED, NO_SLOT, FORKED = DM_RANGE, DM_REFUSED, DM_DAMAGED, DM_NO_SLOT, DM_FORKED
-FOREIGN, HELD, OWN = DM_FOREIGN, DM_HELD, DM_OWN
+FOREIGN, HELD, OWN, DEAD = DM_FOREIGN, DM_HELD, DM_OWN, DM_DEAD
 
 cdef enum:
     PAGE = 4096
@@ -156,7 +158,8 @@ cdef class Marks:
     """The live files of a session, attached; see marking.h.
 
     A subclass defines what it cannot do itself: ``_write(offset, data)``, ``_sync()``, ``_pause(seconds)``, and
-    ``_fail(code, offset, length)``, which raises the error for a code of this module, or for an errno.
+    ``_fail_to_attach(code)`` and ``_fail(code, offset, length)``, which raise the error for a code of this module, or
+    for an errno. Nothing else is called before it is attached.
     """
 
     cdef dm_handle *handle
@@ -173,11 +176,14 @@ cdef class Marks:
     def attach(self, bytes folder, log_lock):
         """Attaches; ``log_lock`` is a lock that a thread may take again."""
         cdef int r
+        cdef const char *at = folder
         assert self.handle == NULL
         self.log_lock, self.errors = log_lock, {}
-        r = dm_attach(folder, &self.handle)
+        with nogil:
+            r = dm_attach(at, &self.handle)
         if r:
-            self.raises(r, 0, 0)
+            self._fail_to_attach(r)
+            raise AssertionError(r)
         self.handle.hooks = dm_hooks(hook_lock, hook_unlock, hook_write, hook_sync, hook_pause)
         self.handle.context = <void *> self
 
@@ -320,6 +326,13 @@ cdef class Marks:
         dm_store(&one.bytes, octets)
         dm_store(&one.interval, interval + 1)
 
+    def described(self, uint64_t interval):
+        """Where the bits of an interval are: offset, log2 of the granularity, bytes. None if nowhere."""
+        cdef dm_descriptor *one = &self.handle.control.descriptors[interval % 256]
+        if dm_load(&one.interval) != interval + 1:
+            return None
+        return dm_load(&one.offset), dm_load(&one.granularity_bits), dm_load(&one.bytes)
+
     def withdraw(self, uint64_t interval):
         """Says that the bits of an interval are nowhere any more, before their buffer is used for others."""
         cdef dm_descriptor *one = &self.handle.control.descriptors[interval % 256]
@@ -377,6 +390,11 @@ cdef class Marks:
         cdef int r = dm_close_gate(self.handle)
         if r:
             self.raises(r, 0, 0)
+
+    @property
+    def gate_holds(self):
+        """True while the gate that this one has closed is closed."""
+        return dm_load(&self.handle.control.gate) == self.handle.closed
 
     def open_gate(self):
         """Opens it; True if nobody else had."""

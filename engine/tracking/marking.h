@@ -48,6 +48,7 @@ enum {
     DM_FOREIGN = -6,   /* no live files of this version and machine, or not of one session */
     DM_HELD = -7,      /* another process keeps the session, or has closed the gate */
     DM_OWN = -8,       /* it would wait for its own thread */
+    DM_DEAD = -10,     /* nobody is left who marks in the session or keeps it; it can be recovered */
     DM_HOOK = -9,      /* a hook has failed, and says itself why; a failed sync has poisoned the session already */
 };
 
@@ -59,7 +60,7 @@ enum {
 #define DM_ENDED (1ull << 32) /* a reason that is no errno: the session has ended */
 #define DM_KEEPER 4096        /* bytes of `markers` that are locked: those of slots, the keeper's, the gate's */
 #define DM_GATE 4097
-#define DM_LIVING ((1ll << 40) + 1) /* the byte of the log that every marker locks, shared */
+#define DM_LIVING ((1ll << 40) + 1) /* the byte of the log that every marker locks, shared; the keeper has the one before */
 #define DM_NOTHING UINT64_MAX
 
 typedef _Atomic uint64_t dm_word;
@@ -203,10 +204,13 @@ static pthread_once_t dm_once = PTHREAD_ONCE_INIT;
 static inline void dm_thread_ends(void *thread)
 {
     pthread_mutex_lock(&dm_all_mutex);
-    for (dm_handle *h = dm_all; h; h = h->next)
+    for (dm_handle *h = dm_all; h; h = h->next) {
+        pthread_mutex_lock(&h->mutex);
         for (int i = 0; i < DM_SLOTS; i++)
             if (h->owns[i] && atomic_load(&h->owns[i]->thread) == (uintptr_t)thread)
                 atomic_store(&h->owns[i]->thread, 0);
+        pthread_mutex_unlock(&h->mutex);
+    }
     pthread_mutex_unlock(&dm_all_mutex);
 }
 
@@ -361,6 +365,59 @@ static inline int dm_open_in(const char *folder, const char *name, int *fd)
     return *fd < 0 ? errno : 0;
 }
 
+/* Of a slot whose marker is dead: nobody will end what it has begun. Needs the slot's lock. */
+static inline void dm_orphan(struct dm_slot *slot)
+{
+    for (int k = 0; k < DM_FLIGHTS; k++)
+        if (atomic_load(&slot->flights[k].interval))
+            atomic_fetch_or(&slot->flights[k].interval, DM_ORPHAN);
+    atomic_store(&slot->logging, 0);
+    atomic_store(&slot->seen, 0);
+}
+
+/* The same, if it is dead: true. */
+static inline int dm_disown(dm_handle *h, unsigned slot)
+{
+    if (dm_lock(h->probe_fd, F_WRLCK, slot))
+        return 0;
+    dm_orphan(&h->control->slots[slot]);
+    dm_lock(h->probe_fd, F_UNLCK, slot);
+    return 1;
+}
+
+/* A slot for this process. Needs the mutex. */
+static inline int dm_new_slot(dm_handle *h, struct dm_own **result)
+{
+    struct dm_control *c = h->control;
+    for (unsigned i = 0; i < DM_SLOTS; i++) {
+        if (h->owns[i])
+            continue;
+        int r = dm_lock(h->markers_fd, F_WRLCK, i);
+        if (r < 0)
+            continue;
+        uint64_t high = atomic_load(&c->high);
+        struct dm_own *own = r ? NULL : calloc(1, sizeof *own);
+        if (!r && !own)
+            r = ENOMEM;
+        /* All slots below `high` have memory: a keeper that reads one never meets a hole in a tmpfs that is full. */
+        if (!r && high <= i)
+            r = posix_fallocate(h->control_fd, (off_t)(offsetof(struct dm_control, slots) + high * sizeof(struct dm_slot)),
+                                (off_t)((i + 1 - high) * sizeof(struct dm_slot)));
+        if (r) {
+            free(own);
+            dm_lock(h->markers_fd, F_UNLCK, i);
+            return r;
+        }
+        own->slot = &c->slots[i];
+        dm_orphan(own->slot);
+        own->bare = atomic_load(&own->slot->bare) != 0;
+        dm_raise(&c->high, i + 1);
+        h->owns[i] = *result = own;
+        return 0;
+    }
+    return DM_NO_SLOT;
+}
+
 static inline void dm_detach(dm_handle *h)
 {
     if (!h)
@@ -438,11 +495,19 @@ static inline int dm_attach(const char *folder, dm_handle **result)
         goto failed;
     }
     if ((r = dm_lock(h->log_fd, F_RDLCK, DM_LIVING))) {
-        r = r < 0 ? DM_HELD : r; /* somebody recovers */
+        r = r < 0 ? DM_HELD : r;
         goto failed;
     }
     r = DM_REFUSED;
-    if (atomic_load(&c->state) & 1) /* behind the lock, which whoever recovers takes before it sets the bit */
+    if (atomic_load(&c->state) & 1)
+        goto failed;
+    /* Once nobody is left, recovery reads, and nobody may come any more. So whoever comes must have found, behind its
+     * own lock, the keeper or somebody with a slot; and then gets one itself. */
+    int living = !dm_is_free(h->log_fd, DM_LIVING - 1);
+    for (unsigned i = 0; i < DM_SLOTS && i < atomic_load(&c->high) && !living; i++)
+        living = !dm_is_free(h->probe_fd, i);
+    struct dm_own *own;
+    if ((r = living ? dm_new_slot(h, &own) : DM_DEAD))
         goto failed;
     h->hooks = (struct dm_hooks){dm_lock_plainly, dm_unlock_plainly, dm_write_plainly, dm_sync_plainly, dm_pause_plainly};
     h->context = h;
@@ -456,59 +521,6 @@ static inline int dm_attach(const char *folder, dm_handle **result)
 failed:
     dm_detach(h);
     return r;
-}
-
-/* Of a slot whose marker is dead: nobody will end what it has begun. Needs the slot's lock. */
-static inline void dm_orphan(struct dm_slot *slot)
-{
-    for (int k = 0; k < DM_FLIGHTS; k++)
-        if (atomic_load(&slot->flights[k].interval))
-            atomic_fetch_or(&slot->flights[k].interval, DM_ORPHAN);
-    atomic_store(&slot->logging, 0);
-    atomic_store(&slot->seen, 0);
-}
-
-/* The same, if it is dead: true. */
-static inline int dm_disown(dm_handle *h, unsigned slot)
-{
-    if (dm_lock(h->probe_fd, F_WRLCK, slot))
-        return 0;
-    dm_orphan(&h->control->slots[slot]);
-    dm_lock(h->probe_fd, F_UNLCK, slot);
-    return 1;
-}
-
-/* A slot for this process. Needs the mutex. */
-static inline int dm_new_slot(dm_handle *h, struct dm_own **result)
-{
-    struct dm_control *c = h->control;
-    for (unsigned i = 0; i < DM_SLOTS; i++) {
-        if (h->owns[i])
-            continue;
-        int r = dm_lock(h->markers_fd, F_WRLCK, i);
-        if (r < 0)
-            continue;
-        uint64_t high = atomic_load(&c->high);
-        struct dm_own *own = r ? NULL : calloc(1, sizeof *own);
-        if (!r && !own)
-            r = ENOMEM;
-        /* All slots below `high` have memory: a keeper that reads one never meets a hole in a tmpfs that is full. */
-        if (!r && high <= i)
-            r = posix_fallocate(h->control_fd, (off_t)(offsetof(struct dm_control, slots) + high * sizeof(struct dm_slot)),
-                                (off_t)((i + 1 - high) * sizeof(struct dm_slot)));
-        if (r) {
-            free(own);
-            dm_lock(h->markers_fd, F_UNLCK, i);
-            return r;
-        }
-        own->slot = &c->slots[i];
-        dm_orphan(own->slot);
-        own->bare = atomic_load(&own->slot->bare) != 0;
-        dm_raise(&c->high, i + 1);
-        h->owns[i] = *result = own;
-        return 0;
-    }
-    return DM_NO_SLOT;
 }
 
 /* A free slot of this process's, or a new one, for this thread. */
@@ -891,8 +903,12 @@ static inline int dm_entry_elsewhere(dm_handle *h, struct dm_own *own, struct dm
     }
 }
 
-/* Begins a write: marks its range, and lets every later cut wait for `dm_end`. */
-static inline int dm_begin(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight)
+/* Begins a write: marks its range, and lets every later cut wait for `dm_end`.
+ *
+ * A thread that waits at the gate cannot end other writes for which the gate waits. So one that has several in flight
+ * does not wait, but gets EAGAIN where the gate is closed, and tries again later.
+ */
+static inline int dm_begin_how(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight, int wait)
 {
     struct dm_own *own;
     uint64_t since = 0;
@@ -920,9 +936,19 @@ static inline int dm_begin(dm_handle *h, uint64_t offset, uint64_t length, struc
             return 0;
         }
         atomic_store(&f->interval, 0);
-        if (gate & 1 && (r = dm_wait_gate(h, &since)))
+        if (gate & 1 && (r = wait ? dm_wait_gate(h, &since) : EAGAIN))
             return r;
     }
+}
+
+static inline int dm_begin(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight)
+{
+    return dm_begin_how(h, offset, length, flight, 1);
+}
+
+static inline int dm_try_begin(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight)
+{
+    return dm_begin_how(h, offset, length, flight, 0);
 }
 
 /* Ends a write, in any thread of the process; once. */
@@ -975,7 +1001,7 @@ static inline uint64_t dm_swap(struct dm_control *c, uint64_t add)
 static inline int dm_flying(dm_handle *h, uint64_t before, int probe)
 {
     struct dm_control *c = h->control;
-    struct dm_own *own;
+    struct dm_own *own = NULL;
     int waits = 0, r = dm_mine(h, &own);
     uint64_t high = atomic_load(&c->high), size = atomic_load(&c->size);
     for (uint64_t i = 0; i < high && i < DM_SLOTS && !r; i++) {
