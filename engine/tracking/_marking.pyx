@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, binding=False
 """marking.h for Python: marks without a Python frame, and the acts of the keeper, one step each.
 
 What is hot keeps the interpreter's lock, which takes longer to give up than a mark does. What reaches a disk, or waits,
