@@ -45,7 +45,7 @@ def lose(tracker: Tracker) -> None:
     tracker._ended.set()
     for thread in tracker._threads:
         thread.join()
-    tracker._kernel.leave()
+    tracker._kernel.leave(at_once=True)
     tracker._log.close(remove=False)
     tracker._home.close()
 
