@@ -272,18 +272,16 @@ class Model:
                 raise BrokenError("a mark touches a buffer that was given back")
             if mutant == "bits stored without an atomic":
                 return to(s, "load bits", pc, MARK_STORE, OLD_WORD[m], s[bits] | mine)
-            return to(s, "or bits", pc, AGAIN, bits, s[bits] | mine)
+            return to(s, "or bits", pc, self._looks(s, m), bits, s[bits] | mine)
         if at == MARK_STORE:
-            return to(s, "store bits", pc, AGAIN, bits, s[OLD_WORD[m]])
-        if at == AGAIN:
-            return self._again(s, m)
+            return to(s, "store bits", pc, self._looks(s, m), bits, s[OLD_WORD[m]])
         if at == GATE_OPEN:
             if s[GATE] & 1:
                 after = WAIT if mutant in ("entry kept at the gate", "entry behind the looks") else RETRACT_WAIT
                 return to(s, "load gate: closed", pc, after)
-            if mutant == "entry behind the looks":
-                return to(s, "load gate", pc, RETURN_LATE)
-            return self._return(s, m, "load gate, return")
+            return to(s, "load gate", pc, AGAIN)
+        if at == AGAIN:
+            return self._again(s, m)
         if at == RETURN_LATE:
             n = bytearray(s)
             free = self._free(s, m)
@@ -311,7 +309,7 @@ class Model:
         return next((e for e in range(self.setup.entries) if not s[WORD[m][e]]), None)
 
     def _again(self, s: State, m: int) -> None:
-        """The last look at the state."""
+        """The last look at the state, and the return."""
         mutant, pc, bare = self.mutant, AT[m], self._bare(s, m)
         same = self._same(s, m)
         if mutant == "no last look":
@@ -322,11 +320,14 @@ class Model:
             same = s[LOG] == s[READ_L[m]]
         if not same:
             return self._to(s, "another", pc, LOAD if bare or mutant == "entry behind the looks" else RETRACT)
-        if bare:
-            return self._return(s, m, "load state, return")
-        if mutant in ("no look at the gate", "gate looked at before the entry"):
-            return self._return(s, m, "load state, return", SAW_GATE[m], 0)
-        return self._to(s, "load state", pc, GATE_OPEN)
+        if mutant == "entry behind the looks" and not bare:
+            return self._to(s, "load state", pc, RETURN_LATE)
+        return self._return(s, m, "load state, return")
+
+    def _looks(self, s: State, m: int) -> int:
+        """What comes behind the bits."""
+        unseen = self.mutant in ("no look at the gate", "gate looked at before the entry")
+        return AGAIN if self._bare(s, m) or unseen else GATE_OPEN
 
     def _return(self, s: State, m: int, what: str, *changes: int) -> None:
         """A mark returns: from here on the caller may write."""
@@ -484,10 +485,10 @@ class Model:
                 return to(s, "load logging", SAVE_SLOT, slot + 1)
             return None if s[LOCK[slot]] else to(s, "lock the slot of the dead", pc, FORGET, LOCK[slot], 2)
         if at == FORGET:
-            wiped = [f for e in range(self.setup.entries) for f in (WORD[slot][e], 0)] if slot < 2 else []
-            return to(
-                s, "logging = 0", pc, LET_GO, LOGGING[slot], 0, *(wiped if mutant == "a save clears entries" else ())
-            )
+            words = WORD[slot] if slot < 2 else []
+            wiped = mutant == "a save clears entries"
+            words = [f for word in words if s[word] for f in (word, 0 if wiped else s[word] | _ORPHAN)]
+            return to(s, "disown", pc, LET_GO, LOGGING[slot], 0, SEEN[slot], NONE, *words)
         if at == LET_GO:
             return to(s, "unlock", pc, GRACE, LOCK[slot], 0)
         if at == WIPE:
@@ -726,7 +727,7 @@ QUICK: Final = {
     "one granule, a save": Setup(("w", "b"), saves=1, same=True),
     "a failed sync": Setup(("w", "b"), saves=1, marker_kills=1, failing=1),
     "a full disk": Setup(("b", "b"), saves=1, full=1),
-    "the last one out": Setup(("w", "b"), cuts=1, marker_kills=1, keeper_kills=1, anew=True, entries=2, recovered=True),
+    "the last one out": Setup(("w",), cuts=1, marker_kills=1, keeper_kills=1, anew=True, entries=2, recovered=True),
     "the gate, one marker": Setup(("ww",), holds=2, marker_kills=1, closer_kills=1, impatient=1),
     "the gate and a cut": Setup(("w",), holds=1, cuts=1, marker_kills=1, keeper_kills=1, closer_kills=1, impatient=1),
     "the gate, two markers": Setup(("w", "w"), holds=1, marker_kills=1, closer_kills=1, impatient=1),
