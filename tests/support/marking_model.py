@@ -39,6 +39,7 @@ MAY, MAY_NEW = next(_n), next(_n)  # granules that somebody was allowed to write
 SENT = [next(_n) for _ in range(2)]  # of each granule: 1 + the interval in which a dead marker had begun a write
 # The slots: who holds its byte (0 nobody, 1 its marker, 2 the keeper), the words of marking, a failed sync to be told.
 LOCK, SEEN, LOGGING, FAILED = ([next(_n) for _ in range(_SLOTS)] for _ in range(4))
+JOINED = [next(_n) for _ in range(_SLOTS)]  # the shared lock of the log, which each process has
 WORD = [[next(_n) for _ in range(_ENTRIES)] for _ in range(2)]
 RANGE = [[next(_n) for _ in range(_ENTRIES)] for _ in range(2)]
 # What a marker knows privately: the state it read, the one it follows, the entry it has, the gate; and for the judge
@@ -61,11 +62,11 @@ NONE: Final = 9
 (LOAD, PUBLISH, FOLLOW, IS_LOGGED) = range(4)
 (ANNOUNCE, STILL, RECORD, SYNC, SET_LOGGED, SILENT, POISON, GIVE_UP) = range(4, 12)
 (BEGIN, MARK, MARK_STORE, AGAIN, GATE_OPEN, RETURN_LATE, WRITING, RETRACT, RETRACT_WAIT) = range(12, 21)
-(WAIT, PROBE, PUSH, ATTACH, DISOWN, RESET) = range(21, 27)
-(IDLE, DONE, DEAD) = range(27, 30)
+(WAIT, PROBE, PUSH, JOIN, VOUCH, ATTACH, DISOWN, RESET) = range(21, 29)
+(IDLE, DONE, DEAD) = range(29, 32)
 (SWAP, SCAN, DISOWN_ENTRY, UNLOCK_SLOT, MARKING, COMMIT, CLEAR, CLEAR_ENTRY) = range(8)
 (SAVE, GRACE, FORGET, LET_GO, WIPE, ROTATE, LOOK, READ0, READ1, READ2, STORE, PIN, GIVE_BACK) = range(13)
-(LOCK_ALL, REFUSE, RECOVER, UNLOCK_ALL, RECOVERED) = range(5)
+(PROBE_ALL, RECOVER, RECOVERED) = range(3)
 (LOCK_GATE, READ_GATE, CLOSE, DRAIN, HOLDING, UNLOCK) = range(6)
 
 
@@ -125,10 +126,10 @@ class Model:
         s[KILL_MARKER], s[KILL_KEEPER], s[KILL_CLOSER] = setup.marker_kills, setup.keeper_kills, setup.closer_kills
         s[PATIENCE], s[FAILING], s[FULL] = setup.impatient, setup.failing, setup.full
         for m in range(_SLOTS):
-            s[SEEN[m]], s[LOCK[m]] = NONE, 1
+            s[SEEN[m]], s[LOCK[m]], s[JOINED[m]] = NONE, 1, 1
             s[AT[m]], s[MINE[m]] = LOAD, 1 if setup.same else 1 << m
         for m in range(len(setup.writes), 2):
-            s[LOCK[m]], s[AT[m]] = 0, DONE
+            s[LOCK[m]], s[JOINED[m]], s[AT[m]] = 0, 0, DONE
         s[AT[_KEEPER]] = IDLE
         return bytes(s)
 
@@ -178,7 +179,7 @@ class Model:
             if s[TURN[m]] >= len(writes):
                 if s[ASIDE[m]]:
                     return to(s, "end the other write", WORD[m][s[ASIDE_ENTRY[m]]], 0, ASIDE[m], 0, ASIDE_ENTRY[m], 0)
-                return to(s, "detach", pc, DONE, LOCK[m], 0, SEEN[m], NONE)
+                return to(s, "detach", pc, DONE, LOCK[m], 0, JOINED[m], 0, SEEN[m], NONE)
             if writes[s[TURN[m]]] == ".":
                 return None
             if s[REFUSED] and mutant != "refusal ignored":
@@ -207,7 +208,7 @@ class Model:
             return to(s, "load logged", pc, self._begins(s, m) if known else ANNOUNCE)
         if at < BEGIN:
             return self._log(s, m)
-        if at < ATTACH:
+        if at < JOIN:
             return self._write(s, m)
         return self._attach(s, m)
 
@@ -362,6 +363,17 @@ class Model:
     def _attach(self, s: State, m: int) -> None:
         """Another process takes the slot of a dead one."""
         at, mutant, to, pc = s[AT[m]], self.mutant, self._to, AT[m]
+        living = any(s[LOCK[k]] for k in range(_SLOTS))
+        if mutant == "a look for the living before the lock" and at in (JOIN, VOUCH):
+            if at == JOIN:
+                return to(s, "look for the living", pc, VOUCH if living else DONE)
+            return to(s, "lock the log", pc, ATTACH, JOINED[m], 1)
+        if at == JOIN:
+            return to(s, "lock the log", pc, VOUCH, JOINED[m], 1)
+        if at == VOUCH:
+            if living or mutant == "no look for the living":
+                return to(s, "somebody lives", pc, ATTACH)
+            return to(s, "nobody lives", pc, DONE, JOINED[m], 0)
         if at == ATTACH:
             return None if s[LOCK[m]] else to(s, "lock slot", pc, DISOWN, LOCK[m], 1)
         if at == DISOWN:
@@ -581,31 +593,25 @@ class Model:
     # Who recovers the session, once nobody is left.
 
     def _recoverer(self, s: State) -> None:
-        at, mutant, to = s[RECOVER_AT], self.mutant, self._to
-        if at == LOCK_ALL:
-            if mutant == "recovery locks nothing":
-                return to(s, "-", RECOVER_AT, REFUSE)
-            if s[CUT_AT] == DEAD and not any(s[LOCK[k]] for k in range(_SLOTS)):
-                return to(s, "lock all", RECOVER_AT, REFUSE, *(f for k in range(_SLOTS) for f in (LOCK[k], 3)))
-        if at == REFUSE:
-            return to(s, "refuse", RECOVER_AT, RECOVER, REFUSED, mutant != "recovery refuses nothing")
+        at, to = s[RECOVER_AT], self._to
+        if at == PROBE_ALL:
+            nobody = not s[LOCK[_KEEPER]] and not any(s[JOINED[k]] for k in range(_SLOTS))
+            if nobody or self.mutant == "recovery asks for nobody":
+                return to(s, "nobody holds the log", RECOVER_AT, RECOVER)
         if at == RECOVER:
             if any(s[AT[m]] == WRITING or s[ASIDE[m]] for m in range(2)):
                 raise BrokenError("a session is recovered, and a write is in flight")
             found = s[SAVED]
             for j in range(s[OLDEST], s[INTERVAL] + 1):
                 found |= s[BITS[j]]
-            return to(s, "recover", RECOVER_AT, UNLOCK_ALL, SAVED, found)
-        if at == UNLOCK_ALL:
-            freed = [f for k in range(_SLOTS) if s[LOCK[k]] == 3 for f in (LOCK[k], 0)]
-            return to(s, "unlock all", RECOVER_AT, RECOVERED, *freed)
+            return to(s, "recover", RECOVER_AT, RECOVERED, SAVED, found)
         return None
 
     # Deaths.
 
     def _killer(self, s: State) -> None:
         for m in range(2):
-            if s[KILL_MARKER] and s[AT[m]] < IDLE and s[AT[m]] != ATTACH:
+            if s[KILL_MARKER] and s[AT[m]] < IDLE and (s[LOCK[m]] == 1 or s[JOINED[m]]):
                 n = bytearray(s)
                 n[KILL_MARKER] -= 1
                 begun = max(s[ASIDE[m]], s[READ_I[m]] + 1 if s[AT[m]] == WRITING else 0)
@@ -613,7 +619,8 @@ class Model:
                     if s[MINE[m]] >> g & 1:
                         n[SENT[g]] = max(s[SENT[g]], begun)
                 left = s[TURN[m]] < len(self.setup.writes[m])
-                n[AT[m]] = ATTACH if self.setup.anew and left else DEAD
+                n[AT[m]] = (JOIN if self.setup.recovered else ATTACH) if self.setup.anew and left else DEAD
+                n[JOINED[m]] = 0
                 for field in (READ_I, READ_L, OWN_I, OWN_L, ENTRY, SAW_GATE, SINCE, LATE, OLD_WORD, ASIDE, ASIDE_ENTRY):
                     n[field[m]] = 0
                 n[LOCK[m]] = 0 if s[LOCK[m]] == 1 else s[LOCK[m]]
@@ -622,6 +629,7 @@ class Model:
             n = bytearray(s)
             n[KILL_KEEPER] -= 1
             n[CUT_AT] = n[SAVE_AT] = n[AT[_KEEPER]] = DEAD
+            n[JOINED[_KEEPER]] = 0
             private = (READ_I, READ_L, OWN_I, OWN_L, ENTRY, SINCE, LATE)
             for at in (CUT_SLOT, CUT_ENTRY, SAVE_SLOT, SAVE_NOW, PINNED, *SNAP, *(f[_KEEPER] for f in private)):
                 n[at] = 0
@@ -629,12 +637,17 @@ class Model:
                 if s[LOCK[k]] == 2 or k == _KEEPER:
                     n[LOCK[k]] = 0
             self._out.append(("kill the keeper", bytes(n)))
-        if s[CUT_AT] == DEAD and not s[LOCK[_KEEPER]] and not s[REFUSED]:
-            mine = (LOCK[_KEEPER], 1, LOGGING[_KEEPER], 0, SEEN[_KEEPER], NONE, FAILED[_KEEPER], 0, AT[_KEEPER], IDLE)
-            self._to(s, "adopt", CUT_AT, SWAP, SAVE_AT, SAVE, *mine)
         if s[KILL_CLOSER] and s[CLOSE_AT] != LOCK_GATE:
             gone = (CLOSE_AT, LOCK_GATE, GATE_LOCK, 0, CLOSE_GATE, 0, CLOSE_SLOT, 0, CLOSE_ENTRY, 0, DISTURBED, 0)
             self._to(s, "kill who closed the gate", KILL_CLOSER, s[KILL_CLOSER] - 1, *gone)
+        if s[CUT_AT] == DEAD and not s[REFUSED]:
+            if self.setup.recovered and not s[JOINED[_KEEPER]]:
+                return self._to(s, "join", JOINED[_KEEPER], 1)
+            if self.setup.recovered and not any(s[LOCK[m]] for m in range(2)):
+                return self._to(s, "nobody lives", JOINED[_KEEPER], 0)
+            fresh = ((JOINED, 1), (LOCK, 1), (LOGGING, 0), (SEEN, NONE), (FAILED, 0), (AT, IDLE))
+            mine = [f for field, value in fresh for f in (field[_KEEPER], value)]
+            self._to(s, "adopt", CUT_AT, SWAP, SAVE_AT, SAVE, *mine)
 
     def _judge(self, s: State) -> None:
         """What must be so in every state, whatever dies in it.
@@ -727,7 +740,7 @@ QUICK: Final = {
     "one granule, a save": Setup(("w", "b"), saves=1, same=True),
     "a failed sync": Setup(("w", "b"), saves=1, marker_kills=1, failing=1),
     "a full disk": Setup(("b", "b"), saves=1, full=1),
-    "the last one out": Setup(("w",), cuts=1, marker_kills=1, keeper_kills=1, anew=True, entries=2, recovered=True),
+    "the last one out": Setup(("w",), cuts=1, marker_kills=2, keeper_kills=2, anew=True, entries=2, recovered=True),
     "the gate, one marker": Setup(("ww",), holds=2, marker_kills=1, closer_kills=1, impatient=1),
     "the gate and a cut": Setup(("w",), holds=1, cuts=1, marker_kills=1, keeper_kills=1, closer_kills=1, impatient=1),
     "the gate, two markers": Setup(("w", "w"), holds=1, marker_kills=1, closer_kills=1, impatient=1),
@@ -740,7 +753,6 @@ LONG: Final = {
         ("ww",), cuts=1, saves=1, marker_kills=1, keeper_kills=1, anew=True, entries=2
     ),
     "a cut beside a save": Setup(("ww",), cuts=1, saves=1, beside=True, marker_kills=1, keeper_kills=1),
-    "a cut beside a save, two markers": Setup(("w", "b"), cuts=1, saves=1, beside=True),
     "two cuts, two saves": Setup(("ww",), cuts=2, saves=2, marker_kills=1, keeper_kills=1),
     "three logs": Setup(("b", "bb"), saves=2, keeper_kills=1),
     "two writes at once": Setup(("ab",), cuts=1, saves=2, marker_kills=1, keeper_kills=1, entries=2),
@@ -791,8 +803,9 @@ MUTANTS: Final = {
     "attach clears entries": _ANEW,
     "a slot disowned without its lock": Setup(("w",), cuts=2, saves=1, marker_kills=1, anew=True, entries=2),
     "a save clears entries": Setup(("ab",), cuts=1, saves=3, marker_kills=1, entries=2),
-    "recovery locks nothing": _LAST,
-    "recovery refuses nothing": _LAST,
+    "recovery asks for nobody": _LAST,
+    "no look for the living": _LAST,
+    "a look for the living before the lock": _LAST,
     # The log, and saves.
     "logged before the sync": Setup(("b", "b")),
     "writesets read before the rotation": _SAVE,
