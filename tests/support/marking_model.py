@@ -1,9 +1,10 @@
 """A model of the marking protocol, and a search of every order of its steps. See SPEC.md, "Marking".
 
-The world is a simulated memory, log and store. In it live two markers, a keeper of two threads (one cuts, one saves), a
-third party that closes the gate, and a killer. Every step is one access to what others can see: a load, a store, an
-atomic, a lock, a system call. The search takes them in every order, from one beginning; a state that has been reached
-twice is followed once. All accesses that race are sequentially consistent, so these orders are all there are.
+The world is a simulated memory, log and store. In it live two markers, a keeper of two threads (one cuts, one saves),
+somebody who closes the gate, one who reads, one who recovers, and a killer. Every step is one access to what others can
+see: a load, a store, an atomic, a lock, a system call. The search takes them in every order, from one beginning; a
+state that has been reached twice is followed once. All accesses that race are sequentially consistent, so these orders
+are all there are.
 
 The death of everybody, and a power loss, are no steps: what they would leave is asked in every state. For the power
 loss, each record of the log counts only if it is there in its cached and in its last durable version.
@@ -53,8 +54,10 @@ SAVE_AT, SAVE_SLOT, SAVE_NOW, PINNED = (next(_n) for _ in range(4))
 SNAP = [next(_n) for _ in range(3)]
 CLOSE_AT, CLOSE_GATE, CLOSE_SLOT, CLOSE_ENTRY, DISTURBED = (next(_n) for _ in range(5))
 RECOVER_AT = next(_n)
+WITHDRAWN, RECYCLED = next(_n), next(_n)  # intervals without a descriptor, a bit each; and that word
+READ_AT, READ_MAY, READ_FOUND, READ_FROM, READ_TO, READ_RECYCLED = (next(_n) for _ in range(6))
 CUTS, SAVES, HOLDS = (next(_n) for _ in range(3))  # what is still to be done
-KILL_MARKER, KILL_KEEPER, KILL_CLOSER, PATIENCE, FAILING, FULL = (next(_n) for _ in range(6))  # and to happen
+KILL_MARKER, KILL_KEEPER, KILL_CLOSER, PATIENCE, FAILING, FULL, READS = (next(_n) for _ in range(7))  # and to happen
 _SIZE = next(_n)
 
 NONE: Final = 9
@@ -65,8 +68,11 @@ NONE: Final = 9
 (WAIT, PROBE, PUSH, JOIN, VOUCH, ATTACH, DISOWN, RESET) = range(21, 29)
 (IDLE, DONE, DEAD) = range(29, 32)
 (SWAP, SCAN, DISOWN_ENTRY, UNLOCK_SLOT, MARKING, COMMIT, CLEAR, CLEAR_ENTRY) = range(8)
-(SAVE, GRACE, FORGET, LET_GO, WIPE, ROTATE, LOOK, READ0, READ1, READ2, STORE, PIN, GIVE_BACK) = range(13)
+(SAVE, GRACE, FORGET, LET_GO, WIPE, ROTATE, LOOK, READ0, READ1, READ2, STORE, PIN, WITHDRAW, RAISE, GIVE_BACK) = range(
+    15
+)
 (PROBE_ALL, RECOVER, RECOVERED) = range(3)
+(READ_STORE, READ_STATE, READ_DESCRIPTOR, READ_BITS, READ_AGAIN) = range(5)
 (LOCK_GATE, READ_GATE, CLOSE, DRAIN, HOLDING, UNLOCK) = range(6)
 
 
@@ -93,6 +99,7 @@ class Setup:
         failing: how many syncs fail.
         full: how many records meet a full disk.
         recovered: where nobody is left, somebody recovers the session.
+        reads: how often somebody reads what is dirty, without any lock.
     """
 
     writes: tuple[str, ...]
@@ -110,6 +117,7 @@ class Setup:
     failing: int = 0
     full: int = 0
     recovered: bool = False
+    reads: int = 0
 
 
 class Model:
@@ -124,7 +132,7 @@ class Model:
         setup, s = self.setup, bytearray(_SIZE)
         s[CUTS], s[SAVES], s[HOLDS] = setup.cuts, setup.saves, setup.holds
         s[KILL_MARKER], s[KILL_KEEPER], s[KILL_CLOSER] = setup.marker_kills, setup.keeper_kills, setup.closer_kills
-        s[PATIENCE], s[FAILING], s[FULL] = setup.impatient, setup.failing, setup.full
+        s[PATIENCE], s[FAILING], s[FULL], s[READS] = setup.impatient, setup.failing, setup.full, setup.reads
         for m in range(_SLOTS):
             s[SEEN[m]], s[LOCK[m]], s[JOINED[m]] = NONE, 1, 1
             s[AT[m]], s[MINE[m]] = LOAD, 1 if setup.same else 1 << m
@@ -151,6 +159,8 @@ class Model:
             self._closer(s)
         if self.setup.recovered:
             self._recoverer(s)
+        if s[READS]:
+            self._reader(s)
         if not out:
             for m in range(2):
                 if s[AT[m]] < IDLE and not (s[AT[m]] == LOAD and self._turn(s, m) == "."):
@@ -535,11 +545,40 @@ class Model:
             return to(s, "commit", pc, PIN, *changes, *forget)
         if at == PIN:
             if slot == _SLOTS:
-                return to(s, "-", pc, GIVE_BACK, SAVE_SLOT, 0)
+                return to(s, "-", pc, WITHDRAW if self.setup.reads else GIVE_BACK, SAVE_SLOT, 0)
             pins = s[SEEN[slot]] != NONE and s[LOCK[slot]] and mutant != "nobody asks who may touch a buffer"
             return to(s, "load seen", SAVE_SLOT, slot + 1, PINNED, s[PINNED] | (1 << s[SEEN[slot]] if pins else 0))
         before = (1 << s[OLDEST]) - 1
-        return to(s, "give buffers back", pc, SAVE, GONE, s[GONE] | before & ~s[PINNED], PINNED, 0)
+        late = mutant == "recycled raised behind the wipe"
+        if at == WITHDRAW:
+            return to(s, "withdraw descriptors", pc, GIVE_BACK if late else RAISE, WITHDRAWN, before)
+        if at == RAISE:
+            return to(s, "raise recycled", pc, SAVE if late else GIVE_BACK, RECYCLED, s[RECYCLED] + 1)
+        return to(s, "give buffers back", pc, RAISE if late else SAVE, GONE, s[GONE] | before & ~s[PINNED], PINNED, 0)
+
+    # Somebody who only reads.
+
+    def _reader(self, s: State) -> None:
+        at, to, pc = s[READ_AT], self._to, READ_AT
+        if at == READ_STORE:
+            begun = (READ_MAY, s[MAY], READ_FOUND, s[SAVED], READ_FROM, s[OLDEST])
+            return to(s, "read: the store", pc, READ_STATE, *begun)
+        if at == READ_STATE:
+            return to(s, "read: state", pc, READ_DESCRIPTOR, READ_TO, s[INTERVAL], READ_RECYCLED, s[RECYCLED])
+        if at == READ_DESCRIPTOR:
+            if s[READ_FROM] > s[READ_TO]:
+                return to(s, "read: all", pc, READ_AGAIN)
+            after = READ_STORE if s[WITHDRAWN] >> s[READ_FROM] & 1 else READ_BITS
+            return to(s, "read: descriptor", pc, after)
+        if at == READ_BITS:
+            found = 0 if s[GONE] >> s[READ_FROM] & 1 else s[BITS[s[READ_FROM]]]
+            changes = (READ_FOUND, s[READ_FOUND] | found, READ_FROM, s[READ_FROM] + 1)
+            return to(s, "read: bits", pc, READ_DESCRIPTOR, *changes)
+        if s[RECYCLED] != s[READ_RECYCLED] and self.mutant != "recycled not looked at again":
+            return to(s, "read: begin anew", pc, READ_STORE)
+        if s[READ_MAY] & ~s[READ_FOUND]:
+            raise BrokenError("a reader misses a write that was allowed before it began to read")
+        return to(s, "read: done", pc, READ_STORE, READS, s[READS] - 1, READ_MAY, 0, READ_FOUND, 0)
 
     # A third party that closes the gate.
 
@@ -729,6 +768,7 @@ def _path(model: Model, parents: dict[State, State], s: State) -> Iterator[str]:
         yield next(name for name, n in model.steps(a) if n == b)
 
 
+_READ: Final = Setup(("b",), cuts=1, saves=1, reads=1)
 # What `make test` searches, and with the rest what `make test-long` does.
 QUICK: Final = {
     "one marker, two cuts, marker and keeper killed": Setup(("w",), cuts=2, marker_kills=1, keeper_kills=1),
@@ -741,6 +781,7 @@ QUICK: Final = {
     "a failed sync": Setup(("w", "b"), saves=1, marker_kills=1, failing=1),
     "a full disk": Setup(("b", "b"), saves=1, full=1),
     "the last one out": Setup(("w",), cuts=1, marker_kills=2, keeper_kills=2, anew=True, entries=2, recovered=True),
+    "a reader": _READ,
     "the gate, one marker": Setup(("ww",), holds=2, marker_kills=1, closer_kills=1, impatient=1),
     "the gate and a cut": Setup(("w",), holds=1, cuts=1, marker_kills=1, keeper_kills=1, closer_kills=1, impatient=1),
     "the gate, two markers": Setup(("w", "w"), holds=1, marker_kills=1, closer_kills=1, impatient=1),
@@ -757,6 +798,9 @@ LONG: Final = {
     "three logs": Setup(("b", "bb"), saves=2, keeper_kills=1),
     "two writes at once": Setup(("ab",), cuts=1, saves=2, marker_kills=1, keeper_kills=1, entries=2),
     "one granule, a cut and a save": Setup(("w", "bw"), cuts=1, saves=1, same=True),
+    "a reader, a cut beside a save": Setup(
+        ("w",), cuts=1, saves=1, beside=True, marker_kills=1, keeper_kills=1, reads=1
+    ),
     "the gate and a cut, two markers": Setup(
         ("w", "w"), holds=1, cuts=1, marker_kills=1, keeper_kills=1, closer_kills=1, impatient=1
     ),
@@ -825,6 +869,9 @@ MUTANTS: Final = {
     "seen left out": _BOTH,
     "seen behind the second look": Setup(("b", "b"), cuts=1, saves=1),
     "nobody asks who may touch a buffer": _BOTH,
+    # Readers.
+    "recycled not looked at again": _READ,
+    "recycled raised behind the wipe": _READ,
     # The gate.
     "no look at the gate": _GATE,
     "gate looked at before the entry": _GATE,
