@@ -162,7 +162,7 @@ def read_log(session: live.Session, size: int) -> Logged | None:
             logs = []
             for number in (session.log, session.log + 1):
                 tally = file.read_exactly(live.TALLIES[number % 2], TALLY.size)
-                logs.append(_read_places(places[:, number % 2].ravel(), tally, session.uuid, number))
+                logs.append(_read_places(places[:, number % 2].ravel(), made_for, tally, session.uuid, number))
             beats = [parse_beat(session.uuid, file.read(at, BEAT.size)) for at in live.BEATS]
     except Error:
         return None
@@ -172,10 +172,10 @@ def read_log(session: live.Session, size: int) -> Logged | None:
     return Logged(found, max(beats))
 
 
-def _read_places(places: NDArray[np.uint64], tally: bytes, uuid: bytes, number: int) -> list[int] | None:
-    """The regions in log ``number``, which is the newest in these places; None if it is damaged."""
+def _read_places(places: NDArray[np.uint64], regions: int, tally: bytes, uuid: bytes, number: int) -> list[int] | None:
+    """The regions in log ``number``, which is the newest in the places of so many; None if it is damaged."""
     logs, nothing = _numbers(places.tobytes(), uuid, number), places == 0
-    in_place = places.view(">u4")[::2] == np.arange(len(places))
+    in_place = (places.view(">u4")[::2] == np.arange(len(places))) & (np.arange(len(places)) < regions)
     sound = in_place & (logs <= number) & ((logs ^ number) & 1 == 0)
     there = sound & (logs == number)  # zeros can be a record, too
     if not bool(np.all(sound | nothing)):
