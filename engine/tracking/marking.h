@@ -182,7 +182,8 @@ typedef struct dm_handle {
     uint64_t window; /* so many bytes are mapped */
     int control_fd, bits_fd, markers_fd, probe_fd, log_fd;
     unsigned region_bits;
-    int forked, left, kept, closing;
+    int forked, kept, closing;
+    _Atomic int left; /* 1: but for writes in flight; 2: wholly */
     uint64_t closed; /* the gate's number, by this handle */
     pthread_mutex_t mutex, logging;
     struct dm_hooks hooks;
@@ -445,21 +446,24 @@ static inline void dm_detach(dm_handle *h)
 /* Gives up all locks, and so every slot. Nothing can be marked through the handle any more.
  *
  * What is in flight still counts until it has ended, and its slots stay until then; unless `at_once`, after which ends
- * mean nothing: for a session that refuses all, as any other one may give such an entry to somebody else.
+ * mean nothing: for a session that refuses all, as any other one may give such an entry to somebody else. No other
+ * thread may be inside a call of this handle, but where a hook of it waits: that call is refused then.
  */
 static inline void dm_leave(dm_handle *h, int at_once)
 {
     int flying = 0;
     pthread_mutex_lock(&h->mutex);
     atomic_store(&h->serial, DM_NOTHING);
+    atomic_store(&h->left, 1);
     for (int i = 0; i < DM_SLOTS && !at_once; i++)
         for (int k = 0; k < DM_FLIGHTS && h->owns[i]; k++) {
             uint64_t v = atomic_load(&h->owns[i]->slot->flights[k].interval);
             flying += v && !(v & DM_ORPHAN);
         }
-    h->left = at_once || !flying ? 2 : 1;
-    if (h->left == 2)
+    if (!flying) {
+        atomic_store(&h->left, 2);
         dm_close_files(h);
+    }
     pthread_mutex_unlock(&h->mutex);
 }
 
@@ -553,12 +557,18 @@ static inline int dm_take_slot(dm_handle *h, struct dm_own **result, int first)
     return r;
 }
 
+/* Why a handle cannot be used any more, or 0. */
+static inline int dm_unusable(dm_handle *h)
+{
+    return atomic_load(&h->serial) != DM_NOTHING ? 0 : h->forked ? DM_FORKED : DM_REFUSED;
+}
+
 static inline int dm_find(dm_handle *h, struct dm_own **result)
 {
     uint64_t serial = atomic_load(&h->serial);
-    if (serial == DM_NOTHING)
-        return h->forked ? DM_FORKED : DM_REFUSED;
-    int r = 0;
+    int r = dm_unusable(h);
+    if (r)
+        return r;
     struct dm_own *own = NULL;
     pthread_mutex_lock(&h->mutex);
     for (int i = 0; i < DM_SLOTS && !own; i++)
@@ -786,7 +796,7 @@ static __attribute__((noinline, unused)) int dm_prepare(dm_handle *h, struct dm_
         if (length == 0 || dm_have(own->logged, offset >> own->region_bits, (offset + length - 1) >> own->region_bits))
             return 0;
         int64_t at = (int64_t)offset, bytes = (int64_t)length;
-        if ((r = dm_log(h, own, &at, &bytes, 1)))
+        if ((r = dm_log(h, own, &at, &bytes, 1)) || (r = dm_unusable(h)))
             return r;
     }
 }
@@ -859,7 +869,8 @@ static inline int dm_mark_many(dm_handle *h, const int64_t *offsets, const int64
                 break;
             dm_set(words, first >> own->shift, last >> own->shift);
         }
-        if (i < count && (r = dm_log(h, own, o + i, l + i, count - i))) /* those that are missing in one sync */
+        /* Those that are missing in one sync. */
+        if (i < count && ((r = dm_log(h, own, o + i, l + i, count - i)) || (r = dm_unusable(h))))
             return r;
         if (i == count && atomic_load(&h->control->state) == own->state)
             from += count;
@@ -941,7 +952,7 @@ static inline int dm_begin_how(dm_handle *h, uint64_t offset, uint64_t length, s
             return 0;
         }
         atomic_store(&f->interval, 0);
-        if (gate & 1 && (r = wait ? dm_wait_gate(h, &since) : EAGAIN))
+        if (gate & 1 && ((r = wait ? dm_wait_gate(h, &since) : EAGAIN) || (r = dm_unusable(h))))
             return r;
     }
 }
