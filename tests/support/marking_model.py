@@ -809,7 +809,10 @@ LONG: Final = {
     ),
     "a failed sync, a cut and a save": Setup(("w", "w"), cuts=1, saves=1, marker_kills=1, failing=1),
     "the last one out, a cut and a save": Setup(
-        ("w", "w"), cuts=1, saves=1, marker_kills=2, keeper_kills=1, anew=True, entries=2, recovered=True
+        ("w",), cuts=1, saves=1, marker_kills=2, keeper_kills=2, anew=True, entries=2, recovered=True
+    ),
+    "the last one out, two markers": Setup(
+        ("w", "b"), cuts=1, marker_kills=1, keeper_kills=2, anew=True, entries=2, recovered=True
     ),
 }
 
