@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, binding=False
 """marking.h for Python: marks without a Python frame, and the acts of the keeper, one step each.
 
 What is hot keeps the interpreter's lock, which takes longer to give up than a mark does. What reaches a disk, or waits,
@@ -40,7 +40,8 @@ cdef extern from "marking.h" nogil:
         dm_word interval, offset, granularity_bits, bytes
     struct dm_control:
         dm_word state, gate, size, recycled, high, reason
-        uint64_t intent
+        uint64_t intent, region_bits
+        uint8_t uuid[16]
         dm_descriptor descriptors[256]
         dm_slot slots[1]
         dm_word logged[2][1]
@@ -77,7 +78,7 @@ cdef extern from "marking.h" nogil:
         DM_REGIONS
     int dm_attach(const char *folder, dm_handle **)
     void dm_detach(dm_handle *)
-    void dm_leave(dm_handle *)
+    void dm_leave(dm_handle *, int at_once)
     int dm_map(dm_handle *, uint64_t end, uint8_t **)
     int dm_mark(dm_handle *, uint64_t offset, uint64_t length)
     int dm_mark_many(dm_handle *, const int64_t *, const int64_t *, size_t)
@@ -187,10 +188,15 @@ cdef class Marks:
         self.handle.hooks = dm_hooks(hook_lock, hook_unlock, hook_write, hook_sync, hook_pause)
         self.handle.context = <void *> self
 
-    def leave(self):
-        """Gives up all locks. Nothing can be marked any more."""
+    def leave(self, bint at_once):
+        """Gives up all locks, with those of writes in flight when these have ended, or ``at_once``; see dm_leave."""
         if self.handle != NULL and not self.handle.forked:
-            dm_leave(self.handle)
+            dm_leave(self.handle, at_once)
+
+    @property
+    def uuid(self):
+        """Of the session, 16 bytes."""
+        return bytes(self.handle.control.uuid[:16])
 
     cdef int keep_error(self, error) noexcept:
         self.errors[get_ident()] = error
@@ -289,7 +295,7 @@ cdef class Marks:
         """How many regions are in the current log."""
         cdef uint64_t count = 0
         cdef int w, parity = self.log % 2
-        for w in range(DM_REGIONS // 64):
+        for w in range(self.words()):
             count += __builtin_popcountll(dm_load(&self.handle.control.logged[parity][w]))
         return count
 
@@ -365,7 +371,12 @@ cdef class Marks:
 
     def clear_logged(self, uint64_t log):
         """Says that no region is in that log, the next one."""
-        memset(<void *> &self.handle.control.logged[log % 2][0], 0, DM_REGIONS // 8)
+        memset(<void *> &self.handle.control.logged[log % 2][0], 0, self.words() * 8)
+
+    cdef uint64_t words(self) noexcept:
+        """Words with the bits of the disk's regions; those behind them may have no memory."""
+        cdef uint64_t size = dm_load(&self.handle.control.size)
+        return ((size - 1) >> self.handle.control.region_bits) // 64 + 1 if size else 0
 
     def is_seen(self, uint64_t offset):
         """True if a living marker may touch the buffer at that offset."""

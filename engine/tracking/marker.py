@@ -9,6 +9,8 @@ from typing import Self
 from dirtmap.engine.session import livefile
 from dirtmap.engine.system.file import open_file
 from dirtmap.engine.tracking.kernel import Marking
+from dirtmap.fmt.errors import GoneError
+from dirtmap.fmt.structures.live import LOG
 
 
 class Marker(Marking):
@@ -29,16 +31,24 @@ class Marker(Marking):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         path = os.path.abspath(os.fspath(folder))
-        self._log = open_file(livefile.log_path(path), writable=True)
+        log_path = livefile.log_path(path)
+        super().__init__(path, path, None)
         try:
-            super().__init__(path, path, self._log)
+            self._log = open_file(log_path, writable=True)
+            try:
+                if self._log.read(LOG.field("uuid").offset, 16) != self.uuid:  # the next session's, at the same path
+                    raise GoneError(path, "this session has ended")
+                self.log_file = self._log
+            except BaseException:
+                self._log.close()
+                raise
         except BaseException:
-            self._log.close()
+            self.leave(at_once=True)
             raise
 
     def close(self) -> None:
-        """Ends it. What is in flight then counts as that of a process that has died."""
-        self.leave()
+        """Ends it. What is in flight can still be ended, and counts until then."""
+        self.leave(at_once=False)
         self._log.close()
 
     def __enter__(self) -> Self:

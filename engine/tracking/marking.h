@@ -182,7 +182,7 @@ typedef struct dm_handle {
     uint64_t window; /* so many bytes are mapped */
     int control_fd, bits_fd, markers_fd, probe_fd, log_fd;
     unsigned region_bits;
-    int forked, kept, closing;
+    int forked, left, kept, closing;
     uint64_t closed; /* the gate's number, by this handle */
     pthread_mutex_t mutex, logging;
     struct dm_hooks hooks;
@@ -443,12 +443,24 @@ static inline void dm_detach(dm_handle *h)
     free(h);
 }
 
-/* Gives up all locks, and so every slot: the handle can only end writes that it has begun. */
-static inline void dm_leave(dm_handle *h)
+/* Gives up all locks, and so every slot. Nothing can be marked through the handle any more.
+ *
+ * What is in flight still counts until it has ended, and its slots stay until then; unless `at_once`, after which ends
+ * mean nothing: for a session that refuses all, as any other one may give such an entry to somebody else.
+ */
+static inline void dm_leave(dm_handle *h, int at_once)
 {
+    int flying = 0;
     pthread_mutex_lock(&h->mutex);
     atomic_store(&h->serial, DM_NOTHING);
-    dm_close_files(h);
+    for (int i = 0; i < DM_SLOTS && !at_once; i++)
+        for (int k = 0; k < DM_FLIGHTS && h->owns[i]; k++) {
+            uint64_t v = atomic_load(&h->owns[i]->slot->flights[k].interval);
+            flying += v && !(v & DM_ORPHAN);
+        }
+    h->left = at_once || !flying ? 2 : 1;
+    if (h->left == 2)
+        dm_close_files(h);
     pthread_mutex_unlock(&h->mutex);
 }
 
@@ -457,7 +469,7 @@ static inline int dm_attach(const char *folder, dm_handle **result)
 {
     static _Atomic uint64_t serials;
     static const uint8_t arena[8] = "DMLARENA", lock_file[8] = "DMLMARKS";
-    uint8_t heads[2][24];
+    uint8_t heads[3][24];
     struct stat status;
     int r;
     dm_handle *h = calloc(1, sizeof *h);
@@ -499,7 +511,8 @@ static inline int dm_attach(const char *folder, dm_handle **result)
         goto failed;
     }
     r = DM_REFUSED;
-    if (atomic_load(&c->state) & 1)
+    /* The path is that of the next session's log, too, once this one has ended. */
+    if (atomic_load(&c->state) & 1 || pread(h->log_fd, heads[2], 24, 0) != 24 || memcmp(heads[2] + 8, c->uuid, 16))
         goto failed;
     /* Once nobody is left, recovery reads, and nobody may come any more. So whoever comes must have found, behind its
      * own lock, the keeper or somebody with a slot; and then gets one itself. */
@@ -957,18 +970,23 @@ static inline void dm_end(dm_handle *h, struct dm_flight *flight)
     uint64_t now = dm_time(CLOCK_REALTIME_COARSE);
     if (DM_LIKELY(dm_cache.serial == atomic_load_explicit(&h->serial, memory_order_relaxed)))
         atomic_store_explicit(&dm_cache.own->slot->event, now, memory_order_relaxed); /* one writer: it never goes back */
-    else if (h->forked)
+    else if (h->forked || h->left == 2)
         return;
     else
         dm_raise(&h->control->event, now);
     atomic_store_explicit(&flight->interval, 0, memory_order_release);
+    if (!DM_LIKELY(!h->left))
+        dm_leave(h, 0);
 }
 
 /* Says that nobody will end it: a cut marks it in the interval that it begins, and does not wait. */
 static inline void dm_lose(dm_handle *h, struct dm_flight *flight)
 {
-    if (!h->forked)
-        atomic_fetch_or(&flight->interval, DM_ORPHAN);
+    if (h->forked || h->left == 2)
+        return;
+    atomic_fetch_or(&flight->interval, DM_ORPHAN);
+    if (h->left)
+        dm_leave(h, 0);
 }
 
 /* The keeper. */

@@ -258,11 +258,8 @@ class Recorder:
         """
         views = [home.store.read(home.view) for home in self._homes]
         record, session = views[-1].record, views[-1].session
-        for home, view in zip(self._homes, views, strict=True):
-            if view.session is None or session is None or view.session.uuid != session.uuid:
-                raise GoneError(view.where, "its session has ended")
-            home.session = view.session
-        assert session
+        if session is None:
+            raise GoneError(views[-1].where, "its session has ended")
         self._where = views[0].where
         self._data = recovery.data_path(record.kind, self._image)
         self._look = identity_of if record.kind == store.KIND_NODE else identity_of_disk
@@ -271,17 +268,17 @@ class Recorder:
             self._folder = livefile.Folder(path)
             undo.callback(self._folder.close)
             self._kernel = Kernel(self._where, path, None)  # a marker as others; only then is the log that of a keeper
-            undo.callback(self._kernel.leave)
-            self._size_of_dead(views)
+            undo.callback(self._kernel.leave, True)
             log_path, intent, region_bits = os.fsdecode(session.log_path), session.intent, session.region_bits
-            self._log = IntentLog(log_path, session.uuid, intent, region_bits, self.size, adopt=True)
+            self._log = IntentLog(log_path, session.uuid, intent, region_bits, record.size, adopt=True)
             undo.callback(self._log.close, remove=False)
             self._kernel.keep_with(self._log)
+            self._look_at_dead(session.uuid)  # only now: another one may have adopted it, saved, and died
             self._arena = Arena(self._kernel, session.uuid)
             oldest, current = min(home.session.oldest for home in self._homes), self._kernel.interval
             writesets = self._arena.adopt(oldest, current)
             logs = {self._kernel.log - home.session.log for home in self._homes}
-            if not writesets or not livefile.is_of(path, session.uuid) or not logs <= {0, 1}:
+            if not writesets or not logs <= {0, 1}:
                 raise StorageError(path, "the live files are not as described")
             self._current, self._frozen = writesets.pop(current), writesets
             me = this_process()
@@ -298,11 +295,17 @@ class Recorder:
         self._wake.set()
         self._run()
 
-    def _size_of_dead(self, views: list[HomeView]) -> None:
+    def _look_at_dead(self, uuid: bytes) -> None:
+        """Reads what the homes have of a session that is taken over, and the size of its disk."""
         self.size = self._kernel.size
-        if any(view.record.size != self.size for view in views):
-            what = "its tracker died while the disk grew; it can be recovered once nobody marks any more"
-            raise StorageError(self._where, what)
+        for home in self._homes:
+            view = home.store.read(home.view)
+            if view.session is None or view.session.uuid != uuid or self._kernel.uuid != uuid:
+                raise GoneError(view.where, "its session has ended")
+            if view.record.size != self.size:
+                what = "its tracker died while the disk grew; it can be recovered once nobody marks any more"
+                raise StorageError(self._where, what)
+            home.session = view.session
 
     def _require_free(self, change: HomeChange) -> None:
         if change.session or Condition(change.snapshot, change.record).doubted:
@@ -367,7 +370,7 @@ class Recorder:
             log_path=session.log_path,
         )
         self._kernel = Kernel(self._where, live_path, None)
-        undo.callback(self._kernel.leave)
+        undo.callback(self._kernel.leave, True)
         self._kernel.keep_with(self._log)
         self._arena = Arena(self._kernel, session.uuid)
         self._current = self._arena.take(0, self.size, finest)
@@ -407,7 +410,7 @@ class Recorder:
     def _leave(self, undo: contextlib.ExitStack) -> None:
         """Keeps the files of a session that a record names: recovery finds there that nothing was marked."""
         undo.pop_all()
-        self._kernel.leave()
+        self._kernel.leave(True)
         self._log.close(remove=False)
         self._folder.close()
 
@@ -741,7 +744,7 @@ class Recorder:
     def _release(self) -> None:
         """Closes the files, and removes them if the session has ended."""
         ended = not any(home.has(self._session.uuid) for home in self._homes)
-        self._kernel.leave()
+        self._kernel.leave(True)
         self._log.close(remove=ended)
         folder = os.fsdecode(self._session.live)
         if ended and livefile.is_of(folder, self._session.uuid):

@@ -262,7 +262,7 @@ class Writer:
             self.durable.append((len(self.disk.events), set(regions)))
 
     def close(self) -> None:
-        self.kernel.leave()
+        self.kernel.leave(at_once=True)
         self.log.close(remove=False)
 
 

@@ -342,7 +342,7 @@ def test_power_loss_at_any_moment(
     tracker._ended.set()
     for thread in tracker._threads:
         thread.join()
-    tracker._kernel.leave()
+    tracker._kernel.leave(at_once=True)
     tracker._log.close(remove=False)
     for home in tracker._homes:
         home.close()

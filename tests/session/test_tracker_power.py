@@ -30,6 +30,7 @@ from dirtmap.engine.session import livefile
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
+from dirtmap.engine.tracking.kernel import Kernel
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
 from dirtmap.fmt import store as fmt_store
@@ -44,7 +45,7 @@ def lose(tracker: Tracker) -> None:
     tracker._ended.set()
     for thread in tracker._threads:
         thread.join()
-    tracker._kernel.leave()
+    tracker._kernel.leave(at_once=True)
     tracker._log.close(remove=False)
     tracker._home.close()
 
@@ -480,17 +481,17 @@ def test_a_full_tmpfs_is_an_error_when_tracking_begins(tmp_path: Path, monkeypat
         with image.track(save_interval=0) as tracker:
             tracker.checkpoint("spare used")
             with monkeypatch.context() as patched:
-                patched.setattr(os, "posix_fallocate", full)
+                patched.setattr(Kernel, "reserve", lambda kernel, *_: kernel._fail(errno.ENOSPC, 0, 0))
                 with pytest.raises(dm.StorageError, match="No space"):
-                    cut_twice(tracker)  # there may be a spare, but not two
+                    cut_often(tracker)  # there may be two spares, but not three
                 tracker.mark(0, 1)
             tracker.checkpoint("later")
             assert model_of(tracker.bitmap("b0"))[0]
 
 
-def cut_twice(tracker: Tracker) -> None:
-    tracker.checkpoint("one")
-    tracker.checkpoint("two")
+def cut_often(tracker: Tracker) -> None:
+    for name in ("one", "two", "three"):
+        tracker.checkpoint(name)
 
 
 def test_a_live_folder_that_others_can_look_into_is_refused(tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ static void begin_session(uint64_t disk, uint64_t count)
     make("bits", &head, sizeof head, buffer(buffers));
     memcpy(head.magic, "DMLMARKS", 8);
     make("markers", &head, sizeof head, PAGE);
-    make("log", "", 0, 1 << 20);
+    struct { uint8_t before[8], uuid[16]; } log_head = {"", {7}};
+    make("log", &log_head, sizeof log_head, 1 << 20);
     static int log = -1; /* the keeper's lock */
     close(log);
     REQUIRE((log = open(c.log_path, O_RDWR)) >= 0 && dm_lock(log, F_WRLCK, DM_LIVING - 1) == 0);
