@@ -8,7 +8,7 @@ import random
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ class World:
         words = np.frombuffer(mmap.mmap(-1, 8 * (2 * GRANULES + MARKERS + 3)), np.int64)
         self.disk, self.backup, self.pending, self._rest = np.split(words, np.cumsum([GRANULES, GRANULES, MARKERS]))
         self.live, self.joined, self.wrong = folder / "live", folder / "joined", folder / "wrong"
+        self.pids: set[int] = set()
         self.late = _NEVER
 
     @property
@@ -66,16 +67,26 @@ class World:
     def start(self, act: Callable[[], None]) -> int:
         """Does it in a child, which is killed or ends well."""
         if pid := os.fork():
+            self.pids.add(pid)
             return pid
         status = 1
         try:
-            signal.alarm(600)
+            signal.alarm(7200)
             act()
             status = 0
         except BaseException:
             self.wrong.write_text(traceback.format_exc())
         finally:
             os._exit(status)
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        self.ends(pid)
+
+    def ends(self, pid: int) -> int:
+        """Waits for its end; returns its status."""
+        self.pids.discard(pid)
+        return os.waitpid(pid, 0)[1]
 
     def until(self, sign: Path) -> None:
         while not sign.exists():
@@ -90,6 +101,7 @@ class World:
                 granule, length = lot.randrange(GRANULES), lot.randrange(1, GRANULE)
                 with marks.write(granule * GRANULE, length):
                     self.pending[marker] = granule + 1
+                    time.sleep(lot.random() / 500)
                     self.disk[granule] = seed << 32 | turn
                     self.pending[marker] = 0
                 time.sleep(lot.random() / 1000)
@@ -144,50 +156,53 @@ class World:
         assert not len(missed), f"granules {missed} since checkpoint c{self.done}"
 
 
-@pytest.mark.parametrize("kills", [60, pytest.param(5_000, marks=pytest.mark.long)])
-def test_backups_miss_nothing_whoever_is_killed(tmp_path: Path, kills: int) -> None:
-    make_node(tmp_path, GRANULES * GRANULE)
-    world, lot, seeds = World(tmp_path), random.Random(1), iter(range(1, 1 << 30))
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    for pid in list(made.pids):
+        made.kill(pid)
 
-    def keeper() -> int:
+
+@pytest.mark.parametrize("kills", [60, pytest.param(5_000, marks=pytest.mark.long)])
+def test_backups_miss_nothing_whoever_is_killed(tmp_path: Path, world: World, kills: int) -> None:
+    make_node(tmp_path, GRANULES * GRANULE)
+    lot, seeds = random.Random(1), iter(range(1, 1 << 30))
+
+    def tracker_begins() -> int:
         seed = next(seeds)
         return world.start(lambda: world.track(seed))
 
-    tracker = keeper()
-    world.until(world.live)
-    anchor = world.start(world.wait)
-    world.until(world.joined)
-
-    def marker(number: int) -> int:
+    def marker_begins(number: int) -> int:
         seed = next(seeds)
         return world.start(lambda: world.mark(number, seed))
 
-    def kill(number: int) -> None:
+    def marker_dies(number: int) -> None:
         world.late = world.done
-        os.kill(markers[number], signal.SIGKILL)
-        os.waitpid(markers[number], 0)
+        world.kill(markers[number])
         time.sleep(lot.random() / 100)
         world.land(number)
         world.late = _NEVER
 
-    markers = [marker(number) for number in range(MARKERS)]
+    tracker = tracker_begins()
+    world.until(world.live)
+    world.start(world.wait)
+    world.until(world.joined)
+    markers = [marker_begins(number) for number in range(MARKERS)]
     while kills and not world.wrong.exists():
         kills -= 1
         time.sleep(lot.random() / 10)
         number = lot.randrange(MARKERS + 1)
         if number < MARKERS:
-            kill(number)
-            markers[number] = marker(number)
+            marker_dies(number)
+            markers[number] = marker_begins(number)
         else:
-            os.kill(tracker, signal.SIGKILL)
-            os.waitpid(tracker, 0)
-            tracker = keeper()
+            world.kill(tracker)
+            tracker = tracker_begins()
     for number in range(MARKERS):
-        kill(number)
+        marker_dies(number)
     world.stop = True
-    status = os.waitpid(tracker, 0)[1]
-    os.kill(anchor, signal.SIGKILL)
-    os.waitpid(anchor, 0)
+    status = world.ends(tracker)
     assert not world.wrong.exists(), world.wrong.read_text()
     assert status == 0
     with dm.open("node:drive0") as node:
