@@ -63,8 +63,10 @@ if TYPE_CHECKING:
     from dirtmap.engine.namespaces.devices import Device
     from dirtmap.engine.namespaces.nodes import Node
     from dirtmap.engine.storefile.file import create as create_store
-    from dirtmap.engine.tracking.kernel import Ticket
-    from dirtmap.engine.tracking.tracker import Tracker, Write
+    from dirtmap.engine.tracking.gate import gate
+    from dirtmap.engine.tracking.kernel import Ticket, Write
+    from dirtmap.engine.tracking.marker import Marker
+    from dirtmap.engine.tracking.tracker import Tracker
 
     __version__: str
 
@@ -85,6 +87,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "ImageInfo": ("model.infos", "ImageInfo"),
     "Kind": ("host.kind", "Kind"),
     "Lookup": ("host.lookup", "Lookup"),
+    "Marker": ("tracking.marker", "Marker"),
     "Namespace": ("model.namespace", "Namespace"),
     "Node": ("namespaces.nodes", "Node"),
     "Recovery": ("model.infos", "Recovery"),
@@ -95,12 +98,13 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "Tracker": ("tracking.tracker", "Tracker"),
     "Transaction": ("model.transaction", "Transaction"),
     "Verification": ("host.maintenance", "Verification"),
-    "Write": ("tracking.tracker", "Write"),
+    "Write": ("tracking.kernel", "Write"),
     "changes": ("model.changes", None),
     "check": ("host.calls", "check"),
     "create_store": ("storefile.file", "create"),
     "describe": ("host.calls", "describe"),
     "dump": ("host.calls", "dump"),
+    "gate": ("tracking.gate", "gate"),
     "index_stats": ("host.maintenance", "stats"),
     "open": ("host.calls", "open"),
     "rebuild_index": ("host.maintenance", "rebuild"),
@@ -134,6 +138,7 @@ __all__ = [
     "Kind",
     "LockedError",
     "Lookup",
+    "Marker",
     "MovedError",
     "Namespace",
     "Node",
@@ -155,6 +160,7 @@ __all__ = [
     "create_store",
     "describe",
     "dump",
+    "gate",
     "index_stats",
     "open",
     "rebuild_index",

@@ -259,7 +259,7 @@ WINDOW = Structure(
     Field("reserved", 20, 4),
 )
 
-_control = Struct("=8s16sQQQQQQQQ16sQQQ")
+_control = Struct("=8sQLL16s16sQQQQ40sQQ112sQQQQQQQQ")
 
 
 class RawControl:
@@ -267,70 +267,102 @@ class RawControl:
 
     __slots__ = (
         "magic",
+        "order",
+        "machine",
+        "version",
         "uuid",
-        "poisoned",
-        "current",
-        "heartbeat",
-        "event",
-        "in_flight",
-        "bare",
-        "writes",
-        "logged",
         "image_filesystem",
         "image_inode",
         "image_birth",
+        "region_bits",
+        "intent",
+        "reserved1",
+        "state",
+        "gate",
+        "reserved2",
+        "size",
+        "recycled",
+        "high",
+        "reason",
+        "heartbeat",
+        "event",
         "clock",
+        "patience",
     )
 
     def __init__(
         self,
         magic: bytes,
+        order: int,
+        machine: int,
+        version: int,
         uuid: bytes,
-        poisoned: int,
-        current: int,
-        heartbeat: int,
-        event: int,
-        in_flight: int,
-        bare: int,
-        writes: int,
-        logged: int,
         image_filesystem: bytes,
         image_inode: int,
         image_birth: int,
+        region_bits: int,
+        intent: int,
+        reserved1: bytes,
+        state: int,
+        gate: int,
+        reserved2: bytes,
+        size: int,
+        recycled: int,
+        high: int,
+        reason: int,
+        heartbeat: int,
+        event: int,
         clock: int,
+        patience: int,
     ) -> None:
         self.magic = magic
+        self.order = order
+        self.machine = machine
+        self.version = version
         self.uuid = uuid
-        self.poisoned = poisoned
-        self.current = current
-        self.heartbeat = heartbeat
-        self.event = event
-        self.in_flight = in_flight
-        self.bare = bare
-        self.writes = writes
-        self.logged = logged
         self.image_filesystem = image_filesystem
         self.image_inode = image_inode
         self.image_birth = image_birth
+        self.region_bits = region_bits
+        self.intent = intent
+        self.reserved1 = reserved1
+        self.state = state
+        self.gate = gate
+        self.reserved2 = reserved2
+        self.size = size
+        self.recycled = recycled
+        self.high = high
+        self.reason = reason
+        self.heartbeat = heartbeat
+        self.event = event
         self.clock = clock
+        self.patience = patience
 
 
 def _build_control(
     *,
     magic: bytes,
+    order: int,
+    machine: int,
+    version: int,
     uuid: bytes,
-    poisoned: int,
-    current: int,
-    heartbeat: int,
-    event: int,
-    in_flight: int,
-    bare: int,
-    writes: int,
-    logged: int,
     image_filesystem: bytes,
     image_inode: int,
     image_birth: int,
+    region_bits: int,
+    intent: int,
+    reserved1: bytes,
+    state: int,
+    gate: int,
+    reserved2: bytes,
+    size: int,
+    recycled: int,
+    high: int,
+    reason: int,
+    heartbeat: int,
+    event: int,
     clock: int,
+    patience: int,
 ) -> bytes:
     if len(magic) != 8:
         raise ValueError(f"control file.magic: {len(magic)} bytes, not 8")
@@ -338,21 +370,33 @@ def _build_control(
         raise ValueError(f"control file.uuid: {len(uuid)} bytes, not 16")
     if len(image_filesystem) != 16:
         raise ValueError(f"control file.image_filesystem: {len(image_filesystem)} bytes, not 16")
+    if len(reserved1) != 40:
+        raise ValueError(f"control file.reserved1: {len(reserved1)} bytes, not 40")
+    if len(reserved2) != 112:
+        raise ValueError(f"control file.reserved2: {len(reserved2)} bytes, not 112")
     return _control.pack(
         magic,
+        order,
+        machine,
+        version,
         uuid,
-        poisoned,
-        current,
-        heartbeat,
-        event,
-        in_flight,
-        bare,
-        writes,
-        logged,
         image_filesystem,
         image_inode,
         image_birth,
+        region_bits,
+        intent,
+        reserved1,
+        state,
+        gate,
+        reserved2,
+        size,
+        recycled,
+        high,
+        reason,
+        heartbeat,
+        event,
         clock,
+        patience,
     )
 
 
@@ -362,22 +406,244 @@ CONTROL = Structure(
     RawControl,
     _build_control,
     Field("magic", 0, 8),
-    Field("uuid", 8, 16),
-    Field("poisoned", 24, 8),
-    Field("current", 32, 8),
-    Field("heartbeat", 40, 8),
-    Field("event", 48, 8),
-    Field("in_flight", 56, 8),
-    Field("bare", 64, 8),
-    Field("writes", 72, 8),
-    Field("logged", 80, 8),
-    Field("image_filesystem", 88, 16),
-    Field("image_inode", 104, 8),
-    Field("image_birth", 112, 8),
-    Field("clock", 120, 8),
+    Field("order", 8, 8),
+    Field("machine", 16, 4),
+    Field("version", 20, 4),
+    Field("uuid", 24, 16),
+    Field("image_filesystem", 40, 16),
+    Field("image_inode", 56, 8),
+    Field("image_birth", 64, 8),
+    Field("region_bits", 72, 8),
+    Field("intent", 80, 8),
+    Field("reserved1", 88, 40),
+    Field("state", 128, 8),
+    Field("gate", 136, 8),
+    Field("reserved2", 144, 112),
+    Field("size", 256, 8),
+    Field("recycled", 264, 8),
+    Field("high", 272, 8),
+    Field("reason", 280, 8),
+    Field("heartbeat", 288, 8),
+    Field("event", 296, 8),
+    Field("clock", 304, 8),
+    Field("patience", 312, 8),
 )
 
-_writeset = Struct("=8s16sQQQ")
+_descriptor = Struct("=QQQQ")
+
+
+class RawDescriptor:
+    """The fields of a structure: descriptor."""
+
+    __slots__ = (
+        "interval",
+        "offset",
+        "granularity_bits",
+        "bytes",
+    )
+
+    def __init__(
+        self,
+        interval: int,
+        offset: int,
+        granularity_bits: int,
+        bytes: int,
+    ) -> None:
+        self.interval = interval
+        self.offset = offset
+        self.granularity_bits = granularity_bits
+        self.bytes = bytes
+
+
+def _build_descriptor(
+    *,
+    interval: int,
+    offset: int,
+    granularity_bits: int,
+    bytes: int,
+) -> bytes:
+    return _descriptor.pack(
+        interval,
+        offset,
+        granularity_bits,
+        bytes,
+    )
+
+
+DESCRIPTOR = Structure(
+    "descriptor",
+    _descriptor,
+    RawDescriptor,
+    _build_descriptor,
+    Field("interval", 0, 8),
+    Field("offset", 8, 8),
+    Field("granularity_bits", 16, 8),
+    Field("bytes", 24, 8),
+)
+
+_slot = Struct("=QQQQQ88s")
+
+
+class RawSlot:
+    """The fields of a structure: slot."""
+
+    __slots__ = (
+        "seen",
+        "logging",
+        "event",
+        "bare",
+        "writes",
+        "reserved",
+    )
+
+    def __init__(
+        self,
+        seen: int,
+        logging: int,
+        event: int,
+        bare: int,
+        writes: int,
+        reserved: bytes,
+    ) -> None:
+        self.seen = seen
+        self.logging = logging
+        self.event = event
+        self.bare = bare
+        self.writes = writes
+        self.reserved = reserved
+
+
+def _build_slot(
+    *,
+    seen: int,
+    logging: int,
+    event: int,
+    bare: int,
+    writes: int,
+    reserved: bytes,
+) -> bytes:
+    if len(reserved) != 88:
+        raise ValueError(f"slot.reserved: {len(reserved)} bytes, not 88")
+    return _slot.pack(
+        seen,
+        logging,
+        event,
+        bare,
+        writes,
+        reserved,
+    )
+
+
+SLOT = Structure(
+    "slot",
+    _slot,
+    RawSlot,
+    _build_slot,
+    Field("seen", 0, 8),
+    Field("logging", 8, 8),
+    Field("event", 16, 8),
+    Field("bare", 24, 8),
+    Field("writes", 32, 8),
+    Field("reserved", 40, 88),
+)
+
+_flight = Struct("=QQQQ")
+
+
+class RawFlight:
+    """The fields of a structure: flight."""
+
+    __slots__ = (
+        "start",
+        "end",
+        "interval",
+        "thread",
+    )
+
+    def __init__(
+        self,
+        start: int,
+        end: int,
+        interval: int,
+        thread: int,
+    ) -> None:
+        self.start = start
+        self.end = end
+        self.interval = interval
+        self.thread = thread
+
+
+def _build_flight(
+    *,
+    start: int,
+    end: int,
+    interval: int,
+    thread: int,
+) -> bytes:
+    return _flight.pack(
+        start,
+        end,
+        interval,
+        thread,
+    )
+
+
+FLIGHT = Structure(
+    "flight",
+    _flight,
+    RawFlight,
+    _build_flight,
+    Field("start", 0, 8),
+    Field("end", 8, 8),
+    Field("interval", 16, 8),
+    Field("thread", 24, 8),
+)
+
+_arena = Struct(">8s16s")
+
+
+class RawArena:
+    """The fields of a structure: arena."""
+
+    __slots__ = (
+        "magic",
+        "uuid",
+    )
+
+    def __init__(
+        self,
+        magic: bytes,
+        uuid: bytes,
+    ) -> None:
+        self.magic = magic
+        self.uuid = uuid
+
+
+def _build_arena(
+    *,
+    magic: bytes,
+    uuid: bytes,
+) -> bytes:
+    if len(magic) != 8:
+        raise ValueError(f"arena.magic: {len(magic)} bytes, not 8")
+    if len(uuid) != 16:
+        raise ValueError(f"arena.uuid: {len(uuid)} bytes, not 16")
+    return _arena.pack(
+        magic,
+        uuid,
+    )
+
+
+ARENA = Structure(
+    "arena",
+    _arena,
+    RawArena,
+    _build_arena,
+    Field("magic", 0, 8),
+    Field("uuid", 8, 16),
+)
+
+_writeset = Struct("=8s16sQQQQ")
 
 
 class RawWriteset:
@@ -389,6 +655,7 @@ class RawWriteset:
         "number",
         "size",
         "granularity_bits",
+        "room",
     )
 
     def __init__(
@@ -398,12 +665,14 @@ class RawWriteset:
         number: int,
         size: int,
         granularity_bits: int,
+        room: int,
     ) -> None:
         self.magic = magic
         self.uuid = uuid
         self.number = number
         self.size = size
         self.granularity_bits = granularity_bits
+        self.room = room
 
 
 def _build_writeset(
@@ -413,6 +682,7 @@ def _build_writeset(
     number: int,
     size: int,
     granularity_bits: int,
+    room: int,
 ) -> bytes:
     if len(magic) != 8:
         raise ValueError(f"writeset.magic: {len(magic)} bytes, not 8")
@@ -424,6 +694,7 @@ def _build_writeset(
         number,
         size,
         granularity_bits,
+        room,
     )
 
 
@@ -437,6 +708,7 @@ WRITESET = Structure(
     Field("number", 24, 8),
     Field("size", 32, 8),
     Field("granularity_bits", 40, 8),
+    Field("room", 48, 8),
 )
 
 _log = Struct(">4sL16sLLQL")

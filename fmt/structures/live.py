@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from construct import Bytes, Int32ub, Int64ub, Int64un, Struct
+from construct import Bytes, Int32ub, Int32un, Int64ub, Int64un, Struct
 
 from dirtmap.fmt.structures import store
 
@@ -27,26 +27,48 @@ CHECKPOINT_NAME = "checkpoint" / Struct("length" / Int32ub)
 WINDOW = "window" / Struct("began" / Int64ub, "ended" / Int64ub, "flags" / Int32ub, "reserved" / Int32ub)
 CONTROL = "control file" / Struct(
     "magic" / Bytes(8),
+    "order" / Int64un,
+    "machine" / Int32un,
+    "version" / Int32un,
     "uuid" / Bytes(16),
-    "poisoned" / Int64un,
-    "current" / Int64un,
-    "heartbeat" / Int64un,
-    "event" / Int64un,
-    "in_flight" / Int64un,
-    "bare" / Int64un,
-    "writes" / Int64un,
-    "logged" / Int64un,
     "image_filesystem" / Bytes(16),
     "image_inode" / Int64un,
     "image_birth" / Int64un,
+    "region_bits" / Int64un,
+    "intent" / Int64un,
+    "reserved1" / Bytes(40),
+    "state" / Int64un,
+    "gate" / Int64un,
+    "reserved2" / Bytes(112),
+    "size" / Int64un,
+    "recycled" / Int64un,
+    "high" / Int64un,
+    "reason" / Int64un,
+    "heartbeat" / Int64un,
+    "event" / Int64un,
     "clock" / Int64un,
+    "patience" / Int64un,
 )
+DESCRIPTOR = "descriptor" / Struct(
+    "interval" / Int64un, "offset" / Int64un, "granularity_bits" / Int64un, "bytes" / Int64un
+)
+SLOT = "slot" / Struct(
+    "seen" / Int64un,
+    "logging" / Int64un,
+    "event" / Int64un,
+    "bare" / Int64un,
+    "writes" / Int64un,
+    "reserved" / Bytes(88),
+)
+FLIGHT = "flight" / Struct("start" / Int64un, "end" / Int64un, "interval" / Int64un, "thread" / Int64un)
+ARENA = "arena" / Struct("magic" / Bytes(8), "uuid" / Bytes(16))
 WRITESET = "writeset" / Struct(
     "magic" / Bytes(8),
     "uuid" / Bytes(16),
     "number" / Int64un,
     "size" / Int64un,
     "granularity_bits" / Int64un,
+    "room" / Int64un,
 )
 LOG = "intent log" / Struct(
     "magic" / Bytes(4),

@@ -11,6 +11,7 @@ from dirtmap.engine.session.intent import IntentLog, read_log
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import live
+from dirtmap.fmt.live import build_log_record, build_tally, record_seed
 
 UUID = bytes(range(16))
 
@@ -28,15 +29,17 @@ def a_session(path: Path, uuid: bytes = UUID, **fields: Any) -> live.Session:
     return replace(session, **fields)
 
 
-def a_log(path: Path, size: int, logs: list[list[list[int]]], uuid: bytes = UUID) -> None:
-    """Writes a log of a disk of ``size`` bytes: for each log its appends, for each append its regions."""
+def a_log(path: Path, size: int, logs: list[list[list[int]]], uuid: bytes = UUID, *, first: int = 0) -> None:
+    """Writes a log of a disk of ``size`` bytes: for each log, from that number on, its appends, each of regions."""
     with fileio.using(NoSync):
         log = IntentLog(str(path), uuid, live.INTENT_REGION, live.MIN_REGION_BITS, size)
-        for number, appends in enumerate(logs):
-            if number:
-                log.rotate()
+        for number, appends in enumerate(logs, first):
+            seed, count = record_seed(uuid, number), 0
             for regions in appends:
-                log.append(regions)
+                for region in regions:
+                    log.write(live.record_offset(region, number), build_log_record(seed, region))
+                count += len(regions)
+                log.write(live.TALLIES[number % 2], build_tally(uuid, number, count))
         log.close(remove=False)
 
 

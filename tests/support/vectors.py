@@ -35,7 +35,7 @@ from dirtmap.engine.storefile.file import Snapshot, Store
 from dirtmap.engine.storefile.holds import all_holds
 from dirtmap.engine.system.file import File
 from dirtmap.engine.system.process import Process
-from dirtmap.engine.tracking import home, recorder, tracker
+from dirtmap.engine.tracking import home, kernel, recorder, tracker
 from dirtmap.fmt import live, store
 from dirtmap.fmt.errors import Error, FormatError, UnsupportedError
 from dirtmap.fmt.identity import FilePlace, Identity
@@ -108,9 +108,10 @@ def fixed() -> Iterator[Clock]:
             (storefile, "time_ns", clock),
             (File, "place", lambda file: FilePlace(EXT4, 4321, MADE)),
             (livefile, "clock_offset", lambda: BOOTED),
+            (kernel, "clock_offset", lambda: BOOTED),
             (home, "build_session", recorded),
             (recorder, "identity_of", image),
-            (tracker.Tracker, "_require_growth", lambda self, size: self._session.region_bits),
+            (tracker.Tracker, "_require_growth", lambda self, size: None),
             (recorder, "this_process", lambda: Process(4711, 1500, BOOT.bytes)),
             (view, "data_path", lambda kind, path: path),
             (recorder.Recorder, "_give_signs", lambda self: None),

@@ -1,0 +1,44 @@
+"""The marking protocol's C header alone, in programs without Python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent
+HEADERS = HERE.parent / "engine" / "tracking"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("marking") / "marking"
+    warnings = ["-Wall", "-Wextra", "-Werror", "-pedantic"]
+    source = str(HERE / "support" / "marking.c")
+    subprocess.run(
+        ["gcc", "-O2", "-std=c11", *warnings, f"-I{HEADERS}", "-o", str(path), source, "-pthread"], check=True
+    )
+    return path
+
+
+@pytest.fixture
+def live() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield path
+
+
+def test_marks_flights_the_dead_and_the_gate(program: Path, live: str) -> None:
+    subprocess.run([program, "check", live], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("tib", [1, 15])
+def test_what_a_mark_takes(program: Path, live: str, tib: int) -> None:
+    """Shows it with ``pytest -s``, beside a plain loop over the same bits."""
+    found = subprocess.run([program, "bench", live, str(tib)], check=True, timeout=60, capture_output=True, text=True)
+    times = dict(line.rsplit(" ", 1) for line in found.stdout.splitlines())
+    assert list(times) == ["flat loop", "mark", "begin and end", "mark many"]
+    sys.stderr.write("".join(f"\n{name}, {tib} TiB: {ns} ns" for name, ns in times.items()))
