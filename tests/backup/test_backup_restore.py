@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.backup_damage import DAMAGE
-from support.backups import back_up, make_nights, qcow2_disk, raw_disk
+from support.backups import SIZE, back_up, make_nights, qcow2_disk, raw_disk
 from support.cli import dirtmap, error_of, json_of
 from support.qemu import StorageDaemon, check, qemu_img, qemu_io, run
 from support.volumes import attached, loops, mounted
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Backup, Piece, Repository
+from dirtmap.tools.backup import Backup, Piece, Repository, images
 from dirtmap.tools.backup.chain import visible
+from dirtmap.tools.backup.daemon import Daemon
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,41 @@ def test_paths_may_be_relative(
     back_up(Path("new"), qcow2_disk(Path("disk.qcow2")))
     dirtmap("backup", "restore", "new", "disk.qcow2", "again.qcow2")
     qemu_img("compare", "-q", "disk.qcow2", "again.qcow2")
+
+
+def test_a_damaged_store_keeps_nobody_from_restoring_a_file(nights: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    (tmp_path / "default.dmap").write_bytes(bytes(70_000))
+    (tmp_path / "out").touch()
+    dirtmap("backup", "restore", "--force", nights[0], "data", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == nights[1][-1]
+
+
+def test_disks_of_no_bytes_and_of_one(tmp_path: Path) -> None:
+    repository = tmp_path / "repo"
+    for name, content in (("none", b""), ("one", b"1")):
+        (tmp_path / name).write_bytes(content)
+        with dm.Host() as host:
+            host.add_node(name, str(tmp_path / name))
+        for _ in range(2):
+            back_up(repository, name)
+        dirtmap("backup", "restore", repository, name, tmp_path / f"{name}.out")
+        assert (tmp_path / f"{name}.out").read_bytes() == content
+        dirtmap("backup", "verify", repository, f"node:{name}")
+    dirtmap("backup", "prune", "--keep=1", repository)
+    dirtmap("backup", "verify", repository)
+
+
+def test_a_daemon_that_was_asked_nothing_just_ends(tmp_path: Path) -> None:
+    disk = qcow2_disk(tmp_path / "disk.qcow2")
+    with Daemon({"disk": images.node(str(disk), "qcow2")}):
+        pass
+
+
+def test_a_server_has_a_connection_for_each_image_of_a_long_chain(tmp_path: Path) -> None:
+    disk = qcow2_disk(tmp_path / "disk.qcow2")
+    with Daemon({"disk": images.node(str(disk), "qcow2")}) as daemon:
+        connections = [daemon.connect("disk") for _ in range(150)]
+        assert {connection.size for connection in connections} == {SIZE}
 
 
 def test_a_link_stays_one(nights: tuple[Path, list[bytes]], tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def fill_a_hole(repository: Path, backup: Backup) -> None:
 
 
 @pytest.mark.parametrize("harm", [*DAMAGE, write_beside, fill_a_hole])
-@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("number", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_damage_is_found(repository: Path, harm: Callable[[Path, Backup], None], number: int) -> None:
     backup = Repository(repository).backups()[number - 1]
     harm(repository, backup)

@@ -60,7 +60,8 @@ class Daemon:
     def _start(self, listener: socket.socket) -> subprocess.Popen[bytes]:
         number = listener.fileno()
         command = [*_TIED, str(os.getpid()), "qemu-storage-daemon"]
-        command += ["--nbd-server", f"addr.type=fd,addr.str={number}"]
+        # Without a number of connections, the hundred-and-first waits for ever: one goes to each image of a chain.
+        command += ["--nbd-server", f"addr.type=fd,addr.str={number},max-connections=0"]
         for name, node in self._nodes.items():
             writable = "off" if node.get("read-only") else "on"
             command += ["--blockdev", json.dumps({"node-name": name, **node})]
@@ -110,7 +111,7 @@ class Daemon:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._stack:
-            if kind is not None:
+            if kind is not None or not self._connections:  # nothing was asked of it, and it may not be up yet
                 return
             self._disconnect()
             self._process.terminate()

@@ -16,7 +16,7 @@ from dirtmap.tools.backup.raw import RawTarget
 from dirtmap.tools.backup.repository import WAIT_SECONDS, Repository
 
 if TYPE_CHECKING:
-    from dirtmap.engine import Host
+    from dirtmap.engine import Host, Node
     from dirtmap.tools.backup.document import Backup
 
 RAW, QCOW2 = "raw", "qcow2"
@@ -125,15 +125,20 @@ def _write_device(host: Host, path: str, backup: Backup, reader: ChainReader, wa
     files.sync(path)
 
 
-def _nodes_at(host: Host, path: str) -> list[str]:
-    """The names of the nodes whose disk is at a path, as targets."""
+def _nodes_at(host: Host, path: str, *, surely: bool) -> list[str]:
+    """The names of the nodes whose disk is at a path, as targets; ``surely``: or an error."""
     # A store that is lost must keep nobody from restoring a disk.
     if not os.path.exists(path) or not os.path.exists(host.home):
         return []
     problems: list[Error] = []
-    found = [node for node in host.nodes(problems) if os.path.exists(node.path) and os.path.samefile(node.path, path)]
-    for problem in problems:  # a store that cannot be read may have a node there
+    nodes: list[Node] = []
+    try:
+        nodes = host.nodes(problems)
+    except Error as error:
+        problems.append(error)
+    for problem in problems if surely else ():  # a store that cannot be read may have a node there
         raise problem
+    found = [node for node in nodes if os.path.exists(node.path) and os.path.samefile(node.path, path)]
     return [f"node:{node.name}" for node in found]
 
 
@@ -148,14 +153,15 @@ def _refuse_used(host: Host, path: str) -> None:
     if os.path.exists(path):
         with host.offline(dm.Disk(os.path.abspath(path), RAW)):
             pass
-    for target in _nodes_at(host, path):
+    # Damage to a store must keep nobody from restoring a file.
+    for target in _nodes_at(host, path, surely=False):
         with host.open(target, force_share=True) as image:
             if (status := image.tracking()) is not None and status.alive:
                 raise dm.LockedError(path, f"tracked by {status.tracker}; end it first")
 
 
 def _make_dirty(host: Host, path: str) -> None:
-    for target in _nodes_at(host, path):
+    for target in _nodes_at(host, path, surely=True):
         with host.open(target) as image, image.transaction() as bitmaps:
             for name in bitmaps:
                 if not bitmaps[name].inconsistent:
