@@ -84,6 +84,7 @@ class Recorder:
 
     Attributes:
         size: of the disk, in bytes.
+        live: the folder of the live files, where a `Marker` in another process marks.
         last_error: why the last background save failed, or None.
     """
 
@@ -265,7 +266,7 @@ class Recorder:
         self._look = identity_of if record.kind == store.KIND_NODE else identity_of_disk
         path = os.fsdecode(session.live)
         with contextlib.ExitStack() as undo:
-            self._folder = livefile.Folder(path, adopt=True)
+            self._folder, self.live = livefile.Folder(path, adopt=True), path
             undo.callback(self._folder.close)
             self._kernel = Kernel(self._where, path, None)  # a marker as others; only then is the log that of a keeper
             undo.callback(self._kernel.leave, True)
@@ -352,7 +353,7 @@ class Recorder:
         for home in self._homes:
             home.session = session
         self._peers = [self._peer_of(view) for view in reversed(views)] if len(views) > 1 else [None]
-        self._folder = livefile.Folder(live_path)
+        self._folder, self.live = livefile.Folder(live_path), live_path
         undo.callback(self._folder.close)
         livefile.remove_files(live_path, keep_folder=True)  # left by a death before the session was in the store
         undo.callback(livefile.remove_files, live_path)

@@ -83,7 +83,7 @@ def node(tmp_path: Path) -> Iterator[dm.Handle]:
 
 
 def folder_of(tracker: dm.Tracker) -> str:
-    return os.fsdecode(tracker._session.live)
+    return tracker.live
 
 
 def test_another_process_marks_and_the_tracker_sees_it_at_once(node: dm.Handle) -> None:
