@@ -39,6 +39,7 @@ from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, Stora
 from dirtmap.fmt.live import Peer
 
 _PATIENCE_SECONDS: Final = 5.0
+_MOST_INTERVALS: Final = (1 << 32) - 2  # of a session: the state has 32 bits for the number
 
 
 class Roots(Protocol):
@@ -473,6 +474,8 @@ class Recorder:
 
     def _begin_interval(self, size: int, granularity_bits: int) -> Writeset:
         """The swap: marks go to another writeset from now on."""
+        if self._current.number >= _MOST_INTERVALS:
+            raise StorageError(self._where, "has cut as often as one session can; end the tracker, and begin anew")
         fresh = self._arena.take(self._current.number + 1, size, granularity_bits)
         self._frozen[self._current.number] = self._current
         self._current = fresh
