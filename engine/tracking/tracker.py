@@ -48,6 +48,7 @@ class Tracker(Recorder):
 
     Attributes:
         size: of the disk, in bytes.
+        live: the folder of the live files, where a `Marker` in another process marks.
         last_error: why the last background save failed, or None.
     """
 
