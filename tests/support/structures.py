@@ -12,6 +12,6 @@ def values_of(structure: AnyStructure, raw: bytes | bytearray, offset: int = 0) 
     return dict(zip((field.name for field in structure.fields), structure.unpack(raw, offset), strict=True))
 
 
-def changed(structure: AnyStructure, raw: bytes | bytearray, offset: int = 0, **fields: Any) -> bytes:
+def changed(structure: AnyStructure, raw: bytes | bytearray, offset: int = 0, /, **fields: Any) -> bytes:
     """The bytes of the record that lies there, with other values in these fields."""
     return structure.build(**{**values_of(structure, raw, offset), **fields})
