@@ -1,22 +1,20 @@
-"""The live path side by side with what Python has for it: bitarray, pyroaring, an array of a byte a granule.
-
-Run with ``make bench``. Each benchmark's ``extra_info`` has the ratio of the tracker's time to each peer's, best of
-several runs of both in turn, since what else the machine does weighs on all of them alike.
-"""
+"""The live path beside what Python has for it, bitarray and pyroaring, and beside plain C loops over the same bits."""
 
 from __future__ import annotations
 
 import random
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyroaring
 import pytest
 from bitarray import bitarray
+from support.measuring import Against, Peer
 from support.tracking import make_node
 
 import dirtmap.engine as dm
@@ -24,10 +22,13 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.tracker import Tracker
 
+SECTION = "Marks of a tracker"
 TIB = 1 << 40
 GRANULE = 65536
-MARKS = 100_000
+# So few that the numbers themselves stay in the cache; the marks hit as many different places.
+MARKS = 1_000
 RANGES = 1_000_000
+TESTS = Path(__file__).parent.parent
 
 
 class Unsynced(File):
@@ -39,103 +40,115 @@ class Unsynced(File):
 
 @contextmanager
 def tracking(folder: Path, size: int, bitmaps: int = 1) -> Iterator[Tracker]:
-    """A tracked node with so many recording bitmaps. Its image is as long as a file can be."""
+    """A tracked node with so many recording bitmaps; all of its regions are logged. A file has less than 16 TiB."""
     make_node(folder, size)
     with dm.open("node:drive0") as image, image.transaction() as changed:
         for number in range(1, bitmaps):
             changed[f"b{number}"] = dm.Bitmap(size)
     with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
+        log_regions(tracker)
         yield tracker
 
 
-def best(functions: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
-    """The shortest time of each, in seconds, taken in turns."""
-    times = dict.fromkeys(functions, float("inf"))
-    for _ in range(rounds):
-        for name, function in functions.items():
-            begun = time.perf_counter()
-            function()
-            times[name] = min(times[name], time.perf_counter() - begun)
-    return times
+def log_regions(tracker: Tracker) -> None:
+    tracker.mark_many(np.arange(0, tracker.size, 256 << 20), np.ones(tracker.size >> 28, np.int64))
 
 
-def compare(benchmark: Any, ours: Callable[[], object], peers: dict[str, Callable[[], object]], each: int = 1) -> None:
-    """Benchmarks ours; ``extra_info`` says how it compares."""
-    times = best({"ours": ours, **peers})
-    benchmark.extra_info["ns each"] = {name: round(taken / each * 1e9, 1) for name, taken in times.items()}
-    benchmark.extra_info["times"] = {name: round(times["ours"] / times[name], 2) for name in peers}
-    print(benchmark.extra_info)
-    benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
-
-
-class Bare:
-    """A bare slice assignment to a bitarray in memory that is as large."""
-
-    def __init__(self, size: int) -> None:
-        self.bits = bitarray(size >> 16, endian="little")
-
-    def mark(self, offset: int, length: int) -> None:
-        self.bits[offset >> 16 : ((offset + length - 1) >> 16) + 1] = 1
-
-
-class Roaring:
-    def __init__(self) -> None:
-        self.bits = pyroaring.BitMap()
-
-    def mark(self, offset: int, length: int) -> None:
-        self.bits.add_range(offset >> 16, ((offset + length - 1) >> 16) + 1)
-
-
-class Bytes:
-    def __init__(self, size: int) -> None:
-        self.bits = np.zeros(size >> 16, np.bool_)
-
-    def mark(self, offset: int, length: int) -> None:
-        self.bits[offset >> 16 : ((offset + length - 1) >> 16) + 1] = True
-
-
-@pytest.mark.parametrize("bitmaps", [1, 100])
-def test_mark_one_random_write_of_4_kib(benchmark: Any, tmp_path: Path, bitmaps: int) -> None:
+def some_ranges(size: int, longest: int) -> list[tuple[int, int]]:
     rng = random.Random(1)
-    offsets = [rng.randrange(TIB // 4096) * 4096 for _ in range(MARKS)]
-    with tracking(tmp_path, TIB, bitmaps) as tracker:
-        for offset in range(0, TIB, 256 << 20):  # every region logged
-            tracker.mark(offset, 1)
-        marks = {
-            "ours": tracker.mark,
-            "bitarray": Bare(TIB).mark,
-            "pyroaring": Roaring().mark,
-            "numpy bool": Bytes(TIB).mark,
-        }
-
-        def of(mark: Callable[[int, int], None]) -> Callable[[], None]:
-            def run() -> None:
-                for offset in offsets:
-                    mark(offset, 4096)
-
-            return run
-
-        functions = {name: of(mark) for name, mark in marks.items()}
-        compare(benchmark, functions.pop("ours"), functions, MARKS)
+    return [(rng.randrange((size - 2**20) // 512) * 512, rng.randrange(512, longest + 1)) for _ in range(MARKS)]
 
 
-def test_begin_and_end_of_a_random_write_of_4_kib(benchmark: Any, tmp_path: Path) -> None:
-    rng = random.Random(1)
-    offsets = [rng.randrange(TIB // 4096) * 4096 for _ in range(10_000)]
+@pytest.mark.parametrize(
+    ("tib", "longest", "bitmaps"),
+    [(1, 512, 1), (1, 4096, 1), (1, 4096, 100), (1, 65536, 1), (1, 2**20, 1), (15, 4096, 1), (15, 2**20, 1)],
+)
+def test_mark(against: Against, tmp_path: Path, tib: int, longest: int, bitmaps: int) -> None:
+    size = tib * TIB
+    ranges, array, roaring = some_ranges(size, longest), bitarray(size // GRANULE, endian="little"), pyroaring.BitMap()
+    with tracking(tmp_path, size, bitmaps) as tracker:
+
+        def ours() -> None:
+            mark = tracker.mark
+            for offset, length in ranges:
+                mark(offset, length)
+
+        def slices() -> None:
+            for offset, length in ranges:
+                array[offset >> 16 : ((offset + length - 1) >> 16) + 1] = 1
+
+        def adds() -> None:
+            add = roaring.add_range
+            for offset, length in ranges:
+                add(offset >> 16, ((offset + length - 1) >> 16) + 1)
+
+        many = f", {bitmaps} bitmaps" if bitmaps > 1 else ""
+        what = f"tracker.mark, random, up to {longest / 1024:g} KiB, {tib} TiB at 64 KiB{many}"
+        peers = {"a bitarray's slice assignment": Peer(slices, 0.5), "pyroaring's add_range": Peer(adds)}
+        against(what, ours, peers, calls=MARKS, rounds=301)
+
+
+def test_begin_and_end(against: Against, tmp_path: Path) -> None:
+    ranges = some_ranges(TIB, 4096)
     with tracking(tmp_path, TIB) as tracker:
-        for offset in range(0, TIB, 256 << 20):
-            tracker.mark(offset, 1)
 
-        def run() -> None:
-            for offset in offsets:
-                with tracker.write(offset, 4096):
+        def ours() -> None:
+            begin, end = tracker.begin, tracker.end
+            for offset, length in ranges:
+                end(begin(offset, length))
+
+        peers = {"a bare mark": Peer(bare(tracker, ranges), 2)}
+        against("tracker.begin and end, random, up to 4 KiB, 1 TiB", ours, peers, calls=MARKS, rounds=301)
+
+
+def test_write(against: Against, tmp_path: Path) -> None:
+    ranges = some_ranges(TIB, 4096)
+    with tracking(tmp_path, TIB) as tracker:
+
+        def ours() -> None:
+            write = tracker.write
+            for offset, length in ranges:
+                with write(offset, length):
                     pass
 
-        compare(benchmark, run, {}, len(offsets))
+        peers = {"a bare mark": Peer(bare(tracker, ranges), 3)}
+        against("with tracker.write, random, up to 4 KiB, 1 TiB", ours, peers, calls=MARKS, rounds=301)
+
+
+def bare(tracker: Tracker, ranges: list[tuple[int, int]]) -> Callable[[], None]:
+    def marks() -> None:
+        mark = tracker.mark
+        for offset, length in ranges:
+            mark(offset, length)
+
+    return marks
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The marking protocol in a program of its own, beside a loop that sets the same bits."""
+    path = tmp_path_factory.mktemp("marking") / "marking"
+    headers, source = TESTS.parent / "engine" / "tracking", TESTS / "support" / "marking.c"
+    subprocess.run(["gcc", "-O2", "-std=c11", f"-I{headers}", "-o", path, source, "-pthread"], check=True)
+    return path
 
 
 @pytest.mark.parametrize("tib", [1, 15])
-def test_mark_a_million_random_ranges_of_4_kib_to_1_mib(benchmark: Any, tmp_path: Path, tib: int) -> None:
+@pytest.mark.parametrize("which", ["mark", "begin and end", "mark many"])
+def test_from_c(against: Against, program: Path, tib: int, which: str) -> None:
+    """Random writes of 4 KiB. What ends a write also notes the time."""
+
+    def run() -> dict[str, float]:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            done = subprocess.run([program, "bench", folder, str(tib)], check=True, capture_output=True, text=True)
+        return {name: float(ns) * 1e-9 for name, ns in (line.rsplit(" ", 1) for line in done.stdout.splitlines())}
+
+    peers = {"flat loop": Peer(lambda: None, 2.5 if tib == 15 else None, limit=True)}
+    against.told(f"{which} from C, random, 4 KiB, {tib} TiB at 64 KiB", which, run, peers)
+
+
+@pytest.mark.parametrize("tib", [1, 15])
+def test_mark_many(against: Against, tmp_path: Path, tib: int) -> None:
     size = tib * TIB
     rng = np.random.default_rng(1)
     offsets = rng.integers(0, (size - (1 << 20)) // 4096, RANGES) * 4096
@@ -155,35 +168,42 @@ def test_mark_a_million_random_ranges_of_4_kib_to_1_mib(benchmark: Any, tmp_path
         bits = pyroaring.BitMap()
         bits |= pyroaring.BitMap(granules.astype(np.uint32))
 
+    bitmap = dm.Bitmap(size, GRANULE)
     with tracking(tmp_path, size) as tracker:
-        tracker.mark_many(np.arange(0, size, 256 << 20), np.ones(size >> 28, np.int64))
-        peers = {"pyroaring by range": roaring_by_range, "pyroaring by granule": roaring_by_granule}
-        compare(benchmark, lambda: tracker.mark_many(offsets, lengths), peers, RANGES)
+        peers = {
+            "pyroaring by range": Peer(roaring_by_range, 0.05),
+            "pyroaring by granule": Peer(roaring_by_granule, 0.05),
+            "Bitmap.mark_many": Peer(lambda: bitmap.mark_many(offsets, lengths), 2, limit=True),
+        }
+        what = f"tracker.mark_many, a million random ranges of 4 KiB to 1 MiB, {tib} TiB"
+        against(what, lambda: tracker.mark_many(offsets, lengths), peers, calls=RANGES, rounds=7)
 
 
-def test_a_cut_of_a_large_disk_whatever_is_dirty(benchmark: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("soon", [False, True], ids=["alone", "soon after another"])
+def test_cut(against: Against, tmp_path: Path, soon: bool) -> None:
+    """Whatever is dirty; apart from its sync. Aim: at most 0.5 ms, and 1 ms within 10 ms of another."""
     size = 15 * TIB
     rng = np.random.default_rng(1)
     number = 0
     with fileio.using(Unsynced), tracking(tmp_path, size) as tracker:
 
         def ready() -> None:
-            tracker.mark_many(rng.integers(0, size, 100_000), np.ones(100_000, np.int64))
-            while not tracker._arena.is_ready(size, 16):  # made in the background
-                time.sleep(0.01)
+            tracker.mark_many(rng.integers(0, size, 10_000), np.ones(10_000, np.int64))
+            time.sleep(0.2)  # for a spare to be made
             if number % 10 == 9:
                 tracker.save()
+            if soon:
+                tracker.clear("b0")
 
         def cut() -> None:
             nonlocal number
             number += 1
             tracker.clear("b0")
 
-        benchmark.pedantic(cut, setup=ready, rounds=50, warmup_rounds=5)
-        print({"best, ms": benchmark.stats.stats.min * 1e3, "median": benchmark.stats.stats.median * 1e3})
+        against("a cut on 15 TiB" + (", right after another" if soon else ""), cut, {}, rounds=50, before=ready)
 
 
-def test_changed_since_over_ten_intervals_of_a_large_disk(benchmark: Any, tmp_path: Path) -> None:
+def test_changed_since(against: Against, tmp_path: Path) -> None:
     size = 15 * TIB
     rng = np.random.default_rng(1)
     with tracking(tmp_path, size) as tracker:
@@ -197,4 +217,5 @@ def test_changed_since_over_ten_intervals_of_a_large_disk(benchmark: Any, tmp_pa
             for array in arrays:
                 np.bitwise_or(result, array, out=result)
 
-        compare(benchmark, lambda: tracker.changed_since("c0"), {"ten ORs": ors})
+        peers = {"ten ORs": Peer(ors, 1.3, limit=True)}
+        against("changed_since, ten intervals of 15 TiB", lambda: tracker.changed_since("c0"), peers, rounds=15)
