@@ -13,7 +13,7 @@ from support.hostless import stored
 from support.many import MIB, raw, settle
 
 import dirtmap.engine as dm
-from dirtmap.engine.index.walk import walk
+from dirtmap.engine.index.renewal import examine
 from dirtmap.engine.model import changes
 from dirtmap.engine.storefile import table
 from dirtmap.engine.storefile.directory import place_directory
@@ -124,7 +124,7 @@ def test_what_concerns_one_namespace_reads_few_records(
     found = {what: records(act) for what, act in acts}
     assert {what: count for what, count in found.items() if count > FEW} == {}
     assert found["add"] > 0, "they are counted"
-    assert walk(str(made / "index"))[1] == []
+    assert examine(str(made / "index")).faults == []
 
 
 def test_without_an_index_the_answer_is_the_same_and_all_records_are_read(

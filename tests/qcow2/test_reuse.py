@@ -16,7 +16,7 @@ from support.craft import Craft
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import changes
-from dirtmap.engine.qcow2 import commit, references
+from dirtmap.engine.qcow2 import commit, few, references
 from dirtmap.engine.qcow2.layout import read_layout
 from dirtmap.engine.qcow2.sidecar import make_sidecar
 from dirtmap.engine.system.file import File, open_file, using
@@ -227,6 +227,7 @@ def test_too_many_tables_are_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
     """The time of a change is bounded: such an image grows."""
     monkeypatch.setattr(commit, "_PROOF_BUDGET", 0)
     monkeypatch.setattr(commit, "_MOST_FOLLOWED", 4096)
+    monkeypatch.setattr(few, "MOST_BYTES", 0)
     monkeypatch.setattr(references, "follow", lambda *_: pytest.fail("read"))
     path = build(tmp_path, "plain")
     before = path.stat().st_size
@@ -254,6 +255,7 @@ def test_a_check_says_which_images_grow(tmp_path: Path, monkeypatch: pytest.Monk
     path = build(tmp_path, kind)
     assert growing(path) == []
     monkeypatch.setattr(commit, "_MOST_FOLLOWED", 4096)
+    monkeypatch.setattr(few, "MOST_BYTES", 0)
     assert len(growing(path)) == (kind != "raw external data")
     if kind == "plain":
         with using(Device):
