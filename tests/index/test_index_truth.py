@@ -65,6 +65,7 @@ SCRIPT: list[Step] = [
     ("device", "add", "d0", "--root", "q0"),
     ("device", "add", "one", "--root", "q0"),
     ("backup", "create", "d0", "backups"),
+    ("export", "nothing", "--run", "true"),
     ("device", "add", "d1", "--root", "far", "--store", "other.dmap"),
     ("device", "list", "--output=json"),
     *(("add", target, name) for target in ("one", "two", "far", "q0", "d0", "d1") for name in ("a", "b")),

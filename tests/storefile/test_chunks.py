@@ -60,7 +60,7 @@ def committed(target: Store, act: Callable[[Change], tuple[int, int]], nbits: in
         taken = -sum(change.space.free), len(change.space.places)
         tree = Tree(*act(change), nbits)
         used = -sum(change.space.free) - taken[0] + (len(change.space.places) - taken[1]) * change.space.per_leaf
-        released = sum(count for _, count in change.space._newly_released)
+        released = sum(count for _, count in change.space.newly_released)
     return Written(tree, used, released)
 
 
