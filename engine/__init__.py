@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.namespaces.devices import Device
     from dirtmap.engine.namespaces.nodes import Node
     from dirtmap.engine.storefile.file import create as create_store
+    from dirtmap.engine.tracking.include import get_include
     from dirtmap.engine.tracking.kernel import Ticket
     from dirtmap.engine.tracking.tracker import Tracker, Write
 
@@ -100,6 +101,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "create_store": ("storefile.file", "create"),
     "describe": ("host.calls", "describe"),
     "dump": ("host.calls", "dump"),
+    "get_include": ("tracking.include", "get_include"),
     "index_stats": ("host.maintenance", "stats"),
     "open": ("host.calls", "open"),
     "rebuild_index": ("host.maintenance", "rebuild"),
@@ -153,6 +155,7 @@ __all__ = [
     "create_store",
     "describe",
     "dump",
+    "get_include",
     "index_stats",
     "open",
     "rebuild_index",
