@@ -64,8 +64,8 @@ if TYPE_CHECKING:
     from dirtmap.engine.namespaces.nodes import Node
     from dirtmap.engine.storefile.file import create as create_store
     from dirtmap.engine.tracking.include import get_include
-    from dirtmap.engine.tracking.kernel import Ticket
-    from dirtmap.engine.tracking.tracker import Tracker, Write
+    from dirtmap.engine.tracking.kernel import Ticket, Write
+    from dirtmap.engine.tracking.tracker import Tracker
 
     __version__: str
 
@@ -95,7 +95,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "Tracker": ("tracking.tracker", "Tracker"),
     "Transaction": ("model.transaction", "Transaction"),
     "Verification": ("host.maintenance", "Verification"),
-    "Write": ("tracking.tracker", "Write"),
+    "Write": ("tracking.kernel", "Write"),
     "changes": ("model.changes", None),
     "check": ("host.calls", "check"),
     "create_store": ("storefile.file", "create"),

@@ -1,169 +1,120 @@
 """The intent log: which regions of the disk may have been written to since the last save, durable before the write.
 
-The file has two areas, which logs of rising number use in turn. The checksum of a record begins with the session and
-the number of the log. So records of an older log in the same area are void without being wiped, and to begin the next
-log nothing needs to be written. The store's commit says which is the oldest log that counts.
+Each region has a place of its own for logs of even number, and another one for logs of odd number, which are used in
+turn. So whoever logs a region, in whichever process, writes to the same place as everybody else, and the same bytes: no
+places are given out, and the log is never full. The checksum of a record begins with the session and the number of the
+log. So records of an older log in the same places are void without being wiped, and to begin the next log nothing needs
+to be written. The store's commit says which is the oldest log that counts.
 
-This is what a log looks like, whenever its writer stops. The writer gives each region one place, one after another, and
-writes the records in the order of their places: those of one sector, then a sync, then those of the next sector. A
-sector is written whole or not at all. So on disk a log of *k* records has them in its first *k* places, each region
-once, and nothing after them. An exception, or a write that fails, leaves no gap either: the next record is written
-together with all records before it that are not known to be durable.
+So a place has zeros, or a record of its own region, of a log of that parity, and of no later one than whoever reads it
+knows. The checksum of a record, together with its region, gives the number of the log (`_numbers`), so this can be
+checked; what is otherwise is damage. Then it is not known what the log had, and it counts as lost. A flipped bit makes
+the number one above 2^26, so it is always seen in logs of lower numbers.
 
-After the *k* records the area has what it had before: the records of the newest older log that was long enough, and
-zeros if none was. So from one place to the next the number of a record's log never rises:
+A log that lacks records looks like one that was stopped earlier. So there is a *tally* for each parity: how many
+records were durable when the tally was written. It is written after the records, and not synced by itself. A log with
+fewer records is damaged. Until a later sync has made the tally durable, the loss of the last records is not seen.
 
-    log 4 has 3 records, log 2 had 5, log 0 had 4    | 4 | 4 | 4 | 2 | 2 | zeros ...
-
-This order can be checked, because the checksum of a record, together with its region, gives the number of the log
-(`_numbers`). A writer that stops never breaks the order, so what breaks it is damage:
-
-- a record of another session, or of a log that is still to come;
-- a record after zeros, or after a record of an older log;
-- a region that is twice in one log.
-
-Then it is not known what the log had, and it counts as lost. A flipped bit changes the number to one above 2^26, so it
-is always seen in logs of lower numbers.
-
-A log that lacks its last sectors looks like one that was stopped earlier. So each area has a *tally*: how many records
-were durable when the tally was written. It is written after each record, and not synced by itself. A log with fewer
-records is damaged. Until a later sync has made the tally durable, the loss of the last records is not seen.
+Markers write the records: see `engine/tracking/marking.h`. The tracker makes the file, lengthens it and adds
+heartbeats.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from itertools import islice
 
 import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
+from dirtmap.engine.system.file import open_file, remove_file, sync_folder
 from dirtmap.fmt import geometry, live
-from dirtmap.fmt.errors import Error
+from dirtmap.fmt.errors import Error, LockedError
 from dirtmap.fmt.structures.live import (
     BEAT,
     LOG,
     TALLY,
     build_beat,
     build_log,
-    build_log_record,
-    build_tally,
     log_seed_head,
     parse_beat,
     parse_tally,
-    record_seed,
 )
 
-_SUFFIXES = ".intent", ".2.intent"
-_OWNER = 1 << 40  # the byte that the tracker locks for as long as it lives; no log is that long
-_PER_SECTOR = 512 // live.LOG_RECORD_SIZE
+_SUFFIX = ".intent"
+# The byte that the tracker locks for as long as it lives; every marker has a shared lock on the next. Logs are shorter.
+_OWNER = 1 << 40
 # CRC32C a byte at a time: what each low byte of the state adds, and which low byte left that top byte behind.
 _ADDED = np.array([crc32c.crc32c(bytes([byte]), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)], np.uint32)
 _LOW_BYTE = np.argsort(_ADDED >> 24).astype(np.uint32)
 
 
-class _Log:
-    """A log while records are added to it.
-
-    Attributes:
-        number: of the log.
-        seed: of the checksums of its records.
-        regions: those that have a place, in the order of their places. Every change of it is one call into C, which
-            nothing interrupts. So even if a signal's handler marks, no region gets two places, and no place two
-            regions.
-        durable: how many of the first places are durable.
-    """
-
-    __slots__ = ("durable", "number", "regions", "seed")
-
-    def __init__(self, uuid: bytes, number: int) -> None:
-        self.number, self.seed = number, record_seed(uuid, number)
-        self.regions: dict[int, None] = {}
-        self.durable = 0
-
-    def missing(self) -> tuple[int, list[int]]:
-        """The first place that is not known to be durable, and the regions from there on."""
-        while True:
-            first, end = self.durable, len(self.regions)
-            try:
-                found = list(islice(reversed(self.regions), end - first))
-            except RuntimeError:  # a signal's handler has added some meanwhile
-                continue
-            if end == len(self.regions):
-                return first, found[::-1]
-
-
 class IntentLog:
     """The log of a tracker, as the tracker itself uses it.
 
+    Args:
+        path: of the file.
+        uuid: of the session, 16 bytes.
+        intent, region_bits: as in the session.
+        size: of the disk, bytes.
+        adopt: takes over what a dead tracker has left, with all records; else it is made anew.
+
     Raises:
+        LockedError: the tracker that has it lives.
         StorageError: it cannot be made.
     """
 
-    def __init__(self, path: str, uuid: bytes, intent: int, region_bits: int, size: int) -> None:
-        self.path, self._uuid = path, uuid
-        self._regions = geometry.ceil_div(size, 1 << region_bits)
-        self._log, self._beat = _Log(uuid, 0), 0
-        remove_file(path)  # a crash may have left one, before its session was in the store
-        self._file = open_file(path, writable=True, create=True)
+    def __init__(
+        self, path: str, uuid: bytes, intent: int, region_bits: int, size: int, *, adopt: bool = False
+    ) -> None:
+        self.path, self._uuid, self._intent, self._region_bits = path, uuid, intent, region_bits
+        self._beat = 0
+        if not adopt:
+            remove_file(path)  # a crash may have left one, before its session was in the store
+        self._file = open_file(path, writable=True, create=not adopt)
         try:
-            self._file.lock_alone(_OWNER)
-            self._file.write(0, build_log(uuid, intent, region_bits, self._regions).ljust(live.PAGE, b"\0"))
-            # The whole file is written now, so that logging a region later needs no space and changes no file length.
-            for offset in range(live.PAGE, live.log_bytes(self._regions), live.PAGE):
-                self._file.write(offset, bytes(live.PAGE))
-            self._file.sync()
-            sync_folder(path)
+            if not self._file.lock_alone(_OWNER) and adopt:
+                raise LockedError(path, "its tracker lives")
+            if not adopt:
+                self._lengthen(0, size)
+                self._write_header(size)
+                self._file.sync()
+                sync_folder(path)
         except BaseException:
             self._file.close()
-            remove_file(path)
+            if not adopt:
+                remove_file(path)
             raise
 
-    @property
-    def number(self) -> int:
-        """The number of the log to which records are added now."""
-        return self._log.number
+    def grow(self, size: int) -> None:
+        """Gives the file the places for a disk of ``size`` bytes. Errors as `File.write` and `File.sync`."""
+        self._lengthen(self._file.size(), size)
+        self._file.sync()
+        self._write_header(size)  # one sector: it tells of the places once they are durable
+        self._file.sync()
 
-    def append(self, regions: list[int]) -> None:
-        """Adds regions to the log. On return they are durable.
+    def _lengthen(self, at: int, size: int) -> None:
+        # All of it is written now, so that logging a region later needs no space and changes no file length.
+        for offset in range(at, live.log_bytes(self._regions(size)), live.PAGE):
+            self._file.write(offset, bytes(live.PAGE))
 
-        Args:
-            regions: numbers of regions that are not in this log yet.
+    def _write_header(self, size: int) -> None:
+        self._file.write(0, build_log(self._uuid, self._intent, self._region_bits, self._regions(size)))
 
-        Raises:
-            SyncError: it is not known whether they are durable.
-            StorageError: they could not be written.
-        """
-        log = self._log
-        log.regions.update(dict.fromkeys(regions))
-        first, missing = log.missing()
-        area = live.area_offset(self._regions, log.number)
-        while missing:
-            part = missing[: _PER_SECTOR - first % _PER_SECTOR]
-            data = b"".join(build_log_record(log.seed, region) for region in part)
-            if log is not self._log:
-                # A signal's handler has begun the next log, and this area may belong to a later one. The caller makes
-                # the mark again.
-                return
-            self._file.write(area + first * live.LOG_RECORD_SIZE, data)
-            self._file.sync()
-            first, missing = first + len(part), missing[len(part) :]
-            log.durable = max(log.durable, first)
-        self._file.write(live.TALLIES[log.number % 2], build_tally(self._uuid, log.number, log.durable))
+    def _regions(self, size: int) -> int:
+        return geometry.ceil_div(size, 1 << self._region_bits)
 
-    def rotate(self) -> None:
-        """Begins the next log, which is empty. Records are added to it from now on.
+    def write(self, offset: int, data: bytes) -> None:
+        """Writes records or a tally, for the marker. Errors as `File.write`."""
+        self._file.write(offset, data)
 
-        It uses the area of the log before the present one. The caller has seen to it that that one does not count any
-        more.
-        """
-        self._log = _Log(self._uuid, self._log.number + 1)
+    def sync(self) -> None:
+        """Makes them durable. Errors as `File.sync`."""
+        self._file.sync()
 
     def beat(self, time: int) -> None:
-        """Makes a heartbeat durable: a time, ns since 1970. Errors as `append`."""
+        """Makes a heartbeat durable: a time, ns since 1970. Errors as `write` and `sync`."""
         self._file.write(live.BEATS[self._beat], build_beat(self._uuid, time))
         self._beat = 1 - self._beat
         self._file.sync()
@@ -193,39 +144,43 @@ def read_log(session: live.Session, size: int) -> Logged | None:
     regions = geometry.ceil_div(size, 1 << session.region_bits)
     if regions > live.MAX_REGIONS or session.log > live.MAX_LOG:
         return None
-    expected = build_log(session.uuid, session.intent, session.region_bits, regions)
     try:
         with open_file(os.fsdecode(session.log_path)) as file:
-            if file.read(0, LOG.size) != expected:
+            header = file.read(0, LOG.size)
+            if len(header) < LOG.size:
                 return None
-            logs = [_read_area(file, session.uuid, regions, number) for number in (session.log, session.log + 1)]
+            made_for = LOG.parse(header).regions  # more regions where the tracker died while the disk grew
+            expected = build_log(session.uuid, session.intent, session.region_bits, made_for)
+            if header != expected or not regions <= made_for <= live.MAX_REGIONS:
+                return None
+            pages = geometry.ceil_div(made_for, live.PER_PAGE)
+            data = file.read_exactly(live.RECORDS, live.log_bytes(made_for) - live.RECORDS)
+            places = np.frombuffer(data, np.uint64).reshape(pages, 2, live.PER_PAGE)
+            logs = []
+            for number in (session.log, session.log + 1):
+                tally = file.read_exactly(live.TALLIES[number % 2], TALLY.size)
+                logs.append(_read_places(places[:, number % 2].ravel(), tally, session.uuid, number))
             beats = [parse_beat(session.uuid, file.read(at, BEAT.size)) for at in live.BEATS]
     except Error:
         return None
-    found = None if None in logs else frozenset().union(*(log for log in logs if log is not None))
+    found = None
+    if all(log is not None for log in logs):
+        found = frozenset(region for log in logs if log is not None for region in log if region < regions)
     return Logged(found, max(beats))
 
 
-def _read_area(file: File, uuid: bytes, regions: int, number: int) -> list[int] | None:
-    """The regions in log ``number``, which is the newest in its area; None if it is damaged.
-
-    Raises:
-        StorageError: the file ends before the end of the area.
-    """
-    data = file.read_exactly(live.area_offset(regions, number), regions * live.LOG_RECORD_SIZE)
-    logs, nothing = _numbers(data, uuid, number), np.frombuffer(data, np.uint64) == 0
-    sound = (logs <= number) & ((logs ^ number) & 1 == 0)
-    logs[nothing & (logs != number)] = -1  # zeros can be a record, too
-    if not bool(np.all(sound | nothing)) or bool(np.any(logs[1:] > logs[:-1])):
+def _read_places(places: NDArray[np.uint64], tally: bytes, uuid: bytes, number: int) -> list[int] | None:
+    """The regions in log ``number``, which is the newest in these places; None if it is damaged."""
+    logs, nothing = _numbers(places.tobytes(), uuid, number), places == 0
+    in_place = places.view(">u4")[::2] == np.arange(len(places))
+    sound = in_place & (logs <= number) & ((logs ^ number) & 1 == 0)
+    there = sound & (logs == number)  # zeros can be a record, too
+    if not bool(np.all(sound | nothing)):
         return None
-    count = int(np.count_nonzero(logs == number))
-    found: list[int] = np.frombuffer(data, ">u4", 2 * count)[::2].tolist()
-    if max(found, default=0) >= regions or len(set(found)) < count:
-        return None
-    tally = file.read_exactly(live.TALLIES[number % 2], TALLY.size)
+    found: list[int] = np.flatnonzero(there).tolist()
     if tally != bytes(len(tally)):  # zeros: none was written yet
         last = parse_tally(uuid, tally)
-        if last is None or last.number > number or (last.number == number and last.count > count):
+        if last is None or last.number > number or (last.number == number and last.count > len(found)):
             return None
     return found
 
@@ -257,33 +212,16 @@ def _back(states: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def path_of(stem: str) -> str:
-    """The path of a session's first log."""
-    return f"{stem}{_SUFFIXES[0]}"
-
-
-def other_path(path: str) -> str:
-    """The path of the log that follows the one at ``path`` when the disk grows; that of the next one is ``path``."""
-    first, second = _SUFFIXES
-    return path.removesuffix(second) + first if path.endswith(second) else path.removesuffix(first) + second
+    """The path of a session's log."""
+    return f"{stem}{_SUFFIX}"
 
 
 def remove_log(session: live.Session) -> None:
-    """Removes the logs of a session that has ended. Removes nothing if another file is at such a path.
-
-    There may be another beside the one that it names, where its tracker died while the disk grew.
-    """
-    path = os.fsdecode(session.log_path)
-    for each in (path, other_path(path)):
-        _remove_log_at(each, session)
-
-
-def _remove_log_at(path: str, session: live.Session) -> None:
+    """Removes the log of a session that has ended. Removes nothing if another file is at that path."""
+    path, head = os.fsdecode(session.log_path), LOG.field("intent").offset
     try:
         with open_file(path) as file:
-            mine = (
-                file.read(0, LOG.size)[: LOG.field("intent").offset]
-                == build_log(session.uuid, session.intent, session.region_bits, 0)[: LOG.field("intent").offset]
-            )
+            mine = file.read(0, head) == build_log(session.uuid, session.intent, session.region_bits, 0)[:head]
     except Error:
         return
     if mine:
@@ -291,9 +229,18 @@ def _remove_log_at(path: str, session: live.Session) -> None:
 
 
 def is_held(session: live.Session) -> bool | None:
-    """True while the tracker that made the log has it open, in whichever PID namespace; None if the log is gone."""
+    """True while the tracker, or a marker, has the log open, in whichever PID namespace; None if the log is gone."""
+    return _is_locked(session, 2)
+
+
+def is_kept(session: live.Session) -> bool | None:
+    """True while the tracker that made or adopted the log has it open; None if the log is gone."""
+    return _is_locked(session, 1)
+
+
+def _is_locked(session: live.Session, count: int) -> bool | None:
     try:
         with open_file(os.fsdecode(session.log_path)) as file:
-            return file.locked_by_other(_OWNER)
+            return file.locked_by_other(_OWNER, count)
     except Error:
         return None

@@ -1,4 +1,7 @@
-"""Live files: the control file and the writesets of a tracker. The tracker maps them; readers copy them."""
+"""Live files: they are made here, read by copying what is needed of them, and removed.
+
+Whoever marks has them mapped; see `dirtmap.engine.tracking.kernel`.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,21 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from bitarray import bitarray
 
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import bits
-from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system import livefs, memory
-from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, clock_offset
+from dirtmap.engine.system.process import clock_offset
 from dirtmap.fmt import geometry, live
-from dirtmap.fmt.errors import LockedError, StorageError
+from dirtmap.fmt.errors import LockedError, StorageError, UnsupportedError
 from dirtmap.fmt.identity import FilePlace
-from dirtmap.fmt.structures.live import CONTROL, WRITESET
-
-# Writes that have begun in an interval and not ended, by their number: first byte, end, and thread.
-Flights = dict[int, tuple[int, int, int | None]]
+from dirtmap.fmt.structures.live import ARENA, CONTROL, DESCRIPTOR, FLIGHT, SLOT, SLOT_SIZE, WRITESET
 
 _BLOCK: Final = 16384  # words
 _ATTEMPTS: Final = 20
 _PAUSE_SECONDS: Final = 0.01
-_NAMES: Final = re.compile(r"control|writeset-[0-9]+")
+_NAMES: Final = re.compile(r"control|bits|markers")
+_LOOKS: Final = 100  # a save that recycles buffers makes a reader begin again
 
 
 def default_folder() -> str:
@@ -111,106 +110,60 @@ def is_of(folder: str, uuid: bytes) -> bool:
 
 
 def _read_control(folder: str) -> Any:
-    """The control file in a folder, as `CONTROL` parses it; None if there is none."""
-    data = livefs.read_live(_control_path(folder), lambda _: (live.PAGE, live.PAGE))
-    control = CONTROL.parse(bytes(data)) if data else None
-    return control if control and control.magic == live.CONTROL_MAGIC else None
+    """The head of the control file in a folder, as `CONTROL` parses it; None if there is none."""
+    with livefs.LiveReader(_path(folder, "control")) as file:
+        return _head_of(file)
 
 
-def _control_path(folder: str) -> str:
-    return os.path.join(folder, "control")
+def _head_of(control: livefs.LiveReader) -> Any:
+    data = control.read(0, live.LOG_PATH)
+    if data is None or control.size > live.CONTROL_BYTES:
+        return None
+    head = CONTROL.parse(data)
+    good = head.magic == live.CONTROL_MAGIC and head.order == live.CONTROL_ORDER
+    return head if good and head.version == live.CONTROL_VERSION else None
 
 
-def _writeset_path(folder: str, number: int) -> str:
-    return os.path.join(folder, f"writeset-{number}")
+def _path(folder: str, name: str) -> str:
+    return os.path.join(folder, name)
 
 
-def _index(name: str) -> int:
-    """The index of a field of the control file among the mapped u64."""
-    return CONTROL.field(name).offset // 8
+def make(
+    folder: str, uuid: bytes, image: FilePlace, *, intent: int, region_bits: int, size: int, log_path: bytes
+) -> None:
+    """Makes the live files of a session, with no buffers yet, in a folder that the caller holds.
 
+    Args:
+        folder: where.
+        uuid: of the session, 16 bytes.
+        image: the image itself.
+        intent: as in the session.
+        region_bits: as in the session.
+        size: of the disk, bytes.
+        log_path: of the intent log, raw bytes.
 
-POISONED, CURRENT, HEARTBEAT, EVENT, IN_FLIGHT, BARE, WRITES, LOGGED, CLOCK = map(
-    _index, ("poisoned", "current", "heartbeat", "event", "in_flight", "bare", "writes", "logged", "clock")
-)
-
-
-class Control:
-    """The control file of a tracker, as the tracker itself has it mapped.
-
-    Attributes:
-        fields: its numbers, a memoryview of u64, to be indexed with the constants above. Each is written by one store
-            instruction, so no reader sees half of it.
+    Raises:
+        StorageError: they cannot be made, or there is not enough memory.
+        UnsupportedError: marks are not known to be atomic on this machine.
     """
-
-    def __init__(self, folder: str, uuid: bytes, image: FilePlace) -> None:
-        self._map = livefs.create_live(_control_path(folder), live.PAGE)
-        values: dict[str, bytes | int] = dict.fromkeys((field.name for field in CONTROL.fields), 0)
-        values |= {"magic": live.CONTROL_MAGIC, "uuid": uuid}
-        values |= {f"image_{name}": value for name, value in image._asdict().items()}
-        values["clock"] = max(clock_offset(), 0)
-        self._map[: CONTROL.size] = CONTROL.build(**values)
-        self.fields = memoryview(self._map).cast("Q")
-
-    def give_sign(self) -> None:
-        """Writes a heartbeat. If the clock was set back, times from before that mean nothing any more."""
-        now, clock = time.time_ns(), clock_offset()
-        if clock < self.fields[CLOCK] - CLOCK_TOLERANCE_NS:
-            self.fields[EVENT] = now
-        self.fields[HEARTBEAT] = now
-        if abs(clock - self.fields[CLOCK]) > CLOCK_TOLERANCE_NS:
-            self.fields[CLOCK] = max(clock, 0)
-
-    def close(self) -> None:
-        """Unmaps it."""
-        self.fields.release()
-        self._map.close()
-
-
-class Writeset:
-    """The bits of one interval, mapped. It is made before the interval begins, and all clean at first.
-
-    Attributes:
-        number: of the interval.
-        size: of the disk, in bytes.
-        granularity_bits: log2 of the bytes of the disk that one bit stands for.
-        path: of the file.
-        flights: the writes that have begun in this interval and not ended.
-    """
-
-    def __init__(self, folder: str, uuid: bytes, number: int, size: int, granularity_bits: int) -> None:
-        self.number, self.size, self.granularity_bits = number, size, granularity_bits
-        self.path = _writeset_path(folder, number)
-        nbits = geometry.granules(size, 1 << granularity_bits)
-        self._octets = geometry.ceil_div(nbits, 64) * 8
-        fileio.remove_file(self.path)  # an attempt that was interrupted may have left one; the folder is ours alone
-        self._map = livefs.create_live(self.path, live.PAGE + max(self._octets, 8))
-        try:
-            self._map[: WRITESET.size] = WRITESET.build(
-                magic=live.WRITESET_MAGIC, uuid=uuid, number=number, size=size, granularity_bits=granularity_bits
-            )
-            # Reading a word of each page maps all pages now, not one by one with the marks. numpy lets other threads
-            # run meanwhile; mmap's MAP_POPULATE would not.
-            self.words[:: live.PAGE // 8].max(initial=0)
-        except BaseException:
-            self.forget()
-            raise
-        self.flights: Flights = {}
-
-    def view(self) -> bitarray:
-        """A new bitarray over the same bits."""
-        return bitarray(buffer=memoryview(self._map)[live.PAGE :], endian="little")
-
-    @property
-    def words(self) -> bits.Words:
-        """The bits as words: a read-only view, which shows later marks as well."""
-        words = np.frombuffer(self._map, bits.WORD, self._octets // 8, live.PAGE)
-        words.flags.writeable = False
-        return words
-
-    def forget(self) -> None:
-        """Removes the file. Its memory is freed with the last view of it."""
-        fileio.remove_file(self.path)
+    machine = os.uname().machine
+    if machine not in live.MACHINES:
+        raise UnsupportedError(folder, f"marks need atomic words of a kind that is not known of {machine}")
+    now = time.time_ns()
+    values: dict[str, bytes | int] = dict.fromkeys((field.name for field in CONTROL.fields), 0)
+    values |= {name: bytes(CONTROL.field(name).size) for name in ("reserved1", "reserved2")}
+    values |= {"magic": live.CONTROL_MAGIC, "order": live.CONTROL_ORDER, "machine": live.MACHINES[machine]}
+    values |= {"version": live.CONTROL_VERSION, "uuid": uuid, "region_bits": region_bits, "intent": intent}
+    values |= {f"image_{name}": value for name, value in image._asdict().items()}
+    values |= {"size": size, "heartbeat": now, "event": now, "clock": max(clock_offset(), 0)}
+    values |= {"patience": live.PATIENCE_NS}
+    head = CONTROL.build(**values).ljust(live.LOG_PATH, b"\0")
+    logged = geometry.ceil_div(geometry.granules(size, 1 << region_bits), 64) * 8
+    areas = [(live.LOGGED, logged), (live.LOGGED + live.MAX_REGIONS // 8, logged)]
+    whole = head + log_path.ljust(live.SLOTS - live.LOG_PATH, b"\0")
+    livefs.create_live(_path(folder, "bits"), ARENA.build(magic=live.ARENA_MAGIC, uuid=uuid), live.PAGE)
+    livefs.create_live(_path(folder, "markers"), ARENA.build(magic=live.MARKERS_MAGIC, uuid=uuid), live.PAGE)
+    livefs.create_live(_path(folder, "control"), whole, live.CONTROL_BYTES, areas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,60 +242,101 @@ def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
     Returns:
         None if one that is needed is missing, belongs to another session, or is not as a tracker makes it.
     """
-    control = _read_control(folder)
-    if control is None or control.uuid != uuid or not 0 <= control.current - oldest < live.MAX_INTERVALS:
-        return None
-    writesets = {}
-    for number in range(oldest, control.current + 1):
-        words = _read_writeset(folder, uuid, number, size)
-        if words is None:
-            return None
-        writesets[number] = words
-    numbers = ("poisoned", "current", "heartbeat", "event", "in_flight", "bare", "writes", "logged", "clock")
-    return Found(**{name: getattr(control, name) for name in numbers}, writesets=writesets)
+    with livefs.LiveReader(_path(folder, "control")) as control, livefs.LiveReader(_path(folder, "bits")) as arena:
+        for _ in range(_LOOKS):
+            head = _head_of(control)
+            begins = arena.read(0, ARENA.size)
+            if head is None or begins is None or head.uuid != uuid or ARENA.parse(begins) != (live.ARENA_MAGIC, uuid):
+                return None
+            current = head.state >> 32
+            if not 0 <= current - oldest < live.MAX_INTERVALS:
+                return None
+            writesets = {}
+            for number in range(oldest, current + 1):
+                if (words := _read_writeset(control, arena, uuid, number, size)) is not None:
+                    writesets[number] = words
+            again = _head_of(control)
+            # A buffer is recycled only after `recycled` was raised, which is after its descriptor is gone.
+            if again is not None and again.recycled == head.recycled:
+                return _found(control, head, writesets) if len(writesets) == current - oldest + 1 else None
+    return None
 
 
-def is_outdated(folder: str, uuid: bytes, current: int, size: int) -> bool:
+def _found(control: livefs.LiveReader, head: Any, writesets: dict[int, Words]) -> Found:
+    slots = control.read(live.SLOTS, min(head.high, live.MAX_SLOTS) * SLOT_SIZE, short=True) or b""
+    parsed = [SLOT.parse(slots, at) for at in range(0, len(slots), SLOT_SIZE)]
+    flights = [
+        FLIGHT.parse(slots, at + place)
+        for at in range(0, len(slots), SLOT_SIZE)
+        for place in range(SLOT.size, SLOT_SIZE, FLIGHT.size)
+    ]
+    log = (head.state & 0xFFFFFFFF) >> 1
+    logged = control.read(live.LOGGED + log % 2 * (live.MAX_REGIONS // 8), live.MAX_REGIONS // 8, short=True)
+    return Found(
+        poisoned=head.reason if head.reason != live.ENDED else 0,
+        current=head.state >> 32,
+        heartbeat=head.heartbeat,
+        event=max([head.event, *(slot.event for slot in parsed)]),
+        in_flight=sum(flight.interval != 0 for flight in flights),
+        bare=max((slot.bare for slot in parsed), default=0),
+        writes=sum(slot.writes for slot in parsed),
+        logged=bits.count(logged) if logged else 0,
+        clock=head.clock,
+        writesets=writesets,
+    )
+
+
+def is_outdated(folder: str, uuid: bytes, current: int) -> bool:
     """True if a dead tracker has marked in a later interval than the one that its control file has as current.
 
-    A tracker writes the number of an interval into the control file before it marks anything in that interval. And it
-    makes no writeset beforehand but that of the next interval. So a later mark shows that the control file is an old
-    one.
+    A tracker writes the number of an interval into the head of its buffer before it begins. So a mark in such a buffer
+    shows that the control file is an old one.
     """
-    spare = _read_writeset(folder, uuid, current + 1, size)
-    marked = spare is not None and bool(spare.words.any())
-    return marked or os.path.lexists(_writeset_path(folder, current + 2))
+    with livefs.LiveReader(_path(folder, "bits")) as arena:
+        at = live.PAGE
+        while at + live.PAGE <= arena.size and (head := arena.read(at, WRITESET.size)) is not None:
+            found = WRITESET.parse(head)
+            if (found.magic, found.uuid) != (live.WRITESET_MAGIC, uuid) or not 0 < found.room <= arena.size:
+                return False
+            if found.number != live.OPEN and found.number > current:
+                data = arena.read(at + live.PAGE, min(found.room, arena.size - at - live.PAGE))
+                if data and not bits.all_zero(data):
+                    return True
+            at += live.PAGE + found.room
+    return False
 
 
-def _read_writeset(folder: str, uuid: bytes, number: int, size: int) -> Words | None:
-    data = livefs.read_live(_writeset_path(folder, number), lambda head: _writeset_sizes(head, uuid, number, size))
+def _read_writeset(
+    control: livefs.LiveReader, arena: livefs.LiveReader, uuid: bytes, number: int, size: int
+) -> Words | None:
+    """The bits of an interval, as those of a disk of ``size`` bytes; None if they are not where the descriptor says.
+
+    They may be a larger disk's: the store has yet to be told of the new size.
+    """
+    data = control.read(live.DESCRIPTORS + number % live.MAX_INTERVALS * DESCRIPTOR.size, DESCRIPTOR.size)
     if data is None:
         return None
-    granularity = 1 << WRITESET.parse(bytes(data[: WRITESET.size])).granularity_bits
-    nbits = geometry.granules(size, granularity)
-    words = np.frombuffer(data, bits.WORD, geometry.ceil_div(nbits, 64), live.PAGE).copy()
-    bits.mask_tail(words, nbits)
+    place = DESCRIPTOR.parse(data)
+    head = arena.read(place.offset - live.PAGE, WRITESET.size) if place.offset >= live.PAGE else None
+    if head is None or place.interval != number + 1:
+        return None
+    found = WRITESET.parse(head)
+    granularity = 1 << min(found.granularity_bits, 63)
+    same = (found.magic, found.uuid, found.number) == (live.WRITESET_MAGIC, uuid, number)
+    if not same or found.size < size or not geometry.is_granularity(granularity):
+        return None
+    length = _words_for(found.size, granularity) * 8
+    if (place.granularity_bits, place.bytes) != (found.granularity_bits, length) or found.room < length:
+        return None
+    if place.offset + length > arena.size:
+        return None
+    octets = arena.read(place.offset, _words_for(size, granularity) * 8)
+    if octets is None:
+        return None
+    words = np.frombuffer(octets, bits.WORD) if octets else bits.zeros(0)
+    bits.mask_tail(words, geometry.granules(size, granularity))
     return Words(words, size, granularity)
 
 
-def _writeset_sizes(head: bytes, uuid: bytes, number: int, size: int) -> tuple[int, int] | None:
-    """How long a writeset with that header is, and how much of it is about a disk of ``size`` bytes.
-
-    It may be a larger disk's: the store has yet to be told of the new size.
-
-    Returns:
-        None where it is not that interval's.
-    """
-    if len(head) < WRITESET.size:
-        return None
-    found = WRITESET.parse(head)
-    if (found.magic, found.uuid, found.number) != (live.WRITESET_MAGIC, uuid, number) or found.size < size:
-        return None
-    granularity = 1 << min(found.granularity_bits, 63)
-    if not geometry.is_granularity(granularity):
-        return None
-    return _bytes_for(found.size, granularity), _bytes_for(size, granularity)
-
-
-def _bytes_for(size: int, granularity: int) -> int:
-    return live.PAGE + max(geometry.ceil_div(geometry.granules(size, granularity), 64) * 8, 8)
+def _words_for(size: int, granularity: int) -> int:
+    return geometry.ceil_div(geometry.granules(size, granularity), 64)

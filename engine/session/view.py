@@ -54,6 +54,7 @@ from dirtmap.fmt.identity import Identity
 from dirtmap.fmt.store import Record
 
 _NS = 1_000_000_000
+_TICK_NS = 10_000_000  # of the coarse clock, which markers read; a file's time may come from a finer one
 
 
 class SessionView:
@@ -196,7 +197,7 @@ class SessionView:
         """The time until which a write to the image counts as the tracker's own, ns since 1970."""
         if found := self.found:
             if not found.in_flight and not found.bare:
-                return found.event
+                return found.event + _TICK_NS
             return max(found.event, found.heartbeat) + int(TOLERANCE_SECONDS * _NS)
         return self._last_beat(log) + int(DURABLE_TOLERANCE_SECONDS * _NS)
 
@@ -252,7 +253,7 @@ def _fit(snapshot: Snapshot, record: Record, session: live.Session, found: livef
     """False if the live files of a dead tracker are older than what the store has of it, or than one another."""
     from dirtmap.engine.storefile.directory import read_entries
 
-    if livefile.is_outdated(os.fsdecode(session.live), session.uuid, found.current, record.size):
+    if livefile.is_outdated(os.fsdecode(session.live), session.uuid, found.current):
         return False
     try:
         windows = [window_of(entry) for entry in read_entries(snapshot, record)]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import mmap
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from dirtmap.engine.system.file import failure
 from dirtmap.fmt.errors import StorageError
@@ -30,8 +29,11 @@ def make_live_folder(path: str) -> None:
         raise StorageError(path, "not a folder that belongs to this user alone")
 
 
-def create_live(path: str, size: int) -> mmap.mmap:
-    """Makes a live file of ``size`` zero bytes, allocates all its memory, and maps it.
+def create_live(path: str, data: bytes, size: int, more: Sequence[tuple[int, int]] = ()) -> None:
+    """Makes a live file of ``size`` bytes that begins with ``data``. The rest are zeros.
+
+    Memory is allocated for ``data`` and for the parts in ``more``, offsets and lengths in bytes, else a mark could end
+    in a SIGBUS, once the tmpfs is full. Whoever uses other parts allocates them first.
 
     Raises:
         StorageError: it exists, or there is not enough memory.
@@ -39,8 +41,11 @@ def create_live(path: str, size: int) -> mmap.mmap:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, size)  # else a mark could end in a SIGBUS, once the tmpfs is full
-            return mmap.mmap(fd, size)
+            os.ftruncate(fd, size)
+            for offset, length in [(0, len(data)), *more]:
+                if length:
+                    os.posix_fallocate(fd, offset, length)
+            os.pwrite(fd, data, 0)
         except BaseException:
             os.unlink(path)
             raise
@@ -50,33 +55,49 @@ def create_live(path: str, size: int) -> mmap.mmap:
         raise failure(path, "live file", error) from error
 
 
-def read_live(path: str, sizes_of: Callable[[bytes], tuple[int, int] | None]) -> bytearray | None:
-    """The content of a live file. It is copied and not mapped, since a file that shrinks while mapped is a SIGBUS.
+class LiveReader:
+    """Reads a live file. It is copied and not mapped, since a file that shrinks while mapped is a SIGBUS.
 
-    Args:
-        path: of the file.
-        sizes_of: gets the first 4096 bytes of the file. Returns the size in bytes that such a file must have, and how
-            many of them are wanted, from its start; None if it is no live file.
-
-    Returns:
-        None if there is no such file, or if it has another size. Then the rest of it is not read.
+    Attributes:
+        size: of the file when it was opened or last read, bytes; 0 if there is none.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def __init__(self, path: str) -> None:
+        self._fd, self.size = -1, 0
         try:
-            status = os.fstat(fd)
-            sizes = sizes_of(os.pread(fd, mmap.PAGESIZE, 0)) if stat.S_ISREG(status.st_mode) else None
-            if sizes is None or status.st_size != sizes[0]:
+            self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                self.close()
+        except (OSError, ValueError):
+            self.close()
+
+    def read(self, offset: int, length: int, *, short: bool = False) -> memoryview | None:
+        """That part of the file; None if the file ends before, unless it may be ``short``."""
+        if self._fd < 0:
+            return None
+        try:
+            self.size = os.fstat(self._fd).st_size
+            length = max(min(length, self.size - offset), 0) if short else length
+            if offset + length > self.size:
                 return None
-            size = sizes[1]
-            data, done = bytearray(size), 0
-            while done < size and (step := os.preadv(fd, [memoryview(data)[done:]], done)):
+            data, done = bytearray(length), 0
+            while done < length and (step := os.preadv(self._fd, [memoryview(data)[done:]], offset + done)):
                 done += step
-            return data if done == size else None
-        finally:
+        except (OSError, ValueError, OverflowError, MemoryError):
+            return None
+        return memoryview(data) if done == length else None
+
+    def close(self) -> None:
+        """Closes it."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
             os.close(fd)
-    except (OSError, ValueError):
-        return None
+
+    def __enter__(self) -> LiveReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def hold_live_folder(path: str) -> int | None:

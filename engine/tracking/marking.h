@@ -76,7 +76,7 @@ struct dm_descriptor { /* of the writeset of an interval */
 struct dm_flight {    /* a write that has begun and not ended */
     dm_word start, end;
     dm_word interval; /* its number + 1, and DM_ORPHAN where nobody will end it; 0: the entry is free */
-    dm_word reserved;
+    dm_word thread;   /* of the process that has the slot: who alone can end it, 0: any; nobody else reads it */
 };
 
 struct dm_slot {
@@ -117,6 +117,7 @@ DM_AT(dm_descriptor, bytes, 24);
 DM_AT(dm_flight, start, 0);
 DM_AT(dm_flight, end, 8);
 DM_AT(dm_flight, interval, 16);
+DM_AT(dm_flight, thread, 24);
 DM_AT(dm_slot, seen, 0);
 DM_AT(dm_slot, logging, 8);
 DM_AT(dm_slot, event, 16);
@@ -317,9 +318,11 @@ static inline void dm_raise(dm_word *word, uint64_t value)
 
 static inline void dm_refuse(struct dm_control *c, uint64_t why)
 {
-    uint64_t none = 0;
-    atomic_compare_exchange_strong(&c->reason, &none, why);
+    uint64_t was = atomic_load(&c->reason); /* the first stays, but a session that is ending can still be poisoned */
+    while ((was == 0 || was == DM_ENDED) && was != why && !atomic_compare_exchange_strong(&c->reason, &was, why))
+        ;
     atomic_fetch_or(&c->state, 1);
+    atomic_thread_fence(memory_order_seq_cst); /* plain reads of the bits come after it */
 }
 
 /* Attach. */
@@ -381,6 +384,15 @@ static inline void dm_detach(dm_handle *h)
     pthread_mutex_destroy(&h->mutex);
     pthread_mutex_destroy(&h->logging);
     free(h);
+}
+
+/* Gives up all locks, and so every slot: the handle can only end writes that it has begun. */
+static inline void dm_leave(dm_handle *h)
+{
+    pthread_mutex_lock(&h->mutex);
+    atomic_store(&h->serial, DM_NOTHING);
+    dm_close_files(h);
+    pthread_mutex_unlock(&h->mutex);
 }
 
 /* A handle for the session whose live files are in that folder. Its hooks may be replaced before it is used. */
@@ -446,6 +458,26 @@ failed:
     return r;
 }
 
+/* Of a slot whose marker is dead: nobody will end what it has begun. Needs the slot's lock. */
+static inline void dm_orphan(struct dm_slot *slot)
+{
+    for (int k = 0; k < DM_FLIGHTS; k++)
+        if (atomic_load(&slot->flights[k].interval))
+            atomic_fetch_or(&slot->flights[k].interval, DM_ORPHAN);
+    atomic_store(&slot->logging, 0);
+    atomic_store(&slot->seen, 0);
+}
+
+/* The same, if it is dead: true. */
+static inline int dm_disown(dm_handle *h, unsigned slot)
+{
+    if (dm_lock(h->probe_fd, F_WRLCK, slot))
+        return 0;
+    dm_orphan(&h->control->slots[slot]);
+    dm_lock(h->probe_fd, F_UNLCK, slot);
+    return 1;
+}
+
 /* A slot for this process. Needs the mutex. */
 static inline int dm_new_slot(dm_handle *h, struct dm_own **result)
 {
@@ -470,11 +502,7 @@ static inline int dm_new_slot(dm_handle *h, struct dm_own **result)
             return r;
         }
         own->slot = &c->slots[i];
-        for (int k = 0; k < DM_FLIGHTS; k++) /* what a dead one had in flight is for the next cut */
-            if (atomic_load(&own->slot->flights[k].interval))
-                atomic_fetch_or(&own->slot->flights[k].interval, DM_ORPHAN);
-        atomic_store(&own->slot->logging, 0);
-        atomic_store(&own->slot->seen, 0);
+        dm_orphan(own->slot);
         own->bare = atomic_load(&own->slot->bare) != 0;
         dm_raise(&c->high, i + 1);
         h->owns[i] = *result = own;
@@ -510,7 +538,7 @@ static inline int dm_find(dm_handle *h, struct dm_own **result)
 {
     uint64_t serial = atomic_load(&h->serial);
     if (serial == DM_NOTHING)
-        return DM_FORKED;
+        return h->forked ? DM_FORKED : DM_REFUSED;
     int r = 0;
     struct dm_own *own = NULL;
     pthread_mutex_lock(&h->mutex);
@@ -880,6 +908,7 @@ static inline int dm_begin(dm_handle *h, uint64_t offset, uint64_t length, struc
             return r;
         atomic_store_explicit(&f->start, offset, memory_order_relaxed);
         atomic_store_explicit(&f->end, offset + length, memory_order_relaxed);
+        atomic_store_explicit(&f->thread, 0, memory_order_relaxed);
         atomic_store(&f->interval, (own->state >> 32) + 1);
         if (length)
             dm_set(own->words, offset >> own->shift, (offset + length - 1) >> own->shift);
@@ -940,53 +969,53 @@ static inline uint64_t dm_swap(struct dm_control *c, uint64_t add)
 
 /* One look whether writes of intervals before that one are in flight: how many must be waited for, or an error.
  *
- * Those that nobody will end, as the dead's where `probe`, are marked in the current interval, and then forgotten.
+ * Those that nobody will end, as the dead's where `probe`, are not: they are marked in the current interval. They stay
+ * there for the next cut until this one has been committed, when dm_forget forgets them.
  */
 static inline int dm_flying(dm_handle *h, uint64_t before, int probe)
 {
     struct dm_control *c = h->control;
     struct dm_own *own;
     int waits = 0, r = dm_mine(h, &own);
-    uint64_t high = atomic_load(&c->high);
+    uint64_t high = atomic_load(&c->high), size = atomic_load(&c->size);
     for (uint64_t i = 0; i < high && i < DM_SLOTS && !r; i++) {
         struct dm_slot *slot = &c->slots[i];
-        int living = 0, dead = 0;
-        do {
-            if (living && (dead = !dm_lock(h->probe_fd, F_WRLCK, (long long)i)))
-                living = 0;
-            else if (living)
-                break;
-            for (int k = 0; k < DM_FLIGHTS && !r; k++) {
-                struct dm_flight *f = &slot->flights[k];
-                uint64_t v = atomic_load(&f->interval);
-                if (!v || (v & ~DM_ORPHAN) > before)
-                    continue;
-                if (!dead && !(v & DM_ORPHAN)) {
+        int living = 0;
+        for (int k = 0; k < DM_FLIGHTS && !r; k++) {
+            struct dm_flight *f = &slot->flights[k];
+            uint64_t v = atomic_load(&f->interval);
+            if (!v || (v & ~DM_ORPHAN) > before)
+                continue;
+            if (!(v & DM_ORPHAN)) {
+                if (!probe || !dm_disown(h, (unsigned)i)) {
                     living++;
                     continue;
                 }
-                uint64_t start = atomic_load_explicit(&f->start, memory_order_relaxed);
-                uint64_t end = atomic_load_explicit(&f->end, memory_order_relaxed);
-                uint64_t size = atomic_load(&c->size);
-                end = end < size ? end : size;
-                if (start < end)
-                    r = dm_touch(h, own, start, end - start);
-                if (!r) {
-                    dm_raise(&c->event, dm_time(CLOCK_REALTIME_COARSE));
-                    atomic_compare_exchange_strong(&f->interval, &v, 0);
-                }
             }
-        } while (living && probe && !r);
-        if (dead) {
-            if (!r) {
-                atomic_store(&slot->logging, 0);
-                atomic_store(&slot->seen, 0);
-            }
-            dm_lock(h->probe_fd, F_UNLCK, (long long)i);
+            uint64_t start = atomic_load_explicit(&f->start, memory_order_relaxed);
+            uint64_t end = atomic_load_explicit(&f->end, memory_order_relaxed);
+            end = end < size ? end : size;
+            if (start < end)
+                r = dm_touch(h, own, start, end - start);
         }
         waits += living;
     }
-    return r > 0 ? -1000 - r : r ? r : waits;
+    return r ? (r > 0 ? -r - 1000 : r) : waits;
+}
+
+/* Forgets what dm_flying has marked; behind the commit of the cut. */
+static inline void dm_forget(dm_handle *h, uint64_t before)
+{
+    uint64_t high = atomic_load(&h->control->high);
+    for (uint64_t i = 0; i < high && i < DM_SLOTS; i++)
+        for (int k = 0; k < DM_FLIGHTS; k++) {
+            dm_word *interval = &h->control->slots[i].flights[k].interval;
+            uint64_t v = atomic_load(interval);
+            if (v & DM_ORPHAN && (v & ~DM_ORPHAN) <= before) {
+                dm_raise(&h->control->event, dm_time(CLOCK_REALTIME_COARSE));
+                atomic_store(interval, 0);
+            }
+        }
 }
 
 /* One look whether records are being written to that log: by how many; DM_OWN if by this thread itself. */
@@ -1000,11 +1029,7 @@ static inline int dm_logging(dm_handle *h, uint64_t log, int probe)
             continue;
         if (h->owns[i] && atomic_load(&h->owns[i]->thread) == (uintptr_t)&dm_cache)
             return DM_OWN;
-        if (probe && !dm_lock(h->probe_fd, F_WRLCK, (long long)i)) {
-            atomic_store(&c->slots[i].logging, 0);
-            dm_lock(h->probe_fd, F_UNLCK, (long long)i);
-        } else
-            waits++;
+        waits += !probe || !dm_disown(h, (unsigned)i);
     }
     return waits;
 }

@@ -22,14 +22,15 @@ from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.session import livefile, verdict
 from dirtmap.engine.session import view as recovery
-from dirtmap.engine.session.intent import IntentLog, other_path, path_of
-from dirtmap.engine.session.livefile import CURRENT, EVENT, HEARTBEAT, Control, Words, Writeset, union
+from dirtmap.engine.session.intent import IntentLog, path_of
+from dirtmap.engine.session.livefile import Words, union
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.session import Window
 from dirtmap.engine.system import livefs, order
-from dirtmap.engine.system.file import open_file, remove_file
+from dirtmap.engine.system.file import open_file
 from dirtmap.engine.system.order import Rank
 from dirtmap.engine.system.process import this_process
+from dirtmap.engine.tracking.arena import SPARES, Arena, Writeset
 from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
 from dirtmap.engine.tracking.kernel import Kernel
 from dirtmap.engine.tracking.options import INTENTS, Options
@@ -89,7 +90,7 @@ class Recorder:
         self._cuts = threading.RLock()
         # Held to change or read windows, to save and to close, but not while waiting for a write. No mark takes it.
         self._lock = threading.RLock()
-        # Held to make or take the spare writeset. Taken while _lock is held, never the other way round.
+        # Held to use the arena. Taken while _lock is held, never the other way round.
         self._spare_guard = threading.Lock()
         self._start(setup)
 
@@ -98,10 +99,7 @@ class Recorder:
         self._image, self._options, self._check_in = setup.image, setup.options, setup.check_in
         self.last_error: Error | None = None
         self._frozen: dict[int, Writeset] = {}
-        self._undrained: list[Writeset] = []  # no longer current, but writes may be in flight in them
         self._held: dict[str, int] = {}
-        self._spare: Writeset | None = None
-        self._next_log: IntentLog | None = None  # while the disk grows
         self._ended, self._wake = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -123,7 +121,7 @@ class Recorder:
             RangeError: the range is not inside the disk; nothing is marked.
             StorageError: its region could not be logged, or the tracker is poisoned; the write must not be made.
         """
-        self._kernel.mark(offset, length)  # `_begin` puts the kernel's `mark` in place of this one, to save a call
+        self._kernel.mark(offset, length)  # `_begin` puts the kernel's own in place of this one, to save a call
 
     def save(self) -> None:
         """Writes all marks to the store. They are durable on return, and the intent log begins anew.
@@ -159,7 +157,7 @@ class Recorder:
                 self._failed, failure = StorageError(self._where, what), self._kernel.failure
                 try:
                     if failure is None:
-                        self._kernel.refuse(StorageError(self._where, "the tracker is closed"))
+                        self._kernel.fail(StorageError(self._where, "the tracker is closed"))
                         self._save(final=True)
                     self._failed = failure
                 except Error as error:
@@ -178,7 +176,7 @@ class Recorder:
     def abandon(self) -> None:
         """Ends at once, as if the process had died before any mark. For a check-out that failed."""
         with self._lock:
-            self._kernel.refuse(StorageError(self._where, "the tracker is closed"))
+            self._kernel.fail(StorageError(self._where, "the tracker is closed"))
             self._closed = True
             self._stop_threads()
             self._release()
@@ -230,7 +228,8 @@ class Recorder:
             undo.pop_all()
         for home in self._homes:
             home.report()
-        self.mark = self._kernel.mark  # type: ignore[assignment, method-assign]
+        for name in ("mark", "mark_many", "begin", "end", "write"):
+            setattr(self, name, getattr(self._kernel, name))
         _recorders.add(self)
         for act in (self._give_signs, self._in_background):
             thread = threading.Thread(target=act, name="dirtmap tracker", daemon=True)
@@ -286,16 +285,26 @@ class Recorder:
         undo.callback(self._folder.close)
         livefile.remove_files(live_path, keep_folder=True)  # left by a death before the session was in the store
         undo.callback(livefile.remove_files, live_path)
-        self._control = Control(live_path, session.uuid, identity_of(self._image).place)
-        self._control.fields[EVENT] = self._control.fields[HEARTBEAT] = session.started
-        self._current = self._new_writeset(0, finest)
-        self._spare = self._new_writeset(1, finest)
         log_path = os.fsdecode(session.log_path)
-        remove_file(other_path(log_path))  # left like the live files
         self._log = IntentLog(log_path, session.uuid, session.intent, region_bits, self.size)
         undo.callback(self._log.close, remove=True)
-        log = self._log if session.intent == live.INTENT_REGION else None
-        self._kernel = Kernel(self._where, self.size, self._current, region_bits, log, self._control)
+        place = identity_of(self._image).place
+        livefile.make(
+            live_path,
+            session.uuid,
+            place,
+            intent=session.intent,
+            region_bits=region_bits,
+            size=self.size,
+            log_path=session.log_path,
+        )
+        self._kernel = Kernel(self._where, live_path, self._log)
+        undo.callback(self._kernel.leave)
+        self._kernel.keep()
+        self._arena = Arena(self._kernel, session.uuid)
+        self._current = self._arena.take(0, self.size, finest)
+        self._arena.prepare(self.size, finest, 1)
+        self._wake.set()
         if node.kind == store.KIND_NODE:
             change.identity = identity
 
@@ -330,12 +339,9 @@ class Recorder:
     def _leave(self, undo: contextlib.ExitStack) -> None:
         """Keeps the files of a session that a record names: recovery finds there that nothing was marked."""
         undo.pop_all()
+        self._kernel.leave()
         self._log.close(remove=False)
         self._folder.close()
-
-    def _new_writeset(self, number: int, granularity_bits: int, size: int | None = None) -> Writeset:
-        folder = os.fsdecode(self._session.live)
-        return Writeset(folder, self._session.uuid, number, size or self.size, granularity_bits)
 
     @contextlib.contextmanager
     def _cut(self, granularity: int | None = None) -> Iterator[int]:
@@ -355,7 +361,7 @@ class Recorder:
         """
         self._refuse_nested(self._cuts)
         self._refuse_nested(self._lock)
-        self._kernel.refuse_own([self._current, *self._undrained])
+        self._kernel.refuse_own()
         with order.holding(Rank.CUT, self._where), self._cuts:
             if self._is_full():
                 self.save()
@@ -364,19 +370,13 @@ class Recorder:
                 if granularity is not None:
                     finest = min(finest, granularity.bit_length() - 1)
                 # All that may wait comes first: until the swap an interruption does no harm.
-                with self._spare_guard, self._kernel.guard, self._undivided():
-                    fresh = self._take_spare(finest)
-                    self._frozen[self._current.number] = self._current
-                    self._undrained.append(self._current)
-                    self._current = fresh
-                    self._control.fields[CURRENT] = fresh.number  # before anything is marked in it
-                    self._kernel.swap(fresh)
-                    self.mark = self._kernel.mark  # type: ignore[assignment, method-assign]
-            # Also those of cuts that were interrupted here: their writes, too, began before this cut.
-            self._kernel.drain(self._undrained)
-            self._undrained.clear()
+                with self._spare_guard, self._undivided():
+                    fresh = self._begin_interval(self.size, finest)
+            # Also for writes of cuts that were interrupted here: they, too, began before this cut.
+            self._kernel.drain(fresh.number)
             with self._using():
                 yield fresh.number
+            self._kernel.forget(fresh.number)
             self._wake.set()  # the next cut needs a spare
 
     def _is_full(self) -> bool:
@@ -396,25 +396,25 @@ class Recorder:
             raise  # an error of ours comes only where it does no harm
         except BaseException:
             what = "was interrupted in the middle of a cut or a save, and is not used any more; every mark is recovered"
-            self._kernel.refuse(StorageError(self._where, what))
+            self._kernel.fail(StorageError(self._where, what))
             raise
 
-    def _take_spare(self, granularity_bits: int, size: int | None = None) -> Writeset:
-        spare, self._spare = self._spare, None
-        wanted = self._current.number + 1, granularity_bits, size or self.size
-        if spare is None or (spare.number, spare.granularity_bits, spare.size) != wanted:
-            if spare:
-                spare.forget()
-            spare = self._new_writeset(*wanted)
-        return spare
+    def _begin_interval(self, size: int, granularity_bits: int) -> Writeset:
+        """The swap: marks go to another writeset from now on."""
+        fresh = self._arena.take(self._current.number + 1, size, granularity_bits)
+        self._frozen[self._current.number] = self._current
+        self._current = fresh
+        self._kernel.swap(1 << 32)
+        return fresh
 
     def _save(self, *, final: bool) -> None:
         """Folds the live bits into the store. The new log begins before the writesets are read: see `kernel`."""
         current = self._current
         if not final:
             # Rotates only if every home has committed the current log: that log must stay until the next commit.
-            with self._kernel.guard, self._undivided():
-                self._kernel.swap(rotate=self._is_log_saved())
+            with self._undivided():
+                if self._is_log_saved():
+                    self._kernel.rotate()
         marked = {number: words_of(one, self.size) for number, one in self._frozen.items()}
         granularity = 1 << current.granularity_bits
         now = Words(union([words_of(current, current.size)], current.size, granularity), current.size, granularity)
@@ -450,14 +450,14 @@ class Recorder:
                 else:
                     home.set_window(name, kept)
             if not final:
-                home.session = replace(session, oldest=max(marked), log=self._log.number)
+                home.session = replace(session, oldest=max(marked), log=self._kernel.log)
             elif not (self._check_in and target is self._homes[-1]):
                 home.session = None
                 home.identity = self._look(self._image)  # before the check below, so that later changes show
                 if self._check_in and recovery.opened_by_others(self._image):
                     home.make_all_dirty()
         if not final:
-            target.session = replace(session, oldest=max(marked), log=self._log.number)
+            target.session = replace(session, oldest=max(marked), log=self._kernel.log)
 
     def _union(
         self, parts: dict[int, Words], window: Window, granularity: int, unions: dict[tuple[int, int, int], bits.Words]
@@ -471,58 +471,41 @@ class Recorder:
             unions[key] = union((parts[number] for number in numbers), self.size, granularity)
         return unions[key]
 
-    def _grow(self, size: int, region_bits: int) -> None:
+    def _grow(self, size: int) -> None:
         """Gives the disk another size, in the order of SPEC.md, "A disk that grows"; see `Tracker.resize`."""
         if self._is_full():
             self._save(final=False)
-        session, shift = self._session, self._current.granularity_bits
-        path = other_path(os.fsdecode(session.log_path))
-        log = IntentLog(path, session.uuid, session.intent, region_bits, size)
-        try:
-            for each in (self._log, log):  # else the change of the image's time is after the last sign of life
-                self._kernel.beat(each, time.time_ns())
-            with self._spare_guard:
-                fresh = self._spare = self._take_spare(shift, size)
-            for home in self._homes:
-                with self._changing(home) as change:
-                    change.session = replace(home.session, image=replace(home.session.image, size=size))
-                home.session = replace(home.session, image=replace(home.session.image, size=size))
-            self._grow_image(size)
-        except BaseException:
-            log.close(remove=True)
-            raise
-        with self._spare_guard, self._kernel.guard:
-            self._spare, self._next_log = None, log
-            self._frozen[self._current.number] = self._current
-            self._undrained.append(self._current)
-            self._current = fresh
-            self._control.fields[CURRENT] = fresh.number
-            self._kernel.branch(fresh, log, region_bits)
-            self.mark = self._kernel.mark  # type: ignore[assignment, method-assign]
+        shift, old = self._current.granularity_bits, self.size
+        with self._poisoning(), self._kernel.guard:
+            self._log.grow(size)
+        self._kernel.beat(time.time_ns())  # else the change of the image's time is after the last sign of life
+        self._kernel.reserve_logged(geometry.ceil_div(size, 1 << self._session.region_bits))
+        with self._spare_guard:
+            self._arena.prepare(size, shift, 1)
+        for home in self._homes:
+            with self._changing(home) as change:
+                change.session = replace(home.session, image=replace(home.session.image, size=size))
+            home.session = replace(home.session, image=replace(home.session.image, size=size))
+        self._grow_image(size)
+        with self._spare_guard:
+            fresh = self._begin_interval(size, shift)
         grown = 0
         try:
             unions: dict[tuple[int, int, int], bits.Words] = {}
             for home in self._homes:
-                self._grow_home(home, log, size, region_bits, unions)
+                self._grow_home(home, size, unions)
                 grown += 1
         except Error as error:
-            if grown == 0 and self._is_unchanged():
-                with self._kernel.guard:
-                    self._kernel.unbranch()
-                    self._next_log = None
-                log.close(remove=True)
-            else:
+            if grown or not self._is_unchanged():
                 what = f"was ended while the disk grew ({error}); every mark is recovered"
-                self._kernel.refuse(StorageError(self._where, what))
+                self._kernel.fail(StorageError(self._where, what))
             raise
         # A bitmap that was taken before, and is dropped later, keeps what was written since, and the new space is.
-        fresh.view()[self.size >> shift : geometry.granules(size, 1 << shift)] = 1
-        with self._kernel.guard:
-            self._kernel.settle(size, region_bits)
-            old, self._log, self._next_log, self.size = self._log, log, None, size
-            self.mark = self._kernel.mark  # type: ignore[assignment, method-assign]
-        old.close(remove=True)
+        self._kernel.set_bits(fresh.buffer.offset, old >> shift, geometry.granules(size, 1 << shift))
+        self._kernel.size = self.size = size
         self._forget()
+        with self._spare_guard:
+            self._arena.release_others(size, shift)
         self._saves += 1
         self._wake.set()
 
@@ -534,15 +517,11 @@ class Recorder:
                     file.truncate(size)
                     file.sync()
 
-    def _grow_home(
-        self, target: Home, log: IntentLog, size: int, region_bits: int, unions: dict[tuple[int, int, int], bits.Words]
-    ) -> None:
+    def _grow_home(self, target: Home, size: int, unions: dict[tuple[int, int, int], bits.Words]) -> None:
         """Saves to one home what was marked before the current interval, and gives it the new size, in one commit."""
         oldest = self._current.number
         parts = {n: words_of(one, self.size) for n, one in self._frozen.items() if n >= target.session.oldest}
-        session = replace(
-            target.session, oldest=oldest, log=log.number, log_path=os.fsencode(log.path), region_bits=region_bits
-        )
+        session = replace(target.session, oldest=oldest, log=self._kernel.log)
         with self._changing(target) as home:
             home.grow(size)
             for name, entry in list(home.entries.items()):
@@ -571,10 +550,11 @@ class Recorder:
         """Drops the saved frozen writesets. Those that a taken bitmap needs for its `drop` stay in memory."""
         needed = min(self._held.values(), default=live.OPEN)
         oldest = min(home.session.oldest for home in self._homes)
-        for number in [number for number in self._frozen if number < oldest]:
-            self._frozen[number].forget()
-            if number < needed:
-                del self._frozen[number]
+        with self._spare_guard:
+            for number in [number for number in self._frozen if number < oldest]:
+                self._kernel.withdraw(number)
+                if number < needed:
+                    self._arena.give_back(self._frozen.pop(number))
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
@@ -589,7 +569,7 @@ class Recorder:
         try:
             yield
         except GoneError as error:
-            self._kernel.refuse(error)  # otherwise marks would go where recovery does not look
+            self._kernel.fail(error)  # otherwise marks would go where recovery does not look
             raise
 
     def _refuse_nested(self, lock: Any) -> None:
@@ -618,9 +598,9 @@ class Recorder:
 
     def _give_signs(self) -> None:
         """Writes heartbeats to the live file until the tracker ends, in a thread of its own that waits for nothing."""
-        ended, kernel, control = self._ended, self._kernel, self._control
+        ended, kernel = self._ended, self._kernel
         while not ended.wait(verdict.HEARTBEAT_SECONDS) and not kernel.failure:
-            control.give_sign()
+            kernel.give_sign()
 
     def _in_background(self) -> None:
         """Makes durable heartbeats, spare writesets and saves until the tracker ends. A failure does not stop it."""
@@ -642,15 +622,15 @@ class Recorder:
                 for home in self._homes:
                     home.report()
                 self._remembered = saves
-            # Waits for no lock: the thread that holds it may be about to wait for this thread's end.
-            if self._spare_guard.acquire(blocking=False):  # not _lock, so a cut waits only if it needs the spare
-                try:
-                    with self._noting():
-                        if self._spare is None and not self._closed:
-                            current = self._current
-                            self._spare = self._new_writeset(current.number + 1, current.granularity_bits)
-                finally:
-                    self._spare_guard.release()
+            for count in range(1, SPARES + 1):
+                # Waits for no lock: the thread that holds it may be about to wait for this thread's end.
+                if self._spare_guard.acquire(blocking=False):  # not _lock, so a cut waits only if it needs a spare
+                    try:
+                        with self._noting():
+                            if not self._closed:
+                                self._arena.prepare(self.size, self._current.granularity_bits, count)
+                    finally:
+                        self._spare_guard.release()
             if self._options.save_interval and time.monotonic() >= next_save and self._lock.acquire(blocking=False):
                 try:
                     # On an error such as a full disk the marks stay where they are, and the next round tries again.
@@ -664,7 +644,7 @@ class Recorder:
 
     def _is_log_saved(self) -> bool:
         """False if a save has begun a new log and then failed, so that not every home knows that log."""
-        return all(self._log.number == home.session.log for home in self._homes)
+        return all(self._kernel.log == home.session.log for home in self._homes)
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
@@ -678,9 +658,7 @@ class Recorder:
         """Makes a heartbeat durable if the image was touched since ``before``. Returns when it was last, in ns."""
         modified = touched(self._data)
         if modified != before:
-            with self._kernel.guard:  # neither log goes meanwhile
-                for log in filter(None, (self._log, self._next_log)):
-                    self._kernel.beat(log, time.time_ns())
+            self._kernel.beat(time.time_ns())
         return modified
 
     def _stop_threads(self) -> None:
@@ -695,8 +673,8 @@ class Recorder:
     def _release(self) -> None:
         """Closes the files, and removes them if the session has ended."""
         ended = not any(home.has(self._session.uuid) for home in self._homes)
-        for log in filter(None, (self._log, self._next_log)):
-            log.close(remove=ended)
+        self._kernel.leave()
+        self._log.close(remove=ended)
         folder = os.fsdecode(self._session.live)
         if ended and livefile.is_of(folder, self._session.uuid):
             livefile.remove_files(folder)
@@ -711,8 +689,7 @@ class Recorder:
         """
         self._cuts, self._lock, self._spare_guard = threading.RLock(), threading.RLock(), threading.Lock()
         self._kernel.abandon(StorageError(self._where, "a tracker cannot be used in a forked process"))
-        for log in filter(None, (self._log, self._next_log)):
-            log.close(remove=False)  # the lock is the parent's, and ends with it
+        self._log.close(remove=False)  # the lock is the parent's, and ends with it
         self._folder.close()
         self._closed = True
 

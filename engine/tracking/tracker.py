@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, SupportsIndex
@@ -38,7 +37,7 @@ from dirtmap.engine.system import order
 from dirtmap.engine.system.file import open_file
 from dirtmap.engine.system.order import Rank
 from dirtmap.engine.tracking.home import HomeChange, HomeView
-from dirtmap.engine.tracking.kernel import Kernel, Ticket
+from dirtmap.engine.tracking.kernel import Ticket, Write
 from dirtmap.engine.tracking.recorder import Recorder, Setup, words_of
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.errors import BitmapError, Error, StorageError, UnsupportedError
@@ -72,7 +71,7 @@ class Tracker(Recorder):
 
     def write(self, offset: SupportsIndex, length: SupportsIndex) -> Write:
         """`begin` and `end` as a ``with`` block, in which the write is made. No cut may be requested inside it."""
-        return Write(self._kernel, offset, length)
+        return self._kernel.write(offset, length)
 
     def mark_many(self, offsets: Iterable[SupportsIndex], lengths: Iterable[SupportsIndex]) -> None:
         """Like `mark` for each offset and its length, all or none, for arrays or any integers. Errors as `mark`."""
@@ -241,15 +240,15 @@ class Tracker(Recorder):
         wanted = operator.index(size)
         self._refuse_nested(self._cuts)
         self._refuse_nested(self._lock)
-        self._kernel.refuse_own([self._current, *self._undrained])
+        self._kernel.refuse_own()
         with order.holding(Rank.CUT, self._where), self._cuts, self._using():
-            region_bits = self._require_growth(wanted)
+            self._require_growth(wanted)
             if wanted > self.size:
                 with self._undivided():
-                    self._grow(wanted, region_bits)
+                    self._grow(wanted)
 
-    def _require_growth(self, size: int) -> int:
-        """Refuses a size that the disk cannot get; returns log2 of the region size in bytes for it."""
+    def _require_growth(self, size: int) -> None:
+        """Refuses a size that the disk cannot get."""
         if self._check_in:
             what = (
                 "a qcow2 image, which is resized once its tracker has ended: 'qemu-img resize' changes its bitmaps, too"
@@ -277,7 +276,10 @@ class Tracker(Recorder):
 
         for home in self._homes:
             home.read(self._session.uuid, look)
-        return max(self._options.region_bits(size), self._session.region_bits)
+        region_bits = self._session.region_bits
+        if geometry.ceil_div(size, 1 << region_bits) > live.MAX_REGIONS:
+            what = f"would have more than {live.MAX_REGIONS} regions of {1 << region_bits} bytes; end the tracker first"
+            raise BitmapError(self._where, what)
 
     # A device's root.
 
@@ -320,7 +322,7 @@ class Tracker(Recorder):
             self._start(setup)
         except BaseException:
             self._closed = True
-            self._kernel.refuse(StorageError(self._where, "the tracker has ended: its new root is not tracked"))
+            self._kernel.fail(StorageError(self._where, "the tracker has ended: its new root is not tracked"))
             raise
         return self
 
@@ -457,23 +459,3 @@ def _oldest(home: HomeChange) -> int:
     """The first interval that is not saved. No log tells of earlier ones, as the store says, whatever we know here."""
     assert home.session
     return home.session.oldest
-
-
-class Write:
-    """A write in progress; see `Tracker.write`."""
-
-    __slots__ = ("_kernel", "_length", "_offset", "_ticket")
-
-    def __init__(self, kernel: Kernel, offset: SupportsIndex, length: SupportsIndex) -> None:
-        self._kernel, self._offset, self._length = kernel, offset, length
-        self._ticket: Ticket | None = None
-
-    def __enter__(self) -> None:
-        if self._ticket:
-            raise BitmapError(self._kernel.where, "a write can be begun once; ask for another")
-        self._ticket = Ticket(self._kernel, threading.get_ident())
-        self._kernel.begin(self._offset, self._length, self._ticket)
-
-    def __exit__(self, *_: object) -> None:
-        if self._ticket:
-            self._ticket.end()

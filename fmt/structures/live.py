@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import crc32c
-from construct import Bytes, Int32ub, Int64ub, Int64un
+from construct import Bytes, Int32ub, Int32un, Int64ub, Int64un
 
 from dirtmap.fmt.live import (
     INTENT_OFF,
     INTENT_REGION,
     LOG_MAGIC,
     LOG_VERSION,
+    MAX_FLIGHTS,
     MAX_PATH,
     MAX_REGION_BITS,
     MIN_REGION_BITS,
@@ -46,20 +47,43 @@ WINDOW = Structure("window", "began" / Int64ub, "ended" / Int64ub, "flags" / Int
 CONTROL = Structure(
     "control file",
     "magic" / Bytes(8),
+    "order" / Int64un,
+    "machine" / Int32un,
+    "version" / Int32un,
     "uuid" / Bytes(16),
-    "poisoned" / Int64un,
-    "current" / Int64un,
-    "heartbeat" / Int64un,
-    "event" / Int64un,
-    "in_flight" / Int64un,
-    "bare" / Int64un,
-    "writes" / Int64un,
-    "logged" / Int64un,
     "image_filesystem" / Bytes(16),
     "image_inode" / Int64un,
     "image_birth" / Int64un,
+    "region_bits" / Int64un,
+    "intent" / Int64un,
+    "reserved1" / Bytes(40),
+    "state" / Int64un,
+    "gate" / Int64un,
+    "reserved2" / Bytes(112),
+    "size" / Int64un,
+    "recycled" / Int64un,
+    "high" / Int64un,
+    "reason" / Int64un,
+    "heartbeat" / Int64un,
+    "event" / Int64un,
     "clock" / Int64un,
+    "patience" / Int64un,
 )
+DESCRIPTOR = Structure(
+    "descriptor", "interval" / Int64un, "offset" / Int64un, "granularity_bits" / Int64un, "bytes" / Int64un
+)
+SLOT = Structure(
+    "slot",
+    "seen" / Int64un,
+    "logging" / Int64un,
+    "event" / Int64un,
+    "bare" / Int64un,
+    "writes" / Int64un,
+    "reserved" / Bytes(88),
+)
+FLIGHT = Structure("flight", "start" / Int64un, "end" / Int64un, "interval" / Int64un, "thread" / Int64un)
+SLOT_SIZE = SLOT.size + MAX_FLIGHTS * FLIGHT.size
+ARENA = Structure("arena", "magic" / Bytes(8), "uuid" / Bytes(16))
 WRITESET = Structure(
     "writeset",
     "magic" / Bytes(8),
@@ -67,6 +91,7 @@ WRITESET = Structure(
     "number" / Int64un,
     "size" / Int64un,
     "granularity_bits" / Int64un,
+    "room" / Int64un,
 )
 LOG = Structure(
     "intent log",

@@ -11,6 +11,7 @@ from dirtmap.engine.session.intent import IntentLog, read_log
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import live
+from dirtmap.fmt.structures.live import build_log_record, build_tally, record_seed
 
 UUID = bytes(range(16))
 
@@ -33,10 +34,12 @@ def a_log(path: Path, size: int, logs: list[list[list[int]]], uuid: bytes = UUID
     with fileio.using(NoSync):
         log = IntentLog(str(path), uuid, live.INTENT_REGION, live.MIN_REGION_BITS, size)
         for number, appends in enumerate(logs):
-            if number:
-                log.rotate()
+            seed, count = record_seed(uuid, number), 0
             for regions in appends:
-                log.append(regions)
+                for region in regions:
+                    log.write(live.record_offset(region, number), build_log_record(seed, region))
+                count += len(regions)
+                log.write(live.TALLIES[number % 2], build_tally(uuid, number, count))
         log.close(remove=False)
 
 

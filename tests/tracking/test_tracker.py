@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import shutil
@@ -16,17 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bitarray import bitarray
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from support.hostless import ALONE
 from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import bits, changes
 from dirtmap.engine.model.transaction import Transaction
-from dirtmap.engine.session.livefile import IN_FLIGHT, Writeset
+from dirtmap.engine.session.intent import read_log
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.home import Home
@@ -328,7 +325,7 @@ def test_a_cut_waits_for_the_writes_that_began_before_it(tracker: Tracker) -> No
 
     thread = threading.Thread(target=cut)
     thread.start()
-    while tracker._kernel._state.writeset.number == 0:  # the swap, not merely the beginning of the cut
+    while tracker._kernel.interval == 0:  # the swap, not merely the beginning of the cut
         time.sleep(0)
     with tracker.write(GRANULE, 1):  # of the new interval, so nobody waits for it
         try:
@@ -344,18 +341,20 @@ def test_a_cut_waits_for_the_writes_that_began_before_it(tracker: Tracker) -> No
 # What falls in between
 
 
-class Interrupted(set[int]):
-    """Regions; when they are first asked for one, something else happens before the answer, which is yes."""
+class Between:
+    """Has something else happen in the middle of the next mark, where it logs its region."""
 
-    def __init__(self, act: Callable[[], None]) -> None:
-        super().__init__(range(SIZE // (1 << 20)))
+    def __init__(self, tracker: Tracker, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
         self.act: Callable[[], None] | None = act
+        real = tracker._kernel._sync
 
-    def __contains__(self, region: object) -> bool:
-        act, self.act = self.act, None
-        if act:
-            act()
-        return super().__contains__(region)
+        def sync() -> None:
+            act, self.act = self.act, None
+            if act:
+                act()
+            real()
+
+        monkeypatch.setattr(tracker._kernel, "_sync", sync)
 
 
 MARKS: dict[str, Callable[[Tracker], object]] = {
@@ -378,22 +377,21 @@ def test_a_mark_that_a_cut_and_a_save_overtake_is_not_lost(
 
         def act() -> None:
             if cut:
-                # Not waiting: this mark is itself what a cut would wait for.
-                monkeypatch.setattr(tracker._kernel, "drain", lambda _: None)
                 tracker.checkpoint("x")
-                tracker.save()  # drops the writeset that the mark has already chosen
-            tracker.save()
+            tracker.save()  # drops the writeset that the mark has already chosen
+            # Another one would begin a log in the places to which the mark is about to write.
+            with pytest.raises(dm.BitmapError, match="in the middle of another act of the same thread"):
+                tracker.save()
 
-        regions = Interrupted(act)
-        if way == "mark":
-            tracker._kernel._swap_fast(None, regions)
-        else:
-            tracker._kernel._state.logged = regions
+        between = Between(tracker, monkeypatch, act)
         MARKS[way](tracker)
-        assert regions.act is None, "nothing came in between"
+        assert between.act is None, "nothing came in between"
         assert 5 in dirty(tracker.bitmap("b0"))
         # The log that counts from now on has it, too: a power loss right here must not lose it.
-        assert 5 * GRANULE // (1 << 20) in tracker._kernel._state.logged
+        assert tracker._kernel.logged == 1
+        logged = read_log(tracker._session, SIZE)
+        assert logged
+        assert logged.regions == {5 * GRANULE // (1 << 20)}
 
 
 def test_regions_are_logged_anew_after_a_save(tracker: Tracker) -> None:
@@ -410,7 +408,7 @@ def test_a_cut_does_not_wait_for_a_write_whose_ticket_is_lost(tracker: Tracker) 
     kept = tracker.begin(GRANULE, 1)
     tracker.end(kept)
     tracker.checkpoint("monday")
-    assert tracker._control.fields[IN_FLIGHT] == len(tracker._kernel._flying) == 0
+    assert tracker._kernel.in_flight == 0
     assert dirty(tracker.bitmap("b0")) == [0, 1]
     assert dirty(tracker.changed_since("monday")) == [0]  # it may still be written
 
@@ -419,20 +417,11 @@ def test_the_interval_a_write_is_of_is_settled_before_it_begins(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cut between a write's choice of an interval and its joining it: the write moves on to the new one."""
-    old = tracker._kernel._state.flights
-
-    class Flights(dict[int, tuple[int, int, int | None]]):
-        done = False
-
-        def __setitem__(self, number: int, flight: tuple[int, int, int | None]) -> None:
-            if not self.done:
-                self.done = True
-                tracker.checkpoint("x")
-            super().__setitem__(number, flight)
-
-    tracker._kernel._state.flights = tracker._current.flights = Flights(old)
+    between = Between(tracker, monkeypatch, lambda: tracker.checkpoint("x"))
     ticket = tracker.begin(0, 1)
-    assert ticket.number in tracker._current.flights
+    assert between.act is None
+    assert tracker._kernel.flying(1, False) == 0
+    assert tracker._kernel.flying(2, False) == 1
     assert dirty(tracker.changed_since("x")) == [0]
     tracker.end(ticket)
 
@@ -591,7 +580,7 @@ def test_nothing_is_left_behind(image: dm.Namespace, tmp_path: Path) -> None:
     live.mkdir()
     with image.track(live=str(live)) as tracker:
         tracker.checkpoint("x")
-        assert sorted(file.name for file in live.glob("*/*/*"))[0] == "control"
+        assert sorted(file.name for file in live.glob("*/*/*")) == ["bits", "control", "markers"]
     assert list(live.glob("*/*")) == []
     assert files_in(tmp_path) == ["default.dmap", "drive0.raw", "live"]
 
@@ -697,49 +686,6 @@ def switching_often() -> Iterator[None]:
 
 def test_threads_lose_no_mark_beside_cuts_saves_and_readers(tmp_path: Path) -> None:
     print(work_beside_cuts(tmp_path, 20_000, 4, 500), "marks")
-
-
-def test_no_other_thread_runs_while_a_batch_gets_into_the_bits(tmp_path: Path) -> None:
-    """A mark that came in between would be read before, and overwritten after."""
-    make_node(tmp_path, 1 << 40, granularity=4096)  # 32 MiB of bits: an OR takes some milliseconds
-    turns = [0]
-    stop = threading.Event()
-
-    def turn() -> None:
-        while not stop.is_set():
-            turns[0] += 1
-
-    class Watched:
-        """Bits; counts the turns of another thread while something is ORed into them."""
-
-        def __init__(self, real: bitarray) -> None:
-            self.real = real
-            self.seen: list[int] = []
-
-        def __len__(self) -> int:
-            return len(self.real)
-
-        def __ior__(self, other: bitarray) -> Watched:
-            before = turns[0]
-            self.real |= other
-            self.seen.append(turns[0] - before)
-            return self
-
-    with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
-        state = tracker._kernel._state
-        state.bits = watched = Watched(state.bits)  # type: ignore[assignment]
-        sys.setswitchinterval(0.001)
-        thread = threading.Thread(target=turn)
-        thread.start()
-        for _ in range(10):
-            tracker.mark_many(np.arange(0, 1 << 39, 1 << 31), np.ones(256, np.int64))
-        stop.set()
-        thread.join()
-        state.bits = watched.real
-        # Between the OR and the look at the counter the other thread may get its turn, as anywhere in Python code.
-        assert len(watched.seen) == 10
-        assert sum(seen == 0 for seen in watched.seen) >= 5, watched.seen
-        assert tracker.bitmap("b0").count == 256 * 4096
 
 
 @pytest.mark.long
@@ -896,16 +842,3 @@ def test_mending_a_damaged_directory_ends_the_session_of_a_tracker_that_has_ende
     with image.transaction() as bitmaps:
         bitmaps["b0"].clear(0, SIZE)
     assert files_in(tmp_path) == ["default.dmap", "drive0.raw"]
-
-
-def test_an_interrupt_while_a_writeset_is_made_leaves_no_file(tracker: Tracker) -> None:
-    class InterruptedWriteset(Writeset):
-        @property
-        def words(self) -> NDArray[np.uint64]:
-            raise KeyboardInterrupt
-
-    live = Path(os.fsdecode(tracker._session.live))
-    for kind, number in ((InterruptedWriteset, 70), (Writeset, 70), (Writeset, 70)):  # the last over one that was left
-        with pytest.raises(KeyboardInterrupt) if kind is InterruptedWriteset else contextlib.nullcontext():
-            kind(str(live), tracker._session.uuid, number, SIZE, 16)
-        assert (live / f"writeset-{number}").exists() == (kind is Writeset)
