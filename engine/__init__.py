@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.host.scan import Summary, scan
     from dirtmap.engine.model import changes
     from dirtmap.engine.model.bitmap import Bitmap
-    from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery, Status
+    from dirtmap.engine.model.infos import BitmapInfo, Disk, ImageInfo, Recovery, Status
     from dirtmap.engine.model.namespace import Namespace
     from dirtmap.engine.model.report import CheckReport, Finding
     from dirtmap.engine.model.transaction import Transaction
@@ -79,6 +79,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "CheckReport": ("model.report", "CheckReport"),
     "Compaction": ("namespaces.compact", "Compaction"),
     "Device": ("namespaces.devices", "Device"),
+    "Disk": ("model.infos", "Disk"),
     "Finding": ("model.report", "Finding"),
     "Handle": ("host.handle", "Handle"),
     "Host": ("host.host", "Host"),
@@ -124,6 +125,7 @@ __all__ = [
     "CheckReport",
     "Compaction",
     "Device",
+    "Disk",
     "Error",
     "Finding",
     "FormatError",

@@ -17,7 +17,7 @@ from dirtmap.fmt.errors import Error, LockedError, MovedError
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
-    from dirtmap.engine.model.infos import ImageInfo, Recovery, Status
+    from dirtmap.engine.model.infos import Disk, ImageInfo, Recovery, Status
     from dirtmap.engine.model.transaction import Transaction
     from dirtmap.engine.tracking.tracker import Tracker
 
@@ -115,6 +115,14 @@ class Handle(Namespace):
     def tracking(self) -> Status | None:
         """Who tracks the image; see `Namespace.tracking`."""
         return self._ask(lambda backend: backend.tracking())
+
+    def disk(self) -> Disk:
+        """Where the disk is that the bitmaps are about; of a device, its root's.
+
+        Raises:
+            BitmapNotFoundError: of a device: no store of the host has its root.
+        """
+        return self._ask(lambda backend: self._kind.disk(self._host, backend))
 
     def _names(self) -> list[bytes]:
         return self._ask(lambda backend: backend._names())

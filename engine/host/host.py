@@ -35,7 +35,7 @@ from dirtmap.fmt.spelling import spellings
 
 if TYPE_CHECKING:
     from dirtmap.engine.host.resolver import BitmapMatch
-    from dirtmap.engine.model.infos import ImageInfo, Recovery
+    from dirtmap.engine.model.infos import Disk, ImageInfo, Recovery
     from dirtmap.engine.model.report import CheckReport
     from dirtmap.engine.model.transaction import Transaction
     from dirtmap.engine.namespaces.compact import Compaction
@@ -200,6 +200,28 @@ class Host:
         """
         address = self.locate(target)
         return self._kind(address.path).describe(self._parts, address, force_share=force_share)
+
+    @contextlib.contextmanager
+    def offline(self, disk: Disk) -> Iterator[None]:
+        """Keeps a disk offline until the end of the block, for whoever copies or serves it.
+
+        Whoever goes by QEMU's image locks cannot write to it meanwhile: QEMU itself, and this package. Others can, and
+        of a file that is noticed at the end. A block device looks the same whatever is written to it. A tracker takes
+        no such locks: the caller asks `Handle.tracking`.
+
+        Args:
+            disk: as `Handle.disk` tells; or another place of the same disk, such as a snapshot.
+
+        Raises:
+            LockedError: somebody has it open for writing; or, at the end, it was written to, changed or replaced. That
+                is not told where the block has failed itself.
+            UnsupportedError: its file system has no locks that others see.
+            StorageError: it cannot be opened or looked at, or is being written to without pause.
+        """
+        from dirtmap.engine.host.offline import offline
+
+        with offline(disk, self._parts.locking):
+            yield
 
     @contextlib.contextmanager
     def transaction(self, targets: Iterable[Target]) -> Iterator[dict[Target, Transaction]]:

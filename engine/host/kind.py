@@ -17,7 +17,7 @@ from dirtmap.fmt.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from dirtmap.engine.index.reading import KindReader
-    from dirtmap.engine.model.infos import ImageInfo, Recovery
+    from dirtmap.engine.model.infos import Disk, ImageInfo, Recovery
     from dirtmap.engine.model.namespace import Namespace
     from dirtmap.engine.model.report import CheckReport
     from dirtmap.engine.model.transaction import Transaction
@@ -99,7 +99,7 @@ class KindPort(HostPort, Protocol):
     def open_node(self, uuid: bytes) -> TrackedRoot | None:
         """A device's root: the node of that UUID, opened; None where no store of the host has it.
 
-        Called when a device is tracked.
+        Called when a device is tracked, and to tell where its disk is.
         """
 
     def change_root(self, device: str, root: str, content_unchanged: bool) -> None:
@@ -110,7 +110,10 @@ class KindPort(HostPort, Protocol):
 
 
 class TrackedRoot(Protocol):
-    """A device's root while its tracker begins: see `dirtmap.engine.host.handle.Handle`, which implements it."""
+    """A device's root, while its tracker begins or its image is looked for.
+
+    Implemented by `dirtmap.engine.host.handle.Handle`.
+    """
 
     def track_with(self, tracking: Tracking) -> Tracker:
         """Tracks it, for the device as well."""
@@ -121,6 +124,9 @@ class TrackedRoot(Protocol):
         Raises:
             LockedError: its tracker lives.
         """
+
+    def disk(self) -> Disk:
+        """Where its image is."""
 
     def close(self) -> None:
         """Closes it."""
@@ -166,6 +172,10 @@ class Kind(abc.ABC):
     @abc.abstractmethod
     def transaction(self, host: KindPort, addresses: list[Address]) -> AbstractContextManager[list[Transaction]]:
         """Changes several namespaces of one container in one commit; see `Host.transaction`."""
+
+    def disk(self, host: KindPort, namespace: Namespace) -> Disk:
+        """Where the disk is that the bitmaps of a namespace are about; see `Handle.disk`."""
+        raise UnsupportedError(namespace.where, f"nobody knows where the disk of {self.name} bitmaps is")
 
     def track(self, host: KindPort, namespace: Namespace, tracking: Tracking) -> Tracker:
         """Begins to track an image whose bitmaps no dead tracker has any more; see `Handle.track`."""

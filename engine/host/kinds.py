@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dirtmap.engine.host.kind import Address, Kind, KindPort, Progress, Tracking
 from dirtmap.engine.system import probe
-from dirtmap.fmt.errors import BitmapError, Error, LockedError
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError, Error, LockedError
 
 if TYPE_CHECKING:
     from dirtmap.engine.index.reading import KindReader
-    from dirtmap.engine.model.infos import ImageInfo, Recovery
+    from dirtmap.engine.model.infos import Disk, ImageInfo, Recovery
     from dirtmap.engine.model.namespace import Namespace
     from dirtmap.engine.model.report import CheckReport
     from dirtmap.engine.model.transaction import Transaction
@@ -151,6 +151,14 @@ class Qcow2Kind(Kind):
         with self.open(host, addresses[0], force_share=True) as image, image.transaction() as bitmaps:
             yield [bitmaps] * len(addresses)
 
+    def disk(self, host: KindPort, namespace: Namespace) -> Disk:
+        """See `Kind`."""
+        import os
+
+        from dirtmap.engine.model.infos import Disk
+
+        return Disk(os.path.abspath(namespace.path), self.name)
+
     def track(self, host: KindPort, namespace: Namespace, tracking: Tracking) -> Tracker:
         """See `Kind`."""
         from dirtmap.engine.host.tracked import track_image
@@ -233,6 +241,26 @@ class StoreKind(Kind):
                 recover_tracked_device(host, target, encode_name(name))
             with transaction(target) as namespaces:
                 yield [namespaces[name] for name in names]
+
+    def disk(self, host: KindPort, namespace: Namespace) -> Disk:
+        """See `Kind`. A device's disk is its root's."""
+        import os
+        import uuid
+
+        from dirtmap.engine.model.infos import Disk
+        from dirtmap.engine.namespaces.stored import StoredImage
+        from dirtmap.fmt import store
+
+        assert isinstance(namespace, StoredImage)
+        record = namespace.record()
+        if record.kind != store.KIND_DEVICE:
+            return Disk(os.fsdecode(record.path), "raw")
+        root = host.open_node(record.root_uuid)
+        if root is None:
+            missing = uuid.UUID(bytes=record.root_uuid)
+            raise BitmapNotFoundError(namespace.where, f"its root, {missing}, is not known; 'index scan' finds it")
+        with contextlib.closing(root):
+            return root.disk()
 
     def track(self, host: KindPort, namespace: Namespace, tracking: Tracking) -> Tracker:
         """See `Kind`."""

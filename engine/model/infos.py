@@ -78,6 +78,19 @@ class ImageInfo:
     checkpoints: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Where a disk is that has bitmaps, wherever those are.
+
+    Attributes:
+        path: of the image or block device, absolute; of a device's root.
+        format: ``qcow2`` or ``raw``, by what it was made a node as, never by what a guest may have written into it.
+    """
+
+    path: str
+    format: str
+
+
 # Why a recovered bitmap is dirty all over. Recovery locks writers out, so the writer that left it is gone.
 LEFT_IN_USE = "left in use by a writer that did not finish"
 # And one that was void.

@@ -8,10 +8,12 @@ QEMU takes shared open-file-description locks on single bytes of the image and t
     writer    takes 100 101 103 201 203   tests 200 201 203 (does anyone not share what I use?)
                                                 and 101 103 (does anyone use what I do not share?)
     reader    takes 100                   tests 101
+    keeper    takes 100 201 203           tests 200 101 103
     -U        takes 100                   tests nothing
 
 A reader of ours takes less than one of QEMU's. If it took 201 and 203, a virtual machine that starts meanwhile would
-fail. Source: QEMU block/file-posix.c, raw_apply_lock_bytes and raw_check_lock_bytes.
+fail. That is what a keeper is for: it reads for long, and nobody may write meanwhile. It is a reader as QEMU has it.
+Source: QEMU block/file-posix.c, raw_apply_lock_bytes and raw_check_lock_bytes.
 
 Byte 300 is for processes of ours. QEMU does not look at it. A writer has it alone while it holds or tries the bytes
 above, so two waiting writers never mistake each other's attempts for somebody who has the image open. Byte 301 is the
@@ -40,6 +42,9 @@ _USE, _UNSHARE = 100, 200
 _READ, _WRITE, _RESIZE = 0, 1, 3
 _WRITER_TAKES = (_USE + _READ, _USE + _WRITE, _USE + _RESIZE, _UNSHARE + _WRITE, _UNSHARE + _RESIZE)
 _WRITER_TESTS = (_UNSHARE + _READ, _UNSHARE + _WRITE, _UNSHARE + _RESIZE, _USE + _WRITE, _USE + _RESIZE)
+
+_KEEPER_TAKES = (_USE + _READ, _UNSHARE + _WRITE, _UNSHARE + _RESIZE)
+_KEEPER_TESTS = (_UNSHARE + _READ, _USE + _WRITE, _USE + _RESIZE)
 
 _QUEUE = 300
 
@@ -171,6 +176,36 @@ def reading(
             yield from _reading(file)
     finally:
         file.unlock(_USE + _READ)
+
+
+@contextlib.contextmanager
+def keeping(file: File, *, locking: Locking = USUAL) -> Iterator[None]:
+    """Keeps everybody who asks for QEMU's locks from writing to a file or a device, until the end of the block.
+
+    Args:
+        file: the image, open for reading.
+        locking: how long to wait for another process of ours that writes to it. QEMU is not waited for.
+
+    Raises:
+        LockedError: someone has it open for writing, or shares it with no reader; or it was replaced while it was being
+            opened.
+        UnsupportedError: nobody would see the locks; see `has_locks`.
+    """
+    if not has_locks(file, locking):
+        _refuse_if_replaced(file)
+        yield
+        return
+    try:
+        with _beside_readers(file, locking):
+            for byte in _KEEPER_TAKES:
+                file.lock(byte)
+            if any(map(file.locked_by_other, _KEEPER_TESTS)):
+                raise LockedError(file.path, f"open for writing by {holders(file)}")
+        _refuse_if_replaced(file)
+        yield
+    finally:
+        for byte in _KEEPER_TAKES:
+            file.unlock(byte)
 
 
 def _reading(file: File) -> Iterator[None]:
