@@ -37,6 +37,7 @@ _HOMES = {
     "recover": "recover",
     "check": "check",
     "hold": "hold",
+    "serve": "serve.command",
     "transaction": "transaction",
     "find": "find",
     "index": "index",

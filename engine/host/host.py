@@ -224,6 +224,29 @@ class Host:
             yield
 
     @contextlib.contextmanager
+    def lent(self, disk: Disk) -> Iterator[int]:
+        """Takes QEMU's locks on a raw disk for a program that is to write it, and takes none itself.
+
+        Meanwhile whoever goes by these locks does not open the disk. They are given up once the block has ended, and so
+        has every process that has inherited the descriptor: they outlive this process where that program does.
+
+        Args:
+            disk: as `Handle.disk` tells.
+
+        Yields:
+            The descriptor that the program has to inherit.
+
+        Raises:
+            LockedError: somebody has it open.
+            UnsupportedError: it is a qcow2 image; or its file system has no locks that others see.
+            StorageError: it cannot be opened for writing.
+        """
+        from dirtmap.engine.host.offline import lent
+
+        with lent(disk, self._parts.locking) as fd:
+            yield fd
+
+    @contextlib.contextmanager
     def transaction(self, targets: Iterable[Target]) -> Iterator[dict[Target, Transaction]]:
         """Changes the bitmaps of several targets in one commit of the container that holds them all.
 

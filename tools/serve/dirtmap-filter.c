@@ -2,7 +2,8 @@
  *
  *   nbdkit --filter=.../nbdkit-dirtmap-filter.so file disk.raw dirtmap-session=FOLDER
  *
- * FOLDER has the live files of the disk's tracker ("live" of `dirtmap track status`). A write, zero or trim is begun
+ * FOLDER has the live files of the disk's tracker ("live" of `dirtmap track status`). dirtmap-outlive=true lets nbdkit
+ * go on when the process dies that has started it. A write, zero or trim is begun
  * there, passed on, and ended, whatever became of it: one that fails stays marked. What cannot be begun is not passed
  * on, and its client gets an error. Flush and FUA go through as they are: a region's record is durable before the first
  * write into it is passed on, so that a flush has nothing to add.
@@ -14,12 +15,14 @@
 #include "marking.h"
 
 #include <nbdkit-filter.h>
+#include <sys/prctl.h>
 
 #define PAUSE_NS 1000000
 #define PATIENCE_NS 10000000000 /* for a slot */
 #define MOST_AT_REST 128        /* slots that threads keep between two writes; the others have some for their time alone */
 
 static char *folder;
+static int outlives;
 static dm_handle *session;
 
 /* Any number of clients. Each has threads of its own, 16 by default, and a session has slots for 512. */
@@ -159,6 +162,10 @@ static int tracked_trim(nbdkit_next *next, void *handle, uint32_t count, uint64_
 
 static int config(nbdkit_next_config *next, nbdkit_backend *backend, const char *name, const char *value)
 {
+    if (strcmp(name, "dirtmap-outlive") == 0) {
+        outlives = nbdkit_parse_bool(value);
+        return outlives < 0 ? -1 : 0;
+    }
     if (strcmp(name, "dirtmap-session") != 0)
         return next(backend, name, value);
     free(folder);
@@ -200,6 +207,11 @@ static int get_ready(int thread_model)
 static int after_fork(nbdkit_backend *backend)
 {
     (void)backend;
+    /* Some builds of nbdkit end with their parent, asked to or not (tried with Debian's 1.32.5). */
+    if (outlives && prctl(PR_SET_PDEATHSIG, 0) == -1) {
+        nbdkit_error("prctl: %m");
+        return -1;
+    }
     return attach();
 }
 
@@ -237,7 +249,8 @@ static struct nbdkit_filter filter = {
     .unload = unload,
     .config = config,
     .config_complete = config_complete,
-    .config_help = "dirtmap-session=<FOLDER>  (required) The live files of the disk's tracker.",
+    .config_help = "dirtmap-session=<FOLDER>  (required) The live files of the disk's tracker.\n"
+                   "dirtmap-outlive=<BOOL>    Go on when the process dies that has started nbdkit.",
     .get_ready = get_ready,
     .after_fork = after_fork,
     .prepare = prepare,

@@ -1,0 +1,104 @@
+"""`serve`: tracks a disk, and has nbdkit serve it and mark what its clients write."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from dirtmap.fmt.errors import LockedError, UnsupportedError
+from dirtmap.tools.serve.building import built_filter, nbdkit_version
+from dirtmap.tools.serve.nbdkit import Nbdkit, Session, refuse_served
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Handle, Host, Tracker
+    from dirtmap.tools.export.listener import Listener
+
+
+class Serving:
+    """A disk while it is served.
+
+    Attributes:
+        uri: for NBD clients.
+        size: of the disk, in bytes.
+        live: the folder of the session's live files; None where it is served read-only.
+        notes: what a user should know although it is served, one line each.
+        tracker: of the disk; None where it is served read-only.
+    """
+
+    def __init__(
+        self, handle: Handle, nbdkit: Nbdkit, uri: str, live: str | None, tracker: Tracker | None, notes: list[str]
+    ) -> None:
+        self.uri, self.size, self.live, self.tracker, self.notes = uri, handle.size, live, tracker, tuple(notes)
+        self._nbdkit = nbdkit
+
+    def wait(self, stop: int) -> None:
+        """Waits until a descriptor is readable, which asks to end.
+
+        Raises:
+            Error: nbdkit has ended by itself.
+        """
+        poll = select.poll()
+        poll.register(self._nbdkit, select.POLLIN)
+        poll.register(stop, select.POLLIN)
+        poll.poll()
+        self.require_running()
+
+    def require_running(self) -> None:
+        """Refuses to call it served where nbdkit has ended by itself. Errors as `wait`."""
+        self._nbdkit.require_running()
+
+
+@contextlib.contextmanager
+def serve(
+    host: Host, target: str, listener: Listener, *, read_only: bool = False, arguments: Sequence[str] = ()
+) -> Iterator[Serving]:
+    """Serves a raw disk over NBD until the end of the block, and tracks it: what clients write is marked.
+
+    nbdkit does the serving. It outlives this process, if that dies: clients go on, and what they write is still marked,
+    until somebody adopts it. At the end of the block it is ended, then the tracker is closed.
+
+    Args:
+        host: opens the target.
+        target: a node or a device with a raw disk. Its size cannot change while it is served.
+        listener: where to serve it.
+        read_only: no client can write; nothing is tracked, and the disk is kept offline: see `Host.offline`.
+        arguments: further ones of nbdkit.
+
+    Raises:
+        UnsupportedError: the target is a qcow2 image.
+        LockedError: somebody tracks the disk, serves it or has it open.
+        Error: the filter cannot be built, or nbdkit did not start.
+        As `Handle.track`.
+    """
+    with contextlib.ExitStack() as stack:
+        handle = stack.enter_context(host.open(target))
+        disk = handle.disk()
+        if disk.format != "raw":
+            what = "a qcow2 image, whose bitmaps QEMU keeps by itself: qemu-nbd serves it"
+            raise UnsupportedError(handle.where, what)
+        notes, status = [], handle.tracking()
+        if status is not None and status.alive and read_only:
+            raise LockedError(handle.where, f"its disk is being written: tracked by {status.tracker}")
+        if status is not None and not status.alive:
+            refuse_served(handle.where, status.live)
+        tracker, session = None, None
+        if read_only:
+            nbdkit_version()
+            stack.enter_context(host.offline(disk))
+        else:
+            built = built_filter()
+            locks = stack.enter_context(host.lent(disk))
+            tracker = stack.enter_context(handle.track())
+            if status is not None:
+                notes.append(f"recovered first: {status.how}")
+            begun = handle.tracking()
+            assert begun is not None
+            session = Session(built, begun.live, locks)
+        if doubt := handle.doubt():
+            notes.append(f"its bitmaps count as all dirty: {doubt}")
+        stack.enter_context(listener.reserved())
+        nbdkit = stack.enter_context(Nbdkit.start(listener, disk, session, arguments))
+        live = None if session is None else session.live
+        yield Serving(handle, nbdkit, listener.uri(""), live, tracker, notes)
