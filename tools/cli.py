@@ -38,6 +38,7 @@ _HOMES = {
     "check": "check",
     "hold": "hold",
     "serve": "serve.command",
+    "export": "export.command",
     "transaction": "transaction",
     "find": "find",
     "index": "index",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dirtmap.fmt.errors import Error
 from dirtmap.tools import options
+from dirtmap.tools.running import run
 
 if TYPE_CHECKING:
     from dirtmap.engine import Host
@@ -35,46 +35,5 @@ def hold_command(
     command.
     """
     with host.open(target) as image, image.hold(bitmap, owner or command[0]):
-        try:
-            status = _run(command)
-        except FileNotFoundError:
-            raise Error(command[0], "no such command") from None
-        except OSError as error:
-            raise Error(command[0], error.strerror or str(error)) from error
-    ctx.exit(status if status >= 0 else 128 - status)
-
-
-def _run(command: tuple[str, ...]) -> int:
-    """Runs a command to its end, and returns its exit status.
-
-    Passes on signals that ask this process to end; otherwise the command would go on without the hold.
-    """
-    import signal
-    import subprocess
-
-    begun: list[subprocess.Popen[bytes]] = []
-    early: list[int] = []
-
-    def pass_on(number: int, _: object) -> None:
-        if begun:
-            begun[0].send_signal(number)
-        else:
-            early.append(number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as under nohup
-                signal.signal(number, pass_on)
-        with subprocess.Popen(command) as process:
-            begun.append(process)
-            for told in early:
-                process.send_signal(told)
-            try:
-                return process.wait()
-            except BaseException:
-                process.kill()
-                raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        status = run(command)
+    ctx.exit(status)

@@ -99,16 +99,18 @@ class _Bitmap(_Name):
         return _items(map(escaped, self._there(ctx)), incomplete)
 
     def _there(self, ctx: click.Context) -> list[str]:
-        """The names of all bitmaps of the target; for a source, those of its own target if the command has one."""
+        """The names of all bitmaps of each target; for a source, of its own target if the command has one."""
         import dirtmap.engine as dm
 
         target = ctx.params.get("target")
         if self is SOURCE:
             target = ctx.params.get("source_target") or target
-        try:
-            return [bitmap.name for bitmap in host_of(ctx).describe(target, force_share=True).bitmaps] if target else []
-        except dm.Error:
-            return []
+        names: dict[str, None] = {}
+        # While an option's value is being completed, click has not told arguments from each other.
+        for each in (target,) if target else ctx.params.get("targets") or ctx.args:
+            with contextlib.suppress(dm.Error):
+                names.update(dict.fromkeys(b.name for b in host_of(ctx).describe(each, force_share=True).bitmaps))
+        return list(names)
 
 
 class _Holder(_Name):

@@ -152,6 +152,13 @@ class Handle(Namespace):
             yield bitmap
 
     @contextlib.contextmanager
+    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[None]:
+        """Holds several bitmaps; see `Namespace.hold_all`."""
+        chosen = list(names)
+        with self._opened(lambda backend: backend.hold_all(chosen, owner)):
+            yield
+
+    @contextlib.contextmanager
     def _opened(self, begin: Callable[[Namespace], contextlib.AbstractContextManager[T]]) -> Iterator[T]:
         with contextlib.ExitStack() as stack:
             yield self._ask(lambda backend: stack.enter_context(begin(backend)))

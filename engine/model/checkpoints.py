@@ -60,7 +60,7 @@ def shown(info: ImageInfo, chain: list[str], whose: str = "") -> ImageInfo:
         since = label(lacking[-1]) + " or an older checkpoint" * (len(lacking) > 1)
         notes += (f"{whose}not all that was written since {since} is known: a checkpoint was removed or disabled",)
     bitmaps = tuple(replace(bitmap, checkpoint=bitmap.name in names) for bitmap in info.bitmaps)
-    return replace(info, bitmaps=bitmaps, notes=notes, checkpoints=names)
+    return replace(info, bitmaps=bitmaps, notes=notes, checkpoints=names, incomplete=tuple(lacking))
 
 
 def predecessor(chain: list[str], name: str) -> str | None:

@@ -62,6 +62,7 @@ class ImageInfo:
         checkpoints: names of the bitmaps that are checkpoints, oldest first; also of those that are left out. What was
             written since one is in it and in all later ones; where that is not known any more, ``notes`` say so. For a
             store as a whole, those of one namespace after the other.
+        incomplete: names of the checkpoints since which not all that was written is known any more, oldest first.
     """
 
     path: str
@@ -76,6 +77,7 @@ class ImageInfo:
     doubt: str | None = None
     errors: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

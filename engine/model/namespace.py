@@ -105,6 +105,17 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
             GoneError: at the end, another file has taken the store's place, and what was held may have been changed.
         """
 
+    @contextlib.contextmanager
+    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[None]:
+        """Holds several bitmaps; see `hold`. Where the container can, by one commit; all of them, or none.
+
+        Their bits are not handed out: whoever needs them reads them one by one, and they stay as they are meanwhile.
+        """
+        with contextlib.ExitStack() as stack:
+            for name in dict.fromkeys(names):
+                stack.enter_context(self.hold(name, owner))
+            yield
+
     @abc.abstractmethod
     def close(self) -> None:
         """Closes the container's file."""

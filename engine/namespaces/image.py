@@ -147,8 +147,17 @@ class Image(Namespace):
         """Holds a bitmap for a backup; see `Namespace.hold`."""
         where = f"{self.where}: {label(name)}"
         self[name].required(where)
-        with self.place.hold(where, name, owner):
+        with self.place.hold(where, [name], owner):
             yield self[name].required(where)
+
+    @contextlib.contextmanager
+    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[None]:
+        """Holds several bitmaps, by one commit; see `Namespace.hold_all`."""
+        chosen = list(dict.fromkeys(names))
+        for name in chosen:
+            self[name].required(f"{self.where}: {label(name)}")
+        with self.place.hold(self.where, chosen, owner) if chosen else contextlib.nullcontext():
+            yield
 
     def __repr__(self) -> str:
         return f"<Image {self.path!r}>"

@@ -47,8 +47,8 @@ class Place:
         yield
 
     @contextlib.contextmanager
-    def hold(self, where: str, name: str, owner: str) -> Iterator[None]:
-        """Refuses to hold a bitmap.
+    def hold(self, where: str, names: list[str], owner: str) -> Iterator[None]:
+        """Refuses to hold bitmaps.
 
         Raises:
             BitmapError: always.

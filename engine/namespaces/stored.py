@@ -149,8 +149,17 @@ class StoredImage(Namespace):
         """Holds a bitmap for a backup; see `Namespace.hold`."""
         where = f"{self.where}: {label(name)}"
         self[name].required(where)
-        with holding(self._store, self._raw_name, name, owner):
+        with holding(self._store, self._raw_name, [name], owner):
             yield self[name].required(where)
+
+    @contextlib.contextmanager
+    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[None]:
+        """Holds several bitmaps, by one commit; see `Namespace.hold_all`."""
+        chosen = list(dict.fromkeys(names))
+        for name in chosen:
+            self[name].required(f"{self.where}: {label(name)}")
+        with holding(self._store, self._raw_name, chosen, owner) if chosen else contextlib.nullcontext():
+            yield
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
@@ -287,6 +296,7 @@ def describe_store(target: Store) -> ImageInfo:
             doubt=next((part.doubt for part in parts if part.doubt), None),
             errors=tuple(error for part in parts for error in part.errors),
             checkpoints=tuple(name for part in parts for name in part.checkpoints),
+            incomplete=tuple(name for part in parts for name in part.incomplete),
         )
 
     return target.read(read)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.identity import identity_of_disk, is_twin, lasting_identity
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def holding(target: Store, node: bytes, name: str, owner: str) -> Iterator[None]:
-    """Holds a bitmap for the time of the block; see `Namespace.hold`. The hold is in the record of its namespace."""
-    taken = holds.hold(encode_name(name), owner)
+def holding(target: Store, node: bytes, names: Iterable[str], owner: str) -> Iterator[None]:
+    """Holds bitmaps for the time of the block; see `Namespace.hold`. The holds are in the record of their namespace."""
+    taken = [holds.hold(encode_name(name), owner) for name in names]
     with contextlib.ExitStack() as stack:
         with target.change() as change:
             record = change.table.get(node)
@@ -39,29 +39,32 @@ def holding(target: Store, node: bytes, name: str, owner: str) -> Iterator[None]
                 raise no_namespace(target.path, node)
             Condition(change.snapshot, record).refuse_tracked()  # its tracker takes bitmaps for backups
             file = change.snapshot.file
-            # The byte is locked before anybody can see the record, because a hold without a lock counts as stale.
+            # The bytes are locked before anybody can see the record, because a hold without a lock counts as stale.
             locked = stack.enter_context(holds.lock(taken, file))
-            change.table.put(holds.with_holds(record, [*holds.living(file, record), taken]))
+            change.table.put(holds.with_holds(record, [*holds.living(file, record), *taken]))
         try:
             yield
         finally:
-            if locked.fd >= 0:  # else this is a forked child, and its parent has the hold
-                _end_hold(target, node, taken, locked)
+            if locked.fd >= 0:  # else this is a forked child, and its parent has the holds
+                _end_holds(target, node, taken, locked)
 
 
-def _end_hold(target: Store, node: bytes, taken: Hold, locked: File) -> None:
-    """Removes a hold from the record of its namespace.
+def _end_holds(target: Store, node: bytes, taken: list[Hold], locked: File) -> None:
+    """Removes holds from the record of their namespace.
 
     Raises:
-        GoneError: another file has replaced the store, which had the hold.
+        GoneError: another file has replaced the store, which had the holds.
     """
+    tokens = {held.token for held in taken}
     with target.change() as change:
-        if (record := change.table.get(node)) is not None:  # else the hold is gone with the record
-            others = [found for found in holds.living(change.snapshot.file, record) if found.token != taken.token]
+        if (record := change.table.get(node)) is not None:  # else the holds are gone with the record
+            others = [found for found in holds.living(change.snapshot.file, record) if found.token not in tokens]
             change.table.put(holds.with_holds(record, others))
     if not locked.is_current():
-        bitmap = label(decode_name(taken.bitmap))
-        raise GoneError(target.path, f"was replaced while {bitmap} was held: it may have been changed meanwhile")
+        one = len(taken) == 1
+        held = f"{label(decode_name(taken[0].bitmap))} was" if one else f"{len(taken)} bitmaps were"
+        what = f"was replaced while {held} held: {'it' if one else 'they'} may have been changed meanwhile"
+        raise GoneError(target.path, what)
 
 
 class StoredPlace(Place):
@@ -142,18 +145,18 @@ class StoredPlace(Place):
                 order.after_stores(confirm)
 
     @contextlib.contextmanager
-    def hold(self, where: str, name: str, owner: str) -> Iterator[None]:
-        """Holds a bitmap for the time of the block.
+    def hold(self, where: str, names: list[str], owner: str) -> Iterator[None]:
+        """Holds bitmaps for the time of the block.
 
         Args:
-            where: how messages name the bitmap.
-            name: of the bitmap.
-            owner: who holds it, for messages to others.
+            where: how messages name them.
+            names: of the bitmaps.
+            owner: who holds them, for messages to others.
 
         Raises:
             BitmapError: no store has a record of the image.
         """
-        with self._host.opened(self.store) as target, holding(target, self._name, name, owner):
+        with self._host.opened(self.store) as target, holding(target, self._name, names, owner):
             yield
 
     # Which file is meant.

@@ -13,7 +13,7 @@ the file, not on its path, so no other file may take the store's place while any
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from dirtmap.engine.model.naming import decode_name
@@ -139,26 +139,26 @@ def held_by(file: File, record: Record) -> dict[str, str]:
     return {decode_name(found.bitmap): str(found) for found in holds.living(file, record)}
 
 
-def lock(held: Hold, store: File) -> File:
-    """Has the kernel tell everybody that a hold is alive, until the file that is returned is closed.
+def lock(taken: Iterable[Hold], store: File) -> File:
+    """Has the kernel tell everybody that holds are alive, until the file that is returned is closed.
 
-    A forked child has that file closed, see `File`: the hold is its parent's, and ends with it. A program that is
+    A forked child has that file closed, see `File`: the holds are its parent's, and end with it. A program that is
     started does not get it at all.
 
     Args:
-        held: of this process.
-        store: that is to have the hold's record, as its writer has it open.
+        taken: by this process.
+        store: that is to have their record, as its writer has it open.
 
     Raises:
         GoneError: another file is in the store's place.
-        LockedError: the byte is locked by someone else.
+        LockedError: a byte is locked by someone else.
         StorageError: the file system has no such locks.
     """
     file = open_file(store.path, writable=True, abspath=store.abspath)
     try:
         if (file.status.st_dev, file.status.st_ino) != (store.status.st_dev, store.status.st_ino):
             raise GoneError(store.path, "was replaced since it was opened")
-        if not file.lock_alone(held.byte):
+        if not all(file.lock_alone(held.byte) for held in taken):
             raise LockedError(store.path, "another program locks the bytes that are for holds")
     except BaseException:
         file.close()

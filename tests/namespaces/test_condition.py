@@ -49,7 +49,7 @@ def test_a_fact_about_the_image_stays_as_it_was_first_seen(image: Path) -> None:
 def test_holders_are_looked_for_at_each_call(image: Path) -> None:
     path = str(image.with_name("s.dmap"))
     with Store(path) as target:
-        with holding(target, b"drive0", "b0", "backup"):
+        with holding(target, b"drive0", ["b0"], "backup"):
             snapshot = target.read(lambda snapshot: snapshot)
             now = condition(snapshot)
             assert now.busy == {b"b0"}

@@ -297,3 +297,44 @@ def test_a_byte_that_somebody_else_locks_is_refused() -> None:
         with dm.open("one") as image, pytest.raises(LockedError, match="bytes that are for holds"), image.hold("b"):
             pass
     assert not is_busy()
+
+
+# Several at once.
+
+
+def commits() -> int:
+    with Store(STORE) as target:
+        return target.read(lambda snapshot: snapshot.header.generation)
+
+
+@pytest.mark.parametrize("node", ["one", "two"])
+def test_several_holds_by_one_commit(node: str) -> None:
+    dirtmap("add", node, "c")
+    dirtmap("add", node, "free")
+    with dm.open(f"node:{node}") as image:
+        before = commits()
+        with image.hold_all(["b", "c", "b"], "backup"):
+            assert commits() == before + 1
+            assert [bitmap.name for bitmap in image.info().bitmaps if bitmap.busy] == ["b", "c"]
+            assert "busy: held by 'backup'" in error_of("remove", node, "c")
+            with image.hold("c"):
+                pass
+            assert "busy: held by 'backup'" in error_of("clear", node, "c")
+            dirtmap("clear", node, "free")
+        with image.hold_all([]):
+            pass
+        with pytest.raises(dm.BitmapNotFoundError), image.hold_all(["b", "none"]):
+            pytest.fail("held")
+        assert not any(bitmap.busy for bitmap in image.info().bitmaps)
+
+
+def put_copy_in_place() -> None:
+    shutil.copy(STORE, "new")
+    os.replace("new", STORE)
+
+
+def test_several_holds_end_with_their_store() -> None:
+    dirtmap("add", "one", "c")
+    gone = pytest.raises(GoneError, match="replaced while 2 bitmaps were held")
+    with dm.open("node:one") as image, gone, image.hold_all(["b", "c"]):
+        put_copy_in_place()

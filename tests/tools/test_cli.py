@@ -144,6 +144,7 @@ def test_usage_is_pinned() -> None:
         "check TARGET",
         "find BITMAP",
         "hold TARGET BITMAP COMMAND...",
+        "export TARGET...",
         "transaction FILE",
         "sidecar RAW QCOW2",
         "completion {bash|zsh|fish}",
@@ -366,6 +367,7 @@ def test_completion_of_names(image: Path) -> None:
     assert complete("dirtmap", "re") == ["remove", "rename", "recover"]
     assert complete("dirtmap", "map", str(image), "b") == ["b0", "b1"]
     assert complete("dirtmap", "map", "/no/such", "b") == []
+    assert complete("dirtmap", "export", str(image), "--bitmap", "b") == ["b0", "b1"]
 
 
 # Sizes.

@@ -102,6 +102,7 @@ def test_a_broken_chain_shows_what_is_known(target: str, tmp_path: Path) -> None
     assert flags == {own(target): False, "a": True, "b": True, "d": True}
     with dm.open(target) as image:
         (note,) = image.info().notes
+        assert image.info().incomplete == ("a", "b")
     lost = "not all that was written since bitmap 'b' or an older checkpoint is known: a checkpoint was removed or"
     assert lost in note
     assert lost in dirtmap("list", target).error

@@ -1,0 +1,231 @@
+"""`dirtmap export`: its options, and what it does about signals. See `dirtmap.tools.export`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from dirtmap.fmt.errors import printable
+from dirtmap.tools import options
+from dirtmap.tools.export import Listener, export
+from dirtmap.tools.export.announcing import notify, pid_file
+from dirtmap.tools.export.listener import LOOPBACK
+from dirtmap.tools.output import complain, write_json
+from dirtmap.tools.running import run
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from dirtmap.engine import Host
+    from dirtmap.tools.export import Serving
+
+
+@options.command(
+    "export",
+    examples="""
+    dirtmap export drive0 --unix /run/drive0.sock
+    nbdinfo --map=qemu:dirty-bitmap:monday 'nbd+unix:///drive0?socket=/run/drive0.sock'
+    dirtmap export drive0 --run 'nbdcopy "$uri" copy.raw'
+    dirtmap export drive0 drive1 --bitmap monday --since sunday --port 10809
+    dirtmap export drive0 --source /dev/vg0/snapshot --bind 192.0.2.1 --port 10809 --tls /etc/pki/qemu
+    """,
+)
+@click.argument("targets", metavar="TARGET...", type=options.TARGET, nargs=-1, required=True)
+@click.option(
+    "--bitmap",
+    "bitmaps",
+    metavar="NAME",
+    type=options.BITMAP,
+    multiple=True,
+    help="A bitmap to serve; may be given several times.  [default: all that can be used]",
+)
+@click.option(
+    "--since",
+    metavar="CHECKPOINT",
+    type=options.BITMAP,
+    help="Serve what was written since CHECKPOINT, too, as bitmap since-CHECKPOINT.",
+)
+@click.option("--unix", metavar="SOCK", type=click.Path(), help="Listen on a Unix socket, for this user alone.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Listen on a TCP port.")
+@click.option(
+    "--bind",
+    metavar="ADDRESS",
+    default=LOOPBACK,
+    show_default=True,
+    help="With --port, the IP address. One that other machines reach needs --tls.",
+)
+@click.option(
+    "--tls",
+    metavar="DIR",
+    type=click.Path(),
+    help="Demand TLS. DIR has ca-cert.pem, server-cert.pem and server-key.pem; clients need a certificate of that CA.",
+)
+@click.option(
+    "--run",
+    "command",
+    metavar="COMMAND",
+    help="Serve while a shell runs COMMAND, which has $uri, $unixsocket and $port.",
+)
+@click.option(
+    "--source",
+    "sources",
+    metavar="PATH",
+    type=click.Path(),
+    multiple=True,
+    help="Serve a frozen copy of the disk, such as a snapshot, in place of it; one for each TARGET, in their order.",
+)
+@click.option("--live", is_flag=True, help="Serve a disk that is being written: what is read is not of one instant.")
+@click.option("--pidfile", metavar="FILE", type=click.Path(), help="Write the process number to FILE once it is ready.")
+@options.reporting
+@click.pass_context
+def export_command(
+    ctx: click.Context,
+    host: Host,
+    targets: tuple[str, ...],
+    bitmaps: tuple[str, ...],
+    since: str | None,
+    unix: str | None,
+    port: int | None,
+    bind: str,
+    tls: str | None,
+    command: str | None,
+    sources: tuple[str, ...],
+    live: bool,
+    pidfile: str | None,
+    quiet: bool,
+    output: str,
+) -> None:
+    """Serve disks and their bitmaps over NBD, read-only.
+
+    Each TARGET becomes an export of its name, whose metadata contexts are base:allocation and, for each bitmap NAME,
+    qemu:dirty-bitmap:NAME, as QEMU has them: nbdinfo, libnbd and qemu-img read them. QEMU's qemu-storage-daemon does
+    the serving. The bitmaps are as of the beginning, and busy until the end; see "dirtmap hold".
+
+    QEMU cannot write to the disk meanwhile, and if anybody else has changed its file, that is an error at the end. A
+    disk that is being written is refused, unless --source has a frozen copy, or --live says that you know.
+
+    Prints a line once it is ready, "ready:" and a URI for each TARGET, or with --output=json a list of exports. SIGINT,
+    SIGTERM or SIGHUP end it, with exit status 0. With --run, the end of COMMAND does, whose exit status it has, and
+    nothing is printed; without --unix and --port it listens on a Unix socket of its own then.
+    """
+    if unix is not None and port is not None:
+        raise click.UsageError("--unix and --port exclude each other.")
+    if bind != LOOPBACK and port is None:
+        raise click.UsageError("--bind goes with --port.")
+    if unix is None and port is None and command is None:
+        raise click.UsageError("Where to listen? --unix, --port or --run says it.")
+    if command is not None and output == "json":
+        raise click.UsageError("--output=json goes not with --run: what is printed is COMMAND's.")
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_Stop())
+        if unix is None and port is None:
+            unix = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtmap-")), "sock")
+        listener = Listener(unix if unix is None else os.path.abspath(unix), port, bind, tls)
+        status = 0
+        with (
+            export(host, targets, listener, bitmaps=bitmaps, since=since, sources=sources, live=live) as serving,
+            pid_file(pidfile),
+        ):
+            _tell(serving, quiet=quiet)
+            if command is not None:
+                notify("READY=1")
+                status = run(["/bin/sh", "-c", command], {**os.environ, **_variables(serving)})
+                if not status:
+                    serving.require_running()
+            else:
+                with stop.awaited():
+                    _tell_ready(serving, output, quiet=quiet)
+                    notify("READY=1")
+                    serving.wait()
+                notify("STOPPING=1")
+    if status:
+        ctx.exit(status)
+
+
+def _tell(serving: Serving, *, quiet: bool) -> None:
+    """Says what is not as a user may expect it, on standard error."""
+    for each in serving.exports if not quiet else ():
+        for note in each.notes:
+            complain(f"{each.target}: {note}")
+        for name, why in each.left_out.items():
+            complain(f"{each.target}: '{printable(name)}' is left out: {why}")
+
+
+def _tell_ready(serving: Serving, output: str, *, quiet: bool) -> None:
+    if quiet:
+        return
+    if output == "json":
+        write_json(
+            [
+                {
+                    "target": each.target,
+                    "export": each.name,
+                    "uri": each.uri,
+                    "virtual-size": each.size,
+                    "bitmaps": list(each.bitmaps),
+                    "left-out": each.left_out,
+                    "notes": list(each.notes),
+                }
+                for each in serving.exports
+            ]
+        )
+    else:
+        print("ready:", *serving.uris)
+    sys.stdout.flush()
+
+
+def _variables(serving: Serving) -> dict[str, str]:
+    """What a command finds in its environment. Source of the names: nbdkit-captive(1)."""
+    listener = serving.listener
+    return {
+        "uri": " ".join(serving.uris),
+        "unixsocket": listener.unix or "",
+        "port": "" if listener.port is None else str(listener.port),
+    }
+
+
+class _Stopped(BaseException):
+    """A signal has asked this process to end."""
+
+
+class _Stop:
+    """Turns signals that ask the process to end into an exception, the first one; the others find it ending.
+
+    Without that, SIGTERM and SIGHUP would leave temporary files.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+
+    def __enter__(self) -> _Stop:
+        self._before = {number: signal.getsignal(number) for number in self._SIGNALS}
+        for number, handler in self._before.items():
+            if handler is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._number is not None and isinstance(error[1], _Stopped):
+            raise click.exceptions.Exit(128 + self._number)
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        if self._number is None:
+            self._number = number
+            raise _Stopped
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """In this block the signal is what everybody waits for."""
+        with contextlib.suppress(_Stopped):
+            yield

@@ -1,0 +1,55 @@
+"""Runs a command that a user gives to one of ours, and lets it end with ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dirtmap.fmt.errors import Error
+
+
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+    """Runs a command to its end, and returns its exit status as a shell has it: of a signal, 128 and its number.
+
+    Passes on signals that ask this process to end; otherwise the command would go on without what ours does for it.
+
+    Args:
+        command: the program and its arguments.
+        environment: of the command; None for that of this process.
+
+    Raises:
+        Error: it cannot be run.
+    """
+    import signal
+    import subprocess
+
+    begun: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        if begun:
+            begun[0].send_signal(number)
+        else:
+            early.append(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, pass_on)
+        with subprocess.Popen(command, env=environment) as process:
+            begun.append(process)
+            for told in early:
+                process.send_signal(told)
+            try:
+                status = process.wait()
+            except BaseException:
+                process.kill()
+                raise
+    except FileNotFoundError:
+        raise Error(command[0], "no such command") from None
+    except OSError as error:
+        raise Error(command[0], error.strerror or str(error)) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
