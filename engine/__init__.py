@@ -63,8 +63,10 @@ if TYPE_CHECKING:
     from dirtmap.engine.namespaces.devices import Device
     from dirtmap.engine.namespaces.nodes import Node
     from dirtmap.engine.storefile.file import create as create_store
+    from dirtmap.engine.tracking.gate import gate
     from dirtmap.engine.tracking.include import get_include
     from dirtmap.engine.tracking.kernel import Ticket, Write
+    from dirtmap.engine.tracking.marker import Marker
     from dirtmap.engine.tracking.tracker import Tracker
 
     __version__: str
@@ -86,6 +88,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "ImageInfo": ("model.infos", "ImageInfo"),
     "Kind": ("host.kind", "Kind"),
     "Lookup": ("host.lookup", "Lookup"),
+    "Marker": ("tracking.marker", "Marker"),
     "Namespace": ("model.namespace", "Namespace"),
     "Node": ("namespaces.nodes", "Node"),
     "Recovery": ("model.infos", "Recovery"),
@@ -102,6 +105,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "create_store": ("storefile.file", "create"),
     "describe": ("host.calls", "describe"),
     "dump": ("host.calls", "dump"),
+    "gate": ("tracking.gate", "gate"),
     "get_include": ("tracking.include", "get_include"),
     "index_stats": ("host.maintenance", "stats"),
     "open": ("host.calls", "open"),
@@ -136,6 +140,7 @@ __all__ = [
     "Kind",
     "LockedError",
     "Lookup",
+    "Marker",
     "MovedError",
     "Namespace",
     "Node",
@@ -157,6 +162,7 @@ __all__ = [
     "create_store",
     "describe",
     "dump",
+    "gate",
     "get_include",
     "index_stats",
     "open",

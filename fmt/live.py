@@ -37,6 +37,7 @@ LOG_PATH = 3 * PAGE
 SLOTS = 4 * PAGE
 LOGGED = SLOTS + 512 * 1024
 CONTROL_BYTES = LOGGED + 2 * (1 << 17)
+MAX_DESCRIPTORS = 256
 MAX_SLOTS = 512
 MAX_FLIGHTS = 28  # of a slot
 ENDED = 1 << 32  # a reason why marks are refused that is no errno: the session has ended

@@ -174,8 +174,10 @@ class Handle(Namespace):
     ) -> Tracker:
         """Begins to track writes to the image: no other process changes its bitmaps until the tracker is closed.
 
-        What an earlier tracker has left when it died is recovered first. Of a device: its root node is tracked with it,
-        and the tracker's acts are about the device's bitmaps.
+        What an earlier tracker has left when it died is recovered first. But where other processes go on to mark in its
+        session, with a `Marker`, the new tracker takes that over, with the options that it has; only ``save_interval``
+        is a new one. Of a device: its root node is tracked with it, and the tracker's acts are about the device's
+        bitmaps.
 
         Args:
             live: the folder for live files; on a tmpfs, or they do not survive what they are for at the speed they
@@ -202,7 +204,11 @@ class Handle(Namespace):
 
     def track_with(self, tracking: Tracking) -> Tracker:
         """Begins to track; see `Kind.track`."""
-        if self._now.tracking():  # it has died, or settling refuses
+        if (session := self._now.tracking()) is not None:  # it has died, or settling refuses
+            if session.alive and not session.kept:
+                from dirtmap.engine.host.tracked import adopt
+
+                return adopt(self._host, self._now, tracking)
             self._now.recover_session()
             self._open_anew()
         return self._kind.track(self._host, self._now, tracking)

@@ -17,6 +17,7 @@ from dirtmap.engine.host.kind import KindPort, Tracking
 from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces.check_in import check_in
+from dirtmap.engine.namespaces.checked_out import CheckedOutImage
 from dirtmap.engine.namespaces.condition import refuse_tracked
 from dirtmap.engine.namespaces.contents import bitmap_of_slot
 from dirtmap.engine.namespaces.image import Image
@@ -24,6 +25,8 @@ from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.qcow2.commit import Kept, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.layout import Layout, read_layout
 from dirtmap.engine.qcow2.reading import write_session
+from dirtmap.engine.session.peers import path_of
+from dirtmap.engine.storefile.session import peer_of
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.recorder import Setup
@@ -75,6 +78,34 @@ def _track_device(host: KindPort, device: StoredImage, tracking: Tracking) -> Tr
         except BaseException:
             home.close()
             raise
+
+
+def adopt(host: KindPort, namespace: Namespace, tracking: Tracking) -> Tracker:
+    """Takes over a session whose tracker has died while others mark in it: of a node, of a device, or of both."""
+    assert isinstance(namespace, StoredImage | CheckedOutImage)
+    homes = [Home(host, *namespace.address)]
+    try:
+        record = homes[0].store.read(homes[0].record)
+        if (peer := peer_of(record)) is not None:
+            homes.append(Home(host, path_of(homes[0].store.abspath, peer), peer.name))
+        homes.sort(key=lambda home: home.store.read(home.record).kind != store.KIND_DEVICE)
+        node, device = homes[-1], homes[0] if len(homes) > 1 else None
+        root = node.store.read(node.record)
+        image, check_in_own, roots = os.fsdecode(root.path), None, None
+        if root.kind == store.KIND_PLACE:
+
+            def check_in_own() -> object:
+                return check_in(host, image, node.store.abspath, node.name, own=True)
+
+        if isinstance(namespace, StoredImage) and device and namespace.record().kind == store.KIND_DEVICE:
+            options = replace(tracking.options, live=os.path.abspath(tracking.options.live_root))
+            roots = DeviceRoots(host, namespace, replace(tracking, options=options, device=device))
+        tracker: Tracker = tracking.make(Setup(homes, image, tracking.options, check_in_own, roots, adopt=True))
+        return tracker
+    except BaseException:
+        for home in homes:
+            home.close()
+        raise
 
 
 class DeviceRoots:

@@ -114,7 +114,8 @@ class Status:
     Attributes:
         tracker: describes the tracking process.
         pid: process ID.
-        alive: whether the process is alive and tracks.
+        alive: whether the image is tracked: the process is alive, or others mark in its session.
+        kept: whether the process is alive. If it is not, but others mark, `Handle.track` takes the session over.
         how: what recovery will do once the tracker is dead.
         started: when the session began, in seconds since 1970.
         seen: time of the tracker's last heartbeat, in seconds since 1970; None if its live files are gone.
@@ -133,6 +134,7 @@ class Status:
     tracker: str
     pid: int
     alive: bool
+    kept: bool
     how: str
     started: float
     seen: float | None

@@ -131,6 +131,11 @@ class CheckedOutImage(Namespace):
             return replace(info, errors=(str(error),))
         return shown(info, chain)
 
+    @property
+    def address(self) -> tuple[str, bytes]:
+        """The path of the store that has the session, and the name there, raw bytes."""
+        return self._store_path, self._raw_name
+
     def doubt(self) -> str | None:
         """Why all bitmaps count as dirty all over; see `Namespace.doubt`."""
         return self._ask(lambda snapshot: Condition(snapshot, self._record(snapshot)).doubt)

@@ -78,6 +78,11 @@ class StoredImage(Namespace):
         """How messages name the namespace; see `Namespace.where`."""
         return f"{self.path}: {self._label}"
 
+    @property
+    def address(self) -> tuple[str, bytes]:
+        """The path of the store, and the name there, raw bytes."""
+        return self.abspath, self._raw_name
+
     def doubt(self) -> str | None:
         """Why all bitmaps count as dirty all over; see `Namespace.doubt`."""
         return self._read(lambda now: now.doubt)

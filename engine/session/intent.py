@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from dirtmap.engine.system.file import open_file, remove_file, sync_folder
 from dirtmap.fmt import geometry, live
-from dirtmap.fmt.errors import Error, LockedError
+from dirtmap.fmt.errors import Error, GoneError, LockedError
 from dirtmap.fmt.structures.live import (
     BEAT,
     LOG,
@@ -62,6 +62,7 @@ class IntentLog:
 
     Raises:
         LockedError: the tracker that has it lives.
+        GoneError: that session has ended.
         StorageError: it cannot be made.
     """
 
@@ -76,6 +77,8 @@ class IntentLog:
         try:
             if not self._file.lock_alone(_OWNER) and adopt:
                 raise LockedError(path, "its tracker lives")
+            if adopt and self._file.read(LOG.field("uuid").offset, 16) != uuid:
+                raise GoneError(path, "the log of another session")
             if not adopt:
                 self._lengthen(0, size)
                 self._write_header(size)

@@ -115,6 +115,19 @@ def _read_control(folder: str) -> Any:
         return _head_of(file)
 
 
+def log_path(folder: str) -> str:
+    """The path of the intent log of the session whose live files are in that folder.
+
+    Raises:
+        StorageError: there are none.
+    """
+    with livefs.LiveReader(_path(folder, "control")) as file:
+        path = file.read(live.LOG_PATH, live.PAGE) if _head_of(file) else None
+    if path is None:
+        raise StorageError(folder, "no live files of a tracker")
+    return os.fsdecode(bytes(path).partition(b"\0")[0])
+
+
 def _head_of(control: livefs.LiveReader) -> Any:
     data = control.read(0, live.LOG_PATH)
     if data is None or control.size > live.CONTROL_BYTES:
@@ -313,7 +326,7 @@ def _read_writeset(
 
     They may be a larger disk's: the store has yet to be told of the new size.
     """
-    data = control.read(live.DESCRIPTORS + number % live.MAX_INTERVALS * DESCRIPTOR.size, DESCRIPTOR.size)
+    data = control.read(live.DESCRIPTORS + number % live.MAX_DESCRIPTORS * DESCRIPTOR.size, DESCRIPTOR.size)
     if data is None:
         return None
     place = DESCRIPTOR.parse(data)

@@ -6,7 +6,7 @@ import os
 
 from dirtmap.engine.model import bits
 from dirtmap.engine.model.infos import Status
-from dirtmap.engine.session import livefile
+from dirtmap.engine.session import intent, livefile
 from dirtmap.engine.session.verdict import Row
 from dirtmap.engine.session.view import tracker_of, view_of
 from dirtmap.engine.storefile.file import Snapshot
@@ -26,11 +26,13 @@ def status_of(snapshot: Snapshot, record: Record) -> Status | None:
         union = livefile.union(found.writesets.values(), record.size, granularity)
         dirty = bits.count(union) * granularity
     alive = view.row is Row.LIVE
+    kept = alive and intent.is_kept(session) is not False
     return Status(
         # The number of a process that has ended may be that of another one by now.
-        tracker=str(tracker_of(session)) if alive else f"a process that has ended ({session.pid} while it ran)",
+        tracker=str(tracker_of(session)) if kept else f"a process that has ended ({session.pid} while it ran)",
         pid=session.pid,
         alive=alive,
+        kept=kept,
         how=view.how,
         started=session.started / 1e9,
         seen=found.heartbeat / 1e9 if found else None,

@@ -66,10 +66,13 @@ class LiveReader:
         self._fd, self.size = -1, 0
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            status = os.fstat(self._fd)
+            self.size = status.st_size
+            if not stat.S_ISREG(status.st_mode):
                 self.close()
         except (OSError, ValueError):
             self.close()
+            self.size = 0
 
     def read(self, offset: int, length: int, *, short: bool = False) -> memoryview | None:
         """That part of the file; None if the file ends before, unless it may be ``short``."""

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, binding=False
 """marking.h for Python: marks without a Python frame, and the acts of the keeper, one step each.
 
 What is hot keeps the interpreter's lock, which takes longer to give up than a mark does. What reaches a disk, or waits,
@@ -40,7 +40,8 @@ cdef extern from "marking.h" nogil:
         dm_word interval, offset, granularity_bits, bytes
     struct dm_control:
         dm_word state, gate, size, recycled, high, reason
-        uint64_t intent
+        uint64_t intent, region_bits
+        uint8_t uuid[16]
         dm_descriptor descriptors[256]
         dm_slot slots[1]
         dm_word logged[2][1]
@@ -56,6 +57,7 @@ cdef extern from "marking.h" nogil:
     ctypedef struct dm_handle:
         dm_control *control
         int bits_fd, control_fd, forked
+        uint64_t closed
         dm_hooks hooks
         void *context
         dm_own *owns[512]
@@ -69,13 +71,14 @@ cdef extern from "marking.h" nogil:
         DM_HELD
         DM_OWN
         DM_HOOK
+        DM_DEAD
         DM_ORPHAN
         DM_FLIGHTS
         DM_SLOTS
         DM_REGIONS
     int dm_attach(const char *folder, dm_handle **)
     void dm_detach(dm_handle *)
-    void dm_leave(dm_handle *)
+    void dm_leave(dm_handle *, int at_once)
     int dm_map(dm_handle *, uint64_t end, uint8_t **)
     int dm_mark(dm_handle *, uint64_t offset, uint64_t length)
     int dm_mark_many(dm_handle *, const int64_t *, const int64_t *, size_t)
@@ -99,7 +102,7 @@ cdef extern from "marking.h" nogil:
     int __builtin_popcountll(unsigned long long)
 
 RANGE, REFUSED, DAMAGED, NO_SLOT, FORKED = DM_RANGE, DM_REFUSED, DM_DAMAGED, DM_NO_SLOT, DM_FORKED
-FOREIGN, HELD, OWN = DM_FOREIGN, DM_HELD, DM_OWN
+FOREIGN, HELD, OWN, DEAD = DM_FOREIGN, DM_HELD, DM_OWN, DM_DEAD
 
 cdef enum:
     PAGE = 4096
@@ -156,7 +159,8 @@ cdef class Marks:
     """The live files of a session, attached; see marking.h.
 
     A subclass defines what it cannot do itself: ``_write(offset, data)``, ``_sync()``, ``_pause(seconds)``, and
-    ``_fail(code, offset, length)``, which raises the error for a code of this module, or for an errno.
+    ``_fail_to_attach(code)`` and ``_fail(code, offset, length)``, which raise the error for a code of this module, or
+    for an errno. Nothing else is called before it is attached.
     """
 
     cdef dm_handle *handle
@@ -173,18 +177,26 @@ cdef class Marks:
     def attach(self, bytes folder, log_lock):
         """Attaches; ``log_lock`` is a lock that a thread may take again."""
         cdef int r
+        cdef const char *at = folder
         assert self.handle == NULL
         self.log_lock, self.errors = log_lock, {}
-        r = dm_attach(folder, &self.handle)
+        with nogil:
+            r = dm_attach(at, &self.handle)
         if r:
-            self.raises(r, 0, 0)
+            self._fail_to_attach(r)
+            raise AssertionError(r)
         self.handle.hooks = dm_hooks(hook_lock, hook_unlock, hook_write, hook_sync, hook_pause)
         self.handle.context = <void *> self
 
-    def leave(self):
-        """Gives up all locks. Nothing can be marked any more."""
+    def leave(self, bint at_once):
+        """Gives up all locks, with those of writes in flight when these have ended, or ``at_once``; see dm_leave."""
         if self.handle != NULL and not self.handle.forked:
-            dm_leave(self.handle)
+            dm_leave(self.handle, at_once)
+
+    @property
+    def uuid(self):
+        """Of the session, 16 bytes."""
+        return bytes(self.handle.control.uuid[:16])
 
     cdef int keep_error(self, error) noexcept:
         self.errors[get_ident()] = error
@@ -283,7 +295,7 @@ cdef class Marks:
         """How many regions are in the current log."""
         cdef uint64_t count = 0
         cdef int w, parity = self.log % 2
-        for w in range(DM_REGIONS // 64):
+        for w in range(self.words()):
             count += __builtin_popcountll(dm_load(&self.handle.control.logged[parity][w]))
         return count
 
@@ -320,6 +332,13 @@ cdef class Marks:
         dm_store(&one.bytes, octets)
         dm_store(&one.interval, interval + 1)
 
+    def described(self, uint64_t interval):
+        """Where the bits of an interval are: offset, log2 of the granularity, bytes. None if nowhere."""
+        cdef dm_descriptor *one = &self.handle.control.descriptors[interval % 256]
+        if dm_load(&one.interval) != interval + 1:
+            return None
+        return dm_load(&one.offset), dm_load(&one.granularity_bits), dm_load(&one.bytes)
+
     def withdraw(self, uint64_t interval):
         """Says that the bits of an interval are nowhere any more, before their buffer is used for others."""
         cdef dm_descriptor *one = &self.handle.control.descriptors[interval % 256]
@@ -352,7 +371,12 @@ cdef class Marks:
 
     def clear_logged(self, uint64_t log):
         """Says that no region is in that log, the next one."""
-        memset(<void *> &self.handle.control.logged[log % 2][0], 0, DM_REGIONS // 8)
+        memset(<void *> &self.handle.control.logged[log % 2][0], 0, self.words() * 8)
+
+    cdef uint64_t words(self) noexcept:
+        """Words with the bits of the disk's regions; those behind them may have no memory."""
+        cdef uint64_t size = dm_load(&self.handle.control.size)
+        return ((size - 1) >> self.handle.control.region_bits) // 64 + 1 if size else 0
 
     def is_seen(self, uint64_t offset):
         """True if a living marker may touch the buffer at that offset."""
@@ -377,6 +401,11 @@ cdef class Marks:
         cdef int r = dm_close_gate(self.handle)
         if r:
             self.raises(r, 0, 0)
+
+    @property
+    def gate_holds(self):
+        """True while the gate that this one has closed is closed."""
+        return dm_load(&self.handle.control.gate) == self.handle.closed
 
     def open_gate(self):
         """Opens it; True if nobody else had."""

@@ -12,6 +12,7 @@ the memory of such a buffer must not be given back.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,36 @@ class Arena:
         self._kernel, self._uuid, self._end = kernel, uuid, live.PAGE
         self._free: list[Buffer] = []
 
+    def adopt(self, oldest: int, current: int) -> dict[int, Writeset] | None:
+        """Takes over the buffers of a keeper that has died: those of these intervals are in use, and others free.
+
+        Args:
+            oldest: the first interval that is not saved.
+            current: the current one.
+
+        Returns:
+            The writesets by number; None if one is missing, or is not as its header says.
+        """
+        # A predecessor that died behind a save may have left descriptors of what the save has made free.
+        for number in range(max(current - live.MAX_DESCRIPTORS + 1, 0), oldest):
+            self._kernel.withdraw(number)
+        found, octets = {}, os.path.getsize(os.path.join(self._kernel.folder, "bits"))
+        places = {number: self._kernel.described(number) for number in range(oldest, current + 1)}
+        while self._end + live.PAGE <= octets:
+            head = WRITESET.parse(bytes(self._kernel.view(self._end, WRITESET.size)))
+            mine = (head.magic, head.uuid) == (live.WRITESET_MAGIC, self._uuid)
+            if not mine or not 0 < head.room <= octets - self._end - live.PAGE or head.room % live.PAGE:
+                break  # the keeper died while it made this one
+            buffer = Buffer(self._end + live.PAGE, head.room, clean=False)
+            self._end += live.PAGE + head.room
+            place = (buffer.offset, head.granularity_bits, octets_for(head.size, head.granularity_bits))
+            if places.get(head.number) == place and place[2] <= buffer.room:
+                found[head.number] = Writeset(self._kernel, head.number, head.size, head.granularity_bits, buffer)
+            else:
+                self._free.append(buffer)
+                self._release(buffer)
+        return found if len(found) == len(places) else None
+
     def prepare(self, size: int, granularity_bits: int, count: int = SPARES) -> None:
         """Sees to it that so many writesets of that shape can be made at once. Errors as `take`."""
         while not self.is_ready(size, granularity_bits, count):
@@ -131,12 +162,9 @@ class Arena:
         room = align_up(octets, live.PAGE)
         alike = [buffer for buffer in self._free if buffer.room == room and not buffer.clean]
         for buffer in sorted(alike, key=lambda one: one.empty):
-            if buffer.empty:
-                self._kernel.reserve(buffer.offset, room)
-                buffer.empty = False
-            else:
-                self._kernel.wipe(buffer.offset, room)
-            buffer.clean = True
+            self._kernel.reserve(buffer.offset, room)
+            self._kernel.wipe(buffer.offset, room)
+            buffer.clean, buffer.empty = True, False
             self._free.remove(buffer)
             return buffer
         buffer = Buffer(self._end + live.PAGE, room)

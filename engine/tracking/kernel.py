@@ -1,7 +1,7 @@
-"""The kernel: how a tracker marks, begins intervals and logs, and ends.
+"""The kernel: how a process marks; how a tracker begins intervals and logs, and ends.
 
 `marking.h` has the protocol, which SPEC.md, "Marking", describes and argues for; `_marking` is its face in Python. Here
-is what they leave to the tracker: where records go, how its acts wait, and what errors say.
+is what they leave to Python: where records go, how acts wait, and what errors say.
 
 Within one thread. A signal handler or a finalizer may mark between any two operations of Python. Of a mark only the
 writing of records is Python; a mark that comes in the middle of it logs for itself, and the outer one looks at the
@@ -11,12 +11,13 @@ state again. Acts that take windows apart are not begun in the middle of another
 from __future__ import annotations
 
 import contextlib
+import errno
 import operator
 import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Final, NoReturn, SupportsIndex
+from typing import Final, NoReturn, Protocol, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from dirtmap.fmt import live
 from dirtmap.fmt.errors import (
     BitmapError,
     Error,
+    GoneError,
     LockedError,
     RangeError,
     StorageError,
@@ -40,7 +42,7 @@ from dirtmap.fmt.errors import (
 )
 from dirtmap.fmt.structures.live import CONTROL
 
-__all__ = ["Kernel", "Ticket", "Write"]
+__all__ = ["Kernel", "Marking", "Ticket", "Write"]
 
 # How long what waits for other processes sleeps between two looks, at first and at most.
 _PAUSES: Final = 20e-6, 500e-6
@@ -81,13 +83,23 @@ class Pause:
         return True
 
 
-class Kernel(Marks):
+class Log(Protocol):
+    """Where records of regions go: an intent log, or its file."""
+
+    def write(self, offset: int, data: bytes) -> object:
+        """Writes there. Errors as `File.write`."""
+
+    def sync(self) -> object:
+        """Makes durable what was written. Errors as `File.sync`."""
+
+
+class Marking(Marks):
     """The marks of a session, in this process.
 
     Args:
         where: names the tracker in errors.
         folder: of the live files.
-        log: where records go.
+        log: where records go; None for one that is set before the first mark.
 
     Attributes:
         failure: why every further call is refused, or None.
@@ -98,8 +110,8 @@ class Kernel(Marks):
         StorageError: the live files cannot be used.
     """
 
-    def __init__(self, where: str, folder: str, log: IntentLog) -> None:
-        self.where, self.folder, self.intent_log = where, folder, log
+    def __init__(self, where: str, folder: str, log: Log | None) -> None:
+        self.where, self.folder, self.log_file = where, folder, log
         self.failure: Error | None = None
         self.guard = threading.RLock()
         self.attach(os.fsencode(folder), self.guard)
@@ -108,17 +120,27 @@ class Kernel(Marks):
     # What marks.h leaves to Python.
 
     def _write(self, offset: int, data: bytes) -> None:
-        self.intent_log.write(offset, data)
+        assert self.log_file
+        self.log_file.write(offset, data)
 
     def _sync(self) -> None:
+        assert self.log_file
         try:
-            self.intent_log.sync()
+            self.log_file.sync()
         except SyncError as error:
             self.poison(error)
             raise
 
     def _pause(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    def _fail_to_attach(self, code: int) -> NoReturn:
+        if code in (_marking.DEAD, _marking.REFUSED):
+            what = "nobody marks in this session any more; it has ended, or is to be recovered"
+            raise GoneError(self.folder, what)
+        if code == _marking.HELD:
+            raise LockedError(self.folder, "this session is being ended")
+        self._fail(code, 0, 0)
 
     def _fail(self, code: int, offset: SupportsIndex, length: SupportsIndex) -> NoReturn:
         """Raises the error for what marking.h has returned; 0 where a write is begun twice."""
@@ -171,14 +193,33 @@ class Kernel(Marks):
         """
         if self.failure is None and (why := self.refused) is not None:
             if why == live.ENDED or why == 0:
-                self.failure = StorageError(self.where, "the tracker is closed")
+                self.failure = StorageError(self.where, "the tracker has ended")
             else:
                 what = f"not used any more after a failed sync of another process ({os.strerror(why)})"
                 self.failure = SyncError(self.where, what)
         if failure := self.failure:
             raise type(failure)(failure.where, failure.what)
 
-    # For the tracker.
+    def poison(self, error: SyncError) -> None:
+        """Ends the session after a failed sync, even if it is about to end; recovery then distrusts the live files."""
+        if not isinstance(self.failure, SyncError):
+            self.failure = SyncError(self.where, f"not used any more after a failed sync ({error})")
+        self.refuse(errno.EIO)
+
+
+class Kernel(Marking):
+    """The marks of a tracker, which keeps the session."""
+
+    intent_log: IntentLog
+
+    def keep_with(self, log: IntentLog) -> None:
+        """Becomes the session's keeper, whose records and heartbeats go to that log.
+
+        Raises:
+            LockedError: it has another one.
+        """
+        self.keep()
+        self.log_file = self.intent_log = log
 
     def rotate(self) -> None:
         """Begins the next log, which is empty. The caller has seen to it that the one before this counts no more."""
@@ -224,12 +265,6 @@ class Kernel(Marks):
         """Makes every further call fail, in any process; here with this error, or with that of an earlier failure."""
         self.failure = self.failure or failure
         self.refuse(live.ENDED)
-
-    def poison(self, error: SyncError) -> None:
-        """Ends the session after a failed sync, even if it is about to end; recovery then distrusts the live files."""
-        if not isinstance(self.failure, SyncError):
-            self.failure = SyncError(self.where, f"not used any more after a failed sync ({error})")
-        self.refuse(5)  # EIO
 
     def abandon(self, failure: Error) -> None:
         """Makes every call fail in a forked child, without the parent's locks. Marks fail there by themselves."""

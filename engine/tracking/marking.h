@@ -48,6 +48,7 @@ enum {
     DM_FOREIGN = -6,   /* no live files of this version and machine, or not of one session */
     DM_HELD = -7,      /* another process keeps the session, or has closed the gate */
     DM_OWN = -8,       /* it would wait for its own thread */
+    DM_DEAD = -10,     /* nobody is left who marks in the session or keeps it; it can be recovered */
     DM_HOOK = -9,      /* a hook has failed, and says itself why; a failed sync has poisoned the session already */
 };
 
@@ -59,7 +60,7 @@ enum {
 #define DM_ENDED (1ull << 32) /* a reason that is no errno: the session has ended */
 #define DM_KEEPER 4096        /* bytes of `markers` that are locked: those of slots, the keeper's, the gate's */
 #define DM_GATE 4097
-#define DM_LIVING ((1ll << 40) + 1) /* the byte of the log that every marker locks, shared */
+#define DM_LIVING ((1ll << 40) + 1) /* the byte of the log that every marker locks, shared; the keeper has the one before */
 #define DM_NOTHING UINT64_MAX
 
 typedef _Atomic uint64_t dm_word;
@@ -181,7 +182,7 @@ typedef struct dm_handle {
     uint64_t window; /* so many bytes are mapped */
     int control_fd, bits_fd, markers_fd, probe_fd, log_fd;
     unsigned region_bits;
-    int forked, kept, closing;
+    int forked, left, kept, closing;
     uint64_t closed; /* the gate's number, by this handle */
     pthread_mutex_t mutex, logging;
     struct dm_hooks hooks;
@@ -203,10 +204,13 @@ static pthread_once_t dm_once = PTHREAD_ONCE_INIT;
 static inline void dm_thread_ends(void *thread)
 {
     pthread_mutex_lock(&dm_all_mutex);
-    for (dm_handle *h = dm_all; h; h = h->next)
+    for (dm_handle *h = dm_all; h; h = h->next) {
+        pthread_mutex_lock(&h->mutex);
         for (int i = 0; i < DM_SLOTS; i++)
             if (h->owns[i] && atomic_load(&h->owns[i]->thread) == (uintptr_t)thread)
                 atomic_store(&h->owns[i]->thread, 0);
+        pthread_mutex_unlock(&h->mutex);
+    }
     pthread_mutex_unlock(&dm_all_mutex);
 }
 
@@ -361,103 +365,6 @@ static inline int dm_open_in(const char *folder, const char *name, int *fd)
     return *fd < 0 ? errno : 0;
 }
 
-static inline void dm_detach(dm_handle *h)
-{
-    if (!h)
-        return;
-    if (h->serial) {
-        pthread_mutex_lock(&dm_all_mutex);
-        for (dm_handle **at = &dm_all; *at; at = &(*at)->next)
-            if (*at == h) {
-                *at = h->next;
-                break;
-            }
-        pthread_mutex_unlock(&dm_all_mutex);
-    }
-    for (int i = 0; i < DM_SLOTS; i++)
-        free(h->owns[i]);
-    for (unsigned i = 0; i < h->nmaps; i++)
-        munmap(h->maps[i].at, h->maps[i].size);
-    if (h->control)
-        munmap(h->control, sizeof *h->control);
-    dm_close_files(h);
-    pthread_mutex_destroy(&h->mutex);
-    pthread_mutex_destroy(&h->logging);
-    free(h);
-}
-
-/* Gives up all locks, and so every slot: the handle can only end writes that it has begun. */
-static inline void dm_leave(dm_handle *h)
-{
-    pthread_mutex_lock(&h->mutex);
-    atomic_store(&h->serial, DM_NOTHING);
-    dm_close_files(h);
-    pthread_mutex_unlock(&h->mutex);
-}
-
-/* A handle for the session whose live files are in that folder. Its hooks may be replaced before it is used. */
-static inline int dm_attach(const char *folder, dm_handle **result)
-{
-    static _Atomic uint64_t serials;
-    static const uint8_t arena[8] = "DMLARENA", lock_file[8] = "DMLMARKS";
-    uint8_t heads[2][24];
-    struct stat status;
-    int r;
-    dm_handle *h = calloc(1, sizeof *h);
-    if (!h)
-        return ENOMEM;
-    pthread_once(&dm_once, dm_begin_process);
-    pthread_mutexattr_t recursive;
-    pthread_mutexattr_init(&recursive);
-    pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
-    pthread_mutex_init(&h->mutex, NULL);
-    pthread_mutex_init(&h->logging, &recursive);
-    h->control_fd = h->bits_fd = h->markers_fd = h->probe_fd = h->log_fd = -1;
-    if ((r = dm_open_in(folder, "control", &h->control_fd)) || (r = dm_open_in(folder, "bits", &h->bits_fd)) ||
-        (r = dm_open_in(folder, "markers", &h->markers_fd)) || (r = dm_open_in(folder, "markers", &h->probe_fd)))
-        goto failed;
-    r = DM_FOREIGN;
-    if (fstat(h->control_fd, &status) || status.st_size != (off_t)sizeof *h->control)
-        goto failed;
-    void *at = mmap(NULL, sizeof *h->control, PROT_READ | PROT_WRITE, MAP_SHARED, h->control_fd, 0);
-    if (at == MAP_FAILED) {
-        r = errno;
-        goto failed;
-    }
-    struct dm_control *c = h->control = at;
-    if (memcmp(c->magic, "DMLCTRL2", 8) || c->order != 0x0102030405060708 || c->machine != DM_MACHINE ||
-        c->version != 1 || c->region_bits > 63 || c->log_path[sizeof c->log_path - 1] ||
-        pread(h->bits_fd, heads[0], 24, 0) != 24 || pread(h->markers_fd, heads[1], 24, 0) != 24 ||
-        memcmp(heads[0], arena, 8) || memcmp(heads[1], lock_file, 8) || memcmp(heads[0] + 8, c->uuid, 16) ||
-        memcmp(heads[1] + 8, c->uuid, 16))
-        goto failed;
-    h->region_bits = (unsigned)c->region_bits;
-    h->log_fd = open(c->log_path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-    if (h->log_fd < 0) {
-        r = errno;
-        goto failed;
-    }
-    if ((r = dm_lock(h->log_fd, F_RDLCK, DM_LIVING))) {
-        r = r < 0 ? DM_HELD : r; /* somebody recovers */
-        goto failed;
-    }
-    r = DM_REFUSED;
-    if (atomic_load(&c->state) & 1) /* behind the lock, which whoever recovers takes before it sets the bit */
-        goto failed;
-    h->hooks = (struct dm_hooks){dm_lock_plainly, dm_unlock_plainly, dm_write_plainly, dm_sync_plainly, dm_pause_plainly};
-    h->context = h;
-    pthread_mutex_lock(&dm_all_mutex);
-    atomic_store(&h->serial, atomic_fetch_add(&serials, 1) + 1);
-    h->next = dm_all;
-    dm_all = h;
-    pthread_mutex_unlock(&dm_all_mutex);
-    *result = h;
-    return 0;
-failed:
-    dm_detach(h);
-    return r;
-}
-
 /* Of a slot whose marker is dead: nobody will end what it has begun. Needs the slot's lock. */
 static inline void dm_orphan(struct dm_slot *slot)
 {
@@ -509,6 +416,124 @@ static inline int dm_new_slot(dm_handle *h, struct dm_own **result)
         return 0;
     }
     return DM_NO_SLOT;
+}
+
+static inline void dm_detach(dm_handle *h)
+{
+    if (!h)
+        return;
+    if (h->serial) {
+        pthread_mutex_lock(&dm_all_mutex);
+        for (dm_handle **at = &dm_all; *at; at = &(*at)->next)
+            if (*at == h) {
+                *at = h->next;
+                break;
+            }
+        pthread_mutex_unlock(&dm_all_mutex);
+    }
+    for (int i = 0; i < DM_SLOTS; i++)
+        free(h->owns[i]);
+    for (unsigned i = 0; i < h->nmaps; i++)
+        munmap(h->maps[i].at, h->maps[i].size);
+    if (h->control)
+        munmap(h->control, sizeof *h->control);
+    dm_close_files(h);
+    pthread_mutex_destroy(&h->mutex);
+    pthread_mutex_destroy(&h->logging);
+    free(h);
+}
+
+/* Gives up all locks, and so every slot. Nothing can be marked through the handle any more.
+ *
+ * What is in flight still counts until it has ended, and its slots stay until then; unless `at_once`, after which ends
+ * mean nothing: for a session that refuses all, as any other one may give such an entry to somebody else.
+ */
+static inline void dm_leave(dm_handle *h, int at_once)
+{
+    int flying = 0;
+    pthread_mutex_lock(&h->mutex);
+    atomic_store(&h->serial, DM_NOTHING);
+    for (int i = 0; i < DM_SLOTS && !at_once; i++)
+        for (int k = 0; k < DM_FLIGHTS && h->owns[i]; k++) {
+            uint64_t v = atomic_load(&h->owns[i]->slot->flights[k].interval);
+            flying += v && !(v & DM_ORPHAN);
+        }
+    h->left = at_once || !flying ? 2 : 1;
+    if (h->left == 2)
+        dm_close_files(h);
+    pthread_mutex_unlock(&h->mutex);
+}
+
+/* A handle for the session whose live files are in that folder. Its hooks may be replaced before it is used. */
+static inline int dm_attach(const char *folder, dm_handle **result)
+{
+    static _Atomic uint64_t serials;
+    static const uint8_t arena[8] = "DMLARENA", lock_file[8] = "DMLMARKS";
+    uint8_t heads[3][24];
+    struct stat status;
+    int r;
+    dm_handle *h = calloc(1, sizeof *h);
+    if (!h)
+        return ENOMEM;
+    pthread_once(&dm_once, dm_begin_process);
+    pthread_mutexattr_t recursive;
+    pthread_mutexattr_init(&recursive);
+    pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
+    pthread_mutex_init(&h->mutex, NULL);
+    pthread_mutex_init(&h->logging, &recursive);
+    h->control_fd = h->bits_fd = h->markers_fd = h->probe_fd = h->log_fd = -1;
+    if ((r = dm_open_in(folder, "control", &h->control_fd)) || (r = dm_open_in(folder, "bits", &h->bits_fd)) ||
+        (r = dm_open_in(folder, "markers", &h->markers_fd)) || (r = dm_open_in(folder, "markers", &h->probe_fd)))
+        goto failed;
+    r = DM_FOREIGN;
+    if (fstat(h->control_fd, &status) || status.st_size != (off_t)sizeof *h->control)
+        goto failed;
+    void *at = mmap(NULL, sizeof *h->control, PROT_READ | PROT_WRITE, MAP_SHARED, h->control_fd, 0);
+    if (at == MAP_FAILED) {
+        r = errno;
+        goto failed;
+    }
+    struct dm_control *c = h->control = at;
+    if (memcmp(c->magic, "DMLCTRL2", 8) || c->order != 0x0102030405060708 || c->machine != DM_MACHINE ||
+        c->version != 1 || c->region_bits > 63 || c->log_path[sizeof c->log_path - 1] ||
+        pread(h->bits_fd, heads[0], 24, 0) != 24 || pread(h->markers_fd, heads[1], 24, 0) != 24 ||
+        memcmp(heads[0], arena, 8) || memcmp(heads[1], lock_file, 8) || memcmp(heads[0] + 8, c->uuid, 16) ||
+        memcmp(heads[1] + 8, c->uuid, 16))
+        goto failed;
+    h->region_bits = (unsigned)c->region_bits;
+    h->log_fd = open(c->log_path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    if (h->log_fd < 0) {
+        r = errno;
+        goto failed;
+    }
+    if ((r = dm_lock(h->log_fd, F_RDLCK, DM_LIVING))) {
+        r = r < 0 ? DM_HELD : r;
+        goto failed;
+    }
+    r = DM_REFUSED;
+    /* The path is that of the next session's log, too, once this one has ended. */
+    if (atomic_load(&c->state) & 1 || pread(h->log_fd, heads[2], 24, 0) != 24 || memcmp(heads[2] + 8, c->uuid, 16))
+        goto failed;
+    /* Once nobody is left, recovery reads, and nobody may come any more. So whoever comes must have found, behind its
+     * own lock, the keeper or somebody with a slot; and then gets one itself. */
+    int living = !dm_is_free(h->log_fd, DM_LIVING - 1);
+    for (unsigned i = 0; i < DM_SLOTS && i < atomic_load(&c->high) && !living; i++)
+        living = !dm_is_free(h->probe_fd, i);
+    struct dm_own *own;
+    if ((r = living ? dm_new_slot(h, &own) : DM_DEAD))
+        goto failed;
+    h->hooks = (struct dm_hooks){dm_lock_plainly, dm_unlock_plainly, dm_write_plainly, dm_sync_plainly, dm_pause_plainly};
+    h->context = h;
+    pthread_mutex_lock(&dm_all_mutex);
+    atomic_store(&h->serial, atomic_fetch_add(&serials, 1) + 1);
+    h->next = dm_all;
+    dm_all = h;
+    pthread_mutex_unlock(&dm_all_mutex);
+    *result = h;
+    return 0;
+failed:
+    dm_detach(h);
+    return r;
 }
 
 /* A free slot of this process's, or a new one, for this thread. */
@@ -891,8 +916,12 @@ static inline int dm_entry_elsewhere(dm_handle *h, struct dm_own *own, struct dm
     }
 }
 
-/* Begins a write: marks its range, and lets every later cut wait for `dm_end`. */
-static inline int dm_begin(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight)
+/* Begins a write: marks its range, and lets every later cut wait for `dm_end`.
+ *
+ * A thread that waits at the gate cannot end other writes for which the gate waits. So one that has several in flight
+ * does not wait, but gets EAGAIN where the gate is closed, and tries again later.
+ */
+static inline int dm_begin_how(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight, int wait)
 {
     struct dm_own *own;
     uint64_t since = 0;
@@ -920,9 +949,19 @@ static inline int dm_begin(dm_handle *h, uint64_t offset, uint64_t length, struc
             return 0;
         }
         atomic_store(&f->interval, 0);
-        if (gate & 1 && (r = dm_wait_gate(h, &since)))
+        if (gate & 1 && (r = wait ? dm_wait_gate(h, &since) : EAGAIN))
             return r;
     }
+}
+
+static inline int dm_begin(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight)
+{
+    return dm_begin_how(h, offset, length, flight, 1);
+}
+
+static inline int dm_try_begin(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight)
+{
+    return dm_begin_how(h, offset, length, flight, 0);
 }
 
 /* Ends a write, in any thread of the process; once. */
@@ -931,18 +970,23 @@ static inline void dm_end(dm_handle *h, struct dm_flight *flight)
     uint64_t now = dm_time(CLOCK_REALTIME_COARSE);
     if (DM_LIKELY(dm_cache.serial == atomic_load_explicit(&h->serial, memory_order_relaxed)))
         atomic_store_explicit(&dm_cache.own->slot->event, now, memory_order_relaxed); /* one writer: it never goes back */
-    else if (h->forked)
+    else if (h->forked || h->left == 2)
         return;
     else
         dm_raise(&h->control->event, now);
     atomic_store_explicit(&flight->interval, 0, memory_order_release);
+    if (!DM_LIKELY(!h->left))
+        dm_leave(h, 0);
 }
 
 /* Says that nobody will end it: a cut marks it in the interval that it begins, and does not wait. */
 static inline void dm_lose(dm_handle *h, struct dm_flight *flight)
 {
-    if (!h->forked)
-        atomic_fetch_or(&flight->interval, DM_ORPHAN);
+    if (h->forked || h->left == 2)
+        return;
+    atomic_fetch_or(&flight->interval, DM_ORPHAN);
+    if (h->left)
+        dm_leave(h, 0);
 }
 
 /* The keeper. */
@@ -975,7 +1019,7 @@ static inline uint64_t dm_swap(struct dm_control *c, uint64_t add)
 static inline int dm_flying(dm_handle *h, uint64_t before, int probe)
 {
     struct dm_control *c = h->control;
-    struct dm_own *own;
+    struct dm_own *own = NULL;
     int waits = 0, r = dm_mine(h, &own);
     uint64_t high = atomic_load(&c->high), size = atomic_load(&c->size);
     for (uint64_t i = 0; i < high && i < DM_SLOTS && !r; i++) {

@@ -67,6 +67,8 @@ class Setup:
         options: how to track.
         check_in: writes the bitmaps back into a qcow2 image when the session ends; None for other images.
         roots: of a device; None for a node.
+        adopt: takes over a session whose tracker has died, while others mark in it; the session keeps its options but
+            for ``save_interval``.
     """
 
     homes: list[Home]
@@ -74,6 +76,7 @@ class Setup:
     options: Options
     check_in: Callable[[], object] | None = None
     roots: Roots | None = None
+    adopt: bool = False
 
 
 class Recorder:
@@ -106,7 +109,10 @@ class Recorder:
         self._failed: Error | None = None  # why the tracker did not end well
         self._doubt: str | None = None  # why bitmaps are dirty all over although it ended well
         self._saves = self._remembered = 0  # number of saves, and of saves reported to the index
-        self._begin()
+        if setup.adopt:
+            self._adopt()
+        else:
+            self._begin()
 
     def mark(self, offset: int, length: int) -> None:
         """Makes every granule dirty that has a byte in the range; call it before the write. It is the fastest way.
@@ -226,6 +232,9 @@ class Recorder:
                 self._withdraw(node, undo)
                 raise
             undo.pop_all()
+        self._run()
+
+    def _run(self) -> None:
         for home in self._homes:
             home.report()
         for name in ("mark", "mark_many", "begin", "end", "write"):
@@ -235,6 +244,68 @@ class Recorder:
             thread = threading.Thread(target=act, name="dirtmap tracker", daemon=True)
             thread.start()
             self._threads.append(thread)
+
+    def _adopt(self) -> None:
+        """Takes over a session whose tracker has died, while others mark in it. They notice nothing.
+
+        Whatever the tracker was doing has happened or not, as recovery would find it. Only a disk that was growing may
+        have come to a point at which it cannot go on.
+
+        Raises:
+            GoneError: nobody marks in it any more: it is to be recovered.
+            LockedError: it has a tracker.
+            StorageError: the disk was growing, or the live files are not as described.
+        """
+        views = [home.store.read(home.view) for home in self._homes]
+        record, session = views[-1].record, views[-1].session
+        if session is None:
+            raise GoneError(views[-1].where, "its session has ended")
+        self._where = views[0].where
+        self._data = recovery.data_path(record.kind, self._image)
+        self._look = identity_of if record.kind == store.KIND_NODE else identity_of_disk
+        path = os.fsdecode(session.live)
+        with contextlib.ExitStack() as undo:
+            self._folder = livefile.Folder(path)
+            undo.callback(self._folder.close)
+            self._kernel = Kernel(self._where, path, None)  # a marker as others; only then is the log that of a keeper
+            undo.callback(self._kernel.leave, True)
+            log_path, intent, region_bits = os.fsdecode(session.log_path), session.intent, session.region_bits
+            self._log = IntentLog(log_path, session.uuid, intent, region_bits, record.size, adopt=True)
+            undo.callback(self._log.close, remove=False)
+            self._kernel.keep_with(self._log)
+            self._look_at_dead(session.uuid)  # only now: another one may have adopted it, saved, and died
+            self._arena = Arena(self._kernel, session.uuid)
+            oldest, current = min(home.session.oldest for home in self._homes), self._kernel.interval
+            writesets = self._arena.adopt(oldest, current)
+            logs = {self._kernel.log - home.session.log for home in self._homes}
+            if not writesets or not logs <= {0, 1}:
+                raise StorageError(path, "the live files are not as described")
+            self._current, self._frozen = writesets.pop(current), writesets
+            me = this_process()
+            for home in self._homes:
+                taken = replace(home.session, pid=me.number, process_start=me.start)
+                with self._changing(home) as change:
+                    for name in change.entries:
+                        if (window := change.window(name)) and window.busy:  # that backup has failed
+                            change.set_window(name, replace(window, busy=False))
+                    change.session = taken
+                home.session = taken
+            undo.pop_all()
+        self._kernel.give_sign()
+        self._wake.set()
+        self._run()
+
+    def _look_at_dead(self, uuid: bytes) -> None:
+        """Reads what the homes have of a session that is taken over, and the size of its disk."""
+        self.size = self._kernel.size
+        for home in self._homes:
+            view = home.store.read(home.view)
+            if view.session is None or view.session.uuid != uuid or self._kernel.uuid != uuid:
+                raise GoneError(view.where, "its session has ended")
+            if view.record.size != self.size:
+                what = "its tracker died while the disk grew; it can be recovered once nobody marks any more"
+                raise StorageError(self._where, what)
+            home.session = view.session
 
     def _require_free(self, change: HomeChange) -> None:
         if change.session or Condition(change.snapshot, change.record).doubted:
@@ -298,9 +369,9 @@ class Recorder:
             size=self.size,
             log_path=session.log_path,
         )
-        self._kernel = Kernel(self._where, live_path, self._log)
-        undo.callback(self._kernel.leave)
-        self._kernel.keep()
+        self._kernel = Kernel(self._where, live_path, None)
+        undo.callback(self._kernel.leave, True)
+        self._kernel.keep_with(self._log)
         self._arena = Arena(self._kernel, session.uuid)
         self._current = self._arena.take(0, self.size, finest)
         self._arena.prepare(self.size, finest, 1)
@@ -339,7 +410,7 @@ class Recorder:
     def _leave(self, undo: contextlib.ExitStack) -> None:
         """Keeps the files of a session that a record names: recovery finds there that nothing was marked."""
         undo.pop_all()
-        self._kernel.leave()
+        self._kernel.leave(True)
         self._log.close(remove=False)
         self._folder.close()
 
@@ -673,7 +744,7 @@ class Recorder:
     def _release(self) -> None:
         """Closes the files, and removes them if the session has ended."""
         ended = not any(home.has(self._session.uuid) for home in self._homes)
-        self._kernel.leave()
+        self._kernel.leave(True)
         self._log.close(remove=ended)
         folder = os.fsdecode(self._session.live)
         if ended and livefile.is_of(folder, self._session.uuid):

@@ -231,8 +231,8 @@ class Tracker(Recorder):
 
         Raises:
             UnsupportedError: a qcow2 image is tracked, whose own metadata has the size.
-            BitmapError: the disk would shrink; the image has another size by now; a bitmap, or the region size asked
-                for, is too fine for a larger disk; a write of the same thread is in flight.
+            BitmapError: the disk would shrink; the image has another size by now; a bitmap, or the session's region
+                size, is too fine for a larger disk; a write of the same thread is in flight.
             FormatError: the bits of a bitmap are damaged; nothing has changed.
             StorageError, LockedError: as `save`. The disk has its old size for the tracker, although the image may be
                 longer, and the call can be repeated; unless it failed between two stores: then the tracker has ended.
@@ -277,8 +277,8 @@ class Tracker(Recorder):
         for home in self._homes:
             home.read(self._session.uuid, look)
         region_bits = self._session.region_bits
-        if geometry.ceil_div(size, 1 << region_bits) > live.MAX_REGIONS:
-            what = f"would have more than {live.MAX_REGIONS} regions of {1 << region_bits} bytes; end the tracker first"
+        if size >> region_bits >= live.MAX_REGIONS:
+            what = f"its regions of {1 << region_bits} bytes are too small for a disk of {size}; end the tracker first"
             raise BitmapError(self._where, what)
 
     # A device's root.

@@ -15,15 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.sessions import UUID, NoSync, a_log, a_session, regions_of
+from support.sessions import UUID, a_log, a_session, regions_of
 from support.tracking import GRANULE, make_node, model_of
 
 import dirtmap.engine as dm
+from dirtmap.engine.session import livefile
 from dirtmap.engine.session.intent import IntentLog, read_log
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
+from dirtmap.engine.tracking.arena import Arena
+from dirtmap.engine.tracking.kernel import Kernel
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import StorageError
+from dirtmap.fmt.identity import FilePlace
 from dirtmap.fmt.structures.live import TALLY, build_log_record, record_seed
 
 SIZE = 256 << 20  # in regions of 1 MiB: four sectors of records
@@ -32,7 +36,7 @@ SECTOR = 512
 RECORD = live.LOG_RECORD_SIZE
 DAMAGED = None
 
-# Logs 4 and 5 count. In either area lies what older logs have left behind theirs.
+# Logs 4 and 5 count. Where they have nothing lies what older logs have left.
 LOGS = [
     [list(range(200))],
     [[9, 8, 7], list(range(100, 180))],
@@ -52,8 +56,12 @@ def log(tmp_path: Path) -> Path:
     return path
 
 
+THERE = {4: sorted({*range(200)}), 5: sorted({0, 7, 8, 9, 40, 41, 42, 255, *range(100, 180)})}  # places with a record
+OF_LOG_4 = sorted(COUNTING - {0, 40, 41, 42})
+
+
 def area(number: int) -> int:
-    return live.area_offset(REGIONS, number)
+    return live.record_offset(0, number)
 
 
 def with_bytes(log: Path, *changes: tuple[int, bytes]) -> set[int] | None:
@@ -78,8 +86,8 @@ def flipped(log: Path, offset: int, bit: int) -> tuple[int, bytes]:
 
 def test_a_flipped_bit_in_any_record_makes_the_log_worthless(log: Path) -> None:
     chance = random.Random(1)
-    for number, count in ((4, 200), (5, 83)):  # those that older logs have left, too: it is damage all the same
-        for place in range(count):
+    for number, places in THERE.items():  # those that older logs have left, too: it is damage all the same
+        for place in places:
             for bit in chance.sample(range(64), 3):
                 assert with_bytes(log, flipped(log, area(number) + place * RECORD, bit)) is DAMAGED, (number, place)
     for bit in range(64):
@@ -88,30 +96,24 @@ def test_a_flipped_bit_in_any_record_makes_the_log_worthless(log: Path) -> None:
 
 def test_flipped_bits_in_any_two_records_do_so_too(log: Path) -> None:
     chance = random.Random(2)
-    for one, other in itertools.combinations(range(44), 2):
+    for one, other in itertools.combinations(OF_LOG_4, 2):
         bits = chance.randrange(64), chance.randrange(64)
         changes = [flipped(log, area(4) + place * RECORD, bit) for place, bit in zip((one, other), bits, strict=True)]
         assert with_bytes(log, *changes) is DAMAGED, (one, other)
 
 
-def test_a_record_that_is_missing_old_or_there_twice_makes_the_log_worthless(log: Path) -> None:
+def test_a_record_that_is_missing_old_or_in_anothers_place_makes_the_log_worthless(log: Path) -> None:
     data, start = log.read_bytes(), area(4)
-    records = [data[start + place * RECORD : start + (place + 1) * RECORD] for place in range(200)]
-    old = [build_log_record(record_seed(UUID, number), 200) for number in (0, 2)]
-    yet_to_come = build_log_record(record_seed(UUID, 6), 200)
-    of_the_other_area = build_log_record(record_seed(UUID, 5), 200)
-    foreign = build_log_record(record_seed(b"x" * 16, 4), 200)
-    outside = build_log_record(record_seed(UUID, 4), REGIONS)
-    wrong = [bytes(RECORD), *old, yet_to_come, of_the_other_area, foreign, outside, b"\xff" * RECORD]
-    for place in range(44):
-        for new in [*wrong, records[(place + 1) % 44], records[(place + 30) % 44]]:
+    for place in OF_LOG_4:
+        others = [data[start + other * RECORD :][:RECORD] for other in (place + 1, (place + 30) % 200)]
+        old = [build_log_record(record_seed(UUID, number), place) for number in (0, 2)]
+        yet_to_come = build_log_record(record_seed(UUID, 6), place)
+        of_the_other_parity = build_log_record(record_seed(UUID, 5), place)
+        foreign = build_log_record(record_seed(b"x" * 16, 4), place)
+        outside = build_log_record(record_seed(UUID, 4), REGIONS)
+        wrong = [bytes(RECORD), *old, yet_to_come, of_the_other_parity, foreign, outside, b"\xff" * RECORD]
+        for new in [*wrong, *others]:
             assert with_bytes(log, (start + place * RECORD, new)) is DAMAGED, (place, new)
-
-
-def test_records_that_have_changed_places_are_all_there(log: Path) -> None:
-    data, start = log.read_bytes(), area(4)
-    one, other = data[start : start + RECORD], data[start + 3 * RECORD : start + 4 * RECORD]
-    assert with_bytes(log, (start, other), (start + 3 * RECORD, one)) == COUNTING
 
 
 @pytest.mark.parametrize("fill", [b"\0", b"\xff", None], ids=["zeros", "ones", "the sector before"])
@@ -173,24 +175,14 @@ def test_a_record_whose_checksum_is_0_counts(tmp_path: Path) -> None:
     uuid, number, region = bytes.fromhex("1234567890abcdef1234567890abcdef"), 982985, 1831
     assert build_log_record(record_seed(uuid, number), region)[4:] == bytes(4)
     path, size = tmp_path / "log", 2048 << 20
-    with fileio.using(NoSync):
-        log = IntentLog(str(path), uuid, live.INTENT_REGION, 20, size)
-        log._log.number, log._log.seed = number, record_seed(uuid, number)
-        log.append([7, region])
-        log.close(remove=False)
+    a_log(path, size, [[[7, region]]], uuid, first=number)
     assert regions_of(path, size, number, uuid) == {7, region}
 
 
 @pytest.mark.parametrize("number", [2**32 - 2, 2**32 - 1, 2**32, 2**40 + 5])
 def test_a_log_of_any_number_is_read(tmp_path: Path, number: int) -> None:
     path = tmp_path / "log"
-    with fileio.using(NoSync):
-        log = IntentLog(str(path), UUID, live.INTENT_REGION, 20, SIZE)
-        log._log.number, log._log.seed = number, record_seed(UUID, number)
-        log.append([5])
-        log.rotate()
-        log.append([6])
-        log.close(remove=False)
+    a_log(path, SIZE, [[[5]], [[6]]], first=number)
     assert regions_of(path, SIZE, number) == {5, 6}
 
 
@@ -245,20 +237,33 @@ class Disk:
 
 
 class Writer:
-    """A log that is appended to: what was asked for, and what had returned when."""
+    """A session whose regions are logged: what was asked for, and what had returned when."""
 
-    def __init__(self, path: Path, disk: Disk) -> None:
-        self.disk, self.log = disk, IntentLog(str(path), UUID, live.INTENT_REGION, 20, SIZE)
+    def __init__(self, folder: Path, disk: Disk) -> None:
+        self.disk, log, files = disk, folder / "log", folder / "live"
+        shutil.rmtree(files, ignore_errors=True)
+        files.mkdir()
+        self.log = IntentLog(str(log), UUID, live.INTENT_REGION, 20, SIZE)
+        place = FilePlace(bytes(16), 0, 0)
+        path = os.fsencode(log)
+        livefile.make(str(files), UUID, place, intent=live.INTENT_REGION, region_bits=20, size=SIZE, log_path=path)
+        self.kernel = Kernel("test", str(files), self.log)
+        self.kernel.keep()
+        Arena(self.kernel, UUID).take(0, SIZE, 16)
         self.begun = len(disk.events)
         self.asked: set[int] = set()
         self.durable: list[tuple[int, set[int]]] = []  # behind how many events
 
     def append(self, regions: list[int]) -> None:
-        number = self.log.number
+        number = self.kernel.log
         self.asked.update(regions)
-        self.log.append(regions)
-        if number == self.log.number:  # else the mark is made again
+        self.kernel.mark_many([region << 20 for region in regions], [1] * len(regions))
+        if number == self.kernel.log:  # else they are in the next log
             self.durable.append((len(self.disk.events), set(regions)))
+
+    def close(self) -> None:
+        self.kernel.leave(at_once=True)
+        self.log.close(remove=False)
 
 
 def test_whatever_a_crash_leaves_is_believed_and_bounded(tmp_path: Path) -> None:
@@ -271,16 +276,16 @@ def test_whatever_a_crash_leaves_is_believed_and_bounded(tmp_path: Path) -> None
     for _ in range(40):
         disk = Disk()
         with fileio.using(disk.files()):
-            writer = Writer(path, disk)
+            writer = Writer(tmp_path, disk)
             for _ in range(chance.randrange(1, 14)):
                 within = functools.partial(writer.append, some(1, 3, 90))
                 disk.act, disk.early = chance.choice((None, None, interrupt, fail, within)), chance.random() < 0.5
-                if chance.random() < 0.1 and writer.log.number == 0:
-                    disk.act = writer.log.rotate
+                if chance.random() < 0.1 and writer.kernel.log == 0:
+                    disk.act = writer.kernel.rotate
                 with contextlib.suppress(Interrupted, StorageError):
                     writer.append(some(1, 1, 1, 2, 5, 70, 150))
                 disk.act = None
-            writer.log.close(remove=False)
+            writer.close()
         for _ in range(25):
             at = chance.randrange(writer.begun, len(disk.events) + 1)
             path.write_bytes(crashed(disk.events[:at], chance))
@@ -306,31 +311,30 @@ def crashed(events: list[Event], chance: random.Random) -> bytes:
     return bytes(disk)
 
 
-def test_a_region_that_could_not_be_written_is_written_with_the_next(tmp_path: Path) -> None:
-    path, disk = tmp_path / "log", Disk()
+def test_a_region_that_could_not_be_written_is_written_when_it_is_marked_again(tmp_path: Path) -> None:
+    disk = Disk()
     with fileio.using(disk.files()):
-        log = IntentLog(str(path), UUID, live.INTENT_REGION, 20, SIZE)
+        writer = Writer(tmp_path, disk)
         for act in (fail, interrupt):
             disk.act, disk.early = act, True
             with pytest.raises((Interrupted, StorageError)):
-                log.append([3, 4])
-        log.append([9])
-        log.append([3])
-        log.close(remove=False)
-    assert regions_of(path, SIZE) == {3, 4, 9}
+                writer.append([3, 4])
+            assert writer.kernel.logged == 0
+        writer.append([9])
+        writer.append([3])
+        writer.close()
+    assert regions_of(tmp_path / "log", SIZE) == {3, 9}
 
 
 def test_a_log_of_a_million_regions_is_read_in_little_time_and_memory(tmp_path: Path) -> None:
     path, regions = tmp_path / "log", live.MAX_REGIONS
     size = regions << 20
     a_log(path, size, [])
-    with fileio.using(NoSync):
-        log = IntentLog(str(path), UUID, live.INTENT_REGION, 20, size)
-        log.close(remove=False)
     seed = record_seed(UUID, 0)
     with path.open("r+b") as file:
-        file.seek(live.area_offset(regions, 0))
-        file.write(b"".join(build_log_record(seed, region) for region in range(regions)))
+        for first in range(0, regions, live.PER_PAGE):
+            file.seek(live.record_offset(first, 0))
+            file.write(b"".join(build_log_record(seed, first + at) for at in range(live.PER_PAGE)))
         file.truncate(1 << 40)  # grown since
     session = a_session(path)
     began = time.monotonic()
@@ -374,7 +378,7 @@ def test_a_flipped_bit_in_the_log_makes_all_dirty(tmp_path: Path) -> None:
     with dm.open("node:drive0") as image:
         assert image.tracking().how.startswith("logged regions")
         assert model_of(image["b0"]).sum() == 4 * (1 << 20) // GRANULE
-        for place in range(4):
+        for place in (1, 3, 9, 200):
             data = bytearray(whole)
             data[area(0) + place * RECORD + 3] ^= 1
             log.write_bytes(data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from dirtmap.engine.session import livefile
 from dirtmap.engine.session import view as recovery
 from dirtmap.engine.storefile.file import Store
 from dirtmap.fmt import live
-from dirtmap.fmt.structures.live import CONTROL, WRITESET, build_session
+from dirtmap.fmt.structures.live import CONTROL, DESCRIPTOR, WRITESET, build_session
 
 SIZE = 64 << 20
 SECTOR = 512
@@ -46,8 +45,9 @@ def dead(tmp_path: Path) -> Path:
             tracker.checkpoint("c2")
             with tracker.write(MARKED[2] * GRANULE, 1):
                 pass
-            while tracker._spare is None:
+            while not tracker._arena.is_ready(SIZE, 16):
                 time.sleep(0.01)
+            tracker._arena.take(3, SIZE, 16)  # as in the middle of a cut
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -56,30 +56,46 @@ def dead(tmp_path: Path) -> Path:
         return Path(image.tracking().live)
 
 
+def put(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
 def with_fields(folder: Path, **fields: Any) -> None:
     """Changes the control file."""
     control = CONTROL.parse((folder / "control").read_bytes())
-    data = CONTROL.build(**{**control._asdict(), **fields})
-    (folder / "control").write_bytes(data.ljust(live.PAGE, b"\0"))
+    put(folder / "control", 0, CONTROL.build(**{**control._asdict(), **fields}))
+
+
+def with_current(folder: Path, number: int) -> None:
+    with_fields(folder, state=number << 32 | 2)
+
+
+def with_descriptor(folder: Path, number: int, **fields: Any) -> None:
+    """Changes where the control file says that the bits of an interval are."""
+    at = live.DESCRIPTORS + number % live.MAX_DESCRIPTORS * DESCRIPTOR.size
+    found = DESCRIPTOR.parse((folder / "control").read_bytes(), at)
+    put(folder / "control", at, DESCRIPTOR.build(**{**found._asdict(), **fields}))
+
+
+def buffer_of(folder: Path, number: int) -> int:
+    """Where in `bits` the header of an interval's buffer is."""
+    data, at = (folder / "bits").read_bytes(), live.PAGE
+    while (head := WRITESET.parse(data, at)).number != number:
+        at += live.PAGE + head.room
+    return at
 
 
 def with_head(folder: Path, number: int, **fields: Any) -> None:
     """Changes the header of a writeset."""
-    path = folder / f"writeset-{number}"
-    data = path.read_bytes()
-    head = WRITESET.build(**{**WRITESET.parse(data)._asdict(), **fields})
-    path.write_bytes(head + data[len(head) :])
+    at = buffer_of(folder, number)
+    found = WRITESET.parse((folder / "bits").read_bytes(), at)
+    put(folder / "bits", at, WRITESET.build(**{**found._asdict(), **fields}))
 
 
 def set_in_spare(folder: Path) -> None:
-    path = folder / "writeset-3"
-    data = bytearray(path.read_bytes())
-    data[live.PAGE + 5] = 1
-    path.write_bytes(data)
-
-
-def copied(old: str, new: str) -> Callable[[Path], object]:
-    return lambda folder: shutil.copy(folder / old, folder / new)
+    put(folder / "bits", buffer_of(folder, 3) + live.PAGE + 5, b"\1")
 
 
 def grown(name: str, size: int) -> Callable[[Path], object]:
@@ -87,24 +103,29 @@ def grown(name: str, size: int) -> Callable[[Path], object]:
 
 
 WRONG: dict[str, Callable[[Path], object]] = {
-    "current below oldest": lambda folder: with_fields(folder, current=0),
-    "current one too low": lambda folder: with_fields(folder, current=1),
-    "current two too high": lambda folder: with_fields(folder, current=4),
-    "current absurd": lambda folder: with_fields(folder, current=2**64 - 1),
+    "current below oldest": lambda folder: with_current(folder, 0),
+    "current one too low": lambda folder: with_current(folder, 1),
+    "current two too high": lambda folder: with_current(folder, 4),
+    "current absurd": lambda folder: with_fields(folder, state=2**64 - 1),
     "another session": lambda folder: with_fields(folder, uuid=bytes(16)),
+    "another byte order": lambda folder: with_fields(folder, order=0x0807060504030201),
+    "another version": lambda folder: with_fields(folder, version=2),
     "a control file that is short": grown("control", live.PAGE - 1),
-    "a control file that is long": grown("control", live.PAGE + 1),
+    "a control file that is long": grown("control", live.CONTROL_BYTES + 1),
     "a control file that is huge": grown("control", 1 << 40),
-    "a writeset that is short": grown("writeset-2", live.PAGE),
-    "a writeset that is long": grown("writeset-2", live.PAGE + 1024),
-    "a writeset that is huge": grown("writeset-1", 1 << 40),
-    "a writeset that is missing": lambda folder: (folder / "writeset-1").unlink(),
-    "a writeset in another's place": copied("writeset-2", "writeset-1"),
+    "bits of another session": lambda folder: put(folder / "bits", 8, bytes(16)),
+    "bits that are short": lambda folder: os.truncate(folder / "bits", buffer_of(folder, 2) + live.PAGE + 64),
+    "bits that are gone": lambda folder: (folder / "bits").unlink(),
+    "a writeset that is missing": lambda folder: with_descriptor(folder, 1, interval=0),
+    "a writeset behind the end": lambda folder: with_descriptor(folder, 1, offset=1 << 40),
+    "a writeset at no place that can be": lambda folder: with_descriptor(folder, 1, offset=2**64 - 8),
+    "a writeset in another's place": lambda folder: with_descriptor(folder, 1, offset=buffer_of(folder, 2) + live.PAGE),
     "a writeset of another size": lambda folder: with_head(folder, 2, size=SIZE // 2),
     "a writeset of a granularity that cannot be": lambda folder: with_head(folder, 2, granularity_bits=2**64 - 1),
     "a writeset of another granularity": lambda folder: with_head(folder, 1, granularity_bits=20),
+    "a descriptor of another granularity": lambda folder: with_descriptor(folder, 1, granularity_bits=20),
+    "a descriptor of more bits": lambda folder: with_descriptor(folder, 1, bytes=1 << 40),
     "marks in an interval that has not begun": set_in_spare,
-    "an interval that cannot be": copied("writeset-3", "writeset-4"),
     "a folder in a file's place": lambda folder: ((folder / "control").unlink(), (folder / "control").mkdir()),
     "a link": lambda folder: ((folder / "control").rename(folder / "x"), (folder / "control").symlink_to("x")),
 }
@@ -127,24 +148,30 @@ def test_live_files_that_are_not_as_described_are_none(dead: Path, wrong: str) -
 
 def test_every_sector_of_the_live_files_zeroed_hides_no_mark(dead: Path) -> None:
     """Those of a header make the file none; bits have no checksum, and are in memory only: see SPEC.md."""
-    for name in ("control", "writeset-1", "writeset-2", "writeset-3"):
-        path = dead / name
-        whole = path.read_bytes()
-        for offset in range(0, live.PAGE, SECTOR):
-            path.write_bytes(whole[:offset] + bytes(SECTOR) + whole[offset + SECTOR :])
+    bad = {("control", 0), ("control", live.DESCRIPTORS), ("bits", 0)}
+    bad |= {("bits", buffer_of(dead, number)) for number in (1, 2)}
+    for name, pages in (("control", 5), ("bits", 1), *(("bits", buffer_of(dead, number)) for number in (1, 2, 3))):
+        first, end = (0, pages * live.PAGE) if pages < 10 else (pages, pages + live.PAGE)
+        for offset in range(first, end, SECTOR):
+            whole = (dead / name).read_bytes()[offset : offset + SECTOR]
+            put(dead / name, offset, bytes(SECTOR))
             with dm.open("node:drive0") as image:
-                expected = "exact" if offset or name == "writeset-3" else "logged regions"
+                expected = "logged regions" if (name, offset) in bad else "exact"
                 assert image.tracking().how.startswith(expected), (name, offset)
                 assert all(model_of(image[name])[granule] for name, granule in (("b0", 1), ("c1", 2), ("c2", 9)))
-        path.write_bytes(whole)
+            put(dead / name, offset, whole)
 
 
 def test_every_sector_of_the_control_file_taken_from_another_is_none(dead: Path) -> None:
-    other = (dead / "writeset-2").read_bytes()
-    whole = (dead / "control").read_bytes()
-    (dead / "control").write_bytes(other[:SECTOR] + whole[SECTOR:])
+    put(dead / "control", 0, (dead / "bits").read_bytes()[:SECTOR])
     with dm.open("node:drive0") as image:
         assert image.tracking().how.startswith("logged regions")
+
+
+def test_bits_may_be_longer_than_what_is_in_use(dead: Path) -> None:
+    os.truncate(dead / "bits", 1 << 40)
+    with dm.open("node:drive0") as image:
+        assert image.tracking().how.startswith("exact")
 
 
 def test_live_files_of_another_boot_are_none(dead: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,19 +201,23 @@ def vars_of(value: object) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__slots__}  # type: ignore[attr-defined]
 
 
-def test_thousands_of_writesets_are_read_in_little_time_and_memory(dead: Path, tmp_path: Path) -> None:
+def test_hundreds_of_writesets_are_read_in_little_time_and_memory(dead: Path, tmp_path: Path) -> None:
     last = live.MAX_INTERVALS
-    data = (dead / "writeset-2").read_bytes()
+    bits = (dead / "bits").read_bytes()
+    head = WRITESET.parse(bits, buffer_of(dead, 2))
+    one = bits[buffer_of(dead, 2) :][: live.PAGE + head.room]
     control = CONTROL.parse((dead / "control").read_bytes())
     with Store(str(tmp_path / "default.dmap")) as target:
         record = target.record(b"drive0")
     assert record
     session = recovery.session_of(record)
     assert session
-    for number in range(3, session.oldest + last):
-        head = WRITESET.build(**{**WRITESET.parse(data)._asdict(), "number": number})
-        (dead / f"writeset-{number}").write_bytes(head + data[len(head) :])
-    with_fields(dead, current=session.oldest + last - 1)
+    with (dead / "bits").open("ab") as file:
+        for number in range(3, session.oldest + last):
+            with_descriptor(dead, number, interval=number + 1, offset=file.tell() + live.PAGE, granularity_bits=16)
+            with_descriptor(dead, number, bytes=SIZE // GRANULE // 8)
+            file.write(WRITESET.build(**{**head._asdict(), "number": number}) + one[WRITESET.size :])
+    with_current(dead, session.oldest + last - 1)
     asked = "import re, time, dirtmap.engine as dm; a = time.process_time(); how = dm.open('node:drive0').tracking()"
     peak = r"re.search(r'VmHWM:\s*(\d+)', open('/proc/self/status').read())[1]"  # that of getrusage can be our own
     told = f"print(how.intervals, how.how.split(':')[0], time.process_time() - a, {peak}, sep='|')"
@@ -196,11 +227,10 @@ def test_thousands_of_writesets_are_read_in_little_time_and_memory(dead: Path, t
     assert (int(intervals), how) == (last, "exact")
     assert float(seconds) < 2
     assert int(kibibytes) < 256 << 10
-    with_fields(dead, current=session.oldest + last)
-    shutil.copy(dead / f"writeset-{session.oldest + last - 1}", dead / f"writeset-{session.oldest + last}")
+    with_current(dead, session.oldest + last)
     with dm.open("node:drive0") as image:
         assert image.tracking().how.startswith("logged regions")
-    assert control.current == 2
+    assert control.state >> 32 == 2
 
 
 def test_a_tracker_saves_before_it_makes_more_intervals_than_are_read(

@@ -17,8 +17,9 @@ from support.tracking import GRANULE, make_node, model_of
 import dirtmap.engine as dm
 from dirtmap.engine import identity
 from dirtmap.engine.identity import identity_of, lasting_identity
-from dirtmap.engine.session import livefile, verdict, view
+from dirtmap.engine.session import verdict, view
 from dirtmap.engine.system import process
+from dirtmap.engine.tracking import kernel
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt.errors import StorageError
 
@@ -256,15 +257,15 @@ def test_a_tracker_whose_clock_is_set_back_takes_its_times_from_the_new_one(
     with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
         with tracker.write(0, 1):
             pass
-        fields = tracker._control.fields
+        fields = tracker._kernel.fields
         for step in (0, HOUR, -HOUR, 0):
             lead[0] = step
             deadline = time.monotonic() + 5
-            while abs(fields[livefile.CLOCK] - process.clock_offset()) > process.CLOCK_TOLERANCE_NS:
+            while abs(fields[kernel.CLOCK] - process.clock_offset()) > process.CLOCK_TOLERANCE_NS:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-            assert fields[livefile.EVENT] <= time.time_ns()
-            assert abs(fields[livefile.HEARTBEAT] - time.time_ns()) < 10**9
+            assert fields[kernel.EVENT] <= time.time_ns()
+            assert abs(fields[kernel.HEARTBEAT] - time.time_ns()) < 10**9
 
 
 def test_the_offset_of_the_clock_stays_as_it_is() -> None:

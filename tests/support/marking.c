@@ -71,7 +71,11 @@ static void begin_session(uint64_t disk, uint64_t count)
     make("bits", &head, sizeof head, buffer(buffers));
     memcpy(head.magic, "DMLMARKS", 8);
     make("markers", &head, sizeof head, PAGE);
-    make("log", "", 0, 1 << 20);
+    struct { uint8_t before[8], uuid[16]; } log_head = {"", {7}};
+    make("log", &log_head, sizeof log_head, 1 << 20);
+    static int log = -1; /* the keeper's lock */
+    close(log);
+    REQUIRE((log = open(c.log_path, O_RDWR)) >= 0 && dm_lock(log, F_WRLCK, DM_LIVING - 1) == 0);
 }
 
 static dm_handle *attach(void)
@@ -196,6 +200,7 @@ static void check(void)
     /* The gate. */
     REQUIRE(dm_close_gate(h) == 0 && dm_close_gate(h) == DM_HELD && dm_all_flying(h) == 0);
     REQUIRE(dm_mark(h, 0, 1) == 0); /* a bare mark passes */
+    REQUIRE(dm_try_begin(h, 0, 1, &f) == EAGAIN && dm_all_flying(h) == 0);
     atomic_store(&h->control->patience, 1000000);
     REQUIRE(dm_begin(h, 0, 1, &f) == 0); /* waits no longer than that, and then it does not hold */
     REQUIRE(dm_open_gate(h) == 0 && dm_close_gate(h) == 0 && dm_all_flying(h) == 1);

@@ -29,11 +29,11 @@ def a_session(path: Path, uuid: bytes = UUID, **fields: Any) -> live.Session:
     return replace(session, **fields)
 
 
-def a_log(path: Path, size: int, logs: list[list[list[int]]], uuid: bytes = UUID) -> None:
-    """Writes a log of a disk of ``size`` bytes: for each log its appends, for each append its regions."""
+def a_log(path: Path, size: int, logs: list[list[list[int]]], uuid: bytes = UUID, *, first: int = 0) -> None:
+    """Writes a log of a disk of ``size`` bytes: for each log, from that number on, its appends, each of regions."""
     with fileio.using(NoSync):
         log = IntentLog(str(path), uuid, live.INTENT_REGION, live.MIN_REGION_BITS, size)
-        for number, appends in enumerate(logs):
+        for number, appends in enumerate(logs, first):
             seed, count = record_seed(uuid, number), 0
             for regions in appends:
                 for region in regions:

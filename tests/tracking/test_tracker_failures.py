@@ -22,6 +22,7 @@ from support.tracking import GRANULE, lost, model_of
 import dirtmap.engine as dm
 from dirtmap.engine.session.intent import IntentLog
 from dirtmap.engine.system import file as fileio
+from dirtmap.engine.tracking.arena import Arena
 from dirtmap.engine.tracking.recorder import Recorder
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt.errors import Error
@@ -68,7 +69,7 @@ def test_a_save_between_the_swap_and_the_commit_of_a_cut_takes_nothing_from_it(f
         ticket = tracker.begin(0, 1)
         cut = threading.Thread(target=lambda: tracker.checkpoint("monday"))
         cut.start()
-        while tracker._kernel._state.writeset.number == 0:
+        while tracker._kernel.interval == 0:
             time.sleep(0)
         tracker.mark(40 << 20, 1)  # of the new interval
         tracker.save()
@@ -194,21 +195,20 @@ def test_no_mark_returns_that_the_last_save_has_not(folder: Path) -> None:
 
 
 def test_a_mark_looks_for_the_end_behind_its_first_step(image: dm.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end comes where a mark has begun, but has not read the state yet."""
+    """The end comes in the middle of a mark, where it logs its region."""
     tracker = image.track(save_interval=0)
-    real = tracker._kernel._range
+    real = tracker._kernel._sync
     calls: dict[str, Callable[[], object]] = {
         "begin": lambda: tracker.begin(0, 1),
         "mark": lambda: tracker.mark(0, 1),
         "many": lambda: tracker.mark_many([0], [1]),
     }
 
-    def judged(offset: Any, length: Any) -> tuple[int, int]:
-        found = real(offset, length)
-        tracker._kernel.refuse(dm.StorageError("x", "the tracker is closed"))
-        return found
+    def ended() -> None:
+        real()
+        tracker._kernel.fail(dm.StorageError("x", "the tracker is closed"))
 
-    monkeypatch.setattr(tracker._kernel, "_range", judged)
+    monkeypatch.setattr(tracker._kernel, "_sync", ended)
     for call in calls.values():
         with pytest.raises(dm.StorageError, match="closed"):
             call()
@@ -222,7 +222,7 @@ def test_a_forked_child_can_close_and_says_nothing_in_the_parents_name(image: dm
         ready = threading.Event()
 
         def hold() -> None:
-            with tracker._lock, tracker._cuts, tracker._spare_guard, tracker._kernel._landed:
+            with tracker._lock, tracker._cuts, tracker._spare_guard, tracker._kernel.guard:
                 ready.set()
                 time.sleep(0.2)
 
@@ -231,7 +231,8 @@ def test_a_forked_child_can_close_and_says_nothing_in_the_parents_name(image: dm
         ready.wait(60)
         write = tracker.write(0, 1)
         with write:
-            fields = bytes(tracker._control.fields)
+            control = Path(tracker._kernel.folder) / "control"
+            fields = control.read_bytes()
             pid = os.fork()
             if pid == 0:
                 status = 1
@@ -247,7 +248,7 @@ def test_a_forked_child_can_close_and_says_nothing_in_the_parents_name(image: dm
                     os._exit(status)
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
             beat = CONTROL.field("heartbeat").offset
-            now = bytes(tracker._control.fields)
+            now = control.read_bytes()
             assert now[:beat] + now[beat + 8 :] == fields[:beat] + fields[beat + 8 :]
         holder.join()
 
@@ -294,9 +295,8 @@ def test_what_fails_in_the_background_does_not_keep_saves_from_theirs(
 
     with dm.open("node:drive0") as image, image.track(save_interval=0.3) as tracker:
         tracker.checkpoint("monday")
-        monkeypatch.setattr(Recorder, "_new_writeset", full)
+        monkeypatch.setattr(Arena, "prepare", full)
         monkeypatch.setattr(Recorder, "_beat", full)
-        tracker._spare = None
         tracker.mark(0, 1)
         deadline = time.monotonic() + 60
         while (tracker._kernel.logged or tracker._frozen) and time.monotonic() < deadline:
@@ -323,7 +323,7 @@ def test_a_sign_of_life_on_disk_and_a_mark_sync_one_after_the_other(
 
         return act
 
-    monkeypatch.setattr(IntentLog, "append", slowly(IntentLog.append))
+    monkeypatch.setattr(IntentLog, "sync", slowly(IntentLog.sync))
     monkeypatch.setattr(IntentLog, "beat", slowly(IntentLog.beat))
     with image.track(save_interval=0, region_size=1 << 20) as tracker:
         beats = threading.Thread(target=lambda: [tracker._beat(0) for _ in range(20)])
@@ -419,7 +419,7 @@ def test_a_cut_that_waits_ends_with_the_tracker(image: dm.Namespace) -> None:
 
     thread = threading.Thread(target=cut)
     thread.start()
-    while tracker._kernel._state.writeset.number == 0:
+    while tracker._kernel.interval == 0:
         time.sleep(0)
     tracker.close()
     thread.join(30)

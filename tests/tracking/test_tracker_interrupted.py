@@ -8,8 +8,6 @@ mark that had returned has to be in every bitmap that was recording.
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import linecache
 import mmap
 import os
@@ -23,17 +21,13 @@ from typing import Any, Final, Self
 
 import numpy as np
 import pytest
-from support.failing import COUNT, SIZE, killed, node_with_live_files
-from support.sessions import regions_of
+from support.failing import COUNT, killed, node_with_live_files
 from support.tracking import GRANULE, forget_index, lost, mark
 
 import dirtmap.engine as dm
 from dirtmap.engine.session import livefile
-from dirtmap.engine.session.intent import IntentLog
-from dirtmap.engine.system import file as fileio
 from dirtmap.engine.tracking import kernel as marking
 from dirtmap.engine.tracking.tracker import Tracker
-from dirtmap.fmt import live
 from dirtmap.fmt.errors import Error
 
 _NEVER: Final = 1 << 30
@@ -196,13 +190,6 @@ def test_an_exception_at_any_line(folder: Path, act: str, end: str) -> None:
 # Handlers of signals, which do not raise but act.
 
 
-class NoSync(fileio.File):
-    """A file whose syncs cost nothing."""
-
-    def sync(self) -> None:
-        pass
-
-
 class Handled:
     """While active: behind so many operations of the tracker's code something else is done, as by a signal's handler.
 
@@ -299,19 +286,3 @@ def test_a_handler_behind_some_operations(folder: Path, act: str, handler: str) 
 @pytest.mark.parametrize("act", ["mark", "begin", "mark many", "checkpoint", "finer", "save", "take"])
 def test_a_handler_behind_any_operation(folder: Path, act: str, handler: str) -> None:
     handle(folder, act, handler, 1 << 30)
-
-
-@pytest.mark.parametrize("act", ["append", "rotate"])
-def test_a_region_logged_in_the_middle_of_the_logs_own_acts_is_in_the_log(tmp_path: Path, act: str) -> None:
-    uuid, path = b"u" * 16, tmp_path / "log"
-    for operation in itertools.count(1):
-        log = IntentLog(str(path), uuid, live.INTENT_REGION, 20, SIZE)
-        log.append([1])
-        with fileio.using(NoSync), Handled(operation, functools.partial(log.append, [9])) as tracing:
-            log.append([5]) if act == "append" else log.rotate()
-        log.close(remove=False)
-        found = regions_of(path, SIZE, uuid=uuid)
-        if tracing.left > 0:
-            assert operation > 10
-            break
-        assert found == {1, 9, *([5] if act == "append" else [])}, operation

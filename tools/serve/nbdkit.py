@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
-from dirtmap.fmt.errors import Error, LockedError, StorageError
+from dirtmap.fmt.errors import Error, StorageError
 
 if TYPE_CHECKING:
     from dirtmap.engine import Disk
@@ -155,19 +155,6 @@ class Nbdkit:
         if self._child is None and self.socket is not None:
             with contextlib.suppress(OSError):
                 Path(self.socket).unlink()
-
-
-def refuse_served(where: str, live: str) -> None:
-    """Refuses a disk that an nbdkit still serves.
-
-    Raises:
-        LockedError: one does.
-    """
-    if (found := Nbdkit.find(live)) is not None:
-        pid = found.pid
-        os.close(found.fileno())
-        what = f"served by nbdkit (process {pid}), whose tracker has died; 'dirtmap serve --adopt' takes it over"
-        raise LockedError(where, what)
 
 
 def _listening(listener: Listener) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dirtmap.fmt.errors import LockedError, UnsupportedError
 from dirtmap.tools.serve.building import built_filter, nbdkit_version
-from dirtmap.tools.serve.nbdkit import Nbdkit, Session, refuse_served
+from dirtmap.tools.serve.nbdkit import Nbdkit, Session
 
 if TYPE_CHECKING:
     from dirtmap.engine import Handle, Host, Tracker
@@ -79,10 +79,8 @@ def serve(
             what = "a qcow2 image, whose bitmaps QEMU keeps by itself: qemu-nbd serves it"
             raise UnsupportedError(handle.where, what)
         notes, status = [], handle.tracking()
-        if status is not None and status.alive and read_only:
-            raise LockedError(handle.where, f"its disk is being written: tracked by {status.tracker}")
-        if status is not None and not status.alive:
-            refuse_served(handle.where, status.live)
+        if status is not None and status.alive:
+            raise LockedError(handle.where, f"tracked by {status.tracker}; ask it, or end it first")
         tracker, session = None, None
         if read_only:
             nbdkit_version()

@@ -1,0 +1,58 @@
+"""`Marker`: marks from another process than the tracker's."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Self
+
+from dirtmap.engine.session import livefile
+from dirtmap.engine.system.file import open_file
+from dirtmap.engine.tracking.kernel import Marking
+from dirtmap.fmt.errors import GoneError
+from dirtmap.fmt.structures.live import LOG
+
+
+class Marker(Marking):
+    """Marks in the session of a tracker, from any process of this machine that may write to its live files.
+
+    `mark`, `mark_many`, `begin`, `end` and `write` are those of the `Tracker`; a cut waits for the writes of all
+    processes. Where this process dies, what it has in flight is dirty in the interval before the next cut and in that
+    after it. Where the tracker dies, this goes on: `Handle.track` takes the session over meanwhile.
+
+    Args:
+        folder: of the live files, as `Status.live` of the tracked image tells it.
+
+    Raises:
+        GoneError: nobody marks in that session any more.
+        StorageError: there are no live files, or they or the log cannot be used.
+        UnsupportedError: the live files are of another version or machine.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        path = os.path.abspath(os.fspath(folder))
+        log_path = livefile.log_path(path)
+        super().__init__(path, path, None)
+        try:
+            self._log = open_file(log_path, writable=True)
+            try:
+                if self._log.read(LOG.field("uuid").offset, 16) != self.uuid:  # the next session's, at the same path
+                    raise GoneError(path, "this session has ended")
+                self.log_file = self._log
+            except BaseException:
+                self._log.close()
+                raise
+        except BaseException:
+            self.leave(at_once=True)
+            raise
+
+    def close(self) -> None:
+        """Ends it. What is in flight can still be ended, and counts until then."""
+        self.leave(at_once=False)
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
