@@ -161,8 +161,9 @@ def test_a_full_tmpfs_is_an_error_before_the_write(disk: Path, tmp_path: Path) -
             status = image.tracking()
     finally:
         subprocess.run(["umount", "--lazy", live], check=True)  # what is mapped is, until it is collected
-    assert set(errors) == {errno.ENOSPC}
-    assert mapped(NODE, "b0") == []
+    assert set(errors) <= {0, errno.ENOSPC}  # slots come several to a page, and the first page may have memory
+    assert errno.ENOSPC in errors
+    assert granules(mapped(NODE, "b0")) == {at for at in range(8) if not errors[at]}
     assert status is not None
     assert f"session {status.live}: nothing was written: No space left" in (tmp_path / "said").read_text()
 
@@ -206,8 +207,15 @@ def test_qcow2_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 def test_usage() -> None:
     assert "Where to listen?" in error_of("serve", "drive0")
+    assert "is there already" in error_of("serve", "drive0", "--unix", "s", "--adopt")
     assert "exclude each other" in error_of("serve", "drive0", "--unix", "s", "--port", "10809")
     assert dirtmap("serve", "--filter-path").out == f"{built_filter()}\n"
+
+
+def test_nothing_to_adopt(disk: Path, tmp_path: Path) -> None:
+    assert "no nbdkit that can be seen here serves it" in error_of("serve", "drive0", "--adopt")
+    with served(tmp_path):
+        assert "there is nothing to adopt" in error_of("serve", "drive0", "--adopt")
 
 
 def test_read_only(disk: Path, tmp_path: Path) -> None:
@@ -221,7 +229,8 @@ class Started:
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.sock, pidfile = folder / "sock", folder / "pid"
         pidfile.unlink(missing_ok=True)
-        command = [COMMAND, "serve", "drive0", "--unix", str(self.sock), "--pidfile", str(pidfile), *arguments]
+        where = [] if "--adopt" in arguments else ["--unix", str(self.sock)]
+        command = [COMMAND, "serve", "drive0", *where, "--pidfile", str(pidfile), *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.ready = self.process.stdout.readline()
@@ -253,7 +262,7 @@ class Started:
         assert self.process.stdout is not None
         self.process.stdout.close()
         status = self.process.wait(60)
-        self.nbdkit.close()
+        self.nbdkit.release()
         return status
 
 
@@ -288,12 +297,17 @@ def kill_some(folder: Path, seed: int) -> None:
     started = Started(folder)
     clients = [write_until_it_ends(started.sock, SIZE, seed * 2 + number) for number in range(2)]
     time.sleep(chance.random() * 0.3)
-    tracker, nbdkit = [(True, False), (False, True), (True, True)][seed % 3]
-    started.kill(tracker=tracker, nbdkit=nbdkit)
+    tracker, nbdkit, adopted = [(1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 1)][seed % 4]
+    started.kill(tracker=bool(tracker), nbdkit=bool(nbdkit))
+    if adopted:
+        other = Started(folder, "--adopt")
     if not nbdkit:  # which goes on without it
         before = len(clients[0][0].acknowledged)
         while len(clients[0][0].acknowledged) < before + 20:
             time.sleep(0.001)
+    if adopted:
+        assert other.end() == 0
+    elif not nbdkit:
         started.kill(tracker=False, nbdkit=True)
     for _, thread in clients:
         thread.join(60)
@@ -307,10 +321,10 @@ def kill_some(folder: Path, seed: int) -> None:
     submitted = granules([each for client, _ in clients for each in client.submitted])
     assert acknowledged - found == set()
     assert found - submitted == set()
-    assert not any(client.refused for client, _ in clients)
+    assert {error for client, _ in clients for _, _, error in client.refused} <= {errno.ESHUTDOWN}  # when it ends
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 def test_nothing_is_lost_whoever_is_killed(disk: Path, tmp_path: Path, seed: int) -> None:
     kill_some(tmp_path, seed)
 

@@ -9,3 +9,9 @@
 The filter, `dirtmap-filter.c`, marks in the session by itself: the tracker may die, and another one take over, while
 clients go on.
 """
+
+from __future__ import annotations
+
+from dirtmap.tools.serve.serving import Serving, adopt, serve
+
+__all__ = ["Serving", "adopt", "serve"]

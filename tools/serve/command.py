@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
 
 import click
 
@@ -18,6 +19,7 @@ from dirtmap.tools.export.listener import LOOPBACK, Listener
 from dirtmap.tools.output import complain, write_json
 from dirtmap.tools.running import run
 from dirtmap.tools.serve.building import built_filter
+from dirtmap.tools.serve.serving import adopt as take_over
 from dirtmap.tools.serve.serving import serve
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def _print_filter(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     dirtmap serve drive0 --run 'nbdcopy new.raw "$uri"'
     dirtmap serve drive0 --port 10809 -- --filter=rate rate=100M
     dirtmap serve drive0 --bind 192.0.2.1 --port 10809 --tls /etc/pki/nbdkit
+    dirtmap serve drive0 --adopt
     nbdkit --filter=$(dirtmap serve --filter-path) file disk.raw dirtmap-session=LIVE
     """,
 )
@@ -58,6 +61,7 @@ def _print_filter(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     type=click.Path(),
     help="Demand TLS. DIR has ca-cert.pem, server-cert.pem and server-key.pem; clients need a certificate of that CA.",
 )
+@click.option("--adopt", is_flag=True, help='Take over what a killed "dirtmap serve" has left: its nbdkit goes on.')
 @click.option("--read-only", is_flag=True, help="Clients can only read. Nothing is tracked.")
 @click.option(
     "--run",
@@ -85,20 +89,21 @@ def serve_command(
     port: int | None,
     bind: str,
     tls: str | None,
+    adopt: bool,
     read_only: bool,
     command: str | None,
     pidfile: str | None,
     quiet: bool,
     output: str,
 ) -> None:
-    """Serve a raw disk over NBD, and mark what is written in its bitmaps.
+    """Serve a raw disk over NBD, and mark what is written.
 
     TARGET is a node or a device whose disk is a raw file or a block device. nbdkit serves it, with a filter that marks
     each write, zero and trim before it is made. Any NBD client can use it: QEMU, nbdcopy, fio. A qcow2 image is
     refused: QEMU keeps its bitmaps by itself.
 
     No QEMU can open the disk meanwhile. If this process is killed, nbdkit and its clients go on, and what they write is
-    still marked; if nbdkit is killed, nothing is lost either.
+    still marked; --adopt takes it over then. If nbdkit is killed, nothing is lost either.
 
     Prints a line once it is ready, "ready:" and a URI, or with --output=json an object. SIGINT, SIGTERM or SIGHUP end
     it, with exit status 0. With --run, the end of COMMAND does, whose exit status it has, and nothing is printed;
@@ -106,24 +111,30 @@ def serve_command(
     """
     if unix is not None and port is not None:
         raise click.UsageError("--unix and --port exclude each other.")
-    if unix is None and port is None and command is None:
+    if adopt and (unix is not None or port is not None or tls is not None or read_only or arguments):
+        raise click.UsageError("With --adopt the server is there already, as it was started.")
+    if unix is None and port is None and command is None and not adopt:
         raise click.UsageError("Where to listen? --unix, --port or --run says it.")
     if command is not None and output == "json":
         raise click.UsageError("--output=json goes not with --run: what is printed is COMMAND's.")
     status = 0
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stopping())
-        if unix is None and port is None:
-            unix = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtmap-")), "sock")
-        listener = Listener(unix if unix is None else os.path.abspath(unix), port, bind, tls)
-        with serve(host, target, listener, read_only=read_only, arguments=arguments) as serving, pid_file(pidfile):
+        if adopt:
+            begun = take_over(host, target)
+        else:
+            if unix is None and port is None:
+                unix = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtmap-")), "sock")
+            listener = Listener(unix if unix is None else os.path.abspath(unix), port, bind, tls)
+            begun = serve(host, target, listener, read_only=read_only, arguments=arguments)
+        with begun as serving, pid_file(pidfile):
             for note in serving.notes if not quiet else ():
                 complain(f"{target}: {note}")
             if command is None:
                 _tell_ready(target, serving, output, quiet=quiet)
             notify("READY=1")
             if command is not None:
-                status = run(["/bin/sh", "-c", command], {**os.environ, **_variables(serving, listener)})
+                status = run(["/bin/sh", "-c", command], {**os.environ, **_variables(serving.uri)})
                 if not status:
                     serving.require_running()
             else:
@@ -143,10 +154,11 @@ def _tell_ready(target: str, serving: Serving, output: str, *, quiet: bool) -> N
     sys.stdout.flush()
 
 
-def _variables(serving: Serving, listener: Listener) -> dict[str, str]:
+def _variables(uri: str) -> dict[str, str]:
     """What a command finds in its environment. Source of the names: nbdkit-captive(1)."""
-    port = "" if listener.port is None else str(listener.port)
-    return {"uri": serving.uri, "unixsocket": listener.unix or "", "port": port}
+    found = urlsplit(uri)
+    unix = parse_qs(found.query).get("socket", [""])[0]
+    return {"uri": uri, "unixsocket": unix, "port": "" if found.port is None else str(found.port)}
 
 
 @contextlib.contextmanager

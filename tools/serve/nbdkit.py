@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import signal
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from dirtmap.engine import Disk
     from dirtmap.tools.export.listener import Listener
 
-_PATIENCE_SECONDS: Final = 10.0
+_PATIENCE_SECONDS: Final = 2.0  # nbdkit waits for clients to hang up, which they do not
 _PAUSE_SECONDS: Final = 0.01
 _SESSION: Final = "dirtmap-session="
 
@@ -43,13 +44,17 @@ class Session:
 class Nbdkit:
     """A running nbdkit. It goes on when this process dies, so that its clients do.
 
-    Attributes:
-        pid: its process number.
-        socket: the path of its Unix socket; None if it listens elsewhere.
+    Args:
+        uri: for its clients.
+        descriptor: of its process.
+        socket: the path of its Unix socket, if it is to be removed in the end.
+        child: its process, if it is a child of this one.
     """
 
-    def __init__(self, pid: int, descriptor: int, socket: str | None, child: subprocess.Popen[bytes] | None) -> None:
-        self.pid, self.socket, self._descriptor, self._child = pid, socket, descriptor, child
+    def __init__(
+        self, uri: str, descriptor: int, *, socket: str | None = None, child: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self.uri, self._socket, self._descriptor, self._child = uri, socket, descriptor, child
 
     @classmethod
     def start(cls, listener: Listener, disk: Disk, session: Session | None, arguments: Sequence[str]) -> Nbdkit:
@@ -86,7 +91,7 @@ class Nbdkit:
                 )
             except OSError as error:
                 raise StorageError("nbdkit", error.strerror or str(error), error.errno) from error
-            started = cls(child.pid, os.pidfd_open(child.pid), listener.unix, child)
+            started = cls(listener.uri(""), os.pidfd_open(child.pid), child=child)
             try:
                 while not _is_written(ready):
                     started.require_running()
@@ -105,8 +110,10 @@ class Nbdkit:
             with contextlib.suppress(ProcessLookupError):
                 descriptor = os.pidfd_open(int(name))
                 if _arguments_of(name) == arguments:  # the number is not another process's by now
-                    unix = arguments.index("--unix") + 1 if "--unix" in arguments else len(arguments)
-                    return cls(int(name), descriptor, arguments[unix] if unix < len(arguments) else None, None)
+                    listener = _listener_of(arguments)
+                    if listener is None:
+                        return cls("", descriptor)
+                    return cls(listener.uri(""), descriptor, socket=listener.unix)
                 os.close(descriptor)
         return None
 
@@ -139,8 +146,16 @@ class Nbdkit:
         status = self._child.wait()
         raise Error("nbdkit", f"was killed by signal {-status}" if status < 0 else f"ended with status {status}")
 
+    def release(self) -> None:
+        """Lets it go on without this process."""
+        os.close(self._descriptor)
+        self._descriptor = -1
+
     def close(self) -> None:
-        """Ends it, once what its clients have asked for is done; kills one that does not end in some seconds."""
+        """Ends it; kills one that does not end in some seconds.
+
+        What it has answered is not lost by that, and what it is about to write is marked.
+        """
         if self._descriptor < 0:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -150,11 +165,10 @@ class Nbdkit:
                 break
         if self._child is not None:
             self._child.wait()
-        os.close(self._descriptor)
-        self._descriptor = -1
-        if self._child is None and self.socket is not None:
+        self.release()
+        if self._socket is not None:
             with contextlib.suppress(OSError):
-                Path(self.socket).unlink()
+                Path(self._socket).unlink()
 
 
 def _listening(listener: Listener) -> list[str]:
@@ -165,6 +179,19 @@ def _listening(listener: Listener) -> list[str]:
     if listener.tls is not None:
         where += ["--tls=require", f"--tls-certificates={os.path.abspath(listener.tls)}", "--tls-verify-peer"]
     return where
+
+
+def _listener_of(arguments: list[str]) -> Listener | None:
+    """What `_listening` has made arguments of; None where somebody else has said it in another way."""
+    from dirtmap.tools.export.listener import LOOPBACK, Listener
+
+    values = dict(itertools.pairwise(arguments))
+    tls = next((value.partition("=")[2] for value in arguments if value.startswith("--tls-certificates=")), None)
+    try:
+        port = int(values["--port"]) if "--port" in values else None
+        return Listener(values.get("--unix"), port, values.get("--ipaddr", LOOPBACK), tls)
+    except (ValueError, Error):
+        return None
 
 
 def _is_written(path: Path) -> bool:

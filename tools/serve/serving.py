@@ -7,7 +7,7 @@ import select
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from dirtmap.fmt.errors import LockedError, UnsupportedError
+from dirtmap.fmt.errors import Error, LockedError, UnsupportedError
 from dirtmap.tools.serve.building import built_filter, nbdkit_version
 from dirtmap.tools.serve.nbdkit import Nbdkit, Session
 
@@ -28,9 +28,9 @@ class Serving:
     """
 
     def __init__(
-        self, handle: Handle, nbdkit: Nbdkit, uri: str, live: str | None, tracker: Tracker | None, notes: list[str]
+        self, handle: Handle, nbdkit: Nbdkit, live: str | None, tracker: Tracker | None, notes: list[str]
     ) -> None:
-        self.uri, self.size, self.live, self.tracker, self.notes = uri, handle.size, live, tracker, tuple(notes)
+        self.uri, self.size, self.live, self.tracker, self.notes = nbdkit.uri, handle.size, live, tracker, tuple(notes)
         self._nbdkit = nbdkit
 
     def wait(self, stop: int) -> None:
@@ -80,7 +80,8 @@ def serve(
             raise UnsupportedError(handle.where, what)
         notes, status = [], handle.tracking()
         if status is not None and status.alive:
-            raise LockedError(handle.where, f"tracked by {status.tracker}; ask it, or end it first")
+            remedy = "ask it, or end it first" if status.kept else "'dirtmap serve --adopt' takes over what it has left"
+            raise LockedError(handle.where, f"tracked by {status.tracker}; {remedy}")
         tracker, session = None, None
         if read_only:
             nbdkit_version()
@@ -99,4 +100,32 @@ def serve(
         stack.enter_context(listener.reserved())
         nbdkit = stack.enter_context(Nbdkit.start(listener, disk, session, arguments))
         live = None if session is None else session.live
-        yield Serving(handle, nbdkit, listener.uri(""), live, tracker, notes)
+        yield Serving(handle, nbdkit, live, tracker, notes)
+
+
+@contextlib.contextmanager
+def adopt(host: Host, target: str) -> Iterator[Serving]:
+    """Takes over a disk that nbdkit serves, and whose tracker has died; goes on as `serve` does.
+
+    Args:
+        host: opens the target.
+        target: the node or the device.
+
+    Raises:
+        LockedError: its tracker lives.
+        Error: nobody serves it, as far as can be seen.
+        As `Handle.track`.
+    """
+    with contextlib.ExitStack() as stack:
+        handle = stack.enter_context(host.open(target))
+        status = handle.tracking()
+        if status is not None and status.kept:
+            raise LockedError(handle.where, f"tracked by {status.tracker}; there is nothing to adopt")
+        found = Nbdkit.find(status.live) if status is not None and status.alive else None
+        if status is None or found is None:
+            raise Error(handle.where, "no nbdkit that can be seen here serves it; 'dirtmap serve' begins anew")
+        with contextlib.ExitStack() as undo:
+            undo.callback(found.release)  # it goes on where it is not adopted
+            tracker = stack.enter_context(handle.track())
+            undo.pop_all()
+        yield Serving(handle, stack.enter_context(found), status.live, tracker, [])
