@@ -46,6 +46,7 @@ _HOMES = {
     "node": "node",
     "device": "device",
     "track": "track",
+    "checkpoint": "checkpoint",
     "sidecar": "sidecar",
     "completion": "completion",
 }

@@ -223,6 +223,26 @@ class Host:
         with offline(disk, self._parts.locking):
             yield
 
+    def checkpoint(self, targets: Iterable[Target], name: str, granularity: int | None = None) -> None:
+        """Has the trackers of several disks begin a checkpoint at one instant: no write of any is on both sides of it.
+
+        Nothing is written to any of them meanwhile; see `dirtmap.engine.gate`. All of them have it, or none.
+
+        Args:
+            targets: tracked images; of one, as `Tracker.checkpoint`.
+            name: of the checkpoint, in each.
+            granularity: in bytes; None for the usual one.
+
+        Raises:
+            BitmapError: one is not tracked, or the name is taken.
+            LockedError: a tracker cannot be asked from here.
+            StorageError: a write did not end in ten seconds, or the checkpoint could not be written.
+        """
+        from dirtmap.engine.host.asking import checkpoint
+
+        with contextlib.ExitStack() as stack:
+            checkpoint([stack.enter_context(self.open(target)) for target in targets], name, granularity)
+
     @contextlib.contextmanager
     def lent(self, disk: Disk) -> Iterator[int]:
         """Takes QEMU's locks on a raw disk for a program that is to write it, and takes none itself.

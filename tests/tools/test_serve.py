@@ -198,6 +198,19 @@ def test_a_disk_that_qemu_has_open_is_not_served(disk: Path, tmp_path: Path) -> 
     assert json_of("track", "status", "drive0")["tracked"] is False
 
 
+def test_its_tracker_is_asked(disk: Path, tmp_path: Path) -> None:
+    started = Started(tmp_path)
+    with Client(started.sock) as client:
+        dirtmap("checkpoint", "add", "drive0", "noon")
+        client.ask(WRITE, 0, 1)
+        dirtmap("checkpoint", "add", "drive0", "evening")
+        client.ask(WRITE, GRANULE, 1)
+        assert granules(mapped(NODE, "noon")) == {0}
+        dirtmap("track", "stop", "drive0")
+    assert started.wait() == 0
+    assert granules(mapped(NODE, "evening")) == {1}
+
+
 def test_qcow2_is_refused_with_the_reason(tmp_path: Path) -> None:
     image = tmp_path / "q.qcow2"
     qemu.create(image, SIZE)

@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 from urllib.parse import parse_qs, urlsplit
 
 import click
@@ -119,7 +119,7 @@ def serve_command(
         raise click.UsageError("--output=json goes not with --run: what is printed is COMMAND's.")
     status = 0
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_stopping())
+        stop = stack.enter_context(_Stop())
         if adopt:
             begun = take_over(host, target)
         else:
@@ -127,7 +127,7 @@ def serve_command(
                 unix = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtmap-")), "sock")
             listener = Listener(unix if unix is None else os.path.abspath(unix), port, bind, tls)
             begun = serve(host, target, listener, read_only=read_only, arguments=arguments)
-        with begun as serving, pid_file(pidfile):
+        with begun as serving, stop.ends(serving), pid_file(pidfile):
             for note in serving.notes if not quiet else ():
                 complain(f"{target}: {note}")
             if command is None:
@@ -138,7 +138,7 @@ def serve_command(
                 if not status:
                     serving.require_running()
             else:
-                serving.wait(stop)
+                serving.wait()
             notify("STOPPING=1")
     if status:
         ctx.exit(status)
@@ -161,26 +161,39 @@ def _variables(uri: str) -> dict[str, str]:
     return {"uri": uri, "unixsocket": unix, "port": "" if found.port is None else str(found.port)}
 
 
-@contextlib.contextmanager
-def _stopping() -> Iterator[int]:
-    """Yields a descriptor that a signal makes readable which asks this process to end.
+class _Stop:
+    """What a signal does that asks this process to end.
 
-    An exception from a handler could come in the middle of what the tracker does, and end it there.
+    It is only noted: an exception from a handler could come in the middle of what the tracker does, and end it there.
     """
-    stop, wake = os.pipe()
 
-    def tell(*_: Any) -> None:
-        with contextlib.suppress(BlockingIOError):
-            write_end.write(b"!")
+    def __init__(self) -> None:
+        self._asked = False
+        self._serving: Serving | None = None
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    with open(stop, "rb", buffering=0), open(wake, "wb", buffering=0) as write_end:
-        os.set_blocking(wake, False)
+    def __enter__(self) -> Self:
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        for number, handler in self._before.items():
+            if handler is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def ends(self, serving: Serving) -> Iterator[None]:
+        """From now on, and if one has come already, it ends this one."""
+        self._serving = serving
+        if self._asked:
+            serving.stop()
         try:
-            for number, handler in before.items():
-                if handler is not signal.SIG_IGN:  # as under nohup
-                    signal.signal(number, tell)
-            yield stop
+            yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._serving = None
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+        if self._serving is not None:
+            self._serving.stop()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from dirtmap.fmt.errors import Error, LockedError, UnsupportedError
 from dirtmap.tools.serve.building import built_filter, nbdkit_version
@@ -32,16 +33,29 @@ class Serving:
     ) -> None:
         self.uri, self.size, self.live, self.tracker, self.notes = nbdkit.uri, handle.size, live, tracker, tuple(notes)
         self._nbdkit = nbdkit
+        self._asked = os.eventfd(0, os.EFD_CLOEXEC)
+        if tracker is not None:
+            tracker.on_stop = self.stop
 
-    def wait(self, stop: int) -> None:
-        """Waits until a descriptor is readable, which asks to end.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._asked)
+
+    def stop(self) -> None:
+        """Lets `wait` return. Any thread may call it, and a signal's handler."""
+        os.eventfd_write(self._asked, 1)
+
+    def wait(self) -> None:
+        """Waits until `stop` is called; also by somebody who asks for it with ``dirtmap track stop``.
 
         Raises:
             Error: nbdkit has ended by itself.
         """
         poll = select.poll()
         poll.register(self._nbdkit, select.POLLIN)
-        poll.register(stop, select.POLLIN)
+        poll.register(self._asked, select.POLLIN)
         poll.poll()
         self.require_running()
 
@@ -100,7 +114,7 @@ def serve(
         stack.enter_context(listener.reserved())
         nbdkit = stack.enter_context(Nbdkit.start(listener, disk, session, arguments))
         live = None if session is None else session.live
-        yield Serving(handle, nbdkit, live, tracker, notes)
+        yield stack.enter_context(Serving(handle, nbdkit, live, tracker, notes))
 
 
 @contextlib.contextmanager
@@ -128,4 +142,4 @@ def adopt(host: Host, target: str) -> Iterator[Serving]:
             undo.callback(found.release)  # it goes on where it is not adopted
             tracker = stack.enter_context(handle.track())
             undo.pop_all()
-        yield Serving(handle, stack.enter_context(found), status.live, tracker, [])
+        yield stack.enter_context(Serving(handle, stack.enter_context(found), status.live, tracker, []))
