@@ -89,6 +89,8 @@ def _lines(target: str, status: Status | None) -> list[str]:
     share = human_share(status.regions, status.regions_in_all)
     regions = f"{status.regions} of {status.regions_in_all} ({share}), {human_size(status.region_size)} each"
     failed = ["  failed    a sync: the tracker takes no more marks"] if status.poisoned else []
+    if not status.kept:
+        failed.append("  ended     while others mark: the next tracker goes on with what they mark")
     return [
         f"{name}: tracked by {printable(status.tracker)}",
         *failed,

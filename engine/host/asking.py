@@ -121,7 +121,7 @@ def _changes(
     for name, now in bitmaps.items():
         origin = bitmaps.origins.get(name)
         if origin is None:
-            if now.count or now.inconsistent:
+            if now.count or name not in bitmaps.fresh:  # a copy would lack what is written meanwhile
                 raise refused
             changes.append(("add", name, now.granularity, now.recording))
             continue

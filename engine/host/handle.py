@@ -144,8 +144,8 @@ class Handle(Namespace):
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps; see `Namespace.transaction`.
 
-        While the image is tracked, its tracker makes the changes, at one cut: bitmaps are added, removed, cleared,
-        enabled and disabled, and anything else is refused.
+        While the image is tracked, its tracker makes the changes, at one cut: bitmaps are added (`changes.add`),
+        removed, cleared, enabled and disabled, and anything else is refused.
         """
         with contextlib.ExitStack() as stack:
             try:

@@ -28,7 +28,8 @@ import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from dirtmap.engine.system.file import open_file, remove_file, sync_folder
+from dirtmap.engine.session.verdict import DURABLE_HEARTBEAT_SECONDS
+from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.errors import Error, GoneError, LockedError
 from dirtmap.fmt.structures.live import (
@@ -70,10 +71,10 @@ class IntentLog:
         self, path: str, uuid: bytes, intent: int, region_bits: int, size: int, *, adopt: bool = False
     ) -> None:
         self.path, self._uuid, self._intent, self._region_bits = path, uuid, intent, region_bits
-        self._beat = 0
         if not adopt:
             remove_file(path)  # a crash may have left one, before its session was in the store
         self._file = open_file(path, writable=True, create=not adopt)
+        self._beats = IntentBeats(self._file, uuid)
         try:
             if not self._file.lock_alone(_OWNER) and adopt:
                 raise LockedError(path, "its tracker lives")
@@ -118,15 +119,40 @@ class IntentLog:
 
     def beat(self, time: int) -> None:
         """Makes a heartbeat durable: a time, ns since 1970. Errors as `write` and `sync`."""
-        self._file.write(live.BEATS[self._beat], build_beat(self._uuid, time))
-        self._beat = 1 - self._beat
-        self._file.sync()
+        self._beats.beat(time, at_once=True)
 
     def close(self, *, remove: bool) -> None:
         """Gives up the lock. With ``remove``, removes the file as well, because its session has ended."""
         if remove:
             remove_file(self.path)
         self._file.close()
+
+
+class IntentBeats:
+    """The heartbeats in a log: of its tracker, or of who marks while there is none.
+
+    Args:
+        file: the log, open for writing.
+        uuid: of the session, 16 bytes.
+    """
+
+    def __init__(self, file: File, uuid: bytes) -> None:
+        self._file, self._uuid = file, uuid
+        self._next, self._last = 0, 0
+
+    def is_kept(self) -> bool:
+        """True while somebody else has the log as its tracker. Errors as `File.locked_by_other`."""
+        return self._file.locked_by_other(_OWNER)
+
+    def beat(self, time: int, *, at_once: bool = False) -> None:
+        """Makes a heartbeat durable, a time in ns since 1970; unless ``at_once``, at most one a second.
+
+        Errors as `File.write` and `File.sync`.
+        """
+        if at_once or time >= self._last + int(DURABLE_HEARTBEAT_SECONDS * 1e9):
+            self._file.write(live.BEATS[self._next], build_beat(self._uuid, time))
+            self._next, self._last = 1 - self._next, time
+            self._file.sync()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +188,7 @@ def read_log(session: live.Session, size: int) -> Logged | None:
             logs = []
             for number in (session.log, session.log + 1):
                 tally = file.read_exactly(live.TALLIES[number % 2], TALLY.size)
-                logs.append(_read_places(places[:, number % 2].ravel(), tally, session.uuid, number))
+                logs.append(_read_places(places[:, number % 2].ravel(), made_for, tally, session.uuid, number))
             beats = [parse_beat(session.uuid, file.read(at, BEAT.size)) for at in live.BEATS]
     except Error:
         return None
@@ -172,10 +198,10 @@ def read_log(session: live.Session, size: int) -> Logged | None:
     return Logged(found, max(beats))
 
 
-def _read_places(places: NDArray[np.uint64], tally: bytes, uuid: bytes, number: int) -> list[int] | None:
-    """The regions in log ``number``, which is the newest in these places; None if it is damaged."""
+def _read_places(places: NDArray[np.uint64], regions: int, tally: bytes, uuid: bytes, number: int) -> list[int] | None:
+    """The regions in log ``number``, which is the newest in the places of so many; None if it is damaged."""
     logs, nothing = _numbers(places.tobytes(), uuid, number), places == 0
-    in_place = places.view(">u4")[::2] == np.arange(len(places))
+    in_place = (places.view(">u4")[::2] == np.arange(len(places))) & (np.arange(len(places)) < regions)
     sound = in_place & (logs <= number) & ((logs ^ number) & 1 == 0)
     there = sound & (logs == number)  # zeros can be a record, too
     if not bool(np.all(sound | nothing)):

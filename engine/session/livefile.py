@@ -46,16 +46,20 @@ class Folder:
 
     Its name is the namespace's UUID. In a copy of the store the namespace has the same UUID, so the same folder.
 
+    Args:
+        path: of the folder.
+        adopt: others may mark there, in the session that the tracker takes over.
+
     Raises:
-        LockedError: a tracker has its live files there.
+        LockedError: a tracker, or somebody who marks, has live files there.
         StorageError: it cannot be made.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, adopt: bool = False) -> None:
         self._fd = -1
         for _ in range(_ATTEMPTS):  # whoever removes what a dead tracker has left holds the folder for a moment
             livefs.make_live_folder(path)
-            if (fd := livefs.hold_live_folder(path)) is not None:
+            if (fd := livefs.hold_live_folder(path) if adopt else _hold(path)) is not None:
                 self._fd = fd
                 return
             time.sleep(_PAUSE_SECONDS)
@@ -68,10 +72,19 @@ class Folder:
             os.close(fd)
 
 
+def _hold(path: str) -> int | None:
+    """As `hold_live_folder`, but None also where anybody marks in the live files that are there."""
+    fd = livefs.hold_live_folder(path)
+    if fd is not None and livefs.is_locked(_path(path, "markers"), live.GATE + 1):
+        os.close(fd)
+        return None
+    return fd
+
+
 def remove_session(folder: str, uuid: bytes) -> None:
     """Removes the live files of a session that has ended, if the folder has those of that session."""
     with contextlib.suppress(StorageError):
-        if is_of(folder, uuid) and (fd := livefs.hold_live_folder(folder)) is not None:
+        if is_of(folder, uuid) and (fd := _hold(folder)) is not None:
             try:
                 if is_of(folder, uuid):
                     remove_files(folder)
@@ -98,7 +111,7 @@ def refuse_living(path: str, uuid: bytes) -> None:
     control, image = _read_control(folder), identity_of(path).place
     if control is None or (control.image_filesystem, control.image_inode, control.image_birth) != image:
         return
-    if (fd := livefs.hold_live_folder(folder)) is None:
+    if (fd := _hold(folder)) is None:
         raise LockedError(path, "its tracker lives, and uses another store; end it first")
     os.close(fd)
 

@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import stat
+import struct
 from collections.abc import Sequence
 
 from dirtmap.engine.system.file import failure
@@ -127,6 +128,20 @@ def hold_live_folder(path: str) -> int | None:
     except (OSError, ValueError) as error:
         raise failure(path, "live folder", error) from error
     return None
+
+
+def is_locked(path: str, length: int) -> bool:
+    """True if a process has a lock on one of the first bytes of a file; False if there is no such file."""
+    request = struct.pack("@hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, length, 0)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
+        finally:
+            os.close(fd)
+    except (OSError, ValueError):
+        return False
+    return bool(struct.unpack("@hhqqi", answer)[0] != fcntl.F_UNLCK)
 
 
 def remove_live_files(path: str, pattern: re.Pattern[str], *, keep_folder: bool) -> None:

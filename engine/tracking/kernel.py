@@ -206,6 +206,16 @@ class Marking(Marks):
             self.failure = SyncError(self.where, f"not used any more after a failed sync ({error})")
         self.refuse(errno.EIO)
 
+    def give_sign(self) -> None:
+        """Writes a heartbeat. If the clock was set back, times from before that mean nothing any more."""
+        now, clock, fields = time.time_ns(), clock_offset(), self.fields
+        if clock < fields[CLOCK] - CLOCK_TOLERANCE_NS:
+            fields[EVENT] = now
+            self.lower_events(now)
+        fields[HEARTBEAT] = now
+        if abs(clock - fields[CLOCK]) > CLOCK_TOLERANCE_NS:
+            fields[CLOCK] = max(clock, 0)
+
 
 class Kernel(Marking):
     """The marks of a tracker, which keeps the session."""
@@ -269,16 +279,6 @@ class Kernel(Marking):
     def abandon(self, failure: Error) -> None:
         """Makes every call fail in a forked child, without the parent's locks. Marks fail there by themselves."""
         self.guard, self.failure = threading.RLock(), failure
-
-    def give_sign(self) -> None:
-        """Writes a heartbeat. If the clock was set back, times from before that mean nothing any more."""
-        now, clock, fields = time.time_ns(), clock_offset(), self.fields
-        if clock < fields[CLOCK] - CLOCK_TOLERANCE_NS:
-            fields[EVENT] = now
-            self.lower_events(now)
-        fields[HEARTBEAT] = now
-        if abs(clock - fields[CLOCK]) > CLOCK_TOLERANCE_NS:
-            fields[CLOCK] = max(clock, 0)
 
     def beat(self, time: int) -> None:
         """Writes a heartbeat to the log. Errors as `IntentLog.beat`; a failed sync poisons the tracker.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+import weakref
 from types import TracebackType
 from typing import Self
 
-from dirtmap.engine.session import livefile
+from dirtmap.engine.session import livefile, verdict
+from dirtmap.engine.session.intent import IntentBeats
 from dirtmap.engine.system.file import open_file
 from dirtmap.engine.tracking.kernel import Marking
-from dirtmap.fmt.errors import GoneError
+from dirtmap.fmt.errors import Error, GoneError, StorageError, SyncError
 from dirtmap.fmt.structures.live import LOG
 
 
@@ -39,20 +43,50 @@ class Marker(Marking):
                 if self._log.read(LOG.field("uuid").offset, 16) != self.uuid:  # the next session's, at the same path
                     raise GoneError(path, "this session has ended")
                 self.log_file = self._log
+                self._beats = IntentBeats(self._log, self.uuid)
             except BaseException:
                 self._log.close()
                 raise
         except BaseException:
             self.leave(at_once=True)
             raise
+        self._ended = threading.Event()
+        threading.Thread(
+            target=_give_signs, args=(weakref.ref(self), self._ended), name="dirtmap marker", daemon=True
+        ).start()
 
     def close(self) -> None:
         """Ends it. What is in flight can still be ended, and counts until then."""
-        self.leave(at_once=False)
-        self._log.close()
+        self._ended.set()
+        with self.guard:
+            self.failure = self.failure or StorageError(self.where, "the marker is closed")
+            self.leave(at_once=False)
+            self._log.close()
+
+    def _sign(self) -> None:
+        """Gives a sign of life, where there is no tracker that does."""
+        with self.guard:
+            if self.failure is None and not self._beats.is_kept():
+                self.give_sign()
+                self._beats.beat(time.time_ns())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+
+def _give_signs(marker: weakref.ref[Marker], ended: threading.Event) -> None:
+    """Sees to it that a tracker's death makes nothing dirty while a marker goes on."""
+    while not ended.wait(verdict.HEARTBEAT_SECONDS):
+        if (one := marker()) is None:
+            return
+        try:
+            one._sign()
+        except SyncError as error:
+            one.poison(error)
+            return
+        except Error:
+            pass  # the next one may succeed
+        del one

@@ -27,7 +27,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -171,8 +171,8 @@ struct dm_own {          /* a slot, as the process that has it knows it; its thr
     int bare;
     struct dm_slot *slot;
     struct dm_own *more; /* a further slot of the same thread */
-    _Atomic uintptr_t thread; /* 0: free for any */
-    int first;                /* its thread's first slot */
+    long thread;         /* that has it, which may have ended; 0: none yet. Needs the mutex */
+    int first;           /* its thread's first slot */
 };
 
 typedef struct dm_handle {
@@ -182,7 +182,8 @@ typedef struct dm_handle {
     uint64_t window; /* so many bytes are mapped */
     int control_fd, bits_fd, markers_fd, probe_fd, log_fd;
     unsigned region_bits;
-    int forked, left, kept, closing;
+    int forked, kept, closing;
+    _Atomic int left; /* 1: but for writes in flight; 2: wholly */
     uint64_t closed; /* the gate's number, by this handle */
     pthread_mutex_t mutex, logging;
     struct dm_hooks hooks;
@@ -198,20 +199,17 @@ typedef struct dm_handle {
 static _Thread_local struct { uint64_t serial; struct dm_own *own; } dm_cache;
 static pthread_mutex_t dm_all_mutex = PTHREAD_MUTEX_INITIALIZER;
 static dm_handle *dm_all;
-static pthread_key_t dm_key;
-static pthread_once_t dm_once = PTHREAD_ONCE_INIT;
+static int dm_watched; /* forks are */
 
-static inline void dm_thread_ends(void *thread)
+static inline long dm_thread(void)
 {
-    pthread_mutex_lock(&dm_all_mutex);
-    for (dm_handle *h = dm_all; h; h = h->next) {
-        pthread_mutex_lock(&h->mutex);
-        for (int i = 0; i < DM_SLOTS; i++)
-            if (h->owns[i] && atomic_load(&h->owns[i]->thread) == (uintptr_t)thread)
-                atomic_store(&h->owns[i]->thread, 0);
-        pthread_mutex_unlock(&h->mutex);
-    }
-    pthread_mutex_unlock(&dm_all_mutex);
+    return syscall(SYS_gettid);
+}
+
+/* A thread of this process. Another one that gets its number afterwards can as well have what it had. */
+static inline int dm_has_ended(long thread)
+{
+    return syscall(SYS_tgkill, getpid(), thread, 0) && errno == ESRCH;
 }
 
 static inline void dm_before_fork(void)
@@ -245,18 +243,20 @@ static inline void dm_in_child(void)
     }
 }
 
-static inline void dm_begin_process(void)
+static inline void dm_watch_forks(void)
 {
-    pthread_key_create(&dm_key, dm_thread_ends);
-    pthread_atfork(dm_before_fork, dm_in_parent, dm_in_child);
+    pthread_mutex_lock(&dm_all_mutex);
+    if (!dm_watched)
+        dm_watched = !pthread_atfork(dm_before_fork, dm_in_parent, dm_in_child);
+    pthread_mutex_unlock(&dm_all_mutex);
 }
 
-/* Locks. -1: another process has it. */
+/* Locks. -1: another process has it. The system call itself, since libc's function has another name from 2.28 on. */
 
 static inline int dm_lock(int fd, int type, long long byte)
 {
     struct flock l = {.l_type = (short)type, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
-    while (fcntl(fd, F_OFD_SETLK, &l))
+    while (syscall(SYS_fcntl, fd, F_OFD_SETLK, &l))
         if (errno != EINTR)
             return errno == EAGAIN || errno == EACCES ? -1 : errno;
     return 0;
@@ -265,7 +265,7 @@ static inline int dm_lock(int fd, int type, long long byte)
 static inline int dm_is_free(int fd, long long byte)
 {
     struct flock l = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
-    return fcntl(fd, F_OFD_GETLK, &l) == 0 && l.l_type == F_UNLCK;
+    return syscall(SYS_fcntl, fd, F_OFD_GETLK, &l) == 0 && l.l_type == F_UNLCK;
 }
 
 /* What the hooks do in a process without any. */
@@ -446,21 +446,24 @@ static inline void dm_detach(dm_handle *h)
 /* Gives up all locks, and so every slot. Nothing can be marked through the handle any more.
  *
  * What is in flight still counts until it has ended, and its slots stay until then; unless `at_once`, after which ends
- * mean nothing: for a session that refuses all, as any other one may give such an entry to somebody else.
+ * mean nothing: for a session that refuses all, as any other one may give such an entry to somebody else. No other
+ * thread may be inside a call of this handle, but where a hook of it waits: that call is refused then.
  */
 static inline void dm_leave(dm_handle *h, int at_once)
 {
     int flying = 0;
     pthread_mutex_lock(&h->mutex);
     atomic_store(&h->serial, DM_NOTHING);
+    atomic_store(&h->left, 1);
     for (int i = 0; i < DM_SLOTS && !at_once; i++)
         for (int k = 0; k < DM_FLIGHTS && h->owns[i]; k++) {
             uint64_t v = atomic_load(&h->owns[i]->slot->flights[k].interval);
             flying += v && !(v & DM_ORPHAN);
         }
-    h->left = at_once || !flying ? 2 : 1;
-    if (h->left == 2)
+    if (!flying) {
+        atomic_store(&h->left, 2);
         dm_close_files(h);
+    }
     pthread_mutex_unlock(&h->mutex);
 }
 
@@ -470,23 +473,19 @@ static inline int dm_attach(const char *folder, dm_handle **result)
     static _Atomic uint64_t serials;
     static const uint8_t arena[8] = "DMLARENA", lock_file[8] = "DMLMARKS";
     uint8_t heads[3][24];
-    struct stat status;
     int r;
     dm_handle *h = calloc(1, sizeof *h);
     if (!h)
         return ENOMEM;
-    pthread_once(&dm_once, dm_begin_process);
-    pthread_mutexattr_t recursive;
-    pthread_mutexattr_init(&recursive);
-    pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
+    dm_watch_forks();
     pthread_mutex_init(&h->mutex, NULL);
-    pthread_mutex_init(&h->logging, &recursive);
+    pthread_mutex_init(&h->logging, NULL);
     h->control_fd = h->bits_fd = h->markers_fd = h->probe_fd = h->log_fd = -1;
     if ((r = dm_open_in(folder, "control", &h->control_fd)) || (r = dm_open_in(folder, "bits", &h->bits_fd)) ||
         (r = dm_open_in(folder, "markers", &h->markers_fd)) || (r = dm_open_in(folder, "markers", &h->probe_fd)))
         goto failed;
     r = DM_FOREIGN;
-    if (fstat(h->control_fd, &status) || status.st_size != (off_t)sizeof *h->control)
+    if (lseek(h->control_fd, 0, SEEK_END) != (off_t)sizeof *h->control)
         goto failed;
     void *at = mmap(NULL, sizeof *h->control, PROT_READ | PROT_WRITE, MAP_SHARED, h->control_fd, 0);
     if (at == MAP_FAILED) {
@@ -539,16 +538,15 @@ failed:
 /* A free slot of this process's, or a new one, for this thread. */
 static inline int dm_take_slot(dm_handle *h, struct dm_own **result, int first)
 {
-    uintptr_t me = (uintptr_t)&dm_cache, nobody;
+    long me = dm_thread();
     int r = 0;
     pthread_mutex_lock(&h->mutex);
     struct dm_own *own = NULL;
     for (int i = 0; i < DM_SLOTS && !own; i++)
-        if (h->owns[i] && (nobody = 0, atomic_compare_exchange_strong(&h->owns[i]->thread, &nobody, me)))
+        if (h->owns[i] && (!h->owns[i]->thread || dm_has_ended(h->owns[i]->thread)))
             own = h->owns[i];
-    if (!own && !(r = dm_new_slot(h, &own)))
-        atomic_store(&own->thread, me);
-    if (!r) {
+    if (own || !(r = dm_new_slot(h, &own))) {
+        own->thread = me;
         own->state = DM_NOTHING;
         own->hint = own->depth = 0;
         own->more = NULL;
@@ -559,21 +557,25 @@ static inline int dm_take_slot(dm_handle *h, struct dm_own **result, int first)
     return r;
 }
 
+/* Why a handle cannot be used any more, or 0. */
+static inline int dm_unusable(dm_handle *h)
+{
+    return atomic_load(&h->serial) != DM_NOTHING ? 0 : h->forked ? DM_FORKED : DM_REFUSED;
+}
+
 static inline int dm_find(dm_handle *h, struct dm_own **result)
 {
     uint64_t serial = atomic_load(&h->serial);
-    if (serial == DM_NOTHING)
-        return h->forked ? DM_FORKED : DM_REFUSED;
-    int r = 0;
+    int r = dm_unusable(h);
+    if (r)
+        return r;
     struct dm_own *own = NULL;
     pthread_mutex_lock(&h->mutex);
     for (int i = 0; i < DM_SLOTS && !own; i++)
-        if (h->owns[i] && atomic_load(&h->owns[i]->thread) == (uintptr_t)&dm_cache && h->owns[i]->first)
+        if (h->owns[i] && h->owns[i]->thread == dm_thread() && h->owns[i]->first)
             own = h->owns[i];
     pthread_mutex_unlock(&h->mutex);
-    if (!own && !(r = dm_take_slot(h, &own, 1)))
-        pthread_setspecific(dm_key, &dm_cache);
-    if (r)
+    if (!own && (r = dm_take_slot(h, &own, 1)))
         return r;
     dm_cache.serial = serial;
     dm_cache.own = *result = own;
@@ -794,7 +796,7 @@ static __attribute__((noinline, unused)) int dm_prepare(dm_handle *h, struct dm_
         if (length == 0 || dm_have(own->logged, offset >> own->region_bits, (offset + length - 1) >> own->region_bits))
             return 0;
         int64_t at = (int64_t)offset, bytes = (int64_t)length;
-        if ((r = dm_log(h, own, &at, &bytes, 1)))
+        if ((r = dm_log(h, own, &at, &bytes, 1)) || (r = dm_unusable(h)))
             return r;
     }
 }
@@ -867,7 +869,8 @@ static inline int dm_mark_many(dm_handle *h, const int64_t *offsets, const int64
                 break;
             dm_set(words, first >> own->shift, last >> own->shift);
         }
-        if (i < count && (r = dm_log(h, own, o + i, l + i, count - i))) /* those that are missing in one sync */
+        /* Those that are missing in one sync. */
+        if (i < count && ((r = dm_log(h, own, o + i, l + i, count - i)) || (r = dm_unusable(h))))
             return r;
         if (i == count && atomic_load(&h->control->state) == own->state)
             from += count;
@@ -949,7 +952,7 @@ static inline int dm_begin_how(dm_handle *h, uint64_t offset, uint64_t length, s
             return 0;
         }
         atomic_store(&f->interval, 0);
-        if (gate & 1 && (r = wait ? dm_wait_gate(h, &since) : EAGAIN))
+        if (gate & 1 && ((r = wait ? dm_wait_gate(h, &since) : EAGAIN) || (r = dm_unusable(h))))
             return r;
     }
 }
@@ -1062,6 +1065,16 @@ static inline void dm_forget(dm_handle *h, uint64_t before)
         }
 }
 
+/* True if this thread has that slot. */
+static inline int dm_is_own(dm_handle *h, struct dm_slot *slot)
+{
+    struct dm_own *own = NULL;
+    if (!dm_mine(h, &own))
+        while (own && own->slot != slot)
+            own = own->more;
+    return own != NULL;
+}
+
 /* One look whether records are being written to that log: by how many; DM_OWN if by this thread itself. */
 static inline int dm_logging(dm_handle *h, uint64_t log, int probe)
 {
@@ -1071,7 +1084,7 @@ static inline int dm_logging(dm_handle *h, uint64_t log, int probe)
     for (uint64_t i = 0; i < high && i < DM_SLOTS; i++) {
         if (atomic_load(&c->slots[i].logging) != log + 1)
             continue;
-        if (h->owns[i] && atomic_load(&h->owns[i]->thread) == (uintptr_t)&dm_cache)
+        if (dm_is_own(h, &c->slots[i]))
             return DM_OWN;
         waits += !probe || !dm_disown(h, (unsigned)i);
     }

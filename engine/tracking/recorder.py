@@ -269,7 +269,7 @@ class Recorder:
         self._look = identity_of if record.kind == store.KIND_NODE else identity_of_disk
         path = os.fsdecode(session.live)
         with contextlib.ExitStack() as undo:
-            self._folder = livefile.Folder(path)
+            self._folder = livefile.Folder(path, adopt=True)
             undo.callback(self._folder.close)
             self._kernel = Kernel(self._where, path, None)  # a marker as others; only then is the log that of a keeper
             undo.callback(self._kernel.leave, True)

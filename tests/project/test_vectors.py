@@ -165,8 +165,8 @@ def test_example_shows_the_files_of_the_vector() -> None:
     assert [name for name, _ in BLOCKS] == [
         "store.dmap",
         "live/control",
-        "live/writeset-0",
-        "live/writeset-1",
+        "live/bits",
+        "live/markers",
         "intent",
     ]
     for name, text in BLOCKS:

@@ -798,9 +798,7 @@ LONG: Final = {
     "three logs": Setup(("b", "bb"), saves=2, keeper_kills=1),
     "two writes at once": Setup(("ab",), cuts=1, saves=2, marker_kills=1, keeper_kills=1, entries=2),
     "one granule, a cut and a save": Setup(("w", "bw"), cuts=1, saves=1, same=True),
-    "a reader, a cut beside a save": Setup(
-        ("w",), cuts=1, saves=1, beside=True, marker_kills=1, keeper_kills=1, reads=1
-    ),
+    "a reader, a cut beside a save": Setup(("w",), cuts=1, saves=1, beside=True, keeper_kills=1, reads=1),
     "the gate and a cut, two markers": Setup(
         ("w", "w"), holds=1, cuts=1, marker_kills=1, keeper_kills=1, closer_kills=1, impatient=1
     ),
@@ -809,7 +807,10 @@ LONG: Final = {
     ),
     "a failed sync, a cut and a save": Setup(("w", "w"), cuts=1, saves=1, marker_kills=1, failing=1),
     "the last one out, a cut and a save": Setup(
-        ("w", "w"), cuts=1, saves=1, marker_kills=2, keeper_kills=1, anew=True, entries=2, recovered=True
+        ("w",), cuts=1, saves=1, marker_kills=2, keeper_kills=2, anew=True, entries=2, recovered=True
+    ),
+    "the last one out, two markers": Setup(
+        ("w", "b"), cuts=1, marker_kills=1, keeper_kills=2, anew=True, entries=2, recovered=True
     ),
 }
 

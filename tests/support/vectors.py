@@ -35,7 +35,7 @@ from dirtmap.engine.storefile.file import Snapshot, Store
 from dirtmap.engine.storefile.holds import all_holds
 from dirtmap.engine.system.file import File
 from dirtmap.engine.system.process import Process
-from dirtmap.engine.tracking import home, recorder
+from dirtmap.engine.tracking import home, kernel, recorder
 from dirtmap.fmt import live, store
 from dirtmap.fmt.errors import Error, FormatError, UnsupportedError
 from dirtmap.fmt.identity import FilePlace, Identity
@@ -108,6 +108,7 @@ def fixed() -> Iterator[Clock]:
             (storefile, "time_ns", clock),
             (File, "place", lambda file: FilePlace(EXT4, 4321, MADE)),
             (livefile, "clock_offset", lambda: BOOTED),
+            (kernel, "clock_offset", lambda: BOOTED),
             (home, "build_session", recorded),
             (recorder, "identity_of", image),
             (recorder, "this_process", lambda: Process(4711, 1500, BOOT.bytes)),

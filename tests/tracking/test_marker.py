@@ -19,6 +19,9 @@ from support.devices import DEVICE, NODE, make, qcow2, raw_here
 from support.tracking import GRANULE, make_node, model_of
 
 import dirtmap.engine as dm
+from dirtmap.engine.session.intent import read_log
+from dirtmap.engine.storefile.file import Store
+from dirtmap.engine.storefile.session import session_of
 from dirtmap.engine.system import file as fileio
 from dirtmap.fmt import live
 from dirtmap.fmt.errors import GoneError
@@ -453,3 +456,24 @@ def tracker_write_elsewhere(tracker: dm.Tracker) -> Iterator[None]:
     ticket = tracker.begin(0, 1)
     yield
     tracker.end(ticket)
+
+
+def test_a_marker_gives_signs_of_life_while_there_is_no_tracker(tmp_path: Path) -> None:
+    make_node(tmp_path, SIZE)
+    marker, image = left_to_a_marker("node:drive0")
+    with contextlib.closing(image):
+        died = time.time_ns()
+        with Store(str(tmp_path / "default.dmap")) as target:
+            record = target.record(b"drive0")
+        assert record
+        session = session_of(record)
+        assert session
+        deadline = time.monotonic() + 60
+        while (logged := read_log(session, SIZE)) and logged.beat <= died:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert logged
+        assert image.tracking().seen * 1e9 > died
+        with image.track(save_interval=0) as tracker:
+            assert set(dirty(tracker.bitmap("b0"))) == {0, 1, 2, 3, 10}
+            marker.kill()

@@ -41,7 +41,7 @@ from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import directory, live, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.store import Record
-from dirtmap.fmt.structures.live import build_log_record, record_seed
+from dirtmap.fmt.structures.live import CONTROL, DESCRIPTOR, SLOT, SLOT_SIZE, WRITESET, build_log_record, record_seed
 from dirtmap.fmt.structures.store import NODE_POINTER, POINTER
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -602,7 +602,7 @@ class Killed:
     """
 
     def __init__(self, making: Making, clock: Clock, *names: str, intent: str = "region") -> None:
-        self._store, self._clock = making.path, clock
+        self._store, self._clock, self._ended = making.path, clock, 0
         self._shm = making.path.with_name("shm")
         self._shm.mkdir()
         homes = [Home(ALONE, str(making.path), name.encode()) for name in names]
@@ -613,12 +613,13 @@ class Killed:
         """A write, as the tracker sees it, a second after what was before."""
         self._clock.now += SECOND
         self.tracker.end(self.tracker.begin(offset, length))
+        self._ended = self._clock.now  # what marks reads another clock
 
     def beat(self) -> None:
         """What a tracker does in the background: a sign of life in the control file, and one in the log."""
         self._clock.now += SECOND
-        self.tracker._control.give_sign()
-        self.tracker._kernel.beat(self.tracker._log, self._clock.now)
+        self.tracker._kernel.give_sign()
+        self.tracker._kernel.beat(self._clock.now)
 
     def files(self) -> Files:
         """What it leaves, by the names in a vector."""
@@ -627,7 +628,28 @@ class Killed:
         paths |= {f"live/{path.name}": path for path in folder.iterdir()}
         found = {name: bytearray(path.read_bytes()) for name, path in sorted(paths.items())}
         self.tracker.abandon()
+        control = found["live/control"]
+        put(control, CONTROL.field("machine").offset, live.MACHINES["x86_64"].to_bytes(4, "little"))
+        put(control, live.LOG_PATH, vectors.LOG.ljust(live.PAGE, b"\0"))
+        if self._ended:
+            put(control, live.SLOTS + SLOT.field("event").offset, self._ended.to_bytes(8, "little"))
+        del control[live.SLOTS + SLOT_SIZE :]  # what is behind it was not used, but for how many regions are logged
         return found
+
+
+def put(file: bytearray, offset: int, data: bytes) -> None:
+    """Changes bytes of a file."""
+    file[offset : offset + len(data)] = data
+
+
+def number(value: int) -> bytes:
+    """A number as live files have it."""
+    return value.to_bytes(8, "little")
+
+
+STATE, REASON = (CONTROL.field(name).offset for name in ("state", "reason"))
+FIRST_BITS = 2 * live.PAGE  # of the first buffer; each has a page, and a page in front
+SECOND_BITS = FIRST_BITS + 2 * live.PAGE
 
 
 # Whether the image is unchanged, and whether the machine has not been booted since.
@@ -724,7 +746,7 @@ def saved(folder: Path, clock: Clock) -> Left:
 
 
 def below_oldest(folder: Path, clock: Clock) -> Left:
-    """The control file's `current` is 0, and below the session's `oldest`, which is 3: there are no live files."""
+    """The control file's interval is 0, and below the session's `oldest`, which is 3: there are no live files."""
     making = Making(folder)
     making.add(node("disk", DISK))
     making.give("disk", "monday", GRANULE, [SAVED])
@@ -737,12 +759,12 @@ def below_oldest(folder: Path, clock: Clock) -> Left:
         killed.tracker.remove(name)
     killed.write(*LATE)
     files = killed.files()
-    files["live/control"][32:40] = bytes(8)
+    put(files["live/control"], STATE, number(0 << 32 | 2))
     return files, [case("same boot", "logged regions", disk={"monday": [SAVED, SUNDAY, [3 * MIB, MIB]]})]
 
 
 def log_reused(folder: Path, clock: Clock) -> Left:
-    """Log 2 has one record, in front of what is left of log 0, which had four: that is sound, and void."""
+    """Log 2 has one record, beside what is left of log 0, which had four: that is sound, and void."""
     killed = _begun(folder, clock)
     for region in range(4):
         killed.write(region * MIB, GRANULE)
@@ -760,31 +782,39 @@ def log_reused(folder: Path, clock: Clock) -> Left:
 def poisoned(folder: Path, clock: Clock) -> Left:
     """The control file says that a sync had failed: the live files do not count, the log does."""
     files = _example(folder, clock)
-    files["live/control"][24] = 1
+    put(files["live/control"], STATE, number(1 << 32 | 1))
+    put(files["live/control"], REASON, number(5))
     return files, [case("same boot", "logged regions", disk=LOGGED)]
 
 
-def short_writeset(folder: Path, clock: Clock) -> Left:
-    """A writeset is a byte shorter than described: there are no live files."""
+def short_bits(folder: Path, clock: Clock) -> Left:
+    """The bits of an interval end behind the end of their file: there are no live files."""
     files = _example(folder, clock)
-    del files["live/writeset-1"][-1:]
+    del files["live/bits"][SECOND_BITS + 7 :]
     return files, [case("same boot", "logged regions", disk=LOGGED)]
 
 
-def long_writeset(folder: Path, clock: Clock) -> Left:
-    """A writeset is a byte longer than described: there are no live files."""
+def missing_descriptor(folder: Path, clock: Clock) -> Left:
+    """An interval has no descriptor: there are no live files."""
     files = _example(folder, clock)
-    files["live/writeset-1"] += b"\0"
+    put(files["live/control"], live.DESCRIPTORS, number(0))
+    return files, [case("same boot", "logged regions", disk=LOGGED)]
+
+
+def other_interval(folder: Path, clock: Clock) -> Left:
+    """A descriptor leads to the bits of another interval, as their header says: there are no live files."""
+    files = _example(folder, clock)
+    put(files["live/control"], live.DESCRIPTORS + DESCRIPTOR.field("offset").offset, number(SECOND_BITS))
     return files, [case("same boot", "logged regions", disk=LOGGED)]
 
 
 def window_behind_current(folder: Path, clock: Clock) -> Left:
-    """The control file is an older one: a bitmap's window begins behind its `current`. There are no live files."""
+    """The control file is an older one: a bitmap's window begins behind its interval. There are no live files."""
     killed = _begun(folder, clock)
     killed.write(*SUNDAY)
     killed.tracker.checkpoint("tuesday")
     files = killed.files()
-    files["live/control"][32] = 0
+    put(files["live/control"], STATE, number(0))
     region = [MIB, MIB]
     return files, [case("same boot", "logged regions", disk={"monday": [SAVED, region], "tuesday": [region]})]
 
@@ -799,24 +829,27 @@ def _one_write(folder: Path, clock: Clock) -> Files:
 
 
 def mark_behind_current(folder: Path, clock: Clock) -> Left:
-    """A bit is set in the writeset behind the control file's `current`: there are no live files."""
+    """A buffer of a later interval than the control file's has a bit: there are no live files."""
     files = _one_write(folder, clock)
-    files["live/writeset-1"][BLOCK + 6] = 4
+    put(files["live/bits"], SECOND_BITS - live.PAGE + WRITESET.field("number").offset, number(1))
+    files["live/bits"][SECOND_BITS + 6] = 4
     return files, [case("same boot", "logged regions", disk=ONE_WRITE)]
 
 
-def writeset_behind_the_next(folder: Path, clock: Clock) -> Left:
-    """There is a writeset two behind the control file's `current`: there are no live files."""
-    files = _one_write(folder, clock)
-    files["live/writeset-2"] = bytearray(files["live/writeset-1"])
-    files["live/writeset-2"][24] = 2
-    return files, [case("same boot", "logged regions", disk=ONE_WRITE)]
+def write_in_flight(folder: Path, clock: Clock) -> Left:
+    """A write is in flight: its entry is there, and its bit is set."""
+    killed = _begun(folder, clock)
+    killed.write(*SUNDAY)
+    ticket = killed.tracker.begin(*LATE)
+    files = killed.files()
+    ticket.end()
+    return files, [case("same boot", "exact", disk={"monday": [SAVED, SUNDAY, LATE]})]
 
 
 def other_session(folder: Path, clock: Clock) -> Left:
     """The control file is of another session: there are no live files."""
     files = _example(folder, clock)
-    files["live/control"][8] ^= 1
+    files["live/control"][CONTROL.field("uuid").offset] ^= 1
     return files, [case("same boot", "logged regions", disk=LOGGED)]
 
 
@@ -846,42 +879,37 @@ def _spoiled_log(folder: Path, clock: Clock, spoil: Callable[[bytearray, bytes],
 
 
 def _set_record(log: bytearray, place: int, record: bytes) -> None:
-    log[live.AREAS + 8 * place : live.AREAS + 8 * place + 8] = record
+    put(log, live.record_offset(place, 0), record)
 
 
 def log_damaged(folder: Path, clock: Clock) -> Left:
     """The second of three records of the log is damaged: the log counts as lost where it is needed."""
 
     def spoil(log: bytearray, uuid: bytes) -> None:
-        log[live.AREAS + 8 + 2] ^= 1
+        log[live.record_offset(2, 0) + 2] ^= 1
 
     return _spoiled_log(folder, clock, spoil)
 
 
-def log_gap(folder: Path, clock: Clock) -> Left:
-    """The second of three records of the log is zeros: the log counts as lost where it is needed."""
-    return _spoiled_log(folder, clock, lambda log, uuid: _set_record(log, 1, bytes(8)))
-
-
 def log_to_come(folder: Path, clock: Clock) -> Left:
-    """The fourth record is of log 2, which the session does not know yet: the log counts as lost where it is needed."""
-    return _spoiled_log(folder, clock, lambda log, uuid: _set_record(log, 3, build_log_record(record_seed(uuid, 2), 0)))
+    """A record is of log 2, which the session does not know yet: the log counts as lost where it is needed."""
+    return _spoiled_log(folder, clock, lambda log, uuid: _set_record(log, 0, build_log_record(record_seed(uuid, 2), 0)))
 
 
-def log_twice(folder: Path, clock: Clock) -> Left:
-    """A region is in the log twice: the log counts as lost where it is needed."""
-    return _spoiled_log(folder, clock, lambda log, uuid: _set_record(log, 3, build_log_record(record_seed(uuid, 0), 2)))
+def log_astray(folder: Path, clock: Clock) -> Left:
+    """A record is in the place of another region: the log counts as lost where it is needed."""
+    return _spoiled_log(folder, clock, lambda log, uuid: _set_record(log, 0, build_log_record(record_seed(uuid, 0), 2)))
 
 
 def log_beyond_the_disk(folder: Path, clock: Clock) -> Left:
     """A region is in the log that the disk does not have: the log counts as lost where it is needed."""
-    return _spoiled_log(folder, clock, lambda log, uuid: _set_record(log, 3, build_log_record(record_seed(uuid, 0), 4)))
+    return _spoiled_log(folder, clock, lambda log, uuid: _set_record(log, 4, build_log_record(record_seed(uuid, 0), 4)))
 
 
 def log_short(folder: Path, clock: Clock) -> Left:
     """The last of three records of the log is gone, as the tally tells: it counts as lost where it is needed."""
     files, exact = _three_regions(folder, clock)
-    files["intent"][8192 + 16 : 8192 + 24] = bytes(8)
+    _set_record(files["intent"], 3, bytes(8))
     return files, [
         case("same boot", "exact", disk=exact),
         case("another boot", "all dirty", disk={"monday": WHOLE}),
@@ -925,10 +953,9 @@ def with_device(folder: Path, clock: Clock) -> Left:
 
 
 KILLED = (
-    example, live_gone, log_gone, log_off, saved, below_oldest, log_reused, poisoned, short_writeset,
-    long_writeset,
-    window_behind_current, mark_behind_current, writeset_behind_the_next, other_session, log_damaged, log_gap,
-    log_to_come, log_twice, log_beyond_the_disk, log_short, session_lost, with_device,
+    example, live_gone, log_gone, log_off, saved, below_oldest, log_reused, poisoned, short_bits, missing_descriptor,
+    other_interval, window_behind_current, mark_behind_current, write_in_flight, other_session, log_damaged,
+    log_to_come, log_astray, log_beyond_the_disk, log_short, session_lost, with_device,
 )  # fmt: skip
 
 
