@@ -24,7 +24,7 @@ install_missing = if [ -z "$$missing" ]; then :; \
 
 setup: $(INSTALLED) $(COMPILED) .typeroot/dirtmap ## make .venv with dirtmap and everything its development needs
 	@if command -v nbdkit >/dev/null && [ -e /usr/include/nbdkit-filter.h ]; then \
-		$(BIN)/python -m dirtmap.tools.serve.building >/dev/null; fi
+		$(BIN)/dirtmap serve --filter-path >/dev/null; fi
 
 $(INSTALLED): pyproject.toml
 	@missing=; $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing=python3-venv; \

@@ -1,7 +1,4 @@
-"""Builds nbdkit's filter where it runs: nbdkit loads only a filter that was built for its very version.
-
-Run as a program (``python -m dirtmap.tools.serve.building``), it prints where the filter is.
-"""
+"""Builds nbdkit's filter where it runs: nbdkit loads only a filter that was built for its very version."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from dirtmap.fmt.errors import Error, StorageError
 NAME = "nbdkit-dirtmap-filter.so"
 _SOURCE = Path(__file__).with_name("dirtmap-filter.c")
 _PROBE = "#include <nbdkit-filter.h>\nNBDKIT_VERSION_STRING\n"
-_FLAGS = ["-std=c11", "-O2", "-Wall", "-shared", "-fPIC", "-pthread"]
+_FLAGS = ["-std=c11", "-O2", "-Wall", "-Werror=implicit-function-declaration", "-shared", "-fPIC", "-pthread"]
 
 
 def built_filter() -> str:
@@ -106,7 +103,3 @@ def _compiler() -> str:
         if shutil.which(name) is not None:
             return name
     raise Error(NAME, "has to be built for this nbdkit; please install the Debian packages gcc and libc6-dev")
-
-
-if __name__ == "__main__":
-    print(built_filter())

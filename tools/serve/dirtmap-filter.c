@@ -3,10 +3,11 @@
  *   nbdkit --filter=.../nbdkit-dirtmap-filter.so file disk.raw dirtmap-session=FOLDER
  *
  * FOLDER has the live files of the disk's tracker ("live" of `dirtmap track status`). dirtmap-outlive=true lets nbdkit
- * go on when the process dies that has started it. A write, zero or trim is begun
- * there, passed on, and ended, whatever became of it: one that fails stays marked. What cannot be begun is not passed
- * on, and its client gets an error. Flush and FUA go through as they are: a region's record is durable before the first
- * write into it is passed on, so that a flush has nothing to add.
+ * go on when the process dies that has started it.
+ *
+ * A write, zero or trim is begun there, passed on, and ended, whatever became of it: one that fails stays marked. What
+ * cannot be begun is not passed on, and its client gets an error. Flush and FUA go through as they are: a region's
+ * record is durable before the first write into it is passed on, so that a flush has nothing to add.
  *
  * The protocol is `marking.h`'s, in which each thread of nbdkit is a marker. nbdkit must not be given a filter between
  * this one and the plugin that moves bytes to other places or changes the size of the disk.
@@ -49,7 +50,11 @@ static void keep_slot(void)
 static void rest(void)
 {
     if (!DM_LIKELY(atomic_load_explicit(&keepers, memory_order_relaxed) <= MOST_AT_REST)) {
-        dm_thread_ends(&dm_cache); /* nothing of this thread is in flight */
+        pthread_mutex_lock(&session->mutex);
+        for (int i = 0; i < DM_SLOTS; i++) /* nothing of this thread is in flight */
+            if (session->owns[i] && session->owns[i]->thread == dm_thread())
+                session->owns[i]->thread = 0;
+        pthread_mutex_unlock(&session->mutex);
         dm_cache.serial = 0;
         keeps = 0;
         pthread_setspecific(key, NULL);
