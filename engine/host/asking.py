@@ -83,7 +83,11 @@ def hold(image: Namespace, name: str) -> Iterator[Bitmap]:
     with asked(image) as talk:
         found, octets = talk.ask_for_data("take", namespace=image.uuid, name=name)
         granularity, recording = int(found["granularity"]), bool(found["recording"])
-        yield Bitmap.from_packed(image.size, granularity, octets, recording=recording).freeze()
+        try:
+            yield Bitmap.from_packed(image.size, granularity, octets, recording=recording).freeze()
+        finally:
+            with contextlib.suppress(Error):  # a tracker that has ended holds nothing
+                talk.ask("give", namespace=image.uuid)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@
     checkpoint a checkpoint, of a name and a granularity
     save       saves
     stop       ends the tracker
-    take       holds a bitmap until the end of the conversation, and tells its bits
+    take       holds a bitmap until `give`, or until the end of the conversation, and tells its bits
+    give       holds no bitmap any more
     close      closes the gate until `open`, or until the end of the conversation
     open       opens it; an error if it did not hold
 
@@ -82,6 +83,8 @@ class Asked:
             (tracker.on_stop or tracker.close)()
         elif act == "take":
             return self._take(asked["name"])
+        elif act == "give":
+            self._stack.close()
         elif act == "close":
             self._gate.enter_context(tracker.gated())
         elif act == "open":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support import qemu
-from support.child import in_child
+from support.child import SignalError, in_child
 from support.cli import dirtmap, error_of, json_of
 from support.tracking import GRANULE, make_node
 
@@ -106,9 +107,20 @@ def test_a_hold_ends_with_its_block(tracker: Tracker) -> None:
             assert image.info().bitmaps[0].busy
             with pytest.raises(dm.BitmapError, match="busy"):
                 tracker.clear("b0")
+        assert not image.info().bitmaps[0].busy
+        assert image["b0"].count == 2 * GRANULE
+
+
+def test_a_hold_ends_with_who_holds(tracker: Tracker) -> None:
+    def hold() -> None:
+        with dm.open("node:drive0") as image, image.hold("b0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(SignalError):
+        in_child(hold)
+    with dm.open("node:drive0") as image:
         while image.info().bitmaps[0].busy:
             time.sleep(0.001)
-        assert image["b0"].count == 2 * GRANULE
 
 
 def test_checkpoints(tracker: Tracker) -> None:
