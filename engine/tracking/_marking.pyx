@@ -208,12 +208,18 @@ cdef class Marks:
         self._fail(-1000 - code if code < -1000 else code, offset, length)
         raise AssertionError(code)
 
+    cdef inline int require_attached(self) except -1:
+        if self.handle == NULL:
+            raise ValueError("not attached")
+        return 0
+
     # Marks.
 
     def mark(self, offset, length):
         """Makes every granule dirty that has a byte in the range; see `Tracker.mark`."""
         cdef int64_t at = number_of(offset), count = number_of(length)
         cdef int r = DM_RANGE
+        self.require_attached()
         if at >= 0 and count >= 0:
             r = dm_mark(self.handle, at, count)
         if r:
@@ -228,6 +234,7 @@ cdef class Marks:
 
     cdef int begins(self, dm_flight **flight, int64_t offset, int64_t length) except -1:
         cdef int r = DM_RANGE
+        self.require_attached()
         if offset >= 0 and length >= 0:
             r = dm_begin(self.handle, offset, length, flight)
         if r:
@@ -251,6 +258,7 @@ cdef class Marks:
         cdef int r
         cdef size_t n = offsets.shape[0]
         cdef int64_t i
+        self.require_attached()
         if offsets.shape[0] != lengths.shape[0]:
             raise ValueError("as many offsets as lengths")
         with nogil:
@@ -542,6 +550,8 @@ cdef class Write:
         raise TypeError("a write cannot be copied")
 
     def __enter__(self):
+        if self.owner is None:
+            raise TypeError("made by the write method of a tracker or a marker only")
         if self.begun:
             self.owner._fail(0, 0, 0)
         self.begun = True

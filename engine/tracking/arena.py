@@ -139,10 +139,10 @@ class Arena:
 
     def give_back(self, writeset: Writeset) -> None:
         """Takes back the buffer of a writeset that nobody needs any more: its descriptor is withdrawn."""
-        room = writeset.buffer.room
         self._free.append(writeset.buffer)
-        alike = [buffer for buffer in self._free if buffer.room == room and not buffer.empty]
-        for buffer in alike[: -SPARES - 1]:
+        alike = [buffer for buffer in self._free if buffer.room == writeset.buffer.room and not buffer.empty]
+        alike.sort(key=lambda buffer: buffer.clean)
+        for buffer in alike[:-SPARES]:
             self._release(buffer)
 
     def release_others(self, size: int, granularity_bits: int) -> None:

@@ -117,7 +117,7 @@ class Marking(Marks):
         self.attach(os.fsencode(folder), self.guard)
         self.fields = memoryview(self.head()).cast("Q")
 
-    # What marks.h leaves to Python.
+    # What marking.h leaves to Python.
 
     def _write(self, offset: int, data: bytes) -> None:
         assert self.log_file

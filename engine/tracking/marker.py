@@ -25,7 +25,7 @@ class Marker(Marking):
     after it. Where the tracker dies, this goes on: `Handle.track` takes the session over meanwhile.
 
     Args:
-        folder: of the live files, as `Status.live` of the tracked image tells it.
+        folder: of the live files: `Tracker.live`, or `Status.live` of the tracked image.
 
     Raises:
         GoneError: nobody marks in that session any more.

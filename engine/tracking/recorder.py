@@ -40,6 +40,7 @@ from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, Stora
 from dirtmap.fmt.live import Peer
 
 _PATIENCE_SECONDS: Final = 5.0
+_MOST_INTERVALS: Final = (1 << 32) - 2  # of a session: the state has 32 bits for the number
 
 
 class Roots(Protocol):
@@ -85,6 +86,7 @@ class Recorder:
 
     Attributes:
         size: of the disk, in bytes.
+        live: the folder of the live files, where a `Marker` in another process marks.
         last_error: why the last background save failed, or None.
     """
 
@@ -269,7 +271,7 @@ class Recorder:
         self._look = identity_of if record.kind == store.KIND_NODE else identity_of_disk
         path = os.fsdecode(session.live)
         with contextlib.ExitStack() as undo:
-            self._folder = livefile.Folder(path, adopt=True)
+            self._folder, self.live = livefile.Folder(path, adopt=True), path
             undo.callback(self._folder.close)
             self._kernel = Kernel(self._where, path, None)  # a marker as others; only then is the log that of a keeper
             undo.callback(self._kernel.leave, True)
@@ -356,7 +358,7 @@ class Recorder:
         for home in self._homes:
             home.session = session
         self._peers = [self._peer_of(view) for view in reversed(views)] if len(views) > 1 else [None]
-        self._folder = livefile.Folder(live_path)
+        self._folder, self.live = livefile.Folder(live_path), live_path
         undo.callback(self._folder.close)
         livefile.remove_files(live_path, keep_folder=True)  # left by a death before the session was in the store
         undo.callback(livefile.remove_files, live_path)
@@ -476,6 +478,8 @@ class Recorder:
 
     def _begin_interval(self, size: int, granularity_bits: int) -> Writeset:
         """The swap: marks go to another writeset from now on."""
+        if self._current.number >= _MOST_INTERVALS:
+            raise StorageError(self._where, "has cut as often as one session can; end the tracker, and begin anew")
         fresh = self._arena.take(self._current.number + 1, size, granularity_bits)
         self._frozen[self._current.number] = self._current
         self._current = fresh

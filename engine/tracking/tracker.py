@@ -53,6 +53,7 @@ class Tracker(Recorder):
 
     Attributes:
         size: of the disk, in bytes.
+        live: the folder of the live files, where a `Marker` in another process marks.
         last_error: why the last background save failed, or None.
         on_stop: called where somebody asks from outside to end the tracker, by ``dirtmap track stop``; it is to see to
             it that `close` is called soon. None: it is closed at once, and what marks is refused from then on.

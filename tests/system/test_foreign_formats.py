@@ -42,7 +42,7 @@ BY_HAND = [
     (-700, b"koly\0\0\0\4\0\0\2\0", "a DMG image"),
     (0, b"DMLCTRL2", "a tracker's live file"),
     (0, b"DMLARENA", "a tracker's live file"),
-    (0, b"DMLBITS1", "a tracker's live file"),
+    (0, b"DMLMARKS", "a tracker's live file"),
     (0, b"DML\xfb", "a tracker's intent log"),
 ]
 

@@ -19,6 +19,7 @@ from support.devices import DEVICE, NODE, make, qcow2, raw_here
 from support.tracking import GRANULE, make_node, model_of
 
 import dirtmap.engine as dm
+from dirtmap.engine.session import livefile
 from dirtmap.engine.session.intent import read_log
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.storefile.session import session_of
@@ -83,7 +84,7 @@ def node(tmp_path: Path) -> Iterator[dm.Handle]:
 
 
 def folder_of(tracker: dm.Tracker) -> str:
-    return os.fsdecode(tracker._session.live)
+    return tracker.live
 
 
 def test_another_process_marks_and_the_tracker_sees_it_at_once(node: dm.Handle) -> None:
@@ -477,3 +478,84 @@ def test_a_marker_gives_signs_of_life_while_there_is_no_tracker(tmp_path: Path) 
         with image.track(save_interval=0) as tracker:
             assert set(dirty(tracker.bitmap("b0"))) == {0, 1, 2, 3, 10}
             marker.kill()
+
+
+def test_nobody_else_gets_the_live_files_while_a_marker_lives(tmp_path: Path) -> None:
+    """A tracker with a copy of the store would, as the folder is named after the node."""
+    make_node(tmp_path, SIZE)
+    marker, image = left_to_a_marker("node:drive0")
+    with contextlib.closing(image):
+        folder = image.tracking().live
+        with pytest.raises(dm.LockedError, match="another store has its live files here"):
+            livefile.Folder(folder)
+        with Store(str(tmp_path / "default.dmap")) as target:
+            record = target.record(b"drive0")
+        assert record
+        session = session_of(record)
+        assert session
+        livefile.remove_session(folder, session.uuid)
+        assert sorted(os.listdir(folder)) == ["bits", "control", "markers"]
+        marker.kill()
+        livefile.Folder(folder).close()
+        livefile.remove_session(folder, session.uuid)
+        assert not os.path.exists(folder)
+
+
+def test_a_marker_that_is_closed_in_a_write_counts_until_that_has_ended(node: dm.Handle) -> None:
+    with node.track(save_interval=0) as tracker:
+        marker = dm.Marker(tracker.live)
+        marker.mark(0, 1)
+        ticket = marker.begin(GRANULE, 1)
+        marker.close()
+        for act in (marker.mark, marker.begin):
+            with pytest.raises(dm.StorageError, match="closed"):
+                act(0, 1)
+        done = threading.Event()
+        thread = threading.Thread(target=lambda: (tracker.checkpoint("monday"), done.set()))
+        thread.start()
+        assert not done.wait(0.2)
+        markers = os.path.join(tracker.live, "markers")
+        assert count_of_locks(markers) == 2  # the tracker's slot, and this one
+        marker.end(ticket)
+        assert done.wait(60)
+        thread.join()
+        assert count_of_locks(markers) == 1
+        assert dirty(tracker.changed_since("monday")) == []
+        assert dirty(tracker.bitmap("b0")) == [0, 1]
+
+
+def count_of_locks(path: str) -> int:
+    """How many slots are locked."""
+    with fileio.open_file(path) as file:
+        return sum(file.locked_by_other(slot) for slot in range(live.MAX_SLOTS))
+
+
+def test_more_writes_in_flight_than_a_slot_has_room_for(node: dm.Handle) -> None:
+    with node.track(save_interval=0) as tracker:
+        tickets = [tracker.begin(number * GRANULE, 1) for number in range(3 * live.MAX_FLIGHTS)]
+        assert tracker._kernel.in_flight == len(tickets)
+        assert tracker._kernel.flying(1, False) == len(tickets)
+        for ticket in tickets:
+            tracker.end(ticket)
+        tracker.checkpoint("monday")
+        assert dirty(tracker.changed_since("monday")) == []
+
+
+def test_threads_that_have_ended_leave_their_slots_to_others(node: dm.Handle) -> None:
+    with node.track(save_interval=0) as tracker:
+        for number in range(20):
+            thread = threading.Thread(target=tracker.mark, args=(number * GRANULE, 1))
+            thread.start()
+            thread.join()
+        assert count_of_locks(os.path.join(tracker.live, "markers")) <= 3
+        assert len(dirty(tracker.bitmap("b0"))) == 20
+
+
+def test_what_is_not_made_by_a_tracker_or_a_marker_marks_nothing() -> None:
+    with pytest.raises(TypeError, match="write method"), dm.Write():
+        pass
+    dm.Ticket().end()
+    unmade = dm.Marker.__new__(dm.Marker)
+    for act in (unmade.mark, unmade.begin):
+        with pytest.raises(ValueError, match="not attached"):
+            act(0, 1)
