@@ -10,10 +10,11 @@ from dirtmap.fmt.errors import BitmapNotFoundError, printable
 from dirtmap.fmt.spelling import escaped
 from dirtmap.tools import options
 from dirtmap.tools.output import write_json
-from dirtmap.tools.targets import address, transaction
+from dirtmap.tools.sizes import human_size
+from dirtmap.tools.targets import address, transaction, usable
 
 if TYPE_CHECKING:
-    from dirtmap.engine import Host
+    from dirtmap.engine import Bitmap, Handle, Host
 
 
 @click.group("checkpoint")
@@ -71,24 +72,35 @@ def remove_command(host: Host, target: str, name: str) -> None:
 @options.target
 @options.reporting
 def list_command(host: Host, target: str, quiet: bool, output: str) -> None:
-    """List the checkpoints of TARGET, oldest first.
+    """List the checkpoints of TARGET, oldest first, and how much was written since each.
 
-    What was written since one is in it and in all later ones. Where a checkpoint was taken away by a program that knows
-    nothing of them, not all of it is known any more: "complete" is false then, and a backup has to be a full one.
+    "since" is in bytes, in whole granules. Where a program that knows nothing of checkpoints has taken one away, it is
+    not known any more: it is null then, and a backup has to be a full one.
     """
-    info = host.describe(target, force_share=True)
-    sizes = {bitmap.name: bitmap.granularity for bitmap in info.bitmaps}
+    with host.open(target, force_share=True) as image:
+        found = _since(image)
     if quiet:
         return
     if output == "json":
-        found = [
-            {"name": escaped(name), "granularity": sizes.get(name), "complete": name not in info.incomplete}
-            for name in info.checkpoints
-        ]
-        write_json({**address(host, target), "checkpoints": found})
+        shown = [{"name": escaped(name), "since": since} for name, since in found]
+        write_json({**address(host, target), "checkpoints": shown})
         return
-    for name in info.checkpoints:
-        print(printable(name) + ("  (not all that was written since is known)" if name in info.incomplete else ""))
+    for name, since in found:
+        print(f"{printable(name)}: {'not known' if since is None else human_size(since)} written since")
+
+
+def _since(image: Handle) -> list[tuple[str, int | None]]:
+    """Each checkpoint, and how many bytes were written since; None where that is not known."""
+    info, found = image.info(), []
+    union: Bitmap | None = None
+    for name in reversed(info.checkpoints):
+        since = None
+        if name not in info.incomplete:
+            bitmap = usable(image.where, image, name)
+            union = bitmap if union is None else union | bitmap
+            since = union.count
+        found.append((name, since))
+    return found[::-1]
 
 
 for _command in (add_command, remove_command, list_command):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support import qemu
 from support.child import SignalError, in_child
-from support.cli import dirtmap, error_of, json_of
+from support.cli import COMMAND, dirtmap, error_of, json_of
 from support.tracking import GRANULE, make_node
 
 import dirtmap.engine as dm
@@ -111,6 +111,10 @@ def test_a_hold_ends_with_its_block(tracker: Tracker) -> None:
         assert image["b0"].count == 2 * GRANULE
 
 
+def test_the_command_that_holds(tracker: Tracker) -> None:
+    dirtmap("hold", "drive0", "b0", "--", "sh", "-c", f"{COMMAND} list drive0 2>/dev/null | grep -q busy")
+
+
 def test_a_hold_ends_with_who_holds(tracker: Tracker) -> None:
     def hold() -> None:
         with dm.open("node:drive0") as image, image.hold("b0"):
@@ -128,8 +132,12 @@ def test_checkpoints(tracker: Tracker) -> None:
     tracker.mark(0, 1)
     dirtmap("checkpoint", "add", "drive0", "evening", "-g", "128K")
     tracker.mark(1 << 20, 1)
-    assert [each["name"] for each in json_of("checkpoint", "list", "drive0")["checkpoints"]] == ["noon", "evening"]
-    assert dirtmap("checkpoint", "list", "drive0").out == "noon\nevening\n"
+    assert json_of("checkpoint", "list", "drive0")["checkpoints"] == [
+        {"name": "noon", "since": 64 << 10 | 128 << 10},
+        {"name": "evening", "since": 128 << 10},
+    ]
+    shown = dirtmap("checkpoint", "list", "drive0").out
+    assert shown == "noon: 192 KiB written since\nevening: 128 KiB written since\n"
     assert tracker.changed_since("noon").count == 2 * GRANULE
     dirtmap("checkpoint", "remove", "drive0", "evening")
     assert tracker.checkpoints() == ["noon"]

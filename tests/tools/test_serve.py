@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -209,6 +210,24 @@ def test_its_tracker_is_asked(disk: Path, tmp_path: Path) -> None:
         dirtmap("track", "stop", "drive0")
     assert started.wait() == 0
     assert granules(mapped(NODE, "evening")) == {1}
+
+
+def test_a_device_on_a_block_device_over_tcp(tmp_path: Path) -> None:
+    """On loopback, and what is not needs TLS."""
+    (tmp_path / "content").write_bytes(bytes(SIZE))
+    with volumes.loops(), volumes.attached(tmp_path / "content") as path:
+        dirtmap("store", "create", tmp_path / "default.dmap")
+        dirtmap("node", "add", "root", path)
+        dirtmap("add", "root", "b0")
+        dirtmap("device", "add", "d", "--root", "root")
+        dirtmap("add", "d", "mine")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = f'qemu-io -f raw -c "write 0 1" "$uri" && test "$port" = {port}'
+        dirtmap("serve", "d", "--port", port, "--run", command)
+        assert [granules(mapped(Path(name), bitmap)) for name, bitmap in (("root", "b0"), ("d", "mine"))] == [{0}, {0}]
+        assert "needs TLS" in error_of("serve", "d", "--bind", "0.0.0.0", "--port", port)
 
 
 def test_qcow2_is_refused_with_the_reason(tmp_path: Path) -> None:
