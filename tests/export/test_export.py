@@ -250,6 +250,7 @@ def test_it_ends_when_the_daemon_dies(drive0: str, tmp_path: Path) -> None:
 def test_nothing_goes_on_when_it_is_killed(drive0: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is anything in the way of the next one, to which the service manager listens."""
     path = tmp_path / "sock"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where it leaves an empty folder
     with exporting(drive0, "--unix", path) as process:
         process.kill()
         process.wait()
