@@ -18,6 +18,7 @@ import pytest
 from support import qemu, volumes
 from support.cli import COMMAND, dirtmap, error_of, json_of, mapped
 from support.nbd import TRIM, WRITE, ZERO, Client, write_until_it_ends
+from support.tls import certificates_in
 from support.tracking import GRANULE, make_node
 
 import dirtmap.engine as dm
@@ -228,6 +229,16 @@ def test_a_device_on_a_block_device_over_tcp(tmp_path: Path) -> None:
         dirtmap("serve", "d", "--port", port, "--run", command)
         assert [granules(mapped(Path(name), bitmap)) for name, bitmap in (("root", "b0"), ("d", "mine"))] == [{0}, {0}]
         assert "needs TLS" in error_of("serve", "d", "--bind", "0.0.0.0", "--port", port)
+
+
+def test_tls(disk: Path, tmp_path: Path) -> None:
+    folder = certificates_in(tmp_path / "tls")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    secure = f'nbdinfo --size "$uri?tls-certificates={folder}"'
+    command = f"{secure} && ! nbdinfo --size nbd://127.0.0.1:{port} 2>/dev/null"
+    dirtmap("serve", "drive0", "--port", port, "--tls", folder, "--run", command)
 
 
 def test_qcow2_is_refused_with_the_reason(tmp_path: Path) -> None:
