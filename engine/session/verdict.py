@@ -27,7 +27,7 @@ class Facts:
     """What decides about a session.
 
     Attributes:
-        alive: its tracker is alive, or not known to have ended.
+        alive: its tracker, or somebody who marks in its session, is alive, or not known to have ended.
         changed: why the image, or the store, is not as the tracker left it; None if it is.
         same_boot: the machine was not booted since.
         live: there are live files that fit the session.

@@ -12,11 +12,11 @@ How a change by others is seen depends on the image.
 
 - A raw file is compared with what the session has of it: size, inode, time of the last write (mtime) and time of the
   last change (ctime, which nobody can put back).
-    - The control file of the tracker has the time at which the last write began or ended. If none was in flight, a
-      later time of the file means a write by others. The kernel's clock for files is never ahead of the one we read,
-      but up to a tick (10 ms) behind. So a write of others within a tick of the last one of ours is not seen.
+    - The live files have the time at which the last write ended, by a clock that steps by a tick, up to 10 ms. If no
+      write was in flight, a time of the file that is later by more than a tick means a write by others. So a write of
+      others within a tick of the last one of ours is not seen.
     - If a write was in flight, or `mark` was used, which tells of no end, the last heartbeat counts, and half a second
-      more. There are four a second.
+      more. There are four a second, of the tracker, or of those who mark while there is none.
     - After a power loss only the heartbeats on disk are left. There is one a second while the image changes. The last
       one counts, and five seconds more.
     - A clock that was set back would hide what others write. So the tracker notes when the machine was booted by its
@@ -276,9 +276,10 @@ def tracker_of(session: live.Session) -> Process:
 
 
 def is_alive(session: live.Session) -> bool:
-    """False if the session's tracker is known to have ended.
+    """False if the session's tracker is known to have ended, and nobody else marks in it.
 
-    A live tracker has a lock on its log. If the log is gone, the tracker's process is looked for.
+    A live tracker has a lock on its log, and so has everybody else who marks in the session, which lives as long as one
+    of them does. If the log is gone, the tracker's process is looked for.
     """
     if session is live.NO_SESSION:
         return False  # the record names neither a tracker nor a log

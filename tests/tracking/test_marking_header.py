@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,15 +15,17 @@ HERE = Path(__file__).parent.parent
 HEADERS = HERE.parent / "engine" / "tracking"
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("marking") / "marking"
+def build(path: Path, compiler: str = "gcc", *more: str) -> Path:
     warnings = ["-Wall", "-Wextra", "-Werror", "-pedantic"]
     source = str(HERE / "support" / "marking.c")
-    subprocess.run(
-        ["gcc", "-O2", "-std=c11", *warnings, f"-I{HEADERS}", "-o", str(path), source, "-pthread"], check=True
-    )
+    options = ["-O2", "-std=c11", *warnings, *more, f"-I{HEADERS}", "-pthread"]
+    subprocess.run([compiler, *options, "-o", str(path), source], check=True)
     return path
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("marking") / "marking")
 
 
 @pytest.fixture
@@ -33,6 +36,15 @@ def live() -> Iterator[str]:
 
 def test_marks_flights_the_dead_and_the_gate(program: Path, live: str) -> None:
     subprocess.run([program, "check", live], check=True, timeout=60)
+
+
+CROSS, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+
+
+@pytest.mark.skipif(not (shutil.which(CROSS) and shutil.which(EMULATOR)), reason=f"needs {CROSS} and {EMULATOR}")
+def test_the_same_on_aarch64(tmp_path: Path, live: str) -> None:
+    path = build(tmp_path / "marking", CROSS, "-static")
+    subprocess.run([EMULATOR, path, "check", live], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("tib", [1, 15])
