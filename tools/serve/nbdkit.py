@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dirtmap.engine import Disk
     from dirtmap.tools.export.listener import Listener
 
-_PATIENCE_SECONDS: Final = 2.0  # nbdkit waits for clients to hang up, which they do not
+_PATIENCE_SECONDS: Final = 2.0
 _PAUSE_SECONDS: Final = 0.01
 _SESSION: Final = "dirtmap-session="
 
@@ -151,6 +151,11 @@ class Nbdkit:
         os.close(self._descriptor)
         self._descriptor = -1
 
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal, if it is there."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._descriptor, number)
+
     def close(self) -> None:
         """Ends it; kills one that does not end in some seconds.
 
@@ -159,8 +164,7 @@ class Nbdkit:
         if self._descriptor < 0:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._descriptor, number)
+            self.send_signal(number)
             if self.has_ended(_PATIENCE_SECONDS):
                 break
         if self._child is not None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
+import dirtmap.engine as dm
 from dirtmap.fmt.errors import Error, LockedError, UnsupportedError
 from dirtmap.tools.serve.building import built_filter, nbdkit_version
 from dirtmap.tools.serve.nbdkit import Nbdkit, Session
@@ -15,6 +17,8 @@ from dirtmap.tools.serve.nbdkit import Nbdkit, Session
 if TYPE_CHECKING:
     from dirtmap.engine import Handle, Host, Tracker
     from dirtmap.tools.export.listener import Listener
+
+_MOMENT_SECONDS: Final = 0.2
 
 
 class Serving:
@@ -114,6 +118,8 @@ def serve(
         stack.enter_context(listener.reserved())
         nbdkit = stack.enter_context(Nbdkit.start(listener, disk, session, arguments))
         live = None if session is None else session.live
+        if tracker is not None:
+            stack.callback(_end, nbdkit, tracker)
         yield stack.enter_context(Serving(handle, nbdkit, live, tracker, notes))
 
 
@@ -142,4 +148,14 @@ def adopt(host: Host, target: str) -> Iterator[Serving]:
             undo.callback(found.release)  # it goes on where it is not adopted
             tracker = stack.enter_context(handle.track())
             undo.pop_all()
-        yield stack.enter_context(Serving(handle, stack.enter_context(found), status.live, tracker, []))
+        nbdkit = stack.enter_context(found)
+        stack.callback(_end, nbdkit, tracker)
+        yield stack.enter_context(Serving(handle, nbdkit, status.live, tracker, []))
+
+
+def _end(nbdkit: Nbdkit, tracker: Tracker) -> None:
+    """Ends nbdkit, which waits for its clients to hang up: so it is killed, while no write is in flight."""
+    nbdkit.send_signal(signal.SIGTERM)
+    if not nbdkit.has_ended(_MOMENT_SECONDS):
+        with contextlib.suppress(Error), dm.gate(tracker):
+            nbdkit.send_signal(signal.SIGKILL)
