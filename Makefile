@@ -24,6 +24,8 @@ install_missing = if [ -z "$$missing" ]; then :; \
 	fi
 
 setup: $(INSTALLED) $(COMPILED) .typeroot/dirtmap ## make .venv with dirtmap and everything its development needs
+	@if command -v nbdkit >/dev/null && [ -e /usr/include/nbdkit-filter.h ]; then \
+		$(BIN)/dirtmap serve --filter-path >/dev/null; fi
 
 $(INSTALLED): pyproject.toml
 	@missing=; $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing=python3-venv; \
@@ -49,7 +51,8 @@ $(COMPILED): $(KERNELS) $(INSTALLED)
 tools: ## check for what the tests and the demo compare with, and make file systems with
 	@PATH="$$PATH:/usr/sbin:/sbin"; missing=$$(while read -r command package; do \
 		command -v "$$command" >/dev/null || echo "$$package"; \
-	done <tests/tools.txt | sort -u | xargs); $(install_missing)
+	done <tests/tools.txt | sort -u | xargs); \
+	[ -e /usr/include/nbdkit-filter.h ] || missing="$$missing nbdkit-plugin-dev"; $(install_missing)
 
 test: setup tools ## run the tests, but for the longest
 	$(BIN)/pytest $(PARALLEL) -m 'not long'

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.namespaces.nodes import Node
     from dirtmap.engine.storefile.file import create as create_store
     from dirtmap.engine.tracking.gate import gate
+    from dirtmap.engine.tracking.include import get_include
     from dirtmap.engine.tracking.kernel import Ticket, Write
     from dirtmap.engine.tracking.marker import Marker
     from dirtmap.engine.tracking.tracker import Tracker
@@ -105,6 +106,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "describe": ("host.calls", "describe"),
     "dump": ("host.calls", "dump"),
     "gate": ("tracking.gate", "gate"),
+    "get_include": ("tracking.include", "get_include"),
     "index_stats": ("host.maintenance", "stats"),
     "open": ("host.calls", "open"),
     "rebuild_index": ("host.maintenance", "rebuild"),
@@ -161,6 +163,7 @@ __all__ = [
     "describe",
     "dump",
     "gate",
+    "get_include",
     "index_stats",
     "open",
     "rebuild_index",

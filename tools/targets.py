@@ -29,7 +29,7 @@ def transaction(host: Host, target: str) -> Iterator[Transaction]:
         tell_doubt(image, doubt)
         for note in bitmaps.notes:
             complain(f"{image.path}: {note}")
-    if tracking:  # the tracker has died, or the change would have been refused
+    if tracking and not tracking.alive:
         complain(f"{image.path}: recovered first: {tracking.how}")
 
 

@@ -1,4 +1,4 @@
-"""`dirtmap track`: shows what programs that track writes are doing."""
+"""`dirtmap track`: shows what programs that track writes are doing, and asks them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REFRESH_SECONDS = 0.5
 
 @click.group("track")
 def track_command() -> None:
-    """Look at programs that track writes to an image."""
+    """Look at programs that track writes to an image, and ask them."""
 
 
 @options.command(
@@ -102,4 +102,40 @@ def _lines(target: str, status: Status | None) -> list[str]:
     ]
 
 
+@options.command(
+    "save",
+    examples="""
+    dirtmap track save drive0
+    """,
+)
+@options.target
+@options.changing
+def save_command(host: Host, target: str) -> None:
+    """Have the program that tracks TARGET write all marks to the store.
+
+    They are durable then, and after a power loss dirty is what was written since, and what lies beside it.
+    """
+    with host.open(target, force_share=True) as image:
+        image.save_tracked()
+
+
+@options.command(
+    "stop",
+    examples="""
+    dirtmap track stop drive0
+    """,
+)
+@options.target
+@options.changing
+def stop_command(host: Host, target: str) -> None:
+    """Have the program that tracks TARGET end its tracking, and wait for that.
+
+    "dirtmap serve" ends then. In any other program each write is refused from then on.
+    """
+    with host.open(target, force_share=True) as image:
+        image.stop_tracked()
+
+
 track_command.add_command(status_command)
+track_command.add_command(save_command)
+track_command.add_command(stop_command)

@@ -7,6 +7,7 @@ is opened anew when its bitmaps have moved; whoever uses the handle does not see
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Self, SupportsIndex, TypeVar
@@ -141,14 +142,67 @@ class Handle(Namespace):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Changes the bitmaps; see `Namespace.transaction`."""
-        with self._opened(lambda backend: backend.transaction()) as bitmaps:
+        """Changes the bitmaps; see `Namespace.transaction`.
+
+        While the image is tracked, its tracker makes the changes, at one cut: bitmaps are added (`changes.add`),
+        removed, cleared, enabled and disabled, and anything else is refused.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                bitmaps = self._ask(lambda backend: stack.enter_context(backend.transaction()))
+            except LockedError as error:
+                if not self._is_tracked():
+                    raise
+                from dirtmap.engine.host import asking
+
+                bitmaps = stack.enter_context(asking.transaction(self, error))
             yield bitmaps
+
+    def _is_tracked(self) -> bool:
+        status = self.tracking()
+        return status is not None and status.kept
+
+    def checkpoint(self, name: str, granularity: SupportsIndex | None = None) -> None:
+        """Has the image's tracker begin a checkpoint; see `Tracker.checkpoint`. Errors as `save_tracked`, too."""
+        from dirtmap.engine.host import asking
+
+        asking.checkpoint([self], name, None if granularity is None else operator.index(granularity))
+
+    def save_tracked(self) -> None:
+        """Has the image's tracker save; see `Tracker.save`.
+
+        Raises:
+            BitmapError: the image is not tracked.
+            LockedError: its tracker cannot be asked from here.
+            As `Tracker.save`.
+        """
+        from dirtmap.engine.host import asking
+
+        with asking.asked(self) as talk:
+            talk.ask("save", namespace=self.uuid)
+
+    def stop_tracked(self) -> None:
+        """Has the image's tracker end: see `Tracker.on_stop`.
+
+        Raises:
+            LockedError: it has not ended in the time for which the host waits. Errors as `save_tracked`, too.
+        """
+        from dirtmap.engine.host import asking
+
+        asking.stop(self, self._host.locking.wait)
 
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup; see `Namespace.hold`."""
-        with self._opened(lambda backend: backend.hold(name, owner)) as bitmap:
+        with contextlib.ExitStack() as stack:
+            try:
+                bitmap = self._ask(lambda backend: stack.enter_context(backend.hold(name, owner)))
+            except LockedError:
+                if not self._is_tracked():
+                    raise
+                from dirtmap.engine.host import asking
+
+                bitmap = stack.enter_context(asking.hold(self, name))
             yield bitmap
 
     @contextlib.contextmanager

@@ -224,6 +224,49 @@ class Host:
         with offline(disk, self._parts.locking):
             yield
 
+    def checkpoint(self, targets: Iterable[Target], name: str, granularity: int | None = None) -> None:
+        """Has the trackers of several disks begin a checkpoint at one instant: no write of any is on both sides of it.
+
+        Nothing is written to any of them meanwhile; see `dirtmap.engine.gate`. All of them have it, or none.
+
+        Args:
+            targets: tracked images; of one, as `Tracker.checkpoint`.
+            name: of the checkpoint, in each.
+            granularity: in bytes; None for the usual one.
+
+        Raises:
+            BitmapError: one is not tracked, or the name is taken.
+            LockedError: a tracker cannot be asked from here.
+            StorageError: a write did not end in ten seconds, or the checkpoint could not be written.
+        """
+        from dirtmap.engine.host.asking import checkpoint
+
+        with contextlib.ExitStack() as stack:
+            checkpoint([stack.enter_context(self.open(target)) for target in targets], name, granularity)
+
+    @contextlib.contextmanager
+    def lent(self, disk: Disk) -> Iterator[int]:
+        """Takes QEMU's locks on a raw disk for a program that is to write it, and takes none itself.
+
+        Meanwhile whoever goes by these locks does not open the disk. They are given up once the block has ended, and so
+        has every process that has inherited the descriptor: they outlive this process where that program does.
+
+        Args:
+            disk: as `Handle.disk` tells.
+
+        Yields:
+            The descriptor that the program has to inherit.
+
+        Raises:
+            LockedError: somebody has it open.
+            UnsupportedError: it is a qcow2 image; or its file system has no locks that others see.
+            StorageError: it cannot be opened for writing.
+        """
+        from dirtmap.engine.host.offline import lent
+
+        with lent(disk, self._parts.locking) as fd:
+            yield fd
+
     @contextlib.contextmanager
     def transaction(self, targets: Iterable[Target]) -> Iterator[dict[Target, Transaction]]:
         """Changes the bitmaps of several targets in one commit of the container that holds them all.

@@ -1,4 +1,4 @@
-"""`offline`: keeps a disk from being written to while somebody copies or serves it."""
+"""`offline`: keeps a disk from being written to while somebody copies or serves it. `lent`: lets one program write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dirtmap.engine.identity import data_file_of, identity_of, identity_of_disk,
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import open_file
 from dirtmap.engine.system.probe import QCOW2
-from dirtmap.fmt.errors import LockedError
+from dirtmap.fmt.errors import LockedError, UnsupportedError
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.infos import Disk
@@ -31,3 +31,13 @@ def offline(disk: Disk, locking: Locking) -> Iterator[None]:
         yield
         if (identity_of_disk if is_qcow2 else identity_of)(disk.path) != before:
             raise LockedError(disk.path, "was written to, changed or replaced while it was to stay as it was")
+
+
+@contextlib.contextmanager
+def lent(disk: Disk, locking: Locking) -> Iterator[int]:
+    """Holds a QEMU writer's locks on a raw disk for another program; see `Host.lent`."""
+    if disk.format == QCOW2:
+        raise UnsupportedError(disk.path, "a qcow2 image is locked by what writes it")
+    with open_file(disk.path, writable=True) as file:
+        locks.lend(file, locking=locking)
+        yield file.fd

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 
 from dirtmap.engine.model.bitmap import WHERE, Bitmap
-from dirtmap.engine.model.naming import label
+from dirtmap.engine.model.naming import as_stored, label
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.fmt.errors import BitmapError, RangeError
 
@@ -31,6 +31,7 @@ def add(bitmaps: Transaction, name: str, granularity: int | None = None, *, reco
     chosen = bitmaps.default_granularity if granularity is None else granularity
     with _named(bitmaps, name):
         bitmaps[name] = Bitmap(bitmaps.size, chosen, recording=recording)
+        bitmaps.fresh.add(as_stored(bitmaps.where, name))
 
 
 def put(bitmaps: Transaction, name: str, bitmap: Bitmap) -> None:

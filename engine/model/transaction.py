@@ -32,6 +32,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         origins: of each bitmap that was there before, under whichever name now, the name that it had. One that was
             removed, and added again, is another.
         most_bytes: of bits that the container can hold for a bitmap.
+        fresh: names of the bitmaps that were added empty, and are not what another one was when it was read.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         self.checkpoints = list(checkpoints)
         self._relied_on = {name: self._bitmaps[name].copy() for name in self.checkpoints if name in bitmaps}
         self.notes: list[str] = []
+        self.fresh: set[str] = set()
         self._open = True
 
     def __getitem__(self, name: str) -> Bitmap:
@@ -96,6 +98,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
             raise BitmapError(where, what)
         self._bitmaps[name] = bitmap.copy()
         self._bitmaps[name].busy = False
+        self.fresh.discard(name)
 
     def __delitem__(self, name: str) -> None:
         self[name]

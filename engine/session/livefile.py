@@ -28,7 +28,7 @@ from dirtmap.fmt.parsers.live import ARENA, CONTROL, DESCRIPTOR, FLIGHT, SLOT, W
 _BLOCK: Final = 16384  # words
 _ATTEMPTS: Final = 20
 _PAUSE_SECONDS: Final = 0.01
-_NAMES: Final = re.compile(r"control|bits|markers")
+_NAMES: Final = re.compile(r"control|bits|markers|socket")
 _LOOKS: Final = 100  # a save that recycles buffers makes a reader begin again
 
 

@@ -309,26 +309,49 @@ def writing(file: File, *, locking: Locking = USUAL) -> Iterator[None]:
     Raises:
         LockedError: someone has the image open and does not share it, or it was replaced while it was being opened.
     """
+    with _writer(file, locking) as locked:
+        try:
+            yield
+        finally:
+            if locked:
+                _give_up(file)
+
+
+def lend(file: File, *, locking: Locking = USUAL) -> None:
+    """Takes the writer's locks for another program, which writes and takes none itself.
+
+    They are given up when the last descriptor is closed of what was opened: the file's, and one that a process has
+    inherited. Arguments and errors as `writing`; after an error the file has to be closed.
+    """
+    with _writer(file, locking) as locked:
+        if locked:
+            file.unlock(_QUEUE)  # processes of ours see at once what is the matter, and wait for nothing
+
+
+@contextlib.contextmanager
+def _writer(file: File, locking: Locking) -> Iterator[bool]:
+    """Takes the writer's locks, which the block gives up or leaves. Yields whether there are any."""
 
     def refusal() -> LockedError:
         return LockedError(file.path, f"held by {holders(file)}; nothing ever writes an image in use")
 
     locked = has_locks(file, locking)
     with turn(Rank.IMAGE, file.abspath, locking, refusal) as deadline:
-        if not locked:
-            _refuse_if_replaced(file)
-            yield
-            return
         try:
-            while not _take(file):
+            while locked and not _take(file):
                 if time.monotonic() > deadline:
                     raise refusal()
                 pause()
-            _refuse_if_replaced(file)
-            yield
+            try:
+                _refuse_if_replaced(file)
+            except BaseException:
+                if locked:
+                    _give_up(file)
+                raise
+            yield locked
         finally:
-            _give_up(file)
-            file.unlock(_QUEUE + 1)
+            if locked:
+                file.unlock(_QUEUE + 1)
 
 
 def _take(file: File) -> bool:

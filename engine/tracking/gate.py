@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 
-from dirtmap.engine.tracking.kernel import Kernel, Pause
+from dirtmap.engine.tracking.closing import closed
 from dirtmap.engine.tracking.tracker import Tracker
-from dirtmap.fmt import live
-from dirtmap.fmt.errors import StorageError
 
 
 @contextlib.contextmanager
@@ -28,28 +25,6 @@ def gate(*trackers: Tracker) -> Iterator[None]:
         StorageError: a write did not end, or one could not wait any longer. Then what was cut or cloned in the block is
             not of one instant.
     """
-    kernels = [tracker._kernel for tracker in sorted(set(trackers), key=lambda tracker: tracker._session.uuid)]
-    with contextlib.ExitStack() as stack:
-        held: list[bool] = []
-
-        def open_one(kernel: Kernel) -> None:
-            held.append(kernel.open_gate())
-
-        for kernel in kernels:  # in an order that is the same for all, so that no two wait for each other
-            kernel.require_usable()
-            kernel.refuse_own()
-            kernel.close_gate()
-            stack.callback(open_one, kernel)
-        deadline = time.monotonic() + live.PATIENCE_NS / 1e9
-        for kernel in kernels:
-            pause = Pause()
-            while kernel.in_flight:
-                pause()
-                if time.monotonic() > deadline or not kernel.gate_holds:
-                    raise StorageError(kernel.where, "a write did not end while the gate was closed")
+    ordered = sorted(set(trackers), key=lambda tracker: tracker._session.uuid)
+    with closed([tracker._kernel for tracker in ordered]):
         yield
-        stack.close()
-    for kernel, whole in zip(reversed(kernels), held, strict=True):
-        if not whole:
-            what = "a write could not wait any longer: what was cut or cloned meanwhile is not of one instant"
-            raise StorageError(kernel.where, what)

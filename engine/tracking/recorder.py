@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
+from dirtmap.engine.control.server import Answering, Server
 from dirtmap.engine.identity import identity_of, identity_of_disk, touched
 from dirtmap.engine.model import bits
 from dirtmap.engine.model.bitmap import Bitmap
@@ -107,6 +108,7 @@ class Recorder:
         self._held: dict[str, int] = {}
         self._ended, self._wake = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
+        self._control: Server | None = None
         self._closed = False
         self._failed: Error | None = None  # why the tracker did not end well
         self._doubt: str | None = None  # why bitmaps are dirty all over although it ended well
@@ -242,6 +244,8 @@ class Recorder:
         for name in ("mark", "mark_many", "begin", "end", "write"):
             setattr(self, name, getattr(self._kernel, name))
         _recorders.add(self)
+        with self._noting():  # a tracker that cannot be asked is a tracker all the same
+            self._control = Server(os.fsdecode(self._session.live), self._asked)
         for act in (self._give_signs, self._in_background):
             thread = threading.Thread(target=act, name="dirtmap tracker", daemon=True)
             thread.start()
@@ -736,6 +740,10 @@ class Recorder:
             self._kernel.beat(time.time_ns())
         return modified
 
+    def _asked(self) -> AbstractContextManager[Answering]:
+        """A conversation with whoever asks from outside."""
+        raise NotImplementedError
+
     def _stop_threads(self) -> None:
         self._ended.set()
         self._wake.set()
@@ -748,6 +756,8 @@ class Recorder:
     def _release(self) -> None:
         """Closes the files, and removes them if the session has ended."""
         ended = not any(home.has(self._session.uuid) for home in self._homes)
+        if self._control is not None:
+            self._control.close()
         self._kernel.leave(True)
         self._log.close(remove=ended)
         folder = os.fsdecode(self._session.live)
@@ -766,6 +776,8 @@ class Recorder:
         self._kernel.abandon(StorageError(self._where, "a tracker cannot be used in a forked process"))
         self._log.close(remove=False)  # the lock is the parent's, and ends with it
         self._folder.close()
+        if self._control is not None:
+            self._control.abandon()
         self._closed = True
 
 

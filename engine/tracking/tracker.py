@@ -23,10 +23,13 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable
+import uuid
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, SupportsIndex
+from typing import Any, Final, SupportsIndex
 
+from dirtmap.engine.control.server import Answering
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
@@ -36,11 +39,13 @@ from dirtmap.engine.storefile.session import Window, window_of
 from dirtmap.engine.system import order
 from dirtmap.engine.system.file import open_file
 from dirtmap.engine.system.order import Rank
+from dirtmap.engine.tracking.asked import Asked
+from dirtmap.engine.tracking.closing import closed
 from dirtmap.engine.tracking.home import HomeChange, HomeView
 from dirtmap.engine.tracking.kernel import Ticket, Write
 from dirtmap.engine.tracking.recorder import Recorder, Setup, words_of
 from dirtmap.fmt import geometry, live, store
-from dirtmap.fmt.errors import BitmapError, Error, StorageError, UnsupportedError
+from dirtmap.fmt.errors import BitmapError, Error, StorageError, UnsupportedError, printable
 
 
 class Tracker(Recorder):
@@ -50,7 +55,11 @@ class Tracker(Recorder):
         size: of the disk, in bytes.
         live: the folder of the live files, where a `Marker` in another process marks.
         last_error: why the last background save failed, or None.
+        on_stop: called where somebody asks from outside to end the tracker, by ``dirtmap track stop``; it is to see to
+            it that `close` is called soon. None: it is closed at once, and what marks is refused from then on.
     """
+
+    on_stop: Callable[[], object] | None = None
 
     # Marking.
 
@@ -127,44 +136,86 @@ class Tracker(Recorder):
 
     def clear(self, name: str) -> None:
         """Makes a bitmap clean: it begins anew at this cut. Not for checkpoints. Errors as `add`."""
-        with self._cut() as number, self._changing() as home:
-            entry = self._usable(home, name)
-            if entry.auto:
-                self._begin_window(home, name, entry.granularity, number)
-            else:
-                home.put_empty(name, entry.granularity, None, recording=False)
+        self.change([("clear", name)])
 
     def enable(self, name: str) -> None:
         """Lets a bitmap record from this cut on. Errors as `add`."""
-        with self._cut(self._granularity_of(name)) as number, self._changing() as home:
-            entry = self._usable(home, name)
-            if entry.auto:
-                return
-            # A bitmap has one window. So what an earlier window holds and is not saved yet is saved now.
-            bitmap = self._content(home, [name]) | self._since(home, number, entry.granularity)
-            if bitmap != home.saved(name):
-                home.put(name, bitmap, None)
-            home.set_window(name, Window(number), recording=True)
+        self.change([("enable", name)])
 
     def disable(self, name: str) -> None:
         """Stops a bitmap from recording at this cut. Errors as `add`."""
-        with self._cut() as number, self._changing() as home:
-            self._usable(home, name)
-            self._end_window(home, name, number)
+        self.change([("disable", name)])
 
     def remove(self, name: str) -> None:
         """Removes a bitmap. If it is a checkpoint, the one before it takes over its content, so that no bit is lost.
 
         Errors as `add`.
         """
-        with self._using(), self._changing() as home:
-            self._refuse_busy(home, name)
-            home.entry(name)
-            if name in home.checkpoints:
-                if (predecessor := checkpoints.predecessor(home.checkpoints, name)) is not None:
-                    self._fold(home, predecessor, name)
-                home.checkpoints = checkpoints.without(home.checkpoints, name)
-            del home.entries[name]
+        self.change([("remove", name)])
+
+    def change(self, changes: Iterable[tuple[Any, ...]]) -> None:
+        """Makes several changes at one cut, in their order, all of them or none.
+
+        Args:
+            changes: each ``("clear", name)``, and so for ``enable``, ``disable`` and ``remove``; or ``("add", name,
+                granularity, recording)``.
+
+        Raises:
+            UnsupportedError: there is no such change.
+            As `add`.
+        """
+        chosen = list(changes)
+        finest = [checked_granularity(one[2]) for one in chosen if one[0] == "add" and one[3]]
+        finest += [self._granularity_of(one[1]) for one in chosen if one[0] == "enable"]
+        with contextlib.ExitStack() as stack:
+            if any(one[0] != "remove" for one in chosen):
+                number = stack.enter_context(self._cut(min(finest, default=None)))
+            else:  # which ends nothing that goes on
+                stack.enter_context(self._using())
+                number = self._current.number
+            home = stack.enter_context(self._changing())
+            for act, name, *more in chosen:
+                if act not in _CHANGES:
+                    raise UnsupportedError(self._where, f"no change to a bitmap is called '{printable(str(act))}'")
+                _CHANGES[act](self, home, number, name, *more)
+
+    def _clear(self, home: HomeChange, number: int, name: str) -> None:
+        entry = self._usable(home, name)
+        if entry.auto:
+            self._begin_window(home, name, entry.granularity, number)
+        else:
+            home.put_empty(name, entry.granularity, None, recording=False)
+
+    def _enable(self, home: HomeChange, number: int, name: str) -> None:
+        entry = self._usable(home, name)
+        if entry.auto:
+            return
+        # A bitmap has one window. So what an earlier window holds and is not saved yet is saved now.
+        bitmap = self._content(home, [name]) | self._since(home, number, entry.granularity)
+        if bitmap != home.saved(name):
+            home.put(name, bitmap, None)
+        home.set_window(name, Window(number), recording=True)
+
+    def _disable(self, home: HomeChange, number: int, name: str) -> None:
+        self._usable(home, name)
+        self._end_window(home, name, number)
+
+    def _remove(self, home: HomeChange, number: int, name: str) -> None:
+        self._refuse_busy(home, name)
+        home.entry(name)
+        if name in home.checkpoints:
+            if (predecessor := checkpoints.predecessor(home.checkpoints, name)) is not None:
+                self._fold(home, predecessor, name)
+            home.checkpoints = checkpoints.without(home.checkpoints, name)
+        del home.entries[name]
+
+    def _insert(self, home: HomeChange, number: int, name: str, granularity: int, recording: bool) -> None:
+        if name in home.entries:
+            raise _taken(home, name)
+        if recording:
+            self._begin_window(home, name, granularity, number)
+        else:
+            home.put_empty(name, granularity, None, recording=False)
 
     # Backups.
 
@@ -318,6 +369,13 @@ class Tracker(Recorder):
         if self._kernel.in_flight:
             raise BitmapError(self._where, "a write is in flight, to the root that is to go")
 
+    def gated(self) -> AbstractContextManager[None]:
+        """A block in which nothing is written to the disk; see `dirtmap.engine.gate`, which is for several."""
+        return closed([self._kernel])
+
+    def _asked(self) -> AbstractContextManager[Answering]:
+        return Asked(self)
+
     def _begin_anew(self, setup: Setup) -> Tracker:
         try:
             self._start(setup)
@@ -335,16 +393,24 @@ class Tracker(Recorder):
             # Writesets as fine as this may be large, and stay so: what will be refused is refused before.
             self._require_possible(name, chosen)
         with self._cut(chosen if recording else None) as number, self._changing() as home:
-            if name in home.entries:
-                raise _taken(home, name)
-            if checkpoint:
+            if checkpoint and name not in home.entries:
                 if home.checkpoints and (before := home.checkpoints[-1]) != checkpoints.BREAK:
                     self._end_window(home, before, number)
                 home.checkpoints.append(name)
-            if recording:
-                self._begin_window(home, name, chosen, number)
-            else:
-                home.put_empty(name, chosen, None, recording=False)
+            self._insert(home, number, name, chosen, recording)
+
+    def require_namespace(self, namespace: str) -> None:
+        """Refuses a question that is about other bitmaps than those that the methods change.
+
+        Args:
+            namespace: its UUID.
+
+        Raises:
+            BitmapError: a device and its root have one tracker, and the question is about the root.
+        """
+        record = self._home.store.read(self._home.record)
+        if str(uuid.UUID(bytes=record.uuid)) != namespace:
+            raise BitmapError(self._where, "its tracker changes its own bitmaps alone, and none of its root node")
 
     def _require_possible(self, name: str, granularity: int) -> None:
         def look(view: HomeView) -> None:
@@ -454,6 +520,15 @@ class Tracker(Recorder):
 
         with self._using():
             return self._home.read(self._session.uuid, read).freeze()
+
+
+_CHANGES: Final[dict[Any, Callable[..., None]]] = {
+    "add": Tracker._insert,
+    "clear": Tracker._clear,
+    "disable": Tracker._disable,
+    "enable": Tracker._enable,
+    "remove": Tracker._remove,
+}
 
 
 def _taken(view: HomeView, name: str) -> BitmapError:

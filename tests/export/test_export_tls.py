@@ -9,31 +9,13 @@ from pathlib import Path
 import pytest
 from support import qemu
 from support.exported import exporting
+from support.tls import certificates_in
 from support.tracking import make_node
-
-PARTIES = ("server", "client")
 
 
 @pytest.fixture
 def certificates(tmp_path: Path) -> Path:
-    """A folder with a CA, and what it has signed for 127.0.0.1 and for a client."""
-    folder = tmp_path / "tls"
-    folder.mkdir()
-
-    def openssl(*arguments: str) -> None:
-        qemu.run("openssl", *arguments)
-
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc"]
-    ca = ["-CA", f"{folder}/ca-cert.pem", "-CAkey", f"{folder}/ca-key.pem"]
-    openssl(
-        *("req", "-x509", *key, "-keyout", f"{folder}/ca-key.pem", "-out", f"{folder}/ca-cert.pem", "-subj", "/CN=ca"),
-        *("-addext", "keyUsage=critical,keyCertSign"),
-    )
-    for party in PARTIES:
-        named = ["-subj", f"/CN={party}", "-addext", "subjectAltName=IP:127.0.0.1"]
-        files = ["-keyout", f"{folder}/{party}-key.pem", "-out", f"{folder}/{party}-cert.pem"]
-        openssl("req", "-x509", *key, *files, *named, *ca, "-addext", "basicConstraints=critical,CA:false")
-    return folder
+    return certificates_in(tmp_path / "tls")
 
 
 @pytest.mark.long

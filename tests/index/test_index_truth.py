@@ -66,6 +66,8 @@ SCRIPT: list[Step] = [
     ("device", "add", "one", "--root", "q0"),
     ("backup", "create", "d0", "backups"),
     ("export", "nothing", "--run", "true"),
+    ("serve", "q0", "--run", "true"),
+    ("checkpoint", "list", "one"),
     ("device", "add", "d1", "--root", "far", "--store", "other.dmap"),
     ("device", "list", "--output=json"),
     *(("add", target, name) for target in ("one", "two", "far", "q0", "d0", "d1") for name in ("a", "b")),

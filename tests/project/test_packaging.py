@@ -51,7 +51,8 @@ def test_wheel_holds_every_module_and_no_other(wheel: Path) -> None:
     sources = [p for floor in FLOORS for kind in ("*.py", "*.pyi", "py.typed") for p in (ROOT / floor).rglob(kind)]
     expected = {f"dirtmap/{path.relative_to(ROOT)}" for path in sources}
     expected |= {f"dirtmap/{path.relative_to(ROOT).with_suffix(SUFFIX)}" for path in ROOT.glob("engine/**/*.pyx")}
-    expected.add("dirtmap/engine/tracking/marking.h")  # for programs in C
+    # To be compiled where they run.
+    expected |= {"dirtmap/engine/tracking/marking.h", "dirtmap/tools/serve/dirtmap-filter.c"}
     assert expected >= {f"dirtmap/{floor}/py.typed" for floor in FLOORS}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}

@@ -144,6 +144,7 @@ def test_usage_is_pinned() -> None:
         "check TARGET",
         "find BITMAP",
         "hold TARGET BITMAP COMMAND...",
+        "serve TARGET [-- NBDKIT_ARGUMENT...]",
         "export TARGET...",
         "transaction FILE",
         "sidecar RAW QCOW2",

@@ -96,10 +96,6 @@ def test_status_of_an_image_that_nobody_tracks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        ("add", "drive0", "x"),
-        ("remove", "drive0", "b0"),
-        ("clear", "drive0", "b0"),
-        ("disable", "drive0", "b0"),
         ("rename", "drive0", "b0", "x"),
         ("mark", "drive0", "b0", 0, 1),
         ("copy", "drive0", "b0", "drive0", "--as", "x"),

@@ -45,8 +45,8 @@ def test_one_live_session_a_node(path: Path, other: Path) -> None:
             with dm.open(target) as again, pytest.raises(dm.LockedError, match=mine):
                 again.track()
         for target in BOTH:
-            with dm.open(target) as again, pytest.raises(dm.LockedError, match=mine), again.transaction():
-                pass
+            with dm.open(target) as again, pytest.raises(dm.LockedError, match=mine), again.transaction() as bitmaps:
+                bitmaps.rename(next(iter(bitmaps)), "x")
             with pytest.raises(dm.LockedError, match=mine):
                 dm.recover(target)
             with pytest.raises(dm.LockedError, match=mine), dm.transaction([target]):

@@ -1,0 +1,248 @@
+"""A tracked image is changed through its tracker, by whoever asks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import qemu
+from support.child import SignalError, in_child
+from support.cli import COMMAND, dirtmap, error_of, json_of
+from support.tracking import GRANULE, make_node
+
+import dirtmap.engine as dm
+from dirtmap.engine.control import wire
+from dirtmap.engine.tracking.tracker import Tracker
+
+SIZE = 64 << 20
+
+
+@pytest.fixture
+def tracker(tmp_path: Path) -> Iterator[Tracker]:
+    make_node(tmp_path, SIZE)
+    with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
+        yield tracker
+
+
+def dirty(name: str) -> list[tuple[int, int]]:
+    with dm.open("node:drive0") as image:
+        return qemu.extents(image[name])
+
+
+def test_bitmaps_are_changed(tracker: Tracker) -> None:
+    """Each command is asked from another process, as the lock of the tracker shows to anybody else."""
+    tracker.mark(0, 1)
+    in_child(lambda: dirtmap("add", "drive0", "new") and None)
+    tracker.mark(GRANULE, 1)
+    assert dirty("new") == [(GRANULE, GRANULE)]
+    assert dirty("b0") == [(0, 2 * GRANULE)]
+    in_child(lambda: dirtmap("clear", "drive0", "b0") and None)
+    assert dirty("b0") == []
+    dirtmap("disable", "drive0", "new")
+    tracker.mark(2 * GRANULE, 1)
+    assert dirty("new") == [(GRANULE, GRANULE)]
+    dirtmap("enable", "drive0", "new")
+    tracker.mark(3 * GRANULE, 1)
+    assert dirty("new") == [(GRANULE, GRANULE), (3 * GRANULE, GRANULE)]
+    dirtmap("remove", "drive0", "b0")
+    dirtmap("add", "drive0", "off", "--disabled", "-g", "4K")
+    assert [(b["name"], b["recording"], b["granularity"]) for b in json_of("list", "drive0")[0]["bitmaps"]] == [
+        ("new", True, GRANULE),
+        ("off", False, 4096),
+    ]
+    assert "there is no such bitmap" in error_of("remove", "drive0", "b0")
+    assert "name is taken" in error_of("add", "drive0", "off")
+
+
+def test_a_transaction_is_all_or_nothing(tracker: Tracker) -> None:
+    tracker.mark(0, 1)
+    with dm.open("node:drive0") as image:
+        with image.transaction() as bitmaps:
+            dm.changes.clear(bitmaps, "b0")
+            dm.changes.add(bitmaps, "b1", 4096)
+            dm.changes.add(bitmaps, "b2", recording=False)
+        tracker.mark(0, 1)
+        assert [(name, image[name].count) for name in image] == [("b0", GRANULE), ("b1", 4096), ("b2", 0)]
+        for change, error in ((mark_another, dm.LockedError), (fail, ZeroDivisionError)):
+            with pytest.raises(error):
+                change(image)
+            assert list(image) == ["b0", "b1", "b2"]
+        tracker.take("b0")
+        with pytest.raises(dm.BitmapError, match="busy"):
+            remove(image, "b1", "b0")
+        assert list(image) == ["b0", "b1", "b2"]
+
+
+def remove(image: dm.Handle, *names: str) -> None:
+    with image.transaction() as bitmaps:
+        for name in names:
+            del bitmaps[name]
+
+
+def mark_another(image: dm.Handle) -> None:
+    """No tracker marks in one bitmap alone."""
+    with image.transaction() as bitmaps:
+        del bitmaps["b1"]
+        bitmaps["b2"].mark(0, 1)
+
+
+def fail(image: dm.Handle) -> None:
+    with image.transaction() as bitmaps:
+        del bitmaps["b1"]
+        _ = 1 / 0
+
+
+def test_a_hold_ends_with_its_block(tracker: Tracker) -> None:
+    tracker.mark(0, 1)
+    with dm.open("node:drive0") as image:
+        with image.hold("b0") as bitmap:
+            assert qemu.extents(bitmap) == [(0, GRANULE)]
+            tracker.mark(GRANULE, 1)
+            assert image.info().bitmaps[0].busy
+            with pytest.raises(dm.BitmapError, match="busy"):
+                tracker.clear("b0")
+        assert not image.info().bitmaps[0].busy
+        assert image["b0"].count == 2 * GRANULE
+
+
+def test_the_command_that_holds(tracker: Tracker) -> None:
+    dirtmap("hold", "drive0", "b0", "--", "sh", "-c", f"{COMMAND} list drive0 2>/dev/null | grep -q busy")
+
+
+def test_a_hold_ends_with_who_holds(tracker: Tracker) -> None:
+    def hold() -> None:
+        with dm.open("node:drive0") as image, image.hold("b0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(SignalError):
+        in_child(hold)
+    with dm.open("node:drive0") as image:
+        while image.info().bitmaps[0].busy:
+            time.sleep(0.001)
+
+
+def test_checkpoints(tracker: Tracker) -> None:
+    dirtmap("checkpoint", "add", "drive0", "noon")
+    tracker.mark(0, 1)
+    dirtmap("checkpoint", "add", "drive0", "evening", "-g", "128K")
+    tracker.mark(1 << 20, 1)
+    assert json_of("checkpoint", "list", "drive0")["checkpoints"] == [
+        {"name": "noon", "since": 64 << 10 | 128 << 10},
+        {"name": "evening", "since": 128 << 10},
+    ]
+    shown = dirtmap("checkpoint", "list", "drive0").out
+    assert shown == "noon: 192 KiB written since\nevening: 128 KiB written since\n"
+    assert tracker.changed_since("noon").count == 2 * GRANULE
+    dirtmap("checkpoint", "remove", "drive0", "evening")
+    assert tracker.checkpoints() == ["noon"]
+    assert tracker.changed_since("noon").extents()[0].tolist() == [0, 1 << 20]
+    assert "no such checkpoint" in error_of("checkpoint", "remove", "drive0", "b0")
+    assert "is not tracked" in error_of("checkpoint", "add", str(make_other(tracker)), "x")
+
+
+def make_other(tracker: Tracker) -> str:
+    make_node(Path(os.environ["DIRTMAP_STORE"]).parent, SIZE, "drive1")
+    return "drive1"
+
+
+def test_a_checkpoint_of_several_disks_is_of_one_instant(tracker: Tracker) -> None:
+    """A writer writes to the one and then to the other: what the second has before, the first has before."""
+    make_other(tracker)
+    with dm.open("node:drive1") as image, image.track() as second, dm.Host() as host:
+        end, counts = threading.Event(), [0, 0]
+
+        def write() -> None:
+            while not end.is_set():
+                for number, each in enumerate((tracker, second)):
+                    with each.write(counts[number] % 1000 * GRANULE, 1):
+                        counts[number] += 1
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        try:
+            host.checkpoint(["drive1", "drive0"], "a")
+            for number in range(5):
+                host.checkpoint(["drive0", "drive1"], f"c{number}")
+        finally:
+            end.set()
+            thread.join()
+        for start, stop in (("a", "c0"), ("c0", "c1"), ("c1", "c2"), ("c2", "c3")):
+            one, other = (each.changed_between(start, stop) for each in (tracker, second))
+            assert (one ^ other).count <= 2 * GRANULE
+        with pytest.raises(dm.BitmapError, match="name is taken"):
+            host.checkpoint(["drive0", "drive1"], "b0")
+        second.add("only-here")
+        with pytest.raises(dm.BitmapError, match="name is taken"):
+            host.checkpoint(["drive0", "drive1"], "only-here")
+        assert "only-here" not in tracker.checkpoints()
+
+
+def test_save_and_stop(tracker: Tracker) -> None:
+    tracker.mark(0, 1)
+    dirtmap("track", "save", "drive0")
+    assert json_of("track", "status", "drive0")["regions"] == 0
+    stopped = []
+    tracker.on_stop = lambda: stopped.append(threading.Thread(target=tracker.close).start())
+    dirtmap("track", "stop", "drive0")
+    assert stopped
+    with pytest.raises(dm.StorageError, match="closed"):
+        tracker.mark(0, 1)
+    assert "is not tracked" in error_of("track", "save", "drive0")
+
+
+def test_it_is_closed_at_once_where_nobody_says_otherwise(tracker: Tracker) -> None:
+    tracker.mark(0, 1)
+    dirtmap("track", "stop", "drive0")
+    assert dirty("b0") == [(0, GRANULE)]
+
+
+def test_whoever_cannot_reach_the_socket_is_told_so(tracker: Tracker) -> None:
+    live = json_of("track", "status", "drive0")["live"]
+    os.unlink(os.path.join(live, wire.NAME))
+    what = error_of("add", "drive0", "x")
+    assert f"tracked by python (process {os.getpid()})" in what or f"(process {os.getpid()})" in what
+    assert f"it cannot be asked from here: {live}/socket: No such file or directory" in what
+
+
+def test_the_socket_is_for_this_user_and_goes_with_the_session(tmp_path: Path) -> None:
+    """Its path may be longer than an address."""
+    make_node(tmp_path, SIZE)
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    with dm.open("node:drive0") as image, image.track(live=folder):
+        status = image.tracking()
+        assert status is not None
+        path = Path(status.live, wire.NAME)
+        assert path.stat().st_mode & 0o777 == 0o600
+        dirtmap("add", "drive0", "x")
+    assert not path.exists()
+    assert not path.parent.exists()
+
+
+def test_what_is_no_message_ends_the_conversation_only(tracker: Tracker) -> None:
+    live = json_of("track", "status", "drive0")["live"]
+    for junk in (b"\xff" * 12, b"\0\0\0\2" + bytes(8) + b"[]", b"\0\0\0\2" + bytes(8) + b"{}"):
+        with socket.socket(socket.AF_UNIX) as peer, wire.place(live) as path:
+            peer.connect(path)
+            peer.sendall(junk)
+            peer.shutdown(socket.SHUT_WR)
+            assert b"answer" not in peer.recv(4096)
+    dirtmap("add", "drive0", "x")
+
+
+def test_of_a_device_the_tracker_changes_the_device_s_bitmaps(tmp_path: Path) -> None:
+    make_node(tmp_path, SIZE)
+    dirtmap("device", "add", "d", "--root", "drive0")
+    dirtmap("add", "d", "mine")
+    with dm.open("device:d") as device, device.track() as tracker:
+        tracker.mark(0, 1)
+        dirtmap("clear", "d", "mine")
+        assert tracker.bitmap("mine").count == 0
+        assert "its own bitmaps alone" in error_of("clear", "drive0", "b0")
+        assert dirty("b0") == [(0, GRANULE)]

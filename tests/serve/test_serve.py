@@ -1,0 +1,378 @@
+"""`dirtmap serve`: what clients write is marked, whoever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import qemu, volumes
+from support.cli import COMMAND, dirtmap, error_of, json_of, mapped
+from support.nbd import TRIM, WRITE, ZERO, Client, write_until_it_ends
+from support.tls import certificates_in
+from support.tracking import GRANULE, make_node
+
+import dirtmap.engine as dm
+from dirtmap.tools.export.listener import Listener
+from dirtmap.tools.serve.building import built_filter
+from dirtmap.tools.serve.nbdkit import Nbdkit
+from dirtmap.tools.serve.serving import Serving, serve
+
+SIZE = 64 << 20
+NODE = Path("drive0")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return make_node(tmp_path, SIZE)
+
+
+@contextlib.contextmanager
+def served(folder: Path, *arguments: str) -> Iterator[tuple[Serving, Path]]:
+    with (
+        dm.Host() as host,
+        serve(host, "node:drive0", Listener(unix=str(folder / "sock")), arguments=arguments) as serving,
+    ):
+        yield serving, folder / "sock"
+
+
+def uri_of(sock: Path) -> str:
+    return f"nbd+unix:///?socket={sock}"
+
+
+def granules(ranges: list[tuple[int, int]]) -> set[int]:
+    return {at for offset, length in ranges for at in range(offset // GRANULE, (offset + length - 1) // GRANULE + 1)}
+
+
+def test_each_client_s_writes_zeroes_and_trims_are_marked(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"x" * (1 << 20))
+    with served(tmp_path) as (serving, sock):
+        write = ["-c", f"write {GRANULE - 1} 2", "-c", f"write -z {1 << 20} 1", "-c", f"discard {2 << 20} 65537"]
+        more = ["-c", f"write -f {3 << 20} 512", "-c", f"read {4 << 20} 4k", "-c", "flush"]
+        qemu.run("qemu-io", "-f", "raw", *write, *more, uri_of(sock))
+        assert serving.tracker is not None
+        expected = granules([(GRANULE - 1, 2), (1 << 20, 1), (2 << 20, 65537), (3 << 20, 512)])
+        assert granules(mapped(NODE, "b0")) == expected  # while it is served
+        serving.tracker.checkpoint("after")
+        options = ["--size=8M", "--offset=8M", "--rw=randwrite", "--bs=64k", "--verify=crc32c", "--iodepth=4"]
+        fio = ["fio", "--name=a", "--ioengine=nbd", f"--uri={uri_of(sock)}", *options]
+        subprocess.run(fio, check=True, capture_output=True, cwd=tmp_path)
+        found = serving.tracker.changed_since("after")
+        assert granules(qemu.extents(found)) == granules([(8 << 20, 8 << 20)])
+        subprocess.run(["nbdcopy", "--destination-is-zero", "small", uri_of(sock)], check=True, cwd=tmp_path)
+    assert disk.read_bytes()[: 1 << 20] == b"x" * (1 << 20)
+    expected |= granules([(8 << 20, 8 << 20), (0, 1 << 20)])
+    assert granules(mapped(NODE, "b0")) == expected
+    assert json_of("track", "status", "drive0")["tracked"] is False
+
+
+def test_a_cut_waits_for_a_write_that_is_under_way(disk: Path, tmp_path: Path) -> None:
+    with dm.open("node:drive0") as image, image.track() as tracker, nbdkit(image, tmp_path, "delay") as sock:
+        with Client(sock) as client:
+            client.send(WRITE, 0, 512)
+            while not tracker.bitmap("b0").count:
+                time.sleep(0.001)
+            tracker.checkpoint("c")
+            assert client._socket.recv(16, 0x42)  # MSG_PEEK | MSG_DONTWAIT: it has been answered
+            client.drain()
+        assert tracker.changed_since("c").count == 0
+
+
+@contextlib.contextmanager
+def nbdkit(image: dm.Handle, folder: Path, kind: str = "", *options: str) -> Iterator[Path]:
+    """nbdkit by its own command line, with another filter between ours and the plugin."""
+    status = image.tracking()
+    assert status is not None
+    below = {"delay": ["wdelay=500ms"], "error": ["error-pwrite=EIO", "error-pwrite-rate=100%"]}.get(kind, [])
+    filters = [f"--filter={built_filter()}", *([f"--filter={kind}"] if kind else [])]
+    sock, pid = folder / "own", folder / "own.pid"
+    command = ["nbdkit", "-f", "-U", str(sock), "-P", str(pid), *filters, "memory", "64M", *below, *options]
+    with subprocess.Popen([*command, f"dirtmap-session={status.live}"], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not pid.exists():
+                assert process.poll() is None
+                time.sleep(0.01)
+            yield sock
+        finally:
+            process.terminate()
+            assert process.stderr is not None
+            (folder / "said").write_text(process.stderr.read())
+
+
+def test_a_write_that_fails_stays_marked_and_holds_nobody_up(disk: Path, tmp_path: Path) -> None:
+    with dm.open("node:drive0") as image, image.track() as tracker, nbdkit(image, tmp_path, "error") as sock:
+        with Client(sock) as client:
+            assert client.ask(WRITE, 5 * GRANULE, 1) == errno.EIO
+        tracker.checkpoint("c")
+        assert qemu.extents(tracker.bitmap("b0")) == [(5 * GRANULE, GRANULE)]
+
+
+def test_any_number_of_clients(disk: Path, tmp_path: Path) -> None:
+    """More writes are under way than there are slots, and more threads have written than there are."""
+    with (
+        dm.open("node:drive0") as image,
+        image.track() as tracker,
+        nbdkit(image, tmp_path, "delay") as sock,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(Client(sock)) for _ in range(40)]
+        for number, client in enumerate(clients):
+            for at in range(16):
+                client.send(WRITE, (number * 16 + at) * GRANULE, 1)
+        for client in clients:
+            client.drain()
+            assert not client.refused
+        assert tracker.bitmap("b0").count == 640 * GRANULE
+
+
+def test_nothing_is_written_that_cannot_be_marked(disk: Path, tmp_path: Path) -> None:
+    with served(tmp_path) as (serving, sock), Client(sock) as client:
+        assert client.ask(WRITE, 0, 512) == 0
+        before = disk.read_bytes()
+        assert serving.tracker is not None
+        serving.tracker.close()
+        assert [client.ask(command, 1 << 20, 512) for command in (WRITE, ZERO, TRIM)] == [errno.EIO] * 3
+        assert disk.read_bytes() == before
+    assert granules(mapped(NODE, "b0")) == {0}
+
+
+def test_a_full_tmpfs_is_an_error_before_the_write(disk: Path, tmp_path: Path) -> None:
+    volumes.require_root()
+    live = tmp_path / "live"
+    live.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", live], check=True)
+    try:
+        with dm.open("node:drive0") as image, image.track(live=live), nbdkit(image, tmp_path) as sock:
+            with contextlib.suppress(OSError), (live / "filler").open("wb") as filler:
+                while True:
+                    filler.write(bytes(4096))
+                    filler.flush()
+            with contextlib.ExitStack() as stack:  # each has threads of its own
+                clients = [stack.enter_context(Client(sock)) for _ in range(8)]
+                errors = [client.ask(WRITE, at * GRANULE, 1) for at, client in enumerate(clients)]
+            (live / "filler").unlink()
+            status = image.tracking()
+    finally:
+        subprocess.run(["umount", "--lazy", live], check=True)  # what is mapped is, until it is collected
+    assert set(errors) <= {0, errno.ENOSPC}  # slots come several to a page, and the first page may have memory
+    assert errno.ENOSPC in errors
+    assert granules(mapped(NODE, "b0")) == {at for at in range(8) if not errors[at]}
+    assert status is not None
+    assert f"session {status.live}: nothing was written: No space left" in (tmp_path / "said").read_text()
+
+
+def test_a_disk_of_another_size_is_refused(disk: Path, tmp_path: Path) -> None:
+    with (
+        dm.open("node:drive0") as image,
+        image.track(),
+        nbdkit(image, tmp_path, "offset", "range=32M") as sock,
+        pytest.raises((ConnectionRefusedError, ConnectionResetError)),
+    ):
+        Client(sock)
+    assert f"a disk of {SIZE} bytes is tracked, and this one has {SIZE // 2}" in (tmp_path / "said").read_text()
+
+
+def test_no_qemu_opens_a_disk_that_is_served(disk: Path, tmp_path: Path) -> None:
+    write = ["qemu-io", "-f", "raw", "-c", "write 0 512", str(disk)]
+    with served(tmp_path):
+        with pytest.raises(qemu.ToolError, match='Failed to get "write" lock'):
+            qemu.run(*write)
+        assert "tracked by" in error_of("serve", "drive0", "--unix", tmp_path / "other")
+    qemu.run(*write)
+
+
+def test_a_disk_that_qemu_has_open_is_not_served(disk: Path, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    qemu.run("qemu-nbd", "-f", "raw", "-k", str(tmp_path / "q"), "--fork", f"--pid-file={pid}", str(disk))
+    try:
+        assert "held by qemu-nbd" in error_of("serve", "drive0", "--run", "true", "--wait", "0")
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGTERM)
+    assert json_of("track", "status", "drive0")["tracked"] is False
+
+
+def test_its_tracker_is_asked(disk: Path, tmp_path: Path) -> None:
+    started = Started(tmp_path)
+    with Client(started.sock) as client:
+        dirtmap("checkpoint", "add", "drive0", "noon")
+        client.ask(WRITE, 0, 1)
+        dirtmap("checkpoint", "add", "drive0", "evening")
+        client.ask(WRITE, GRANULE, 1)
+        assert granules(mapped(NODE, "noon")) == {0}
+        dirtmap("track", "stop", "drive0")
+    assert started.wait() == 0
+    assert granules(mapped(NODE, "evening")) == {1}
+
+
+def test_a_device_on_a_block_device_over_tcp(tmp_path: Path) -> None:
+    """On loopback, and what is not needs TLS."""
+    (tmp_path / "content").write_bytes(bytes(SIZE))
+    with volumes.loops(), volumes.attached(tmp_path / "content") as path:
+        dirtmap("store", "create", tmp_path / "default.dmap")
+        dirtmap("node", "add", "root", path)
+        dirtmap("add", "root", "b0")
+        dirtmap("device", "add", "d", "--root", "root")
+        dirtmap("add", "d", "mine")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = f'qemu-io -f raw -c "write 0 1" "$uri" && test "$port" = {port}'
+        dirtmap("serve", "d", "--port", port, "--run", command)
+        assert [granules(mapped(Path(name), bitmap)) for name, bitmap in (("root", "b0"), ("d", "mine"))] == [{0}, {0}]
+        assert "needs TLS" in error_of("serve", "d", "--bind", "0.0.0.0", "--port", port)
+
+
+def test_tls(disk: Path, tmp_path: Path) -> None:
+    folder = certificates_in(tmp_path / "tls")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    secure = f'nbdinfo --size "$uri?tls-certificates={folder}"'
+    command = f"{secure} && ! nbdinfo --size nbd://127.0.0.1:{port} 2>/dev/null"
+    dirtmap("serve", "drive0", "--port", port, "--tls", folder, "--run", command)
+
+
+def test_qcow2_is_refused_with_the_reason(tmp_path: Path) -> None:
+    image = tmp_path / "q.qcow2"
+    qemu.create(image, SIZE)
+    what = f"{image}: a qcow2 image, whose bitmaps QEMU keeps by itself: qemu-nbd serves it"
+    assert error_of("serve", image, "--unix", tmp_path / "sock") == what
+
+
+def test_usage() -> None:
+    assert "Where to listen?" in error_of("serve", "drive0")
+    assert "is there already" in error_of("serve", "drive0", "--unix", "s", "--adopt")
+    assert "exclude each other" in error_of("serve", "drive0", "--unix", "s", "--port", "10809")
+    assert dirtmap("serve", "--filter-path").out == f"{built_filter()}\n"
+
+
+def test_nothing_to_adopt(disk: Path, tmp_path: Path) -> None:
+    assert "no nbdkit that can be seen here serves it" in error_of("serve", "drive0", "--adopt")
+    with served(tmp_path):
+        assert "there is nothing to adopt" in error_of("serve", "drive0", "--adopt")
+
+
+def test_read_only(disk: Path, tmp_path: Path) -> None:
+    command = f'qemu-io -r -f raw -c "read 0 512" "$uri" && ! qemu-io -f raw -c "write 0 512" {disk} 2>/dev/null'
+    dirtmap("serve", "drive0", "--read-only", "--run", f'{command} && ! qemu-io -f raw -c "write 0 1" "$uri" 2>&1')
+
+
+class Started:
+    """`dirtmap serve` in a process of its own."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.sock, pidfile = folder / "sock", folder / "pid"
+        pidfile.unlink(missing_ok=True)
+        where = [] if "--adopt" in arguments else ["--unix", str(self.sock)]
+        command = [COMMAND, "serve", "drive0", *where, "--pidfile", str(pidfile), *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.ready = self.process.stdout.readline()
+        while self.ready.startswith("{") and "}" not in self.ready:
+            self.ready += self.process.stdout.readline()
+        with dm.open("node:drive0") as image:
+            status = image.tracking()
+        assert status is not None
+        nbdkit = Nbdkit.find(status.live)
+        assert nbdkit is not None
+        self.nbdkit = nbdkit
+
+    def kill(self, *, tracker: bool, nbdkit: bool) -> None:
+        """Kills one or both, at once, and waits for their end."""
+        if tracker:
+            self.process.kill()
+        if nbdkit:
+            signal.pidfd_send_signal(self.nbdkit.fileno(), signal.SIGKILL)
+            assert self.nbdkit.has_ended(60)
+        if tracker:
+            self.process.wait()
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Asks it to end; returns its exit status."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        status = self.process.wait(60)
+        self.nbdkit.release()
+        return status
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly(disk: Path, tmp_path: Path, number: signal.Signals) -> None:
+    started = Started(tmp_path, "--output=json")
+    assert json.loads(started.ready)["uri"] == uri_of(started.sock)
+    assert int((tmp_path / "pid").read_text()) == started.process.pid
+    with Client(started.sock) as client:
+        assert client.ask(WRITE, 0, 1) == 0
+        assert started.end(number) == 0
+    assert not (tmp_path / "pid").exists()
+    assert not started.sock.exists()
+    status = json_of("track", "status", "drive0")
+    assert status["tracked"] is False
+    assert "live" not in status
+    assert granules(mapped(NODE, "b0")) == {0}
+
+
+def test_the_command_s_status(disk: Path) -> None:
+    assert dirtmap("serve", "drive0", "--run", 'test -S "$unixsocket" && exit 3', status=3).error == ""
+    assert "nbdkit: was killed by signal 9" in error_of("serve", "drive0", "--run", f"{_KILL}; sleep 0.3")
+
+
+_KILL = 'kill -9 $(pgrep -f "nbdkit.*$DIRTMAP_LIVE")'
+
+
+def kill_some(folder: Path, seed: int) -> None:
+    """Serves, writes, kills, recovers: what is dirty is all that was acknowledged, and nothing nobody asked for."""
+    chance = random.Random(seed)
+    dirtmap("clear", "drive0", "b0")
+    started = Started(folder)
+    clients = [write_until_it_ends(started.sock, SIZE, seed * 2 + number) for number in range(2)]
+    time.sleep(chance.random() * 0.3)
+    tracker, nbdkit, adopted = [(1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 1)][seed % 4]
+    started.kill(tracker=bool(tracker), nbdkit=bool(nbdkit))
+    if adopted:
+        other = Started(folder, "--adopt")
+    if not nbdkit:  # which goes on without it
+        before = len(clients[0][0].acknowledged)
+        while len(clients[0][0].acknowledged) < before + 20:
+            time.sleep(0.001)
+    if adopted:
+        assert other.end() == 0
+    elif not nbdkit:
+        started.kill(tracker=False, nbdkit=True)
+    for _, thread in clients:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert started.wait() == (-signal.SIGKILL if tracker else 1)
+    with dm.open("node:drive0") as image:
+        image.recover_session()
+        assert image.doubt() is None
+    found = granules(mapped(NODE, "b0"))
+    acknowledged = granules([each for client, _ in clients for each in client.acknowledged])
+    submitted = granules([each for client, _ in clients for each in client.submitted])
+    assert acknowledged - found == set()
+    assert found - submitted == set()
+    assert {error for client, _ in clients for _, _, error in client.refused} <= {errno.ESHUTDOWN}  # when it ends
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_lost_whoever_is_killed(disk: Path, tmp_path: Path, seed: int) -> None:
+    kill_some(tmp_path, seed)
+
+
+@pytest.mark.long
+def test_nothing_is_lost_in_many_deaths(disk: Path, tmp_path: Path) -> None:
+    for seed in range(500):
+        kill_some(tmp_path, seed)

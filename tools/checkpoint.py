@@ -1,0 +1,107 @@
+"""`dirtmap checkpoint`: points in time since which a tracker knows what was written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from dirtmap.fmt.errors import BitmapNotFoundError, printable
+from dirtmap.fmt.spelling import escaped
+from dirtmap.tools import options
+from dirtmap.tools.output import write_json
+from dirtmap.tools.sizes import human_size
+from dirtmap.tools.targets import address, transaction, usable
+
+if TYPE_CHECKING:
+    from dirtmap.engine import Bitmap, Handle, Host
+
+
+@click.group("checkpoint")
+def checkpoint_command() -> None:
+    """Begin, end and list checkpoints: what was written since each is known."""
+
+
+@options.command(
+    "add",
+    examples="""
+    dirtmap checkpoint add drive0 noon
+    dirtmap checkpoint add system data logs noon
+    """,
+)
+@click.argument("targets", metavar="TARGET...", type=options.TARGET, nargs=-1, required=True)
+@click.argument("name", type=options.NAME)
+@click.option("-g", "--granularity", type=options.SIZE, help="Bytes of the disk for each bit.  [default: 64K]")
+@options.changing
+def add_command(host: Host, targets: tuple[str, ...], name: str, granularity: int | None) -> None:
+    """Begin a checkpoint of each TARGET, at one instant.
+
+    Each has to be tracked, by "dirtmap serve" or another program, which is asked for it. Of several, no write is under
+    way at that instant; all of them get the checkpoint, or none.
+    """
+    host.checkpoint(targets, name, granularity)
+
+
+@options.command(
+    "remove",
+    examples="""
+    dirtmap checkpoint remove drive0 noon
+    """,
+)
+@options.target
+@click.argument("name", type=options.BITMAP)
+@options.changing
+def remove_command(host: Host, target: str, name: str) -> None:
+    """Remove a checkpoint.
+
+    The one before it takes over what was written since, so that nothing is lost. TARGET need not be tracked.
+    """
+    with transaction(host, target) as bitmaps:
+        if name not in bitmaps.checkpoints:
+            raise BitmapNotFoundError(f"{bitmaps.where}: '{printable(name)}'", "there is no such checkpoint")
+        del bitmaps[name]
+
+
+@options.command(
+    "list",
+    examples="""
+    dirtmap checkpoint list drive0
+    dirtmap checkpoint list --output=json drive0 | jq -r '.checkpoints[].name'
+    """,
+)
+@options.target
+@options.reporting
+def list_command(host: Host, target: str, quiet: bool, output: str) -> None:
+    """List the checkpoints of TARGET, oldest first, and how much was written since each.
+
+    "since" is in bytes, in whole granules. Where a program that knows nothing of checkpoints has taken one away, it is
+    not known any more: it is null then, and a backup has to be a full one.
+    """
+    with host.open(target, force_share=True) as image:
+        found = _since(image)
+    if quiet:
+        return
+    if output == "json":
+        shown = [{"name": escaped(name), "since": since} for name, since in found]
+        write_json({**address(host, target), "checkpoints": shown})
+        return
+    for name, since in found:
+        print(f"{printable(name)}: {'not known' if since is None else human_size(since)} written since")
+
+
+def _since(image: Handle) -> list[tuple[str, int | None]]:
+    """Each checkpoint, and how many bytes were written since; None where that is not known."""
+    info, found = image.info(), []
+    union: Bitmap | None = None
+    for name in reversed(info.checkpoints):
+        since = None
+        if name not in info.incomplete:
+            bitmap = usable(image.where, image, name)
+            union = bitmap if union is None else union | bitmap
+            since = union.count
+        found.append((name, since))
+    return found[::-1]
+
+
+for _command in (add_command, remove_command, list_command):
+    checkpoint_command.add_command(_command)
