@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import uuid
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,12 +68,12 @@ def run_measured(*args: object, program: str = _COMMAND, folder: Path | None = N
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **given}
     ) as started:
         assert started.stdout
-        tail = ""
-        while said := started.stdout.read(1 << 20):  # a map can be longer than memory
-            tail = (tail + said)[-(1 << 20) :]
+        tail: deque[str] = deque(maxlen=128)  # of MiB: a map can be longer than memory
+        while said := started.stdout.read(1 << 20):
+            tail.append(said)
         _, status, used = os.wait4(started.pid, 0)
         started.returncode = os.waitstatus_to_exitcode(status)
-    said, _, resident = tail.rpartition("resident ")
+    said, _, resident = "".join(tail).rpartition("resident ")
     return said, used.ru_utime + used.ru_stime, int(resident) >> 10
 
 
