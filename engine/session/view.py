@@ -14,7 +14,7 @@ How a change by others is seen depends on the image.
   last change (ctime, which nobody can put back).
     - The live files have the time at which the last write ended, by a clock that steps by a tick, up to 10 ms. If no
       write was in flight, a time of the file that is later by more than a tick means a write by others. So a write of
-      others within a tick of the last one of ours is not seen.
+      others within two ticks of the last one of ours is not seen.
     - If a write was in flight, or `mark` was used, which tells of no end, the last heartbeat counts, and half a second
       more. There are four a second, of the tracker, or of those who mark while there is none.
     - After a power loss only the heartbeats on disk are left. There is one a second while the image changes. The last

@@ -337,10 +337,12 @@ static inline int dm_map(dm_handle *h, uint64_t end, uint8_t **bits)
     int r = 0;
     pthread_mutex_lock(&h->mutex);
     if (end > h->window) {
-        uint64_t window = (end > (1ull << 30) / 8 ? end * 8 : 1ull << 30) & ~(uint64_t)0xffff;
+        /* Far more than there is, so that the file can grow without a map; as much as a process with a limit gets. */
+        uint64_t least = (end + 0xffff) & ~(uint64_t)0xffff, window = least * 8 > 1ull << 30 ? least * 8 : 1ull << 30;
         void *at = MAP_FAILED;
-        if (h->nmaps < sizeof h->maps / sizeof h->maps[0])
+        for (; h->nmaps < sizeof h->maps / sizeof h->maps[0] && at == MAP_FAILED && window >= least; window /= 2)
             at = mmap(NULL, window, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, h->bits_fd, 0);
+        window *= 2;
         if (at == MAP_FAILED)
             r = ENOMEM;
         else {
