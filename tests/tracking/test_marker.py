@@ -494,7 +494,7 @@ def test_nobody_else_gets_the_live_files_while_a_marker_lives(tmp_path: Path) ->
         session = session_of(record)
         assert session
         livefile.remove_session(folder, session.uuid)
-        assert sorted(os.listdir(folder)) == ["bits", "control", "markers"]
+        assert sorted(os.listdir(folder)) == ["bits", "control", "markers", "socket"]
         marker.kill()
         livefile.Folder(folder).close()
         livefile.remove_session(folder, session.uuid)
