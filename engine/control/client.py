@@ -15,15 +15,15 @@ class Conversation:
 
     Args:
         where: names the image in errors.
-        tracker: names the process.
+        said: who tracks the image, as errors say it.
         folder: of the live files.
 
     Raises:
         LockedError: it cannot be reached from here.
     """
 
-    def __init__(self, where: str, tracker: str, folder: str) -> None:
-        self.where, self.tracker = where, tracker
+    def __init__(self, where: str, said: str, folder: str) -> None:
+        self.where = where
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             with wire.place(folder) as path:
@@ -33,7 +33,7 @@ class Conversation:
         except OSError as error:
             self._socket.close()
             path = os.path.join(folder, wire.NAME)
-            what = f"tracked by {tracker}; it cannot be asked from here: {path}: {error.strerror or error}"
+            what = f"{said}; it cannot be asked from here: {path}: {error.strerror or error}"
             raise LockedError(where, what) from error
 
     def ask(self, act: str, **arguments: Any) -> Any:

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 _PAUSE_SECONDS: Final = 0.01
 
 
-def asked(image: Namespace) -> Conversation:
+def asked(image: Namespace, refused: LockedError | None = None) -> Conversation:
     """A conversation with the tracker of an image.
+
+    Args:
+        image: the image.
+        refused: what was said where it was tried to do without, which knows how the tracker can be told to have ended.
 
     Raises:
         LockedError: it cannot be reached from here, or has died while others mark.
@@ -30,7 +34,8 @@ def asked(image: Namespace) -> Conversation:
     status = image.tracking()
     if status is None or not status.alive:
         raise BitmapError(image.where, "is not tracked")
-    return Conversation(image.where, _named(image, status), status.live)
+    tracker = _named(image, status)
+    return Conversation(image.where, refused.what if refused else f"tracked by {tracker}", status.live)
 
 
 def _named(image: Namespace, status: Status) -> str:
@@ -98,7 +103,7 @@ def transaction(image: Namespace, refused: LockedError) -> Iterator[Transaction]
         image: the image.
         refused: raised for changes that no tracker makes.
     """
-    with asked(image) as talk:
+    with asked(image, refused) as talk:
         before = {name: image[name] for name in image}
         chain = image.info().checkpoints
         copies = {name: bitmap.copy() for name, bitmap in before.items()}
