@@ -20,6 +20,10 @@ crc32c_after: Callable[[int, bytes], int] = google_crc32c.extend
 
 def digest(data: bytes, size: int) -> bytes:
     """Returns the BLAKE2b digest of the data, of ``size`` bytes. Source: RFC 7693."""
-    import hashlib  # takes longer to import than most commands take to do their work, and few need a digest
+    # Where hashlib has it from. What hashlib imports beside it, OpenSSL, takes 3 ms, and many a command needs a digest.
+    try:
+        from _blake2 import blake2b
+    except ImportError:  # another Python keeps it elsewhere
+        from hashlib import blake2b
 
-    return hashlib.blake2b(data, digest_size=size).digest()
+    return blake2b(data, digest_size=size).digest()

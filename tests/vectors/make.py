@@ -661,7 +661,7 @@ class Killed:
         """What it leaves, by the names in a vector."""
         (folder,) = self._shm.glob("*/*")
         paths = {"store.dmap": self._store, "intent": Path(self.tracker._log.path)}
-        paths |= {f"live/{path.name}": path for path in folder.iterdir()}
+        paths |= {f"live/{path.name}": path for path in folder.iterdir() if path.is_file()}
         found = {name: bytearray(path.read_bytes()) for name, path in sorted(paths.items())}
         self.tracker.abandon()
         control = found["live/control"]
