@@ -3,7 +3,7 @@
     c path               what a container looked like when it was read        n name             namespaces of that name
     i number             a container's path                                   u uuid             namespaces of that UUID
     m number key         what that part of it contributed                     r uuid name        devices with that root
-    s uuid               the last commit seen of a store                      t number name      others a store knows
+    s uuid               the last commit seen of a store                      t number s|i name  others a store knows
     v                    version of all this, numbers given out               b holder bitmap    bitmaps of that address
     g number image name  nodes of a store that may be that image
                                                                               f bitmap holder    the same, by bitmap
@@ -47,6 +47,7 @@ TAGS = {
     FOUND: "bitmap by name",
     STATE: "state",
 }
+KNOWN_STORE, KNOWN_IMAGE = b"s", b"i"  # in the key of another container: there are few stores, and many images
 NO_AREA = bytes(AREA_SIZE)  # area pointer in the members of a container without a namespace table
 IMAGE_MARK_SIZE = NAMESPACE_VALUE.field("image").size  # bytes
 NAMED, UNNAMED = b"N", b"P"  # first byte of a holder: a node or device; an image without a name
@@ -62,7 +63,7 @@ _KEY_PARTS = {
     NAME: (0,),
     UUID: (16,),
     ROOT: (16, 0),
-    OTHERS: (8, 0),
+    OTHERS: (8, 1, 0),
     IMAGE: (8, 8, 0),
     BITMAP: (0, 0),
     FOUND: (0, 0),

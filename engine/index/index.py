@@ -36,6 +36,7 @@ from dirtmap.fmt.identity import FilePlace
 from dirtmap.fmt.index import (
     BITMAP,
     FOUND,
+    KNOWN_STORE,
     MEMBERS,
     NAME,
     OTHERS,
@@ -52,7 +53,6 @@ from dirtmap.fmt.index import (
     part,
 )
 from dirtmap.fmt.parsers.index import BITMAP_VALUE, SEEN_VALUE
-from dirtmap.fmt.store import KIND_CONTAINER
 
 _TOGETHER = 512  # readings per commit of the index
 # Bound here for `Index.bitmap`, the one look-up that must be fast.
@@ -230,8 +230,7 @@ class Index:
 
     def stores(self, container: int) -> list[str]:
         """The paths of the stores that a store remembers."""
-        others = self.others(container)
-        return [os.fsdecode(one.path) for one in others if one.kind == KIND_CONTAINER and any(one.uuid)]
+        return [os.fsdecode(one.path) for _, one in self._scan(OTHERS + number(container) + KNOWN_STORE)]
 
     def others(self, container: int) -> list[Member]:
         """What a store remembers of other containers: stores, and images, with a name or without."""

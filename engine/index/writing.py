@@ -13,6 +13,8 @@ from dirtmap.fmt.index import (
     BITMAP,
     CONTAINER,
     FOUND,
+    KNOWN_IMAGE,
+    KNOWN_STORE,
     MEMBERS,
     NAME,
     OTHERS,
@@ -169,7 +171,8 @@ def keys_of(container: int, member: Member) -> Iterator[bytes]:
     if any(member.uuid):
         yield UUID + member.uuid
     if member.kind in (store.KIND_PLACE, store.KIND_CONTAINER) and any(member.image):
-        yield OTHERS + number(container) + part(member.name)
+        is_store = member.kind == store.KIND_CONTAINER and any(member.uuid)
+        yield OTHERS + number(container) + (KNOWN_STORE if is_store else KNOWN_IMAGE) + part(member.name)
     if any(member.root_uuid):
         yield ROOT + member.root_uuid + part(member.name)
 
