@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from dirtmap.fmt.errors import Error
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], object], *numbers: int) -> Iterator[None]:
+    """Has signals handled until the end of the block, but for those that this process was told to ignore.
+
+    Args:
+        handler: called with the number of the signal.
+        numbers: of the signals.
+    """
+    import signal
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number, found in before.items():
+            if found is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, found in before.items():
+            signal.signal(number, found)
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
@@ -31,12 +57,8 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
         else:
             early.append(number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as under nohup
-                signal.signal(number, pass_on)
-        with subprocess.Popen(command, env=environment) as process:
+        with handled(pass_on, signal.SIGTERM, signal.SIGHUP), subprocess.Popen(command, env=environment) as process:
             begun.append(process)
             for told in early:
                 process.send_signal(told)
@@ -49,7 +71,4 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
         raise Error(command[0], "no such command") from None
     except OSError as error:
         raise Error(command[0], error.strerror or str(error)) from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return status if status >= 0 else 128 - status

@@ -22,7 +22,7 @@ from support.tls import certificates_in
 from support.tracking import GRANULE, make_node
 
 import dirtmap.engine as dm
-from dirtmap.tools.export.listener import Listener
+from dirtmap.tools.listening.listener import Listener
 from dirtmap.tools.serve.building import built_filter
 from dirtmap.tools.serve.nbdkit import Nbdkit
 from dirtmap.tools.serve.serving import Serving, serve
@@ -263,6 +263,7 @@ def test_usage() -> None:
     assert "Where to listen?" in error_of("serve", "drive0")
     assert "is there already" in error_of("serve", "drive0", "--unix", "s", "--adopt")
     assert "exclude each other" in error_of("serve", "drive0", "--unix", "s", "--port", "10809")
+    assert "--bind goes with --port" in error_of("serve", "drive0", "--unix", "s", "--bind", "127.0.0.2")
     assert dirtmap("serve", "--filter-path").out == f"{built_filter()}\n"
 
 

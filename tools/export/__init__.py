@@ -14,7 +14,7 @@ has nothing else, a *carrier*, and are served beside the disk itself:
 
 from __future__ import annotations
 
-from dirtmap.tools.export.listener import Listener
 from dirtmap.tools.export.serving import Export, Serving, export
+from dirtmap.tools.listening.listener import Listener
 
 __all__ = ["Export", "Listener", "Serving", "export"]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,11 +12,11 @@ import click
 
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
-from dirtmap.tools.export import Listener, export
-from dirtmap.tools.export.announcing import notify, pid_file
-from dirtmap.tools.export.listener import LOOPBACK
+from dirtmap.tools.export import export
+from dirtmap.tools.listening.announcing import notify, pid_file
+from dirtmap.tools.listening.options import environment, listener_of, listening, refuse_contradictions
 from dirtmap.tools.output import complain, write_json
-from dirtmap.tools.running import run
+from dirtmap.tools.running import handled, run
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -52,27 +50,7 @@ if TYPE_CHECKING:
     type=options.BITMAP,
     help="Serve what was written since CHECKPOINT, too, as bitmap since-CHECKPOINT.",
 )
-@click.option("--unix", metavar="SOCK", type=click.Path(), help="Listen on a Unix socket, for this user alone.")
-@click.option("--port", type=click.IntRange(1, 65535), help="Listen on a TCP port.")
-@click.option(
-    "--bind",
-    metavar="ADDRESS",
-    default=LOOPBACK,
-    show_default=True,
-    help="With --port, the IP address. One that other machines reach needs --tls.",
-)
-@click.option(
-    "--tls",
-    metavar="DIR",
-    type=click.Path(),
-    help="Demand TLS. DIR has ca-cert.pem, server-cert.pem and server-key.pem; clients need a certificate of that CA.",
-)
-@click.option(
-    "--run",
-    "command",
-    metavar="COMMAND",
-    help="Serve while a shell runs COMMAND, which has $uri, $unixsocket and $port.",
-)
+@listening
 @click.option(
     "--source",
     "sources",
@@ -82,7 +60,6 @@ if TYPE_CHECKING:
     help="Serve a frozen copy of the disk, such as a snapshot, in place of it; one for each TARGET, in their order.",
 )
 @click.option("--live", is_flag=True, help="Serve a disk that is being written: what is read is not of one instant.")
-@click.option("--pidfile", metavar="FILE", type=click.Path(), help="Write the process number to FILE once it is ready.")
 @options.reporting
 @click.pass_context
 def export_command(
@@ -115,19 +92,10 @@ def export_command(
     SIGTERM or SIGHUP end it, with exit status 0. With --run, the end of COMMAND does, whose exit status it has, and
     nothing is printed; without --unix and --port it listens on a Unix socket of its own then.
     """
-    if unix is not None and port is not None:
-        raise click.UsageError("--unix and --port exclude each other.")
-    if bind != LOOPBACK and port is None:
-        raise click.UsageError("--bind goes with --port.")
-    if unix is None and port is None and command is None:
-        raise click.UsageError("Where to listen? --unix, --port or --run says it.")
-    if command is not None and output == "json":
-        raise click.UsageError("--output=json goes not with --run: what is printed is COMMAND's.")
+    refuse_contradictions(unix, port, bind, command, output)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_Stop())
-        if unix is None and port is None:
-            unix = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtmap-")), "sock")
-        listener = Listener(unix if unix is None else os.path.abspath(unix), port, bind, tls)
+        listener = listener_of(stack, unix, port, bind, tls)
         status = 0
         with (
             export(host, targets, listener, bitmaps=bitmaps, since=since, sources=sources, live=live) as serving,
@@ -136,7 +104,7 @@ def export_command(
             _tell(serving, quiet=quiet)
             if command is not None:
                 notify("READY=1")
-                status = run(["/bin/sh", "-c", command], {**os.environ, **_variables(serving)})
+                status = run(["/bin/sh", "-c", command], environment(serving.uris))
                 if not status:
                     serving.require_running()
             else:
@@ -181,16 +149,6 @@ def _tell_ready(serving: Serving, output: str, *, quiet: bool) -> None:
     sys.stdout.flush()
 
 
-def _variables(serving: Serving) -> dict[str, str]:
-    """What a command finds in its environment. Source of the names: nbdkit-captive(1)."""
-    listener = serving.listener
-    return {
-        "uri": " ".join(serving.uris),
-        "unixsocket": listener.unix or "",
-        "port": "" if listener.port is None else str(listener.port),
-    }
-
-
 class _Stopped(BaseException):
     """A signal has asked this process to end."""
 
@@ -207,15 +165,12 @@ class _Stop:
         self._number: int | None = None
 
     def __enter__(self) -> _Stop:
-        self._before = {number: signal.getsignal(number) for number in self._SIGNALS}
-        for number, handler in self._before.items():
-            if handler is not signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self._stop)
+        self._handling = handled(self._stop, *self._SIGNALS)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
         if self._number is not None and isinstance(error[1], _Stopped):
             raise click.exceptions.Exit(128 + self._number)
 

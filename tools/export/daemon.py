@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dirtmap.engine import Disk
-    from dirtmap.tools.export.listener import Listener
+    from dirtmap.tools.listening.listener import Listener
 
 PROGRAM = "qemu-storage-daemon"
 # What it takes to serve, and the Debian package of each.

@@ -19,7 +19,7 @@ from dirtmap.tools.export.daemon import Daemon, require_programs, require_sizes
 
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap, Disk, Handle, Host, ImageInfo
-    from dirtmap.tools.export.listener import Listener
+    from dirtmap.tools.listening.listener import Listener
 
 _TOGETHER = 64 << 20  # bytes of bits that are in memory at a time, and go into a carrier with one commit; or one bitmap
 

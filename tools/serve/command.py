@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
-from urllib.parse import parse_qs, urlsplit
 
 import click
 
 from dirtmap.tools import options
-from dirtmap.tools.export.announcing import notify, pid_file
-from dirtmap.tools.export.listener import LOOPBACK, Listener
+from dirtmap.tools.listening.announcing import notify, pid_file
+from dirtmap.tools.listening.options import environment, listener_of, listening, refuse_contradictions
 from dirtmap.tools.output import complain, write_json
-from dirtmap.tools.running import run
+from dirtmap.tools.running import handled, run
 from dirtmap.tools.serve.building import built_filter
 from dirtmap.tools.serve.serving import adopt as take_over
 from dirtmap.tools.serve.serving import serve
@@ -46,30 +43,9 @@ def _print_filter(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 )
 @options.target
 @click.argument("arguments", metavar="[-- NBDKIT_ARGUMENT...]", nargs=-1, type=click.UNPROCESSED)
-@click.option("--unix", metavar="SOCK", type=click.Path(), help="Listen on a Unix socket, for this user alone.")
-@click.option("--port", type=click.IntRange(1, 65535), help="Listen on a TCP port.")
-@click.option(
-    "--bind",
-    metavar="ADDRESS",
-    default=LOOPBACK,
-    show_default=True,
-    help="With --port, the IP address. One that other machines reach needs --tls.",
-)
-@click.option(
-    "--tls",
-    metavar="DIR",
-    type=click.Path(),
-    help="Demand TLS. DIR has ca-cert.pem, server-cert.pem and server-key.pem; clients need a certificate of that CA.",
-)
+@listening
 @click.option("--adopt", is_flag=True, help='Take over what a killed "dirtmap serve" has left: its nbdkit goes on.')
 @click.option("--read-only", is_flag=True, help="Clients can only read. Nothing is tracked.")
-@click.option(
-    "--run",
-    "command",
-    metavar="COMMAND",
-    help="Serve while a shell runs COMMAND, which has $uri, $unixsocket and $port.",
-)
-@click.option("--pidfile", metavar="FILE", type=click.Path(), help="Write the process number to FILE once it is ready.")
 @click.option(
     "--filter-path",
     is_flag=True,
@@ -109,23 +85,16 @@ def serve_command(
     it, with exit status 0. With --run, the end of COMMAND does, whose exit status it has, and nothing is printed;
     without --unix and --port it listens on a Unix socket of its own then.
     """
-    if unix is not None and port is not None:
-        raise click.UsageError("--unix and --port exclude each other.")
+    refuse_contradictions(unix, port, bind, command, output, elsewhere=adopt)
     if adopt and (unix is not None or port is not None or tls is not None or read_only or arguments):
         raise click.UsageError("With --adopt the server is there already, as it was started.")
-    if unix is None and port is None and command is None and not adopt:
-        raise click.UsageError("Where to listen? --unix, --port or --run says it.")
-    if command is not None and output == "json":
-        raise click.UsageError("--output=json goes not with --run: what is printed is COMMAND's.")
     status = 0
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_Stop())
         if adopt:
             begun = take_over(host, target)
         else:
-            if unix is None and port is None:
-                unix = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtmap-")), "sock")
-            listener = Listener(unix if unix is None else os.path.abspath(unix), port, bind, tls)
+            listener = listener_of(stack, unix, port, bind, tls)
             begun = serve(host, target, listener, read_only=read_only, arguments=arguments)
         with begun as serving, stop.ends(serving), pid_file(pidfile):
             for note in serving.notes if not quiet else ():
@@ -134,7 +103,7 @@ def serve_command(
                 _tell_ready(target, serving, output, quiet=quiet)
             notify("READY=1")
             if command is not None:
-                status = run(["/bin/sh", "-c", command], {**os.environ, **_variables(serving.uri)})
+                status = run(["/bin/sh", "-c", command], environment([serving.uri]))
                 if not status:
                     serving.require_running()
             else:
@@ -154,13 +123,6 @@ def _tell_ready(target: str, serving: Serving, output: str, *, quiet: bool) -> N
     sys.stdout.flush()
 
 
-def _variables(uri: str) -> dict[str, str]:
-    """What a command finds in its environment. Source of the names: nbdkit-captive(1)."""
-    found = urlsplit(uri)
-    unix = parse_qs(found.query).get("socket", [""])[0]
-    return {"uri": uri, "unixsocket": unix, "port": "" if found.port is None else str(found.port)}
-
-
 class _Stop:
     """What a signal does that asks this process to end.
 
@@ -172,15 +134,12 @@ class _Stop:
         self._serving: Serving | None = None
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        for number, handler in self._before.items():
-            if handler is not signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self._ask)
+        self._handling = handled(self._ask, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
 
     @contextlib.contextmanager
     def ends(self, serving: Serving) -> Iterator[None]:

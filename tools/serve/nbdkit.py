@@ -19,7 +19,7 @@ from dirtmap.fmt.errors import Error, StorageError
 
 if TYPE_CHECKING:
     from dirtmap.engine import Disk
-    from dirtmap.tools.export.listener import Listener
+    from dirtmap.tools.listening.listener import Listener
 
 _PATIENCE_SECONDS: Final = 2.0
 _PAUSE_SECONDS: Final = 0.01
@@ -187,7 +187,7 @@ def _listening(listener: Listener) -> list[str]:
 
 def _listener_of(arguments: list[str]) -> Listener | None:
     """What `_listening` has made arguments of; None where somebody else has said it in another way."""
-    from dirtmap.tools.export.listener import LOOPBACK, Listener
+    from dirtmap.tools.listening.listener import LOOPBACK, Listener
 
     values = dict(itertools.pairwise(arguments))
     tls = next((value.partition("=")[2] for value in arguments if value.startswith("--tls-certificates=")), None)

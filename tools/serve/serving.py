@@ -16,7 +16,7 @@ from dirtmap.tools.serve.nbdkit import Nbdkit, Session
 
 if TYPE_CHECKING:
     from dirtmap.engine import Handle, Host, Tracker
-    from dirtmap.tools.export.listener import Listener
+    from dirtmap.tools.listening.listener import Listener
 
 _MOMENT_SECONDS: Final = 0.2
 
