@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from support.backups import back_up, qcow2_disk, raw_disk, same
+from support.backups import back_up, counted_acts, qcow2_disk, raw_disk, same
 from support.child import died_of
 from support.qemu import ToolError, qemu_io
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Repository, files, prune, restore, verify
+from dirtmap.tools.backup import Repository, prune, restore, verify
 
 NIGHTS = 30
 
@@ -59,17 +59,7 @@ class Night:
         at = self.chooser.randrange(25)
 
         def attempt() -> None:
-            act, acts = files._act, 0
-
-            def counted(what: str, path: str) -> object:
-                nonlocal acts
-                if acts == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                acts += 1
-                return act(what, path)
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(files, "_act", counted)
+            with counted_acts(at):
                 if work == "create":
                     back_up(self.repository, self.target)
                 else:

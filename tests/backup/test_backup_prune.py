@@ -10,24 +10,13 @@ from pathlib import Path
 
 import pytest
 from support.backup_damage import flip_data
-from support.backups import back_up, image_of, make_nights, qcow2_disk, raw_disk, same, write_raw
+from support.backups import back_up, counted_acts, image_of, qcow2_disk, raw_disk, same, write_raw
 from support.child import died_of
 from support.cli import dirtmap, error_of, json_of
 from support.qemu import bitmaps, info, qemu_img, qemu_io
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Repository, files, prune, restore, verify
-
-
-@pytest.fixture(scope="module")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
-    return make_nights(tmp_path_factory.mktemp("nights"))
-
-
-@pytest.fixture
-def nights(made_once: tuple[Path, list[bytes]], tmp_path: Path) -> tuple[Path, list[bytes]]:
-    repository, contents = made_once
-    return shutil.copytree(repository, tmp_path / "repo"), contents
+from dirtmap.tools.backup import Repository, prune, restore, verify
 
 
 def numbers(repository: Path) -> list[int]:
@@ -95,19 +84,9 @@ def test_damage_is_not_carried_on(nights: tuple[Path, list[bytes]]) -> None:
 
 def acts_of(repository: Path, at: int | None = None) -> int:
     """How many acts a pruning makes on the disk; it dies at that one."""
-    act, acts = files._act, 0
-
-    def counted(what: str, path: str) -> object:
-        nonlocal acts
-        if acts == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        acts += 1
-        return act(what, path)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_act", counted)
+    with counted_acts(at) as acts:
         prune(repository, 2)
-    return acts
+    return acts()
 
 
 @pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.long)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.backup_damage import DAMAGE
-from support.backups import SIZE, back_up, make_nights, qcow2_disk, raw_disk
+from support.backups import SIZE, back_up, qcow2_disk, raw_disk
 from support.cli import dirtmap, error_of, json_of
 from support.qemu import StorageDaemon, check, qemu_img, qemu_io, run
 from support.volumes import attached, loops, mounted
@@ -20,18 +19,6 @@ import dirtmap.engine as dm
 from dirtmap.tools.backup import Backup, Piece, Repository, images
 from dirtmap.tools.backup.chain import visible
 from dirtmap.tools.backup.daemon import Daemon
-
-
-@pytest.fixture(scope="module")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
-    return make_nights(tmp_path_factory.mktemp("nights"))
-
-
-@pytest.fixture
-def nights(made_once: tuple[Path, list[bytes]], tmp_path: Path) -> tuple[Path, list[bytes]]:
-    """A repository of the test's own, and what the disk had at each of its backups."""
-    repository, contents = made_once
-    return shutil.copytree(repository, tmp_path / "repo"), contents
 
 
 def test_every_night_is_restored(nights: tuple[Path, list[bytes]], tmp_path: Path) -> None:

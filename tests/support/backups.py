@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Backup, Repository, create
+from dirtmap.tools.backup import Backup, Repository, create, files
 from support.qemu import Map, check, merged, qemu_img, qemu_io
 from support.qemu import create as make_image
 
@@ -45,6 +49,27 @@ def write_raw(path: Path, writes: dict[int, bytes], name: str = "data") -> None:
                 file.seek(offset)
                 file.write(data)
                 file.flush()
+
+
+@contextlib.contextmanager
+def counted_acts(at: int | None = None) -> Iterator[Callable[[], int]]:
+    """Counts what a repository does to the disk until the end of the block; this process dies at that act.
+
+    Yields:
+        What says how many there were.
+    """
+    act, acts = files._act, 0
+
+    def counted(what: str, path: str) -> object:
+        nonlocal acts
+        if acts == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        acts += 1
+        return act(what, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_act", counted)
+        yield lambda: acts
 
 
 def back_up(repository: Path, *targets: str | Path) -> Backup:
