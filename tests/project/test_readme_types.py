@@ -1,13 +1,14 @@
-"""README's Python examples pass mypy as strictly as it can be, as a program would that embeds dirtmap."""
+"""The Python examples of README and docs/python.md pass mypy as strictly as it can be, as an embedding program does."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent.parent / "README.md"
+from support.examples import ROOT, program
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs/python.md"]
 
 # What an embedding program has besides: its disk, what it writes, and how it copies.
 PROGRAM = """
@@ -33,7 +34,7 @@ def checked(folder: Path, text: str) -> str:
     package.mkdir(exist_ok=True)
     for room in ("engine", "fmt"):
         if not (package / room).exists():
-            (package / room).symlink_to(README.parent / room)
+            (package / room).symlink_to(ROOT / room)
     (folder / "program.py").write_text(text)
     options = ["--strict", "--no-error-summary", "--config-file=", "--follow-imports=silent"]
     command = [sys.executable, "-m", "mypy", *options, "program.py"]
@@ -42,8 +43,8 @@ def checked(folder: Path, text: str) -> str:
 
 
 def test_examples_are_typed(tmp_path: Path) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
-    assert checked(tmp_path, PROGRAM + "".join(blocks)) == ""
+    examples = program("python", *DOCUMENTS)
+    assert examples.count("import dirtmap.engine as dm") == len(DOCUMENTS)
+    assert checked(tmp_path, PROGRAM + examples) == ""
     # It would have found something.
-    assert "error:" in checked(tmp_path, PROGRAM + "".join(blocks) + "\ndm.open(1)\n")
+    assert "error:" in checked(tmp_path, PROGRAM + examples + "\ndm.open(1)\n")
