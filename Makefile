@@ -75,7 +75,7 @@ lint: setup ## check style, types and who imports whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-demo: setup tools ## see dirtmap at work on a real qcow2 image
+demo: setup tools ## see dirtmap at work on a qcow2 image and a raw disk
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh demo.sh
 
 bench: setup tools ## measure, side by side with what there is today, and write BENCHMARKS.md

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What dirtmap does, on an image that QEMU makes and writes to: `make demo`. Everything lives in a folder that goes away
+# What dirtmap does, on images that QEMU makes and writes to: `make demo`. Everything lives in a folder that goes away
 # at the end; a step that does not turn out as told ends the demo with an error.
 set -eu
 
@@ -132,5 +132,25 @@ show dirtmap map --dirty data monday
 dirtmap map --dirty data monday >map
 [ "$(wc -l <map)" = 3 ] || { echo "demo: there should be three extents" >&2; exit 1; }
 show dirtmap check default.dmap
+
+say "A backup of both disks. From now on each begins with a bitmap of its own."
+show dirtmap backup create data system backups
+
+say "A machine writes to the raw disk, by way of dirtmap serve, which marks it; QEMU writes to the other one."
+show dirtmap serve data --run 'qemu-io -f raw -c "write -q -P 7 500M 64k" "$uri"'
+show qemu-io -f qcow2 -c 'write -q -P 9 100M 1M' disk.qcow2
+
+say "The next backup copies that, and no more; the folder holds qcow2 images that QEMU reads."
+show dirtmap backup create data system backups
+show dirtmap backup list backups
+dirtmap backup list --output=json backups >list.json
+[ "$(grep -c '"kind": "incremental"' list.json)" = 2 ] || { echo "demo: there should be two increments" >&2; exit 1; }
+
+say "Any of them can be had back, whole, and is what the disk was."
+show dirtmap backup restore backups data restored.raw
+show cmp data.raw restored.raw
+show dirtmap backup restore backups system restored.qcow2
+show qemu-img compare disk.qcow2 restored.qcow2
+show dirtmap backup verify backups
 
 say "Done."

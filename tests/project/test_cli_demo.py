@@ -25,4 +25,5 @@ def test_demo(tmp_path: Path) -> None:
     assert done.stdout.endswith("\nDone.\n")
     assert done.stdout.count("(no difference)") == 3
     assert "is inconsistent and cannot be used" in done.stdout
+    assert "Images are identical." in done.stdout
     assert list(tmp_path.iterdir()) == []
