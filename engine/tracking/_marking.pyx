@@ -7,6 +7,7 @@ is done by methods of the subclass; so a signal's handler can run there, and now
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.ref cimport PyObject
 from cpython.long cimport PyLong_CheckExact
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -17,6 +18,11 @@ from threading import get_ident
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object number, int *overflow) except? -1
     unsigned long PyThread_get_thread_ident() nogil
+    ctypedef struct PyTypeObject:
+        Py_ssize_t tp_vectorcall_offset
+        unsigned long tp_flags
+    unsigned long Py_TPFLAGS_HAVE_VECTORCALL
+    Py_ssize_t PyVectorcall_NARGS(size_t)
 
 cdef extern from "<fcntl.h>" nogil:
     int posix_fallocate(int fd, int64_t offset, int64_t length)
@@ -253,6 +259,7 @@ cdef class Marks:
         write.owner = self
         write.offset = number_of(offset)
         write.length = number_of(length)
+        write.called = <void *> write_called
         return write
 
     def mark_arrays(self, const int64_t[::1] offsets, const int64_t[::1] lengths):
@@ -537,7 +544,7 @@ cdef class Ticket:
 cdef class Step:
     """What a ``with`` block finds as ``__enter__`` and ``__exit__`` of a `Write`: the write itself, which it then calls.
 
-    Of methods it would make two bound ones for each block, which take as long as the marks of two writes.
+    Of methods it would make two bound ones for each block, which takes as long as a mark.
     """
 
     def __get__(self, write, kind):
@@ -557,6 +564,7 @@ cdef class Write:
     cdef dm_flight *flight
     cdef int64_t offset, length
     cdef bint begun
+    cdef void *called
 
     __enter__ = Step()
     __exit__ = Step()
@@ -569,12 +577,19 @@ cdef class Write:
         raise TypeError("a write cannot be copied")
 
     def __call__(self, *args):
-        cdef dm_flight *flight = self.flight
         if args:
-            if flight != NULL:
-                self.flight = NULL
-                dm_end(self.owner.handle, flight)
-            return
+            self.ends()
+        else:
+            self.begins()
+
+    cdef int ends(self) except -1:
+        cdef dm_flight *flight = self.flight
+        if flight != NULL:
+            self.flight = NULL
+            dm_end(self.owner.handle, flight)
+        return 0
+
+    cdef int begins(self) except -1:
         if self.owner is None:
             raise TypeError("made by the write method of a tracker or a marker only")
         if self.begun:
@@ -582,3 +597,19 @@ cdef class Write:
         self.begun = True
         self.owner.begins(&self.flight, self.offset, self.length)
         dm_note(&self.flight.thread, PyThread_get_thread_ident(), memory_order_relaxed)
+        return 0
+
+
+# A `Write` that is called gets its arguments without a tuple around them, by Python's vectorcall protocol, which Cython
+# knows of functions alone.
+cdef object write_called(Write write, PyObject **args, size_t count, PyObject *names):
+    if PyVectorcall_NARGS(count):
+        write.ends()
+    else:
+        write.begins()
+    return None
+
+
+cdef Write some = Write.__new__(Write)
+(<PyTypeObject *> Write).tp_vectorcall_offset = <char *> &some.called - <char *> <void *> some
+(<PyTypeObject *> Write).tp_flags |= Py_TPFLAGS_HAVE_VECTORCALL
