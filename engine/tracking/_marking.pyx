@@ -7,6 +7,7 @@ is done by methods of the subclass; so a signal's handler can run there, and now
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.ref cimport PyObject
 from cpython.long cimport PyLong_CheckExact
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -17,6 +18,11 @@ from threading import get_ident
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object number, int *overflow) except? -1
     unsigned long PyThread_get_thread_ident() nogil
+    ctypedef struct PyTypeObject:
+        Py_ssize_t tp_vectorcall_offset
+        unsigned long tp_flags
+    unsigned long Py_TPFLAGS_HAVE_VECTORCALL
+    Py_ssize_t PyVectorcall_NARGS(size_t)
 
 cdef extern from "<fcntl.h>" nogil:
     int posix_fallocate(int fd, int64_t offset, int64_t length)
@@ -98,6 +104,8 @@ cdef extern from "marking.h" nogil:
     int dm_open_gate(dm_handle *)
     uint64_t dm_load "atomic_load"(dm_word *)
     void dm_store "atomic_store"(dm_word *, uint64_t)
+    void dm_note "atomic_store_explicit"(dm_word *, uint64_t, int)
+    int memory_order_relaxed
     uint64_t dm_add "atomic_fetch_add"(dm_word *, uint64_t)
     int __builtin_popcountll(unsigned long long)
 
@@ -251,6 +259,7 @@ cdef class Marks:
         write.owner = self
         write.offset = number_of(offset)
         write.length = number_of(length)
+        write.called = <void *> write_called
         return write
 
     def mark_arrays(self, const int64_t[::1] offsets, const int64_t[::1] lengths):
@@ -532,6 +541,20 @@ cdef class Ticket:
 
 
 @cython.final
+cdef class Step:
+    """What a ``with`` block finds as ``__enter__`` and ``__exit__`` of a `Write`: the write itself, which it then calls.
+
+    Of methods it would make two bound ones for each block, which takes as long as a mark.
+    """
+
+    def __get__(self, write, kind):
+        return self if write is None else write
+
+    def __call__(self, write, *args):  # as `contextlib.ExitStack` does
+        return write(*args)
+
+
+@cython.final
 @cython.no_gc
 @cython.freelist(16)
 cdef class Write:
@@ -541,6 +564,10 @@ cdef class Write:
     cdef dm_flight *flight
     cdef int64_t offset, length
     cdef bint begun
+    cdef void *called
+
+    __enter__ = Step()
+    __exit__ = Step()
 
     def __dealloc__(self):
         if self.flight != NULL:
@@ -549,17 +576,40 @@ cdef class Write:
     def __reduce__(self):
         raise TypeError("a write cannot be copied")
 
-    def __enter__(self):
+    def __call__(self, *args):
+        if args:
+            self.ends()
+        else:
+            self.begins()
+
+    cdef int ends(self) except -1:
+        cdef dm_flight *flight = self.flight
+        if flight != NULL:
+            self.flight = NULL
+            dm_end(self.owner.handle, flight)
+        return 0
+
+    cdef int begins(self) except -1:
         if self.owner is None:
             raise TypeError("made by the write method of a tracker or a marker only")
         if self.begun:
             self.owner._fail(0, 0, 0)
         self.begun = True
         self.owner.begins(&self.flight, self.offset, self.length)
-        dm_store(&self.flight.thread, PyThread_get_thread_ident())
+        dm_note(&self.flight.thread, PyThread_get_thread_ident(), memory_order_relaxed)
+        return 0
 
-    def __exit__(self, kind, error, trace):
-        cdef dm_flight *flight = self.flight
-        if flight != NULL:
-            self.flight = NULL
-            dm_end(self.owner.handle, flight)
+
+# A `Write` that is called gets its arguments without a tuple around them, by Python's vectorcall protocol, which Cython
+# knows of functions alone.
+cdef object write_called(Write write, PyObject **args, size_t count, PyObject *names):
+    if PyVectorcall_NARGS(count):
+        write.ends()
+    else:
+        write.begins()
+    return None
+
+
+cdef Write some = Write.__new__(Write)
+(<PyTypeObject *> Write).tp_vectorcall_offset = <char *> &some.called - <char *> <void *> some
+(<PyTypeObject *> Write).tp_flags |= Py_TPFLAGS_HAVE_VECTORCALL

@@ -144,6 +144,8 @@ def test_from_c(against: Against, program: Path, tib: int, which: str) -> None:
         return {name: float(ns) * 1e-9 for name, ns in (line.rsplit(" ", 1) for line in done.stdout.splitlines())}
 
     peers = {"flat loop": Peer(lambda: None, 2.5 if tib == 15 else None, limit=True)}
+    if which == "begin and end":  # in a flat loop several cache misses are under way at once; a mark waits for its own
+        peers["locked ORs in turn"] = Peer(lambda: None)
     against.told(f"{which} from C, random, 4 KiB, {tib} TiB at 64 KiB", which, run, peers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -86,6 +87,23 @@ def test_a_range_outside_the_disk_is_refused_and_nothing_is_marked(
     with pytest.raises(ValueError, match=r"not inside a disk|2\*\*63"):
         tracker.mark_many([0] * 500 + [offset], [1] * 500 + [length])
     assert dirty(tracker.bitmap("b0")) == expected
+
+
+def test_a_write_lasts_as_long_as_its_block_whoever_enters_it(tracker: Tracker) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tracker.write(0, 1))
+        with contextlib.suppress(ValueError), tracker.write(GRANULE, 1):
+            assert tracker._kernel.in_flight == 2
+            raise ValueError
+        assert tracker._kernel.in_flight == 1
+    write = tracker.write(2 * GRANULE, 1)
+    assert tracker._kernel.in_flight == 0
+    with write:
+        assert tracker._kernel.in_flight == 1
+    with pytest.raises(dm.Error, match="begun once"), write:
+        pass
+    assert tracker._kernel.in_flight == 0
+    assert dirty(tracker.bitmap("b0")) == [0, 1, 2]
 
 
 def test_a_length_of_0_marks_nothing(tracker: Tracker) -> None:
