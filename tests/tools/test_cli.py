@@ -389,8 +389,16 @@ def test_a_command_imports_no_other(image: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [(), ("--dirty",), ("--totals",), ("--output=json",)])
-def test_a_map_takes_the_kernels_and_no_numpy(image: Path, how: tuple[str, ...]) -> None:
-    found = imported("map", *how, image, "b0")
+@pytest.mark.parametrize("where", ["image", "store"])
+def test_a_map_takes_the_kernels_and_no_numpy(image: Path, tmp_path: Path, where: str, how: tuple[str, ...]) -> None:
+    target: str | Path = image
+    if where == "store":
+        (tmp_path / "disk.raw").write_bytes(bytes(MIB))
+        dirtmap("node", "add", "drive0", tmp_path / "disk.raw")
+        dirtmap("add", "drive0", "b0")
+        dirtmap("mark", "drive0", "b0", "64K", "64K")
+        target = "drive0"
+    found = imported("map", *how, target, "b0")
     assert "dirtmap.engine.model._bits" in found
     assert found & SLOW == set()
 
