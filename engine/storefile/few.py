@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 _MOST = 1 << 9  # chunks, of 16 Mi bits as a rule; for more, a loop in Python takes longer than numpy to start
 
 
-def load(snapshot: Snapshot, tree: Tree) -> memoryview | None:
+def load(snapshot: Snapshot, tree: Tree, most: int = _MOST) -> memoryview | None:
     """The bits of a tree as words: uint64, ceil(nbits / 64) of them, tail bits zero.
+
+    Args:
+        snapshot: of the store.
+        tree: of the bitmap.
+        most: so many chunks are few.
 
     Returns:
         None if there are many, or if anything is damaged, or seems to be because the store has moved on.
     """
     shape = Shape(tree.nbits, snapshot.header.cluster_size)
-    if shape.chunks > _MOST:
+    if shape.chunks > most:
         return None
     cluster, unclaimed, read = shape.cluster, snapshot.unclaimed(tree.owner), 0
     octets = memory.zeros(geometry.ceil_div(tree.nbits, 64) * 8)
