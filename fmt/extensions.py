@@ -73,12 +73,11 @@ def parse_chain(data: bytes, start: int, limit: int) -> Chain:
     extensions: list[Extension] = []
     at = start
     while at < limit:
-        if at + EXTENSION_HEAD.size > limit:
+        body = at + HEAD_SIZE
+        if body > limit:
             what = f"an extension would begin at byte {at}, {limit - at} bytes before their end"
             return Chain(extensions, at, False, what)
-        head = EXTENSION_HEAD.parse(data, at)
-        kind, length = head.type, head.length
-        body = at + EXTENSION_HEAD.size
+        kind, length = EXTENSION_HEAD.unpack(data, at)
         if length > limit - body:  # QEMU checks that for an end marker, too
             return Chain(extensions, at, False, f"extension {kind:#010x} of {length} bytes ends past byte {limit}")
         if kind == END:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from itertools import cycle, islice
+from operator import add, sub
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
@@ -14,17 +15,12 @@ from dirtmap.tools.output import colourful
 from dirtmap.tools.targets import tell_damage, tell_doubt, usable
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from dirtmap.engine import Host
 
-    Positions = NDArray[np.int64]
-    Extents = Iterator[tuple[Positions, Positions]]
+    Ranges = Iterator[tuple[list[int], list[int]]]  # offsets and lengths of dirty extents, some at a time
 
 _DESCRIPTIONS = ("clean", "dirty")
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
-_BLOCK = 16384  # dirty extents that become text at a time
 
 
 @options.command(
@@ -73,18 +69,18 @@ def map_command(
         for row in draw(f"{image.path}: {bitmap}", found, colour=colourful()):
             print(row)
     elif totals:
-        _sum_up(found.size, sum(int(lengths.sum()) for _, lengths in found.extents_by_parts()), dirty_only, output)
+        _sum_up(found.size, sum(sum(lengths) for _, lengths in found.ranges()), dirty_only, output)
     elif output == "json":
         sys.stdout.write("[\n")
         separator = ",\n"
         skip = len(separator)
-        for text in _text(found.size, found.extents_by_parts(), dirty_only, separator + _JSON, _DESCRIPTIONS):
+        for text in _text(found.size, found.ranges(), dirty_only, separator + _JSON, _DESCRIPTIONS):
             sys.stdout.write(text[skip:])
             skip = 0
         sys.stdout.write("\n]\n")
     else:
         shown = ("clean", f"{_RED}dirty{_PLAIN}") if colourful() else _DESCRIPTIONS
-        for text in _text(found.size, found.extents_by_parts(), dirty_only, "%%10d  %%10d  %3d  %s\n", shown):
+        for text in _text(found.size, found.ranges(), dirty_only, "%%10d  %%10d  %3d  %s\n", shown):
             sys.stdout.write(text)
 
 
@@ -93,46 +89,44 @@ _JSON = '{ "offset": %%d, "length": %%d, "type": %d, "description": "%s"}'
 
 
 class _Run(NamedTuple):
-    """Extents in order. Their types alternate, beginning with ``first``, or are all of that type."""
+    """Extents in order. Their types alternate, beginning with ``first``, or are all of that type.
+
+    Offsets and lengths are in ``numbers`` in turn.
+    """
 
     first: int
     alternating: bool
-    offsets: Positions
-    lengths: Positions
+    numbers: list[int]
 
 
-def _text(size: int, extents: Extents, dirty_only: bool, line: str, descriptions: tuple[str, str]) -> Iterator[str]:
+def _text(size: int, ranges: Ranges, dirty_only: bool, line: str, descriptions: tuple[str, str]) -> Iterator[str]:
     """The extents as text, thousands of lines at a time, which takes a fifth of the time of one by one."""
-    import numpy as np
-
     lines = [line % (kind, description) for kind, description in enumerate(descriptions)]
-    for run in _dirty_runs(extents) if dirty_only else _runs(size, extents):
+    for run in _dirty_runs(ranges) if dirty_only else _runs(size, ranges):
         turns = (lines[run.first], lines[1 - run.first]) if run.alternating else (lines[run.first],)
-        template = "".join(islice(cycle(turns), len(run.offsets)))
-        yield template % tuple(np.stack((run.offsets, run.lengths), axis=1).ravel().tolist())
+        yield "".join(islice(cycle(turns), len(run.numbers) // 2)) % tuple(run.numbers)
 
 
-def _dirty_runs(extents: Extents) -> Iterator[_Run]:
-    for offsets, lengths in extents:
-        for start in range(0, len(offsets), _BLOCK):
-            yield _Run(1, False, offsets[start : start + _BLOCK], lengths[start : start + _BLOCK])
+def _dirty_runs(ranges: Ranges) -> Iterator[_Run]:
+    for offsets, lengths in ranges:
+        numbers = [0] * (2 * len(offsets))
+        numbers[::2], numbers[1::2] = offsets, lengths
+        yield _Run(1, False, numbers)
 
 
-def _runs(size: int, extents: Extents) -> Iterator[_Run]:
+def _runs(size: int, ranges: Ranges) -> Iterator[_Run]:
     """The extents of the whole disk: before each dirty extent the clean one, and at last the rest."""
-    import numpy as np
-
     done = 0
-    for part in _dirty_runs(extents):
-        edges = np.empty(2 * len(part.offsets) + 1, np.int64)
-        edges[0] = done
-        edges[1::2] = part.offsets
-        edges[2::2] = part.offsets + part.lengths
-        done = int(edges[-1])
-        first = int(edges[0] == edges[1])  # dirty from the very beginning of the disk
-        yield _Run(first, True, edges[first:-1], np.diff(edges[first:]))
+    for offsets, lengths in ranges:
+        begins = [done, *map(add, offsets, lengths)]  # of clean extents; that of the last one is not known yet
+        done = begins.pop()
+        numbers = [0] * (4 * len(offsets))
+        numbers[::4], numbers[1::4] = begins, map(sub, offsets, begins)
+        numbers[2::4], numbers[3::4] = offsets, lengths
+        dirty_first = int(not numbers[1])  # dirty from the very beginning of the disk
+        yield _Run(dirty_first, True, numbers[2 * dirty_first :])
     if done < size:
-        yield _Run(0, True, np.array([done], np.int64), np.array([size - done], np.int64))
+        yield _Run(0, True, [done, size - done])
 
 
 def _sum_up(size: int, dirty: int, dirty_only: bool, output: str) -> None:

@@ -19,7 +19,7 @@ from dirtmap.engine.host.kind import Address, Kind
 from dirtmap.engine.host.kinds import KINDS
 from dirtmap.engine.host.parts import Parts
 from dirtmap.engine.system.file import existing
-from dirtmap.engine.system.locks import PATIENCE_SECONDS, Locking
+from dirtmap.engine.system.locks import PATIENCE_SECONDS, USUAL, Locking
 from dirtmap.engine.system.log import logger
 from dirtmap.engine.system.probe import index_folder
 from dirtmap.fmt.errors import (
@@ -79,7 +79,8 @@ class Host:
         trust: bool = False,
     ) -> None:
         # The engine's own: what is behind a host is asked for by the rooms beside this one.
-        self._parts = Parts(store, index, kinds, Locking(_seconds(wait), lock), trust=trust)
+        usual = wait == PATIENCE_SECONDS and lock
+        self._parts = Parts(store, index, kinds, USUAL if usual else Locking(_seconds(wait), lock), trust=trust)
 
     @property
     def store(self) -> str:
@@ -199,8 +200,10 @@ class Host:
         Arguments and errors as `open`.
         """
         address = self.locate(target)
-        with self._parts.probed(address.path) as (file, kind):
-            return (kind or self._parts.kinds[0]).describe(self._parts, address, file, force_share=force_share)
+        parts = self._parts
+        with parts.open_file(address.path) as file:
+            kind = parts.kind_in(file) or parts.kinds[0]
+            return kind.describe(parts, address, file, force_share=force_share)
 
     @contextlib.contextmanager
     def offline(self, disk: Disk) -> Iterator[None]:

@@ -112,7 +112,7 @@ class Qcow2Kind(Kind):
         """
         from dirtmap.engine.qcow2.reading import describe
 
-        with contextlib.suppress(LockedError):
+        try:
             info, tracked = describe(file, force_share=force_share, locking=host.locking)
             if info.node is None or info.uuid is None:
                 return info
@@ -125,6 +125,8 @@ class Qcow2Kind(Kind):
             if not tracked and not place.is_checked_out(address.path):
                 place.refuse_moved(address.path)
                 return remembered(info, place)
+        except LockedError:
+            pass  # perhaps by its tracker
         return super().describe(host, address, file, force_share=force_share)
 
     def recover(self, host: KindPort, address: Address, names: Iterable[str]) -> list[Recovery]:

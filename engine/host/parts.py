@@ -10,7 +10,6 @@ import contextlib
 import os
 import threading
 import uuid as uuids
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.host.defaults import default_index, default_store
@@ -60,10 +59,11 @@ class Parts:
     ) -> None:
         self.kinds, self.locking, self.trust = kinds, locking, trust
         chosen = None if index is None else existing(os.fspath(index))
-        self.chosen = store is not None or bool(os.environ.get("DIRTMAP_STORE"))
-        self.store = default_store(chosen) if store is None else existing(os.fspath(store))
+        said = os.environ.get("DIRTMAP_STORE") if store is None else existing(os.fspath(store))
         # Absolute: the process may change its folder before they are needed.
         self.index = os.path.abspath(default_index(chosen))
+        self.chosen = bool(said)
+        self.store = said or default_store(chosen)
         self.home = os.path.abspath(self.store)
         self.normal = self.home if store is None else os.path.abspath(default_store(self.index))
         self._made: tuple[Stores, Resolver, Registry] | None = None
@@ -130,21 +130,21 @@ class Parts:
         if self._made is not None:
             self._made[0].close()
 
-    @contextlib.contextmanager
-    def probed(self, path: str) -> Iterator[tuple[File, Kind | None]]:
-        """The file at a path, open, and the kind of container that it is; None where it is none.
+    def open_file(self, path: str) -> File:
+        """Opens the file at a path. Errors as `dirtmap.engine.system.file.open_file`."""
+        return open_file(path, abspath=self.home if path == self.store else None)  # the folder may be another by now
 
-        Raises:
-            StorageError: it cannot be opened or read.
-        """
-        where = self.home if path == self.store else None  # the process may have changed its folder
-        with open_file(path, abspath=where) as file:
-            yield file, next((kind for kind in self.kinds if kind.probe(file)), None)
+    def kind_in(self, file: File) -> Kind | None:
+        """The kind of container that a file is; None where it is none. Errors as `File.read`."""
+        for kind in self.kinds:
+            if kind.probe(file):
+                return kind
+        return None
 
     def kind_of(self, path: str) -> Kind | None:
-        """The kind of the container at a path; None where it is none. Errors as `probed`."""
-        with self.probed(path) as (_, kind):
-            return kind
+        """The kind of the container at a path; None where it is none. Errors as `open_file` and `kind_in`."""
+        with self.open_file(path) as file:
+            return self.kind_in(file)
 
     def opened(self, path: str | None = None) -> contextlib.AbstractContextManager[Store]:
         """See `HostPort`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final, Protocol, SupportsIndex, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, SupportsIndex, final
 
 from dirtmap.engine.model.later import later
 from dirtmap.fmt import geometry
@@ -36,6 +36,7 @@ _SEVERAL: Final = 1 << 20
 # Changes in place, and one part in so many of the pages, after which it takes less time to load all bits.
 _MANY: Final = 1 << 12
 _SHARE: Final = 8
+_SOME: Final = 1 << 14  # runs that become numbers at a time
 # "May be in use": only the container's lock tells whether the writer is alive, and it is not looked at here.
 INCONSISTENT: Final = "inconsistent: in use by a writer, or left so by one that died; then recover or remove it"
 
@@ -195,6 +196,10 @@ class Bitmap:
         bitmap.inconsistent, bitmap._source = inconsistent, source
         return bitmap
 
+    def _take(self, words: memoryview) -> None:
+        """Makes these words the content; see `content.Packed`."""
+        self._content, self._source = content.Packed(self._nbits, words.toreadonly()), None
+
     # Content as a whole.
 
     @property
@@ -237,6 +242,21 @@ class Bitmap:
             yield self.extents()
         else:
             yield from content.extents(self._parts(lasting=True), self.size, self.granularity)
+
+    def ranges(self) -> Iterator[tuple[list[int], list[int]]]:
+        """The same as `extents`, as plain numbers, some thousands at a time; of a small bitmap without numpy."""
+        if (fill := self._uniform()) is not None:
+            if fill and self.size:
+                yield [0], [self.size]
+            return
+        parts: Iterable[tuple[Any, Any]]
+        if isinstance(self._content, content.Packed) and not self.inconsistent:
+            parts = bits.runs_of(self._content.memory, self.size, self.granularity)
+        else:
+            parts = self.extents_by_parts()
+        for offsets, lengths in parts:
+            for at in range(0, len(offsets), _SOME):
+                yield offsets[at : at + _SOME].tolist(), lengths[at : at + _SOME].tolist()
 
     # Changes in place.
 
@@ -478,6 +498,8 @@ class Bitmap:
         if self.inconsistent or self._words is not None:
             return None
         there = self._content
+        if isinstance(there, content.Packed):
+            return None
         if not self._is_large:
             acts = there.acts if isinstance(there, content.Changed) else 0
             pages = geometry.ceil_div(self._nbits, content.PAGE)

@@ -31,7 +31,7 @@ No function is safe while another thread writes to the same words: its result ma
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dirtmap.engine.model import _bits
@@ -57,6 +57,8 @@ ALL: Final = 2**64 - 1
 # Bytes of results that are worth a second thread. More than the work it is the memory that takes time: the system has
 # to find and clear every page of it.
 LARGE: Final = 1 << 25
+# Words whose runs are found at a time where not all are wanted at once: with those, they stay in the cache.
+STEP: Final = 1 << 15
 # How `combine` combines.
 OR: Final = _bits.OR
 AND: Final = _bits.AND
@@ -206,6 +208,31 @@ def extents(words: Words, size: int, unit: int = 1) -> tuple[Positions, Position
         # `unit`, which may be past `size`, even past 2**63.
         lengths[-1] = size - int(starts[-1])
     return starts, lengths
+
+
+def runs_of(words: memoryview, size: int, unit: int) -> Iterator[tuple[memoryview, memoryview]]:
+    """The same as `extents` of words that are no array, some at a time and without numpy; int64."""
+    begin = 0
+    while begin < len(words):
+        end = _without_run(words, begin + STEP)
+        found = _bits.runs(words, begin, end)
+        if found:
+            starts, lengths = (memoryview(bytearray(found * 8)).cast("q") for _ in range(2))
+            _bits.extents(words, begin, end, unit, starts, lengths, 0, found)
+            last, in_last = divmod(-(-size // unit) - 1, 64)
+            if end > last and words[last] >> in_last & 1:
+                lengths[-1] = size - starts[-1]  # see `extents`
+            yield starts, lengths
+        begin = end
+
+
+def _without_run(words: memoryview, begin: int) -> int:
+    """A word, not before ``begin``, at whose begin no run is open; or the end."""
+    for first in range(begin, len(words), STEP):
+        for at in range(first, min(first + 1024, len(words))):
+            if not words[at - 1] >> 63:
+                return at
+    return len(words)
 
 
 def _between_runs(words: Words) -> int:

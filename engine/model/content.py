@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from dirtmap.engine.model import bits
 from dirtmap.engine.model.later import later
@@ -76,7 +76,7 @@ def blocks(content: Content) -> Iterator[tuple[int, int, Part]]:
 
 def load(content: Content) -> bits.Words:
     """All bits at once: new words, or those of a `Whole`."""
-    if isinstance(content, Whole):
+    if isinstance(content, (Whole, Packed)):
         return content.words
     words = bits.zeros(content.nbits)
     for first, end, part in blocks(content):
@@ -166,6 +166,34 @@ class Whole:
     def count(self) -> int:
         """See `Counted`."""
         return bits.count(self.words)
+
+
+class Packed:
+    """Bits that are in memory, where nobody has asked for them as an array yet: without numpy.
+
+    Args:
+        nbits: how many there are.
+        memory: uint64, ceil(nbits / 64) of them, tail bits zero; nobody changes them any more.
+    """
+
+    def __init__(self, nbits: int, memory: memoryview) -> None:
+        self.nbits, self.memory = nbits, memory
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Whole, (self.nbits, self.words.copy())  # there is no copy of memory itself
+
+    @property
+    def words(self) -> bits.Words:
+        """The same memory as an array; if it was to be written to, it still is."""
+        return np.frombuffer(self.memory, bits.WORD) if self.nbits else bits.zeros(0)
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        return self.words[first // 64 : -(-end // 64)]
+
+    def count(self) -> int:
+        """See `Counted`."""
+        return bits.count(self.memory)
 
 
 class Combined:

@@ -18,6 +18,7 @@ from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.directory import header_doubts, load_saved, place_bitmap, read_entries, replace_directory
 from dirtmap.engine.storefile.entries import tree_of, with_root
+from dirtmap.engine.storefile.few import load as load_few
 from dirtmap.engine.storefile.file import Change, Snapshot
 from dirtmap.engine.storefile.session import session_of
 from dirtmap.engine.system.log import logger
@@ -287,6 +288,8 @@ class Condition:
                 bitmap = self._lazy(entry, source)
                 _ = bitmap.count  # which verifies all of them
                 bitmap.damage = source.damage
+            elif self.view is None and (few := load_few(self.snapshot, tree_of(self.record, entry))) is not None:
+                bitmap._take(few)
             else:
                 _ = bitmap.words
         return bitmap.freeze()

@@ -233,5 +233,6 @@ def _mark_regions(bitmap: Bitmap, now: Condition) -> None:
 
 def bitmap_of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
     """A bitmap of an image, its bits read. Errors as `load`."""
-    words = load(file, layout, slot)
-    return Bitmap.from_words(layout.header.size, slot.entry.granularity, words, slot.entry.auto)
+    bitmap = Bitmap(layout.header.size, slot.entry.granularity, slot.entry.auto)
+    bitmap._take(load(file, layout, slot))
+    return bitmap

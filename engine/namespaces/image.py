@@ -48,14 +48,25 @@ class _Source:
         return None
 
     def load(self) -> NDArray[np.uint64]:
+        from dirtmap.engine.model.content import Packed
+
+        return Packed(self.nbits, self.read()).words
+
+    def read(self) -> memoryview:
+        """The same as `load`, without numpy."""
         if self.file.fd < 0:
             raise Error(self.layout.path, "the transaction has ended")
         return load(self.file, self.layout, self.slot)
 
+    @property
+    def nbits(self) -> int:
+        """How many bits there are."""
+        return geometry.granules(self.layout.header.size, self.slot.entry.granularity)
+
     def open(self) -> Content:
         from dirtmap.engine.model.content import Whole
 
-        return Whole(geometry.granules(self.layout.header.size, self.slot.entry.granularity), self.load())
+        return Whole(self.nbits, self.load())
 
 
 class Image(Namespace):
@@ -135,7 +146,7 @@ class Image(Namespace):
                     bitmap = _lazy(self._file, layout, slot)
                     bitmap.busy = decode_name(name) in self.place.held()
                     if not bitmap.inconsistent:
-                        _ = bitmap.words  # loads the bits now, while nothing can change them
+                        bitmap._take(load(self._file, layout, slot))  # now, while nothing can change them
                     return bitmap.freeze()
             return None
 

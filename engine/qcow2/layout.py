@@ -208,13 +208,13 @@ class Layout:
     @property
     def cluster_size(self) -> int:
         """In bytes."""
-        return self.header.cluster_size
+        return 1 << self.header.v2.cluster_bits
 
     def structures(self) -> Iterator[Region]:
         """The structures that the header leads to, except refcount blocks, guest data and bitmaps."""
-        v2 = self.header.v2
-        yield Region(0, self.cluster_size, "the header", "header")
-        length = v2.refcount_table_clusters * self.cluster_size
+        v2, cluster = self.header.v2, self.cluster_size
+        yield Region(0, cluster, "the header", "header")
+        length = v2.refcount_table_clusters * cluster
         yield Region(v2.refcount_table_offset, length, "the refcount table", "header.refcount_table_offset")
         length = v2.l1_size * qcow2.TABLE_ENTRY_SIZE
         yield Region(v2.l1_table_offset, length, "the L1 table", "header.l1_table_offset")
@@ -244,14 +244,19 @@ class Layout:
         yield from self.structures()
         # Leaves out a snapshot's L1 table that ends past the end of the file: the walk finds that; readers need not.
         yield from (region for region in self.snapshot_tables() if region.offset + region.length <= self.file_size)
+        yield from self.bitmap_regions()
+
+    def bitmap_regions(self) -> Iterator[Region]:
+        """What the bitmaps have: their directory, their tables and their data."""
         if self.pointer:
             where = "bitmaps extension.directory_offset"
             pointer = self.pointer
             yield Region(pointer.directory_offset, pointer.directory_size, "the bitmap directory", where)
+        cluster = self.cluster_size
         for index, slot in enumerate(self.slots):
             if slot.table is not None:
                 yield Region(slot.entry.table_offset, len(slot.table), "the table", "bitmap", index)
-                for offset, length in slot.runs(self.cluster_size):
+                for offset, length in slot.runs(cluster):
                     yield Region(offset, length, "the data", "bitmap", index)
 
 
@@ -269,7 +274,7 @@ def read_head(file: File) -> Layout:
     least = qcow2.MORE_OFFSET if layout.header.v2.version == 3 else HEADER_V2.size
     if len(head) < least and head.startswith(qcow2.MAGIC):
         layout.faults.insert(0, Fault("header", f"the file ends after {file_size} bytes, inside the header"))
-    if not _UNREADABLE.isdisjoint(fault.field for fault in layout.faults):
+    if layout.faults and not _UNREADABLE.isdisjoint(fault.field for fault in layout.faults):
         return layout
     limit = layout.header.chain_limit
     chain = parse_chain(head, layout.header.length, min(limit, len(head)))
@@ -297,13 +302,14 @@ def read_layout(file: File, *, void: bool = False) -> Layout:
     if chain is None or chain.fault:
         return layout
     _read_snapshots(file, layout)
-    for region in layout.structures():
-        if region.offset + region.length > file_size and region.field != "header":
-            end = region.offset + region.length
+    structures = list(layout.structures())
+    for region in structures:
+        end = region.offset + region.length
+        if end > file_size and region.field != "header":
             what = f"{region.what} ends at {end:#x}, past the end of the file ({file_size:#x})"
             layout.faults.append(Fault(region.field, what))
     _read_extensions(file, layout, chain, void=void)
-    _find_overlaps(layout)
+    _find_overlaps(layout, structures)
     return layout
 
 
@@ -353,7 +359,8 @@ def _read_extensions(file: File, layout: Layout, chain: Chain, *, void: bool) ->
         if extension.type == qcow2.EXTENSION_CRYPTO:
             crypto = CRYPTO_EXTENSION.parse(extension.data)
             faults += qcow2.luks_faults(file.read(crypto.offset, len(qcow2.LUKS_MAGIC + qcow2.LUKS_VERSION)))
-    layout.faults += [Fault(*fault) for fault in faults]
+    if faults:
+        layout.faults += [Fault(*fault) for fault in faults]
     valid = bool(layout.header.autoclear & qcow2.AUTOCLEAR_BITMAPS)
     if layout.extension is None:
         if valid:
@@ -366,7 +373,8 @@ def _read_extensions(file: File, layout: Layout, chain: Chain, *, void: bool) ->
         layout.add_faults([fault for fault in faults if fault[0] == "length"], "bitmaps extension")
         return
     layout.valid = valid
-    layout.add_faults(faults, "bitmaps extension")
+    if faults:
+        layout.add_faults(faults, "bitmaps extension")
     _read_directory(file, layout, {name for name, _ in faults})
 
 
@@ -392,7 +400,7 @@ def _read_directory(file: File, layout: Layout, bad: set[str]) -> None:
             faults.append(("name", f"entries {names[entry.name]} and {index} share it"))
         if faults:
             layout.add_faults(faults, bitmap_label(entry.name), index)
-        if not any(name.startswith("table") or name == "granularity_bits" for name, _ in faults):
+        if not faults or not any(name.startswith("table") or name == "granularity_bits" for name, _ in faults):
             left -= entry.table_size
             if left >= 0:
                 _read_table(file, layout, slot, index)
@@ -484,14 +492,16 @@ def _read_table(file: File, layout: Layout, slot: Slot, index: int) -> None:
         layout.add_faults([fault], bitmap_label(entry.name), index)
 
 
-def _find_overlaps(layout: Layout) -> None:
+def _find_overlaps(layout: Layout, structures: list[Region]) -> None:
     """Adds faults for structures that share a cluster: freeing or rewriting one would destroy the other."""
     cluster = layout.cluster_size
     end = layout.file_size
-    # Also tables that go on past the end: QEMU does not write over what a snapshot's L1 table claims.
-    cut = (r._replace(length=end - r.offset) for r in layout.snapshot_tables() if r.offset < end < r.offset + r.length)
-    found = (region for region in itertools.chain(layout.regions(), cut) if region.length)
-    regions = list(itertools.islice(found, _MOST_REGIONS + 1))
+    regions = [region for region in structures if region.length]
+    if layout.snapshots:
+        # Also tables that go on past the end: QEMU does not write over what a snapshot's L1 table claims.
+        tables = (region for region in layout.snapshot_tables() if region.length and region.offset < end)
+        regions += (table._replace(length=min(table.length, end - table.offset)) for table in tables)
+    regions += itertools.islice(layout.bitmap_regions(), _MOST_REGIONS + 1 - len(regions))
     if len(regions) > _MOST_REGIONS:
         what = f"their tables and bits lie in more than {_MOST_REGIONS} pieces"
         layout.faults.append(Fault("tables of all bitmaps", what))

@@ -5,22 +5,17 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.qcow2.datafile import misfit
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout, void_bitmaps
-from dirtmap.engine.system import locks
+from dirtmap.engine.system import locks, memory
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import directory, geometry, qcow2
 from dirtmap.fmt.errors import FormatError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 
 T = TypeVar("T")
 
@@ -142,22 +137,19 @@ def count_dirty(file: File, layout: Layout, slot: Slot) -> int:
     return count
 
 
-def load(file: File, layout: Layout, slot: Slot) -> NDArray[np.uint64]:
-    """A bitmap's bits as words: uint64, shape (ceil(granules / 64),), tail bits zero.
+def load(file: File, layout: Layout, slot: Slot) -> memoryview:
+    """A bitmap's bits as words: ceil(granules / 64) of them, each a uint64, in memory of their own; tail bits zero.
+
+    They are no numpy array, so that a command that needs no more than a few of its loops starts without it.
 
     table      |  0  |  A  | A+1 | A+2 |  1  |  B  |
     buffer     | 00  |   one read      | ff  | read|      neighbouring clusters are read together
     """
-    import numpy as np
-
-    from dirtmap.engine.model import bits
-
     cluster = layout.cluster_size
     nbits = geometry.granules(layout.header.size, slot.entry.granularity)
     size = geometry.ceil_div(nbits, 8)
-    words = np.zeros(geometry.ceil_div(nbits, 64), "<u8")
-    octets = words.view(np.uint8)
-    buffer = octets.data[:size]
+    octets = memory.zeros(geometry.ceil_div(nbits, 64) * 8)
+    buffer = octets[:size]
     run: tuple[int, int, int] | None = None  # from byte, to byte of the buffer; offset in the file
 
     def read_run() -> None:
@@ -167,14 +159,16 @@ def load(file: File, layout: Layout, slot: Slot) -> NDArray[np.uint64]:
     for index, raw in enumerate(directory.parse_table(slot.table or b"")):
         first, last = index * cluster, min((index + 1) * cluster, size)
         if raw == directory.TABLE_ALL_ONES:
-            octets[first:last] = 0xFF
+            buffer[first:last] = bytes((0xFF,)) * (last - first)
         elif raw and run and run[1] == first and run[2] + run[1] - run[0] == raw:
             run = (run[0], last, run[2])
         elif raw:
             read_run()
             run = (first, last, raw)
     read_run()
-    bits.mask_tail(words, nbits)
+    words = octets.cast("Q")
+    if nbits % 64:
+        words[-1] &= (1 << nbits % 64) - 1
     return words
 
 

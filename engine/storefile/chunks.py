@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dirtmap.engine.model import bits
 from dirtmap.engine.model.content import PAGE, Changed, Combined, Content, Whole
-from dirtmap.engine.storefile.entries import Tree
+from dirtmap.engine.storefile.entries import Shape, Tree
 from dirtmap.engine.system import memory
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.digest import crc32c
@@ -54,40 +54,6 @@ class Damage(NamedTuple):
     first: int
     end: int
     place: int
-
-
-class Shape:
-    """The measures of a tree.
-
-    Attributes:
-        cluster: bytes of a chunk or a node.
-        bits: in a chunk.
-        fan: pointers in a node.
-        nbits: in all.
-        chunks: in all.
-        top: the level of the root.
-    """
-
-    def __init__(self, nbits: int, cluster: int) -> None:
-        self.nbits, self.cluster, self.bits, self.fan = nbits, cluster, cluster * 8, store.fan_out(cluster)
-        self.chunks = geometry.ceil_div(nbits, self.bits)
-        self.top = store.root_level(self.chunks, cluster)
-
-    def below(self, level: int) -> int:
-        """How many chunks a whole tree of that level has."""
-        return int(self.fan**level)
-
-    def number(self, level: int) -> int:
-        """How many nodes, or chunks, that level has."""
-        return geometry.ceil_div(self.chunks, self.below(level))
-
-    def children(self, level: int, index: int) -> int:
-        """How many pointers of a node mean something; those behind them are zero."""
-        return min(self.fan, self.number(level - 1) - index * self.fan)
-
-    def dirty_bits(self, first: int, end: int) -> int:
-        """How many bits chunks from ``first`` up to ``end`` have."""
-        return min(end * self.bits, self.nbits) - first * self.bits
 
 
 @dataclass(slots=True)

@@ -1,4 +1,7 @@
-"""The items in the extra data of a store's directory entry: the root of its bits, its identity, its window."""
+"""The items in the extra data of a store's directory entry: the root of its bits, its identity, its window.
+
+Also the measures of the tree that the root is of.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from dirtmap.fmt import geometry
+from dirtmap.fmt import geometry, store
 from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.parsers.store import BITS, IDENTITY
 from dirtmap.fmt.store import ALL_ONES, ITEM_BITS, ITEM_IDENTITY, Record, build_items, parse_items
@@ -20,6 +23,40 @@ class Tree(NamedTuple):
     checksum: int
     nbits: int
     owner: bytes = b""
+
+
+class Shape:
+    """The measures of a tree.
+
+    Attributes:
+        cluster: bytes of a chunk or a node.
+        bits: in a chunk.
+        fan: pointers in a node.
+        nbits: in all.
+        chunks: in all.
+        top: the level of the root.
+    """
+
+    def __init__(self, nbits: int, cluster: int) -> None:
+        self.nbits, self.cluster, self.bits, self.fan = nbits, cluster, cluster * 8, store.fan_out(cluster)
+        self.chunks = geometry.ceil_div(nbits, self.bits)
+        self.top = store.root_level(self.chunks, cluster)
+
+    def below(self, level: int) -> int:
+        """How many chunks a whole tree of that level has."""
+        return int(self.fan**level)
+
+    def number(self, level: int) -> int:
+        """How many nodes, or chunks, that level has."""
+        return geometry.ceil_div(self.chunks, self.below(level))
+
+    def children(self, level: int, index: int) -> int:
+        """How many pointers of a node mean something; those behind them are zero."""
+        return min(self.fan, self.number(level - 1) - index * self.fan)
+
+    def dirty_bits(self, first: int, end: int) -> int:
+        """How many bits chunks from ``first`` up to ``end`` have."""
+        return min(end * self.bits, self.nbits) - first * self.bits
 
 
 class Identity(NamedTuple):

@@ -27,7 +27,7 @@ from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.header import Chosen, Header, Seen
 from dirtmap.engine.storefile.place import is_elsewhere
 from dirtmap.engine.storefile.session import require_known
-from dirtmap.engine.storefile.table import NamespaceTable
+from dirtmap.engine.storefile.table import Known, NamespaceTable
 from dirtmap.engine.system import locks, order
 from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
 from dirtmap.engine.system.locks import USUAL, Locking
@@ -62,6 +62,9 @@ class Snapshot:
         doubted: a checksum was wrong: damage, or the commits since have written over what was read.
         watched: the namespaces of which something else was looked at, too, such as a tracker's live files, by name.
         kept: what an earlier attempt at the same answer has read and verified, for those who can use it.
+
+    Args:
+        nodes: of the namespace table, that were read last of the same store.
     """
 
     def __init__(
@@ -70,8 +73,9 @@ class Snapshot:
         chosen: Chosen,
         kept: dict[object, Any] | None = None,
         outdated: Callable[[Header], bool] = lambda header: False,
+        nodes: Known | None = None,
     ) -> None:
-        self._outdated = outdated
+        self._outdated, self._nodes = outdated, nodes
         self.file, self.chosen, self.header = file, chosen, chosen.header
         self.doubted = False
         self.watched: dict[bytes, Record] = {}
@@ -186,6 +190,7 @@ class Snapshot:
             header.sessions,
             self.read,
             node_bytes=store.NODE_BYTES,
+            known=self._nodes,
         )
 
     def record(self, name: bytes) -> Record | None:
@@ -258,11 +263,14 @@ class Store:
         self._outdated: list[File] = []  # another thread may still read one
         self.abspath = self._file.abspath
         try:
-            chosen = headers.choose(path, self._file.read(0, store.RESERVED))
+            data = self._file.read(0, store.RESERVED)
+            chosen = headers.choose(path, data)
         except BaseException:
             self._file.close()
             raise
         self.uuid, self._seen, self._copies = chosen.header.uuid, chosen.header.commit, chosen.copies
+        self._judged = data, chosen  # a read and a change judge the headers several times, mostly the same ones
+        self._nodes: Known = {}
 
     def close(self) -> None:
         """Closes the file."""
@@ -313,8 +321,10 @@ class Store:
             As `headers.choose`.
         """
         seen = self._seen  # first: another thread may see a later commit than we are about to read
-        chosen = headers.choose(file.path, file.read(0, store.RESERVED), self._copies)
-        self._copies = chosen.copies
+        known, chosen = self._judged
+        if (data := file.read(0, store.RESERVED)) != known:
+            chosen = headers.choose(file.path, data, self._copies)
+            self._judged, self._copies = (data, chosen), chosen.copies
         if chosen.header.uuid != self.uuid:
             raise GoneError(file.path, "was replaced since it was opened")
         if seen.is_missing_at(chosen.header.commit):
@@ -356,7 +366,7 @@ class Store:
         for _ in range(_ATTEMPTS):
             if not self._file.is_current():
                 self._reopen()
-            snapshot = Snapshot(self._file, self._stable_header(), kept, self._has_moved_on)
+            snapshot = Snapshot(self._file, self._stable_header(), kept, self._has_moved_on, self._nodes)
             if snapshot.chosen.lost and not self._file.is_current():
                 continue  # a compaction has just put another file in its place
             try:
@@ -416,7 +426,7 @@ class Store:
             StorageError: the operating system failed. Either the old state stands, or the new one.
         """
         with self._locked() as file:
-            change = Change(file, self.choose_to_write(file))
+            change = Change(file, self.choose_to_write(file), self._nodes)
             yield change
             commit = change.commit()
             self.expect(commit)
@@ -481,11 +491,11 @@ class Change:
         superseded: the roots of those bits of the old state that new ones take over from: see `chunks.write`.
     """
 
-    def __init__(self, file: File, chosen: Chosen) -> None:
+    def __init__(self, file: File, chosen: Chosen, nodes: Known | None = None) -> None:
         from dirtmap.engine.storefile.space import SpaceMap
 
         self._file, self._chosen, self.copies = file, chosen, chosen.copies
-        self.snapshot = Snapshot(file, chosen)
+        self.snapshot = Snapshot(file, chosen, nodes=nodes)
         header = self.header = chosen.header
         self.table = self.snapshot.table()
         root = self.snapshot.read(header.space, "space map")

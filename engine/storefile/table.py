@@ -14,6 +14,7 @@ Source: SPEC.md, "Namespaces".
 
 from __future__ import annotations
 
+import functools
 import heapq
 import sys
 from array import array
@@ -86,6 +87,10 @@ class DamagedNodeError(FormatError):
         self.node, self.hides_nothing = node, hides_nothing
 
 
+# By level, the node that was read last, its bytes, and the numbers in them if they are pointers: often read again. A
+# node with the same place and checksum has the same bytes, in whichever commit's table it is.
+Known = dict[int, tuple[Node, bytes, "array[int]"]]
+
 Fail = Callable[[FormatError], object]
 FailNode = Callable[[DamagedNodeError], object]
 
@@ -93,6 +98,14 @@ FailNode = Callable[[DamagedNodeError], object]
 def raise_it(error: FormatError) -> NoReturn:
     """For who cannot go on past damage."""
     raise error
+
+
+# A command looks at the same record several times.
+@functools.lru_cache(maxsize=8)
+def _parsed(raw: bytes) -> tuple[Record, tuple[str, str] | None]:
+    """A record, and the first rule of the format that it breaks: field and fault. Errors as `parse_record`."""
+    record = parse_record(raw)
+    return record, next(iter(store.record_faults(record)), None)
 
 
 class NamespaceTable:
@@ -106,16 +119,26 @@ class NamespaceTable:
         sessions: how many of them have a session.
         read: returns the bytes of an area, verified.
         node_bytes: length above which a node is split.
+        known: the nodes that were read last of the same store, which are not read again; the table puts its own there.
     """
 
     def __init__(
-        self, where: str, root: Area, depth: int, count: int, sessions: int, read: Read, *, node_bytes: int
+        self,
+        where: str,
+        root: Area,
+        depth: int,
+        count: int,
+        sessions: int,
+        read: Read,
+        *,
+        node_bytes: int,
+        known: Known | None = None,
     ) -> None:
         self._where, self._read, self._most = where, read, node_bytes
         self.sessions = sessions
         self.root = Node(depth, _KEYS, 0, count, *root)
         self._changed: dict[bytes, bytes | None] = {}  # by name, the bytes of the record, or None if it goes
-        self._last: dict[int, tuple[Node, bytes, array[int]]] = {}  # by level, what was read last: often read again
+        self._last: Known = {} if known is None else known
 
     # Reading.
 
@@ -318,11 +341,11 @@ class NamespaceTable:
     def _record(self, name: bytes, raw: bytes) -> Record:
         where = f"{self._where}: {namespace_label(name)}"
         try:
-            record = parse_record(raw)
+            record, fault = _parsed(raw)
         except ValueError as error:
             raise FormatError(where, str(error)) from None
-        for field, what in store.record_faults(record):
-            raise FormatError(f"{where}.{field}", what)
+        if fault:
+            raise FormatError(f"{where}.{fault[0]}", fault[1])
         return record
 
     # Changing.

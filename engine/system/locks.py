@@ -161,7 +161,7 @@ def reading(
     Raises:
         LockedError: someone has the image open for writing, or has written to it or replaced it during the read.
     """
-    if not has_locks(file, Locking(lock=locking.lock and not force_share)):
+    if not has_locks(file, UNLOCKED if force_share else locking):
         # Without locks it is not seen that somebody has the image open for writing, but that somebody has written.
         yield from _unchanged(file) if not force_share else _as_it_is()
         return
@@ -170,11 +170,14 @@ def reading(
         if force_share:
             yield
             return
-        _wait_beside_readers(file, locking)
+        alone = briefly and _join_where_nobody_is(file)
+        if not alone:
+            _wait_beside_readers(file, locking)
         try:
             if not briefly:
                 file.unlock_beside(_QUEUE)
-            _refuse_if_written(file)
+            if not alone:
+                _refuse_if_written(file)
             yield from _unchanged(file, _refuse_if_written)
         finally:
             if briefly:
@@ -284,6 +287,16 @@ def _join(file: File) -> bool:
         return file.lock_beside(_QUEUE)
     finally:
         file.unlock_beside(_QUEUE + 1)
+
+
+def _join_where_nobody_is(file: File) -> bool:
+    """Does what `_join` does, in fewer system calls; False where anybody writes, waits to write, or reads.
+
+    Who comes between the two calls is noticed: a writer of ours has byte 300 by then, or is done; any other writer is
+    seen at the end of the read, as if it had come a moment later.
+    """
+    first = _USE + _WRITE
+    return not file.locked_by_other(first, _QUEUE + 2 - first) and file.lock_beside(_QUEUE)
 
 
 def try_alone(file: File, byte: int) -> bool:

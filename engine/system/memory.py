@@ -1,11 +1,21 @@
-"""Memory for large arrays of which little is used."""
+"""Memory for arrays, without numpy; also for large ones of which little is used."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
 
+_TINY = 1 << 20  # bytes: so much is cleared at once
 _SMALL = 64 << 20  # bytes: so much may take memory, as it is several times as fast in huge pages
+
+
+def zeros(length: int) -> memoryview:
+    """``length`` zero bytes, to be written to; of many, each page takes memory once it is written to.
+
+    Raises:
+        MemoryError: the system has no room for them.
+    """
+    return memoryview(bytearray(length) if length <= _TINY else sparse(length))
 
 
 def sparse(length: int) -> mmap.mmap:

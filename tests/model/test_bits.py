@@ -387,6 +387,21 @@ def test_extents_in_units_end_where_the_disk_does(flags: list[bool], data: st.Da
     assert list(zip(starts.tolist(), lengths.tolist(), strict=True)) == expected
 
 
+@at_each_level
+@given(bitmaps.filter(len), st.integers(1, 6), st.data())
+def test_runs_without_an_array_are_the_same_extents(flags: list[bool], step: int, data: st.DataObject) -> None:
+    unit = 1 << data.draw(st.integers(0, 62 - len(flags).bit_length()))
+    size = len(flags) * unit - data.draw(st.integers(0, unit - 1))
+    words = pack(flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bits, "STEP", step)
+        parts = list(bits.runs_of(memoryview(words.tobytes()).cast("Q"), size, unit))
+    assert all(len(starts) == len(lengths) > 0 for starts, lengths in parts)
+    found = [(start, length) for part in parts for start, length in zip(*part, strict=True)]
+    starts, lengths = bits.extents(words, size, unit)
+    assert found == list(zip(starts.tolist(), lengths.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("nbits", [2, 63, 64, 128, 4096])
 @pytest.mark.parametrize("first", [0, -1])
 @pytest.mark.parametrize("short", [1, 2, 511])

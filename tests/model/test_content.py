@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from dirtmap.engine.model import bits, content
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.content import Changed, Content
+from dirtmap.fmt.errors import BitmapError
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.content import Part
@@ -97,6 +100,8 @@ def of(bitmap: Bitmap) -> Flags:
             assert (offset + length) % bitmap.granularity == 0 or offset + length == bitmap.size
             ends.append(offset + length)
             found[offset // bitmap.granularity : -(-ends[-1] // bitmap.granularity)] = True
+    ranges = [pair for part in bitmap.ranges() for pair in zip(*part, strict=True)]
+    assert ranges == list(zip(*(each.tolist() for each in bitmap.extents()), strict=True))
     assert bitmap.count == found.sum() * bitmap.granularity
     assert np.array_equal(flags_of(bitmap.copy().words, nbits), found)
     assert bitmap == Bitmap.from_words(bitmap.size, bitmap.granularity, words_of(found), True)
@@ -106,6 +111,31 @@ def of(bitmap: Bitmap) -> Flags:
 def coarse(found: Flags, factor: int) -> Flags:
     padded = np.append(found, np.zeros(-len(found) % factor, np.bool_))
     return padded.reshape(-1, factor).any(axis=1)
+
+
+def packed(found: Flags, granularity: int = 512, cut: int = 0) -> Bitmap:
+    """A frozen bitmap as it comes from an image: in memory, and no array yet."""
+    bitmap = Bitmap(len(found) * granularity - cut, granularity)
+    bitmap._take(memoryview(bytearray(words_of(found).tobytes())).cast("Q"))
+    return bitmap.freeze()
+
+
+@given(flags(1, 400), st.integers(0, 511), st.data())
+def test_bits_that_are_no_array_yet_are_as_any_others(found: Flags, cut: int, data: st.DataObject) -> None:
+    assert np.array_equal(of(packed(found, cut=cut)), found)
+    first = data.draw(st.integers(0, len(found) - 1))
+    bitmap = packed(found, cut=cut)
+    one, other = bitmap.copy(), copy.deepcopy(bitmap.copy())
+    assert pickle.loads(pickle.dumps(bitmap)) == bitmap
+    one.mark(first * 512, 1)
+    other.clear(0, other.size)
+    assert not other.count
+    marked = found.copy()
+    marked[first] = True
+    assert np.array_equal(of(one), marked)
+    assert np.array_equal(of(bitmap), found), "what is made from it does not change it"
+    with pytest.raises(BitmapError):
+        bitmap.mark(0, 1)
 
 
 OPERATIONS: list[Callable[[Any, Any], Any]] = [

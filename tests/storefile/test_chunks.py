@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dirtmap.engine.model import bits
 from dirtmap.engine.model.content import Whole
-from dirtmap.engine.storefile import chunks
+from dirtmap.engine.storefile import chunks, few
 from dirtmap.engine.storefile.entries import Tree
 from dirtmap.engine.storefile.file import Change, Snapshot, Store, create
 
@@ -76,6 +76,12 @@ def read(target: Store, tree: Tree) -> tuple[Flags, str | None]:
     words, told = target.read(lambda snapshot: chunks.load(snapshot, tree))
     number, told_again = target.read(lambda snapshot: chunks.count(snapshot, tree))
     assert (number, told_again) == (bits.count(words), told)
+    plain = target.read(lambda snapshot: few.load(snapshot, tree))
+    if told is not None or tree.nbits > few._MOST * CHUNK:
+        assert plain is None
+    else:
+        assert plain is not None
+        assert plain.tobytes() == words.tobytes()
     return flags_of(words, tree.nbits), told
 
 

@@ -388,13 +388,19 @@ def test_a_command_imports_no_other(image: Path) -> None:
     assert "json" in imported("list", "--output=json", image)
 
 
-def test_a_map_takes_numpy_and_the_kernels(image: Path) -> None:
-    found = imported("map", image, "b0")
-    assert {"numpy", "dirtmap.engine.model._bits"} <= found
-    alone = subprocess.run(
-        [sys.executable, "-c", "import sys, numpy; print(*sys.modules)"], capture_output=True, check=True, text=True
-    )
-    assert not (found & SLOW) - set(alone.stdout.split())
+@pytest.mark.parametrize("how", [(), ("--dirty",), ("--totals",), ("--output=json",)])
+@pytest.mark.parametrize("where", ["image", "store"])
+def test_a_map_takes_the_kernels_and_no_numpy(image: Path, tmp_path: Path, where: str, how: tuple[str, ...]) -> None:
+    target: str | Path = image
+    if where == "store":
+        (tmp_path / "disk.raw").write_bytes(bytes(MIB))
+        dirtmap("node", "add", "drive0", tmp_path / "disk.raw")
+        dirtmap("add", "drive0", "b0")
+        dirtmap("mark", "drive0", "b0", "64K", "64K")
+        target = "drive0"
+    found = imported("map", *how, target, "b0")
+    assert "dirtmap.engine.model._bits" in found
+    assert found & SLOW == set()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

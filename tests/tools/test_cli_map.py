@@ -11,7 +11,7 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of, mapped
 
 import dirtmap.engine as dm
-from dirtmap.tools import map as map_module
+from dirtmap.engine.model import bitmap as bitmap_module
 from dirtmap.tools.picture import draw
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -65,7 +65,7 @@ def test_as_nbdinfo_with_many_extents(tmp_path: Path, monkeypatch: pytest.Monkey
     path = make(tmp_path / "disk.qcow2", 512 * MIB, 64 * KIB, [(n * 64 * KIB, 1) for n in chosen])
     assert_as_nbdinfo(path, "b")
     for block in (1, 2, 1000):
-        monkeypatch.setattr(map_module, "_BLOCK", block)
+        monkeypatch.setattr(bitmap_module, "_SOME", block)
         assert json_of("map", path, "b") == json.loads(nbdinfo(path, "b", "--json"))
 
 
