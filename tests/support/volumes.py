@@ -22,10 +22,10 @@ def require_root() -> None:
         pytest.skip("only root mounts file systems")
 
 
-def make(kind: str, image: Path, *options: str) -> Path:
-    """A file with an empty file system."""
+def make(kind: str, image: Path, *options: str, size: int = 0) -> Path:
+    """A file with an empty file system, as small as can be, or of so many bytes."""
     image.touch()
-    os.truncate(image, _SIZES[kind])
+    os.truncate(image, size or _SIZES[kind])
     subprocess.run([f"mkfs.{kind}", "-q", *options, image], check=True, capture_output=True)
     return image
 
