@@ -67,14 +67,6 @@ def test_a_cut_waits_for_a_write_that_is_under_way(disk: Path, tmp_path: Path) -
         assert tracker.changed_since("c").count == 0
 
 
-def test_a_write_that_fails_stays_marked_and_holds_nobody_up(disk: Path, tmp_path: Path) -> None:
-    with dm.open("node:drive0") as image, image.track() as tracker, nbdkit(image, tmp_path, "error") as sock:
-        with Client(sock) as client:
-            assert client.ask(WRITE, 5 * GRANULE, 1) == errno.EIO
-        tracker.checkpoint("c")
-        assert qemu.extents(tracker.bitmap("b0")) == [(5 * GRANULE, GRANULE)]
-
-
 def test_any_number_of_clients(disk: Path, tmp_path: Path) -> None:
     """More writes are under way than there are slots, and more threads have written than there are."""
     with (
@@ -102,31 +94,6 @@ def test_nothing_is_written_that_cannot_be_marked(disk: Path, tmp_path: Path) ->
         assert [client.ask(command, 1 << 20, 512) for command in (WRITE, ZERO, TRIM)] == [errno.EIO] * 3
         assert disk.read_bytes() == before
     assert granules(mapped(NODE, "b0")) == {0}
-
-
-def test_a_full_tmpfs_is_an_error_before_the_write(disk: Path, tmp_path: Path) -> None:
-    volumes.require_root()
-    live = tmp_path / "live"
-    live.mkdir(mode=0o700)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", live], check=True)
-    try:
-        with dm.open("node:drive0") as image, image.track(live=live), nbdkit(image, tmp_path) as sock:
-            with contextlib.suppress(OSError), (live / "filler").open("wb") as filler:
-                while True:
-                    filler.write(bytes(4096))
-                    filler.flush()
-            with contextlib.ExitStack() as stack:  # each has threads of its own
-                clients = [stack.enter_context(Client(sock)) for _ in range(8)]
-                errors = [client.ask(WRITE, at * GRANULE, 1) for at, client in enumerate(clients)]
-            (live / "filler").unlink()
-            status = image.tracking()
-    finally:
-        subprocess.run(["umount", "--lazy", live], check=True)  # what is mapped is, until it is collected
-    assert set(errors) <= {0, errno.ENOSPC}  # slots come several to a page, and the first page may have memory
-    assert errno.ENOSPC in errors
-    assert granules(mapped(NODE, "b0")) == {at for at in range(8) if not errors[at]}
-    assert status is not None
-    assert f"session {status.live}: nothing was written: No space left" in (tmp_path / "said").read_text()
 
 
 def test_a_disk_of_another_size_is_refused(disk: Path, tmp_path: Path) -> None:

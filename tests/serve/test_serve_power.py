@@ -6,11 +6,9 @@ what the journal and the disk have by then is what there is when it is mounted a
 
 from __future__ import annotations
 
-import fcntl
 import os
 import random
 import shutil
-import struct
 import tempfile
 import time
 from collections import Counter
@@ -31,21 +29,6 @@ nothing_goes_on = server.nothing_goes_on
 
 NODE = Path("drive0")
 REGION = 1 << 20  # of a disk as small as this
-# Linux, fs/ext4/ext4.h: EXT4_IOC_SHUTDOWN, and whether what is in memory is written first: everything, the journal
-# alone, or nothing.
-SHUTDOWN = 0x8004587D
-FLUSHED, JOURNAL_FLUSHED, NOT_FLUSHED = 0, 1, 2
-
-
-def shut_down(folder: Path, how: int) -> None:
-    """From now on nothing reaches the disk below this file system."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.ioctl(fd, SHUTDOWN, struct.pack("I", how))
-    except OSError as error:
-        pytest.skip(f"no ext4 can be shut down here: {error}")
-    finally:
-        os.close(fd)
 
 
 class Bounds:
@@ -84,7 +67,8 @@ def write_and_lose(folder: Path, socket: Path, chance: random.Random) -> tuple[l
             dirtmap("checkpoint", "add", "drive0", "noon")
             cut = [len(client.submitted) for client in clients]
     time.sleep(chance.random() * 0.2)
-    shut_down(folder, chance.choice((FLUSHED, JOURNAL_FLUSHED, NOT_FLUSHED, NOT_FLUSHED)))
+    how = (volumes.FLUSHED, volumes.JOURNAL_FLUSHED, volumes.NOT_FLUSHED, volumes.NOT_FLUSHED)
+    volumes.shut_down(folder, chance.choice(how))
     time.sleep(chance.random() * 0.05)  # what it does about errors counts, too
     started.kill(tracker=True, nbdkit=True)
     started.wait()
@@ -128,6 +112,7 @@ def lose_power(folder: Path, monkeypatch: pytest.MonkeyPatch, rounds: int) -> No
                 dirtmap("clear", "drive0", "b0")
                 before = content(mount)
                 clients, bounds, cut = write_and_lose(mount, folder, chance)
+            volumes.forgotten(device)
             with volumes.mounted(device, mount):
                 changed = set(np.flatnonzero((content(mount) != before).any(axis=1)).tolist())
                 judge(clients, bounds, cut, changed)

@@ -54,14 +54,16 @@ def granules(ranges: list[tuple[int, int]]) -> set[int]:
 
 
 @contextlib.contextmanager
-def nbdkit(image: dm.Handle, folder: Path, kind: str = "", *options: str) -> Iterator[Path]:
+def nbdkit(
+    image: dm.Handle, folder: Path, kind: str = "", *options: str, plugin: tuple[str, ...] = ("memory", "64M")
+) -> Iterator[Path]:
     """nbdkit by its own command line, with another filter between ours and the plugin."""
     status = image.tracking()
     assert status is not None
-    below = {"delay": ["wdelay=500ms"], "error": ["error-pwrite=EIO", "error-pwrite-rate=100%"]}.get(kind, [])
+    below = ["wdelay=500ms"] if kind == "delay" else []
     filters = [f"--filter={built_filter()}", *([f"--filter={kind}"] if kind else [])]
     sock, pid = folder / "own", folder / "own.pid"
-    command = ["nbdkit", "-f", "-U", str(sock), "-P", str(pid), *filters, "memory", "64M", *below, *options]
+    command = ["nbdkit", "-f", "-U", str(sock), "-P", str(pid), *filters, *plugin, *below, *options]
     with subprocess.Popen([*command, f"dirtmap-session={status.live}"], stderr=subprocess.PIPE, text=True) as process:
         try:
             while not pid.exists():
