@@ -1155,4 +1155,18 @@ static inline int dm_open_gate(dm_handle *h)
     return held;
 }
 
+/* Threads that mark for a while, and more of them than there are slots. */
+
+/* Leaves this thread's slots to the others of its process; its next write takes one anew. Nothing of it is in flight. */
+static inline void dm_rest(dm_handle *h)
+{
+    long me = dm_thread();
+    pthread_mutex_lock(&h->mutex);
+    for (int i = 0; i < DM_SLOTS; i++)
+        if (h->owns[i] && h->owns[i]->thread == me)
+            h->owns[i]->thread = 0;
+    pthread_mutex_unlock(&h->mutex);
+    dm_cache.serial = 0;
+}
+
 #endif

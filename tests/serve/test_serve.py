@@ -11,57 +11,26 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import qemu, volumes
-from support.cli import COMMAND, dirtmap, error_of, json_of, mapped
+from support import qemu, server, volumes
+from support.cli import dirtmap, error_of, json_of, mapped
 from support.nbd import TRIM, WRITE, ZERO, Client, write_until_it_ends
+from support.server import SIZE, Started, granules, nbdkit, served, uri_of
 from support.tls import certificates_in
 from support.tracking import GRANULE, make_node
 
 import dirtmap.engine as dm
-from dirtmap.tools.listening.listener import Listener
 from dirtmap.tools.serve.building import built_filter
-from dirtmap.tools.serve.nbdkit import Nbdkit
-from dirtmap.tools.serve.serving import Serving, serve
 
-SIZE = 64 << 20
 NODE = Path("drive0")
+nothing_goes_on = server.nothing_goes_on
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     return make_node(tmp_path, SIZE)
-
-
-@pytest.fixture(autouse=True)
-def nothing_goes_on() -> Iterator[None]:
-    """An nbdkit outlives whoever has started it: not a test that fails."""
-    yield
-    live = os.environ["DIRTMAP_LIVE"].encode()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"nbdkit\0") and b"dirtmap-session=" + live in path.read_bytes():
-                os.kill(int(path.parent.name), signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def served(folder: Path, *arguments: str) -> Iterator[tuple[Serving, Path]]:
-    with (
-        dm.Host() as host,
-        serve(host, "node:drive0", Listener(unix=str(folder / "sock")), arguments=arguments) as serving,
-    ):
-        yield serving, folder / "sock"
-
-
-def uri_of(sock: Path) -> str:
-    return f"nbd+unix:///?socket={sock}"
-
-
-def granules(ranges: list[tuple[int, int]]) -> set[int]:
-    return {at for offset, length in ranges for at in range(offset // GRANULE, (offset + length - 1) // GRANULE + 1)}
 
 
 def test_each_client_s_writes_zeroes_and_trims_are_marked(disk: Path, tmp_path: Path) -> None:
@@ -98,35 +67,6 @@ def test_a_cut_waits_for_a_write_that_is_under_way(disk: Path, tmp_path: Path) -
         assert tracker.changed_since("c").count == 0
 
 
-@contextlib.contextmanager
-def nbdkit(image: dm.Handle, folder: Path, kind: str = "", *options: str) -> Iterator[Path]:
-    """nbdkit by its own command line, with another filter between ours and the plugin."""
-    status = image.tracking()
-    assert status is not None
-    below = {"delay": ["wdelay=500ms"], "error": ["error-pwrite=EIO", "error-pwrite-rate=100%"]}.get(kind, [])
-    filters = [f"--filter={built_filter()}", *([f"--filter={kind}"] if kind else [])]
-    sock, pid = folder / "own", folder / "own.pid"
-    command = ["nbdkit", "-f", "-U", str(sock), "-P", str(pid), *filters, "memory", "64M", *below, *options]
-    with subprocess.Popen([*command, f"dirtmap-session={status.live}"], stderr=subprocess.PIPE, text=True) as process:
-        try:
-            while not pid.exists():
-                assert process.poll() is None
-                time.sleep(0.01)
-            yield sock
-        finally:
-            process.terminate()
-            assert process.stderr is not None
-            (folder / "said").write_text(process.stderr.read())
-
-
-def test_a_write_that_fails_stays_marked_and_holds_nobody_up(disk: Path, tmp_path: Path) -> None:
-    with dm.open("node:drive0") as image, image.track() as tracker, nbdkit(image, tmp_path, "error") as sock:
-        with Client(sock) as client:
-            assert client.ask(WRITE, 5 * GRANULE, 1) == errno.EIO
-        tracker.checkpoint("c")
-        assert qemu.extents(tracker.bitmap("b0")) == [(5 * GRANULE, GRANULE)]
-
-
 def test_any_number_of_clients(disk: Path, tmp_path: Path) -> None:
     """More writes are under way than there are slots, and more threads have written than there are."""
     with (
@@ -154,31 +94,6 @@ def test_nothing_is_written_that_cannot_be_marked(disk: Path, tmp_path: Path) ->
         assert [client.ask(command, 1 << 20, 512) for command in (WRITE, ZERO, TRIM)] == [errno.EIO] * 3
         assert disk.read_bytes() == before
     assert granules(mapped(NODE, "b0")) == {0}
-
-
-def test_a_full_tmpfs_is_an_error_before_the_write(disk: Path, tmp_path: Path) -> None:
-    volumes.require_root()
-    live = tmp_path / "live"
-    live.mkdir(mode=0o700)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", live], check=True)
-    try:
-        with dm.open("node:drive0") as image, image.track(live=live), nbdkit(image, tmp_path) as sock:
-            with contextlib.suppress(OSError), (live / "filler").open("wb") as filler:
-                while True:
-                    filler.write(bytes(4096))
-                    filler.flush()
-            with contextlib.ExitStack() as stack:  # each has threads of its own
-                clients = [stack.enter_context(Client(sock)) for _ in range(8)]
-                errors = [client.ask(WRITE, at * GRANULE, 1) for at, client in enumerate(clients)]
-            (live / "filler").unlink()
-            status = image.tracking()
-    finally:
-        subprocess.run(["umount", "--lazy", live], check=True)  # what is mapped is, until it is collected
-    assert set(errors) <= {0, errno.ENOSPC}  # slots come several to a page, and the first page may have memory
-    assert errno.ENOSPC in errors
-    assert granules(mapped(NODE, "b0")) == {at for at in range(8) if not errors[at]}
-    assert status is not None
-    assert f"session {status.live}: nothing was written: No space left" in (tmp_path / "said").read_text()
 
 
 def test_a_disk_of_another_size_is_refused(disk: Path, tmp_path: Path) -> None:
@@ -276,49 +191,6 @@ def test_nothing_to_adopt(disk: Path, tmp_path: Path) -> None:
 def test_read_only(disk: Path, tmp_path: Path) -> None:
     command = f'qemu-io -r -f raw -c "read 0 512" "$uri" && ! qemu-io -f raw -c "write 0 512" {disk} 2>/dev/null'
     dirtmap("serve", "drive0", "--read-only", "--run", f'{command} && ! qemu-io -f raw -c "write 0 1" "$uri" 2>&1')
-
-
-class Started:
-    """`dirtmap serve` in a process of its own."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.sock, pidfile = folder / "sock", folder / "pid"
-        pidfile.unlink(missing_ok=True)
-        where = [] if "--adopt" in arguments else ["--unix", str(self.sock)]
-        command = [COMMAND, "serve", "drive0", *where, "--pidfile", str(pidfile), *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.ready = self.process.stdout.readline()
-        while self.ready.startswith("{") and "}" not in self.ready:
-            self.ready += self.process.stdout.readline()
-        with dm.open("node:drive0") as image:
-            status = image.tracking()
-        assert status is not None
-        nbdkit = Nbdkit.find(status.live)
-        assert nbdkit is not None
-        self.nbdkit = nbdkit
-
-    def kill(self, *, tracker: bool, nbdkit: bool) -> None:
-        """Kills one or both, at once, and waits for their end."""
-        if tracker:
-            self.process.kill()
-        if nbdkit:
-            signal.pidfd_send_signal(self.nbdkit.fileno(), signal.SIGKILL)
-            assert self.nbdkit.has_ended(60)
-        if tracker:
-            self.process.wait()
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        """Asks it to end; returns its exit status."""
-        self.process.send_signal(number)
-        return self.wait()
-
-    def wait(self) -> int:
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        status = self.process.wait(60)
-        self.nbdkit.release()
-        return status
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +14,10 @@ from pathlib import Path
 import pytest
 
 from support.alone import alone
+
+# Linux, fs/ext4/ext4.h; and whether what is in memory is written first: everything, the journal alone, or nothing.
+_EXT4_IOC_SHUTDOWN = 0x8004587D
+FLUSHED, JOURNAL_FLUSHED, NOT_FLUSHED = 0, 1, 2
 
 # The least that mkfs makes; the files are sparse.
 _SIZES = {"ext4": 16 << 20, "xfs": 320 << 20, "btrfs": 128 << 20}
@@ -22,10 +29,10 @@ def require_root() -> None:
         pytest.skip("only root mounts file systems")
 
 
-def make(kind: str, image: Path, *options: str) -> Path:
-    """A file with an empty file system."""
+def make(kind: str, image: Path, *options: str, size: int = 0) -> Path:
+    """A file with an empty file system, as small as can be, or of so many bytes."""
     image.touch()
-    os.truncate(image, _SIZES[kind])
+    os.truncate(image, size or _SIZES[kind])
     subprocess.run([f"mkfs.{kind}", "-q", *options, image], check=True, capture_output=True)
     return image
 
@@ -62,6 +69,41 @@ def mounted(what: str | Path, where: Path, *options: str) -> Iterator[Path]:
         yield where
     finally:
         subprocess.run(["umount", where], check=True)
+
+
+@contextmanager
+def tmpfs(where: Path, size: str) -> Iterator[Path]:
+    """Mounts a tmpfs of that size, for this user alone. What is mapped of it may be so for longer."""
+    require_root()
+    where.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", where], check=True)
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "--lazy", where], check=True)
+
+
+def forgotten(device: str) -> None:
+    """Waits until the ext4 of a device is in no memory. Mounted again before, it would be the same one, shut down.
+
+    A mount namespace that anybody makes has all mounts, and keeps them for as long as it lives.
+    """
+    for _ in range(6000):
+        if not Path("/sys/fs/ext4", Path(device).name).exists():
+            return
+        time.sleep(0.01)
+    pytest.skip("another mount namespace keeps the file system mounted")
+
+
+def shut_down(folder: Path, how: int = NOT_FLUSHED) -> None:
+    """From now on nothing reaches the disk of the ext4 that is mounted there, as if it had been unplugged."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.ioctl(fd, _EXT4_IOC_SHUTDOWN, struct.pack("I", how))
+    except OSError as error:
+        pytest.skip(f"no ext4 can be shut down here: {error}")
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -50,12 +50,7 @@ static void keep_slot(void)
 static void rest(void)
 {
     if (!DM_LIKELY(atomic_load_explicit(&keepers, memory_order_relaxed) <= MOST_AT_REST)) {
-        pthread_mutex_lock(&session->mutex);
-        for (int i = 0; i < DM_SLOTS; i++) /* nothing of this thread is in flight */
-            if (session->owns[i] && session->owns[i]->thread == dm_thread())
-                session->owns[i]->thread = 0;
-        pthread_mutex_unlock(&session->mutex);
-        dm_cache.serial = 0;
+        dm_rest(session);
         keeps = 0;
         pthread_setspecific(key, NULL);
         atomic_fetch_sub(&keepers, 1);
