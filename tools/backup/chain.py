@@ -19,7 +19,7 @@ from typing import Final, NamedTuple, Self
 
 from dirtmap.fmt.errors import FormatError
 from dirtmap.tools.backup import images
-from dirtmap.tools.backup.copying import Data, sha256
+from dirtmap.tools.backup.copying import Data, Source, sha256
 from dirtmap.tools.backup.daemon import Daemon
 from dirtmap.tools.backup.document import Backup, Piece
 from dirtmap.tools.backup.nbd import Connection
@@ -74,18 +74,18 @@ def visible(layers: Iterable[Iterable[Piece]]) -> Iterator[Seen]:
         yield last
 
 
-class _Loading:
-    """A piece that is on its way from its image."""
+class Loading:
+    """A piece that is on its way, from an image or a disk."""
 
-    def __init__(self, connection: Connection, piece: Piece) -> None:
-        self._connection, self._token = connection, connection.read(piece.offset, piece.length)
+    def __init__(self, source: Source, piece: Piece) -> None:
+        self._source, self._token = source, source.read(piece.offset, piece.length)
         self._data: bytearray | None = None
         self._digest: Future[bytes] | None = None
 
     def hash(self, pool: ThreadPoolExecutor) -> None:
         """Takes the data and has them hashed, if that is not done yet."""
         if self._data is None:
-            self._data = self._connection.wait(self._token).data or bytearray()
+            self._data = self._source.wait(self._token).data or bytearray()
             self._digest = pool.submit(sha256, self._data)
 
     def result(self) -> tuple[bytearray, bytes]:
@@ -133,19 +133,18 @@ class ChainReader:
         Raises:
             FormatError: a document or an image is damaged.
         """
+        return self.read_parts(self.seen())
+
+    def seen(self) -> Iterator[Seen]:
+        """What can be seen of each image, in order; together it is all of the disk. Errors as `read`."""
         at = 0
-        for data in self._read(visible(self._place.pieces(backup) for backup in self._chain)):
-            if data.offset != at:
+        for part in visible(self._place.pieces(backup) for backup in self._chain):
+            if part.start != at:
                 break
-            at += data.length
-            yield data
+            at = part.end
+            yield part
         if at != self._chain[0].size:
             raise FormatError(self._place.document(self._chain[-1]), f"damaged: has nothing at {at}")
-
-    def read_layer(self, depth: int) -> Iterator[Data]:
-        """What the image at a depth has itself, in order. Errors as `read`."""
-        pieces = self._place.pieces(self._chain[depth])
-        yield from self._read(Seen(piece.offset, piece.end, depth, piece) for piece in pieces)
 
     def status(self, depth: int, context: str) -> Iterator[tuple[int, int, int]]:
         """Block status of the image at a depth, by itself, in order: beginning, end, and flags of the context."""
@@ -156,8 +155,9 @@ class ChainReader:
                     yield at, min(at + length, size), flags
                 at += length
 
-    def _read(self, seen: Iterable[Seen]) -> Iterator[Data]:
-        loading: dict[tuple[int, int], _Loading] = {}
+    def read_parts(self, seen: Iterable[Seen]) -> Iterator[Data]:
+        """Some parts, in order. Errors as `read`."""
+        loading: dict[tuple[int, int], Loading] = {}
         asked: deque[Seen] = deque()
         hashed: deque[Seen] = deque()
 
@@ -177,7 +177,7 @@ class ChainReader:
             if part.piece.digest is not None and key(part) not in loading:
                 for old in list(loading)[: max(0, len(loading) - _KEPT)]:
                     del loading[old]  # older than all that wait
-                loading[key(part)] = _Loading(self.connection(part.depth), part.piece)
+                loading[key(part)] = Loading(self.connection(part.depth), part.piece)
             elif part.piece.digest is not None:
                 loading[key(part)] = loading.pop(key(part))  # the youngest again
             asked.append(part)
@@ -185,7 +185,7 @@ class ChainReader:
         while asked or hashed:
             yield from turn(least=0)
 
-    def _checked(self, part: Seen, loading: dict[tuple[int, int], _Loading]) -> Data:
+    def _checked(self, part: Seen, loading: dict[tuple[int, int], Loading]) -> Data:
         length = part.end - part.start
         if part.piece.digest is None:
             return Data(part.start, length, None)
