@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple, Self
 
 from dirtmap.fmt.errors import FormatError
-from dirtmap.tools.backup.copying import Data, Source, sha256
+from dirtmap.tools.backup.copying import Data, sha256
 from dirtmap.tools.backup.document import Backup, Piece
 from dirtmap.tools.backup.nbd import Connection
 from dirtmap.tools.backup.opened import Images
@@ -74,18 +74,18 @@ def visible(layers: Iterable[Iterable[Piece]]) -> Iterator[Seen]:
         yield last
 
 
-class Loading:
-    """A piece that is on its way, from an image or a disk."""
+class _Loading:
+    """A piece that is on its way from its image."""
 
-    def __init__(self, source: Source, piece: Piece) -> None:
-        self._source, self._token = source, source.read(piece.offset, piece.length)
+    def __init__(self, connection: Connection, piece: Piece) -> None:
+        self._connection, self._token = connection, connection.read(piece.offset, piece.length)
         self._data: bytearray | None = None
         self._digest: Future[bytes] | None = None
 
     def hash(self, pool: ThreadPoolExecutor) -> None:
         """Takes the data and has them hashed, if that is not done yet."""
         if self._data is None:
-            self._data = self._source.wait(self._token).data or bytearray()
+            self._data = self._connection.wait(self._token).data or bytearray()
             self._digest = pool.submit(sha256, self._data)
 
     def result(self) -> tuple[bytearray, bytes]:
@@ -156,7 +156,7 @@ class ChainReader:
 
     def read_parts(self, seen: Iterable[Seen]) -> Iterator[Data]:
         """Some parts, in order. Errors as `read`."""
-        loading: dict[tuple[int, int], Loading] = {}
+        loading: dict[tuple[int, int], _Loading] = {}
         asked: deque[Seen] = deque()
         hashed: deque[Seen] = deque()
 
@@ -176,7 +176,7 @@ class ChainReader:
             if part.piece.digest is not None and key(part) not in loading:
                 for old in list(loading)[: max(0, len(loading) - _KEPT)]:
                     del loading[old]  # older than all that wait
-                loading[key(part)] = Loading(self.connection(part.depth), part.piece)
+                loading[key(part)] = _Loading(self.connection(part.depth), part.piece)
             elif part.piece.digest is not None:
                 loading[key(part)] = loading.pop(key(part))  # the youngest again
             asked.append(part)
@@ -184,7 +184,7 @@ class ChainReader:
         while asked or hashed:
             yield from turn(least=0)
 
-    def _checked(self, part: Seen, loading: dict[tuple[int, int], Loading]) -> Data:
+    def _checked(self, part: Seen, loading: dict[tuple[int, int], _Loading]) -> Data:
         length = part.end - part.start
         if part.piece.digest is None:
             return Data(part.start, length, None)

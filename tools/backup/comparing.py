@@ -13,20 +13,21 @@ import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import tee
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from dirtmap.tools.backup.chain import ChainReader, Loading, Seen
-from dirtmap.tools.backup.copying import Data, Run, Source, pieces_of, read, with_holes
+from dirtmap.tools.backup.chain import ChainReader, Seen
+from dirtmap.tools.backup.copying import Data, Run, Source, pieces_of, read, sha256, with_holes
 from dirtmap.tools.backup.document import PIECE
+from dirtmap.tools.backup.raw import RawSource
 
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap
 
 T = TypeVar("T")
 
-_AHEAD: Final = 8  # pieces that are read before the first is hashed, and as many that are hashed then
+_AHEAD: Final = 8  # pieces that are read before the first is hashed; twice as many are being hashed
 _STEP: Final = 1 << 16  # bytes that are looked at for holes
 
 
@@ -103,29 +104,34 @@ def _wanted(
 
 def _unequal(parts: Iterable[Seen], source: Source, pool: ThreadPoolExecutor) -> Iterator[Seen]:
     """The parts without those of which the disk has the same digest as the document."""
-
-    def asked() -> Iterator[tuple[Seen, Loading | None]]:
-        for part in parts:
-            is_whole = part.piece.digest is not None and (part.start, part.end) == (part.piece.offset, part.piece.end)
-            yield part, Loading(source, part.piece) if is_whole else None
-
-    def hashed() -> Iterator[tuple[Seen, Loading | None]]:
-        for part, loading in _late(asked()):
-            if loading is not None:
-                loading.hash(pool)
-            yield part, loading
-
-    for part, loading in _late(hashed()):
-        if loading is None or loading.result()[1] != part.piece.digest:
+    for part, digest in _late(_digests(parts, source, pool), 2 * _AHEAD):
+        if digest is None or digest.result() != part.piece.digest:
             yield part
 
 
-def _late(items: Iterable[T]) -> Iterator[T]:
-    """The items, each once some more were taken, so that what was begun for them goes on meanwhile."""
+def _digests(
+    parts: Iterable[Seen], source: Source, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Seen, Future[bytes] | None]]:
+    """Each part, and the digest of what the disk has there, if the document has one of just that part."""
+    if isinstance(source, RawSource):
+        for part in parts:  # hashed by the thread that reads it, which has it in its cache
+            yield part, pool.submit(source.digest, part.start, part.end - part.start) if _is_whole(part) else None
+        return
+    asked = ((part, source.read(part.start, part.end - part.start) if _is_whole(part) else None) for part in parts)
+    for part, token in _late(asked, _AHEAD):
+        yield part, None if token is None else pool.submit(sha256, source.wait(token).data or b"")
+
+
+def _is_whole(part: Seen) -> bool:
+    return part.piece.digest is not None and (part.start, part.end) == (part.piece.offset, part.piece.end)
+
+
+def _late(items: Iterable[T], number: int) -> Iterator[T]:
+    """The items, each once ``number`` more were taken, so that what was begun for them goes on meanwhile."""
     waiting: deque[T] = deque()
     for item in items:
         waiting.append(item)
-        if len(waiting) > _AHEAD:
+        if len(waiting) > number:
             yield waiting.popleft()
     yield from waiting
 

@@ -164,7 +164,7 @@ def _answered(source: Source, run: Run, token: int) -> Data:
     return Data(run.offset, run.length, None if answer.empty else answer.data)
 
 
-def sha256(data: bytearray | memoryview) -> bytes:
+def sha256(data: bytes | bytearray | memoryview) -> bytes:
     """The digest of a piece."""
     from hashlib import sha256 as make
 
