@@ -48,6 +48,7 @@ _HOMES = {
     "track": "track",
     "checkpoint": "checkpoint",
     "backup": "backup.commands",
+    "rebuild": "backup.commands",
     "sidecar": "sidecar",
     "completion": "completion",
 }

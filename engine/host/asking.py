@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.model.namespace import Namespace
 
 _PAUSE_SECONDS: Final = 0.01
+_RANGES: Final = 1 << 16  # in one message, which has some megabytes then
 
 
 def asked(image: Namespace, refused: LockedError | None = None) -> Conversation:
@@ -69,6 +70,17 @@ def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None) 
                 with contextlib.suppress(Error):
                     talk.ask("change", namespace=uuid, changes=[("remove", name)])
             raise
+
+
+def rebuild(image: Namespace, name: str, begun: str, differing: Bitmap) -> None:
+    """Has the tracker of an image give a checkpoint its content anew; see `Handle.rebuild`."""
+    with asked(image) as talk:
+        said = {"namespace": image.uuid, "granularity": differing.granularity}
+        for offsets, lengths in differing.extents_by_parts():
+            for at in range(0, len(offsets), _RANGES):
+                part = slice(at, at + _RANGES)
+                talk.ask("differing", **said, offsets=offsets[part].tolist(), lengths=lengths[part].tolist())
+        talk.ask("rebuild", **said, name=name, begun=begun)
 
 
 def stop(image: Namespace, wait: float) -> None:

@@ -168,6 +168,30 @@ class Handle(Namespace):
 
         asking.checkpoint([self], name, None if granularity is None else operator.index(granularity))
 
+    def rebuild(self, name: str, begun: str, differing: Bitmap) -> None:
+        """Gives a checkpoint of a raw disk's node its content anew, after that was lost, in one commit.
+
+        Somebody has compared the disk with what it was when the checkpoint began. Another checkpoint, the newest, was
+        begun before that, and has what was written meanwhile; so the two together have all that has changed. The newer
+        one is removed, and hands its content over as in `Tracker.remove`. The image's tracker is asked, if it has one.
+
+        Args:
+            name: of the checkpoint. If there is none any more, it takes the place of the newer one.
+            begun: of the newer one.
+            differing: where the disk was different, at the granularity that the checkpoint is to have.
+
+        Raises:
+            BitmapError: ``begun`` is not the newest checkpoint; or there is a bitmap ``name`` that is none.
+            As `track`, and as `save_tracked`.
+        """
+        if self._is_tracked():
+            from dirtmap.engine.host import asking
+
+            asking.rebuild(self, name, begun, differing)
+            return
+        with self.track(save_interval=0) as tracker:
+            tracker.rebuild(name, begun, differing)
+
     def save_tracked(self) -> None:
         """Has the image's tracker save; see `Tracker.save`.
 

@@ -3,6 +3,8 @@
     change     several changes to bitmaps, all or none: see `Tracker.change`
     checkpoint a checkpoint, of a name and a granularity
     save       saves
+    differing  gathers ranges, offsets and lengths in bytes, at a granularity, for `rebuild`
+    rebuild    gives a checkpoint anew what was gathered: see `Tracker.rebuild`
     stop       ends the tracker
     take       holds a bitmap until `give`, or until the end of the conversation, and tells its bits
     give       holds no bitmap any more
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 class Askable(Protocol):
     """What is asked of a tracker; see `dirtmap.engine.tracking.tracker.Tracker`, which implements it."""
 
+    size: int
     on_stop: Callable[[], object] | None
 
     def require_namespace(self, namespace: str) -> None:
@@ -40,6 +43,9 @@ class Askable(Protocol):
 
     def save(self) -> None:
         """Saves."""
+
+    def rebuild(self, name: str, begun: str, differing: Bitmap) -> None:
+        """Gives a checkpoint its content anew."""
 
     def close(self) -> None:
         """Ends it."""
@@ -60,6 +66,7 @@ class Asked:
     def __init__(self, tracker: Askable) -> None:
         self._tracker = tracker
         self._stack, self._gate = contextlib.ExitStack(), contextlib.ExitStack()
+        self._differing: Bitmap | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -79,6 +86,13 @@ class Asked:
             tracker.checkpoint(asked["name"], asked["granularity"])
         elif act == "save":
             tracker.save()
+        elif act == "differing":
+            self._gather(asked["granularity"], asked["offsets"], asked["lengths"])
+        elif act == "rebuild":
+            self._gather(asked["granularity"], [], [])
+            assert self._differing is not None
+            tracker.rebuild(asked["name"], asked["begun"], self._differing)
+            self._differing = None
         elif act == "stop":
             (tracker.on_stop or tracker.close)()
         elif act == "take":
@@ -92,6 +106,13 @@ class Asked:
         else:
             raise UnsupportedError("act", f"a tracker knows no '{printable(str(act))}'")
         return None, b""
+
+    def _gather(self, granularity: int, offsets: list[int], lengths: list[int]) -> None:
+        from dirtmap.engine.model.bitmap import Bitmap
+
+        if self._differing is None:
+            self._differing = Bitmap(self._tracker.size, granularity)
+        self._differing.mark_many(offsets, lengths)
 
     def _take(self, name: str) -> tuple[Any, bytes]:
         bitmap = self._tracker.take(name)

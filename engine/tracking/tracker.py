@@ -179,6 +179,40 @@ class Tracker(Recorder):
                     raise UnsupportedError(self._where, f"no change to a bitmap is called '{printable(str(act))}'")
                 _CHANGES[act](self, home, number, name, *more)
 
+    def rebuild(self, name: str, begun: str, differing: Bitmap) -> None:
+        """Gives a checkpoint that was lost its content anew, in one commit; see `Handle.rebuild`. Errors as `add`, too.
+
+        Raises:
+            BitmapError: ``begun`` is not the newest checkpoint; or there is a bitmap ``name`` that is none.
+        """
+        with self._using(), self._changing() as home:
+            for one in (name, begun):
+                self._refuse_busy(home, one)
+            chain = list(home.checkpoints)
+            if name == begun or not chain or chain[-1] != begun:
+                raise BitmapError(f"{home.where}: {label(begun)}", "not the newest checkpoint")
+            if name not in chain:
+                if name in home.entries:
+                    raise BitmapError(f"{home.where}: {label(name)}", "not a checkpoint")
+                chain.insert(-1, name)
+            behind = chain.index(name) + 1
+            if chain[behind] == checkpoints.BREAK:
+                del chain[behind]  # what was missed there is in what differs
+            if checkpoints.BREAK in chain[behind:]:
+                what = "not all that was written since a later checkpoint is known; remove that one first"
+                raise BitmapError(f"{home.where}: {label(name)}", what)
+            home.checkpoints = chain
+            if chain[-2] == name:
+                newer, window = home.entry(begun), home.window(begun)
+                if not home.is_clean(begun):
+                    differing = differing | home.saved(begun).at(differing.granularity)
+                home.put(name, differing.replace(recording=newer.auto), window)
+                home.checkpoints = checkpoints.without(chain, begun)
+                del home.entries[begun]
+            else:
+                home.put(name, differing.replace(recording=False), None)
+                self._remove(home, 0, begun)
+
     def _clear(self, home: HomeChange, number: int, name: str) -> None:
         entry = self._usable(home, name)
         if entry.auto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ from support.backups import back_up, image_of, make_nights, qcow2_disk, raw_disk
 from support.cli import dirtmap, error_of, json_of
 from support.qemu import StorageDaemon, qemu_io
 
-from dirtmap.tools.backup import Backup, Repository, verify
+import dirtmap.engine as dm
+from dirtmap.tools.backup import Backup, Repository, Sample, comparing, verify, verify_disk
+from dirtmap.tools.backup.nbd import Connection
 
 GRANULE = 65536
 
@@ -29,7 +32,9 @@ def repository(made_once: Path, tmp_path: Path) -> Path:
 
 def test_nothing_is_wrong(repository: Path, tmp_path: Path) -> None:
     assert verify(repository) == []
-    assert json_of("backup", "verify", repository) == {"faults": []}
+    told = json_of("backup", "verify", repository)
+    assert told == {"faults": [], "data": told["data"], "compared": told["data"]}
+    assert told["data"] > 0
     assert "no faults" in dirtmap("backup", "verify", repository).out
     disk = qcow2_disk(tmp_path / "disk.qcow2")
     for _ in range(2):
@@ -88,7 +93,9 @@ def test_a_write_behind_the_bitmap_s_back_is_found(tmp_path: Path, kind: str) ->
         dirtmap("node", "confirm", "data")
         missed = [9 << 20]
     found = json_of("backup", "verify", repository, target, status=2)
-    assert found == {**told, "differences": [{"offset": at, "length": GRANULE} for at in missed]}
+    differences = [{"offset": at, "length": GRANULE} for at in missed]
+    assert found == {**told, "differences": differences, "data": found["data"], "compared": found["data"]}
+    assert found["data"] < 5 << 20
 
 
 def test_what_cannot_be_verified_is_said(tmp_path: Path) -> None:
@@ -99,3 +106,52 @@ def test_what_cannot_be_verified_is_said(tmp_path: Path) -> None:
         assert error_of("backup", "verify", "--wait=0", repository, disk)
     dirtmap("remove", disk, made.bitmap)
     assert "not in the image any more" in error_of("backup", "verify", repository, disk)
+
+
+def test_a_sample_is_of_whole_pieces_and_each_has_its_chance(tmp_path: Path) -> None:
+    """Of 16 MiB of data, one piece in eight is read; one of them differs, and is found by one in eight."""
+    repository, disk = tmp_path / "repo", qcow2_disk(tmp_path / "disk.qcow2", 64 << 20)
+    qemu_io(disk, "write -qP 3 16M 16M", "write -qz 0 16M")
+    back_up(repository, disk)
+    bitmap = back_up(repository, disk).bitmap
+    qemu_io(disk, "write -qP 4 20M 1")
+    dirtmap("clear", disk, bitmap)
+    chosen, found = set(), 0
+    with pytest.MonkeyPatch.context() as patch, dm.Host() as host:
+        for number in range(16):
+            patch.setattr(comparing.random.SystemRandom, "random", lambda _, number=number: number / 16)
+            sample = Sample(1 / 8)
+            differences = verify_disk(host, repository, str(disk), sample=sample)[1]
+            assert (sample.data, sample.chosen) == (16 << 20, 2 << 20)
+            chosen.add(bool(differences))
+            found += len(differences)
+    assert (chosen, found) == ({True, False}, 2)
+
+
+def test_what_was_sampled_is_said(repository: Path, tmp_path: Path) -> None:
+    assert "16 MiB" not in dirtmap("backup", "verify", repository).out
+    told = json_of("backup", "verify", "--sample=50%", repository)
+    assert 0 < told["compared"] < told["data"]
+    said = dirtmap("backup", "verify", "--sample", "12.5%", repository).out
+    assert re.search(r": sampled \S+ \S+ of \S+ MiB \([0-9.]+%\), no faults\n", said)
+    disk = qcow2_disk(tmp_path / "disk.qcow2")
+    back_up(tmp_path / "own", disk)
+    said = dirtmap("backup", "verify", "--sample=1%", tmp_path / "own", disk).out
+    assert re.search(r"disk.qcow2: sampled .* of 3.1 MiB \(.*%\), no differences", said)
+    for wrong in ("0%", "101%", "1", "-1%", "%", "1e1%"):
+        assert "no share" in error_of("backup", "verify", f"--sample={wrong}", repository)
+
+
+def test_images_are_read_where_something_differs_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, repository = raw_disk(tmp_path / "data.raw"), tmp_path / "repo"
+    back_up(repository, "data")
+    asked: list[int] = []
+    read = Connection.read
+    monkeypatch.setattr(Connection, "read", lambda self, *where: asked.append(where[0]) or read(self, *where))
+    assert "no differences" in dirtmap("backup", "verify", repository, "data").out
+    assert asked == []
+    write_raw(disk, {5 << 20: b"\1"})
+    assert "no differences" in dirtmap("backup", "verify", repository, "data").out
+    assert asked == [5 << 20]

@@ -65,6 +65,7 @@ SCRIPT: list[Step] = [
     ("device", "add", "d0", "--root", "q0"),
     ("device", "add", "one", "--root", "q0"),
     ("backup", "create", "d0", "backups"),
+    ("rebuild", "d0", "a", "--against", "backups"),
     ("export", "nothing", "--run", "true"),
     ("serve", "q0", "--run", "true"),
     ("checkpoint", "list", "one"),

@@ -9,8 +9,9 @@
 
 The rooms, each of which knows those below it and nothing of the engine but its face:
 
-    pruning | verifying | restoring | mounting    acts
-    creating                                      the act that they know
+    pruning | verifying | rebuilding |
+    restoring | mounting                          acts
+    creating | comparing                          the act that they know | a disk and a backup, byte by byte
     chain                                         a disk as it was at a backup
     copying | state                               data and digests on their way | what a disk remembers of its backups
     repository                                    the folder of backups, its lock, unfinished acts
@@ -24,10 +25,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dirtmap.tools.backup.comparing import Sample
     from dirtmap.tools.backup.creating import create
     from dirtmap.tools.backup.document import Backup, Piece
     from dirtmap.tools.backup.mounting import Mounted, mount
     from dirtmap.tools.backup.pruning import prune
+    from dirtmap.tools.backup.rebuilding import Rebuilt, rebuild
     from dirtmap.tools.backup.repository import Repository
     from dirtmap.tools.backup.restoring import restore
     from dirtmap.tools.backup.verifying import verify, verify_disk
@@ -39,10 +42,13 @@ _HOMES = {
     "Listener": "..listening.listener",
     "Mounted": ".mounting",
     "Piece": ".document",
+    "Rebuilt": ".rebuilding",
     "Repository": ".repository",
+    "Sample": ".comparing",
     "create": ".creating",
     "mount": ".mounting",
     "prune": ".pruning",
+    "rebuild": ".rebuilding",
     "restore": ".restoring",
     "verify": ".verifying",
     "verify_disk": ".verifying",
@@ -53,10 +59,13 @@ __all__ = [
     "Listener",
     "Mounted",
     "Piece",
+    "Rebuilt",
     "Repository",
+    "Sample",
     "create",
     "mount",
     "prune",
+    "rebuild",
     "restore",
     "verify",
     "verify_disk",

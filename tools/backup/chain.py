@@ -96,7 +96,7 @@ class _Loading:
 
 
 class ChainReader:
-    """The disk as it was at a backup. A context manager, in which QEMU has the images open.
+    """The disk as it was at a backup. A context manager, in which QEMU has those images open that are needed.
 
     Args:
         place: the repository.
@@ -110,8 +110,6 @@ class ChainReader:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             self._images = stack.enter_context(Images())
-            for depth, backup in enumerate(self._chain):
-                self._images.open(f"layer-{depth}", nodes.image(self._place.image(backup), "qcow2", alone=True))
             self._pool = stack.enter_context(ThreadPoolExecutor(1))
             self._stack = stack.pop_all()
         return self
@@ -120,8 +118,10 @@ class ChainReader:
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
     def connection(self, depth: int) -> Connection:
-        """To the image of the backup at a depth of the chain."""
+        """To the image of the backup at a depth of the chain, which is opened when it is needed first."""
         if depth not in self._connections:
+            image = self._place.image(self._chain[depth])
+            self._images.open(f"layer-{depth}", nodes.image(image, "qcow2", alone=True))
             self._connections[depth] = self._images.connect(f"layer-{depth}")
         return self._connections[depth]
 
@@ -131,22 +131,22 @@ class ChainReader:
         Raises:
             FormatError: a document or an image is damaged.
         """
+        return self.read_parts(self.seen())
+
+    def seen(self) -> Iterator[Seen]:
+        """What can be seen of each image, in order; together it is all of the disk. Errors as `read`."""
         at = 0
-        for data in self._read(visible(self._place.pieces(backup) for backup in self._chain)):
-            if data.offset != at:
+        for part in visible(self._place.pieces(backup) for backup in self._chain):
+            if part.start != at:
                 break
-            at += data.length
-            yield data
+            at = part.end
+            yield part
         if at != self._chain[0].size:
             raise FormatError(self._place.document(self._chain[-1]), f"damaged: has nothing at {at}")
 
-    def read_layer(self, depth: int) -> Iterator[Data]:
-        """What the image at a depth has itself, in order. Errors as `read`."""
-        pieces = self._place.pieces(self._chain[depth])
-        yield from self._read(Seen(piece.offset, piece.end, depth, piece) for piece in pieces)
-
     def status(self, depth: int, context: str) -> Iterator[tuple[int, int, int]]:
         """Block status of the image at a depth, by itself, in order: beginning, end, and flags of the context."""
+        self.connection(depth)
         connection, at, size = self._images.connect(f"layer-{depth}", context), 0, self._chain[depth].size
         while at < size:
             for length, flags in connection.status(at, size - at):
@@ -154,7 +154,8 @@ class ChainReader:
                     yield at, min(at + length, size), flags
                 at += length
 
-    def _read(self, seen: Iterable[Seen]) -> Iterator[Data]:
+    def read_parts(self, seen: Iterable[Seen]) -> Iterator[Data]:
+        """Some parts, in order. Errors as `read`."""
         loading: dict[tuple[int, int], _Loading] = {}
         asked: deque[Seen] = deque()
         hashed: deque[Seen] = deque()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dirtmap.fmt.errors import Error, counted, printable
+from dirtmap.fmt.spelling import escaped
 from dirtmap.tools import options
 from dirtmap.tools.listening.announcing import pid_file
 from dirtmap.tools.listening.options import listener_of, listening, refuse_contradictions
 from dirtmap.tools.output import complain, write_json, write_table
-from dirtmap.tools.sizes import human_size
+from dirtmap.tools.sizes import human_share, human_size
 
 if TYPE_CHECKING:
     from dirtmap.engine import Host
@@ -224,49 +226,120 @@ def restore_command(
         print(f"{printable(out)}: {printable(backup.disk)} as of {_local(backup)}, backup {backup.number}")
 
 
+class _Share(click.ParamType):  # type: ignore[type-arg]
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", str(value), re.ASCII)
+        share = float(found[1]) / 100 if found else 0.0
+        if not 0 < share <= 1:
+            self.fail(f"'{value}' is no share as 1%, above 0% and 100% at most", param, ctx)
+        return share
+
+
 @options.command(
     "verify",
     examples="""
     dirtmap backup verify /backups/web
     dirtmap backup verify --output=json /backups/web disk.qcow2
+    dirtmap backup verify --sample=1% /backups/web disk.qcow2
     """,
 )
 @_repo
 @click.argument("target", required=False, type=options.TARGET)
+@click.option("--sample", metavar="N%", type=_Share(), default="100%", help="Read so much, drawn by lot, and not all.")
 @options.reporting
 @click.pass_context
-def verify_command(ctx: click.Context, host: Host, repo: str, target: str | None, quiet: bool, output: str) -> None:
+def verify_command(
+    ctx: click.Context, host: Host, repo: str, target: str | None, sample: float, quiet: bool, output: str
+) -> None:
     """Verify backups, or a disk against its newest one.
 
     Without TARGET all images are read, once, and held against their documents: digests, what each image has and on
     which it is. With TARGET the disk, which nobody may write to meanwhile, is compared with its newest backup. What
     differs where the disk's bitmap says that nothing was written is a write that the bitmap has missed, and that the
     next backup would miss. Exit status: 0 nothing is wrong, 2 something is, 1 it could not be found out.
+
+    With --sample=1%, it is every hundredth piece of 1 MiB that has data, beginning with one of the first hundred that
+    is drawn by lot each time: each piece is as likely as any other. What is wrong elsewhere is not found.
     """
+    from dirtmap.tools.backup.comparing import Sample
     from dirtmap.tools.backup.verifying import verify, verify_disk
 
     wait, faults, differences = options.patience(ctx), list[Error](), list[tuple[int, int]]()
+    read = Sample(sample)
     with _watching("verify", quiet=quiet) as watch:
         if target is None:
-            faults = verify(repo, wait=wait, watch=watch)
+            faults = verify(repo, sample=read, wait=wait, watch=watch)
         else:
-            backup, differences = verify_disk(host, repo, target, wait=wait, watch=watch)
+            backup, differences = verify_disk(host, repo, target, sample=read, wait=wait, watch=watch)
     for fault in faults:
         complain(str(fault))
-    if not quiet and output == "json" and target is None:
-        write_json({"faults": [{"where": fault.where, "what": fault.what} for fault in faults]})
-    elif not quiet and output == "json":
-        found = [{"offset": offset, "length": length} for offset, length in differences]
-        write_json({"disk": backup.disk, "number": backup.number, "differences": found})
-    elif not quiet and target is None:
-        print(f"{printable(repo)}: {counted(len(faults), 'fault') if faults else 'no faults'}")
-    elif not quiet:
+    if quiet:
+        pass
+    elif output == "json":
+        sizes = {"data": read.data, "compared": read.chosen}
+        if target is None:
+            write_json({"faults": [{"where": fault.where, "what": fault.what} for fault in faults], **sizes})
+        else:
+            found = [{"offset": offset, "length": length} for offset, length in differences]
+            write_json({"disk": backup.disk, "number": backup.number, "differences": found, **sizes})
+    else:
         for offset, length in differences:
             print(f"{offset:>16} {length:>16}  differs, and is clean in the bitmap")
-        found_ = counted(len(differences), "difference") if differences else "no differences"
-        print(f"{printable(backup.disk)}: {found_} from backup {backup.number} that the bitmap does not tell")
+        part = f"{human_size(read.chosen)} of {human_size(read.data)} ({human_share(read.chosen, read.data) or '0%'})"
+        share = f"sampled {part}, " if sample < 1 else ""
+        if target is None:
+            print(f"{printable(repo)}: {share}{counted(len(faults), 'fault') if faults else 'no faults'}")
+        else:
+            count = counted(len(differences), "difference") if differences else "no differences"
+            what = f"{share}{count} from backup {backup.number} that the bitmap does not tell"
+            print(f"{printable(backup.disk)}: {what}")
     if faults or differences:
         ctx.exit(2)
+
+
+@options.command(
+    "rebuild",
+    examples="""
+    dirtmap rebuild disk.qcow2 dirtmap-backup-6ec3e75a5cbfb49834d43a67 --against /backups/web
+    dirtmap rebuild --output=json data dirtmap-backup-6ec3e75a90a1c7d21f3b5e08 --against /backups/web
+    """,
+)
+@options.target
+@click.argument("bitmap", type=options.BITMAP)
+@click.option("--against", metavar="REPO", type=click.Path(), required=True, help="A repository of backups.")
+@click.option("--at", metavar="N|TIME", help="Of which backup BITMAP is; refused if it is not.")
+@options.reporting
+@click.pass_context
+def rebuild_command(
+    ctx: click.Context, host: Host, target: str, bitmap: str, against: str, at: str | None, quiet: bool, output: str
+) -> None:
+    """Rebuild a bitmap that was lost.
+
+    After QEMU was killed or the power failed, a backup's bitmap is inconsistent, or all dirty, and the next backup has
+    to be a full one. This compares the disk with the newest backup in REPO, at which BITMAP must have begun ("dirtmap
+    backup info" tells its name), and makes dirty what differs, and nothing else. So the next backup is an increment.
+
+    What neither of the two has is not read. Nobody may write to the disk meanwhile, unless it is tracked, as by
+    "dirtmap serve": what is written then is dirty, too. Until all is compared, BITMAP stays as it was.
+    """
+    from dirtmap.tools.backup.rebuilding import rebuild
+
+    with _watching("rebuild", quiet=quiet) as watch:
+        done = rebuild(host, target, bitmap, against, at=at, wait=options.patience(ctx), watch=watch)
+    if quiet:
+        return
+    if output == "json":
+        told = {"disk": done.backup.disk, "number": done.backup.number, "bitmap": escaped(bitmap)}
+        sizes = {"differing": done.differing, "compared": done.compared}
+        write_json({**told, **sizes, "tracked": done.tracked, "seconds": done.seconds})
+        return
+    name, what = printable(done.backup.disk), f"{human_size(done.compared)} compared in {done.seconds:.1f} s"
+    print(
+        f"{name}: {printable(bitmap)} rebuilt: {human_size(done.differing)} changed since backup {done.backup.number}"
+    )
+    print(f"  {what}{'; what was written meanwhile is dirty, too' if done.tracked else ''}")
 
 
 @options.command(

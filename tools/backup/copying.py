@@ -106,10 +106,18 @@ def dirty_runs(bitmap: Bitmap) -> Iterator[Run]:
         yield Run(start, length)
 
 
-def with_holes(source: Source, runs: Iterable[Run], cluster: int, size: int) -> Iterator[Run]:
-    """The runs, with what the image says is zero in long ones as runs of their own, at multiples of ``cluster``."""
+def with_holes(source: Source, runs: Iterable[Run], cluster: int, size: int, *, least: int = _WHOLE) -> Iterator[Run]:
+    """The runs, with what the image says is zero in long ones as runs of their own, at multiples of ``cluster``.
+
+    Args:
+        source: the image.
+        runs: of it.
+        cluster: bytes.
+        size: of the image, bytes.
+        least: bytes of a run that is a long one.
+    """
     for run in runs:
-        if run.length < _WHOLE:
+        if run.length < least:
             yield run
             continue
         at, end, begun = run.offset, run.offset + run.length, run.offset
@@ -156,7 +164,7 @@ def _answered(source: Source, run: Run, token: int) -> Data:
     return Data(run.offset, run.length, None if answer.empty else answer.data)
 
 
-def sha256(data: bytearray | memoryview) -> bytes:
+def sha256(data: bytes | bytearray | memoryview) -> bytes:
     """The digest of a piece."""
     from hashlib import sha256 as make
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Self
 
 from dirtmap.tools.backup import files
+from dirtmap.tools.backup.copying import sha256
 from dirtmap.tools.backup.nbd import HOLE, ZERO
 
 
@@ -51,6 +52,10 @@ class RawSource:
         self._next += 1
         self._waiting[self._next] = self._pool.submit(self._file.read, offset, length)
         return self._next
+
+    def digest(self, offset: int, length: int) -> bytes:
+        """The SHA-256 of bytes of the disk. Threads may share this."""
+        return sha256(self._file.read(offset, length))
 
     def wait(self, token: int) -> _Answer:
         """The bytes that were asked for."""

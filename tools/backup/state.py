@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from dirtmap.fmt.errors import BitmapError, LockedError, UnsupportedError
+from dirtmap.fmt.errors import BitmapError, LockedError, UnsupportedError, printable
 
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap, Handle, Transaction
@@ -181,3 +181,64 @@ def refuse_unknown(image: Handle, *, is_device: bool) -> None:
     """
     if is_device:
         raise UnsupportedError(image.where, "a device has no disk of its own: name its root node")
+
+
+def begin_rebuilding(image: Handle, names: Names, granularity: int, *, stored: bool) -> bool:
+    """Begins the bitmap that has what is written while the last one is rebuilt. An end after it is as a failed backup.
+
+    Args:
+        image: the disk's bitmaps.
+        names: ``last`` is to be rebuilt.
+        granularity: that it will have, in bytes.
+        stored: they are in a store.
+
+    Returns:
+        Whether a program tracks the disk, so that it may be written to from now on.
+
+    Raises:
+        BitmapError: what it is rebuilt for cannot be reached: a later checkpoint calls all of the disk dirty.
+        LockedError: somebody has a qcow2 image open, or tracks it.
+    """
+    if not stored:
+        begin_qcow2(image, names)
+        return False
+    status = image.tracking()
+    with image.transaction() as bitmaps:
+        for name in list(bitmaps.checkpoints):
+            if name.startswith(names.prefix) and name not in names.known:
+                del bitmaps[name]
+    for name in _later(image, names):
+        if image[name].count >= image.size > 0:
+            what = "calls all of the disk dirty, and is later than what is to be rebuilt: rebuild or remove it first"
+            raise BitmapError(f"{image.where}: '{printable(name)}'", what)
+    if status is not None and status.kept:
+        image.checkpoint(names.new, granularity)
+        return True
+    with image.track(save_interval=0) as tracker:
+        tracker.checkpoint(names.new, granularity)
+    return False
+
+
+def end_rebuilding(image: Handle, names: Names, differing: Bitmap, *, stored: bool) -> None:
+    """Gives the last bitmap what differs and what was written meanwhile, and lets it record, in one commit.
+
+    Raises:
+        BitmapError: a program has written to a qcow2 image meanwhile, and did not finish.
+    """
+    assert names.last is not None
+    if stored:
+        for name in _later(image, names):
+            if name != names.new:  # what has changed back since that began is different at its beginning
+                differing = differing | image[name].at(differing.granularity)
+        image.rebuild(names.last, names.new, differing)
+        return
+    with image.transaction() as bitmaps:
+        fresh = bitmaps[names.new].required(f"{image.path}: {printable(names.new)}")
+        bitmaps[names.last] = (differing | fresh.at(differing.granularity)).replace(recording=True)
+        del bitmaps[names.new]
+
+
+def _later(image: Handle, names: Names) -> list[str]:
+    """The checkpoints that began after the last backup's."""
+    chain = list(image.info().checkpoints)
+    return chain[chain.index(names.last) + 1 :] if names.last in chain else []

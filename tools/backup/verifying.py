@@ -8,24 +8,23 @@ from typing import TYPE_CHECKING
 
 from dirtmap.fmt.errors import Error, FormatError
 from dirtmap.tools.backup import images, state
-from dirtmap.tools.backup.chain import ChainReader
-from dirtmap.tools.backup.copying import Data, Run, pieces_of, read, with_holes
+from dirtmap.tools.backup.chain import ChainReader, Seen
+from dirtmap.tools.backup.comparing import Sample, compare
 from dirtmap.tools.backup.creating import Watcher, disk_name, reading, require_same_disk
 from dirtmap.tools.backup.document import FULL
 from dirtmap.tools.backup.nbd import ALLOCATION, DEPTH, ZERO
 from dirtmap.tools.backup.repository import WAIT_SECONDS, Repository
 
 if TYPE_CHECKING:
-    from dirtmap.engine import Bitmap, Host
-    from dirtmap.tools.backup.document import Backup
-
-_STEP = 1 << 16  # bytes that are looked at for holes; as large as any cluster of ours
+    from dirtmap.engine import Host
+    from dirtmap.tools.backup.document import Backup, Piece
 
 
 def verify(
     repository: str | os.PathLike[str],
     *,
     disk: str | None = None,
+    sample: Sample | None = None,
     wait: float = WAIT_SECONDS,
     watch: Watcher = lambda disk, done, total: None,
 ) -> list[Error]:
@@ -37,6 +36,7 @@ def verify(
     Args:
         repository: the path of its folder.
         disk: the name of a disk in the repository; None for all.
+        sample: which pieces are read; None for all. What it says is about all images together.
         wait: seconds to wait for a process that writes to the repository.
         watch: is told how far it is.
 
@@ -55,25 +55,22 @@ def verify(
             try:
                 place.require_sound(backup)
                 images.check(place.image(backup))
-                _verify_image(place, backup, watch)
+                _verify_image(place, backup, sample or Sample(), watch)
             except Error as error:
                 if str(error) not in map(str, faults):  # as of one that several are on
                     faults.append(error)
     return faults
 
 
-def _verify_image(place: Repository, backup: Backup, watch: Watcher) -> None:
+def _verify_image(place: Repository, backup: Backup, sample: Sample, watch: Watcher) -> None:
     """Holds one image against its document.
 
     Raises:
         FormatError: it has something else.
     """
-    total = backup.size if backup.kind == FULL else min(backup.dirty, backup.size)
-    done = 0
     with ChainReader(place, [backup]) as reader:
-        for data in reader.read_layer(0):
-            done += data.length
-            watch(f"{backup.disk} {backup.number}", done, total)
+        for data in reader.read_parts(_chosen(place.pieces(backup), sample)):
+            watch(f"{backup.disk} {backup.number}", data.offset + data.length, backup.size)
         # What is written outside of the list, or is not zero where it says so, is not in what was read.
         if backup.kind == FULL:
             used = ((at, end) for at, end, flags in reader.status(0, ALLOCATION) if not flags & ZERO)
@@ -85,6 +82,12 @@ def _verify_image(place: Repository, backup: Backup, watch: Watcher) -> None:
             fault = _unequal(_merged(used), _merged(listed))
     if fault is not None:
         raise FormatError(place.image(backup), f"damaged: at {fault} of the disk it has not what its document lists")
+
+
+def _chosen(pieces: Iterable[Piece], sample: Sample) -> Iterator[Seen]:
+    for piece in pieces:
+        if piece.digest is None or sample.takes(piece.offset, piece.end):
+            yield Seen(piece.offset, piece.end, 0, piece)
 
 
 def _merged(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -127,17 +130,20 @@ def verify_disk(
     repository: str | os.PathLike[str],
     target: str,
     *,
+    sample: Sample | None = None,
     wait: float = WAIT_SECONDS,
     watch: Watcher = lambda disk, done, total: None,
 ) -> tuple[Backup, list[tuple[int, int]]]:
     """Compares a disk with its newest backup, where its bitmap says that nothing was written since.
 
-    A difference there is a write that the bitmap has missed. The disk is kept offline meanwhile.
+    A difference there is a write that the bitmap has missed. The disk is kept offline meanwhile. What it has is held
+    against digests, so that of the images no more is read than `compare` needs.
 
     Args:
         host: knows the disk.
         repository: the path of its folder.
         target: the path of a qcow2 image, or the name of a node.
+        sample: which pieces of the disk are compared; None for all.
         wait: seconds to wait for a process that writes to the repository.
         watch: is told how far it is.
 
@@ -167,42 +173,9 @@ def verify_disk(
             since = state.since_now(image, names, stored=disk.format == "raw")
             differing = dm.Bitmap(image.size, since.granularity)
             with ChainReader(place, chain) as reader, reading(disk, image.size) as source:
-                runs = [Run(0, image.size)] if image.size else []
-                now = read(source, pieces_of(with_holes(source, runs, _STEP, image.size)))
-                for done in _compared(reader.read(), now, differing):
-                    watch(backup.disk, done, backup.size)
+                chosen = sample or Sample()
+                compare(reader, source, differing, chosen, lambda done: watch(backup.disk, done, backup.size))
     missed = differing - since
     return backup, [
         (offset, length) for offset, length in zip(*(part.tolist() for part in missed.extents()), strict=True)
     ]
-
-
-def _compared(one: Iterator[Data], other: Iterator[Data], differing: Bitmap) -> Iterator[int]:
-    """Marks where two readings of a disk differ; yields how far it is. Each covers the disk, in pieces of its own."""
-    at, first, second = 0, next(one, None), next(other, None)
-    while first is not None and second is not None:
-        end = min(first.offset + first.length, second.offset + second.length)
-        _compare(_part(first, at, end), _part(second, at, end), at, differing)
-        at = end
-        yield at
-        if first.offset + first.length == at:
-            first = next(one, None)
-        if second.offset + second.length == at:
-            second = next(other, None)
-
-
-def _part(data: Data, start: int, end: int) -> memoryview | None:
-    return None if data.data is None else memoryview(data.data)[start - data.offset : end - data.offset]
-
-
-def _compare(one: memoryview | None, other: memoryview | None, at: int, differing: Bitmap) -> None:
-    import numpy as np
-
-    if one is None and other is None:
-        return
-    parts = [np.frombuffer(part, np.uint8) for part in (one, other) if part is not None]
-    unlike = parts[0] != (parts[1] if len(parts) > 1 else 0)
-    if unlike.any():
-        granules = np.unique((np.flatnonzero(unlike) + at) // differing.granularity)
-        offsets = granules * differing.granularity
-        differing.mark_many(offsets, np.minimum(differing.granularity, differing.size - offsets))
