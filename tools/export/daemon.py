@@ -43,11 +43,14 @@ class Daemon:
     It ends, too, when the thread dies that started it, with its process or alone: nobody would hold the bitmaps any
     more. It is in a session of its own, so that an interrupt from the terminal does not reach it.
 
+    Args:
+        inherited: descriptors that it gets, for disks that have no other path than ``/proc/self/fd/N``.
+
     Raises:
         StorageError: it did not start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inherited: Iterable[int] = ()) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the daemon
         command = ["setpriv", "--pdeathsig", "TERM", "--", PROGRAM, "--chardev", "stdio,id=qmp", "--monitor", "qmp"]
         try:
@@ -56,6 +59,7 @@ class Daemon:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._said,
+                pass_fds=tuple(inherited),
                 umask=0o077,  # its socket is for this user alone
                 start_new_session=True,
                 env={key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"},
