@@ -16,9 +16,10 @@ from support.qemu import StorageDaemon, check, qemu_img, qemu_io, run
 from support.volumes import attached, loops, mounted
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Backup, Piece, Repository, images
+from dirtmap.tools.backup import Backup, Piece, Repository
 from dirtmap.tools.backup.chain import visible
-from dirtmap.tools.backup.daemon import Daemon
+from dirtmap.tools.backup.opened import Images
+from dirtmap.tools.qsd import nodes
 
 
 def test_every_night_is_restored(nights: tuple[Path, list[bytes]], tmp_path: Path) -> None:
@@ -77,16 +78,16 @@ def test_disks_of_no_bytes_and_of_one(tmp_path: Path) -> None:
     dirtmap("backup", "verify", repository)
 
 
-def test_a_daemon_that_was_asked_nothing_just_ends(tmp_path: Path) -> None:
-    disk = qcow2_disk(tmp_path / "disk.qcow2")
-    with Daemon({"disk": images.node(str(disk), "qcow2")}):
+def test_a_daemon_that_was_asked_nothing_just_ends() -> None:
+    with Images():
         pass
 
 
 def test_a_server_has_a_connection_for_each_image_of_a_long_chain(tmp_path: Path) -> None:
     disk = qcow2_disk(tmp_path / "disk.qcow2")
-    with Daemon({"disk": images.node(str(disk), "qcow2")}) as daemon:
-        connections = [daemon.connect("disk") for _ in range(150)]
+    with Images() as opened:
+        opened.open("disk", nodes.image(str(disk), "qcow2"))
+        connections = [opened.connect("disk") for _ in range(150)]
         assert {connection.size for connection in connections} == {SIZE}
 
 

@@ -19,7 +19,8 @@ import dirtmap.engine as dm
 from dirtmap.engine.tracking.home import Home
 from dirtmap.fmt.spelling import escaped
 from dirtmap.tools.export import Listener, carrier, export
-from dirtmap.tools.export.daemon import Daemon, require_sizes
+from dirtmap.tools.qsd import nodes
+from dirtmap.tools.qsd.daemon import Daemon
 
 MIB, TIB = 1 << 20, 1 << 40
 
@@ -90,7 +91,7 @@ def test_maps_are_those_of_dirtmap_map(tmp_path: Path) -> None:
 
 def test_a_smaller_carrier_would_tell_its_tail_clean(drive0: str, tmp_path: Path) -> None:
     """The trap, as QEMU has it; and that no such carrier is made, or served."""
-    small, disk = tmp_path / "small.qcow2", dm.Disk(str(tmp_path / "drive0.raw"), "raw")
+    small, disk = tmp_path / "small.qcow2", str(tmp_path / "drive0.raw")
     bitmap = dm.Bitmap(MIB)
     bitmap.mark(0, MIB)
     listener = Listener(unix=str(tmp_path / "sock"))
@@ -102,14 +103,14 @@ def test_a_smaller_carrier_would_tell_its_tail_clean(drive0: str, tmp_path: Path
         half.mark(0, MIB // 2)
         carrier.put_into_carrier(host, str(small), {"b0": half})
         with Daemon() as daemon:
-            size = daemon.open_disk("disk", disk, force_share=False)
-            there = daemon.open_carrier("bitmaps", str(small))
+            size = daemon.open(disk, "disk", nodes.image(disk, "raw"))
+            there = daemon.open(str(small), "bitmaps", nodes.image(str(small), "qcow2"))
             daemon.listen(listener)
             daemon.add_export("d", "disk", [("bitmaps", "b0")])
             assert by_nbdinfo(listener.uri("d"), "b0") == [(0, MIB // 2)]  # and all of the disk is dirty
         assert (size, there) == (MIB, MIB // 2)
         with pytest.raises(dm.StorageError, match="would be told clean"):
-            require_sizes("d", MIB, size, there)
+            carrier.require_sizes("d", MIB, size, there)
     assert carrier.carrier_size(MIB + 1) == MIB + 512
 
 

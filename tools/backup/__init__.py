@@ -14,8 +14,8 @@ The rooms, each of which knows those below it and nothing of the engine but its 
     chain                                         a disk as it was at a backup
     copying | state                               data and digests on their way | what a disk remembers of its backups
     repository                                    the folder of backups, its lock, unfinished acts
-    daemon | document                             images opened by QEMU | the JSON document of a backup
-    nbd | images | raw | files              the protocol | what QEMU is told | raw disks | files of ours
+    opened | document                             images opened by QEMU | the JSON document of a backup
+    nbd | images | raw | files              the protocol | qemu-img | raw disks | files of ours
 """
 
 from __future__ import annotations
@@ -31,23 +31,26 @@ if TYPE_CHECKING:
     from dirtmap.tools.backup.repository import Repository
     from dirtmap.tools.backup.restoring import restore
     from dirtmap.tools.backup.verifying import verify, verify_disk
+    from dirtmap.tools.listening.listener import Listener
 
-# Where each name is. They are imported on first use: the help of commands needs none of them.
+# Where each name is, from here. They are imported on first use: the help of commands needs none of them.
 _HOMES = {
-    "Backup": "document",
-    "Mounted": "mounting",
-    "Piece": "document",
-    "Repository": "repository",
-    "create": "creating",
-    "mount": "mounting",
-    "prune": "pruning",
-    "restore": "restoring",
-    "verify": "verifying",
-    "verify_disk": "verifying",
+    "Backup": ".document",
+    "Listener": "..listening.listener",
+    "Mounted": ".mounting",
+    "Piece": ".document",
+    "Repository": ".repository",
+    "create": ".creating",
+    "mount": ".mounting",
+    "prune": ".pruning",
+    "restore": ".restoring",
+    "verify": ".verifying",
+    "verify_disk": ".verifying",
 }
 
 __all__ = [
     "Backup",
+    "Listener",
     "Mounted",
     "Piece",
     "Repository",
@@ -68,6 +71,6 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
     globals()[name] = value
     return value

@@ -18,12 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple, Self
 
 from dirtmap.fmt.errors import FormatError
-from dirtmap.tools.backup import images
 from dirtmap.tools.backup.copying import Data, sha256
-from dirtmap.tools.backup.daemon import Daemon
 from dirtmap.tools.backup.document import Backup, Piece
 from dirtmap.tools.backup.nbd import Connection
+from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.backup.repository import Repository
+from dirtmap.tools.qsd import nodes
 
 _AHEAD: Final = 8  # pieces that are asked for before the first is needed; then as many again are being hashed
 _KEPT: Final = 32  # pieces that are kept, as another part of them may be seen further on
@@ -109,11 +109,9 @@ class ChainReader:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            names = {
-                f"layer-{depth}": images.node(self._place.image(backup), "qcow2", alone=True)
-                for depth, backup in enumerate(self._chain)
-            }
-            self._daemon = stack.enter_context(Daemon(names))
+            self._images = stack.enter_context(Images())
+            for depth, backup in enumerate(self._chain):
+                self._images.open(f"layer-{depth}", nodes.image(self._place.image(backup), "qcow2", alone=True))
             self._pool = stack.enter_context(ThreadPoolExecutor(1))
             self._stack = stack.pop_all()
         return self
@@ -124,7 +122,7 @@ class ChainReader:
     def connection(self, depth: int) -> Connection:
         """To the image of the backup at a depth of the chain."""
         if depth not in self._connections:
-            self._connections[depth] = self._daemon.connect(f"layer-{depth}")
+            self._connections[depth] = self._images.connect(f"layer-{depth}")
         return self._connections[depth]
 
     def read(self) -> Iterator[Data]:
@@ -149,7 +147,7 @@ class ChainReader:
 
     def status(self, depth: int, context: str) -> Iterator[tuple[int, int, int]]:
         """Block status of the image at a depth, by itself, in order: beginning, end, and flags of the context."""
-        connection, at, size = self._daemon.connect(f"layer-{depth}", context), 0, self._chain[depth].size
+        connection, at, size = self._images.connect(f"layer-{depth}", context), 0, self._chain[depth].size
         while at < size:
             for length, flags in connection.status(at, size - at):
                 if at < size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ import click
 
 from dirtmap.fmt.errors import Error, counted, printable
 from dirtmap.tools import options
+from dirtmap.tools.listening.announcing import pid_file
+from dirtmap.tools.listening.options import listener_of, listening, refuse_contradictions
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_size
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from dirtmap.engine import Host
     from dirtmap.tools.backup.creating import Watcher
     from dirtmap.tools.backup.document import Backup
+    from dirtmap.tools.backup.mounting import Mounted
 
 
 @click.group("backup")
@@ -300,51 +304,63 @@ def prune_command(ctx: click.Context, repo: str, disk: str | None, keep: int, qu
     "mount",
     examples="""
     dirtmap backup mount --unix=/run/web.sock /backups/web disk.qcow2
-    dirtmap backup mount --port=10809 --at=2026-11-30T22:00 /backups/web data
+    dirtmap backup mount --at=2026-11-30T22:00 --run='nbdcopy "$uri" data.raw' /backups/web data
     nbd-client -unix /run/web.sock -N disk -readonly /dev/nbd0 && mount -o ro,noload /dev/nbd0 /mnt
     """,
 )
 @_repo
 @click.argument("disk", type=options.NAME)
 @_at
-@click.option("--unix", metavar="SOCKET", type=click.Path(), help="Serve on a new socket of this path.")
-@click.option("--port", type=click.IntRange(0, 65535), help="Serve on this port of 127.0.0.1; 0 for any that is free.")
+@listening
 @options.waiting
-@options.quiet
+@options.speaking
 @click.pass_context
-def mount_command(ctx: click.Context, repo: str, disk: str, at: str | None, unix: str | None, port: int | None) -> None:
+def mount_command(
+    ctx: click.Context,
+    repo: str,
+    disk: str,
+    at: str | None,
+    unix: str | None,
+    port: int | None,
+    bind: str,
+    tls: str | None,
+    command: str | None,
+    pidfile: str | None,
+    quiet: bool,
+    output: str,
+) -> None:
     """Serve a disk as it was at a backup, over NBD.
 
-    It is the newest backup of DISK, or that of --at, and read-only. Prints the URI once it can be read, and serves
-    until SIGINT or SIGTERM. Backups can be made and pruned meanwhile. The export is called "disk". Digests are not
-    looked at: see "dirtmap backup verify".
+    It is the newest backup of DISK, or that of --at, and read-only. Backups can be made and pruned meanwhile. The
+    export is called "disk". Digests are not looked at: see "dirtmap backup verify".
+
+    Prints a line once it is ready, "ready:" and a URI, or with --output=json an object. SIGINT, SIGTERM or SIGHUP end
+    it, with exit status 0. With --run, the end of COMMAND does, whose exit status it has, and nothing is printed;
+    without --unix and --port it listens on a Unix socket of its own then.
     """
-    import signal
-
     from dirtmap.tools.backup.mounting import mount
+    from dirtmap.tools.listening.stopping import Stop, attend
 
-    if (unix is None) == (port is None):
-        raise click.UsageError("one of --unix and --port says where", ctx)
-
-    def end(number: int, _: object) -> None:
-        raise _Ended
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with (
-            contextlib.suppress(_Ended),
-            mount(repo, disk, at=at, unix=unix, port=port, wait=options.patience(ctx)) as mounted,
-        ):
-            if not options.is_quiet(ctx):
-                click.echo(mounted.uri)
-            mounted.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    refuse_contradictions(unix, port, bind, command, output)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Stop())
+        listener = listener_of(stack, unix, port, bind, tls)
+        with mount(repo, disk, listener, at=at, wait=options.patience(ctx)) as mounted, pid_file(pidfile):
+            told = functools.partial(_tell_ready, mounted, output, quiet=quiet)
+            status = attend(stop, mounted, [mounted.uri], command, told)
+    if status:
+        ctx.exit(status)
 
 
-class _Ended(BaseException):
-    """A signal asks this process to end."""
+def _tell_ready(mounted: Mounted, output: str, *, quiet: bool) -> None:
+    if quiet:
+        return
+    backup = mounted.backup
+    if output == "json":
+        told = {"disk": backup.disk, "number": backup.number, "uri": mounted.uri, "virtual-size": backup.size}
+        write_json(told)
+    else:
+        click.echo(f"ready: {mounted.uri}")
 
 
 for _command in (

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 from dirtmap.fmt.errors import ArgumentError, Error, printable
 from dirtmap.tools.backup import files, images, state
 from dirtmap.tools.backup.copying import Run, Source, Writer, copy, dirty_runs, pieces_of, read, with_holes
-from dirtmap.tools.backup.daemon import Daemon
 from dirtmap.tools.backup.document import FULL, INCREMENTAL, Backup, Digest, Piece, parts
+from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.backup.raw import RawSource
 from dirtmap.tools.backup.repository import DOCUMENT, IMAGE, WAIT_SECONDS, Repository
+from dirtmap.tools.qsd import nodes
 
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap, Disk, Handle, Host
@@ -205,11 +206,11 @@ def _copy(plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
     backup, cluster, size = plan.backup, plan.backup.cluster_size, plan.backup.size
     begun = time.monotonic()
     parent = None if backup.parent is None else backup.parent + IMAGE
-    images.create(temporary, size, cluster_size=cluster, backing=parent)
-    node = images.node(temporary, "qcow2", writable=True, alone=True)
     total = min(backup.dirty, size)
-    with spool, reading(plan.disk, size) as source, Daemon({"image": node}) as daemon:
-        image = daemon.connect("image")
+    with Images() as opened, spool, reading(plan.disk, size) as source:
+        images.create(temporary, size, cluster_size=cluster, backing=parent)
+        opened.open("image", nodes.image(temporary, "qcow2", writable=True, alone=True))
+        image = opened.connect("image")
         writer = Writer(image, cluster, zeros=None if parent is None else image)
         runs: Iterable[Run] = [Run(0, size)] if size else []
         if plan.changed is not None:
@@ -240,8 +241,9 @@ def reading(disk: Disk, size: int) -> Iterator[Source]:
         with RawSource(disk.path, size) as raw:
             yield raw
         return
-    with Daemon({"disk": images.node(disk.path, disk.format)}) as daemon:
-        yield daemon.connect("disk")
+    with Images() as opened:
+        opened.open("disk", nodes.image(disk.path, disk.format))
+        yield opened.connect("disk")
 
 
 class Spool:

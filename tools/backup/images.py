@@ -1,41 +1,11 @@
-"""The images that are read and written, as QEMU's block layer is told of them; and qemu-img."""
+"""qemu-img: images are made, and checked."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-from typing import Any
 
-from dirtmap.fmt.errors import FormatError, StorageError, UnsupportedError
-
-
-def node(path: str, form: str, *, writable: bool = False, alone: bool = False) -> dict[str, Any]:
-    """What ``blockdev-add`` takes of an image.
-
-    What is written is synced by ourselves, once, at the end: QEMU need not.
-
-    Args:
-        path: of the image.
-        form: ``raw`` or ``qcow2``.
-        writable: it is to be written.
-        alone: without what it is on: what it does not have is zeros.
-
-    Raises:
-        UnsupportedError: QEMU cannot be told of a name that is not UTF-8.
-    """
-    try:
-        os.path.abspath(path).encode()
-    except UnicodeEncodeError as error:
-        raise UnsupportedError(path, "its name is not UTF-8, and QEMU takes no other") from error
-    is_block = not os.path.isfile(path)
-    file: dict[str, Any] = {"driver": "host_device" if is_block else "file", "filename": os.path.abspath(path)}
-    made: dict[str, Any] = {"driver": form, "read-only": not writable, "file": file}
-    if writable:
-        for layer in (made, file):
-            layer |= {"cache": {"direct": False, "no-flush": True}, "discard": "unmap"}
-    if alone:
-        made["backing"] = None
-    return made
+from dirtmap.fmt.errors import FormatError, StorageError
 
 
 def plain(path: str) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from urllib.parse import quote
+from typing import TYPE_CHECKING
 
-from dirtmap.fmt.errors import StorageError
-from dirtmap.tools.backup import files, images
-from dirtmap.tools.backup.daemon import Daemon
-from dirtmap.tools.backup.document import Backup
 from dirtmap.tools.backup.repository import WAIT_SECONDS, Repository
+from dirtmap.tools.qsd import nodes
+from dirtmap.tools.qsd.daemon import Daemon
 
-_LOOPBACK = "127.0.0.1"
+if TYPE_CHECKING:
+    import os
+
+    from dirtmap.tools.backup.document import Backup
+    from dirtmap.tools.listening.listener import Listener
+
 _EXPORT = "disk"
 
 
@@ -36,19 +37,22 @@ class Mounted:
         """Waits until the server ends, which it does not by itself.
 
         Raises:
-            StorageError: it has ended.
+            Error: it has ended; with what it said.
         """
-        raise self._daemon.ended()
+        self._daemon.wait()
+
+    def require_running(self) -> None:
+        """Refuses to call it served where the server has ended. Errors as `wait`."""
+        self._daemon.require_running()
 
 
 @contextlib.contextmanager
 def mount(
     repository: str | os.PathLike[str],
     disk: str,
+    listener: Listener,
     *,
     at: str | None = None,
-    unix: str | None = None,
-    port: int | None = None,
     wait: float = WAIT_SECONDS,
 ) -> Iterator[Mounted]:
     """Serves a disk as it was at a backup, until the end of the block.
@@ -59,9 +63,8 @@ def mount(
     Args:
         repository: the path of its folder.
         disk: its name in the repository.
+        listener: where to serve it.
         at: the number of a backup, or a time, see `Repository.at`; None for the newest.
-        unix: the path of a socket, which must not be there; None with ``port``.
-        port: of 127.0.0.1; 0 for any that is free; None with ``unix``.
         wait: seconds to wait for a process that writes to the repository.
 
     Raises:
@@ -74,31 +77,10 @@ def mount(
         with place.reading(wait):
             backup = place.at(disk, at)
             place.require_sound(backup)
-            listener = stack.enter_context(_listener(unix, port))
-            address = listener.getsockname()
-            node = images.node(place.image(backup), "qcow2")
-            daemon = stack.enter_context(Daemon({_EXPORT: node}, listener))
-            daemon.connect(_EXPORT).close()  # it has opened the images by now
-        if unix is None:
-            uri = f"nbd://{_LOOPBACK}:{address[1]}/{_EXPORT}"
-        else:
-            uri = f"nbd+unix:///{_EXPORT}?socket={quote(os.path.abspath(unix))}"
-        yield Mounted(backup, uri, daemon)
-
-
-@contextlib.contextmanager
-def _listener(unix: str | None, port: int | None) -> Iterator[socket.socket]:
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket(socket.AF_INET if unix is None else socket.AF_UNIX))
-        where = f"port {port}" if unix is None else unix
-        try:
-            if unix is None:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((_LOOPBACK, port or 0) if unix is None else unix)
-            if unix is not None:
-                stack.callback(files.discard, unix)
-                os.chmod(unix, 0o600)  # nobody can connect before it listens
-            listener.listen()
-        except OSError as error:
-            raise StorageError(where, error.strerror or str(error), error.errno) from error
-        yield listener
+            stack.enter_context(listener.reserved())
+            daemon = stack.enter_context(Daemon())
+            path = place.image(backup)
+            daemon.open(path, _EXPORT, nodes.image(path, "qcow2"))
+            daemon.listen(listener)
+            daemon.add_export(_EXPORT, _EXPORT)
+        yield Mounted(backup, listener.uri(_EXPORT), daemon)

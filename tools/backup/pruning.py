@@ -10,9 +10,10 @@ from dirtmap.tools.backup import files, images
 from dirtmap.tools.backup.chain import ChainReader
 from dirtmap.tools.backup.copying import Writer, copy
 from dirtmap.tools.backup.creating import Spool, Watcher
-from dirtmap.tools.backup.daemon import Daemon
 from dirtmap.tools.backup.document import FULL, Backup, parts
+from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.backup.repository import DOCUMENT, IMAGE, NEW, WAIT_SECONDS, Repository
+from dirtmap.tools.qsd import nodes
 
 PRUNED = "pruned"
 
@@ -75,9 +76,9 @@ def _make_full(place: Repository, backup: Backup, watch: Watcher) -> None:
     temporary, spool = image + files.TEMPORARY, Spool(base + ".pieces")
     try:
         images.create(temporary, backup.size, cluster_size=backup.cluster_size)
-        node = images.node(temporary, "qcow2", writable=True)
-        with spool, ChainReader(place, chain) as reader, Daemon({"image": node}) as daemon:
-            writer = Writer(daemon.connect("image"), backup.cluster_size)
+        with Images() as opened, spool, ChainReader(place, chain) as reader:
+            opened.open("image", nodes.image(temporary, "qcow2", writable=True))
+            writer = Writer(opened.connect("image"), backup.cluster_size)
             done = 0
 
             def progress(length: int) -> None:

@@ -11,9 +11,10 @@ from dirtmap.tools.backup import files, images
 from dirtmap.tools.backup.chain import ChainReader
 from dirtmap.tools.backup.copying import Writer
 from dirtmap.tools.backup.creating import Watcher
-from dirtmap.tools.backup.daemon import Daemon
+from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.backup.raw import RawTarget
 from dirtmap.tools.backup.repository import WAIT_SECONDS, Repository
+from dirtmap.tools.qsd import nodes
 
 if TYPE_CHECKING:
     from dirtmap.engine import Host, Node
@@ -105,8 +106,9 @@ def _write_file(path: str, form: str, backup: Backup, reader: ChainReader, watch
                 _write(Writer(raw, _CLUSTER), backup, reader, watch)
         else:
             images.create(temporary, backup.size)
-            with Daemon({"out": images.node(temporary, form, writable=True)}) as daemon:
-                _write(Writer(daemon.connect("out"), _CLUSTER), backup, reader, watch)
+            with Images() as opened:
+                opened.open("out", nodes.image(temporary, form, writable=True))
+                _write(Writer(opened.connect("out"), _CLUSTER), backup, reader, watch)
             files.sync(temporary)
         files.rename(temporary, path)
     finally:
@@ -119,8 +121,9 @@ def _write_device(host: Host, path: str, backup: Backup, reader: ChainReader, wa
             raise ArgumentError(path, f"has {size} bytes, and the disk has {backup.size}")
     # Whatever becomes of this, the bitmaps of a node there do not tell what is on it any more.
     _make_dirty(host, path)
-    with Daemon({"out": images.node(path, RAW, writable=True)}) as daemon:
-        device = daemon.connect("out")
+    with Images() as opened:
+        opened.open("out", nodes.image(path, RAW, writable=True))
+        device = opened.connect("out")
         _write(Writer(device, _CLUSTER, zeros=device), backup, reader, watch)
     files.sync(path)
 

@@ -2,7 +2,7 @@
 
 QEMU takes a carrier that is smaller than the disk, and then tells the rest of the disk as clean (tried with 7.2). So a
 carrier is as large as QEMU takes the disk to be, which rounds its size up to whole sectors. Whoever serves both
-compares the sizes that QEMU sees once more: `dirtmap.tools.export.daemon.require_sizes`.
+compares the sizes that QEMU sees once more: `require_sizes`.
 """
 
 from __future__ import annotations
@@ -82,3 +82,21 @@ def _fitted(bitmap: Bitmap, size: int, most_bytes: int) -> Bitmap:
         return dm.Bitmap(size, granularity, recording=False)
     # A granule has whole sectors: the larger disk has as many of them, and not the rest of the last one dirty.
     return dm.Bitmap.from_packed(size, granularity, bitmap.packed(), recording=False)
+
+
+def require_sizes(where: str, size: int, disk: int, carrier: int) -> None:
+    """Refuses to serve a disk with bitmaps of another size: what they lack would be told clean.
+
+    Args:
+        where: names the disk in messages.
+        size: of the disk that the bitmaps are about, in bytes.
+        disk: the size of what is served, as QEMU has it.
+        carrier: the size of the bitmaps, as QEMU has it.
+
+    Raises:
+        StorageError: they differ by a sector or more, or the disk is larger.
+    """
+    if abs(disk - size) >= SECTOR:
+        raise StorageError(where, f"has {disk} bytes, and the bitmaps are of a disk of {size}")
+    if carrier < max(disk, carrier_size(size)):
+        raise StorageError(where, f"has {disk} bytes, and its bitmaps {carrier}: the rest would be told clean")

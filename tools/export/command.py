@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -13,14 +11,12 @@ import click
 from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.export import export
-from dirtmap.tools.listening.announcing import notify, pid_file
-from dirtmap.tools.listening.options import environment, listener_of, listening, refuse_contradictions
+from dirtmap.tools.listening.announcing import pid_file
+from dirtmap.tools.listening.options import listener_of, listening, refuse_contradictions
+from dirtmap.tools.listening.stopping import Stop, attend
 from dirtmap.tools.output import complain, write_json
-from dirtmap.tools.running import handled, run
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from dirtmap.engine import Host
     from dirtmap.tools.export import Serving
 
@@ -102,9 +98,8 @@ def export_command(
     """
     refuse_contradictions(unix, port, bind, command, output)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_Stop())
+        stop = stack.enter_context(Stop())
         listener = listener_of(stack, unix, port, bind, tls)
-        status = 0
         with (
             export(
                 host, targets, listener, bitmaps=bitmaps, since=since, sources=sources, live=live, reflink=reflink
@@ -112,17 +107,7 @@ def export_command(
             pid_file(pidfile),
         ):
             _tell(serving, quiet=quiet)
-            if command is not None:
-                notify("READY=1")
-                status = run(["/bin/sh", "-c", command], environment(serving.uris))
-                if not status:
-                    serving.require_running()
-            else:
-                with stop.awaited():
-                    _tell_ready(serving, output, quiet=quiet)
-                    notify("READY=1")
-                    serving.wait()
-                notify("STOPPING=1")
+            status = attend(stop, serving, serving.uris, command, lambda: _tell_ready(serving, output, quiet=quiet))
     if status:
         ctx.exit(status)
 
@@ -157,40 +142,3 @@ def _tell_ready(serving: Serving, output: str, *, quiet: bool) -> None:
     else:
         print("ready:", *serving.uris)
     sys.stdout.flush()
-
-
-class _Stopped(BaseException):
-    """A signal has asked this process to end."""
-
-
-class _Stop:
-    """Turns signals that ask the process to end into an exception, the first one; the others find it ending.
-
-    Without that, SIGTERM and SIGHUP would leave temporary files.
-    """
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self._number: int | None = None
-
-    def __enter__(self) -> _Stop:
-        self._handling = handled(self._stop, *self._SIGNALS)
-        self._handling.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._handling.__exit__(None, None, None)
-        if self._number is not None and isinstance(error[1], _Stopped):
-            raise click.exceptions.Exit(128 + self._number)
-
-    def _stop(self, number: int, _: FrameType | None) -> None:
-        if self._number is None:
-            self._number = number
-            raise _Stopped
-
-    @contextlib.contextmanager
-    def awaited(self) -> Iterator[None]:
-        """In this block the signal is what everybody waits for."""
-        with contextlib.suppress(_Stopped):
-            yield

@@ -22,8 +22,9 @@ from dirtmap.fmt.errors import (
     printable,
 )
 from dirtmap.fmt.spelling import escaped, shown_as
-from dirtmap.tools.export.carrier import make_carrier, put_into_carrier
-from dirtmap.tools.export.daemon import Daemon, require_programs, require_sizes
+from dirtmap.tools.export.carrier import make_carrier, put_into_carrier, require_sizes
+from dirtmap.tools.qsd import nodes
+from dirtmap.tools.qsd.daemon import Daemon, require_programs
 
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap, Clone, Disk, Handle, Host, ImageInfo
@@ -377,9 +378,10 @@ class _Served:
 
     def open(self, daemon: Daemon, number: int, carrier: Path) -> None:
         """Has the daemon open the disk and the carrier, and compares their sizes."""
-        size = daemon.open_disk(f"disk-{number}", self.disk, force_share=self.live)
+        disk = nodes.image(self.disk.path, self.disk.format, force_share=self.live)
+        size = daemon.open(self.disk.path, f"disk-{number}", disk)
         if self.contexts:
-            there = daemon.open_carrier(f"bitmaps-{number}", str(carrier))
+            there = daemon.open(str(carrier), f"bitmaps-{number}", nodes.image(str(carrier), "qcow2"))
             require_sizes(self.disk.path, self.handle.size, size, there)
 
     def told(self, listener: Listener) -> Export:

@@ -1,4 +1,4 @@
-"""`Daemon`: a qemu-storage-daemon that serves disks and the bitmaps in carriers. It is spoken to over QMP."""
+"""`Daemon`: a qemu-storage-daemon, which opens images and serves them. It is spoken to over QMP."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import contextlib
 import json
 import os
 import shutil
-import stat
 import subprocess
 import tempfile
 from typing import TYPE_CHECKING, Any, Self
 
 from dirtmap.fmt.errors import Error, StorageError
-from dirtmap.tools.export.carrier import SECTOR, carrier_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dirtmap.engine import Disk
     from dirtmap.tools.listening.listener import Listener
 
 PROGRAM = "qemu-storage-daemon"
-# What it takes to serve, and the Debian package of each.
+# What it takes, and the Debian package of each.
 _NEEDED = {PROGRAM: "qemu-system-common", "qemu-img": "qemu-utils", "setpriv": "util-linux"}
-_PATIENCE_SECONDS = 10.0
+# It ends with the thread that has started it, also where that has ended before the kernel was told.
+_TIED = ("setpriv", "--pdeathsig", "TERM", "--", "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"')
+_PATIENCE_SECONDS = 10.0  # for one that is given up
+_LAST_SECONDS = 60.0  # for one that has something to write yet
 
 
 def require_programs() -> None:
@@ -38,28 +38,30 @@ def require_programs() -> None:
 
 
 class Daemon:
-    """A qemu-storage-daemon, until the end of the block.
+    """A qemu-storage-daemon, until the end of the block. It starts while this process goes on.
 
-    It ends, too, when the thread dies that started it, with its process or alone: nobody would hold the bitmaps any
-    more. It is in a session of its own, so that an interrupt from the terminal does not reach it.
+    It ends, too, when the thread dies that started it, with its process or alone. It is in a session of its own, so
+    that an interrupt from the terminal does not reach it.
 
     Args:
-        inherited: descriptors that it gets, for disks that have no other path than ``/proc/self/fd/N``.
+        fds: descriptors of this process that it has, too; it opens them as ``/proc/self/fd/N``.
 
     Raises:
-        StorageError: it did not start.
+        StorageError: a program is missing.
     """
 
-    def __init__(self, inherited: Iterable[int] = ()) -> None:
+    def __init__(self, fds: Iterable[int] = ()) -> None:
+        require_programs()
+        self._is_ready = False
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the daemon
-        command = ["setpriv", "--pdeathsig", "TERM", "--", PROGRAM, "--chardev", "stdio,id=qmp", "--monitor", "qmp"]
+        command = [*_TIED, str(os.getpid()), PROGRAM, "--chardev", "stdio,id=qmp", "--monitor", "qmp"]
         try:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._said,
-                pass_fds=tuple(inherited),
+                pass_fds=tuple(fds),
                 umask=0o077,  # its socket is for this user alone
                 start_new_session=True,
                 env={key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"},
@@ -67,12 +69,6 @@ class Daemon:
         except OSError as error:
             self._said.close()
             raise StorageError(command[0], error.strerror or str(error), error.errno) from error
-        try:
-            self._next()
-            self._do(PROGRAM, "qmp_capabilities")
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> Self:
         return self
@@ -80,13 +76,13 @@ class Daemon:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def open_disk(self, node: str, disk: Disk, *, force_share: bool) -> int:
-        """Opens a disk as a node, for reading.
+    def open(self, where: str, name: str, node: dict[str, Any]) -> int:
+        """Opens an image.
 
         Args:
-            node: its name.
-            disk: where it is.
-            force_share: although somebody writes to it.
+            where: names it in messages.
+            name: of the node that it becomes.
+            node: what ``blockdev-add`` takes, but for the name; see `dirtmap.tools.qsd.nodes`.
 
         Returns:
             The size of the disk as QEMU has it, in bytes.
@@ -94,49 +90,48 @@ class Daemon:
         Raises:
             StorageError: it cannot be opened; the error has what QEMU said.
         """
-        driver = "host_device" if stat.S_ISBLK(_mode(disk.path)) else "file"
-        file = {"driver": driver, "filename": disk.path}
-        return self._open(disk.path, node, disk.format, file, force_share=force_share)
-
-    def open_carrier(self, node: str, path: str) -> int:
-        """Opens a carrier as a node. Result and errors as `open_disk`."""
-        return self._open(path, node, "qcow2", {"driver": "file", "filename": path}, force_share=False)
-
-    def _open(self, where: str, node: str, driver: str, file: dict[str, Any], *, force_share: bool) -> int:
-        options = {"node-name": node, "driver": driver, "read-only": True, "force-share": force_share, "file": file}
-        self._do(where, "blockdev-add", **options)
+        self._do(where, "blockdev-add", **{"node-name": name, **node})
         nodes = self._do(where, "query-named-block-nodes", flat=True)
-        (size,) = (found["image"]["virtual-size"] for found in nodes if found["node-name"] == node)
+        (size,) = (found["image"]["virtual-size"] for found in nodes if found["node-name"] == name)
         return int(size)
 
-    def listen(self, listener: Listener) -> None:
+    def listen(self, listener: Listener, *, unlimited: bool = False) -> None:
         """Begins to listen; there are no exports yet.
+
+        Args:
+            listener: where.
+            unlimited: as many clients as come at a time; else as many as QEMU has as its own limit.
 
         Raises:
             StorageError: it cannot; the error has what QEMU said.
         """
         where = listener.unix if listener.unix is not None else f"{listener.bind}:{listener.port}"
-        secured = {}
+        options: dict[str, Any] = {"addr": listener.address()}
+        if unlimited:
+            options["max-connections"] = 0
         if listener.tls is not None:
-            options = {"endpoint": "server", "dir": os.path.abspath(listener.tls), "verify-peer": True}
-            self._do(listener.tls, "object-add", **{"qom-type": "tls-creds-x509", "id": "tls"}, **options)
-            secured = {"tls-creds": "tls"}
-        self._do(where, "nbd-server-start", addr=listener.address(), **secured)
+            secret = {"endpoint": "server", "dir": os.path.abspath(listener.tls), "verify-peer": True}
+            self._do(listener.tls, "object-add", **{"qom-type": "tls-creds-x509", "id": "tls"}, **secret)
+            options["tls-creds"] = "tls"
+        self._do(where, "nbd-server-start", **options)
 
-    def add_export(self, name: str, node: str, bitmaps: Iterable[tuple[str, str]]) -> None:
+    def add_export(
+        self, name: str, node: str, bitmaps: Iterable[tuple[str, str]] = (), *, writable: bool = False
+    ) -> None:
         """Serves a node, from now on.
 
         Args:
             name: of the export; unique.
             node: the disk.
             bitmaps: of which node each is, and its name.
+            writable: clients may write to it.
 
         Raises:
             StorageError: it cannot; the error has what QEMU said.
         """
-        options = {"type": "nbd", "id": f"export-{node}", "node-name": node, "name": name, "writable": False}
+        options = {"type": "nbd", "id": f"export-{node}", "node-name": node, "name": name, "writable": writable}
         told = [{"node": node, "name": bitmap} for node, bitmap in bitmaps]
-        self._do(name, "block-export-add", **options, bitmaps=told)
+        self._do(name, "block-export-add", **options, bitmaps=told, **{"allocation-depth": True})
 
     def wait(self) -> None:
         """Waits until it has ended, which nobody asked it to.
@@ -156,6 +151,20 @@ class Daemon:
         if self._process.poll() is not None:
             raise self._ended()
 
+    def finish(self) -> None:
+        """Ends it in good order: what was written to images is in their files then.
+
+        Raises:
+            Error: it has failed.
+        """
+        self._do(PROGRAM, "quit")
+        try:
+            status = self._process.wait(_LAST_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise StorageError(PROGRAM, f"has not ended within {_LAST_SECONDS:.0f} s") from None
+        if status:
+            raise self._ended()
+
     def close(self) -> None:
         """Ends it."""
         with contextlib.ExitStack() as stack:
@@ -172,6 +181,10 @@ class Daemon:
 
     def _do(self, where: str, command: str, /, **arguments: Any) -> Any:
         """Runs a QMP command, and returns what it returns."""
+        if not self._is_ready:
+            self._is_ready = True
+            self._next()  # its greeting
+            self._do(PROGRAM, "qmp_capabilities")
         assert self._process.stdin is not None
         line = json.dumps({"execute": command, "arguments": arguments}, ensure_ascii=False) + "\n"
         try:
@@ -201,31 +214,6 @@ class Daemon:
         self._said.seek(0)
         said = " ".join(self._said.read().decode(errors="replace").split())
         return Error(PROGRAM, f"{how}: {said}" if said else how)
-
-
-def require_sizes(where: str, size: int, disk: int, carrier: int) -> None:
-    """Refuses to serve a disk with bitmaps of another size: what they lack would be told clean.
-
-    Args:
-        where: names the disk in messages.
-        size: of the disk that the bitmaps are about, in bytes.
-        disk: the size of what is served, as QEMU has it.
-        carrier: the size of the bitmaps, as QEMU has it.
-
-    Raises:
-        StorageError: they differ by a sector or more, or the disk is larger.
-    """
-    if abs(disk - size) >= SECTOR:
-        raise StorageError(where, f"has {disk} bytes, and the bitmaps are of a disk of {size}")
-    if carrier < max(disk, carrier_size(size)):
-        raise StorageError(where, f"has {disk} bytes, and its bitmaps {carrier}: the rest would be told clean")
-
-
-def _mode(path: str) -> int:
-    try:
-        return os.stat(path).st_mode
-    except OSError as error:
-        raise StorageError(path, error.strerror or str(error), error.errno) from error
 
 
 def _close(pipe: Any) -> None:
