@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.host.calls import check, describe, dump, open, recover, this_host, transaction
     from dirtmap.engine.host.handle import Handle
     from dirtmap.engine.host.host import Host, Target
+    from dirtmap.engine.host.instant import Instant
     from dirtmap.engine.host.kind import Address, Kind
     from dirtmap.engine.host.lookup import BitmapAddress, Lookup
     from dirtmap.engine.host.maintenance import Verification
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.namespaces.devices import Device
     from dirtmap.engine.namespaces.nodes import Node
     from dirtmap.engine.storefile.file import create as create_store
+    from dirtmap.engine.system.clone import Clone
     from dirtmap.engine.tracking.gate import gate
     from dirtmap.engine.tracking.include import get_include
     from dirtmap.engine.tracking.kernel import Ticket, Write
@@ -79,6 +81,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "BitmapInfo": ("model.infos", "BitmapInfo"),
     "BitmapMatch": ("host.resolver", "BitmapMatch"),
     "CheckReport": ("model.report", "CheckReport"),
+    "Clone": ("system.clone", "Clone"),
     "Compaction": ("namespaces.compact", "Compaction"),
     "Device": ("namespaces.devices", "Device"),
     "Disk": ("model.infos", "Disk"),
@@ -86,6 +89,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "Handle": ("host.handle", "Handle"),
     "Host": ("host.host", "Host"),
     "ImageInfo": ("model.infos", "ImageInfo"),
+    "Instant": ("host.instant", "Instant"),
     "Kind": ("host.kind", "Kind"),
     "Lookup": ("host.lookup", "Lookup"),
     "Marker": ("tracking.marker", "Marker"),
@@ -127,6 +131,7 @@ __all__ = [
     "BitmapMatch",
     "BitmapNotFoundError",
     "CheckReport",
+    "Clone",
     "Compaction",
     "Device",
     "Disk",
@@ -137,6 +142,7 @@ __all__ = [
     "Handle",
     "Host",
     "ImageInfo",
+    "Instant",
     "Kind",
     "LockedError",
     "Lookup",

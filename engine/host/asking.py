@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dirtmap.engine.control.client import Conversation
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap
+from dirtmap.engine.model.naming import not_found
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.fmt.errors import BitmapError, Error, LockedError
 
@@ -45,33 +46,6 @@ def _named(image: Namespace, status: Status) -> str:
     return status.tracker
 
 
-def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None) -> None:
-    """Makes a checkpoint of several disks, at one instant; see `Host.checkpoint`."""
-    chosen = sorted(images, key=lambda image: image.uuid or "")
-    with contextlib.ExitStack() as stack:
-        talks = [(stack.enter_context(asked(image)), image.uuid) for image in chosen]
-        for image in chosen:
-            if name in image:
-                raise BitmapError(f"{image.where}: bitmap '{name}'", "the name is taken")
-        if len(talks) == 1:
-            talks[0][0].ask("checkpoint", namespace=talks[0][1], name=name, granularity=granularity)
-            return
-        done = []
-        try:
-            for talk, uuid in talks:
-                talk.ask("close", namespace=uuid)
-            for talk, uuid in talks:
-                talk.ask("checkpoint", namespace=uuid, name=name, granularity=granularity)
-                done.append((talk, uuid))
-            for talk, uuid in talks:
-                talk.ask("open", namespace=uuid)
-        except BaseException:
-            for talk, uuid in done:  # the one before takes over what they have
-                with contextlib.suppress(Error):
-                    talk.ask("change", namespace=uuid, changes=[("remove", name)])
-            raise
-
-
 def rebuild(image: Namespace, name: str, begun: str, differing: Bitmap) -> None:
     """Has the tracker of an image give a checkpoint its content anew; see `Handle.rebuild`."""
     with asked(image) as talk:
@@ -95,16 +69,40 @@ def stop(image: Namespace, wait: float) -> None:
 
 
 @contextlib.contextmanager
-def hold(image: Namespace, name: str) -> Iterator[Bitmap]:
-    """Has the tracker of an image hold a bitmap; see `Namespace.hold`."""
+def hold_all(image: Namespace, names: Sequence[str], owner: str) -> Iterator[Mapping[str, Bitmap]]:
+    """Has the tracker of an image hold bitmaps, as they are at one cut; see `Namespace.hold_all`."""
+    if not names:
+        yield {}
+        return
     with asked(image) as talk:
-        found, octets = talk.ask_for_data("take", namespace=image.uuid, name=name)
-        granularity, recording = int(found["granularity"]), bool(found["recording"])
+        talk.ask("hold", namespace=image.uuid, names=names, owner=owner)
         try:
-            yield Bitmap.from_packed(image.size, granularity, octets, recording=recording).freeze()
+            yield _Held(image, talk, names)
         finally:
             with contextlib.suppress(Error):  # a tracker that has ended holds nothing
                 talk.ask("give", namespace=image.uuid)
+
+
+class _Held(Mapping[str, Bitmap]):
+    """The bitmaps that a tracker holds, as they were when it began to."""
+
+    def __init__(self, image: Namespace, talk: Conversation, names: Sequence[str]) -> None:
+        self._image, self._talk, self._names = image, talk, tuple(dict.fromkeys(names))
+
+    def __getitem__(self, name: str) -> Bitmap:
+        if name not in self._names:
+            raise not_found(self._image.where, name)
+        found, octets = self._talk.ask_for_data("held", namespace=self._image.uuid, name=name)
+        size, granularity, recording = int(found["size"]), int(found["granularity"]), bool(found["recording"])
+        if size != self._image.size:
+            raise LockedError(self._image.where, f"has grown meanwhile, to {size} bytes")
+        return Bitmap.from_packed(size, granularity, octets, recording=recording).freeze()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @contextlib.contextmanager

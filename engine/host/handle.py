@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Self, SupportsIndex, TypeVar
 
 from dirtmap.engine.host.kind import Address, Kind, KindPort, Tracking
@@ -164,9 +164,9 @@ class Handle(Namespace):
 
     def checkpoint(self, name: str, granularity: SupportsIndex | None = None) -> None:
         """Has the image's tracker begin a checkpoint; see `Tracker.checkpoint`. Errors as `save_tracked`, too."""
-        from dirtmap.engine.host import asking
+        from dirtmap.engine.host.instant import checkpoint
 
-        asking.checkpoint([self], name, None if granularity is None else operator.index(granularity))
+        checkpoint([self], name, None if granularity is None else operator.index(granularity))
 
     def rebuild(self, name: str, begun: str, differing: Bitmap) -> None:
         """Gives a checkpoint of a raw disk's node its content anew, after that was lost, in one commit.
@@ -218,23 +218,25 @@ class Handle(Namespace):
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup; see `Namespace.hold`."""
-        with contextlib.ExitStack() as stack:
-            try:
-                bitmap = self._ask(lambda backend: stack.enter_context(backend.hold(name, owner)))
-            except LockedError:
-                if not self._is_tracked():
-                    raise
-                from dirtmap.engine.host import asking
-
-                bitmap = stack.enter_context(asking.hold(self, name))
+        if self._is_tracked():
+            with self.hold_all([name], owner) as held:
+                yield held[name]
+            return
+        with self._opened(lambda backend: backend.hold(name, owner)) as bitmap:
             yield bitmap
 
     @contextlib.contextmanager
-    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[None]:
-        """Holds several bitmaps; see `Namespace.hold_all`."""
+    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[Mapping[str, Bitmap]]:
+        """Holds several bitmaps; see `Namespace.hold_all`. Those of a tracked image are of one cut."""
         chosen = list(names)
-        with self._opened(lambda backend: backend.hold_all(chosen, owner)):
-            yield
+        with contextlib.ExitStack() as stack:
+            if self._is_tracked():
+                from dirtmap.engine.host import asking
+
+                held = stack.enter_context(asking.hold_all(self, chosen, owner))
+            else:
+                held = stack.enter_context(self._opened(lambda backend: backend.hold_all(chosen, owner)))
+            yield held
 
     @contextlib.contextmanager
     def _opened(self, begin: Callable[[Namespace], contextlib.AbstractContextManager[T]]) -> Iterator[T]:

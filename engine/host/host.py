@@ -34,6 +34,7 @@ from dirtmap.fmt.errors import (
 from dirtmap.fmt.spelling import spellings
 
 if TYPE_CHECKING:
+    from dirtmap.engine.host.instant import Instant
     from dirtmap.engine.host.resolver import BitmapMatch
     from dirtmap.engine.model.infos import Disk, ImageInfo, Recovery
     from dirtmap.engine.model.report import CheckReport
@@ -242,10 +243,30 @@ class Host:
             LockedError: a tracker cannot be asked from here.
             StorageError: a write did not end in ten seconds, or the checkpoint could not be written.
         """
-        from dirtmap.engine.host.asking import checkpoint
+        from dirtmap.engine.host.instant import checkpoint
 
         with contextlib.ExitStack() as stack:
             checkpoint([stack.enter_context(self.open(target)) for target in targets], name, granularity)
+
+    @contextlib.contextmanager
+    def instant(self, images: Iterable[Handle]) -> Iterator[Instant]:
+        """Has nothing written to several tracked disks until the end of the block, in which they are cut or cloned.
+
+        See `dirtmap.engine.gate`, which does this for trackers of this very process: the block must be short, as a
+        write waits for ten seconds at most. If the block fails, or the instant was none, what it has made is removed.
+
+        Args:
+            images: each of another disk.
+
+        Raises:
+            BitmapError: one is not tracked.
+            LockedError: a tracker cannot be asked from here.
+            StorageError: a write did not end; or, at the end, one could not wait any longer.
+        """
+        from dirtmap.engine.host.instant import instant
+
+        with instant(images) as here:
+            yield here
 
     @contextlib.contextmanager
     def lent(self, disk: Disk) -> Iterator[int]:

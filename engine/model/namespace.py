@@ -106,15 +106,16 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
         """
 
     @contextlib.contextmanager
-    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[None]:
+    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[Mapping[str, Bitmap]]:
         """Holds several bitmaps; see `hold`. Where the container can, by one commit; all of them, or none.
 
-        Their bits are not handed out: whoever needs them reads them one by one, and they stay as they are meanwhile.
+        Yields:
+            The bitmaps, which are read one by one when they are asked for, and stay as they are meanwhile.
         """
         with contextlib.ExitStack() as stack:
             for name in dict.fromkeys(names):
                 stack.enter_context(self.hold(name, owner))
-            yield
+            yield self
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -168,13 +168,13 @@ class Image(Namespace):
             yield self[name].required(where)
 
     @contextlib.contextmanager
-    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[None]:
+    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[Mapping[str, Bitmap]]:
         """Holds several bitmaps, by one commit; see `Namespace.hold_all`."""
         chosen = list(dict.fromkeys(names))
         for name in chosen:
             self[name].required(f"{self.where}: {label(name)}")
         with self.place.hold(self.where, chosen, owner) if chosen else contextlib.nullcontext():
-            yield
+            yield self
 
     def __repr__(self) -> str:
         return f"<Image {self.path!r}>"

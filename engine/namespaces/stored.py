@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery
@@ -156,13 +156,13 @@ class StoredImage(Namespace):
             yield self[name].required(where)
 
     @contextlib.contextmanager
-    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[None]:
+    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[Mapping[str, Bitmap]]:
         """Holds several bitmaps, by one commit; see `Namespace.hold_all`."""
         chosen = list(dict.fromkeys(names))
         for name in chosen:
             self[name].required(f"{self.where}: {label(name)}")
         with holding(self._store, self._raw_name, chosen, owner) if chosen else contextlib.nullcontext():
-            yield
+            yield self
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:

@@ -6,9 +6,10 @@
     differing  gathers ranges, offsets and lengths in bytes, at a granularity, for `rebuild`
     rebuild    gives a checkpoint anew what was gathered: see `Tracker.rebuild`
     stop       ends the tracker
-    take       holds a bitmap until `give`, or until the end of the conversation, and tells its bits
-    give       holds no bitmap any more
-    close      closes the gate until `open`, or until the end of the conversation
+    hold       holds bitmaps as they are at one cut, until `give`, or until the end of the conversation
+    held       tells the bits of one of those
+    give       holds none any more
+    close      closes the gate until `open`, or until the end of the conversation, and tells which file is tracked
     open       opens it; an error if it did not hold
 
 Each is asked for a namespace, by its UUID: that of the tracker's own bitmaps.
@@ -24,6 +25,7 @@ from dirtmap.fmt.errors import Error, UnsupportedError, printable
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
+    from dirtmap.fmt.identity import FilePlace
 
 
 class Askable(Protocol):
@@ -50,11 +52,17 @@ class Askable(Protocol):
     def close(self) -> None:
         """Ends it."""
 
-    def take(self, name: str) -> Bitmap:
-        """Takes a bitmap for a backup."""
+    def hold(self, names: Iterable[str], owner: str = "dirtmap") -> int:
+        """Holds bitmaps as they are at one cut."""
 
-    def give_back(self, name: str) -> None:
-        """Ends what `take` began."""
+    def held(self, hold: int, name: str) -> Bitmap:
+        """One of them."""
+
+    def release(self, hold: int) -> None:
+        """Ends what `hold` began."""
+
+    def place(self) -> FilePlace:
+        """Which file the image is."""
 
     def gated(self) -> contextlib.AbstractContextManager[None]:
         """Nothing is written until the end of the block."""
@@ -67,6 +75,7 @@ class Asked:
         self._tracker = tracker
         self._stack, self._gate = contextlib.ExitStack(), contextlib.ExitStack()
         self._differing: Bitmap | None = None
+        self._hold = -1
 
     def __enter__(self) -> Self:
         return self
@@ -95,12 +104,20 @@ class Asked:
             self._differing = None
         elif act == "stop":
             (tracker.on_stop or tracker.close)()
-        elif act == "take":
-            return self._take(asked["name"])
+        elif act == "hold":
+            self._stack.close()
+            self._hold = tracker.hold(asked["names"], str(asked["owner"]))
+            self._stack.callback(tracker.release, self._hold)
+        elif act == "held":
+            bitmap = tracker.held(self._hold, asked["name"])
+            told = {"size": bitmap.size, "granularity": bitmap.granularity, "recording": bitmap.recording}
+            return told, bytes(bitmap.packed())
         elif act == "give":
             self._stack.close()
         elif act == "close":
             self._gate.enter_context(tracker.gated())
+            place = tracker.place()
+            return {"filesystem": place.filesystem.hex(), "inode": place.inode, "birth": place.birth}, b""
         elif act == "open":
             self._gate.close()
         else:
@@ -113,8 +130,3 @@ class Asked:
         if self._differing is None:
             self._differing = Bitmap(self._tracker.size, granularity)
         self._differing.mark_many(offsets, lengths)
-
-    def _take(self, name: str) -> tuple[Any, bytes]:
-        bitmap = self._tracker.take(name)
-        self._stack.callback(self._tracker.give_back, name)
-        return {"granularity": bitmap.granularity, "recording": bitmap.recording}, bytes(bitmap.packed())

@@ -106,6 +106,7 @@ class Recorder:
         self.last_error: Error | None = None
         self._frozen: dict[int, Writeset] = {}
         self._held: dict[str, int] = {}
+        self._pinned: dict[int, tuple[tuple[str, ...], str]] = {}
         self._ended, self._wake = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._control: Server | None = None

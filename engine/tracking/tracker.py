@@ -46,6 +46,7 @@ from dirtmap.engine.tracking.kernel import Ticket, Write
 from dirtmap.engine.tracking.recorder import Recorder, Setup, words_of
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.errors import BitmapError, Error, StorageError, UnsupportedError, printable
+from dirtmap.fmt.identity import FilePlace
 
 
 class Tracker(Recorder):
@@ -239,6 +240,7 @@ class Tracker(Recorder):
         home.entry(name)
         if name in home.checkpoints:
             if (predecessor := checkpoints.predecessor(home.checkpoints, name)) is not None:
+                self._refuse_busy(home, predecessor)
                 self._fold(home, predecessor, name)
             home.checkpoints = checkpoints.without(home.checkpoints, name)
         del home.entries[name]
@@ -302,6 +304,59 @@ class Tracker(Recorder):
             home.set_window(name, replace(window, busy=False))
         del self._held[name]
         self._forget()
+
+    def hold(self, names: Iterable[str], owner: str = "dirtmap") -> int:
+        """Holds bitmaps as they are at this cut, until `release`: they are busy. They need not record.
+
+        If the tracker ends, so does the hold.
+
+        Args:
+            names: of the bitmaps.
+            owner: the name of the holder, for messages to others.
+
+        Returns:
+            What `held` and `release` take.
+
+        Raises:
+            BitmapError: there is no such bitmap, it is inconsistent, or taken.
+            StorageError: as `add`.
+        """
+        chosen = tuple(dict.fromkeys(names))
+        with self._cut() as number:
+            with self._changing() as home:
+                for name in chosen:
+                    home.entry(name)
+                    self._refuse_taken(home, name)
+                    self._set_busy(home, name, True)
+            self._pinned[number] = chosen, owner
+        return number
+
+    def held(self, hold: int, name: str) -> Bitmap:
+        """A bitmap as it was when it was held, frozen; where a save came since, it may have later marks as well.
+
+        Raises:
+            BitmapError: it is not held.
+        """
+        with self._using():
+            if hold not in self._pinned or name not in self._pinned[hold][0]:
+                raise BitmapError(f"{self._where}: {label(name)}", "not held")
+            uuid = self._session.uuid
+            return self._home.read(uuid, lambda view: self._content(view, [name], before=hold)).freeze()
+
+    def release(self, hold: int) -> None:
+        """Ends a hold."""
+        with self._using():
+            names, _ = self._pinned.pop(hold)
+            still = {name for others, _ in self._pinned.values() for name in others}
+            with self._changing() as home:
+                for name in names:
+                    if name not in still:
+                        self._set_busy(home, name, False)
+
+    def _set_busy(self, home: HomeChange, name: str, busy: bool) -> None:
+        """So that other processes see it; of a bitmap without a window none does, but the tracker knows."""
+        if window := home.window(name):
+            home.set_window(name, replace(window, busy=busy))
 
     # The size of the disk.
 
@@ -395,6 +450,8 @@ class Tracker(Recorder):
         with order.holding(Rank.CUT, self._where), self._cuts, self._using(), self._roots.opened() as change:
             for name in self._held:
                 raise BitmapError(f"{self._where}: {label(name)}", "busy: taken for a backup")
+            for _, owner in self._pinned.values():
+                raise BitmapError(self._where, f"a bitmap is busy: held by '{printable(owner)}'")
             self._refuse_in_flight()
             self._close()
             change(root, content_unchanged, self._begin_anew)
@@ -406,6 +463,10 @@ class Tracker(Recorder):
     def gated(self) -> AbstractContextManager[None]:
         """A block in which nothing is written to the disk; see `dirtmap.engine.gate`, which is for several."""
         return closed([self._kernel])
+
+    def place(self) -> FilePlace:
+        """Which file the image is, wherever its path leads by now."""
+        return self._session.image.place
 
     def _asked(self) -> AbstractContextManager[Answering]:
         return Asked(self)
@@ -489,6 +550,12 @@ class Tracker(Recorder):
         return entry
 
     def _refuse_busy(self, home: HomeChange, name: str) -> None:
+        self._refuse_taken(home, name)
+        for names, owner in self._pinned.values():
+            if name in names:
+                raise BitmapError(f"{home.where}: {label(name)}", f"busy: held by '{printable(owner)}'")
+
+    def _refuse_taken(self, home: HomeChange, name: str) -> None:
         if name in self._held:
             raise BitmapError(f"{home.where}: {label(name)}", "busy: taken for a backup")
 

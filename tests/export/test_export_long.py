@@ -82,7 +82,7 @@ def test_a_qcow2_image_that_is_tracked_or_was(tmp_path: Path) -> None:
     with dm.open("system") as opened, opened.track() as tracker:
         tracker.mark(65536, 1)
         assert "tracked by" in error_of("export", image, "--run", command)
-        assert "its bitmaps are not held" in dirtmap("export", image, "--live", "--run", command).error
+        assert dirtmap("export", image, "--live", "--run", command).error == ""
         assert "65536       65536    1  dirty" in found.read_text()
     pid = os.fork()
     if not pid:

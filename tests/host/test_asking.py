@@ -111,6 +111,35 @@ def test_a_hold_ends_with_its_block(tracker: Tracker) -> None:
         assert image["b0"].count == 2 * GRANULE
 
 
+def test_bitmaps_of_any_kind_are_held_as_they_are_at_one_cut(tracker: Tracker) -> None:
+    """By several holders, and while checkpoints and saves come."""
+    tracker.add("off", recording=False)
+    tracker.checkpoint("one")
+    tracker.mark(0, 1)
+    with dm.open("node:drive0") as image, image.hold_all(["b0", "off", "one"], "nightly") as held:
+        tracker.mark(GRANULE, 1)
+        expected = {"b0": [(0, GRANULE)], "off": [], "one": [(0, GRANULE)]}
+        assert {name: qemu.extents(bitmap) for name, bitmap in held.items()} == expected
+        with image.hold_all(["one"], "other") as others:
+            assert qemu.extents(others["one"]) == [(0, 2 * GRANULE)]
+        tracker.checkpoint("two")
+        tracker.mark(2 * GRANULE, 1)
+        for act in (tracker.clear, tracker.remove):
+            with pytest.raises(dm.BitmapError, match="busy: held by 'nightly'"):
+                act("b0")
+        with pytest.raises(dm.BitmapError, match="busy"):
+            tracker.remove("two")  # whose bits would go into one that is held
+        assert {name: qemu.extents(bitmap) for name, bitmap in held.items()} == expected
+        tracker.save()
+        assert [bitmap.name for bitmap in image.info().bitmaps if bitmap.busy] == ["b0", "one"]
+        with pytest.raises(dm.BitmapNotFoundError):
+            held["two"]
+    assert dirty("b0") == [(0, 3 * GRANULE)]
+    tracker.remove("two")
+    tracker.clear("b0")
+    assert dirty("one") == [(0, 3 * GRANULE)]
+
+
 def test_the_command_that_holds(tracker: Tracker) -> None:
     dirtmap("hold", "drive0", "b0", "--", "sh", "-c", f"{COMMAND} list drive0 2>/dev/null | grep -q busy")
 

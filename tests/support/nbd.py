@@ -50,13 +50,13 @@ class Client:
     def close(self) -> None:
         self._socket.close()
 
-    def send(self, command: int, offset: int, length: int, *, fua: bool = False) -> None:
-        """Asks for a change; data is 0xa5."""
+    def send(self, command: int, offset: int, length: int, *, fua: bool = False, data: bytes = b"") -> None:
+        """Asks for a change; where ``data`` is not given, 0xa5 is written."""
         cookie = len(self.submitted)
         self.submitted.append((offset, length))
         self._waiting[cookie] = offset, length
         head = struct.pack(">IHHQQI", 0x25609513, _FLAG_FUA * fua, command, cookie, offset, length)
-        self._socket.sendall(head + (b"\xa5" * length if command == WRITE else b""))
+        self._socket.sendall(head + ((data or b"\xa5" * length) if command == WRITE else b""))
 
     def receive(self) -> int:
         """Takes one answer, of any request; returns its error number."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     nbdinfo --map=qemu:dirty-bitmap:monday 'nbd+unix:///drive0?socket=/run/drive0.sock'
     dirtmap export drive0 --run 'nbdcopy "$uri" copy.raw'
     dirtmap export drive0 drive1 --bitmap monday --since sunday --port 10809
+    dirtmap export drive0 drive1 --reflink --since monday --unix /run/backup.sock
     dirtmap export drive0 --source /dev/vg0/snapshot --bind 192.0.2.1 --port 10809 --tls /etc/pki/qemu
     """,
 )
@@ -55,6 +56,11 @@ if TYPE_CHECKING:
     multiple=True,
     help="Serve a frozen copy of the disk, such as a snapshot, in place of it; one for each TARGET, in their order.",
 )
+@click.option(
+    "--reflink",
+    is_flag=True,
+    help="Serve clones of raw disks that are tracked, as XFS and btrfs make them, of the same instant as the bitmaps.",
+)
 @click.option("--live", is_flag=True, help="Serve a disk that is being written: what is read is not of one instant.")
 @options.reporting
 @click.pass_context
@@ -70,6 +76,7 @@ def export_command(
     tls: str | None,
     command: str | None,
     sources: tuple[str, ...],
+    reflink: bool,
     live: bool,
     pidfile: str | None,
     quiet: bool,
@@ -82,7 +89,8 @@ def export_command(
     the serving. The bitmaps are as of the beginning, and busy until the end; see "dirtmap hold".
 
     QEMU cannot write to the disk meanwhile, and if anybody else has changed its file, that is an error at the end. A
-    disk that is being written is refused, unless --source has a frozen copy, or --live says that you know.
+    disk that is being written is refused, unless --reflink makes a frozen copy, of one that "dirtmap serve" or another
+    program tracks, --source has one, or --live says that you know.
 
     Prints a line once it is ready, "ready:" and a URI for each TARGET, or with --output=json a list of exports. SIGINT,
     SIGTERM or SIGHUP end it, with exit status 0. With --run, the end of COMMAND does, whose exit status it has, and
@@ -93,7 +101,9 @@ def export_command(
         stop = stack.enter_context(Stop())
         listener = listener_of(stack, unix, port, bind, tls)
         with (
-            export(host, targets, listener, bitmaps=bitmaps, since=since, sources=sources, live=live) as serving,
+            export(
+                host, targets, listener, bitmaps=bitmaps, since=since, sources=sources, live=live, reflink=reflink
+            ) as serving,
             pid_file(pidfile),
         ):
             _tell(serving, quiet=quiet)

@@ -5,23 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dirtmap.engine as dm
 from dirtmap.fmt import geometry
-from dirtmap.fmt.errors import ArgumentError, BitmapError, BitmapNotFoundError, LockedError, printable
+from dirtmap.fmt.errors import (
+    ArgumentError,
+    BitmapError,
+    BitmapNotFoundError,
+    LockedError,
+    StorageError,
+    UnsupportedError,
+    printable,
+)
 from dirtmap.fmt.spelling import escaped, shown_as
 from dirtmap.tools.export.carrier import make_carrier, put_into_carrier, require_sizes
 from dirtmap.tools.qsd import nodes
 from dirtmap.tools.qsd.daemon import Daemon, require_programs
 
 if TYPE_CHECKING:
-    from dirtmap.engine import Bitmap, Disk, Handle, Host, ImageInfo
+    from dirtmap.engine import Bitmap, Clone, Disk, Handle, Host, ImageInfo
     from dirtmap.tools.listening.listener import Listener
 
+_OTHERWISE = "--source serves a frozen copy, --live insists"
 _TOGETHER = 64 << 20  # bytes of bits that are in memory at a time, and go into a carrier with one commit; or one bitmap
 
 
@@ -88,6 +97,7 @@ def export(
     since: str | None = None,
     sources: Sequence[str] = (),
     live: bool = False,
+    reflink: bool = False,
     owner: str = "dirtmap export",
 ) -> Iterator[Serving]:
     """Serves disks with their bitmaps, read-only, over NBD, until the end of the block.
@@ -106,28 +116,34 @@ def export(
         sources: frozen copies of the disks, such as snapshots of a volume, one for each target and in their order; they
             are served in place of the disks, which may be written meanwhile. None: the disks themselves.
         live: serves disks although they are being written. What a client reads is not of one instant then.
+        reflink: of raw disks that are tracked, serves clones, which the file system makes: see `dm.Clone`. The clones
+            and the bitmaps are of one instant, for all of these disks. Others are kept offline.
         owner: who holds the bitmaps, for messages to others.
 
     Raises:
         ArgumentError: the arguments do not go together.
-        LockedError: a disk is being written, and neither ``sources`` nor ``live`` is given; or, at the end, it was.
+        LockedError: a disk is being written, and none of ``sources``, ``live`` and ``reflink`` is given; or, at the
+            end, it was.
+        UnsupportedError: a tracked disk cannot be cloned.
         BitmapError: a named bitmap, or the checkpoint, does not exist or cannot be used.
         StorageError: a program is missing, there is no room for the carriers, or QEMU refuses; the error has its words.
     """
-    _require_fitting(targets, sources, live)
+    _require_fitting(targets, sources, live, reflink)
     require_programs()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtmap-")))
         served = []
         for number, target in enumerate(targets):
             source = sources[number] if sources else None
-            served.append(_opened(host, stack, target, source, live=live, listener=listener))
+            served.append(_opened(host, stack, target, source, live=live, reflink=reflink))
         _require_names(served)
         for each in served:
             each.choose(bitmaps, since)
-            each.hold(stack, owner)
+            if each.clone is None:
+                each.hold(stack, owner)
+        clones = _cloned(host, stack, served, owner)
         stack.enter_context(listener.reserved())
-        daemon = stack.enter_context(Daemon())
+        daemon = stack.enter_context(Daemon(clones))
         for number, each in enumerate(served):
             carrier = folder / f"{number}.qcow2"
             each.write_carrier(host, str(carrier))
@@ -141,9 +157,22 @@ def export(
         yield Serving(tuple(each.told(listener) for each in served), listener, daemon)
 
 
-def _require_fitting(targets: Sequence[str], sources: Sequence[str], live: bool) -> None:
+def _cloned(host: Host, stack: contextlib.ExitStack, served: list[_Served], owner: str) -> list[int]:
+    """Clones the disks that are to be, and holds their bitmaps, at one instant; returns the descriptors."""
+    clones = [(each, each.clone) for each in served if each.clone is not None]
+    if clones:
+        with host.instant([each.handle for each, _ in clones]) as instant:
+            for each, clone in clones:
+                each.hold(stack, owner)
+                instant.clone(each.handle, clone)
+    return [clone.fd for _, clone in clones]
+
+
+def _require_fitting(targets: Sequence[str], sources: Sequence[str], live: bool, reflink: bool) -> None:
     if not targets:
         raise ArgumentError("targets", "there is nothing to serve")
+    if reflink and (sources or live):
+        raise ArgumentError("reflink", "makes frozen copies by itself: neither --source nor --live goes with it")
     if sources and live:
         raise ArgumentError("live", "goes with no frozen source, which nobody writes")
     if sources and len(sources) != len(targets):
@@ -152,20 +181,23 @@ def _require_fitting(targets: Sequence[str], sources: Sequence[str], live: bool)
 
 
 def _opened(
-    host: Host, stack: contextlib.ExitStack, target: str, source: str | None, *, live: bool, listener: Listener
+    host: Host, stack: contextlib.ExitStack, target: str, source: str | None, *, live: bool, reflink: bool
 ) -> _Served:
     """Opens a target, and keeps what is served of it as it is."""
     # Whoever has it open for writing is met below, where the error can say what else can be done.
     handle = stack.enter_context(host.open(target, force_share=True))
     notes, status = [], handle.tracking()
     tracked = status is not None and status.alive
-    if status is not None and tracked and not live and source is None:
-        what = f"its disk is being written: tracked by {status.tracker}; --source serves a frozen copy, --live insists"
-        raise LockedError(handle.where, what)
+    if status is not None and tracked and not (live or reflink or source is not None):
+        remedy = f"--reflink serves a clone of it, {_OTHERWISE}"
+        raise LockedError(handle.where, f"its disk is being written: tracked by {status.tracker}; {remedy}")
     if status is not None and not tracked:
         handle.recover_session()  # now: nobody writes to the image while it is kept offline
         notes.append(f"recovered first: {status.how}")
     disk = handle.disk()
+    if reflink and tracked:
+        clone = _clone(handle, stack, disk)
+        return _Served(target, handle, dm.Disk(clone.path, disk.format), tracked=True, notes=notes, clone=clone)
     if source is not None:
         if _is_same(source, disk.path):
             raise ArgumentError("sources", f"{printable(source)} is the disk itself, and no frozen copy of it")
@@ -174,6 +206,17 @@ def _opened(
         stack.enter_context(_offline(host, disk))
     own = source is None and not live
     return _Served(target, handle, disk, tracked=tracked, kept=own, live=live, notes=notes)
+
+
+def _clone(handle: Handle, stack: contextlib.ExitStack, disk: Disk) -> Clone:
+    """Prepares the clone of a disk, and says what else can be done."""
+    if disk.format != "raw":
+        what = f"a qcow2 image, whose program may have some of it in memory, is not cloned; {_OTHERWISE}"
+        raise UnsupportedError(handle.where, what)
+    try:
+        return stack.enter_context(dm.Clone(disk.path))
+    except (UnsupportedError, StorageError) as error:
+        raise UnsupportedError(error.where, f"{error.what}; {_OTHERWISE}") from error
 
 
 def _is_same(one: str, other: str) -> bool:
@@ -190,7 +233,7 @@ def _offline(host: Host, disk: Disk) -> Iterator[None]:
         try:
             stack.enter_context(host.offline(disk))
         except LockedError as error:
-            raise LockedError(error.where, f"{error.what}; --source serves a frozen copy, --live insists") from None
+            raise LockedError(error.where, f"{error.what}; {_OTHERWISE}") from None
         yield
 
 
@@ -215,25 +258,29 @@ class _Served:
         kept: what is served is the disk itself, and is kept offline.
         live: somebody may write to what is served.
         notes: see `Export`.
+        clone: what is served, if that is a clone.
         since: the checkpoint since which changes are to be served, or None.
         chosen: the bitmaps to be served by their own names.
         chain: the checkpoints that say what was written since one.
         left_out: see `Export`.
         contexts: the names in the carrier.
+        bitmaps: as they are served.
     """
 
     target: str
     handle: Handle
     disk: Disk
     tracked: bool
-    kept: bool
-    live: bool
     notes: list[str]
+    kept: bool = False
+    live: bool = False
+    clone: Clone | None = None
     since: str | None = None
     chosen: list[str] = field(default_factory=list)
     chain: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     contexts: list[str] = field(default_factory=list)
+    bitmaps: Mapping[str, Bitmap] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -267,9 +314,12 @@ class _Served:
 
     def _hold(self, stack: contextlib.ExitStack, owner: str) -> None:
         names = list(dict.fromkeys([*self.chosen, *self.chain]))
+        self.bitmaps = self.handle
         try:
-            stack.enter_context(self.handle.hold_all(names, owner))
+            self.bitmaps = stack.enter_context(self.handle.hold_all(names, owner))
         except (BitmapError, LockedError):
+            if self.clone is not None:
+                raise  # they would not be of the instant of the clone
             for name in names:
                 dm.changes.usable(self.handle.where, self.handle, name)  # says what is wrong with it, if that was it
             in_image = self.handle.format == "qcow2"
@@ -315,7 +365,7 @@ class _Served:
         return changed
 
     def _read(self, name: str) -> Bitmap:
-        bitmap = dm.changes.usable(self.handle.where, self.handle, name)
+        bitmap = dm.changes.usable(self.handle.where, self.bitmaps, name)
         if bitmap.damage:
             self.notes.append(f"'{name}': its {bitmap.damage}; recover makes that last")
         return bitmap

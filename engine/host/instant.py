@@ -1,0 +1,112 @@
+"""`instant`: an instant of several tracked disks, at which they are cut and cloned by whoever asks their trackers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from dirtmap.engine.host.asking import asked
+from dirtmap.engine.identity import identity_of
+from dirtmap.fmt.errors import ArgumentError, BitmapError, Error, LockedError, printable
+
+if TYPE_CHECKING:
+    from dirtmap.engine.control.client import Conversation
+    from dirtmap.engine.model.namespace import Namespace
+    from dirtmap.engine.system.clone import Clone
+
+
+class Instant:
+    """A time during which nothing is written to some tracked disks, in any process; see `Host.instant`."""
+
+    def __init__(self, talks: dict[str | None, Conversation]) -> None:
+        self._talks = talks
+        self._places: dict[str | None, list[object]] = {}
+        self._made: list[tuple[Namespace, str]] = []
+
+    def checkpoint(self, image: Namespace, name: str, granularity: int | None = None) -> None:
+        """Begins a checkpoint of one of the disks. If the instant comes to nothing, it is removed again.
+
+        Args:
+            image: of whom the bitmaps are.
+            name: of the checkpoint.
+            granularity: in bytes; None for the usual one.
+
+        Raises:
+            BitmapError: the name is taken.
+            StorageError: it could not be written.
+        """
+        self._ask(image, "checkpoint", name=name, granularity=granularity)
+        self._made.append((image, name))
+
+    def clone(self, image: Namespace, into: Clone) -> None:
+        """Clones the file of one of the disks.
+
+        Args:
+            image: a raw disk.
+            into: a clone of its file, that is prepared.
+
+        Raises:
+            LockedError: that is not the file that is tracked, or it does not have the size of the disk.
+            StorageError: it cannot be cloned.
+        """
+        place = identity_of(f"/proc/self/fd/{into.source}").place
+        if [place.filesystem.hex(), place.inode, place.birth] != self._places[image.uuid]:
+            raise LockedError(image.where, "the file at the disk's path is not the one that its tracker tracks")
+        into.take()
+        if into.size() != image.size:
+            raise LockedError(image.where, f"has another size by now, {into.size()} bytes")
+
+    def _ask(self, image: Namespace, act: str, **arguments: object) -> dict[str, object] | None:
+        answer: dict[str, object] | None = self._talks[image.uuid].ask(act, namespace=image.uuid, **arguments)
+        return answer
+
+    def _close(self, image: Namespace) -> None:
+        told = self._ask(image, "close") or {}
+        self._places[image.uuid] = [told.get(key) for key in ("filesystem", "inode", "birth")]
+
+    def _open(self, image: Namespace) -> None:
+        self._ask(image, "open")
+
+    def _undo(self) -> None:
+        for image, name in self._made:  # the checkpoint before it takes over what it has
+            with contextlib.suppress(Error):
+                self._ask(image, "change", changes=[("remove", name)])
+
+
+@contextlib.contextmanager
+def instant(images: Iterable[Namespace]) -> Iterator[Instant]:
+    """Has the trackers of several disks close their gates until the end of the block; see `Host.instant`."""
+    # In an order that is the same for all, so that no two wait for each other.
+    chosen = sorted(images, key=lambda image: image.uuid or "")
+    with contextlib.ExitStack() as stack:
+        talks: dict[str | None, Conversation] = {}
+        for image in chosen:
+            if image.uuid in talks:
+                raise ArgumentError(image.where, "is named twice")
+            talks[image.uuid] = stack.enter_context(asked(image))
+        here = Instant(talks)
+        try:
+            for image in chosen:
+                here._close(image)
+            yield here
+            for image in chosen:
+                here._open(image)
+        except BaseException:
+            here._undo()
+            raise
+
+
+def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None) -> None:
+    """Makes a checkpoint of several disks, at one instant; see `Host.checkpoint`."""
+    for image in images:
+        if name in image:
+            raise BitmapError(f"{image.where}: bitmap '{printable(name)}'", "the name is taken")
+    if len(images) == 1:
+        (image,) = images
+        with asked(image) as talk:
+            talk.ask("checkpoint", namespace=image.uuid, name=name, granularity=granularity)
+        return
+    with instant(images) as here:
+        for image in images:
+            here.checkpoint(image, name, granularity)
