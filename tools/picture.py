@@ -44,9 +44,7 @@ def draw(title: str, bitmap: Bitmap, *, colour: bool) -> Iterator[str]:
         each *= 2
 
     edges = np.append(np.arange(-(-bitmap.size // each), dtype=np.int64) * each, bitmap.size)
-    before = np.zeros_like(edges)  # dirty bytes before each edge
-    for offsets, lengths in bitmap.extents_by_parts():
-        before += _dirty_before(edges, offsets, lengths)
+    before, _ = bitmap.before(edges)
     characters = np.array(list(shades))[_levels(edges, before)]
     dirty = int(before[-1])
     share = human_share(dirty, bitmap.size) or "0%"
@@ -63,13 +61,3 @@ def _levels(edges: Positions, before: Positions) -> NDArray[Any]:
     """The shade of each part of the disk, from 0 (clean) to 4 (dirty all over); any dirt at all makes it at least 1."""
     dirty, size = np.diff(before), np.diff(edges)
     return np.where(dirty == 0, 0, np.where(dirty == size, 4, 1 + (dirty / size * 3).astype(np.int64).clip(0, 2)))
-
-
-def _dirty_before(positions: Positions, offsets: Positions, lengths: Positions) -> Positions:
-    """The number of dirty bytes before each position."""
-    if not len(offsets):
-        return np.zeros_like(positions)
-    before = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
-    index = np.searchsorted(offsets, positions, side="right") - 1  # the extent that begins at or before it
-    inside = np.clip(positions - offsets[index], 0, lengths[index])
-    return np.where(index < 0, 0, before[np.maximum(index, 0)] + inside)
