@@ -24,6 +24,7 @@ _HOMES = {
     "list": "list",
     "dump": "dump",
     "map": "map",
+    "plot": "plot.command",
     "add": "change",
     "remove": "change",
     "clear": "change",

@@ -52,9 +52,9 @@ def write_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     if colourful():
         return _write_rich_table(title, header, rows, right)
     print(title)
-    widths = [max(map(_columns, column)) for column in zip(header, *rows, strict=True)]
+    widths = [max(map(columns_of, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows) if rows else ():
-        gaps = [" " * (width - _columns(cell)) for cell, width in zip(row, widths, strict=True)]
+        gaps = [" " * (width - columns_of(cell)) for cell, width in zip(row, widths, strict=True)]
         cells = [
             gap + cell if number in right else cell + gap
             for number, (cell, gap) in enumerate(zip(row, gaps, strict=True))
@@ -62,7 +62,7 @@ def write_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         print(("  " + "  ".join(cells)).rstrip())
 
 
-def _columns(text: str) -> int:
+def columns_of(text: str) -> int:
     """The width of a text on a terminal, in columns: combining characters take none, wide ones such as CJK two."""
     if text.isascii():
         return len(text)

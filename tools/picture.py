@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,16 +26,12 @@ if TYPE_CHECKING:
 _MOST_ROWS, _LEAST_WIDTH, _LABEL_WIDTH = 16, 16, 10
 _SHADES, _FRAME = "·░▒▓█", "│"
 _ASCII_SHADES, _ASCII_FRAME = ".-=+#", "|"
-_RED, _PLAIN = "\x1b[31m", "\x1b[0m"
+RED, PLAIN = "\x1b[31m", "\x1b[0m"
 
 
 def draw(title: str, bitmap: Bitmap, *, colour: bool) -> Iterator[str]:
-    """The picture, line by line, as wide as the terminal allows. `_SHADES` needs an output encoding that has them."""
-    shades, frame = _SHADES, _FRAME
-    try:
-        (shades + frame).encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        shades, frame = _ASCII_SHADES, _ASCII_FRAME
+    """The picture, line by line, as wide as the terminal allows."""
+    shades, frame = symbols()
     # Powers of two, so that rows begin at round offsets.
     room = max(shutil.get_terminal_size().columns - _LABEL_WIDTH - 3, _LEAST_WIDTH)
     width = 1 << (room.bit_length() - 1)
@@ -44,32 +40,34 @@ def draw(title: str, bitmap: Bitmap, *, colour: bool) -> Iterator[str]:
         each *= 2
 
     edges = np.append(np.arange(-(-bitmap.size // each), dtype=np.int64) * each, bitmap.size)
-    before = np.zeros_like(edges)  # dirty bytes before each edge
-    for offsets, lengths in bitmap.extents_by_parts():
-        before += _dirty_before(edges, offsets, lengths)
-    characters = np.array(list(shades))[_levels(edges, before)]
+    before, _ = bitmap.before(edges)
+    characters = np.array(list(shades))[levels(np.diff(before), np.diff(edges))]
     dirty = int(before[-1])
     share = human_share(dirty, bitmap.size) or "0%"
     yield f"{printable(title)}: {human_size(dirty)} of {human_size(bitmap.size)} dirty ({share})"
     for row in range(0, len(characters), width):
         text = "".join(characters[row : row + width]).ljust(min(width, len(characters)))
         if colour:
-            text = f"{_RED}{text}{_PLAIN}"
+            text = f"{RED}{text}{PLAIN}"
         yield f"{human_size(int(edges[row])):>{_LABEL_WIDTH}} {frame}{text}{frame}"
     yield f"{'':{_LABEL_WIDTH}}  {shades[0]} clean  {shades[1:]} dirty; a character is {human_size(each)}"
 
 
-def _levels(edges: Positions, before: Positions) -> NDArray[Any]:
-    """The shade of each part of the disk, from 0 (clean) to 4 (dirty all over); any dirt at all makes it at least 1."""
-    dirty, size = np.diff(before), np.diff(edges)
-    return np.where(dirty == 0, 0, np.where(dirty == size, 4, 1 + (dirty / size * 3).astype(np.int64).clip(0, 2)))
+def symbols() -> tuple[str, str]:
+    """The characters for the levels, and that of the frame: those that the encoding of standard output has."""
+    try:
+        (_SHADES + _FRAME).encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return _ASCII_SHADES, _ASCII_FRAME
+    return _SHADES, _FRAME
 
 
-def _dirty_before(positions: Positions, offsets: Positions, lengths: Positions) -> Positions:
-    """The number of dirty bytes before each position."""
-    if not len(offsets):
-        return np.zeros_like(positions)
-    before = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
-    index = np.searchsorted(offsets, positions, side="right") - 1  # the extent that begins at or before it
-    inside = np.clip(positions - offsets[index], 0, lengths[index])
-    return np.where(index < 0, 0, before[np.maximum(index, 0)] + inside)
+def levels(dirty: Positions, sizes: Positions) -> Positions:
+    """How dirty each part of a disk is, from 0, clean, to 4, dirty all over; with any dirt at all it is at least 1.
+
+    Args:
+        dirty: bytes in each part.
+        sizes: of the parts, in bytes.
+    """
+    thirds = (dirty / np.maximum(sizes, 1) * 3).astype(np.int64).clip(0, 2)
+    return np.where(dirty == 0, 0, np.where(dirty == sizes, 4, 1 + thirds))

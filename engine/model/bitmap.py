@@ -258,6 +258,32 @@ class Bitmap:
             for at in range(0, len(offsets), _SOME):
                 yield offsets[at : at + _SOME].tolist(), lengths[at : at + _SOME].tolist()
 
+    def before(self, positions: Iterable[SupportsIndex]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How much is dirty before each of these positions, and how many extents begin before it.
+
+        What lies between two positions is what is there before the second, less what is there before the first. It
+        takes little more than to count, and no memory to speak of, whatever the number of extents.
+
+        Args:
+            positions: on the disk, in bytes, ascending; the disk's size is the last that there can be.
+
+        Returns:
+            Two int64 arrays of the shape of ``positions``: dirty bytes, cut at the disk's end, and numbers of extents.
+
+        Raises:
+            RangeError: a position is not on the disk, or less than the one before.
+            BitmapError: the bitmap is inconsistent.
+        """
+        at = as_int64(positions)
+        if len(at) and (at[0] < 0 or at[-1] > self.size or (np.diff(at) < 0).any()):
+            raise RangeError(WHERE, f"positions ascend from 0 to {self.size}")
+        granule, inside = at // self.granularity, at % self.granularity
+        behind = granule + (inside > 0)
+        places, found = np.unique(np.concatenate((granule, behind)), return_inverse=True)
+        dirty, begun = content.before(self._parts(), places)
+        low, high = found[: len(at)], found[len(at) :]
+        return dirty[low] * self.granularity + (dirty[high] - dirty[low]) * inside, begun[high]
+
     # Changes in place.
 
     def mark(self, offset: SupportsIndex, length: SupportsIndex) -> None:

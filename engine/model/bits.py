@@ -100,6 +100,15 @@ def count(words: NDArray[np.unsignedinteger[Any]] | Packed) -> int:
     return _bits.count(words)
 
 
+def runs(words: Words, start: int, end: int) -> int:
+    """The number of runs of set bits that begin in ``words[start:end]``; one may go on from the word before.
+
+    Raises:
+        IndexError: there are no such words.
+    """
+    return _bits.runs(words, start, end)
+
+
 def all_zero(data: NDArray[np.unsignedinteger[Any]] | Packed) -> bool:
     """True if no bit is set. Stops at the first 512 bytes that have one."""
     return _bits.all_are(data, 0)

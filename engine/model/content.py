@@ -97,6 +97,43 @@ def count(content: Content) -> int:
     return total
 
 
+def before(content: Content, positions: bits.Positions) -> tuple[bits.Positions, bits.Positions]:
+    """How many bits are set before each of these positions, and how many runs of set bits begin before it.
+
+    Args:
+        content: the bits.
+        positions: of bits, ascending, 0 to ``content.nbits``; int64, 1-D.
+
+    Returns:
+        Two new int64 arrays of the same shape.
+    """
+    bits_before, runs_before = np.zeros_like(positions), np.zeros_like(positions)
+    total = runs = 0  # in the parts so far
+    is_open = False  # the last bit of the parts so far is set
+    low = int(np.searchsorted(positions, 0, "right"))
+    for first, end, part in blocks(content):
+        high = int(np.searchsorted(positions, end, "right"))
+        inside = positions[low:high] - first
+        if isinstance(part, bool):
+            runs += part and not is_open
+            bits_before[low:high], runs_before[low:high] = total + inside * part, runs
+            total, is_open = total + (end - first) * part, part
+        else:
+            runs -= is_open and int(part[0]) & 1  # the loop takes it for one that begins here
+            at = 0  # the word up to which `total` and `runs` go
+            for index, position in enumerate(inside.tolist(), low):
+                word, last = divmod(position - 1, 64)
+                total, runs, at = total + bits.count(part[at:word]), runs + bits.runs(part, at, word), word
+                here = int(part[word]) & ((2 << last) - 1)
+                before_here = int(part[word - 1]) >> 63 if word else 0
+                bits_before[index] = total + here.bit_count()
+                runs_before[index] = runs + (here & ~(here << 1 | before_here)).bit_count()
+            total, runs = total + bits.count(part[at:]), runs + bits.runs(part, at, len(part))
+            is_open = bool(int(part[-1]) >> (end - first - 1) % 64 & 1)
+        low = high
+    return bits_before, runs_before
+
+
 def is_equal(one: Content, other: Content) -> bool:
     """True if both have the same bits; they have the same number of them. Stops at the first part that differs."""
     if isinstance(one, Whole) and isinstance(other, Whole):

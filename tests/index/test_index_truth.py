@@ -82,6 +82,8 @@ SCRIPT: list[Step] = [
     ("merge", "one", "b", "a"),
     ("merge", "one", "b", "a", "-b", "far"),
     ("map", "--output=json", "one", "b"),
+    ("plot", "--output=json", "one"),
+    ("plot", "d0", "a"),
     ("copy", "q0", "a", "two", "--as", "copied"),
     ("move", "far", "b", "one", "--as", "moved"),
     ("move", "one", "moved", "q0"),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dirtmap.engine.model import bits, content
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.content import Changed, Content
-from dirtmap.fmt.errors import BitmapError
+from dirtmap.fmt.errors import BitmapError, RangeError
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.content import Part
@@ -106,6 +106,30 @@ def of(bitmap: Bitmap) -> Flags:
     assert np.array_equal(flags_of(bitmap.copy().words, nbits), found)
     assert bitmap == Bitmap.from_words(bitmap.size, bitmap.granularity, words_of(found), True)
     return found
+
+
+@given(flags(), st.integers(0, 511), st.data())
+def test_before(found: Flags, cut: int, data: st.DataObject) -> None:
+    bitmap = lazy(found, cut=cut)
+    positions = sorted(data.draw(st.lists(st.integers(0, bitmap.size), max_size=20)))
+    dirty, begun = bitmap.before(positions)
+    upto = np.append(0, np.repeat(found, 512)[: bitmap.size].cumsum())  # byte by byte
+    assert dirty.tolist() == upto[positions].tolist()
+    starts = bitmap.extents()[0]
+    assert begun.tolist() == [(starts < position).sum() for position in positions]
+
+
+def test_before_of_what_is_known_without_a_look() -> None:
+    full = Bitmap(2**63 - 1, 2**31).recovered()
+    assert [numbers.tolist() for numbers in full.before([0, 5, 2**63 - 1])] == [[0, 5, 2**63 - 1], [0, 1, 1]]
+    assert [numbers.tolist() for numbers in Bitmap(0).before([0, 0])] == [[0, 0], [0, 0]]
+    assert [numbers.tolist() for numbers in Bitmap(512).before([])] == [[], []]
+
+
+@pytest.mark.parametrize("positions", [[-1], [513], [2, 1], [2**63]])
+def test_before_refuses(positions: list[int]) -> None:
+    with pytest.raises(RangeError):
+        Bitmap(512).before(positions)
 
 
 def coarse(found: Flags, factor: int) -> Flags:

@@ -149,6 +149,7 @@ def test_usage_is_pinned() -> None:
         "transaction FILE",
         "sidecar RAW QCOW2",
         "completion {bash|zsh|fish}",
+        "plot TARGET [BITMAP]...",
     ]
 
 

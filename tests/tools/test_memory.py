@@ -21,6 +21,8 @@ COMMANDS = {
     "check": ["check", "STORE"],
     "map, totals": ["map", "--totals", "disk", "dense"],
     "map, picture": ["map", "--picture", "disk", "dense"],
+    "plot": ["plot", "disk"],
+    "plot, page": ["plot", "disk", "-o", "PAGE"],
     "mark": ["mark", "disk", "dense", "5M", "4K"],
     "mark, from lines": ["mark", "disk", "dense", "--from", "LINES"],
     "merge into the same": ["merge", "disk", "dense", "week"],
@@ -75,7 +77,11 @@ def run(what: str, folder: Path) -> str:
         said, _, resident = run_measured(program=CALLS[what], folder=folder)
     else:
         (folder / "lines").write_text(LINES)
-        places = {"STORE": str(folder / "default.dmap"), "LINES": str(folder / "lines")}
+        places = {
+            "STORE": str(folder / "default.dmap"),
+            "LINES": str(folder / "lines"),
+            "PAGE": str(folder / "page.html"),
+        }
         words = [places.get(word, word) for word in (COMMANDS[what] if what in COMMANDS else what.split())]
         said, _, resident = run_measured(*words, folder=folder)
     assert "Traceback" not in said
