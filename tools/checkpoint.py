@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.group("checkpoint")
 def checkpoint_command() -> None:
-    """Begin, end and list checkpoints: what was written since each is known."""
+    """Begin, end and list points in time, to tell later writes."""
 
 
 @options.command(

@@ -22,9 +22,9 @@ from dirtmap.tools.output import PROGRAM, complain
 # In the order of the help. The value is the module of dirtmap.tools that has the command, as `VERB_command`.
 _HOMES = {
     "list": "list",
-    "dump": "dump",
     "map": "map",
     "plot": "plot.command",
+    "find": "find",
     "add": "change",
     "remove": "change",
     "clear": "change",
@@ -35,29 +35,39 @@ _HOMES = {
     "copy": "copy",
     "move": "copy",
     "mark": "mark",
-    "recover": "recover",
-    "check": "check",
-    "hold": "hold",
-    "serve": "serve.command",
-    "export": "export.command",
     "transaction": "transaction",
-    "find": "find",
-    "index": "index",
-    "store": "store",
-    "node": "node",
-    "device": "device",
-    "track": "track",
+    "serve": "serve.command",
     "checkpoint": "checkpoint",
+    "track": "track",
+    "sidecar": "sidecar",
     "backup": "backup.commands",
     "rebuild": "backup.commands",
-    "sidecar": "sidecar",
+    "export": "export.command",
+    "hold": "hold",
+    "check": "check",
+    "recover": "recover",
+    "dump": "dump",
+    "node": "node",
+    "device": "device",
+    "store": "store",
+    "index": "index",
     "completion": "completion",
+}
+# What the help says above a command, and all that follow it.
+_HEADINGS = {
+    "list": "Look at bitmaps",
+    "add": "Change bitmaps",
+    "serve": "Record what is written to a disk",
+    "backup": "Copy what was written",
+    "check": "Find damage, and repair it",
+    "node": "Give disks names, and keep their bitmaps",
+    "completion": "Use dirtmap",
 }
 
 _EXAMPLES = """
     dirtmap list disk.qcow2
-    dirtmap map --picture disk.qcow2 monday
-    dirtmap merge disk.qcow2 week monday tuesday
+    dirtmap plot disk.qcow2
+    dirtmap backup create disk.qcow2 /srv/backup/
 """
 
 
@@ -73,6 +83,21 @@ class _Commands(click.Group):
         module = importlib.import_module(f"dirtmap.tools.{_HOMES[cmd_name]}")
         command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the commands under their headings, all explanations in one column."""
+        width = max(map(len, _HOMES))
+        rows: dict[str, list[tuple[str, str]]] = {}
+        heading = ""
+        for name in _HOMES:
+            heading = _HEADINGS.get(name, heading)
+            command = self.get_command(ctx, name)
+            assert command is not None  # it has a home
+            line = command.get_short_help_str(formatter.width - width - 6)
+            rows.setdefault(heading, []).append((name.ljust(width), line))
+        for heading, commands in rows.items():
+            with formatter.section(heading):
+                formatter.write_dl(commands)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         write_examples(_EXAMPLES, formatter)

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @click.group("device", no_args_is_help=False)
 def device_command() -> None:
-    """Name what a guest sees: a device has a root node, and bitmaps of its own that stay when the root changes."""
+    """Name what a guest sees: a device, whichever node is its root.
+
+    A device has bitmaps of its own, which stay when the root changes.
+    """
 
 
 @options.command(

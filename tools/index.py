@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.group("index", no_args_is_help=False)
 def index_command() -> None:
-    """Find images and stores, and keep the index that resolves names across all of them.
+    """Find images and stores, and keep an index of what they have.
 
     The index is never the truth: delete it, and every answer stays the same, only slower.
     """

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @click.group("node", no_args_is_help=False)
 def node_command() -> None:
-    """Name images: a node is an image under a name that is unique on its host."""
+    """Name images: a node is an image with a name.
+
+    The name is unique on the host.
+    """
 
 
 @options.command(

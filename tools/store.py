@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @click.group("store", no_args_is_help=False)
 def store_command() -> None:
-    """Make and compact stores: files that hold the bitmaps of many images, each in a namespace of its own."""
+    """Make and compact stores, which have bitmaps of many images.
+
+    Each image has a namespace of its own in its store.
+    """
 
 
 @options.command(

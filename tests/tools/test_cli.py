@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from support.cli import COMMAND, COMMANDS, dirtmap, error_of, json_of
 import dirtmap.engine as dm
 from dirtmap.fmt.errors import printable
 from dirtmap.fmt.geometry import MAX_DISK_SIZE
+from dirtmap.tools import cli
 from dirtmap.tools.cli import main
 from dirtmap.tools.sizes import human_share, human_size, parse_size
 
@@ -84,6 +86,15 @@ def test_every_command_explains_itself() -> None:
         assert examples.startswith("  ")
         assert f"dirtmap {command}" in examples
         assert "\b" not in help_text
+
+
+def test_the_overview_has_every_command_once_and_whole_lines() -> None:
+    overview = dirtmap("--help").out.partition("\nExamples:\n")[0]
+    named = re.findall(r"^  ([a-z]+) {2,}(.*)$", overview, re.MULTILINE)
+    assert [name for name, _ in named] == list(main.list_commands(click.Context(main)))
+    assert all(line.endswith(".") and not line.endswith("...") for _, line in named)
+    headings = re.findall(r"^([A-Z].*):$", overview, re.MULTILINE)
+    assert headings == ["Options", *cli._HEADINGS.values()]
 
 
 def commands(group: click.Group, *before: str) -> Iterator[tuple[str, ...]]:

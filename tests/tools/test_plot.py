@@ -243,6 +243,22 @@ def test_one_granule_of_the_largest_disk_is_seen(tmp_path: Path) -> None:
     assert "░" in dirtmap("plot", path).out.splitlines()[2]
 
 
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    text = (docs / "plot.md").read_text()
+    (script,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    monkeypatch.setenv("PATH", f"{Path(COMMAND).parent}:{os.environ['PATH']}")
+    subprocess.run(["sh", "-e", "-c", script], cwd=tmp_path, check=True)
+    made, there = (bars(ElementTree.parse(folder / "plot.svg").getroot()) for folder in (tmp_path, docs))
+    assert [(colour, round(x), round(width)) for colour, x, width in made] == [
+        (colour, round(x), round(width)) for colour, x, width in there
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    (shown,) = re.findall(r"    \$ dirtmap plot disk.qcow2\n((?:    .*\n)+)", text)
+    assert dirtmap("plot", "disk.qcow2").out.splitlines() == [line[4:] for line in shown.splitlines()]
+
+
 def test_png(tmp_path: Path) -> None:
     heights = []
     for rows in (1, 40):

@@ -78,6 +78,7 @@ class Page:
     def wheel(self, offset: int, turns: int) -> None:
         """Turns the wheel above that offset, towards the disk."""
         x, y = self.place(offset, 0)
+        self.browser.mouse("mouseMoved", x, y)
         for _ in range(turns):
             self.browser.mouse("mouseWheel", x, y, deltaX=0, deltaY=-500)
 

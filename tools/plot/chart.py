@@ -36,14 +36,26 @@ _FONT = "DejaVu Sans, Verdana, Helvetica, Arial, sans-serif"
 # Expressions of Vega. The axis shows so many bytes; ticks are a power of two apart.
 _SPAN = "(domain('x')[1] - domain('x')[0])"
 _TICK = f"pow(2, ceil(log({_SPAN} / {_MOST_TICKS}) / LN2 - 1e-9))"
-_TICKS = f"sequence(ceil(domain('x')[0] / {_TICK}) * {_TICK}, domain('x')[1] * (1 + 1e-12), {_TICK})"
+_TICKS = f"sequence(ceil(max(domain('x')[0], 0) / {_TICK}) * {_TICK}, domain('x')[1] * (1 + 1e-12), {_TICK})"
 _UNITS = json.dumps(["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
 
 
+def _unit(value: str) -> str:
+    """An expression of Vega: the number of the largest unit of which some bytes are one, or more."""
+    return f"clamp(floor(log(max({value}, 1)) / LN2 / 10 + 1e-9), 0, 6)"
+
+
 def _in_unit(value: str, unit_of: str, form: str) -> str:
-    """An expression of Vega: a number of bytes in the largest unit that another number has a whole one of."""
-    unit = f"clamp(floor(log(max({unit_of}, 1)) / LN2 / 10 + 1e-9), 0, 6)"
+    """An expression of Vega: bytes in the unit of another number of them."""
+    unit = _unit(unit_of)
     return f"(format({value} / pow(1024, {unit}), '{form}') + ' ' + {_UNITS}[{unit}])"
+
+
+# In its own unit, if that takes no more than quarters; else in that of the ticks.
+_LABEL = (
+    f"datum.value == 0 ? '0' : 4 * datum.value % pow(1024, {_unit('datum.value')}) == 0"
+    f" ? {_in_unit('datum.value', 'datum.value', '.2~f')} : {_in_unit('datum.value', _TICK, ',~r')}"
+)
 
 
 def chart(picture: Picture, *, zoom: bool) -> dict[str, Any]:
@@ -55,11 +67,12 @@ def chart(picture: Picture, *, zoom: bool) -> dict[str, Any]:
     """
     rows = len(picture.rows)
     step = max(_LEAST_STEP, min(_STEP, _HEIGHT // max(rows, 1)))
-    layers = [_ground(picture), _marks(zoom=zoom)]
+    layers = [_ground(picture), _marks(picture, zoom=zoom)]
     if zoom:
         layers.append(_extents())
     layers += [_texts("reason", 6, _INK, step), _texts("amount", _WIDTH + 8, _PALE_INK, step)]
     layered = alt.layer(*layers).properties(
+        description=f"{picture.title}: {_subtitle(picture)}",
         width=_WIDTH,
         height=max(rows, 1) * step,
         title=alt.TitleParams(
@@ -115,8 +128,10 @@ def _x(picture: Picture) -> alt.X:
         scale=alt.Scale(domain=[0, max(picture.size, 1)], nice=False, zero=False),
         axis=alt.Axis(
             title="offset in the disk",
+            # Of many rows a screen shows only the upper ones.
+            orient="top" if len(picture.rows) * _LEAST_STEP > _HEIGHT // 3 else "bottom",
             values=alt.ExprRef(_TICKS),
-            labelExpr=f"datum.value == 0 ? '0' : {_in_unit('datum.value', _TICK, ',~r')}",
+            labelExpr=_LABEL,
             labelFlush=False,
             labelOverlap=True,
             labelColor=_INK,
@@ -136,12 +151,13 @@ def _ground(picture: Picture) -> Any:
     return strips.encode(x=_x(picture), x2="start_end", y=_y(picture))
 
 
-def _marks(*, zoom: bool) -> Any:
+def _marks(picture: Picture, *, zoom: bool) -> Any:
     """The cells that have anything dirty, coloured by how much."""
     legend = alt.Legend(
         title=None,
         orient="top",
         direction="horizontal",
+        values=list(range(len(_LEGEND) if any(row.doubt for row in picture.rows) else _IN_DOUBT)),
         labelExpr=f"{json.dumps(_LEGEND)}[datum.value]",
         labelLimit=300,
         labelColor=_INK,
