@@ -185,6 +185,11 @@ class Marking(Marks):
             offset, length = _joined(offset, length)
         self.mark_arrays(np.ascontiguousarray(offset), np.ascontiguousarray(length))
 
+    def leave(self, at_once: bool) -> None:
+        """Gives up all locks; see `Marks.leave`."""
+        super().leave(at_once)
+        self.fields = memoryview(bytearray(self.fields)).cast("Q")  # a view of the mapping is a circle: it would stay
+
     def require_usable(self) -> None:
         """Refuses a call once there is a failure.
 

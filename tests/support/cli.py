@@ -18,7 +18,7 @@ COMMAND = str(Path(sys.executable).with_name("dirtmap"))
 
 COMMANDS = [
     *("list", "dump", "map", "add", "remove", "clear", "enable", "disable", "rename", "merge", "copy", "move", "mark"),
-    *("recover", "check", "find", "hold", "serve", "export", "transaction", "sidecar", "completion", "plot"),
+    *("recover", "check", "find", "hold", "serve", "export", "rebuild", "plot", "transaction", "sidecar", "completion"),
 ]
 
 

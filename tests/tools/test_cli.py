@@ -157,6 +157,7 @@ def test_usage_is_pinned() -> None:
         "hold TARGET BITMAP COMMAND...",
         "serve TARGET [-- NBDKIT_ARGUMENT...]",
         "export TARGET...",
+        "rebuild TARGET BITMAP",
         "transaction FILE",
         "sidecar RAW QCOW2",
         "completion {bash|zsh|fish}",
@@ -429,7 +430,7 @@ def test_completion_of_names(image: Path) -> None:
         done = process(env=os.environ | environment, capture_output=True)
         return [line.partition(",")[2] for line in done.stdout.decode().splitlines() if line]
 
-    assert complete("dirtmap", "re") == ["remove", "rename", "recover"]
+    assert complete("dirtmap", "re") == ["remove", "rename", "recover", "rebuild"]
     assert complete("dirtmap", "map", str(image), "b") == ["b0", "b1"]
     assert complete("dirtmap", "map", "/no/such", "b") == []
     assert complete("dirtmap", "export", str(image), "--bitmap", "b") == ["b0", "b1"]

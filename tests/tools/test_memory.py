@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.large import SIZE, make_large, run_measured
+from support.cli import json_of, listed, mapped
+from support.large import SIZE, environment, make_large, run_measured
 
 import dirtmap.engine as dm
 
@@ -111,3 +113,32 @@ def test_all_in_bounded_memory(what: str, full: Path) -> None:
 def test_all_extents_in_bounded_memory(sparse: Path) -> None:
     assert run("map --output=json disk dense", sparse).rstrip().endswith("]")
     assert run("map disk dense", sparse)
+
+
+@pytest.mark.long
+def test_backups_of_a_large_disk_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk of 16 TiB with little data, all over it."""
+    for key, value in environment(tmp_path).items():
+        monkeypatch.setenv(key, value)
+    disk, repository, chooser = tmp_path / "disk.raw", tmp_path / "repo", random.Random(5)
+    places = [chooser.randrange(SIZE // 4096) * 4096 for _ in range(3000)]
+
+    def write(chosen: list[int], data: bytes) -> None:
+        with open(disk, "r+b") as file:
+            for at in chosen:
+                file.seek(at)
+                file.write(data)
+
+    disk.touch()
+    write([SIZE - 4096, *places[:2000]], b"\1" * 4096)
+    run(f"node add disk {disk}", tmp_path)
+    run(f"backup create disk {repository}", tmp_path)
+    bitmap = json_of("backup", "info", repository, "disk")["bitmap"]
+    write(places[1000:], b"\2")
+    run(f"rebuild disk {bitmap} --against {repository}", tmp_path)
+    changed = {at >> 16 for at in places[1000:]}
+    assert {offset >> 16 for offset, _ in mapped(Path("disk"), bitmap)} <= changed
+    assert listed(Path("disk"))[bitmap]["count"] == len(changed) << 16
+    assert "no differences" in run(f"backup verify {repository} disk", tmp_path)
+    run(f"backup verify {repository}", tmp_path)
+    assert "incremental" in run(f"backup create disk {repository}", tmp_path)

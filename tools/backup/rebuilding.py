@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import secrets
 import time
@@ -85,6 +86,7 @@ def rebuild(
         names = state.Names(place.bitmap_prefix, known, place.bitmap_name(secrets.token_hex(8)), bitmap)
         stored = disk.format == "raw"
         tracked = state.begin_rebuilding(image, names, granularity, stored=stored)
+        gc.collect()  # what a tracker has mapped goes with it, and that is in a circle; two at once can be too much
         differing, sample = dm.Bitmap(image.size, granularity), Sample()
         with (
             contextlib.nullcontext() if tracked else host.offline(disk),
