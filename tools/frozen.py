@@ -40,8 +40,9 @@ def frozen_copy(source: str, disk: Disk) -> Disk:
     Raises:
         ArgumentError: it is the disk itself.
     """
-    # Who opens it says what else is wrong.
-    with contextlib.suppress(OSError, ValueError):
-        if os.path.samefile(source, disk.path):
-            raise ArgumentError("sources", f"{printable(source)} is the disk itself, and no frozen copy of it")
+    is_same = False
+    with contextlib.suppress(OSError, ValueError):  # who opens it says what is wrong
+        is_same = os.path.samefile(source, disk.path)
+    if is_same:
+        raise ArgumentError("sources", f"{printable(source)} is the disk itself, and no frozen copy of it")
     return dm.Disk(os.path.abspath(source), disk.format)

@@ -133,6 +133,7 @@ class Writer:
                     client.send(WRITE, slot_of(number, self._slots) * SLOT, SLOT, data=number.to_bytes(8, "big") * 512)
                     assert client.receive() == 0
                 self.acknowledged = number
+                time.sleep(0.001)  # leaves the processor to others
 
 
 def slot_of(number: int, slots: int) -> int:
