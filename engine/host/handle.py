@@ -10,7 +10,7 @@ import contextlib
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Self, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeVar
 
 from dirtmap.engine.host.kind import Address, Kind, KindPort, Tracking
 from dirtmap.engine.model.namespace import Namespace
@@ -192,6 +192,13 @@ class Handle(Namespace):
             return
         with self.track(save_interval=0) as tracker:
             tracker.rebuild(name, begun, differing)
+
+    def change_tracked(self, changes: Iterable[tuple[Any, ...]]) -> None:
+        """Has the image's tracker make changes that need no bits; see `Tracker.change`. Errors as `save_tracked`."""
+        from dirtmap.engine.host import asking
+
+        with asking.asked(self) as talk:
+            talk.ask("change", namespace=self.uuid, changes=list(changes))
 
     def save_tracked(self) -> None:
         """Has the image's tracker save; see `Tracker.save`.

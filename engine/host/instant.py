@@ -47,15 +47,23 @@ class Instant:
             into: a clone of its file, that is prepared.
 
         Raises:
-            LockedError: that is not the file that is tracked, or it does not have the size of the disk.
+            LockedError: as `require_file`; or it does not have the size of the disk.
             StorageError: it cannot be cloned.
         """
-        place = identity_of(f"/proc/self/fd/{into.source}").place
-        if [place.filesystem.hex(), place.inode, place.birth] != self._places[image.uuid]:
-            raise LockedError(image.where, "the file at the disk's path is not the one that its tracker tracks")
+        self.require_file(image, f"/proc/self/fd/{into.source}")
         into.take()
         if into.size() != image.size:
             raise LockedError(image.where, f"has another size by now, {into.size()} bytes")
+
+    def require_file(self, image: Namespace, path: str) -> None:
+        """Refuses to read a file, or a block device, that is not the disk: its path may lead elsewhere by now.
+
+        Raises:
+            LockedError: it is not the one that is tracked.
+        """
+        place = identity_of(path).place
+        if [place.filesystem.hex(), place.inode, place.birth] != self._places[image.uuid]:
+            raise LockedError(image.where, "what is at the disk's path is not what its tracker tracks")
 
     def _ask(self, image: Namespace, act: str, **arguments: object) -> dict[str, object] | None:
         answer: dict[str, object] | None = self._talks[image.uuid].ask(act, namespace=image.uuid, **arguments)

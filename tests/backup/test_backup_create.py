@@ -261,7 +261,7 @@ def test_disks_in_use_are_refused(tmp_path: Path) -> None:
     with StorageDaemon(disk):
         assert "held by qemu-storage-da" in error_of("backup", "create", "--wait=0", disk, repository)
     with dm.open("data") as image, image.track():
-        assert "tracked by" in error_of("backup", "create", "--wait=0", "data", repository)
+        assert "data.raw: cannot be cloned" in error_of("backup", "create", "--wait=0", "data", repository)
     assert Repository(repository).backups() == []
     assert error_of("backup", "create", "none.qcow2", repository)
     assert "too" in error_of("backup", "create", "data", "data", repository)

@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from support import frozen
 from support.cli import dirtmap, error_of, json_of
 from support.exported import by_nbdinfo, ended, exporting, is_running, mapped
-from support.frozen import SLOT, Served, Writer, last_write, put_an_end_to_servers, reflinking, slot_of
+from support.frozen import SLOT, Served, Writer, last_write, slot_of
 from support.nbd import WRITE, Client
 from support.qemu import create, run
 from support.tracking import make_node
@@ -23,17 +22,7 @@ MIB, GRANULE = 1 << 20, 65536
 SLOTS = 256
 
 
-@pytest.fixture(autouse=True)
-def nothing_goes_on() -> Iterator[None]:
-    with put_an_end_to_servers():
-        yield
-
-
-@pytest.fixture
-def xfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with reflinking(tmp_path) as where:
-        monkeypatch.setenv("DIRTMAP_STORE", str(where / "default.dmap"))
-        yield where
+xfs = frozen.xfs
 
 
 def read(uri: str, folder: Path) -> bytes:
@@ -147,7 +136,7 @@ def test_another_file_at_the_disk_s_path_is_not_cloned(xfs: Path, tmp_path: Path
     with Served(xfs, "drive0", MIB) as target:
         target.path.rename(xfs / "moved")
         subprocess.run(["cp", xfs / "moved", target.path], check=True)
-        assert "not the one that its tracker tracks" in error_of("export", "drive0", "--reflink", "--run", "true")
+        assert "is not what its tracker tracks" in error_of("export", "drive0", "--reflink", "--run", "true")
         assert busy("drive0") == []
         target.path.unlink()
         (xfs / "moved").rename(target.path)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
+
+import pytest
 
 from support import volumes
 from support.cli import COMMAND
@@ -19,24 +23,33 @@ from support.tracking import make_node
 SLOT = 4096  # bytes of each write
 
 
-@contextlib.contextmanager
-def reflinking(folder: Path) -> Iterator[Path]:
-    """A file system that clones files."""
-    with volumes.loops(), volumes.volume(volumes.make("xfs", folder / "volume"), folder / "xfs") as where:
-        yield where
+@pytest.fixture
+def xfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file system that clones files, with the default store; what serves its disks is ended before it is."""
+    with volumes.loops(), volumes.volume(volumes.make("xfs", tmp_path / "volume"), tmp_path / "xfs") as where:
+        monkeypatch.setenv("DIRTMAP_STORE", str(where / "default.dmap"))
+        try:
+            yield where
+        finally:
+            _end_servers(f"={os.environ['DIRTMAP_LIVE']}".encode())
 
 
-@contextlib.contextmanager
-def put_an_end_to_servers() -> Iterator[None]:
-    """An nbdkit outlives whoever has started it: not a test."""
+def _end_servers(what: bytes) -> None:
+    """Kills those with that in their arguments. An nbdkit outlives whoever has started it: not a test."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(b"nbdkit\0") and what in path.read_bytes():
+                _kill(int(path.parent.name))
+
+
+def _kill(pid: int) -> None:
+    """Kills a process that need not be a child, and waits for its end."""
+    end = os.pidfd_open(pid)
     try:
-        yield
+        signal.pidfd_send_signal(end, signal.SIGKILL)
+        select.select([end], [], [], 60)
     finally:
-        live = os.environ["DIRTMAP_LIVE"].encode()
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if path.read_bytes().startswith(b"nbdkit\0") and b"dirtmap-session=" + live in path.read_bytes():
-                    os.kill(int(path.parent.name), signal.SIGKILL)
+        os.close(end)
 
 
 class Served:
@@ -61,6 +74,10 @@ class Served:
         """The tracker alone: nbdkit goes on."""
         self.process.kill()
         self._wait()
+
+    def kill_nbdkit(self) -> None:
+        """And with it the writes of clients."""
+        _end_servers(f"={self.path}\0".encode())
 
     def __enter__(self) -> Self:
         self.start()
@@ -94,13 +111,17 @@ class Writer:
     def __enter__(self) -> Self:
         self._thread.start()
         while not self.acknowledged and self._thread.is_alive():
-            pass
+            time.sleep(0.001)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended = True
         self._thread.join(60)
         assert not self._thread.is_alive()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def _work(self) -> None:
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # where a server is killed
@@ -112,6 +133,7 @@ class Writer:
                     client.send(WRITE, slot_of(number, self._slots) * SLOT, SLOT, data=number.to_bytes(8, "big") * 512)
                     assert client.receive() == 0
                 self.acknowledged = number
+                time.sleep(0.001)  # leaves the processor to others
 
 
 def slot_of(number: int, slots: int) -> int:

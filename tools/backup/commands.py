@@ -42,26 +42,55 @@ _repo = click.argument("repo", type=click.Path())
     examples="""
     dirtmap backup create disk.qcow2 /backups/web
     dirtmap backup create --output=json system data /backups/web
+    dirtmap backup create data /backups/web --source /dev/vg0/snap --snapshot 'lvcreate -qs -L 10G -n snap vg0/data'
     """,
 )
 @click.argument("targets", metavar="TARGET...", nargs=-1, required=True, type=options.TARGET)
 @_repo
+@click.option(
+    "--source",
+    "sources",
+    metavar="[TARGET=]PATH",
+    multiple=True,
+    help="Read a snapshot of a disk that is being written; one for each TARGET, in their order, or by its name.",
+)
+@click.option(
+    "--snapshot",
+    metavar="COMMAND",
+    help="Have a shell run COMMAND to make what --source names, while nothing is written to the disks.",
+)
+@click.option("--live", is_flag=True, help="Read disks while they are written: what is copied is not of one moment.")
 @options.reporting
 @click.pass_context
 def create_command(
-    ctx: click.Context, host: Host, targets: tuple[str, ...], repo: str, quiet: bool, output: str
+    ctx: click.Context,
+    host: Host,
+    targets: tuple[str, ...],
+    repo: str,
+    sources: tuple[str, ...],
+    snapshot: str | None,
+    live: bool,
+    quiet: bool,
+    output: str,
 ) -> None:
-    """Back up disks that nobody writes to at the moment.
+    """Back up disks.
 
     The first backup of a disk is a full one. Each later one has what the disk's bitmap calls dirty since the one
     before, and is put on top of that. Where that cannot be, it is a full one again, and says why. TARGET is the path of
-    a qcow2 image, or the name of a node: a raw disk has to be one, see "dirtmap node add". All of them are kept from
-    being written to until they are copied. REPO is made where it is not there.
+    a qcow2 image, or the name of a node: a raw disk has to be one, see "dirtmap node add". REPO is made where it is not
+    there.
+
+    A disk that "dirtmap serve" or another program tracks goes on being written: its file is cloned, on XFS and btrfs,
+    at the instant at which the new bitmap begins, for all such disks at once. Elsewhere --source reads a snapshot. One
+    that was made already has to be younger than the last backup; what was written before that is copied once more.
+    --live reads the disk itself. All other disks are kept from being written to until they are copied.
     """
     from dirtmap.tools.backup.creating import create
 
     with _watching("backup", quiet=quiet) as watch:
-        made = create(host, targets, repo, wait=options.patience(ctx), watch=watch)
+        chosen = _chosen(targets, sources)
+        wait = options.patience(ctx)
+        made = create(host, targets, repo, sources=chosen, snapshot=snapshot, live=live, wait=wait, watch=watch)
     if quiet:
         return
     if output == "json":
@@ -73,10 +102,28 @@ def create_command(
         print(f"  {human_size(backup.dirty)} dirty, {copied} copied in {backup.seconds:.1f} s")
 
 
+def _chosen(targets: tuple[str, ...], sources: tuple[str, ...]) -> dict[str, str]:
+    """The snapshot of each target that has one."""
+    named, others = dict[str, str](), list[str]()
+    for source in sources:
+        target, equals, path = source.partition("=")
+        if not equals or target not in targets:
+            others.append(source)
+        elif target in named:
+            raise click.UsageError(f"Two --source for {printable(target)}.")
+        else:
+            named[target] = path
+    if others and (named or len(others) != len(targets)):
+        given = f"{len(sources)} --source for {counted(len(targets), 'target')}"
+        raise click.UsageError(f"{given}: each has its own, in the same order, or as TARGET=PATH.")
+    return named or dict(zip(targets, others, strict=bool(others)))
+
+
 def _kind(backup: Backup) -> str:
+    how = {"offline": "", "live": ", live: not of one moment"}.get(backup.frozen, f", {printable(backup.frozen)}")
     if backup.parent is not None:
-        return "incremental"
-    return f"full: {printable(backup.why)}" if backup.why else "full"
+        return f"incremental{how}"
+    return f"full{how}: {printable(backup.why)}" if backup.why else f"full{how}"
 
 
 @contextlib.contextmanager
@@ -133,13 +180,17 @@ def list_command(ctx: click.Context, repo: str, disk: str | None, quiet: bool, o
         columns = ("DISK", "NUMBER", "TIME", "KIND", "SIZE", "DIRTY", "FILE")
         sizes = [tuple(map(human_size, (backup.size, backup.dirty, backup.image_size))) for backup in found]
         rows = [
-            (printable(backup.disk), str(backup.number), _local(backup), backup.kind, *three)
+            (printable(backup.disk), str(backup.number), _local(backup), _short_kind(backup), *three)
             for backup, three in zip(found, sizes, strict=True)
         ]
         none = "" if rows else ", no backups"
         write_table(f"{printable(place.path)}: {place.uuid}{none}", columns, rows, right=(1, 4, 5, 6))
     if place.problems:
         ctx.exit(1)
+
+
+def _short_kind(backup: Backup) -> str:
+    return f"{backup.kind}, live" if backup.frozen == "live" else backup.kind
 
 
 def _local(backup: Backup) -> str:

@@ -1,4 +1,4 @@
-"""Makes backups of disks that are offline; see `create`."""
+"""Makes backups of disks; see `create`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Protocol
 from dirtmap.fmt.errors import ArgumentError, Error, printable
 from dirtmap.tools.backup import files, state
 from dirtmap.tools.backup.copying import Run, Source, Writer, copy, dirty_runs, pieces_of, read, with_holes
-from dirtmap.tools.backup.document import FULL, INCREMENTAL, Backup, Digest, Piece, parts
+from dirtmap.tools.backup.document import (
+    FULL,
+    INCREMENTAL,
+    LIVE,
+    OFFLINE,
+    REFLINK,
+    SOURCE,
+    Backup,
+    Digest,
+    Piece,
+    parts,
+)
+from dirtmap.tools.backup.freezing import Written, freeze
 from dirtmap.tools.backup.imaging import NewImage
 from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.backup.raw import RawSource
@@ -36,22 +48,51 @@ class Watcher(Protocol):
 
 
 @dataclass
-class _Plan:
-    """A backup that is to be made.
+class _Target:
+    """A disk that a backup is to be made of.
 
     Attributes:
-        image: the disk's bitmaps.
+        image: its bitmaps.
         disk: where it is.
-        backup: as it is known so far.
-        changed: what is to be copied; None for all.
-        offline: keeps the disk as it is until it is closed, which fails where that was not so.
+        name: of the disk in the repository.
+        id: of the backup.
+        time: when it was begun.
+        last: the disk's last backup; None where there is none.
+        broken: why nothing can be put on top of that, one word and a sentence; None where it can.
+        names: of its bitmaps.
+        base: the bitmap from which the next backup goes on.
+        how: it is written meanwhile, and is read so: see `freezing`; None where it is kept offline.
+        kept: keeps what is read as it is until it is closed, which fails where that was not so.
     """
 
     image: Handle
     disk: Disk
+    name: str
+    id: str
+    time: datetime
+    last: Backup | None
+    broken: tuple[str, str] | None
+    names: state.Names
+    base: str
+    how: str | None
+    kept: contextlib.ExitStack
+
+
+@dataclass
+class _Plan:
+    """A backup that is to be made.
+
+    Attributes:
+        disk: what is read.
+        backup: as it is known so far.
+        changed: what is to be copied; None for all.
+        kept: see `_Target`.
+    """
+
+    disk: Disk
     backup: Backup
     changed: Bitmap | None
-    offline: contextlib.ExitStack
+    kept: contextlib.ExitStack
 
 
 def create(
@@ -59,18 +100,26 @@ def create(
     targets: Iterable[str],
     repository: str | os.PathLike[str],
     *,
+    sources: Mapping[str, str] | None = None,
+    snapshot: str | None = None,
+    live: bool = False,
     wait: float = WAIT_SECONDS,
     watch: Watcher = lambda disk, done, total: None,
 ) -> list[Backup]:
     """Makes a backup of each disk, as of one moment for all: an increment to its last one, or a full one.
 
-    All disks are kept offline until they are copied. Each backup is durable before the next is begun. Where one fails,
-    those before it stay, and the next call is right for all of them.
+    A disk that nobody tracks is kept offline until it is copied. One that is tracked is cloned, where neither
+    ``sources`` nor ``live`` says otherwise, and goes on being written. Each backup is durable before the next is begun.
+    Where one fails, those before it stay, and the next call is right for all of them.
 
     Args:
         host: knows the disks.
         targets: paths of qcow2 images, or names of nodes.
         repository: the path of its folder; it is made where it is not there.
+        sources: of targets that are tracked: the path of a snapshot, that is read instead.
+        snapshot: a command of the shell that makes these snapshots; it is run while nothing is written to the disks.
+            None where they have been made already, after the last backups.
+        live: reads disks that are tracked while they are written. What is copied is not of one moment.
         wait: seconds to wait for another process that uses the repository.
         watch: is told how far it is.
 
@@ -78,23 +127,58 @@ def create(
         The backups, in the order of the targets.
 
     Raises:
-        ArgumentError: two targets are one disk, or have one name.
+        ArgumentError: two targets are one disk, or have one name; or the arguments do not go together.
+        BitmapError: no checkpoint is known to be older than a snapshot.
         LockedError: a disk is in use, or was written to meanwhile.
+        UnsupportedError: a disk that is tracked cannot be cloned.
         Error: what the engine, QEMU or the operating system says.
     """
+    chosen, given = list(targets), dict(sources or {})
+    _require_fitting(chosen, given, snapshot, live)
     place = Repository.made(repository)
     with place.writing(wait), contextlib.ExitStack() as stack:
-        plans: list[_Plan] = []
-        for target in targets:
-            plan = _begin(host, place, target, stack)
-            if any(other.backup.disk == plan.backup.disk for other in plans):
-                raise ArgumentError(target, f"another target is called '{printable(plan.backup.disk)}', too")
-            plans.append(plan)
+        found: list[_Target] = []
+        for target in chosen:
+            one = _look_at(host, place, target, stack, given.get(target), after=snapshot is None, live=live)
+            if any(other.name == one.name for other in found):
+                raise ArgumentError(target, f"another target is called '{printable(one.name)}', too")
+            found.append(one)
+        offline = {one.name: _begin_offline(host, one) for one in found if one.how is None}
+        written = _begin_written(host, [one for one in found if one.how is not None], snapshot)
+        plans = [_planned(place, one, {**offline, **written}[one.name]) for one in found]
         return [_carry_out(place, plan, watch) for plan in plans]
 
 
-def _begin(host: Host, place: Repository, target: str, stack: contextlib.ExitStack) -> _Plan:
-    """Begins the bitmap of a new backup, and keeps the disk offline from then on."""
+def _require_fitting(targets: list[str], sources: Mapping[str, str], snapshot: str | None, live: bool) -> None:
+    if unknown := [target for target in sources if target not in targets]:
+        raise ArgumentError("sources", f"'{printable(unknown[0])}' is no target")
+    if live and sources:
+        raise ArgumentError("live", "goes with no snapshot, which nobody writes")
+    if snapshot is not None and not sources:
+        raise ArgumentError("snapshot", "--source has to say what the command makes")
+
+
+def _look_at(
+    host: Host,
+    place: Repository,
+    target: str,
+    stack: contextlib.ExitStack,
+    source: str | None,
+    *,
+    after: bool,
+    live: bool,
+) -> _Target:
+    """Opens a target, and decides what its backup will go on from, and how the disk is read.
+
+    Args:
+        host: knows it.
+        place: the repository.
+        target: as it was given.
+        stack: closes it.
+        source: its snapshot.
+        after: that is there already.
+        live: it may be read while it is written.
+    """
     # Read without a lock where that goes: who has it open is told by what follows, and better.
     image = stack.enter_context(host.open(target, force_share=True))
     state.refuse_unknown(image, is_device=host.locate(target).is_device)
@@ -104,42 +188,74 @@ def _begin(host: Host, place: Repository, target: str, stack: contextlib.ExitSta
     last = next((backup for backup in reversed(earlier) if backup.disk == name), None)
     if last is not None:
         require_same_disk(place, image, disk, last)
+    status, how = image.tracking(), None
+    if status is not None and status.alive and disk.format == "raw":
+        how = SOURCE if source is not None else LIVE if live else REFLINK
+    elif source is not None:
+        raise ArgumentError(target, "is not tracked, so it is kept offline and read itself: it has no --source")
     now = datetime.now(UTC)
     made = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(8)}"
     broken = None if last is None else _broken(place, last, image.size)
-    names = state.Names(
-        place.bitmap_prefix,
-        {backup.bitmap for backup in earlier},
-        place.bitmap_name(made),
-        None if last is None or broken else last.bitmap,
-    )
-    offline = stack.enter_context(contextlib.ExitStack())
+    new = base = place.bitmap_name(made)
+    if how == SOURCE and after:
+        base = state.base_of_snapshot(image, None if last is None else place.bitmap_name(last.id))
+    usable = None if last is None or broken else last.bitmap
+    names = state.Names(place.bitmap_prefix, place.bitmaps(earlier), new, usable)
+    kept = stack.enter_context(contextlib.ExitStack())
+    if how is not None and source is not None:
+        disk = replace(disk, path=source)
+    return _Target(image, disk, name, made, now, last, broken, names, base, how, kept)
+
+
+def _begin_offline(host: Host, target: _Target) -> tuple[Disk, state.Since]:
+    """Begins the bitmap of a new backup, and keeps the disk offline from then on."""
+    image, disk, names = target.image, target.disk, target.names
     if disk.format == "raw":
-        offline.enter_context(host.offline(disk))
-        since = state.begin_stored(image, names)
-    else:
-        begun = state.begin_qcow2(image, names)
-        offline.enter_context(host.offline(disk))
-        since = state.changed_qcow2(image, names, begun)
+        target.kept.enter_context(host.offline(disk))
+        return disk, state.begin_stored(image, names)
+    begun = state.begin_qcow2(image, names)
+    target.kept.enter_context(host.offline(disk))
+    return disk, state.changed_qcow2(image, names, begun)
+
+
+def _begin_written(host: Host, targets: list[_Target], snapshot: str | None) -> dict[str, tuple[Disk, state.Since]]:
+    """Begins the checkpoints of new backups at one instant, and freezes the disks."""
+    for target in targets:
+        state.forget_failed(target.image, target.names)
+    written = [
+        Written(target.image, target.names.new, target.how or LIVE, target.disk, target.kept) for target in targets
+    ]
+    freeze(host, written, snapshot)
+    return {
+        target.name: (one.disk, state.since_tracked(target.image, target.names))
+        for target, one in zip(targets, written, strict=True)
+    }
+
+
+def _planned(place: Repository, target: _Target, begun: tuple[Disk, state.Since]) -> _Plan:
+    """What is to be copied, and what is known of the backup before that."""
+    image, last = target.image, target.last
+    disk, since = begun
     reason, why = since.reason, since.why
     if last is None:
         reason, why = FIRST, "the repository has no earlier backup of this disk"
-    elif broken:
-        reason, why = broken
-    granularity = image[names.new].granularity
+    elif target.broken:
+        reason, why = target.broken
+    granularity = image[target.names.new].granularity
     changed = None if reason else since.bitmap
     if changed is not None:
         granularity = changed.granularity
+    is_at = image.disk()
     backup = Backup(
-        id=made,
+        id=target.id,
         repository=place.uuid,
-        disk=name,
+        disk=target.name,
         number=last.number + 1 if last else 1,
         uuid=image.uuid,
-        path=disk.path,
-        format=disk.format,
+        path=is_at.path,
+        format=is_at.format,
         size=image.size,
-        time=now.isoformat(timespec="milliseconds"),
+        time=target.time.isoformat(timespec="milliseconds"),
         kind=FULL if changed is None else INCREMENTAL,
         parent=None if changed is None or last is None else last.id,
         reason=reason,
@@ -147,15 +263,16 @@ def _begin(host: Host, place: Repository, target: str, stack: contextlib.ExitSta
         granularity=granularity,
         cluster_size=min(granularity, _CLUSTER),
         image_size=0,
-        bitmap=names.new,
+        bitmap=target.base,
         dirty=image.size if changed is None else changed.count,
         copied=0,
         zeros=0,
         seconds=0.0,
         pieces=0,
         pieces_digest="",
+        frozen=target.how or OFFLINE,
     )
-    return _Plan(image, disk, backup, changed, offline)
+    return _Plan(disk, backup, changed, target.kept)
 
 
 def disk_name(image: Handle, disk: Disk) -> str:
@@ -195,7 +312,7 @@ def _carry_out(place: Repository, plan: _Plan, watch: Watcher) -> Backup:
             undo.callback(files.discard, path)
         spool = Spool(base + ".pieces")
         backup = _copy(plan, spool, temporary, watch)
-        plan.offline.close()  # fails where the disk did not stay as it was
+        plan.kept.close()  # fails where the disk did not stay as it was
         backup = replace(backup, image_size=os.path.getsize(temporary))
         files.rename(temporary, base + IMAGE)
         files.write(base + DOCUMENT, parts(backup, spool.lines()))

@@ -25,6 +25,7 @@ VERSION: Final = 1
 # Bytes of a piece with a digest of its own. Requests of this size cost QEMU the least.
 PIECE: Final = 1 << 20
 FULL, INCREMENTAL = "full", "incremental"
+OFFLINE, REFLINK, SOURCE, LIVE = "offline", "reflink", "source", "live"
 STEM: Final = r"\d{8}T\d{6}Z-[0-9a-f]{16}"  # of the files of a backup: its id
 BITMAP_PREFIX: Final = "dirtmap-backup-"
 
@@ -79,6 +80,8 @@ class Backup:
         seconds: that it took.
         pieces: how many there are.
         pieces_digest: SHA-256 of their lines.
+        frozen: what was read: ``offline``, the disk, to which nobody wrote; ``reflink``, a clone of it; ``source``, a
+            snapshot that was given; or ``live``, the disk while it was written, which is not of one moment.
     """
 
     id: str
@@ -104,6 +107,7 @@ class Backup:
     seconds: float
     pieces: int
     pieces_digest: str
+    frozen: str = OFFLINE
 
     def document(self) -> dict[str, Any]:
         """Its keys and values, as the document has them."""
@@ -152,6 +156,7 @@ def read_head(path: str) -> Backup:
         raise FormatError(path, "damaged: its first line has another digest")
     try:
         found = {key.replace("-", "_"): value for key, value in json.loads(head[len(_FIRST) : -1]).items()}
+        found.setdefault("frozen", OFFLINE)  # as what was made before there was this key
         backup = Backup(**{field.name: found[field.name] for field in fields(Backup)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(path, f"not a document of version {VERSION} ({error!r})") from error
@@ -171,7 +176,7 @@ def _fault(backup: Backup) -> str | None:
         value = values[key]
         if not (isinstance(value, str) and re.fullmatch(STEM, value)) and (key, value) != ("parent", None):
             return key
-    for key in ("repository", "disk", "path", "format", "time", "kind", "bitmap", "pieces_digest"):
+    for key in ("repository", "disk", "path", "format", "time", "kind", "bitmap", "pieces_digest", "frozen"):
         if not isinstance(values[key], str):
             return key
     if backup.kind not in (FULL, INCREMENTAL) or (backup.kind == FULL) != (backup.parent is None):

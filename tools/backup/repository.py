@@ -17,7 +17,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Final, Self
 
@@ -267,6 +267,10 @@ class Repository:
     def bitmap_name(self, backup: str) -> str:
         """The name of the bitmap, or checkpoint, that begins with the backup of that id."""
         return f"{self.bitmap_prefix}{backup[-16:]}"
+
+    def bitmaps(self, backups: Iterable[Backup]) -> set[str]:
+        """The bitmaps that backups have begun, and those from which the next ones go on."""
+        return {name for backup in backups for name in (backup.bitmap, self.bitmap_name(backup.id))}
 
     @property
     def bitmap_prefix(self) -> str:

@@ -78,6 +78,55 @@ def begin_stored(image: Handle, names: Names) -> Since:
     return _unless_all(bitmap, doubt)
 
 
+def forget_failed(image: Handle, names: Names) -> None:
+    """Removes the checkpoints of failed and of pruned backups from a tracked disk; those before them take over."""
+    gone = [name for name in image.info().checkpoints if name.startswith(names.prefix) and name not in names.known]
+    if gone:
+        image.change_tracked([("remove", name) for name in gone])
+
+
+def since_tracked(image: Handle, names: Names) -> Since:
+    """What was written to a tracked disk after the last backup, and before the new one's checkpoint, which has begun.
+
+    Where a snapshot is read that was there before that checkpoint, this has all by which it may differ from the last
+    backup. It may have some more.
+    """
+    if names.last is None:
+        return Since(None, None, None)
+    doubt, info = image.doubt(), image.info()
+    if names.last not in info.checkpoints:
+        return Since(None, MISSING, f"the checkpoint of the last backup, {names.last}, is not there any more")
+    if names.last in info.incomplete:
+        what = "not all that was written since is known: a checkpoint was removed or disabled"
+        return Since(None, UNUSABLE, what)
+    chain = info.checkpoints[info.checkpoints.index(names.last) : info.checkpoints.index(names.new)]
+    found: Bitmap | None = None
+    for name in chain:
+        bitmap = image[name].required(f"{image.where}: {name}")
+        found = bitmap if found is None else found | bitmap
+    assert found is not None
+    return _unless_all(found, doubt)
+
+
+def base_of_snapshot(image: Handle, last: str | None) -> str:
+    """The checkpoint from which the backup after one goes on that reads a snapshot which is there already.
+
+    When that was made is not known, but that it was after the last backup. So what was written since that one began is
+    copied once more.
+
+    Args:
+        image: the disk's bitmaps.
+        last: the checkpoint that began with the last backup.
+
+    Raises:
+        BitmapError: there is none.
+    """
+    if last is None or last not in image.info().checkpoints:
+        what = "no checkpoint is known to be older than the snapshot; --snapshot COMMAND makes it at the right moment"
+        raise BitmapError(image.where, what)
+    return last
+
+
 def begin_qcow2(image: Handle, names: Names) -> Since:
     """Begins a bitmap in a qcow2 image, and ends the last one, in one transaction.
 

@@ -12,17 +12,10 @@ from typing import TYPE_CHECKING
 
 import dirtmap.engine as dm
 from dirtmap.fmt import geometry
-from dirtmap.fmt.errors import (
-    ArgumentError,
-    BitmapError,
-    BitmapNotFoundError,
-    LockedError,
-    StorageError,
-    UnsupportedError,
-    printable,
-)
+from dirtmap.fmt.errors import ArgumentError, BitmapError, BitmapNotFoundError, LockedError, printable
 from dirtmap.fmt.spelling import escaped, shown_as
 from dirtmap.tools.export.carrier import make_carrier, put_into_carrier, require_sizes
+from dirtmap.tools.frozen import frozen_copy, prepared_clone
 from dirtmap.tools.qsd import nodes
 from dirtmap.tools.qsd.daemon import Daemon, require_programs
 
@@ -196,34 +189,14 @@ def _opened(
         notes.append(f"recovered first: {status.how}")
     disk = handle.disk()
     if reflink and tracked:
-        clone = _clone(handle, stack, disk)
+        clone = prepared_clone(stack, handle, _OTHERWISE)
         return _Served(target, handle, dm.Disk(clone.path, disk.format), tracked=True, notes=notes, clone=clone)
     if source is not None:
-        if _is_same(source, disk.path):
-            raise ArgumentError("sources", f"{printable(source)} is the disk itself, and no frozen copy of it")
-        disk = dm.Disk(os.path.abspath(source), disk.format)
+        disk = frozen_copy(source, disk)
     if not live:
         stack.enter_context(_offline(host, disk))
     own = source is None and not live
     return _Served(target, handle, disk, tracked=tracked, kept=own, live=live, notes=notes)
-
-
-def _clone(handle: Handle, stack: contextlib.ExitStack, disk: Disk) -> Clone:
-    """Prepares the clone of a disk, and says what else can be done."""
-    if disk.format != "raw":
-        what = f"a qcow2 image, whose program may have some of it in memory, is not cloned; {_OTHERWISE}"
-        raise UnsupportedError(handle.where, what)
-    try:
-        return stack.enter_context(dm.Clone(disk.path))
-    except (UnsupportedError, StorageError) as error:
-        raise UnsupportedError(error.where, f"{error.what}; {_OTHERWISE}") from error
-
-
-def _is_same(one: str, other: str) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except (OSError, ValueError):
-        return False  # who opens it says what is wrong
 
 
 @contextlib.contextmanager

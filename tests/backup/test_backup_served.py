@@ -1,0 +1,233 @@
+"""Backups of disks that are being written: each is the disk as it was at one moment, and no write is missed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from hashlib import sha256
+from pathlib import Path
+
+from support import frozen
+from support.backups import back_up, counted_acts, qcow2_disk, same
+from support.child import died_of
+from support.cli import dirtmap, error_of, json_of
+from support.frozen import SLOT, Served, Writer, last_write, slot_of
+from support.nbd import WRITE, Client
+from support.tracking import make_node
+
+import dirtmap.engine as dm
+from dirtmap.tools.backup import Repository, create, prune, restore, verify
+
+MIB, GRANULE = 1 << 20, 65536
+SLOTS, SIZE = 512, 4 << 20  # all but the first half stays empty
+
+xfs = frozen.xfs
+
+
+def restored(repository: Path, disk: str, number: int | None = None) -> bytes:
+    out = repository.with_name("out")
+    with dm.Host() as host:
+        restore(host, repository, disk, out, at=None if number is None else str(number), form="raw", force=True)
+    return out.read_bytes()
+
+
+def checkpoints(target: str) -> list[str]:
+    return [each["name"] for each in json_of("checkpoint", "list", target)["checkpoints"]]
+
+
+def wait_for(writer: Writer, number: int) -> None:
+    while writer.acknowledged < number:
+        assert writer.is_alive
+        time.sleep(0.001)
+
+
+def granules(first: int, last: int) -> set[int]:
+    """Those that the writes with these numbers went to."""
+    return {slot_of(number, SLOTS) * SLOT // GRANULE for number in range(first, last + 1)}
+
+
+def test_disks_are_of_one_moment_and_a_night_costs_what_was_written(xfs: Path, tmp_path: Path) -> None:
+    """Whichever process dies between the nights; beside an image that is offline."""
+    repository, image = tmp_path / "repo", qcow2_disk(tmp_path / "disk.qcow2")
+    with contextlib.ExitStack() as stack:
+        disks = [stack.enter_context(Served(xfs, name, SIZE)) for name in ("drive0", "drive1")]
+        kept: dict[int, list[bytes]] = {}
+        last = since = 0
+        for night in range(1, 4):
+            with Writer([disk.sock for disk in disks], SLOTS, start=last + 1) as writer:
+                wait_for(writer, last + 5)
+                before = writer.acknowledged
+                with dm.Host() as host:
+                    made = create(host, ["drive0", str(image), "drive1"], repository)
+                after = writer.submitted
+            kept[night] = [restored(repository, name) for name in ("drive0", "drive1")]
+            first, second = (last_write(content, SLOTS) for content in kept[night])
+            assert before <= second <= first <= after
+            assert first - second <= 1
+            same(repository, made[1], image)
+            if night > 1:
+                assert {backup.kind for backup in made} == {"incremental"}
+                for backup in made[::2]:
+                    assert backup.copied + backup.zeros <= backup.dirty
+                    assert backup.dirty <= len(granules(since, after)) * GRANULE
+            since = before
+            assert [backup.frozen for backup in made] == ["reflink", "offline", "reflink"]
+            last = writer.submitted
+            if night == 1:  # the tracker alone
+                disks[0].kill()
+                assert "its tracker has died, and others mark" in error_of("backup", "create", "drive0", repository)
+                disks[0].start("--adopt")
+            elif night == 2:  # both
+                disks[0].kill()
+                disks[0].kill_nbdkit()
+                made = [back_up(repository, "drive0")]
+                assert made[0].kind == "incremental"
+                assert made[0].frozen == "offline"
+                disks[0].start()
+        for night, number in ((1, 1), (2, 2), (3, 4)):
+            assert restored(repository, "drive0", number) == kept[night][0]
+            assert restored(repository, "drive1", night) == kept[night][1]
+        prune(repository, 2)
+        back_up(repository, "drive0")
+        assert len(checkpoints("drive0")) == 3
+    assert verify(repository) == []
+
+
+def snapshot_of(disk: Path) -> str:
+    return f"cp --reflink=always {disk} {disk.with_name('snap')}"
+
+
+def test_a_snapshot_that_a_command_makes_is_of_that_very_instant(xfs: Path, tmp_path: Path) -> None:
+    repository, snap = tmp_path / "repo", xfs / "snap"
+    with Served(xfs, "drive0", SIZE) as disk, Writer([disk.sock], SLOTS) as writer:
+        arguments = ["backup", "create", "drive0", repository, "--source", snap, "--snapshot", snapshot_of(disk.path)]
+        for _ in range(2):
+            before = writer.acknowledged
+            (made,) = json_of(*arguments)
+            assert made["frozen"] == "source"
+            assert restored(repository, "drive0") == snap.read_bytes()
+            assert before <= last_write(snap.read_bytes(), SLOTS) <= writer.submitted
+            assert f"{snap}: is there already" in error_of(*arguments)
+            snap.unlink()
+        assert made["kind"] == "incremental"
+        left = len(checkpoints("drive0"))
+        assert "exit 3: ended with status 3" in error_of(*arguments[:-1], "exit 3")
+        assert f"{snap}: open: No such file" in error_of(*arguments[:-1], "true")
+        said = error_of(*arguments[:-1], f"truncate -s 1M {snap}")
+        assert "has 1048576 bytes, and the disk 4194304" in said
+        assert len(checkpoints("drive0")) <= left + 1
+        made = back_up(repository, "drive0")
+        assert (made.kind, made.frozen) == ("incremental", "reflink")
+        last_write(restored(repository, "drive0"), SLOTS)
+
+
+def test_a_snapshot_that_is_there_may_be_of_any_moment_since_the_last_backup(xfs: Path, tmp_path: Path) -> None:
+    repository, snap = tmp_path / "repo", xfs / "snap"
+    arguments = ["backup", "create", "drive0", repository, "--source", snap]
+
+    def take() -> None:
+        snap.unlink(missing_ok=True)
+        subprocess.run(snapshot_of(disk.path), shell=True, check=True)
+
+    with Served(xfs, "drive0", SIZE) as disk, Client(disk.sock) as client:
+
+        def write(at: int) -> None:
+            """Two times: what the second one writes must be in the next backup, whenever the snapshot is made."""
+            client.send(WRITE, at * GRANULE, SLOT, data=os.urandom(SLOT))
+            assert client.receive() == 0
+
+        write(0)
+        take()
+        assert "--snapshot COMMAND makes it at the right moment" in error_of(*arguments)
+        back_up(repository, "drive0")
+        for night in range(2):
+            write(1)
+            write(2 + night)
+            take()
+            write(1)
+            write(5 + night)
+            (made,) = json_of(*arguments)
+            assert made["kind"] == "incremental"
+            assert restored(repository, "drive0") == snap.read_bytes()
+            if night == 1:  # a backup that failed has begun a checkpoint that is younger than the snapshot
+                write(1)
+                take()
+                write(1)
+                write(9)
+
+                def attempt() -> None:
+                    with counted_acts(3):
+                        back_up(repository, "drive0")
+
+                assert died_of(attempt) == signal.SIGKILL
+                (made,) = json_of(*arguments)
+                assert restored(repository, "drive0") == snap.read_bytes()
+        made = back_up(repository, "drive0")
+        assert made.kind == "incremental"
+        assert restored(repository, "drive0") == disk.path.read_bytes()
+        # What came before the last checkpoint is not copied again.
+        write(1)
+        made = back_up(repository, "drive0")
+        assert made.dirty == GRANULE
+        assert restored(repository, "drive0") == disk.path.read_bytes()
+
+
+def test_a_live_backup_is_marked_and_the_next_one_is_right(tmp_path: Path) -> None:
+    repository = tmp_path / "repo"
+    with Served(tmp_path, "drive0", SIZE) as disk:
+        said = error_of("backup", "create", "drive0", repository)
+        assert said.startswith(f"{disk.path}: cannot be cloned")
+        assert said.endswith("; --source reads a snapshot, --live insists")
+        assert checkpoints("drive0") == []
+        with Writer([disk.sock], SLOTS) as writer:
+            wait_for(writer, 3)
+            assert "live: not of one moment" in dirtmap("backup", "create", "drive0", repository, "--live").out
+            (made,) = json_of("backup", "create", "drive0", repository, "--live")
+        assert (made["kind"], made["frozen"]) == ("incremental", "live")
+        assert "incremental, live" in dirtmap("backup", "list", repository).out
+        assert "live: not of one moment" in dirtmap("backup", "info", repository, "drive0").out
+    assert back_up(repository, "drive0").kind == "incremental"
+    last_write(restored(repository, "drive0"), SLOTS)
+    # As an earlier version has made it.
+    path = next(each for each in repository.glob("2*.json") if b'"number": 1,' in each.read_bytes())
+    head, _, rest = path.read_bytes().split(b"\n", 2)
+    old = head.replace(b', "frozen": "live"', b"")
+    assert old != head
+    path.write_bytes(old + b'\n"digest": "' + sha256(old).hexdigest().encode() + b'",\n' + rest)
+    assert Repository(repository).at("drive0", "1").frozen == "offline"
+
+
+def test_a_failure_at_any_point_is_made_good_by_the_next(xfs: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repo"
+    with Served(xfs, "drive0", SIZE) as disk, Client(disk.sock) as client:
+        client.ask(WRITE, 0, GRANULE)
+        back_up(repository, "drive0")
+        for at in (0, 3):
+            client.ask(WRITE, (2 * at + 1) * GRANULE, GRANULE)
+
+            def attempt(at: int = at) -> None:
+                with counted_acts(at):
+                    back_up(repository, "drive0")
+
+            assert died_of(attempt) == signal.SIGKILL
+            client.ask(WRITE, (2 * at + 2) * GRANULE, GRANULE)
+            made = back_up(repository, "drive0")
+            assert (made.kind, made.dirty) == ("incremental", 2 * GRANULE)
+            assert restored(repository, "drive0") == disk.path.read_bytes()
+        assert len(checkpoints("drive0")) == 3
+
+
+def test_usage(tmp_path: Path) -> None:
+    make_node(tmp_path, MIB)
+    create_ = ["backup", "create", "drive0", tmp_path / "repo"]
+    assert "--source has to say" in error_of(*create_, "--snapshot", "true")
+    assert "goes with no snapshot" in error_of(*create_, "--live", "--source", "s")
+    assert "2 --source for 1 target" in error_of(*create_, "--source", "s", "--source", "t")
+    assert "Two --source" in error_of(*create_, "--source", "drive0=s", "--source", "drive0=t")
+    assert "is not tracked" in error_of(*create_, "--source", "drive0=s")
+    with dm.open("drive0") as image, image.track():
+        dirtmap(*create_, "--live")
+        assert "is the disk itself" in error_of(*create_, "--source", tmp_path / "drive0.raw")
