@@ -62,14 +62,18 @@ class Reading:
             StorageError: they cannot be read, or end before.
         """
         data = bytearray(length)
-        view = memoryview(data)
+        self.read_into(memoryview(data), offset)
+        return data
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Reads as many bytes as ``view`` has. Errors as `read`."""
+        end = offset + len(view)
         while view:
             with failing(self._path):
-                got = os.preadv(self._number, [view], offset + length - len(view))
+                got = os.preadv(self._number, [view], end - len(view))
             if not got:
-                raise StorageError(self._path, f"ends before {offset + length}")
+                raise StorageError(self._path, f"ends before {end}")
             view = view[got:]
-        return data
 
     def ask(self, offset: int, length: int) -> None:
         """Lets the kernel begin to read bytes that are needed soon."""

@@ -76,7 +76,7 @@ def _make_full(place: Repository, backup: Backup, watch: Watcher) -> None:
     try:
         cluster = min(each.cluster_size for each in chain)  # what can be seen of each begins and ends at its own
         new = NewImage(temporary, backup.size, cluster=cluster)
-        with spool, ChainReader(place, chain) as reader, new as target:
+        with spool, ChainReader(place, chain, direct=True) as reader, new as target:
             writer = Writer(target, cluster)
             done = 0
 
