@@ -17,11 +17,11 @@ def flip(path: Path, at: int) -> None:
 
 
 def flip_data(repository: Path, backup: Backup) -> None:
-    flip(image_of(repository, backup), -70_000 if backup.parent is None else -30)
+    flip(image_of(repository, backup), backup.cluster_size + 30)  # data come right after the header's cluster
 
 
 def flip_table(repository: Path, backup: Backup) -> None:
-    """The L2 table, which says where clusters are, is the first thing that is written after the header's clusters."""
+    """An entry of an L2 table, which says where a cluster is."""
     image = image_of(repository, backup)
     data = image.read_bytes()
     at = int.from_bytes(data[40:48], "big")

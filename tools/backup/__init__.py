@@ -15,7 +15,7 @@ The rooms, each of which knows those below it and nothing of the engine but its 
     chain                                         a disk as it was at a backup
     copying | state                               data and digests on their way | what a disk remembers of its backups
     repository                                    the folder of backups, its lock, unfinished acts
-    opened | document                             images opened by QEMU | the JSON document of a backup
+    opened | imaging | document   images opened by QEMU | a new image | the JSON document of a backup
     nbd | images | raw | files              the protocol | qemu-img | raw disks | files of ours
 """
 

@@ -19,6 +19,7 @@ from typing import Final, NamedTuple, Self
 
 from dirtmap.fmt.errors import FormatError
 from dirtmap.tools.backup.copying import Data, sha256
+from dirtmap.tools.backup.direct import DirectImage
 from dirtmap.tools.backup.document import Backup, Piece
 from dirtmap.tools.backup.nbd import Connection
 from dirtmap.tools.backup.opened import Images
@@ -77,15 +78,15 @@ def visible(layers: Iterable[Iterable[Piece]]) -> Iterator[Seen]:
 class _Loading:
     """A piece that is on its way from its image."""
 
-    def __init__(self, connection: Connection, piece: Piece) -> None:
-        self._connection, self._token = connection, connection.read(piece.offset, piece.length)
+    def __init__(self, layer: Connection | DirectImage, piece: Piece) -> None:
+        self._layer, self._token = layer, layer.read(piece.offset, piece.length)
         self._data: bytearray | None = None
         self._digest: Future[bytes] | None = None
 
     def hash(self, pool: ThreadPoolExecutor) -> None:
         """Takes the data and has them hashed, if that is not done yet."""
         if self._data is None:
-            self._data = self._connection.wait(self._token).data or bytearray()
+            self._data = self._layer.wait(self._token).data or bytearray()
             self._digest = pool.submit(sha256, self._data)
 
     def result(self) -> tuple[bytearray, bytes]:
@@ -96,20 +97,28 @@ class _Loading:
 
 
 class ChainReader:
-    """The disk as it was at a backup. A context manager, in which QEMU has those images open that are needed.
+    """The disk as it was at a backup. A context manager, in which its images are open.
 
     Args:
         place: the repository.
         chain: the backup, and those that it is on, the full one last; see `Repository.chain`.
+        direct: read without QEMU.
     """
 
-    def __init__(self, place: Repository, chain: list[Backup]) -> None:
-        self._place, self._chain = place, chain
-        self._connections: dict[int, Connection] = {}
+    def __init__(self, place: Repository, chain: list[Backup], *, direct: bool = False) -> None:
+        self._place, self._chain, self._direct = place, chain, direct
+        self._readers: dict[int, Connection | DirectImage] = {}
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            self._images = stack.enter_context(Images())
+            if not self._direct:
+                self._images = stack.enter_context(Images())
+            for depth, backup in enumerate(self._chain):
+                path = self._place.image(backup)
+                if self._direct:
+                    self._readers[depth] = stack.enter_context(DirectImage(path))
+                else:
+                    self._images.open(f"layer-{depth}", nodes.image(path, "qcow2", alone=True))
             self._pool = stack.enter_context(ThreadPoolExecutor(1))
             self._stack = stack.pop_all()
         return self
@@ -117,13 +126,11 @@ class ChainReader:
     def __exit__(self, *error: object) -> None:
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
-    def connection(self, depth: int) -> Connection:
-        """To the image of the backup at a depth of the chain, which is opened when it is needed first."""
-        if depth not in self._connections:
-            image = self._place.image(self._chain[depth])
-            self._images.open(f"layer-{depth}", nodes.image(image, "qcow2", alone=True))
-            self._connections[depth] = self._images.connect(f"layer-{depth}")
-        return self._connections[depth]
+    def layer(self, depth: int) -> Connection | DirectImage:
+        """The image of the backup at a depth of the chain, by itself."""
+        if depth not in self._readers:
+            self._readers[depth] = self._images.connect(f"layer-{depth}")
+        return self._readers[depth]
 
     def read(self) -> Iterator[Data]:
         """All of the disk, in order.
@@ -146,7 +153,6 @@ class ChainReader:
 
     def status(self, depth: int, context: str) -> Iterator[tuple[int, int, int]]:
         """Block status of the image at a depth, by itself, in order: beginning, end, and flags of the context."""
-        self.connection(depth)
         connection, at, size = self._images.connect(f"layer-{depth}", context), 0, self._chain[depth].size
         while at < size:
             for length, flags in connection.status(at, size - at):
@@ -176,7 +182,7 @@ class ChainReader:
             if part.piece.digest is not None and key(part) not in loading:
                 for old in list(loading)[: max(0, len(loading) - _KEPT)]:
                     del loading[old]  # older than all that wait
-                loading[key(part)] = _Loading(self.connection(part.depth), part.piece)
+                loading[key(part)] = _Loading(self.layer(part.depth), part.piece)
             elif part.piece.digest is not None:
                 loading[key(part)] = loading.pop(key(part))  # the youngest again
             asked.append(part)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 _AHEAD: Final = 8  # requests that are sent before an answer is waited for
+_BATCHES: Final = 2  # of so many pieces that are hashed while others are copied: threads are woken rarely
 _WINDOW: Final = 1 << 16  # bytes of bits at a time
 _WHOLE: Final = 4 * PIECE  # a run of this length is asked for its holes before it is read
 
@@ -210,7 +211,7 @@ class Writer:
         length, cluster = len(data), self._cluster
         bits = np.frombuffer(data, np.uint8)
         whole = length // cluster * cluster
-        used = np.asarray(bits[:whole].reshape(-1, cluster).view(np.uint64).any(1))
+        used = np.asarray(bits[:whole].reshape(-1, cluster).view(np.uint64).max(1))
         flags = [not flag for flag in used.tolist()]
         if whole < length:
             flags.append(not bits[whole:].any())
@@ -253,7 +254,8 @@ def copy(
         progress: is told how many bytes are done.
     """
     with ThreadPoolExecutor(1) as pool:
-        waiting: deque[tuple[Data, Future[bytes] | None]] = deque()
+        coming: list[Data] = []  # what is not being hashed yet
+        hashing: deque[tuple[list[Data], Future[list[bytes | None]]]] = deque()
         zeros: list[int] = []  # where zeros begin that were not kept yet, and where they end
 
         def flush() -> None:
@@ -261,24 +263,37 @@ def copy(
                 keep(Piece(zeros[0], zeros[1] - zeros[0], None))
                 zeros.clear()
 
+        def hash_coming() -> None:
+            nonlocal coming
+            hashing.append((coming, pool.submit(_digests, coming)))
+            coming = []
+
         def settle() -> None:
-            piece, digest = waiting.popleft()
-            if digest is None:
-                if zeros and zeros[1] != piece.offset:
+            pieces, digests = hashing.popleft()
+            for piece, digest in zip(pieces, digests.result(), strict=True):
+                if digest is None:
+                    if zeros and zeros[1] != piece.offset:
+                        flush()
+                    zeros[:] = [zeros[0] if zeros else piece.offset, piece.offset + piece.length]
+                else:
                     flush()
-                zeros[:] = [zeros[0] if zeros else piece.offset, piece.offset + piece.length]
-            else:
-                flush()
-                keep(Piece(piece.offset, piece.length, digest.result()))
+                    keep(Piece(piece.offset, piece.length, digest))
 
         for piece in source:
-            digest = None if piece.data is None else pool.submit(sha256, piece.data)
             is_zero = writer.write(piece)
-            waiting.append((piece, None if is_zero else digest))
-            if len(waiting) > _AHEAD:
+            coming.append(piece._replace(data=None) if is_zero else piece)
+            if len(coming) >= _AHEAD:
+                hash_coming()
+            if len(hashing) > _BATCHES:
                 settle()
             progress(piece.length)
+        hash_coming()
         writer.finish()
-        while waiting:
+        while hashing:
             settle()
         flush()
+
+
+def _digests(pieces: list[Data]) -> list[bytes | None]:
+    """Of each piece; None of zeros."""
+    return [None if piece.data is None else sha256(piece.data) for piece in pieces]

@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
 from dirtmap.fmt.errors import ArgumentError, Error, printable
-from dirtmap.tools.backup import files, images, state
+from dirtmap.tools.backup import files, state
 from dirtmap.tools.backup.copying import Run, Source, Writer, copy, dirty_runs, pieces_of, read, with_holes
 from dirtmap.tools.backup.document import FULL, INCREMENTAL, Backup, Digest, Piece, parts
+from dirtmap.tools.backup.imaging import NewImage
 from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.backup.raw import RawSource
 from dirtmap.tools.backup.repository import DOCUMENT, IMAGE, WAIT_SECONDS, Repository
@@ -195,7 +196,6 @@ def _carry_out(place: Repository, plan: _Plan, watch: Watcher) -> Backup:
         spool = Spool(base + ".pieces")
         backup = _copy(plan, spool, temporary, watch)
         plan.offline.close()  # fails where the disk did not stay as it was
-        files.sync(temporary)
         backup = replace(backup, image_size=os.path.getsize(temporary))
         files.rename(temporary, base + IMAGE)
         files.write(base + DOCUMENT, parts(backup, spool.lines()))
@@ -207,10 +207,8 @@ def _copy(plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
     begun = time.monotonic()
     parent = None if backup.parent is None else backup.parent + IMAGE
     total = min(backup.dirty, size)
-    with Images() as opened, spool, reading(plan.disk, size) as source:
-        images.create(temporary, size, cluster_size=cluster, backing=parent)
-        opened.open("image", nodes.image(temporary, "qcow2", writable=True, alone=True))
-        image = opened.connect("image")
+    made = NewImage(temporary, size, cluster=cluster, backing=parent)
+    with spool, reading(plan.disk, size) as source, made as image:
         writer = Writer(image, cluster, zeros=None if parent is None else image)
         runs: Iterable[Run] = [Run(0, size)] if size else []
         if plan.changed is not None:

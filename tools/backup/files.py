@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dirtmap.fmt.errors import LockedError, StorageError
 
 _PAUSE_SECONDS = 0.02
+_TOGETHER = 8 << 20  # bytes that the kernel is asked to write at a time
 TEMPORARY = ".tmp"  # of files that are being written: whoever has the lock may remove what is left of them
 
 
@@ -61,14 +62,23 @@ class Reading:
             StorageError: they cannot be read, or end before.
         """
         data = bytearray(length)
-        view = memoryview(data)
+        self.read_into(memoryview(data), offset)
+        return data
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Reads as many bytes as ``view`` has. Errors as `read`."""
+        end = offset + len(view)
         while view:
             with failing(self._path):
-                got = os.preadv(self._number, [view], offset + length - len(view))
+                got = os.preadv(self._number, [view], end - len(view))
             if not got:
-                raise StorageError(self._path, f"ends before {offset + length}")
+                raise StorageError(self._path, f"ends before {end}")
             view = view[got:]
-        return data
+
+    def ask(self, offset: int, length: int) -> None:
+        """Lets the kernel begin to read bytes that are needed soon."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._number, offset, length, os.POSIX_FADV_WILLNEED)
 
     def run(self, offset: int, end: int) -> tuple[bool, int]:
         """Whether there is a hole, and where that, or else the data there, end; ``end`` at most."""
@@ -99,6 +109,7 @@ class Writing:
         with _act("make", path):
             self._number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             os.ftruncate(self._number, size)
+        self._fresh, self._first, self._last = 0, 0, 0  # bytes that were written lately, and between where and where
 
     def close(self) -> None:
         """Closes it."""
@@ -110,10 +121,23 @@ class Writing:
         Raises:
             StorageError: they cannot be written.
         """
+        begun = offset
         while data:
             with failing(self._path):
                 done = os.pwrite(self._number, data, offset)
             data, offset = data[done:], offset + done
+        self._fresh += offset - begun
+        self._first, self._last = min(self._first, begun), max(self._last, offset)
+        if self._fresh >= _TOGETHER:
+            # The kernel begins to write them to the disk, so that `sync` has the less to wait for.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._number, self._first, self._last - self._first, os.POSIX_FADV_DONTNEED)
+            self._fresh, self._first, self._last = 0, self._last, self._last
+
+    def set_size(self, size: int) -> None:
+        """Makes it so long, in bytes."""
+        with failing(self._path):
+            os.ftruncate(self._number, size)
 
     def sync(self) -> None:
         """Makes it durable."""

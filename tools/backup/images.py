@@ -6,6 +6,10 @@ import os
 import subprocess
 
 from dirtmap.fmt.errors import FormatError, StorageError
+from dirtmap.fmt.qcow2 import Header, header_faults, parse_header
+from dirtmap.tools.backup.files import failing
+
+_MOST_HEAD = 4096  # bytes: the header of an image of ours has less
 
 
 def plain(path: str) -> str:
@@ -29,6 +33,32 @@ def create(path: str, size: int, *, cluster_size: int | None = None, backing: st
     below = ["-u", "-b", backing, "-F", "qcow2"] if backing else []
     chosen = ["-o", ",".join(options)] if options else []
     qemu_img("create", "-q", "-f", "qcow2", *chosen, *below, plain(path), str(-(-size // 512) * 512))
+
+
+def read_header(path: str) -> Header:
+    """The header of a qcow2 image.
+
+    Raises:
+        FormatError: it is no sound one.
+        StorageError: it cannot be read.
+    """
+    return _read(path)[0]
+
+
+def _read(path: str) -> tuple[Header, bytes]:
+    with failing(path), open(path, "rb") as file:
+        head = file.read(_MOST_HEAD)
+    header = parse_header(head.ljust(_MOST_HEAD, b"\0"))
+    for field, fault in header_faults(header):
+        raise FormatError(path, f"damaged: {field}: {fault}")
+    return header, head
+
+
+def read_head(path: str) -> tuple[int, str | None]:
+    """The bytes of the disk of a qcow2 image, and the name of the image that it is on. Errors as `read_header`."""
+    header, head = _read(path)
+    begin, length = header.v2.backing_file_offset, header.v2.backing_file_size
+    return header.size, head[begin : begin + length].decode(errors="replace") if begin else None
 
 
 def check(path: str) -> None:

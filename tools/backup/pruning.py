@@ -6,14 +6,13 @@ import os
 from dataclasses import replace
 
 from dirtmap.fmt.errors import ArgumentError
-from dirtmap.tools.backup import files, images
+from dirtmap.tools.backup import files
 from dirtmap.tools.backup.chain import ChainReader
 from dirtmap.tools.backup.copying import Writer, copy
 from dirtmap.tools.backup.creating import Spool, Watcher
 from dirtmap.tools.backup.document import FULL, Backup, parts
-from dirtmap.tools.backup.opened import Images
+from dirtmap.tools.backup.imaging import NewImage
 from dirtmap.tools.backup.repository import DOCUMENT, IMAGE, NEW, WAIT_SECONDS, Repository
-from dirtmap.tools.qsd import nodes
 
 PRUNED = "pruned"
 
@@ -75,10 +74,10 @@ def _make_full(place: Repository, backup: Backup, watch: Watcher) -> None:
     image = base + IMAGE + NEW
     temporary, spool = image + files.TEMPORARY, Spool(base + ".pieces")
     try:
-        images.create(temporary, backup.size, cluster_size=backup.cluster_size)
-        with Images() as opened, spool, ChainReader(place, chain) as reader:
-            opened.open("image", nodes.image(temporary, "qcow2", writable=True))
-            writer = Writer(opened.connect("image"), backup.cluster_size)
+        cluster = min(each.cluster_size for each in chain)  # what can be seen of each begins and ends at its own
+        new = NewImage(temporary, backup.size, cluster=cluster)
+        with spool, ChainReader(place, chain, direct=True) as reader, new as target:
+            writer = Writer(target, cluster)
             done = 0
 
             def progress(length: int) -> None:
@@ -87,13 +86,13 @@ def _make_full(place: Repository, backup: Backup, watch: Watcher) -> None:
                 watch(backup.disk, done, backup.size)
 
             copy(reader.read(), writer, spool.keep, progress)
-        files.sync(temporary)
         made = replace(
             backup,
             kind=FULL,
             parent=None,
             reason=PRUNED,
             why="the backups that it was on were pruned",
+            cluster_size=cluster,
             image_size=os.path.getsize(temporary),
             copied=writer.copied,
             zeros=done - writer.copied,

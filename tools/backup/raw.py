@@ -1,11 +1,11 @@
 """Raw disks, asked as an export of QEMU is; see `dirtmap.tools.backup.nbd.Connection`.
 
-QEMU has nothing to add to what is in a raw disk, and each byte that goes through it is copied three times more.
+QEMU has nothing to add to what is in a raw disk, and each byte that goes through it is copied three times more. There
+are no threads here: the kernel reads ahead and writes behind.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Self
 
 from dirtmap.tools.backup import files
@@ -19,7 +19,7 @@ class _Answer(NamedTuple):
 
 
 class RawSource:
-    """A raw file or a block device. A context manager; reads ahead in a thread of its own.
+    """A raw file or a block device. A context manager.
 
     Args:
         path: of it.
@@ -31,15 +31,13 @@ class RawSource:
 
     def __init__(self, path: str, size: int) -> None:
         self._path, self._size, self._next = path, size, 0
-        self._waiting: dict[int, Future[bytearray]] = {}
+        self._asked: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
         self._file = files.Reading(self._path)
-        self._pool = ThreadPoolExecutor(1)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
         self._file.close()
 
     def status(self, offset: int, length: int) -> list[tuple[int, int]]:
@@ -49,8 +47,9 @@ class RawSource:
 
     def read(self, offset: int, length: int) -> int:
         """Asks for bytes of the disk; `wait` returns them."""
+        self._file.ask(offset, length)
         self._next += 1
-        self._waiting[self._next] = self._pool.submit(self._file.read, offset, length)
+        self._asked[self._next] = offset, length
         return self._next
 
     def digest(self, offset: int, length: int) -> bytes:
@@ -59,11 +58,11 @@ class RawSource:
 
     def wait(self, token: int) -> _Answer:
         """The bytes that were asked for."""
-        return _Answer(self._waiting.pop(token).result())
+        return _Answer(self._file.read(*self._asked.pop(token)))
 
 
 class RawTarget:
-    """A new raw file. A context manager; writes behind in a thread of its own.
+    """A new raw file. A context manager.
 
     Args:
         path: of the file, which is made.
@@ -74,27 +73,22 @@ class RawTarget:
     """
 
     def __init__(self, path: str, size: int) -> None:
-        self._path, self._size, self._next = path, size, 0
-        self._waiting: dict[int, Future[None]] = {}
+        self._path, self._size = path, size
 
     def __enter__(self) -> Self:
         self._file = files.Writing(self._path, self._size)
-        self._pool = ThreadPoolExecutor(1)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
         self._file.close()
 
     def write(self, offset: int, data: memoryview) -> int:
-        """Asks to write bytes, which must not change before that is waited for."""
-        self._next += 1
-        self._waiting[self._next] = self._pool.submit(self._file.write, offset, data)
-        return self._next
+        """Writes bytes; there is nothing to wait for."""
+        self._file.write(offset, data)
+        return 0
 
     def wait(self, token: int) -> None:
-        """Waits for a write."""
-        self._waiting.pop(token).result()
+        """Nothing is written behind."""
 
     def flush(self) -> None:
         """Makes what was written durable."""

@@ -86,7 +86,7 @@ def rebuild(
         names = state.Names(place.bitmap_prefix, known, place.bitmap_name(secrets.token_hex(8)), bitmap)
         stored = disk.format == "raw"
         differing, sample = dm.Bitmap(image.size, granularity), Sample()
-        with ChainReader(place, chain) as reader:  # before anything is changed: QEMU may be missing
+        with ChainReader(place, chain, direct=True) as reader:  # before anything is changed: it may be damaged
             tracked = state.begin_rebuilding(image, names, granularity, stored=stored)
             gc.collect()  # a tracker that has ended is in a circle, and what it has mapped goes with it, not before
             keeping = contextlib.nullcontext() if tracked else host.offline(disk)

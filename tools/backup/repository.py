@@ -22,9 +22,10 @@ from datetime import UTC, datetime
 from typing import Final, Self
 
 from dirtmap.fmt.errors import ArgumentError, Error, FormatError, StorageError, printable
-from dirtmap.tools.backup import files
+from dirtmap.fmt.geometry import align_up
+from dirtmap.fmt.qcow2 import SECTOR
+from dirtmap.tools.backup import files, images
 from dirtmap.tools.backup.document import BITMAP_PREFIX, STEM, VERSION, Backup, Piece, read_head, read_pieces
-from dirtmap.tools.backup.images import plain, qemu_img
 
 FORMAT: Final = "dirtmap-backup"
 IMAGE, DOCUMENT, NEW = ".qcow2", ".json", ".new"
@@ -247,25 +248,20 @@ class Repository:
         return chain
 
     def require_sound(self, backup: Backup) -> list[Backup]:
-        """The `chain` of a backup, once QEMU has read of the images that they are on each other as the documents say.
+        """The `chain` of a backup, once the heads of its images say that they are on each other as the documents say.
 
         Raises:
             FormatError: they are not; or as `chain`.
         """
         chain = self.chain(backup)
-        try:
-            told = json.loads(
-                qemu_img("info", "--backing-chain", "--output=json", "-f", "qcow2", plain(self.image(backup)))
-            )
-            found = [os.path.basename(image["filename"]) for image in told]
-        except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(self.image(backup), "qemu-img tells nothing of it") from error
-        except StorageError as error:
-            raise FormatError(self.image(backup), f"damaged: {error.what}") from error
-        wanted = [os.path.basename(self.image(each)) for each in chain]
-        # Another image of the chain may be a new one, that has not got its name yet.
-        if [name.removesuffix(NEW) for name in found] != [name.removesuffix(NEW) for name in wanted]:
-            raise FormatError(self.image(backup), f"is on {', '.join(found[1:]) or 'none'}, and not on {wanted[1:]}")
+        for each in chain:
+            path = self.image(each)
+            size, found = images.read_head(path)
+            wanted = None if each.parent is None else each.parent + IMAGE
+            if found != wanted:
+                raise FormatError(path, f"is on {printable(found or 'none')}, and not on {wanted or 'none'}")
+            if size != align_up(each.size, SECTOR):
+                raise FormatError(path, f"damaged: its disk has {size} bytes, and that of the backup {each.size}")
         return chain
 
     def bitmap_name(self, backup: str) -> str:

@@ -70,7 +70,7 @@ def restore(
     with place.reading(wait):
         backup = place.at(disk, at)
         chain = place.chain(backup)
-        with ChainReader(place, chain) as reader:
+        with ChainReader(place, chain, direct=True) as reader:
             _refuse_used(host, path)
             if is_block:
                 if form != RAW:
