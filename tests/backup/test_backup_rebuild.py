@@ -23,6 +23,8 @@ from support.qemu import qemu_io
 import dirtmap.engine as dm
 from dirtmap.tools.backup import Backup, comparing, rebuild, rebuilding
 from dirtmap.tools.backup.raw import RawSource
+from dirtmap.tools.listening.listener import Listener
+from dirtmap.tools.serve.serving import serve
 
 GRANULE = 65536
 MIB = 1 << 20
@@ -313,6 +315,24 @@ def test_a_tracked_disk_may_be_written_to_meanwhile(tmp_path: Path, own: bool, m
     after = back_up(tmp_path / "repo", "data")
     assert after.kind == "incremental"
     same(tmp_path / "repo", after, disk)
+
+
+def test_a_served_disk_is_rebuilt_while_clients_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, _, backup = made(tmp_path, "raw")
+    before = content(disk)
+    lose(disk, [(12 * MIB, 1, 1)])
+    with dm.Host() as host, serve(host, "data", Listener(unix=str(tmp_path / "sock"))):
+
+        def write(at: int) -> None:
+            command = ["qemu-io", "-f", "raw", "-c", f"write -P 5 {at} 512", f"nbd+unix:///?socket={tmp_path}/sock"]
+            subprocess.run(command, check=True, capture_output=True)
+
+        write(2 * MIB)
+        during(monkeypatch, lambda: write(9 * MIB))
+        assert json_of("rebuild", "data", backup.bitmap, "--against", tmp_path / "repo")["tracked"] is True
+        write(14 * MIB)
+        assert dirty(NODE, backup.bitmap) == granules(before, content(disk))
+    assert dirty(NODE, backup.bitmap) == {2 * MIB, 9 * MIB, 12 * MIB, 14 * MIB}
 
 
 @pytest.mark.parametrize("kind", ["qcow2", "raw"])

@@ -15,7 +15,7 @@ from support.qemu import StorageDaemon, qemu_io
 
 import dirtmap.engine as dm
 from dirtmap.tools.backup import Backup, Repository, Sample, comparing, verify, verify_disk
-from dirtmap.tools.backup.nbd import Connection
+from dirtmap.tools.backup.direct import DirectImage
 
 GRANULE = 65536
 
@@ -148,8 +148,8 @@ def test_images_are_read_where_something_differs_and_nowhere_else(
     disk, repository = raw_disk(tmp_path / "data.raw"), tmp_path / "repo"
     back_up(repository, "data")
     asked: list[int] = []
-    read = Connection.read
-    monkeypatch.setattr(Connection, "read", lambda self, *where: asked.append(where[0]) or read(self, *where))
+    read = DirectImage.read
+    monkeypatch.setattr(DirectImage, "read", lambda self, *where: asked.append(where[0]) or read(self, *where))
     assert "no differences" in dirtmap("backup", "verify", repository, "data").out
     assert asked == []
     write_raw(disk, {5 << 20: b"\1"})

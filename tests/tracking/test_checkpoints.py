@@ -39,8 +39,10 @@ def hold_against(since: Since, tracker: Tracker) -> int:
 
 def track(tracker: Tracker, since: Since, choose: random.Random) -> int:
     answers = hold_against(since, tracker)
-    for _ in range(choose.randrange(8)):
-        act = choose.choice(("mark", "mark", "mark", "checkpoint", "checkpoint", "save", "remove"))
+    for _ in range(choose.randrange(4, 10)):
+        act = choose.choice(
+            ("mark", "mark", "mark", "checkpoint", "checkpoint", "save", "remove", "rebuild", "rebuild")
+        )
         name, granule = choose.choice(NAMES), choose.randrange(GRANULES)
         try:
             if act == "mark":
@@ -52,12 +54,32 @@ def track(tracker: Tracker, since: Since, choose: random.Random) -> int:
                 since[name] = set()
             elif act == "save":
                 tracker.save()
-            else:
+            elif act == "remove":
                 tracker.remove(name)
+            elif name in since:
+                rebuild(tracker, since, name, granule)
         except dm.BitmapError:
             continue
         answers += hold_against(since, tracker)
     return answers
+
+
+def rebuild(tracker: Tracker, since: Since, name: str, granule: int) -> None:
+    """As whoever knows what the disk was when the checkpoint began; something is written meanwhile."""
+    tracker.checkpoint("begun")
+    differing = dm.Bitmap.from_extents(SIZE, [at * GRANULE for at in since[name]], [1] * len(since[name]), GRANULE)
+    tracker.mark(granule * GRANULE, 1)
+    for written in since.values():
+        written.add(granule)
+    try:
+        tracker.rebuild(name, "begun", differing)
+    except dm.BitmapError:
+        tracker.remove("begun")
+        raise
+    assert "begun" not in tracker.checkpoints()
+    if tracker.checkpoints()[-1] == name:
+        found = np.flatnonzero(model_of(tracker.changed_since(name))).tolist()
+        assert found == sorted(since[name])
 
 
 def change(bitmaps: Transaction, choose: random.Random) -> None:
@@ -74,7 +96,7 @@ def change(bitmaps: Transaction, choose: random.Random) -> None:
     elif act == 4:
         changes.add(bitmaps, other)
     elif act == 5:
-        changes.merge(bitmaps, name, [bitmaps[choose.choice(list(bitmaps))]])
+        changes.merge(bitmaps, name, [bitmaps[choose.choice([*bitmaps, "a"])]])
     elif act == 6:
         bitmaps[name].clear(0, SIZE)
     else:
@@ -110,3 +132,39 @@ def test_no_answer_lacks_a_write(tmp_path: Path, seed: int) -> None:
             if choose.random() < 0.4:
                 break_it(tmp_path / "default.dmap", choose)
     assert answers
+
+
+def test_what_cannot_be_rebuilt_is_said_and_stays(tmp_path: Path) -> None:
+    make_node(tmp_path, SIZE)
+    differing = dm.Bitmap(SIZE, GRANULE)
+    with dm.open("node:drive0") as image:
+        with image.track(save_interval=0) as tracker:
+            for name in ("a", "b", "c"):
+                tracker.checkpoint(name)
+                tracker.mark(0, 1)
+            for name, begun, what in (
+                ("a", "b", "'b': not the newest"),
+                ("c", "c", "'c': not the newest"),
+                ("b0", "c", "'b0': not a checkpoint"),
+                ("a", "none", "'none': not the newest"),
+            ):
+                with pytest.raises(dm.BitmapError, match=what):
+                    tracker.rebuild(name, begun, differing)
+                assert tracker.checkpoints() == ["a", "b", "c"]
+        with Home(ALONE, str(tmp_path / "default.dmap"), b"drive0").change(None) as home:
+            del home.entries["b"]
+        with image.track(save_interval=0) as tracker:
+            # Nobody knows what was written after "a" and before "c": whoever has compared it does.
+            with pytest.raises(dm.BitmapError, match="not all that was written"):
+                tracker.changed_since("a")
+            tracker.checkpoint("begun")
+            tracker.mark(GRANULE, 1)
+            tracker.rebuild("a", "begun", differing)
+            assert tracker.checkpoints() == ["a", "c"]
+            assert tracker.changed_since("a").count == 2 * GRANULE  # and what "c" has
+        with Home(ALONE, str(tmp_path / "default.dmap"), b"drive0").change(None) as home:
+            home.entries["c"] = home.entries["c"].with_flags(clear=FLAG_AUTO)
+        with image.track(save_interval=0) as tracker:
+            tracker.checkpoint("begun")
+            with pytest.raises(dm.BitmapError, match="a later checkpoint"):
+                tracker.rebuild("a", "begun", differing)

@@ -85,15 +85,13 @@ def rebuild(
         known = {each.bitmap for each in place.backups()}
         names = state.Names(place.bitmap_prefix, known, place.bitmap_name(secrets.token_hex(8)), bitmap)
         stored = disk.format == "raw"
-        tracked = state.begin_rebuilding(image, names, granularity, stored=stored)
-        gc.collect()  # what a tracker has mapped goes with it, and that is in a circle; two at once can be too much
         differing, sample = dm.Bitmap(image.size, granularity), Sample()
-        with (
-            contextlib.nullcontext() if tracked else host.offline(disk),
-            ChainReader(place, chain) as reader,
-            reading(disk, image.size) as source,
-        ):
-            compare(reader, source, differing, sample, lambda done: watch(backup.disk, done, backup.size))
+        with ChainReader(place, chain, direct=True) as reader:  # before anything is changed: it may be damaged
+            tracked = state.begin_rebuilding(image, names, granularity, stored=stored)
+            gc.collect()  # a tracker that has ended is in a circle, and what it has mapped goes with it, not before
+            keeping = contextlib.nullcontext() if tracked else host.offline(disk)
+            with keeping, reading(disk, image.size) as source:
+                compare(reader, source, differing, sample, lambda done: watch(backup.disk, done, backup.size))
         state.end_rebuilding(image, names, differing, stored=stored)
     seconds = round(time.monotonic() - begun, 3)
     return Rebuilt(backup, differing.count, sample.chosen, tracked, seconds)
