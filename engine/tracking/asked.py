@@ -23,7 +23,6 @@ from dirtmap.fmt.errors import Error, UnsupportedError, printable
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
-    from dirtmap.fmt.identity import FilePlace
 
 
 class Askable(Protocol):
@@ -55,7 +54,7 @@ class Askable(Protocol):
     def release(self, hold: int) -> None:
         """Ends what `hold` began."""
 
-    def place(self) -> FilePlace:
+    def place(self) -> dict[str, Any]:
         """Which file the image is."""
 
     def gated(self) -> contextlib.AbstractContextManager[None]:
@@ -102,8 +101,7 @@ class Asked:
             self._stack.close()
         elif act == "close":
             self._gate.enter_context(tracker.gated())
-            place = tracker.place()
-            return {"filesystem": place.filesystem.hex(), "inode": place.inode, "birth": place.birth}, b""
+            return tracker.place(), b""
         elif act == "open":
             self._gate.close()
         else:
