@@ -21,7 +21,7 @@ class Instant:
 
     def __init__(self, talks: dict[str | None, Conversation]) -> None:
         self._talks = talks
-        self._places: dict[str | None, list[object]] = {}
+        self._places: dict[str | None, object] = {}
         self._made: list[tuple[Namespace, str]] = []
 
     def checkpoint(self, image: Namespace, name: str, granularity: int | None = None) -> None:
@@ -62,16 +62,16 @@ class Instant:
             LockedError: it is not the one that is tracked.
         """
         place = identity_of(path).place
-        if [place.filesystem.hex(), place.inode, place.birth] != self._places[image.uuid]:
+        found = {"filesystem": place.filesystem.hex(), "inode": place.inode, "birth": place.birth}
+        if found != self._places[image.uuid]:
             raise LockedError(image.where, "what is at the disk's path is not what its tracker tracks")
 
-    def _ask(self, image: Namespace, act: str, **arguments: object) -> dict[str, object] | None:
-        answer: dict[str, object] | None = self._talks[image.uuid].ask(act, namespace=image.uuid, **arguments)
+    def _ask(self, image: Namespace, act: str, **arguments: object) -> object:
+        answer: object = self._talks[image.uuid].ask(act, namespace=image.uuid, **arguments)
         return answer
 
     def _close(self, image: Namespace) -> None:
-        told = self._ask(image, "close") or {}
-        self._places[image.uuid] = [told.get(key) for key in ("filesystem", "inode", "birth")]
+        self._places[image.uuid] = self._ask(image, "close")
 
     def _open(self, image: Namespace) -> None:
         self._ask(image, "open")

@@ -28,7 +28,6 @@ from dirtmap.fmt.errors import Error, UnsupportedError, printable
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
-    from dirtmap.fmt.identity import FilePlace
 
 
 # Makes several changes; see `Tracker.change`.
@@ -71,7 +70,7 @@ class Askable(Protocol):
     def release(self, hold: int) -> None:
         """Ends what `hold` began."""
 
-    def place(self) -> FilePlace:
+    def place(self) -> dict[str, Any]:
         """Which file the image is."""
 
     def gated(self) -> contextlib.AbstractContextManager[None]:
@@ -129,8 +128,7 @@ class Asked:
             self._stack.close()
         elif act == "close":
             self._gate.enter_context(tracker.gated())
-            place = tracker.place()
-            return {"filesystem": place.filesystem.hex(), "inode": place.inode, "birth": place.birth}, b""
+            return tracker.place(), b""
         elif act == "open":
             self._gate.close()
         else:

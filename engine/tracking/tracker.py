@@ -46,7 +46,6 @@ from dirtmap.engine.tracking.kernel import Ticket, Write
 from dirtmap.engine.tracking.recorder import Recorder, Setup, words_of
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, UnsupportedError, printable
-from dirtmap.fmt.identity import FilePlace
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bits import Packed
@@ -552,9 +551,10 @@ class Tracker(Recorder):
         """A block in which nothing is written to the disk; see `dirtmap.engine.gate`, which is for several."""
         return closed([self._kernel])
 
-    def place(self) -> FilePlace:
-        """Which file the image is, wherever its path leads by now."""
-        return self._session.image.place
+    def place(self) -> dict[str, Any]:
+        """Which file the image is, wherever its path leads by now: see SPEC.md, "Identity of an image"."""
+        image = self._session.image
+        return {"filesystem": image.filesystem.hex(), "inode": image.inode, "birth": image.birth}
 
     def _asked(self) -> AbstractContextManager[Answering]:
         return Asked(self)

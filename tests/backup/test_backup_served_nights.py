@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -50,11 +51,18 @@ class Night:
         self.digests: dict[int, str] = {}
 
     @contextlib.contextmanager
-    def loaded(self):  # type: ignore[no-untyped-def]
+    def loaded(self) -> Iterator[Writer]:
         """fio writes to the upper part of the disk, as fast as guests do, and a writer of numbers to the lower."""
         uri = f"nbd+unix:///?socket={self.disk.sock}"
         options = [f"--offset={SLOTS * SLOT}", f"--size={SIZE - SLOTS * SLOT}", "--rw=randwrite", "--bsrange=4k-64k"]
-        options += ["--random_distribution=zipf:1.2", "--iodepth=4", "--rate_iops=100", "--time_based", "--runtime=600"]
+        options += [
+            "--random_distribution=zipf:1.2",
+            "--iodepth=4",
+            "--rate_iops=100",
+            "--thread",
+            "--time_based",
+            "--runtime=600",
+        ]
         command = [
             "fio",
             "--name=a",

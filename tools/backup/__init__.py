@@ -12,7 +12,7 @@ The rooms, each of which knows those below it and nothing of the engine but its 
     pruning | verifying | rebuilding |
     restoring | mounting                          acts
     creating | comparing                          the act that they know | a disk and a backup, byte by byte
-    chain                                         a disk as it was at a backup
+    chain | freezing                              a disk as it was at a backup | a disk that is being written
     copying | state                               data and digests on their way | what a disk remembers of its backups
     repository                                    the folder of backups, its lock, unfinished acts
     opened | imaging | document   images opened by QEMU | a new image | the JSON document of a backup

@@ -1,0 +1,71 @@
+"""`Host.instant`: nothing is written to several tracked disks meanwhile, and what fails leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.tracking import GRANULE, make_node
+
+import dirtmap.engine as dm
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Iterator[list[dm.Handle]]:
+    """Two disks, of which a tracker each is in this process."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for name in ("drive0", "drive1"):
+            make_node(tmp_path, SIZE, name)
+            found.append(stack.enter_context(dm.open(f"node:{name}")))
+        yield found
+
+
+def test_writes_wait_for_its_end(images: list[dm.Handle]) -> None:
+    with images[0].track() as one, images[1].track() as two, dm.Host() as host:
+        with host.instant(images) as instant:
+            for image in images:
+                instant.checkpoint(image, "c")
+            writers = [threading.Thread(target=tracker.write(0, 1).__enter__) for tracker in (one, two)]
+            for writer in writers:
+                writer.start()
+            assert not one.changed_since("c").count + two.changed_since("c").count
+        for writer in writers:
+            writer.join(60)
+        assert [tracker.changed_since("c").count for tracker in (one, two)] == [GRANULE, GRANULE]
+
+
+def test_what_fails_leaves_no_checkpoint_and_holds_nobody_up(images: list[dm.Handle]) -> None:
+    with images[0].track() as one, images[1].track() as two, dm.Host() as host:
+        one.checkpoint("a")
+        two.checkpoint("taken")
+
+        def cut_both() -> None:
+            with host.instant(images) as instant:
+                instant.checkpoint(images[0], "taken")
+                one.mark(0, 1)
+                instant.checkpoint(images[1], "taken")
+
+        with pytest.raises(dm.BitmapError, match="taken"):
+            cut_both()
+        assert one.checkpoints() == ["a"]
+        assert one.changed_since("a").count == GRANULE  # which the one before has taken over
+        with one.write(0, 1), two.write(0, 1):
+            pass
+        with pytest.raises(dm.ArgumentError, match="named twice"), host.instant([images[0], images[0]]):
+            pass
+    with pytest.raises(dm.BitmapError, match="is not tracked"), dm.Host() as host, host.instant(images):
+        pass
+
+
+def test_only_the_disk_that_is_tracked_is_read(images: list[dm.Handle], tmp_path: Path) -> None:
+    with images[0].track(), images[1].track(), dm.Host() as host, host.instant(images) as instant:
+        for image in images:
+            instant.require_file(image, image.disk().path)
+        with pytest.raises(dm.LockedError, match="not what its tracker tracks"):
+            instant.require_file(images[0], images[1].disk().path)
