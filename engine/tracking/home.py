@@ -124,7 +124,11 @@ class HomeView:
 
 
 class HomeChange(HomeView):
-    """A home during a change by the tracker. `Home.change` commits it: durable at the end of its block."""
+    """A home during a change by the tracker. `Home.change` commits it: durable at the end of its block.
+
+    Attributes:
+        began: when the checkpoints began that are new in this change, in ns since 1970.
+    """
 
     def __init__(self, change: Change, record: Record) -> None:
         super().__init__(change.snapshot, record)
@@ -132,6 +136,7 @@ class HomeChange(HomeView):
         self.placed = record  # with the size that the disk will have
         self.identity = record.identity
         self.peer = peer_of(record)
+        self.began: dict[str, int] = {}
         self._plans: list[tuple[int, Plan]] = []  # of bits that were replaced, by their new root
         self._planned: dict[int, Bitmap] = {}  # what these bits are, which are not in the file yet
         if self._doubted:
@@ -251,7 +256,7 @@ class HomeChange(HomeView):
             extensions.append((store.EXTENSION_SESSION, build_session(self.session)))
             if self.peer:
                 extensions.append((store.EXTENSION_PEER, build_peer(self.peer)))
-        new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints)
+        new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints, self.began)
         generation, count = change.generation, len(wanted)
         new = replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=self.identity)
         change.table.put(replace(new, size=self.placed.size))

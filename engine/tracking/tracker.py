@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -485,6 +486,7 @@ class Tracker(Recorder):
                 if home.checkpoints and (before := home.checkpoints[-1]) != checkpoints.BREAK:
                     self._end_window(home, before, number)
                 home.checkpoints.append(name)
+                home.began[name] = time.time_ns()
             self._insert(home, number, name, chosen, recording)
             self._serial += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -237,12 +238,14 @@ def test_checkpoints(tracker: Tracker) -> None:
     tracker.mark(0, 1)
     dirtmap("checkpoint", "add", "drive0", "evening", "-g", "128K")
     tracker.mark(1 << 20, 1)
-    assert json_of("checkpoint", "list", "drive0")["checkpoints"] == [
-        {"name": "noon", "since": 64 << 10 | 128 << 10},
-        {"name": "evening", "since": 128 << 10},
+    assert [(each["name"], each["since"]) for each in json_of("checkpoint", "list", "drive0")["checkpoints"]] == [
+        ("noon", 64 << 10 | 128 << 10),
+        ("evening", 128 << 10),
     ]
     shown = dirtmap("checkpoint", "list", "drive0").out
-    assert shown == "noon: 192 KiB written since\nevening: 128 KiB written since\n"
+    assert re.sub(r"since [-:\d ]+$", "since", shown, flags=re.M) == (
+        "noon: 192 KiB written since\nevening: 128 KiB written since\n"
+    )
     assert tracker.changed_since("noon").count == 2 * GRANULE
     dirtmap("checkpoint", "remove", "drive0", "evening")
     assert tracker.checkpoints() == ["noon"]
