@@ -35,6 +35,7 @@ from dirtmap.fmt.parsers.live import (
     TALLY,
 )
 from dirtmap.fmt.store import build_identity, parse_identity
+from dirtmap.fmt.structure import Field
 
 PAGE = 4096
 OPEN = 2**64 - 1  # `ended` of a window that has not ended
@@ -63,6 +64,7 @@ ENDED = 1 << 32  # a reason why marks are refused that is no errno: the session 
 ORPHAN = 1 << 63  # of a flight's interval: nobody will end it
 KEEPER = 4096  # bytes of `markers` that are locked: the keeper's, and that of who closes the gate
 GATE = 4097
+SOCKET = "socket"  # in the folder of the live files: where the tracker is asked
 PATIENCE_NS = 10_000_000_000  # for so long a write waits at the gate
 
 LOG_MAGIC = b"DML\xfb"
@@ -182,14 +184,18 @@ def build_session(session: Session) -> bytes:
 
 def session_version(data: bytes) -> int | None:
     """Returns the version of the session in the data of a record extension; None where that is lost."""
-    if len(data) < _SESSION_VERSION.offset + _SESSION_VERSION.size:
-        return None
-    return int.from_bytes(data[_SESSION_VERSION.offset :][: _SESSION_VERSION.size], "big")
+    version = _session_field(data, _SESSION_VERSION)
+    return int.from_bytes(version, "big") if len(version) == _SESSION_VERSION.size else None
 
 
 def session_uuid(data: bytes) -> bytes:
     """Returns the UUID of the session in the data of a record extension, as far as it is there."""
-    return data[_SESSION_UUID.offset :][: _SESSION_UUID.size]
+    return _session_field(data, _SESSION_UUID)
+
+
+def _session_field(data: bytes, field: Field) -> bytes:
+    """Returns the bytes of a field of the session, as far as they are there."""
+    return data[field.offset :][: field.size]
 
 
 def parse_session(data: bytes) -> Session:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.model.naming import label
+from dirtmap.fmt.errors import BitmapError, BitmapNotFoundError
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
@@ -97,6 +98,34 @@ def shown(
         for bitmap in info.bitmaps
     )
     return replace(info, bitmaps=bitmaps, notes=notes, checkpoints=names, incomplete=tuple(lacking))
+
+
+def between(where: str, info: ImageInfo, name: str, until: str | None) -> list[str]:
+    """The checkpoints whose bitmaps together say what was written since one of them, and before a later one began.
+
+    Args:
+        where: names the image in errors.
+        info: of the image.
+        name: of the first.
+        until: the later one; None for all that was written since.
+
+    Raises:
+        BitmapNotFoundError: there is no such checkpoint.
+        BitmapError: it is not known any more, or ``until`` is not a later one.
+    """
+    chain = list(info.checkpoints)
+    for each in (name, until):
+        if each is not None and each not in chain:
+            raise BitmapNotFoundError(f"{where}: {label(each)}", "there is no such checkpoint")
+    names = chain[chain.index(name) :]
+    if until is not None:
+        if until not in names[1:]:
+            raise BitmapError(f"{where}: {label(until)}", f"not a checkpoint after {label(name)}")
+        names = names[: names.index(until)]
+    if name in info.incomplete:
+        what = "not all that was written since is known: a checkpoint was removed or disabled"
+        raise BitmapError(f"{where}: {label(name)}", what)
+    return names
 
 
 def predecessor(chain: list[str], name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -19,6 +20,8 @@ from support.tracking import GRANULE, make_node
 
 import dirtmap.engine as dm
 from dirtmap.engine.control import wire
+from dirtmap.engine.storefile.chain import with_chain
+from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.tracking.tracker import Tracker
 
 SIZE = 64 << 20
@@ -289,6 +292,68 @@ def test_a_checkpoint_of_several_disks_is_of_one_instant(tracker: Tracker) -> No
         with pytest.raises(dm.BitmapError, match="name is taken"):
             host.checkpoint(["drive0", "drive1"], "only-here")
         assert "only-here" not in tracker.checkpoints()
+
+
+def test_what_was_written_between_checkpoints(tmp_path: Path) -> None:
+    """Whether the disk is tracked or not."""
+    make_node(tmp_path, SIZE)
+
+    def since(*options: str) -> list[tuple[int, int]]:
+        found = json.loads(dirtmap("map", "drive0", "--dirty", "--output=json", *options).out)
+        return [(each["offset"], each["length"]) for each in found]
+
+    def look() -> None:
+        assert since("--since", "a") == [(0, GRANULE), (2 * GRANULE, GRANULE), (4 * GRANULE, GRANULE)]
+        assert since("--since", "b") == [(2 * GRANULE, GRANULE), (4 * GRANULE, GRANULE)]
+        assert since("--since", "a", "--until", "b") == [(0, GRANULE)]
+        assert since("--since", "a", "--until", "c") == [(0, GRANULE), (2 * GRANULE, GRANULE)]
+        assert "since a until b" in dirtmap("map", "drive0", "--picture", "--since", "a", "--until", "b").out
+        for wrong, why in (
+            (("--since", "b0"), "there is no such checkpoint"),
+            (("--since", "a", "--until", "x"), "there is no such checkpoint"),
+            (("--since", "b", "--until", "a"), "not a checkpoint after"),
+            (("--since", "b", "--until", "b"), "not a checkpoint after"),
+            (("b0", "--since", "a"), "--since goes with no BITMAP"),
+            (("b0", "--until", "a"), "--until goes with --since only"),
+            ((), "Either a BITMAP or --since is needed"),
+        ):
+            assert why in error_of("map", "drive0", *wrong)
+
+    with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
+        for name, granule in (("a", 0), ("b", 2), ("c", 4)):
+            tracker.checkpoint(name)
+            tracker.mark(granule * GRANULE, 1)
+        look()
+        tracker.save()
+        look()
+        for names in (("a", None), ("a", "b"), ("b", "c"), ("c", None)):
+            start, end = names
+            told = tracker.changed_since(start) if end is None else tracker.changed_between(start, end)
+            assert image.changed_since(start, end) == told
+    look()
+    with Store(str(tmp_path / "default.dmap")) as target, target.change() as change:
+        record = change.table.get(b"drive0")
+        assert record
+        change.table.put(with_chain(record, ["a", "b", "", "c"]))  # as when another program has removed one
+    assert "not all that was written since is known" in error_of("map", "drive0", "--since", "a")
+    assert since("--since", "c") == [(4 * GRANULE, GRANULE)]
+
+
+def test_the_status_tells_what_a_user_wants(tracker: Tracker) -> None:
+    with tracker.write(0, 1):
+        status = json_of("track", "status", "drive0")
+        assert (status["writes"], status["in-flight"], status["dirty"]) == (1, 1, GRANULE)
+        assert (status["pid"], status["tracked"]) == (os.getpid(), True)
+        assert status["socket"] == f"{tracker.live}/socket"
+        assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", status["session"])
+    tracker.save()
+    text = dirtmap("track", "status", "drive0").out
+    assert f"  session   {status['session']}\n" in text
+    assert "  writes    1, of which 0 have not ended\n" in text
+    assert f"  asked at  {status['socket']}\n" in text
+    os.unlink(status["socket"])
+    assert json_of("track", "status", "drive0")["socket"] is None
+    assert "nowhere: it has no socket" in dirtmap("track", "status", "drive0").out
 
 
 def test_save_and_stop(tracker: Tracker) -> None:
