@@ -152,14 +152,15 @@ class Handle(Namespace):
             try:
                 bitmaps = self._ask(lambda backend: stack.enter_context(backend.transaction()))
             except LockedError as error:
-                if not self._is_tracked():
+                if not self.is_tracked():
                     raise
                 from dirtmap.engine.host import asking
 
                 bitmaps = stack.enter_context(asking.transaction(self, error, self._host.locking.wait))
             yield bitmaps
 
-    def _is_tracked(self) -> bool:
+    def is_tracked(self) -> bool:
+        """Whether a tracker lives, through which bitmaps are changed."""
         status = self.tracking()
         return status is not None and status.kept
 
@@ -199,7 +200,7 @@ class Handle(Namespace):
             try:
                 bitmap = self._ask(lambda backend: stack.enter_context(backend.hold(name, owner)))
             except LockedError:
-                if not self._is_tracked():
+                if not self.is_tracked():
                     raise
                 from dirtmap.engine.host import asking
 

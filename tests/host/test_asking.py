@@ -207,6 +207,46 @@ def test_checkpoints_in_a_transaction(tracker: Tracker) -> None:
         assert tracker.changed_since("a").count == 4 * GRANULE
 
 
+def test_a_transaction_of_several_targets(tracker: Tracker, tmp_path: Path) -> None:
+    """A tracker commits by itself: so it is one target, or an error before anything was changed."""
+    other = make_other(tracker)
+    tracker.mark(0, 1)
+    with dm.transaction(["drive0", "node:drive0"]) as namespaces:
+        dm.changes.add(namespaces["drive0"], "x")
+        dm.changes.merge(namespaces["node:drive0"], "x", [namespaces["drive0"]["b0"]])
+    assert dirty("x") == [(0, GRANULE)]
+    actions = tmp_path / "actions"
+
+    def write(*acts: tuple[str, str, str]) -> Path:
+        found = [{"type": f"block-dirty-bitmap-{verb}", "data": {"node": node, "name": n}} for verb, node, n in acts]
+        actions.write_text(json.dumps({"actions": found}))
+        return actions
+
+    dirtmap("transaction", write(("disable", "drive0", "x"), ("clear", "drive0", "b0"), ("add", "drive0", "new")))
+    tracker.mark(GRANULE, 1)
+    assert (dirty("x"), dirty("b0"), dirty("new")) == ([(0, GRANULE)], [(GRANULE, GRANULE)], [(GRANULE, GRANULE)])
+    for order in (("drive0", other), (other, "drive0")):
+        error = error_of("transaction", write(*(("clear", node, "b0") for node in order)))
+        assert "its tracker commits by itself, and one commit cannot span two" in error
+    assert "one commit cannot span two" in error_of("move", "drive0", "new", other)
+    assert dirty("b0") == [(GRANULE, GRANULE)]
+    dirtmap("move", "drive0", "new", "drive0", "--as", "newer")
+    assert dirty("newer") == [(GRANULE, GRANULE)]
+    assert "no such bitmap" in error_of("transaction", write(("clear", "drive0", "b0"), ("clear", "drive0", "none")))
+    assert dirty("b0") == [(GRANULE, GRANULE)]
+
+
+def test_a_bitmap_moves_between_a_tracked_disk_and_an_image(tracker: Tracker, tmp_path: Path) -> None:
+    image = tmp_path / "image.qcow2"
+    qemu.create(image, SIZE)
+    tracker.mark(0, 1)
+    dirtmap("move", "drive0", "b0", image)
+    assert dirtmap("map", "--dirty", image, "b0").out.split()[:2] == ["0", str(GRANULE)]
+    dirtmap("move", image, "b0", "drive0", "--as", "back")
+    tracker.mark(GRANULE, 1)
+    assert dirty("back") == [(0, 2 * GRANULE)]
+
+
 def test_a_hold_ends_with_its_block(tracker: Tracker) -> None:
     tracker.mark(0, 1)
     with dm.open("node:drive0") as image:
