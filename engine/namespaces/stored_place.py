@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.identity import identity_of_disk, is_twin, lasting_identity
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces import devices
-from dirtmap.engine.namespaces.condition import Condition
+from dirtmap.engine.namespaces.condition import refuse_tracked
 from dirtmap.engine.namespaces.place import Place
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.chain import checkpoints_of, read_times, with_checkpoints
@@ -37,7 +37,7 @@ def holding(target: Store, node: bytes, names: Iterable[str], owner: str) -> Ite
             record = change.table.get(node)
             if record is None:
                 raise no_namespace(target.path, node)
-            Condition(change.snapshot, record).refuse_tracked()  # its tracker takes bitmaps for backups
+            refuse_tracked(f"{target.path}: {record.label}", record)  # its tracker takes bitmaps for backups
             file = change.snapshot.file
             # The bytes are locked before anybody can see the record, because a hold without a lock counts as stale.
             locked = stack.enter_context(holds.lock(taken, file))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dirtmap.engine.model import checkpoints, content
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, encode_name, label
-from dirtmap.engine.namespaces.condition import Condition
+from dirtmap.engine.namespaces.condition import Condition, refuse_tracked
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.storefile.chain import read_chain, with_chain
 from dirtmap.engine.storefile.directory import (
@@ -318,7 +318,7 @@ class Home:
             LockedError: a live tracker has the session.
         """
         now = Condition(snapshot, self.record(snapshot))
-        now.refuse_tracked()
+        refuse_tracked(now.where, now.record)
         return now.record.tracked or now.doubted
 
     def view(self, snapshot: Snapshot) -> HomeView:
