@@ -129,6 +129,10 @@ CHANGES = {
     "anew": lambda bitmaps: (bitmaps.pop("b0"), bitmaps.update(b0=dm.Bitmap(SIZE))),
     "enabled": lambda bitmaps: dm.changes.set_recording(bitmaps, "off", True),
     "added": lambda bitmaps: dm.changes.add(bitmaps, "new", 512),
+    "renamed and enabled": lambda bitmaps: (
+        bitmaps.rename("off", "on"),
+        dm.changes.set_recording(bitmaps, "on", True),
+    ),
     "renamed": lambda bitmaps: bitmaps.rename("b0", "b1"),
     "swapped": lambda bitmaps: (bitmaps.rename("b0", "x"), bitmaps.rename("off", "b0"), bitmaps.rename("x", "off")),
 }
