@@ -23,6 +23,8 @@ from dirtmap.fmt.identity import NO_IDENTITY, Identity
 from dirtmap.fmt.parsers.live import (
     BEAT,
     CHECKPOINT_NAME,
+    CHECKPOINT_TIME,
+    CHECKPOINT_TIMES,
     FLIGHT,
     LOG,
     LOG_RECORD,
@@ -33,6 +35,7 @@ from dirtmap.fmt.parsers.live import (
     TALLY,
 )
 from dirtmap.fmt.store import build_identity, parse_identity
+from dirtmap.fmt.structure import Field
 
 PAGE = 4096
 OPEN = 2**64 - 1  # `ended` of a window that has not ended
@@ -61,6 +64,7 @@ ENDED = 1 << 32  # a reason why marks are refused that is no errno: the session 
 ORPHAN = 1 << 63  # of a flight's interval: nobody will end it
 KEEPER = 4096  # bytes of `markers` that are locked: the keeper's, and that of who closes the gate
 GATE = 4097
+SOCKET = "socket"  # in the folder of the live files: where the tracker is asked
 PATIENCE_NS = 10_000_000_000  # for so long a write waits at the gate
 
 LOG_MAGIC = b"DML\xfb"
@@ -180,14 +184,18 @@ def build_session(session: Session) -> bytes:
 
 def session_version(data: bytes) -> int | None:
     """Returns the version of the session in the data of a record extension; None where that is lost."""
-    if len(data) < _SESSION_VERSION.offset + _SESSION_VERSION.size:
-        return None
-    return int.from_bytes(data[_SESSION_VERSION.offset :][: _SESSION_VERSION.size], "big")
+    version = _session_field(data, _SESSION_VERSION)
+    return int.from_bytes(version, "big") if len(version) == _SESSION_VERSION.size else None
 
 
 def session_uuid(data: bytes) -> bytes:
     """Returns the UUID of the session in the data of a record extension, as far as it is there."""
-    return data[_SESSION_UUID.offset :][: _SESSION_UUID.size]
+    return _session_field(data, _SESSION_UUID)
+
+
+def _session_field(data: bytes, field: Field) -> bytes:
+    """Returns the bytes of a field of the session, as far as they are there."""
+    return data[field.offset :][: field.size]
 
 
 def parse_session(data: bytes) -> Session:
@@ -257,6 +265,28 @@ def parse_checkpoints(data: bytes) -> Iterator[bytes]:
             raise ValueError(f"the checkpoint at {at} ends past the list's {len(data)} bytes")
         yield data[body:end]
         at = end
+
+
+def build_checkpoint_times(checkpoints: bytes, times: Iterable[int]) -> bytes:
+    """Returns the data of the record extension that says when the checkpoints began.
+
+    Args:
+        checkpoints: the data of the extension that lists them.
+        times: of each, in their order, in nanoseconds since 1970; 0 where it is not known, and for a break.
+    """
+    head = CHECKPOINT_TIMES.build(checksum=crc32c(checkpoints), reserved=0)
+    return head + b"".join(CHECKPOINT_TIME.build(time=time) for time in times)
+
+
+def parse_checkpoint_times(checkpoints: bytes, data: bytes) -> list[int]:
+    """Returns when the checkpoints began, as `build_checkpoint_times` has it.
+
+    An empty list if it says that of another list of them: software that does not know these times has changed that.
+    """
+    if len(data) < CHECKPOINT_TIMES.size or CHECKPOINT_TIMES.parse(data).checksum != crc32c(checkpoints):
+        return []
+    ends = range(CHECKPOINT_TIMES.size, len(data) - CHECKPOINT_TIME.size + 1, CHECKPOINT_TIME.size)
+    return [CHECKPOINT_TIME.parse(data, at).time for at in ends]
 
 
 def record_seed(uuid: bytes, number: int) -> int:

@@ -30,10 +30,13 @@ _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
     dirtmap map --picture disk.qcow2 monday
     dirtmap map --totals disk.qcow2 monday
     dirtmap map --dirty --output=json disk.qcow2 monday | jq '.[].offset'
+    dirtmap map --dirty drive0 --since noon --until evening
     """,
 )
 @options.target
-@options.bitmap
+@click.argument("bitmap", type=options.BITMAP, required=False)
+@click.option("--since", metavar="CHECKPOINT", type=options.BITMAP, help="Show what was written since CHECKPOINT.")
+@click.option("--until", metavar="CHECKPOINT", type=options.BITMAP, help="And before this later CHECKPOINT began.")
 @click.option("--dirty", "dirty_only", is_flag=True, help="Leave clean extents out.")
 @click.option("--totals", is_flag=True, help="Sum up, as nbdinfo --totals does.")
 @click.option("--picture", is_flag=True, help="Draw the disk, each character shaded by how much is dirty.")
@@ -42,7 +45,9 @@ _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
 def map_command(
     host: Host,
     target: str,
-    bitmap: str,
+    bitmap: str | None,
+    since: str | None,
+    until: str | None,
     dirty_only: bool,
     totals: bool,
     picture: bool,
@@ -54,19 +59,32 @@ def map_command(
 
     Prints the extents of the whole disk in order, clean and dirty, in bytes: offset, length, type and description, just
     as "nbdinfo --map=qemu:dirty-bitmap:NAME" prints them, and in the same JSON.
+
+    Instead of a BITMAP, --since tells a checkpoint, see "dirtmap checkpoint": dirty is then what was written since, or
+    before a later one began, whether TARGET is tracked or not.
     """
+    if (bitmap is None) == (since is None):
+        raise click.UsageError(
+            "Either a BITMAP or --since is needed." if bitmap is None else "--since goes with no BITMAP."
+        )
+    if until is not None and since is None:
+        raise click.UsageError("--until goes with --since only.")
     if picture and (totals or dirty_only or output == "json"):
         raise click.UsageError("--picture goes with neither --totals, --dirty nor --output=json.")
     with host.open(target, force_share=force_share) as image:
-        found = usable(image.where, image, bitmap)
+        if bitmap is None:
+            assert since is not None
+            found, shown = image.changed_since(since, until), f"since {since}" + (f" until {until}" if until else "")
+        else:
+            found, shown = usable(image.where, image, bitmap), bitmap
+            tell_damage(image, bitmap, found.damage)
         tell_doubt(image, image.doubt())
-        tell_damage(image, bitmap, found.damage)
     if quiet:
         return
     if picture:
         from dirtmap.tools.picture import draw
 
-        for row in draw(f"{image.path}: {bitmap}", found, colour=colourful()):
+        for row in draw(f"{image.path}: {shown}", found, colour=colourful()):
             print(row)
     elif totals:
         _sum_up(found.size, sum(sum(lengths) for _, lengths in found.ranges()), dirty_only, output)
@@ -79,8 +97,8 @@ def map_command(
             skip = 0
         sys.stdout.write("\n]\n")
     else:
-        shown = ("clean", f"{_RED}dirty{_PLAIN}") if colourful() else _DESCRIPTIONS
-        for text in _text(found.size, found.ranges(), dirty_only, "%%10d  %%10d  %3d  %s\n", shown):
+        words = ("clean", f"{_RED}dirty{_PLAIN}") if colourful() else _DESCRIPTIONS
+        for text in _text(found.size, found.ranges(), dirty_only, "%%10d  %%10d  %3d  %s\n", words):
             sys.stdout.write(text)
 
 

@@ -13,6 +13,7 @@ from dirtmap.tools import options
 from dirtmap.tools.output import colourful, write_json
 from dirtmap.tools.sizes import human_share, human_size
 from dirtmap.tools.targets import address
+from dirtmap.tools.times import local_time
 
 if TYPE_CHECKING:
     from dirtmap.engine import Host, Status
@@ -38,8 +39,8 @@ def track_command() -> None:
 def status_command(host: Host, target: str, once: bool, quiet: bool, output: str) -> None:
     """Tell which program tracks TARGET, since when, and what it has marked and logged.
 
-    "writes" counts the writes whose begin and end the program reports. Writes that it only marks are not counted, but
-    what they made dirty is.
+    "writes" counts the writes whose begin and end the program reports, and how many of them have not ended. Writes that
+    it only marks are not counted, but what they made dirty is. "dirty" is what would have to be saved now.
 
     On a terminal the answer is kept up to date until you interrupt it, or until the program ends. If the program has
     died, tells what "dirtmap recover" will do.
@@ -82,7 +83,7 @@ def _lines(target: str, status: Status | None) -> list[str]:
     name = printable(target)
     if status is None:
         return [f"{name}: not tracked"]
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
+    since = local_time(status.started)
     if not status.alive:
         return [f"{name}: its tracker has died; it began {since}", f"  recover   {printable(status.how)}"]
     ago = "never" if status.seen is None else f"{max(0.0, time.time() - status.seen):.1f} s ago"
@@ -94,11 +95,13 @@ def _lines(target: str, status: Status | None) -> list[str]:
     return [
         f"{name}: tracked by {printable(status.tracker)}",
         *failed,
+        f"  session   {status.session}",
         f"  since     {since}, last sign of life {ago}",
-        f"  writes    {status.writes}",
+        f"  writes    {status.writes}, of which {status.in_flight} have not ended",
         f"  dirty     {human_size(status.dirty)} to be saved, in {counted(status.intervals, 'interval')}",
         f"  logged    {regions if status.intent == 'region' else 'off'}",
         f"  live      {printable(status.live)}",
+        f"  asked at  {'nowhere: it has no socket' if status.socket is None else printable(status.socket)}",
     ]
 
 

@@ -39,7 +39,8 @@ def transaction_command(host: Host, file: str) -> None:
     FILE, or standard input for "-", is the document of a QMP "transaction" command, {"actions": [{"type": ..., "data":
     {...}}, ...]}, with the types block-dirty-bitmap-add, -remove, -clear, -enable, -disable and -merge. A "node" is a
     TARGET: the path of an image, or a node's name. All actions change the same container, a qcow2 image or a store; the
-    sources of a merge may be elsewhere. The actions are carried out in their order. If one fails, nothing has changed.
+    sources of a merge may be elsewhere. A disk that is tracked is changed through its tracker, and by itself. The
+    actions are carried out in their order. If one fails, nothing has changed.
     FILE has 4 MiB at most.
     """
     from dirtmap.tools.qmp import parse_transaction
@@ -69,10 +70,10 @@ def transaction_command(host: Host, file: str) -> None:
 
 
 def _dead_trackers(host: Host, nodes: set[str]) -> Iterator[tuple[str, str]]:
-    """The nodes whose tracker is dead, and how they will be recovered. A live tracker refuses the transaction."""
+    """The nodes whose tracker is dead, and how they will be recovered."""
     for node in sorted(nodes):
         with host.open(node, force_share=True) as image:
-            if tracking := image.tracking():
+            if (tracking := image.tracking()) and not tracking.alive:
                 yield node, tracking.how
 
 

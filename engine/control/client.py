@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -50,8 +51,7 @@ class Conversation:
         """Asks, and waits for the answer. Errors of the tracker are raised here.
 
         Raises:
-            LockedError: the tracker gives no sign of life.
-            StorageError: it has hung up.
+            StorageError: it gives no answer, and no sign of life; or it has hung up.
         """
         return self.ask_for_data(act, **arguments)[0]
 
@@ -65,7 +65,7 @@ class Conversation:
         except TimeoutError as error:
             self.close()  # so that a tracker that was stopped does not do it later
             what = f"{self._said}, which gives no answer: it may be stopped{unknown}"
-            raise LockedError(self.where, what) from error
+            raise StorageError(self.where, what, errno.ETIMEDOUT) from error
         except OSError as error:
             raise StorageError(self.where, f"its tracker hung up: {error.strerror}{unknown}", error.errno) from error
         if found is None:

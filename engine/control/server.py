@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from dirtmap.engine.control import wire
-from dirtmap.fmt.errors import Error, LockedError, StorageError
+from dirtmap.fmt.errors import Error, StorageError
 
 # What answers in one conversation: gets what is asked, with its bytes, and returns what to answer, with bytes.
 Answering = Callable[[dict[str, Any], bytes], tuple[Any, bytes]]
@@ -90,13 +90,12 @@ class Server:
                         self._peers[peer] = 0
                 try:
                     if not welcome:
-                        raise LockedError(self._folder, f"its tracker is asked by {_MOST} others already; try again")
+                        raise RuntimeError(f"its tracker is asked by {_MOST} others already; try again")
                     threading.Thread(target=self._talk, args=(peer,), name="dirtmap control", daemon=True).start()
-                except (LockedError, RuntimeError) as error:  # the latter: there can be no more threads
+                except RuntimeError as error:  # also where there can be no more threads
                     peer.setblocking(False)
-                    refusal = error if isinstance(error, LockedError) else LockedError(self._folder, str(error))
                     with contextlib.suppress(OSError):
-                        wire.send(peer, wire.written(refusal))
+                        wire.send(peer, wire.written(StorageError(self._folder, str(error))))
                     self._forget(peer)
 
     def _talk(self, peer: socket.socket) -> None:

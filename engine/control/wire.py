@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dirtmap.fmt import errors
 from dirtmap.fmt.errors import Error, StorageError
+from dirtmap.fmt.live import SOCKET
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NAME: Final = "socket"  # in the folder of the live files
+NAME: Final = SOCKET
 _LENGTHS: Final = struct.Struct(">IQ")
 _CREDENTIALS: Final = struct.Struct("3i")
 _MOST_TEXT: Final = 1 << 24

@@ -152,14 +152,15 @@ class Handle(Namespace):
             try:
                 bitmaps = self._ask(lambda backend: stack.enter_context(backend.transaction()))
             except LockedError as error:
-                if not self._is_tracked():
+                if not self.is_tracked():
                     raise
                 from dirtmap.engine.host import asking
 
                 bitmaps = stack.enter_context(asking.transaction(self, error, self._host.locking.wait))
             yield bitmaps
 
-    def _is_tracked(self) -> bool:
+    def is_tracked(self) -> bool:
+        """Whether a tracker lives, through which bitmaps are changed."""
         status = self.tracking()
         return status is not None and status.kept
 
@@ -185,7 +186,7 @@ class Handle(Namespace):
             BitmapError: ``begun`` is not the newest checkpoint; or there is a bitmap ``name`` that is none.
             As `track`, and as `save_tracked`.
         """
-        if self._is_tracked():
+        if self.is_tracked():
             from dirtmap.engine.host import asking
 
             asking.rebuild(self, name, begun, differing)
@@ -226,7 +227,7 @@ class Handle(Namespace):
     @contextlib.contextmanager
     def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
         """Holds a bitmap for a backup; see `Namespace.hold`."""
-        if self._is_tracked():
+        if self.is_tracked():
             with self.hold_all([name], owner) as held:
                 yield held[name]
             return
@@ -238,7 +239,7 @@ class Handle(Namespace):
         """Holds several bitmaps; see `Namespace.hold_all`. Those of a tracked image are of one cut."""
         chosen = list(names)
         with contextlib.ExitStack() as stack:
-            if self._is_tracked():
+            if self.is_tracked():
                 from dirtmap.engine.host import asking
 
                 held = stack.enter_context(asking.hold_all(self, chosen, owner))

@@ -28,6 +28,7 @@ from dirtmap.fmt.errors import (
     BitmapNotFoundError,
     Error,
     FormatError,
+    LockedError,
     StorageError,
     UnsupportedError,
 )
@@ -295,6 +296,9 @@ class Host:
     def transaction(self, targets: Iterable[Target]) -> Iterator[dict[Target, Transaction]]:
         """Changes the bitmaps of several targets in one commit of the container that holds them all.
 
+        A tracked target is changed through its tracker, which makes the commit; see `Handle.transaction`. As nothing
+        can commit two at once, a tracked one is changed by itself: several targets, then, all mean the same one.
+
         Args:
             targets: paths or names; the same image may be named in several ways.
 
@@ -303,7 +307,8 @@ class Host:
             are none.
 
         Raises:
-            UnsupportedError: they are in different containers, and nothing can commit two at once.
+            UnsupportedError: they are in different containers, or one of several is tracked, and nothing can commit two
+                at once.
             As `Namespace.transaction`.
         """
         addresses = {target: self.locate(target) for target in targets}
@@ -316,8 +321,28 @@ class Host:
             if not _same_file(path, addresses[target].path):
                 what = f"in another container than '{first}', and one commit cannot span two"
                 raise UnsupportedError(str(target), what)
-        with self._kind(path).transaction(self._parts, list(addresses.values())) as transactions:
-            yield dict(zip(addresses, transactions, strict=True))
+        with contextlib.ExitStack() as stack:
+            try:
+                kind = self._kind(path)
+                found = stack.enter_context(kind.transaction(self._parts, list(addresses.values())))
+            except LockedError as error:
+                tracked = self._tracked(addresses)
+                if tracked is None:
+                    raise
+                if any(address.node != addresses[tracked].node for address in addresses.values()):
+                    what = f"{error.what}; its tracker commits by itself, and one commit cannot span two"
+                    raise UnsupportedError(str(tracked), what) from None
+                image = stack.enter_context(self.open(tracked, force_share=True))
+                found = [stack.enter_context(image.transaction())] * len(addresses)
+            yield dict(zip(addresses, found, strict=True))
+
+    def _tracked(self, addresses: dict[Target, Address]) -> Target | None:
+        """One of these targets that is tracked; None where none is."""
+        for target in addresses:
+            with self.open(target, force_share=True) as image:
+                if image.is_tracked():
+                    return target
+        return None
 
     def recover(self, target: Target, names: Iterable[str] = ()) -> list[Recovery]:
         """Makes bitmaps usable whose bits cannot be relied on; works on images that `open` refuses for other bitmaps.

@@ -22,7 +22,7 @@ from dirtmap.engine.host.kind import Address
 from dirtmap.engine.host.resolver import NodeMatch
 from dirtmap.engine.index.reading import Container, fingerprint, is_unchanged
 from dirtmap.engine.model.naming import encode_name
-from dirtmap.engine.namespaces.whereabouts import place_of
+from dirtmap.engine.namespaces.whereabouts import is_checked_out
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Snapshot, Store
 from dirtmap.fmt import store
@@ -246,7 +246,7 @@ class Lookup:
         if found.in_store:
             with self._host._parts.opened(path) as target:
                 return _read_said(target, found.name)
-        if place_of(self._host._parts, found.name, found.uuid).is_checked_out(path):
+        if is_checked_out(self._host._parts, found.name, found.uuid, path):
             with self._host.open(Address(path)) as image:
                 return _Said(path, found.uuid, {encode_name(one.name): one.granularity for one in image.info().bitmaps})
         said = self._image_said(found)

@@ -20,7 +20,7 @@ from dirtmap.engine.index.reading import Container
 from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.namespaces.devices import Root
 from dirtmap.engine.namespaces.ports import HostPort
-from dirtmap.engine.namespaces.whereabouts import place_of
+from dirtmap.engine.namespaces.whereabouts import is_checked_out
 from dirtmap.engine.qcow2.reading import read_identity, require_header
 from dirtmap.engine.system.probe import STORE, probe_path
 from dirtmap.fmt import index as layout
@@ -294,7 +294,7 @@ class Resolver:
                         kind, name = _kind_of(index, container, holder), decode_name(holder[1:])
                         in_use = bool(claim.flags & FLAG_IN_USE)
                         if in_use and container.kind == KIND_QCOW2:  # its tracker may have what the image lacks
-                            in_use = not place_of(self._host, name, claim.uuid).is_checked_out(container.path)
+                            in_use = not is_checked_out(self._host, name, claim.uuid, container.path)
                         namespace = str(uuid.UUID(bytes=claim.uuid)) if any(claim.uuid) else None
                         granularity = 1 << claim.granularity_bits
                         recording = bool(claim.flags & FLAG_AUTO)

@@ -22,7 +22,7 @@ from dirtmap.engine.identity import identity_of, is_twin
 from dirtmap.engine.index.reading import Container, look
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.namespaces import devices
-from dirtmap.engine.namespaces.whereabouts import place_of
+from dirtmap.engine.namespaces.whereabouts import is_checked_out
 from dirtmap.engine.qcow2.reading import read_identity
 from dirtmap.engine.storefile.directory import rename_record
 from dirtmap.engine.storefile.file import Change, Store
@@ -150,7 +150,7 @@ def _what(stores: Stores, problem: Error | None, path: str) -> str:
 def _is_checked_out(host: Host, container: Container) -> bool:
     """True for a qcow2 image whose bitmaps are checked out by a tracker."""
     return container.kind == KIND_QCOW2 and any(
-        place_of(host._parts, decode_name(member.name), member.uuid).is_checked_out(container.path)
+        is_checked_out(host._parts, decode_name(member.name), member.uuid, container.path)
         for member in host._parts.stores.index.members(container.number)
         if member.name
     )

@@ -22,6 +22,9 @@ class BitmapInfo:
         checkpoint: a tracker's checkpoint, which other checkpoints rely on; the newest of them is recording.
         uuid: in a store, the bitmap's UUID as text, which it has from when it is added until it is removed; else None.
         generation: in a store, the number of the commit that last changed its bits or its flags; else None.
+        began: of a checkpoint, when it began, in seconds since 1970; None where that is not known.
+        since: of a checkpoint, how much was written since it began: bytes, in whole granules, of it and of all later
+            ones; None where that is not known.
     """
 
     name: str
@@ -36,6 +39,8 @@ class BitmapInfo:
     checkpoint: bool = False
     uuid: str | None = None
     generation: int | None = None
+    began: float | None = None
+    since: int | None = None
 
     @property
     def damaged(self) -> bool:
@@ -112,6 +117,7 @@ class Status:
     """The state of a tracking session as of one moment.
 
     Attributes:
+        session: the session's UUID, as text.
         tracker: describes the tracking process.
         pid: process ID.
         alive: whether the image is tracked: the process is alive, or others mark in its session.
@@ -120,6 +126,7 @@ class Status:
         started: when the session began, in seconds since 1970.
         seen: time of the tracker's last heartbeat, in seconds since 1970; None if its live files are gone.
         writes: number of writes begun with `Tracker.begin` or `write`; `Tracker.mark` alone is too quick to count.
+        in_flight: number of writes that have begun and not ended.
         dirty: bytes in whole granules, marked since the last cut, or before it and not saved yet.
         intervals: number of intervals that are not saved completely.
         intent: ``region`` or ``off``.
@@ -128,9 +135,11 @@ class Status:
         regions_in_all: number of regions of the disk.
         poisoned: whether a sync has failed.
         live: the folder of the live files.
+        socket: the path of the socket at which the tracker is asked; None where it is not there.
         log: the path of the intent log.
     """
 
+    session: str
     tracker: str
     pid: int
     alive: bool
@@ -139,6 +148,7 @@ class Status:
     started: float
     seen: float | None
     writes: int
+    in_flight: int
     dirty: int
     intervals: int
     intent: str
@@ -147,4 +157,5 @@ class Status:
     regions_in_all: int
     poisoned: bool
     live: str
+    socket: str | None
     log: str

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Self
 
 from dirtmap.engine.model.infos import ImageInfo, Recovery
-from dirtmap.engine.model.naming import as_stored, decode_name, encode_name, not_found
+from dirtmap.engine.model.naming import as_stored, decode_name, encode_name, label, not_found
 from dirtmap.engine.model.transaction import Transaction
-from dirtmap.fmt.errors import BitmapError
+from dirtmap.fmt.errors import BitmapError, LockedError
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
@@ -116,6 +116,32 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
             for name in dict.fromkeys(names):
                 stack.enter_context(self.hold(name, owner))
             yield self
+
+    def changed_since(self, name: str, until: str | None = None) -> Bitmap:
+        """What was written since a checkpoint began, and before a later one did; a value of the caller's own.
+
+        Of a disk that is tracked, too: all that was marked before the call is in it.
+
+        Args:
+            name: of the checkpoint.
+            until: the later one; None for all that was written since.
+
+        Raises:
+            BitmapNotFoundError: there is no such checkpoint.
+            BitmapError: it is not known any more, as another program has removed or disabled a checkpoint; or ``until``
+                is not a later one.
+            LockedError: the checkpoints have changed meanwhile.
+        """
+        from dirtmap.engine.model.checkpoints import between
+
+        names = between(self.where, self.info(), name, until)
+        first, *others = [self[each].required(f"{self.where}: {label(each)}") for each in names]
+        changed = first.copy()
+        for other in others:
+            changed |= other
+        if between(self.where, self.info(), name, until)[: len(names)] != names:
+            raise LockedError(self.where, "its checkpoints have changed meanwhile; try again")
+        return changed
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.identity import lasting_identity_now
 from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.model.transaction import Transaction
-from dirtmap.engine.namespaces.condition import Condition, Source
+from dirtmap.engine.namespaces.condition import Condition, Source, refuse_tracked
 from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
 from dirtmap.engine.storefile.directory import no_namespace, place_bitmap, replace_directory
 from dirtmap.engine.storefile.entries import identified, item, with_items, with_root
@@ -38,7 +38,7 @@ def changing(change: Change, now: Condition) -> Iterator[Transaction]:
         BitmapError: it must be recovered first, a device's root is elsewhere, or a rule of the format is broken.
         FormatError: the directory is damaged.
     """
-    now.refuse_tracked()
+    refuse_tracked(now.where, now.record)
     now.refuse_unrecovered()
     now.refuse_without_root()
     if not now.record.nb_bitmaps:  # the new size can be adopted at once

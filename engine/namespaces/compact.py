@@ -226,7 +226,7 @@ def _with_session_lost(source: Snapshot, record: Record, change: Change) -> Reco
     if not record.tracked:
         return record
     now = Condition(source, record)
-    now.refuse_tracked()
+    refuse_tracked(now.where, now.record)
     ended = now.end_session(change)
     lost = [(store.EXTENSION_SESSION, live.LOST)] if record.kind == store.KIND_PLACE else []
     return ended.with_extensions(store.OF_A_SESSION, lost)

@@ -2,7 +2,7 @@
 
 the record in the store           -> entries                            as of one commit
 the image, its tracker, holders   -> doubt, size_now, view, busy        as of the first time that somebody asks
-locks of trackers and holders     -> refuse_tracked, refuse_held, ...   as of each call
+locks of trackers and holders     -> refuse_tracked, refuse_held, ...   as of each call, the former a function
 """
 
 from __future__ import annotations
@@ -203,14 +203,6 @@ class Condition:
         return taken | {held.bitmap for held in holds.living(self.snapshot.file, self.record)}
 
     # What forbids a change, as of the call.
-
-    def refuse_tracked(self) -> None:
-        """Refuses a change while a live process tracks the namespace; see the function `refuse_tracked`."""
-        refuse_tracked(self.where, self.record)
-
-    def refuse_session(self) -> None:
-        """Refuses a change while the namespace has a session; see the function `refuse_session`."""
-        refuse_session(self.where, self.record)
 
     def refuse_unrecovered(self) -> None:
         """Refuses to end a node's session before that of the device that was tracked with it.

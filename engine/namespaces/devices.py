@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from dirtmap.engine.identity import disk_size, lasting_identity
 from dirtmap.engine.model.naming import decode_name, encode_name
-from dirtmap.engine.namespaces.condition import Condition
+from dirtmap.engine.namespaces.condition import Condition, refuse_session, refuse_tracked
 from dirtmap.engine.storefile.directory import header_doubts, require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.storefile.session import require_known
@@ -132,7 +132,7 @@ def set_root(target: Store, name: str, root: Root, *, content_unchanged: bool = 
     with target.change() as change:
         record = require_device(change, name)
         now = Condition(change.snapshot, record)
-        now.refuse_tracked()
+        refuse_tracked(now.where, now.record)
         now.refuse_held()
         if content_unchanged and size != record.size:
             what = f"has {record.size} bytes, and the new root {size}: the content is not unchanged"
@@ -166,7 +166,7 @@ def remove_device(target: Store, name: str) -> None:
     with target.change() as change:
         record = require_device(change, name)
         now = Condition(change.snapshot, record)
-        now.refuse_session()
+        refuse_session(now.where, now.record)
         if record.nb_bitmaps:
             raise BitmapError(now.where, f"has {counted(record.nb_bitmaps, 'bitmap')}; remove or move them first")
         change.table.remove(record.name)
@@ -247,7 +247,7 @@ def refuse_relocation(target: Store, names: list[bytes]) -> None:
 
 
 def _refuse_relocation(now: Condition) -> None:
-    now.refuse_session()
+    refuse_session(now.where, now.record)
     now.refuse_held()
 
 

@@ -231,7 +231,7 @@ def remove_node(host: HostPort, target: Store, name: str) -> None:
                 change.release(record.directory)
             change.table.remove(record.name)
             return
-        now.refuse_session()
+        refuse_session(now.where, now.record)
         if naming is not None and naming.identity == (name, record.uuid):
             _refuse_with_bitmaps(now.where, naming.bitmaps())
             naming.remove()
@@ -481,9 +481,9 @@ def _condition(change: Change, name: str, *, died: bool = False) -> Condition:
     require_known(change.snapshot.file.path, record)
     now = Condition(change.snapshot, record)
     if died:
-        now.refuse_tracked()
+        refuse_tracked(now.where, now.record)
     else:
-        now.refuse_session()
+        refuse_session(now.where, now.record)
     return now
 
 

@@ -53,7 +53,7 @@ def _recover_resized(change: Change, now: Condition, names: list[str]) -> list[R
     Where the tracker died that had the disk grow, the old bits are recovered, and the new space is dirty.
     """
     record = now.record
-    now.refuse_tracked()
+    refuse_tracked(now.where, now.record)
     now.refuse_unrecovered()
     now.refuse_held()
     found = [decode_name(entry.name) for entry in now.entries]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.identity import lasting_identity_now
 from dirtmap.engine.model.infos import Recovery
 from dirtmap.engine.model.naming import decode_name, encode_name, label
-from dirtmap.engine.namespaces.condition import size_now
+from dirtmap.engine.namespaces.condition import refuse_tracked, size_now
 from dirtmap.engine.storefile.directory import place_directory, read_entries, spare_directory
 from dirtmap.engine.storefile.entries import identified
 from dirtmap.fmt import directory, store
@@ -84,7 +84,7 @@ def recover(change: Change, now: Condition, names: list[str], damage: FormatErro
         As `Namespace.transaction`.
     """
     record = now.record
-    now.refuse_tracked()
+    refuse_tracked(now.where, now.record)
     now.refuse_unrecovered()
     now.refuse_without_root()
     now.refuse_held()

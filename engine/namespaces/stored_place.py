@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from dirtmap.engine.identity import identity_of_disk, is_twin, lasting_identity
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces import devices
-from dirtmap.engine.namespaces.condition import Condition
+from dirtmap.engine.namespaces.condition import refuse_tracked
 from dirtmap.engine.namespaces.place import Place
 from dirtmap.engine.storefile import holds
-from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
+from dirtmap.engine.storefile.chain import checkpoints_of, read_times, with_checkpoints
 from dirtmap.engine.storefile.directory import no_namespace
 from dirtmap.engine.storefile.holds import Hold, held_by
 from dirtmap.engine.system import order
@@ -37,7 +37,7 @@ def holding(target: Store, node: bytes, names: Iterable[str], owner: str) -> Ite
             record = change.table.get(node)
             if record is None:
                 raise no_namespace(target.path, node)
-            Condition(change.snapshot, record).refuse_tracked()  # its tracker takes bitmaps for backups
+            refuse_tracked(f"{target.path}: {record.label}", record)  # its tracker takes bitmaps for backups
             file = change.snapshot.file
             # The bytes are locked before anybody can see the record, because a hold without a lock counts as stale.
             locked = stack.enter_context(holds.lock(taken, file))
@@ -108,6 +108,11 @@ class StoredPlace(Place):
         """The chain of its checkpoints; see `dirtmap.engine.storefile.chain.checkpoints_of`."""
         record = self._record()
         return checkpoints_of(f"{self.store}: {record.label}", record, recording) if record else []
+
+    def began(self) -> dict[str, int]:
+        """When its checkpoints began; see `dirtmap.engine.storefile.chain.read_times`."""
+        record = self._record()
+        return read_times(record) if record else {}
 
     def keep_checkpoints(self, chain: list[str]) -> None:
         """Records another chain of checkpoints, as soon as this thread holds no store."""

@@ -1,4 +1,7 @@
-"""`place_of`: finds the place of a qcow2 image, and loads what reads stores only where there is one."""
+"""`place_of`: finds the place of a qcow2 image, and loads what reads stores only where there is one.
+
+`is_checked_out`: whether its bitmaps are in a store instead.
+"""
 
 from __future__ import annotations
 
@@ -24,3 +27,8 @@ def place_of(host: HostPort, name: str, uuid: bytes) -> Place:
     from dirtmap.engine.namespaces.stored_place import StoredPlace  # with all that reads stores
 
     return StoredPlace(host, *found, uuid)
+
+
+def is_checked_out(host: HostPort, name: str, uuid: bytes, path: str) -> bool:
+    """True if a tracker has the bitmaps of the qcow2 image at ``path``, or had them when it died; see `place_of`."""
+    return place_of(host, name, uuid).is_checked_out(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 
 from dirtmap.engine.model import bits
 from dirtmap.engine.model.infos import Status
@@ -27,7 +28,10 @@ def status_of(snapshot: Snapshot, record: Record) -> Status | None:
         dirty = bits.count(union) * granularity
     alive = view.row is Row.LIVE
     kept = alive and intent.is_kept(session) is not False
+    folder = os.fsdecode(session.live)
+    socket = os.path.join(folder, live.SOCKET)
     return Status(
+        session=str(uuid.UUID(bytes=session.uuid)),
         # The number of a process that has ended may be that of another one by now.
         tracker=str(tracker_of(session)) if kept else f"a process that has ended ({session.pid} while it ran)",
         pid=session.pid,
@@ -37,6 +41,7 @@ def status_of(snapshot: Snapshot, record: Record) -> Status | None:
         started=session.started / 1e9,
         seen=found.heartbeat / 1e9 if found else None,
         writes=found.writes if found else 0,
+        in_flight=found.in_flight if found else 0,
         dirty=dirty,
         intervals=len(found.writesets) if found else 0,
         intent="region" if session.intent == live.INTENT_REGION else "off",
@@ -44,6 +49,7 @@ def status_of(snapshot: Snapshot, record: Record) -> Status | None:
         regions=found.logged if found else 0,
         regions_in_all=geometry.ceil_div(record.size, 1 << session.region_bits),
         poisoned=bool(found and found.poisoned),
-        live=os.fsdecode(session.live),
+        live=folder,
+        socket=socket if kept and os.path.lexists(socket) else None,
         log=os.fsdecode(session.log_path),
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dirtmap.engine.model import checkpoints, content
 from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name, encode_name, label
-from dirtmap.engine.namespaces.condition import Condition
+from dirtmap.engine.namespaces.condition import Condition, refuse_tracked
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.storefile.chain import read_chain, with_chain
 from dirtmap.engine.storefile.directory import (
@@ -124,7 +124,11 @@ class HomeView:
 
 
 class HomeChange(HomeView):
-    """A home during a change by the tracker. `Home.change` commits it: durable at the end of its block."""
+    """A home during a change by the tracker. `Home.change` commits it: durable at the end of its block.
+
+    Attributes:
+        began: when the checkpoints began that are new in this change, in ns since 1970.
+    """
 
     def __init__(self, change: Change, record: Record) -> None:
         super().__init__(change.snapshot, record)
@@ -132,6 +136,7 @@ class HomeChange(HomeView):
         self.placed = record  # with the size that the disk will have
         self.identity = record.identity
         self.peer = peer_of(record)
+        self.began: dict[str, int] = {}
         self._plans: list[tuple[int, Plan]] = []  # of bits that were replaced, by their new root
         self._planned: dict[int, Bitmap] = {}  # what these bits are, which are not in the file yet
         if self._doubted:
@@ -251,7 +256,7 @@ class HomeChange(HomeView):
             extensions.append((store.EXTENSION_SESSION, build_session(self.session)))
             if self.peer:
                 extensions.append((store.EXTENSION_PEER, build_peer(self.peer)))
-        new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints)
+        new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints, self.began)
         generation, count = change.generation, len(wanted)
         new = replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=self.identity)
         change.table.put(replace(new, size=self.placed.size))
@@ -313,7 +318,7 @@ class Home:
             LockedError: a live tracker has the session.
         """
         now = Condition(snapshot, self.record(snapshot))
-        now.refuse_tracked()
+        refuse_tracked(now.where, now.record)
         return now.record.tracked or now.doubted
 
     def view(self, snapshot: Snapshot) -> HomeView:

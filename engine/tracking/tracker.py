@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -210,7 +211,8 @@ class Tracker(Recorder):
             if act not in _CHANGES:
                 raise UnsupportedError(self._where, f"no change to a bitmap is called '{printable(str(act))}'")
         finest = [one[2] for one in changes if one[0] in ("add", "put") and one[3]]
-        finest += [self._granularity_of(one[1]) for one in changes if one[0] == "enable"]
+        former = {new: name for one in changes if one[0] == "rename" for name, new in one[1].items()}
+        finest += [self._granularity_of(former.get(one[1], one[1])) for one in changes if one[0] == "enable"]
         needed = min(map(checked_granularity, finest), default=None)
         with contextlib.ExitStack() as stack:
             if begun is None:
@@ -580,6 +582,7 @@ class Tracker(Recorder):
                 if home.checkpoints and (before := home.checkpoints[-1]) != checkpoints.BREAK:
                     self._end_window(home, before, number)
                 home.checkpoints.append(name)
+                home.began[name] = time.time_ns()
             self._insert(home, number, name, chosen, recording)
             self._serial += 1
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -18,6 +20,8 @@ from support.tracking import GRANULE, make_node
 
 import dirtmap.engine as dm
 from dirtmap.engine.control import wire
+from dirtmap.engine.storefile.chain import with_chain
+from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.tracking.tracker import Tracker
 
 SIZE = 64 << 20
@@ -125,6 +129,10 @@ CHANGES = {
     "anew": lambda bitmaps: (bitmaps.pop("b0"), bitmaps.update(b0=dm.Bitmap(SIZE))),
     "enabled": lambda bitmaps: dm.changes.set_recording(bitmaps, "off", True),
     "added": lambda bitmaps: dm.changes.add(bitmaps, "new", 512),
+    "renamed and enabled": lambda bitmaps: (
+        bitmaps.rename("off", "on"),
+        dm.changes.set_recording(bitmaps, "on", True),
+    ),
     "renamed": lambda bitmaps: bitmaps.rename("b0", "b1"),
     "swapped": lambda bitmaps: (bitmaps.rename("b0", "x"), bitmaps.rename("off", "b0"), bitmaps.rename("x", "off")),
 }
@@ -203,6 +211,46 @@ def test_checkpoints_in_a_transaction(tracker: Tracker) -> None:
         assert tracker.changed_since("a").count == 4 * GRANULE
 
 
+def test_a_transaction_of_several_targets(tracker: Tracker, tmp_path: Path) -> None:
+    """A tracker commits by itself: so it is one target, or an error before anything was changed."""
+    other = make_other(tracker)
+    tracker.mark(0, 1)
+    with dm.transaction(["drive0", "node:drive0"]) as namespaces:
+        dm.changes.add(namespaces["drive0"], "x")
+        dm.changes.merge(namespaces["node:drive0"], "x", [namespaces["drive0"]["b0"]])
+    assert dirty("x") == [(0, GRANULE)]
+    actions = tmp_path / "actions"
+
+    def write(*acts: tuple[str, str, str]) -> Path:
+        found = [{"type": f"block-dirty-bitmap-{verb}", "data": {"node": node, "name": n}} for verb, node, n in acts]
+        actions.write_text(json.dumps({"actions": found}))
+        return actions
+
+    dirtmap("transaction", write(("disable", "drive0", "x"), ("clear", "drive0", "b0"), ("add", "drive0", "new")))
+    tracker.mark(GRANULE, 1)
+    assert (dirty("x"), dirty("b0"), dirty("new")) == ([(0, GRANULE)], [(GRANULE, GRANULE)], [(GRANULE, GRANULE)])
+    for order in (("drive0", other), (other, "drive0")):
+        error = error_of("transaction", write(*(("clear", node, "b0") for node in order)))
+        assert "its tracker commits by itself, and one commit cannot span two" in error
+    assert "one commit cannot span two" in error_of("move", "drive0", "new", other)
+    assert dirty("b0") == [(GRANULE, GRANULE)]
+    dirtmap("move", "drive0", "new", "drive0", "--as", "newer")
+    assert dirty("newer") == [(GRANULE, GRANULE)]
+    assert "no such bitmap" in error_of("transaction", write(("clear", "drive0", "b0"), ("clear", "drive0", "none")))
+    assert dirty("b0") == [(GRANULE, GRANULE)]
+
+
+def test_a_bitmap_moves_between_a_tracked_disk_and_an_image(tracker: Tracker, tmp_path: Path) -> None:
+    image = tmp_path / "image.qcow2"
+    qemu.create(image, SIZE)
+    tracker.mark(0, 1)
+    dirtmap("move", "drive0", "b0", image)
+    assert dirtmap("map", "--dirty", image, "b0").out.split()[:2] == ["0", str(GRANULE)]
+    dirtmap("move", image, "b0", "drive0", "--as", "back")
+    tracker.mark(GRANULE, 1)
+    assert dirty("back") == [(0, 2 * GRANULE)]
+
+
 def test_a_hold_ends_with_its_block(tracker: Tracker) -> None:
     tracker.mark(0, 1)
     with dm.open("node:drive0") as image:
@@ -266,12 +314,14 @@ def test_checkpoints(tracker: Tracker) -> None:
     tracker.mark(0, 1)
     dirtmap("checkpoint", "add", "drive0", "evening", "-g", "128K")
     tracker.mark(1 << 20, 1)
-    assert json_of("checkpoint", "list", "drive0")["checkpoints"] == [
-        {"name": "noon", "since": 64 << 10 | 128 << 10},
-        {"name": "evening", "since": 128 << 10},
+    assert [(each["name"], each["since"]) for each in json_of("checkpoint", "list", "drive0")["checkpoints"]] == [
+        ("noon", 64 << 10 | 128 << 10),
+        ("evening", 128 << 10),
     ]
     shown = dirtmap("checkpoint", "list", "drive0").out
-    assert shown == "noon: 192 KiB written since\nevening: 128 KiB written since\n"
+    assert re.sub(r"since [-:\d ]+$", "since", shown, flags=re.M) == (
+        "noon: 192 KiB written since\nevening: 128 KiB written since\n"
+    )
     assert tracker.changed_since("noon").count == 2 * GRANULE
     dirtmap("checkpoint", "remove", "drive0", "evening")
     assert tracker.checkpoints() == ["noon"]
@@ -315,6 +365,68 @@ def test_a_checkpoint_of_several_disks_is_of_one_instant(tracker: Tracker) -> No
         with pytest.raises(dm.BitmapError, match="name is taken"):
             host.checkpoint(["drive0", "drive1"], "only-here")
         assert "only-here" not in tracker.checkpoints()
+
+
+def test_what_was_written_between_checkpoints(tmp_path: Path) -> None:
+    """Whether the disk is tracked or not."""
+    make_node(tmp_path, SIZE)
+
+    def since(*options: str) -> list[tuple[int, int]]:
+        found = json.loads(dirtmap("map", "drive0", "--dirty", "--output=json", *options).out)
+        return [(each["offset"], each["length"]) for each in found]
+
+    def look() -> None:
+        assert since("--since", "a") == [(0, GRANULE), (2 * GRANULE, GRANULE), (4 * GRANULE, GRANULE)]
+        assert since("--since", "b") == [(2 * GRANULE, GRANULE), (4 * GRANULE, GRANULE)]
+        assert since("--since", "a", "--until", "b") == [(0, GRANULE)]
+        assert since("--since", "a", "--until", "c") == [(0, GRANULE), (2 * GRANULE, GRANULE)]
+        assert "since a until b" in dirtmap("map", "drive0", "--picture", "--since", "a", "--until", "b").out
+        for wrong, why in (
+            (("--since", "b0"), "there is no such checkpoint"),
+            (("--since", "a", "--until", "x"), "there is no such checkpoint"),
+            (("--since", "b", "--until", "a"), "not a checkpoint after"),
+            (("--since", "b", "--until", "b"), "not a checkpoint after"),
+            (("b0", "--since", "a"), "--since goes with no BITMAP"),
+            (("b0", "--until", "a"), "--until goes with --since only"),
+            ((), "Either a BITMAP or --since is needed"),
+        ):
+            assert why in error_of("map", "drive0", *wrong)
+
+    with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
+        for name, granule in (("a", 0), ("b", 2), ("c", 4)):
+            tracker.checkpoint(name)
+            tracker.mark(granule * GRANULE, 1)
+        look()
+        tracker.save()
+        look()
+        for names in (("a", None), ("a", "b"), ("b", "c"), ("c", None)):
+            start, end = names
+            told = tracker.changed_since(start) if end is None else tracker.changed_between(start, end)
+            assert image.changed_since(start, end) == told
+    look()
+    with Store(str(tmp_path / "default.dmap")) as target, target.change() as change:
+        record = change.table.get(b"drive0")
+        assert record
+        change.table.put(with_chain(record, ["a", "b", "", "c"]))  # as when another program has removed one
+    assert "not all that was written since is known" in error_of("map", "drive0", "--since", "a")
+    assert since("--since", "c") == [(4 * GRANULE, GRANULE)]
+
+
+def test_the_status_tells_what_a_user_wants(tracker: Tracker) -> None:
+    with tracker.write(0, 1):
+        status = json_of("track", "status", "drive0")
+        assert (status["writes"], status["in-flight"], status["dirty"]) == (1, 1, GRANULE)
+        assert (status["pid"], status["tracked"]) == (os.getpid(), True)
+        assert status["socket"] == f"{tracker.live}/socket"
+        assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", status["session"])
+    tracker.save()
+    text = dirtmap("track", "status", "drive0").out
+    assert f"  session   {status['session']}\n" in text
+    assert "  writes    1, of which 0 have not ended\n" in text
+    assert f"  asked at  {status['socket']}\n" in text
+    os.unlink(status["socket"])
+    assert json_of("track", "status", "drive0")["socket"] is None
+    assert "nowhere: it has no socket" in dirtmap("track", "status", "drive0").out
 
 
 def test_save_and_stop(tracker: Tracker) -> None:

@@ -97,7 +97,7 @@ class _Loading:
 
 
 class ChainReader:
-    """The disk as it was at a backup. A context manager, in which those images are open that are needed.
+    """The disk as it was at a backup. A context manager, in which its images are open.
 
     Args:
         place: the repository.
@@ -113,6 +113,12 @@ class ChainReader:
         with contextlib.ExitStack() as stack:
             if not self._direct:
                 self._images = stack.enter_context(Images())
+            for depth, backup in enumerate(self._chain):
+                path = self._place.image(backup)
+                if self._direct:
+                    self._readers[depth] = stack.enter_context(DirectImage(path))
+                else:
+                    self._images.open(f"layer-{depth}", nodes.image(path, "qcow2", alone=True))
             self._pool = stack.enter_context(ThreadPoolExecutor(1))
             self._stack = stack.pop_all()
         return self
@@ -121,14 +127,9 @@ class ChainReader:
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
     def layer(self, depth: int) -> Connection | DirectImage:
-        """The image of the backup at a depth of the chain, by itself, which is opened when it is needed first."""
+        """The image of the backup at a depth of the chain, by itself."""
         if depth not in self._readers:
-            path = self._place.image(self._chain[depth])
-            if self._direct:
-                self._readers[depth] = self._stack.enter_context(DirectImage(path))
-            else:
-                self._images.open(f"layer-{depth}", nodes.image(path, "qcow2", alone=True))
-                self._readers[depth] = self._images.connect(f"layer-{depth}")
+            self._readers[depth] = self._images.connect(f"layer-{depth}")
         return self._readers[depth]
 
     def read(self) -> Iterator[Data]:
@@ -152,7 +153,6 @@ class ChainReader:
 
     def status(self, depth: int, context: str) -> Iterator[tuple[int, int, int]]:
         """Block status of the image at a depth, by itself, in order: beginning, end, and flags of the context."""
-        self.layer(depth)
         connection, at, size = self._images.connect(f"layer-{depth}", context), 0, self._chain[depth].size
         while at < size:
             for length, flags in connection.status(at, size - at):

@@ -82,7 +82,7 @@ def rebuild(
         backup = _beginning(place, image, disk, bitmap, at)
         chain = place.chain(backup)
         granularity = image[bitmap].granularity if bitmap in image else backup.granularity
-        known = {each.bitmap for each in place.backups()}
+        known = place.bitmaps(place.backups())
         names = state.Names(place.bitmap_prefix, known, place.bitmap_name(secrets.token_hex(8)), bitmap)
         stored = disk.format == "raw"
         differing, sample = dm.Bitmap(image.size, granularity), Sample()

@@ -166,7 +166,7 @@ def verify_disk(
         require_same_disk(place, image, disk, backup)
         if backup.size != image.size:
             raise dm.BitmapError(image.where, f"has {image.size} bytes, and had {backup.size} at its last backup")
-        known = {each.bitmap for each in place.backups()}
+        known = place.bitmaps(place.backups())
         names = state.Names(place.bitmap_prefix, known, "", backup.bitmap)
         chain = place.chain(backup)
         with host.offline(disk):
