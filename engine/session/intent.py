@@ -27,8 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dirtmap.engine.session.verdict import DURABLE_HEARTBEAT_SECONDS
-from dirtmap.engine.system.file import File, open_file, remove_file, sync_folder
+from dirtmap.engine.system.file import open_file, remove_file, sync_folder
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.digest import crc32c_after
 from dirtmap.fmt.errors import Error, GoneError, LockedError
@@ -72,7 +71,7 @@ class IntentLog:
         if not adopt:
             remove_file(path)  # a crash may have left one, before its session was in the store
         self._file = open_file(path, writable=True, create=not adopt)
-        self._beats = IntentBeats(self._file, uuid)
+        self._next_beat = 0
         try:
             if not self._file.lock_alone(_OWNER) and adopt:
                 raise LockedError(path, "its tracker lives")
@@ -117,40 +116,15 @@ class IntentLog:
 
     def beat(self, time: int) -> None:
         """Makes a heartbeat durable: a time, ns since 1970. Errors as `write` and `sync`."""
-        self._beats.beat(time, at_once=True)
+        self._file.write(live.BEATS[self._next_beat], build_beat(self._uuid, time))
+        self._next_beat = 1 - self._next_beat
+        self._file.sync()
 
     def close(self, *, remove: bool) -> None:
         """Gives up the lock. With ``remove``, removes the file as well, because its session has ended."""
         if remove:
             remove_file(self.path)
         self._file.close()
-
-
-class IntentBeats:
-    """The heartbeats in a log: of its tracker, or of who marks while there is none.
-
-    Args:
-        file: the log, open for writing.
-        uuid: of the session, 16 bytes.
-    """
-
-    def __init__(self, file: File, uuid: bytes) -> None:
-        self._file, self._uuid = file, uuid
-        self._next, self._last = 0, 0
-
-    def is_kept(self) -> bool:
-        """True while somebody else has the log as its tracker. Errors as `File.locked_by_other`."""
-        return self._file.locked_by_other(_OWNER)
-
-    def beat(self, time: int, *, at_once: bool = False) -> None:
-        """Makes a heartbeat durable, a time in ns since 1970; unless ``at_once``, at most one a second.
-
-        Errors as `File.write` and `File.sync`.
-        """
-        if at_once or time >= self._last + int(DURABLE_HEARTBEAT_SECONDS * 1e9):
-            self._file.write(live.BEATS[self._next], build_beat(self._uuid, time))
-            self._next, self._last = 1 - self._next, time
-            self._file.sync()
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,6 @@ cdef extern from "marking.h" nogil:
     struct dm_flight:
         dm_word interval, thread
     struct dm_slot:
-        dm_word event
         dm_flight flights[1]
     struct dm_descriptor:
         dm_word interval, offset, granularity_bits, bytes
@@ -93,6 +92,8 @@ cdef extern from "marking.h" nogil:
     void dm_lose(dm_handle *, dm_flight *)
     void dm_set(dm_word *, uint64_t first, uint64_t last)
     void dm_refuse(dm_control *, uint64_t why)
+    void dm_sign(dm_control *, uint64_t now, uint64_t booted)
+    int dm_live_on(dm_handle *)
     int dm_keep(dm_handle *)
     uint64_t dm_swap(dm_control *, uint64_t add)
     int dm_flying(dm_handle *, uint64_t before, int probe)
@@ -404,12 +405,17 @@ cdef class Marks:
         if not self.handle.forked:
             dm_refuse(self.handle.control, why)
 
-    def lower_events(self, uint64_t now):
-        """The clock was set back: no write has ended later than now."""
-        cdef uint64_t i
-        for i in range(dm_load(&self.handle.control.high)):
-            if dm_load(&self.handle.control.slots[i].event) > now:
-                dm_store(&self.handle.control.slots[i].event, now)
+    def sign(self, uint64_t now, uint64_t booted):
+        """Writes a heartbeat, at that time; ``booted`` is when the machine was, by its clock. Both in ns since 1970."""
+        dm_sign(self.handle.control, now, booted)
+
+    def live_on(self):
+        """Gives signs of life where the keeper is dead; to be called again and again. See dm_live_on."""
+        cdef int r
+        with nogil:
+            r = dm_live_on(self.handle)
+        if r:
+            self.raises(r, 0, 0)
 
     # The gate.
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from dirtmap.engine.model import bits as kernels
 from dirtmap.engine.model.bitmap import as_int64
 from dirtmap.engine.session.intent import IntentLog
-from dirtmap.engine.system.process import CLOCK_TOLERANCE_NS, clock_offset
+from dirtmap.engine.system.process import clock_offset
 from dirtmap.engine.tracking import _marking
 from dirtmap.engine.tracking._marking import Marks, Ticket, Write
 from dirtmap.fmt import live
@@ -213,13 +213,7 @@ class Marking(Marks):
 
     def give_sign(self) -> None:
         """Writes a heartbeat. If the clock was set back, times from before that mean nothing any more."""
-        now, clock, fields = time.time_ns(), clock_offset(), self.fields
-        if clock < fields[CLOCK] - CLOCK_TOLERANCE_NS:
-            fields[EVENT] = now
-            self.lower_events(now)
-        fields[HEARTBEAT] = now
-        if abs(clock - fields[CLOCK]) > CLOCK_TOLERANCE_NS:
-            fields[CLOCK] = max(clock, 0)
+        self.sign(time.time_ns(), max(clock_offset(), 0))
 
 
 class Kernel(Marking):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
 from types import TracebackType
 from typing import Self
 
 from dirtmap.engine.session import livefile, verdict
-from dirtmap.engine.session.intent import IntentBeats
 from dirtmap.engine.system.file import open_file
 from dirtmap.engine.tracking.kernel import Marking
 from dirtmap.fmt.errors import Error, GoneError, StorageError, SyncError
@@ -43,7 +41,6 @@ class Marker(Marking):
                 if self._log.read(LOG.field("uuid").offset, 16) != self.uuid:  # the next session's, at the same path
                     raise GoneError(path, "this session has ended")
                 self.log_file = self._log
-                self._beats = IntentBeats(self._log, self.uuid)
             except BaseException:
                 self._log.close()
                 raise
@@ -66,9 +63,8 @@ class Marker(Marking):
     def _sign(self) -> None:
         """Gives a sign of life, where there is no tracker that does."""
         with self.guard:
-            if self.failure is None and not self._beats.is_kept():
-                self.give_sign()
-                self._beats.beat(time.time_ns())
+            if self.failure is None:
+                self.live_on()
 
     def __enter__(self) -> Self:
         return self

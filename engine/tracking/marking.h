@@ -185,6 +185,8 @@ typedef struct dm_handle {
     int forked, kept, closing;
     _Atomic int left; /* 1: but for writes in flight; 2: wholly */
     uint64_t closed; /* the gate's number, by this handle */
+    uint64_t beaten; /* when it last wrote a beat */
+    unsigned beats;
     pthread_mutex_t mutex, logging;
     struct dm_hooks hooks;
     void *context;
@@ -771,6 +773,66 @@ end:
     own->depth--;
     h->hooks.unlock(h->context);
     free(need);
+    return r;
+}
+
+/* Signs of life: recovery takes writes to the image for the session's own as long after the last one as SPEC.md says. */
+
+#define DM_CLOCK_TOLERANCE 5000000 /* ns; two values of dm_booted differ by less, if nobody has set the clock between */
+#define DM_BEAT 1000000000
+
+/* When the machine was booted, by its clock as it is set now. */
+static inline uint64_t dm_booted(void)
+{
+    uint64_t least = DM_NOTHING, booted = 0;
+    for (int i = 0; i < 3; i++) { /* the look that was least interrupted is the most exact one */
+        uint64_t before = dm_time(CLOCK_BOOTTIME), now = dm_time(CLOCK_REALTIME), took = dm_time(CLOCK_BOOTTIME) - before;
+        if (took < least) {
+            least = took;
+            booted = now > before ? now - before : 0;
+        }
+    }
+    return booted;
+}
+
+/* A heartbeat. If the clock was set back, times from before that mean nothing any more. */
+static inline void dm_sign(struct dm_control *c, uint64_t now, uint64_t booted)
+{
+    uint64_t clock = atomic_load(&c->clock), high = atomic_load(&c->high);
+    if (booted + DM_CLOCK_TOLERANCE < clock) {
+        atomic_store(&c->event, now);
+        for (uint64_t i = 0; i < high && i < DM_SLOTS; i++)
+            if (atomic_load(&c->slots[i].event) > now)
+                atomic_store(&c->slots[i].event, now);
+    }
+    atomic_store(&c->heartbeat, now);
+    if (booted + DM_CLOCK_TOLERANCE < clock || clock + DM_CLOCK_TOLERANCE < booted)
+        atomic_store(&c->clock, booted);
+}
+
+/* What a process that marks calls four times a second, in a thread of its own: where the keeper is dead, it gives the
+ * signs of life instead, and once a second a durable one. Else a write that is under way when all die, or that the loss
+ * of power meets, would look like one of others. */
+static inline int dm_live_on(dm_handle *h)
+{
+    uint8_t beat[16] = {0};
+    int r = dm_unusable(h);
+    if (r || atomic_load(&h->control->state) & 1 || !dm_is_free(h->log_fd, DM_LIVING - 1))
+        return r;
+    uint64_t now = dm_time(CLOCK_REALTIME);
+    dm_sign(h->control, now, dm_booted());
+    if (now >= h->beaten && now < h->beaten + DM_BEAT)
+        return 0;
+    dm_big(beat, now, 8);
+    dm_big(beat + 12, dm_crc32c(dm_crc32c(0, h->control->uuid, 16), beat, 12), 4);
+    if ((r = h->hooks.lock(h->context)))
+        return r;
+    if (!(r = h->hooks.write(h->context, beat, sizeof beat, 4096 + h->beats % 2 * 512)) &&
+        (r = h->hooks.sync(h->context)) > 0)
+        dm_refuse(h->control, (uint64_t)r);
+    h->hooks.unlock(h->context);
+    h->beats += !r;
+    h->beaten = r ? h->beaten : now;
     return r;
 }
 

@@ -260,13 +260,13 @@ class Recorder:
     def _adopt(self) -> None:
         """Takes over a session whose tracker has died, while others mark in it. They notice nothing.
 
-        Whatever the tracker was doing has happened or not, as recovery would find it. Only a disk that was growing may
-        have come to a point at which it cannot go on.
+        Whatever the tracker was doing has happened or not, as recovery would find it. Only where a disk was growing and
+        one of its namespaces has the new size already, the rest is done first.
 
         Raises:
             GoneError: nobody marks in it any more: it is to be recovered.
             LockedError: it has a tracker.
-            StorageError: the disk was growing, or the live files are not as described.
+            StorageError: the live files are not as described.
         """
         views = [home.store.read(home.view) for home in self._homes]
         record, session = views[-1].record, views[-1].session
@@ -285,7 +285,7 @@ class Recorder:
             self._log = IntentLog(log_path, session.uuid, intent, region_bits, record.size, adopt=True)
             undo.callback(self._log.close, remove=False)
             self._kernel.keep_with(self._log)
-            self._look_at_dead(session.uuid)  # only now: another one may have adopted it, saved, and died
+            grown = self._look_at_dead(session.uuid)  # only now: another one may have adopted it, saved, and died
             self._arena = Arena(self._kernel, session.uuid)
             oldest, current = min(home.session.oldest for home in self._homes), self._kernel.interval
             writesets = self._arena.adopt(oldest, current)
@@ -293,6 +293,13 @@ class Recorder:
             if not writesets or not logs <= {0, 1}:
                 raise StorageError(path, "the live files are not as described")
             self._current, self._frozen = writesets.pop(current), writesets
+            if grown > self.size:
+                if self._current.size != grown:
+                    raise StorageError(path, "the live files are not as described")
+                for home in self._homes:
+                    if home.store.read(home.view).record.size != grown:
+                        self._grow_home(home, grown, {})
+                self._take_size(grown)
             me = this_process()
             for home in self._homes:
                 taken = replace(home.session, pid=me.number, process_start=me.start)
@@ -307,17 +314,19 @@ class Recorder:
         self._wake.set()
         self._run()
 
-    def _look_at_dead(self, uuid: bytes) -> None:
-        """Reads what the homes have of a session that is taken over, and the size of its disk."""
-        self.size = self._kernel.size
+    def _look_at_dead(self, uuid: bytes) -> int:
+        """Reads what the homes have of a session that is taken over, and the size of its disk.
+
+        Returns:
+            The size that the disk was about to get, in bytes; its own where it did not grow.
+        """
+        self.size = grown = self._kernel.size
         for home in self._homes:
             view = home.store.read(home.view)
             if view.session is None or view.session.uuid != uuid or self._kernel.uuid != uuid:
                 raise GoneError(view.where, "its session has ended")
-            if view.record.size != self.size:
-                what = "its tracker died while the disk grew; it can be recovered once nobody marks any more"
-                raise StorageError(self._where, what)
-            home.session = view.session
+            home.session, grown = view.session, max(grown, view.record.size)
+        return grown
 
     def _require_free(self, change: HomeChange) -> None:
         if change.session or Condition(change.snapshot, change.record).doubted:
@@ -560,7 +569,7 @@ class Recorder:
         """Gives the disk another size, in the order of SPEC.md, "A disk that grows"; see `Tracker.resize`."""
         if self._is_full():
             self._save(final=False)
-        shift, old = self._current.granularity_bits, self.size
+        shift = self._current.granularity_bits
         with self._poisoning(), self._kernel.guard:
             self._log.grow(size)
         self._kernel.beat(time.time_ns())  # else the change of the image's time is after the last sign of life
@@ -573,7 +582,7 @@ class Recorder:
             home.session = replace(home.session, image=replace(home.session.image, size=size))
         self._grow_image(size)
         with self._spare_guard:
-            fresh = self._begin_interval(size, shift)
+            self._begin_interval(size, shift)
         grown = 0
         try:
             unions: dict[tuple[int, int, int], bits.Words] = {}
@@ -585,15 +594,21 @@ class Recorder:
                 what = f"was ended while the disk grew ({error}); every mark is recovered"
                 self._kernel.fail(StorageError(self._where, what))
             raise
+        self._take_size(size)
+        self._saves += 1
+        self._wake.set()
+
+    def _take_size(self, size: int) -> None:
+        """Lets marks go as far as that, now that every home has that size."""
+        shift = self._current.granularity_bits
         # A bitmap that was taken before, and is dropped later, keeps what was written since, and the new space is.
-        self._kernel.set_bits(fresh.buffer.offset, old >> shift, geometry.granules(size, 1 << shift))
+        new = self.size >> shift, geometry.granules(size, 1 << shift)
+        self._kernel.set_bits(self._current.buffer.offset, *new)
         self._kernel.size = self.size = size
         self._serial += 1
         self._forget()
         with self._spare_guard:
             self._arena.release_others(size, shift)
-        self._saves += 1
-        self._wake.set()
 
     def _grow_image(self, size: int) -> None:
         """Makes the image that long, durably, if it is not."""

@@ -22,6 +22,9 @@ from support.tls import certificates_in
 from support.tracking import GRANULE, make_node
 
 import dirtmap.engine as dm
+from dirtmap.engine.session.intent import read_log
+from dirtmap.engine.storefile.file import Store
+from dirtmap.engine.storefile.session import session_of
 from dirtmap.tools.serve.building import built_filter
 
 NODE = Path("drive0")
@@ -254,6 +257,28 @@ def kill_some(folder: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_is_lost_whoever_is_killed(disk: Path, tmp_path: Path, seed: int) -> None:
     kill_some(tmp_path, seed)
+
+
+def test_nbdkit_gives_signs_of_life_while_there_is_no_tracker(disk: Path, tmp_path: Path) -> None:
+    started = Started(tmp_path)
+    started.kill(tracker=True, nbdkit=False)
+    died = time.time_ns()
+    with Store(str(tmp_path / "default.dmap")) as target:
+        record = target.record(b"drive0")
+    session = session_of(record) if record else None
+    assert session
+    deadline = time.monotonic() + 60
+    while (logged := read_log(session, SIZE)) and logged.beat <= died:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert logged
+    with dm.open("node:drive0") as image:
+        status = image.tracking()
+        assert status is not None
+        assert status.seen is not None
+        assert status.seen * 1e9 > died
+    started.kill(tracker=False, nbdkit=True)
+    started.wait()
 
 
 @pytest.mark.long

@@ -148,6 +148,88 @@ def test_killed_before_every_act(tmp_path: Path, root: Callable[[Path], Path], p
     dies_everywhere(tmp_path, root, range(1, 1000), power=power)
 
 
+def taken_over(work: Path, root: Callable[[Path], Path], point: int) -> bool:
+    """As `dies_at`, while a marker goes on: the session is taken over, and grows to its end; False as there."""
+    path = make(work, root)
+    over, told = mmap.mmap(-1, 4096), mmap.mmap(-1, 4096)
+
+    def track() -> None:
+        left = [0]
+        acts = "write", "sync", "truncate", "close"
+        count_down(left, *((fileio.File, act) for act in acts))
+        with dm.open("disk0") as image:
+            tracker = image.track(save_interval=0, region_size=1 << 20)
+            tracker.checkpoint("monday")
+            with tracker.write(3 * GRANULE, 1):
+                told[0] = 1
+                while told[0] != 2:
+                    time.sleep(0.001)
+            left[0] = point
+            tracker.resize(LARGER)
+            over[0] = left[0] > 0
+            left[0] = 0
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    first = os.fork()
+    if first == 0:
+        track()
+    while told[0] != 1:
+        time.sleep(0.001)
+    with dm.open(NODE) as image:
+        status = image.tracking()
+    assert status is not None
+    with dm.Marker(status.live) as marker:
+        told[0] = 2
+        with marker.write(20 * GRANULE, 1):
+            os.waitpid(first, 0)
+        with marker.write(900 * GRANULE, 1):
+            pass
+        with dm.open("disk0") as image, image.track(save_interval=0) as tracker:
+            assert tracker.size in (SIZE, LARGER)
+            assert set(dirty_now(tracker.bitmap("d0"))) >= OLD
+            if tracker.size == SIZE:
+                with pytest.raises(dm.RangeError), marker.write(LARGER - 1, 1):
+                    pass
+            tracker.resize(LARGER)
+            with marker.write(LARGER - 1, 1), tracker.write(0, 1):
+                pass
+            assert set(dirty_now(tracker.changed_since("monday"))) == OLD | NEW | {0}
+            assert set(dirty_now(tracker.bitmap("d0"))) == OLD | NEW | {0}
+    for target, name in ((DEVICE, "d0"), (NODE, "b0")):
+        assert set(dirty(target, name)) == OLD | NEW | {0}, (point, target)
+    assert path.stat().st_size == LARGER
+    no_traces(work)
+    return not over[0]
+
+
+def dirty_now(bitmap: dm.Bitmap) -> list[int]:
+    return np.flatnonzero(model_of(bitmap)).tolist()  # type: ignore[no-any-return]
+
+
+def taken_over_everywhere(tmp_path: Path, root: Callable[[Path], Path], points: range) -> None:
+    for point in points:
+        work = tmp_path / f"{point}"
+        work.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DIRTMAP_STORE", str(work / "default.dmap"))
+            patch.setenv("DIRTMAP_INDEX", str(work / "index"))
+            if not taken_over(work, root, point):
+                break
+        shutil.rmtree(work)
+    assert point > 20
+
+
+@pytest.mark.parametrize("root", [raw_here, raw_elsewhere], ids=lambda root: root.__name__)
+def test_taken_over_after_many_an_act(tmp_path: Path, root: Callable[[Path], Path]) -> None:
+    taken_over_everywhere(tmp_path, root, range(1, 1000, 7))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("root", [raw_here, raw_elsewhere], ids=lambda root: root.__name__)
+def test_taken_over_after_every_act(tmp_path: Path, root: Callable[[Path], Path]) -> None:
+    taken_over_everywhere(tmp_path, root, range(1, 1000))
+
+
 def dies_growing(tmp_path: Path) -> Path:
     """A node whose image has grown, and whose store does not know it."""
     path = make_node(tmp_path, SIZE)

@@ -22,6 +22,7 @@
 static const char *folder;
 static uint64_t size, shift = 16, bytes;
 static uint64_t buffers; /* how many the arena has */
+static int keepers_log = -1; /* with its lock */
 
 static uint64_t buffer(uint64_t i)
 {
@@ -74,9 +75,8 @@ static void begin_session(uint64_t disk, uint64_t count)
     make("markers", &head, sizeof head, PAGE);
     struct { uint8_t before[8], uuid[16]; } log_head = {"", {7}};
     make("log", &log_head, sizeof log_head, 1 << 20);
-    static int log = -1; /* the keeper's lock */
-    close(log);
-    REQUIRE((log = open(c.log_path, O_RDWR)) >= 0 && dm_lock(log, F_WRLCK, DM_LIVING - 1) == 0);
+    close(keepers_log);
+    REQUIRE((keepers_log = open(c.log_path, O_RDWR)) >= 0 && dm_lock(keepers_log, F_WRLCK, DM_LIVING - 1) == 0);
 }
 
 static dm_handle *attach(void)
@@ -212,6 +212,22 @@ static void check(void)
     REQUIRE(atomic_load(&h->control->gate) & 1 && dm_begin(h, 0, 1, &f) == 0);
     REQUIRE(!(atomic_load(&h->control->gate) & 1));
     dm_end(h, f);
+
+    /* Signs of life are the keeper's, while it lives; then a marker's, with a beat a second. */
+    uint8_t beats[2][16];
+    REQUIRE(dm_live_on(h) == 0 && atomic_load(&h->control->heartbeat) == 0);
+    REQUIRE(dm_lock(keepers_log, F_UNLCK, DM_LIVING - 1) == 0);
+    atomic_store(&h->control->event, DM_NOTHING); /* the clock was set back since */
+    atomic_store(&h->control->clock, DM_NOTHING);
+    for (int i = 0; i < 2; i++) {
+        uint64_t before = dm_time(CLOCK_REALTIME);
+        h->beaten = 0;
+        REQUIRE(dm_live_on(h) == 0 && dm_live_on(h) == 0);
+        REQUIRE(atomic_load(&h->control->heartbeat) >= before && atomic_load(&h->control->event) <= dm_time(CLOCK_REALTIME));
+        REQUIRE(pread(keepers_log, beats[i], 16, 4096 + i * 512) == 16 && beats[i][0]);
+    }
+    REQUIRE(memcmp(beats[0], beats[1], 8) < 0 && h->beats == 2 && atomic_load(&h->control->clock) < DM_NOTHING);
+    REQUIRE(dm_lock(keepers_log, F_WRLCK, DM_LIVING - 1) == 0);
 
     /* Another keeper; a child; the end. */
     dm_handle *other = attach();

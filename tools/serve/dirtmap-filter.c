@@ -16,10 +16,12 @@
 #include "marking.h"
 
 #include <nbdkit-filter.h>
+#include <signal.h>
 #include <sys/prctl.h>
 
 #define PAUSE_NS 1000000
 #define PATIENCE_NS 10000000000 /* for a slot */
+#define SIGN_NS 250000000
 #define MOST_AT_REST 128        /* slots that threads keep between two writes; the others have some for their time alone */
 
 static char *folder;
@@ -158,6 +160,60 @@ static int tracked_trim(nbdkit_next *next, void *handle, uint32_t count, uint64_
     return r;
 }
 
+/* Signs of life, where the tracker has died. */
+
+static pthread_t living;
+static int lives;
+static pthread_mutex_t ending = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t ended = PTHREAD_COND_INITIALIZER;
+
+static void *live_on(void *ignored)
+{
+    (void)ignored;
+    pthread_mutex_lock(&ending);
+    while (lives) {
+        struct timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += SIGN_NS;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        if (pthread_cond_timedwait(&ended, &ending, &until) == ETIMEDOUT) {
+            pthread_mutex_unlock(&ending);
+            dm_live_on(session); /* a failure is told to the next write, if it concerns that */
+            pthread_mutex_lock(&ending);
+        }
+    }
+    pthread_mutex_unlock(&ending);
+    return NULL;
+}
+
+static int begin_to_live(void)
+{
+    sigset_t all, before;
+    sigfillset(&all);
+    lives = 1;
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for nbdkit's own threads */
+    int r = pthread_create(&living, NULL, live_on, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (r) {
+        lives = 0;
+        nbdkit_error("pthread_create: %s", strerror(r));
+        return -1;
+    }
+    return 0;
+}
+
+static void cease_to_live(void)
+{
+    if (!lives)
+        return;
+    pthread_mutex_lock(&ending);
+    lives = 0;
+    pthread_cond_signal(&ended);
+    pthread_mutex_unlock(&ending);
+    pthread_join(living, NULL);
+}
+
 /* From the command line to the first client. */
 
 static int config(nbdkit_next_config *next, nbdkit_backend *backend, const char *name, const char *value)
@@ -212,7 +268,7 @@ static int after_fork(nbdkit_backend *backend)
         nbdkit_error("prctl: %m");
         return -1;
     }
-    return attach();
+    return attach() ? -1 : begin_to_live();
 }
 
 static int prepare(nbdkit_next *next, void *handle, int readonly)
@@ -237,6 +293,7 @@ static void load(void)
 
 static void unload(void)
 {
+    cease_to_live();
     dm_detach(session);
     free(folder);
     pthread_key_delete(key);
