@@ -273,9 +273,10 @@ class _Registration:
             if container.kind == KIND_STORE:
                 stores.setdefault(container.uuid, []).append(container.path)
         with self._stores.opened() as target, target.change() as change:
+            recorded = _stores_in(change) if any(container.kind == KIND_STORE for container in news) else {}
             for container in news:
                 if container.kind == KIND_STORE:
-                    self._take_in_store(change, container, stores)
+                    self._take_in_store(change, container, stores, recorded)
                 else:
                     self._remember(change, container.path, container.uuid)
             for path in (*gone, *lost):  # only its path was known, and it is not there any more
@@ -401,9 +402,18 @@ class _Registration:
     def _is_below(self, path: str) -> bool:
         return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._roots)
 
-    def _take_in_store(self, change: Change, container: Container, found: dict[bytes, list[str]]) -> None:
-        """Records a store, unless it is a copy of the default store, of a known store, or of one just found."""
-        known = [os.fsdecode(record.path) for record in change.table if record.uuid == container.uuid]
+    def _take_in_store(
+        self, change: Change, container: Container, found: dict[bytes, list[str]], recorded: dict[bytes, list[str]]
+    ) -> None:
+        """Records a store, unless it is a copy of the default store, of a known store, or of one just found.
+
+        Args:
+            change: of the default store.
+            container: the store.
+            found: the stores that the scan has found, by UUID.
+            recorded: those that the default store knows, by UUID; takes this one in.
+        """
+        known = recorded.setdefault(container.uuid, [])
         if container.path not in known:
             others = [path for path in known if _has_uuid(path, container.uuid)]
             if any(is_same_file(path, container.path) for path in others):
@@ -415,6 +425,7 @@ class _Registration:
                 if original != container.path:
                     self._summary.copies.append((container.path, original))
                     return
+            known.append(container.path)
         self._remember(change, container.path, container.uuid)
 
     def _remember(self, change: Change, path: str, container_uuid: bytes) -> None:
@@ -498,6 +509,15 @@ def _is_file(path: str, identity: Identity) -> bool:
     except StorageError:
         return False
     return found.is_file(identity)
+
+
+def _stores_in(change: Change) -> dict[bytes, list[str]]:
+    """The paths of the stores that the default store knows, by their UUIDs; read once for all that a scan finds."""
+    found: dict[bytes, list[str]] = {}
+    for record in change.table:
+        if record.kind == store.KIND_CONTAINER and any(record.uuid):
+            found.setdefault(record.uuid, []).append(os.fsdecode(record.path))
+    return found
 
 
 def _is_unnamed(member: Member) -> bool:

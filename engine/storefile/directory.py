@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from dirtmap.engine.model.bitmap import Bitmap
 
-_FEW = 16  # chunks that take less time one after the other than arrays of them
+_FEW = 16  # clusters that take less time one after the other than arrays of them
 
 
 def no_namespace(path: str, name: bytes) -> BitmapError:
@@ -73,10 +73,10 @@ def load_saved(
     from dirtmap.engine.storefile import chunks
 
     tree = tree_of(record, entry)
-    if not doubted and (octets := few.load(snapshot, tree, _FEW)) is not None:
-        return np.frombuffer(octets, np.uint64), None
     where = f"{snapshot.file.path}: {record.label}: {label(decode_name(entry.name))}"
     try:
+        if not doubted and (octets := few.load(snapshot, tree, _FEW)) is not None:
+            return np.frombuffer(octets, np.uint64), None
         tree = tree._replace(place=store.ALL_ONES) if doubted else tree
         return chunks.load(snapshot, tree, (record.uuid, entry.name))
     except MemoryError:

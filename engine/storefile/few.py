@@ -5,7 +5,8 @@ Only where all of them are sound: `dirtmap.engine.storefile.chunks` tells what i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 from dirtmap.engine.storefile.entries import Shape, Tree
 from dirtmap.engine.system import memory
@@ -17,7 +18,14 @@ from dirtmap.fmt.store import ALL_ONES, ALL_ZEROS
 if TYPE_CHECKING:
     from dirtmap.engine.storefile.file import Snapshot
 
-_MOST = 1 << 9  # chunks, of 16 Mi bits as a rule; for more, a loop in Python takes longer than numpy to start
+_MOST = 1 << 10  # clusters; to read more of them, a loop in Python takes longer than numpy to start
+
+
+class _Pointer(NamedTuple):
+    level: int
+    number: int
+    place: int
+    checksum: int
 
 
 def load(snapshot: Snapshot, tree: Tree, most: int = _MOST) -> memoryview | None:
@@ -26,40 +34,61 @@ def load(snapshot: Snapshot, tree: Tree, most: int = _MOST) -> memoryview | None
     Args:
         snapshot: of the store.
         tree: of the bitmap.
-        most: so many chunks are few.
+        most: so many clusters are few.
 
     Returns:
-        None if there are many, or if anything is damaged, or seems to be because the store has moved on.
+        None if the tree has more, or if anything is damaged, or seems to be because the store has moved on.
+
+    Raises:
+        MemoryError: the system has no room for them.
     """
     shape = Shape(tree.nbits, snapshot.header.cluster_size)
-    if shape.chunks > most:
-        return None
-    cluster, unclaimed, read = shape.cluster, snapshot.unclaimed(tree.owner), 0
-    octets = memory.zeros(geometry.ceil_div(tree.nbits, 64) * 8)
-    above = [(shape.top, 0, tree.place, tree.checksum)]
-    while above:
-        level, index, place, checksum = above.pop()
-        if place == ALL_ZEROS:
-            continue
-        first = index * shape.below(level) * cluster
-        target = octets[first : first + shape.below(level) * cluster]
+    cluster, most = shape.cluster, min(most, snapshot.unclaimed(tree.owner))
+    dirty: list[tuple[int, int]] = []  # runs of chunks that are dirty all over
+    waiting: list[_Pointer] = []  # to nodes, so that it is known how many chunks there are before one is read
+    leading: list[_Pointer] = []  # to chunks
+
+    def see(level: int, index: int, place: int, checksum: int) -> None:
         if place == ALL_ONES:
-            target[:] = bytes((0xFF,)) * len(target)
-            continue
-        read += 1
-        if place % cluster or not store.RESERVED <= place <= snapshot.size - cluster or read > unclaimed:
+            dirty.append((index * shape.below(level), (index + 1) * shape.below(level)))
+        elif place != ALL_ZEROS:
+            (waiting if level else leading).append(_Pointer(level, index, place, checksum))
+
+    see(shape.top, 0, tree.place, tree.checksum)
+    nodes = 0
+    while waiting and nodes + len(waiting) + len(leading) <= most:
+        nodes += 1
+        node = waiting.pop()
+        if (data := _read(snapshot, node)) is None:
             return None
-        data = snapshot.file.read(place, cluster)
-        if len(data) < cluster or crc32c(data) != checksum:
+        pointers = islice(POINTER.unpack_all(data), shape.children(node.level, node.number))
+        for index, (place, checksum, _) in enumerate(pointers, node.number * shape.fan):
+            see(node.level - 1, index, place, checksum)
+    if waiting or nodes + len(leading) > most:
+        return None
+    chunks: list[tuple[int, bytes]] = []
+    for chunk in leading:
+        if (data := _read(snapshot, chunk)) is None:
             return None
-        if level == 0:
-            target[:] = data[: len(target)]
-            continue
-        for child in range(shape.children(level, index)):
-            place, checksum, _ = POINTER.unpack(data, child * POINTER.size)
-            above.append((level - 1, index * shape.fan + child, place, checksum))
-    snapshot.claim(tree.owner, read)
+        chunks.append((chunk.number, data))
+    snapshot.claim(tree.owner, nodes + len(chunks))
+    octets = memory.zeros(geometry.ceil_div(tree.nbits, 64) * 8)
+    for index, data in chunks:
+        target = octets[index * cluster : (index + 1) * cluster]
+        target[:] = data[: len(target)]
+    for first, end in dirty:
+        target = octets[first * cluster : end * cluster]
+        target[:] = bytes((0xFF,)) * len(target)
     words = octets.cast("Q")
     if tree.nbits % 64:
         words[-1] &= (1 << tree.nbits % 64) - 1
     return words
+
+
+def _read(snapshot: Snapshot, pointer: _Pointer) -> bytes | None:
+    """The cluster that a pointer leads to; None if it is not sound."""
+    cluster, place = snapshot.header.cluster_size, pointer.place
+    if place % cluster or not store.RESERVED <= place <= snapshot.size - cluster:
+        return None
+    data = snapshot.file.read(place, cluster)
+    return data if len(data) == cluster and crc32c(data) == pointer.checksum else None

@@ -41,9 +41,9 @@ class Quick(File):
         Quick.examined[self.path] += length > len(qcow2.MAGIC)
         return super().read(offset, length)
 
-    def locked_by_other(self, offset: int) -> bool:
+    def locked_by_other(self, offset: int, length: int = 1) -> bool:
         Quick.examined[self.path] += 1
-        return super().locked_by_other(offset)
+        return super().locked_by_other(offset, length)
 
     def sync(self) -> None:
         self._refuse_if_poisoned()

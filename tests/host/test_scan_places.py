@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
+from dirtmap.engine.host.host import Host
+from dirtmap.engine.host.scan import scan
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.storefile.table import NamespaceTable
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt.store import KIND_NODE, Record
@@ -280,3 +284,25 @@ def test_a_container_has_one_path_whichever_link_leads_to_it(monkeypatch: pytest
     monkeypatch.setenv("DIRTMAP_STORE", f"{Path('../link').absolute()}/../default.dmap")
     assert scanned("..")["twins"] == []
     assert len(json_of("list")) == 5
+
+
+def test_the_default_store_is_read_once_for_all_stores_that_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copies() -> list[tuple[str, str]]:
+        with Host() as host:
+            return [(os.path.basename(one), os.path.basename(other)) for one, other in scan(host, ["."]).copies]
+
+    create("a.dmap")
+    assert copies() == []
+    shutil.copy("a.dmap", "b.dmap")
+    create("c.dmap")
+    create("d.dmap")
+    tables = []
+    every = NamespaceTable.__iter__
+
+    def counted(table: NamespaceTable) -> Iterator[Record]:
+        tables.append(table)
+        return every(table)
+
+    monkeypatch.setattr(NamespaceTable, "__iter__", counted)
+    assert copies() == [("b.dmap", "a.dmap")]
+    assert len(tables) == 1

@@ -77,11 +77,8 @@ def read(target: Store, tree: Tree) -> tuple[Flags, str | None]:
     number, told_again = target.read(lambda snapshot: chunks.count(snapshot, tree))
     assert (number, told_again) == (bits.count(words), told)
     plain = target.read(lambda snapshot: few.load(snapshot, tree))
-    if told is not None or tree.nbits > few._MOST * CHUNK:
-        assert plain is None
-    else:
-        assert plain is not None
-        assert plain.tobytes() == words.tobytes()
+    assert (plain is None) == (told is not None), "the trees here have few clusters"
+    assert plain is None or plain.tobytes() == words.tobytes()
     return flags_of(words, tree.nbits), told
 
 

@@ -358,7 +358,7 @@ def in_memory(image: bytearray, *, growable: bool = True) -> Iterator[str]:
         def lock_fault(self) -> None:
             return None
 
-        def locked_by_other(self, offset: int) -> bool:
+        def locked_by_other(self, offset: int, length: int = 1) -> bool:
             return False
 
         def is_current(self) -> bool:
