@@ -64,7 +64,7 @@ def map_command(
     with host.open(target, force_share=force_share) as image:
         found = usable(image.where, image, bitmap)
         tell_doubt(image, image.doubt())
-        tell_damage(image, bitmap, found)
+        tell_damage(image, bitmap, found.damage)
     if quiet:
         return
     if picture:

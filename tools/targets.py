@@ -67,10 +67,10 @@ def tell_doubt(image: Namespace, doubt: str | None) -> None:
         complain(f"{image.path}: {printable(image.name or '')}: its bitmaps count as all dirty: {doubt}")
 
 
-def tell_damage(image: Namespace, name: str, bitmap: Bitmap) -> None:
+def tell_damage(image: Namespace, name: str, damage: str | None) -> None:
     """Prints on standard error what of a bitmap's bits was damaged, and so counts as dirty, if any was."""
-    if bitmap.damage:
-        complain(f"{image.where}: '{printable(name)}': its {bitmap.damage}; recover makes that last")
+    if damage:
+        complain(f"{image.where}: '{printable(name)}': its {damage}; recover makes that last")
 
 
 def usable(where: str, bitmaps: Mapping[str, Bitmap], name: str) -> Bitmap:

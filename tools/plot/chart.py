@@ -36,7 +36,7 @@ _FONT = "DejaVu Sans, Verdana, Helvetica, Arial, sans-serif"
 # Expressions of Vega. The axis shows so many bytes; ticks are a power of two apart.
 _SPAN = "(domain('x')[1] - domain('x')[0])"
 _TICK = f"pow(2, ceil(log({_SPAN} / {_MOST_TICKS}) / LN2 - 1e-9))"
-_TICKS = f"sequence(ceil(domain('x')[0] / {_TICK}) * {_TICK}, domain('x')[1] * (1 + 1e-12), {_TICK})"
+_TICKS = f"sequence(ceil(max(domain('x')[0], 0) / {_TICK}) * {_TICK}, domain('x')[1] * (1 + 1e-12), {_TICK})"
 _UNITS = json.dumps(["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
 
 
@@ -72,6 +72,7 @@ def chart(picture: Picture, *, zoom: bool) -> dict[str, Any]:
         layers.append(_extents())
     layers += [_texts("reason", 6, _INK, step), _texts("amount", _WIDTH + 8, _PALE_INK, step)]
     layered = alt.layer(*layers).properties(
+        description=f"{picture.title}: {_subtitle(picture)}",
         width=_WIDTH,
         height=max(rows, 1) * step,
         title=alt.TitleParams(

@@ -11,8 +11,8 @@ import click
 from dirtmap.fmt.errors import ArgumentError
 from dirtmap.fmt.spelling import escaped
 from dirtmap.tools import options
-from dirtmap.tools.output import colourful, complain, write_json
-from dirtmap.tools.targets import address, tell_doubt
+from dirtmap.tools.output import colourful, write_json
+from dirtmap.tools.targets import address, tell_damage, tell_doubt
 
 if TYPE_CHECKING:
     from dirtmap.engine import Handle, Host
@@ -74,10 +74,9 @@ def plot_command(
         if out is not None:
             _refuse_the_disk(image, out)
         picture = reading.read(image, bitmaps, terminal.columns_for if in_terminal else None)
-        tell_doubt(image, image.doubt())
-        for row in picture.rows if not quiet else ():
-            if row.damage:
-                complain(f"{image.where}: '{row.label}': its {row.damage}; recover makes that last")
+        tell_doubt(image, picture.doubt)
+        for row in picture.rows:
+            tell_damage(image, row.name, row.damage)
     if out is not None:
         write(picture, out)
     elif quiet:

@@ -71,12 +71,14 @@ class Picture:
         size: of the disk, in bytes.
         edges: where the cells begin, and the disk's end, in bytes.
         rows: the bitmaps, from above.
+        doubt: why all bitmaps count as dirty all over; None if they do not.
     """
 
     title: str
     size: int
     edges: Positions
     rows: list[Row]
+    doubt: str | None
 
     def amount(self, row: Row) -> str:
         """How much a row calls dirty, for people."""
@@ -114,7 +116,7 @@ def read(image: Handle, names: Sequence[str], columns: Callable[[Sequence[str]],
     title = printable(image.name if image.name is not None and image.format == "dirtmap" else image.path)
     doubt = image.doubt()
     rows = [_row(image, name, edges, doubt, info.checkpoints, info.incomplete) for name in names]
-    return Picture(title, image.size, edges, rows)
+    return Picture(title, image.size, edges, rows, doubt)
 
 
 def _row(

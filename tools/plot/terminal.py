@@ -68,7 +68,7 @@ def _text(row: Row, shades: str, *, colour: bool) -> str:
 def _scale(size: int, number: int) -> str:
     """Offsets above the columns where they are, at the begin, the end and the quarters, as far as there is room."""
     line = " " * (number + _AMOUNT)
-    for quarter in (0, 4, 2, 1, 3):
+    for quarter in (0, 4, 2, 1, 3) if size else (0,):
         text, at = f"'{human_size(size * quarter // 4)}", number * quarter // 4
         end = at + len(text)
         if end <= len(line) and not line[max(at - 1, 0) : end + 1].strip():
