@@ -85,7 +85,7 @@ def test_in_the_terminal(disk: str) -> None:
     assert dirtmap("plot", disk).out.splitlines() == [
         "disk.qcow2: 64 GiB, a character is 1.3 GiB",
         "         '0 B        '16 GiB      '32 GiB      '48 GiB      '64 GiB",
-        "monday  │████████████▒" + "·" * 18 + "░" + "·" * 19 + "│ 16.0 GiB (25.0%)",
+        "monday  │████████████▓" + "·" * 18 + "░" + "·" * 19 + "│ 16.0 GiB (25.0%)",
         "tuesday │" + "·" * 51 + "│ 0 B",
         "         · clean  ░▒▓█ dirty",
     ]
