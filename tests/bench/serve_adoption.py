@@ -29,6 +29,7 @@ def test_adoption(benchmark: Any, capsys: pytest.CaptureFixture[str], tmp_path: 
 
     def adopt() -> None:
         trackers[-1].kill(tracker=True, nbdkit=False)
+        trackers[-1].wait()
         trackers.append(Started(tmp_path, "--adopt"))
 
     def look() -> None:
