@@ -36,7 +36,7 @@ tracker is killed and `dirtmap serve --adopt` takes over.
 
 def share(value: float, aim: float | None = None) -> str:
     """A part of the CPU time that was compared with, as a cell."""
-    told = f"{value * 100:+.2g} %"
+    told = f"{value * 100:+.3g} %"
     return told if aim is None else f"{told}, aim {aim * 100:g} %" + (" ✗" if value > aim else "")
 
 
