@@ -8,7 +8,7 @@ DECLARED := $(filter-out %/__init__.py,$(wildcard fmt/structures/*.py))
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup tools test test-long parsers vectors lint demo bench bench-compare wheel clean
+.PHONY: help setup tools test test-long parsers vectors lint demo bench bench-serve bench-compare wheel clean
 .NOTPARALLEL:
 
 help: ## show these targets
@@ -83,6 +83,12 @@ bench: setup tools ## measure, side by side with what there is today, and write 
 	$(BIN)/pytest -o python_files='bench_*.py' --benchmark-columns=min,median,stddev,rounds \
 		--benchmark-json=build/bench.json tests/bench
 	$(BIN)/python tests/bench/report.py build/bench.json BENCHMARKS.md docs/benchmarks.svg
+
+bench-serve: setup tools ## measure what the filter of `dirtmap serve` costs, for BENCHMARKS.md; TURNS=20 TURN_SECONDS=60 takes long
+	@mkdir -p build
+	TURNS='$(TURNS)' TURN_SECONDS='$(TURN_SECONDS)' $(BIN)/pytest -o python_files='serve_*.py' \
+		-o faulthandler_timeout=36000 --benchmark-columns=median,rounds --benchmark-json=build/bench-serve.json tests/bench
+	$(BIN)/python tests/bench/report_serve.py build/bench-serve.json BENCHMARKS.md
 
 bench-compare: setup tools ## hold two commits side by side: make bench-compare A=COMMIT B=COMMIT [K=EXPRESSION]
 	@$(BIN)/python tests/bench/compare.py '$(A)' '$(B)' '$(K)'

@@ -37,6 +37,16 @@ more: a mark costs microseconds, and an OR is only noted, and made when somebody
 """
 
 
+# Of its own run, `make bench-serve`; see report_serve.py.
+SERVING = "Serving a disk"
+
+
+def sections(text: str) -> dict[str, str]:
+    """The parts of BENCHMARKS.md by their headings; what is before the first has none."""
+    parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    return {part.partition("\n")[0].removeprefix("## ") if part.startswith("## ") else "": part for part in parts}
+
+
 def machine(results: Row) -> Iterator[str]:
     """What was measured on, a line each."""
     info, cpu = results["machine_info"], results["machine_info"].get("cpu", {})
@@ -125,7 +135,9 @@ def main(results_path: str, report_path: str, picture_path: str) -> None:
     if sizes:
         draw(sizes, Path(picture_path))
         parts.append("\n" + SIZES.format(picture=os.path.relpath(picture_path, Path(report_path).parent)))
-    Path(report_path).write_text("\n".join(parts).rstrip() + "\n")
+    report = Path(report_path)
+    kept = sections(report.read_text()).get(SERVING, "") if report.exists() else ""
+    report.write_text("\n".join([*parts, "\n" + kept]).rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,26 @@
+"""fio, as a client of an NBD server at a Unix socket."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def write(sock: Path, how: str, block: int, jobs: int, size: int, seconds: float) -> dict[str, Any]:
+    """Writes, four requests at a time for each job, for so long; what fio says of it.
+
+    Args:
+        sock: of the server.
+        how: ``write`` or ``randwrite``.
+        block: bytes of a write.
+        jobs: how many connections.
+        size: of the disk, bytes.
+        seconds: for which it writes.
+    """
+    command = ["fio", "--name=a", "--thread", "--ioengine=nbd", f"--uri=nbd+unix:///?socket={sock}", f"--rw={how}"]
+    command += ["--iodepth=4", f"--bs={block}", f"--size={size}", f"--numjobs={jobs}", "--time_based"]
+    command += [f"--runtime={round(seconds * 1000)}ms", "--group_reporting", "--output-format=json"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(said[said.index("{") :])["jobs"][0]["write"]  # type: ignore[no-any-return]
