@@ -11,7 +11,7 @@ The rooms, each of which knows those below it and nothing of the engine but its 
 
     pruning | verifying | restoring | mounting    acts
     creating                                      the act that they know
-    chain                                         a disk as it was at a backup
+    chain | making                                a disk as it was at a backup | new images
     copying | state                               data and digests on their way | what a disk remembers of its backups
     repository                                    the folder of backups, its lock, unfinished acts
     opened | imaging | document   images opened by QEMU | a new image | the JSON document of a backup

@@ -44,10 +44,11 @@ _repo = click.argument("repo", type=click.Path())
 )
 @click.argument("targets", metavar="TARGET...", nargs=-1, required=True, type=options.TARGET)
 @_repo
+@click.option("--compress", type=click.Choice(["zstd"]), help="Have QEMU compress the images.")
 @options.reporting
 @click.pass_context
 def create_command(
-    ctx: click.Context, host: Host, targets: tuple[str, ...], repo: str, quiet: bool, output: str
+    ctx: click.Context, host: Host, targets: tuple[str, ...], repo: str, compress: str | None, quiet: bool, output: str
 ) -> None:
     """Back up disks that nobody writes to at the moment.
 
@@ -59,7 +60,7 @@ def create_command(
     from dirtmap.tools.backup.creating import create
 
     with _watching("backup", quiet=quiet) as watch:
-        made = create(host, targets, repo, wait=options.patience(ctx), watch=watch)
+        made = create(host, targets, repo, compress=compress, wait=options.patience(ctx), watch=watch)
     if quiet:
         return
     if output == "json":

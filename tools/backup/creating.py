@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 from dirtmap.fmt.errors import ArgumentError, Error, printable
 from dirtmap.tools.backup import files, state
 from dirtmap.tools.backup.copying import Run, Source, Writer, copy, dirty_runs, pieces_of, read, with_holes
-from dirtmap.tools.backup.document import FULL, INCREMENTAL, Backup, Digest, Piece, parts
-from dirtmap.tools.backup.imaging import NewImage
+from dirtmap.tools.backup.document import FULL, INCREMENTAL, ZSTD, Backup, Digest, Piece, parts
+from dirtmap.tools.backup.making import new_image
 from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.backup.raw import RawSource
 from dirtmap.tools.backup.repository import DOCUMENT, IMAGE, WAIT_SECONDS, Repository
@@ -59,6 +59,7 @@ def create(
     targets: Iterable[str],
     repository: str | os.PathLike[str],
     *,
+    compress: str | None = None,
     wait: float = WAIT_SECONDS,
     watch: Watcher = lambda disk, done, total: None,
 ) -> list[Backup]:
@@ -71,6 +72,7 @@ def create(
         host: knows the disks.
         targets: paths of qcow2 images, or names of nodes.
         repository: the path of its folder; it is made where it is not there.
+        compress: ``zstd`` has QEMU compress the images; None leaves them as they are.
         wait: seconds to wait for another process that uses the repository.
         watch: is told how far it is.
 
@@ -78,10 +80,12 @@ def create(
         The backups, in the order of the targets.
 
     Raises:
-        ArgumentError: two targets are one disk, or have one name.
+        ArgumentError: two targets are one disk, or have one name; or there is no such compression.
         LockedError: a disk is in use, or was written to meanwhile.
         Error: what the engine, QEMU or the operating system says.
     """
+    if compress not in (None, ZSTD):
+        raise ArgumentError("compress", f"'{printable(compress)}' is not {ZSTD}")
     place = Repository.made(repository)
     with place.writing(wait), contextlib.ExitStack() as stack:
         plans: list[_Plan] = []
@@ -90,7 +94,7 @@ def create(
             if any(other.backup.disk == plan.backup.disk for other in plans):
                 raise ArgumentError(target, f"another target is called '{printable(plan.backup.disk)}', too")
             plans.append(plan)
-        return [_carry_out(place, plan, watch) for plan in plans]
+        return [_carry_out(place, plan, compress, watch) for plan in plans]
 
 
 def _begin(host: Host, place: Repository, target: str, stack: contextlib.ExitStack) -> _Plan:
@@ -186,7 +190,7 @@ def _broken(place: Repository, last: Backup, size: int) -> tuple[str, str] | Non
     return None
 
 
-def _carry_out(place: Repository, plan: _Plan, watch: Watcher) -> Backup:
+def _carry_out(place: Repository, plan: _Plan, compress: str | None, watch: Watcher) -> Backup:
     """Copies what is to be copied, and makes a backup of it."""
     base = os.path.join(place.path, plan.backup.id)
     temporary = base + IMAGE + files.TEMPORARY
@@ -194,6 +198,7 @@ def _carry_out(place: Repository, plan: _Plan, watch: Watcher) -> Backup:
         for path in (temporary, base + ".pieces"):
             undo.callback(files.discard, path)
         spool = Spool(base + ".pieces")
+        plan.backup = replace(plan.backup, compression=compress)
         backup = _copy(plan, spool, temporary, watch)
         plan.offline.close()  # fails where the disk did not stay as it was
         backup = replace(backup, image_size=os.path.getsize(temporary))
@@ -207,7 +212,7 @@ def _copy(plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
     begun = time.monotonic()
     parent = None if backup.parent is None else backup.parent + IMAGE
     total = min(backup.dirty, size)
-    made = NewImage(temporary, size, cluster=cluster, backing=parent)
+    made = new_image(temporary, size, cluster=cluster, backing=parent, compression=backup.compression)
     with spool, reading(plan.disk, size) as source, made as image:
         writer = Writer(image, cluster, zeros=None if parent is None else image)
         runs: Iterable[Run] = [Run(0, size)] if size else []

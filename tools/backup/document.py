@@ -25,6 +25,7 @@ VERSION: Final = 1
 # Bytes of a piece with a digest of its own. Requests of this size cost QEMU the least.
 PIECE: Final = 1 << 20
 FULL, INCREMENTAL = "full", "incremental"
+ZSTD: Final = "zstd"
 STEM: Final = r"\d{8}T\d{6}Z-[0-9a-f]{16}"  # of the files of a backup: its id
 BITMAP_PREFIX: Final = "dirtmap-backup-"
 
@@ -79,6 +80,7 @@ class Backup:
         seconds: that it took.
         pieces: how many there are.
         pieces_digest: SHA-256 of their lines.
+        compression: of the image's clusters: ``zstd``, or None. Digests are of what the disk has.
     """
 
     id: str
@@ -104,6 +106,7 @@ class Backup:
     seconds: float
     pieces: int
     pieces_digest: str
+    compression: str | None = None
 
     def document(self) -> dict[str, Any]:
         """Its keys and values, as the document has them."""
@@ -152,6 +155,7 @@ def read_head(path: str) -> Backup:
         raise FormatError(path, "damaged: its first line has another digest")
     try:
         found = {key.replace("-", "_"): value for key, value in json.loads(head[len(_FIRST) : -1]).items()}
+        found.setdefault("compression", None)  # as what was made before there was this key
         backup = Backup(**{field.name: found[field.name] for field in fields(Backup)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(path, f"not a document of version {VERSION} ({error!r})") from error
@@ -174,6 +178,8 @@ def _fault(backup: Backup) -> str | None:
     for key in ("repository", "disk", "path", "format", "time", "kind", "bitmap", "pieces_digest"):
         if not isinstance(values[key], str):
             return key
+    if backup.compression not in (None, ZSTD):
+        return "compression"
     if backup.kind not in (FULL, INCREMENTAL) or (backup.kind == FULL) != (backup.parent is None):
         return "kind"
     powers = backup.granularity, backup.cluster_size
