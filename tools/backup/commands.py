@@ -40,6 +40,7 @@ _repo = click.argument("repo", type=click.Path())
     examples="""
     dirtmap backup create disk.qcow2 /backups/web
     dirtmap backup create --output=json system data /backups/web
+    dirtmap backup create --compress=zstd disk.qcow2 /backups/web
     """,
 )
 @click.argument("targets", metavar="TARGET...", nargs=-1, required=True, type=options.TARGET)
