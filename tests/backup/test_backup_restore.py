@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from support.qemu import StorageDaemon, check, qemu_img, qemu_io, run
 from support.volumes import attached, loops, mounted
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Backup, Piece, Repository
+from dirtmap.tools.backup import Backup, Piece, Repository, restore
 from dirtmap.tools.backup.chain import visible
 from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.qsd import nodes
@@ -156,6 +157,29 @@ def test_a_block_device_is_restored(nights: tuple[Path, list[bytes]], tmp_path: 
         assert restored[size:] == b"\xff" * ((32 << 20) - size)
         with dm.open("device") as image:
             assert image["b"].count == 32 << 20
+
+
+def test_a_block_device_that_is_too_small(nights: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    (tmp_path / "device").write_bytes(b"\xff" * SIZE)  # the disk has some bytes more
+    with loops(), attached(tmp_path / "device") as device:
+        said = error_of("backup", "restore", "--force", nights[0], "data", device)
+        assert said == f"{device}: has {SIZE} bytes, and the disk has {len(nights[1][0])}"
+        assert Path(device).read_bytes() == b"\xff" * SIZE
+
+
+def test_while_a_block_device_is_restored_nobody_mounts_it(nights: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    tried = list[str]()
+    (tmp_path / "device").write_bytes(bytes(32 << 20))
+    with loops(), attached(tmp_path / "device") as device, dm.Host() as host:
+
+        def watch(*_: object) -> None:
+            if not tried:
+                with pytest.raises(OSError, match="busy") as error:
+                    os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+                tried.append(str(error.value))
+
+        restore(host, nights[0], "data", device, force=True, watch=watch)
+    assert tried
 
 
 def test_a_restored_file_over_a_node_makes_its_bitmaps_dirty(tmp_path: Path) -> None:

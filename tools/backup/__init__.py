@@ -12,11 +12,11 @@ The rooms, each of which knows those below it and nothing of the engine but its 
     pruning | verifying | rebuilding |
     restoring | mounting                          acts
     creating | comparing                          the act that they know | a disk and a backup, byte by byte
-    chain | freezing                              a disk as it was at a backup | a disk that is being written
+    chain | freezing | making                     a disk as it was at a backup | one that is written | new images
     copying | state                               data and digests on their way | what a disk remembers of its backups
     repository                                    the folder of backups, its lock, unfinished acts
-    opened | imaging | document   images opened by QEMU | a new image | the JSON document of a backup
-    nbd | images | raw | files              the protocol | qemu-img | raw disks | files of ours
+    opened | imaging | direct | document          images opened by QEMU | new and old ones without it | the JSON document
+    nbd | images | raw | files                    the protocol | qemu-img | raw disks | files of ours
 """
 
 from __future__ import annotations

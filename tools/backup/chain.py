@@ -21,7 +21,7 @@ from dirtmap.fmt.errors import FormatError
 from dirtmap.tools.backup.copying import Data, sha256
 from dirtmap.tools.backup.direct import DirectImage
 from dirtmap.tools.backup.document import Backup, Piece
-from dirtmap.tools.backup.nbd import Connection
+from dirtmap.tools.backup.nbd import ALLOCATION, Connection
 from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.backup.repository import Repository
 from dirtmap.tools.qsd import nodes
@@ -102,22 +102,23 @@ class ChainReader:
     Args:
         place: the repository.
         chain: the backup, and those that it is on, the full one last; see `Repository.chain`.
-        direct: read without QEMU.
+        direct: read without QEMU what is not compressed.
     """
 
     def __init__(self, place: Repository, chain: list[Backup], *, direct: bool = False) -> None:
         self._place, self._chain, self._direct = place, chain, direct
         self._readers: dict[int, Connection | DirectImage] = {}
+        self._images: Images | None = None
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            if not self._direct:
-                self._images = stack.enter_context(Images())
             for depth, backup in enumerate(self._chain):
                 path = self._place.image(backup)
-                if self._direct:
+                if self._direct and backup.compression is None:
                     self._readers[depth] = stack.enter_context(DirectImage(path))
                 else:
+                    if self._images is None:
+                        self._images = stack.enter_context(Images())
                     self._images.open(f"layer-{depth}", nodes.image(path, "qcow2", alone=True))
             self._pool = stack.enter_context(ThreadPoolExecutor(1))
             self._stack = stack.pop_all()
@@ -129,8 +130,12 @@ class ChainReader:
     def layer(self, depth: int) -> Connection | DirectImage:
         """The image of the backup at a depth of the chain, by itself."""
         if depth not in self._readers:
-            self._readers[depth] = self._images.connect(f"layer-{depth}")
+            self._readers[depth] = self._connection(depth)
         return self._readers[depth]
+
+    def _connection(self, depth: int, context: str = ALLOCATION) -> Connection:
+        assert self._images is not None
+        return self._images.connect(f"layer-{depth}", context)
 
     def read(self) -> Iterator[Data]:
         """All of the disk, in order.
@@ -153,7 +158,7 @@ class ChainReader:
 
     def status(self, depth: int, context: str) -> Iterator[tuple[int, int, int]]:
         """Block status of the image at a depth, by itself, in order: beginning, end, and flags of the context."""
-        connection, at, size = self._images.connect(f"layer-{depth}", context), 0, self._chain[depth].size
+        connection, at, size = self._connection(depth, context), 0, self._chain[depth].size
         while at < size:
             for length, flags in connection.status(at, size - at):
                 if at < size:

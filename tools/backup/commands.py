@@ -42,6 +42,7 @@ _repo = click.argument("repo", type=click.Path())
     examples="""
     dirtmap backup create disk.qcow2 /backups/web
     dirtmap backup create --output=json system data /backups/web
+    dirtmap backup create --compress=zstd disk.qcow2 /backups/web
     dirtmap backup create data /backups/web --source /dev/vg0/snap --snapshot 'lvcreate -qs -L 10G -n snap vg0/data'
     """,
 )
@@ -60,6 +61,7 @@ _repo = click.argument("repo", type=click.Path())
     help="Have a shell run COMMAND to make what --source names, while nothing is written to the disks.",
 )
 @click.option("--live", is_flag=True, help="Read disks while they are written: what is copied is not of one moment.")
+@click.option("--compress", type=click.Choice(["zstd"]), help="Have QEMU compress the images.")
 @options.reporting
 @click.pass_context
 def create_command(
@@ -70,6 +72,7 @@ def create_command(
     sources: tuple[str, ...],
     snapshot: str | None,
     live: bool,
+    compress: str | None,
     quiet: bool,
     output: str,
 ) -> None:
@@ -90,7 +93,9 @@ def create_command(
     with _watching("backup", quiet=quiet) as watch:
         chosen = _chosen(targets, sources)
         wait = options.patience(ctx)
-        made = create(host, targets, repo, sources=chosen, snapshot=snapshot, live=live, wait=wait, watch=watch)
+        made = create(
+            host, targets, repo, sources=chosen, snapshot=snapshot, live=live, compress=compress, wait=wait, watch=watch
+        )
     if quiet:
         return
     if output == "json":

@@ -21,13 +21,14 @@ from dirtmap.tools.backup.document import (
     OFFLINE,
     REFLINK,
     SOURCE,
+    ZSTD,
     Backup,
     Digest,
     Piece,
     parts,
 )
 from dirtmap.tools.backup.freezing import Written, freeze
-from dirtmap.tools.backup.imaging import NewImage
+from dirtmap.tools.backup.making import new_image
 from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.backup.raw import RawSource
 from dirtmap.tools.backup.repository import DOCUMENT, IMAGE, WAIT_SECONDS, Repository
@@ -103,6 +104,7 @@ def create(
     sources: Mapping[str, str] | None = None,
     snapshot: str | None = None,
     live: bool = False,
+    compress: str | None = None,
     wait: float = WAIT_SECONDS,
     watch: Watcher = lambda disk, done, total: None,
 ) -> list[Backup]:
@@ -120,6 +122,7 @@ def create(
         snapshot: a command of the shell that makes these snapshots; it is run while nothing is written to the disks.
             None where they have been made already, after the last backups.
         live: reads disks that are tracked while they are written. What is copied is not of one moment.
+        compress: ``zstd`` has QEMU compress the images; None leaves them as they are.
         wait: seconds to wait for another process that uses the repository.
         watch: is told how far it is.
 
@@ -127,12 +130,15 @@ def create(
         The backups, in the order of the targets.
 
     Raises:
-        ArgumentError: two targets are one disk, or have one name; or the arguments do not go together.
+        ArgumentError: two targets are one disk, or have one name; the arguments do not go together; or there is no such
+            compression.
         BitmapError: no checkpoint is known to be older than a snapshot.
         LockedError: a disk is in use, or was written to meanwhile.
         UnsupportedError: a disk that is tracked cannot be cloned.
         Error: what the engine, QEMU or the operating system says.
     """
+    if compress not in (None, ZSTD):
+        raise ArgumentError("compress", f"'{printable(compress)}' is not {ZSTD}")
     chosen, given = list(targets), dict(sources or {})
     _require_fitting(chosen, given, snapshot, live)
     place = Repository.made(repository)
@@ -146,7 +152,7 @@ def create(
         offline = {one.name: _begin_offline(host, one) for one in found if one.how is None}
         written = _begin_written(host, [one for one in found if one.how is not None], snapshot)
         plans = [_planned(place, one, {**offline, **written}[one.name]) for one in found]
-        return [_carry_out(place, plan, watch) for plan in plans]
+        return [_carry_out(place, plan, compress, watch) for plan in plans]
 
 
 def _require_fitting(targets: list[str], sources: Mapping[str, str], snapshot: str | None, live: bool) -> None:
@@ -303,7 +309,7 @@ def _broken(place: Repository, last: Backup, size: int) -> tuple[str, str] | Non
     return None
 
 
-def _carry_out(place: Repository, plan: _Plan, watch: Watcher) -> Backup:
+def _carry_out(place: Repository, plan: _Plan, compress: str | None, watch: Watcher) -> Backup:
     """Copies what is to be copied, and makes a backup of it."""
     base = os.path.join(place.path, plan.backup.id)
     temporary = base + IMAGE + files.TEMPORARY
@@ -311,6 +317,7 @@ def _carry_out(place: Repository, plan: _Plan, watch: Watcher) -> Backup:
         for path in (temporary, base + ".pieces"):
             undo.callback(files.discard, path)
         spool = Spool(base + ".pieces")
+        plan.backup = replace(plan.backup, compression=compress)
         backup = _copy(plan, spool, temporary, watch)
         plan.kept.close()  # fails where the disk did not stay as it was
         backup = replace(backup, image_size=os.path.getsize(temporary))
@@ -324,7 +331,7 @@ def _copy(plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
     begun = time.monotonic()
     parent = None if backup.parent is None else backup.parent + IMAGE
     total = min(backup.dirty, size)
-    made = NewImage(temporary, size, cluster=cluster, backing=parent)
+    made = new_image(temporary, size, cluster=cluster, backing=parent, compression=backup.compression)
     with spool, reading(plan.disk, size) as source, made as image:
         writer = Writer(image, cluster, zeros=None if parent is None else image)
         runs: Iterable[Run] = [Run(0, size)] if size else []

@@ -26,6 +26,7 @@ VERSION: Final = 1
 PIECE: Final = 1 << 20
 FULL, INCREMENTAL = "full", "incremental"
 OFFLINE, REFLINK, SOURCE, LIVE = "offline", "reflink", "source", "live"
+ZSTD: Final = "zstd"
 STEM: Final = r"\d{8}T\d{6}Z-[0-9a-f]{16}"  # of the files of a backup: its id
 BITMAP_PREFIX: Final = "dirtmap-backup-"
 
@@ -82,6 +83,7 @@ class Backup:
         pieces_digest: SHA-256 of their lines.
         frozen: what was read: ``offline``, the disk, to which nobody wrote; ``reflink``, a clone of it; ``source``, a
             snapshot that was given; or ``live``, the disk while it was written, which is not of one moment.
+        compression: of the image's clusters: ``zstd``, or None. Digests are of what the disk has.
     """
 
     id: str
@@ -108,6 +110,7 @@ class Backup:
     pieces: int
     pieces_digest: str
     frozen: str = OFFLINE
+    compression: str | None = None
 
     def document(self) -> dict[str, Any]:
         """Its keys and values, as the document has them."""
@@ -157,6 +160,7 @@ def read_head(path: str) -> Backup:
     try:
         found = {key.replace("-", "_"): value for key, value in json.loads(head[len(_FIRST) : -1]).items()}
         found.setdefault("frozen", OFFLINE)  # as what was made before there was this key
+        found.setdefault("compression", None)  # as what was made before there was this key
         backup = Backup(**{field.name: found[field.name] for field in fields(Backup)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(path, f"not a document of version {VERSION} ({error!r})") from error
@@ -179,6 +183,8 @@ def _fault(backup: Backup) -> str | None:
     for key in ("repository", "disk", "path", "format", "time", "kind", "bitmap", "pieces_digest", "frozen"):
         if not isinstance(values[key], str):
             return key
+    if backup.compression not in (None, ZSTD):
+        return "compression"
     if backup.kind not in (FULL, INCREMENTAL) or (backup.kind == FULL) != (backup.parent is None):
         return "kind"
     powers = backup.granularity, backup.cluster_size

@@ -6,7 +6,8 @@ import os
 import subprocess
 
 from dirtmap.fmt.errors import FormatError, StorageError
-from dirtmap.fmt.qcow2 import Header, header_faults, parse_header
+from dirtmap.fmt.geometry import align_up
+from dirtmap.fmt.qcow2 import SECTOR, Header, header_faults, parse_header
 from dirtmap.tools.backup.files import failing
 
 _MOST_HEAD = 4096  # bytes: the header of an image of ours has less
@@ -17,7 +18,14 @@ def plain(path: str) -> str:
     return os.path.abspath(path)
 
 
-def create(path: str, size: int, *, cluster_size: int | None = None, backing: str | None = None) -> None:
+def create(
+    path: str,
+    size: int,
+    *,
+    cluster_size: int | None = None,
+    backing: str | None = None,
+    compression: str | None = None,
+) -> None:
     """Makes a new qcow2 image.
 
     Args:
@@ -25,14 +33,29 @@ def create(path: str, size: int, *, cluster_size: int | None = None, backing: st
         size: of its disk, bytes; it is rounded up to 512.
         cluster_size: bytes; None for QEMU's own choice.
         backing: the name of the image that it is on, in its own folder.
+        compression: of what is compressed in it; None for QEMU's own choice.
 
     Raises:
         StorageError: it cannot be made.
     """
     options = [f"cluster_size={cluster_size}"] if cluster_size else []
+    options += [f"compression_type={compression}"] if compression else []
     below = ["-u", "-b", backing, "-F", "qcow2"] if backing else []
     chosen = ["-o", ",".join(options)] if options else []
-    qemu_img("create", "-q", "-f", "qcow2", *chosen, *below, plain(path), str(-(-size // 512) * 512))
+    qemu_img("create", "-q", "-f", "qcow2", *chosen, *below, plain(path), str(align_up(size, SECTOR)))
+
+
+def shrink(path: str, size: int) -> None:
+    """Gives a qcow2 image a smaller disk.
+
+    Args:
+        path: of the image.
+        size: of its disk, bytes; it is rounded up to 512.
+
+    Raises:
+        StorageError: QEMU refuses.
+    """
+    qemu_img("resize", "-q", "--shrink", "-f", "qcow2", plain(path), str(align_up(size, SECTOR)))
 
 
 def read_header(path: str) -> Header:

@@ -42,7 +42,7 @@ class Images:
         Raises:
             StorageError: it cannot be opened; the error has what QEMU said.
         """
-        path: str = node["file"]["filename"]
+        path = _path(node)
         if not self._paths:
             # Without a limit: one connection goes to each image of a chain, and those above it would wait for ever.
             self._daemon.listen(self._listener, unlimited=True)
@@ -70,3 +70,8 @@ class Images:
     def _disconnect(self) -> None:
         while self._connections:
             self._connections.pop().close()
+
+
+def _path(node: dict[str, Any]) -> str:
+    """Of the file that is below a node."""
+    return _path(node["file"]) if "file" in node else str(node["filename"])

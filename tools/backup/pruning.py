@@ -11,7 +11,7 @@ from dirtmap.tools.backup.chain import ChainReader
 from dirtmap.tools.backup.copying import Writer, copy
 from dirtmap.tools.backup.creating import Spool, Watcher
 from dirtmap.tools.backup.document import FULL, Backup, parts
-from dirtmap.tools.backup.imaging import NewImage
+from dirtmap.tools.backup.making import new_image
 from dirtmap.tools.backup.repository import DOCUMENT, IMAGE, NEW, WAIT_SECONDS, Repository
 
 PRUNED = "pruned"
@@ -75,7 +75,7 @@ def _make_full(place: Repository, backup: Backup, watch: Watcher) -> None:
     temporary, spool = image + files.TEMPORARY, Spool(base + ".pieces")
     try:
         cluster = min(each.cluster_size for each in chain)  # what can be seen of each begins and ends at its own
-        new = NewImage(temporary, backup.size, cluster=cluster)
+        new = new_image(temporary, backup.size, cluster=cluster, compression=backup.compression)
         with spool, ChainReader(place, chain, direct=True) as reader, new as target:
             writer = Writer(target, cluster)
             done = 0

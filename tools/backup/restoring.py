@@ -119,13 +119,13 @@ def _write_device(host: Host, path: str, backup: Backup, reader: ChainReader, wa
     with files.unused_device(path) as size:
         if size < backup.size:
             raise ArgumentError(path, f"has {size} bytes, and the disk has {backup.size}")
-    # Whatever becomes of this, the bitmaps of a node there do not tell what is on it any more.
-    _make_dirty(host, path)
-    with Images() as opened:
-        opened.open("out", nodes.image(path, RAW, writable=True))
-        device = opened.connect("out")
-        _write(Writer(device, _CLUSTER, zeros=device), backup, reader, watch)
-    files.sync(path)
+        # Whatever becomes of this, the bitmaps of a node there do not tell what is on it any more.
+        _make_dirty(host, path)
+        with Images() as opened:
+            opened.open("out", nodes.image(path, RAW, writable=True))
+            device = opened.connect("out")
+            _write(Writer(device, _CLUSTER, zeros=device), backup, reader, watch)
+        files.sync(path)
 
 
 def _nodes_at(host: Host, path: str, *, surely: bool) -> list[str]:

@@ -40,3 +40,8 @@ def image(
     if force_share:
         made["force-share"] = True
     return made
+
+
+def compressed(image: dict[str, Any]) -> dict[str, Any]:
+    """The same image, with whatever is written to it being compressed, cluster by cluster."""
+    return {"driver": "compress", "read-only": image["read-only"], "file": image}
