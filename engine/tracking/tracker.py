@@ -183,8 +183,8 @@ class Tracker(Recorder):
         """Gives a checkpoint that was lost its content anew, in one commit; see `Handle.rebuild`. Errors as `add`, too.
 
         Raises:
-            BitmapError: ``begun`` is not the newest checkpoint; there is a bitmap ``name`` that is none; or the disk has
-                another size than what was compared.
+            BitmapError: ``begun`` is not the newest checkpoint; there is a bitmap ``name`` that is none; or the disk
+                has another size than what was compared.
         """
         with self._using(), self._changing() as home:
             for one in (name, begun):
