@@ -61,7 +61,7 @@ def _named(image: Namespace, status: Status) -> str:
 def rebuild(image: Namespace, name: str, begun: str, differing: Bitmap) -> None:
     """Has the tracker of an image give a checkpoint its content anew; see `Handle.rebuild`."""
     with asked(image) as talk:
-        said = {"namespace": image.uuid, "granularity": differing.granularity}
+        said = {"namespace": image.uuid, "size": differing.size, "granularity": differing.granularity}
         for offsets, lengths in differing.extents_by_parts():
             for at in range(0, len(offsets), _RANGES):
                 part = slice(at, at + _RANGES)

@@ -4,7 +4,7 @@
     change     several changes to bitmaps, all or none: see `Tracker.change`; bits of theirs are in the message's bytes
     checkpoint a checkpoint, of a name and a granularity
     save       saves
-    differing  gathers ranges, offsets and lengths in bytes, at a granularity, for `rebuild`
+    differing  gathers ranges, offsets and lengths in bytes, of a disk of that size, at a granularity, for `rebuild`
     rebuild    gives a checkpoint anew what was gathered: see `Tracker.rebuild`
     stop       ends the tracker
     hold       holds bitmaps as they are at one cut, until `give`, or until the end of the conversation
@@ -37,7 +37,6 @@ Changing = Callable[[Iterable[tuple[Any, ...]]], object]
 class Askable(Protocol):
     """What is asked of a tracker; see `dirtmap.engine.tracking.tracker.Tracker`, which implements it."""
 
-    size: int
     on_stop: Callable[[], object] | None
 
     def require_namespace(self, namespace: str) -> None:
@@ -108,9 +107,9 @@ class Asked:
         elif act == "save":
             tracker.save()
         elif act == "differing":
-            self._gather(asked["granularity"], asked["offsets"], asked["lengths"])
+            self._gather(asked["size"], asked["granularity"], asked["offsets"], asked["lengths"])
         elif act == "rebuild":
-            self._gather(asked["granularity"], [], [])
+            self._gather(asked["size"], asked["granularity"], [], [])
             assert self._differing is not None
             tracker.rebuild(asked["name"], asked["begun"], self._differing)
             self._differing = None
@@ -135,11 +134,11 @@ class Asked:
             raise UnsupportedError("act", f"a tracker knows no '{printable(str(act))}'")
         return None, b""
 
-    def _gather(self, granularity: int, offsets: list[int], lengths: list[int]) -> None:
+    def _gather(self, size: int, granularity: int, offsets: list[int], lengths: list[int]) -> None:
         from dirtmap.engine.model.bitmap import Bitmap
 
         if self._differing is None:
-            self._differing = Bitmap(self._tracker.size, granularity)
+            self._differing = Bitmap(size, granularity)
         self._differing.mark_many(offsets, lengths)
 
     def _with_bits(self, changes: Iterable[list[Any]], data: bytes) -> Iterator[tuple[Any, ...]]:

@@ -239,11 +239,14 @@ class Tracker(Recorder):
         """Gives a checkpoint that was lost its content anew, in one commit; see `Handle.rebuild`. Errors as `add`, too.
 
         Raises:
-            BitmapError: ``begun`` is not the newest checkpoint; or there is a bitmap ``name`` that is none.
+            BitmapError: ``begun`` is not the newest checkpoint; there is a bitmap ``name`` that is none; or the disk
+                has another size than what was compared.
         """
         with self._using(), self._changing() as home:
             for one in (name, begun):
                 self._refuse_busy(home, one)
+            if differing.size != self.size:
+                raise BitmapError(home.where, f"has {self.size} bytes, and had {differing.size} when compared")
             chain = list(home.checkpoints)
             if name == begun or not chain or chain[-1] != begun:
                 raise BitmapError(f"{home.where}: {label(begun)}", "not the newest checkpoint")

@@ -151,6 +151,8 @@ def test_what_cannot_be_rebuilt_is_said_and_stays(tmp_path: Path) -> None:
                 with pytest.raises(dm.BitmapError, match=what):
                     tracker.rebuild(name, begun, differing)
                 assert tracker.checkpoints() == ["a", "b", "c"]
+            with pytest.raises(dm.BitmapError, match="when compared"):  # it has grown since
+                tracker.rebuild("b", "c", dm.Bitmap(SIZE - GRANULE, GRANULE))
         with Home(ALONE, str(tmp_path / "default.dmap"), b"drive0").change(None) as home:
             del home.entries["b"]
         with image.track(save_interval=0) as tracker:
