@@ -65,7 +65,9 @@ def map_command(
     """
     if (bitmap is None) == (since is None):
         raise click.UsageError(
-            "Either a BITMAP or --since is needed." if bitmap is None else "--since goes with no BITMAP."
+            "Missing argument 'BITMAP'. Or --since tells a checkpoint."
+            if bitmap is None
+            else "--since goes with no BITMAP."
         )
     if until is not None and since is None:
         raise click.UsageError("--until goes with --since only.")

@@ -388,7 +388,7 @@ def test_what_was_written_between_checkpoints(tmp_path: Path) -> None:
             (("--since", "b", "--until", "b"), "not a checkpoint after"),
             (("b0", "--since", "a"), "--since goes with no BITMAP"),
             (("b0", "--until", "a"), "--until goes with --since only"),
-            ((), "Either a BITMAP or --since is needed"),
+            ((), "Missing argument 'BITMAP'. Or --since tells a checkpoint"),
         ):
             assert why in error_of("map", "drive0", *wrong)
 

@@ -140,7 +140,7 @@ def test_usage_is_pinned() -> None:
     assert [usage.replace(" [OPTIONS]", "") for usage in usages] == [
         "list [TARGET]...",
         "dump FILE",
-        "map TARGET BITMAP",
+        "map TARGET [BITMAP]",
         "add TARGET BITMAP",
         "remove TARGET BITMAP",
         "clear TARGET BITMAP",
@@ -397,7 +397,7 @@ def test_commands_that_touch_no_bits_start_fast(image: Path, tmp_path: Path, whe
 
 def test_a_command_imports_no_other(image: Path) -> None:
     ours = {name for name in imported("list", image) if name.startswith("dirtmap.tools.")}
-    assert ours == {f"dirtmap.tools.{name}" for name in ("cli", "exits", "list", "options", "output", "sizes")}
+    assert ours == {f"dirtmap.tools.{name}" for name in ("cli", "exits", "list", "options", "output", "sizes", "times")}
     assert "json" in imported("list", "--output=json", image)
 
 
