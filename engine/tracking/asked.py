@@ -37,6 +37,7 @@ Changing = Callable[[Iterable[tuple[Any, ...]]], object]
 class Askable(Protocol):
     """What is asked of a tracker; see `dirtmap.engine.tracking.tracker.Tracker`, which implements it."""
 
+    size: int
     on_stop: Callable[[], object] | None
 
     def require_namespace(self, namespace: str) -> None:

@@ -15,7 +15,7 @@ The rooms, each of which knows those below it and nothing of the engine but its 
     chain | freezing | making                     a disk as it was at a backup | one that is written | new images
     copying | state                               data and digests on their way | what a disk remembers of its backups
     repository                                    the folder of backups, its lock, unfinished acts
-    opened | imaging | direct | document          images opened by QEMU | new and old ones without it | the JSON document
+    opened | imaging | direct | document          images opened by QEMU | without it, new and old | the JSON document
     nbd | images | raw | files                    the protocol | qemu-img | raw disks | files of ours
 """
 
