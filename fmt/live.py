@@ -23,6 +23,8 @@ from dirtmap.fmt.identity import NO_IDENTITY, Identity
 from dirtmap.fmt.parsers.live import (
     BEAT,
     CHECKPOINT_NAME,
+    CHECKPOINT_TIME,
+    CHECKPOINT_TIMES,
     FLIGHT,
     LOG,
     LOG_RECORD,
@@ -257,6 +259,28 @@ def parse_checkpoints(data: bytes) -> Iterator[bytes]:
             raise ValueError(f"the checkpoint at {at} ends past the list's {len(data)} bytes")
         yield data[body:end]
         at = end
+
+
+def build_checkpoint_times(checkpoints: bytes, times: Iterable[int]) -> bytes:
+    """Returns the data of the record extension that says when the checkpoints began.
+
+    Args:
+        checkpoints: the data of the extension that lists them.
+        times: of each, in their order, in nanoseconds since 1970; 0 where it is not known, and for a break.
+    """
+    head = CHECKPOINT_TIMES.build(checksum=crc32c(checkpoints), reserved=0)
+    return head + b"".join(CHECKPOINT_TIME.build(time=time) for time in times)
+
+
+def parse_checkpoint_times(checkpoints: bytes, data: bytes) -> list[int]:
+    """Returns when the checkpoints began, as `build_checkpoint_times` has it.
+
+    An empty list if it says that of another list of them: software that does not know these times has changed that.
+    """
+    if len(data) < CHECKPOINT_TIMES.size or CHECKPOINT_TIMES.parse(data).checksum != crc32c(checkpoints):
+        return []
+    ends = range(CHECKPOINT_TIMES.size, len(data) - CHECKPOINT_TIME.size + 1, CHECKPOINT_TIME.size)
+    return [CHECKPOINT_TIME.parse(data, at).time for at in ends]
 
 
 def record_seed(uuid: bytes, number: int) -> int:

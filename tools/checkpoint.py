@@ -11,10 +11,11 @@ from dirtmap.fmt.spelling import escaped
 from dirtmap.tools import options
 from dirtmap.tools.output import write_json
 from dirtmap.tools.sizes import human_size
-from dirtmap.tools.targets import address, transaction, usable
+from dirtmap.tools.targets import address, transaction
+from dirtmap.tools.times import iso_time, local_time
 
 if TYPE_CHECKING:
-    from dirtmap.engine import Bitmap, Handle, Host
+    from dirtmap.engine import Host
 
 
 @click.group("checkpoint")
@@ -72,35 +73,33 @@ def remove_command(host: Host, target: str, name: str) -> None:
 @options.target
 @options.reporting
 def list_command(host: Host, target: str, quiet: bool, output: str) -> None:
-    """List the checkpoints of TARGET, oldest first, and how much was written since each.
+    """List the checkpoints of TARGET, oldest first: since when each is, and how much was written since.
 
     "since" is in bytes, in whole granules. Where a program that knows nothing of checkpoints has taken one away, it is
-    not known any more: it is null then, and a backup has to be a full one.
+    not known any more: it is null then, and a backup has to be a full one. "began" is null for a checkpoint that was
+    begun by a program that did not write it down.
     """
     with host.open(target, force_share=True) as image:
-        found = _since(image)
+        info = image.info()
+    there = {bitmap.name: bitmap for bitmap in info.bitmaps}
+    found = [(name, there.get(name)) for name in info.checkpoints]
     if quiet:
         return
     if output == "json":
-        shown = [{"name": escaped(name), "since": since} for name, since in found]
+        shown = [
+            {
+                "name": escaped(name),
+                "began": iso_time(bitmap.began if bitmap else None),
+                "since": bitmap.since if bitmap else None,
+            }
+            for name, bitmap in found
+        ]
         write_json({**address(host, target), "checkpoints": shown})
         return
-    for name, since in found:
-        print(f"{printable(name)}: {'not known' if since is None else human_size(since)} written since")
-
-
-def _since(image: Handle) -> list[tuple[str, int | None]]:
-    """Each checkpoint, and how many bytes were written since; None where that is not known."""
-    info, found = image.info(), []
-    union: Bitmap | None = None
-    for name in reversed(info.checkpoints):
-        since = None
-        if name not in info.incomplete:
-            bitmap = usable(image.where, image, name)
-            union = bitmap if union is None else union | bitmap
-            since = union.count
-        found.append((name, since))
-    return found[::-1]
+    for name, bitmap in found:
+        since = "not known" if bitmap is None or bitmap.since is None else human_size(bitmap.since)
+        began = "" if bitmap is None or bitmap.began is None else f" {local_time(bitmap.began)}"
+        print(f"{printable(name)}: {since} written since{began}")
 
 
 for _command in (add_command, remove_command, list_command):

@@ -11,6 +11,7 @@ from dirtmap.fmt.errors import printable
 from dirtmap.tools import options
 from dirtmap.tools.output import complain, write_json, write_table
 from dirtmap.tools.sizes import human_share, human_size
+from dirtmap.tools.times import iso_time, local_time
 
 if TYPE_CHECKING:
     from dirtmap.engine import BitmapInfo, Host, ImageInfo
@@ -35,12 +36,14 @@ def list_command(
     """List the bitmaps of images.
 
     Shows each bitmap's granularity, how much of the disk it calls dirty (in whole granules, as QEMU counts), and
-    whether QEMU goes on recording into it, or that it is a checkpoint of a tracker, which other checkpoints rely on; in
-    JSON, "checkpoints" names these, oldest first. An inconsistent bitmap is in use by a writer, or was left so by one
-    that died. The bits of a damaged bitmap are not what was written; see "dirtmap recover". Without a TARGET, lists all
-    bitmaps of the host, in every image and store that it knows; see "dirtmap index scan". If a TARGET cannot be read, a
-    bitmap is damaged, or a disk has another size than its bitmaps, the others are listed, and the exit status is 1. In
-    JSON, "errors" has a line for each of these.
+    whether QEMU goes on recording into it, or that it is a checkpoint of a tracker, which other checkpoints rely on,
+    since when, and how much was written since. In JSON, "checkpoints" names these, oldest first; "began" is when each
+    began, and "since" how many bytes were written since, in it and in all later ones; null where that is not known.
+
+    An inconsistent bitmap is in use by a writer, or was left so by one that died. The bits of a damaged bitmap are not
+    what was written; see "dirtmap recover". Without a TARGET, lists all bitmaps of the host, in every image and store
+    that it knows; see "dirtmap index scan". If a TARGET cannot be read, a bitmap is damaged, or a disk has another size
+    than its bitmaps, the others are listed, and the exit status is 1. In JSON, "errors" has a line for each of these.
     """
     failed = False
     documents = []
@@ -91,6 +94,8 @@ def _document(info: ImageInfo) -> dict[str, Any]:
                 "damaged": bitmap.damaged,
                 "busy": bitmap.busy,
                 "checkpoint": bitmap.checkpoint,
+                "began": iso_time(bitmap.began),
+                "since": bitmap.since,
                 "count": bitmap.count,
                 "uuid": bitmap.uuid,
                 "generation": bitmap.generation,
@@ -138,4 +143,7 @@ def _row(bitmap: BitmapInfo, size: int | None) -> tuple[str, ...]:
         state = "damaged" if bitmap.damaged else "inconsistent"
     if bitmap.checkpoint and state != "checkpoint":
         state += ", checkpoint"
+    if bitmap.checkpoint:
+        state += f" since {local_time(bitmap.began)}" * (bitmap.began is not None)
+        state += "" if bitmap.since is None else f": {human_size(bitmap.since)} written"
     return printable(bitmap.name), human_size(bitmap.granularity), dirty, share, state + ", busy" * bitmap.busy

@@ -13,6 +13,7 @@ from dirtmap.tools import options
 from dirtmap.tools.output import colourful, write_json
 from dirtmap.tools.sizes import human_share, human_size
 from dirtmap.tools.targets import address
+from dirtmap.tools.times import local_time
 
 if TYPE_CHECKING:
     from dirtmap.engine import Host, Status
@@ -82,7 +83,7 @@ def _lines(target: str, status: Status | None) -> list[str]:
     name = printable(target)
     if status is None:
         return [f"{name}: not tracked"]
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
+    since = local_time(status.started)
     if not status.alive:
         return [f"{name}: its tracker has died; it began {since}", f"  recover   {printable(status.how)}"]
     ago = "never" if status.seen is None else f"{max(0.0, time.time() - status.seen):.1f} s ago"

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import socket
-from typing import Any, Self
+import time
+from collections.abc import Callable
+from typing import Any, Final, Self
 
 from dirtmap.engine.control import wire
 from dirtmap.fmt.errors import LockedError, StorageError
+
+_PATIENCE: Final = 60.0  # seconds for which an answer is waited for; a cut waits for the writes in flight
+_LOOK: Final = 1.0  # seconds until it is looked whether the tracker lives
+# What cannot be told to have been done or not where no answer comes.
+_LASTING: Final = "change", "checkpoint", "stop"
 
 
 class Conversation:
@@ -17,19 +26,21 @@ class Conversation:
         where: names the image in errors.
         said: who tracks the image, as errors say it.
         folder: of the live files.
+        lives: whether the tracker gives signs of life.
 
     Raises:
         LockedError: it cannot be reached from here.
     """
 
-    def __init__(self, where: str, said: str, folder: str) -> None:
-        self.where = where
+    def __init__(self, where: str, said: str, folder: str, lives: Callable[[], bool]) -> None:
+        self.where, self._said, self._lives = where, said, lives
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(_PATIENCE)
         try:
             with wire.place(folder) as path:
                 self._socket.connect(path)
-            if wire.user_of(self._socket) not in (os.geteuid(), 0):
-                raise PermissionError(0, "another user listens there")
+            if (user := wire.user_of(self._socket)) not in (os.geteuid(), 0):
+                raise PermissionError(0, f"user {user} listens there, who has to ask himself")
         except OSError as error:
             self._socket.close()
             path = os.path.join(folder, wire.NAME)
@@ -37,20 +48,37 @@ class Conversation:
             raise LockedError(where, what) from error
 
     def ask(self, act: str, **arguments: Any) -> Any:
-        """Asks, and waits for the answer. Errors of the tracker are raised here."""
+        """Asks, and waits for the answer. Errors of the tracker are raised here.
+
+        Raises:
+            StorageError: it gives no answer, and no sign of life; or it has hung up.
+        """
         return self.ask_for_data(act, **arguments)[0]
 
-    def ask_for_data(self, act: str, **arguments: Any) -> tuple[Any, bytes]:
-        """Like `ask`, where the answer has bytes as well."""
+    def ask_for_data(self, act: str, data: bytes = b"", **arguments: Any) -> tuple[Any, bytes]:
+        """Like `ask`, where the question and the answer may have bytes as well."""
+        unknown = "; whether that was done is not known: look before you ask again" if act in _LASTING else ""
         try:
-            wire.send(self._socket, {"act": act, **arguments})
-            found = wire.receive(self._socket)
+            with contextlib.suppress(BrokenPipeError):  # it may have said why
+                wire.send(self._socket, {"act": act, **arguments}, data)
+            found = self._answer()
+        except TimeoutError as error:
+            self.close()  # so that a tracker that was stopped does not do it later
+            what = f"{self._said}, which gives no answer: it may be stopped{unknown}"
+            raise StorageError(self.where, what, errno.ETIMEDOUT) from error
         except OSError as error:
-            raise StorageError(self.where, f"its tracker hung up: {error.strerror}", error.errno) from error
+            raise StorageError(self.where, f"its tracker hung up: {error.strerror}{unknown}", error.errno) from error
         if found is None:
-            raise StorageError(self.where, "its tracker has ended before it answered")
+            raise StorageError(self.where, f"its tracker has ended before it answered{unknown}")
         wire.raised(found[0])
         return found[0].get("answer"), found[1]
+
+    def _answer(self) -> tuple[dict[str, Any], bytes] | None:
+        deadline = time.monotonic() + _PATIENCE
+        while not wire.comes(self._socket, _LOOK):
+            if time.monotonic() > deadline or not self._lives():
+                raise TimeoutError
+        return wire.receive(self._socket)
 
     def close(self) -> None:
         """Ends it."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -13,9 +14,13 @@ from typing import Any, Final
 from dirtmap.engine.control import wire
 from dirtmap.fmt.errors import Error, StorageError
 
-# What answers in one conversation: gets what is asked, and returns what to answer.
-Answering = Callable[[dict[str, Any]], tuple[Any, bytes]]
+# What answers in one conversation: gets what is asked, with its bytes, and returns what to answer, with bytes.
+Answering = Callable[[dict[str, Any], bytes], tuple[Any, bytes]]
 _MOST: Final = 64  # conversations at a time
+_MOST_BYTES: Final = 1 << 30  # of bits in a question: those that two bitmaps of a qcow2 image may have
+# Seconds that a conversation may take to begin, and a message to go on; between two messages it may take any time.
+_PATIENCE: Final = 10.0
+_PAUSE: Final = 0.1
 
 
 class Server:
@@ -72,25 +77,41 @@ class Server:
                 try:
                     peer, _ = self._listener.accept()
                 except OSError:
-                    return
+                    if self._closed:
+                        return
+                    time.sleep(_PAUSE)  # say, there is no descriptor left in this process
+                    continue
+                if wire.user_of(peer) not in (os.geteuid(), 0):
+                    peer.close()
+                    continue
                 with self._guard:
                     welcome = not self._closed and len(self._peers) < _MOST
                     if welcome:
                         self._peers[peer] = 0
-                if not welcome or wire.user_of(peer) not in (os.geteuid(), 0):
+                try:
+                    if not welcome:
+                        raise RuntimeError(f"its tracker is asked by {_MOST} others already; try again")
+                    threading.Thread(target=self._talk, args=(peer,), name="dirtmap control", daemon=True).start()
+                except RuntimeError as error:  # also where there can be no more threads
+                    peer.setblocking(False)
+                    with contextlib.suppress(OSError):
+                        wire.send(peer, wire.written(StorageError(self._folder, str(error))))
                     self._forget(peer)
-                    continue
-                threading.Thread(target=self._talk, args=(peer,), name="dirtmap control", daemon=True).start()
 
     def _talk(self, peer: socket.socket) -> None:
         with self._guard:
             if peer in self._peers:
                 self._peers[peer] = threading.get_ident()
+        peer.settimeout(_PATIENCE)
+        patience: float | None = _PATIENCE
         try:
             with contextlib.suppress(OSError, Error), self._begin() as answer:
-                while (asked := wire.receive(peer)) is not None:
+                while wire.comes(peer, patience) and (asked := wire.receive(peer, _MOST_BYTES)) is not None:
+                    if wire.has_hung_up(peer):  # who has given up is told nothing, and so nothing is done
+                        return
+                    patience = None
                     try:
-                        said, data = answer(asked[0])
+                        said, data = answer(*asked)
                     except Error as error:
                         wire.send(peer, wire.written(error))
                     except Exception as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import struct
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ NAME: Final = "socket"  # in the folder of the live files
 _LENGTHS: Final = struct.Struct(">IQ")
 _CREDENTIALS: Final = struct.Struct("3i")
 _MOST_TEXT: Final = 1 << 24
-_MOST_BYTES: Final = 1 << 40  # more than any bitmap has
+MOST_BYTES: Final = 1 << 40  # more than any bitmap has
 
 
 @contextmanager
@@ -53,24 +54,43 @@ def send(peer: socket.socket, document: dict[str, Any], data: bytes = b"") -> No
     peer.sendall(data)
 
 
-def receive(peer: socket.socket) -> tuple[dict[str, Any], bytes] | None:
+def comes(peer: socket.socket, seconds: float | None) -> bool:
+    """Waits until a message begins to come, or the other end has hung up; False if neither happens in time."""
+    look = select.poll()
+    look.register(peer, select.POLLIN)
+    return bool(look.poll(None if seconds is None else seconds * 1000))
+
+
+def has_hung_up(peer: socket.socket) -> bool:
+    """True where nobody is there any more who could read an answer."""
+    look = select.poll()
+    look.register(peer, 0)
+    return bool(look.poll(0))
+
+
+def receive(peer: socket.socket, most: int = MOST_BYTES) -> tuple[dict[str, Any], bytes] | None:
     """Takes a message; None where the other end has hung up.
+
+    Args:
+        peer: the socket, whose timeout is the longest pause in the middle of a message.
+        most: bytes behind the object.
 
     Raises:
         StorageError: it is not as described.
+        TimeoutError: it does not go on.
     """
     head = _take(peer, _LENGTHS.size)
     if head is None:
         return None
     length, more = _LENGTHS.unpack(head)
-    if length > _MOST_TEXT or more > _MOST_BYTES:
+    if length > _MOST_TEXT or more > most:
         raise StorageError(NAME, "not a message")
     text, data = _take(peer, length), _take(peer, more)
     if text is None or data is None:
         return None
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise StorageError(NAME, "not a message")

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
+import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dirtmap.engine.control.client import Conversation
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap
+from dirtmap.engine.model.naming import label
 from dirtmap.engine.model.transaction import Transaction
+from dirtmap.engine.system.process import this_process
 from dirtmap.fmt.errors import BitmapError, Error, LockedError
 
 if TYPE_CHECKING:
-    from dirtmap.engine.model.infos import Status
+    from dirtmap.engine.model.bits import Packed, Words
+    from dirtmap.engine.model.content import Content
+    from dirtmap.engine.model.infos import BitmapInfo, Status
     from dirtmap.engine.model.namespace import Namespace
 
 _PAUSE_SECONDS: Final = 0.01
+_SILENCE_SECONDS: Final = 5.0  # there are four signs of life a second
 
 
 def asked(image: Namespace, refused: LockedError | None = None) -> Conversation:
@@ -35,7 +41,14 @@ def asked(image: Namespace, refused: LockedError | None = None) -> Conversation:
     if status is None or not status.alive:
         raise BitmapError(image.where, "is not tracked")
     tracker = _named(image, status)
-    return Conversation(image.where, refused.what if refused else f"tracked by {tracker}", status.live)
+    said = refused.what if refused else f"tracked by {tracker}"
+    return Conversation(image.where, said, status.live, lambda: _lives(image))
+
+
+def _lives(image: Namespace) -> bool:
+    """Whether the tracker of an image has given a sign of life just now. One that was stopped gives none."""
+    status = image.tracking()
+    return status is not None and status.seen is not None and time.time() - status.seen < _SILENCE_SECONDS
 
 
 def _named(image: Namespace, status: Status) -> str:
@@ -96,53 +109,136 @@ def hold(image: Namespace, name: str) -> Iterator[Bitmap]:
 
 
 @contextlib.contextmanager
-def transaction(image: Namespace, refused: LockedError) -> Iterator[Transaction]:
-    """Changes the bitmaps of an image through its tracker, at one cut; see `Namespace.transaction`.
+def transaction(image: Namespace, refused: LockedError, wait: float) -> Iterator[Transaction]:
+    """Changes the bitmaps of an image through its tracker; see `Namespace.transaction`.
+
+    They are as of a cut at the beginning of the block. What is marked meanwhile stays, whatever is done to a bitmap.
 
     Args:
         image: the image.
-        refused: raised for changes that no tracker makes.
+        refused: what was said where it was tried to do without; see `asked`.
+        wait: seconds to wait for somebody else who changes them.
     """
     with asked(image, refused) as talk:
-        before = {name: image[name] for name in image}
-        chain = image.info().checkpoints
-        copies = {name: bitmap.copy() for name, bitmap in before.items()}
-        bitmaps = Transaction(image.where, image.size, DEFAULT_GRANULARITY, copies, checkpoints=chain)
+        _begin(image, talk, wait)
+        info = image.info()
+        sources = {each.name: _Unread(image, each) for each in info.bitmaps}
+        before = {each.name: _lazy(image, each, sources[each.name]) for each in info.bitmaps}
+        held = {each.name: "its tracker, for a backup" for each in info.bitmaps if each.busy}
+        bitmaps = Transaction(
+            image.where,
+            image.size,
+            DEFAULT_GRANULARITY,
+            {name: bitmap.copy() for name, bitmap in before.items()},
+            held,
+            info.checkpoints,
+        )
         try:
             yield bitmaps
             bitmaps.validate()
-            changes = _changes(before, bitmaps, chain, refused)
+            changes, data = _changes(before, bitmaps, info.checkpoints)
         finally:
             bitmaps.close()
+            for source in sources.values():
+                source.ended = True
         if changes:
-            talk.ask("change", namespace=image.uuid, changes=changes)
+            talk.ask_for_data("change", b"".join(data), namespace=image.uuid, changes=changes)
+
+
+def _begin(image: Namespace, talk: Conversation, wait: float) -> None:
+    """Begins changes, as soon as nobody else is about to make some."""
+    me, deadline = str(this_process()), time.monotonic() + wait
+    while True:
+        try:
+            talk.ask("begin", namespace=image.uuid, owner=me)
+        except LockedError as error:
+            if time.monotonic() > deadline:
+                raise LockedError(image.where, error.what.replace(me, "this very process")) from None
+            time.sleep(_PAUSE_SECONDS)
+        else:
+            return
+
+
+class _Unread:
+    """Where a bitmap of a transaction has its bits: they are read once, when somebody looks at them; see `Source`."""
+
+    uniform = None
+
+    def __init__(self, image: Namespace, told: BitmapInfo) -> None:
+        self._image, self._told, self._where = image, told, image.where
+        self._bitmap: Bitmap | None = None
+        self.damage: str | None = None
+        self.ended = False
+
+    def _read(self) -> Bitmap:
+        if self.ended:
+            raise Error(self._where, "the transaction has ended")
+        if self._bitmap is None:
+            found = self._image[self._told.name]
+            if found.granularity != self._told.granularity:
+                raise LockedError(self._where, "its bitmaps were changed meanwhile; try again")
+            self._bitmap, self.damage = found, found.damage
+        return self._bitmap
+
+    def load(self) -> Words:
+        """Reads the bits."""
+        return self._read().words.copy()
+
+    def open(self) -> Content:
+        """The bits, in parts."""
+        return self._read()._parts(lasting=True)
+
+
+def _lazy(image: Namespace, told: BitmapInfo, source: _Unread) -> Bitmap:
+    return Bitmap._lazy(image.size, told.granularity, told.recording, told.inconsistent, source)
 
 
 def _changes(
-    before: dict[str, Bitmap], bitmaps: Transaction, chain: Sequence[str], refused: LockedError
-) -> list[tuple[Any, ...]]:
-    """What a transaction has changed, as `Tracker.change` has it."""
+    before: Mapping[str, Bitmap], bitmaps: Transaction, chain: Sequence[str]
+) -> tuple[list[tuple[Any, ...]], list[Packed]]:
+    """What a transaction has changed, as `Tracker.change` has it; and the bits of those changes, in their order."""
     kept = set(bitmaps.origins.values())
-    gone = [name for name in before if name not in kept]
-    changes: list[tuple[Any, ...]] = [("remove", name) for name in gone]
+    changes: list[tuple[Any, ...]] = [("remove", name) for name in before if name not in kept]
+    data: list[Packed] = []
     # A checkpoint that is removed leaves its bits to the one before it, which the tracker sees to.
-    heirs = {older for older, newer in itertools.pairwise(chain) if newer in gone}
+    left: dict[str, list[Bitmap]] = {}
+    heir = ""
+    for name in chain:
+        if name in kept:
+            heir = name
+        elif name in before and not before[name].inconsistent:
+            left.setdefault(heir, []).append(before[name])
+    if renamed := {origin: name for name, origin in bitmaps.origins.items() if name != origin}:
+        changes.append(("rename", renamed))
+
+    def put(name: str, bitmap: Bitmap) -> None:
+        changes.append(("put", name, bitmap.granularity, bitmap.recording))
+        data.append(bitmap.required(f"{bitmaps.where}: {label(name)}").packed())
+
     for name, now in bitmaps.items():
-        origin = bitmaps.origins.get(name)
-        if origin is None:
-            if now.count or name not in bitmaps.fresh:  # a copy would lack what is written meanwhile
-                raise refused
-            changes.append(("add", name, now.granularity, now.recording))
+        was = before.get(bitmaps.origins.get(name, ""))
+        if was is None:
+            if name in bitmaps.fresh and not now.count:
+                changes.append(("add", name, now.granularity, now.recording))
+            else:
+                put(name, now)
             continue
-        was = before[origin]
-        if origin != name or now.granularity != was.granularity or now.inconsistent != was.inconsistent:
-            raise refused
-        if now.inconsistent or name in heirs:
+        if now.inconsistent:
+            if not was.inconsistent:
+                now.required(f"{bitmaps.where}: {label(name)}")  # raises
             continue
-        if now.count != was.count or now.packed() != was.packed():
-            if now.count:
-                raise refused
-            changes.append(("clear", name))
-        if now.recording != was.recording:
+        if was.inconsistent or now.granularity != was.granularity:
+            put(name, now)
+            continue
+        if now._source is not was._source:
+            if (was - now).count:
+                if now.count:
+                    put(name, now)
+                    continue
+                changes.append(("clear", name))
+            elif (now - functools.reduce(operator.or_, left.get(name, []), was)).count:
+                changes.append(("merge", name, now.granularity))
+                data.append((now - was).packed())
+        if now.recording != was.recording and name not in chain:
             changes.append(("enable" if now.recording else "disable", name))
-    return changes
+    return changes, data

@@ -144,8 +144,9 @@ class Handle(Namespace):
     def transaction(self) -> Iterator[Transaction]:
         """Changes the bitmaps; see `Namespace.transaction`.
 
-        While the image is tracked, its tracker makes the changes, at one cut: bitmaps are added (`changes.add`),
-        removed, cleared, enabled and disabled, and anything else is refused.
+        While the image is tracked, its tracker makes the changes. They are as of a cut at the beginning of the block:
+        what is marked meanwhile stays, whatever is done to a bitmap. Where the tracker's own program changes bitmaps
+        meanwhile, nothing is done, and a `LockedError` says so.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -155,7 +156,7 @@ class Handle(Namespace):
                     raise
                 from dirtmap.engine.host import asking
 
-                bitmaps = stack.enter_context(asking.transaction(self, error))
+                bitmaps = stack.enter_context(asking.transaction(self, error, self._host.locking.wait))
             yield bitmaps
 
     def _is_tracked(self) -> bool:

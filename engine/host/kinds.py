@@ -124,7 +124,9 @@ class Qcow2Kind(Kind):
             place.refuse_twin(address.path)
             if not tracked and not place.is_checked_out(address.path):
                 place.refuse_moved(address.path)
-                return remembered(info, place)
+                info = remembered(info, place)
+                if not info.checkpoints:  # else bits have to be read
+                    return info
         return super().describe(host, address, file, force_share=force_share)
 
     def recover(self, host: KindPort, address: Address, names: Iterable[str]) -> list[Recovery]:

@@ -12,7 +12,7 @@ no break: the checkpoint before it takes over its content.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -43,12 +43,38 @@ def broken(chain: list[str], name: str) -> list[str]:
     return _tidy([BREAK if other == name else other for other in chain])
 
 
-def shown(info: ImageInfo, chain: list[str], whose: str = "") -> ImageInfo:
+def written_since(chain: list[str], content: Callable[[str], Bitmap | None]) -> dict[str, int]:
+    """How many bytes were written since each checkpoint, in whole granules; of those of which it is known.
+
+    Args:
+        chain: of the image.
+        content: the bitmap of a checkpoint; None where it is not there, or inconsistent.
+    """
+    found: dict[str, int] = {}
+    union: Bitmap | None = None
+    for name in reversed(chain):
+        bitmap = None if name == BREAK else content(name)
+        if bitmap is None:
+            break
+        union = bitmap if union is None else union | bitmap
+        found[name] = union.count
+    return found
+
+
+def shown(
+    info: ImageInfo,
+    chain: list[str],
+    began: Mapping[str, int],
+    since: Mapping[str, int],
+    whose: str = "",
+) -> ImageInfo:
     """An image's description with its checkpoints, and with a note of what is not known any more.
 
     Args:
         info: of the image, without checkpoints.
         chain: of the image.
+        began: when they began, in ns since 1970, as far as it is known.
+        since: as `written_since`.
         whose: how the note begins: names the namespace, and ends with a space, where the path does not tell it.
     """
     if not chain:
@@ -57,9 +83,19 @@ def shown(info: ImageInfo, chain: list[str], whose: str = "") -> ImageInfo:
     notes = info.notes
     lacking = [name for name in chain[: len(chain) - 1 - chain[::-1].index(BREAK)] if name] if BREAK in chain else []
     if lacking:
-        since = label(lacking[-1]) + " or an older checkpoint" * (len(lacking) > 1)
-        notes += (f"{whose}not all that was written since {since} is known: a checkpoint was removed or disabled",)
-    bitmaps = tuple(replace(bitmap, checkpoint=bitmap.name in names) for bitmap in info.bitmaps)
+        last = label(lacking[-1]) + " or an older checkpoint" * (len(lacking) > 1)
+        notes += (f"{whose}not all that was written since {last} is known: a checkpoint was removed or disabled",)
+    bitmaps = tuple(
+        replace(
+            bitmap,
+            checkpoint=True,
+            began=began[bitmap.name] / 1e9 if bitmap.name in began else None,
+            since=since.get(bitmap.name),
+        )
+        if bitmap.name in names
+        else bitmap
+        for bitmap in info.bitmaps
+    )
     return replace(info, bitmaps=bitmaps, notes=notes, checkpoints=names, incomplete=tuple(lacking))
 
 

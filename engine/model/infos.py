@@ -22,6 +22,9 @@ class BitmapInfo:
         checkpoint: a tracker's checkpoint, which other checkpoints rely on; the newest of them is recording.
         uuid: in a store, the bitmap's UUID as text, which it has from when it is added until it is removed; else None.
         generation: in a store, the number of the commit that last changed its bits or its flags; else None.
+        began: of a checkpoint, when it began, in seconds since 1970; None where that is not known.
+        since: of a checkpoint, how much was written since it began: bytes, in whole granules, of it and of all later
+            ones; None where that is not known.
     """
 
     name: str
@@ -36,6 +39,8 @@ class BitmapInfo:
     checkpoint: bool = False
     uuid: str | None = None
     generation: int | None = None
+    began: float | None = None
+    since: int | None = None
 
     @property
     def damaged(self) -> bool:

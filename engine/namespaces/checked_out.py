@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from dirtmap.engine.model.bitmap import Bitmap
-from dirtmap.engine.model.checkpoints import shown
+from dirtmap.engine.model.checkpoints import shown, written_since
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery, Status
 from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name
@@ -24,7 +24,7 @@ from dirtmap.engine.qcow2.layout import read_layout
 from dirtmap.engine.qcow2.reading import FORMAT
 from dirtmap.engine.session.verdict import Row
 from dirtmap.engine.session.view import SessionView
-from dirtmap.engine.storefile.chain import checkpoints_of
+from dirtmap.engine.storefile.chain import checkpoints_of, read_times
 from dirtmap.engine.storefile.file import Snapshot
 from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import open_file
@@ -129,7 +129,8 @@ class CheckedOutImage(Namespace):
             chain = checkpoints_of(f"{self._store_path}: {record.label}", record, recording)
         except FormatError as error:
             return replace(info, errors=(str(error),))
-        return shown(info, chain)
+        since = written_since(chain, lambda name: None if found[name].inconsistent else found[name])
+        return shown(info, chain, read_times(record), since)
 
     @property
     def address(self) -> tuple[str, bytes]:

@@ -124,7 +124,17 @@ class Image(Namespace):
 
     def info(self) -> ImageInfo:
         """Describes the image and all its bitmaps, as of one moment."""
-        return remembered(self._read_here(lambda layout: describe_layout(self._file, layout)), self.place)
+
+        def read(layout: Layout) -> ImageInfo:
+            slots = {decode_name(slot.entry.name): slot for slot in layout.slots}
+
+            def content(name: str) -> Bitmap | None:
+                slot = slots.get(name)
+                return None if slot is None or slot.entry.in_use else _lazy(self._file, layout, slot)
+
+            return remembered(describe_layout(self._file, layout), self.place, content)
+
+        return self._read_here(read)
 
     def _load(self, name: bytes) -> Bitmap | None:
         def read(layout: Layout) -> Bitmap | None:

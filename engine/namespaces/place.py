@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dirtmap.fmt.errors import BitmapError
 
 if TYPE_CHECKING:
+    from dirtmap.engine.model.bitmap import Bitmap
     from dirtmap.engine.model.infos import ImageInfo
 
 
@@ -37,6 +38,10 @@ class Place:
     def checkpoints(self, recording: Mapping[str, bool] | None) -> list[str]:
         """The chain of its checkpoints: none."""
         return []
+
+    def began(self) -> dict[str, int]:
+        """When they began, in ns since 1970: none."""
+        return {}
 
     def keep_checkpoints(self, chain: list[str]) -> None:
         """Nobody keeps it."""
@@ -70,15 +75,21 @@ class Place:
 NO_PLACE = Place()
 
 
-def remembered(info: ImageInfo, place: Place) -> ImageInfo:
-    """An image's description with what its place adds: which bitmaps are held, and which are checkpoints."""
+def remembered(info: ImageInfo, place: Place, content: Callable[[str], Bitmap | None] = lambda name: None) -> ImageInfo:
+    """An image's description with what its place adds: which bitmaps are held, and which are checkpoints.
+
+    Args:
+        info: of the image.
+        place: of the image.
+        content: the bitmaps of the image, as `written_since` asks for them.
+    """
     held = place.held()
     # Where the directory, or a part of it, is damaged, a bitmap that is not listed may still be there.
     chain = place.checkpoints(None if info.errors else {bitmap.name: bitmap.recording for bitmap in info.bitmaps})
     if held:
         info = replace(info, bitmaps=tuple(replace(bitmap, busy=bitmap.name in held) for bitmap in info.bitmaps))
     if chain:
-        from dirtmap.engine.model.checkpoints import shown
+        from dirtmap.engine.model.checkpoints import shown, written_since
 
-        info = shown(info, chain)
+        info = shown(info, chain, place.began(), written_since(chain, content))
     return info

@@ -24,7 +24,7 @@ from dirtmap.fmt.errors import FormatError, UnsupportedError, counted
 from dirtmap.fmt.extensions import build_extension, parse_chain
 from dirtmap.fmt.parsers.directory import DIRECTORY_ENTRY
 from dirtmap.fmt.parsers.extensions import EXTENSION_HEAD
-from dirtmap.fmt.parsers.live import CHECKPOINT_NAME, PEER, SESSION, WINDOW
+from dirtmap.fmt.parsers.live import CHECKPOINT_NAME, CHECKPOINT_TIME, CHECKPOINT_TIMES, PEER, SESSION, WINDOW
 from dirtmap.fmt.parsers.store import (
     AREA,
     BITS,
@@ -67,6 +67,7 @@ _RECORD_EXTENSIONS: dict[int, tuple[AnyStructure, dict[str, str]]] = {
     store.EXTENSION_HOLD: (HOLD, {"bitmap": "name_size", "owner": "owner_size"}),
     store.EXTENSION_SESSION: (SESSION, {"live": "live_size", "log_path": "log_size"}),
     store.EXTENSION_PEER: (PEER, {"name": "name_size", "store": "store_size"}),
+    store.EXTENSION_CHECKPOINT_TIMES: (CHECKPOINT_TIMES, {}),
 }
 _ITEMS: dict[int, AnyStructure] = {store.ITEM_BITS: BITS, store.ITEM_WINDOW: WINDOW, store.ITEM_IDENTITY: IDENTITY}
 _RECORD_EXTENSION_NAMES = {
@@ -322,6 +323,12 @@ class _Dump(Shown):
                 part = contents[at : at + getattr(structure.parse(contents), size_field)]
                 fields.append(text(name, offset + at, part))
                 at += len(part)
+        if kind == store.EXTENSION_CHECKPOINT_TIMES and structure:
+            size = CHECKPOINT_TIME.size
+            for number, start in enumerate(range(structure.size, len(contents) - size + 1, size)):
+                for field in self.fields(CHECKPOINT_TIME, offset + start, contents[start : start + size]):
+                    fields.append({**field, "name": f"[{number}].{field['name']}"})
+                at = start + size
         if at < len(contents):
             fields.append(data("data", offset + at, contents[at:]))
         return fields

@@ -17,7 +17,7 @@ from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.recover import log_recovered, recover_record, recover_session, recover_tracked_device
 from dirtmap.engine.namespaces.stored_place import holding
-from dirtmap.engine.storefile.chain import checkpoints_of
+from dirtmap.engine.storefile.chain import checkpoints_of, read_times
 from dirtmap.engine.storefile.directory import count_saved, no_namespace
 from dirtmap.engine.storefile.entries import identity_of
 from dirtmap.engine.storefile.file import FORMAT, Snapshot, Store
@@ -226,9 +226,14 @@ def _describe(now: Condition) -> ImageInfo:
         chain = checkpoints_of(now.where, record, recording)
     info = _info(now, bitmaps, notes=tuple(notes), doubt=doubt, errors=tuple(errors))
     if chain:
-        from dirtmap.engine.model.checkpoints import shown
+        from dirtmap.engine.model.checkpoints import shown, written_since
 
-        info = shown(info, chain, f"{record.label}: ")
+        there = {decode_name(entry.name): entry for entry in entries or [] if not entry.in_use}
+
+        def content(name: str) -> Bitmap | None:
+            return now.bitmap(there[name], doubted=now.doubted) if name in there else None
+
+        info = shown(info, chain, read_times(record), written_since(chain, content), f"{record.label}: ")
     return info
 
 

@@ -13,7 +13,7 @@ from dirtmap.engine.namespaces import devices
 from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.namespaces.place import Place
 from dirtmap.engine.storefile import holds
-from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
+from dirtmap.engine.storefile.chain import checkpoints_of, read_times, with_checkpoints
 from dirtmap.engine.storefile.directory import no_namespace
 from dirtmap.engine.storefile.holds import Hold, held_by
 from dirtmap.engine.system import order
@@ -108,6 +108,11 @@ class StoredPlace(Place):
         """The chain of its checkpoints; see `dirtmap.engine.storefile.chain.checkpoints_of`."""
         record = self._record()
         return checkpoints_of(f"{self.store}: {record.label}", record, recording) if record else []
+
+    def began(self) -> dict[str, int]:
+        """When its checkpoints began; see `dirtmap.engine.storefile.chain.read_times`."""
+        record = self._record()
+        return read_times(record) if record else {}
 
     def keep_checkpoints(self, chain: list[str]) -> None:
         """Records another chain of checkpoints, as soon as this thread holds no store."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -124,7 +124,11 @@ class HomeView:
 
 
 class HomeChange(HomeView):
-    """A home during a change by the tracker. `Home.change` commits it: durable at the end of its block."""
+    """A home during a change by the tracker. `Home.change` commits it: durable at the end of its block.
+
+    Attributes:
+        began: when the checkpoints began that are new in this change, in ns since 1970.
+    """
 
     def __init__(self, change: Change, record: Record) -> None:
         super().__init__(change.snapshot, record)
@@ -132,7 +136,9 @@ class HomeChange(HomeView):
         self.placed = record  # with the size that the disk will have
         self.identity = record.identity
         self.peer = peer_of(record)
+        self.began: dict[str, int] = {}
         self._plans: list[tuple[int, Plan]] = []  # of bits that were replaced, by their new root
+        self._planned: dict[int, Bitmap] = {}  # what these bits are, which are not in the file yet
         if self._doubted:
             # This commit ends the doubt, so all that is in doubt must be dirty in it.
             for name, entry in self.entries.items():
@@ -161,8 +167,34 @@ class HomeChange(HomeView):
             raise BitmapError(f"{self.where}: {label(name)}", fault)
         with self.change.planning() as plan:
             self.entries[name] = place_bitmap(self.change, self.placed, name, bitmap, self._base(name))
-        self._plans.append((self.entries[name].table_offset, plan))
+        root = self.entries[name].table_offset
+        self._plans.append((root, plan))
+        self._planned[root] = bitmap
         self.set_window(name, window)
+
+    def saved(self, name: str) -> Bitmap:
+        """The bitmap with its saved bits, as they will be; see `HomeView.saved`."""
+        entry = self.entry(name)
+        planned = self._planned.get(entry.table_offset) if entry.table_offset > store.ALL_ONES else None
+        return super().saved(name) if planned is None else planned.replace(recording=entry.auto)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives bitmaps other names, all at once: to each of these names the one that is behind it.
+
+        Raises:
+            BitmapError: a name is taken, or not allowed.
+        """
+        for new in names.values():
+            if fault := directory.name_fault(encode_name(new)):
+                raise BitmapError(f"{self.where}: {label(new)}", fault)
+        renamed = [names.get(name, name) for name in self.entries]
+        for name in names.values():
+            if renamed.count(name) > 1:
+                raise BitmapError(f"{self.where}: {label(name)}", "the name is taken")
+        entries = (
+            replace(entry, name=encode_name(name)) for name, entry in zip(renamed, self.entries.values(), strict=True)
+        )
+        self.entries = dict(zip(renamed, entries, strict=True))
 
     def merge(self, name: str, words: NDArray[np.uint64], window: Window | None) -> None:
         """Adds bits to the saved ones of a bitmap, and replaces its window. Looks only at what changes.
@@ -224,7 +256,7 @@ class HomeChange(HomeView):
             extensions.append((store.EXTENSION_SESSION, build_session(self.session)))
             if self.peer:
                 extensions.append((store.EXTENSION_PEER, build_peer(self.peer)))
-        new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints)
+        new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints, self.began)
         generation, count = change.generation, len(wanted)
         new = replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=self.identity)
         change.table.put(replace(new, size=self.placed.size))

@@ -98,6 +98,9 @@ class Recorder:
         self._lock = threading.RLock()
         # Held to use the arena. Taken while _lock is held, never the other way round.
         self._spare_guard = threading.Lock()
+        # Held by who changes bitmaps from outside, from the cut as of which the changes are until they are made.
+        self._outside, self._owner = threading.Lock(), ""
+        self._serial = 0  # is another one after each change of the content or the names of bitmaps, but for marks
         self._start(setup)
 
     def _start(self, setup: Setup) -> None:
@@ -106,6 +109,8 @@ class Recorder:
         self.last_error: Error | None = None
         self._frozen: dict[int, Writeset] = {}
         self._held: dict[str, int] = {}
+        self._begun: int | None = None  # the interval as of which somebody outside is about to change bitmaps
+        self._serial += 1
         self._ended, self._wake = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._control: Server | None = None
@@ -582,6 +587,7 @@ class Recorder:
         # A bitmap that was taken before, and is dropped later, keeps what was written since, and the new space is.
         self._kernel.set_bits(fresh.buffer.offset, old >> shift, geometry.granules(size, 1 << shift))
         self._kernel.size = self.size = size
+        self._serial += 1
         self._forget()
         with self._spare_guard:
             self._arena.release_others(size, shift)
@@ -626,8 +632,9 @@ class Recorder:
         return all(size == self.size for size in sizes)
 
     def _forget(self) -> None:
-        """Drops the saved frozen writesets. Those that a taken bitmap needs for its `drop` stay in memory."""
-        needed = min(self._held.values(), default=live.OPEN)
+        """Drops the saved frozen writesets. Those stay that a `drop`, or a change as of earlier, needs."""
+        begun = live.OPEN if self._begun is None else self._begun
+        needed = min([*self._held.values(), begun])
         oldest = min(home.session.oldest for home in self._homes)
         with self._spare_guard:
             for number in [number for number in self._frozen if number < oldest]:

@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Final, SupportsIndex
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from dirtmap.engine.control.server import Answering
 from dirtmap.engine.identity import identity_of
@@ -45,7 +46,10 @@ from dirtmap.engine.tracking.home import HomeChange, HomeView
 from dirtmap.engine.tracking.kernel import Ticket, Write
 from dirtmap.engine.tracking.recorder import Recorder, Setup, words_of
 from dirtmap.fmt import geometry, live, store
-from dirtmap.fmt.errors import BitmapError, Error, StorageError, UnsupportedError, printable
+from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, UnsupportedError, printable
+
+if TYPE_CHECKING:
+    from dirtmap.engine.model.bits import Packed
 
 
 class Tracker(Recorder):
@@ -158,26 +162,77 @@ class Tracker(Recorder):
 
         Args:
             changes: each ``("clear", name)``, and so for ``enable``, ``disable`` and ``remove``; or ``("add", name,
-                granularity, recording)``.
+                granularity, recording)``; ``("rename", {name: new, ...})``, all at once; ``("merge", name, granularity,
+                packed)``, which adds bits, packed as `Bitmap.from_packed` has them; ``("put", name, granularity,
+                recording, packed)``, which adds a bitmap or replaces the content of one. A checkpoint loses no bits by
+                it. At most one of the last two for each bitmap.
 
         Raises:
             UnsupportedError: there is no such change.
             As `add`.
         """
-        chosen = list(changes)
-        finest = [checked_granularity(one[2]) for one in chosen if one[0] == "add" and one[3]]
-        finest += [self._granularity_of(one[1]) for one in chosen if one[0] == "enable"]
+        self._change(list(changes), None)
+
+    @contextlib.contextmanager
+    def beginning(self, owner: str) -> Iterator[Callable[[Iterable[tuple[Any, ...]]], object]]:
+        """Begins changes that take longer, such as those of somebody who looks at the bitmaps first: with a cut.
+
+        What they say is as of that cut, whenever they are made: whoever reads a bitmap after it, changes it and puts it
+        back overwrites no mark that was made meanwhile. One such block at a time.
+
+        Args:
+            owner: of the block, for messages to others.
+
+        Yields:
+            `change` for changes as of the cut. It raises a `LockedError` where the bitmaps were changed meanwhile, but
+            for marks.
+
+        Raises:
+            LockedError: somebody else is in such a block.
+            As `add`.
+        """
+        if not self._outside.acquire(blocking=False):
+            raise LockedError(self._where, f"is being changed by {printable(self._owner)}")
+        self._owner = owner
+        try:
+            with self._cut() as number:
+                # From here on the writesets of this interval stay, whatever is saved.
+                self._begun, serial = number, self._serial
+            yield lambda changes: self._change(list(changes), (number, serial))
+        finally:
+            self._begun = None
+            self._outside.release()
+            with contextlib.suppress(Error), self._using():
+                self._forget()
+
+    def _change(self, changes: list[tuple[Any, ...]], begun: tuple[int, int] | None) -> None:
+        """Makes changes as of now, or as of an earlier interval, if the serial number is still the same."""
+        for act, *_ in changes:
+            if act not in _CHANGES:
+                raise UnsupportedError(self._where, f"no change to a bitmap is called '{printable(str(act))}'")
+        finest = [one[2] for one in changes if one[0] in ("add", "put") and one[3]]
+        finest += [self._granularity_of(one[1]) for one in changes if one[0] == "enable"]
+        needed = min(map(checked_granularity, finest), default=None)
         with contextlib.ExitStack() as stack:
-            if any(one[0] != "remove" for one in chosen):
-                number = stack.enter_context(self._cut(min(finest, default=None)))
-            else:  # which ends nothing that goes on
-                stack.enter_context(self._using())
-                number = self._current.number
+            if begun is None:
+                cuts = any(one[0] not in _WITHOUT_CUT for one in changes)
+            else:
+                cuts = needed is not None and needed < 1 << self._current.granularity_bits
+            number = stack.enter_context(self._cut(needed) if cuts else self._uncut())
+            if begun is not None:
+                number, serial = begun
+                if serial != self._serial:
+                    raise LockedError(self._where, "its bitmaps were changed meanwhile; nothing was done: try again")
+            self._serial += 1
             home = stack.enter_context(self._changing())
-            for act, name, *more in chosen:
-                if act not in _CHANGES:
-                    raise UnsupportedError(self._where, f"no change to a bitmap is called '{printable(str(act))}'")
-                _CHANGES[act](self, home, number, name, *more)
+            for act, *more in changes:
+                _CHANGES[act](self, home, number, *more)
+
+    @contextlib.contextmanager
+    def _uncut(self) -> Iterator[int]:
+        """The number of the current interval, for a change that ends none."""
+        with self._using():
+            yield self._current.number
 
     def _clear(self, home: HomeChange, number: int, name: str) -> None:
         entry = self._usable(home, name)
@@ -202,12 +257,45 @@ class Tracker(Recorder):
 
     def _remove(self, home: HomeChange, number: int, name: str) -> None:
         self._refuse_busy(home, name)
-        home.entry(name)
-        if name in home.checkpoints:
-            if (predecessor := checkpoints.predecessor(home.checkpoints, name)) is not None:
-                self._fold(home, predecessor, name)
-            home.checkpoints = checkpoints.without(home.checkpoints, name)
+        gone = home.entries.get(name)
+        if gone is None:
+            home.entry(name)  # raises
+        elif name in home.checkpoints:
+            older = checkpoints.predecessor(home.checkpoints, name)
+            if older is not None and (gone.in_use or home.entries[older].in_use):
+                home.checkpoints = checkpoints.broken(home.checkpoints, name)
+            else:
+                if older is not None:
+                    self._refuse_busy(home, older)
+                    self._fold(home, older, name)
+                home.checkpoints = checkpoints.without(home.checkpoints, name)
         del home.entries[name]
+
+    def _rename(self, home: HomeChange, number: int, names: Mapping[str, str]) -> None:
+        for name in names:
+            self._refuse_busy(home, name)
+            if name not in home.entries:
+                home.entry(name)  # raises
+            if name in home.checkpoints:
+                raise a_checkpoint(home.where, name)
+        home.rename(names)
+
+    def _merge(self, home: HomeChange, number: int, name: str, granularity: int, packed: Packed) -> None:
+        self._refuse_busy(home, name)
+        entry = home.entry(name)
+        added = Bitmap.from_packed(self.size, granularity, packed).at(entry.granularity)
+        home.put(name, (home.saved(name) | added).replace(recording=entry.auto), home.window(name))
+
+    def _put(self, home: HomeChange, number: int, name: str, granularity: int, recording: bool, packed: Packed) -> None:
+        self._refuse_busy(home, name)
+        bitmap, known = Bitmap.from_packed(self.size, granularity, packed, recording), home.entries.get(name)
+        if known and name in home.checkpoints:
+            if known.auto != recording:
+                raise a_checkpoint(home.where, name)
+            bitmap |= self._content(home, [name]).at(granularity)
+        if recording:
+            bitmap |= self._since(home, number, granularity)
+        home.put(name, bitmap.replace(recording=recording), Window(number) if recording else None)
 
     def _insert(self, home: HomeChange, number: int, name: str, granularity: int, recording: bool) -> None:
         if name in home.entries:
@@ -252,6 +340,7 @@ class Tracker(Recorder):
             number = self._holding(name)
             with self._changing() as home:
                 self._begin_window(home, name, home.entry(name).granularity, number)
+            self._serial += 1
             del self._held[name]
             self._forget()
 
@@ -397,7 +486,9 @@ class Tracker(Recorder):
                 if home.checkpoints and (before := home.checkpoints[-1]) != checkpoints.BREAK:
                     self._end_window(home, before, number)
                 home.checkpoints.append(name)
+                home.began[name] = time.time_ns()
             self._insert(home, number, name, chosen, recording)
+            self._serial += 1
 
     def require_namespace(self, namespace: str) -> None:
         """Refuses a question that is about other bitmaps than those that the methods change.
@@ -527,8 +618,12 @@ _CHANGES: Final[dict[Any, Callable[..., None]]] = {
     "clear": Tracker._clear,
     "disable": Tracker._disable,
     "enable": Tracker._enable,
+    "merge": Tracker._merge,
+    "put": Tracker._put,
     "remove": Tracker._remove,
+    "rename": Tracker._rename,
 }
+_WITHOUT_CUT: Final = "merge", "remove", "rename"  # nothing that is written belongs to another bitmap from then on
 
 
 def _taken(view: HomeView, name: str) -> BitmapError:

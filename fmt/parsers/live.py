@@ -207,6 +207,78 @@ CHECKPOINT_NAME = Structure(
     Field("length", 0, 4),
 )
 
+_checkpoint_times = Struct(">LL")
+
+
+class RawCheckpointTimes:
+    """The fields of a structure: checkpoint times."""
+
+    __slots__ = (
+        "checksum",
+        "reserved",
+    )
+
+    def __init__(
+        self,
+        checksum: int,
+        reserved: int,
+    ) -> None:
+        self.checksum = checksum
+        self.reserved = reserved
+
+
+def _build_checkpoint_times(
+    *,
+    checksum: int,
+    reserved: int,
+) -> bytes:
+    return _checkpoint_times.pack(
+        checksum,
+        reserved,
+    )
+
+
+CHECKPOINT_TIMES = Structure(
+    "checkpoint times",
+    _checkpoint_times,
+    RawCheckpointTimes,
+    _build_checkpoint_times,
+    Field("checksum", 0, 4),
+    Field("reserved", 4, 4),
+)
+
+_checkpoint_time = Struct(">Q")
+
+
+class RawCheckpointTime:
+    """The fields of a structure: checkpoint time."""
+
+    __slots__ = ("time",)
+
+    def __init__(
+        self,
+        time: int,
+    ) -> None:
+        self.time = time
+
+
+def _build_checkpoint_time(
+    *,
+    time: int,
+) -> bytes:
+    return _checkpoint_time.pack(
+        time,
+    )
+
+
+CHECKPOINT_TIME = Structure(
+    "checkpoint time",
+    _checkpoint_time,
+    RawCheckpointTime,
+    _build_checkpoint_time,
+    Field("time", 0, 8),
+)
+
 _window = Struct(">QQLL")
 
 

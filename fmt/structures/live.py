@@ -24,6 +24,8 @@ SESSION = "session" / Struct(
 )
 PEER = "peer" / Struct("uuid" / Bytes(16), "name_size" / Int32ub, "store_size" / Int32ub)
 CHECKPOINT_NAME = "checkpoint" / Struct("length" / Int32ub)
+CHECKPOINT_TIMES = "checkpoint times" / Struct("checksum" / Int32ub, "reserved" / Int32ub)
+CHECKPOINT_TIME = "checkpoint time" / Struct("time" / Int64ub)
 WINDOW = "window" / Struct("began" / Int64ub, "ended" / Int64ub, "flags" / Int32ub, "reserved" / Int32ub)
 CONTROL = "control file" / Struct(
     "magic" / Bytes(8),

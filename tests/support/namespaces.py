@@ -30,7 +30,8 @@ Bitmaps = Mapping[str, dm.Bitmap]
 
 # What a kind may lack. A test that needs one of them is left out there; that it is refused is tested instead.
 CAPABILITIES = {
-    "change": "transactions, holds and recovery are possible",
+    "change": "transactions are possible",
+    "recover": "it can be recovered",
     "hold": "bitmaps can be held",
     "track": "writes can be tracked",
     "rest": "a new one needs no recovery, and nobody tracks it",
@@ -336,11 +337,10 @@ class LivingTrackerMaker(NamedImageMaker):
     """A qcow2 image whose bitmaps are checked out, by a tracker that lives in another process."""
 
     lacks: ClassVar[Mapping[str, str]] = {
-        "change": "its tracker alone changes its bitmaps",
+        "recover": "while its tracker lives there is nothing to recover",
         "hold": "its tracker alone takes bitmaps for a backup",
         "track": "its tracker is the only one",
         "rest": "it is tracked",
-        "meanwhile": "nobody else changes it",
         "doubt": "its tracker marks what is written",
         "inconsistent": "no tracker takes an inconsistent bitmap",
     }

@@ -26,7 +26,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_json_has_exactly_the_promised_keys(image: Path) -> None:
-    common = {"inconsistent": False, "damaged": False, "busy": False, "checkpoint": False}
+    common = {"inconsistent": False, "damaged": False, "busy": False, "checkpoint": False, "began": None, "since": None}
     common |= {"uuid": None, "generation": None}
     assert json_of("list", image) == [
         {

@@ -96,9 +96,6 @@ def test_status_of_an_image_that_nobody_tracks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        ("rename", "drive0", "b0", "x"),
-        ("mark", "drive0", "b0", 0, 1),
-        ("copy", "drive0", "b0", "drive0", "--as", "x"),
         ("recover", "drive0"),
         ("node", "rename", "drive0", "x", "--with-bitmaps"),
         ("node", "remove", "drive0"),

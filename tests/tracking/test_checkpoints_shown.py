@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from support import qemu
 from support.cli import dirtmap, json_of
 from support.devices import DEVICE, NODE, in_child, make, qcow2, raw_here
 from support.hostless import ALONE
+from support.tracking import GRANULE
 
 import dirtmap.engine as dm
 from dirtmap.engine.qcow2.layout import read_layout
@@ -42,7 +44,9 @@ def shown(target: str) -> tuple[list[str], dict[str, bool], dict[str, str]]:
     flags = {bitmap.name: bitmap.checkpoint for bitmap in info.bitmaps}
     assert {bitmap["name"]: bitmap["checkpoint"] for bitmap in document["bitmaps"]} == flags
     lines = dirtmap("list", target).out.splitlines()[2:]
-    states = {name: line.partition("%")[2].strip() for name, line in zip(flags, lines, strict=True)}
+    states = {
+        name: line.partition("%")[2].partition(" since ")[0].strip() for name, line in zip(flags, lines, strict=True)
+    }
     return list(info.checkpoints), flags, states
 
 
@@ -161,3 +165,70 @@ def test_a_damaged_image_shows_those_that_are_known(tmp_path: Path) -> None:
     assert info.errors
     assert info.checkpoints == ("a", "b")
     assert {bitmap.name for bitmap in info.bitmaps if bitmap.checkpoint} == {"a", "b"}
+
+
+def began_and_since(target: str) -> dict[str, tuple[float | None, int | None]]:
+    """Of each checkpoint; `info`, `describe`, and both commands say the same."""
+    with dm.open(target) as image:
+        info = image.info()
+    assert dm.describe(target) == info
+    found = {bitmap.name: (bitmap.began, bitmap.since) for bitmap in info.bitmaps if bitmap.checkpoint}
+    assert all((each.began, each.since) == (None, None) for each in info.bitmaps if not each.checkpoint)
+    listed = {each["name"]: each for each in json_of("list", target)[0]["bitmaps"]}
+    for each in json_of("checkpoint", "list", target)["checkpoints"]:
+        began, since = found[each["name"]]
+        text = None if began is None else f"{datetime.datetime.fromtimestamp(began, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+        for shown in (each, listed[each["name"]]):
+            assert (shown["began"], shown["since"]) == (text, since)
+    return found
+
+
+def test_since_when_they_are_and_how_much_was_written_since(target: str) -> None:
+    with dm.open(target) as image, image.track() as tracker:
+        for name in ("a", "b", "c"):
+            tracker.checkpoint(name)
+        middle = began_and_since(target)["b"][0]
+        tracker.mark(0, 1)
+        tracker.checkpoint("d")
+        tracker.mark(0, GRANULE + 1)
+        told = began_and_since(target)
+        assert [since for _, since in told.values()] == [2 * GRANULE] * 4
+        assert all(began for began, _ in told.values())
+        assert told["b"][0] == middle
+        text = dirtmap("checkpoint", "list", target).out
+        assert text.startswith("a: 128 KiB written since 2")
+    assert began_and_since(target) == told
+    dirtmap("remove", target, "c")
+    in_child(lambda: dm.open(target).track().checkpoint("e"))
+    dm.recover(target)
+    found = began_and_since(target)
+    assert {name: found[name] for name in "abd"} == {name: told[name] for name in "abd"}
+    assert found["e"][1] == 0
+    assert list(found) == ["a", "b", "d", "e"]
+
+
+def test_no_time_is_known_where_software_has_changed_the_chain_that_does_not_know_times(tmp_path: Path) -> None:
+    make(tmp_path, raw_here)
+    with dm.open(NODE) as image, image.track() as tracker:
+        tracker.checkpoint("a")
+        tracker.checkpoint("b")
+    with Store(str(tmp_path / "default.dmap")) as target, target.change() as change:
+        record = change.table.get(b"drive0")
+        assert record
+        chain = with_chain(record, ["b"]).extension(store.EXTENSION_CHECKPOINTS)
+        assert chain
+        change.table.put(record.with_extensions([store.EXTENSION_CHECKPOINTS], [(store.EXTENSION_CHECKPOINTS, chain)]))
+    assert began_and_since(NODE) == {"b": (None, 0)}
+    with dm.open(NODE) as image, image.track() as tracker:
+        tracker.checkpoint("c")
+    found = began_and_since(NODE)
+    assert found["b"][0] is None
+    assert found["c"][0] is not None
+    for data in (b"", b"\0" * 7, b"\0" * 100):
+        with Store(str(tmp_path / "default.dmap")) as target, target.change() as change:
+            record = change.table.get(b"drive0")
+            assert record
+            kind = store.EXTENSION_CHECKPOINT_TIMES
+            change.table.put(record.with_extensions([kind], [(kind, data)]))
+        assert [began for began, _ in began_and_since(NODE).values()] == [None, None]
+        assert dm.check(tmp_path / "default.dmap").corruptions == 0

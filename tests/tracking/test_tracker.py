@@ -529,8 +529,6 @@ def test_one_tracker_a_node_and_no_change_behind_its_back(tracker: Tracker, imag
     who = rf"tracked by .* \(process {os.getpid()}\)"
     with pytest.raises(dm.LockedError, match=who):
         image.track()
-    with pytest.raises(dm.LockedError, match=who), image.transaction() as bitmaps:
-        bitmaps.rename("b0", "x")
     with pytest.raises(dm.LockedError, match=who):
         image.recover()
 
