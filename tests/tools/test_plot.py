@@ -143,11 +143,28 @@ def test_json_has_what_is_not_clean(disk: str) -> None:
         "virtual-size": 64 * GIB,
         "granularity": 64 * KIB,
         "checkpoint": False,
+        "began": None,
         "count": 16 * GIB + 64 * KIB,
         "doubt": None,
         "incomplete": False,
         "cell-size": 32 * MIB,
     }
+
+
+def test_checkpoints_say_when_they_began(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.touch()
+    os.truncate(raw, GIB)
+    dirtmap("node", "add", "drive", raw)
+    dirtmap("add", "drive", "b")
+    with dm.open("drive") as image, image.track() as tracker:
+        tracker.checkpoint("noon")
+        tracker.mark(GIB // 2, 1)
+    plain, noon = json_of("plot", "drive")
+    assert (plain["name"], plain["checkpoint"], plain["began"]) == ("b", False, None)
+    assert (noon["name"], noon["checkpoint"], noon["count"]) == ("noon", True, 64 * KIB)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", noon["began"])
+    assert re.match(r"noon, \d{4}-\d\d-\d\d \d\d:\d\d │", dirtmap("plot", "drive").out.splitlines()[3])
 
 
 def test_no_bitmaps(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dirtmap.fmt.spelling import escaped
 from dirtmap.tools import options
 from dirtmap.tools.output import colourful, write_json
 from dirtmap.tools.targets import address, tell_damage, tell_doubt
+from dirtmap.tools.times import iso_time
 
 if TYPE_CHECKING:
     from dirtmap.engine import Handle, Host
@@ -115,6 +116,7 @@ def _document(picture: Picture, row: Row, there: dict[str, str]) -> dict[str, An
         "virtual-size": picture.size,
         "granularity": row.granularity,
         "checkpoint": row.checkpoint,
+        "began": iso_time(row.began),
         "count": row.count,
         "doubt": row.doubt,
         "incomplete": row.incomplete,

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from dirtmap.fmt.errors import printable
 from dirtmap.tools.plot.cells import Cells, cells, even_edges, round_edges
 from dirtmap.tools.sizes import human_share, human_size
+from dirtmap.tools.times import local_time
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dirtmap.engine import Handle
+    from dirtmap.engine import Handle, ImageInfo
 
     Positions = NDArray[np.int64]
 
@@ -32,6 +33,7 @@ class Row:
         name: of the bitmap, as the engine has it.
         granularity: bytes for each bit.
         checkpoint: whether it is a checkpoint: it has what was written until the next one.
+        began: of a checkpoint, when it began, in seconds since 1970; None where that is not known.
         count: dirty bytes in whole granules, as QEMU counts; None where nothing is known.
         doubt: why some or all of what is shown as dirty may be clean in truth; None where it is as it was recorded.
         damage: what of its bits was damaged, and so is dirty, if any was: that is its doubt, if it has no other.
@@ -43,6 +45,7 @@ class Row:
     name: str
     granularity: int
     checkpoint: bool
+    began: float | None
     count: int | None
     doubt: str | None
     damage: str | None
@@ -52,8 +55,8 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Its name, as it can be shown."""
-        return printable(self.name)
+        """Its name, as it can be shown, and of a checkpoint the minute in which it began."""
+        return _label(self.name, self.began)
 
     @property
     def remarks(self) -> list[str]:
@@ -107,16 +110,21 @@ def read(image: Handle, names: Sequence[str], columns: Callable[[Sequence[str]],
     if not names:
         place = {name: number for number, name in enumerate(info.checkpoints)}
         names = sorted((bitmap.name for bitmap in info.bitmaps), key=lambda name: place.get(name, -1))
+    began = {bitmap.name: bitmap.began for bitmap in info.bitmaps}
     granularities = {bitmap.name: bitmap.granularity for bitmap in info.bitmaps if bitmap.name in names}.values()
     if columns is None:
         edges = round_edges(image.size, granularities, MOST_CELLS)
     else:
-        edges = even_edges(image.size, granularities, columns([printable(name) for name in names]))
+        edges = even_edges(image.size, granularities, columns([_label(name, began.get(name)) for name in names]))
     # A store's path says little about a disk that has a name.
     title = printable(image.name if image.name is not None and image.format == "dirtmap" else image.path)
     doubt = image.doubt()
-    rows = [_row(image, name, edges, doubt, info.checkpoints, info.incomplete) for name in names]
+    rows = [_row(image, name, edges, doubt, info, began.get(name)) for name in names]
     return Picture(title, image.size, edges, rows, doubt)
+
+
+def _label(name: str, began: float | None) -> str:
+    return printable(name) + (f", {local_time(began)[:-3]}" if began is not None else "")
 
 
 def _row(
@@ -124,8 +132,8 @@ def _row(
     name: str,
     edges: Positions,
     doubt: str | None,
-    checkpoints: tuple[str, ...],
-    incomplete: tuple[str, ...],
+    info: ImageInfo,
+    began: float | None,
 ) -> Row:
     found = image[name]
     if found.inconsistent:
@@ -136,11 +144,12 @@ def _row(
     return Row(
         name=name,
         granularity=found.granularity,
-        checkpoint=name in checkpoints,
+        checkpoint=name in info.checkpoints,
+        began=began,
         count=count,
         doubt=doubt or (f"its {shown.damage}" if shown.damage else None),
         damage=shown.damage,  # known now that all of it was read
-        incomplete=name in incomplete,
+        incomplete=name in info.incomplete,
         cells=here,
         extents=shown.extents() if here.extents.sum() <= MOST_EXTENTS else None,
     )
