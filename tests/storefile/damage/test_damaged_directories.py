@@ -86,6 +86,17 @@ def test_mending_a_directory_that_both_slots_lead_to_reads_what_names_it_still_s
             assert np.array_equal(image["monday"].words, sound.bits["a", "monday"])
 
 
+def test_mending_a_directory_that_shows_another_granularity_makes_all_dirty_at_that(sound: Sound) -> None:
+    region = next(region for region in sound.regions if region.name.startswith("directory entry: node 'b'"))
+    for bit in flipped(sound, range((region.start + 17) * 8, (region.start + 18) * 8)):  # of granularity_bits
+        report = mended(sound)
+        if report.dropped:  # there is no such granularity
+            continue
+        ((granularity, _, dirty),) = everything_of(sound.path, "b").values()
+        assert granularity == 1 << ((sound.data[region.start + 17]) ^ (1 << bit % 8))
+        assert dirty == -(-SIZE // granularity) * granularity
+
+
 def test_mending_a_directory_of_which_nothing_can_be_read_drops_its_bitmaps(sound: Sound) -> None:
     sound.write(sound.data)
     _spoil_directory(sound.path, b"b")
