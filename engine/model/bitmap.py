@@ -277,6 +277,8 @@ class Bitmap:
         at = as_int64(positions)
         if len(at) and (at[0] < 0 or at[-1] > self.size or (np.diff(at) < 0).any()):
             raise RangeError(WHERE, f"positions ascend from 0 to {self.size}")
+        if (fill := self._uniform()) is not None:
+            return at * fill, ((at > 0) * fill).astype(np.int64)
         granule, inside = at // self.granularity, at % self.granularity
         behind = granule + (inside > 0)
         places, found = np.unique(np.concatenate((granule, behind)), return_inverse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,16 +28,24 @@ def images(tmp_path: Path) -> Iterator[list[dm.Handle]]:
 
 
 def test_writes_wait_for_its_end(images: list[dm.Handle]) -> None:
+    begun: list[dm.Tracker] = []
+
+    def write(tracker: dm.Tracker) -> None:
+        with tracker.write(0, 1):
+            begun.append(tracker)
+
     with images[0].track() as one, images[1].track() as two, dm.Host() as host:
         with host.instant(images) as instant:
             for image in images:
                 instant.checkpoint(image, "c")
-            writers = [threading.Thread(target=tracker.write(0, 1).__enter__) for tracker in (one, two)]
+            writers = [threading.Thread(target=write, args=(tracker,)) for tracker in (one, two)]
             for writer in writers:
                 writer.start()
-            assert not one.changed_since("c").count + two.changed_since("c").count
+            time.sleep(0.1)
+            assert not begun  # although what they will write may be marked already
         for writer in writers:
             writer.join(60)
+        assert {id(tracker) for tracker in begun} == {id(one), id(two)}
         assert [tracker.changed_since("c").count for tracker in (one, two)] == [GRANULE, GRANULE]
 
 

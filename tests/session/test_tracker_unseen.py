@@ -51,7 +51,7 @@ def test_a_tracker_is_named_where_it_can_be_seen_alone(place: str, tracker_is_in
     theirs, ours = (place, "") if tracker_is_inside else ("", place)
     with started(*inside(theirs, sys.executable, "-c", TRACK)):
         runs(*inside(ours, COMMAND, "clear", "one", "b"))  # the tracker does it, which can be asked from there, too
-        said = told(*inside(ours, COMMAND, "rename", "one", "b", "c"))
+        said = told(*inside(ours, COMMAND, "node", "resize", "one"))
     assert f"{UNSEEN}ask it, or end it first" in said
 
 
@@ -62,7 +62,7 @@ def test_a_tracker_without_its_log_counts_as_alive_where_it_cannot_be_seen(track
     with started(*inside(theirs, sys.executable, "-c", TRACK)):
         log = the_log()
         log.unlink()
-        assert f"{UNSEEN}it may have ended, but its log" in told(*inside(ours, COMMAND, "rename", "one", "b", "c"))
+        assert f"{UNSEEN}it may have ended, but its log" in told(*inside(ours, COMMAND, "node", "resize", "one"))
         assert log.name in told(*inside(ours, COMMAND, "recover", "one"))
     # It could end its session in peace: what it marked is there.
     assert dirty() == 65536
@@ -85,12 +85,12 @@ def test_whoever_knows_that_it_has_ended_can_say_so() -> None:
 def test_a_tracker_without_its_log_that_has_ended_for_certain_is_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
     with started(sys.executable, "-c", TRACK) as tracker:
         the_log().unlink()
-        assert f"(process {tracker.pid}); ask it, or end it first" in error_of("rename", "one", "b", "c")
+        assert f"(process {tracker.pid}); ask it, or end it first" in error_of("node", "resize", "one")
         tracker.kill()
         tracker.wait(60)
     with monkeypatch.context() as patched:
         patched.setattr(process, "_sees_all", lambda: False)
-        assert f"{UNSEEN}it may have ended" in error_of("rename", "one", "b", "c")
+        assert f"{UNSEEN}it may have ended" in error_of("node", "resize", "one")
     if process._sees_all():
         dirtmap("recover", "one")
         assert dirty() == 65536  # its live files are there

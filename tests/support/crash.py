@@ -376,7 +376,7 @@ def seen_by_engine(image: bytearray) -> tuple[Layout, tuple[plain.Bitmap, ...]]:
         for slot in layout.slots:
             entry = slot.entry
             size = geometry.packed_bytes(layout.header.size, entry.granularity)
-            packed = load(file, layout, slot).view(np.uint8)[:size].tobytes() if slot.table else b""
+            packed = bytes(load(file, layout, slot))[:size] if slot.table else b""
             bitmaps.append(plain.Bitmap(entry.name, entry.granularity_bits, entry.flags, packed))
         return layout, tuple(bitmaps)
 
