@@ -1264,7 +1264,7 @@ class NamespaceConformance:
         made = maker.make(SIZE, some())
         with unchanged(made), made.open() as namespace, pytest.raises(dm.Error) as caught, namespace.hold("nope"):
             pass
-        assert caught.type in (dm.BitmapError, dm.LockedError, dm.UnsupportedError)
+        assert isinstance(caught.value, dm.BitmapError | dm.LockedError | dm.UnsupportedError)
 
     # Tracking.
 
@@ -1347,7 +1347,7 @@ class NamespaceConformance:
         made = maker.make(SIZE, some())
         with unchanged(made), made.open() as namespace, pytest.raises(dm.Error) as caught:
             namespace.track()
-        assert caught.type in (dm.BitmapError, dm.LockedError, dm.UnsupportedError)
+        assert isinstance(caught.value, dm.BitmapError | dm.LockedError | dm.UnsupportedError)
 
     @lacking("recover")
     def test_recovery_that_is_refused(self, maker: Maker) -> None:

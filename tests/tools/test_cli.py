@@ -158,10 +158,10 @@ def test_usage_is_pinned() -> None:
         "serve TARGET [-- NBDKIT_ARGUMENT...]",
         "export TARGET...",
         "rebuild TARGET BITMAP",
+        "plot TARGET [BITMAP]...",
         "transaction FILE",
         "sidecar RAW QCOW2",
         "completion {bash|zsh|fish}",
-        "plot TARGET [BITMAP]...",
     ]
 
 
@@ -430,7 +430,7 @@ def test_completion_of_names(image: Path) -> None:
         done = process(env=os.environ | environment, capture_output=True)
         return [line.partition(",")[2] for line in done.stdout.decode().splitlines() if line]
 
-    assert complete("dirtmap", "re") == ["remove", "rename", "recover", "rebuild"]
+    assert complete("dirtmap", "re") == ["remove", "rename", "rebuild", "recover"]
     assert complete("dirtmap", "map", str(image), "b") == ["b0", "b1"]
     assert complete("dirtmap", "map", "/no/such", "b") == []
     assert complete("dirtmap", "export", str(image), "--bitmap", "b") == ["b0", "b1"]
