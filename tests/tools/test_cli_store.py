@@ -53,7 +53,8 @@ def test_every_bitmap_command_works_on_a_node() -> None:
     assert bitmaps == [
         {
             **{"name": name, "granularity": granularity, "flags": flags, "recording": bool(flags)},
-            **{"inconsistent": False, "damaged": False, "busy": False, "checkpoint": False, "count": count},
+            **{"inconsistent": False, "damaged": False, "busy": False, "count": count},
+            **{"checkpoint": False, "began": None, "since": None},
             **{"namespace": json_of("node", "list")[0]["uuid"], "node": "one"},
         }
         for name, granularity, flags, count in (("a", 128 * KIB, ["auto"], 256 * KIB), ("c", 64 * KIB, [], 0))
