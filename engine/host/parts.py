@@ -7,6 +7,7 @@ It is also what kinds of containers, namespaces and trackers ask of their host: 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import uuid as uuids
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
     from dirtmap.engine.storefile.file import Store
     from dirtmap.engine.system.file import File
     from dirtmap.engine.system.locks import Locking
+
+
+# Of an absolute path it is the same at any time; who makes a host for each of many images asks for few of them.
+_normal = functools.lru_cache(maxsize=16)(os.path.normpath)
+
+
+def _absolute(path: str) -> str:
+    return _normal(path) if path.startswith("/") else os.path.abspath(path)
 
 
 class Parts:
@@ -61,11 +70,11 @@ class Parts:
         chosen = None if index is None else existing(os.fspath(index))
         said = os.environ.get("DIRTMAP_STORE") if store is None else existing(os.fspath(store))
         # Absolute: the process may change its folder before they are needed.
-        self.index = os.path.abspath(default_index(chosen))
+        self.index = _absolute(default_index(chosen))
         self.chosen = bool(said)
         self.store = said or default_store(chosen)
-        self.home = os.path.abspath(self.store)
-        self.normal = self.home if store is None else os.path.abspath(default_store(self.index))
+        self.home = _absolute(self.store)
+        self.normal = self.home if store is None else _absolute(default_store(self.index))
         self._made: tuple[Stores, Resolver, Registry] | None = None
         self._guard = threading.Lock()
 

@@ -21,7 +21,7 @@ from support.qemu import StorageDaemon, ToolError, bitmaps, extents, info, qemu_
 from support.volumes import attached, loops, mounted, require_root
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Repository, create, creating, files
+from dirtmap.tools.backup import Repository, create, creating, files, rebuild
 
 GRANULARITY = 65536
 
@@ -303,6 +303,46 @@ def test_a_full_file_system_fails_and_the_next_backup_has_it(tmp_path: Path) -> 
         made = back_up(repository, disk)
         assert (made.kind, made.copied) == ("incremental", (2 << 20) + 65536)
         same(repository, made, disk)
+
+
+@pytest.mark.parametrize("act", ["create", "rebuild"])
+def test_what_a_bitmap_has_missed_is_not_forgotten_by_an_act_that_fails(tmp_path: Path, act: str) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    back_up(repository, disk)
+    (mine,) = ours(disk)
+    dirtmap("disable", disk, mine)
+    qemu_io(disk, "write -qP 3 0 2M")  # which nothing records
+
+    def fail(name: str, done: int, total: int) -> None:
+        raise dm.StorageError("repo", "No space left on device")
+
+    acts = {
+        "create": lambda host: create(host, [str(disk)], repository, watch=fail),
+        "rebuild": lambda host: rebuild(host, str(disk), mine, repository, watch=fail),
+    }
+    with dm.Host() as host, pytest.raises(dm.StorageError, match="No space"):
+        acts[act](host)
+    made = back_up(repository, disk)
+    assert made.kind == "full"
+    same(repository, made, disk)
+
+
+def test_a_last_backup_that_is_broken_for_a_moment_only_makes_the_next_ones_full(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    image = image_of(repository, back_up(repository, disk))
+
+    def fail(name: str, done: int, total: int) -> None:
+        raise dm.StorageError("repo", "No space left on device")
+
+    for _ in range(2):
+        qemu_io(disk, "write -qP 3 0 2M")
+        aside = image.rename(image.with_suffix(".aside"))
+        with dm.Host() as host, pytest.raises(dm.StorageError, match="No space"):
+            create(host, [str(disk)], repository, watch=fail)
+        aside.rename(image)
+    made = back_up(repository, disk)
+    assert made.kind == "full"
+    same(repository, made, disk)
 
 
 def test_qemu_dies_meanwhile_and_the_next_backup_has_it(tmp_path: Path) -> None:

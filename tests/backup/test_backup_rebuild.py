@@ -218,6 +218,12 @@ def during(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     monkeypatch.setattr(rebuilding, "compare", compare)
 
 
+def is_of_no_use(target: Path | str, name: str, kind: str) -> bool:
+    """Whether nobody can take a lost bitmap for one that has missed nothing: it is gone, or calls all dirty."""
+    shown = listed(target)
+    return name not in shown if kind == "qcow2" else shown[name]["count"] > 24 * MIB
+
+
 @pytest.mark.parametrize("kind", ["qcow2", "raw"])
 def test_a_disk_that_changes_meanwhile_is_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, target, backup = made(tmp_path, kind)
@@ -226,8 +232,7 @@ def test_a_disk_that_changes_meanwhile_is_refused(tmp_path: Path, kind: str, mon
         during(patch, lambda: os.utime(disk))
         said = error_of("rebuild", target, backup.bitmap, "--against", tmp_path / "repo")
     assert "was written to" in said
-    shown = listed(target)[backup.bitmap]
-    assert shown["inconsistent"] or shown["count"] > 24 * MIB
+    assert is_of_no_use(target, backup.bitmap, kind)
     # QEMU and serve cannot even open it.
     opened: list[int] = []
     with monkeypatch.context() as patch:
@@ -347,9 +352,8 @@ def test_killed_in_the_middle_it_has_done_nothing(tmp_path: Path, kind: str, mon
 
     for _ in range(2):
         assert died_of(killed) == signal.SIGKILL
-        shown = listed(target)
-        assert shown[backup.bitmap]["inconsistent"] or shown[backup.bitmap]["count"] > 24 * MIB
-    assert len(shown) == 2  # and what would have had the writes meanwhile
+        assert is_of_no_use(target, backup.bitmap, kind)
+    assert len([name for name in listed(target) if name != backup.bitmap]) == 1  # has the writes meanwhile
     if kind == "qcow2":
         qemu.check(disk)
     dirtmap("rebuild", target, backup.bitmap, "--against", tmp_path / "repo")

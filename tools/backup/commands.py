@@ -378,7 +378,8 @@ def rebuild_command(
     backup info" tells its name), and makes dirty what differs, and nothing else. So the next backup is an increment.
 
     What neither of the two has is not read. Nobody may write to the disk meanwhile, unless it is tracked, as by
-    "dirtmap serve": what is written then is dirty, too. Until all is compared, BITMAP stays as it was.
+    "dirtmap serve": what is written then is dirty, too. Until all is compared, BITMAP stays as it was; one of a qcow2
+    image that is of no use is removed, and an interrupted rebuild can be done again.
     """
     from dirtmap.tools.backup.rebuilding import rebuild
 

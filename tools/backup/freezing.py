@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dirtmap.fmt.errors import ArgumentError, BitmapError, Error, StorageError
+from dirtmap.tools.backup import files
 from dirtmap.tools.backup.document import LIVE, REFLINK, SOURCE
 from dirtmap.tools.frozen import frozen_copy, prepared_clone
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _REMEDY = "--source reads a snapshot, --live insists"
 _SECTOR = 512
+_SECONDS = 10  # for which writes wait
 
 
 @dataclass
@@ -96,19 +98,34 @@ def freeze(host: Host, disks: Sequence[Written], snapshot: str | None) -> None:
             disk.open(host)
     if not disks:
         return
+    if snapshot is not None:
+        _write_back(disks)  # so that little is left to be done in the instant
     with host.instant([disk.image for disk in disks]) as instant:
         for disk in disks:
             disk.freeze(instant)
         if snapshot is not None:
+            _write_back(disks)
             _run(snapshot)
     if snapshot is not None:
         for disk in disks:
             disk.open(host)
 
 
+def _write_back(disks: Sequence[Written]) -> None:
+    """Has the medium have what was written: a snapshot may be made below the kernel's cache."""
+    for disk in disks:
+        if disk.how == SOURCE:
+            files.sync(disk.image.disk().path)
+
+
 def _run(command: str) -> None:
-    """Runs a command; what it prints goes to standard error."""
-    status = subprocess.run(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=2, check=False).returncode
+    """Runs a command; what it prints goes to standard error. It is not killed: it may have suspended a device."""
+    process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=2)
+    try:
+        status = process.wait(_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        what = f"still runs after {_SECONDS} seconds; writes go on, so that what it makes is of no instant"
+        raise StorageError(command, what) from error
     if status:
         raise Error(command, f"was killed by signal {-status}" if status < 0 else f"ended with status {status}")
 

@@ -103,7 +103,8 @@ def _beginning(place: Repository, image: Handle, disk: Disk, bitmap: str, at: st
     backups = place.disk(name)
     newest = backups[-1]
     require_same_disk(place, image, disk, newest)
-    found = next((each for each in backups if each.bitmap == bitmap), None)
+    # Of two it is the later one, after a snapshot that was there already: see `state.base_of_snapshot`.
+    found = next((each for each in reversed(backups) if each.bitmap == bitmap), None)
     quoted = f"bitmap '{printable(bitmap)}'"
     if found is None:
         what = f"has no backup of '{printable(name)}' at which {quoted} began; that of backup {newest.number} is"

@@ -141,8 +141,11 @@ def begin_qcow2(image: Handle, names: Names) -> Since:
         refusal = _merge_failed(bitmaps, names)
         from dirtmap.engine import changes
 
+        # What cannot be gone on from is removed: should this backup fail, the next one could not tell that the bitmap,
+        # disabled by then, has missed something.
+        anew = names.last is None or refusal.reason is not None
         for name in [name for name in bitmaps if name.startswith(names.prefix)]:
-            if name not in names.known:
+            if anew or name not in names.known:
                 changes.remove(bitmaps, name)
             elif bitmaps[name].recording and not bitmaps[name].inconsistent:
                 changes.set_recording(bitmaps, name, False)
@@ -190,11 +193,14 @@ def since_now(image: Handle, names: Names, *, stored: bool) -> Bitmap:
         stored: they are in a store.
 
     Raises:
-        BitmapError: that is not known; or a store's node is tracked.
+        BitmapError: that is not known.
+        LockedError: somebody marks what is written to a store's node.
     """
     last = names.last
     assert last is not None
     if stored:
+        if (status := image.tracking()) is not None and status.alive:
+            raise LockedError(image.where, f"tracked by {status.tracker}; end it first")
         with image.track(save_interval=0) as tracker:
             return tracker.changed_since(last)
     refusal, failed = _judged(image, names)
