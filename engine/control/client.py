@@ -16,7 +16,7 @@ from dirtmap.fmt.errors import LockedError, StorageError
 _PATIENCE: Final = 60.0  # seconds for which an answer is waited for; a cut waits for the writes in flight
 _LOOK: Final = 1.0  # seconds until it is looked whether the tracker lives
 # What cannot be told to have been done or not where no answer comes.
-_LASTING: Final = "change", "checkpoint", "stop"
+_LASTING: Final = "change", "checkpoint", "rebuild", "stop"
 
 
 class Conversation:
@@ -74,9 +74,10 @@ class Conversation:
         return found[0].get("answer"), found[1]
 
     def _answer(self) -> tuple[dict[str, Any], bytes] | None:
-        deadline = time.monotonic() + _PATIENCE
+        deadline, silent = time.monotonic() + _PATIENCE, 0
         while not wire.comes(self._socket, _LOOK):
-            if time.monotonic() > deadline or not self._lives():
+            silent = 0 if self._lives() else silent + 1  # once it may be that the clock was set, or the machine slept
+            if time.monotonic() > deadline or silent > 1:
                 raise TimeoutError
         return wire.receive(self._socket)
 

@@ -25,6 +25,7 @@ NAME: Final = SOCKET
 _LENGTHS: Final = struct.Struct(">IQ")
 _CREDENTIALS: Final = struct.Struct("3i")
 _MOST_TEXT: Final = 1 << 24
+_PART: Final = 1 << 20
 MOST_BYTES: Final = 1 << 40  # more than any bitmap has
 
 
@@ -52,7 +53,9 @@ def send(peer: socket.socket, document: dict[str, Any], data: bytes = b"") -> No
     """Sends a message."""
     text = json.dumps(document).encode()
     peer.sendall(_LENGTHS.pack(len(text), len(data)) + text)
-    peer.sendall(data)
+    view = memoryview(data)
+    for at in range(0, len(view), _PART):  # the socket's time limit is for each
+        peer.sendall(view[at : at + _PART])
 
 
 def comes(peer: socket.socket, seconds: float | None) -> bool:

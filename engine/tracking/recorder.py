@@ -538,6 +538,8 @@ class Recorder:
                 window = home.window(name)
                 if window is None:
                     continue
+                if window.busy and target is self._home and not self._is_held(name):
+                    window = replace(window, busy=False)  # of a hold whose end could not be written
                 kept = None if final else window
                 if (added := self._union(parts, window, entry.granularity, unions)) is not None:
                     home.merge(name, added, kept)
@@ -646,6 +648,9 @@ class Recorder:
         except Error:
             return False
         return all(size == self.size for size in sizes)
+
+    def _is_held(self, name: str) -> bool:
+        return name in self._held or any(name in names for names, _ in self._pinned.values())
 
     def _forget(self) -> None:
         """Drops the saved frozen writesets. Those stay that a `drop`, or a change as of earlier, needs."""

@@ -309,6 +309,24 @@ def test_a_hold_ends_with_who_holds(tracker: Tracker) -> None:
             time.sleep(0.001)
 
 
+def test_a_hold_whose_end_could_not_be_written_ends_with_the_next_save(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise dm.StorageError("the store", "No space left on device")
+
+    hold = tracker.hold(["b0"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "_set_busy", full)
+        with pytest.raises(dm.StorageError):
+            tracker.release(hold)
+    with dm.open("node:drive0") as image:
+        assert image.info().bitmaps[0].busy
+        tracker.mark(0, 1)
+        tracker.save()
+        assert not image.info().bitmaps[0].busy
+
+
 def test_checkpoints(tracker: Tracker) -> None:
     dirtmap("checkpoint", "add", "drive0", "noon")
     tracker.mark(0, 1)

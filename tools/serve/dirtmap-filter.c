@@ -165,7 +165,7 @@ static int tracked_trim(nbdkit_next *next, void *handle, uint32_t count, uint64_
 static pthread_t living;
 static int lives;
 static pthread_mutex_t ending = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t ended = PTHREAD_COND_INITIALIZER;
+static pthread_cond_t ended; /* by the clock that nobody sets */
 
 static void *live_on(void *ignored)
 {
@@ -173,7 +173,7 @@ static void *live_on(void *ignored)
     pthread_mutex_lock(&ending);
     while (lives) {
         struct timespec until;
-        clock_gettime(CLOCK_REALTIME, &until);
+        clock_gettime(CLOCK_MONOTONIC, &until);
         until.tv_nsec += SIGN_NS;
         until.tv_sec += until.tv_nsec / 1000000000;
         until.tv_nsec %= 1000000000;
@@ -191,6 +191,11 @@ static int begin_to_live(void)
 {
     sigset_t all, before;
     sigfillset(&all);
+    pthread_condattr_t how;
+    pthread_condattr_init(&how);
+    pthread_condattr_setclock(&how, CLOCK_MONOTONIC);
+    pthread_cond_init(&ended, &how);
+    pthread_condattr_destroy(&how);
     lives = 1;
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for nbdkit's own threads */
     int r = pthread_create(&living, NULL, live_on, NULL);
