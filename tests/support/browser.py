@@ -91,7 +91,9 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._received:
-            assert select.select([self._in], [], [], _PATIENCE_SECONDS)[0], "the browser does not answer"
+            look = select.poll()  # unlike select, of any number of descriptors that are open
+            look.register(self._in, select.POLLIN)
+            assert look.poll(_PATIENCE_SECONDS * 1000), "the browser does not answer"
             more = os.read(self._in, 1 << 20)
             assert more, "the browser has ended"
             self._received += more
