@@ -21,12 +21,19 @@ from dirtmap.fmt.live import SOCKET
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dirtmap.fmt.identity import FilePlace
+
 NAME: Final = SOCKET
 _LENGTHS: Final = struct.Struct(">IQ")
 _CREDENTIALS: Final = struct.Struct("3i")
 _MOST_TEXT: Final = 1 << 24
 _PART: Final = 1 << 20
 MOST_BYTES: Final = 1 << 40  # more than any bitmap has
+
+
+def spelled(place: FilePlace) -> dict[str, Any]:
+    """Which file something is, as an answer says it."""
+    return {"filesystem": place.filesystem.hex(), "inode": place.inode, "birth": place.birth}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dirtmap.engine.control import wire
 from dirtmap.engine.host.asking import asked
 from dirtmap.engine.identity import identity_of
 from dirtmap.fmt.errors import ArgumentError, BitmapError, Error, LockedError, printable
@@ -61,9 +62,7 @@ class Instant:
         Raises:
             LockedError: it is not the one that is tracked.
         """
-        place = identity_of(path).place
-        found = {"filesystem": place.filesystem.hex(), "inode": place.inode, "birth": place.birth}
-        if found != self._places[image.uuid]:
+        if wire.spelled(identity_of(path).place) != self._places[image.uuid]:
             raise LockedError(image.where, "what is at the disk's path is not what its tracker tracks")
 
     def _ask(self, image: Namespace, act: str, **arguments: object) -> object:

@@ -166,10 +166,7 @@ def load(file: File, layout: Layout, slot: Slot) -> memoryview:
             read_run()
             run = (first, last, raw)
     read_run()
-    words = octets.cast("Q")
-    if nbits % 64:
-        words[-1] &= (1 << nbits % 64) - 1
-    return words
+    return memory.words(octets, nbits)
 
 
 @contextlib.contextmanager

@@ -79,10 +79,7 @@ def load(snapshot: Snapshot, tree: Tree, most: int = _MOST) -> memoryview | None
     for first, end in dirty:
         target = octets[first * cluster : end * cluster]
         target[:] = bytes((0xFF,)) * len(target)
-    words = octets.cast("Q")
-    if tree.nbits % 64:
-        words[-1] &= (1 << tree.nbits % 64) - 1
-    return words
+    return memory.words(octets, tree.nbits)
 
 
 def _read(snapshot: Snapshot, pointer: _Pointer) -> bytes | None:

@@ -18,6 +18,14 @@ def zeros(length: int) -> memoryview:
     return memoryview(bytearray(length) if length <= _TINY else sparse(length))
 
 
+def words(octets: memoryview, nbits: int) -> memoryview:
+    """The same memory as words, each a uint64; bits behind the last of ``nbits`` are made zero."""
+    found = octets.cast("Q")
+    if nbits % 64:
+        found[-1] &= (1 << nbits % 64) - 1
+    return found
+
+
 def sparse(length: int) -> mmap.mmap:
     """``length`` zero bytes, at least one; where they are many, each 4 KiB take memory once they are written to.
 

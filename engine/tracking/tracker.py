@@ -30,6 +30,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
+from dirtmap.engine.control import wire
 from dirtmap.engine.control.server import Answering
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import checkpoints
@@ -558,8 +559,7 @@ class Tracker(Recorder):
 
     def place(self) -> dict[str, Any]:
         """Which file the image is, wherever its path leads by now: see SPEC.md, "Identity of an image"."""
-        image = self._session.image
-        return {"filesystem": image.filesystem.hex(), "inode": image.inode, "birth": image.birth}
+        return wire.spelled(self._session.image.place)
 
     def _asked(self) -> AbstractContextManager[Answering]:
         return Asked(self)

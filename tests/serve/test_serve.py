@@ -19,12 +19,9 @@ from support.cli import dirtmap, error_of, json_of, mapped
 from support.nbd import TRIM, WRITE, ZERO, Client, write_until_it_ends
 from support.server import SIZE, Started, granules, nbdkit, served, uri_of
 from support.tls import certificates_in
-from support.tracking import GRANULE, make_node
+from support.tracking import GRANULE, make_node, wait_for_beat
 
 import dirtmap.engine as dm
-from dirtmap.engine.session.intent import read_log
-from dirtmap.engine.storefile.file import Store
-from dirtmap.engine.storefile.session import session_of
 from dirtmap.tools.serve.building import built_filter
 
 NODE = Path("drive0")
@@ -263,15 +260,7 @@ def test_nbdkit_gives_signs_of_life_while_there_is_no_tracker(disk: Path, tmp_pa
     started = Started(tmp_path)
     started.kill(tracker=True, nbdkit=False)
     died = time.time_ns()
-    with Store(str(tmp_path / "default.dmap")) as target:
-        record = target.record(b"drive0")
-    session = session_of(record) if record else None
-    assert session
-    deadline = time.monotonic() + 60
-    while (logged := read_log(session, SIZE)) and logged.beat <= died:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert logged
+    wait_for_beat(tmp_path / "default.dmap", SIZE, died)
     with dm.open("node:drive0") as image:
         status = image.tracking()
         assert status is not None

@@ -19,10 +19,25 @@ from numpy.typing import NDArray
 import dirtmap.engine as dm
 from dirtmap.engine.model import bits
 from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.session.intent import read_log
 from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.storefile.session import session_of
 
 Model = NDArray[np.uint8]
 GRANULE = 65536
+
+
+def wait_for_beat(store: Path, size: int, moment: int) -> None:
+    """Waits until the intent log of node ``drive0`` has a beat later than a moment, in ns since 1970."""
+    with Store(str(store)) as target:
+        record = target.record(b"drive0")
+    session = session_of(record) if record else None
+    assert session
+    deadline = time.monotonic() + 60
+    while (logged := read_log(session, size)) and logged.beat <= moment:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert logged
 
 
 def make_node(folder: Path, size: int, name: str = "drive0", *, granularity: int = GRANULE) -> Path:

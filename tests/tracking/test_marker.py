@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.devices import DEVICE, NODE, make, qcow2, raw_here
-from support.tracking import GRANULE, make_node, model_of
+from support.tracking import GRANULE, make_node, model_of, wait_for_beat
 
 import dirtmap.engine as dm
 from dirtmap.engine.session import livefile
-from dirtmap.engine.session.intent import read_log
 from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.storefile.session import session_of
 from dirtmap.engine.system import file as fileio
@@ -464,16 +463,7 @@ def test_a_marker_gives_signs_of_life_while_there_is_no_tracker(tmp_path: Path) 
     marker, image = left_to_a_marker("node:drive0")
     with contextlib.closing(image):
         died = time.time_ns()
-        with Store(str(tmp_path / "default.dmap")) as target:
-            record = target.record(b"drive0")
-        assert record
-        session = session_of(record)
-        assert session
-        deadline = time.monotonic() + 60
-        while (logged := read_log(session, SIZE)) and logged.beat <= died:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert logged
+        wait_for_beat(tmp_path / "default.dmap", SIZE, died)
         assert image.tracking().seen * 1e9 > died
         with image.track(save_interval=0) as tracker:
             assert set(dirty(tracker.bitmap("b0"))) == {0, 1, 2, 3, 10}
