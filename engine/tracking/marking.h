@@ -188,6 +188,7 @@ typedef struct dm_handle {
     uint64_t beaten; /* when it last wrote a beat */
     unsigned beats;
     pthread_mutex_t mutex, logging;
+    dm_word wanted[DM_REGIONS / 64]; /* regions that threads wait for to be logged */
     struct dm_hooks hooks;
     void *context;
     struct dm_own *owns[DM_SLOTS];
@@ -727,13 +728,21 @@ static inline int dm_write_tally(dm_handle *h, uint64_t log, uint64_t regions)
     return h->hooks.write(h->context, text + 21, 16, 5120 + (log & 1) * 512);
 }
 
-/* Logs the regions of these ranges in the log of the state that is followed. The caller then begins again. */
+/* Logs the regions of these ranges in the log of the state that is followed. The caller then begins again.
+ *
+ * What other threads want meanwhile gathers, and whoever is next writes the records of all of it with one sync.
+ */
 static inline int dm_log(dm_handle *h, struct dm_own *own, const int64_t *offsets, const int64_t *lengths, size_t n)
 {
     struct dm_control *c = h->control;
     uint64_t s = own->state, log = (s & 0xffffffff) >> 1, regions = ((own->size - 1) >> own->region_bits) + 1;
     uint64_t *need = calloc((regions + 63) / 64, 8);
     struct dm_own *announcing = own;
+    for (size_t i = 0; i < n; i++)
+        if (lengths[i])
+            for (uint64_t at = (uint64_t)offsets[i] >> h->region_bits,
+                          last = (uint64_t)(offsets[i] + lengths[i] - 1) >> h->region_bits; at <= last; at++)
+                atomic_fetch_or(&h->wanted[at >> 6], 1ull << (at & 63));
     int r = need ? h->hooks.lock(h->context) : ENOMEM;
     if (r) {
         free(need);
@@ -751,14 +760,12 @@ static inline int dm_log(dm_handle *h, struct dm_own *own, const int64_t *offset
     if (atomic_load(&c->state) == s) {
         dm_word *logged = c->logged[log & 1];
         int any = 0;
-        for (size_t i = 0; i < n; i++)
-            if (lengths[i])
-                for (uint64_t at = (uint64_t)offsets[i] >> h->region_bits,
-                              last = (uint64_t)(offsets[i] + lengths[i] - 1) >> h->region_bits; at <= last; at++)
-                    if (!(atomic_load(&logged[at >> 6]) >> (at & 63) & 1)) {
-                        need[at >> 6] |= 1ull << (at & 63);
-                        any = 1;
-                    }
+        for (uint64_t w = 0; w < (regions + 63) / 64; w++) {
+            uint64_t here = dm_mask(w, 0, regions - 1); /* others may know of a larger disk already */
+            if (atomic_load(&h->wanted[w]) & here)
+                need[w] = atomic_fetch_and(&h->wanted[w], ~here) & here & ~atomic_load(&logged[w]);
+            any |= need[w] != 0;
+        }
         if (any && c->intent)
             r = dm_write_records(h, log, need, regions);
         if (!r)
