@@ -14,6 +14,7 @@ import dirtmap.engine as dm
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.tracking.home import Home, HomeView
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt import store
 
 SIZE = 64 << 20
 TIME = 0x7E57  # type of a record's extension that nobody knows, and anybody may ignore
@@ -103,3 +104,24 @@ def test_a_change_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: 
                 tracker.checkpoint("tuesday")
         assert tracker.checkpoints() == ["monday"]
         same(home_of(tracker))
+
+
+def test_a_directory_that_is_damaged_is_written_anew_by_the_next_commit(tmp_path: Path) -> None:
+    """The tracker knows what was in it, as long as nobody else has changed the store."""
+    make_node(tmp_path, SIZE)
+    path = tmp_path / "default.dmap"
+    with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
+        tracker.checkpoint("monday")
+        with Store(str(path)) as target:
+            record = target.record(b"drive0")
+        assert record
+        with path.open("r+b") as file:
+            file.seek(record.directory.offset + store.OWNER_SIZE + 20)
+            file.write(b"?")
+        with pytest.raises(dm.FormatError, match="directory of node 'drive0'"):
+            list(image)
+        tracker.mark(0, 1)
+        tracker.save()
+        assert list(image) == ["b0", "monday"]
+        assert image["monday"].count == GRANULE
+        assert dm.check(path).corruptions == 0
