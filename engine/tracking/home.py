@@ -233,9 +233,9 @@ class HomeChange(HomeView):
         """Like `put` for a clean bitmap, but takes the same time however large the disk. Errors as `clean_entry`."""
         entry, known = self.clean_entry(name, granularity, recording=recording), self.entries.get(name)
         if known:  # the same bitmap, with what is known of it
-            entry = replace(entry, extra_data=with_items(known, {store.ITEM_BITS: None}).extra_data)
-        self.entries[name] = identified(entry, self.change.generation, new=known is None)
-        self.set_window(name, window)
+            entry = replace(entry, extra_data=known.extra_data)
+        items = {store.ITEM_BITS: None, store.ITEM_WINDOW: window.build() if window else None}
+        self.entries[name] = identified(with_items(entry, items), self.change.generation, new=known is None)
 
     def grow(self, size: int) -> None:
         """Gives the disk another size, in bytes. The caller then puts every bitmap anew."""
@@ -270,9 +270,14 @@ class HomeChange(HomeView):
             if self.peer:
                 extensions.append((store.EXTENSION_PEER, build_peer(self.peer)))
         new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints, self.began)
-        generation, count = change.generation, len(wanted)
-        new = replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=self.identity)
-        new = replace(new, size=self.placed.size)
+        new = replace(
+            new,
+            size=self.placed.size,
+            generation=change.generation,
+            directory=area,
+            nb_bitmaps=len(wanted),
+            identity=self.identity,
+        )
         change.table.put(new)
         return new
 
