@@ -15,6 +15,7 @@ Source of every rule: SPEC.md, "The store".
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -312,6 +313,7 @@ def build_identity(identity: Identity) -> bytes:
     )
 
 
+@functools.lru_cache(maxsize=32)  # a commit takes the same few apart several times
 def parse_items(data: bytes) -> tuple[tuple[int, bytes], ...]:
     """Returns the items in the extra data of a directory entry, as (type, data).
 

@@ -296,6 +296,10 @@ class Chosen:
     lost: int = 0
     copies: Mapping[bytes, Header] = field(default_factory=dict, compare=False, repr=False)
 
+    def is_as_committed(self, commit: Seen) -> bool:
+        """True where the newest commit is that one, and nothing is in doubt: then all that it leads to is as it was."""
+        return not self.in_doubt and not self.lost and self.header.commit == commit
+
     def without(self, seen: Seen) -> Chosen:
         """The same, where that commit is missing."""
         return replace(self, header=_in_doubt(self.header), lost=seen.generation)

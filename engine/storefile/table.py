@@ -267,16 +267,16 @@ class NamespaceTable:
             self._last[node.level] = node, data, words
         return data, words
 
-    def _load(self, node: Node) -> list[Item]:
-        """What is in a node. Errors as `records`."""
-        items = self._items(node)
+    def _load(self, node: Node, data: bytes | None = None) -> list[Item]:
+        """What is in a node; ``data``: its bytes, where they were read already. Errors as `records`."""
+        items = self._items(node, data)
         if fault := self._count_fault(node, _count(node.level, items)):
             raise fault
         return items
 
-    def _items(self, node: Node) -> list[Item]:
+    def _items(self, node: Node, data: bytes | None = None) -> list[Item]:
         """Like `_load`, but the number of records may be wrong."""
-        data = self._bytes(node)
+        data = self._bytes(node) if data is None else data
         if node.level:
             self._words(node, data)
             return list(NODE_POINTER.unpack_all(data))
@@ -403,7 +403,7 @@ class NamespaceTable:
 
     def _rebuilt(self, node: Node, changes: list[Change], place: Place, release: Release) -> list[Item]:
         """What will be in a node, which is given up. All that is below it has its place."""
-        items = self._load(node)
+        items = self._load(node, self._cached(node)[0])  # who changes a record has looked at it
         release(node.area)
         if not node.level:
             gone = {name for _, name, _ in changes}

@@ -339,6 +339,11 @@ class File:
                 raise self._failed("look at its file system", error) from error
         return self._place
 
+    def take_place_of(self, other: File) -> None:
+        """Believes what another open file knows of its place, where both are the same file."""
+        if other.fd >= 0 and other._place is not None and os.path.samestat(self.status, other.status):
+            self._place = other._place
+
     def is_current(self) -> bool:
         """True while the path still leads to this file. A lock stays with the inode, but a rename moves the name."""
         try:

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from dirtmap.engine.model import checkpoints, content
 from dirtmap.engine.model.bitmap import Bitmap
@@ -25,6 +25,7 @@ from dirtmap.engine.storefile.directory import (
 )
 from dirtmap.engine.storefile.entries import identified, tree_of, with_items, with_root
 from dirtmap.engine.storefile.file import Change, Plan, Snapshot, Store
+from dirtmap.engine.storefile.header import Seen
 from dirtmap.engine.storefile.session import (
     Window,
     names_session,
@@ -47,6 +48,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Left(NamedTuple):
+    """What a commit of ours has left of a namespace, which holds as long as that is the store's newest commit."""
+
+    commit: Seen
+    record: Record
+    session: live.Session | None
+    entries: list[Entry]
+    checkpoints: list[str]
+
+
 class HomeView:
     """The bitmaps of a home as of one commit, for the tracker: saved bits and windows, without the live bits.
 
@@ -57,13 +68,15 @@ class HomeView:
         checkpoints: the chain of `dirtmap.engine.model.checkpoints`, oldest first.
     """
 
-    def __init__(self, snapshot: Snapshot, record: Record) -> None:
+    def __init__(self, snapshot: Snapshot, record: Record, left: Left | None = None) -> None:
         self.snapshot, self.record = snapshot, record
         self.where = f"{snapshot.file.path}: {record.label}"
-        self.session = session_of(record)
-        self.found = read_entries(snapshot, record)
+        if left is None:
+            self.session, self.checkpoints = session_of(record), read_chain(self.where, record)
+            self.found = read_entries(snapshot, record)
+        else:
+            self.session, self.checkpoints, self.found = left.session, list(left.checkpoints), left.entries
         self.entries = {decode_name(entry.name): entry for entry in self.found}
-        self.checkpoints = read_chain(self.where, record)
         self._doubted = header_doubts(snapshot, record) is not None
 
     @property
@@ -130,8 +143,8 @@ class HomeChange(HomeView):
         began: when the checkpoints began that are new in this change, in ns since 1970.
     """
 
-    def __init__(self, change: Change, record: Record) -> None:
-        super().__init__(change.snapshot, record)
+    def __init__(self, change: Change, record: Record, left: Left | None = None) -> None:
+        super().__init__(change.snapshot, record, left)
         self.change = change
         self.placed = record  # with the size that the disk will have
         self.identity = record.identity
@@ -220,9 +233,9 @@ class HomeChange(HomeView):
         """Like `put` for a clean bitmap, but takes the same time however large the disk. Errors as `clean_entry`."""
         entry, known = self.clean_entry(name, granularity, recording=recording), self.entries.get(name)
         if known:  # the same bitmap, with what is known of it
-            entry = replace(entry, extra_data=with_items(known, {store.ITEM_BITS: None}).extra_data)
-        self.entries[name] = identified(entry, self.change.generation, new=known is None)
-        self.set_window(name, window)
+            entry = replace(entry, extra_data=known.extra_data)
+        items = {store.ITEM_BITS: None, store.ITEM_WINDOW: window.build() if window else None}
+        self.entries[name] = identified(with_items(entry, items), self.change.generation, new=known is None)
 
     def grow(self, size: int) -> None:
         """Gives the disk another size, in bytes. The caller then puts every bitmap anew."""
@@ -240,8 +253,8 @@ class HomeChange(HomeView):
             if not entry.in_use:
                 self.put(name, Bitmap(self.record.size, entry.granularity, entry.auto).recovered(), None)
 
-    def finish(self) -> None:
-        """Plans the new record and directory, to be committed at the end of the block."""
+    def finish(self) -> Record:
+        """Plans the new record and directory, to be committed at the end of the block, and returns the record."""
         change, record = self.change, self.record
         wanted = list(self.entries.values())
         roots = {entry.table_offset for entry in wanted}
@@ -257,9 +270,16 @@ class HomeChange(HomeView):
             if self.peer:
                 extensions.append((store.EXTENSION_PEER, build_peer(self.peer)))
         new = with_chain(record.with_extensions(store.OF_A_SESSION, extensions), self.checkpoints, self.began)
-        generation, count = change.generation, len(wanted)
-        new = replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=self.identity)
-        change.table.put(replace(new, size=self.placed.size))
+        new = replace(
+            new,
+            size=self.placed.size,
+            generation=change.generation,
+            directory=area,
+            nb_bitmaps=len(wanted),
+            identity=self.identity,
+        )
+        change.table.put(new)
+        return new
 
 
 class Home:
@@ -279,6 +299,7 @@ class Home:
 
     def __init__(self, host: HostPort, path: str, name: bytes) -> None:
         self._host, self.name = host, name
+        self._left: Left | None = None
         # Not the host's store: that one reports each commit to the index, which takes longer than a cut.
         self.store = Store(os.path.abspath(path), locking=host.locking)  # the process may change its working folder
         try:
@@ -341,7 +362,8 @@ class Home:
         """Runs ``read`` on the state of one commit. Raises `GoneError` for another session. Errors as `Store.read`."""
 
         def read_view(snapshot: Snapshot) -> T:
-            view = self.view(snapshot)
+            left = self._left_at(snapshot)
+            view = HomeView(snapshot, left.record, left) if left else self.view(snapshot)
             self._require(view, session)
             return read(view)
 
@@ -359,7 +381,16 @@ class Home:
             As `Store.change`.
         """
         with self.store.change() as change:
-            home = HomeChange(change, self._found(change.table.get(self.name), session))
+            left = self._left_at(change.snapshot)
+            record = left.record if left else self._found(change.table.get(self.name), session)
+            home = HomeChange(change, record, left)
             self._require(home, session)
             yield home
-            home.finish()
+            record = home.finish()
+        entries, chain = list(home.entries.values()), list(home.checkpoints)
+        self._left = Left(change.committed, record, home.session, entries, chain)
+
+    def _left_at(self, snapshot: Snapshot) -> Left | None:
+        """What our last commit has left, where that is the commit that counts."""
+        left = self._left
+        return left if left is not None and snapshot.chosen.is_as_committed(left.commit) else None

@@ -40,6 +40,7 @@ from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, Stora
 from dirtmap.fmt.live import Peer
 
 _PATIENCE_SECONDS: Final = 5.0
+_BREAK_SECONDS: Final = 0.02
 _MOST_INTERVALS: Final = (1 << 32) - 2  # of a session: the state has 32 bits for the number
 
 
@@ -730,6 +731,9 @@ class Recorder:
                     home.report()
                 self._remembered = saves
             for count in range(1, SPARES + 1):
+                # Another cut may follow at once. It has the first spare, and shall not compete for the processor.
+                if count > 1 and ended.wait(_BREAK_SECONDS):
+                    return
                 # Waits for no lock: the thread that holds it may be about to wait for this thread's end.
                 if self._spare_guard.acquire(blocking=False):  # not _lock, so a cut waits only if it needs a spare
                     try:

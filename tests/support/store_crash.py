@@ -32,6 +32,7 @@ from support.hostless import stored
 BLOCK = 4096
 RESERVED = 4 * BLOCK
 WORD = 8  # what a header is torn at
+PAGE = 4096
 UUID_AT = 56
 
 Pointer = tuple[int, int, int]  # offset, length, CRC32C
@@ -376,7 +377,10 @@ def record_in_memory(image: bytes | bytearray, operate: Callable[[str], object])
 
 
 def shredded(recording: Recording) -> Recording:
-    """The same with every write to the headers taken apart into words, those left out that change nothing."""
+    """The same with every write to the headers taken apart into words, those left out that change nothing.
+
+    All other writes are taken apart into pages: a commit joins what it writes side by side.
+    """
     image = bytearray(recording.original)
 
     def words(step: crash.Step) -> Iterator[crash.Step]:
@@ -385,6 +389,9 @@ def shredded(recording: Recording) -> Recording:
                 word = Write(step.offset + at, step.data[at : at + WORD])
                 if image[word.offset : word.offset + len(word.data)] != word.data:
                     yield word
+        elif isinstance(step, Write):
+            for at in range(0, len(step.data), PAGE):
+                yield Write(step.offset + at, step.data[at : at + PAGE])
         else:
             yield step
         crash.land(image, step)

@@ -25,6 +25,7 @@ from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import live
 from dirtmap.fmt.directory import FLAG_IN_USE
 from dirtmap.fmt.geometry import align_up
+from dirtmap.fmt.store import Record
 
 COUNT = SIZE // GRANULE
 RAW = (raw_here, raw_elsewhere)
@@ -386,12 +387,12 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, number: int, error: dm.Error) -> No
     count = [0]
     finish = HomeChange.finish
 
-    def failing(home: HomeChange) -> None:
+    def failing(home: HomeChange) -> Record:
         if home.placed.size != home.record.size:
             count[0] += 1
             if count[0] == number:
                 raise error
-        finish(home)
+        return finish(home)
 
     monkeypatch.setattr(HomeChange, "finish", failing)
 
