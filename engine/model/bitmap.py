@@ -238,7 +238,7 @@ class Bitmap:
 
     def extents_by_parts(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """The same as `extents`, some millions at a time: all of them can take 64 times the memory of the bits."""
-        if self._uniform() is not None or self._nbits <= content.BLOCK:
+        if self._uniform() is not None or self._nbits <= min(content.BLOCK, content.LARGE):
             yield self.extents()
         else:
             yield from content.extents(self._parts(lasting=True), self.size, self.granularity)
