@@ -55,7 +55,10 @@ class _Source:
         return Packed(nbits, load(self.file, self.layout, self.slot)).words
 
     def open(self) -> Content:
-        return Clusters(self.file, self.layout, self.slot)
+        from dirtmap.engine.model.content import BLOCK, Whole
+
+        there = Clusters(self.file, self.layout, self.slot)
+        return Whole(there.nbits, self.load()) if there.nbits <= BLOCK else there
 
 
 class Image(Namespace):

@@ -77,24 +77,26 @@ class Clusters:
         """
         if self.file.fd < 0:
             raise Error(self.file.path, "the transaction has ended")
-        cluster, end = self._cluster, first + len(buffer)
+        cluster, size = self._cluster, len(buffer)
         run: tuple[int, int, int] | None = None  # from byte, to byte of the buffer; offset in the file
 
         def read_run() -> None:
             if run:
                 self.file.read_into(run[2], buffer[run[0] : run[1]])
 
-        for index, raw in enumerate(self._entries(first, end), first // cluster):
-            at = max(index * cluster - first, 0)
-            upto = min((index + 1) * cluster, end) - first
-            place = raw + first + at - index * cluster
+        at, skipped = 0, first % cluster  # of the first cluster
+        for raw in self._entries(first, first + size):
+            upto = min(at + cluster - skipped, size)
             if raw == directory.TABLE_ALL_ONES:
                 buffer[at:upto] = bytes((0xFF,)) * (upto - at)
-            elif raw and run and run[1] == at and run[2] + run[1] - run[0] == place:
-                run = (run[0], upto, run[2])
             elif raw:
-                read_run()
-                run = (at, upto, place)
+                place = raw + skipped
+                if run and run[1] == at and run[2] + at - run[0] == place:
+                    run = (run[0], upto, run[2])
+                else:
+                    read_run()
+                    run = (at, upto, place)
+            at, skipped = upto, 0
         read_run()
 
     def _entries(self, first: int, end: int) -> tuple[int, ...]:
