@@ -41,6 +41,7 @@ MAX_DIRECTORY_SIZE = 1024 * MAX_BITMAPS
 TABLE_ENTRY_SIZE = 8
 TABLE_OFFSET_MASK = 0x00FFFFFFFFFFFE00
 TABLE_RESERVED_MASK = 0xFF000000000001FE
+TABLE_ALL_ZEROS = 0
 TABLE_ALL_ONES = 1
 
 
@@ -152,7 +153,7 @@ def entry_faults(entry: Entry, disk_size: int, cluster_size: int) -> Iterator[tu
             yield "table_size", f"{entry.table_size} entries, but the disk's size needs {expected}"
 
 
-def parse_table(data: bytes) -> tuple[int, ...]:
+def parse_table(data: bytes | memoryview) -> tuple[int, ...]:
     """Returns a bitmap table's raw entries.
 
     They are plain integers, not a numpy array. A table is short (at most 8,192 entries with 64 KiB clusters, and one in

@@ -19,8 +19,7 @@ from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.namespaces.check_in import check_in
 from dirtmap.engine.namespaces.checked_out import CheckedOutImage
 from dirtmap.engine.namespaces.condition import refuse_tracked
-from dirtmap.engine.namespaces.contents import bitmap_of_slot
-from dirtmap.engine.namespaces.image import Image
+from dirtmap.engine.namespaces.image import Image, bitmap_of_slot
 from dirtmap.engine.namespaces.stored import StoredImage
 from dirtmap.engine.qcow2.commit import Kept, commit, require_writable, set_tracked
 from dirtmap.engine.qcow2.layout import Layout, read_layout

@@ -238,7 +238,7 @@ class Bitmap:
 
     def extents_by_parts(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """The same as `extents`, some millions at a time: all of them can take 64 times the memory of the bits."""
-        if self._uniform() is not None or not self._is_large:
+        if self._uniform() is not None or self._nbits <= min(content.BLOCK, content.LARGE):
             yield self.extents()
         else:
             yield from content.extents(self._parts(lasting=True), self.size, self.granularity)
@@ -394,6 +394,17 @@ class Bitmap:
         return self._of(
             size, self.granularity, content.Resized(self._parts(lasting=True), nbits, dirty), self.recording
         )
+
+    def in_sectors(self) -> Bitmap:
+        """The same granules of the disk as QEMU has it, whose size is rounded up to whole sectors of 512 bytes.
+
+        A granule has whole sectors, so that the disk has no more of them than before.
+
+        Raises:
+            BitmapError: no disk can have that size, or the bitmap is inconsistent.
+        """
+        size = geometry.align_up(self.size, 1 << geometry.MIN_GRANULARITY_BITS)
+        return self._of(size, self.granularity, self._parts(lasting=True), self.recording)
 
     def at(self, granularity: SupportsIndex) -> Bitmap:
         """The same dirty bytes at another granularity in bytes, rounded outward where that is coarser.

@@ -155,7 +155,7 @@ def _recovered_slots(
                 name=encode_name(name),
                 flags=directory.FLAG_AUTO if bitmap.recording else 0,
                 granularity_bits=bitmap.granularity.bit_length() - 1,
-                packed=memoryview(bitmap.packed()),
+                content=bitmap._parts(lasting=True),
                 base=slot,
             )
         )

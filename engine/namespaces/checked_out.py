@@ -17,8 +17,8 @@ from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces.check_in import check_in
 from dirtmap.engine.namespaces.condition import Condition
-from dirtmap.engine.namespaces.contents import bitmap_of_slot, contents
-from dirtmap.engine.namespaces.image import Image
+from dirtmap.engine.namespaces.contents import contents
+from dirtmap.engine.namespaces.image import Image, bitmap_of_slot
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.qcow2.layout import read_layout
 from dirtmap.engine.qcow2.reading import FORMAT
@@ -77,7 +77,7 @@ class CheckedOutImage(Namespace):
             found: dict[str, Bitmap] = {}
             if view.row is Row.LIVE:
                 for entry in now.entries:
-                    found[decode_name(entry.name)] = now.bitmap(entry, doubted=now.doubted)
+                    found[decode_name(entry.name)] = now.frozen(entry, doubted=now.doubted)
             else:
                 with open_file(self.path, abspath=self._abspath) as file, locks.reading(file, force_share=True):
                     layout = read_layout(file)
@@ -92,10 +92,7 @@ class CheckedOutImage(Namespace):
                         else:
                             found[name] = bitmap_of_slot(file, layout, slots[name])
             for name, bitmap in found.items():
-                bitmap.busy = encode_name(name) in busy
-                if not bitmap.inconsistent:
-                    _ = bitmap.words  # loads the bits now, while they are consistent
-                bitmap.freeze()
+                bitmap.freeze().busy = encode_name(name) in busy
             return view, found, record
 
         return self._ask(read)

@@ -34,8 +34,8 @@ from dirtmap.engine.model.bitmap import Bitmap
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.namespaces import salvage
 from dirtmap.engine.namespaces.condition import Condition
+from dirtmap.engine.namespaces.image import bitmap_of_slot
 from dirtmap.engine.qcow2.layout import Layout, Slot
-from dirtmap.engine.qcow2.reading import load
 from dirtmap.engine.session.verdict import Row
 from dirtmap.engine.storefile.directory import header_doubts
 from dirtmap.engine.storefile.session import window_of
@@ -151,7 +151,7 @@ def _of_session(
         bitmap = Bitmap(layout.header.size, entry.granularity, entry.auto).recovered()
         how = f"{Row.ALL_DIRTY.value}: {why}"
     else:
-        bitmap = now.bitmap(entry, doubted=False)
+        bitmap = now.frozen(entry, doubted=False).copy()  # read while all of them are as of one moment
         how = now.view.how
         if content is Content.MARKS:
             how = f"{Row.EXACT.value}: {why}"
@@ -229,10 +229,3 @@ def _mark_regions(bitmap: Bitmap, now: Condition) -> None:
     region = 1 << now.view.session.region_bits
     for number in now.view.logged or ():
         bitmap.mark(number * region, min(region, now.record.size - number * region))
-
-
-def bitmap_of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
-    """A bitmap of an image, its bits read. Errors as `load`."""
-    bitmap = Bitmap(layout.header.size, slot.entry.granularity, slot.entry.auto)
-    bitmap._take(load(file, layout, slot))
-    return bitmap

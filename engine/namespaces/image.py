@@ -15,13 +15,14 @@ from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces.place import NO_PLACE, Place, remembered
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.whereabouts import place_of
+from dirtmap.engine.qcow2.clusters import Clusters, Lasting, load
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_layout, void_bitmaps
-from dirtmap.engine.qcow2.reading import FORMAT, T, describe_layout, load, read_session, write_session
+from dirtmap.engine.qcow2.reading import FORMAT, T, describe_layout, read_session, write_session
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.engine.system.log import logger
 from dirtmap.fmt import directory, geometry, qcow2
-from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError, MovedError
+from dirtmap.fmt.errors import BitmapError, FormatError, LockedError, MovedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,23 +51,14 @@ class _Source:
     def load(self) -> NDArray[np.uint64]:
         from dirtmap.engine.model.content import Packed
 
-        return Packed(self.nbits, self.read()).words
-
-    def read(self) -> memoryview:
-        """The same as `load`, without numpy."""
-        if self.file.fd < 0:
-            raise Error(self.layout.path, "the transaction has ended")
-        return load(self.file, self.layout, self.slot)
-
-    @property
-    def nbits(self) -> int:
-        """How many bits there are."""
-        return geometry.granules(self.layout.header.size, self.slot.entry.granularity)
+        nbits = geometry.granules(self.layout.header.size, self.slot.entry.granularity)
+        return Packed(nbits, load(self.file, self.layout, self.slot)).words
 
     def open(self) -> Content:
-        from dirtmap.engine.model.content import Whole
+        from dirtmap.engine.model.content import BLOCK, Whole
 
-        return Whole(self.nbits, self.load())
+        there = Clusters(self.file, self.layout, self.slot)
+        return Whole(there.nbits, self.load()) if there.nbits <= BLOCK else there
 
 
 class Image(Namespace):
@@ -153,10 +145,8 @@ class Image(Namespace):
                 if slot.entry.name == name:
                     if slot.entry.in_use:
                         layout.require_untracked()  # if tracked, it is not inconsistent but checked out
-                    bitmap = _lazy(self._file, layout, slot)
+                    bitmap = bitmap_of_slot(self._file, layout, slot)
                     bitmap.busy = decode_name(name) in self.place.held()
-                    if not bitmap.inconsistent:
-                        bitmap._take(load(self._file, layout, slot))  # now, while nothing can change them
                     return bitmap.freeze()
             return None
 
@@ -308,6 +298,20 @@ def _lazy(file: File, layout: Layout, slot: Slot) -> Bitmap:
     return Bitmap._lazy(layout.header.size, entry.granularity, entry.auto, entry.in_use, source)
 
 
+def bitmap_of_slot(file: File, layout: Layout, slot: Slot) -> Bitmap:
+    """A bitmap of an image as a value that lasts: its bits are read now, while nothing can change them.
+
+    Of a large one, what is read is not kept, but looked at again when it is asked for; see `Lasting`. Errors as there.
+    """
+    bitmap = _lazy(file, layout, slot)
+    if bitmap.inconsistent:
+        return bitmap
+    if bitmap._is_large:
+        return bitmap._of(bitmap.size, bitmap.granularity, Lasting(file, layout, slot), bitmap.recording)
+    bitmap._take(load(file, layout, slot))
+    return bitmap
+
+
 @contextlib.contextmanager
 def _changing(file: File, layout: Layout, place: Place) -> Iterator[Transaction]:
     from dirtmap.engine.qcow2.commit import Kept, commit, require_writable
@@ -377,7 +381,7 @@ def _wanted(layout: Layout, bitmaps: Transaction) -> list[Kept | Written]:
             name=encode_name(name),
             flags=directory.FLAG_AUTO if bitmap.recording else 0,
             granularity_bits=bitmap.granularity.bit_length() - 1,
-            packed=memoryview(bitmap.packed()),
+            content=bitmap._parts(lasting=True),
             base=places.get(encode_name(name)),
         )
         for name, bitmap in bitmaps.items()

@@ -18,10 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING
 
-from dirtmap.engine.model.bits import all_one, all_zero
+from dirtmap.engine.model.bits import all_one, all_zero, filled
+from dirtmap.engine.model.content import PAGE, Changed
 from dirtmap.engine.model.later import later
+from dirtmap.engine.qcow2.clusters import Clusters
 from dirtmap.engine.qcow2.extension import NewExtension, Write
 from dirtmap.engine.qcow2.few import Few, count_few
 from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from dirtmap.engine.model.content import Content
     from dirtmap.engine.qcow2 import references as many
     from dirtmap.engine.qcow2.references import References
 else:  # an image with few references is changed without them
@@ -51,6 +55,7 @@ _PROOF_BUDGET = 16 << 20
 # figures; `growth` says so.
 _MOST_FOLLOWED = 512 << 20
 _SECTOR = 512  # the most bytes that a disk writes atomically
+_PART = 1 << 20  # bytes of bits that are looked at, and written, at a time; or one cluster
 _ZEROS = memoryview(bytes(1 << geometry.MAX_CLUSTER_BITS))
 
 
@@ -69,30 +74,70 @@ class Written:
         name: raw bytes.
         flags: of the directory entry.
         granularity_bits: log2 of the granularity in bytes.
-        packed: its bits, exactly `geometry.packed_bytes` bytes, least significant bit first.
+        content: its bits, as many as the disk has granules. They are asked for twice: they must not change meanwhile.
         base: the slot that it was made from, if any. Clusters that have not changed are reused.
     """
 
     name: bytes
     flags: int
     granularity_bits: int
-    packed: memoryview
+    content: Content
     base: Slot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Bits:
+    """The bits of a bitmap in clusters of their own, most of which may be there already.
+
+    Attributes:
+        content: all bits. Those of a new cluster are asked for again when they are written, so that they need not be
+            in memory, all of them, at any time.
+        table: the entries of the new table.
+        old: those of the table that it was made from; empty where there is none.
+        cluster: in bytes.
+    """
+
+    content: Content
+    table: Sequence[int]
+    old: Sequence[int]
+    cluster: int
+
+    def new(self) -> Iterator[int]:
+        """The indexes of the new clusters, ascending."""
+        old = self.old or repeat(0)
+        pairs = enumerate(zip(self.table, old, strict=False))
+        return (index for index, (raw, was) in pairs if raw > directory.TABLE_ALL_ONES and raw != was)
+
+    def reused(self) -> Iterator[int]:
+        """The offsets, in bytes, of the clusters that stay."""
+        pairs = zip(self.table, self.old, strict=False)
+        return (raw for raw, was in pairs if raw > directory.TABLE_ALL_ONES and raw == was)
+
+    def writes(self) -> Iterator[Write]:
+        """The writes of the new clusters."""
+        cluster = self.cluster
+        for first, end in _runs(self.new(), cluster):
+            octets = _octets(self.content, cluster, first, end)
+            for index in range(first, end):
+                chunk = octets[(index - first) * cluster : (index - first + 1) * cluster]
+                yield self.table[index], chunk
+                if len(chunk) < cluster:  # shared zeros: a copy for each of thousands of short bitmaps takes gigabytes
+                    yield self.table[index] + len(chunk), _ZEROS[: cluster - len(chunk)]
 
 
 @dataclass(slots=True)
 class Plan:
-    """What a commit will write, as epochs of (offset in bytes, bytes).
+    """What a commit will write, as epochs of (offset in bytes, bytes), and of bits that are asked for meanwhile.
 
     Attributes:
         epochs: in order.
         harmless: number of the first epochs that can be undone by truncating the file to its old length.
     """
 
-    epochs: list[list[Write]] = field(default_factory=list)
+    epochs: list[list[Write | _Bits]] = field(default_factory=list)
     harmless: int = 0
 
-    def add(self, *writes: Write) -> None:
+    def add(self, *writes: Write | _Bits) -> None:
         """Adds one more epoch, unless it is empty."""
         if writes:
             self.epochs.append(list(writes))
@@ -197,7 +242,7 @@ def _carry_out(file: File, plan: Plan) -> None:
     size = file.size()
     for number, epoch in enumerate(plan.epochs):
         try:
-            for offset, data in epoch:
+            for offset, data in _writes(epoch):
                 file.write(offset, data)
         except Error:
             if number < plan.harmless and file.growable and file.size() > size:
@@ -219,7 +264,7 @@ def make_plan(
     refcounts = Refcounts(file, layout.header)
     found = references or count_few(file, layout, _PROOF_BUDGET) or many.walk(file, layout, budget=_PROOF_BUDGET)
     found, allocator = _allocator(file, layout, refcounts, found)
-    contents: list[Write] = []
+    contents: list[Write | _Bits] = []
     entries = [
         item.entry if isinstance(item, Kept) else _place(file, layout, item, allocator, contents) for item in wanted
     ]
@@ -365,22 +410,38 @@ def _refuse_astray(layout: Layout, references: Few | References, clusters: Seque
         raise FormatError(where, "to be written, but a reference that makes no sense leads there; run check")
 
 
-def _clusters_of(contents: Sequence[Write], cluster_size: int) -> Iterator[int]:
-    for offset, data in contents:
-        yield from range(offset // cluster_size, geometry.ceil_div(offset + len(data), cluster_size))
+def _writes(contents: Iterable[Write | _Bits]) -> Iterator[Write]:
+    for each in contents:
+        if isinstance(each, _Bits):
+            yield from each.writes()
+        else:
+            yield each
 
 
-def _place(file: File, layout: Layout, item: Written, allocator: Allocator, contents: list[Write]) -> Entry:
+def _clusters_of(contents: Sequence[Write | _Bits], cluster_size: int) -> Iterator[int]:
+    for each in contents:
+        if isinstance(each, _Bits):
+            yield from (each.table[index] // cluster_size for index in each.new())
+        else:
+            offset, data = each
+            yield from range(offset // cluster_size, geometry.ceil_div(offset + len(data), cluster_size))
+
+
+def _place(file: File, layout: Layout, item: Written, allocator: Allocator, contents: list[Write | _Bits]) -> Entry:
     """Places the table and the changed clusters of a bitmap, and adds what to write there to ``contents``."""
     cluster = layout.cluster_size
     entries = geometry.table_entries(layout.header.size, 1 << item.granularity_bits, cluster)
     where = f"{layout.path}: {bitmap_label(item.name)}"
     if entries == 0:
         raise BitmapError(where, "the disk is empty: QEMU refuses a bitmap without a single bit")
-    table = [
-        kind if kind is not None else _place_cluster(chunk, cluster, allocator, contents)
-        for chunk, kind in _chunks(file, layout, item, entries)
-    ]
+    old: Sequence[int] = ()
+    base = item.base if layout.valid else None
+    if base and base.table and base.entry.granularity_bits == item.granularity_bits and not base.entry.in_use:
+        old = directory.parse_table(base.table)
+    table = list(old) or [0] * entries
+    for index, kind in _kinds(file, item, old, entries, cluster):
+        table[index] = allocator.take(1) * cluster if kind is None else kind
+    contents.append(_Bits(item.content, table, old, cluster))
     table_bytes = directory.build_table(table)
     offset = allocator.take(geometry.ceil_div(len(table_bytes), cluster)) * cluster
     contents.append((offset, table_bytes))
@@ -390,41 +451,71 @@ def _place(file: File, layout: Layout, item: Written, allocator: Allocator, cont
     return entry
 
 
-def _place_cluster(chunk: memoryview, cluster: int, allocator: Allocator, contents: list[Write]) -> int:
-    offset = allocator.take(1) * cluster
-    contents.append((offset, chunk))
-    if len(chunk) < cluster:  # shared zeros: a copy for each of thousands of short bitmaps takes gigabytes
-        contents.append((offset + len(chunk), _ZEROS[: cluster - len(chunk)]))
-    return offset
+def _kinds(
+    file: File, item: Written, old: Sequence[int], entries: int, cluster: int
+) -> Iterator[tuple[int, int | None]]:
+    """The index of each cluster of bits that can differ from those of the old table, and its entry in the new one.
 
-
-def _chunks(file: File, layout: Layout, item: Written, entries: int) -> Iterator[tuple[memoryview, int | None]]:
-    """Each cluster of bits; with its table entry if it need not be written: all zeros, all ones, or unchanged."""
-    cluster = layout.cluster_size
-    old: Sequence[int] = ()
-    base = item.base if layout.valid else None
-    if base and base.table and base.entry.granularity_bits == item.granularity_bits and not base.entry.in_use:
-        old = directory.parse_table(base.table)
+    That is None for what needs a new cluster: it is neither all zeros nor all ones, nor in the file already.
+    """
     # QEMU expands an all-ones entry to whole 64-bit words. Bits behind the last granule would be dirty, too, and become
     # visible once the disk grows. Source: util/hbitmap.c, hbitmap_deserialize_ones.
-    cut = geometry.granules(layout.header.size, 1 << item.granularity_bits) % 64
-    for index in range(entries):
-        chunk = item.packed[index * cluster : (index + 1) * cluster]
-        if all_zero(chunk):
-            yield chunk, 0
-        elif not (cut and index == entries - 1) and all_one(chunk):
-            yield chunk, directory.TABLE_ALL_ONES
-        elif (
-            old
-            and old[index] > directory.TABLE_ALL_ONES
-            and file.read(old[index], cluster) == bytes(chunk).ljust(cluster, b"\0")
-        ):
-            yield chunk, old[index]
-        else:
-            yield chunk, None
+    cut = entries - 1 if item.content.nbits % 64 else None
+    for first, end in _runs(_to_look_at(item, old, entries, cluster), cluster):
+        octets = _octets(item.content, cluster, first, end)
+        for index in range(first, end):
+            chunk = octets[(index - first) * cluster : (index - first + 1) * cluster]
+            if all_zero(chunk):
+                yield index, directory.TABLE_ALL_ZEROS
+            elif index != cut and all_one(chunk):
+                yield index, directory.TABLE_ALL_ONES
+            elif (
+                old
+                and old[index] > directory.TABLE_ALL_ONES
+                and file.read(old[index], cluster) == bytes(chunk).ljust(cluster, b"\0")
+            ):
+                yield index, old[index]
+            else:
+                yield index, None
 
 
-def _abandoned(layout: Layout, entries: Sequence[Entry], contents: Sequence[Write]) -> Iterator[int]:
+def _to_look_at(item: Written, old: Sequence[int], entries: int, cluster: int) -> Iterable[int]:
+    """The indexes of the clusters of bits that can differ from those of the old table; ascending."""
+    changed = item.content
+    if old and isinstance(changed, Changed) and isinstance(changed.base, Clusters) and changed.base.slot is item.base:
+        low = changed.pages() * (PAGE // 8)  # bytes
+        pages = zip((low // cluster).tolist(), (-(-(low + PAGE // 8) // cluster)).tolist(), strict=True)
+        return sorted({index for first, end in pages for index in range(first, min(end, entries))})
+    return range(entries)
+
+
+def _runs(indexes: Iterable[int], cluster: int) -> Iterator[tuple[int, int]]:
+    """Ascending indexes of clusters as runs, first and end, of no more than are in memory at a time."""
+    most = max(_PART // cluster, 1)
+    first = end = 0
+    for index in indexes:
+        if first == end:
+            first = index
+        elif index != end or index - first == most:
+            yield first, end
+            first = index
+        end = index + 1
+    if first < end:
+        yield first, end
+
+
+def _octets(content: Content, cluster: int, first: int, end: int) -> memoryview:
+    """The bits of the clusters from ``first`` up to ``end``, least significant first; nothing behind the last bit."""
+    low, high = first * cluster * 8, min(end * cluster * 8, content.nbits)
+    part = content.part(low, high)
+    size = geometry.ceil_div(high - low, 8)
+    if part is False:
+        return _ZEROS[:size]
+    words = filled(high - low, True) if part is True else part
+    return words.view("u1").data[:size]
+
+
+def _abandoned(layout: Layout, entries: Sequence[Entry], contents: Sequence[Write | _Bits]) -> Iterator[int]:
     """The numbers of the clusters that only the old directory used.
 
     Bitmaps with a fault are left out, because what they say about their clusters cannot be trusted. Their clusters
@@ -434,13 +525,7 @@ def _abandoned(layout: Layout, entries: Sequence[Entry], contents: Sequence[Writ
         return
     cluster = layout.cluster_size
     kept_tables = {entry.table_offset for entry in entries}
-    taken_over = {
-        raw
-        for offset, data in contents
-        if offset in kept_tables
-        for raw in directory.parse_table(bytes(data))
-        if raw > directory.TABLE_ALL_ONES
-    }
+    taken_over = {offset for each in contents if isinstance(each, _Bits) for offset in each.reused()}
     at_fault = {fault.bitmap for fault in layout.faults}
     first = layout.pointer.directory_offset
     yield from range(first // cluster, geometry.ceil_div(first + layout.pointer.directory_size, cluster))

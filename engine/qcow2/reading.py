@@ -1,4 +1,4 @@
-"""Reads a qcow2 image's bitmaps under QEMU's locks: what it says about itself, and a bitmap's bits."""
+"""Reads a qcow2 image under QEMU's locks: what it says about itself and its bitmaps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dirtmap.engine.model.infos import BitmapInfo, ImageInfo
 from dirtmap.engine.model.naming import decode_name
 from dirtmap.engine.qcow2.datafile import misfit
 from dirtmap.engine.qcow2.layout import Layout, Slot, read_head, read_layout, void_bitmaps
-from dirtmap.engine.system import locks, memory
+from dirtmap.engine.system import locks
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.engine.system.locks import USUAL, Locking
 from dirtmap.fmt import directory, geometry, qcow2
@@ -135,38 +135,6 @@ def count_dirty(file: File, layout: Layout, slot: Slot) -> int:
             value = int.from_bytes(data, "little")
             count += (value & ((1 << bits) - 1) if bits % 8 else value).bit_count()
     return count
-
-
-def load(file: File, layout: Layout, slot: Slot) -> memoryview:
-    """A bitmap's bits as words: ceil(granules / 64) of them, each a uint64, in memory of their own; tail bits zero.
-
-    They are no numpy array, so that a command that needs no more than a few of its loops starts without it.
-
-    table      |  0  |  A  | A+1 | A+2 |  1  |  B  |
-    buffer     | 00  |   one read      | ff  | read|      neighbouring clusters are read together
-    """
-    cluster = layout.cluster_size
-    nbits = geometry.granules(layout.header.size, slot.entry.granularity)
-    size = geometry.ceil_div(nbits, 8)
-    octets = memory.zeros(geometry.ceil_div(nbits, 64) * 8)
-    buffer = octets[:size]
-    run: tuple[int, int, int] | None = None  # from byte, to byte of the buffer; offset in the file
-
-    def read_run() -> None:
-        if run:
-            file.read_into(run[2], buffer[run[0] : run[1]])
-
-    for index, raw in enumerate(directory.parse_table(slot.table or b"")):
-        first, last = index * cluster, min((index + 1) * cluster, size)
-        if raw == directory.TABLE_ALL_ONES:
-            buffer[first:last] = bytes((0xFF,)) * (last - first)
-        elif raw and run and run[1] == first and run[2] + run[1] - run[0] == raw:
-            run = (run[0], last, run[2])
-        elif raw:
-            read_run()
-            run = (first, last, raw)
-    read_run()
-    return memory.words(octets, nbits)
 
 
 @contextlib.contextmanager

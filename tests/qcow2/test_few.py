@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support import qemu
 from support.craft import Craft
 
+from dirtmap.engine.model.content import Packed
 from dirtmap.engine.qcow2 import commit, references
 from dirtmap.engine.qcow2.few import count_few
 from dirtmap.engine.qcow2.layout import read_layout
@@ -19,6 +20,7 @@ from dirtmap.fmt.errors import Error
 
 MIB = 1 << 20
 BUDGET = 16 << 20
+NEW = Packed(16 * MIB >> 16, memoryview(bytes([255, 7] + 30 * [0])).cast("Q"))
 OPTIONS = {
     "plain": "cluster_size=4096",
     "large clusters": "cluster_size=64k",
@@ -56,7 +58,7 @@ def compare(path: Path, *, few: bool | None = None) -> None:
         every = range(found.end + 9)
         for question in ("unused", "shared", "claimed"):
             assert getattr(found, question)(every) == getattr(walked, question)(every)
-        new = commit.Written(b"new", FLAG_AUTO, 16, memoryview(bytes([255, 7] + 30 * [0])))
+        new = commit.Written(b"new", FLAG_AUTO, 16, NEW)
         kept = [commit.Kept(slot.entry.with_flags(set=FLAG_AUTO)) for slot in layout.slots]
         for wanted in (kept, kept[1:], [*kept, new], [new], []):
             plans = []

@@ -29,8 +29,8 @@ import numpy as np
 
 from dirtmap.engine.model.report import CheckReport
 from dirtmap.engine.qcow2.check import check
+from dirtmap.engine.qcow2.clusters import load
 from dirtmap.engine.qcow2.layout import Layout, read_layout
-from dirtmap.engine.qcow2.reading import load
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import geometry

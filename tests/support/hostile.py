@@ -38,6 +38,18 @@ def _read_all(path: Path) -> None:
                 image[name].extents()
 
 
+def _count_two(path: Path) -> None:
+    with dm.open(path) as image:
+        for name in list(image)[:2]:
+            if not (bitmap := image[name]).inconsistent:
+                assert 0 <= bitmap.count <= 1 << 63
+
+
+def _merge_two(bitmaps: dm.Transaction) -> None:
+    for name in list(bitmaps)[1:2]:
+        changes.merge(bitmaps, next(iter(bitmaps)), [bitmaps[name]])
+
+
 READING: dict[str, Callable[[Path], object]] = {
     "describe": dm.describe,
     "read": _read_all,
@@ -52,6 +64,8 @@ CHANGING: dict[str, Callable[[Path], object]] = {
     "check -r leaks": lambda path: dm.check(path, repair="leaks"),
     "check -r all": lambda path: dm.check(path, repair="all"),
 }
+# Of large bitmaps, too.
+LOOKING: dict[str, Callable[[Path], object]] = {"count": _count_two, "union": _change(_merge_two)}
 
 
 def require_good_message(error: dm.Error, path: Path) -> None:

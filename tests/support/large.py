@@ -17,6 +17,7 @@ from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import bits
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.fmt import store
+from support import qemu
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.content import Part
@@ -99,8 +100,10 @@ class Random:
         return found
 
 
-def make_large(folder: Path, dense: float) -> Path:
-    """A node ``disk`` of 16 TiB, with bitmaps ``dense``, ``few`` and ``week``; and ``other``, without any.
+def make_large(folder: Path, dense: float, *, qcow2: bool = False) -> Path:
+    """A node ``disk`` of 16 TiB, with bitmaps ``dense``, ``few`` and ``week``; and ``other``, raw and without any.
+
+    A qcow2 image has them itself, the store those of a raw disk.
 
     The first two have granules of 4 KiB. Of ``dense`` a random eighth is dirty in that share of the disk, and most of
     the rest all over; so it takes little space if the share is small, but 512 MiB of memory for whoever loads it.
@@ -108,7 +111,11 @@ def make_large(folder: Path, dense: float) -> Path:
     given = environment(folder)
     with dm.Host(given["DIRTMAP_STORE"], given["DIRTMAP_INDEX"]) as host:
         for name in ("disk", "other"):
-            image = folder / f"{name}.raw"
+            image = folder / name
+            if qcow2 and name == "disk":
+                qemu.create(image, SIZE)
+                host.add_qcow2(name, str(image))
+                continue
             image.touch()
             os.truncate(image, SIZE)
             host.add_node(name, str(image), raw=True)

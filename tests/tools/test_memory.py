@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -55,36 +56,66 @@ CALLS = {
     "a difference": f"{CHANGE}bitmaps['dense'] -= bitmaps['few']{DONE}",
     "another granularity": f"{CHANGE}bitmaps['dense'] = bitmaps['dense'].at(8192){DONE}",
 }
+# Where it is a qcow2 image that has the bitmaps: the same but for this, and more.
+OF_A_STORE = {"check", "compact"}
+OF_AN_IMAGE = {
+    "check": ["check", "disk"],
+    "repair": ["check", "--repair", "all", "disk"],
+    "enable": ["enable", "disk", "dense"],
+    "add": ["add", "disk", "new", "--granularity", "4096"],
+    "find": ["find", "dense"],
+    "transaction": ["transaction", "ACTIONS"],
+    "export": ["export", "disk", "--run", "true"],
+    "backup": ["backup", "create", "disk", "REPOSITORY"],
+}
+ACTIONS = [
+    {"type": "block-dirty-bitmap-merge", "data": {"node": "disk", "target": "few", "bitmaps": ["dense", "week"]}},
+    {"type": "block-dirty-bitmap-add", "data": {"node": "disk", "name": "new", "granularity": 4096}},
+    {"type": "block-dirty-bitmap-clear", "data": {"node": "disk", "name": "dense"}},
+]
 LINES = "".join(f"{number * 16777216} 4096\n" for number in range(SIZE >> 24))
 QUICK = "map, totals", "merge into another", "marks"
 
 
-@pytest.fixture(scope="module")
-def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_large(tmp_path_factory.mktemp("large"), 1 / 256)
+@pytest.fixture(scope="module", params=["store", "qcow2"])
+def sparse(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_large(tmp_path_factory.mktemp("large"), 1 / 256, qcow2=request.param == "qcow2")
 
 
 @pytest.fixture
 def full(tmp_path: Path) -> Iterator[Path]:
     """One of which all the bits are in the file."""
-    yield make_large(tmp_path, 1)
-    for path in tmp_path.iterdir():
+    yield from removed(make_large(tmp_path, 1))
+
+
+@pytest.fixture
+def full_qcow2(tmp_path: Path) -> Iterator[Path]:
+    yield from removed(make_large(tmp_path, 1, qcow2=True))
+
+
+def removed(folder: Path) -> Iterator[Path]:
+    """The folder; its files take no space any more afterwards."""
+    yield folder
+    for path in folder.iterdir():
         if path.is_file():
             path.unlink()
 
 
-def run(what: str, folder: Path) -> str:
+def run(what: str, folder: Path, commands: Mapping[str, list[str]] = COMMANDS) -> str:
     """Runs one of them, which must succeed within its memory; returns what it said last."""
     if what in CALLS:
         said, _, resident = run_measured(program=CALLS[what], folder=folder)
     else:
         (folder / "lines").write_text(LINES)
+        (folder / "actions").write_text(json.dumps({"actions": ACTIONS}))
         places = {
+            "ACTIONS": str(folder / "actions"),
+            "REPOSITORY": str(folder / "repository"),
             "STORE": str(folder / "default.dmap"),
             "LINES": str(folder / "lines"),
             "PAGE": str(folder / "page.html"),
         }
-        words = [places.get(word, word) for word in (COMMANDS[what] if what in COMMANDS else what.split())]
+        words = [places.get(word, word) for word in (commands[what] if what in commands else what.split())]
         said, _, resident = run_measured(*words, folder=folder)
     assert "Traceback" not in said
     assert "dirtmap:" not in said
@@ -107,6 +138,16 @@ def test_in_bounded_memory(what: str, sparse: Path) -> None:
 @pytest.mark.parametrize("what", [*COMMANDS, *CALLS])
 def test_all_in_bounded_memory(what: str, full: Path) -> None:
     run(what, full)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", sorted(COMMANDS.keys() - OF_A_STORE | OF_AN_IMAGE.keys() | CALLS.keys()))
+def test_all_of_an_image_in_bounded_memory(what: str, full_qcow2: Path) -> None:
+    run(what, full_qcow2, COMMANDS | OF_AN_IMAGE)
+    if what == "copy to another node":
+        run("copy other dense disk --as back", full_qcow2)
+    if what == "move to another node":
+        run("move other dense disk", full_qcow2)
 
 
 @pytest.mark.long

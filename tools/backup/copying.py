@@ -21,7 +21,6 @@ Progress = Callable[[int, int], None]
 
 _AHEAD: Final = 8  # requests that are sent before an answer is waited for
 _BATCHES: Final = 2  # of so many pieces that are hashed while others are copied: threads are woken rarely
-_WINDOW: Final = 1 << 16  # bytes of bits at a time
 _WHOLE: Final = 4 * PIECE  # a run of this length is asked for its holes before it is read
 
 
@@ -88,23 +87,8 @@ class Run(NamedTuple):
 
 def dirty_runs(bitmap: Bitmap) -> Iterator[Run]:
     """The dirty runs of a bitmap, in order, cut at the disk's end; a part of the bits at a time."""
-    from dirtmap.engine import Bitmap
-
-    packed, granularity = bitmap.packed(), bitmap.granularity
-    span = _WINDOW * 8 * granularity
-    start = length = 0
-    for number, at in enumerate(range(0, len(packed), _WINDOW)):
-        base = number * span
-        window = Bitmap.from_packed(min(span, bitmap.size - base), granularity, packed[at : at + _WINDOW])
-        for offset, more in zip(*(array.tolist() for array in window.extents()), strict=True):
-            if length and base + offset == start + length:
-                length += more
-                continue
-            if length:
-                yield Run(start, length)
-            start, length = base + offset, more
-    if length:
-        yield Run(start, length)
+    for offsets, lengths in bitmap.ranges():
+        yield from map(Run, offsets, lengths)
 
 
 def with_holes(source: Source, runs: Iterable[Run], cluster: int, size: int, *, least: int = _WHOLE) -> Iterator[Run]:

@@ -76,12 +76,9 @@ def _fitted(bitmap: Bitmap, size: int, most_bytes: int) -> Bitmap:
     granularity = bitmap.granularity
     while geometry.packed_bytes(size, granularity) > most_bytes:
         granularity *= 2
-    if granularity != bitmap.granularity:
-        bitmap = bitmap.at(granularity)
     if not bitmap.size:
         return dm.Bitmap(size, granularity, recording=False)
-    # A granule has whole sectors: the larger disk has as many of them, and not the rest of the last one dirty.
-    return dm.Bitmap.from_packed(size, granularity, bitmap.packed(), recording=False)
+    return bitmap.at(granularity).in_sectors().replace(recording=False)
 
 
 def require_sizes(where: str, size: int, disk: int, carrier: int) -> None:
