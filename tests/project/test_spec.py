@@ -38,12 +38,18 @@ STRUCTURES = {
 
 
 def fields_described(text: str) -> dict[str, list[tuple[str, int, int]]]:
-    """By structure: name, offset and size of each field, from the byte tables."""
-    return {
-        table.heading: [(row["field"], int(row["offset"]), int(row["size"])) for row in table.rows]
-        for table in tables(text)
-        if table.columns == ("offset", "size", "field", "meaning")
-    }
+    """By structure: name, offset and size of each field, from the byte tables.
+
+    A table of one structure stands under its name; one of several names each where it begins.
+    """
+    found: dict[str, list[tuple[str, int, int]]] = {}
+    for table in tables(text):
+        if table.columns[-4:] == ("offset", "size", "field", "meaning"):
+            name = table.heading
+            for row in table.rows:
+                name = row.get("structure") or name
+                found.setdefault(name, []).append((row["field"], int(row["offset"]), int(row["size"])))
+    return found
 
 
 def fields_declared() -> dict[str, list[tuple[str, int, int]]]:
