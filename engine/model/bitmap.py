@@ -560,10 +560,12 @@ class Bitmap:
         finer = min(self.granularity, other.granularity)
         if geometry.granules(self.size, finer) > content.LARGE:
             found = content.Combined(self._parts_at(finer, lasting=True), other._parts_at(finer, lasting=True), how)
-            return self._of(self.size, finer, found, self.recording)
-        words, count = bits.combine(self._words_at(finer), other._words_at(finer), how)
-        result = self._like(finer, words)
-        result._count = count
+            result = self._of(self.size, finer, found, self.recording)
+        else:
+            words, count = bits.combine(self._words_at(finer), other._words_at(finer), how)
+            result = self._like(finer, words)
+            result._count = count
+        result.damage = damage_of([self, other])
         return result
 
     def _range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
@@ -574,6 +576,11 @@ class Bitmap:
             what = f"{counted(length, 'byte')} at {offset} {are} not inside a disk of {counted(self.size, 'byte')}"
             raise RangeError(WHERE, what)
         return offset, offset + length
+
+
+def damage_of(bitmaps: Iterable[Bitmap]) -> str | None:
+    """What of several bitmaps was damaged when they were read, and so is dirty, in one line; None if nothing was."""
+    return "; ".join(dict.fromkeys(bitmap.damage for bitmap in bitmaps if bitmap.damage)) or None
 
 
 def checked_granularity(granularity: SupportsIndex) -> int:
