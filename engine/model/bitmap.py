@@ -85,7 +85,8 @@ class Bitmap:
         inconsistent: the content cannot be trusted, say after a crash; what needs the content raises `BitmapError`.
         busy: an operation, such as a backup, is using the bitmap.
         frozen: the content cannot be changed in place.
-        damage: what of the content was damaged in its container when it was read, and so is dirty; one line, or None.
+        damage: what of the content was damaged in its container when it was read, and so is dirty: of the
+            bitmap's own, or of those that it was combined from; one line, or None.
 
     Raises:
         BitmapError: size or granularity is out of range.
