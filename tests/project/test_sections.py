@@ -16,9 +16,12 @@ NAMING = [
     if path.suffix in {".py", ".pyx", ".h", ".c", ".md"} and path != Path(__file__)
 ]
 # A document, a comma, a section; or a section, and the document that has it.
-NAMED = re.compile(r'(SPEC|docs/\w+)\.md\)?`?, "([^"]+)"|"([^"]+)" (?:in|of) (?:\[[^\]]*\]\()?(SPEC|docs/\w+)\.md')
+DOCUMENT = (
+    rf"(?:\[[^\]]*\]\()?(?:\.\./|docs/)?(SPEC|{'|'.join(sorted(path.stem for path in ROOT.glob('docs/*.md')))})\.md"
+)
+NAMED = re.compile(rf'{DOCUMENT}\)?`?, "([^"]+)"|"([^"]+)" (?:in|of) {DOCUMENT}')
 # In SPEC.md and docs/behaviour.md, which name their own sections and those of each other.
-NAMED_HERE = re.compile(r'\b(?:[Ss]ee|in|under) "([A-Za-z][^"]+)"(?! (?:in|of) \[?docs/)')
+NAMED_HERE = re.compile(r'\b(?:[Ss]ee|in|under) "([A-Za-z][^"]+)"(?! (?:in|of) (?:\[|docs/))')
 
 
 def unwrapped(text: str) -> str:
@@ -39,13 +42,14 @@ def structures() -> set[str]:
 def named(text: str) -> Iterator[tuple[str, str]]:
     """Document and section, for each section of a document that is named."""
     for first, section, other, second in NAMED.findall(unwrapped(text)):
-        yield f"{first or second}.md", section or other
+        document = first or second
+        yield document if document == "SPEC" else f"docs/{document}", section or other
 
 
 def test_every_section_that_is_named_with_its_document_exists() -> None:
     found = {(str(path.relative_to(ROOT)), *name) for path in NAMING for name in named(path.read_text())}
     assert len(found) > 30
-    assert [name for name in sorted(found) if name[2] not in sections(name[1])] == []
+    assert [name for name in sorted(found) if name[2] not in sections(f"{name[1]}.md")] == []
 
 
 @pytest.mark.parametrize("document", ["SPEC.md", "docs/behaviour.md"])
