@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support.documents import README, SPEC, rows, tables
+from support.documents import README, SPEC, judged, rows, tables
 
 from dirtmap.engine.qcow2 import layout
 from dirtmap.engine.system import locks
@@ -118,20 +117,6 @@ def test_locks() -> None:
     takes, tests = found["dirtmap, writing"]
     assert takes == set(map(str, locks._WRITER_TAKES))
     assert tests == set(map(str, locks._WRITER_TESTS))
-
-
-def judged(module: ModuleType) -> set[str]:
-    """The fields that a module's validators, `*_faults`, can find fault with."""
-    tree = ast.parse(Path(str(module.__file__)).read_text())
-    return {
-        node.value.elts[0].value
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and function.name.endswith("_faults")
-        for node in ast.walk(function)
-        if isinstance(node, ast.Yield)
-        and isinstance(node.value, ast.Tuple)
-        and isinstance(node.value.elts[0], ast.Constant)
-    }
 
 
 def test_every_field_that_can_be_at_fault_is_listed() -> None:
