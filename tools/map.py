@@ -79,7 +79,7 @@ def map_command(
             found, shown = image.changed_since(since, until), f"since {since}" + (f" until {until}" if until else "")
         else:
             found, shown = usable(image.where, image, bitmap), bitmap
-            tell_damage(image, bitmap, found.damage)
+        tell_damage(image, shown, found.damage)
         tell_doubt(image, image.doubt())
     if quiet:
         return

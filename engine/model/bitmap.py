@@ -85,7 +85,8 @@ class Bitmap:
         inconsistent: the content cannot be trusted, say after a crash; what needs the content raises `BitmapError`.
         busy: an operation, such as a backup, is using the bitmap.
         frozen: the content cannot be changed in place.
-        damage: what of the content was damaged in its container when it was read, and so is dirty; one line, or None.
+        damage: what of the content was damaged in its container when it was read, and so is dirty: of the
+            bitmap's own, or of those that it was combined from; one line, or None.
 
     Raises:
         BitmapError: size or granularity is out of range.
@@ -571,10 +572,12 @@ class Bitmap:
         finer = min(self.granularity, other.granularity)
         if geometry.granules(self.size, finer) > content.LARGE:
             found = content.Combined(self._parts_at(finer, lasting=True), other._parts_at(finer, lasting=True), how)
-            return self._of(self.size, finer, found, self.recording)
-        words, count = bits.combine(self._words_at(finer), other._words_at(finer), how)
-        result = self._like(finer, words)
-        result._count = count
+            result = self._of(self.size, finer, found, self.recording)
+        else:
+            words, count = bits.combine(self._words_at(finer), other._words_at(finer), how)
+            result = self._like(finer, words)
+            result._count = count
+        result.damage = damage_of([self, other])
         return result
 
     def _range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
@@ -585,6 +588,11 @@ class Bitmap:
             what = f"{counted(length, 'byte')} at {offset} {are} not inside a disk of {counted(self.size, 'byte')}"
             raise RangeError(WHERE, what)
         return offset, offset + length
+
+
+def damage_of(bitmaps: Iterable[Bitmap]) -> str | None:
+    """What of several bitmaps was damaged when they were read, and so is dirty, in one line; None if nothing was."""
+    return "; ".join(dict.fromkeys(bitmap.damage for bitmap in bitmaps if bitmap.damage)) or None
 
 
 def checked_granularity(granularity: SupportsIndex) -> int:

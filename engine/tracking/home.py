@@ -125,11 +125,13 @@ class HomeView:
         if tree.nbits > content.LARGE:
             from dirtmap.engine.storefile.chunks import Stored
 
-            found = Stored(self.snapshot.pinned(), tree, tell)
-            return Bitmap._of(self.record.size, entry.granularity, found, entry.auto)
+            stored = Stored(self.snapshot.pinned(), tree, tell)
+            return Bitmap._of(self.record.size, entry.granularity, stored, entry.auto)
         words, damage = load_saved(self.snapshot, self.record, entry, False)
         tell(damage)
-        return Bitmap.from_words(self.record.size, entry.granularity, words, entry.auto)
+        found = Bitmap.from_words(self.record.size, entry.granularity, words, entry.auto)
+        found.damage = damage
+        return found
 
     def is_clean(self, name: str) -> bool:
         """True if the bitmap has no saved dirty bits. Reads no bits."""

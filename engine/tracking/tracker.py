@@ -34,7 +34,7 @@ from dirtmap.engine.control import wire
 from dirtmap.engine.control.server import Answering
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import checkpoints
-from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity
+from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity, damage_of
 from dirtmap.engine.model.naming import a_checkpoint, label
 from dirtmap.engine.session.livefile import Words, union
 from dirtmap.engine.storefile.session import Window, window_of
@@ -690,6 +690,7 @@ class Tracker(Recorder):
         saved = [view.saved(name) for name in names if not view.is_clean(name)]
         parts += [Words(bitmap.words, self.size, bitmap.granularity) for bitmap in saved if not bitmap._is_large]
         found = Bitmap.from_words(self.size, finest, union(parts, self.size, finest), view.entry(names[-1]).auto)
+        found.damage = damage_of(bitmap for bitmap in saved if not bitmap._is_large)
         for bitmap in saved:
             if bitmap._is_large:
                 found |= bitmap

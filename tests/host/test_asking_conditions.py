@@ -38,17 +38,22 @@ def tracker(tmp_path: Path) -> Iterator[Tracker]:
 
 
 @contextlib.contextmanager
-def tracked_elsewhere(tmp_path: Path) -> Iterator[int]:
-    """Another process tracks the disk, and is killed in the end."""
-    make_node(tmp_path, SIZE)
+def elsewhere(work: Callable[[Callable[[], None]], None]) -> Iterator[int]:
+    """Another process does that work, and is killed in the end; the work calls what it is given once it is ready.
+
+    Yields:
+        The process, which is ready.
+    """
     ready, begun = os.pipe()
     pid = os.fork()
     if pid == 0:
+
+        def stay() -> None:
+            os.write(begun, b"!")
+            signal.pause()
+
         try:
-            with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
-                tracker.mark(0, 1)
-                os.write(begun, b"!")
-                signal.pause()
+            work(stay)
         finally:
             os._exit(1)
     os.close(begun)
@@ -59,6 +64,21 @@ def tracked_elsewhere(tmp_path: Path) -> Iterator[int]:
         os.close(ready)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+@contextlib.contextmanager
+def tracked_elsewhere(tmp_path: Path, spoil: Callable[[Tracker], None] = lambda tracker: None) -> Iterator[int]:
+    """Another process tracks the disk, and is killed in the end; its tracker is spoilt beforehand."""
+    make_node(tmp_path, SIZE)
+
+    def track(stay: Callable[[], None]) -> None:
+        with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
+            spoil(tracker)
+            tracker.mark(0, 1)
+            stay()
+
+    with elsewhere(track) as pid:
+        yield pid
 
 
 def let_in(tracker: Tracker) -> None:
@@ -127,32 +147,24 @@ def test_one_that_is_slow_is_waited_for(tracker: Tracker, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_one_that_dies_in_the_middle(tmp_path: Path, before: bool) -> None:
     """Whether the change was made is for whoever asks to look: here it is one of the two, and never a part of it."""
-    make_node(tmp_path, SIZE)
-    ready, begun = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
-                change = tracker._change
 
-                def die(*arguments: object) -> None:
-                    if not before:
-                        change(*arguments)  # type: ignore[arg-type]
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def let_die(tracker: Tracker) -> None:
+        change = tracker._change
 
-                tracker._change = die  # type: ignore[method-assign,assignment]
-                tracker.mark(0, 1)
-                os.write(begun, b"!")
-                signal.pause()
-        finally:
-            os._exit(1)
-    os.close(begun)
-    assert os.read(ready, 1)
-    os.close(ready)
+        def die(*arguments: object) -> None:
+            if not before:
+                change(*arguments)  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        tracker._change = die  # type: ignore[method-assign,assignment]
+
+    with (
+        tracked_elsewhere(tmp_path, let_die),
+        dm.open("node:drive0") as image,
+        pytest.raises(dm.StorageError, match="ended before it answered; whether that was done is not known"),
+    ):
+        add_and_clear(image)
     with dm.open("node:drive0") as image:
-        with pytest.raises(dm.StorageError, match="ended before it answered; whether that was done is not known"):
-            add_and_clear(image)
-        os.waitpid(pid, 0)
         assert (list(image), image["b0"].count) == ((["b0"], GRANULE) if before else (["b0", "x"], 0))
         image.recover()
         assert (list(image), image["b0"].count) == ((["b0"], GRANULE) if before else (["b0", "x"], 0))
@@ -187,28 +199,18 @@ def test_a_listener_of_another_user_is_not_believed(tracker: Tracker) -> None:
     path = os.path.join(tracker.live, wire.NAME)
     os.unlink(path)
     let_in(tracker)
-    ready, begun = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-            with socket.socket(socket.AF_UNIX) as listener:
-                listener.bind(path)
-                listener.listen()
-                os.write(begun, b"!")
-                signal.pause()
-        finally:
-            os._exit(1)
-    os.close(begun)
-    try:
-        assert os.read(ready, 1)
+
+    def listen(stay: Callable[[], None]) -> None:
+        os.setgroups([])
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            stay()
+
+    with elsewhere(listen):
         error = error_of("clear", "drive0", "b0")
-        assert f"it cannot be asked from here: {path}: user {NOBODY} listens there, who has to ask himself" in error
-    finally:
-        os.close(ready)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    assert f"it cannot be asked from here: {path}: user {NOBODY} listens there, who has to ask himself" in error
 
 
 def test_an_asker_in_another_mount_namespace(tracker: Tracker) -> None:

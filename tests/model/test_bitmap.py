@@ -703,11 +703,12 @@ def test_a_bitmap_that_is_all_one_thing_is_counted_and_mapped_without_its_bits(f
     assert bitmap.words.tolist() == [7 * fill]
 
 
-def test_what_was_damaged_is_told_of_copies_too() -> None:
+def test_what_was_damaged_is_told_of_copies_and_of_unions_too() -> None:
     source = Counting(0b101)
     source.damage = "bits are damaged"
     bitmap = Bitmap._lazy(3 * 512, 512, True, False, source)
     assert bitmap.damage is None
     assert bitmap.count == 1024
     assert bitmap.damage == bitmap.copy().damage == "bits are damaged"
-    assert (bitmap | bitmap).damage is None
+    assert (bitmap | bitmap).damage == (Bitmap(3 * 512) | bitmap).damage == "bits are damaged"
+    assert (Bitmap(3 * 512) | Bitmap(3 * 512)).damage is None

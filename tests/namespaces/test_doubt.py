@@ -70,13 +70,15 @@ def test_json_tells_a_doubt() -> None:
     assert [each["doubt"] for each in told] == [changed, None, None, changed]
 
 
-def spoil(where: str) -> None:
+def spoil(where: str, node: str = "one", number: int = 0) -> None:
     with Store("s.dmap") as target:
-        record = target.record(b"one")
+        record = target.record(node.encode())
         assert record
-        entry = target.read(lambda snapshot: read_entries(snapshot, record))[0]
+        entry = target.read(lambda snapshot: read_entries(snapshot, record))[number]
     with open("s.dmap", "r+b") as file:
-        file.seek(entry.table_offset if where == "bits" else record.directory.offset + store.OWNER_SIZE + 40)
+        file.seek(entry.table_offset if where != "directory" else record.directory.offset + store.OWNER_SIZE + 40)
+        if where == "first chunk":  # that of a tree with nodes: its place is the first thing in the root
+            file.seek(int.from_bytes(file.read(8), "big"))
         file.write(b"\x55\xaa\x55\xaa")
 
 
@@ -111,6 +113,42 @@ def test_damaged_bits_are_dirty_and_said_to_be() -> None:
     assert dirtmap("list", "one").error == ""
     assert [b["count"] for b in json_of("list", "one")[0]["bitmaps"]] == [MIB, 65536]
     assert dirtmap("check", "s.dmap").out
+
+
+def test_what_was_written_since_a_checkpoint_says_which_part_of_it_is_damaged() -> None:
+    with dm.open("one") as image, image.track() as tracker:
+        for number, name in enumerate(("c1", "c2", "c3")):
+            tracker.checkpoint(name)
+            tracker.mark(number << 16, 1)
+    spoil("bits", number=3)
+    mapped = dirtmap("map", "one", "--since", "c1")
+    assert mapped.out.split() == ["0", f"{MIB}", "1", "dirty"]
+    assert "node 'one': 'since c1': its bits are damaged at 0x" in mapped.error
+    assert "'since c1 until c3': its bits are" in dirtmap("map", "one", "--since", "c1", "--until", "c3").error
+    for sound in (("--since", "c1", "--until", "c2"), ("--since", "c3")):
+        assert dirtmap("map", "one", *sound).error == ""
+    assert "'c2': its bits are damaged at 0x" in dirtmap("export", "one", "--since", "c1", "--run", "true").error
+    with dm.open("one") as image, image.track() as tracker:
+        assert (tracker.changed_since("c1").damage or "").startswith("bits are damaged at 0x")
+        assert "'since c1': its bits are" in dirtmap("map", "one", "--since", "c1").error
+        assert tracker.changed_since("c3").damage is None
+
+
+@pytest.mark.parametrize("size", [MIB, 1 << 32])
+def test_a_backup_says_what_it_copies_because_of_damage(size: int) -> None:
+    Path("three.raw").touch()
+    os.truncate("three.raw", size)
+    dirtmap("node", "add", "three", "three.raw")
+    dirtmap("backup", "create", "three", "repository")
+    with dm.open("three") as image, image.track() as tracker:
+        tracker.mark(0, 1)
+    spoil("bits" if size == MIB else "first chunk", "three")
+    made = dirtmap("backup", "create", "three", "repository").out
+    if size == MIB:
+        assert ", full: all of the disk counts as written: its bits are damaged at 0x" in made
+    else:
+        assert ", incremental: some of the disk counts as written: its bits are damaged at 0x" in made
+        assert "\n  2 GiB dirty, " in made
 
 
 def test_a_node_list_tells_the_size_of_an_image_that_was_resized() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support.documents import README, SPEC, rows, tables
+from support.documents import README, SPEC, judged, rows, tables
 
 from dirtmap.engine.qcow2 import layout
 from dirtmap.engine.system import locks
@@ -38,12 +37,18 @@ STRUCTURES = {
 
 
 def fields_described(text: str) -> dict[str, list[tuple[str, int, int]]]:
-    """By structure: name, offset and size of each field, from the byte tables."""
-    return {
-        table.heading: [(row["field"], int(row["offset"]), int(row["size"])) for row in table.rows]
-        for table in tables(text)
-        if table.columns == ("offset", "size", "field", "meaning")
-    }
+    """By structure: name, offset and size of each field, from the byte tables.
+
+    A table of one structure stands under its name; one of several names each where it begins.
+    """
+    found: dict[str, list[tuple[str, int, int]]] = {}
+    for table in tables(text):
+        if table.columns[-4:] == ("offset", "size", "field", "meaning"):
+            name = table.heading
+            for row in table.rows:
+                name = row.get("structure") or name
+                found.setdefault(name, []).append((row["field"], int(row["offset"]), int(row["size"])))
+    return found
 
 
 def fields_declared() -> dict[str, list[tuple[str, int, int]]]:
@@ -112,20 +117,6 @@ def test_locks() -> None:
     takes, tests = found["dirtmap, writing"]
     assert takes == set(map(str, locks._WRITER_TAKES))
     assert tests == set(map(str, locks._WRITER_TESTS))
-
-
-def judged(module: ModuleType) -> set[str]:
-    """The fields that a module's validators, `*_faults`, can find fault with."""
-    tree = ast.parse(Path(str(module.__file__)).read_text())
-    return {
-        node.value.elts[0].value
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and function.name.endswith("_faults")
-        for node in ast.walk(function)
-        if isinstance(node, ast.Yield)
-        and isinstance(node.value, ast.Tuple)
-        and isinstance(node.value.elts[0], ast.Constant)
-    }
 
 
 def test_every_field_that_can_be_at_fault_is_listed() -> None:

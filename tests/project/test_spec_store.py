@@ -89,7 +89,9 @@ def test_size_of_an_empty_store(tmp_path: Path) -> None:
 
 
 def test_every_field_that_can_be_at_fault_is_listed() -> None:
-    listed = {name.strip() for row in rows("field", "is refused", "reason") for name in row["field"].split(",")}
+    listed = {
+        name.strip() for row in rows("concerns", "field", "is refused", "reason") for name in row["field"].split(",")
+    }
     # The fields of area pointers are listed as that.
     assert judged(store) - {"offset", "length"} <= listed
     source = Path(str(headers.__file__)).read_text()

@@ -26,6 +26,8 @@ from support.devices import (
     both,
     dirty,
     in_child,
+    lose_tmpfs,
+    made_in,
     make,
     no_traces,
     on_every_root,
@@ -82,19 +84,13 @@ def dies_everywhere(folder: Path, root: Callable[[Path], Path], points: range, *
     rng, wide = random.Random(0), 0
     for point in points:
         work = folder / f"{point}"
-        work.mkdir()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DIRTMAP_STORE", str(work / "default.dmap"))
-            patch.setenv("DIRTMAP_INDEX", str(work / "index"))
-            make(work, root)
+        with made_in(work, root):
             try:
                 marked = die_at(point, work)
             except EOFError:
                 return wide
             if power:
-                for file in Path(os.environ["DIRTMAP_LIVE"]).rglob("*"):
-                    if file.is_file():
-                        file.unlink()
+                lose_tmpfs()
             for target in rng.sample(BOTH, 2):
                 name = "d0" if target == DEVICE else "b0"
                 found = set(dirty(target, name))

@@ -20,8 +20,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.devices import BOTH, DEVICE, NODE, dirty, in_child, make, no_traces, raw_elsewhere, raw_here, recover
-from support.power import SIZE, Recording, Written
+from support.devices import (
+    BOTH,
+    DEVICE,
+    NODE,
+    dirty,
+    in_child,
+    lose_tmpfs,
+    made_in,
+    make,
+    no_traces,
+    raw_elsewhere,
+    raw_here,
+    recover,
+)
+from support.power import SIZE, Recording, Written, lose
 from support.tracking import GRANULE, Shared, count_down, forget_index, kill, make_node, mark, model_of
 
 import dirtmap.engine as dm
@@ -32,7 +45,6 @@ from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system import livefs
 from dirtmap.engine.tracking.tracker import Tracker
-from dirtmap.fmt.errors import StorageError
 
 COUNT = SIZE // GRANULE
 LARGER = 2 * SIZE + 512
@@ -77,21 +89,11 @@ def dies_at(point: int) -> bool:
     return not over[0]
 
 
-def lose_tmpfs() -> None:
-    for file in Path(os.environ["DIRTMAP_LIVE"]).rglob("*"):
-        if file.is_file():
-            file.unlink()
-
-
 def dies_everywhere(tmp_path: Path, root: Callable[[Path], Path], points: range, *, power: bool) -> None:
     rng, sizes = random.Random(0), set[tuple[int, int, int]]()
     for point in points:
         work = tmp_path / f"{point}"
-        work.mkdir()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DIRTMAP_STORE", str(work / "default.dmap"))
-            patch.setenv("DIRTMAP_INDEX", str(work / "index"))
-            path = make(work, root)
+        with made_in(work, root) as path:
             died = dies_at(point)
             if power:
                 lose_tmpfs()
@@ -419,15 +421,7 @@ def test_power_loss_at_any_moment(
                 if rng.random() < 0.1:
                     tracker.checkpoint(f"c{len(recording.events)}")
     live_path = os.fsdecode(tracker._session.live)
-    tracker._kernel.fail(StorageError("tracker", "the machine has stopped"))
-    tracker._closed = True
-    tracker._ended.set()
-    for thread in tracker._threads:
-        thread.join()
-    tracker._kernel.leave(at_once=True)
-    tracker._log.close(remove=False)
-    for home in tracker._homes:
-        home.close()
+    lose(tracker)
     shutil.rmtree(live_path)
     opened.close()
     # This test makes the image shorter and longer itself, and can put back the time of the last write alone.

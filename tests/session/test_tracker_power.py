@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from support import hostless, qemu
 from support.cli import dirtmap
-from support.power import REGION, SIZE, Recording, expected, use
+from support.power import REGION, SIZE, Recording, expected, lose, use
 from support.tracking import GRANULE, files_in, forget_index, make_node, model_of
 
 import dirtmap.engine as dm
@@ -36,18 +36,6 @@ from dirtmap.fmt import live
 from dirtmap.fmt import store as fmt_store
 from dirtmap.fmt.errors import StorageError, SyncError
 from dirtmap.fmt.live import build_session, parse_session
-
-
-def lose(tracker: Tracker) -> None:
-    """The machine has stopped: nothing is closed, and this process forgets."""
-    tracker._kernel.fail(StorageError("tracker", "the machine has stopped"))
-    tracker._closed = True
-    tracker._ended.set()
-    for thread in tracker._threads:
-        thread.join()
-    tracker._kernel.leave(at_once=True)
-    tracker._log.close(remove=False)
-    tracker._home.close()
 
 
 def lose_power(folder: Path, intent: str, seed: int, acts: int, crashes: int) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,23 @@ def dirty(target: str, name: str) -> list[int]:
 def both() -> tuple[list[int], list[int]]:
     """What the device has, and what its root."""
     return dirty(DEVICE, "d0"), dirty(NODE, "b0")
+
+
+@contextlib.contextmanager
+def made_in(work: Path, root: Callable[[Path], Path]) -> Iterator[Path]:
+    """A new folder with the device and its root, and with a store and an index of its own, which are the default."""
+    work.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIRTMAP_STORE", str(work / "default.dmap"))
+        patch.setenv("DIRTMAP_INDEX", str(work / "index"))
+        yield make(work, root)
+
+
+def lose_tmpfs() -> None:
+    """The machine has lost its power: no live file is left."""
+    for file in Path(os.environ["DIRTMAP_LIVE"]).rglob("*"):
+        if file.is_file():
+            file.unlink()
 
 
 def in_child(act: Callable[[], object]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.tracker import Tracker
+from dirtmap.fmt.errors import StorageError
 from support.tracking import GRANULE, Model, mark
 
 SIZE = 64 << 20
@@ -154,3 +155,16 @@ def expected(events: list[object]) -> tuple[Model, Model, dict[str, Model]]:
     for region in regions:
         mark(most, region * REGION, REGION)
     return least, most, since
+
+
+def lose(tracker: Tracker) -> None:
+    """The machine has stopped: nothing is closed, and this process forgets."""
+    tracker._kernel.fail(StorageError("tracker", "the machine has stopped"))
+    tracker._closed = True
+    tracker._ended.set()
+    for thread in tracker._threads:
+        thread.join()
+    tracker._kernel.leave(at_once=True)
+    tracker._log.close(remove=False)
+    for home in tracker._homes:
+        home.close()

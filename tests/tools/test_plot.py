@@ -151,12 +151,18 @@ def test_json_has_what_is_not_clean(disk: str) -> None:
     }
 
 
-def test_checkpoints_say_when_they_began(tmp_path: Path) -> None:
-    raw = tmp_path / "raw"
+def raw_drive(folder: Path) -> Path:
+    """A raw disk, which is the node "drive", with a bitmap "b"."""
+    raw = folder / "raw"
     raw.touch()
     os.truncate(raw, GIB)
     dirtmap("node", "add", "drive", raw)
     dirtmap("add", "drive", "b")
+    return raw
+
+
+def test_checkpoints_say_when_they_began(tmp_path: Path) -> None:
+    raw_drive(tmp_path)
     with dm.open("drive") as image, image.track() as tracker:
         tracker.checkpoint("noon")
         tracker.mark(GIB // 2, 1)
@@ -203,11 +209,7 @@ def test_an_inconsistent_bitmap_is_drawn_in_another_way(tmp_path: Path) -> None:
 
 
 def test_a_doubt_is_drawn_in_another_way(tmp_path: Path) -> None:
-    raw = tmp_path / "raw"
-    raw.touch()
-    os.truncate(raw, GIB)
-    dirtmap("node", "add", "drive", raw)
-    dirtmap("add", "drive", "b")
+    raw = raw_drive(tmp_path)
     os.utime(raw, (1, 1))  # as if somebody had written to it
     done = dirtmap("plot", "drive")
     assert "its bitmaps count as all dirty" in done.error

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support import hostless, qemu
 from support.cli import dirtmap, error_of, json_of
+from support.devices import in_child
 from support.tracking import files_in, model_of
 
 import dirtmap.engine as dm
@@ -62,20 +63,6 @@ def flags(path: Path) -> dict[str, set[str]]:
 
 def is_marked(path: Path) -> bool:
     return bool(int.from_bytes(path.read_bytes()[88:96], "big") >> 62 & 1)
-
-
-def in_child(act: Callable[[], object]) -> None:
-    """Has a child do it, that kills itself when it is done, or fails the test."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            act()
-            os.kill(os.getpid(), signal.SIGKILL)
-        except BaseException as error:
-            print(repr(error), flush=True)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 def goes_on(path: Path, name: str, expected: list[int]) -> None:

@@ -126,9 +126,8 @@ def _chosen(targets: tuple[str, ...], sources: tuple[str, ...]) -> dict[str, str
 
 def _kind(backup: Backup) -> str:
     how = {"offline": "", "live": ", live: not of one moment"}.get(backup.frozen, f", {printable(backup.frozen)}")
-    if backup.parent is not None:
-        return f"incremental{how}"
-    return f"full{how}: {printable(backup.why)}" if backup.why else f"full{how}"
+    kind = "full" if backup.parent is None else "incremental"
+    return f"{kind}{how}: {printable(backup.why)}" if backup.why else f"{kind}{how}"
 
 
 @contextlib.contextmanager

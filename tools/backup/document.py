@@ -70,7 +70,7 @@ class Backup:
         kind: ``full`` or ``incremental``.
         parent: the id of the backup that it is the difference to; None if it is full.
         reason: why it was made as a full one, one word; None if it was made as an increment.
-        why: the same as a sentence.
+        why: the same as a sentence; of an increment, why more counts as written than was, or None.
         granularity: of the bitmap.
         cluster_size: of the image.
         image_size: of the image's file.

@@ -31,7 +31,7 @@ class Since(NamedTuple):
     Attributes:
         bitmap: which granules; None where that is not known.
         reason: why a full backup is needed, one word; None where it is not.
-        why: the same as a sentence.
+        why: the same as a sentence; where none is needed, why more counts as written than was, or None.
     """
 
     bitmap: Bitmap | None
@@ -223,9 +223,11 @@ def changed_qcow2(image: Handle, names: Names, begun: Since) -> Since:
 
 def _unless_all(bitmap: Bitmap, doubt: str | None) -> Since:
     granules = -(-bitmap.size // bitmap.granularity)
+    damage = f"its {bitmap.damage}" if bitmap.damage else None
     if bitmap.count < granules * bitmap.granularity:
-        return Since(bitmap, None, None)
-    return Since(bitmap, ALL_DIRTY, f"all of the disk counts as written{f': {doubt}' if doubt else ''}")
+        return Since(bitmap, None, f"some of the disk counts as written: {damage}" if damage else None)
+    cause = doubt or damage
+    return Since(bitmap, ALL_DIRTY, f"all of the disk counts as written{f': {cause}' if cause else ''}")
 
 
 def refuse_unknown(image: Handle, *, is_device: bool) -> None:
