@@ -122,10 +122,10 @@ class Writing:
             StorageError: they cannot be written.
         """
         begun = offset
-        while data:
-            with failing(self._path):
+        with _act("write", self._path):
+            while data:
                 done = os.pwrite(self._number, data, offset)
-            data, offset = data[done:], offset + done
+                data, offset = data[done:], offset + done
         self._fresh += offset - begun
         self._first, self._last = min(self._first, begun), max(self._last, offset)
         if self._fresh >= _TOGETHER:
@@ -136,7 +136,7 @@ class Writing:
 
     def set_size(self, size: int) -> None:
         """Makes it so long, in bytes."""
-        with failing(self._path):
+        with _act("set size", self._path):
             os.ftruncate(self._number, size)
 
     def sync(self) -> None:
@@ -168,11 +168,15 @@ def write(path: str, parts: Iterable[bytes]) -> None:
         parts: of its content, taken one after the other.
     """
     temporary = path + TEMPORARY
-    with _act("write", temporary), open(temporary, "wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+    with failing(temporary), contextlib.ExitStack() as stack:  # closing it may write, too
+        with _act("make", temporary):
+            file = stack.enter_context(open(temporary, "wb"))
+        with _act("write", temporary):
+            for part in parts:
+                file.write(part)
+            file.flush()
+        with _act("sync", temporary):
+            os.fsync(file.fileno())
     rename(temporary, path)
 
 
