@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,13 +84,16 @@ def counted_acts(at: int | None = None, medium: Medium | None = None) -> Iterato
     """
     act, acts = files._act, 0
 
+    one = threading.Lock()  # a tracker has threads that write
+
     def reach() -> None:
         nonlocal acts
-        if acts == at:
-            if medium is not None:
-                medium.keep()
-            os.kill(os.getpid(), signal.SIGKILL)
-        acts += 1
+        with one:
+            if acts == at:
+                if medium is not None:
+                    medium.keep()
+                os.kill(os.getpid(), signal.SIGKILL)
+            acts += 1
 
     @contextlib.contextmanager
     def counted(what: str, path: str) -> Iterator[None]:

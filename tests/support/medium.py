@@ -63,7 +63,9 @@ class Medium:
         """Writes down what is on it, and what was written to it since."""
         self._listings.append(self._list())
         contents = {inode: (self._durable.get(inode, b""), _content(at)) for inode, at in self._open.items()}
-        others = {path: (data, Path(path).read_bytes()) for path, data in self._others.items() if os.path.exists(path)}
+        others = {
+            path: (data, Path(path).read_bytes()) for path, data in list(self._others.items()) if os.path.exists(path)
+        }
         self._kept.write_bytes(pickle.dumps((str(self._folder), self._listings, contents, others)))
 
 
