@@ -10,6 +10,7 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
+import pytest
 from support import frozen
 from support.backups import back_up, counted_acts, qcow2_disk, same
 from support.child import died_of
@@ -19,7 +20,7 @@ from support.nbd import WRITE, Client
 from support.tracking import make_node
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Repository, create, prune, restore, verify
+from dirtmap.tools.backup import Repository, create, prune, restore, verify, verify_disk, verifying
 
 MIB, GRANULE = 1 << 20, 65536
 SLOTS, SIZE = 512, 4 << 20  # all but the first half stays empty
@@ -218,6 +219,70 @@ def test_a_failure_at_any_point_is_made_good_by_the_next(xfs: Path, tmp_path: Pa
             assert (made.kind, made.dirty) == ("incremental", 2 * GRANULE)
             assert restored(repository, "drive0") == disk.path.read_bytes()
         assert len(checkpoints("drive0")) == 3
+
+
+@pytest.mark.parametrize("is_cloned", [True, False])
+def test_a_served_disk_is_verified_while_it_is_written(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, is_cloned: bool
+) -> None:
+    folder: Path = request.getfixturevalue("xfs") if is_cloned else tmp_path
+    repository, compare = tmp_path / "repo", verifying.compare
+
+    def differences(*behind: int) -> list[int]:
+        """What is found, while clients write to a granule, and others behind the bitmap's back, before it is read."""
+
+        def late(*arguments: object) -> None:
+            client.ask(WRITE, 40 * GRANULE, GRANULE)
+            write_behind(*behind)
+            compare(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(verifying, "compare", late)
+        with dm.Host() as host:
+            found = verify_disk(host, repository, "drive0")[1]
+        return [at // GRANULE for offset, length in found for at in range(offset, offset + length, GRANULE)]
+
+    def write_behind(*granules: int) -> None:
+        with open(disk.path, "r+b", buffering=0) as file:
+            for granule in granules:
+                file.seek(granule * GRANULE)
+                file.write(b"behind")
+
+    with Served(folder, "drive0", SIZE) as disk, Client(disk.sock) as client, Writer([disk.sock], SLOTS) as writer:
+        dirtmap("backup", "create", "drive0", repository, *([] if is_cloned else ["--live"]))
+        for _ in range(3):
+            wait_for(writer, writer.acknowledged + 5)
+            assert differences() == []
+        write_behind(45)
+        assert differences(50) == ([45] if is_cloned else [45, 50])
+        dirtmap("checkpoint", "add", "drive0", "mine")
+        assert differences() == [45, 50]
+        assert "2 differences" in dirtmap("backup", "verify", repository, "drive0", status=2).out
+        client.ask(WRITE, 45 * GRANULE, 2 * GRANULE)
+        assert differences() == [50]
+        left = checkpoints("drive0")
+        dirtmap("checkpoint", "remove", "drive0", left[0])
+        assert "the checkpoint of the last backup" in error_of("backup", "verify", repository, "drive0")
+        assert len(left) == 2
+
+
+def test_what_is_at_the_path_of_a_tracked_disk_is_not_taken_for_it(tmp_path: Path) -> None:
+    repository = tmp_path / "repo"
+    with Served(tmp_path, "drive0", SIZE) as disk:
+        dirtmap("backup", "create", "drive0", repository, "--live")
+        bitmap = Repository(repository).backups()[0].bitmap
+        disk.path.rename(tmp_path / "moved")
+        disk.path.write_bytes(bytes(SIZE))
+        for arguments in (
+            ["backup", "verify", repository, "drive0"],
+            ["rebuild", "drive0", bitmap, "--against", repository],
+        ):
+            assert "is not what its tracker tracks" in error_of(*arguments)
+        (tmp_path / "moved").rename(disk.path)
+        disk.kill()
+        assert "its tracker has died, and others mark" in error_of("backup", "verify", repository, "drive0")
+        disk.start("--adopt")
+        dirtmap("rebuild", "drive0", bitmap, "--against", repository)
+        dirtmap("backup", "verify", repository, "drive0")
 
 
 def test_usage(tmp_path: Path) -> None:

@@ -194,8 +194,8 @@ def _look_at(
     last = next((backup for backup in reversed(earlier) if backup.disk == name), None)
     if last is not None:
         require_same_disk(place, image, disk, last)
-    status, how = image.tracking(), None
-    if status is not None and status.alive and disk.format == "raw":
+    how = None
+    if state.is_written(image) and disk.format == "raw":
         how = SOURCE if source is not None else LIVE if live else REFLINK
     elif source is not None:
         raise ArgumentError(target, "is not tracked, so it is kept offline and read itself: it has no --source")
