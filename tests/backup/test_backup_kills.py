@@ -160,7 +160,7 @@ BACKUPS = {
     "full raw": (["raw"], None, 0, 13),
     "raw": (["raw"], None, 1, 13),
     "qcow2": (["qcow2"], None, 1, 17),
-    "several": (["raw", "qcow2", "raw"], None, 1, 83),
+    "several": (["raw", "qcow2"], None, 1, 83),
     "compressed": (["raw"], "zstd", 1, 23),
 }
 
@@ -264,16 +264,15 @@ def test_a_restoring_that_is_stopped(tmp_path: Path, form: str, is_lost: bool) -
 @pytest.mark.parametrize("what", BACKUPS)
 def test_a_backup_that_is_stopped_anywhere(tmp_path: Path, what: str) -> None:
     search_backup(tmp_path / "killed", what, 1, None)
-    for seed in range(5):
+    for seed in range(2):
         search_backup(tmp_path / f"power-{seed}", what, 1, power(True, seed))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("compress", [None, "zstd"])
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize(("keep", "compress"), [(1, None), (2, "zstd")])
 def test_a_pruning_that_is_stopped_anywhere(tmp_path: Path, keep: int, compress: str | None) -> None:
     search_prune(tmp_path / "killed", compress, keep, 1, None)
-    for seed in range(5):
+    for seed in range(2):
         search_prune(tmp_path / f"power-{seed}", compress, keep, 1, power(True, seed))
 
 
@@ -281,5 +280,5 @@ def test_a_pruning_that_is_stopped_anywhere(tmp_path: Path, keep: int, compress:
 @pytest.mark.parametrize("form", ["raw", "qcow2"])
 def test_a_restoring_that_is_stopped_anywhere(tmp_path: Path, form: str) -> None:
     search_restore(tmp_path / "killed", form, 1, None)
-    for seed in range(5):
+    for seed in range(2):
         search_restore(tmp_path / f"power-{seed}", form, 1, power(True, seed))

@@ -21,11 +21,12 @@ from support.tracking import make_node
 
 import dirtmap.engine as dm
 from dirtmap.tools.backup import Repository, create, prune, restore, verify, verify_disk, verifying
+from dirtmap.tools.export import Listener, export
 
 MIB, GRANULE = 1 << 20, 65536
 SLOTS, SIZE = 512, 4 << 20  # all but the first half stays empty
 
-xfs = frozen.xfs
+xfs, btrfs = frozen.xfs, frozen.btrfs
 
 
 def restored(repository: Path, disk: str, number: int | None = None) -> bytes:
@@ -174,6 +175,27 @@ def test_a_snapshot_that_is_there_may_be_of_any_moment_since_the_last_backup(xfs
         made = back_up(repository, "drive0")
         assert made.dirty == GRANULE
         assert restored(repository, "drive0") == disk.path.read_bytes()
+
+
+def test_disks_on_btrfs_are_cloned_or_read_from_a_snapshot_of_their_subvolume(btrfs: Path, tmp_path: Path) -> None:
+    repository, snap = tmp_path / "repo", btrfs / "snap"
+    command = f"btrfs subvolume snapshot -r {btrfs} {snap}"
+    with Served(btrfs, "drive0", SIZE) as disk, Writer([disk.sock], SLOTS) as writer:
+        assert back_up(repository, "drive0").frozen == "reflink"
+        last_write(restored(repository, "drive0"), SLOTS)
+        before = writer.acknowledged
+        (made,) = json_of(
+            "backup", "create", "drive0", repository, "--source", snap / disk.path.name, "--snapshot", command
+        )
+        assert (made["kind"], made["frozen"]) == ("incremental", "source")
+        content = restored(repository, "drive0")
+        assert content == (snap / disk.path.name).read_bytes()
+        assert before <= last_write(content, SLOTS) <= writer.submitted
+        dirtmap("backup", "verify", repository, "drive0")
+        with dm.Host() as host, export(host, ["drive0"], Listener(unix=str(tmp_path / "sock")), reflink=True) as served:
+            (uri,) = served.uris
+            subprocess.run(["nbdcopy", uri, tmp_path / "copy"], check=True)
+        last_write((tmp_path / "copy").read_bytes(), SLOTS)
 
 
 def test_a_live_backup_is_marked_and_the_next_one_is_right(tmp_path: Path) -> None:
