@@ -8,13 +8,14 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.backups import SIZE, back_up, held, image_of, qcow2_disk, raw_disk, same, write_raw
-from support.cli import dirtmap, error_of, json_of
+from support.cli import COMMAND, dirtmap, error_of, json_of
 from support.qemu import StorageDaemon, bitmaps, extents, info, qemu_img, qemu_io, run
 from support.volumes import attached, loops, mounted, require_root
 
@@ -251,6 +252,24 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     with Repository(repository).writing():
         assert "in use by another" in error_of("backup", "verify", "--wait=0", repository)
     assert len(ours(disk)) == 1
+
+
+def test_runs_at_once_come_one_after_the_other(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    raw_disk(tmp_path / "data.raw")
+    command = [COMMAND, "backup", "create", "-q", "--wait=60", disk, "data", repository]
+    runs = [subprocess.Popen(command) for _ in range(3)]
+    assert [each.wait(60) for each in runs] == [0, 0, 0]
+    for name, target in (("data", tmp_path / "data.raw"), ("disk.qcow2", disk)):
+        backups = Repository(repository).backups(name)
+        assert [(backup.number, backup.kind) for backup in backups] == [
+            (1, "full"),
+            (2, "incremental"),
+            (3, "incremental"),
+        ]
+        same(repository, backups[-1], target)
+    assert len(list(repository.iterdir())) == 2 + 12
+    assert len(ours(disk)) == 3
 
 
 def test_disks_in_use_are_refused(tmp_path: Path) -> None:
