@@ -7,16 +7,17 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from support.backups import counted_acts, qcow2_disk, raw_disk, same, settled_io, write_raw
+from support.backups import counted_acts, lose, qcow2_disk, raw_disk, same, settled_io, write_raw
 from support.child import died_of
 from support.medium import Medium, lose_power
 from support.qemu import qemu_img
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Backup, Repository, create, prune, restore, verify
+from dirtmap.tools.backup import Backup, Repository, create, prune, rebuild, restore, verify
 
 GRANULE = 65536
 
@@ -71,6 +72,10 @@ class Disks:
     def back_up(self) -> list[Backup]:
         with dm.Host() as host:
             return create(host, self.targets.values(), self.repository, compress=self.compress)
+
+    def rebuild(self, backup: Backup) -> None:
+        with dm.Host() as host:
+            rebuild(host, self.targets[backup.disk], backup.bitmap, self.repository)
 
     def remember(self, made: list[Backup]) -> None:
         """Keeps what the disks have, which QEMU alone has to read from the backups."""
@@ -239,6 +244,31 @@ def search_restore(folder: Path, form: str, step: int, power: random.Random | No
             return
 
 
+def search_rebuild(folder: Path, kind: str, step: int, power: random.Random | None) -> None:
+    """Of a bitmap that has missed a write."""
+    folder.mkdir()
+    for at in steps(step):
+        disks = Disks(folder / f"{folder.name}-{at}", [kind])
+        (backup,) = disks.back_up()
+        disks.remember([backup])
+        disks.write(40, 1)
+        lose(disks.disks[backup.disk], [(38 * GRANULE, 512, 1)])
+        died = stopped(partial(disks.rebuild, backup), at, disks.repository, power)
+        if not died or power:
+            disks.rebuild(backup)
+        disks.write(41, 2)
+        (made,) = disks.back_up()
+        disks.remember([made])
+        if not died or power:
+            assert (made.kind, made.dirty) == ("incremental", 3 * GRANULE)
+        disks.require_kept()
+        disks.require_tidy()
+        disks.require_tidy_disks()
+        if not died:
+            print(f"rebuild {kind}: {at} acts")
+            return
+
+
 def power(is_lost: bool, seed: int = 1) -> random.Random | None:
     return random.Random(seed) if is_lost else None
 
@@ -258,6 +288,12 @@ def test_a_pruning_that_is_stopped(tmp_path: Path, is_lost: bool) -> None:
 @pytest.mark.parametrize("form", ["raw", "qcow2"])
 def test_a_restoring_that_is_stopped(tmp_path: Path, form: str, is_lost: bool) -> None:
     search_restore(tmp_path / "stopped", form, 3, power(is_lost))
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_a_rebuilding_that_is_stopped(tmp_path: Path, kind: str, is_lost: bool) -> None:
+    search_rebuild(tmp_path / "stopped", kind, 37, power(is_lost))
 
 
 @pytest.mark.long
@@ -282,3 +318,10 @@ def test_a_restoring_that_is_stopped_anywhere(tmp_path: Path, form: str) -> None
     search_restore(tmp_path / "killed", form, 1, None)
     for seed in range(2):
         search_restore(tmp_path / f"power-{seed}", form, 1, power(True, seed))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_a_rebuilding_that_is_stopped_anywhere(tmp_path: Path, kind: str) -> None:
+    search_rebuild(tmp_path / "killed", kind, 1, None)
+    search_rebuild(tmp_path / "power", kind, 1, power(True))

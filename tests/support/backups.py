@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +68,19 @@ def write_raw(path: Path, writes: dict[int, bytes], name: str = "data") -> None:
                 file.seek(offset)
                 file.write(data)
                 file.flush()
+
+
+def lose(disk: Path, writes: list[tuple[int, int, int]]) -> None:
+    """Writes (offset, length, value) after which nobody knows what was written: QEMU is killed, or nothing tracks."""
+    if disk.suffix == ".qcow2":
+        commands = [f"write -qP {value} {at} {length}" for at, length, value in writes]
+        words = [word for command in [*commands, "flush", "sigraise 9"] for word in ("-c", command)]
+        assert subprocess.run(["qemu-io", "-f", "qcow2", *words, disk], check=False).returncode == -signal.SIGKILL
+        return
+    with open(disk, "r+b") as file:
+        for at, length, value in writes:
+            file.seek(at)
+            file.write(bytes([value]) * length)
 
 
 @contextlib.contextmanager
