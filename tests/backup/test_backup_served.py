@@ -18,10 +18,12 @@ from support.cli import dirtmap, error_of, json_of
 from support.frozen import SLOT, Served, Writer, last_write, slot_of
 from support.nbd import WRITE, Client
 from support.tracking import make_node
+from support.volumes import attached, loops
 
 import dirtmap.engine as dm
 from dirtmap.tools.backup import Repository, create, prune, restore, verify, verify_disk, verifying
 from dirtmap.tools.export import Listener, export
+from dirtmap.tools.serve.serving import serve
 
 MIB, GRANULE = 1 << 20, 65536
 SLOTS, SIZE = 512, 4 << 20  # all but the first half stays empty
@@ -196,6 +198,28 @@ def test_disks_on_btrfs_are_cloned_or_read_from_a_snapshot_of_their_subvolume(bt
             (uri,) = served.uris
             subprocess.run(["nbdcopy", uri, tmp_path / "copy"], check=True)
         last_write((tmp_path / "copy").read_bytes(), SLOTS)
+
+
+def test_a_block_device_is_read_from_a_snapshot_that_is_another_one(tmp_path: Path) -> None:
+    """As LVM makes them: what the command names is a link to the device."""
+    medium, copy, snap, repository = (tmp_path / name for name in ("medium", "copy", "snap", "repo"))
+    medium.write_bytes(b"\5" * 70_000 + bytes(SIZE - 70_000))
+    command = f"cp {medium} {copy} && ln -s $(losetup --find --show --read-only {copy}) {snap}"
+    arguments = ["backup", "create", "drive0", repository, "--source", snap, "--snapshot", command]
+    with loops(), attached(medium) as device, dm.Host() as host:
+        host.add_node("drive0", device)
+        with serve(host, "drive0", Listener(unix=str(tmp_path / "sock"))), Client(tmp_path / "sock") as client:
+            assert "a block device, which cannot be cloned" in error_of(*arguments[:4])
+            for kind in ("full", "incremental"):
+                client.ask(WRITE, 9 * GRANULE, GRANULE)
+                (made,) = json_of(*arguments)
+                subprocess.run(["losetup", "--detach", snap.readlink()], check=True)
+                snap.unlink()
+                assert (made["kind"], made["frozen"]) == (kind, "source")
+                assert restored(repository, "drive0") == copy.read_bytes() == Path(device).read_bytes()
+                client.ask(WRITE, 11 * GRANULE, GRANULE)
+            assert made["dirty"] == 2 * GRANULE
+            dirtmap("backup", "verify", repository, "drive0")
 
 
 def test_a_live_backup_is_marked_and_the_next_one_is_right(tmp_path: Path) -> None:
