@@ -47,7 +47,9 @@ def verify(
     Raises:
         ArgumentError: there is no such disk.
         LockedError: somebody writes to the repository.
+        StorageError: there is no qemu-img.
     """
+    images.qemu_img("--version")  # without it, no image could be called damaged or sound
     place = Repository(repository)
     with place.reading(wait):
         backups = place.backups() if disk is None else place.disk(disk)
