@@ -254,6 +254,15 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert len(ours(disk)) == 1
 
 
+def test_a_repository_without_its_lock_gets_one(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    back_up(repository, disk)
+    (repository / "lock").unlink()
+    assert "lock: No such file" in error_of("backup", "verify", repository)
+    assert back_up(repository, disk).kind == "incremental"
+    dirtmap("backup", "verify", repository)
+
+
 def test_runs_at_once_come_one_after_the_other(tmp_path: Path) -> None:
     disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
     raw_disk(tmp_path / "data.raw")

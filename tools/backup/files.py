@@ -234,10 +234,11 @@ def unused_device(path: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def locked(path: str, *, shared: bool, wait: float) -> Iterator[None]:
-    """Holds the lock of a file that is there, for the time of the block; the process's end gives it up, too.
+    """Holds the lock of a file, for the time of the block; the process's end gives it up, too.
 
     Args:
-        path: of the file.
+        path: of the file, which has nothing in it. Where it is not there, as copies may lack it, whoever does not
+            share it makes it.
         shared: others may share it.
         wait: seconds to wait for others.
 
@@ -246,7 +247,7 @@ def locked(path: str, *, shared: bool, wait: float) -> Iterator[None]:
     """
     deadline = time.monotonic() + wait
     with failing(path):
-        number = os.open(path, os.O_RDWR if not shared else os.O_RDONLY)
+        number = os.open(path, os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         while True:
             try:
