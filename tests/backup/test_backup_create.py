@@ -263,6 +263,21 @@ def test_a_repository_without_its_lock_gets_one(tmp_path: Path) -> None:
     dirtmap("backup", "verify", repository)
 
 
+def test_a_repository_that_another_process_has_just_made_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, locked, waits = qcow2_disk(tmp_path / "disk.qcow2"), files.locked, set[float]()
+
+    def noted(path: str, *, shared: bool, wait: float) -> contextlib.AbstractContextManager[None]:
+        waits.add(wait)
+        return locked(path, shared=shared, wait=wait)
+
+    monkeypatch.setattr(files, "locked", noted)
+    with dm.Host() as host:
+        create(host, [str(disk)], tmp_path / "repo", wait=77)
+    assert waits == {77}
+
+
 def test_runs_at_once_come_one_after_the_other(tmp_path: Path) -> None:
     disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
     raw_disk(tmp_path / "data.raw")

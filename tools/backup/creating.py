@@ -141,7 +141,7 @@ def create(
         raise ArgumentError("compress", f"'{printable(compress)}' is not {ZSTD}")
     chosen, given = list(targets), dict(sources or {})
     _require_fitting(chosen, given, snapshot, live)
-    place = Repository.made(repository)
+    place = Repository.made(repository, wait)
     with place.writing(wait), contextlib.ExitStack() as stack:
         found: list[_Target] = []
         for target in chosen:
