@@ -8,20 +8,19 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.backups import SIZE, back_up, held, image_of, qcow2_disk, raw_disk, same, write_raw
-from support.child import died_of
-from support.cli import dirtmap, error_of, json_of
-from support.qemu import StorageDaemon, ToolError, bitmaps, extents, info, qemu_img, qemu_io, run
+from support.cli import COMMAND, dirtmap, error_of, json_of
+from support.qemu import StorageDaemon, bitmaps, extents, info, qemu_img, qemu_io, run
 from support.volumes import attached, loops, mounted, require_root
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Repository, create, creating, files, rebuild
+from dirtmap.tools.backup import Repository, create, files, rebuild
 
 GRANULARITY = 65536
 
@@ -255,6 +254,48 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert len(ours(disk)) == 1
 
 
+def test_a_repository_without_its_lock_gets_one(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    back_up(repository, disk)
+    (repository / "lock").unlink()
+    assert "lock: No such file" in error_of("backup", "verify", repository)
+    assert back_up(repository, disk).kind == "incremental"
+    dirtmap("backup", "verify", repository)
+
+
+def test_a_repository_that_another_process_has_just_made_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, locked, waits = qcow2_disk(tmp_path / "disk.qcow2"), files.locked, set[float]()
+
+    def noted(path: str, *, shared: bool, wait: float) -> contextlib.AbstractContextManager[None]:
+        waits.add(wait)
+        return locked(path, shared=shared, wait=wait)
+
+    monkeypatch.setattr(files, "locked", noted)
+    with dm.Host() as host:
+        create(host, [str(disk)], tmp_path / "repo", wait=77)
+    assert waits == {77}
+
+
+def test_runs_at_once_come_one_after_the_other(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+    raw_disk(tmp_path / "data.raw")
+    command = [COMMAND, "backup", "create", "-q", "--wait=60", disk, "data", repository]
+    runs = [subprocess.Popen(command) for _ in range(3)]
+    assert [each.wait(60) for each in runs] == [0, 0, 0]
+    for name, target in (("data", tmp_path / "data.raw"), ("disk.qcow2", disk)):
+        backups = Repository(repository).backups(name)
+        assert [(backup.number, backup.kind) for backup in backups] == [
+            (1, "full"),
+            (2, "incremental"),
+            (3, "incremental"),
+        ]
+        same(repository, backups[-1], target)
+    assert len(list(repository.iterdir())) == 2 + 12
+    assert len(ours(disk)) == 3
+
+
 def test_disks_in_use_are_refused(tmp_path: Path) -> None:
     disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
     raw_disk(tmp_path / "data.raw")
@@ -426,69 +467,3 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     assert "not empty" in error_of("backup", "create", disk, tmp_path)
     (tmp_path / "repository.json").write_text('{"format": "dirtmap-backup", "version": 2, "uuid": "x"}')
     assert "not that" in error_of("backup", "create", disk, tmp_path)
-
-
-class Killer:
-    """Ends the process at an act on the disk, or only counts them."""
-
-    def __init__(self, at: int | None = None) -> None:
-        self.at, self.acts = at, 0
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        act, copy = files._act, creating.copy
-        monkeypatch.setattr(files, "_act", lambda what, path: (self.reach(), act(what, path))[1])
-        monkeypatch.setattr(creating, "copy", lambda *given: (self.reach(), copy(*given), self.reach()))
-
-    def reach(self) -> None:
-        if self.acts == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.acts += 1
-
-
-def patiently(work: Callable[[], object]) -> None:
-    """Does it again while QEMU has the image, which ends a moment after the process that started it was killed."""
-    for _ in range(200):
-        try:
-            work()
-            return
-        except ToolError as error:
-            if "lock" not in str(error):
-                raise
-            time.sleep(0.05)
-    raise AssertionError("QEMU goes on")
-
-
-@pytest.mark.parametrize(("kind", "step"), [("qcow2", 1), ("raw", 4), pytest.param("raw", 1, marks=pytest.mark.long)])
-def test_killed_at_every_act(tmp_path: Path, kind: str, step: int) -> None:
-    repository = tmp_path / "repo"
-    disk = qcow2_disk(tmp_path / "disk.qcow2") if kind == "qcow2" else raw_disk(tmp_path / "data.raw")
-    target = str(disk) if kind == "qcow2" else "data"
-
-    def write(at: int) -> None:
-        if kind == "qcow2":
-            patiently(lambda: qemu_io(disk, f"write -qP {at % 200 + 1} {at << 17} 64k"))
-        else:
-            write_raw(disk, {at << 17: bytes([at % 200 + 1]) * 65536})
-
-    back_up(repository, target)
-    at = 0
-    while True:
-        write(at)
-
-        def attempt(at: int = at) -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                Killer(at).install(patch)
-                back_up(repository, target)
-
-        number = died_of(attempt)
-        write(at + 64)
-        made = back_up(repository, target)
-        assert made.kind == "incremental"
-        assert made.copied <= 2 * GRANULARITY  # what was written since the last one that is whole
-        same(repository, made, disk)
-        assert len(list(repository.iterdir())) == 2 + 2 * len(Repository(repository).backups())
-        if not number:
-            break
-        assert number == signal.SIGKILL
-        at += step
-    assert at > 7

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from support.backups import back_up, counted_acts, qcow2_disk, raw_disk, same
+from support.backups import back_up, counted_acts, qcow2_disk, raw_disk, same, settled_io
 from support.child import died_of
-from support.qemu import ToolError, qemu_io
 
 import dirtmap.engine as dm
 from dirtmap.tools.backup import Repository, prune, restore, verify
@@ -33,15 +31,8 @@ class Night:
         places = [(self.chooser.randrange(23 << 20) & ~511, self.chooser.randrange(1, 256)) for _ in range(4)]
         if self.kind == "qcow2":
             commands = [f"write -qP {value} {at} {self.chooser.choice([1, 64, 300])}k" for at, value in places]
-            for _ in range(200):
-                try:
-                    qemu_io(self.disk, *commands, f"write -qz {places[0][0]} 128k")
-                    return
-                except ToolError as error:  # of a daemon that ends at this moment, as its process was killed
-                    if "lock" not in str(error):
-                        raise
-                    time.sleep(0.05)
-            raise AssertionError("QEMU goes on")
+            settled_io(self.disk, *commands, f"write -qz {places[0][0]} 128k")
+            return
         dies = self.chooser.random() < 0.4
 
         def work() -> None:

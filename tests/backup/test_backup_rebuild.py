@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import qemu
-from support.backups import back_up, qcow2_disk, raw_disk, same, write_raw
+from support.backups import back_up, lose, qcow2_disk, raw_disk, same, write_raw
 from support.child import died_of
 from support.cli import dirtmap, error_of, json_of, listed, mapped
 from support.qemu import qemu_io
@@ -47,19 +47,6 @@ def content(disk: Path) -> bytes:
     raw = disk.with_suffix(".copy")
     qemu.qemu_img("convert", "-O", "raw", disk, raw)
     return raw.read_bytes()
-
-
-def lose(disk: Path, writes: list[tuple[int, int, int]]) -> None:
-    """Writes (offset, length, value) after which nobody knows what was written: QEMU is killed, or nothing tracks."""
-    if disk.suffix == ".qcow2":
-        commands = [f"write -qP {value} {at} {length}" for at, length, value in writes]
-        words = [word for command in [*commands, "flush", "sigraise 9"] for word in ("-c", command)]
-        assert subprocess.run(["qemu-io", "-f", "qcow2", *words, disk], check=False).returncode == -signal.SIGKILL
-        return
-    with open(disk, "r+b") as file:
-        for at, length, value in writes:
-            file.seek(at)
-            file.write(bytes([value]) * length)
 
 
 def made(folder: Path, kind: str) -> tuple[Path, Path, Backup]:

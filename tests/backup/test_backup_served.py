@@ -10,6 +10,7 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
+import pytest
 from support import frozen
 from support.backups import back_up, counted_acts, qcow2_disk, same
 from support.child import died_of
@@ -17,14 +18,17 @@ from support.cli import dirtmap, error_of, json_of
 from support.frozen import SLOT, Served, Writer, last_write, slot_of
 from support.nbd import WRITE, Client
 from support.tracking import make_node
+from support.volumes import attached, loops
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Repository, create, prune, restore, verify
+from dirtmap.tools.backup import Repository, create, prune, restore, verify, verify_disk, verifying
+from dirtmap.tools.export import Listener, export
+from dirtmap.tools.serve.serving import serve
 
 MIB, GRANULE = 1 << 20, 65536
 SLOTS, SIZE = 512, 4 << 20  # all but the first half stays empty
 
-xfs = frozen.xfs
+xfs, btrfs = frozen.xfs, frozen.btrfs
 
 
 def restored(repository: Path, disk: str, number: int | None = None) -> bytes:
@@ -175,6 +179,49 @@ def test_a_snapshot_that_is_there_may_be_of_any_moment_since_the_last_backup(xfs
         assert restored(repository, "drive0") == disk.path.read_bytes()
 
 
+def test_disks_on_btrfs_are_cloned_or_read_from_a_snapshot_of_their_subvolume(btrfs: Path, tmp_path: Path) -> None:
+    repository, snap = tmp_path / "repo", btrfs / "snap"
+    command = f"btrfs subvolume snapshot -r {btrfs} {snap}"
+    with Served(btrfs, "drive0", SIZE) as disk, Writer([disk.sock], SLOTS) as writer:
+        assert back_up(repository, "drive0").frozen == "reflink"
+        last_write(restored(repository, "drive0"), SLOTS)
+        before = writer.acknowledged
+        (made,) = json_of(
+            "backup", "create", "drive0", repository, "--source", snap / disk.path.name, "--snapshot", command
+        )
+        assert (made["kind"], made["frozen"]) == ("incremental", "source")
+        content = restored(repository, "drive0")
+        assert content == (snap / disk.path.name).read_bytes()
+        assert before <= last_write(content, SLOTS) <= writer.submitted
+        dirtmap("backup", "verify", repository, "drive0")
+        with dm.Host() as host, export(host, ["drive0"], Listener(unix=str(tmp_path / "sock")), reflink=True) as served:
+            (uri,) = served.uris
+            subprocess.run(["nbdcopy", uri, tmp_path / "copy"], check=True)
+        last_write((tmp_path / "copy").read_bytes(), SLOTS)
+
+
+def test_a_block_device_is_read_from_a_snapshot_that_is_another_one(tmp_path: Path) -> None:
+    """As LVM makes them: what the command names is a link to the device."""
+    medium, copy, snap, repository = (tmp_path / name for name in ("medium", "copy", "snap", "repo"))
+    medium.write_bytes(b"\5" * 70_000 + bytes(SIZE - 70_000))
+    command = f"cp {medium} {copy} && ln -s $(losetup --find --show --read-only {copy}) {snap}"
+    arguments = ["backup", "create", "drive0", repository, "--source", snap, "--snapshot", command]
+    with loops(), attached(medium) as device, dm.Host() as host:
+        host.add_node("drive0", device)
+        with serve(host, "drive0", Listener(unix=str(tmp_path / "sock"))), Client(tmp_path / "sock") as client:
+            assert "a block device, which cannot be cloned" in error_of(*arguments[:4])
+            for kind in ("full", "incremental"):
+                client.ask(WRITE, 9 * GRANULE, GRANULE)
+                (made,) = json_of(*arguments)
+                subprocess.run(["losetup", "--detach", snap.readlink()], check=True)
+                snap.unlink()
+                assert (made["kind"], made["frozen"]) == (kind, "source")
+                assert restored(repository, "drive0") == copy.read_bytes() == Path(device).read_bytes()
+                client.ask(WRITE, 11 * GRANULE, GRANULE)
+            assert made["dirty"] == 2 * GRANULE
+            dirtmap("backup", "verify", repository, "drive0")
+
+
 def test_a_live_backup_is_marked_and_the_next_one_is_right(tmp_path: Path) -> None:
     repository = tmp_path / "repo"
     with Served(tmp_path, "drive0", SIZE) as disk:
@@ -218,6 +265,70 @@ def test_a_failure_at_any_point_is_made_good_by_the_next(xfs: Path, tmp_path: Pa
             assert (made.kind, made.dirty) == ("incremental", 2 * GRANULE)
             assert restored(repository, "drive0") == disk.path.read_bytes()
         assert len(checkpoints("drive0")) == 3
+
+
+@pytest.mark.parametrize("is_cloned", [True, False])
+def test_a_served_disk_is_verified_while_it_is_written(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, is_cloned: bool
+) -> None:
+    folder: Path = request.getfixturevalue("xfs") if is_cloned else tmp_path
+    repository, compare = tmp_path / "repo", verifying.compare
+
+    def differences(*behind: int) -> list[int]:
+        """What is found, while clients write to a granule, and others behind the bitmap's back, before it is read."""
+
+        def late(*arguments: object) -> None:
+            client.ask(WRITE, 40 * GRANULE, GRANULE)
+            write_behind(*behind)
+            compare(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(verifying, "compare", late)
+        with dm.Host() as host:
+            found = verify_disk(host, repository, "drive0")[1]
+        return [at // GRANULE for offset, length in found for at in range(offset, offset + length, GRANULE)]
+
+    def write_behind(*granules: int) -> None:
+        with open(disk.path, "r+b", buffering=0) as file:
+            for granule in granules:
+                file.seek(granule * GRANULE)
+                file.write(b"behind")
+
+    with Served(folder, "drive0", SIZE) as disk, Client(disk.sock) as client, Writer([disk.sock], SLOTS) as writer:
+        dirtmap("backup", "create", "drive0", repository, *([] if is_cloned else ["--live"]))
+        for _ in range(3):
+            wait_for(writer, writer.acknowledged + 5)
+            assert differences() == []
+        write_behind(45)
+        assert differences(50) == ([45] if is_cloned else [45, 50])
+        dirtmap("checkpoint", "add", "drive0", "mine")
+        assert differences() == [45, 50]
+        assert "2 differences" in dirtmap("backup", "verify", repository, "drive0", status=2).out
+        client.ask(WRITE, 45 * GRANULE, 2 * GRANULE)
+        assert differences() == [50]
+        left = checkpoints("drive0")
+        dirtmap("checkpoint", "remove", "drive0", left[0])
+        assert "the checkpoint of the last backup" in error_of("backup", "verify", repository, "drive0")
+        assert len(left) == 2
+
+
+def test_what_is_at_the_path_of_a_tracked_disk_is_not_taken_for_it(tmp_path: Path) -> None:
+    repository = tmp_path / "repo"
+    with Served(tmp_path, "drive0", SIZE) as disk:
+        dirtmap("backup", "create", "drive0", repository, "--live")
+        bitmap = Repository(repository).backups()[0].bitmap
+        disk.path.rename(tmp_path / "moved")
+        disk.path.write_bytes(bytes(SIZE))
+        for arguments in (
+            ["backup", "verify", repository, "drive0"],
+            ["rebuild", "drive0", bitmap, "--against", repository],
+        ):
+            assert "is not what its tracker tracks" in error_of(*arguments)
+        (tmp_path / "moved").rename(disk.path)
+        disk.kill()
+        assert "its tracker has died, and others mark" in error_of("backup", "verify", repository, "drive0")
+        disk.start("--adopt")
+        dirtmap("rebuild", "drive0", bitmap, "--against", repository)
+        dirtmap("backup", "verify", repository, "drive0")
 
 
 def test_usage(tmp_path: Path) -> None:

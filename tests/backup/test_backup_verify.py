@@ -43,6 +43,13 @@ def test_nothing_is_wrong(repository: Path, tmp_path: Path) -> None:
     assert verify(repository) == []
 
 
+def test_without_qemu_nothing_is_called_damaged(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert error_of("backup", "verify", repository) == "qemu-img: No such file or directory; it is part of QEMU"
+
+
 def write_beside(repository: Path, backup: Backup) -> None:
     """What other tools would read, although no document lists it."""
     qemu_io(image_of(repository, backup), "write -qP 1 23M 64k")

@@ -7,6 +7,9 @@ import json
 import os
 import random
 import signal
+import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,11 @@ from typing import Any
 import pytest
 
 import dirtmap.engine as dm
+from dirtmap.engine.system import file as fileio
+from dirtmap.engine.system.file import File
 from dirtmap.tools.backup import Backup, Repository, create, files
-from support.qemu import Map, check, merged, qemu_img, qemu_io
+from support.medium import Medium
+from support.qemu import Map, ToolError, check, merged, qemu_img, qemu_io
 from support.qemu import create as make_image
 
 SIZE = 24 << 20
@@ -41,6 +47,19 @@ def raw_disk(path: Path, size: int = SIZE + 13, name: str = "data") -> Path:
     return path
 
 
+def settled_io(disk: Path, *commands: str) -> None:
+    """`qemu_io`, again while a daemon has the image: it ends a moment after the process that started it was killed."""
+    for _ in range(200):
+        try:
+            qemu_io(disk, *commands)
+            return
+        except ToolError as error:
+            if "lock" not in str(error):
+                raise
+            time.sleep(0.05)
+    raise AssertionError("QEMU goes on")
+
+
 def write_raw(path: Path, writes: dict[int, bytes], name: str = "data") -> None:
     """Writes to a raw disk as a program does that tracks it."""
     with dm.open(name) as image, image.track() as tracker, open(path, "r+b") as file:
@@ -51,25 +70,77 @@ def write_raw(path: Path, writes: dict[int, bytes], name: str = "data") -> None:
                 file.flush()
 
 
+def lose(disk: Path, writes: list[tuple[int, int, int]]) -> None:
+    """Writes (offset, length, value) after which nobody knows what was written: QEMU is killed, or nothing tracks."""
+    if disk.suffix == ".qcow2":
+        commands = [f"write -qP {value} {at} {length}" for at, length, value in writes]
+        words = [word for command in [*commands, "flush", "sigraise 9"] for word in ("-c", command)]
+        assert subprocess.run(["qemu-io", "-f", "qcow2", *words, disk], check=False).returncode == -signal.SIGKILL
+        return
+    with open(disk, "r+b") as file:
+        for at, length, value in writes:
+            file.seek(at)
+            file.write(bytes([value]) * length)
+
+
 @contextlib.contextmanager
-def counted_acts(at: int | None = None) -> Iterator[Callable[[], int]]:
-    """Counts what a repository does to the disk until the end of the block; this process dies at that act.
+def counted_acts(at: int | None = None, medium: Medium | None = None) -> Iterator[Callable[[], int]]:
+    """Counts what is done to the disk until the end of the block; before that act, this process dies.
+
+    An act is each write, sync, renaming and removal of a repository's file, and each write and sync of the engine's.
+
+    Args:
+        at: the act.
+        medium: is told of all, and keeps what is on it when the process dies, or else at the end of the block.
 
     Yields:
         What says how many there were.
     """
     act, acts = files._act, 0
 
-    def counted(what: str, path: str) -> object:
-        nonlocal acts
-        if acts == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        acts += 1
-        return act(what, path)
+    one = threading.Lock()  # a tracker has threads that write
 
-    with pytest.MonkeyPatch.context() as patch:
+    def reach() -> None:
+        nonlocal acts
+        with one:
+            if acts == at:
+                if medium is not None:
+                    medium.keep()
+                os.kill(os.getpid(), signal.SIGKILL)
+            acts += 1
+
+    @contextlib.contextmanager
+    def counted(what: str, path: str) -> Iterator[None]:
+        reach()
+        with act(what, path):
+            yield
+        if medium is not None:
+            medium.done(what, path)
+
+    class Counted(File):
+        def write(self, offset: int, data: bytes | memoryview) -> None:
+            reach()
+            if medium is not None:
+                medium.changes(self.abspath)
+            super().write(offset, data)
+
+        def truncate(self, size: int) -> None:
+            reach()
+            if medium is not None:
+                medium.changes(self.abspath)
+            super().truncate(size)
+
+        def sync(self) -> None:
+            reach()
+            super().sync()
+            if medium is not None:
+                medium.synced(self.abspath)
+
+    with pytest.MonkeyPatch.context() as patch, fileio.using(Counted):
         patch.setattr(files, "_act", counted)
         yield lambda: acts
+        if medium is not None:
+            medium.keep()
 
 
 def back_up(repository: Path, *targets: str | Path) -> Backup:

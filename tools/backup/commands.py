@@ -311,9 +311,10 @@ def verify_command(
     """Verify backups, or a disk against its newest one.
 
     Without TARGET all images are read, once, and held against their documents: digests, what each image has and on
-    which it is. With TARGET the disk, which nobody may write to meanwhile, is compared with its newest backup. What
-    differs where the disk's bitmap says that nothing was written is a write that the bitmap has missed, and that the
-    next backup would miss. Exit status: 0 nothing is wrong, 2 something is, 1 it could not be found out.
+    which it is. With TARGET the disk is compared with its newest backup. What differs where the disk's bitmap says that
+    nothing was written is a write that the bitmap has missed, and that the next backup would miss. A disk that is
+    tracked, as by "dirtmap serve", may be written to meanwhile; no other. Exit status: 0 nothing is wrong, 2 something
+    is, 1 it could not be found out.
 
     With --sample=1%, it is every hundredth piece of 1 MiB that has data, beginning with one of the first hundred that
     is drawn by lot each time: each piece is as likely as any other. What is wrong elsewhere is not found.

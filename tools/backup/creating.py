@@ -141,7 +141,7 @@ def create(
         raise ArgumentError("compress", f"'{printable(compress)}' is not {ZSTD}")
     chosen, given = list(targets), dict(sources or {})
     _require_fitting(chosen, given, snapshot, live)
-    place = Repository.made(repository)
+    place = Repository.made(repository, wait)
     with place.writing(wait), contextlib.ExitStack() as stack:
         found: list[_Target] = []
         for target in chosen:
@@ -194,8 +194,8 @@ def _look_at(
     last = next((backup for backup in reversed(earlier) if backup.disk == name), None)
     if last is not None:
         require_same_disk(place, image, disk, last)
-    status, how = image.tracking(), None
-    if status is not None and status.alive and disk.format == "raw":
+    how = None
+    if state.is_written(image) and disk.format == "raw":
         how = SOURCE if source is not None else LIVE if live else REFLINK
     elif source is not None:
         raise ArgumentError(target, "is not tracked, so it is kept offline and read itself: it has no --source")

@@ -122,10 +122,10 @@ class Writing:
             StorageError: they cannot be written.
         """
         begun = offset
-        while data:
-            with failing(self._path):
+        with _act("write", self._path):
+            while data:
                 done = os.pwrite(self._number, data, offset)
-            data, offset = data[done:], offset + done
+                data, offset = data[done:], offset + done
         self._fresh += offset - begun
         self._first, self._last = min(self._first, begun), max(self._last, offset)
         if self._fresh >= _TOGETHER:
@@ -136,7 +136,7 @@ class Writing:
 
     def set_size(self, size: int) -> None:
         """Makes it so long, in bytes."""
-        with failing(self._path):
+        with _act("set size", self._path):
             os.ftruncate(self._number, size)
 
     def sync(self) -> None:
@@ -168,11 +168,15 @@ def write(path: str, parts: Iterable[bytes]) -> None:
         parts: of its content, taken one after the other.
     """
     temporary = path + TEMPORARY
-    with _act("write", temporary), open(temporary, "wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+    with failing(temporary), contextlib.ExitStack() as stack:  # closing it may write, too
+        with _act("make", temporary):
+            file = stack.enter_context(open(temporary, "wb"))
+        with _act("write", temporary):
+            for part in parts:
+                file.write(part)
+            file.flush()
+        with _act("sync", temporary):
+            os.fsync(file.fileno())
     rename(temporary, path)
 
 
@@ -230,10 +234,11 @@ def unused_device(path: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def locked(path: str, *, shared: bool, wait: float) -> Iterator[None]:
-    """Holds the lock of a file that is there, for the time of the block; the process's end gives it up, too.
+    """Holds the lock of a file, for the time of the block; the process's end gives it up, too.
 
     Args:
-        path: of the file.
+        path: of the file, which has nothing in it. Where it is not there, as copies may lack it, whoever does not
+            share it makes it.
         shared: others may share it.
         wait: seconds to wait for others.
 
@@ -242,7 +247,7 @@ def locked(path: str, *, shared: bool, wait: float) -> Iterator[None]:
     """
     deadline = time.monotonic() + wait
     with failing(path):
-        number = os.open(path, os.O_RDWR if not shared else os.O_RDONLY)
+        number = os.open(path, os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         while True:
             try:

@@ -91,6 +91,9 @@ def rebuild(
             gc.collect()  # a tracker that has ended is in a circle, and what it has mapped goes with it, not before
             keeping = contextlib.nullcontext() if tracked else host.offline(disk)
             with keeping, reading(disk, image.size) as source:
+                if tracked:
+                    with host.instant([image]) as instant:
+                        instant.require_file(image, disk.path)
                 compare(reader, source, differing, sample, lambda done: watch(backup.disk, done, backup.size))
         state.end_rebuilding(image, names, differing, stored=stored)
     seconds = round(time.monotonic() - begun, 3)

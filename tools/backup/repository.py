@@ -68,10 +68,11 @@ class Repository:
             raise FormatError(about, f"version {version} of the format, and this program knows {VERSION}")
 
     @classmethod
-    def made(cls, path: str | os.PathLike[str]) -> Self:
+    def made(cls, path: str | os.PathLike[str], wait: float = WAIT_SECONDS) -> Self:
         """The repository there; a new one where there is no such folder, or an empty one.
 
         Raises:
+            LockedError: another process has just made it and uses it, for longer than ``wait`` seconds.
             StorageError: the folder is there and has other files; or it cannot be made.
         """
         place = os.fspath(path)
@@ -84,7 +85,7 @@ class Repository:
                 raise StorageError(place, "is no repository of backups, and not empty")
             lock = os.path.join(place, "lock")
             files.touch(lock)
-            with files.locked(lock, shared=False, wait=WAIT_SECONDS):
+            with files.locked(lock, shared=False, wait=wait):
                 if not os.path.exists(about):  # nor did another process make it just now
                     said = {"format": FORMAT, "version": VERSION, "uuid": str(uuid.uuid4())}
                     files.write(about, [json.dumps(said, indent=4).encode() + b"\n"])

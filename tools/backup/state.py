@@ -93,19 +93,25 @@ def since_tracked(image: Handle, names: Names) -> Since:
     """
     if names.last is None:
         return Since(None, None, None)
-    doubt, info = image.doubt(), image.info()
-    if names.last not in info.checkpoints:
-        return Since(None, MISSING, f"the checkpoint of the last backup, {names.last}, is not there any more")
-    if names.last in info.incomplete:
+    doubt, found = image.doubt(), _read_tracked(image, names.last, names.new)
+    return found if found.bitmap is None else _unless_all(found.bitmap, doubt)
+
+
+def _read_tracked(image: Handle, last: str, new: str | None) -> Since:
+    """What was written to a tracked disk after a checkpoint began, and before a newer one; None: until now."""
+    info = image.info()
+    if last not in info.checkpoints:
+        return Since(None, MISSING, f"the checkpoint of the last backup, {last}, is not there any more")
+    if last in info.incomplete:
         what = "not all that was written since is known: a checkpoint was removed or disabled"
         return Since(None, UNUSABLE, what)
-    chain = info.checkpoints[info.checkpoints.index(names.last) : info.checkpoints.index(names.new)]
+    end = None if new is None else info.checkpoints.index(new)
     found: Bitmap | None = None
-    for name in chain:
+    for name in info.checkpoints[info.checkpoints.index(last) : end]:
         bitmap = image[name].required(f"{image.where}: {name}")
         found = bitmap if found is None else found | bitmap
     assert found is not None
-    return _unless_all(found, doubt)
+    return Since(found, None, None)
 
 
 def base_of_snapshot(image: Handle, last: str | None) -> str:
@@ -185,7 +191,9 @@ def _judged(bitmaps: Mapping[str, Bitmap], names: Names) -> tuple[Since, str | N
 
 
 def since_now(image: Handle, names: Names, *, stored: bool) -> Bitmap:
-    """What was written since the last backup, without beginning anything. The disk is kept offline meanwhile.
+    """What was written since the last backup, until now, without beginning anything.
+
+    The disk is kept offline meanwhile; or it is tracked, and then this has all that was marked before.
 
     Args:
         image: the disk's bitmaps.
@@ -194,19 +202,26 @@ def since_now(image: Handle, names: Names, *, stored: bool) -> Bitmap:
 
     Raises:
         BitmapError: that is not known.
-        LockedError: somebody marks what is written to a store's node.
     """
     last = names.last
     assert last is not None
-    if stored:
-        if (status := image.tracking()) is not None and status.alive:
-            raise LockedError(image.where, f"tracked by {status.tracker}; end it first")
+    if stored and is_written(image):
+        since = _read_tracked(image, last, None)
+    elif stored:
         with image.track(save_interval=0) as tracker:
             return tracker.changed_since(last)
-    refusal, failed = _judged(image, names)
-    if refusal.why is not None:
-        raise BitmapError(image.path, refusal.why)
-    return image[last] if failed is None else image[last] | image[failed]
+    else:
+        since, failed = _judged(image, names)
+        if since.reason is None:
+            return image[last] if failed is None else image[last] | image[failed]
+    if since.bitmap is None:
+        raise BitmapError(image.where, since.why or "")
+    return since.bitmap
+
+
+def is_written(image: Handle) -> bool:
+    """Whether those who mark what they write may write to a disk at any moment."""
+    return (status := image.tracking()) is not None and status.alive
 
 
 def changed_qcow2(image: Handle, names: Names, begun: Since) -> Since:

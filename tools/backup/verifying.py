@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from dirtmap.tools.backup.nbd import ALLOCATION, DEPTH, ZERO
 from dirtmap.tools.backup.repository import WAIT_SECONDS, Repository
 
 if TYPE_CHECKING:
-    from dirtmap.engine import Host
+    from dirtmap.engine import Bitmap, Disk, Handle, Host
     from dirtmap.tools.backup.document import Backup, Piece
 
 
@@ -46,7 +47,9 @@ def verify(
     Raises:
         ArgumentError: there is no such disk.
         LockedError: somebody writes to the repository.
+        StorageError: there is no qemu-img.
     """
+    images.qemu_img("--version")  # without it, no image could be called damaged or sound
     place = Repository(repository)
     with place.reading(wait):
         backups = place.backups() if disk is None else place.disk(disk)
@@ -136,8 +139,13 @@ def verify_disk(
 ) -> tuple[Backup, list[tuple[int, int]]]:
     """Compares a disk with its newest backup, where its bitmap says that nothing was written since.
 
-    A difference there is a write that the bitmap has missed. The disk is kept offline meanwhile. What it has is held
-    against digests, so that of the images no more is read than `compare` needs.
+    A difference there is a write that the bitmap has missed. What the disk has is held against digests, so that of the
+    images no more is read than `compare` needs.
+
+    A disk that nobody tracks is kept offline meanwhile. One that is tracked may be written to: a clone of it is read,
+    and its bits are those of the instant at which that was made. Where it cannot be cloned it is read itself, and the
+    bits after that. As each write was marked before it, one that was read is among them; but one that was missed is not
+    found where a later write has marked it meanwhile, and the next backup has that in any case.
 
     Args:
         host: knows the disk.
@@ -152,8 +160,8 @@ def verify_disk(
 
     Raises:
         ArgumentError: the repository has no backup of the disk.
-        BitmapError: it is not known what was written since.
-        LockedError: the disk is in use, or was written to meanwhile.
+        BitmapError: it is not known what was written since; or the disk has another size than it had.
+        LockedError: the disk is in use, or was written to meanwhile; or its tracker cannot be asked.
         FormatError: the backup is damaged.
     """
     import dirtmap.engine as dm
@@ -168,14 +176,40 @@ def verify_disk(
             raise dm.BitmapError(image.where, f"has {image.size} bytes, and had {backup.size} at its last backup")
         known = place.bitmaps(place.backups())
         names = state.Names(place.bitmap_prefix, known, "", backup.bitmap)
-        chain = place.chain(backup)
-        with host.offline(disk):
-            since = state.since_now(image, names, stored=disk.format == "raw")
+        with ChainReader(place, place.chain(backup), direct=True) as reader, contextlib.ExitStack() as stack:
+            read, since = _kept(host, stack, image, disk, names)
             differing = dm.Bitmap(image.size, since.granularity)
-            with ChainReader(place, chain, direct=True) as reader, reading(disk, image.size) as source:
+            with reading(read or disk, image.size) as source:
                 chosen = sample or Sample()
                 compare(reader, source, differing, chosen, lambda done: watch(backup.disk, done, backup.size))
+            if read is None:  # what was written while it was being read is among them by now
+                since = state.since_now(image, names, stored=True)
     missed = differing - since
     return backup, [
         (offset, length) for offset, length in zip(*(part.tolist() for part in missed.extents()), strict=True)
     ]
+
+
+def _kept(
+    host: Host, stack: contextlib.ExitStack, image: Handle, disk: Disk, names: state.Names
+) -> tuple[Disk | None, Bitmap]:
+    """What stays as it is until the stack is closed: the disk, or a clone; and what was written to it before.
+
+    It is None of a disk that goes on being written, and cannot be cloned. It is the one that its tracker tracks.
+    """
+    import dirtmap.engine as dm
+
+    is_raw = disk.format == "raw"
+    if not (is_raw and state.is_written(image)):
+        stack.enter_context(host.offline(disk))
+        return disk, state.since_now(image, names, stored=is_raw)
+    clone = None
+    with contextlib.suppress(dm.UnsupportedError, dm.StorageError):
+        clone = stack.enter_context(dm.Clone(disk.path))
+    with host.instant([image]) as instant:
+        if clone is None:
+            instant.require_file(image, disk.path)
+        else:
+            instant.clone(image, clone)
+        since = state.since_now(image, names, stored=True)
+    return None if clone is None else dm.Disk(clone.path, disk.format), since
