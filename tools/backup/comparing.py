@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from dirtmap.tools.backup.chain import ChainReader, Seen
 from dirtmap.tools.backup.copying import Data, Run, Source, pieces_of, read, sha256, with_holes
 from dirtmap.tools.backup.document import PIECE
-from dirtmap.tools.backup.raw import RawSource
 
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap
@@ -113,13 +112,18 @@ def _digests(
     parts: Iterable[Seen], source: Source, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Seen, Future[bytes] | None]]:
     """Each part, and the digest of what the disk has there, if the document has one of just that part."""
-    if isinstance(source, RawSource):
-        for part in parts:  # hashed by the thread that reads it, which has it in its cache
-            yield part, pool.submit(source.digest, part.start, part.end - part.start) if _is_whole(part) else None
-        return
+
+    def read_and_hash(token: int) -> bytes:
+        return sha256(source.wait(token).data or b"")
+
     asked = ((part, source.read(part.start, part.end - part.start) if _is_whole(part) else None) for part in parts)
     for part, token in _late(asked, _AHEAD):
-        yield part, None if token is None else pool.submit(sha256, source.wait(token).data or b"")
+        if token is None:
+            yield part, None
+        elif source.any_thread:  # hashed by the thread that reads it, which has it in its cache
+            yield part, pool.submit(read_and_hash, token)
+        else:
+            yield part, pool.submit(sha256, source.wait(token).data or b"")
 
 
 def _is_whole(part: Seen) -> bool:

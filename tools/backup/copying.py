@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Protocol
 
 from dirtmap.tools.backup.document import PIECE, Piece
 from dirtmap.tools.backup.nbd import MOST_ZEROES, ZERO
@@ -38,7 +38,13 @@ class Answer(Protocol):
 
 
 class Source(Protocol):
-    """A disk that is read: an export of QEMU, or a raw disk."""
+    """A disk that is read: an export of QEMU, or a file.
+
+    Attributes:
+        any_thread: ``wait`` may be called by another thread than ``read`` was.
+    """
+
+    any_thread: ClassVar[bool]
 
     def status(self, offset: int, length: int) -> list[tuple[int, int]]:
         """What is at the beginning of a range: (length, flags), as of `nbd.ALLOCATION`."""

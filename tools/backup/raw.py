@@ -6,10 +6,9 @@ are no threads here: the kernel reads ahead and writes behind.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 from dirtmap.tools.backup import files
-from dirtmap.tools.backup.copying import sha256
 from dirtmap.tools.backup.nbd import HOLE, ZERO
 
 
@@ -28,6 +27,8 @@ class RawSource:
     Raises:
         StorageError: it cannot be read.
     """
+
+    any_thread: ClassVar[bool] = True
 
     def __init__(self, path: str, size: int) -> None:
         self._path, self._size, self._next = path, size, 0
@@ -52,12 +53,8 @@ class RawSource:
         self._asked[self._next] = offset, length
         return self._next
 
-    def digest(self, offset: int, length: int) -> bytes:
-        """The SHA-256 of bytes of the disk. Threads may share this."""
-        return sha256(self._file.read(offset, length))
-
     def wait(self, token: int) -> _Answer:
-        """The bytes that were asked for."""
+        """The bytes that were asked for. Any thread may do this."""
         return _Answer(self._file.read(*self._asked.pop(token)))
 
 

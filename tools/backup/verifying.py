@@ -172,7 +172,7 @@ def verify_disk(
         with host.offline(disk):
             since = state.since_now(image, names, stored=disk.format == "raw")
             differing = dm.Bitmap(image.size, since.granularity)
-            with ChainReader(place, chain, direct=True) as reader, reading(disk, image.size) as source:
+            with ChainReader(place, chain, direct=True) as reader, reading(host, disk, image.size) as source:
                 chosen = sample or Sample()
                 compare(reader, source, differing, chosen, lambda done: watch(backup.disk, done, backup.size))
     missed = differing - since
