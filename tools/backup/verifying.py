@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from dirtmap.fmt.errors import Error, FormatError
@@ -54,8 +55,10 @@ def verify(
         for backup in backups:
             try:
                 place.require_sound(backup)
-                images.check(place.image(backup))
-                _verify_image(place, backup, sample or Sample(), watch)
+                with ThreadPoolExecutor(1) as pool:
+                    checking = pool.submit(images.check, place.image(backup))
+                    _verify_image(place, backup, sample or Sample(), watch)
+                    checking.result()
             except Error as error:
                 if str(error) not in map(str, faults):  # as of one that several are on
                     faults.append(error)
@@ -68,7 +71,7 @@ def _verify_image(place: Repository, backup: Backup, sample: Sample, watch: Watc
     Raises:
         FormatError: it has something else.
     """
-    with ChainReader(place, [backup]) as reader:
+    with ChainReader(place, [backup], direct=True) as reader:
         for data in reader.read_parts(_chosen(place.pieces(backup), sample)):
             watch(f"{backup.disk} {backup.number}", data.offset + data.length, backup.size)
         # What is written outside of the list, or is not zero where it says so, is not in what was read.
