@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple, Self
 
 from dirtmap.fmt.errors import FormatError
-from dirtmap.tools.backup.copying import Data, sha256
+from dirtmap.tools.backup.copying import Data, hashers, sha256
 from dirtmap.tools.backup.direct import MISSING, ZEROS, DirectImage
 from dirtmap.tools.backup.document import Backup, Piece
 from dirtmap.tools.backup.nbd import ALLOCATION, DEPTH, ZERO, Connection
@@ -127,7 +126,7 @@ class ChainReader:
                     if self._images is None:
                         self._images = stack.enter_context(Images())
                     self._images.open(f"layer-{depth}", nodes.image(path, "qcow2", alone=True))
-            self._pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0))))
+            self._pool = stack.enter_context(hashers())
             self._stack = stack.pop_all()
         return self
 

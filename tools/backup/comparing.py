@@ -9,7 +9,6 @@ So most of what has not changed is read once, from the disk, and hashed by all p
 
 from __future__ import annotations
 
-import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from itertools import tee
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from dirtmap.tools.backup.chain import ChainReader, Seen
-from dirtmap.tools.backup.copying import Data, Run, Source, pieces_of, read, sha256, with_holes
+from dirtmap.tools.backup.copying import Data, Run, Source, hashers, pieces_of, read, sha256, with_holes
 from dirtmap.tools.backup.document import PIECE
 
 if TYPE_CHECKING:
@@ -76,9 +75,9 @@ def compare(
         FormatError: the backup is damaged, as far as it was read.
         StorageError: the disk, or an image, cannot be read.
     """
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with hashers() as pool:
         wanted = _wanted(reader.seen(), source, differing.size, sample, progress)
-        one, other = tee(_unequal(wanted, source, pool))
+        one, other = tee(unequal(wanted, source, pool))
         runs = (Run(part.start, part.end - part.start) for part in other)
         for was, now in zip(reader.read_parts(one), read(source, runs), strict=True):
             _mark(was, now, differing)
@@ -101,8 +100,8 @@ def _wanted(
         progress(part.end)
 
 
-def _unequal(parts: Iterable[Seen], source: Source, pool: ThreadPoolExecutor) -> Iterator[Seen]:
-    """The parts without those of which the disk has the same digest as the document."""
+def unequal(parts: Iterable[Seen], source: Source, pool: ThreadPoolExecutor) -> Iterator[Seen]:
+    """The parts without those of which a disk, or an image, has the same digest as the document."""
     for part, digest in _late(_digests(parts, source, pool), 2 * _AHEAD):
         if digest is None or digest.result() != part.piece.digest:
             yield part

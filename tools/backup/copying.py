@@ -6,6 +6,7 @@ bits -> extents -> what is to be read -> requests sent ahead -> data -> requests
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -176,6 +177,11 @@ def sha256(data: bytes | bytearray | memoryview) -> bytes:
     from hashlib import sha256 as make
 
     return make(data).digest()
+
+
+def hashers() -> ThreadPoolExecutor:
+    """A thread for each processor."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
 
 class Writer:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from dirtmap.fmt.errors import Error, FormatError
 from dirtmap.tools.backup import images, state
 from dirtmap.tools.backup.chain import ChainReader, Seen
-from dirtmap.tools.backup.comparing import Sample, compare
+from dirtmap.tools.backup.comparing import Sample, compare, unequal
+from dirtmap.tools.backup.copying import hashers
 from dirtmap.tools.backup.creating import Watcher, disk_name, reading, require_same_disk
 from dirtmap.tools.backup.document import FULL
 from dirtmap.tools.backup.nbd import ALLOCATION, DEPTH, ZERO
@@ -71,9 +72,17 @@ def _verify_image(place: Repository, backup: Backup, sample: Sample, watch: Watc
     Raises:
         FormatError: it has something else.
     """
-    with ChainReader(place, [backup], direct=True) as reader:
-        for data in reader.read_parts(_chosen(place.pieces(backup), sample)):
-            watch(f"{backup.disk} {backup.number}", data.offset + data.length, backup.size)
+    image = place.image(backup)
+
+    def chosen(pieces: Iterable[Piece]) -> Iterator[Seen]:
+        for piece in pieces:
+            if piece.digest is not None and sample.takes(piece.offset, piece.end):
+                yield Seen(piece.offset, piece.end, 0, piece)
+            watch(f"{backup.disk} {backup.number}", piece.end, backup.size)
+
+    with ChainReader(place, [backup], direct=True) as reader, hashers() as pool:
+        for wrong in unequal(chosen(place.pieces(backup)), reader.layer(0), pool):
+            raise FormatError(image, f"damaged: at {wrong.start} of the disk it has not what was written")
         # What is written outside of the list, or is not zero where it says so, is not in what was read.
         if backup.kind == FULL:
             used = ((at, end) for at, end, flags in reader.status(0, ALLOCATION) if not flags & ZERO)
@@ -82,15 +91,9 @@ def _verify_image(place: Repository, backup: Backup, sample: Sample, watch: Watc
         else:
             used = ((at, end) for at, end, depth in reader.status(0, DEPTH) if depth)
             listed = ((piece.offset, piece.end) for piece in place.pieces(backup))
-            fault = _unequal(_merged(used), _merged(listed))
+            fault = _different(_merged(used), _merged(listed))
     if fault is not None:
-        raise FormatError(place.image(backup), f"damaged: at {fault} of the disk it has not what its document lists")
-
-
-def _chosen(pieces: Iterable[Piece], sample: Sample) -> Iterator[Seen]:
-    for piece in pieces:
-        if piece.digest is None or sample.takes(piece.offset, piece.end):
-            yield Seen(piece.offset, piece.end, 0, piece)
+        raise FormatError(image, f"damaged: at {fault} of the disk it has not what its document lists")
 
 
 def _merged(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -106,7 +109,7 @@ def _merged(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def _unequal(one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]) -> int | None:
+def _different(one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]) -> int | None:
     """Where the runs differ; None where they do not."""
     while True:
         first, second = next(one, None), next(other, None)
