@@ -23,6 +23,7 @@ Progress = Callable[[int, int], None]
 _AHEAD: Final = 8  # requests that are sent before an answer is waited for
 _BATCHES: Final = 2  # of so many pieces that are hashed while others are copied: threads are woken rarely
 _WINDOW: Final = 1 << 16  # bytes of bits at a time
+_STRIDE: Final = 512  # words of 8 bytes: one of each page is looked at first
 _WHOLE: Final = 4 * PIECE  # a run of this length is asked for its holes before it is read
 
 
@@ -223,7 +224,12 @@ class Writer:
         length, cluster = len(data), self._cluster
         bits = np.frombuffer(data, np.uint8)
         whole = length // cluster * cluster
-        used = np.asarray(bits[:whole].reshape(-1, cluster).view(np.uint64).max(1))
+        clusters = bits[:whole].reshape(-1, cluster).view(np.uint64)
+        used = np.asarray(
+            clusters[:, ::_STRIDE].any(axis=1)
+        )  # most of what has data shows that here, and is not looked at as a whole
+        for number in np.flatnonzero(~used).tolist():
+            used[number] = clusters[number].any()
         flags = [not flag for flag in used.tolist()]
         if whole < length:
             flags.append(not bits[whole:].any())
@@ -255,7 +261,11 @@ class Writer:
 
 
 def copy(
-    source: Iterable[Data], writer: Writer, keep: Callable[[Piece], object], progress: Callable[[int], object]
+    source: Iterable[Data],
+    writer: Writer,
+    keep: Callable[[Piece], object],
+    progress: Callable[[int], object],
+    recycle: Callable[[bytearray | memoryview], object] = lambda data: None,
 ) -> None:
     """Writes all that comes from a source, and keeps the digest of each piece.
 
@@ -264,6 +274,7 @@ def copy(
         writer: takes them.
         keep: is given each piece, in order; zeros one after the other as one.
         progress: is told how many bytes are done.
+        recycle: is given data that nobody needs any more: a kernel takes as long to give new memory as to read a file.
     """
     with ThreadPoolExecutor(1) as pool:
         coming: list[Data] = []  # what is not being hashed yet
@@ -283,6 +294,8 @@ def copy(
         def settle() -> None:
             pieces, digests = hashing.popleft()
             for piece, digest in zip(pieces, digests.result(), strict=True):
+                if piece.data is not None:
+                    recycle(piece.data)
                 if digest is None:
                     if zeros and zeros[1] != piece.offset:
                         flush()

@@ -346,7 +346,8 @@ def _copy(host: Host, plan: _Plan, spool: Spool, temporary: str, watch: Watcher)
             done += length
             watch(backup.disk, done, total)
 
-        copy(read(source, wanted), writer, spool.keep, progress)
+        recycle = source.recycle if isinstance(source, RawSource) else lambda data: None
+        copy(read(source, wanted), writer, spool.keep, progress, recycle)
     return replace(
         backup,
         copied=writer.copied,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, NamedTuple, Self
 
 from dirtmap.tools.backup import files
+from dirtmap.tools.backup.document import PIECE
 from dirtmap.tools.backup.nbd import HOLE, ZERO
 
 
@@ -33,6 +34,7 @@ class RawSource:
     def __init__(self, path: str, size: int) -> None:
         self._path, self._size, self._next = path, size, 0
         self._asked: dict[int, tuple[int, int]] = {}
+        self._free: list[bytearray] = []  # of `PIECE` bytes each
 
     def __enter__(self) -> Self:
         self._file = files.Reading(self._path)
@@ -55,7 +57,17 @@ class RawSource:
 
     def wait(self, token: int) -> _Answer:
         """The bytes that were asked for. Any thread may do this."""
-        return _Answer(self._file.read(*self._asked.pop(token)))
+        offset, length = self._asked.pop(token)
+        if length != PIECE or not self._free:
+            return _Answer(self._file.read(offset, length))
+        data = self._free.pop()
+        self._file.read_into(memoryview(data), offset)
+        return _Answer(data)
+
+    def recycle(self, data: bytearray | memoryview) -> None:
+        """Takes back what was read and is not needed any more; later data come in its place."""
+        if isinstance(data, bytearray) and len(data) == PIECE:
+            self._free.append(data)
 
 
 class RawTarget:
