@@ -1,7 +1,7 @@
 r"""Copies pieces of a disk from one image to another, with their digests, in bounded memory.
 
 bits -> extents -> what is to be read -> requests sent ahead -> data -> requests sent behind
-\-> digests, in a thread of their own
+\-> digests, in threads of their own
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def copy(
         progress: is told how many bytes are done.
         recycle: is given data that nobody needs any more: a kernel takes as long to give new memory as to read a file.
     """
-    with ThreadPoolExecutor(1) as pool:
+    with hashers() as pool:
         coming: list[Data] = []  # what is not being hashed yet
         hashing: deque[tuple[list[Data], Future[list[bytes | None]]]] = deque()
         zeros: list[int] = []  # where zeros begin that were not kept yet, and where they end
