@@ -225,9 +225,7 @@ class Writer:
         bits = np.frombuffer(data, np.uint8)
         whole = length // cluster * cluster
         clusters = bits[:whole].reshape(-1, cluster).view(np.uint64)
-        used = np.asarray(
-            clusters[:, ::_STRIDE].any(axis=1)
-        )  # most of what has data shows that here, and is not looked at as a whole
+        used = np.asarray(clusters[:, ::_STRIDE].any(axis=1))  # most of what has data shows it here
         for number in np.flatnonzero(~used).tolist():
             used[number] = clusters[number].any()
         flags = [not flag for flag in used.tolist()]

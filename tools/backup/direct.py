@@ -243,10 +243,9 @@ class DirectImage:
         data, packed = kinds == DATA, kinds == PACKED
         if self._header.version < 3 and (kinds == ZEROS).any():
             raise FormatError(self._path, "damaged: a cluster of zeros, which version 2 of the format does not have")
-        if (wrong := ((places % np.uint64(cluster) != 0) & ~packed).nonzero()[0]).size or (
-            wrong := ((places >= self.file.size) & data).nonzero()[0]
-        ).size:
-            self._require_in_file(int(places[wrong[0]]), "a cluster")
+        wrong = (places % np.uint64(cluster) != 0) & ~packed | (places >= self.file.size) & data
+        if wrong.any():
+            self._require_in_file(int(places[wrong.argmax()]), "a cluster")
         follows = (kinds[1:] == kinds[:-1]) & ~packed[1:]
         follows &= ~data[1:] | (places[1:] == places[:-1] + np.uint64(cluster))
         starts = [0, *((~follows).nonzero()[0] + 1).tolist()]
