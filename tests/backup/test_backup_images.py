@@ -14,6 +14,7 @@ from dirtmap.tools.backup.copying import Data, Writer
 from dirtmap.tools.backup.direct import DirectImage
 from dirtmap.tools.backup.imaging import NewImage
 from dirtmap.tools.backup.opened import Images
+from dirtmap.tools.backup.raw import RawSource
 from dirtmap.tools.qsd import nodes
 
 
@@ -49,6 +50,44 @@ def test_qemu_reads_what_was_written(tmp_path: Path, cluster: int, size: int) ->
         for at, data in parts:
             answer = direct.wait(direct.read(at, len(data)))
             assert answer.data == data == connection.wait(connection.read(at, len(data))).data
+
+
+class Kept:
+    """A target that notes what is written."""
+
+    def __init__(self) -> None:
+        self.written: list[tuple[int, int]] = []
+
+    def write(self, offset: int, data: memoryview) -> int:
+        self.written.append((offset, len(data)))
+        return 0
+
+    def wait(self, token: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+@pytest.mark.parametrize("cluster", [512, 4096, 65536])
+def test_a_cluster_with_a_single_byte_is_no_zeros(cluster: int) -> None:
+    for place in (0, 7, 8, cluster // 2 + 1, cluster - 1):
+        data, target = bytearray(4 * cluster + 3), Kept()
+        data[cluster + place] = data[-1] = 1
+        assert not Writer(target, cluster).write(Data(0, len(data), data))
+        assert target.written == [(cluster, cluster), (4 * cluster, 3)]
+
+
+def test_what_is_read_into_again_is_new(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"a" * (1 << 20) + b"b" * (1 << 20))
+    with RawSource(str(path), 2 << 20) as source:
+        first = source.wait(source.read(0, 1 << 20)).data
+        source.recycle(first)
+        second = source.wait(source.read(1 << 20, 1 << 20)).data
+        assert second is first
+        assert second == b"b" * (1 << 20)
+        assert source.wait(source.read(0, 1 << 20)).data == b"a" * (1 << 20)
+        source.recycle(bytearray(5))
+        assert source.wait(source.read(0, 5)).data == b"aaaaa"
 
 
 def test_a_disk_that_needs_larger_clusters(tmp_path: Path) -> None:

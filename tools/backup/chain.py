@@ -18,10 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple, Self
 
 from dirtmap.fmt.errors import FormatError
-from dirtmap.tools.backup.copying import Data, sha256
-from dirtmap.tools.backup.direct import DirectImage
+from dirtmap.tools.backup.copying import Data, hashers, sha256
+from dirtmap.tools.backup.direct import MISSING, ZEROS, DirectImage
 from dirtmap.tools.backup.document import Backup, Piece
-from dirtmap.tools.backup.nbd import ALLOCATION, Connection
+from dirtmap.tools.backup.nbd import ALLOCATION, DEPTH, ZERO, Connection
 from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.backup.repository import Repository
 from dirtmap.tools.qsd import nodes
@@ -80,20 +80,26 @@ class _Loading:
 
     def __init__(self, layer: Connection | DirectImage, piece: Piece) -> None:
         self._layer, self._token = layer, layer.read(piece.offset, piece.length)
-        self._data: bytearray | None = None
-        self._digest: Future[bytes] | None = None
+        self._result: Future[tuple[bytearray, bytes]] | None = None
 
     def hash(self, pool: ThreadPoolExecutor) -> None:
-        """Takes the data and has them hashed, if that is not done yet."""
-        if self._data is None:
-            self._data = self._layer.wait(self._token).data or bytearray()
-            self._digest = pool.submit(sha256, self._data)
+        """Has the data taken and hashed, if that is not done yet."""
+        if self._result is not None:
+            return
+        if self._layer.any_thread:
+            self._result = pool.submit(lambda: _hashed(self._layer.wait(self._token).data))
+        else:
+            self._result = pool.submit(_hashed, self._layer.wait(self._token).data)
 
     def result(self) -> tuple[bytearray, bytes]:
         """The data and their digest."""
-        assert self._data is not None
-        assert self._digest is not None
-        return self._data, self._digest.result()
+        assert self._result is not None
+        return self._result.result()
+
+
+def _hashed(data: bytearray | None) -> tuple[bytearray, bytes]:
+    data = data or bytearray()
+    return data, sha256(data)
 
 
 class ChainReader:
@@ -120,7 +126,7 @@ class ChainReader:
                     if self._images is None:
                         self._images = stack.enter_context(Images())
                     self._images.open(f"layer-{depth}", nodes.image(path, "qcow2", alone=True))
-            self._pool = stack.enter_context(ThreadPoolExecutor(1))
+            self._pool = stack.enter_context(hashers())
             self._stack = stack.pop_all()
         return self
 
@@ -158,7 +164,13 @@ class ChainReader:
 
     def status(self, depth: int, context: str) -> Iterator[tuple[int, int, int]]:
         """Block status of the image at a depth, by itself, in order: beginning, end, and flags of the context."""
-        connection, at, size = self._connection(depth, context), 0, self._chain[depth].size
+        at, size = 0, self._chain[depth].size
+        if isinstance(layer := self.layer(depth), DirectImage):
+            for part in layer.parts(0, size):
+                flags = int(part.kind != MISSING) if context == DEPTH else ZERO * (part.kind in (MISSING, ZEROS))
+                yield part.begin, part.end, flags
+            return
+        connection = self._connection(depth, context)
         while at < size:
             for length, flags in connection.status(at, size - at):
                 if at < size:

@@ -9,7 +9,6 @@ So most of what has not changed is read once, from the disk, and hashed by all p
 
 from __future__ import annotations
 
-import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +17,8 @@ from itertools import tee
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from dirtmap.tools.backup.chain import ChainReader, Seen
-from dirtmap.tools.backup.copying import Data, Run, Source, pieces_of, read, sha256, with_holes
+from dirtmap.tools.backup.copying import Data, Run, Source, hashers, pieces_of, read, sha256, with_holes
 from dirtmap.tools.backup.document import PIECE
-from dirtmap.tools.backup.raw import RawSource
 
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap
@@ -77,9 +75,9 @@ def compare(
         FormatError: the backup is damaged, as far as it was read.
         StorageError: the disk, or an image, cannot be read.
     """
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with hashers() as pool:
         wanted = _wanted(reader.seen(), source, differing.size, sample, progress)
-        one, other = tee(_unequal(wanted, source, pool))
+        one, other = tee(unequal(wanted, source, pool))
         runs = (Run(part.start, part.end - part.start) for part in other)
         for was, now in zip(reader.read_parts(one), read(source, runs), strict=True):
             _mark(was, now, differing)
@@ -102,8 +100,8 @@ def _wanted(
         progress(part.end)
 
 
-def _unequal(parts: Iterable[Seen], source: Source, pool: ThreadPoolExecutor) -> Iterator[Seen]:
-    """The parts without those of which the disk has the same digest as the document."""
+def unequal(parts: Iterable[Seen], source: Source, pool: ThreadPoolExecutor) -> Iterator[Seen]:
+    """The parts without those of which a disk, or an image, has the same digest as the document."""
     for part, digest in _late(_digests(parts, source, pool), 2 * _AHEAD):
         if digest is None or digest.result() != part.piece.digest:
             yield part
@@ -113,13 +111,18 @@ def _digests(
     parts: Iterable[Seen], source: Source, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Seen, Future[bytes] | None]]:
     """Each part, and the digest of what the disk has there, if the document has one of just that part."""
-    if isinstance(source, RawSource):
-        for part in parts:  # hashed by the thread that reads it, which has it in its cache
-            yield part, pool.submit(source.digest, part.start, part.end - part.start) if _is_whole(part) else None
-        return
+
+    def read_and_hash(token: int) -> bytes:
+        return sha256(source.wait(token).data or b"")
+
     asked = ((part, source.read(part.start, part.end - part.start) if _is_whole(part) else None) for part in parts)
     for part, token in _late(asked, _AHEAD):
-        yield part, None if token is None else pool.submit(sha256, source.wait(token).data or b"")
+        if token is None:
+            yield part, None
+        elif source.any_thread:  # hashed by the thread that reads it, which has it in its cache
+            yield part, pool.submit(read_and_hash, token)
+        else:
+            yield part, pool.submit(sha256, source.wait(token).data or b"")
 
 
 def _is_whole(part: Seen) -> bool:

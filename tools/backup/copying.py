@@ -1,15 +1,16 @@
 r"""Copies pieces of a disk from one image to another, with their digests, in bounded memory.
 
 bits -> extents -> what is to be read -> requests sent ahead -> data -> requests sent behind
-\-> digests, in a thread of their own
+\-> digests, in threads of their own
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Protocol
 
 from dirtmap.tools.backup.document import PIECE, Piece
 from dirtmap.tools.backup.nbd import MOST_ZEROES, ZERO
@@ -21,6 +22,7 @@ Progress = Callable[[int, int], None]
 
 _AHEAD: Final = 8  # requests that are sent before an answer is waited for
 _BATCHES: Final = 2  # of so many pieces that are hashed while others are copied: threads are woken rarely
+_STRIDE: Final = 512  # words of 8 bytes: one of each page is looked at first
 _WHOLE: Final = 4 * PIECE  # a run of this length is asked for its holes before it is read
 
 
@@ -37,7 +39,13 @@ class Answer(Protocol):
 
 
 class Source(Protocol):
-    """A disk that is read: an export of QEMU, or a raw disk."""
+    """A disk that is read: an export of QEMU, or a file.
+
+    Attributes:
+        any_thread: ``wait`` may be called by another thread than ``read`` was.
+    """
+
+    any_thread: ClassVar[bool]
 
     def status(self, offset: int, length: int) -> list[tuple[int, int]]:
         """What is at the beginning of a range: (length, flags), as of `nbd.ALLOCATION`."""
@@ -156,6 +164,11 @@ def sha256(data: bytes | bytearray | memoryview) -> bytes:
     return make(data).digest()
 
 
+def hashers() -> ThreadPoolExecutor:
+    """A thread for each processor."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+
+
 class Writer:
     """Writes pieces of a disk to an image; requests are sent without waiting for each.
 
@@ -195,7 +208,10 @@ class Writer:
         length, cluster = len(data), self._cluster
         bits = np.frombuffer(data, np.uint8)
         whole = length // cluster * cluster
-        used = np.asarray(bits[:whole].reshape(-1, cluster).view(np.uint64).max(1))
+        clusters = bits[:whole].reshape(-1, cluster).view(np.uint64)
+        used = np.asarray(clusters[:, ::_STRIDE].any(axis=1))  # most of what has data shows it here
+        for number in np.flatnonzero(~used).tolist():
+            used[number] = clusters[number].any()
         flags = [not flag for flag in used.tolist()]
         if whole < length:
             flags.append(not bits[whole:].any())
@@ -227,7 +243,11 @@ class Writer:
 
 
 def copy(
-    source: Iterable[Data], writer: Writer, keep: Callable[[Piece], object], progress: Callable[[int], object]
+    source: Iterable[Data],
+    writer: Writer,
+    keep: Callable[[Piece], object],
+    progress: Callable[[int], object],
+    recycle: Callable[[bytearray | memoryview], object] = lambda data: None,
 ) -> None:
     """Writes all that comes from a source, and keeps the digest of each piece.
 
@@ -236,8 +256,9 @@ def copy(
         writer: takes them.
         keep: is given each piece, in order; zeros one after the other as one.
         progress: is told how many bytes are done.
+        recycle: is given data that nobody needs any more: a kernel takes as long to give new memory as to read a file.
     """
-    with ThreadPoolExecutor(1) as pool:
+    with hashers() as pool:
         coming: list[Data] = []  # what is not being hashed yet
         hashing: deque[tuple[list[Data], Future[list[bytes | None]]]] = deque()
         zeros: list[int] = []  # where zeros begin that were not kept yet, and where they end
@@ -255,6 +276,8 @@ def copy(
         def settle() -> None:
             pieces, digests = hashing.popleft()
             for piece, digest in zip(pieces, digests.result(), strict=True):
+                if piece.data is not None:
+                    recycle(piece.data)
                 if digest is None:
                     if zeros and zeros[1] != piece.offset:
                         flush()

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
-from dirtmap.fmt.errors import ArgumentError, Error, printable
+from dirtmap.fmt.errors import ArgumentError, Error, UnsupportedError, printable
 from dirtmap.tools.backup import files, state
 from dirtmap.tools.backup.copying import Run, Source, Writer, copy, dirty_runs, pieces_of, read, with_holes
+from dirtmap.tools.backup.direct import DirectImage
 from dirtmap.tools.backup.document import (
     FULL,
     INCREMENTAL,
@@ -152,7 +153,7 @@ def create(
         offline = {one.name: _begin_offline(host, one) for one in found if one.how is None}
         written = _begin_written(host, [one for one in found if one.how is not None], snapshot)
         plans = [_planned(place, one, {**offline, **written}[one.name]) for one in found]
-        return [_carry_out(place, plan, compress, watch) for plan in plans]
+        return [_carry_out(host, place, plan, compress, watch) for plan in plans]
 
 
 def _require_fitting(targets: list[str], sources: Mapping[str, str], snapshot: str | None, live: bool) -> None:
@@ -309,7 +310,7 @@ def _broken(place: Repository, last: Backup, size: int) -> tuple[str, str] | Non
     return None
 
 
-def _carry_out(place: Repository, plan: _Plan, compress: str | None, watch: Watcher) -> Backup:
+def _carry_out(host: Host, place: Repository, plan: _Plan, compress: str | None, watch: Watcher) -> Backup:
     """Copies what is to be copied, and makes a backup of it."""
     base = os.path.join(place.path, plan.backup.id)
     temporary = base + IMAGE + files.TEMPORARY
@@ -318,7 +319,7 @@ def _carry_out(place: Repository, plan: _Plan, compress: str | None, watch: Watc
             undo.callback(files.discard, path)
         spool = Spool(base + ".pieces")
         plan.backup = replace(plan.backup, compression=compress)
-        backup = _copy(plan, spool, temporary, watch)
+        backup = _copy(host, plan, spool, temporary, watch)
         plan.kept.close()  # fails where the disk did not stay as it was
         backup = replace(backup, image_size=os.path.getsize(temporary))
         files.rename(temporary, base + IMAGE)
@@ -326,13 +327,13 @@ def _carry_out(place: Repository, plan: _Plan, compress: str | None, watch: Watc
     return backup
 
 
-def _copy(plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
+def _copy(host: Host, plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
     backup, cluster, size = plan.backup, plan.backup.cluster_size, plan.backup.size
     begun = time.monotonic()
     parent = None if backup.parent is None else backup.parent + IMAGE
     total = min(backup.dirty, size)
     made = new_image(temporary, size, cluster=cluster, backing=parent, compression=backup.compression)
-    with spool, reading(plan.disk, size) as source, made as image:
+    with spool, reading(host, plan.disk, size) as source, made as image:
         writer = Writer(image, cluster, zeros=None if parent is None else image)
         runs: Iterable[Run] = [Run(0, size)] if size else []
         if plan.changed is not None:
@@ -345,7 +346,8 @@ def _copy(plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
             done += length
             watch(backup.disk, done, total)
 
-        copy(read(source, wanted), writer, spool.keep, progress)
+        recycle = source.recycle if isinstance(source, RawSource) else lambda data: None
+        copy(read(source, wanted), writer, spool.keep, progress, recycle)
     return replace(
         backup,
         copied=writer.copied,
@@ -357,15 +359,21 @@ def _copy(plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
 
 
 @contextlib.contextmanager
-def reading(disk: Disk, size: int) -> Iterator[Source]:
-    """A disk of ``size`` bytes, to be read until the end of the block."""
+def reading(host: Host, disk: Disk, size: int) -> Iterator[Source]:
+    """A disk of ``size`` bytes, to be read until the end of the block; what it is on is kept from being written to."""
+    with contextlib.ExitStack() as stack:
+        yield _opened(stack, host, disk, size)
+
+
+def _opened(stack: contextlib.ExitStack, host: Host, disk: Disk, size: int) -> Source:
     if disk.format == "raw":
-        with RawSource(disk.path, size) as raw:
-            yield raw
-        return
-    with Images() as opened:
+        return stack.enter_context(RawSource(disk.path, size))
+    try:
+        return stack.enter_context(DirectImage(disk.path, host))
+    except UnsupportedError:
+        opened = stack.enter_context(Images())
         opened.open("disk", nodes.image(disk.path, disk.format))
-        yield opened.connect("disk")
+        return opened.connect("disk")
 
 
 class Spool:

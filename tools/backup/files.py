@@ -42,6 +42,10 @@ def _act(what: str, path: str) -> Iterator[None]:
 class Reading:
     """A file or block device that is read. Threads may share it.
 
+    Attributes:
+        size: when it was opened, bytes.
+        identity: what no other file has at the same time.
+
     Raises:
         StorageError: it cannot be opened.
     """
@@ -50,6 +54,9 @@ class Reading:
         self._path = path
         with failing(path):
             self._number = os.open(path, os.O_RDONLY)
+            self.size = os.lseek(self._number, 0, os.SEEK_END)
+            found = os.fstat(self._number)
+        self.identity = found.st_dev, found.st_ino
 
     def close(self) -> None:
         """Closes it."""

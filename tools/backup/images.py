@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+from typing import NamedTuple
 
 from dirtmap.fmt.errors import FormatError, StorageError
+from dirtmap.fmt.extensions import parse_chain
 from dirtmap.fmt.geometry import align_up
-from dirtmap.fmt.qcow2 import SECTOR, Header, header_faults, parse_header
+from dirtmap.fmt.qcow2 import EXTENSION_BACKING_FORMAT, SECTOR, Header, header_faults, parse_header
 from dirtmap.tools.backup.files import failing
 
-_MOST_HEAD = 4096  # bytes: the header of an image of ours has less
+_MOST_HEAD = 4096  # bytes: more is rarely needed
 
 
 def plain(path: str) -> str:
@@ -58,30 +60,41 @@ def shrink(path: str, size: int) -> None:
     qemu_img("resize", "-q", "--shrink", "-f", "qcow2", plain(path), str(align_up(size, SECTOR)))
 
 
-def read_header(path: str) -> Header:
-    """The header of a qcow2 image.
+class Head(NamedTuple):
+    """What a qcow2 image says at its beginning.
+
+    Attributes:
+        header: its fields.
+        backing: the name of the image that it is on; None where it is on none.
+        backing_format: of that image, if it says so.
+    """
+
+    header: Header
+    backing: str | None
+    backing_format: str | None
+
+
+def read_head(path: str) -> Head:
+    """The header of a qcow2 image, and what it is on.
 
     Raises:
         FormatError: it is no sound one.
         StorageError: it cannot be read.
     """
-    return _read(path)[0]
-
-
-def _read(path: str) -> tuple[Header, bytes]:
     with failing(path), open(path, "rb") as file:
         head = file.read(_MOST_HEAD)
-    header = parse_header(head.ljust(_MOST_HEAD, b"\0"))
-    for field, fault in header_faults(header):
-        raise FormatError(path, f"damaged: {field}: {fault}")
-    return header, head
-
-
-def read_head(path: str) -> tuple[int, str | None]:
-    """The bytes of the disk of a qcow2 image, and the name of the image that it is on. Errors as `read_header`."""
-    header, head = _read(path)
-    begin, length = header.v2.backing_file_offset, header.v2.backing_file_size
-    return header.size, head[begin : begin + length].decode(errors="replace") if begin else None
+        header = parse_header(head.ljust(_MOST_HEAD, b"\0"))
+        for field, fault in header_faults(header):
+            raise FormatError(path, f"damaged: {field}: {fault}")
+        begin = header.v2.backing_file_offset
+        end = begin + header.v2.backing_file_size
+        head = (head + file.read(max(0, end - len(head)))).ljust(end, b"\0")
+    name = head[begin:end].partition(b"\0")[0]
+    if not begin or not name:
+        return Head(header, None, None)
+    found = {each.type: each.data for each in parse_chain(head, header.length, header.chain_limit).extensions}
+    form = found.get(EXTENSION_BACKING_FORMAT)
+    return Head(header, os.fsdecode(name), None if form is None else form.decode(errors="replace"))
 
 
 def check(path: str) -> None:

@@ -10,7 +10,7 @@ import io
 import socket
 import struct
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import ClassVar, Final, cast
 
 from dirtmap.fmt.errors import StorageError
 
@@ -69,6 +69,8 @@ class Connection:
     Raises:
         StorageError: the server has ended, or has no such export.
     """
+
+    any_thread: ClassVar[bool] = False
 
     def __init__(self, address: str | tuple[str, int], name: str, where: str, context: str = ALLOCATION) -> None:
         self._name, self._where, self._pending, self._answered = (

@@ -6,10 +6,10 @@ are no threads here: the kernel reads ahead and writes behind.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 from dirtmap.tools.backup import files
-from dirtmap.tools.backup.copying import sha256
+from dirtmap.tools.backup.document import PIECE
 from dirtmap.tools.backup.nbd import HOLE, ZERO
 
 
@@ -29,9 +29,12 @@ class RawSource:
         StorageError: it cannot be read.
     """
 
+    any_thread: ClassVar[bool] = True
+
     def __init__(self, path: str, size: int) -> None:
         self._path, self._size, self._next = path, size, 0
         self._asked: dict[int, tuple[int, int]] = {}
+        self._free: list[bytearray] = []  # of `PIECE` bytes each
 
     def __enter__(self) -> Self:
         self._file = files.Reading(self._path)
@@ -52,13 +55,19 @@ class RawSource:
         self._asked[self._next] = offset, length
         return self._next
 
-    def digest(self, offset: int, length: int) -> bytes:
-        """The SHA-256 of bytes of the disk. Threads may share this."""
-        return sha256(self._file.read(offset, length))
-
     def wait(self, token: int) -> _Answer:
-        """The bytes that were asked for."""
-        return _Answer(self._file.read(*self._asked.pop(token)))
+        """The bytes that were asked for. Any thread may do this."""
+        offset, length = self._asked.pop(token)
+        if length != PIECE or not self._free:
+            return _Answer(self._file.read(offset, length))
+        data = self._free.pop()
+        self._file.read_into(memoryview(data), offset)
+        return _Answer(data)
+
+    def recycle(self, data: bytearray | memoryview) -> None:
+        """Takes back what was read and is not needed any more; later data come in its place."""
+        if isinstance(data, bytearray) and len(data) == PIECE:
+            self._free.append(data)
 
 
 class RawTarget:

@@ -90,7 +90,7 @@ def rebuild(
             tracked = state.begin_rebuilding(image, names, granularity, stored=stored)
             gc.collect()  # a tracker that has ended is in a circle, and what it has mapped goes with it, not before
             keeping = contextlib.nullcontext() if tracked else host.offline(disk)
-            with keeping, reading(disk, image.size) as source:
+            with keeping, reading(host, disk, image.size) as source:
                 if tracked:
                     with host.instant([image]) as instant:
                         instant.require_file(image, disk.path)

@@ -257,11 +257,11 @@ class Repository:
         chain = self.chain(backup)
         for each in chain:
             path = self.image(each)
-            size, found = images.read_head(path)
+            head = images.read_head(path)
             wanted = None if each.parent is None else each.parent + IMAGE
-            if found != wanted:
-                raise FormatError(path, f"is on {printable(found or 'none')}, and not on {wanted or 'none'}")
-            if size != align_up(each.size, SECTOR):
+            if head.backing != wanted:
+                raise FormatError(path, f"is on {printable(head.backing or 'none')}, and not on {wanted or 'none'}")
+            if (size := head.header.size) != align_up(each.size, SECTOR):
                 raise FormatError(path, f"damaged: its disk has {size} bytes, and that of the backup {each.size}")
         return chain
 

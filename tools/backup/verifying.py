@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from dirtmap.fmt.errors import Error, FormatError
 from dirtmap.tools.backup import images, state
 from dirtmap.tools.backup.chain import ChainReader, Seen
-from dirtmap.tools.backup.comparing import Sample, compare
+from dirtmap.tools.backup.comparing import Sample, compare, unequal
+from dirtmap.tools.backup.copying import hashers
 from dirtmap.tools.backup.creating import Watcher, disk_name, reading, require_same_disk
 from dirtmap.tools.backup.document import FULL
 from dirtmap.tools.backup.nbd import ALLOCATION, DEPTH, ZERO
@@ -57,8 +59,10 @@ def verify(
         for backup in backups:
             try:
                 place.require_sound(backup)
-                images.check(place.image(backup))
-                _verify_image(place, backup, sample or Sample(), watch)
+                with ThreadPoolExecutor(1) as pool:
+                    checking = pool.submit(images.check, place.image(backup))
+                    _verify_image(place, backup, sample or Sample(), watch)
+                    checking.result()
             except Error as error:
                 if str(error) not in map(str, faults):  # as of one that several are on
                     faults.append(error)
@@ -71,9 +75,17 @@ def _verify_image(place: Repository, backup: Backup, sample: Sample, watch: Watc
     Raises:
         FormatError: it has something else.
     """
-    with ChainReader(place, [backup]) as reader:
-        for data in reader.read_parts(_chosen(place.pieces(backup), sample)):
-            watch(f"{backup.disk} {backup.number}", data.offset + data.length, backup.size)
+    image = place.image(backup)
+
+    def chosen(pieces: Iterable[Piece]) -> Iterator[Seen]:
+        for piece in pieces:
+            if piece.digest is not None and sample.takes(piece.offset, piece.end):
+                yield Seen(piece.offset, piece.end, 0, piece)
+            watch(f"{backup.disk} {backup.number}", piece.end, backup.size)
+
+    with ChainReader(place, [backup], direct=True) as reader, hashers() as pool:
+        for wrong in unequal(chosen(place.pieces(backup)), reader.layer(0), pool):
+            raise FormatError(image, f"damaged: at {wrong.start} of the disk it has not what was written")
         # What is written outside of the list, or is not zero where it says so, is not in what was read.
         if backup.kind == FULL:
             used = ((at, end) for at, end, flags in reader.status(0, ALLOCATION) if not flags & ZERO)
@@ -82,15 +94,9 @@ def _verify_image(place: Repository, backup: Backup, sample: Sample, watch: Watc
         else:
             used = ((at, end) for at, end, depth in reader.status(0, DEPTH) if depth)
             listed = ((piece.offset, piece.end) for piece in place.pieces(backup))
-            fault = _unequal(_merged(used), _merged(listed))
+            fault = _different(_merged(used), _merged(listed))
     if fault is not None:
-        raise FormatError(place.image(backup), f"damaged: at {fault} of the disk it has not what its document lists")
-
-
-def _chosen(pieces: Iterable[Piece], sample: Sample) -> Iterator[Seen]:
-    for piece in pieces:
-        if piece.digest is None or sample.takes(piece.offset, piece.end):
-            yield Seen(piece.offset, piece.end, 0, piece)
+        raise FormatError(image, f"damaged: at {fault} of the disk it has not what its document lists")
 
 
 def _merged(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -106,7 +112,7 @@ def _merged(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def _unequal(one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]) -> int | None:
+def _different(one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]) -> int | None:
     """Where the runs differ; None where they do not."""
     while True:
         first, second = next(one, None), next(other, None)
@@ -179,7 +185,7 @@ def verify_disk(
         with ChainReader(place, place.chain(backup), direct=True) as reader, contextlib.ExitStack() as stack:
             read, since = _kept(host, stack, image, disk, names)
             differing = dm.Bitmap(image.size, since.granularity)
-            with reading(read or disk, image.size) as source:
+            with reading(host, read or disk, image.size) as source:
                 chosen = sample or Sample()
                 compare(reader, source, differing, chosen, lambda done: watch(backup.disk, done, backup.size))
             if read is None:  # what was written while it was being read is among them by now
