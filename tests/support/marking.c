@@ -5,7 +5,7 @@
  *   marking writes FOLDER FILE    the same of writes to a file of 1 GiB, without marks, with them, and without again
  */
 
-#include "marking.h"
+#include "keeping.h"
 
 #include <signal.h>
 #include <sys/wait.h>
