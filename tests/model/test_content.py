@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -300,12 +301,12 @@ def test_a_clear_takes_back_what_is_noted_before_it_and_nothing_later() -> None:
     bitmap = Bitmap(1000 * 512, 512)
     for number in (1, 2, 3):
         bitmap.mark(number * 512, 1)
+    bitmap.clear(3 * 512, 512)
+    assert bitmap.count == 2 * 512
     bitmap.clear(2 * 512, 512)
     bitmap.mark(2 * 512, 1)
     bitmap.mark(5 * 512, 1)
-    bitmap.clear(3 * 512, 512)
-    assert bitmap.extents()[0].tolist() == [512, 5 * 512]
-    assert bitmap.extents()[1].tolist() == [1024, 512]
+    assert [part.tolist() for part in bitmap.extents()] == [[512, 5 * 512], [1024, 512]]
 
 
 def test_only_marks_of_a_bitmap_that_nobody_shares_are_noted_at_once() -> None:
@@ -320,24 +321,28 @@ def test_only_marks_of_a_bitmap_that_nobody_shares_are_noted_at_once() -> None:
         assert not bits.mark(bitmap._marker, 512, 1)
 
 
-def test_threads_that_look_at_once_find_all_that_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content, "_NOTES", 1 << 12)
-    for _ in range(20):
-        bitmap, found = Bitmap((1 << 20) * 512, 512), list[int]()
-        ready = threading.Barrier(4)
+def test_threads_that_look_at_once_make_one_change_of_what_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    bitmap, found, scatter, inside = Bitmap(3000 * 512, 512), list[int](), Changed._scatter, list[int]()
+    ready = threading.Barrier(4)
 
-        def look(bitmap: Bitmap = bitmap, ready: threading.Barrier = ready, found: list[int] = found) -> None:
-            ready.wait()
-            found.append(sum(len(starts) for starts, _ in bitmap.extents_by_parts()))
+    def slowly(changed: Changed, starts: bits.Positions, lasts: bits.Positions) -> None:
+        inside.append(len(starts))
+        time.sleep(0.05)
+        scatter(changed, starts, lasts)
 
-        for number in range(1 << 11):
-            bitmap.mark(number * 512 * 500, 1)
-        threads = [threading.Thread(target=look) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert found == [1 << 11] * 4
+    def look() -> None:
+        ready.wait()
+        found.append(sum(len(starts) for starts, _ in bitmap.extents_by_parts()))
+
+    monkeypatch.setattr(Changed, "_scatter", slowly)
+    for number in (2, 4, 6):
+        bitmap.mark(number * 512, 1)
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (found, [number for number in inside if number]) == ([3] * 4, [2])
 
 
 def test_a_bitmap_that_goes_on_changing_leaves_what_was_made_from_it() -> None:
