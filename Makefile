@@ -2,7 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 COMPILED := .venv/.compiled
-KERNELS := engine/model/_bits.pyx engine/model/bits.h engine/tracking/_marking.pyx engine/tracking/marking.h
+KERNELS := engine/model/_bits.pyx engine/model/bits.h engine/tracking/_marking.pyx \
+	engine/tracking/marking.h engine/tracking/keeping.h
 DECLARED := $(filter-out %/__init__.py,$(wildcard fmt/structures/*.py))
 # Processes that run tests: one for each core, or so many. A test that is long begins while others still run.
 WORKERS ?= auto

@@ -9,6 +9,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.long cimport PyLong_CheckExact
 from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.string cimport memmove
 
 cdef extern from "Python.h":
     ctypedef struct PyThreadState:
@@ -116,9 +117,30 @@ cdef int shift_of(int64_t granularity) except -1:
     return __builtin_ctzll(granularity)
 
 
-@cython.final
 cdef class Marker:
-    """The words of a bitmap, with the shape of its disk, ready for `mark`.
+    """Where `mark` puts the marks of a bitmap, with the shape of its disk: `InPlace` or `Notes`."""
+
+    cdef int64_t size
+    cdef int shift
+
+    cdef int set_shape(self, int64_t size, int64_t granularity) except -1:
+        if size < 0:
+            raise ValueError(f"a disk of {size} bytes")
+        self.size = size
+        self.shift = shift_of(granularity)
+        return 0
+
+    cdef bint put(self, uint64_t first, uint64_t last) noexcept:
+        return False
+
+    def __reduce__(self):
+        # A copy of the bitmap has words of its own, so there is no marker for them yet.
+        return type(None), ()
+
+
+@cython.final
+cdef class InPlace(Marker):
+    """The words of a bitmap.
 
     Args:
         words: one bit per granule; writable. They are not replaced or shortened while there is a marker.
@@ -127,19 +149,57 @@ cdef class Marker:
     """
 
     cdef Buffer words
-    cdef int64_t size
-    cdef int shift
 
     def __cinit__(self, words, int64_t size, int64_t granularity):
         self.words = words_of(words, PyBUF_WRITABLE)
-        self.size = size
-        self.shift = shift_of(granularity)
-        if size < 0 or (size and <size_t> (size - 1 >> self.shift >> 6) >= length_of(self.words)):
+        self.set_shape(size, granularity)
+        if size and <size_t> (size - 1 >> self.shift >> 6) >= length_of(self.words):
             raise ValueError(f"{length_of(self.words)} words are too few for {size} bytes at {granularity}")
 
-    def __reduce__(self):
-        # A copy of the bitmap has words of its own, so there is no marker for them yet.
-        return type(None), ()
+    cdef bint put(self, uint64_t first, uint64_t last) noexcept:
+        bits_set_range(<bits_word *> self.words.view.buf, first, last)
+        return True
+
+
+@cython.final
+cdef class Notes(Marker):
+    """What is to be set later, in two arrays: the first bit of each range, and the last.
+
+    Args:
+        firsts, lasts: int64, writable, as many as there is room for.
+        size: of the disk, bytes.
+        granularity: bytes, a power of two.
+
+    Attributes:
+        count: how many ranges there are; they are the first ones of the arrays.
+        forgotten: how many there were before these.
+    """
+
+    cdef Buffer firsts, lasts
+    cdef readonly size_t count, forgotten
+
+    def __cinit__(self, firsts, lasts, int64_t size, int64_t granularity):
+        self.firsts, self.lasts = numbers_of(firsts, PyBUF_WRITABLE), numbers_of(lasts, PyBUF_WRITABLE)
+        check_pair(self.firsts, self.lasts)
+        self.set_shape(size, granularity)
+
+    cdef bint put(self, uint64_t first, uint64_t last) noexcept:
+        if self.count == length_of(self.firsts):
+            return False
+        (<bits_number *> self.firsts.view.buf)[self.count] = first
+        (<bits_number *> self.lasts.view.buf)[self.count] = last
+        self.count += 1
+        return True
+
+    def forget(self, size_t count, size_t forgotten):
+        """Forgets so many, the oldest ones, which have been set; nothing, if others have forgotten any meanwhile."""
+        if self.forgotten != forgotten:
+            return
+        check_part(self.firsts, count, self.count)
+        self.count -= count
+        self.forgotten += count
+        for numbers in (self.firsts, self.lasts):
+            memmove((<Buffer> numbers).view.buf, <bits_number *> (<Buffer> numbers).view.buf + count, self.count * 8)
 
 
 @cython.binding(False)
@@ -152,11 +212,7 @@ def mark(Marker marker, offset, length):
     count = PyLong_AsLongLongAndOverflow(length, &length_over)
     if offset_over or length_over or first < 0 or count < 0 or first > marker.size - count:
         return False
-    if count:
-        bits_set_range(
-            <bits_word *> marker.words.view.buf, first >> marker.shift, (first + (count - 1)) >> marker.shift
-        )
-    return True
+    return count == 0 or marker.put(first >> marker.shift, (first + (count - 1)) >> marker.shift)
 
 
 def set_range(words, Py_ssize_t start, Py_ssize_t end):

@@ -132,7 +132,8 @@ class Bitmap:
         self.damage: str | None = None
         # How many bits are set, where that is known.
         self._count: int | None = None
-        # What `mark` can do at once: there only while a change has nothing to look after but the words.
+        # What `mark` can do at once: there only while a change has nothing to look after but these very words, or notes
+        # of this very content.
         self._marker: bits.Marker | None = None
 
     @classmethod
@@ -238,8 +239,11 @@ class Bitmap:
         return offsets, lengths
 
     def extents_by_parts(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """The same as `extents`, some millions at a time: all of them can take 64 times the memory of the bits."""
-        if self._uniform() is not None or self._nbits <= min(content.BLOCK, content.LARGE):
+        """The same as `extents`, some millions at a time: all of them can take 64 times the memory of the bits.
+
+        The bitmap may be changed meanwhile: they are those of when the first are asked for.
+        """
+        if self._uniform() is not None or not (self._is_large or self._nbits > content.BLOCK):
             yield self.extents()
         else:
             yield from content.extents(self._parts(lasting=True), self.size, self.granularity)
@@ -302,9 +306,10 @@ class Bitmap:
         first, last = offset // self.granularity, geometry.ceil_div(end, self.granularity) if length else 0
         if isinstance(there := self._writable(), content.Changed):
             there.set(first, last, True)
+            if self._is_large:  # of others it is counted how often they are changed
+                self._marker = there.notes(self.size, self.granularity)
             return
-        if self._marker is None:
-            self._marker = bits.Marker(there, self.size, self.granularity)
+        self._marker = bits.InPlace(there, self.size, self.granularity)
         bits.set_range(there, first, last)
 
     def mark_many(self, offsets: Iterable[SupportsIndex], lengths: Iterable[SupportsIndex]) -> None:
@@ -371,7 +376,7 @@ class Bitmap:
         if self._words is not None:
             self._words.flags.writeable, self._marker = False, None
         if isinstance(self._content, content.Changed):
-            self._content.shared = True
+            self._content.shared, self._marker = True, None
         other.inconsistent, other._source, other._words = self.inconsistent, self._source, self._words
         other._content = self._content
         other._fill, other.damage = self._fill, self.damage
@@ -472,7 +477,7 @@ class Bitmap:
                 words = self._source.load()
                 bits.mask_tail(words, self._nbits)
                 self.damage = self._source.damage
-            self._words, self._content = words, None
+            self._words, self._content, self._marker = words, None, None
         return self._words
 
     @property
@@ -496,6 +501,7 @@ class Bitmap:
             self._content = self._opened(self._source)
         if isinstance(self._content, content.Changed):
             self._content.shared |= lasting
+            self._marker = None if lasting else self._marker
         return self._content
 
     def _opened(self, source: Source) -> Content:
@@ -523,6 +529,7 @@ class Bitmap:
         """
         if self.frozen:
             raise BitmapError(WHERE, "frozen; change a copy, or change it in a transaction")
+        self._marker = None
         if (changed := self._changed(ranges)) is not None:
             self._content, self._words = changed, None
             self._source = self._count = None

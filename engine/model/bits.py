@@ -35,7 +35,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dirtmap.engine.model import _bits
+from dirtmap.engine.model._bits import InPlace as InPlace
 from dirtmap.engine.model._bits import Marker as Marker
+from dirtmap.engine.model._bits import Notes as Notes
 from dirtmap.engine.model._bits import mark as mark
 from dirtmap.engine.model.later import later
 from dirtmap.fmt import geometry

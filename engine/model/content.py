@@ -13,6 +13,7 @@ A part is an array in the form of `bits`, or, where all bits are known to be the
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
@@ -36,6 +37,9 @@ BLOCK: Final = 1 << 23
 # Bits of a page, the unit in which a change in place is kept: those of a chunk in a store with the usual clusters.
 PAGE: Final = 1 << 15
 _RUN = struct.Struct("=HH")  # in a page
+# Marks that are noted before they are made changes of: the more they are, the fewer pages there are for each.
+_NOTES: Final = 1 << 18
+_SETTLING: Final = threading.RLock()
 
 
 class Content(Protocol):
@@ -152,26 +156,22 @@ def extents(content: Content, size: int, unit: int = 1) -> Iterator[tuple[bits.P
     """The maximal runs of set bits, in order, some at a time; see `bits.extents` for arguments and arrays."""
     start = length = 0  # of a run that goes on to the end of the parts so far
     for first, end, part in blocks(content):
+        base, behind = first * unit, min(end * unit, size)  # the end of the disk can cut the last one short
         if isinstance(part, bool):
-            starts = np.full(int(part), first, np.int64)
-            lengths = np.full(int(part), end - first, np.int64)
+            starts = np.full(int(part), base, np.int64)
+            lengths = np.full(int(part), behind - base, np.int64)
         else:
-            starts, lengths = bits.extents(part, end - first)
-            starts += first
-        if length and len(starts) and starts[0] == first:
+            starts, lengths = bits.extents(part, behind - base, unit)
+            starts += base
+        if length and len(starts) and starts[0] == base:
             starts[0], lengths[0] = start, lengths[0] + length
         elif length:
             starts, lengths = np.append(start, starts), np.append(length, lengths)
         length = 0
-        if end < content.nbits and len(starts) and starts[-1] + lengths[-1] == end:
+        if end < content.nbits and len(starts) and starts[-1] + lengths[-1] == behind:
             start, length = int(starts[-1]), int(lengths[-1])
             starts, lengths = starts[:-1], lengths[:-1]
         if len(starts):
-            last = int(starts[-1] + lengths[-1])
-            starts *= unit
-            lengths *= unit
-            if last == content.nbits:  # the end of the disk can cut the last one short
-                lengths[-1] = size - int(starts[-1])
             yield starts, lengths
 
 
@@ -396,6 +396,8 @@ class Sparse:
 
     def scatter(self, starts: bits.Positions, lasts: bits.Positions, value: bool) -> None:
         """Sets, or clears, the bits of ranges, each from its start to its last one; they ascend, and are disjoint."""
+        if not value and not self._pages:
+            return
         long = lasts - starts >= 2 * PAGE
         for first, last in zip(starts[long].tolist(), lasts[long].tolist(), strict=True):
             self.set(first, last + 1, value)
@@ -459,6 +461,8 @@ class Changed:
         base: what it was before.
         shared: somebody else has it, too: who wants to change it takes a `copy`.
         acts: how often it was changed.
+
+    Marks can be noted first, see `notes`. Whoever looks at the content or changes it makes changes of them before.
     """
 
     def __init__(self, base: Content, dirty: Sparse | None = None, clean: Sparse | None = None) -> None:
@@ -466,28 +470,61 @@ class Changed:
         self._dirty, self._clean = dirty or Sparse(base.nbits), clean or Sparse(base.nbits)
         self._now = Combined(self._dirty, Combined(base, self._clean, bits.AND_NOT), bits.OR)
         self.shared, self.acts = False, 0
+        self._notes: bits.Notes | None = None
+        self._noted: tuple[bits.Positions, bits.Positions] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {**self.__dict__, "_notes": None, "_noted": None}
+
+    def notes(self, size: int, granularity: int) -> bits.Notes:
+        """What marks of a disk of that size can be noted in; it may be used for as long as nobody shares this one."""
+        if self._notes is None:
+            self._noted = np.empty(_NOTES, np.int64), np.empty(_NOTES, np.int64)
+            self._notes = bits.Notes(*self._noted, size, granularity)
+        return self._notes
+
+    def _settle(self) -> None:
+        """Makes changes of all that is noted. Several threads may look at once, and a signal's handler inside of it."""
+        notes = self._notes
+        if notes is None or not notes.count:
+            return
+        assert self._noted is not None
+        with _SETTLING:
+            before, number = notes.forgotten, notes.count
+            firsts, lasts = self._noted
+            self._scatter(firsts[:number], lasts[:number])
+            notes.forget(number, before)
 
     def copy(self) -> Changed:
         """The same, to be changed by itself; this one is not to be changed any more."""
+        self._settle()
         return Changed(self.base, self._dirty.copy(), self._clean.copy())
 
     def pages(self) -> bits.Positions:
         """The numbers of the pages that can differ from what was there before; ascending."""
+        self._settle()
         return np.array(sorted({*self._dirty.pages(), *self._clean.pages()}), np.int64)
 
     def part(self, first: int, end: int) -> Part:
         """See `Content.part`."""
+        self._settle()
         return self._now.part(first, end)
 
     def set(self, first: int, end: int, value: bool) -> None:
         """Sets, or clears, the bits from ``first`` up to ``end``."""
+        self._settle()
         self.acts += 1
         self._dirty.set(first, end, value)
         self._clean.set(first, end, not value)
 
     def scatter(self, starts: bits.Positions, lasts: bits.Positions) -> None:
         """Sets the bits of every range, from its start to its last one; in any order, and they may overlap."""
+        self._settle()
         self.acts += 1
+        self._scatter(starts, lasts)
+
+    def _scatter(self, starts: bits.Positions, lasts: bits.Positions) -> None:
         if len(starts):
             order = np.argsort(starts)
             starts, ends = starts[order], np.maximum.accumulate(lasts[order]) + 1

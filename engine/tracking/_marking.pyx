@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, binding=False
-"""marking.h for Python: marks without a Python frame, and the acts of the keeper, one step each.
+"""marking.h and keeping.h for Python: marks without a Python frame, and the acts of the keeper, one step each.
 
 What is hot keeps the interpreter's lock, which takes longer to give up than a mark does. What reaches a disk, or waits,
 is done by methods of the subclass; so a signal's handler can run there, and nowhere else inside a mark.
@@ -34,7 +34,7 @@ cdef extern from "<fcntl.h>" nogil:
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *at, size_t length, int advice)
 
-cdef extern from "marking.h" nogil:
+cdef extern from "keeping.h" nogil:
     ctypedef struct dm_word:
         pass
     struct dm_flight:

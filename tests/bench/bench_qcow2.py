@@ -131,7 +131,15 @@ def test_extents_of_16_tib(against: Against, tmp_path: Path, percent: float) -> 
             edges = np.append(edges, len(bits))
         return edges[::2] * GRANULARITY, (edges[1::2] - edges[::2]) * GRANULARITY
 
+    runs = len(extents()[0])
+
+    def moved() -> None:
+        np.fromfile(path, np.uint8, count=2**25, offset=run["offset"])
+        for _ in range(2):
+            np.empty(runs, np.int64).fill(0)
+
     peers = {
+        "reading the bytes, and writing as many numbers": Peer(moved, limit=True),
         "numpy's unpackbits and diff": Peer(lambda: unpacked(np.uint8), 0.06),
         "the same, bits viewed as bool": Peer(lambda: unpacked(np.bool_), 0.06),
     }

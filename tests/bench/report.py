@@ -31,7 +31,7 @@ SIZES = """## Time against size
 
 A line that stays level is a cost that does not depend on the size of the disk, and the dashed line grows as the disk
 does. 64 KiB granules, 1 % of them dirty at random. Above 2^28 granules, 16 TiB here, a bitmap is not in memory any
-more: a mark costs microseconds, and an OR is only noted, and made when somebody looks at it.
+more: marks are noted, and an OR is, and both are made when somebody looks at it.
 
 ![Time against size, of disks from 1 to 64 TiB]({picture})
 """

@@ -246,7 +246,7 @@ numbers_and_others = st.one_of(
 @given(st.integers(0, 3000), numbers_and_others, numbers_and_others)
 def test_a_marker_marks_what_is_inside_and_leaves_the_rest_to_others(size: int, offset: Any, length: Any) -> None:
     words = bits.zeros(-(-size // 8))
-    marked = bits.mark(bits.Marker(words, size, 8), offset, length)
+    marked = bits.mark(bits.InPlace(words, size, 8), offset, length)
     assert bits.mark(None, offset, length) is False
     if type(offset) is type(length) is int and offset >= 0 and length >= 0 and offset + length <= size:
         assert marked is True
@@ -260,13 +260,30 @@ def test_a_marker_marks_what_is_inside_and_leaves_the_rest_to_others(size: int, 
 def test_a_marker_of_the_largest_disk() -> None:
     size, granularity = 2**63 - 1, 2**31 << 20
     words = bits.zeros(2**12)
-    marker = bits.Marker(words, size, granularity)
+    marker = bits.InPlace(words, size, granularity)
     assert bits.mark(marker, size - 1, 1)
     assert not bits.mark(marker, size, 1)
     assert bits.mark(marker, size, 0)
     assert [at for at in range(2**12) if int(words[at // 64]) >> at % 64 & 1] == [2**12 - 1]
     assert bits.mark(marker, 0, size)
     assert (words[: 2**12 // 64] == bits.ALL).all()
+
+
+def test_notes_are_as_many_as_there_is_room_for_and_are_forgotten_once() -> None:
+    firsts, lasts = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    notes = bits.Notes(firsts, lasts, 1000, 8)
+    assert [bits.mark(notes, at * 16, 9) for at in range(4)] == [True, True, True, False]
+    assert (firsts.tolist(), lasts.tolist()) == ([0, 2, 4], [1, 3, 5])
+    assert bits.mark(notes, 1000, 0)
+    assert not bits.mark(notes, 1000, 1)
+    notes.forget(2, 0)
+    notes.forget(1, 0)  # by whoever has begun before the others had forgotten two
+    assert (notes.count, notes.forgotten, firsts[0], lasts[0]) == (1, 2, 4, 5)
+    with pytest.raises(IndexError):
+        notes.forget(2, 2)
+    assert bits.mark(notes, 0, 1)
+    notes.forget(2, 2)
+    assert (notes.count, notes.forgotten) == (0, 4)
 
 
 def test_what_is_not_packed_words_is_refused() -> None:
@@ -292,7 +309,7 @@ def test_what_is_not_packed_words_is_refused() -> None:
         with pytest.raises(ValueError, match="read-only"):
             change(good, 0, 1)
     with pytest.raises(ValueError, match="read-only"):
-        bits.Marker(good, 1, 512)
+        bits.InPlace(good, 1, 512)
     with pytest.raises(TypeError):
         bits.scatter(bits.zeros(64), np.zeros(2), np.zeros(2))  # type: ignore[arg-type]
 
@@ -316,9 +333,12 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
         lambda: _bits.extents(one, 0, 2, 1, places, places, 0, 1),
         lambda: _bits.extents(one, 0, 1, 1, places, places, 0, 2),
         lambda: _bits.extents(one, 0, 1, 1, places, more, 0, 1),
-        lambda: bits.Marker(one, 65 * 512, 512),
-        lambda: bits.Marker(one, -1, 512),
-        lambda: bits.Marker(one, 1, 0),
+        lambda: bits.InPlace(one, 65 * 512, 512),
+        lambda: bits.InPlace(one, -1, 512),
+        lambda: bits.InPlace(one, 1, 0),
+        lambda: bits.Notes(places, more, 1, 512),
+        lambda: bits.Notes(places, places, -1, 512),
+        lambda: bits.Notes(places, places, 1, 500),
         lambda: _bits.use_level(_bits.BEST_LEVEL + 1),
     ):
         with pytest.raises((ValueError, IndexError)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "PAGE", PAGE)
     monkeypatch.setattr(content, "BLOCK", BLOCK)
     monkeypatch.setattr(content, "LARGE", 256)
+    monkeypatch.setattr(content, "_NOTES", 3)
 
 
 def words_of(flags: Flags) -> bits.Words:
@@ -259,6 +262,87 @@ def test_fresh_bitmaps_are_not_in_memory() -> None:
     dirty.clear(0, 1024)
     assert (dirty | clean).count == 2999 * 512
     assert (dirty ^ clean)._words is None
+
+
+LOOKS: dict[str, Callable[[Bitmap], Bitmap]] = {
+    "in place": lambda bitmap: bitmap,
+    "a copy": lambda bitmap: bitmap.copy(),
+    "a deep copy": copy.deepcopy,
+    "a pickle": lambda bitmap: pickle.loads(pickle.dumps(bitmap)),
+    "frozen": lambda bitmap: bitmap.freeze(),
+    "combined": lambda bitmap: bitmap | Bitmap(bitmap.size, bitmap.granularity),
+    "finer": lambda bitmap: bitmap.at(512),
+    "its words": lambda bitmap: Bitmap.from_words(bitmap.size, bitmap.granularity, bitmap.words.copy(), True),
+    "its bytes": lambda bitmap: Bitmap.from_packed(bitmap.size, bitmap.granularity, bitmap.packed()),
+    "by extents": lambda bitmap: Bitmap.from_extents(bitmap.size, *bitmap.extents(), bitmap.granularity),
+    "counted": lambda bitmap: [bitmap.count, bitmap][1],  # type: ignore[list-item, return-value]
+    "marked elsewhere": lambda bitmap: [bitmap.mark_many([7 * 1024], [1]), bitmap][1],  # type: ignore[return-value]
+    "cleared elsewhere": lambda bitmap: [bitmap.clear(8 * 1024, 1024), bitmap][1],  # type: ignore[return-value]
+}
+
+
+@pytest.mark.parametrize("noted", range(9))
+@pytest.mark.parametrize("look", LOOKS)
+def test_marks_that_are_noted_are_there_for_whoever_looks(look: str, noted: int) -> None:
+    bitmap, expected = Bitmap(1000 * 1024, 1024), {7} if look == "marked elsewhere" else set()
+    for number in range(noted):
+        bitmap.mark(number * 101 * 1024, 1)
+        expected.add(number * 101)
+    found = LOOKS[look](bitmap)
+    later = set() if found.frozen else {555}
+    for number in later:
+        bitmap.mark(number * 1024, 1)
+    assert {int(at) // 1024 for at in bitmap.extents()[0]} == expected | later
+    now = {at // 1024 for at, length in zip(*found.extents(), strict=True) for at in range(at, at + length, 1024)}
+    assert now == (expected | later if found is bitmap else expected)
+
+
+def test_a_clear_takes_back_what_is_noted_before_it_and_nothing_later() -> None:
+    bitmap = Bitmap(1000 * 512, 512)
+    for number in (1, 2, 3):
+        bitmap.mark(number * 512, 1)
+    bitmap.clear(3 * 512, 512)
+    assert bitmap.count == 2 * 512
+    bitmap.clear(2 * 512, 512)
+    bitmap.mark(2 * 512, 1)
+    bitmap.mark(5 * 512, 1)
+    assert [part.tolist() for part in bitmap.extents()] == [[512, 5 * 512], [1024, 512]]
+
+
+def test_only_marks_of_a_bitmap_that_nobody_shares_are_noted_at_once() -> None:
+    bitmap = Bitmap(1000 * 512, 512)
+    bitmap.mark(0, 1)
+    assert bits.mark(bitmap._marker, 512, 1)
+    for change in (bitmap.copy, bitmap.freeze, lambda: bitmap.words, lambda: bitmap.count, lambda: bitmap | bitmap):
+        bitmap.frozen = False
+        bitmap.mark(0, 1)
+        assert bits.mark(bitmap._marker, 512, 1)
+        change()
+        assert not bits.mark(bitmap._marker, 512, 1)
+
+
+def test_threads_that_look_at_once_make_one_change_of_what_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    bitmap, found, scatter, inside = Bitmap(3000 * 512, 512), list[int](), Changed._scatter, list[int]()
+    ready = threading.Barrier(4)
+
+    def slowly(changed: Changed, starts: bits.Positions, lasts: bits.Positions) -> None:
+        inside.append(len(starts))
+        time.sleep(0.05)
+        scatter(changed, starts, lasts)
+
+    def look() -> None:
+        ready.wait()
+        found.append(sum(len(starts) for starts, _ in bitmap.extents_by_parts()))
+
+    monkeypatch.setattr(Changed, "_scatter", slowly)
+    for number in (2, 4, 6):
+        bitmap.mark(number * 512, 1)
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (found, [number for number in inside if number]) == ([3] * 4, [2])
 
 
 def test_a_bitmap_that_goes_on_changing_leaves_what_was_made_from_it() -> None:

@@ -3,9 +3,22 @@
  *   marking check FOLDER          0, or says what is wrong
  *   marking bench FOLDER TIB      lines "NAME NS", of a disk of so many TiB at 64 KiB
  *   marking writes FOLDER FILE    the same of writes to a file of 1 GiB, without marks, with them, and without again
+ *
+ * Compiled with PLAIN it takes the same steps without any atomicity: wrong, and for the bench alone.
  */
 
-#include "marking.h"
+#define _GNU_SOURCE
+#ifdef PLAIN
+#include <stdatomic.h>
+#include <stdint.h>
+#undef atomic_load
+#undef atomic_store
+#undef atomic_fetch_or
+#define atomic_load(at) atomic_load_explicit(at, memory_order_relaxed)
+#define atomic_store(at, value) atomic_store_explicit(at, value, memory_order_relaxed)
+#define atomic_fetch_or(at, value) (*(volatile uint64_t *)(at) |= (value))
+#endif
+#include "keeping.h"
 
 #include <signal.h>
 #include <sys/wait.h>
@@ -265,20 +278,6 @@ static void flat(dm_handle *h)
     }
 }
 
-/* Each bit by a locked instruction, once that of the write before is set: what nobody can undercut who sees to it that
- * others see his mark before he writes, and has writes to make between, so that their cache misses do not overlap. */
-static void in_turn(dm_handle *h)
-{
-    dm_word *words = (dm_word *)(h->bits + buffer(0));
-    volatile uint64_t zero = 0;
-    uint64_t none_of_it = zero, none = 0;
-    for (int i = 0; i < N; i++)
-        for (uint64_t at = plan[i] >> 16; at <= (plan[i] + 4095) >> 16; at++) {
-            none = atomic_fetch_or(&words[(at + none) >> 6], 1ull << (at & 63));
-            none &= none_of_it; /* which the compiler may not know */
-        }
-}
-
 static void marks(dm_handle *h)
 {
     for (int i = 0; i < N; i++)
@@ -305,8 +304,7 @@ static void many(dm_handle *h)
 static void bench(uint64_t tib)
 {
     static const struct { const char *name; void (*run)(dm_handle *); } runs[] = {
-        {"flat loop", flat}, {"locked ORs in turn", in_turn}, {"mark", marks},
-        {"begin and end", writes}, {"mark many", many}};
+        {"flat loop", flat}, {"mark", marks}, {"begin and end", writes}, {"mark many", many}};
     enum { RUNS = sizeof runs / sizeof runs[0] };
     double times[RUNS][ROUNDS];
     begin_session(tib << 40, 1);

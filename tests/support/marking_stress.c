@@ -49,7 +49,7 @@ static void stumble(void)
 #define atomic_load(at) (stumble(), atomic_load_explicit(at, memory_order_seq_cst))
 #define atomic_store(at, value) (stumble(), atomic_store_explicit(at, value, memory_order_seq_cst))
 #define atomic_fetch_or(at, value) (stumble(), atomic_fetch_or_explicit(at, value, memory_order_seq_cst))
-#include "marking.h"
+#include "keeping.h"
 
 #include <signal.h>
 #include <sys/wait.h>

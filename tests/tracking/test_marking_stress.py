@@ -1,4 +1,4 @@
-"""Markers and their keeper, killed at random, lose no mark: in C, from the header alone."""
+"""Markers and their keeper, killed at random, lose no mark: in C, from the headers alone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent.parent
-HEADER = HERE.parent / "engine" / "tracking" / "marking.h"
+HEADERS = [HERE.parent / "engine" / "tracking" / name for name in ("marking.h", "keeping.h")]
 _SECONDS = 3600
 
-# What of the header is replaced by what. Those that are not long are soon noticed.
+# What of the headers is replaced by what. Those that are not long are soon noticed.
 FAULTS = {
     "a write without an entry": ("atomic_store(&f->interval, (own->state >> 32) + 1);", ";"),
     "no last look at the state": ("== own->state && !(gate & 1))) {", "| 1 && !(gate & 1))) {"),
@@ -34,12 +34,15 @@ _LONG = ["the dead's flights not marked", "logging that is not announced"]
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def compile_with(*options: str, fault: str | None = None) -> Path:
         folder = tmp_path_factory.mktemp("stress")
-        header = HEADER.read_text()
-        if fault is not None:
-            what, instead = FAULTS[fault]
-            assert header.count(what) == 1
-            header = header.replace(what, instead)
-        (folder / "marking.h").write_text(header)
+        found = 0
+        for header in HEADERS:
+            text = header.read_text()
+            if fault is not None:
+                what, instead = FAULTS[fault]
+                found += text.count(what)
+                text = text.replace(what, instead)
+            (folder / header.name).write_text(text)
+        assert found == (fault is not None)
         source, program = HERE / "support" / "marking_stress.c", folder / "stress"
         warnings = ["-Wall", "-Wextra", "-Werror", "-pedantic"] if fault is None else ["-w"]
         flags = ["-O2", "-g", "-std=c11", "-pthread", *warnings, *options]
