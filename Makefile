@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 COMPILED := .venv/.compiled
-KERNELS := engine/model/_bits.pyx engine/model/bits.h engine/tracking/_marking.pyx \
+KERNELS := fmt/_crc32c.pyx fmt/crc32c.h engine/model/_bits.pyx engine/model/bits.h engine/tracking/_marking.pyx \
 	engine/tracking/marking.h engine/tracking/keeping.h
 DECLARED := $(filter-out %/__init__.py,$(wildcard fmt/structures/*.py))
 # Processes that run tests: one for each core, or so many. A test that is long begins while others still run.
@@ -103,5 +103,6 @@ wheel: setup ## build dist/dirtmap-VERSION-*-manylinux*.whl and the sdist that i
 clean: ## remove all that make has made
 	rm -rf .venv .typeroot build dist *.egg-info .benchmarks .hypothesis \
 		.grimp_cache .import_linter_cache .mypy_cache .pytest_cache .ruff_cache \
-		engine/model/_bits.c engine/model/_bits.*.so engine/tracking/_marking.c engine/tracking/_marking.*.so
+		fmt/_crc32c.c fmt/_crc32c.*.so engine/model/_bits.c engine/model/_bits.*.so \
+		engine/tracking/_marking.c engine/tracking/_marking.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import google_crc32c
+from dirtmap.fmt import _crc32c
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# The CRC32C of bytes. It looks at them where they are, but takes no other buffer than an array.
+# The CRC32C of bytes, an array or whatever else has its bytes in one piece, which are looked at where they are.
 # Source: RFC 3720, section 12.1.
-crc32c: Callable[[bytes | NDArray[np.uint8]], int] = google_crc32c.value
+crc32c = _crc32c.crc32c
 # The same, of what had the CRC32C that is the first argument and of the bytes behind it, the second.
-crc32c_after: Callable[[int, bytes], int] = google_crc32c.extend
+crc32c_after = _crc32c.crc32c_after
+
+
+def crc32c_each(data: memoryview, size: int, sums: NDArray[np.int64]) -> None:
+    """Fills ``sums`` with the CRC32C of each ``size`` bytes of the data: several at once, which is faster by far.
+
+    Raises:
+        ValueError: the data are not as long as that.
+    """
+    _crc32c.crc32c_each(data, size, sums)
 
 
 def digest(data: bytes, size: int) -> bytes:

@@ -262,25 +262,17 @@ def parse_namespaces(contents: bytes | None) -> Iterator[tuple[int, Member]]:
     while at < len(contents):
         if at + NAMESPACE_VALUE.size > len(contents):
             raise BadValueError("a namespace is cut short")
-        raw = NAMESPACE_VALUE.parse(contents, at)
+        container, kind, _, name_size, path_size, uuid, root, size, *directory, image = NAMESPACE_VALUE.unpack(
+            contents, at
+        )
         at += NAMESPACE_VALUE.size
-        path = at + raw.name_size
-        end = path + raw.path_size
+        path = at + name_size
+        end = path + path_size
         if end > len(contents):
             raise BadValueError("a namespace's name or path is cut short")
-        yield (
-            raw.container,
-            Member(
-                name=contents[at:path],
-                kind=raw.kind,
-                uuid=raw.uuid,
-                root_uuid=raw.root_uuid,
-                size=raw.size,
-                path=contents[path:end],
-                directory=(raw.directory_offset, raw.directory_length, raw.directory_checksum),
-                image=raw.image,
-            ),
-        )
+        offset, length, checksum = directory
+        name = contents[at:path]
+        yield container, Member(name, kind, uuid, root, size, contents[path:end], (offset, length, checksum), image)
         at = end
 
 

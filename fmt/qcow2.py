@@ -331,17 +331,9 @@ def parse_header(data: bytes) -> Header:
     v2 = HEADER_V2.parse(data)
     if v2.version < 3:
         return Header(v2, 0, 0, 0, 4, HEADER_V2.size, 0)
-    v3 = HEADER_V3.parse(data, V3_OFFSET)
-    more = v3.header_length >= MORE_OFFSET + HEADER_MORE.size
-    return Header(
-        v2,
-        v3.incompatible_features,
-        v3.compatible_features,
-        v3.autoclear_features,
-        v3.refcount_order,
-        v3.header_length,
-        HEADER_MORE.parse(data, MORE_OFFSET).compression_type if more else 0,
-    )
+    incompatible, compatible, autoclear, refcount_order, length = HEADER_V3.unpack(data, V3_OFFSET)
+    compression_type = HEADER_MORE.unpack(data, MORE_OFFSET)[0] if length >= MORE_OFFSET + HEADER_MORE.size else 0
+    return Header(v2, incompatible, compatible, autoclear, refcount_order, length, compression_type)
 
 
 def extension_faults(header: Header, chain: Iterable[Extension]) -> Iterator[tuple[str, str]]:

@@ -619,7 +619,7 @@ class Host:
 
 def _kind_said(text: str) -> str | None:
     """``node`` or ``device`` where a target says which of them it is."""
-    return next((kind for kind in ("node", "device") if text.startswith(f"{kind}:")), None)
+    return "node" if text.startswith("node:") else "device" if text.startswith("device:") else None
 
 
 def _seconds(wait: float) -> float:

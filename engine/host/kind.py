@@ -160,7 +160,10 @@ class Kind(abc.ABC):
         return None
 
     def describe(self, host: KindPort, address: Address, file: File, *, force_share: bool) -> ImageInfo:
-        """All bitmaps without their bits; see `Host.describe`. The file is the container, open since it was probed."""
+        """All bitmaps without their bits; see `Host.describe`.
+
+        The file is the container, open since it was probed; it may be closed.
+        """
         with self.open(host, address, force_share=force_share) as namespace:
             return namespace.info()
 

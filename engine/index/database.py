@@ -245,8 +245,10 @@ class Reader:
                 for key, value in cursor:
                     if not key.startswith(prefix):
                         return
-                    if layout.is_sound(key, value) or not sound_only:
+                    if not sound_only:
                         yield key, self._unseal(key, value)
+                    elif layout.is_sound(key, value):
+                        yield key, value[:-4]
 
 
 class Writer(Reader):

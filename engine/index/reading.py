@@ -42,6 +42,8 @@ from dirtmap.fmt.parsers.store import AREA
 Get = Callable[[bytes], bytes | None]
 Bitmaps = list[tuple[bytes, int, int]]  # name, flags, log2 of the granularity
 
+_AT_ONCE = Locking(wait=0)
+
 # What was changed so shortly before it was read may change again without looking different: a file's time may step as
 # seldom as every 10 ms; where it has whole or even seconds, as in ext4 with small inodes and in FAT, every 2 s.
 _SECOND_NS = 1_000_000_000
@@ -307,7 +309,7 @@ def read_image(file: File, blank: Container, force_share: bool) -> Reading:
         return member, bitmaps
 
     try:
-        member, bitmaps = read_session(file, look, force_share=force_share, locking=Locking(wait=0))
+        member, bitmaps = read_session(file, look, force_share=force_share, locking=_AT_ONCE, closing=not force_share)
         # If a writer holds the image, the next caller without force_share must be told: the reading counts as racy.
         held = force_share and locks.is_written_by_others(file)
     except LockedError as error:

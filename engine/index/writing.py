@@ -44,18 +44,8 @@ def container_at(get: Get, path: str) -> Container | None:
     contents = get(CONTAINER + part(os.fsencode(path)))
     if contents is None:
         return None
-    raw = CONTAINER_VALUE.parse(contents)
-    return Container(
-        path=path,
-        number=raw.number,
-        kind=raw.kind,
-        condition=raw.condition,
-        racy=bool(raw.racy),
-        fingerprint=Fingerprint(raw.device, raw.inode, raw.mtime, raw.ctime, raw.size),
-        generation=raw.generation,
-        commit_id=raw.commit_id,
-        uuid=raw.uuid,
-    )
+    found, kind, condition, racy, _, *looks, generation, commit_id, uuid = CONTAINER_VALUE.unpack(contents)
+    return Container(path, found, kind, condition, bool(racy), Fingerprint(*looks), generation, commit_id, uuid)
 
 
 def new_number(writer: Writer, path: str) -> int:

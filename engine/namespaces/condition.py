@@ -78,9 +78,8 @@ def size_now(record: Record) -> int:
             now = identity_now(record)
             if record.kind == store.KIND_NODE:
                 return now.size
-            if root_elsewhere(record):
-                return record.size
-            if now != record.identity or not record.nb_bitmaps:
+            as_recorded = now == record.identity and record.nb_bitmaps
+            if not as_recorded and not root_elsewhere(record):
                 return disk_size(os.fsdecode(record.path))
     return record.size
 

@@ -34,6 +34,7 @@ def read_session(
     force_share: bool = False,
     require: Callable[[Layout], None] = Layout.require_sound,
     locking: Locking = USUAL,
+    closing: bool = False,
 ) -> T:
     """Runs ``read`` on the image's metadata, under the reader's lock, once it was found sound.
 
@@ -43,6 +44,7 @@ def read_session(
         force_share: read although another process writes to it.
         require: refuses what ``read`` cannot do with; what may be a torn read is read again before that.
         locking: how to take the reader's lock.
+        closing: may close the file, which the caller does right afterwards.
 
     Raises:
         LockedError: open for writing elsewhere, and not ``force_share``.
@@ -51,7 +53,9 @@ def read_session(
     for attempt in range(_SHARED_ATTEMPTS):
         last = not force_share or attempt + 1 == _SHARED_ATTEMPTS
         try:
-            with locks.reading(file, force_share=force_share, locking=locking, briefly=True):
+            with locks.reading(
+                file, force_share=force_share, locking=locking, briefly=True, closing=closing and not force_share
+            ):
                 layout = read_layout(file)
                 (require if last else Layout.require_sound)(layout)
                 return read(layout)
@@ -62,7 +66,7 @@ def read_session(
 
 
 def describe(file: File, *, force_share: bool = False, locking: Locking = USUAL) -> tuple[ImageInfo, bool]:
-    """The image and all its bitmaps, in one session; without numpy.
+    """The image and all its bitmaps, in one session; without numpy. It may close the file.
 
     Where single bitmaps are at fault, they have no count, and the faults are among the errors: nothing but that is
     shown of them, and everything else refuses the image. Errors as `read_session`.
@@ -76,6 +80,7 @@ def describe(file: File, *, force_share: bool = False, locking: Locking = USUAL)
         force_share=force_share,
         require=Layout.require_listable,
         locking=locking,
+        closing=True,
     )
 
 

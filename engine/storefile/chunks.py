@@ -25,7 +25,7 @@ from dirtmap.engine.model.content import PAGE, Changed, Combined, Content, Whole
 from dirtmap.engine.storefile.entries import Shape, Tree
 from dirtmap.engine.system import memory
 from dirtmap.fmt import geometry, store
-from dirtmap.fmt.digest import crc32c
+from dirtmap.fmt.digest import crc32c, crc32c_each
 from dirtmap.fmt.errors import Error, FormatError, counted
 from dirtmap.fmt.store import ALL_ONES, ALL_ZEROS, Area
 
@@ -469,8 +469,9 @@ def carry_over(snapshot: Snapshot, tree: Tree, change: Change) -> tuple[tuple[in
 
 def checksums(data: memoryview, cluster: int) -> Positions:
     """The CRC32C of each cluster of ``data``."""
-    octets = np.frombuffer(data, np.uint8)
-    return np.array([crc32c(octets[at : at + cluster]) for at in range(0, len(octets), cluster)], np.int64)
+    sums = np.empty(len(data) // cluster, np.int64)
+    crc32c_each(data, cluster, sums)
+    return sums
 
 
 # What is read.
@@ -478,9 +479,11 @@ def checksums(data: memoryview, cluster: int) -> Positions:
 
 def _zeros(nbits: int, *, sparse: bool) -> bits.Words:
     """Clear bits; with ``sparse`` in memory for arrays of which little is used."""
-    if not sparse or not nbits:
+    length = -(-nbits // 64) * 8
+    if not length or (length > memory.SMALL and not sparse):
         return bits.zeros(nbits)
-    return np.frombuffer(memory.sparse(-(-nbits // 64) * 8), bits.WORD)
+    # Not numpy's, which may get memory that was used before, and clear it just to have it overwritten.
+    return np.frombuffer(memory.zeros(length), bits.WORD)
 
 
 def _pieces(found: Found) -> Iterator[tuple[int, int]]:
@@ -506,17 +509,18 @@ def _read(snapshot: Snapshot, found: Found, words: bits.Words, base: int = 0) ->
     cluster = found.shape.cluster
     data = words.view(np.uint8).data
     spare = memoryview(bytearray(min(max(_PIECE, cluster), len(found.chunks) * cluster)))
+    sums = np.empty(len(found.chunks), np.int64)
     for first, end in _pieces(found):
         chunk, last = int(found.chunks[first]) - base, int(found.chunks[end - 1]) - base
         straight = last - chunk == end - first - 1 and (last + 1) * cluster <= len(data)
         buffer = data[chunk * cluster : (last + 1) * cluster] if straight else spare[: (end - first) * cluster]
         snapshot.file.read_into(int(found.places[first]), buffer)
-        bad = np.flatnonzero(checksums(buffer, cluster) != found.checksums[first:end])
-        _lose(snapshot, found, first, bad)
+        crc32c_each(buffer, cluster, sums[first:end])
         if not straight:
             for at, number in enumerate((found.chunks[first:end] - base).tolist()):
                 target = data[number * cluster : (number + 1) * cluster]
                 target[:] = buffer[at * cluster : at * cluster + len(target)]
+    _lose(snapshot, found, 0, np.flatnonzero(sums != found.checksums))
 
 
 def _unread(found: Found, words: bits.Words, before: tuple[Found, bits.Words] | None) -> Found:

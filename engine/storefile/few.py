@@ -63,7 +63,8 @@ def load(snapshot: Snapshot, tree: Tree, most: int = _MOST) -> memoryview | None
             return None
         pointers = islice(POINTER.unpack_all(data), shape.children(node.level, node.number))
         for index, (place, checksum, _) in enumerate(pointers, node.number * shape.fan):
-            see(node.level - 1, index, place, checksum)
+            if place != ALL_ZEROS:  # most are
+                see(node.level - 1, index, place, checksum)
     if waiting or nodes + len(leading) > most:
         return None
     chunks: list[tuple[int, bytes]] = []

@@ -148,7 +148,7 @@ def turn(rank: Rank, path: str, locking: Locking, refusal: Callable[[], LockedEr
 
 @contextlib.contextmanager
 def reading(
-    file: File, *, force_share: bool = False, locking: Locking = USUAL, briefly: bool = False
+    file: File, *, force_share: bool = False, locking: Locking = USUAL, briefly: bool = False, closing: bool = False
 ) -> Iterator[None]:
     """Holds the reader's lock for the time of a read.
 
@@ -157,6 +157,7 @@ def reading(
         force_share: reads although somebody writes to the image.
         locking: how long to wait for another process of ours that writes to it. QEMU is not waited for.
         briefly: keeps such processes out until the read is done. For reads that take a moment.
+        closing: closes the file in the end, which gives up all locks in one system call.
 
     Raises:
         LockedError: someone has the image open for writing, or has written to it or replaced it during the read.
@@ -180,10 +181,13 @@ def reading(
                 _refuse_if_written(file)
             yield from _unchanged(file, _refuse_if_written)
         finally:
-            if briefly:
+            if briefly and not closing:
                 file.unlock_beside(_QUEUE)
     finally:
-        file.unlock(_USE + _READ)
+        if closing:
+            file.close()
+        else:
+            file.unlock(_USE + _READ)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import contextlib
 import mmap
 
 _TINY = 1 << 20  # bytes: so much is cleared at once
-_SMALL = 64 << 20  # bytes: so much may take memory, as it is several times as fast in huge pages
+SMALL = 64 << 20  # bytes: so much may take memory, as it is several times as fast in huge pages
 
 
 def zeros(length: int) -> memoryview:
@@ -39,5 +39,5 @@ def sparse(length: int) -> mmap.mmap:
     except OSError:
         raise MemoryError from None
     with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_NOHUGEPAGE if length > _SMALL else mmap.MADV_HUGEPAGE)
+        memory.madvise(mmap.MADV_NOHUGEPAGE if length > SMALL else mmap.MADV_HUGEPAGE)
     return memory

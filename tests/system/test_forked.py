@@ -157,6 +157,15 @@ def test_a_child_reads_on(target: str) -> None:
         assert [image[name].count for name in image] == [0]
 
 
+def test_a_reader_that_closes_the_file_leaves_no_lock() -> None:
+    for locking in (locks.USUAL, locks.UNLOCKED):
+        with open_file("disk.qcow2") as file, open_file("disk.qcow2") as other:
+            with locks.reading(file, locking=locking, briefly=True, closing=True):
+                assert other.locked_by_other(100, 201)
+            assert file.fd < 0
+            assert not other.locked_by_other(0, 1000)
+
+
 def test_a_reader_of_the_child_is_not_the_parents() -> None:
     with open_file("disk.qcow2") as file, locks.reading(file):
         with contextlib.ExitStack() as stack:
