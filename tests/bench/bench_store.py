@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,13 +66,17 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
     return paths[0], paths[1], paths[2]
 
 
+_granules = itertools.count(1)
+
+
 def marking(path: str) -> Callable[[], None]:
-    """A call that marks another granule each time, in a bitmap of another namespace."""
-    done = 0
+    """A call that marks another granule each time, in a bitmap of another namespace.
+
+    No granule twice, whichever test asks: where a mark changes nothing, nothing is committed.
+    """
 
     def mark() -> None:
-        nonlocal done
-        done += 1
+        done = next(_granules)
         with Store(path) as target, stored(target, f"node {done % 10}").transaction() as bitmaps:
             bitmaps["b0"].mark((4096 - done) << 28, 1)
 
