@@ -162,11 +162,11 @@ def stopped_backup(disks: Disks, at: int, power: random.Random | None) -> bool:
 
 # The disks, how they are compressed, and how many backups there are; and a prime for the quick search.
 BACKUPS = {
-    "full raw": (["raw"], None, 0, 13),
-    "raw": (["raw"], None, 1, 13),
+    "full raw": (["raw"], None, 0, 29),
+    "raw": (["raw"], None, 1, 23),
     "qcow2": (["qcow2"], None, 1, 17),
     "several": (["raw", "qcow2"], None, 1, 83),
-    "compressed": (["raw"], "zstd", 1, 23),
+    "compressed": (["raw"], "zstd", 1, 31),
 }
 
 
@@ -293,7 +293,7 @@ def test_a_restoring_that_is_stopped(tmp_path: Path, form: str, is_lost: bool) -
 @pytest.mark.parametrize("is_lost", [False, True])
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 def test_a_rebuilding_that_is_stopped(tmp_path: Path, kind: str, is_lost: bool) -> None:
-    search_rebuild(tmp_path / "stopped", kind, 37, power(is_lost))
+    search_rebuild(tmp_path / "stopped", kind, 53 if kind == "raw" else 13, power(is_lost))
 
 
 @pytest.mark.long
