@@ -28,6 +28,8 @@ from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, pr
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from dirtmap.engine.model.content import Content
     from dirtmap.engine.model.infos import Status
     from dirtmap.engine.session.view import SessionView
+    from dirtmap.fmt.identity import Identity
 
 _WITH_IMAGE = store.KIND_NODE, store.KIND_DEVICE  # the image's looks tell whether their bitmaps are right
 
@@ -73,9 +76,13 @@ def size_now(record: Record) -> int:
 
     Looks at the image at each call.
     """
+    return _size_by(record, lambda: identity_now(record))
+
+
+def _size_by(record: Record, look: Callable[[], Identity]) -> int:
     if record.kind in _WITH_IMAGE:
         with contextlib.suppress(StorageError):
-            now = identity_now(record)
+            now = look()
             if record.kind == store.KIND_NODE:
                 return now.size
             as_recorded = now == record.identity and record.nb_bitmaps
@@ -150,7 +157,7 @@ class Condition:
             return self.view.doubt
         if record.kind in _WITH_IMAGE:
             try:
-                now = identity_now(record)
+                now = self._identity
             except StorageError as error:
                 return f"the image cannot be looked at ({error.what})"
             if now != record.identity:
@@ -165,7 +172,12 @@ class Condition:
     @cached_property
     def size_now(self) -> int:
         """The size of the disk in bytes; see the function `size_now`."""
-        return size_now(self.record)
+        return _size_by(self.record, lambda: self._identity)
+
+    @cached_property
+    def _identity(self) -> Identity:
+        """What the image looks like. Errors as `identity_now`, each time."""
+        return identity_now(self.record)
 
     @property
     def resized(self) -> bool:

@@ -5,7 +5,6 @@ Only where all of them are sound: `dirtmap.engine.storefile.chunks` tells what i
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from dirtmap.engine.storefile.entries import Shape, Tree
@@ -61,10 +60,11 @@ def load(snapshot: Snapshot, tree: Tree, most: int = _MOST) -> memoryview | None
         node = waiting.pop()
         if (data := _read(snapshot, node)) is None:
             return None
-        pointers = islice(POINTER.unpack_all(data), shape.children(node.level, node.number))
-        for index, (place, checksum, _) in enumerate(pointers, node.number * shape.fan):
-            if place != ALL_ZEROS:  # most are
-                see(node.level - 1, index, place, checksum)
+        places = memoryview(data).cast("Q")[:: store.POINTER_SIZE // 8]  # they begin pointers; most are ALL_ZEROS
+        for number, word in enumerate(places[: shape.children(node.level, node.number)].tolist()):
+            if word:
+                place, checksum, _ = POINTER.unpack(data, number * store.POINTER_SIZE)
+                see(node.level - 1, node.number * shape.fan + number, place, checksum)
     if waiting or nodes + len(leading) > most:
         return None
     chunks: list[tuple[int, bytes]] = []

@@ -142,26 +142,30 @@ def some(size: int, percent: float, *, clustered: bool) -> bytes:
 
 @pytest.mark.parametrize(("percent", "clustered"), [(10, False), (0.01, True)])
 def test_load_16_tib(against: Against, tmp_path: Path, percent: float, clustered: bool) -> None:
+    """Few bits beside many, both from a store that is open: what opening one takes has rows of its own."""
     size = 16 * TIB
-    path = add_large(tmp_path, size)
-    packed = some(size, percent, clustered=clustered)
     flat = tmp_path / "flat"
-    flat.write_bytes(packed)
-    with Store(path) as target:
+    flat.write_bytes(many := some(size, 10, clustered=False))
+    with Store(add_large(tmp_path, size)) as target:
         with stored(target, "a").transaction() as bitmaps:
-            bitmaps["b0"] = Bitmap.from_packed(size, GRANULARITY, packed)
+            for name, packed in {"b0": many, "b1": some(size, percent, clustered=clustered)}.items():
+                bitmaps[name] = Bitmap.from_packed(size, GRANULARITY, packed)
 
-        def load() -> None:
-            with Store(path) as target:
-                _ = stored(target, "a")["b0"].words
+        def load(name: str) -> None:
+            _ = stored(target, "a")[name].words
 
         def read() -> None:
             assert crc32c.crc32c(np.fromfile(flat, np.uint8))
 
-        assert bytes(stored(target, "a")["b0"].packed()) == packed
+        assert bytes(stored(target, "a")["b1"].packed()) == packed
         what = f"loading a bitmap of 16 TiB at 64 KiB, {percent} % dirty" + (" in clusters" if clustered else "")
-        peers = {"reading the bytes and their CRC32C": Peer(read, 0.05 if clustered else 1.2, limit=True)}
-        against(what, load, peers, rounds=21)
+        peers = {
+            "one that is 10 % dirty, anywhere": Peer(lambda: load("b0"), 0.05),
+            "reading the bytes and their CRC32C": Peer(read, limit=True),
+        }
+        if not clustered:
+            peers = {"reading the bytes and their CRC32C": Peer(read, 1.2, limit=True)}
+        against(what, lambda: load("b1"), peers, rounds=21)
 
 
 @pytest.mark.parametrize("percent", [0, 10])
