@@ -29,7 +29,7 @@ from dirtmap.tools.serve.building import FLAGS, SOURCE
 
 SIZE = 512 << 20
 FILTERS = 10
-TURNS = int(os.environ.get("TURNS") or 12)
+TURNS = int(os.environ.get("TURNS") or 8)
 SECONDS = float(os.environ.get("TURN_SECONDS") or 0.4)
 SAMPLED_SECONDS = 8.0
 MINUTE = 60.0
