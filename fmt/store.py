@@ -89,7 +89,8 @@ MAX_WRITER = 255  # bytes
 MAX_RECORD_EXTENSIONS = 1 << 16  # bytes
 MAX_SPACE_MAP_BYTES = 4 << 20  # of the space map's root: enough for 32 TiB with clusters of 4 KiB, 8 PiB with 64 KiB
 MAX_RELEASED_BYTES = 16 << 20
-MAX_METADATA_BYTES = 128 << 20  # of any other area without bits: 65,535 entries with the longest names take 66 MiB
+MAX_EXTRA_DATA = 1 << 16  # bytes, of a directory entry
+MAX_METADATA_BYTES = 96 << 20  # of any other area without bits: 65,535 entries with the longest names take 66 MiB
 MAX_CHUNKS = 0xFFFFFFFF  # of a bitmap: as many as an entry's table_size can say
 MAX_FILE_BYTES = 1 << 62
 MAX_GENERATION = 1 << 62
@@ -107,6 +108,7 @@ CONTAINER_PREFIX = b"container:"  # of the name of a container's record; a diges
 ALL_ZEROS = 0
 ALL_ONES = 1
 _NAME_SIZE = RECORD.field("name_size").offset
+_LONGEST_KEPT = 256  # bytes of the extra data of an entry
 
 
 class Area(NamedTuple):
@@ -313,13 +315,18 @@ def build_identity(identity: Identity) -> bytes:
     )
 
 
-@functools.lru_cache(maxsize=32)  # a commit takes the same few apart several times
 def parse_items(data: bytes) -> tuple[tuple[int, bytes], ...]:
     """Returns the items in the extra data of a directory entry, as (type, data).
 
     Raises:
         ValueError: they do not fit the extra data.
     """
+    # A commit takes the same few apart several times. Long ones are not kept in memory.
+    return _parse_items(data) if len(data) <= _LONGEST_KEPT else _parse_items.__wrapped__(data)
+
+
+@functools.lru_cache(maxsize=32)
+def _parse_items(data: bytes) -> tuple[tuple[int, bytes], ...]:
     chain = parse_chain(data, 0, len(data))
     if chain.fault or chain.terminated or chain.end != len(data):
         raise ValueError(chain.fault or f"items that end at byte {chain.end} of {len(data)}")
@@ -333,6 +340,9 @@ def build_items(items: Iterable[tuple[int, bytes]]) -> bytes:
 
 def item_faults(entry: Entry) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with the extra data of a directory entry in a store, as (field, what)."""
+    if len(entry.extra_data) > MAX_EXTRA_DATA:
+        yield "extra_data", f"{len(entry.extra_data)} bytes, more than {MAX_EXTRA_DATA}"
+        return
     try:
         items = parse_items(entry.extra_data)
     except ValueError as error:

@@ -309,7 +309,7 @@ def read_image(file: File, blank: Container, force_share: bool) -> Reading:
         return member, bitmaps
 
     try:
-        member, bitmaps = read_session(file, look, force_share=force_share, locking=_AT_ONCE, closing=not force_share)
+        member, bitmaps = read_session(file, look, force_share=force_share, locking=_AT_ONCE, closing=True)
         # If a writer holds the image, the next caller without force_share must be told: the reading counts as racy.
         held = force_share and locks.is_written_by_others(file)
     except LockedError as error:

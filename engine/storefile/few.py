@@ -60,7 +60,7 @@ def load(snapshot: Snapshot, tree: Tree, most: int = _MOST) -> memoryview | None
         node = waiting.pop()
         if (data := _read(snapshot, node)) is None:
             return None
-        places = memoryview(data).cast("Q")[:: store.POINTER_SIZE // 8]  # they begin pointers; most are ALL_ZEROS
+        places = memoryview(data).cast("Q")[:: store.POINTER_SIZE // 8]  # each begins a pointer; most are ALL_ZEROS
         for number, word in enumerate(places[: shape.children(node.level, node.number)].tolist()):
             if word:
                 place, checksum, _ = POINTER.unpack(data, number * store.POINTER_SIZE)

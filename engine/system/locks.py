@@ -157,7 +157,7 @@ def reading(
         force_share: reads although somebody writes to the image.
         locking: how long to wait for another process of ours that writes to it. QEMU is not waited for.
         briefly: keeps such processes out until the read is done. For reads that take a moment.
-        closing: closes the file in the end, which gives up all locks in one system call.
+        closing: may close the file in the end, which gives up all locks in one system call.
 
     Raises:
         LockedError: someone has the image open for writing, or has written to it or replaced it during the read.

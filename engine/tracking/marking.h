@@ -740,9 +740,8 @@ static inline int dm_log(dm_handle *h, struct dm_own *own, const int64_t *offset
     struct dm_own *announcing = own;
     for (size_t i = 0; i < n; i++)
         if (lengths[i])
-            for (uint64_t at = (uint64_t)offsets[i] >> h->region_bits,
-                          last = (uint64_t)(offsets[i] + lengths[i] - 1) >> h->region_bits; at <= last; at++)
-                atomic_fetch_or(&h->wanted[at >> 6], 1ull << (at & 63));
+            dm_set(h->wanted, (uint64_t)offsets[i] >> h->region_bits,
+                   (uint64_t)(offsets[i] + lengths[i] - 1) >> h->region_bits);
     int r = need ? h->hooks.lock(h->context) : ENOMEM;
     if (r) {
         free(need);

@@ -731,7 +731,9 @@ class Recorder:
                     home.report()
                 self._remembered = saves
             for count in range(1, SPARES + 1):
-                # Another cut may follow at once. It has the first spare, and shall not compete for the processor.
+                if self._arena.is_ready(self.size, self._current.granularity_bits, count):
+                    continue
+                # The second spare can wait: a cut that follows at once has the first, and needs the processor.
                 if count > 1 and ended.wait(_BREAK_SECONDS):
                     return
                 # Waits for no lock: the thread that holds it may be about to wait for this thread's end.
