@@ -37,7 +37,7 @@ from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity, damage_of
 from dirtmap.engine.model.naming import a_checkpoint, label
 from dirtmap.engine.session.livefile import Words, union
-from dirtmap.engine.storefile.session import Window, window_of
+from dirtmap.engine.storefile.session import HELD_ONLY, Window, window_of
 from dirtmap.engine.system import order
 from dirtmap.engine.system.file import open_file
 from dirtmap.engine.system.order import Rank
@@ -447,9 +447,12 @@ class Tracker(Recorder):
                         self._set_busy(home, name, False)
 
     def _set_busy(self, home: HomeChange, name: str, busy: bool) -> None:
-        """So that other processes see it; of a bitmap without a window none does, but the tracker knows."""
-        if window := home.window(name):
-            home.set_window(name, replace(window, busy=busy))
+        """So that other processes see it, as long as the tracker lives."""
+        window = home.window(name)
+        if busy:
+            home.set_window(name, replace(window, busy=True) if window else HELD_ONLY)
+        elif window:
+            home.set_window(name, window.freed())
 
     # The size of the disk.
 

@@ -284,7 +284,7 @@ def test_bitmaps_of_any_kind_are_held_as_they_are_at_one_cut(tracker: Tracker) -
             tracker.remove("two")  # whose bits would go into one that is held
         assert {name: qemu.extents(bitmap) for name, bitmap in held.items()} == expected
         tracker.save()
-        assert [bitmap.name for bitmap in image.info().bitmaps if bitmap.busy] == ["b0", "one"]
+        assert [bitmap.name for bitmap in image.info().bitmaps if bitmap.busy] == ["b0", "off", "one"]
         with pytest.raises(dm.BitmapNotFoundError):
             held["two"]
     assert dirty("b0") == [(0, 3 * GRANULE)]
@@ -295,6 +295,47 @@ def test_bitmaps_of_any_kind_are_held_as_they_are_at_one_cut(tracker: Tracker) -
 
 def test_the_command_that_holds(tracker: Tracker) -> None:
     dirtmap("hold", "drive0", "b0", "--", "sh", "-c", f"{COMMAND} list drive0 2>/dev/null | grep -q busy")
+
+
+def busy() -> list[str]:
+    """Those that are busy, as another process sees it."""
+    return in_child(lambda: [bitmap["name"] for bitmap in json_of("list", "drive0")[0]["bitmaps"] if bitmap["busy"]])
+
+
+def test_one_that_does_not_record_is_seen_busy_until_its_holder_dies(tracker: Tracker) -> None:
+    """Saves and checkpoints leave it so, and it records nothing meanwhile."""
+    tracker.add("off", recording=False)
+    held, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with dm.open("node:drive0") as image, image.hold("off"):
+                os.write(tell, b"!")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(tell)
+    with open(held, "rb") as pipe:
+        assert pipe.read(1), "it was not held"
+    try:
+        assert busy() == ["off"]
+        assert "busy" in error_of("remove", "drive0", "off")
+        tracker.mark(0, 1)
+        tracker.save()
+        tracker.checkpoint("noon")
+        tracker.mark(GRANULE, 1)
+        assert busy() == ["off"]
+        assert dirty("off") == []
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    while busy():
+        time.sleep(0.001)
+    tracker.save()
+    assert dirty("off") == []
+    dirtmap("enable", "drive0", "off")
+    tracker.mark(2 * GRANULE, 1)
+    assert dirty("off") == [(2 * GRANULE, GRANULE)]
 
 
 def test_a_hold_ends_with_who_holds(tracker: Tracker) -> None:
