@@ -232,7 +232,7 @@ def test_a_transaction_of_several_targets(tracker: Tracker, tmp_path: Path) -> N
     for order in (("drive0", other), (other, "drive0")):
         error = error_of("transaction", write(*(("clear", node, "b0") for node in order)))
         assert "its tracker commits by itself, and one commit cannot span two" in error
-    assert "one commit cannot span two" in error_of("move", "drive0", "new", other)
+        assert "change each target by itself" in error
     assert dirty("b0") == [(GRANULE, GRANULE)]
     dirtmap("move", "drive0", "new", "drive0", "--as", "newer")
     assert dirty("newer") == [(GRANULE, GRANULE)]
@@ -249,6 +249,28 @@ def test_a_bitmap_moves_between_a_tracked_disk_and_an_image(tracker: Tracker, tm
     dirtmap("move", image, "b0", "drive0", "--as", "back")
     tracker.mark(GRANULE, 1)
     assert dirty("back") == [(0, 2 * GRANULE)]
+
+
+def test_a_bitmap_moves_between_a_tracked_disk_and_another_of_its_store(tracker: Tracker) -> None:
+    """From a tracked one to any; to a tracked one only from elsewhere, since its tracker would wait for the store."""
+    other = make_other(tracker)
+    with dm.open("node:drive1") as image, image.transaction() as bitmaps:
+        del bitmaps["b0"]
+    tracker.mark(0, 1)
+    assert "no such bitmap" in error_of("move", "drive0", "none", other)
+    dirtmap("move", "drive0", "b0", other)
+    with dm.open("node:drive0") as here, dm.open("node:drive1") as there:
+        assert (list(here), list(there)) == ([], ["b0"])
+        assert qemu.extents(there["b0"]) == [(0, GRANULE)]
+        error = error_of("move", other, "b0", "drive0")
+        assert "node 'drive0': tracked; its tracker commits by itself" in error
+        assert "'dirtmap copy', then 'dirtmap remove'" in error
+        with there.track(save_interval=0) as second:
+            second.mark(GRANULE, 1)
+            dirtmap("move", other, "b0", "drive0", "--as", "back")
+            tracker.mark(2 * GRANULE, 1)
+            assert (list(here), list(there)) == (["back"], [])
+            assert qemu.extents(here["back"]) == [(0, 3 * GRANULE)]
 
 
 def test_a_hold_ends_with_its_block(tracker: Tracker) -> None:
@@ -549,5 +571,40 @@ def test_of_a_device_the_tracker_changes_the_device_s_bitmaps(tmp_path: Path) ->
         tracker.mark(0, 1)
         dirtmap("clear", "d", "mine")
         assert tracker.bitmap("mine").count == 0
-        assert "its own bitmaps alone" in error_of("clear", "drive0", "b0")
         assert dirty("b0") == [(0, GRANULE)]
+
+
+def test_the_root_of_a_tracked_device_is_asked_about_the_disk_alone(tmp_path: Path) -> None:
+    """Every command that would change its bitmaps says in one line what to do instead, and changes nothing."""
+    make_node(tmp_path, SIZE)
+    make_node(tmp_path, SIZE, "drive1")
+    dirtmap("device", "add", "d", "--root", "drive0")
+    with dm.open("device:d") as device, device.track(save_interval=0) as tracker:
+        tracker.mark(0, 1)
+        for command in (
+            ("add", "drive0", "x"),
+            ("remove", "drive0", "b0"),
+            ("clear", "drive0", "b0"),
+            ("enable", "drive0", "b0"),
+            ("disable", "drive0", "b0"),
+            ("rename", "drive0", "b0", "x"),
+            ("merge", "drive0", "b0", "b0"),
+            ("mark", "drive0", "b0", "0", "1"),
+            ("copy", "drive0", "b0", "drive0", "--as", "x"),
+            ("copy", "drive1", "b0", "drive0", "--as", "x"),
+            ("move", "drive0", "b0", "drive1", "--as", "x"),
+            ("move", "drive0", "b0", "d"),
+            ("hold", "drive0", "b0", "--", "true"),
+            ("checkpoint", "add", "drive0", "x"),
+        ):
+            error = error_of(*command)
+            assert "node 'drive0': tracked as the root of device 'd'" in error, command
+            assert "change those of 'd', or end it ('track stop') first" in error
+            assert error.count("\n") <= 1
+        with dm.open("node:drive1") as other:
+            assert list(other) == ["b0"]
+        assert dirty("b0") == [(0, GRANULE)]
+        dirtmap("track", "save", "drive0")
+        assert json_of("track", "status", "d")["regions"] == 0
+        dirtmap("track", "stop", "drive0")
+    dirtmap("clear", "drive0", "b0")
