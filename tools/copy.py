@@ -66,14 +66,15 @@ def copy_command(host: Host, target: str, bitmap: str, dest_target: str, new: st
 def move_command(host: Host, target: str, bitmap: str, dest_target: str, new: str | None) -> None:
     """Move a bitmap to another image, or within one.
 
-    Copies it as "copy" does, then removes the source. Within one image or store this is one change. Between two, both
-    are locked and checked first, and the source is removed only when the copy is durable: after a crash in between,
-    both have it. So they may where the operating system fails to remove it, as an error then tells.
+    Copies it as "copy" does, then removes the source. Within one image or store this is one change. Between two, and
+    from a disk that is tracked, both are locked and checked first, and the source is removed only when the copy is
+    durable: after a crash in between, both have it. So they may where the operating system fails to remove it, as an
+    error then tells.
     """
     from dirtmap.engine import changes
 
     name = bitmap if new is None else new
-    if same_container(host, target, dest_target):
+    if same_container(host, target, dest_target) and not _is_apart(host, target, dest_target):
         with host.transaction([target, dest_target]) as nodes:
             if nodes[target] is nodes[dest_target]:
                 changes.rename(nodes[target], bitmap, name)
@@ -99,3 +100,23 @@ def move_command(host: Host, target: str, bitmap: str, dest_target: str, new: st
             copied = f"{dest_target} has it as '{name}' for good, and {target} may have '{bitmap}' still"
             what = f"{error.what}; the move is half done: {copied}; if it does, 'dirtmap remove' takes it away"
             raise dm.StorageError(error.where, what, errno_of(error)) from error
+
+
+def _is_apart(host: Host, target: str, dest_target: str) -> bool:
+    """Whether a tracker commits what is done to the source, and not what is done to the destination, in the same store.
+
+    Raises:
+        UnsupportedError: it is so the other way round: that tracker would wait for the store, which the source's change
+            has locked.
+    """
+    if same_image(host, target, dest_target):
+        return False
+    with host.open(target, force_share=True) as source, host.open(dest_target, force_share=True) as dest:
+        if source.is_tracked():
+            return True
+        if dest.is_tracked():
+            what = (
+                "its tracker commits by itself, and one commit cannot span two: 'dirtmap copy', then 'dirtmap remove'"
+            )
+            raise dm.UnsupportedError(dest.where, f"tracked; {what}")
+        return False

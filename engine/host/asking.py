@@ -108,7 +108,9 @@ class _Held(Mapping[str, Bitmap]):
         size, granularity, recording = int(found["size"]), int(found["granularity"]), bool(found["recording"])
         if size != self._image.size:
             raise LockedError(self._image.where, f"has grown meanwhile, to {size} bytes")
-        return Bitmap.from_packed(size, granularity, octets, recording=recording).freeze()
+        bitmap = Bitmap.from_packed(size, granularity, octets, recording=recording).freeze()
+        bitmap.busy = True
+        return bitmap
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -330,7 +330,8 @@ class Host:
                 if tracked is None:
                     raise
                 if any(address.node != addresses[tracked].node for address in addresses.values()):
-                    what = f"{error.what}; its tracker commits by itself, and one commit cannot span two"
+                    what = "its tracker commits by itself, and one commit cannot span two: change each target by itself"
+                    what = f"{error.what.partition(';')[0]}; {what}"
                     raise UnsupportedError(str(tracked), what) from None
                 image = stack.enter_context(self.open(tracked, force_share=True))
                 found = [stack.enter_context(image.transaction())] * len(addresses)

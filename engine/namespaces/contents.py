@@ -219,7 +219,8 @@ def _known(layout: Layout, now: Condition, entry: Entry) -> Row | None:
     view = now.view
     if view is None or layout.header.size != now.record.size or header_doubts(now.snapshot, now.record) is not None:
         return None
-    if window_of(entry) is None or (view.found is not None and not view.found.poisoned):
+    window = window_of(entry)
+    if window is None or not window.records or (view.found is not None and not view.found.poisoned):
         return Row.EXACT
     return None if view.logged is None else Row.LOGGED
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from dirtmap.engine.storefile.entries import item, with_items
 from dirtmap.fmt import live, store
@@ -52,7 +53,7 @@ def session_of(record: Record) -> live.Session | None:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The intervals that a bitmap records: ``began`` and all up to, and without, ``ended``; ``busy``: taken."""
+    """The intervals that a bitmap records: ``began`` and all up to, and without, ``ended``; ``busy``: taken or held."""
 
     began: int
     ended: int = live.OPEN
@@ -62,9 +63,22 @@ class Window:
         """Its bytes."""
         return WINDOW.build(began=self.began, ended=self.ended, flags=int(self.busy), reserved=0)
 
+    @property
+    def records(self) -> bool:
+        """False of one without intervals, which only says that the bitmap is busy."""
+        return self.began < self.ended
+
+    def freed(self) -> Window | None:
+        """The window of the bitmap once nobody holds it any more; None where it needs none then."""
+        return replace(self, busy=False) if self.records else None
+
+
+# Of a bitmap that records nothing in a session, and is held.
+HELD_ONLY: Final = Window(0, 0, True)
+
 
 def window_of(entry: Entry) -> Window | None:
-    """The window of a bitmap in a session; None where it records nothing in it."""
+    """The window of a bitmap in a session; None where it records nothing in it, and is not held."""
     data = item(entry, store.ITEM_WINDOW)
     if data is None:
         return None

@@ -13,14 +13,15 @@
     close      closes the gate until `open`, or until the end of the conversation, and tells which file is tracked
     open       opens it; an error if it did not hold
 
-Each is asked for a namespace, by its UUID: that of the tracker's own bitmaps.
+Each is asked for a namespace, by its UUID: that of the tracker's own bitmaps. What is about the disk alone can be asked
+for the root of a tracked device, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, SupportsIndex
 
 from dirtmap.engine.model.bitmap import checked_granularity
 from dirtmap.fmt import geometry
@@ -29,6 +30,8 @@ from dirtmap.fmt.errors import Error, UnsupportedError, printable
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
 
+
+_OF_THE_DISK: Final = "save", "stop", "close", "open"
 
 # Makes several changes; see `Tracker.change`.
 Changing = Callable[[Iterable[tuple[Any, ...]]], object]
@@ -40,8 +43,8 @@ class Askable(Protocol):
     size: int
     on_stop: Callable[[], object] | None
 
-    def require_namespace(self, namespace: str) -> None:
-        """Refuses a question about another namespace than its own."""
+    def require_namespace(self, namespace: str, *, of_disk: bool) -> None:
+        """Refuses a question that it cannot answer for that namespace."""
 
     def change(self, changes: Iterable[tuple[Any, ...]]) -> None:
         """Makes several changes at one cut."""
@@ -98,7 +101,7 @@ class Asked:
     def __call__(self, asked: dict[str, Any], data: bytes) -> tuple[Any, bytes]:
         """Does what is asked. Errors as those of the tracker's methods."""
         act, tracker = asked.get("act"), self._tracker
-        tracker.require_namespace(str(asked.get("namespace")))
+        tracker.require_namespace(str(asked.get("namespace")), of_disk=act in _OF_THE_DISK)
         if act == "begin":
             self._change = self._begun.enter_context(tracker.beginning(str(asked.get("owner"))))
         elif act == "change":

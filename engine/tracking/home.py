@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from dirtmap.engine.model import checkpoints, content
 from dirtmap.engine.model.bitmap import Bitmap
-from dirtmap.engine.model.naming import decode_name, encode_name, label
+from dirtmap.engine.model.naming import decode_name, encode_name, label, not_found
 from dirtmap.engine.namespaces.condition import Condition, refuse_tracked
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.storefile.chain import read_chain, with_chain
@@ -91,7 +91,7 @@ class HomeView:
             BitmapError: there is no such bitmap, or it is inconsistent.
         """
         if name not in self.entries:
-            raise BitmapError(f"{self.where}: {label(name)}", "there is no such bitmap")
+            raise not_found(self.where, name)
         if self.entries[name].in_use:
             raise BitmapError(f"{self.where}: {label(name)}", "inconsistent; recover or remove it")
         return self.entries[name]

@@ -307,7 +307,7 @@ class Recorder:
                 with self._changing(home) as change:
                     for name in change.entries:
                         if (window := change.window(name)) and window.busy:  # that backup has failed
-                            change.set_window(name, replace(window, busy=False))
+                            change.set_window(name, window.freed())
                     change.session = taken
                 home.session = taken
             undo.pop_all()
@@ -539,9 +539,9 @@ class Recorder:
                 window = home.window(name)
                 if window is None:
                     continue
-                if window.busy and target is self._home and not self._is_held(name):
-                    window = replace(window, busy=False)  # of a hold whose end could not be written
                 kept = None if final else window
+                if kept and kept.busy and target is self._home and not self._is_held(name):
+                    kept = kept.freed()  # of a hold whose end could not be written
                 if (added := self._union(parts, window, entry.granularity, unions)) is not None:
                     home.merge(name, added, kept)
                 else:

@@ -35,9 +35,9 @@ from dirtmap.engine.control.server import Answering
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity, damage_of
-from dirtmap.engine.model.naming import a_checkpoint, label
+from dirtmap.engine.model.naming import a_checkpoint, decode_name, label
 from dirtmap.engine.session.livefile import Words, union
-from dirtmap.engine.storefile.session import Window, window_of
+from dirtmap.engine.storefile.session import HELD_ONLY, Window, window_of
 from dirtmap.engine.system import order
 from dirtmap.engine.system.file import open_file
 from dirtmap.engine.system.order import Rank
@@ -51,6 +51,7 @@ from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, Un
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bits import Packed
+    from dirtmap.fmt.store import Record
 
 
 class Tracker(Recorder):
@@ -447,9 +448,12 @@ class Tracker(Recorder):
                         self._set_busy(home, name, False)
 
     def _set_busy(self, home: HomeChange, name: str, busy: bool) -> None:
-        """So that other processes see it; of a bitmap without a window none does, but the tracker knows."""
-        if window := home.window(name):
-            home.set_window(name, replace(window, busy=busy))
+        """So that other processes see it, as long as the tracker lives."""
+        window = home.window(name)
+        if busy:
+            home.set_window(name, replace(window, busy=True) if window else HELD_ONLY)
+        elif window:
+            home.set_window(name, window.freed())
 
     # The size of the disk.
 
@@ -589,18 +593,33 @@ class Tracker(Recorder):
             self._insert(home, number, name, chosen, recording)
             self._serial += 1
 
-    def require_namespace(self, namespace: str) -> None:
+    def require_namespace(self, namespace: str, *, of_disk: bool) -> None:
         """Refuses a question that is about other bitmaps than those that the methods change.
 
         Args:
             namespace: its UUID.
+            of_disk: the question is about the disk, and no bitmaps: it may be for the root of a device, too.
 
         Raises:
-            BitmapError: a device and its root have one tracker, and the question is about the root.
+            BitmapError: a device and its root have one tracker, and the question is about the root; or the namespace is
+                not tracked here.
         """
-        record = self._home.store.read(self._home.record)
-        if str(uuid.UUID(bytes=record.uuid)) != namespace:
-            raise BitmapError(self._where, "its tracker changes its own bitmaps alone, and none of its root node")
+        own = self._home.store.read(self._home.record)
+        if _is(own, namespace):
+            return
+        for home in self._homes[1:]:
+            root = home.store.read(home.record)
+            if not _is(root, namespace):
+                continue
+            if of_disk:
+                return
+            device = printable(decode_name(own.name))
+            what = f"tracked as the root of device '{device}', and its tracker changes the bitmaps of that alone"
+            raise BitmapError(
+                f"{home.store.path}: {root.label}",
+                f"{what}: change those of '{device}', or end it ('track stop') first",
+            )
+        raise BitmapError(self._where, "its tracker tracks another disk")
 
     def _require_possible(self, name: str, granularity: int) -> None:
         def look(view: HomeView) -> None:
@@ -730,6 +749,10 @@ _CHANGES: Final[dict[Any, Callable[..., None]]] = {
     "rename": Tracker._rename,
 }
 _WITHOUT_CUT: Final = "merge", "remove", "rename"  # nothing that is written belongs to another bitmap from then on
+
+
+def _is(record: Record, namespace: str) -> bool:
+    return str(uuid.UUID(bytes=record.uuid)) == namespace
 
 
 def _taken(view: HomeView, name: str) -> BitmapError:

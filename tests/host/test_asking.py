@@ -232,7 +232,7 @@ def test_a_transaction_of_several_targets(tracker: Tracker, tmp_path: Path) -> N
     for order in (("drive0", other), (other, "drive0")):
         error = error_of("transaction", write(*(("clear", node, "b0") for node in order)))
         assert "its tracker commits by itself, and one commit cannot span two" in error
-    assert "one commit cannot span two" in error_of("move", "drive0", "new", other)
+        assert "change each target by itself" in error
     assert dirty("b0") == [(GRANULE, GRANULE)]
     dirtmap("move", "drive0", "new", "drive0", "--as", "newer")
     assert dirty("newer") == [(GRANULE, GRANULE)]
@@ -249,6 +249,28 @@ def test_a_bitmap_moves_between_a_tracked_disk_and_an_image(tracker: Tracker, tm
     dirtmap("move", image, "b0", "drive0", "--as", "back")
     tracker.mark(GRANULE, 1)
     assert dirty("back") == [(0, 2 * GRANULE)]
+
+
+def test_a_bitmap_moves_between_a_tracked_disk_and_another_of_its_store(tracker: Tracker) -> None:
+    """From a tracked one to any; to a tracked one only from elsewhere, since its tracker would wait for the store."""
+    other = make_other(tracker)
+    with dm.open("node:drive1") as image, image.transaction() as bitmaps:
+        del bitmaps["b0"]
+    tracker.mark(0, 1)
+    assert "no such bitmap" in error_of("move", "drive0", "none", other)
+    dirtmap("move", "drive0", "b0", other)
+    with dm.open("node:drive0") as here, dm.open("node:drive1") as there:
+        assert (list(here), list(there)) == ([], ["b0"])
+        assert qemu.extents(there["b0"]) == [(0, GRANULE)]
+        error = error_of("move", other, "b0", "drive0")
+        assert "node 'drive0': tracked; its tracker commits by itself" in error
+        assert "'dirtmap copy', then 'dirtmap remove'" in error
+        with there.track(save_interval=0) as second:
+            second.mark(GRANULE, 1)
+            dirtmap("move", other, "b0", "drive0", "--as", "back")
+            tracker.mark(2 * GRANULE, 1)
+            assert (list(here), list(there)) == (["back"], [])
+            assert qemu.extents(here["back"]) == [(0, 3 * GRANULE)]
 
 
 def test_a_hold_ends_with_its_block(tracker: Tracker) -> None:
@@ -284,7 +306,7 @@ def test_bitmaps_of_any_kind_are_held_as_they_are_at_one_cut(tracker: Tracker) -
             tracker.remove("two")  # whose bits would go into one that is held
         assert {name: qemu.extents(bitmap) for name, bitmap in held.items()} == expected
         tracker.save()
-        assert [bitmap.name for bitmap in image.info().bitmaps if bitmap.busy] == ["b0", "one"]
+        assert [bitmap.name for bitmap in image.info().bitmaps if bitmap.busy] == ["b0", "off", "one"]
         with pytest.raises(dm.BitmapNotFoundError):
             held["two"]
     assert dirty("b0") == [(0, 3 * GRANULE)]
@@ -295,6 +317,47 @@ def test_bitmaps_of_any_kind_are_held_as_they_are_at_one_cut(tracker: Tracker) -
 
 def test_the_command_that_holds(tracker: Tracker) -> None:
     dirtmap("hold", "drive0", "b0", "--", "sh", "-c", f"{COMMAND} list drive0 2>/dev/null | grep -q busy")
+
+
+def busy() -> list[str]:
+    """Those that are busy, as another process sees it."""
+    return in_child(lambda: [bitmap["name"] for bitmap in json_of("list", "drive0")[0]["bitmaps"] if bitmap["busy"]])
+
+
+def test_one_that_does_not_record_is_seen_busy_until_its_holder_dies(tracker: Tracker) -> None:
+    """Saves and checkpoints leave it so, and it records nothing meanwhile."""
+    tracker.add("off", recording=False)
+    held, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with dm.open("node:drive0") as image, image.hold("off"):
+                os.write(tell, b"!")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(tell)
+    with open(held, "rb") as pipe:
+        assert pipe.read(1), "it was not held"
+    try:
+        assert busy() == ["off"]
+        assert "busy" in error_of("remove", "drive0", "off")
+        tracker.mark(0, 1)
+        tracker.save()
+        tracker.checkpoint("noon")
+        tracker.mark(GRANULE, 1)
+        assert busy() == ["off"]
+        assert dirty("off") == []
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    while busy():
+        time.sleep(0.001)
+    tracker.save()
+    assert dirty("off") == []
+    dirtmap("enable", "drive0", "off")
+    tracker.mark(2 * GRANULE, 1)
+    assert dirty("off") == [(2 * GRANULE, GRANULE)]
 
 
 def test_a_hold_ends_with_who_holds(tracker: Tracker) -> None:
@@ -508,5 +571,40 @@ def test_of_a_device_the_tracker_changes_the_device_s_bitmaps(tmp_path: Path) ->
         tracker.mark(0, 1)
         dirtmap("clear", "d", "mine")
         assert tracker.bitmap("mine").count == 0
-        assert "its own bitmaps alone" in error_of("clear", "drive0", "b0")
         assert dirty("b0") == [(0, GRANULE)]
+
+
+def test_the_root_of_a_tracked_device_is_asked_about_the_disk_alone(tmp_path: Path) -> None:
+    """Every command that would change its bitmaps says in one line what to do instead, and changes nothing."""
+    make_node(tmp_path, SIZE)
+    make_node(tmp_path, SIZE, "drive1")
+    dirtmap("device", "add", "d", "--root", "drive0")
+    with dm.open("device:d") as device, device.track(save_interval=0) as tracker:
+        tracker.mark(0, 1)
+        for command in (
+            ("add", "drive0", "x"),
+            ("remove", "drive0", "b0"),
+            ("clear", "drive0", "b0"),
+            ("enable", "drive0", "b0"),
+            ("disable", "drive0", "b0"),
+            ("rename", "drive0", "b0", "x"),
+            ("merge", "drive0", "b0", "b0"),
+            ("mark", "drive0", "b0", "0", "1"),
+            ("copy", "drive0", "b0", "drive0", "--as", "x"),
+            ("copy", "drive1", "b0", "drive0", "--as", "x"),
+            ("move", "drive0", "b0", "drive1", "--as", "x"),
+            ("move", "drive0", "b0", "d"),
+            ("hold", "drive0", "b0", "--", "true"),
+            ("checkpoint", "add", "drive0", "x"),
+        ):
+            error = error_of(*command)
+            assert "node 'drive0': tracked as the root of device 'd'" in error, command
+            assert "change those of 'd', or end it ('track stop') first" in error
+            assert error.count("\n") <= 1
+        with dm.open("node:drive1") as other:
+            assert list(other) == ["b0"]
+        assert dirty("b0") == [(0, GRANULE)]
+        dirtmap("track", "save", "drive0")
+        assert json_of("track", "status", "d")["regions"] == 0
+        dirtmap("track", "stop", "drive0")
+    dirtmap("clear", "drive0", "b0")

@@ -338,7 +338,6 @@ class LivingTrackerMaker(NamedImageMaker):
 
     lacks: ClassVar[Mapping[str, str]] = {
         "recover": "while its tracker lives there is nothing to recover",
-        "hold": "its tracker holds them; that one which does not record is busy, no other process sees",
         "track": "its tracker is the only one",
         "rest": "it is tracked",
         "doubt": "its tracker marks what is written",
