@@ -109,7 +109,7 @@ class DirectImage:
     def __init__(self, path: str, host: Host | None = None, above: tuple[tuple[int, int], ...] = ()) -> None:
         self._path, self._host, self._above, self._next = path, host, above, 0
         self._asked: dict[int, tuple[int, list[Part]]] = {}
-        self._blocks: dict[tuple[int, int], NDArray[np.uint64]] = {}
+        self._blocks: dict[tuple[int, int, bool], NDArray[np.uint64]] = {}
 
     def __enter__(self) -> Self:
         head = images.read_head(self._path)
@@ -216,8 +216,8 @@ class DirectImage:
             if index >= count:
                 yield Part(at, end, MISSING, self)
                 return
-            tables, first = self._block(table_at, count, index)
-            table = int(tables[index - first]) & qcow2.OFFSET_MASK
+            tables, first = self._block(table_at, count, index, is_l1=True)
+            table = int(tables[index - first])
             if not table:
                 used = tables[index - first :].nonzero()[0]
                 last = index + int(used[0]) if len(used) else first + len(tables)
@@ -258,21 +258,36 @@ class DirectImage:
                 place = int(entries[start])
             yield Part(at, upto, kind, self, place)
 
-    def _block(self, table: int, count: int, index: int) -> tuple[NDArray[np.uint64], int]:
-        """The block of a table of ``count`` entries that has one of them; and which entry is its first."""
+    def _block(self, table: int, count: int, index: int, *, is_l1: bool = False) -> tuple[NDArray[np.uint64], int]:
+        """The block of a table of ``count`` entries that has one of them; and which entry is its first.
+
+        Of the L1 table, it has the offsets alone.
+        """
         import numpy as np
 
         first = index // (_BLOCK // qcow2.TABLE_ENTRY_SIZE) * (_BLOCK // qcow2.TABLE_ENTRY_SIZE)
-        key = table + first * qcow2.TABLE_ENTRY_SIZE, min(_BLOCK, (count - first) * qcow2.TABLE_ENTRY_SIZE)
+        key = table + first * qcow2.TABLE_ENTRY_SIZE, min(_BLOCK, (count - first) * qcow2.TABLE_ENTRY_SIZE), is_l1
         block = self._blocks.pop(key, None)
         if block is None:
             data = bytearray(key[1])
             self._read_at(memoryview(data), key[0])
             block = qcow2.table_view(data).astype(np.uint64)
+            if is_l1:
+                block &= np.uint64(qcow2.OFFSET_MASK)
+                self._require_once(block)
         self._blocks[key] = block  # the youngest
         if len(self._blocks) > _BLOCKS:
             del self._blocks[next(iter(self._blocks))]
         return block, first
+
+    def _require_once(self, tables: NDArray[np.uint64]) -> None:
+        """Refuses offsets of L2 tables that are equal: a small file could have any number of entries to read."""
+        import numpy as np
+
+        ordered = np.sort(tables[tables != 0])
+        again = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(again):
+            raise FormatError(self._path, f"damaged: an L2 table is used twice, the one at {again[0]} of the file")
 
     def _require_in_file(self, place: int, what: str) -> None:
         """Refuses what cannot be at a place in the file.
