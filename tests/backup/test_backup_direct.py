@@ -102,6 +102,26 @@ def test_what_was_set_aside_is_not_read(tmp_path: Path) -> None:
     assert found == [(512 * MIB, MIB)]
 
 
+def test_an_answer_is_bounded_where_a_part_has_many_holes(tmp_path: Path) -> None:
+    """All of the disk is one part, of the raw image that it is on"""
+    below, disk = tmp_path / "below.raw", tmp_path / "disk.qcow2"
+    with open(below, "wb") as file:
+        for number in range(1500):
+            file.seek(number * 131072)
+            file.write(b"\1" * 65536)
+        file.truncate(1500 * 131072)
+    create(disk, below.stat().st_size, "", "-b", below.name, "-F", "raw")
+    with dm.Host() as host, DirectImage(str(disk), host) as image:
+        found, at = list[tuple[int, int]](), 0
+        while at < image.size:
+            answer = image.status(at, image.size - at)
+            assert len(answer) <= 1024
+            for length, flags in answer:
+                found += [] if flags else [(at, length)]
+                at += length
+    assert found == [(number * 131072, 65536) for number in range(1500)]
+
+
 def qemu_alone(folder: Path) -> list[Path]:
     """Images that are left to QEMU: by their own features, and by what they are on."""
     made = []

@@ -156,7 +156,7 @@ class DirectImage:
             if len(found) >= _RUNS:
                 break
             at = part.begin
-            while at < part.end:
+            while at < part.end and len(found) < _RUNS:
                 is_hole, end = part.kind in (MISSING, ZEROS), part.end
                 if part.kind == DATA and part.end - at >= _WHOLE:
                     # QEMU sets clusters aside, as with preallocation, and the file system knows that nothing is there.
