@@ -163,6 +163,24 @@ def test_compressed_clusters_and_those_below_are_backed_up(tmp_path: Path) -> No
             assert verify_disk(host, repository, str(disk))[1] == []
 
 
+def test_what_a_disk_is_on_is_found_through_a_linked_folder(tmp_path: Path) -> None:
+    """``..`` of a link is what is above its target, to QEMU, too; beside the link lies another image of the name."""
+    there, here = tmp_path / "there" / "inner", tmp_path / "here"
+    there.mkdir(parents=True)
+    here.mkdir()
+    (here / "link").symlink_to(there)
+    qcow2_disk(there.with_name("below.qcow2"))
+    create(here / "below.qcow2", 32 * MIB)
+    create(there / "disk.qcow2", 32 * MIB, "", "-b", "../below.qcow2", "-F", "qcow2")
+    disk = here / "link" / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "link/../below.qcow2", "-F", "qcow2", here / "top.qcow2", "32M")
+    for path in (disk, here / "top.qcow2"):
+        qemu_img("convert", "-f", "qcow2", "-O", "raw", path, tmp_path / "expected")
+        with dm.Host() as host, DirectImage(str(path), host) as image:
+            assert content(image, random.Random(1)) == (tmp_path / "expected").read_bytes()
+            assert (tmp_path / "expected").read_bytes()[0] == 7
+
+
 def test_nobody_writes_to_what_a_disk_is_on(tmp_path: Path) -> None:
     below, disk, repository = tmp_path / "below.qcow2", tmp_path / "disk.qcow2", tmp_path / "repo"
     qcow2_disk(below)

@@ -141,7 +141,9 @@ class DirectImage:
         # What has a colon before the first slash is no path to QEMU; and of what has no format it finds one out.
         if form not in ("raw", "qcow2") or re.match("[^/]*:", name) or len(self._above) >= _MOST_IMAGES:
             raise UnsupportedError(self._path, f"QEMU has to read what it is on, {printable(name)}")
-        path = os.path.join(os.path.dirname(os.path.abspath(self._path)), name)
+        # Its folder is found as the kernel finds it: what is above a symbolic link's target is not above the link.
+        joined = os.path.join(os.path.dirname(self._path), name)
+        path = os.path.join(os.path.realpath(os.path.dirname(joined)), os.path.basename(joined))
         stack.enter_context(host.offline(Disk(path, form)))
         if form == "raw":
             return stack.enter_context(_RawImage(path))
