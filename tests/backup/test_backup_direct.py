@@ -314,6 +314,23 @@ def test_tables_that_lie_are_read_as_qemu_reads_them(tmp_path: Path, harm: Calla
         assert content(direct, random.Random(1)) == (tmp_path / "expected").read_bytes()
 
 
+@pytest.mark.parametrize("behind", [65535, 65536])
+def test_the_l1_table_may_end_behind_the_file_by_less_than_a_cluster(tmp_path: Path, behind: int) -> None:
+    """As of an image that others are on, of which nothing else is looked at."""
+    image = Hostile(tmp_path)
+    entries = 16384
+    patch(image.path, 36, entries.to_bytes(4, "big"))
+    end = image.l1 + entries * 8
+    os.truncate(image.path, end - behind)
+    direct = DirectImage(str(image.path))
+    if behind < 65536:
+        with direct:
+            assert direct.size == 1 << 30
+        return
+    with pytest.raises(dm.FormatError, match=f"the L1 table ends at {end} of the file, which has {end - behind} bytes"):
+        direct.__enter__()
+
+
 def test_flags_of_an_entry_are_no_table(tmp_path: Path) -> None:
     """Of the L1 table's 32768 entries, all say that there is no table; each block of 8192 is one part."""
     image = Hostile(tmp_path, 1 << 30, 512)

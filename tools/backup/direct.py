@@ -123,7 +123,12 @@ class DirectImage:
             self.file = stack.enter_context(contextlib.closing(files.Reading(self._path)))
             if self.file.identity in self._above:
                 raise FormatError(self._path, "damaged: it is on an image that is on it")
-            self._require_in_file(header.v2.l1_table_offset if header.v2.l1_size else 0, "the L1 table")
+            if header.v2.l1_size:
+                self._require_in_file(header.v2.l1_table_offset, "the L1 table")
+                end = header.v2.l1_table_offset + header.v2.l1_size * qcow2.TABLE_ENTRY_SIZE
+                if end - self.file.size >= self._cluster:  # the file may end inside the table's last cluster
+                    what = f"damaged: the L1 table ends at {end} of the file, which has {self.file.size} bytes"
+                    raise FormatError(self._path, what)
             if self._host is not None and head.backing is not None:
                 self._below = self._open_below(stack, self._host, head.backing, head.backing_format)
             self._stack = stack.pop_all()
