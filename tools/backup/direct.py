@@ -59,11 +59,6 @@ class Part(NamedTuple):
     place: int = 0
 
 
-class _Answer(NamedTuple):
-    data: bytearray
-    empty: bool = False
-
-
 class _RawImage:
     """A raw image that others are on. A context manager."""
 
@@ -184,7 +179,7 @@ class DirectImage:
         self._asked[self._next] = offset, parts
         return self._next
 
-    def wait(self, token: int) -> _Answer:
+    def wait(self, token: int) -> files.Answer:
         """The bytes that were asked for. Any thread may do this."""
         offset, parts = self._asked.pop(token)
         data = bytearray(parts[-1].end - offset if parts else 0)
@@ -193,7 +188,7 @@ class DirectImage:
             if part.kind in (DATA, PACKED):
                 any_data = True
                 part.image.read_into(view[part.begin - offset : part.end - offset], part)
-        return _Answer(data, not any_data)
+        return files.Answer(data, not any_data)
 
     # Where it is.
 

@@ -11,6 +11,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from dirtmap.fmt.errors import LockedError, StorageError
 
@@ -37,6 +38,13 @@ def _act(what: str, path: str) -> Iterator[None]:
     """One act that changes the disk; ``what`` tells tests which."""
     with failing(path):
         yield
+
+
+class Answer(NamedTuple):
+    """What was read from a file; see `dirtmap.tools.backup.copying.Answer`."""
+
+    data: bytearray
+    empty: bool = False
 
 
 class Reading:
