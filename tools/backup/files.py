@@ -53,6 +53,7 @@ class Reading:
     Attributes:
         size: when it was opened, bytes.
         identity: what no other file has at the same time.
+        opened: a path that leads to what was opened, in this process, wherever its own path leads by now.
 
     Raises:
         StorageError: it cannot be opened.
@@ -65,6 +66,7 @@ class Reading:
             self.size = os.lseek(self._number, 0, os.SEEK_END)
             found = os.fstat(self._number)
         self.identity = found.st_dev, found.st_ino
+        self.opened = f"/proc/self/fd/{self._number}"
 
     def close(self) -> None:
         """Closes it."""

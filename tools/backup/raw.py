@@ -20,6 +20,9 @@ class RawSource:
         path: of it.
         size: of the disk, bytes.
 
+    Attributes:
+        opened: see `files.Reading`.
+
     Raises:
         StorageError: it cannot be read.
     """
@@ -33,6 +36,7 @@ class RawSource:
 
     def __enter__(self) -> Self:
         self._file = files.Reading(self._path)
+        self.opened = self._file.opened
         return self
 
     def __exit__(self, *_: object) -> None:
