@@ -16,7 +16,7 @@ from support.qemu import StorageDaemon, ToolError, create, patch, qemu_img, qemu
 
 import dirtmap.engine as dm
 from dirtmap.tools.backup import Repository, creating, verify_disk
-from dirtmap.tools.backup.direct import DirectImage
+from dirtmap.tools.backup.direct import MISSING, DirectImage
 from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.qsd import nodes
 
@@ -102,6 +102,26 @@ def test_what_was_set_aside_is_not_read(tmp_path: Path) -> None:
     assert found == [(512 * MIB, MIB)]
 
 
+def test_an_answer_is_bounded_where_a_part_has_many_holes(tmp_path: Path) -> None:
+    """All of the disk is one part, of the raw image that it is on"""
+    below, disk = tmp_path / "below.raw", tmp_path / "disk.qcow2"
+    with open(below, "wb") as file:
+        for number in range(1500):
+            file.seek(number * 131072)
+            file.write(b"\1" * 65536)
+        file.truncate(1500 * 131072)
+    create(disk, below.stat().st_size, "", "-b", below.name, "-F", "raw")
+    with dm.Host() as host, DirectImage(str(disk), host) as image:
+        found, at = list[tuple[int, int]](), 0
+        while at < image.size:
+            answer = image.status(at, image.size - at)
+            assert len(answer) <= 1024
+            for length, flags in answer:
+                found += [] if flags else [(at, length)]
+                at += length
+    assert found == [(number * 131072, 65536) for number in range(1500)]
+
+
 def qemu_alone(folder: Path) -> list[Path]:
     """Images that are left to QEMU: by their own features, and by what they are on."""
     made = []
@@ -141,6 +161,24 @@ def test_compressed_clusters_and_those_below_are_backed_up(tmp_path: Path) -> No
             same(repository, back_up(repository, disk), disk)
         with dm.Host() as host:
             assert verify_disk(host, repository, str(disk))[1] == []
+
+
+def test_what_a_disk_is_on_is_found_through_a_linked_folder(tmp_path: Path) -> None:
+    """``..`` of a link is what is above its target, to QEMU, too; beside the link lies another image of the name."""
+    there, here = tmp_path / "there" / "inner", tmp_path / "here"
+    there.mkdir(parents=True)
+    here.mkdir()
+    (here / "link").symlink_to(there)
+    qcow2_disk(there.with_name("below.qcow2"))
+    create(here / "below.qcow2", 32 * MIB)
+    create(there / "disk.qcow2", 32 * MIB, "", "-b", "../below.qcow2", "-F", "qcow2")
+    disk = here / "link" / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "link/../below.qcow2", "-F", "qcow2", here / "top.qcow2", "32M")
+    for path in (disk, here / "top.qcow2"):
+        qemu_img("convert", "-f", "qcow2", "-O", "raw", path, tmp_path / "expected")
+        with dm.Host() as host, DirectImage(str(path), host) as image:
+            assert content(image, random.Random(1)) == (tmp_path / "expected").read_bytes()
+            assert (tmp_path / "expected").read_bytes()[0] == 7
 
 
 def test_nobody_writes_to_what_a_disk_is_on(tmp_path: Path) -> None:
@@ -196,6 +234,11 @@ def table_beside(image: Hostile) -> str:
     return f"an L2 table at {image.l2 + 512} of the file, which is no beginning of a cluster"
 
 
+def table_twice(image: Hostile) -> str:
+    image.set(image.l1 + 8, 1 << 63 | image.l2)
+    return f"an L2 table is used twice, the one at {image.l2} of the file"
+
+
 def data_behind(image: Hostile) -> str:
     image.set(image.l2 + 8, 1 << 50)
     return "a cluster at 1125899906842624 of the file, which has"
@@ -233,6 +276,7 @@ def below_each_other(image: Hostile) -> str:
 HOSTILE = [
     table_behind,
     table_beside,
+    table_twice,
     data_behind,
     data_beside,
     compressed_behind,
@@ -256,19 +300,46 @@ def overlapping(image: Hostile) -> None:
     patch(image.path, image.l2, first * 64)
 
 
-def tables_in_tables(image: Hostile) -> None:
-    """L2 tables that are the L1 table."""
-    for number in range(4, 32):
-        image.set(image.l1 + 8 * number, image.l1)
+def table_in_table(image: Hostile) -> None:
+    """An L2 table that is the L1 table."""
+    image.set(image.l1 + 8 * 9, image.l1)
 
 
-@pytest.mark.parametrize("harm", [overlapping, tables_in_tables])
+@pytest.mark.parametrize("harm", [overlapping, table_in_table])
 def test_tables_that_lie_are_read_as_qemu_reads_them(tmp_path: Path, harm: Callable[[Hostile], None]) -> None:
     image = Hostile(tmp_path, MIB, 512)
     harm(image)
     qemu_img("convert", "-f", "qcow2", "-O", "raw", image.path, tmp_path / "expected")
     with DirectImage(str(image.path)) as direct:
         assert content(direct, random.Random(1)) == (tmp_path / "expected").read_bytes()
+
+
+@pytest.mark.parametrize("behind", [65535, 65536])
+def test_the_l1_table_may_end_behind_the_file_by_less_than_a_cluster(tmp_path: Path, behind: int) -> None:
+    """As of an image that others are on, of which nothing else is looked at."""
+    image = Hostile(tmp_path)
+    entries = 16384
+    patch(image.path, 36, entries.to_bytes(4, "big"))
+    end = image.l1 + entries * 8
+    os.truncate(image.path, end - behind)
+    direct = DirectImage(str(image.path))
+    if behind < 65536:
+        with direct:
+            assert direct.size == 1 << 30
+        return
+    with pytest.raises(dm.FormatError, match=f"the L1 table ends at {end} of the file, which has {end - behind} bytes"):
+        direct.__enter__()
+
+
+def test_flags_of_an_entry_are_no_table(tmp_path: Path) -> None:
+    """Of the L1 table's 32768 entries, all say that there is no table; each block of 8192 is one part."""
+    image = Hostile(tmp_path, 1 << 30, 512)
+    patch(image.path, image.l1, (1 << 63).to_bytes(8, "big") * 32768)
+    with DirectImage(str(image.path)) as direct:
+        parts = list(direct.parts(0, direct.size))
+    assert [(part.begin, part.end, part.kind) for part in parts] == [
+        (at, at + 256 * MIB, MISSING) for at in range(0, 1 << 30, 256 * MIB)
+    ]
 
 
 def test_memory_does_not_grow_with_the_disk(tmp_path: Path) -> None:

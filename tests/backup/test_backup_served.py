@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import frozen
@@ -21,7 +24,20 @@ from support.tracking import make_node
 from support.volumes import attached, loops
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Repository, create, prune, restore, verify, verify_disk, verifying
+from dirtmap.engine.host.instant import Instant
+from dirtmap.engine.model.namespace import Namespace
+from dirtmap.tools.backup import (
+    Repository,
+    comparing,
+    create,
+    creating,
+    prune,
+    restore,
+    state,
+    verify,
+    verify_disk,
+    verifying,
+)
 from dirtmap.tools.export import Listener, export
 from dirtmap.tools.serve.serving import serve
 
@@ -311,6 +327,46 @@ def test_a_served_disk_is_verified_while_it_is_written(
         assert len(left) == 2
 
 
+@pytest.mark.parametrize("is_cloned", [True, False])
+def test_verifying_reads_no_bits_while_writes_wait(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, is_cloned: bool
+) -> None:
+    folder: Path = request.getfixturevalue("xfs") if is_cloned else tmp_path
+    now, instant, closed = state.since_now, dm.Host.instant, False
+
+    @contextlib.contextmanager
+    def noted(self: dm.Host, images: list[dm.Handle]) -> Iterator[Instant]:
+        nonlocal closed
+        with instant(self, images) as here:
+            closed = True
+            yield here
+            closed = False
+
+    def reads(*arguments: Any, **how: Any) -> dm.Bitmap:
+        assert not closed
+        return now(*arguments, **how)
+
+    monkeypatch.setattr(dm.Host, "instant", noted)
+    monkeypatch.setattr(state, "since_now", reads)
+    with Served(folder, "drive0", SIZE), dm.Host() as host:
+        create(host, ["drive0"], tmp_path / "repo", live=not is_cloned)
+        assert verify_disk(host, tmp_path / "repo", "drive0")[1] == []
+
+
+def test_where_there_is_no_room_for_a_clone_the_disk_itself_is_verified(
+    xfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: dm.Clone) -> None:
+        raise dm.StorageError(self.path, os.strerror(errno.ENOSPC), errno.ENOSPC)
+
+    with Served(xfs, "drive0", SIZE) as disk, Client(disk.sock) as client:
+        client.ask(WRITE, 5 * GRANULE, GRANULE)
+        dirtmap("backup", "create", "drive0", tmp_path / "repo")
+        client.ask(WRITE, 7 * GRANULE, GRANULE)
+        monkeypatch.setattr(dm.Clone, "take", full)
+        dirtmap("backup", "verify", tmp_path / "repo", "drive0")
+
+
 def test_what_is_at_the_path_of_a_tracked_disk_is_not_taken_for_it(tmp_path: Path) -> None:
     repository = tmp_path / "repo"
     with Served(tmp_path, "drive0", SIZE) as disk:
@@ -329,6 +385,62 @@ def test_what_is_at_the_path_of_a_tracked_disk_is_not_taken_for_it(tmp_path: Pat
         disk.start("--adopt")
         dirtmap("rebuild", "drive0", bitmap, "--against", repository)
         dirtmap("backup", "verify", repository, "drive0")
+
+
+@pytest.mark.parametrize("act", ["verify", "create"])
+def test_what_is_read_is_what_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+    """Another file is at the disk's path after it was checked, and until the disk is read."""
+    repository, moved, other = tmp_path / "repo", tmp_path / "moved", tmp_path / "other"
+    check, copy, compare = Instant.require_file, creating.copy, comparing.compare
+    with Served(tmp_path, "drive0", SIZE) as disk, Client(disk.sock) as client:
+        client.ask(WRITE, 5 * GRANULE, GRANULE)
+        dirtmap("backup", "create", "drive0", repository, "--live")
+        client.ask(WRITE, 7 * GRANULE, GRANULE)
+        other.write_bytes(b"other" * (SIZE // 5))
+        os.truncate(other, SIZE)
+
+        def checked(self: Instant, image: Namespace, path: str) -> None:
+            check(self, image, path)
+            disk.path.rename(moved)
+            other.rename(disk.path)
+
+        def put_back() -> None:
+            disk.path.rename(other)
+            moved.rename(disk.path)
+
+        monkeypatch.setattr(Instant, "require_file", checked)
+        monkeypatch.setattr(verifying, "compare", lambda *arguments: (put_back(), compare(*arguments)))
+        monkeypatch.setattr(creating, "copy", lambda *arguments: (put_back(), copy(*arguments)))
+        if act == "verify":
+            dirtmap("backup", "verify", repository, "drive0")
+        else:
+            dirtmap("backup", "create", "drive0", repository, "--live")
+            assert restored(repository, "drive0") == disk.path.read_bytes()
+
+
+def test_what_is_compared_for_a_rebuilding_is_what_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another file is at the disk's path when it is opened, and not any more when it is checked."""
+    repository, moved, other = tmp_path / "repo", tmp_path / "moved", tmp_path / "other"
+    begin, check = state.begin_rebuilding, Instant.require_file
+    with Served(tmp_path, "drive0", SIZE) as disk:
+        dirtmap("backup", "create", "drive0", repository, "--live")
+        bitmap = Repository(repository).backups()[0].bitmap
+        other.write_bytes(bytes(SIZE))
+
+        def begun(*arguments: Any, **how: Any) -> bool:
+            found = begin(*arguments, **how)
+            disk.path.rename(moved)
+            other.rename(disk.path)
+            return found
+
+        def checked(self: Instant, image: Namespace, path: str) -> None:
+            disk.path.rename(other)
+            moved.rename(disk.path)
+            check(self, image, path)
+
+        monkeypatch.setattr(state, "begin_rebuilding", begun)
+        monkeypatch.setattr(Instant, "require_file", checked)
+        assert "is not what its tracker tracks" in error_of("rebuild", "drive0", bitmap, "--against", repository)
 
 
 def test_usage(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def verify_command(
 
     Without TARGET all images are read, once, and held against their documents: digests, what each image has and on
     which it is. With TARGET the disk is compared with its newest backup. What differs where the disk's bitmap says that
-    nothing was written is a write that the bitmap has missed, and that the next backup would miss. A disk that is
+    nothing was written is a write that the bitmap has missed, and that the next backup would miss. A raw disk that is
     tracked, as by "dirtmap serve", may be written to meanwhile; no other. Exit status: 0 nothing is wrong, 2 something
     is, 1 it could not be found out.
 

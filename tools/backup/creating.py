@@ -365,6 +365,19 @@ def reading(host: Host, disk: Disk, size: int) -> Iterator[Source]:
         yield _opened(stack, host, disk, size)
 
 
+@contextlib.contextmanager
+def reading_tracked(host: Host, image: Handle, disk: Disk) -> Iterator[Source]:
+    """A raw disk that goes on being written, to be read until the end of the block.
+
+    Raises:
+        LockedError: what was opened is not what its tracker tracks; or as `Host.instant`.
+    """
+    with RawSource(disk.path, image.size) as source:
+        with host.instant([image]) as instant:
+            instant.require_file(image, source.opened)
+        yield source
+
+
 def _opened(stack: contextlib.ExitStack, host: Host, disk: Disk, size: int) -> Source:
     if disk.format == "raw":
         return stack.enter_context(RawSource(disk.path, size))

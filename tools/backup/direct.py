@@ -59,11 +59,6 @@ class Part(NamedTuple):
     place: int = 0
 
 
-class _Answer(NamedTuple):
-    data: bytearray
-    empty: bool = False
-
-
 class _RawImage:
     """A raw image that others are on. A context manager."""
 
@@ -109,7 +104,7 @@ class DirectImage:
     def __init__(self, path: str, host: Host | None = None, above: tuple[tuple[int, int], ...] = ()) -> None:
         self._path, self._host, self._above, self._next = path, host, above, 0
         self._asked: dict[int, tuple[int, list[Part]]] = {}
-        self._blocks: dict[tuple[int, int], NDArray[np.uint64]] = {}
+        self._blocks: dict[tuple[int, int, bool], NDArray[np.uint64]] = {}
 
     def __enter__(self) -> Self:
         head = images.read_head(self._path)
@@ -123,7 +118,12 @@ class DirectImage:
             self.file = stack.enter_context(contextlib.closing(files.Reading(self._path)))
             if self.file.identity in self._above:
                 raise FormatError(self._path, "damaged: it is on an image that is on it")
-            self._require_in_file(header.v2.l1_table_offset if header.v2.l1_size else 0, "the L1 table")
+            if header.v2.l1_size:
+                self._require_in_file(header.v2.l1_table_offset, "the L1 table")
+                end = header.v2.l1_table_offset + header.v2.l1_size * qcow2.TABLE_ENTRY_SIZE
+                if end - self.file.size >= self._cluster:  # the file may end inside the table's last cluster
+                    what = f"damaged: the L1 table ends at {end} of the file, which has {self.file.size} bytes"
+                    raise FormatError(self._path, what)
             if self._host is not None and head.backing is not None:
                 self._below = self._open_below(stack, self._host, head.backing, head.backing_format)
             self._stack = stack.pop_all()
@@ -141,7 +141,9 @@ class DirectImage:
         # What has a colon before the first slash is no path to QEMU; and of what has no format it finds one out.
         if form not in ("raw", "qcow2") or re.match("[^/]*:", name) or len(self._above) >= _MOST_IMAGES:
             raise UnsupportedError(self._path, f"QEMU has to read what it is on, {printable(name)}")
-        path = os.path.join(os.path.dirname(os.path.abspath(self._path)), name)
+        # Its folder is found as the kernel finds it: what is above a symbolic link's target is not above the link.
+        joined = os.path.join(os.path.dirname(self._path), name)
+        path = os.path.join(os.path.realpath(os.path.dirname(joined)), os.path.basename(joined))
         stack.enter_context(host.offline(Disk(path, form)))
         if form == "raw":
             return stack.enter_context(_RawImage(path))
@@ -156,7 +158,7 @@ class DirectImage:
             if len(found) >= _RUNS:
                 break
             at = part.begin
-            while at < part.end:
+            while at < part.end and len(found) < _RUNS:
                 is_hole, end = part.kind in (MISSING, ZEROS), part.end
                 if part.kind == DATA and part.end - at >= _WHOLE:
                     # QEMU sets clusters aside, as with preallocation, and the file system knows that nothing is there.
@@ -177,7 +179,7 @@ class DirectImage:
         self._asked[self._next] = offset, parts
         return self._next
 
-    def wait(self, token: int) -> _Answer:
+    def wait(self, token: int) -> files.Answer:
         """The bytes that were asked for. Any thread may do this."""
         offset, parts = self._asked.pop(token)
         data = bytearray(parts[-1].end - offset if parts else 0)
@@ -186,7 +188,7 @@ class DirectImage:
             if part.kind in (DATA, PACKED):
                 any_data = True
                 part.image.read_into(view[part.begin - offset : part.end - offset], part)
-        return _Answer(data, not any_data)
+        return files.Answer(data, not any_data)
 
     # Where it is.
 
@@ -216,8 +218,8 @@ class DirectImage:
             if index >= count:
                 yield Part(at, end, MISSING, self)
                 return
-            tables, first = self._block(table_at, count, index)
-            table = int(tables[index - first]) & qcow2.OFFSET_MASK
+            tables, first = self._block(table_at, count, index, is_l1=True)
+            table = int(tables[index - first])
             if not table:
                 used = tables[index - first :].nonzero()[0]
                 last = index + int(used[0]) if len(used) else first + len(tables)
@@ -258,21 +260,36 @@ class DirectImage:
                 place = int(entries[start])
             yield Part(at, upto, kind, self, place)
 
-    def _block(self, table: int, count: int, index: int) -> tuple[NDArray[np.uint64], int]:
-        """The block of a table of ``count`` entries that has one of them; and which entry is its first."""
+    def _block(self, table: int, count: int, index: int, *, is_l1: bool = False) -> tuple[NDArray[np.uint64], int]:
+        """The block of a table of ``count`` entries that has one of them; and which entry is its first.
+
+        Of the L1 table, it has the offsets alone.
+        """
         import numpy as np
 
         first = index // (_BLOCK // qcow2.TABLE_ENTRY_SIZE) * (_BLOCK // qcow2.TABLE_ENTRY_SIZE)
-        key = table + first * qcow2.TABLE_ENTRY_SIZE, min(_BLOCK, (count - first) * qcow2.TABLE_ENTRY_SIZE)
+        key = table + first * qcow2.TABLE_ENTRY_SIZE, min(_BLOCK, (count - first) * qcow2.TABLE_ENTRY_SIZE), is_l1
         block = self._blocks.pop(key, None)
         if block is None:
             data = bytearray(key[1])
             self._read_at(memoryview(data), key[0])
             block = qcow2.table_view(data).astype(np.uint64)
+            if is_l1:
+                block &= np.uint64(qcow2.OFFSET_MASK)
+                self._require_once(block)
         self._blocks[key] = block  # the youngest
         if len(self._blocks) > _BLOCKS:
             del self._blocks[next(iter(self._blocks))]
         return block, first
+
+    def _require_once(self, tables: NDArray[np.uint64]) -> None:
+        """Refuses offsets of L2 tables that are equal: a small file could have any number of entries to read."""
+        import numpy as np
+
+        ordered = np.sort(tables[tables != 0])
+        again = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(again):
+            raise FormatError(self._path, f"damaged: an L2 table is used twice, the one at {again[0]} of the file")
 
     def _require_in_file(self, place: int, what: str) -> None:
         """Refuses what cannot be at a place in the file.

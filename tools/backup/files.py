@@ -11,6 +11,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from dirtmap.fmt.errors import LockedError, StorageError
 
@@ -39,12 +40,20 @@ def _act(what: str, path: str) -> Iterator[None]:
         yield
 
 
+class Answer(NamedTuple):
+    """What was read from a file; see `dirtmap.tools.backup.copying.Answer`."""
+
+    data: bytearray
+    empty: bool = False
+
+
 class Reading:
     """A file or block device that is read. Threads may share it.
 
     Attributes:
         size: when it was opened, bytes.
         identity: what no other file has at the same time.
+        opened: a path that leads to what was opened, in this process, wherever its own path leads by now.
 
     Raises:
         StorageError: it cannot be opened.
@@ -57,6 +66,7 @@ class Reading:
             self.size = os.lseek(self._number, 0, os.SEEK_END)
             found = os.fstat(self._number)
         self.identity = found.st_dev, found.st_ino
+        self.opened = f"/proc/self/fd/{self._number}"
 
     def close(self) -> None:
         """Closes it."""

@@ -55,6 +55,10 @@ class Written:
         """Does what can be done before the instant."""
         if self.how == REFLINK:
             self._clone = prepared_clone(self.stack, self.image, _REMEDY)
+        elif self.how == LIVE and self.disk.format == "raw":
+            # What is checked in the instant has to be what is read later, wherever the path leads by then.
+            opened = self.stack.enter_context(contextlib.closing(files.Reading(self.disk.path)))
+            self.disk = type(self.disk)(opened.opened, self.disk.format)
         elif self.how == SOURCE and snapshot is not None and os.path.lexists(self.disk.path):
             what = "is there already, and may be older than the backup; the command of --snapshot has to make it"
             raise ArgumentError(self.disk.path, what)

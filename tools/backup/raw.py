@@ -6,16 +6,11 @@ are no threads here: the kernel reads ahead and writes behind.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 from dirtmap.tools.backup import files
 from dirtmap.tools.backup.document import PIECE
 from dirtmap.tools.backup.nbd import HOLE, ZERO
-
-
-class _Answer(NamedTuple):
-    data: bytearray
-    empty: bool = False
 
 
 class RawSource:
@@ -24,6 +19,9 @@ class RawSource:
     Args:
         path: of it.
         size: of the disk, bytes.
+
+    Attributes:
+        opened: see `files.Reading`.
 
     Raises:
         StorageError: it cannot be read.
@@ -38,6 +36,7 @@ class RawSource:
 
     def __enter__(self) -> Self:
         self._file = files.Reading(self._path)
+        self.opened = self._file.opened
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,14 +54,14 @@ class RawSource:
         self._asked[self._next] = offset, length
         return self._next
 
-    def wait(self, token: int) -> _Answer:
+    def wait(self, token: int) -> files.Answer:
         """The bytes that were asked for. Any thread may do this."""
         offset, length = self._asked.pop(token)
         if length != PIECE or not self._free:
-            return _Answer(self._file.read(offset, length))
+            return files.Answer(self._file.read(offset, length))
         data = self._free.pop()
         self._file.read_into(memoryview(data), offset)
-        return _Answer(data)
+        return files.Answer(data)
 
     def recycle(self, data: bytearray | memoryview) -> None:
         """Takes back what was read and is not needed any more; later data come in its place."""

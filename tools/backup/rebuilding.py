@@ -13,7 +13,7 @@ from dirtmap.fmt.errors import ArgumentError, BitmapError, printable
 from dirtmap.tools.backup import state
 from dirtmap.tools.backup.chain import ChainReader
 from dirtmap.tools.backup.comparing import Sample, compare
-from dirtmap.tools.backup.creating import Watcher, disk_name, reading, require_same_disk
+from dirtmap.tools.backup.creating import Watcher, disk_name, reading, reading_tracked, require_same_disk
 from dirtmap.tools.backup.repository import WAIT_SECONDS, Repository
 
 if TYPE_CHECKING:
@@ -89,11 +89,12 @@ def rebuild(
         with ChainReader(place, chain, direct=True) as reader:  # before anything is changed: it may be damaged
             tracked = state.begin_rebuilding(image, names, granularity, stored=stored)
             gc.collect()  # a tracker that has ended is in a circle, and what it has mapped goes with it, not before
-            keeping = contextlib.nullcontext() if tracked else host.offline(disk)
-            with keeping, reading(host, disk, image.size) as source:
+            with contextlib.ExitStack() as stack:
                 if tracked:
-                    with host.instant([image]) as instant:
-                        instant.require_file(image, disk.path)
+                    source = stack.enter_context(reading_tracked(host, image, disk))
+                else:
+                    stack.enter_context(host.offline(disk))
+                    source = stack.enter_context(reading(host, disk, image.size))
                 compare(reader, source, differing, sample, lambda done: watch(backup.disk, done, backup.size))
         state.end_rebuilding(image, names, differing, stored=stored)
     seconds = round(time.monotonic() - begun, 3)

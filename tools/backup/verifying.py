@@ -13,13 +13,15 @@ from dirtmap.tools.backup import images, state
 from dirtmap.tools.backup.chain import ChainReader, Seen
 from dirtmap.tools.backup.comparing import Sample, compare, unequal
 from dirtmap.tools.backup.copying import hashers
-from dirtmap.tools.backup.creating import Watcher, disk_name, reading, require_same_disk
+from dirtmap.tools.backup.creating import Watcher, disk_name, reading, reading_tracked, require_same_disk
 from dirtmap.tools.backup.document import FULL
 from dirtmap.tools.backup.nbd import ALLOCATION, DEPTH, ZERO
+from dirtmap.tools.backup.raw import RawSource
 from dirtmap.tools.backup.repository import WAIT_SECONDS, Repository
 
 if TYPE_CHECKING:
-    from dirtmap.engine import Bitmap, Disk, Handle, Host
+    from dirtmap.engine import Disk, Handle, Host
+    from dirtmap.tools.backup.copying import Source
     from dirtmap.tools.backup.document import Backup, Piece
 
 
@@ -148,10 +150,10 @@ def verify_disk(
     A difference there is a write that the bitmap has missed. What the disk has is held against digests, so that of the
     images no more is read than `compare` needs.
 
-    A disk that nobody tracks is kept offline meanwhile. One that is tracked may be written to: a clone of it is read,
-    and its bits are those of the instant at which that was made. Where it cannot be cloned it is read itself, and the
-    bits after that. As each write was marked before it, one that was read is among them; but one that was missed is not
-    found where a later write has marked it meanwhile, and the next backup has that in any case.
+    A disk that nobody tracks is kept offline meanwhile. A raw disk that is tracked may be written to. A clone of it is
+    read, and its bits after that was made. Where it cannot be cloned, the disk itself is read, and its bits after that.
+    The bits have all writes that were read, since each is marked before it is made. A write that was missed is not
+    found where a later one has marked the same granule before the bits were read. The next backup has that granule.
 
     Args:
         host: knows the disk.
@@ -183,12 +185,11 @@ def verify_disk(
         known = place.bitmaps(place.backups())
         names = state.Names(place.bitmap_prefix, known, "", backup.bitmap)
         with ChainReader(place, place.chain(backup), direct=True) as reader, contextlib.ExitStack() as stack:
-            read, since = _kept(host, stack, image, disk, names)
-            differing = dm.Bitmap(image.size, since.granularity)
-            with reading(host, read or disk, image.size) as source:
-                chosen = sample or Sample()
-                compare(reader, source, differing, chosen, lambda done: watch(backup.disk, done, backup.size))
-            if read is None:  # what was written while it was being read is among them by now
+            source, is_live = _kept(host, stack, image, disk)
+            since = state.since_now(image, names, stored=disk.format == "raw")
+            differing, chosen = dm.Bitmap(image.size, since.granularity), sample or Sample()
+            compare(reader, source, differing, chosen, lambda done: watch(backup.disk, done, backup.size))
+            if is_live:  # what was written while it was being read is among them by now
                 since = state.since_now(image, names, stored=True)
     missed = differing - since
     return backup, [
@@ -196,26 +197,21 @@ def verify_disk(
     ]
 
 
-def _kept(
-    host: Host, stack: contextlib.ExitStack, image: Handle, disk: Disk, names: state.Names
-) -> tuple[Disk | None, Bitmap]:
-    """What stays as it is until the stack is closed: the disk, or a clone; and what was written to it before.
+def _kept(host: Host, stack: contextlib.ExitStack, image: Handle, disk: Disk) -> tuple[Source, bool]:
+    """What is read, until the stack is closed: the disk, or a clone; and whether it goes on being written.
 
-    It is None of a disk that goes on being written, and cannot be cloned. It is the one that its tracker tracks.
+    That is so of a tracked disk that cannot be cloned. It is the one that its tracker tracks.
     """
     import dirtmap.engine as dm
 
-    is_raw = disk.format == "raw"
-    if not (is_raw and state.is_written(image)):
+    if not (disk.format == "raw" and state.is_written(image)):
         stack.enter_context(host.offline(disk))
-        return disk, state.since_now(image, names, stored=is_raw)
-    clone = None
+        return stack.enter_context(reading(host, disk, image.size)), False
     with contextlib.suppress(dm.UnsupportedError, dm.StorageError):
-        clone = stack.enter_context(dm.Clone(disk.path))
-    with host.instant([image]) as instant:
-        if clone is None:
-            instant.require_file(image, disk.path)
-        else:
-            instant.clone(image, clone)
-        since = state.since_now(image, names, stored=True)
-    return None if clone is None else dm.Disk(clone.path, disk.format), since
+        with contextlib.ExitStack() as trying:
+            clone = trying.enter_context(dm.Clone(disk.path))
+            with host.instant([image]) as instant:
+                instant.clone(image, clone)
+            stack.push(trying.pop_all())
+        return stack.enter_context(RawSource(clone.path, image.size)), False
+    return stack.enter_context(reading_tracked(host, image, disk)), True
