@@ -356,3 +356,18 @@ def test_a_bitmap_that_goes_on_changing_leaves_what_was_made_from_it() -> None:
     assert bitmap.count == 0
     assert union.count == (found[1:].sum() + 1) * 512
     assert sum(len(offsets) for offsets, _ in (first, *parts)) == len(union.extents()[0])
+
+
+@pytest.mark.parametrize("size", [200 * 512, 1000 * 512 + 1], ids=["small", "large"])
+def test_what_is_made_of_a_damaged_bitmap_says_so(size: int) -> None:
+    bitmap = Bitmap.from_extents(size, [0], [1], 512)
+    bitmap.damage = "bits are damaged"
+    made = (
+        bitmap.at(1024),
+        bitmap.at(512),
+        bitmap.resized(size + 512),
+        bitmap.in_sectors(),
+        bitmap.copy(),
+        bitmap | bitmap,
+    )
+    assert {other.damage for other in made} == {"bits are damaged"}
