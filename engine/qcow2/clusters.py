@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dirtmap.engine.model.later import later
 from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label
@@ -137,6 +137,9 @@ class Lasting:
             else:
                 self._count += bits.count(part)
                 self._sums[first // _UNIT : geometry.ceil_div(end, _UNIT)] = _checksums(part)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return content.Whole, (self.nbits, content.load(self))  # there is no copy of an open file
 
     def count(self) -> int:
         """See `Counted`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +131,15 @@ def test_a_bitmap_that_was_read_stays_as_it_was(path: Path, made: Path) -> None:
         name: found for name, (_, _, found) in before.items()
     }
     assert values["all"] - values["some"] == values["all"] ^ values["some"]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_bitmap_that_was_read_can_be_copied_with_its_bits(path: Path) -> None:
+    with dm.open(path) as image:
+        value = image["some"]
+    made = copy.deepcopy(value), pickle.loads(pickle.dumps(value))
+    path.unlink()
+    assert [qemu.extents(other) for other in made] == [qemu.extents(value)] * 2
 
 
 @pytest.mark.usefixtures("large")
