@@ -4,7 +4,7 @@
     buffer     | 00  |   one read      | ff  | read|      neighbouring clusters are read together
 
 `Clusters` are what is in the file when it is asked for, which is right for as long as the image is locked. `Lasting` is
-for a bitmap that is looked at after that: it notices if another program has written over the bits.
+for a bitmap that is looked at after that: it notices if somebody has written over the bits.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Lasting:
         """See `Content.part`.
 
         Raises:
-            LockedError: another program has changed them since.
+            LockedError: somebody, this program perhaps, has changed them since.
             StorageError: they cannot be read.
         """
         low, high = first // _UNIT, geometry.ceil_div(end, _UNIT)
@@ -159,7 +159,7 @@ class Lasting:
             return part
         known = self._sums[low:high]
         if ((known != _checksums(part)) & (known != _SAME)).any():
-            raise LockedError(self._where, "was written over since it was read; try again")
+            raise LockedError(self._where, "its clusters were used again since it was read; read it anew")
         return part[(first - start) // 64 : geometry.ceil_div(end - start, 64)]
 
 
