@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -140,6 +141,20 @@ def test_a_bitmap_that_was_read_can_be_copied_with_its_bits(path: Path) -> None:
     made = copy.deepcopy(value), pickle.loads(pickle.dumps(value))
     path.unlink()
     assert [qemu.extents(other) for other in made] == [qemu.extents(value)] * 2
+
+
+@pytest.mark.usefixtures("large")
+def test_values_of_an_image_share_an_open_file_until_the_last_is_gone(path: Path) -> None:
+    def opened() -> int:
+        return sum(os.path.realpath(f"/proc/self/fd/{fd}") == str(path) for fd in os.listdir("/proc/self/fd"))
+
+    with dm.open(path) as image:
+        values = [image["some"] for _ in range(5)]
+    assert opened() == 1
+    del values[1:]
+    assert values[0].extents()[0].size
+    values.clear()
+    assert opened() == 0
 
 
 @pytest.mark.usefixtures("large")
