@@ -354,8 +354,17 @@ class Bitmap:
     # Bitmaps made from this one. None of them is frozen.
 
     def copy(self) -> Bitmap:
-        """The same bitmap, not frozen. The content is shared until one of the two is changed."""
-        return self.replace()
+        """The same bitmap, not frozen. The content is shared until one of the two is changed.
+
+        A copy of one that was changed in place in a transaction, and is not large, is in memory: it stays after that.
+
+        Raises:
+            FormatError, StorageError: it is in a container, and cannot be read.
+        """
+        other = self.replace()
+        if isinstance(self._content, content.Changed) and not self._is_large and not self.inconsistent:
+            other._load()
+        return other
 
     __copy__ = copy
 

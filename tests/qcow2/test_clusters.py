@@ -197,6 +197,17 @@ def test_a_transaction_that_has_ended_has_no_bits(path: Path) -> None:
         found.extents()
 
 
+def test_a_copy_of_a_changed_bitmap_lasts_longer_than_its_transaction(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "BLOCK", 1 << 18)
+    with dm.open(path) as image:
+        with image.transaction() as bitmaps:
+            bitmaps["some"].mark(1 << 30, 1)
+            found = bitmaps["some"].copy()
+        assert found == image["some"]
+
+
 class Fading:
     """Random bits that can be looked at once, and are gone then."""
 
