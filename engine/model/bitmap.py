@@ -354,8 +354,17 @@ class Bitmap:
     # Bitmaps made from this one. None of them is frozen.
 
     def copy(self) -> Bitmap:
-        """The same bitmap, not frozen. The content is shared until one of the two is changed."""
-        return self.replace()
+        """The same bitmap, not frozen. The content is shared until one of the two is changed.
+
+        A copy of one that was changed in place in a transaction, and is not large, is in memory: it stays after that.
+
+        Raises:
+            FormatError, StorageError: it is in a container, and cannot be read.
+        """
+        other = self.replace()
+        if isinstance(self._content, content.Changed) and not self._is_large and not self.inconsistent:
+            other._load()
+        return other
 
     __copy__ = copy
 
@@ -397,9 +406,7 @@ class Bitmap:
         """
         nbits = Bitmap(size, self.granularity)._nbits
         dirty = self.size // self.granularity if size > self.size else nbits  # also what was cut short
-        return self._of(
-            size, self.granularity, content.Resized(self._parts(lasting=True), nbits, dirty), self.recording
-        )
+        return self._derived(size, self.granularity, content.Resized(self._parts(lasting=True), nbits, dirty))
 
     def in_sectors(self) -> Bitmap:
         """The same granules of the disk as QEMU has it, whose size is rounded up to whole sectors of 512 bytes.
@@ -410,7 +417,7 @@ class Bitmap:
             BitmapError: no disk can have that size, or the bitmap is inconsistent.
         """
         size = geometry.align_up(self.size, 1 << geometry.MIN_GRANULARITY_BITS)
-        return self._of(size, self.granularity, self._parts(lasting=True), self.recording)
+        return self._derived(size, self.granularity, self._parts(lasting=True))
 
     def at(self, granularity: SupportsIndex) -> Bitmap:
         """The same dirty bytes at another granularity in bytes, rounded outward where that is coarser.
@@ -423,12 +430,12 @@ class Bitmap:
             self._parts()  # raises
             return self.copy()
         if self._is_large or geometry.granules(self.size, granularity) > content.LARGE:
-            return self._of(self.size, granularity, self._parts_at(granularity, lasting=True), self.recording)
+            return self._derived(self.size, granularity, self._parts_at(granularity, lasting=True))
         return self._like(granularity, self._words_at(granularity))
 
     def _anew(self) -> Bitmap:
         """The same content as one that is not in a container, so that a commit writes what is different there."""
-        return self._of(self.size, self.granularity, self._parts(lasting=True), self.recording)
+        return self._derived(self.size, self.granularity, self._parts(lasting=True))
 
     def __or__(self, other: Bitmap) -> Bitmap:
         return self._combined(other, bits.OR)
@@ -567,8 +574,16 @@ class Bitmap:
         return bits.rescaled(self._load(), self.size, self.granularity, granularity)
 
     def _like(self, granularity: int, words: bits.Words) -> Bitmap:
-        """Another bitmap for the same disk, recording as this one does."""
-        return Bitmap.from_words(self.size, granularity, words, self.recording)
+        """Another bitmap for the same disk, recording as this one does, and with the same damage."""
+        other = Bitmap.from_words(self.size, granularity, words, self.recording)
+        other.damage = self.damage
+        return other
+
+    def _derived(self, size: int, granularity: int, found: Content) -> Bitmap:
+        """Another bitmap whose content was made of this one's: recording as this one does, with the same damage."""
+        other = self._of(size, granularity, found, self.recording)
+        other.damage = self.damage
+        return other
 
     def _combined(self, other: Bitmap, how: int) -> Bitmap:
         """Both contents combined, at the finer of the two granularities; see `bits.combine`."""

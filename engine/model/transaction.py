@@ -96,7 +96,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         if needed > self.most_bytes:  # refused before so many bits are allocated
             what = f"granularity {bitmap.granularity} needs {needed} bytes of bits, more than {self.most_bytes}"
             raise BitmapError(where, what)
-        self._bitmaps[name] = bitmap.copy()
+        self._bitmaps[name] = bitmap.replace()
         self._bitmaps[name].busy = False
         self.fresh.discard(name)
 
@@ -119,7 +119,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         if predecessor is None or (older and not older.inconsistent and not gone.inconsistent):
             if predecessor is not None and older:
                 self[predecessor] = checkpoints.take_over(older, gone)
-                self._relied_on[predecessor] = self._bitmaps[predecessor].copy()
+                self._relied_on[predecessor] = self._bitmaps[predecessor].replace()
             self.checkpoints = checkpoints.without(self.checkpoints, name)
         else:
             self.checkpoints = checkpoints.broken(self.checkpoints, name)

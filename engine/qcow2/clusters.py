@@ -4,14 +4,14 @@
     buffer     | 00  |   one read      | ff  | read|      neighbouring clusters are read together
 
 `Clusters` are what is in the file when it is asked for, which is right for as long as the image is locked. `Lasting` is
-for a bitmap that is looked at after that: it notices if another program has written over the bits.
+for a bitmap that is looked at after that: it notices if somebody has written over the bits.
 """
 
 from __future__ import annotations
 
 import os
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dirtmap.engine.model.later import later
 from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label
@@ -32,6 +32,8 @@ else:  # to `load` a bitmap needs none of them
 # Bits that have one checksum: few enough that a look at some of them costs little, and enough that all checksums of a
 # bitmap take little memory.
 _UNIT = 1 << 19
+# The files that are open for values, by label, path and inode: one for all that were read from the same file.
+_open: weakref.WeakValueDictionary[tuple[str, str, int, int], _Own] = weakref.WeakValueDictionary()
 _SAME = -1  # in place of a checksum: the table tells what these bits are
 
 
@@ -105,8 +107,27 @@ class Clusters:
         return directory.parse_table(self._table[low * directory.TABLE_ENTRY_SIZE : high * directory.TABLE_ENTRY_SIZE])
 
 
+class _Own:
+    """A file that is open for as long as a value needs it."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        weakref.finalize(self, file.close)
+
+
+def _own(file: File) -> _Own:
+    """The same file, open for values. Errors as `Lasting`."""
+    key = file.path, file.abspath, file.status.st_dev, file.status.st_ino
+    if (own := _open.get(key)) is None:
+        own = _Own(open_file(file.path, abspath=file.abspath))
+        if not os.path.samestat(own.file.status, file.status):
+            raise LockedError(file.path, "was replaced since it was opened")
+        _open[key] = own
+    return own
+
+
 class Lasting:
-    """The bits of a bitmap as they are now, in a file that is open for them alone: a `Content`.
+    """The bits of a bitmap as they are now, in a file that is open for such values alone: a `Content`.
 
     All of them are read once, and counted; what is kept are their checksums. Nobody locks the image any more when they
     are read again: what is different then is refused.
@@ -123,11 +144,8 @@ class Lasting:
 
     def __init__(self, file: File, layout: Layout, slot: Slot) -> None:
         self._where = f"{file.path}: {bitmap_label(slot.entry.name)}"
-        own = open_file(file.path, abspath=file.abspath)
-        weakref.finalize(self, own.close)
-        if not os.path.samestat(own.status, file.status):
-            raise LockedError(file.path, "was replaced since it was opened")
-        self._bits = Clusters(own, layout, slot)
+        self._own = _own(file)
+        self._bits = Clusters(self._own.file, layout, slot)
         self.nbits = self._bits.nbits
         self._sums = np.full(geometry.ceil_div(self.nbits, _UNIT), _SAME, np.int64)
         self._count = 0
@@ -138,6 +156,9 @@ class Lasting:
                 self._count += bits.count(part)
                 self._sums[first // _UNIT : geometry.ceil_div(end, _UNIT)] = _checksums(part)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return content.Whole, (self.nbits, content.load(self))  # there is no copy of an open file
+
     def count(self) -> int:
         """See `Counted`."""
         return self._count
@@ -146,7 +167,7 @@ class Lasting:
         """See `Content.part`.
 
         Raises:
-            LockedError: another program has changed them since.
+            LockedError: somebody, this program perhaps, has changed them since.
             StorageError: they cannot be read.
         """
         low, high = first // _UNIT, geometry.ceil_div(end, _UNIT)
@@ -156,7 +177,7 @@ class Lasting:
             return part
         known = self._sums[low:high]
         if ((known != _checksums(part)) & (known != _SAME)).any():
-            raise LockedError(self._where, "was written over since it was read; try again")
+            raise LockedError(self._where, "its clusters were used again since it was read; read it anew")
         return part[(first - start) // 64 : geometry.ceil_div(end - start, 64)]
 
 

@@ -110,14 +110,23 @@ class HomeView:
             raise BitmapError(f"{self.where}: {label(name)}.{field}", what)
         return entry
 
-    def saved(self, name: str) -> Bitmap:
-        """The bitmap with its saved bits; all dirty if the store is in doubt. Errors as `entry`."""
+    def saved(self, name: str, *, verified: bool = False) -> Bitmap:
+        """The bitmap with its saved bits; all dirty if the store is in doubt. Errors as `entry`.
+
+        Args:
+            name: of the bitmap.
+            verified: reads even a large one as a whole now, so that its ``damage`` is known.
+        """
         entry = self.entry(name)
         blank = Bitmap(self.record.size, entry.granularity, entry.auto)
         if self._doubted or entry.table_offset <= store.ALL_ONES:  # then its bits need no memory
             return blank.recovered() if self._doubted or entry.table_offset == store.ALL_ONES else blank
 
+        told: str | None = None
+
         def tell(damage: str | None) -> None:
+            nonlocal told
+            told = damage
             if damage:
                 logger(__name__).warning("%s: %s: %s", self.where, label(name), damage)
 
@@ -126,7 +135,11 @@ class HomeView:
             from dirtmap.engine.storefile.chunks import Stored
 
             stored = Stored(self.snapshot.pinned(), tree, tell)
-            return Bitmap._of(self.record.size, entry.granularity, stored, entry.auto)
+            found = Bitmap._of(self.record.size, entry.granularity, stored, entry.auto)
+            if verified:
+                _ = found.count  # which reads all of them
+                found.damage = told
+            return found
         words, damage = load_saved(self.snapshot, self.record, entry, False)
         tell(damage)
         found = Bitmap.from_words(self.record.size, entry.granularity, words, entry.auto)
@@ -187,11 +200,11 @@ class HomeChange(HomeView):
         self._planned[root] = bitmap
         self.set_window(name, window)
 
-    def saved(self, name: str) -> Bitmap:
+    def saved(self, name: str, *, verified: bool = False) -> Bitmap:
         """The bitmap with its saved bits, as they will be; see `HomeView.saved`."""
         entry = self.entry(name)
         planned = self._planned.get(entry.table_offset) if entry.table_offset > store.ALL_ONES else None
-        return super().saved(name) if planned is None else planned.replace(recording=entry.auto)
+        return super().saved(name, verified=verified) if planned is None else planned.replace(recording=entry.auto)
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Gives bitmaps other names, all at once: to each of these names the one that is behind it.

@@ -706,7 +706,7 @@ class Tracker(Recorder):
                 end = min(window.ended, before)
                 numbers.update(number for number in every if window.began <= number < end)
         parts = [words_of(every[number], self.size) for number in sorted(numbers)]
-        saved = [view.saved(name) for name in names if not view.is_clean(name)]
+        saved = [view.saved(name, verified=True) for name in names if not view.is_clean(name)]
         parts += [Words(bitmap.words, self.size, bitmap.granularity) for bitmap in saved if not bitmap._is_large]
         found = Bitmap.from_words(self.size, finest, union(parts, self.size, finest), view.entry(names[-1]).auto)
         found.damage = damage_of(bitmap for bitmap in saved if not bitmap._is_large)

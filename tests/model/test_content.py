@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.child import in_child
 
 from dirtmap.engine.model import bits, content
 from dirtmap.engine.model.bitmap import Bitmap
@@ -356,3 +358,43 @@ def test_a_bitmap_that_goes_on_changing_leaves_what_was_made_from_it() -> None:
     assert bitmap.count == 0
     assert union.count == (found[1:].sum() + 1) * 512
     assert sum(len(offsets) for offsets, _ in (first, *parts)) == len(union.extents()[0])
+
+
+@pytest.mark.parametrize("size", [200 * 512, 1000 * 512 + 1], ids=["small", "large"])
+def test_what_is_made_of_a_damaged_bitmap_says_so(size: int) -> None:
+    bitmap = Bitmap.from_extents(size, [0], [1], 512)
+    bitmap.damage = "bits are damaged"
+    made = (
+        bitmap.at(1024),
+        bitmap.at(512),
+        bitmap.resized(size + 512),
+        bitmap.in_sectors(),
+        bitmap.copy(),
+        bitmap | bitmap,
+    )
+    assert {other.damage for other in made} == {"bits are damaged"}
+
+
+def test_a_child_forked_while_a_thread_looks_has_all_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    bitmap = Bitmap(1000 * 512, 512)
+    for number in (0, 300, 700):
+        bitmap.mark(number * 512, 1)
+    inside, scatter = threading.Event(), Changed._scatter
+
+    def slowly(changed: Changed, starts: bits.Positions, lasts: bits.Positions) -> None:
+        inside.set()
+        time.sleep(0.3)
+        scatter(changed, starts, lasts)
+
+    def looked() -> int:
+        signal.alarm(10)  # one that waits for the thread, which it does not have, waits for ever
+        return bitmap.count
+
+    monkeypatch.setattr(Changed, "_scatter", slowly)
+    thread = threading.Thread(target=bitmap.extents)
+    thread.start()
+    inside.wait()
+    try:
+        assert in_child(looked) == 3 * 512
+    finally:
+        thread.join()

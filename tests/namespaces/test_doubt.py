@@ -12,6 +12,7 @@ from support import qemu
 from support.cli import dirtmap, error_of, json_of
 
 import dirtmap.engine as dm
+from dirtmap.engine.model import content
 from dirtmap.engine.storefile.directory import read_entries
 from dirtmap.engine.storefile.file import Change, Store
 from dirtmap.fmt import store
@@ -115,7 +116,11 @@ def test_damaged_bits_are_dirty_and_said_to_be() -> None:
     assert dirtmap("check", "s.dmap").out
 
 
-def test_what_was_written_since_a_checkpoint_says_which_part_of_it_is_damaged() -> None:
+@pytest.mark.parametrize("large", [content.LARGE, 8], ids=["loaded", "by parts"])
+def test_what_was_written_since_a_checkpoint_says_which_part_of_it_is_damaged(
+    large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "LARGE", large)
     with dm.open("one") as image, image.track() as tracker:
         for number, name in enumerate(("c1", "c2", "c3")):
             tracker.checkpoint(name)

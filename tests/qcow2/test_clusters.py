@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -132,11 +135,35 @@ def test_a_bitmap_that_was_read_stays_as_it_was(path: Path, made: Path) -> None:
 
 
 @pytest.mark.usefixtures("large")
+def test_a_bitmap_that_was_read_can_be_copied_with_its_bits(path: Path) -> None:
+    with dm.open(path) as image:
+        value = image["some"]
+    made = copy.deepcopy(value), pickle.loads(pickle.dumps(value))
+    path.unlink()
+    assert [qemu.extents(other) for other in made] == [qemu.extents(value)] * 2
+
+
+@pytest.mark.usefixtures("large")
+def test_values_of_an_image_share_an_open_file_until_the_last_is_gone(path: Path) -> None:
+    def opened() -> int:
+        return sum(os.path.realpath(f"/proc/self/fd/{fd}") == str(path) for fd in os.listdir("/proc/self/fd"))
+
+    with dm.open(path) as image:
+        values = [image["some"] for _ in range(5)]
+    assert opened() == 1
+    del values[1:]
+    assert values[0].extents()[0].size
+    values.clear()
+    assert opened() == 0
+
+
+@pytest.mark.usefixtures("large")
 def test_what_others_have_written_over_is_refused(path: Path) -> None:
     """And never taken for the bits that were read before: neither what became dirty since, nor what became clean."""
     with dm.open(path) as image:
         value = image["some"]
     count, at = value.count, first_cluster(path, "some")
+    message = "bitmap 'some': its clusters were used again since it was read; read it anew"
     for data in (b"\xff" * CLUSTER, bytes(CLUSTER)):
         qemu.patch(path, at, data)
         assert value.count == count
@@ -146,7 +173,7 @@ def test_what_others_have_written_over_is_refused(path: Path) -> None:
             lambda: (value | value).count,
             lambda: value.at(4096).count,
         ):
-            with pytest.raises(dm.Error, match="bitmap 'some': was written over since it was read; try again") as error:
+            with pytest.raises(dm.Error, match=message) as error:
                 look()
             assert str(error.value).startswith(f"{path}: ")
     with dm.open(path) as image:
@@ -168,6 +195,17 @@ def test_a_transaction_that_has_ended_has_no_bits(path: Path) -> None:
         found = bitmaps["some"]
     with pytest.raises(dm.Error, match="the transaction has ended"):
         found.extents()
+
+
+def test_a_copy_of_a_changed_bitmap_lasts_longer_than_its_transaction(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "BLOCK", 1 << 18)
+    with dm.open(path) as image:
+        with image.transaction() as bitmaps:
+            bitmaps["some"].mark(1 << 30, 1)
+            found = bitmaps["some"].copy()
+        assert found == image["some"]
 
 
 class Fading:
