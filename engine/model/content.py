@@ -12,7 +12,6 @@ A part is an array in the form of `bits`, or, where all bits are known to be the
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,10 +39,7 @@ PAGE: Final = 1 << 15
 _RUN = struct.Struct("=HH")  # in a page
 # Marks that are noted before they are made changes of: the more they are, the fewer pages there are for each.
 _NOTES: Final = 1 << 18
-# A leaf of the lock order. No child is forked while a thread makes changes of notes: it would have half of them, and a
-# guard that nobody gives back. It is reentrant, for a fork in a signal's handler.
 _SETTLING: Final = threading.RLock()
-os.register_at_fork(before=_SETTLING.acquire, after_in_parent=_SETTLING.release, after_in_child=_SETTLING.release)
 
 
 class Content(Protocol):

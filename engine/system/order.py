@@ -13,9 +13,8 @@ Threads of one process queue for an image or a store before they ask for the loc
 queue has the rank of the lock. A thread may hold two images, or two stores. Both waits are bounded, so opposite orders
 end in a `LockedError`. Taking the same image or store twice ends in one at once.
 
-A tracker's mark takes none of these locks. The tracker's `_spare_guard`, the guard of its kernel, that of the
-open files in `system.file` and that of noted marks in `model.content` are leaves: whoever holds one takes no lock of
-this table, and calls nothing that does.
+A tracker's mark takes none of these locks. The tracker's `_spare_guard`, the guard of its kernel and the guard of
+the open files in `system.file` are leaves: whoever holds one takes no lock of this table, and calls nothing that does.
 
 An act that has to follow a commit of a store, and needs another lock, is given to `after_stores`. It is done once the
 thread holds no store any more.

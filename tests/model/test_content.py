@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.child import in_child
 
 from dirtmap.engine.model import bits, content
 from dirtmap.engine.model.bitmap import Bitmap
@@ -373,28 +371,3 @@ def test_what_is_made_of_a_damaged_bitmap_says_so(size: int) -> None:
         bitmap | bitmap,
     )
     assert {other.damage for other in made} == {"bits are damaged"}
-
-
-def test_a_child_forked_while_a_thread_looks_has_all_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    bitmap = Bitmap(1000 * 512, 512)
-    for number in (0, 300, 700):
-        bitmap.mark(number * 512, 1)
-    inside, scatter = threading.Event(), Changed._scatter
-
-    def slowly(changed: Changed, starts: bits.Positions, lasts: bits.Positions) -> None:
-        inside.set()
-        time.sleep(0.3)
-        scatter(changed, starts, lasts)
-
-    def looked() -> int:
-        signal.alarm(10)  # one that waits for the thread, which it does not have, waits for ever
-        return bitmap.count
-
-    monkeypatch.setattr(Changed, "_scatter", slowly)
-    thread = threading.Thread(target=bitmap.extents)
-    thread.start()
-    inside.wait()
-    try:
-        assert in_child(looked) == 3 * 512
-    finally:
-        thread.join()
