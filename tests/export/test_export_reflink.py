@@ -57,7 +57,7 @@ def test_clones_and_bitmaps_of_several_disks_are_of_one_instant(xfs: Path, tmp_p
                 extents = by_nbdinfo(uri, "since-noon")
                 dirty = {at // GRANULE for start, length in extents for at in range(start, start + length, GRANULE)}
                 assert {slot_of(at, SLOTS) * SLOT // GRANULE for at in range(noon + 1, last + 1)} <= dirty
-            assert busy("drive0") == ["b0", "noon"]
+            assert busy("drive0") == ["b0", "noon", "off"]
             assert "busy" in error_of("clear", "drive0", "b0")
             assert "busy" in error_of("remove", "drive0", "off")
             assert server.ready[0]["notes"] == []

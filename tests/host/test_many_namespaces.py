@@ -177,7 +177,8 @@ def test_opening_and_changing_one_namespace_touches_few_areas(made: Path, monkey
     mark, opened, mark_many, opened_many = found
     assert depth == 2
     assert mark_many["sync"] == mark["sync"] == 3
-    assert mark_many["write"] <= mark["write"] + depth
+    # In a small store one more pair of areas lies side by side, and is written at once.
+    assert mark_many["write"] <= mark["write"] + depth + 1
     assert mark_many["read"] <= mark["read"] + 8 * depth
     assert opened_many["read"] <= opened["read"] + 2 * depth
     assert opened_many["write"] == 0
