@@ -18,11 +18,12 @@ from dirtmap.engine.qcow2.layout import Layout, Slot, bitmap_label
 from dirtmap.engine.system import memory
 from dirtmap.engine.system.file import File, open_file
 from dirtmap.fmt import directory, geometry
-from dirtmap.fmt.digest import crc32c
+from dirtmap.fmt.digest import crc32c, crc32c_each
 from dirtmap.fmt.errors import Error, LockedError
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
     from dirtmap.engine.model import bits, content
     from dirtmap.engine.model.content import Part
@@ -181,10 +182,15 @@ class Lasting:
         return part[(first - start) // 64 : geometry.ceil_div(end - start, 64)]
 
 
-def _checksums(words: bits.Words) -> list[int]:
-    """The CRC32C of each `_UNIT` of bits."""
-    octets = words.view("u1")
-    return [crc32c(octets[at : at + _UNIT // 8]) for at in range(0, len(octets), _UNIT // 8)]
+def _checksums(words: bits.Words) -> NDArray[np.int64]:
+    """The CRC32C of each `_UNIT` of bits; the last one may be shorter."""
+    octets, size = words.view("u1").data, _UNIT // 8
+    whole = len(octets) // size
+    sums = np.empty(geometry.ceil_div(len(octets), size), np.int64)
+    crc32c_each(octets[: whole * size], size, sums[:whole])
+    if len(sums) > whole:
+        sums[whole] = crc32c(octets[whole * size :])
+    return sums
 
 
 def load(file: File, layout: Layout, slot: Slot) -> memoryview:
