@@ -5,24 +5,17 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import crc32c
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.compiled import levels
 
 from dirtmap.fmt import _crc32c, digest
 
-
-@pytest.fixture(scope="module", params=range(_crc32c.BEST_LEVEL + 1), ids="level={}".format)
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    _crc32c.use_level(request.param)
-    yield request.param
-    _crc32c.use_level(_crc32c.BEST_LEVEL)
-
-
+level = levels(_crc32c.BEST_LEVEL, _crc32c.use_level)
 at_each_level = pytest.mark.usefixtures("level")
 
 

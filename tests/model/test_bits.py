@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -10,17 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.compiled import levels
 
 from dirtmap.engine.model import _bits, bits
 
-
-@pytest.fixture(scope="module", params=range(_bits.BEST_LEVEL + 1), ids="level={}".format)
-def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    _bits.use_level(request.param)
-    yield request.param
-    _bits.use_level(_bits.BEST_LEVEL)
-
-
+level = levels(_bits.BEST_LEVEL, _bits.use_level)
 at_each_level = pytest.mark.usefixtures("level")
 
 

@@ -22,14 +22,28 @@ from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.session.intent import read_log
 from dirtmap.engine.storefile.file import Store, create
 from dirtmap.engine.storefile.session import session_of
+from dirtmap.fmt import store
+from dirtmap.fmt.directory import parse_entries
 
 Model = NDArray[np.uint8]
 GRANULE = 65536
 
 
-def wait_for_beat(store: Path, size: int, moment: int) -> None:
+def damage_directory(path: Path, *, name: bool = False) -> None:
+    """Damages the directory of node ``drive0`` in the store at that path: in the name of its first entry, or before."""
+    with Store(str(path)) as target:
+        record = target.record(b"drive0")
+    assert record
+    first = record.directory.offset + store.OWNER_SIZE
+    with path.open("r+b") as file:
+        _, entry = next(parse_entries(path.read_bytes()[first:]))
+        file.seek(first + (24 + len(entry.extra_data) if name else 20))
+        file.write(b"?")
+
+
+def wait_for_beat(path: Path, size: int, moment: int) -> None:
     """Waits until the intent log of node ``drive0`` has a beat later than a moment, in ns since 1970."""
-    with Store(str(store)) as target:
+    with Store(str(path)) as target:
         record = target.record(b"drive0")
     session = session_of(record) if record else None
     assert session

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.tracking import GRANULE, make_node
+from support.tracking import GRANULE, damage_directory, make_node
 
 import dirtmap.engine as dm
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.tracking.home import Home, HomeView
 from dirtmap.engine.tracking.tracker import Tracker
-from dirtmap.fmt import store
 
 SIZE = 64 << 20
 TIME = 0x7E57  # type of a record's extension that nobody knows, and anybody may ignore
@@ -112,12 +111,7 @@ def test_a_directory_that_is_damaged_is_written_anew_by_the_next_commit(tmp_path
     path = tmp_path / "default.dmap"
     with dm.open("node:drive0") as image, image.track(save_interval=0) as tracker:
         tracker.checkpoint("monday")
-        with Store(str(path)) as target:
-            record = target.record(b"drive0")
-        assert record
-        with path.open("r+b") as file:
-            file.seek(record.directory.offset + store.OWNER_SIZE + 20)
-            file.write(b"?")
+        damage_directory(path)
         with pytest.raises(dm.FormatError, match="directory of node 'drive0'"):
             list(image)
         tracker.mark(0, 1)

@@ -19,17 +19,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.hostless import ALONE
-from support.tracking import GRANULE, Model, files_in, lost, make_node, mark, model_of
+from support.tracking import GRANULE, Model, damage_directory, files_in, lost, make_node, mark, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.model import bits, changes
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.session.intent import read_log
-from dirtmap.engine.storefile.file import Store
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.home import Home
 from dirtmap.engine.tracking.tracker import Tracker
-from dirtmap.fmt import store
 from dirtmap.fmt.directory import FLAG_AUTO, Entry
 from dirtmap.fmt.identity import NO_FILE_PLACE
 
@@ -832,12 +830,7 @@ def test_mending_a_damaged_directory_ends_the_session_of_a_tracker_that_has_ende
     tracker = image.track(save_interval=0)
     tracker.checkpoint("c1")
     tracker.checkpoint("c2")
-    with Store(str(tmp_path / "default.dmap")) as target:
-        record = target.record(b"drive0")
-    assert record
-    with (tmp_path / "default.dmap").open("r+b") as file:  # the older header slot leads to a directory without 'c2'
-        file.seek(record.directory.offset + store.OWNER_SIZE + 20)
-        file.write(b"?")
+    damage_directory(tmp_path / "default.dmap")  # the older header slot leads to a directory without 'c2'
     monkeypatch.setattr(Home, "_left_at", lambda home, snapshot: None)  # else it is written anew, and nothing is lost
     with pytest.raises(dm.LockedError, match="tracked by"):
         image.recover()

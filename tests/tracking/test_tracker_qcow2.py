@@ -13,7 +13,7 @@ import pytest
 from support import hostless, qemu
 from support.cli import dirtmap, error_of, json_of
 from support.devices import in_child
-from support.tracking import files_in, model_of
+from support.tracking import damage_directory, files_in, model_of
 
 import dirtmap.engine as dm
 from dirtmap.engine.host import tracked
@@ -27,7 +27,6 @@ from dirtmap.engine.system import file as fileio
 from dirtmap.engine.system.file import File
 from dirtmap.engine.tracking.tracker import Tracker
 from dirtmap.fmt import store
-from dirtmap.fmt.directory import parse_entries
 
 SIZE = 64 << 20
 GRANULE = 65536
@@ -632,12 +631,7 @@ def test_recover_of_a_session_with_a_damaged_directory_makes_all_dirty_that_the_
 
     in_child(act)
     place = path.parent / "default.dmap"
-    with Store(str(place)) as target:
-        record = target.record(b"drive0")
-    assert record
-    with place.open("r+b") as file:
-        file.seek(record.directory.offset + store.OWNER_SIZE + 20)
-        file.write(b"?")
+    damage_directory(place)
     with pytest.raises(dm.FormatError, match="directory of node 'drive0'"), dm.open(path) as image:
         image["b0"]
     recovered = {item.name: item.how for item in dm.recover(path)}
@@ -648,18 +642,13 @@ def test_recover_of_a_session_with_a_damaged_directory_makes_all_dirty_that_the_
     assert dm.check(place).corruptions == 0
 
 
-def damage_directory(place: Path, *, name: bool = False) -> None:
+def damage_both_slots(place: Path, *, name: bool = False) -> None:
     """Damages a tracked image's directory so that nothing can be named, or in a name, where both slots lead to it."""
     with Store(str(place)) as target:
         for number in range(3):
             (place.parent / f"{number}.raw").touch()
             add_node(target, f"other{number}", str(place.parent / f"{number}.raw"))
-        record = target.record(b"drive0")
-    assert record
-    with place.open("r+b") as file:
-        _, entry = next(parse_entries(place.read_bytes()[record.directory.offset + store.OWNER_SIZE :]))
-        file.seek(record.directory.offset + store.OWNER_SIZE + (24 + len(entry.extra_data) if name else 20))
-        file.write(b"?")
+    damage_directory(place, name=name)
 
 
 @pytest.mark.parametrize("name", [False, True])
@@ -669,7 +658,7 @@ def test_mending_a_damaged_directory_takes_no_bitmap_from_a_tracked_image(path: 
     live.mkdir()
     in_child(lambda: dm.open(path).track(live=live).mark(5 * GRANULE, 1))
     place = path.parent / "default.dmap"
-    damage_directory(place, name=name)
+    damage_both_slots(place, name=name)
     report = dm.check(place, repair="all")
     assert (report.corruptions, report.leaks, len(report.dropped), len(report.made_dirty)) == (
         (0, 0, 0, 2) if name else (0, 0, 1, 0)
@@ -695,7 +684,7 @@ def test_mending_a_damaged_directory_forgets_no_mark_in_what_others_have_made_us
         tracker.mark(5 * GRANULE, 1)
 
     in_child(act)
-    damage_directory(path.parent / "default.dmap")
+    damage_both_slots(path.parent / "default.dmap")
     dm.check(path.parent / "default.dmap", repair="all")
     dm.recover(path)
     goes_on(path, "b0", list(range(SIZE // GRANULE)))
@@ -704,7 +693,7 @@ def test_mending_a_damaged_directory_forgets_no_mark_in_what_others_have_made_us
 def test_a_damaged_directory_is_not_mended_while_its_tracker_lives(path: Path) -> None:
     with dm.open(path) as image:
         tracker = image.track(save_interval=0)
-    damage_directory(path.parent / "default.dmap")
+    damage_both_slots(path.parent / "default.dmap")
     before = path.read_bytes()
     assert "tracked by" in error_of("check", "-r", "all", path.parent / "default.dmap")
     assert "tracked by" in error_of("recover", path)
