@@ -22,8 +22,9 @@ Made by `make bench-serve`. CPU time of the server for a write, kernel time incl
 four requests of each job under way; the disk, of 512 MiB, is on a tmpfs, store and log are not.
 
 What dirtmap's filter takes of it is *sampled*: of the moments at which perf looked at an nbdkit with one filter, the
-part that was inside it or in the clock that it asks. *In a minute with a save* adds what a save costs: after one, the
-first write into each of the disk's 512 regions syncs a record.
+part that was inside it or in the clock that it asks. *In a minute with a save* adds what a save costs in the
+{seconds:g} s right after it: the first write into each of the disk's 512 regions syncs a record, and most are written
+by then.
 
 Beside it stands what differences tell. Each turn measures all columns once, and medians over {turns} turns of
 {seconds:g} s count. nbdkit differs from itself by more than what is looked for, as *again* shows, which is the same

@@ -185,7 +185,7 @@ def test_cpu(
 
     log_all()
     own = servers.single.share(how, size, jobs, tmp_path)
-    # What a save costs is over with the turn, in which each region is written: the rest of a minute is as without it.
+    # What a save costs is over with the turn, in which most regions are written: the rest of a minute is as without it.
     save = statistics.median((turn["saved"] - turn["warm"]) / turn["nbdkit"] for turn in turns) / FILTERS
     found = {
         "seconds": statistics.median(turn["nbdkit"] for turn in turns),
