@@ -21,7 +21,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import groupby
+from itertools import groupby, starmap
 from operator import itemgetter, lt
 from typing import Any, NamedTuple, NoReturn
 
@@ -40,7 +40,6 @@ Change = tuple[int, bytes, bytes | None]  # key, name, bytes of the record, or N
 
 _KEYS = 1 << 32
 _WORDS = NODE_POINTER.size // 4  # numbers of four bytes in a pointer
-_NOTHING = array("I")
 
 
 class Node(NamedTuple):
@@ -87,9 +86,18 @@ class DamagedNodeError(FormatError):
         self.node, self.hides_nothing = node, hides_nothing
 
 
-# By level, the node that was read last, its bytes, and the numbers in them if they are pointers: often read again. A
-# node with the same place and checksum has the same bytes, in whichever commit's table it is.
-Known = dict[int, tuple[Node, bytes, "array[int]"]]
+class Kept(NamedTuple):
+    """A node that was read: its bytes, and the numbers in them if they are pointers; else its records by name."""
+
+    node: Node
+    data: bytes
+    words: array[int]
+    records: dict[bytes, bytes]
+
+
+# By level, the node that was read last: often read again. A node with the same place and checksum has the same bytes,
+# in whichever commit's table it is.
+Known = dict[int, Kept]
 
 Fail = Callable[[FormatError], object]
 FailNode = Callable[[DamagedNodeError], object]
@@ -246,45 +254,55 @@ class NamespaceTable:
         """The bytes of a record as the last commit left it. Takes apart only what leads to it."""
         key, node = name_key(name), self.root
         while node.level:
-            data, words = self._cached(node)
+            _, data, words, _ = self._kept(node)
             at = bisect_right(words[::_WORDS], key) - 1
             if at < 0:
                 return None
             following = (at + 1) * _WORDS
             end = words[following] if following < len(words) else node.end
             node = Node(node.level - 1, end, *NODE_POINTER.unpack(data, at * NODE_POINTER.size))
-        data, _ = self._cached(node)
-        return next((raw for found, raw in split_records(data) if found == name), None)
+        return self._kept(node).records.get(name)
 
-    def _cached(self, node: Node) -> tuple[bytes, array[int]]:
-        """The bytes of a node, and the numbers in them if they are pointers. Errors as `records`."""
-        known, data, words = self._last.get(node.level, (None, b"", _NOTHING))
-        if known != node:
-            data = self._bytes(node)
-            words = self._words(node, data) if node.level else _NOTHING
-            if node.level and (fault := self._count_fault(node, sum(words[1::_WORDS]))):
+    def _kept(self, node: Node) -> Kept:
+        """A node, which is read if it is not the last one of its level. Errors as `records`."""
+        kept = self._last.get(node.level)
+        if kept is None or kept.node != node:
+            kept = self._read_node(node)
+            if node.level and (fault := self._count_fault(node, sum(kept.words[1::_WORDS]))):
                 raise fault
-            self._last[node.level] = node, data, words
-        return data, words
+            self._last[node.level] = kept
+        return kept
 
-    def _load(self, node: Node, data: bytes | None = None) -> list[Item]:
-        """What is in a node; ``data``: its bytes, where they were read already. Errors as `records`."""
-        items = self._items(node, data)
+    def _read_node(self, node: Node) -> Kept:
+        data = self._bytes(node)
+        if node.level:
+            return Kept(node, data, self._words(node, data), {})
+        return Kept(node, data, array("I"), self._records(node, data))
+
+    def _records(self, node: Node, data: bytes) -> dict[bytes, bytes]:
+        try:
+            found = list(split_records(data))
+        except ValueError as error:
+            raise self._damaged(node, str(error)) from None
+        records = dict(found)
+        if len(records) < len(found):
+            raise self._damaged(node, "its names do not ascend")
+        return records
+
+    def _load(self, node: Node, kept: Kept | None = None) -> list[Item]:
+        """What is in a node; ``kept``: the same, where it was read already. Errors as `records`."""
+        items = self._items(node, kept)
         if fault := self._count_fault(node, _count(node.level, items)):
             raise fault
         return items
 
-    def _items(self, node: Node, data: bytes | None = None) -> list[Item]:
+    def _items(self, node: Node, kept: Kept | None = None) -> list[Item]:
         """Like `_load`, but the number of records may be wrong."""
-        data = self._bytes(node) if data is None else data
+        kept = kept or self._read_node(node)
         if node.level:
-            self._words(node, data)
-            return list(NODE_POINTER.unpack_all(data))
-        try:
-            items: list[Item] = [(name_key(name), name, raw) for name, raw in split_records(data)]
-        except ValueError as error:
-            raise self._damaged(node, str(error)) from None
-        if len({item[1] for item in items}) < len(items) or not all(map(lt, items, items[1:])):
+            return list(NODE_POINTER.unpack_all(kept.data))
+        items: list[Item] = [(name_key(name), name, raw) for name, raw in kept.records.items()]
+        if not all(map(lt, items, items[1:])):
             raise self._damaged(node, "its names do not ascend")
         if items and items[-1][0] >= node.end:
             raise self._damaged(node, f"has the key {items[-1][0]:08x}, which does not lead to it")
@@ -403,7 +421,7 @@ class NamespaceTable:
 
     def _rebuilt(self, node: Node, changes: list[Change], place: Place, release: Release) -> list[Item]:
         """What will be in a node, which is given up. All that is below it has its place."""
-        items = self._load(node, self._cached(node)[0])  # who changes a record has looked at it
+        items = self._load(node, self._kept(node))  # who changes a record has looked at it
         release(node.area)
         if not node.level:
             gone = {name for _, name, _ in changes}
@@ -459,7 +477,7 @@ class NamespaceTable:
         size = 0
 
         def end() -> None:
-            data = b"".join(NODE_POINTER.pack(*item) if level else item[2] for item in waiting)
+            data = b"".join(starmap(NODE_POINTER.pack, waiting) if level else map(itemgetter(2), waiting))
             if len(data) > store.MAX_NODE_BYTES:
                 what = f"{len(waiting)} names share the key {waiting[0][0]:08x}, too many for one leaf"
                 raise FormatError(f"{self._where}: namespaces", what)
@@ -490,8 +508,8 @@ def _child(node: Node, items: list[Item], at: int) -> Node:
 
 
 def _count(level: int, items: list[Item]) -> int:
-    return sum(item[1] for item in items) if level else len(items)
+    return sum(map(itemgetter(1), items)) if level else len(items)
 
 
 def _size(level: int, items: list[Item]) -> int:
-    return NODE_POINTER.size * len(items) if level else sum(len(item[2]) for item in items)
+    return NODE_POINTER.size * len(items) if level else sum(map(len, map(itemgetter(2), items)))
