@@ -11,7 +11,7 @@ from dirtmap.engine.identity import lasting_identity_now
 from dirtmap.engine.model.naming import decode_name, encode_name
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces.condition import Condition, Source, refuse_tracked
-from dirtmap.engine.storefile.chain import checkpoints_of, with_checkpoints
+from dirtmap.engine.storefile.chain import checkpoints_of, with_chain
 from dirtmap.engine.storefile.directory import no_namespace, place_bitmap, replace_directory
 from dirtmap.engine.storefile.entries import identified, item, with_items, with_root
 from dirtmap.engine.storefile.file import Change, Store
@@ -185,6 +185,6 @@ def _put(change: Change, now: Condition, bitmaps: Transaction) -> None:
         # Either all that was in doubt is now dirty on disk, or the first bitmap begins: changes count from here on.
         with contextlib.suppress(StorageError):
             identity = lasting_identity_now(record)
-    new = with_checkpoints(now.end_session(change), bitmaps.checkpoints)
+    new = with_chain(now.end_session(change), bitmaps.checkpoints)
     generation, count = change.generation, len(wanted)
     change.table.put(replace(new, generation=generation, directory=area, nb_bitmaps=count, identity=identity))

@@ -13,7 +13,7 @@ from dirtmap.engine.namespaces import devices
 from dirtmap.engine.namespaces.condition import refuse_tracked
 from dirtmap.engine.namespaces.place import Place
 from dirtmap.engine.storefile import holds
-from dirtmap.engine.storefile.chain import checkpoints_of, read_times, with_checkpoints
+from dirtmap.engine.storefile.chain import checkpoints_of, read_times, with_chain
 from dirtmap.engine.storefile.directory import no_namespace
 from dirtmap.engine.storefile.holds import Hold, held_by
 from dirtmap.engine.system import order
@@ -121,7 +121,7 @@ class StoredPlace(Place):
             with self._host.opened(self.store) as target, target.change() as change:
                 record = change.table.get(self._name)
                 same = record is not None and record.uuid == self._uuid
-                if record and same and (kept := with_checkpoints(record, chain)) != record:
+                if record and same and (kept := with_chain(record, chain)) != record:
                     change.table.put(kept)
 
         order.after_stores(keep)

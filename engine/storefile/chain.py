@@ -42,13 +42,15 @@ def read_times(record: Record) -> dict[str, int]:
 
 
 def with_chain(record: Record, chain: list[str], new: Mapping[str, int] | None = None) -> Record:
-    """The record with this chain in place of its own.
+    """The record with this chain in place of its own; the same record if neither has a chain.
 
     Args:
         record: of the namespace.
         chain: the new one. When its checkpoints began stays known.
         new: when those began that are new in it, in ns since 1970.
     """
+    if not chain and record.extension(EXTENSION_CHECKPOINTS) is None:
+        return record
     data, times = build_checkpoints(map(encode_name, chain)), {**read_times(record), **(new or {})}
     began = [times.get(name, 0) for name in chain]
     extensions = [(EXTENSION_CHECKPOINTS, data)] if chain else []
@@ -75,10 +77,3 @@ def checkpoints_of(where: str, record: Record, recording: Mapping[str, bool] | N
 
     chain = read_chain(where, record)
     return chain if recording is None else checkpoints.reconcile(chain, recording)
-
-
-def with_checkpoints(record: Record, chain: list[str]) -> Record:
-    """The record with this chain in place of its own; the same record if neither has a chain."""
-    if not chain and record.extension(store.EXTENSION_CHECKPOINTS) is None:
-        return record
-    return with_chain(record, chain)

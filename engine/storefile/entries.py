@@ -15,6 +15,8 @@ from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.parsers.store import BITS, IDENTITY
 from dirtmap.fmt.store import ALL_ONES, ITEM_BITS, ITEM_IDENTITY, Record, build_items, parse_items
 
+NOTHING: Mapping[int, bytes | None] = {}
+
 
 class Tree(NamedTuple):
     """Where the bits of a bitmap are: the root's place and checksum, how many bits there are, and whose they are."""
@@ -102,11 +104,20 @@ def identity_of(entry: Entry) -> Identity | None:
     return Identity(raw.uuid, raw.generation)
 
 
-def identified(entry: Entry, generation: int, *, new: bool = False) -> Entry:
-    """The entry of a bitmap that commit ``generation`` changes; a ``new`` one, or one without a UUID, gets one."""
+def identified(
+    entry: Entry, generation: int, *, new: bool = False, items: Mapping[int, bytes | None] = NOTHING
+) -> Entry:
+    """The entry of a bitmap that commit ``generation`` changes; a ``new`` one, or one without a UUID, gets one.
+
+    Args:
+        entry: of the bitmap.
+        generation: number of the commit.
+        new: whether the bitmap is another one than whose items the entry has.
+        items: what else changes, as in `with_items`.
+    """
     known = None if new else identity_of(entry)
     own = known.uuid if known else uuid.uuid4().bytes
-    return with_items(entry, {ITEM_IDENTITY: IDENTITY.build(uuid=own, generation=generation)})
+    return with_items(entry, {**items, ITEM_IDENTITY: IDENTITY.build(uuid=own, generation=generation)})
 
 
 def all_dirty(entry: Entry) -> Entry:

@@ -368,8 +368,12 @@ class NamespaceTable:
 
     # Changing.
 
-    def put(self, record: Record) -> None:
+    def put(self, record: Record, before: Record | None = None) -> None:
         """Adds or replaces a namespace.
+
+        Args:
+            record: the new one.
+            before: the one that is there, if the caller knows it.
 
         Raises:
             UnsupportedError: the one there is needs newer software.
@@ -377,14 +381,13 @@ class NamespaceTable:
         """
         for field, what in store.record_faults(record):
             raise FormatError(f"{self._where}: {namespace_label(record.name)}.{field}", what)
-        self._change(record.name, build_record(record), tracked=record.tracked)
+        self._change(record.name, build_record(record), before or self.get(record.name), tracked=record.tracked)
 
     def remove(self, name: bytes) -> None:
         """Removes a namespace, if there is one of that name. Errors as `put`."""
-        self._change(name, None, tracked=False)
+        self._change(name, None, self.get(name), tracked=False)
 
-    def _change(self, name: bytes, raw: bytes | None, *, tracked: bool) -> None:
-        before = self.get(name)
+    def _change(self, name: bytes, raw: bytes | None, before: Record | None, *, tracked: bool) -> None:
         if before is not None:
             require_known(self._where, before)
         self.sessions += tracked - (before is not None and before.tracked)

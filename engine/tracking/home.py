@@ -23,7 +23,7 @@ from dirtmap.engine.storefile.directory import (
     read_entries,
     replace_directory,
 )
-from dirtmap.engine.storefile.entries import identified, tree_of, with_items, with_root
+from dirtmap.engine.storefile.entries import identified, tree_of, with_root
 from dirtmap.engine.storefile.file import Change, Plan, Snapshot, Store
 from dirtmap.engine.storefile.header import Seen
 from dirtmap.engine.storefile.session import (
@@ -250,7 +250,7 @@ class HomeChange(HomeView):
         if known:  # the same bitmap, with what is known of it
             entry = replace(entry, extra_data=known.extra_data)
         items = {store.ITEM_BITS: None, store.ITEM_WINDOW: window.build() if window else None}
-        self.entries[name] = identified(with_items(entry, items), self.change.generation, new=known is None)
+        self.entries[name] = identified(entry, self.change.generation, new=known is None, items=items)
 
     def grow(self, size: int) -> None:
         """Gives the disk another size, in bytes. The caller then puts every bitmap anew."""
@@ -293,7 +293,7 @@ class HomeChange(HomeView):
             nb_bitmaps=len(wanted),
             identity=self.identity,
         )
-        change.table.put(new)
+        change.table.put(new, record)
         return new
 
 
