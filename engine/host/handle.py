@@ -307,8 +307,7 @@ class Handle(Namespace):
         if (session := self._now.tracking()) is None:
             return
         if session.alive:
-            where = f"{self.path}: node '{self.name}'"
-            raise LockedError(where, f"tracked by {session.tracker}; ask it, or end it first")
+            raise LockedError(f"{self.path}: node '{self.name}'", session.refusal)
         self._now.recover_session()
         self._open_anew()
 

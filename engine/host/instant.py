@@ -22,7 +22,7 @@ class Instant:
 
     def __init__(self, talks: dict[str | None, Conversation]) -> None:
         self._talks = talks
-        self._places: dict[str | None, object] = {}
+        self._places: dict[Conversation, object] = {}  # of those whose gate is closed, which file is tracked
         self._made: list[tuple[Namespace, str]] = []
 
     def checkpoint(self, image: Namespace, name: str, granularity: int | None = None) -> None:
@@ -62,7 +62,7 @@ class Instant:
         Raises:
             LockedError: it is not the one that is tracked.
         """
-        if wire.spelled(identity_of(path).place) != self._places[image.uuid]:
+        if wire.spelled(identity_of(path).place) != self._places[self._talks[image.uuid]]:
             raise LockedError(image.where, "what is at the disk's path is not what its tracker tracks")
 
     def _ask(self, image: Namespace, act: str, **arguments: object) -> object:
@@ -70,7 +70,9 @@ class Instant:
         return answer
 
     def _close(self, image: Namespace) -> None:
-        self._places[image.uuid] = self._ask(image, "close")
+        talk = self._talks[image.uuid]
+        if talk not in self._places:
+            self._places[talk] = self._ask(image, "close")
 
     def _open(self, image: Namespace) -> None:
         self._ask(image, "open")
@@ -88,10 +90,12 @@ def instant(images: Iterable[Namespace]) -> Iterator[Instant]:
     chosen = sorted(images, key=lambda image: image.uuid or "")
     with contextlib.ExitStack() as stack:
         talks: dict[str | None, Conversation] = {}
+        trackers: dict[str, Conversation] = {}  # by folder: a device and its root have one, with one gate
         for image in chosen:
             if image.uuid in talks:
                 raise ArgumentError(image.where, "is named twice")
-            talks[image.uuid] = stack.enter_context(asked(image))
+            talk = stack.enter_context(asked(image))
+            talks[image.uuid] = trackers.setdefault(talk.folder, talk)
         here = Instant(talks)
         try:
             for image in chosen:

@@ -323,6 +323,12 @@ class Home:
             self.store.close()
             raise
 
+    @property
+    def uuid(self) -> bytes:
+        """Of the namespace, 16 bytes; known once the tracker has changed it, which it does when it begins."""
+        assert self._left
+        return self._left.record.uuid
+
     def close(self) -> None:
         """Closes the store."""
         self.store.close()
