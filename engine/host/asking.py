@@ -155,16 +155,35 @@ def transaction(image: Namespace, refused: LockedError, wait: float) -> Iterator
 
 def _begin(image: Namespace, talk: Conversation, wait: float) -> Mapping[str, str]:
     """Begins changes, as soon as nobody else is about to make some; returns who holds which bitmaps."""
-    me, deadline = str(this_process()), time.monotonic() + wait
+    me = str(this_process())
+    try:
+        answer = ask_in_turn(image, talk, wait, "begin", owner=me)
+    except LockedError as error:
+        raise LockedError(image.where, error.what.replace(me, "this very process")) from None
+    return dict(answer["held"]) if answer else {}  # an older tracker answers nothing
+
+
+def ask_in_turn(image: Namespace, talk: Conversation, wait: float, act: str, **arguments: object) -> Any:
+    """Asks for what one conversation has at a time, until nobody else has it.
+
+    Args:
+        image: that it is about.
+        talk: with its tracker.
+        wait: seconds.
+        act: see `dirtmap.engine.tracking.asked`.
+        **arguments: of the act.
+
+    Raises:
+        LockedError: somebody else has it still.
+    """
+    deadline = time.monotonic() + wait
     while True:
         try:
-            answer = talk.ask("begin", namespace=image.uuid, owner=me)
-        except LockedError as error:
+            return talk.ask(act, namespace=image.uuid, **arguments)
+        except LockedError:
             if time.monotonic() > deadline:
-                raise LockedError(image.where, error.what.replace(me, "this very process")) from None
+                raise
             time.sleep(_PAUSE_SECONDS)
-        else:
-            return dict(answer["held"]) if answer else {}  # an older tracker answers nothing
 
 
 class _Unread:

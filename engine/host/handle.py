@@ -168,7 +168,8 @@ class Handle(Namespace):
         """Has the image's tracker begin a checkpoint; see `Tracker.checkpoint`. Errors as `save_tracked`, too."""
         from dirtmap.engine.host.instant import checkpoint
 
-        checkpoint([self], name, None if granularity is None else operator.index(granularity))
+        chosen = None if granularity is None else operator.index(granularity)
+        checkpoint([self], name, chosen, self._host.locking.wait)
 
     def rebuild(self, name: str, begun: str, differing: Bitmap) -> None:
         """Gives a checkpoint of a raw disk's node its content anew, after that was lost, in one commit.

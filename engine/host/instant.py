@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.control import wire
-from dirtmap.engine.host.asking import asked
+from dirtmap.engine.host.asking import ask_in_turn, asked
 from dirtmap.engine.identity import identity_of
 from dirtmap.fmt.errors import ArgumentError, BitmapError, Error, LockedError, printable
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Instant:
     """A time during which nothing is written to some tracked disks, in any process; see `Host.instant`."""
 
-    def __init__(self, talks: dict[str | None, Conversation]) -> None:
-        self._talks = talks
+    def __init__(self, talks: dict[str | None, Conversation], wait: float) -> None:
+        self._talks, self._wait = talks, wait
         self._places: dict[Conversation, object] = {}  # of those whose gate is closed, which file is tracked
         self._made: list[tuple[Namespace, str]] = []
 
@@ -71,8 +71,12 @@ class Instant:
 
     def _close(self, image: Namespace) -> None:
         talk = self._talks[image.uuid]
-        if talk not in self._places:
-            self._places[talk] = self._ask(image, "close")
+        if talk in self._places:
+            return
+        try:
+            self._places[talk] = ask_in_turn(image, talk, self._wait, "close")
+        except LockedError:
+            raise LockedError(image.where, "somebody else makes a checkpoint or a clone of it; try again") from None
 
     def _open(self, image: Namespace) -> None:
         self._ask(image, "open")
@@ -84,8 +88,13 @@ class Instant:
 
 
 @contextlib.contextmanager
-def instant(images: Iterable[Namespace]) -> Iterator[Instant]:
-    """Has the trackers of several disks close their gates until the end of the block; see `Host.instant`."""
+def instant(images: Iterable[Namespace], wait: float) -> Iterator[Instant]:
+    """Has the trackers of several disks close their gates until the end of the block; see `Host.instant`.
+
+    Args:
+        images: each of another namespace.
+        wait: seconds to wait for somebody else who has closed one.
+    """
     # In an order that is the same for all, so that no two wait for each other.
     chosen = sorted(images, key=lambda image: image.uuid or "")
     with contextlib.ExitStack() as stack:
@@ -96,7 +105,7 @@ def instant(images: Iterable[Namespace]) -> Iterator[Instant]:
                 raise ArgumentError(image.where, "is named twice")
             talk = stack.enter_context(asked(image))
             talks[image.uuid] = trackers.setdefault(talk.folder, talk)
-        here = Instant(talks)
+        here = Instant(talks, wait)
         try:
             for image in chosen:
                 here._close(image)
@@ -108,8 +117,8 @@ def instant(images: Iterable[Namespace]) -> Iterator[Instant]:
             raise
 
 
-def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None) -> None:
-    """Makes a checkpoint of several disks, at one instant; see `Host.checkpoint`."""
+def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None, wait: float) -> None:
+    """Makes a checkpoint of several disks, at one instant; see `Host.checkpoint`, and `instant` for ``wait``."""
     for image in images:
         if name in image:
             raise BitmapError(f"{image.where}: bitmap '{printable(name)}'", "the name is taken")
@@ -118,6 +127,6 @@ def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None) 
         with asked(image) as talk:
             talk.ask("checkpoint", namespace=image.uuid, name=name, granularity=granularity)
         return
-    with instant(images) as here:
+    with instant(images, wait) as here:
         for image in images:
             here.checkpoint(image, name, granularity)

@@ -118,7 +118,7 @@ class SessionView:
     def note(self) -> str:
         """What a listing says about the namespace."""
         if self.row is Row.LIVE:
-            return f"tracked by {tracker_of(self.session)}"
+            return f"tracked by {named(self.session, kept=intent.is_kept(self.session) is not False)}"
         return f"not recovered yet: {self.how}"
 
     @property
@@ -276,6 +276,12 @@ def _look_at(record: Record) -> Identity | None:
 def tracker_of(session: live.Session) -> Process:
     """The process of the session's tracker, which may have ended."""
     return Process(session.pid, session.process_start, session.boot_id)
+
+
+def named(session: live.Session, *, kept: bool) -> str:
+    """Who tracks, for people; ``kept``: the process is alive, and not only others who mark."""
+    # The number of a process that has ended may be that of another one by now.
+    return str(tracker_of(session)) if kept else f"a process that has ended ({session.pid} while it ran)"
 
 
 def is_alive(session: live.Session) -> bool:

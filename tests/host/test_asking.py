@@ -448,6 +448,21 @@ def test_a_checkpoint_of_several_disks_is_of_one_instant(tracker: Tracker) -> No
         assert "only-here" not in tracker.checkpoints()
 
 
+def test_whoever_makes_one_meanwhile_is_waited_for(tracker: Tracker) -> None:
+    other = make_other(tracker)
+    with dm.open("node:drive1") as image, image.track() as second:
+        with second.gated():
+            error = error_of("checkpoint", "add", "drive0", other, "a", "--wait", "0")
+            assert error.endswith("node 'drive1': somebody else makes a checkpoint or a clone of it; try again")
+            asker = threading.Thread(target=lambda: dirtmap("checkpoint", "add", "drive0", other, "b"))
+            asker.start()
+            while len(tracker._control._peers) == 0:  # type: ignore[union-attr]
+                time.sleep(0.001)
+            time.sleep(0.1)
+        asker.join()
+        assert tracker.checkpoints() == second.checkpoints() == ["b"]
+
+
 def test_what_was_written_between_checkpoints(tmp_path: Path) -> None:
     """Whether the disk is tracked or not."""
     make_node(tmp_path, SIZE)

@@ -16,6 +16,8 @@ from urllib.parse import quote
 from dirtmap.fmt.errors import ArgumentError, StorageError
 
 LOOPBACK = "127.0.0.1"
+_MOST_BYTES = 107  # of the path of a Unix socket. Source: unix(7), sun_path, which ends with a NUL
+_CERTIFICATES = "ca-cert.pem", "server-cert.pem", "server-key.pem"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Listener:
         except ValueError:
             raise ArgumentError("bind", f"'{self.bind}' is no IP address") from None
         if not address.is_loopback and self.tls is None:
-            what = f"other machines reach {self.bind}, and anybody could read the disk; that needs TLS"
+            what = f"other machines reach {self.bind}, and anybody there could open the disk; that needs TLS"
             raise ArgumentError("bind", what)
 
     def address(self) -> dict[str, Any]:
@@ -67,16 +69,23 @@ class Listener:
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[None]:
-        """Refuses a Unix socket's path where something is, which QEMU would remove; removes the socket in the end.
+        """Refuses what no server could listen with, before it starts; removes the Unix socket in the end.
 
         A socket at which nobody listens, as a server leaves it that was killed, is removed at once.
 
         Raises:
-            StorageError: something is there.
+            ArgumentError: the path of the socket is too long.
+            StorageError: something is there, which QEMU would remove; or a file of ``tls`` cannot be read.
         """
+        if self.tls is not None:
+            for name in _CERTIFICATES:
+                _require_readable(os.path.join(self.tls, name))
         if self.unix is None:
             yield
             return
+        if (length := len(os.fsencode(self.unix))) > _MOST_BYTES:
+            what = f"has {length} bytes, and the path of a Unix socket {_MOST_BYTES} at most"
+            raise ArgumentError(self.unix, what)
         path = Path(self.unix)
         if os.path.lexists(path):
             if not _is_dead_socket(self.unix):
@@ -88,6 +97,14 @@ class Listener:
             with contextlib.suppress(OSError):
                 if stat.S_ISSOCK(path.lstat().st_mode):
                     path.unlink()
+
+
+def _require_readable(path: str) -> None:
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise StorageError(path, error.strerror or str(error), error.errno) from error
 
 
 def _is_dead_socket(path: str) -> bool:
