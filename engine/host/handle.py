@@ -308,7 +308,7 @@ class Handle(Namespace):
         if (session := self._now.tracking()) is None:
             return
         if session.alive:
-            raise LockedError(f"{self.path}: node '{self.name}'", session.refusal)
+            raise LockedError(self.where, session.refusal)
         self._now.recover_session()
         self._open_anew()
 

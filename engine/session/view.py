@@ -80,7 +80,7 @@ class SessionView:
         if alive and self.found is None:
             # A tracker commits to the store before it removes live files. If it has just done so, this is read again.
             where = f"{snapshot.file.path}: {record.label}"
-            remedy = _unsure(session) or "ask it from where they can be"
+            remedy = _unsure(session) or "ask it as its user, where they can be"
             what = f"tracked by {tracker_of(session)}, whose live files cannot be read here; {remedy}"
             raise FormatError(where, what)
         if not alive and self.found and not _fit(snapshot, record, session, self.found):

@@ -329,6 +329,12 @@ class Home:
         assert self._left
         return self._left.record.uuid
 
+    @property
+    def where(self) -> str:
+        """How messages name the namespace; known as its `uuid` is."""
+        assert self._left
+        return f"{self.store.path}: {self._left.record.label}"
+
     def close(self) -> None:
         """Closes the store."""
         self.store.close()

@@ -200,9 +200,10 @@ class Tracker(Recorder):
             As `add`.
         """
         with self._using():
-            outside = self._outside[self._named(namespace)]
+            target = self._named(namespace)
+            outside = self._outside[target]
         if not outside.guard.acquire(blocking=False):
-            raise LockedError(self._where, f"is being changed by {printable(outside.owner)}")
+            raise LockedError(target.where, f"is being changed by {printable(outside.owner)}")
         outside.owner = owner
         try:
             with self._cut() as number:
@@ -237,7 +238,7 @@ class Tracker(Recorder):
             if begun is not None:
                 number, then, serial = begun
                 if then is not outside or serial != outside.serial:
-                    raise LockedError(self._where, "its bitmaps were changed meanwhile; nothing was done: try again")
+                    raise LockedError(target.where, "its bitmaps were changed meanwhile; nothing was done: try again")
             outside.serial += 1
             home = stack.enter_context(self._changing(target))
             for act, *more in changes:
@@ -572,7 +573,7 @@ class Tracker(Recorder):
             for name in self._held:
                 raise BitmapError(f"{self._where}: {label(name)}", "busy: taken for a backup")
             for pinned in self._pinned.values():
-                raise BitmapError(self._where, f"a bitmap is busy: held by {printable(pinned.owner)}")
+                raise BitmapError(pinned.home.where, f"a bitmap is busy: held by {printable(pinned.owner)}")
             self._refuse_in_flight()
             self._close()
             change(root, content_unchanged, self._begin_anew)

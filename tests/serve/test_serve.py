@@ -193,6 +193,12 @@ def test_where_it_cannot_listen_is_said_before_anything_begins(disk: Path, tmp_p
         for folder, missing in ((tmp_path / "none", "ca-cert.pem"), (tls, "server-key.pem")):
             error = error_of(command, "drive0", "--port", 10809, "--tls", folder)
             assert error == f"{folder / missing}: No such file or directory"
+        there = tmp_path / "none" / "sock"
+        assert error_of(command, "drive0", "--unix", there) == f"{there}: No such file or directory"
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            error = error_of(command, "drive0", "--port", port)
+            assert error == f"127.0.0.1:{port}: Address already in use"
         error = error_of(command, "drive0", "--bind", "0.0.0.0", "--port", 10809)
         assert error == "bind: other machines reach 0.0.0.0, and anybody there could open the disk; that needs TLS"
     with dm.open("node:drive0") as image:
@@ -203,6 +209,13 @@ def test_a_socket_whose_path_is_as_long_as_it_may_be(disk: Path, tmp_path: Path)
     sock = tmp_path / ("x" * (107 - len(os.fsencode(tmp_path)) - 1))
     for command in ("serve", "export"):
         dirtmap(command, "drive0", "--unix", sock, "--run", 'nbdinfo --size "$uri"')
+
+
+def test_a_socket_whose_path_is_no_utf_8(disk: Path, tmp_path: Path) -> None:
+    """nbdkit takes any; QEMU, which `export` has, does not."""
+    sock = os.fsdecode(bytes(tmp_path) + b"/\xff")
+    dirtmap("serve", "drive0", "--unix", sock, "--run", 'test -S "$unixsocket" && nbdinfo --size "$uri"')
+    assert "not UTF-8, as qemu-storage-daemon needs its paths" in error_of("export", "drive0", "--unix", sock)
 
 
 def test_nothing_to_adopt(disk: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class Listener:
         """The URI of an export. Source: NBD's doc/uri.md."""
         scheme, name = "nbds" if self.tls else "nbd", quote(export, safe="")
         if self.unix is not None:
-            return f"{scheme}+unix:///{name}?socket={quote(self.unix, safe='/')}"
+            return f"{scheme}+unix:///{name}?socket={quote(os.fsencode(self.unix), safe='/')}"
         host = f"[{self.bind}]" if ":" in self.bind else self.bind
         return f"{scheme}://{host}:{self.port}/{name}"
 
@@ -75,12 +75,15 @@ class Listener:
 
         Raises:
             ArgumentError: the path of the socket is too long.
-            StorageError: something is there, which QEMU would remove; or a file of ``tls`` cannot be read.
+            StorageError: something is there, which QEMU would remove; or nobody can listen there; or a file of ``tls``
+                cannot be read.
         """
         if self.tls is not None:
             for name in _CERTIFICATES:
                 _require_readable(os.path.join(self.tls, name))
         if self.unix is None:
+            family = socket.AF_INET6 if ":" in self.bind else socket.AF_INET
+            _require_free(f"{self.bind}:{self.port}", family, (self.bind, self.port))
             yield
             return
         if (length := len(os.fsencode(self.unix))) > _MOST_BYTES:
@@ -91,6 +94,8 @@ class Listener:
             if not _is_dead_socket(self.unix):
                 raise StorageError(self.unix, "exists already")
             path.unlink()
+        _require_free(self.unix, socket.AF_UNIX, self.unix)
+        path.unlink()
         try:
             yield
         finally:
@@ -105,6 +110,16 @@ def _require_readable(path: str) -> None:
             pass
     except OSError as error:
         raise StorageError(path, error.strerror or str(error), error.errno) from error
+
+
+def _require_free(where: str, family: int, address: Any) -> None:
+    """Refuses an address at which nobody can listen. A Unix socket is there afterwards."""
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            probe.bind(address)
+    except OSError as error:
+        raise StorageError(where, error.strerror or str(error), error.errno) from error
 
 
 def _is_dead_socket(path: str) -> bool:
