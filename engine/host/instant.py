@@ -95,8 +95,7 @@ def instant(images: Iterable[Namespace], wait: float) -> Iterator[Instant]:
         images: each of another namespace.
         wait: seconds to wait for somebody else who has closed one.
     """
-    # In an order that is the same for all, so that no two wait for each other.
-    chosen = sorted(images, key=lambda image: image.uuid or "")
+    chosen = list(images)
     with contextlib.ExitStack() as stack:
         talks: dict[str | None, Conversation] = {}
         trackers: dict[str, Conversation] = {}  # by folder: a device and its root have one, with one gate
@@ -105,6 +104,8 @@ def instant(images: Iterable[Namespace], wait: float) -> Iterator[Instant]:
                 raise ArgumentError(image.where, "is named twice")
             talk = stack.enter_context(asked(image))
             talks[image.uuid] = trackers.setdefault(talk.folder, talk)
+        # In an order that is the same for all, so that no two wait for each other.
+        chosen.sort(key=lambda image: talks[image.uuid].folder)
         here = Instant(talks, wait)
         try:
             for image in chosen:
