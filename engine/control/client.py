@@ -33,7 +33,7 @@ class Conversation:
     """
 
     def __init__(self, where: str, said: str, folder: str, lives: Callable[[], bool]) -> None:
-        self.where, self._said, self._lives = where, said, lives
+        self.where, self.folder, self._said, self._lives = where, folder, said, lives
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(_PATIENCE)
         try:

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dirtmap.engine.control.client import Conversation
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap
+from dirtmap.engine.model.infos import STOP
 from dirtmap.engine.model.naming import label, not_found
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.system.process import this_process
-from dirtmap.fmt.errors import BitmapError, Error, LockedError
+from dirtmap.fmt.errors import BitmapError, Error, LockedError, printable
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bits import Packed, Words
     from dirtmap.engine.model.content import Content
-    from dirtmap.engine.model.infos import BitmapInfo, Status
+    from dirtmap.engine.model.infos import BitmapInfo
     from dirtmap.engine.model.namespace import Namespace
 
 _PAUSE_SECONDS: Final = 0.01
@@ -41,8 +42,9 @@ def asked(image: Namespace, refused: LockedError | None = None) -> Conversation:
     status = image.tracking()
     if status is None or not status.alive:
         raise BitmapError(image.where, "is not tracked")
-    tracker = _named(image, status)
-    said = refused.what if refused else f"tracked by {tracker}"
+    if not status.kept:
+        raise LockedError(image.where, status.refusal)
+    said = (refused.what if refused else status.refusal).removesuffix(f"; {STOP}")  # which asks it, too
     return Conversation(image.where, said, status.live, lambda: _lives(image))
 
 
@@ -50,12 +52,6 @@ def _lives(image: Namespace) -> bool:
     """Whether the tracker of an image has given a sign of life just now. One that was stopped gives none."""
     status = image.tracking()
     return status is not None and status.seen is not None and time.time() - status.seen < _SILENCE_SECONDS
-
-
-def _named(image: Namespace, status: Status) -> str:
-    if not status.kept:
-        raise LockedError(image.where, "its tracker has died, and others mark; track it to take it over")
-    return status.tracker
 
 
 def rebuild(image: Namespace, name: str, begun: str, differing: Bitmap) -> None:
@@ -87,7 +83,8 @@ def hold_all(image: Namespace, names: Sequence[str], owner: str) -> Iterator[Map
         yield {}
         return
     with asked(image) as talk:
-        talk.ask("hold", namespace=image.uuid, names=names, owner=owner)
+        holder = f"'{printable(owner)}' ({this_process().address})"
+        talk.ask("hold", namespace=image.uuid, names=names, owner=holder)
         try:
             yield _Held(image, talk, names)
         finally:
@@ -131,11 +128,11 @@ def transaction(image: Namespace, refused: LockedError, wait: float) -> Iterator
         wait: seconds to wait for somebody else who changes them.
     """
     with asked(image, refused) as talk:
-        _begin(image, talk, wait)
+        holders = _begin(image, talk, wait)
         info = image.info()
         sources = {each.name: _Unread(image, each) for each in info.bitmaps}
         before = {each.name: _lazy(image, each, sources[each.name]) for each in info.bitmaps}
-        held = {each.name: "its tracker, for a backup" for each in info.bitmaps if each.busy}
+        held = {each.name: holders.get(each.name, "its tracker") for each in info.bitmaps if each.busy}
         bitmaps = Transaction(
             image.where,
             image.size,
@@ -156,18 +153,37 @@ def transaction(image: Namespace, refused: LockedError, wait: float) -> Iterator
             talk.ask_for_data("change", b"".join(data), namespace=image.uuid, changes=changes)
 
 
-def _begin(image: Namespace, talk: Conversation, wait: float) -> None:
-    """Begins changes, as soon as nobody else is about to make some."""
-    me, deadline = str(this_process()), time.monotonic() + wait
+def _begin(image: Namespace, talk: Conversation, wait: float) -> Mapping[str, str]:
+    """Begins changes, as soon as nobody else is about to make some; returns who holds which bitmaps."""
+    me = str(this_process())
+    try:
+        answer = ask_in_turn(image, talk, wait, "begin", owner=me)
+    except LockedError as error:
+        raise LockedError(image.where, error.what.replace(me, "this very process")) from None
+    return dict(answer["held"]) if answer else {}  # an older tracker answers nothing
+
+
+def ask_in_turn(image: Namespace, talk: Conversation, wait: float, act: str, **arguments: object) -> Any:
+    """Asks for what one conversation has at a time, until nobody else has it.
+
+    Args:
+        image: that it is about.
+        talk: with its tracker.
+        wait: seconds.
+        act: see `dirtmap.engine.tracking.asked`.
+        **arguments: of the act.
+
+    Raises:
+        LockedError: somebody else has it still.
+    """
+    deadline = time.monotonic() + wait
     while True:
         try:
-            talk.ask("begin", namespace=image.uuid, owner=me)
-        except LockedError as error:
+            return talk.ask(act, namespace=image.uuid, **arguments)
+        except LockedError:
             if time.monotonic() > deadline:
-                raise LockedError(image.where, error.what.replace(me, "this very process")) from None
+                raise
             time.sleep(_PAUSE_SECONDS)
-        else:
-            return
 
 
 class _Unread:

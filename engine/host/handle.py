@@ -168,7 +168,8 @@ class Handle(Namespace):
         """Has the image's tracker begin a checkpoint; see `Tracker.checkpoint`. Errors as `save_tracked`, too."""
         from dirtmap.engine.host.instant import checkpoint
 
-        checkpoint([self], name, None if granularity is None else operator.index(granularity))
+        chosen = None if granularity is None else operator.index(granularity)
+        checkpoint([self], name, chosen, self._host.locking.wait)
 
     def rebuild(self, name: str, begun: str, differing: Bitmap) -> None:
         """Gives a checkpoint of a raw disk's node its content anew, after that was lost, in one commit.
@@ -307,8 +308,7 @@ class Handle(Namespace):
         if (session := self._now.tracking()) is None:
             return
         if session.alive:
-            where = f"{self.path}: node '{self.name}'"
-            raise LockedError(where, f"tracked by {session.tracker}; ask it, or end it first")
+            raise LockedError(self.where, session.refusal)
         self._now.recover_session()
         self._open_anew()
 

@@ -247,7 +247,8 @@ class Host:
         from dirtmap.engine.host.instant import checkpoint
 
         with contextlib.ExitStack() as stack:
-            checkpoint([stack.enter_context(self.open(target)) for target in targets], name, granularity)
+            images = [stack.enter_context(self.open(target)) for target in targets]
+            checkpoint(images, name, granularity, self._parts.locking.wait)
 
     @contextlib.contextmanager
     def instant(self, images: Iterable[Handle]) -> Iterator[Instant]:
@@ -257,16 +258,17 @@ class Host:
         write waits for ten seconds at most. If the block fails, or the instant was none, what it has made is removed.
 
         Args:
-            images: each of another disk.
+            images: each of another disk; or a tracked device and its root.
 
         Raises:
             BitmapError: one is not tracked.
-            LockedError: a tracker cannot be asked from here.
+            LockedError: a tracker cannot be asked from here; or somebody else is in such a block for longer than the
+                host waits.
             StorageError: a write did not end; or, at the end, one could not wait any longer.
         """
         from dirtmap.engine.host.instant import instant
 
-        with instant(images) as here:
+        with instant(images, self._parts.locking.wait) as here:
             yield here
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.control import wire
-from dirtmap.engine.host.asking import asked
+from dirtmap.engine.host.asking import ask_in_turn, asked
 from dirtmap.engine.identity import identity_of
 from dirtmap.fmt.errors import ArgumentError, BitmapError, Error, LockedError, printable
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class Instant:
     """A time during which nothing is written to some tracked disks, in any process; see `Host.instant`."""
 
-    def __init__(self, talks: dict[str | None, Conversation]) -> None:
-        self._talks = talks
-        self._places: dict[str | None, object] = {}
+    def __init__(self, talks: dict[str | None, Conversation], wait: float) -> None:
+        self._talks, self._wait = talks, wait
+        self._places: dict[Conversation, object] = {}  # of those whose gate is closed, which file is tracked
         self._made: list[tuple[Namespace, str]] = []
 
     def checkpoint(self, image: Namespace, name: str, granularity: int | None = None) -> None:
@@ -62,7 +62,7 @@ class Instant:
         Raises:
             LockedError: it is not the one that is tracked.
         """
-        if wire.spelled(identity_of(path).place) != self._places[image.uuid]:
+        if wire.spelled(identity_of(path).place) != self._places[self._talks[image.uuid]]:
             raise LockedError(image.where, "what is at the disk's path is not what its tracker tracks")
 
     def _ask(self, image: Namespace, act: str, **arguments: object) -> object:
@@ -70,7 +70,13 @@ class Instant:
         return answer
 
     def _close(self, image: Namespace) -> None:
-        self._places[image.uuid] = self._ask(image, "close")
+        talk = self._talks[image.uuid]
+        if talk in self._places:
+            return
+        try:
+            self._places[talk] = ask_in_turn(image, talk, self._wait, "close")
+        except LockedError:
+            raise LockedError(image.where, "somebody else makes a checkpoint or a clone of it; try again") from None
 
     def _open(self, image: Namespace) -> None:
         self._ask(image, "open")
@@ -82,17 +88,25 @@ class Instant:
 
 
 @contextlib.contextmanager
-def instant(images: Iterable[Namespace]) -> Iterator[Instant]:
-    """Has the trackers of several disks close their gates until the end of the block; see `Host.instant`."""
-    # In an order that is the same for all, so that no two wait for each other.
-    chosen = sorted(images, key=lambda image: image.uuid or "")
+def instant(images: Iterable[Namespace], wait: float) -> Iterator[Instant]:
+    """Has the trackers of several disks close their gates until the end of the block; see `Host.instant`.
+
+    Args:
+        images: each of another namespace.
+        wait: seconds to wait for somebody else who has closed one.
+    """
+    chosen = list(images)
     with contextlib.ExitStack() as stack:
         talks: dict[str | None, Conversation] = {}
+        trackers: dict[str, Conversation] = {}  # by folder: a device and its root have one, with one gate
         for image in chosen:
             if image.uuid in talks:
                 raise ArgumentError(image.where, "is named twice")
-            talks[image.uuid] = stack.enter_context(asked(image))
-        here = Instant(talks)
+            talk = stack.enter_context(asked(image))
+            talks[image.uuid] = trackers.setdefault(talk.folder, talk)
+        # In an order that is the same for all, so that no two wait for each other.
+        chosen.sort(key=lambda image: talks[image.uuid].folder)
+        here = Instant(talks, wait)
         try:
             for image in chosen:
                 here._close(image)
@@ -104,8 +118,8 @@ def instant(images: Iterable[Namespace]) -> Iterator[Instant]:
             raise
 
 
-def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None) -> None:
-    """Makes a checkpoint of several disks, at one instant; see `Host.checkpoint`."""
+def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None, wait: float) -> None:
+    """Makes a checkpoint of several disks, at one instant; see `Host.checkpoint`, and `instant` for ``wait``."""
     for image in images:
         if name in image:
             raise BitmapError(f"{image.where}: bitmap '{printable(name)}'", "the name is taken")
@@ -114,6 +128,6 @@ def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None) 
         with asked(image) as talk:
             talk.ask("checkpoint", namespace=image.uuid, name=name, granularity=granularity)
         return
-    with instant(images) as here:
+    with instant(images, wait) as here:
         for image in images:
             here.checkpoint(image, name, granularity)

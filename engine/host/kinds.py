@@ -178,7 +178,7 @@ class Qcow2Kind(Kind):
             with found:
                 status = found.tracking()
             if status and status.alive:
-                raise LockedError(path, f"tracked by {status.tracker}; ask it, or end it first")
+                raise LockedError(path, status.refusal)
             raise BitmapError(path, "its tracker has died; 'dirtmap recover' first")
         return check(path, repair=repair, force_share=force_share, progress=progress, locking=host.locking)
 

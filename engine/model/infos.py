@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+# What is said of a tracker that is in the way: how a living one is ended, and who follows one that has died.
+STOP: Final = "'dirtmap track stop TARGET' ends it"
+DIED: Final = "its tracker has died, and others mark; 'dirtmap serve --adopt TARGET' takes it over"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,3 +164,8 @@ class Status:
     live: str
     socket: str | None
     log: str
+
+    @property
+    def refusal(self) -> str:
+        """Why somebody else cannot do what only the tracker may, and what to do, for an error."""
+        return f"tracked by {self.tracker}; {STOP}" if self.kept else DIED

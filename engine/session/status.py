@@ -9,7 +9,7 @@ from dirtmap.engine.model import bits
 from dirtmap.engine.model.infos import Status
 from dirtmap.engine.session import intent, livefile
 from dirtmap.engine.session.verdict import Row
-from dirtmap.engine.session.view import tracker_of, view_of
+from dirtmap.engine.session.view import named, view_of
 from dirtmap.engine.storefile.file import Snapshot
 from dirtmap.fmt import geometry, live
 from dirtmap.fmt.store import Record
@@ -32,8 +32,7 @@ def status_of(snapshot: Snapshot, record: Record) -> Status | None:
     socket = os.path.join(folder, live.SOCKET)
     return Status(
         session=str(uuid.UUID(bytes=session.uuid)),
-        # The number of a process that has ended may be that of another one by now.
-        tracker=str(tracker_of(session)) if kept else f"a process that has ended ({session.pid} while it ran)",
+        tracker=named(session, kept=kept),
         pid=session.pid,
         alive=alive,
         kept=kept,

@@ -41,6 +41,7 @@ import numpy as np
 
 from dirtmap.engine.identity import data_file_of, identity_now, identity_of
 from dirtmap.engine.model import bits
+from dirtmap.engine.model.infos import DIED, STOP
 from dirtmap.engine.session import intent, livefile, peers
 from dirtmap.engine.session.verdict import DURABLE_TOLERANCE_SECONDS, TOLERANCE_SECONDS, Facts, Row, decide
 from dirtmap.engine.storefile.file import Snapshot
@@ -79,7 +80,8 @@ class SessionView:
         if alive and self.found is None:
             # A tracker commits to the store before it removes live files. If it has just done so, this is read again.
             where = f"{snapshot.file.path}: {record.label}"
-            what = f"tracked by {tracker_of(session)}, whose live files cannot be read; {_remedy(session)}"
+            remedy = _unsure(session) or "ask it as its user, where they can be"
+            what = f"tracked by {tracker_of(session)}, whose live files cannot be read here; {remedy}"
             raise FormatError(where, what)
         if not alive and self.found and not _fit(snapshot, record, session, self.found):
             self.found = None
@@ -116,7 +118,7 @@ class SessionView:
     def note(self) -> str:
         """What a listing says about the namespace."""
         if self.row is Row.LIVE:
-            return f"tracked by {tracker_of(self.session)}"
+            return f"tracked by {named(self.session, kept=intent.is_kept(self.session) is not False)}"
         return f"not recovered yet: {self.how}"
 
     @property
@@ -276,6 +278,12 @@ def tracker_of(session: live.Session) -> Process:
     return Process(session.pid, session.process_start, session.boot_id)
 
 
+def named(session: live.Session, *, kept: bool) -> str:
+    """Who tracks, for people; ``kept``: the process is alive, and not only others who mark."""
+    # The number of a process that has ended may be that of another one by now.
+    return str(tracker_of(session)) if kept else f"a process that has ended ({session.pid} while it ran)"
+
+
 def is_alive(session: live.Session) -> bool:
     """False if the session's tracker is known to have ended, and nobody else marks in it.
 
@@ -305,12 +313,16 @@ def view_of(snapshot: Snapshot, record: Record) -> SessionView | None:
 
 def tracked_by(session: live.Session) -> str | None:
     """Who tracks, and what to do about it, for an error; None if the tracker is known to have ended."""
-    return f"tracked by {tracker_of(session)}; {_remedy(session)}" if is_alive(session) else None
+    if not is_alive(session):
+        return None
+    if intent.is_kept(session) is False:
+        return DIED
+    return f"tracked by {tracker_of(session)}; {_unsure(session) or STOP}"
 
 
-def _remedy(session: live.Session) -> str:
-    """What to do about a tracker that is alive, or not known to have ended."""
-    if intent.is_held(session) is None and not tracker_of(session).is_seen():
-        log = printable(os.fsdecode(session.log_path))
-        return f"it may have ended, but its log {log} is gone, which would tell; an empty file there says that it has"
-    return "ask it, or end it first"
+def _unsure(session: live.Session) -> str | None:
+    """Why nobody can tell whether a tracker has ended, and what would tell; None where that is known."""
+    if intent.is_held(session) is not None or tracker_of(session).is_seen():
+        return None
+    log = printable(os.fsdecode(session.log_path))
+    return f"it may have ended, but its log {log} is gone, which would tell; an empty file there says that it has"

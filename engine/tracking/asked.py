@@ -1,6 +1,7 @@
 """What a tracker can be asked from outside: see `dirtmap.engine.control`.
 
-    begin      begins changes of an owner: what they say is as of a cut that is made now, whenever they are made
+    begin      begins changes of an owner: what they say is as of a cut that is made now, whenever they are made;
+               tells who holds which bitmaps
     change     several changes to bitmaps, all or none: see `Tracker.change`; bits of theirs are in the message's bytes
     checkpoint a checkpoint, of a name and a granularity
     save       saves
@@ -13,15 +14,16 @@
     close      closes the gate until `open`, or until the end of the conversation, and tells which file is tracked
     open       opens it; an error if it did not hold
 
-Each is asked for a namespace, by its UUID: that of the tracker's own bitmaps. What is about the disk alone can be asked
-for the root of a tracked device, too.
+Each is asked for a namespace, by its UUID: that of the tracked node; or of the tracked device, or of its root. What is
+about bitmaps is about those of that one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Protocol, Self, SupportsIndex
 
 from dirtmap.engine.model.bitmap import checked_granularity
 from dirtmap.fmt import geometry
@@ -30,8 +32,6 @@ from dirtmap.fmt.errors import Error, UnsupportedError, printable
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
 
-
-_OF_THE_DISK: Final = "save", "stop", "close", "open"
 
 # Makes several changes; see `Tracker.change`.
 Changing = Callable[[Iterable[tuple[Any, ...]]], object]
@@ -43,28 +43,28 @@ class Askable(Protocol):
     size: int
     on_stop: Callable[[], object] | None
 
-    def require_namespace(self, namespace: str, *, of_disk: bool) -> None:
-        """Refuses a question that it cannot answer for that namespace."""
+    def require_namespace(self, namespace: str) -> None:
+        """Refuses a question that is about another disk."""
 
-    def change(self, changes: Iterable[tuple[Any, ...]]) -> None:
+    def change(self, changes: Iterable[tuple[Any, ...]], *, namespace: str | None = None) -> None:
         """Makes several changes at one cut."""
 
-    def beginning(self, owner: str) -> contextlib.AbstractContextManager[Changing]:
+    def beginning(self, owner: str, *, namespace: str | None = None) -> contextlib.AbstractContextManager[Changing]:
         """Begins changes that are as of a cut at its beginning."""
 
-    def checkpoint(self, name: str, granularity: SupportsIndex | None = None) -> None:
+    def checkpoint(self, name: str, granularity: SupportsIndex | None = None, *, namespace: str | None = None) -> None:
         """Marks a point in time."""
 
     def save(self) -> None:
         """Saves."""
 
-    def rebuild(self, name: str, begun: str, differing: Bitmap) -> None:
+    def rebuild(self, name: str, begun: str, differing: Bitmap, *, namespace: str | None = None) -> None:
         """Gives a checkpoint its content anew."""
 
     def close(self) -> None:
         """Ends it."""
 
-    def hold(self, names: Iterable[str], owner: str = "dirtmap") -> int:
+    def hold(self, names: Iterable[str], owner: str = "dirtmap", *, namespace: str | None = None) -> int:
         """Holds bitmaps as they are at one cut."""
 
     def held(self, hold: int, name: str) -> Bitmap:
@@ -72,6 +72,9 @@ class Askable(Protocol):
 
     def release(self, hold: int) -> None:
         """Ends what `hold` began."""
+
+    def holders(self, namespace: str | None = None) -> dict[str, str]:
+        """Who holds which bitmaps."""
 
     def place(self) -> dict[str, Any]:
         """Which file the image is."""
@@ -86,7 +89,7 @@ class Asked:
     def __init__(self, tracker: Askable) -> None:
         self._tracker = tracker
         self._stack, self._gate, self._begun = contextlib.ExitStack(), contextlib.ExitStack(), contextlib.ExitStack()
-        self._change: Changing = tracker.change
+        self._changing: dict[str, Changing] = {}  # as of an earlier cut, for the namespace that it was begun for
         self._differing: Bitmap | None = None
         self._hold = -1
 
@@ -100,14 +103,17 @@ class Asked:
 
     def __call__(self, asked: dict[str, Any], data: bytes) -> tuple[Any, bytes]:
         """Does what is asked. Errors as those of the tracker's methods."""
-        act, tracker = asked.get("act"), self._tracker
-        tracker.require_namespace(str(asked.get("namespace")), of_disk=act in _OF_THE_DISK)
+        act, tracker, namespace = asked.get("act"), self._tracker, str(asked.get("namespace"))
+        tracker.require_namespace(namespace)
         if act == "begin":
-            self._change = self._begun.enter_context(tracker.beginning(str(asked.get("owner"))))
-        elif act == "change":
-            self._change([*self._with_bits(asked["changes"], data)])
+            begun = tracker.beginning(str(asked.get("owner")), namespace=namespace)
+            self._changing[namespace] = self._begun.enter_context(begun)
+            return {"held": tracker.holders(namespace)}, b""
+        if act == "change":
+            change = self._changing.get(namespace) or functools.partial(tracker.change, namespace=namespace)
+            change([*self._with_bits(asked["changes"], data)])
         elif act == "checkpoint":
-            tracker.checkpoint(asked["name"], asked["granularity"])
+            tracker.checkpoint(asked["name"], asked["granularity"], namespace=namespace)
         elif act == "save":
             tracker.save()
         elif act == "differing":
@@ -115,13 +121,13 @@ class Asked:
         elif act == "rebuild":
             self._gather(asked["size"], asked["granularity"], [], [])
             assert self._differing is not None
-            tracker.rebuild(asked["name"], asked["begun"], self._differing)
+            tracker.rebuild(asked["name"], asked["begun"], self._differing, namespace=namespace)
             self._differing = None
         elif act == "stop":
             (tracker.on_stop or tracker.close)()
         elif act == "hold":
             self._stack.close()
-            self._hold = tracker.hold(asked["names"], str(asked["owner"]))
+            self._hold = tracker.hold(asked["names"], str(asked["owner"]), namespace=namespace)
             self._stack.callback(tracker.release, self._hold)
         elif act == "held":
             bitmap = tracker.held(self._hold, asked["name"])

@@ -323,6 +323,18 @@ class Home:
             self.store.close()
             raise
 
+    @property
+    def uuid(self) -> bytes:
+        """Of the namespace, 16 bytes; known once the tracker has changed it, which it does when it begins."""
+        assert self._left
+        return self._left.record.uuid
+
+    @property
+    def where(self) -> str:
+        """How messages name the namespace; known as its `uuid` is."""
+        assert self._left
+        return f"{self.store.path}: {self._left.record.label}"
+
     def close(self) -> None:
         """Closes the store."""
         self.store.close()

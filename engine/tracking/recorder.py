@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, NamedTuple, Protocol, Self
 
 from dirtmap.engine.control.server import Answering, Server
 from dirtmap.engine.identity import identity_of, identity_of_disk, touched
@@ -65,7 +65,7 @@ class Setup:
 
     Attributes:
         homes: the namespaces that it feeds. The last is that of the image's node: its session begins first and ends
-            last. The first is the one that the tracker's methods change.
+            last. The first is the one that the tracker's methods change, where they are not told another one.
         image: the absolute path of the image.
         options: how to track.
         check_in: writes the bitmaps back into a qcow2 image when the session ends; None for other images.
@@ -80,6 +80,29 @@ class Setup:
     check_in: Callable[[], object] | None = None
     roots: Roots | None = None
     adopt: bool = False
+
+
+class Pinned(NamedTuple):
+    """Bitmaps of a home that are held: their names, and who holds them, for messages."""
+
+    home: Home
+    names: tuple[str, ...]
+    owner: str
+
+
+class Outside:
+    """Changes from outside to the bitmaps of a home.
+
+    Attributes:
+        guard: held by who is about to make some, from the cut as of which they are until they are made.
+        owner: who that is, for messages to others.
+        begun: the interval as of which they are.
+        serial: is another one after each change of the content or the names of bitmaps, but for marks.
+    """
+
+    def __init__(self) -> None:
+        self.guard, self.owner = threading.Lock(), ""
+        self.begun, self.serial = live.OPEN, 0
 
 
 class Recorder:
@@ -99,9 +122,6 @@ class Recorder:
         self._lock = threading.RLock()
         # Held to use the arena. Taken while _lock is held, never the other way round.
         self._spare_guard = threading.Lock()
-        # Held by who changes bitmaps from outside, from the cut as of which the changes are until they are made.
-        self._outside, self._owner = threading.Lock(), ""
-        self._serial = 0  # is another one after each change of the content or the names of bitmaps, but for marks
         self._start(setup)
 
     def _start(self, setup: Setup) -> None:
@@ -109,10 +129,9 @@ class Recorder:
         self._image, self._options, self._check_in = setup.image, setup.options, setup.check_in
         self.last_error: Error | None = None
         self._frozen: dict[int, Writeset] = {}
-        self._held: dict[str, int] = {}
-        self._pinned: dict[int, tuple[tuple[str, ...], str]] = {}
-        self._begun: int | None = None  # the interval as of which somebody outside is about to change bitmaps
-        self._serial += 1
+        self._held: dict[str, int] = {}  # of the first home
+        self._pinned: dict[int, Pinned] = {}
+        self._outside = {home: Outside() for home in self._homes}
         self._ended, self._wake = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._control: Server | None = None
@@ -540,7 +559,7 @@ class Recorder:
                 if window is None:
                     continue
                 kept = None if final else window
-                if kept and kept.busy and target is self._home and not self._is_held(name):
+                if kept and kept.busy and self._holder(target.uuid, name) is None:
                     kept = kept.freed()  # of a hold whose end could not be written
                 if (added := self._union(parts, window, entry.granularity, unions)) is not None:
                     home.merge(name, added, kept)
@@ -608,7 +627,8 @@ class Recorder:
         new = self.size >> shift, geometry.granules(size, 1 << shift)
         self._kernel.set_bits(self._current.buffer.offset, *new)
         self._kernel.size = self.size = size
-        self._serial += 1
+        for outside in self._outside.values():
+            outside.serial += 1
         self._forget()
         with self._spare_guard:
             self._arena.release_others(size, shift)
@@ -650,13 +670,20 @@ class Recorder:
             return False
         return all(size == self.size for size in sizes)
 
-    def _is_held(self, name: str) -> bool:
-        return name in self._held or any(name in names for names, _ in self._pinned.values())
+    def _holder(self, namespace: bytes, name: str) -> str | None:
+        """Who holds a bitmap, or has taken it, for messages; None where nobody does."""
+        if self._is_taken(namespace, name):
+            return "its tracker, for a backup"
+        pinned = self._pinned.values()
+        return next((one.owner for one in pinned if name in one.names and one.home.uuid == namespace), None)
+
+    def _is_taken(self, namespace: bytes, name: str) -> bool:
+        return name in self._held and namespace == self._home.uuid
 
     def _forget(self) -> None:
         """Drops the saved frozen writesets. Those stay that a `drop`, or a change as of earlier, needs."""
-        begun = live.OPEN if self._begun is None else self._begun
-        needed = min([*self._held.values(), begun])
+        begun = (outside.begun for outside in self._outside.values())
+        needed = min([*self._held.values(), *begun])
         oldest = min(home.session.oldest for home in self._homes)
         with self._spare_guard:
             for number in [number for number in self._frozen if number < oldest]:

@@ -14,7 +14,8 @@ and logs count from then on, and the frozen ones are dropped. The windows are in
 that one commit ends one bitmap and begins the next. If the process is killed between swap and commit, the cut has not
 happened, and both its intervals are in the window that is still open.
 
-The methods of a device's tracker are about the device's bitmaps. Those of its root go on recording, and are saved, too.
+The methods of a device's tracker are about the device's bitmaps. Those of its root go on recording, and are saved, too;
+they are changed by the methods that take a ``namespace``, if they are given the root's.
 
 What survives what: see `dirtmap.engine.tracking.kernel` for marks, `dirtmap.engine.session.view` for deaths.
 """
@@ -35,7 +36,7 @@ from dirtmap.engine.control.server import Answering
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import checkpoints
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity, damage_of
-from dirtmap.engine.model.naming import a_checkpoint, decode_name, label
+from dirtmap.engine.model.naming import a_checkpoint, label
 from dirtmap.engine.session.livefile import Words, union
 from dirtmap.engine.storefile.session import HELD_ONLY, Window, window_of
 from dirtmap.engine.system import order
@@ -43,15 +44,14 @@ from dirtmap.engine.system.file import open_file
 from dirtmap.engine.system.order import Rank
 from dirtmap.engine.tracking.asked import Asked
 from dirtmap.engine.tracking.closing import closed
-from dirtmap.engine.tracking.home import HomeChange, HomeView
+from dirtmap.engine.tracking.home import Home, HomeChange, HomeView
 from dirtmap.engine.tracking.kernel import Ticket, Write
-from dirtmap.engine.tracking.recorder import Recorder, Setup, words_of
+from dirtmap.engine.tracking.recorder import Outside, Pinned, Recorder, Setup, words_of
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, UnsupportedError, printable
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bits import Packed
-    from dirtmap.fmt.store import Record
 
 
 class Tracker(Recorder):
@@ -131,14 +131,14 @@ class Tracker(Recorder):
             BitmapError: the name is taken or not allowed, or the granularity is not allowed.
             StorageError: the live file has no room, or the store could not be written; nothing has changed.
         """
-        self._add(name, granularity, recording=recording, checkpoint=False)
+        self._add(name, granularity, None, recording=recording, checkpoint=False)
 
-    def checkpoint(self, name: str, granularity: SupportsIndex | None = None) -> None:
+    def checkpoint(self, name: str, granularity: SupportsIndex | None = None, *, namespace: str | None = None) -> None:
         """Marks a point in time, durable on return: ends the checkpoint before it, and begins a new bitmap.
 
-        Takes the same time however much is dirty. Arguments and errors as `add`.
+        Takes the same time however much is dirty. Arguments and errors as `add`; ``namespace`` as `change`.
         """
-        self._add(name, granularity, recording=True, checkpoint=True)
+        self._add(name, granularity, namespace, recording=True, checkpoint=True)
 
     def clear(self, name: str) -> None:
         """Makes a bitmap clean: it begins anew at this cut. Not for checkpoints. Errors as `add`."""
@@ -159,7 +159,7 @@ class Tracker(Recorder):
         """
         self.change([("remove", name)])
 
-    def change(self, changes: Iterable[tuple[Any, ...]]) -> None:
+    def change(self, changes: Iterable[tuple[Any, ...]], *, namespace: str | None = None) -> None:
         """Makes several changes at one cut, in their order, all of them or none.
 
         Args:
@@ -168,22 +168,28 @@ class Tracker(Recorder):
                 packed)``, which adds bits, packed as `Bitmap.from_packed` has them; ``("put", name, granularity,
                 recording, packed)``, which adds a bitmap or replaces the content of one. A checkpoint loses no bits by
                 it. At most one of the last two for each bitmap.
+            namespace: whose bitmaps they are, by its UUID: of a device's tracker, the device's or its root's. None: of
+                what the tracker was made for.
 
         Raises:
             UnsupportedError: there is no such change.
+            BitmapError: that namespace is not tracked here.
             As `add`.
         """
-        self._change(list(changes), None)
+        self._change(list(changes), namespace, None)
 
     @contextlib.contextmanager
-    def beginning(self, owner: str) -> Iterator[Callable[[Iterable[tuple[Any, ...]]], object]]:
+    def beginning(
+        self, owner: str, *, namespace: str | None = None
+    ) -> Iterator[Callable[[Iterable[tuple[Any, ...]]], object]]:
         """Begins changes that take longer, such as those of somebody who looks at the bitmaps first: with a cut.
 
         What they say is as of that cut, whenever they are made: whoever reads a bitmap after it, changes it and puts it
-        back overwrites no mark that was made meanwhile. One such block at a time.
+        back overwrites no mark that was made meanwhile. One such block at a time for each namespace.
 
         Args:
             owner: of the block, for messages to others.
+            namespace: as `change`.
 
         Yields:
             `change` for changes as of the cut. It raises a `LockedError` where the bitmaps were changed meanwhile, but
@@ -193,28 +199,33 @@ class Tracker(Recorder):
             LockedError: somebody else is in such a block.
             As `add`.
         """
-        if not self._outside.acquire(blocking=False):
-            raise LockedError(self._where, f"is being changed by {printable(self._owner)}")
-        self._owner = owner
+        with self._using():
+            target = self._named(namespace)
+            outside = self._outside[target]
+        if not outside.guard.acquire(blocking=False):
+            raise LockedError(target.where, f"is being changed by {printable(outside.owner)}")
+        outside.owner = owner
         try:
             with self._cut() as number:
                 # From here on the writesets of this interval stay, whatever is saved.
-                self._begun, serial = number, self._serial
-            yield lambda changes: self._change(list(changes), (number, serial))
+                outside.begun, serial = number, outside.serial
+            yield lambda changes: self._change(list(changes), namespace, (number, outside, serial))
         finally:
-            self._begun = None
-            self._outside.release()
+            outside.begun = live.OPEN
+            outside.guard.release()
             with contextlib.suppress(Error), self._using():
                 self._forget()
 
-    def _change(self, changes: list[tuple[Any, ...]], begun: tuple[int, int] | None) -> None:
+    def _change(
+        self, changes: list[tuple[Any, ...]], namespace: str | None, begun: tuple[int, Outside, int] | None
+    ) -> None:
         """Makes changes as of now, or as of an earlier interval, if the serial number is still the same."""
         for act, *_ in changes:
             if act not in _CHANGES:
                 raise UnsupportedError(self._where, f"no change to a bitmap is called '{printable(str(act))}'")
         finest = [one[2] for one in changes if one[0] in ("add", "put") and one[3]]
         former = {new: name for one in changes if one[0] == "rename" for name, new in one[1].items()}
-        finest += [self._granularity_of(former.get(one[1], one[1])) for one in changes if one[0] == "enable"]
+        finest += [self._granularity_of(namespace, former.get(one[1], one[1])) for one in changes if one[0] == "enable"]
         needed = min(map(checked_granularity, finest), default=None)
         with contextlib.ExitStack() as stack:
             if begun is None:
@@ -222,12 +233,14 @@ class Tracker(Recorder):
             else:
                 cuts = needed is not None and needed < 1 << self._current.granularity_bits
             number = stack.enter_context(self._cut(needed) if cuts else self._uncut())
+            target = self._named(namespace)
+            outside = self._outside[target]
             if begun is not None:
-                number, serial = begun
-                if serial != self._serial:
-                    raise LockedError(self._where, "its bitmaps were changed meanwhile; nothing was done: try again")
-            self._serial += 1
-            home = stack.enter_context(self._changing())
+                number, then, serial = begun
+                if then is not outside or serial != outside.serial:
+                    raise LockedError(target.where, "its bitmaps were changed meanwhile; nothing was done: try again")
+            outside.serial += 1
+            home = stack.enter_context(self._changing(target))
             for act, *more in changes:
                 _CHANGES[act](self, home, number, *more)
 
@@ -237,14 +250,16 @@ class Tracker(Recorder):
         with self._using():
             yield self._current.number
 
-    def rebuild(self, name: str, begun: str, differing: Bitmap) -> None:
-        """Gives a checkpoint that was lost its content anew, in one commit; see `Handle.rebuild`. Errors as `add`, too.
+    def rebuild(self, name: str, begun: str, differing: Bitmap, *, namespace: str | None = None) -> None:
+        """Gives a checkpoint that was lost its content anew, in one commit; see `Handle.rebuild`.
+
+        ``namespace`` and errors as `change`, too.
 
         Raises:
             BitmapError: ``begun`` is not the newest checkpoint; there is a bitmap ``name`` that is none; or the disk
                 has another size than what was compared.
         """
-        with self._using(), self._changing() as home:
+        with self._using(), self._changing(self._named(namespace)) as home:
             for one in (name, begun):
                 self._refuse_busy(home, one)
             if differing.size != self.size:
@@ -273,7 +288,7 @@ class Tracker(Recorder):
             else:
                 home.put(name, differing.replace(recording=False), None)
                 self._remove(home, 0, begun)
-            self._serial += 1
+            self._outside[self._named(namespace)].serial += 1
 
     def _clear(self, home: HomeChange, number: int, name: str) -> None:
         entry = self._usable(home, name)
@@ -381,7 +396,7 @@ class Tracker(Recorder):
             number = self._holding(name)
             with self._changing() as home:
                 self._begin_window(home, name, home.entry(name).granularity, number)
-            self._serial += 1
+            self._outside[self._home].serial += 1
             del self._held[name]
             self._forget()
 
@@ -399,14 +414,15 @@ class Tracker(Recorder):
         del self._held[name]
         self._forget()
 
-    def hold(self, names: Iterable[str], owner: str = "dirtmap") -> int:
+    def hold(self, names: Iterable[str], owner: str = "dirtmap", *, namespace: str | None = None) -> int:
         """Holds bitmaps as they are at this cut, until `release`: they are busy. They need not record.
 
         If the tracker ends, so does the hold.
 
         Args:
             names: of the bitmaps.
-            owner: the name of the holder, for messages to others.
+            owner: the holder, for messages to others.
+            namespace: as `change`.
 
         Returns:
             What `held` and `release` take.
@@ -417,12 +433,13 @@ class Tracker(Recorder):
         """
         chosen = tuple(dict.fromkeys(names))
         with self._cut() as number:
-            with self._changing() as home:
+            target = self._named(namespace)
+            with self._changing(target) as home:
                 for name in chosen:
                     home.entry(name)
                     self._refuse_taken(home, name)
                     self._set_busy(home, name, True)
-            self._pinned[number] = chosen, owner
+            self._pinned[number] = Pinned(target, chosen, owner)
         return number
 
     def held(self, hold: int, name: str) -> Bitmap:
@@ -432,20 +449,28 @@ class Tracker(Recorder):
             BitmapError: it is not held.
         """
         with self._using():
-            if hold not in self._pinned or name not in self._pinned[hold][0]:
+            pinned = self._pinned.get(hold)
+            if pinned is None or name not in pinned.names:
                 raise BitmapError(f"{self._where}: {label(name)}", "not held")
             uuid = self._session.uuid
-            return self._home.read(uuid, lambda view: self._content(view, [name], before=hold)).freeze()
+            return pinned.home.read(uuid, lambda view: self._content(view, [name], before=hold)).freeze()
 
     def release(self, hold: int) -> None:
         """Ends a hold."""
         with self._using():
-            names, _ = self._pinned.pop(hold)
-            still = {name for others, _ in self._pinned.values() for name in others}
-            with self._changing() as home:
+            target, names, _ = self._pinned.pop(hold)
+            with self._changing(target) as home:
                 for name in names:
-                    if name not in still:
+                    if self._holder(target.uuid, name) is None:
                         self._set_busy(home, name, False)
+
+    def holders(self, namespace: str | None = None) -> dict[str, str]:
+        """The bitmaps that are held or taken, and by whom, for messages to others; ``namespace`` as `change`."""
+        with self._using():
+            target = self._named(namespace)
+            names = {*self._held, *(name for pinned in self._pinned.values() for name in pinned.names)}
+            found = {name: self._holder(target.uuid, name) for name in sorted(names)}
+            return {name: owner for name, owner in found.items() if owner is not None}
 
     def _set_busy(self, home: HomeChange, name: str, busy: bool) -> None:
         """So that other processes see it, as long as the tracker lives."""
@@ -547,8 +572,8 @@ class Tracker(Recorder):
         with order.holding(Rank.CUT, self._where), self._cuts, self._using(), self._roots.opened() as change:
             for name in self._held:
                 raise BitmapError(f"{self._where}: {label(name)}", "busy: taken for a backup")
-            for _, owner in self._pinned.values():
-                raise BitmapError(self._where, f"a bitmap is busy: held by '{printable(owner)}'")
+            for pinned in self._pinned.values():
+                raise BitmapError(pinned.home.where, f"a bitmap is busy: held by {printable(pinned.owner)}")
             self._refuse_in_flight()
             self._close()
             change(root, content_unchanged, self._begin_anew)
@@ -579,56 +604,51 @@ class Tracker(Recorder):
 
     # How.
 
-    def _add(self, name: str, granularity: SupportsIndex | None, *, recording: bool, checkpoint: bool) -> None:
+    def _add(
+        self, name: str, granularity: SupportsIndex | None, namespace: str | None, *, recording: bool, checkpoint: bool
+    ) -> None:
         chosen = checked_granularity(DEFAULT_GRANULARITY if granularity is None else granularity)
         if recording and chosen < 1 << self._current.granularity_bits:
             # Writesets as fine as this may be large, and stay so: what will be refused is refused before.
-            self._require_possible(name, chosen)
-        with self._cut(chosen if recording else None) as number, self._changing() as home:
+            self._require_possible(namespace, name, chosen)
+        with (
+            self._cut(chosen if recording else None) as number,
+            self._changing(self._named(namespace)) as home,
+        ):
             if checkpoint and name not in home.entries:
                 if home.checkpoints and (before := home.checkpoints[-1]) != checkpoints.BREAK:
                     self._end_window(home, before, number)
                 home.checkpoints.append(name)
                 home.began[name] = time.time_ns()
             self._insert(home, number, name, chosen, recording)
-            self._serial += 1
+            self._outside[self._named(namespace)].serial += 1
 
-    def require_namespace(self, namespace: str, *, of_disk: bool) -> None:
-        """Refuses a question that is about other bitmaps than those that the methods change.
+    def require_namespace(self, namespace: str) -> None:
+        """Refuses a question that is about another disk.
 
         Args:
-            namespace: its UUID.
-            of_disk: the question is about the disk, and no bitmaps: it may be for the root of a device, too.
+            namespace: its UUID: that of the tracked node, or of the tracked device or its root.
 
         Raises:
-            BitmapError: a device and its root have one tracker, and the question is about the root; or the namespace is
-                not tracked here.
+            BitmapError: it is not tracked here.
         """
-        own = self._home.store.read(self._home.record)
-        if _is(own, namespace):
-            return
-        for home in self._homes[1:]:
-            root = home.store.read(home.record)
-            if not _is(root, namespace):
-                continue
-            if of_disk:
-                return
-            device = printable(decode_name(own.name))
-            what = f"tracked as the root of device '{device}', and its tracker changes the bitmaps of that alone"
-            raise BitmapError(
-                f"{home.store.path}: {root.label}",
-                f"{what}: change those of '{device}', or end it ('track stop') first",
-            )
+        self._named(namespace)
+
+    def _named(self, namespace: str | None) -> Home:
+        """The home with that UUID; None: the first. Asked for where no other root can come: see `set_root`."""
+        for home in self._homes:
+            if namespace is None or str(uuid.UUID(bytes=home.uuid)) == namespace:
+                return home
         raise BitmapError(self._where, "its tracker tracks another disk")
 
-    def _require_possible(self, name: str, granularity: int) -> None:
+    def _require_possible(self, namespace: str | None, name: str, granularity: int) -> None:
         def look(view: HomeView) -> None:
             if name in view.entries:
                 raise _taken(view, name)
             view.clean_entry(name, granularity, recording=True)
 
         with self._using():
-            self._home.read(self._session.uuid, look)
+            self._named(namespace).read(self._session.uuid, look)
 
     def _begin_window(self, home: HomeChange, name: str, granularity: int, number: int) -> None:
         """Begins a bitmap anew: it records, and holds what was written from that interval on."""
@@ -664,23 +684,22 @@ class Tracker(Recorder):
         return entry
 
     def _refuse_busy(self, home: HomeChange, name: str) -> None:
-        self._refuse_taken(home, name)
-        for names, owner in self._pinned.values():
-            if name in names:
-                raise BitmapError(f"{home.where}: {label(name)}", f"busy: held by '{printable(owner)}'")
+        if (owner := self._holder(home.record.uuid, name)) is not None:
+            raise BitmapError(f"{home.where}: {label(name)}", f"busy: held by {printable(owner)}")
 
     def _refuse_taken(self, home: HomeChange, name: str) -> None:
-        if name in self._held:
-            raise BitmapError(f"{home.where}: {label(name)}", "busy: taken for a backup")
+        if self._is_taken(home.record.uuid, name):
+            self._refuse_busy(home, name)
 
     def _holding(self, name: str) -> int:
         if name not in self._held:
             raise BitmapError(f"{self._where}: {label(name)}", "not taken")
         return self._held[name]
 
-    def _granularity_of(self, name: str) -> int:
+    def _granularity_of(self, namespace: str | None, name: str) -> int:
         with self._using():
-            return self._home.read(self._session.uuid, lambda view: view.entry(name).granularity)
+            home = self._named(namespace)
+            return home.read(self._session.uuid, lambda view: view.entry(name).granularity)
 
     def _fold(self, home: HomeChange, into: str, name: str) -> None:
         """ORs the content of a checkpoint into the one before it."""
@@ -749,10 +768,6 @@ _CHANGES: Final[dict[Any, Callable[..., None]]] = {
     "rename": Tracker._rename,
 }
 _WITHOUT_CUT: Final = "merge", "remove", "rename"  # nothing that is written belongs to another bitmap from then on
-
-
-def _is(record: Record, namespace: str) -> bool:
-    return str(uuid.UUID(bytes=record.uuid)) == namespace
 
 
 def _taken(view: HomeView, name: str) -> BitmapError:

@@ -69,6 +69,25 @@ def granules(first: int, last: int) -> set[int]:
     return {slot_of(number, SLOTS) * SLOT // GRANULE for number in range(first, last + 1)}
 
 
+def test_the_root_of_a_device_that_is_served(xfs: Path, tmp_path: Path) -> None:
+    """Its bitmaps are changed through the device's tracker; what checkpoints the device has stays as it is."""
+    repository, path = tmp_path / "repo", make_node(xfs, SIZE)
+    dirtmap("device", "add", "vda", "--root", "drive0")
+    with dm.open("device:vda") as device, device.track(save_interval=0) as tracker, path.open("r+b") as file:
+        tracker.checkpoint("mine")
+        for night, kind in enumerate(("full", "incremental", "incremental")):
+            with tracker.write(night * GRANULE, GRANULE):
+                file.write(bytes([65 + night]) * GRANULE)
+                file.flush()
+            made = back_up(repository, "node:drive0")
+            assert (made.kind, made.frozen) == (kind, "reflink")
+            assert made.copied == GRANULE
+            assert restored(repository, "drive0") == path.read_bytes()
+        assert not verify(repository)
+        assert tracker.checkpoints() == ["mine"]
+        assert tracker.changed_since("mine").count == 3 * GRANULE
+
+
 def test_disks_are_of_one_moment_and_a_night_costs_what_was_written(xfs: Path, tmp_path: Path) -> None:
     """Whichever process dies between the nights; beside an image that is offline."""
     repository, image = tmp_path / "repo", qcow2_disk(tmp_path / "disk.qcow2")

@@ -293,7 +293,7 @@ def test_where_it_listens(tmp_path: Path) -> None:
     for arguments, what in (
         ((), "Where to listen?"),
         (("--port", 1, "--unix", "s"), "exclude each other"),
-        (("--port", 1, "--bind", "0.0.0.0"), "anybody could read the disk"),
+        (("--port", 1, "--bind", "0.0.0.0"), "anybody there could open the disk"),
         (("--unix", "s", "--bind", "::1"), "--bind goes with --port"),
         (("--port", 1, "--bind", "host"), "'host' is no IP address"),
         (("--port", 1, "--live", "--source", "s"), "goes with no frozen source"),
@@ -303,4 +303,11 @@ def test_where_it_listens(tmp_path: Path) -> None:
     ):
         assert what in error_of("export", "drive0", *arguments)
     assert there.read_text() == "precious"
-    assert "its export would be called 'drive0'" in error_of("export", "drive0", "node:drive0", "--run", "false")
+    assert error_of("export", "drive0", "node:drive0", "--run", "false") == "node:drive0: is named twice"
+    folders = [tmp_path / name / "disk.qcow2" for name in ("one", "two")]
+    for path in folders:
+        path.parent.mkdir()
+        create(path, 1 << 20)
+    assert error_of("export", folders[0], folders[0], "--run", "false") == f"{folders[0]}: is named twice"
+    error = error_of("export", *folders, "--run", "false")
+    assert error == f"{folders[1]}: its export would be called 'disk.qcow2', as that of {folders[0]}"

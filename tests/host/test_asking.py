@@ -448,6 +448,21 @@ def test_a_checkpoint_of_several_disks_is_of_one_instant(tracker: Tracker) -> No
         assert "only-here" not in tracker.checkpoints()
 
 
+def test_whoever_makes_one_meanwhile_is_waited_for(tracker: Tracker) -> None:
+    other = make_other(tracker)
+    with dm.open("node:drive1") as image, image.track() as second:
+        with second.gated():
+            error = error_of("checkpoint", "add", "drive0", other, "a", "--wait", "0")
+            assert error.endswith("node 'drive1': somebody else makes a checkpoint or a clone of it; try again")
+            asker = threading.Thread(target=lambda: dirtmap("checkpoint", "add", "drive0", other, "b"))
+            asker.start()
+            while len(tracker._control._peers) == 0:  # type: ignore[union-attr]
+                time.sleep(0.001)
+            time.sleep(0.1)
+        asker.join()
+        assert tracker.checkpoints() == second.checkpoints() == ["b"]
+
+
 def test_what_was_written_between_checkpoints(tmp_path: Path) -> None:
     """Whether the disk is tracked or not."""
     make_node(tmp_path, SIZE)
@@ -572,39 +587,3 @@ def test_of_a_device_the_tracker_changes_the_device_s_bitmaps(tmp_path: Path) ->
         dirtmap("clear", "d", "mine")
         assert tracker.bitmap("mine").count == 0
         assert dirty("b0") == [(0, GRANULE)]
-
-
-def test_the_root_of_a_tracked_device_is_asked_about_the_disk_alone(tmp_path: Path) -> None:
-    """Every command that would change its bitmaps says in one line what to do instead, and changes nothing."""
-    make_node(tmp_path, SIZE)
-    make_node(tmp_path, SIZE, "drive1")
-    dirtmap("device", "add", "d", "--root", "drive0")
-    with dm.open("device:d") as device, device.track(save_interval=0) as tracker:
-        tracker.mark(0, 1)
-        for command in (
-            ("add", "drive0", "x"),
-            ("remove", "drive0", "b0"),
-            ("clear", "drive0", "b0"),
-            ("enable", "drive0", "b0"),
-            ("disable", "drive0", "b0"),
-            ("rename", "drive0", "b0", "x"),
-            ("merge", "drive0", "b0", "b0"),
-            ("mark", "drive0", "b0", "0", "1"),
-            ("copy", "drive0", "b0", "drive0", "--as", "x"),
-            ("copy", "drive1", "b0", "drive0", "--as", "x"),
-            ("move", "drive0", "b0", "drive1", "--as", "x"),
-            ("move", "drive0", "b0", "d"),
-            ("hold", "drive0", "b0", "--", "true"),
-            ("checkpoint", "add", "drive0", "x"),
-        ):
-            error = error_of(*command)
-            assert "node 'drive0': tracked as the root of device 'd'" in error, command
-            assert "change those of 'd', or end it ('track stop') first" in error
-            assert error.count("\n") <= 1
-        with dm.open("node:drive1") as other:
-            assert list(other) == ["b0"]
-        assert dirty("b0") == [(0, GRANULE)]
-        dirtmap("track", "save", "drive0")
-        assert json_of("track", "status", "d")["regions"] == 0
-        dirtmap("track", "stop", "drive0")
-    dirtmap("clear", "drive0", "b0")

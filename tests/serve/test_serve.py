@@ -182,6 +182,42 @@ def test_usage() -> None:
     assert dirtmap("serve", "--filter-path").out == f"{built_filter()}\n"
 
 
+def test_where_it_cannot_listen_is_said_before_anything_begins(disk: Path, tmp_path: Path) -> None:
+    """In one line that names what is wrong; nbdkit's and QEMU's own would not."""
+    long = tmp_path / ("x" * 108)
+    tls = certificates_in(tmp_path / "tls")
+    (tls / "server-key.pem").unlink()
+    for command in ("serve", "export"):
+        what = f"{long}: has {len(os.fsencode(long))} bytes, and the path of a Unix socket 107 at most"
+        assert error_of(command, "drive0", "--unix", long) == what
+        for folder, missing in ((tmp_path / "none", "ca-cert.pem"), (tls, "server-key.pem")):
+            error = error_of(command, "drive0", "--port", 10809, "--tls", folder)
+            assert error == f"{folder / missing}: No such file or directory"
+        there = tmp_path / "none" / "sock"
+        assert error_of(command, "drive0", "--unix", there) == f"{there}: No such file or directory"
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            error = error_of(command, "drive0", "--port", port)
+            assert error == f"127.0.0.1:{port}: Address already in use"
+        error = error_of(command, "drive0", "--bind", "0.0.0.0", "--port", 10809)
+        assert error == "bind: other machines reach 0.0.0.0, and anybody there could open the disk; that needs TLS"
+    with dm.open("node:drive0") as image:
+        assert image.tracking() is None
+
+
+def test_a_socket_whose_path_is_as_long_as_it_may_be(disk: Path, tmp_path: Path) -> None:
+    sock = tmp_path / ("x" * (107 - len(os.fsencode(tmp_path)) - 1))
+    for command in ("serve", "export"):
+        dirtmap(command, "drive0", "--unix", sock, "--run", 'nbdinfo --size "$uri"')
+
+
+def test_a_socket_whose_path_is_no_utf_8(disk: Path, tmp_path: Path) -> None:
+    """nbdkit takes any; QEMU, which `export` has, does not."""
+    sock = os.fsdecode(bytes(tmp_path) + b"/\xff")
+    dirtmap("serve", "drive0", "--unix", sock, "--run", 'test -S "$unixsocket" && nbdinfo --size "$uri"')
+    assert "not UTF-8, as qemu-storage-daemon needs its paths" in error_of("export", "drive0", "--unix", sock)
+
+
 def test_nothing_to_adopt(disk: Path, tmp_path: Path) -> None:
     assert "no nbdkit that can be seen here serves it" in error_of("serve", "drive0", "--adopt")
     with served(tmp_path):
@@ -266,6 +302,11 @@ def test_nbdkit_gives_signs_of_life_while_there_is_no_tracker(disk: Path, tmp_pa
         assert status is not None
         assert status.seen is not None
         assert status.seen * 1e9 > died
+    ended = f"node 'drive0' is tracked by a process that has ended ({started.process.pid} while it ran)"
+    assert ended in dirtmap("list", "drive0").error
+    for command in (("add", "drive0", "x"), ("node", "rename", "drive0", "x"), ("track", "stop", "drive0")):
+        what = "its tracker has died, and others mark; 'dirtmap serve --adopt TARGET' takes it over"
+        assert error_of(*command).endswith(f"node 'drive0': {what}")
     started.kill(tracker=False, nbdkit=True)
     started.wait()
 

@@ -47,6 +47,8 @@ STEP = 11  # of the points at which a short run dies
 def die_at(point: int, folder: Path) -> set[int]:
     """A tracker that dies before the n-th write, sync or live file of anything; returns the granules it has marked."""
     granules, begun = (3, 20, 900), mmap.mmap(-1, 4096)
+    with dm.open(NODE) as root:
+        node = root.uuid
 
     def act() -> None:
         left = [point]
@@ -66,6 +68,7 @@ def die_at(point: int, folder: Path) -> set[int]:
                     tracker.save()
                 if number == 1:
                     tracker.checkpoint("monday")
+                    tracker.checkpoint("monday", namespace=node)
             tracker.close()
         if left[0] > 0:
             begun[8] = 1
@@ -127,15 +130,20 @@ def test_dead_before_every_act_on_a_disk(tmp_path: Path, root: Callable[[Path], 
 
 
 def lose_power(folder: Path, root: Callable[[Path], Path], seed: int, acts: int, crashes: int) -> int:
-    """Runs a device's tracker to its end, then tries what crashes may leave, sector by sector; returns how many."""
+    """Runs a device's tracker to its end, then tries what crashes may leave, sector by sector; returns how many.
+
+    Every second checkpoint is one of the root.
+    """
     make(folder, root)
+    with dm.open(NODE) as node:
+        namespaces = None, node.uuid
     with dm.open(DEVICE) as image, image.transaction() as bitmaps:
         bitmaps["b1"] = dm.Bitmap(SIZE)
     recording, rng = Recording(), random.Random(seed)
     with fileio.using(recording.files()), dm.open("disk0") as image:
         with image.track(save_interval=0, region_size=REGION) as tracker:
             recording.events.append("begun")
-            use(recording, tracker, rng, acts)
+            use(recording, tracker, rng, acts, namespaces)
             recording.events.append("closing")
         recording.events.append("closed")
     # As the tracker left them, whatever the recovery from an earlier crash has written since.
@@ -161,9 +169,9 @@ def lose_power(folder: Path, root: Callable[[Path], Path], seed: int, acts: int,
                 assert how.get(name, LOGGED) == LOGGED, f"event {at}: {how}"
             if begun < at <= closing or at > closed or root is not qcow2:
                 assert not (found[name] & ~most).any(), f"event {at}: {name} not bounded: {how}"
-            if target == DEVICE:
-                names = [name for name in found if name.startswith("c")]
-                for name, model in since.items():  # durable once the cut has returned
+            names = [name for name in found if name.startswith("c")]
+            for name, model in since.items():  # durable once the cut has returned
+                if int(name.removeprefix("c")) % 2 == (target == NODE):
                     union = np.bitwise_or.reduce([found[later] for later in names[names.index(name) :]])
                     assert not (model & ~union).any(), f"event {at}: {name} lost {np.flatnonzero(model & ~union)}"
     return crashes
@@ -184,10 +192,15 @@ def test_power_loss_at_any_of_many_moments_loses_no_mark_of_either(
 
 
 def tracking(seed: int, shared: Shared, path: Path) -> None:
-    """What the child does until it is killed: marks by threads, with writes to a raw root, beside cuts and saves."""
+    """What the child does until it is killed: marks by threads, with writes to a raw root, beside cuts and saves.
+
+    The cuts are the device's, or its root's.
+    """
     rng = random.Random(seed)
     fd = os.open(path, os.O_RDWR)
     tracker = dm.open("disk0").track(save_interval=0, region_size=1 << 20)
+    with dm.open(NODE) as node:
+        namespaces = None, node.uuid
 
     def work(number: int) -> None:
         own = random.Random(seed * 10 + number)
@@ -209,7 +222,7 @@ def tracking(seed: int, shared: Shared, path: Path) -> None:
             tracker.save()
         else:
             cuts += 1
-            tracker.checkpoint(f"c{seed}-{cuts}")
+            tracker.checkpoint(f"c{seed}-{cuts}", namespace=rng.choice(namespaces))
 
 
 def kill_often(folder: Path, kills: int, root: Callable[[Path], Path]) -> int:
@@ -229,9 +242,10 @@ def kill_often(folder: Path, kills: int, root: Callable[[Path], Path]) -> int:
             assert not (shared.returned & ~after).any(), (number, target, "lost")
             assert not (after & ~shared.asked).any(), (number, target, "more than was marked")
             assert how <= {EXACT}, (number, target, how)
-        with dm.open(DEVICE) as image, image.transaction() as bitmaps:
-            for name in [name for name in bitmaps if name != "d0"]:
-                del bitmaps[name]
+        for target in BOTH:
+            with dm.open(target) as image, image.transaction() as bitmaps:
+                for name in [name for name in bitmaps if name not in ("d0", "b0")]:
+                    del bitmaps[name]
     return kills
 
 

@@ -52,7 +52,7 @@ def test_a_tracker_is_named_where_it_can_be_seen_alone(place: str, tracker_is_in
     with started(*inside(theirs, sys.executable, "-c", TRACK)):
         runs(*inside(ours, COMMAND, "clear", "one", "b"))  # the tracker does it, which can be asked from there, too
         said = told(*inside(ours, COMMAND, "node", "resize", "one"))
-    assert f"{UNSEEN}ask it, or end it first" in said
+    assert f"{UNSEEN}'dirtmap track stop TARGET' ends it" in said
 
 
 @needs_root
@@ -85,7 +85,7 @@ def test_whoever_knows_that_it_has_ended_can_say_so() -> None:
 def test_a_tracker_without_its_log_that_has_ended_for_certain_is_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
     with started(sys.executable, "-c", TRACK) as tracker:
         the_log().unlink()
-        assert f"(process {tracker.pid}); ask it, or end it first" in error_of("node", "resize", "one")
+        assert f"(process {tracker.pid}); 'dirtmap track stop TARGET' ends it" in error_of("node", "resize", "one")
         tracker.kill()
         tracker.wait(60)
     with monkeypatch.context() as patched:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -108,8 +108,10 @@ def land(disk: bytearray, offset: int, data: bytes) -> None:
     disk[offset : offset + len(data)] = data
 
 
-def use(recording: Recording, tracker: Tracker, rng: random.Random, acts: int) -> None:
-    """Marks, cuts and saves at random."""
+def use(
+    recording: Recording, tracker: Tracker, rng: random.Random, acts: int, namespaces: Sequence[str | None] = (None,)
+) -> None:
+    """Marks, cuts and saves at random; checkpoints of these namespaces in turn, the second one first."""
     cuts = 0
     for _ in range(acts):
         way = rng.random()
@@ -126,7 +128,7 @@ def use(recording: Recording, tracker: Tracker, rng: random.Random, acts: int) -
             recording.events.append(Marked(granules, True))
         elif way < 0.88:
             cuts += 1
-            tracker.checkpoint(f"c{cuts}")
+            tracker.checkpoint(f"c{cuts}", namespace=namespaces[cuts % len(namespaces)])
             recording.events.append(Cut(f"c{cuts}"))
         elif way < 0.95:
             tracker.save()

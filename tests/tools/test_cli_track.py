@@ -107,7 +107,7 @@ def test_status_of_an_image_that_nobody_tracks(tmp_path: Path) -> None:
 def test_what_changes_a_tracked_image_is_refused_with_the_trackers_name(
     tracker: Tracker, command: tuple[str | int, ...]
 ) -> None:
-    assert f"(process {os.getpid()}); ask it, or end it first" in error_of(*command)
+    assert f"(process {os.getpid()}); 'dirtmap track stop TARGET' ends it" in error_of(*command)
     assert list(map(str, tracker.bitmap("b0").extents()[0])) == []
 
 

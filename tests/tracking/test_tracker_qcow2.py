@@ -736,6 +736,8 @@ def test_check_tells_a_tracked_image_from_one_left_in_use(path: Path) -> None:
         summary = json_of("index", "scan", path.parent)
         assert (summary["bitmaps"], summary["inconsistent"]) == (2, 0)
         for repair in ("leaks", "all"):
-            assert f"(process {os.getpid()}); ask it, or end it first" in error_of("check", "-r", repair, path)
+            assert f"(process {os.getpid()}); 'dirtmap track stop TARGET' ends it" in error_of(
+                "check", "-r", repair, path
+            )
     in_child(lambda: dm.open(path).track().mark(5 * GRANULE, 1))
     assert "its tracker has died; 'dirtmap recover' first" in error_of("check", "-r", "all", path)

@@ -44,15 +44,6 @@ def test_one_live_session_a_node(path: Path, other: Path) -> None:
         for target in (*BOTH, "disk1"):
             with dm.open(target) as again, pytest.raises(dm.LockedError, match=mine):
                 again.track()
-        # The device's tracker changes what is the device's; what is its root's, nobody does meanwhile.
-        with (
-            dm.open(NODE) as again,
-            pytest.raises(dm.BitmapError, match="tracked as the root of device"),
-            again.transaction() as all_,
-        ):
-            all_.rename(next(iter(all_)), "x")
-        with pytest.raises(dm.BitmapError, match="tracked as the root of device"), dm.transaction([NODE]):
-            pass
         for target in BOTH:
             with pytest.raises(dm.LockedError, match=mine):
                 dm.recover(target)

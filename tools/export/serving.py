@@ -214,9 +214,12 @@ def _require_names(served: list[_Served]) -> None:
     found: dict[str, _Served] = {}
     for each in served:
         other = found.setdefault(each.name, each)
-        if other is not each:
-            what = f"its export would be called '{printable(each.name)}', as that of {other.target}"
-            raise ArgumentError(each.target, what)
+        if other is each:
+            continue
+        if other.handle.uuid == each.handle.uuid and os.path.samefile(other.handle.path, each.handle.path):
+            raise ArgumentError(each.target, "is named twice")
+        what = f"its export would be called '{printable(each.name)}', as that of {other.target}"
+        raise ArgumentError(each.target, what)
 
 
 @dataclass(slots=True)

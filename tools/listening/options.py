@@ -97,6 +97,6 @@ def environment(uris: Sequence[str]) -> dict[str, str]:
         uris: of the exports, all of one server.
     """
     found = urlsplit(uris[0])
-    unix = parse_qs(found.query).get("socket", [""])[0]
+    unix = parse_qs(found.query, errors="surrogateescape").get("socket", [""])[0]
     port = "" if found.port is None else str(found.port)
     return {**os.environ, "uri": " ".join(uris), "unixsocket": unix, "port": port}

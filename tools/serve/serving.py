@@ -98,8 +98,8 @@ def serve(
             raise UnsupportedError(handle.where, what)
         notes, status = [], handle.tracking()
         if status is not None and status.alive:
-            remedy = "ask it, or end it first" if status.kept else "'dirtmap serve --adopt' takes over what it has left"
-            raise LockedError(handle.where, f"tracked by {status.tracker}; {remedy}")
+            raise LockedError(handle.where, status.refusal)
+        stack.enter_context(listener.reserved())
         tracker, session = None, None
         if read_only:
             nbdkit_version()
@@ -115,7 +115,6 @@ def serve(
             session = Session(built, begun.live, locks)
         if doubt := handle.doubt():
             notes.append(f"its bitmaps count as all dirty: {doubt}")
-        stack.enter_context(listener.reserved())
         nbdkit = stack.enter_context(Nbdkit.start(listener, disk, session, arguments))
         live = None if session is None else session.live
         if tracker is not None:
