@@ -401,7 +401,7 @@ def write(change: Change, wanted: Content, base: Tree, among: Positions | None =
     old = walk(change.snapshot, base, among, keep=True)
     if among is None:
         among = np.arange(shape.chunks)
-    before = _places(old, among)
+    before, known = _places(old, among)
     pointers = np.zeros(len(among), _POINTER)
     changed = np.zeros(len(among), np.bool_)
     for here, rows in _batches(wanted, shape, among):
@@ -415,7 +415,9 @@ def write(change: Change, wanted: Content, base: Tree, among: Positions | None =
         new = np.flatnonzero(kinds == _UNKNOWN)
         sums = _checksums_of(rows, new)
         differs = (before[here] != kinds) | (before[here] == _UNKNOWN)
-        differs[new[_is_same(change.snapshot, rows, numbers, old, new, sums)]] = False
+        equal = new[(before[here][new] > ALL_ONES) & (known[here][new] == sums)]
+        there = Found(shape, old.root, chunks=numbers[equal], places=before[here][equal], checksums=known[here][equal])
+        differs[equal[_is_same(change.snapshot, rows, equal, there)]] = False
         chosen = differs[new]
         pointers["place"][here] = np.maximum(kinds, 0)
         at = new[chosen]
@@ -555,14 +557,18 @@ def _contents(snapshot: Snapshot, found: Found) -> Iterator[tuple[Positions, NDA
                 yield found.chunks[first + start : first + stop], rows[start:stop]
 
 
-def _places(found: Found, among: Positions) -> Positions:
-    """Where each chunk is: its cluster's place, `ALL_ZEROS`, `ALL_ONES`, or `_UNKNOWN` where that is damaged."""
-    places = np.zeros(len(among), np.int64)
-    places[np.searchsorted(among, found.chunks)] = found.places
+def _places(found: Found, among: Positions) -> tuple[Positions, Positions]:
+    """Where each chunk is: its cluster's place, `ALL_ZEROS`, `ALL_ONES`, or `_UNKNOWN` where that is damaged.
+
+    And the checksum of each that has a cluster.
+    """
+    places, sums = np.zeros(len(among), np.int64), np.zeros(len(among), np.int64)
+    at = np.searchsorted(among, found.chunks)
+    places[at], sums[at] = found.places, found.checksums
     for value, runs in ((ALL_ONES, found.dirty), (_UNKNOWN, [(first, end) for first, end, _ in found.damaged])):
         for first, end in runs:
             places[np.searchsorted(among, first) : np.searchsorted(among, end)] = value
-    return places
+    return places, sums
 
 
 # What is written.
@@ -606,11 +612,7 @@ def _rows(words: bits.Words, shape: Shape, number: int) -> Rows:
 
 def _kinds(rows: Rows, shape: Shape, numbers: Positions) -> Positions:
     """What each of the chunks is: `ALL_ZEROS`, `ALL_ONES`, or `_UNKNOWN` for one that needs a cluster."""
-    kinds = np.full(len(rows), _UNKNOWN, np.int64)
-    some = np.bitwise_or.reduce(rows, axis=1) != 0
-    kinds[~some] = ALL_ZEROS
-    candidates = np.flatnonzero(some & (rows[:, 0] == bits.ALL))
-    kinds[candidates[np.bitwise_and.reduce(rows[candidates], axis=1) == bits.ALL]] = ALL_ONES
+    kinds = bits.uniform(rows.reshape(-1), len(rows))
     last = shape.chunks - 1
     if numbers[-1] == last and bits.count(rows[-1]) == shape.dirty_bits(last, shape.chunks):
         kinds[-1] = ALL_ONES  # the bits behind the last one are not set
@@ -632,7 +634,7 @@ def _some(words: bits.Words, shape: Shape) -> Positions:
     found = []
     for at in range(0, shape.chunks, step):
         rows = _rows(words[at * per : (at + step) * per], shape, min(step, shape.chunks - at))
-        found.append(np.flatnonzero(np.bitwise_or.reduce(rows, axis=1)) + at)
+        found.append(np.flatnonzero(bits.uniform(rows.reshape(-1), len(rows))) + at)
     return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
@@ -644,21 +646,13 @@ def _checksums_of(rows: Rows, chosen: Positions) -> Positions:
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def _is_same(
-    snapshot: Snapshot, rows: Rows, numbers: Positions, old: Found, new: Positions, checked: Positions
-) -> NDArray[np.bool_]:
-    """Which of the rows ``new``, with these checksums, are in the file bit for bit; each row has the chunk's number."""
-    same = np.zeros(len(new), np.bool_)
-    at, to = np.searchsorted(old.chunks, [numbers[0], numbers[-1] + 1]).tolist()
-    common, mine, theirs = np.intersect1d(numbers[new], old.chunks[at:to], assume_unique=True, return_indices=True)
-    theirs += at
-    equal = np.flatnonzero(checked[mine] == old.checksums[theirs])
-    part = Found(old.shape, old.root, chunks=common[equal])
-    part.places, part.checksums = old.places[theirs[equal]], old.checksums[theirs[equal]]
-    for chunks, data in _contents(snapshot, part):
-        first = int(np.searchsorted(part.chunks, chunks[0]))
-        here = mine[equal[first : first + len(chunks)]]
-        same[here] = (data == rows[new[here]]).all(axis=1)
+def _is_same(snapshot: Snapshot, rows: Rows, chosen: Positions, there: Found) -> NDArray[np.bool_]:
+    """Which of the chosen rows are in the file bit for bit, as these chunks, one each."""
+    same = np.zeros(len(chosen), np.bool_)
+    for chunks, data in _contents(snapshot, there):
+        first = int(np.searchsorted(there.chunks, chunks[0]))
+        here = slice(first, first + len(chunks))
+        same[here] = (data == rows[chosen[here]]).all(axis=1)
     return same
 
 

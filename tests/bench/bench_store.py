@@ -168,6 +168,32 @@ def test_load_16_tib(against: Against, tmp_path: Path, percent: float, clustered
         against(what, lambda: load("b1"), peers, rounds=21)
 
 
+def test_save_16_tib(against: Against, tmp_path: Path) -> None:
+    """All bits of a bitmap, each time others; beside as many bytes in a file that has as many already."""
+    size, flat = 16 * TIB, tmp_path / "flat"
+    many = some(size, 10, clustered=False)
+    packed = many, many[::-1]
+    bitmaps = [Bitmap.from_packed(size, GRANULARITY, data) for data in packed]
+    done = 0
+
+    with Store(add_large(tmp_path, size)) as target, flat.open("wb") as file:
+
+        def save() -> None:
+            nonlocal done
+            done += 1
+            with stored(target, "a").transaction() as there:
+                there["b0"] = bitmaps[done % 2]
+
+        def write() -> None:
+            assert crc32c.crc32c(packed[done % 2])
+            os.pwrite(file.fileno(), packed[done % 2], 0)
+            os.fdatasync(file.fileno())
+
+        peers = {"writing the bytes, their CRC32C and one sync": Peer(write, 1.2, limit=True)}
+        against("saving a bitmap of 16 TiB at 64 KiB, 10 % dirty", save, peers, rounds=21, warm=3)
+        assert stored(target, "a")["b0"] == bitmaps[done % 2]
+
+
 @pytest.mark.parametrize("percent", [0, 10])
 def test_commit_of_one_mark_on_15_tib(against: Against, tmp_path: Path, percent: float) -> None:
     """Beside the commit of a mark on a small disk."""
