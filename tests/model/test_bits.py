@@ -130,9 +130,10 @@ def test_combine(one: list[bool], data: st.DataObject, by: int) -> None:
             assert np.array_equal(into, words)
 
 
-@given(st.lists(bitmaps, max_size=4), st.integers(1, 3000), st.integers(0, 7))
+@at_each_level
+@given(st.lists(bitmaps, max_size=11), st.integers(1, 1100), st.integers(0, 7))
 def test_union(parts: list[list[bool]], length: int, by: int) -> None:
-    parts = [(part * 100 + [False] * (length * 64))[: length * 64] for part in parts]
+    parts = [(part * 20 + [False] * (length * 64))[: length * 64] for part in parts]
     into = unaligned(bits.zeros(length * 64), by)
     bits.union([unaligned(pack(part), by) for part in parts], into)
     assert unpack(into, length * 64) == [any(flags) for flags in zip(*parts, [False] * (length * 64), strict=True)]
