@@ -278,7 +278,7 @@ def _both(one: Callable[[], _Found], other: Callable[[], _Found]) -> tuple[_Foun
     thread = threading.Thread(target=work)
     try:
         thread.start()
-    except RuntimeError:  # there is no other thread to be had
+    except RuntimeError:  # at the end of the interpreter, or where the system has no more of them
         return one(), other()
     try:
         own = one()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,8 +132,9 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
     """
     shape = Shape(tree.nbits, snapshot.header.cluster_size)
     found = Found(shape, (tree.place, tree.checksum))
-    index, places = np.zeros(1, np.int64), np.array([tree.place], np.uint64)
-    checksums = np.array([tree.checksum], np.int64)
+    index: Positions = np.zeros(1, np.int64)
+    places: NDArray[np.uint64] = np.array([tree.place], np.uint64)
+    checksums: Positions = np.array([tree.checksum], np.int64)
     left = most = snapshot.unclaimed(tree.owner)
     for level in range(shape.top, -1, -1):
         below = shape.below(level)
@@ -156,35 +157,39 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
         if level == 0:
             found.chunks, found.places, found.checksums = index, places.astype(np.int64), checksums
             break
-        parts: list[tuple[Positions, NDArray[np.uint64], Positions]] = []
-        for number, place, checksum in zip(index.tolist(), places.tolist(), checksums.tolist(), strict=True):
-            data = snapshot.file.read(place, shape.cluster)
-            if len(data) < shape.cluster or crc32c(data) != checksum:
-                snapshot.doubted = True
-                found.lose(level, number, number + 1, place)
-                continue
-            pointers = np.frombuffer(data, _POINTER)
-            if keep:
-                found.nodes[level, number], found.at[level, number] = pointers.copy(), place
-            count = shape.children(level, number)
-            pointers = pointers[:count]
-            first = number * shape.fan
-            parts.append(
-                (
-                    np.arange(first, first + count),
-                    pointers["place"].astype(np.uint64),
-                    pointers["checksum"].astype(np.int64),
-                )
-            )
-        if not parts:
-            break
-        index, places, checksums = (np.concatenate(part) for part in zip(*parts, strict=True))
+        numbers, nodes = _nodes(snapshot, found, level, index, places, checksums)
+        if keep:
+            kept = zip(numbers.tolist(), nodes, places[np.searchsorted(index, numbers)].tolist(), strict=True)
+            for number, node, place in kept:
+                found.nodes[level, number], found.at[level, number] = node.copy(), place
+        index = (numbers[:, np.newaxis] * shape.fan + np.arange(shape.fan)).reshape(-1)
+        index = index[: np.searchsorted(index, shape.number(level - 1))]  # what is behind the last means nothing
+        pointers = nodes.reshape(-1)[: len(index)]
+        places, checksums = pointers["place"].astype(np.uint64), pointers["checksum"].astype(np.int64)
         if wanted is not None:
             asked = np.flatnonzero(np.isin(index, wanted // shape.below(level - 1)))
             index, places, checksums = index[asked], places[asked], checksums[asked]
     snapshot.claim(tree.owner, most - left)
     found.dirty.sort()
     return found
+
+
+def _nodes(
+    snapshot: Snapshot, found: Found, level: int, index: Positions, places: NDArray[np.uint64], checksums: Positions
+) -> tuple[Positions, NDArray[np.void]]:
+    """Reads nodes, and notes which are damaged: the numbers of the sound ones, and their pointers, a row each."""
+    cluster = found.shape.cluster
+    sound, nodes = np.zeros(len(index), np.bool_), np.zeros((len(index), found.shape.fan), _POINTER)
+    for first, end in _pieces(places, cluster):
+        data = snapshot.file.read(int(places[first]), (end - first) * cluster)
+        whole = slice(first, first + len(data) // cluster)
+        octets = memoryview(data)[: len(data) // cluster * cluster]
+        sound[whole] = _sums(octets, cluster) == checksums[whole]
+        nodes[whole] = np.frombuffer(octets, _POINTER).reshape(-1, found.shape.fan)
+    for at in np.flatnonzero(~sound).tolist():
+        snapshot.doubted = True
+        found.lose(level, int(index[at]), int(index[at]) + 1, int(places[at]))
+    return index[sound], nodes[sound]
 
 
 def load(snapshot: Snapshot, tree: Tree, key: object = None) -> tuple[bits.Words, str | None]:
@@ -469,7 +474,7 @@ def carry_over(snapshot: Snapshot, tree: Tree, change: Change) -> tuple[tuple[in
 # The loop over chunks.
 
 
-def checksums(data: memoryview, cluster: int) -> Positions:
+def _sums(data: memoryview, cluster: int) -> Positions:
     """The CRC32C of each cluster of ``data``."""
     sums = np.empty(len(data) // cluster, np.int64)
     crc32c_each(data, cluster, sums)
@@ -488,11 +493,10 @@ def _zeros(nbits: int, *, sparse: bool) -> bits.Words:
     return np.frombuffer(memory.zeros(length), bits.WORD)
 
 
-def _pieces(found: Found) -> Iterator[tuple[int, int]]:
-    """The positions, first and end, of chunks whose clusters are adjacent, as many as are read at a time."""
-    cluster = found.shape.cluster
+def _pieces(places: NDArray[Any], cluster: int) -> Iterator[tuple[int, int]]:
+    """The positions, first and end, of clusters that are adjacent, as many as are read at a time."""
     most = max(_PIECE // cluster, 1)
-    for first, end in _together(np.diff(found.places) == cluster) if len(found.places) else ():
+    for first, end in _together(np.diff(places) == cluster) if len(places) else ():
         for at in range(first, end, most):
             yield at, min(at + most, end)
 
@@ -512,7 +516,7 @@ def _read(snapshot: Snapshot, found: Found, words: bits.Words, base: int = 0) ->
     data = words.view(np.uint8).data
     spare = memoryview(bytearray(min(max(_PIECE, cluster), len(found.chunks) * cluster)))
     sums = np.empty(len(found.chunks), np.int64)
-    for first, end in _pieces(found):
+    for first, end in _pieces(found.places, cluster):
         chunk, last = int(found.chunks[first]) - base, int(found.chunks[end - 1]) - base
         straight = last - chunk == end - first - 1 and (last + 1) * cluster <= len(data)
         buffer = data[chunk * cluster : (last + 1) * cluster] if straight else spare[: (end - first) * cluster]
@@ -545,10 +549,10 @@ def _contents(snapshot: Snapshot, found: Found) -> Iterator[tuple[Positions, NDA
     """The sound chunks, some at a time: their numbers, and their words, a row each, which are valid until the next."""
     cluster = found.shape.cluster
     spare = memoryview(bytearray(min(max(_PIECE, cluster), len(found.chunks) * cluster)))
-    for first, end in _pieces(found):
+    for first, end in _pieces(found.places, cluster):
         buffer = spare[: (end - first) * cluster]
         snapshot.file.read_into(int(found.places[first]), buffer)
-        bad = np.flatnonzero(checksums(buffer, cluster) != found.checksums[first:end])
+        bad = np.flatnonzero(_sums(buffer, cluster) != found.checksums[first:end])
         _lose(snapshot, found, first, bad)
         rows = np.frombuffer(buffer, bits.WORD).reshape(end - first, -1)
         starts, ends = [0, *(bad + 1).tolist()], [*bad.tolist(), end - first]
@@ -640,9 +644,7 @@ def _some(words: bits.Words, shape: Shape) -> Positions:
 
 def _checksums_of(rows: Rows, chosen: Positions) -> Positions:
     """The CRC32C of these rows."""
-    parts = [
-        checksums(rows[first:end].reshape(-1).view(np.uint8).data, rows.shape[1] * 8) for first, end in _runs(chosen)
-    ]
+    parts = [_sums(rows[first:end].reshape(-1).view(np.uint8).data, rows.shape[1] * 8) for first, end in _runs(chosen)]
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
@@ -686,7 +688,7 @@ def _seal(change: Change, old: Found, chunks: Positions, pointers: Pointers) -> 
     index = chunks
     for level in range(1, shape.top + 1):
         above = index // shape.fan
-        numbers = np.unique(above).tolist()
+        numbers = above[np.flatnonzero(np.diff(above, prepend=-1))].tolist()
         for number in numbers:
             here = slice(*np.searchsorted(above, [number, number + 1]).tolist())
             old.table(level, number)[index[here] % shape.fan] = pointers[here]

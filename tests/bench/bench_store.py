@@ -142,7 +142,7 @@ def some(size: int, percent: float, *, clustered: bool) -> bytes:
 
 @pytest.mark.parametrize(("percent", "clustered"), [(10, False), (0.01, True)])
 def test_load_16_tib(against: Against, tmp_path: Path, percent: float, clustered: bool) -> None:
-    """Few bits beside many, both from a store that is open: what opening one takes has rows of its own."""
+    """Few bits beside many, both of an image that is open: what opening a store takes has rows of its own."""
     size = 16 * TIB
     flat = tmp_path / "flat"
     flat.write_bytes(many := some(size, 10, clustered=False))
@@ -151,13 +151,15 @@ def test_load_16_tib(against: Against, tmp_path: Path, percent: float, clustered
             for name, packed in {"b0": many, "b1": some(size, percent, clustered=clustered)}.items():
                 bitmaps[name] = Bitmap.from_packed(size, GRANULARITY, packed)
 
+        image = stored(target, "a")
+
         def load(name: str) -> None:
-            _ = stored(target, "a")[name].words
+            _ = image[name].words
 
         def read() -> None:
             assert crc32c.crc32c(np.fromfile(flat, np.uint8))
 
-        assert bytes(stored(target, "a")["b1"].packed()) == packed
+        assert bytes(image["b1"].packed()) == packed
         what = f"loading a bitmap of 16 TiB at 64 KiB, {percent} % dirty" + (" in clusters" if clustered else "")
         peers = {
             "one that is 10 % dirty, anywhere": Peer(lambda: load("b0"), 0.05),
