@@ -161,7 +161,7 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
         if keep:
             kept = zip(numbers.tolist(), nodes, places[np.searchsorted(index, numbers)].tolist(), strict=True)
             for number, node, place in kept:
-                found.nodes[level, number], found.at[level, number] = node.copy(), place
+                found.nodes[level, number], found.at[level, number] = node, place
         index = (numbers[:, np.newaxis] * shape.fan + np.arange(shape.fan)).reshape(-1)
         index = index[: np.searchsorted(index, shape.number(level - 1))]  # what is behind the last means nothing
         pointers = nodes.reshape(-1)[: len(index)]
@@ -179,17 +179,18 @@ def _nodes(
 ) -> tuple[Positions, NDArray[np.void]]:
     """Reads nodes, and notes which are damaged: the numbers of the sound ones, and their pointers, a row each."""
     cluster = found.shape.cluster
-    sound, nodes = np.zeros(len(index), np.bool_), np.zeros((len(index), found.shape.fan), _POINTER)
+    # Octets, since numpy copies pointers field by field.
+    sound, nodes = np.zeros(len(index), np.bool_), np.empty((len(index), cluster), np.uint8)
     for first, end in _pieces(places, cluster):
         data = snapshot.file.read(int(places[first]), (end - first) * cluster)
         whole = slice(first, first + len(data) // cluster)
         octets = memoryview(data)[: len(data) // cluster * cluster]
         sound[whole] = _sums(octets, cluster) == checksums[whole]
-        nodes[whole] = np.frombuffer(octets, _POINTER).reshape(-1, found.shape.fan)
+        nodes[whole] = np.frombuffer(octets, np.uint8).reshape(-1, cluster)
     for at in np.flatnonzero(~sound).tolist():
         snapshot.doubted = True
         found.lose(level, int(index[at]), int(index[at]) + 1, int(places[at]))
-    return index[sound], nodes[sound]
+    return index[sound], nodes[sound].view(_POINTER)
 
 
 def load(snapshot: Snapshot, tree: Tree, key: object = None) -> tuple[bits.Words, str | None]:
