@@ -698,15 +698,17 @@ def _seal(change: Change, old: Found, chunks: Positions, pointers: Pointers) -> 
         written = []
         for at, number in enumerate(numbers):
             places = old.table(level, number)["place"][: shape.children(level, number)]
-            if (places == places[0]).all() and places[0] <= ALL_ONES:
+            if places[0] <= ALL_ONES and (places == places[0]).all():
                 pointers["place"][at] = places[0]
             else:
                 written.append(at)
         _release(change, np.array([old.at[level, n] for n in numbers if (level, n) in old.at], np.int64))
-        for at, offset in zip(written, _offsets(change, len(written)).tolist(), strict=True):
+        offsets, sums = _offsets(change, len(written)), []
+        for at, offset in zip(written, offsets.tolist(), strict=True):
             data = old.nodes[level, numbers[at]].tobytes()
-            pointers[at] = (offset, crc32c(data), 0)
+            sums.append(crc32c(data))
             change.plan(offset, data)
+        pointers["place"][written], pointers["checksum"][written] = offsets, sums
         index = np.array(numbers, np.int64)
     return int(pointers["place"][0]), int(pointers["checksum"][0])
 
