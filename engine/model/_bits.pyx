@@ -26,7 +26,6 @@ cdef extern from "bits.h" nogil:
         uint64_t (*count)(const uint8_t *, size_t)
         uint64_t (*runs)(const bits_word *, size_t, size_t)
         uint64_t (*combine)(const bits_word *, const bits_word *, bits_word *, size_t, int)
-        void (*unite)(const bits_word *const *, size_t, bits_word *, size_t, size_t)
         void (*extents)(const bits_word *, size_t, size_t, uint64_t, bits_number *, bits_number *, size_t, size_t)
         void (*coarsen)(const bits_word *, size_t, bits_word *, int)
         void (*refine)(const bits_word *, bits_word *, size_t, int)
@@ -37,6 +36,7 @@ cdef extern from "bits.h" nogil:
     size_t bits_first_outside(const bits_number *, const bits_number *, size_t, int64_t)
     size_t bits_mark_ranges(bits_word *, uint64_t, const bits_number *, const bits_number *, size_t, int, uint64_t)
     size_t bits_scatter(bits_word *, uint64_t, const bits_number *, const bits_number *, size_t, uint64_t)
+    void bits_union(const bits_word *const *, size_t, bits_word *, size_t, size_t)
     int bits_all(const uint8_t *, size_t, uint8_t)
     void bits_uniform(const bits_word *, size_t, size_t, bits_number *)
     int __builtin_ctzll(unsigned long long)
@@ -350,7 +350,7 @@ def union(list parts, into, size_t start, size_t end):
     for at, buffer in enumerate(buffers):
         sources[at] = <const bits_word *> buffer.view.buf
     cdef PyThreadState *state = unlock((end - start) * 8 * n)
-    loops.unite(sources, n, target, start, end)
+    bits_union(sources, n, target, start, end)
     lock(state)
     PyMem_Free(sources)
 

@@ -199,7 +199,7 @@ BITS_INLINE uint64_t bits_combine_body(const bits_word *a, const bits_word *b, b
  * Some arrays at a time, so that what they have together is loaded and stored less often; the last one more often than
  * once, where that makes them as many.
  */
-BITS_INLINE void bits_union_body(const bits_word *const *parts, size_t count, bits_word *into, size_t from, size_t to)
+static inline void bits_union(const bits_word *const *parts, size_t count, bits_word *into, size_t from, size_t to)
 {
     enum { BLOCK = 512, SOME = 5 };
     for (size_t at = from; at < to; at += BLOCK) {
@@ -500,7 +500,6 @@ BITS_INLINE void bits_refine_body(const bits_word *coarse, bits_word *fine, size
 
 #define BITS_COUNT (const uint8_t *data, size_t size)
 #define BITS_COMBINE (const bits_word *a, const bits_word *b, bits_word *into, size_t n, int how)
-#define BITS_UNION (const bits_word *const *parts, size_t count, bits_word *into, size_t from, size_t to)
 #define BITS_RUNS (const bits_word *words, size_t from, size_t to)
 #define BITS_EXTENTS \
     (const bits_word *words, size_t from, size_t to, uint64_t unit, bits_number *starts, bits_number *lengths, \
@@ -517,7 +516,6 @@ BITS_INLINE void bits_refine_body(const bits_word *coarse, bits_word *fine, size
     }
 #define BITS_OTHERS_AT(level, target) \
     target static uint64_t bits_combine_##level BITS_COMBINE { return bits_combine_body(a, b, into, n, how); } \
-    target static void bits_union_##level BITS_UNION { bits_union_body(parts, count, into, from, to); } \
     target static void bits_coarsen_##level BITS_COARSEN { bits_coarsen_body(fine, n, coarse, factor); } \
     target static void bits_refine_##level BITS_REFINE { bits_refine_body(coarse, fine, n, factor); }
 
@@ -534,14 +532,13 @@ typedef struct {
     uint64_t (*runs) BITS_RUNS;
     void (*extents) BITS_EXTENTS;
     uint64_t (*combine) BITS_COMBINE;
-    void (*unite) BITS_UNION;
     void (*coarsen) BITS_COARSEN;
     void (*refine) BITS_REFINE;
 } bits_loops;
 
 #define BITS_LOOPS(level, others) \
-    {bits_count_##level, bits_runs_##level, bits_extents_##level, bits_combine_##others, bits_union_##others, \
-     bits_coarsen_##others, bits_refine_##others}
+    {bits_count_##level, bits_runs_##level, bits_extents_##level, bits_combine_##others, bits_coarsen_##others, \
+     bits_refine_##others}
 
 static const bits_loops bits_levels[] = {
     BITS_LOOPS(base, base),

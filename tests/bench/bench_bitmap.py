@@ -302,18 +302,17 @@ def test_mark_many(against: Against, loops: ctypes.CDLL, tebibytes: int) -> None
 
 
 @pytest.mark.parametrize("level", range(_bits.BEST_LEVEL))
-@pytest.mark.parametrize("what", ["count", "runs", "combine", "union", "extents", "coarsen", "refine"])
+@pytest.mark.parametrize("what", ["count", "runs", "combine", "extents", "coarsen", "refine"])
 def test_levels(against: Against, what: str, level: int) -> None:
     """What a loop gains from the processor's best level over a lower one; the memory of results is not counted in."""
     words, other = some_words("10%"), some_words("sparse").copy()
     runs = _bits.runs(words, 0, len(words))
     starts, lengths = np.empty(runs, np.int64), np.empty(runs, np.int64)
-    coarse, united = words[: len(words) // 16].copy(), words.copy()
+    coarse = words[: len(words) // 16].copy()
     calls: dict[str, Callable[[], object]] = {
         "count": lambda: _bits.count(words),
         "runs": lambda: _bits.runs(words, 0, len(words)),
         "combine": lambda: _bits.combine(words, other, other, bits.OR),
-        "union": lambda: _bits.union([words, other], united, 0, len(words)),
         "extents": lambda: _bits.extents(words, 0, len(words), GRANULE, starts, lengths, 0, runs),
         "coarsen": lambda: _bits.coarsen(words, coarse, 16),
         "refine": lambda: _bits.refine(coarse, other, 16),

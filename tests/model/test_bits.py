@@ -130,7 +130,6 @@ def test_combine(one: list[bool], data: st.DataObject, by: int) -> None:
             assert np.array_equal(into, words)
 
 
-@at_each_level
 @given(st.lists(bitmaps, max_size=11), st.integers(1, 1100), st.integers(0, 7))
 def test_union(parts: list[list[bool]], length: int, by: int) -> None:
     parts = [(part * 20 + [False] * (length * 64))[: length * 64] for part in parts]
