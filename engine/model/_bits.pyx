@@ -8,6 +8,7 @@ what it is given: what has passed is never read or written behind its end.
 cimport cython
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.long cimport PyLong_CheckExact
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memmove
 
@@ -35,7 +36,9 @@ cdef extern from "bits.h" nogil:
     size_t bits_first_outside(const bits_number *, const bits_number *, size_t, int64_t)
     size_t bits_mark_ranges(bits_word *, uint64_t, const bits_number *, const bits_number *, size_t, int, uint64_t)
     size_t bits_scatter(bits_word *, uint64_t, const bits_number *, const bits_number *, size_t, uint64_t)
+    void bits_union(const bits_word *const *, size_t, bits_word *, size_t, size_t)
     int bits_all(const uint8_t *, size_t, uint8_t)
+    void bits_uniform(const bits_word *, size_t, size_t, bits_number *)
     int __builtin_ctzll(unsigned long long)
     enum:
         BITS_OR
@@ -305,6 +308,19 @@ def all_are(data, uint8_t octet):
     return found != 0
 
 
+def uniform(words, kinds):
+    cdef Buffer buffer = words_of(words), result = numbers_of(kinds, PyBUF_WRITABLE)
+    cdef const bits_word *word = <bits_word *> buffer.view.buf
+    cdef bits_number *kind = <bits_number *> result.view.buf
+    cdef size_t n = length_of(buffer), count = length_of(result)
+    if n and (not count or n % count) or count > n:
+        raise ValueError(f"{n} words in {count} pieces")
+    cdef PyThreadState *state = unlock(n * 8)
+    if count:
+        bits_uniform(word, n // count, count, kind)
+    lock(state)
+
+
 def combine(one, other, into, int how):
     cdef Buffer first = words_of(one), second = words_of(other), result = words_of(into, PyBUF_WRITABLE)
     cdef const bits_word *a = <bits_word *> first.view.buf
@@ -318,6 +334,25 @@ def combine(one, other, into, int how):
     total = loops.combine(a, b, c, n, how)
     lock(state)
     return total
+
+
+def union(list parts, into, size_t start, size_t end):
+    cdef Buffer buffer, result = words_of(into, PyBUF_WRITABLE)
+    cdef list buffers = [words_of(part) for part in parts]
+    cdef size_t at, n = len(buffers)
+    check_part(result, start, end)
+    for buffer in buffers:
+        check_pair(buffer, result)
+    cdef bits_word *target = <bits_word *> result.view.buf
+    cdef const bits_word **sources = <const bits_word **> PyMem_Malloc((n + 1) * sizeof(bits_word *))
+    if sources is NULL:
+        raise MemoryError
+    for at, buffer in enumerate(buffers):
+        sources[at] = <const bits_word *> buffer.view.buf
+    cdef PyThreadState *state = unlock((end - start) * 8 * n)
+    bits_union(sources, n, target, start, end)
+    lock(state)
+    PyMem_Free(sources)
 
 
 def runs(words, size_t start, size_t end):

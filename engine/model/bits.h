@@ -194,6 +194,31 @@ BITS_INLINE uint64_t bits_combine_body(const bits_word *a, const bits_word *b, b
     }
 }
 
+/* ORs words[from..to] of several arrays. Blocks without a bit are not written: they are clear in `into` already.
+ *
+ * Some arrays at a time, so that what they have together is loaded and stored less often; the last one more often than
+ * once, where that makes them as many.
+ */
+static inline void bits_union(const bits_word *const *parts, size_t count, bits_word *into, size_t from, size_t to)
+{
+    enum { BLOCK = 512, SOME = 5 };
+    for (size_t at = from; at < to; at += BLOCK) {
+        uint64_t block[BLOCK] = {0}, any = 0;
+        size_t n = to - at < BLOCK ? to - at : BLOCK;
+        for (size_t k = 0; k < count; k += SOME) {
+            const bits_word *part[SOME];
+            for (size_t j = 0; j < SOME; j++)
+                part[j] = parts[k + j < count ? k + j : count - 1] + at;
+            for (size_t i = 0; i < n; i++)
+                block[i] |= part[0][i] | part[1][i] | part[2][i] | part[3][i] | part[4][i];
+        }
+        for (size_t i = 0; i < n; i++)
+            any |= block[i];
+        if (any)
+            memcpy((void *)(into + at), block, n * 8);
+    }
+}
+
 /* Whether all bytes are the one that is given. It looks at blocks, so it stops early. */
 static inline int bits_all(const uint8_t *data, size_t size, uint8_t octet)
 {
@@ -211,6 +236,16 @@ static inline int bits_all(const uint8_t *data, size_t size, uint8_t octet)
         if (data[i] != octet)
             return 0;
     return 1;
+}
+
+/* What all bits of each `per` words are: 0 or 1; -1 where they differ, which most show at once. */
+static inline void bits_uniform(const bits_word *words, size_t per, size_t count, bits_number *kinds)
+{
+    for (size_t k = 0; k < count; k++, words += per) {
+        uint64_t first = words[0];
+        int same = (first == 0 || first == BITS_ALL) && bits_all((const uint8_t *)words, per * 8, (uint8_t)first);
+        kinds[k] = same ? (int64_t)(first & 1) : -1;
+    }
 }
 
 /* Runs. A run begins at a set bit behind a clear one, and ends at a clear bit behind a set one. */

@@ -121,6 +121,17 @@ def all_one(data: NDArray[np.unsignedinteger[Any]] | Packed) -> bool:
     return _bits.all_are(data, 0xFF)
 
 
+def uniform(words: Words, pieces: int) -> Positions:
+    """What all bits of each of so many pieces of the same length are: 0 or 1; -1 where they are not all the same.
+
+    Raises:
+        ValueError: the words cannot be divided like that.
+    """
+    kinds = np.empty(pieces, np.int64)
+    _bits.uniform(words, kinds)
+    return kinds
+
+
 def set_range(words: Words, start: int, end: int) -> None:
     """Sets the bits of ``start..end``, in place; an empty range sets none.
 
@@ -254,7 +265,7 @@ def _between_runs(words: Words) -> int:
 
 
 def _both(one: Callable[[], _Found], other: Callable[[], _Found]) -> tuple[_Found, _Found]:
-    """What both calls return; another thread makes the second one meanwhile."""
+    """What both calls return; another thread, if there can be one, makes the second one meanwhile."""
     found: list[_Found] = []
     failed: list[BaseException] = []
 
@@ -265,7 +276,10 @@ def _both(one: Callable[[], _Found], other: Callable[[], _Found]) -> tuple[_Foun
             failed.append(error)
 
     thread = threading.Thread(target=work)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # at the end of the interpreter, or where the system has no more of them
+        return one(), other()
     try:
         own = one()
     finally:
@@ -275,18 +289,19 @@ def _both(one: Callable[[], _Found], other: Callable[[], _Found]) -> tuple[_Foun
     return own, found[0]
 
 
-def combine(one: Words, other: Words, how: int) -> tuple[Words, int]:
+def combine(one: Words, other: Words, how: int, into: Words | None = None) -> tuple[Words, int]:
     """Two arrays of the same length, word by word.
 
     Args:
         one: the bits on the left.
         other: the bits on the right.
         how: `OR`, `AND`, `AND_NOT` (what only the left one has) or `XOR`.
+        into: gets the result, and may be one of the two; None for new words.
 
     Returns:
-        New words, and how many of their bits are set.
+        The words of the result, and how many of their bits are set.
     """
-    result = np.empty(len(one), WORD)
+    result = np.empty(len(one), WORD) if into is None else into
     if result.nbytes < LARGE:
         return result, _bits.combine(one, other, result, how)
     half = len(one) // 2
@@ -295,6 +310,20 @@ def combine(one: Words, other: Words, how: int) -> tuple[Words, int]:
         lambda: _bits.combine(one[half:], other[half:], result[half:], how),
     )
     return result, sum(counts)
+
+
+def union(parts: list[Words], into: Words) -> None:
+    """Makes ``into``, which is clear, what any of the parts has. Blocks of it without a bit are not written to.
+
+    Args:
+        parts: arrays of the same length as ``into``.
+        into: the result.
+    """
+    if into.nbytes * len(parts) < LARGE:
+        _bits.union(parts, into, 0, len(into))
+        return
+    half = len(into) // 2
+    _both(lambda: _bits.union(parts, into, 0, half), lambda: _bits.union(parts, into, half, len(into)))
 
 
 def rescaled(words: Words, size: int, granularity: int, wanted: int) -> Words:

@@ -267,9 +267,11 @@ class Condition:
 
         Arguments and result are those of `load_saved`, and so are the errors.
         """
+        from dirtmap.engine.model import bits
+
         words, damage = load_saved(self.snapshot, self.record, entry, doubted)
         if not doubted and self.view and (added := self.view.added(entry)) is not None:
-            words |= added
+            bits.combine(words, added, bits.OR, words)
         return words, damage
 
     def bitmap(self, entry: Entry, *, doubted: bool) -> Bitmap:

@@ -25,7 +25,6 @@ from dirtmap.fmt.identity import FilePlace
 from dirtmap.fmt.live import SLOT_SIZE
 from dirtmap.fmt.parsers.live import ARENA, CONTROL, DESCRIPTOR, FLIGHT, SLOT, WRITESET
 
-_BLOCK: Final = 16384  # words
 _ATTEMPTS: Final = 20
 _PAUSE_SECONDS: Final = 0.01
 _NAMES: Final = re.compile(r"control|bits|markers|socket")
@@ -218,21 +217,10 @@ class Words:
 
 
 def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:
-    """What any of them has, at that granularity: new words. A block at a time, which stays in the cache.
-
-    Blocks without a bit take no memory.
-    """
+    """What any of them has, at that granularity: new words, of which parts without a bit take no memory."""
     length = geometry.ceil_div(geometry.granules(size, granularity), 64)
     result = np.frombuffer(memory.sparse(max(length, 1) * 8), bits.WORD)[:length]
-    every = [part.at(granularity) for part in parts]
-    scratch = np.empty(min(_BLOCK, length), bits.WORD)
-    for at in range(0, length if every else 0, _BLOCK):
-        first, *others = [words[at : at + _BLOCK] for words in every]
-        block = scratch[: len(first)]
-        for other in others:
-            first = np.bitwise_or(first, other, out=block)
-        if first.any():
-            result[at : at + _BLOCK] = first
+    bits.union([part.at(granularity) for part in parts], result)
     return result
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,8 +132,9 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
     """
     shape = Shape(tree.nbits, snapshot.header.cluster_size)
     found = Found(shape, (tree.place, tree.checksum))
-    index, places = np.zeros(1, np.int64), np.array([tree.place], np.uint64)
-    checksums = np.array([tree.checksum], np.int64)
+    index: Positions = np.zeros(1, np.int64)
+    places: NDArray[np.uint64] = np.array([tree.place], np.uint64)
+    checksums: Positions = np.array([tree.checksum], np.int64)
     left = most = snapshot.unclaimed(tree.owner)
     for level in range(shape.top, -1, -1):
         below = shape.below(level)
@@ -156,35 +157,40 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
         if level == 0:
             found.chunks, found.places, found.checksums = index, places.astype(np.int64), checksums
             break
-        parts: list[tuple[Positions, NDArray[np.uint64], Positions]] = []
-        for number, place, checksum in zip(index.tolist(), places.tolist(), checksums.tolist(), strict=True):
-            data = snapshot.file.read(place, shape.cluster)
-            if len(data) < shape.cluster or crc32c(data) != checksum:
-                snapshot.doubted = True
-                found.lose(level, number, number + 1, place)
-                continue
-            pointers = np.frombuffer(data, _POINTER)
-            if keep:
-                found.nodes[level, number], found.at[level, number] = pointers.copy(), place
-            count = shape.children(level, number)
-            pointers = pointers[:count]
-            first = number * shape.fan
-            parts.append(
-                (
-                    np.arange(first, first + count),
-                    pointers["place"].astype(np.uint64),
-                    pointers["checksum"].astype(np.int64),
-                )
-            )
-        if not parts:
-            break
-        index, places, checksums = (np.concatenate(part) for part in zip(*parts, strict=True))
+        numbers, nodes = _nodes(snapshot, found, level, index, places, checksums)
+        if keep:
+            kept = zip(numbers.tolist(), nodes, places[np.searchsorted(index, numbers)].tolist(), strict=True)
+            for number, node, place in kept:
+                found.nodes[level, number], found.at[level, number] = node, place
+        index = (numbers[:, np.newaxis] * shape.fan + np.arange(shape.fan)).reshape(-1)
+        index = index[: np.searchsorted(index, shape.number(level - 1))]  # what is behind the last means nothing
+        pointers = nodes.reshape(-1)[: len(index)]
+        places, checksums = pointers["place"].astype(np.uint64), pointers["checksum"].astype(np.int64)
         if wanted is not None:
             asked = np.flatnonzero(np.isin(index, wanted // shape.below(level - 1)))
             index, places, checksums = index[asked], places[asked], checksums[asked]
     snapshot.claim(tree.owner, most - left)
     found.dirty.sort()
     return found
+
+
+def _nodes(
+    snapshot: Snapshot, found: Found, level: int, index: Positions, places: NDArray[np.uint64], checksums: Positions
+) -> tuple[Positions, NDArray[np.void]]:
+    """Reads nodes, and notes which are damaged: the numbers of the sound ones, and their pointers, a row each."""
+    cluster = found.shape.cluster
+    # Octets, since numpy copies pointers field by field.
+    sound, nodes = np.zeros(len(index), np.bool_), np.empty((len(index), cluster), np.uint8)
+    for first, end in _pieces(places, cluster):
+        data = snapshot.file.read(int(places[first]), (end - first) * cluster)
+        whole = slice(first, first + len(data) // cluster)
+        octets = memoryview(data)[: len(data) // cluster * cluster]
+        sound[whole] = _sums(octets, cluster) == checksums[whole]
+        nodes[whole] = np.frombuffer(octets, np.uint8).reshape(-1, cluster)
+    for at in np.flatnonzero(~sound).tolist():
+        snapshot.doubted = True
+        found.lose(level, int(index[at]), int(index[at]) + 1, int(places[at]))
+    return index[sound], nodes[sound].view(_POINTER)
 
 
 def load(snapshot: Snapshot, tree: Tree, key: object = None) -> tuple[bits.Words, str | None]:
@@ -403,7 +409,7 @@ def write(change: Change, wanted: Content, base: Tree, among: Positions | None =
     old = walk(change.snapshot, base, among, keep=True)
     if among is None:
         among = np.arange(shape.chunks)
-    before = _places(old, among)
+    before, known = _places(old, among)
     pointers = np.zeros(len(among), _POINTER)
     changed = np.zeros(len(among), np.bool_)
     for here, rows in _batches(wanted, shape, among):
@@ -417,7 +423,9 @@ def write(change: Change, wanted: Content, base: Tree, among: Positions | None =
         new = np.flatnonzero(kinds == _UNKNOWN)
         sums = _checksums_of(rows, new)
         differs = (before[here] != kinds) | (before[here] == _UNKNOWN)
-        differs[new[_is_same(change.snapshot, rows, numbers, old, new, sums)]] = False
+        equal = new[(before[here][new] > ALL_ONES) & (known[here][new] == sums)]
+        there = Found(shape, old.root, chunks=numbers[equal], places=before[here][equal], checksums=known[here][equal])
+        differs[equal[_is_same(change.snapshot, rows, equal, there)]] = False
         chosen = differs[new]
         pointers["place"][here] = np.maximum(kinds, 0)
         at = new[chosen]
@@ -490,7 +498,7 @@ def carry_over(snapshot: Snapshot, tree: Tree, change: Change) -> tuple[tuple[in
 # The loop over chunks.
 
 
-def checksums(data: memoryview, cluster: int) -> Positions:
+def _sums(data: memoryview, cluster: int) -> Positions:
     """The CRC32C of each cluster of ``data``."""
     sums = np.empty(len(data) // cluster, np.int64)
     crc32c_each(data, cluster, sums)
@@ -509,11 +517,10 @@ def _zeros(nbits: int, *, sparse: bool) -> bits.Words:
     return np.frombuffer(memory.zeros(length), bits.WORD)
 
 
-def _pieces(found: Found) -> Iterator[tuple[int, int]]:
-    """The positions, first and end, of chunks whose clusters are adjacent, as many as are read at a time."""
-    cluster = found.shape.cluster
+def _pieces(places: NDArray[Any], cluster: int) -> Iterator[tuple[int, int]]:
+    """The positions, first and end, of clusters that are adjacent, as many as are read at a time."""
     most = max(_PIECE // cluster, 1)
-    for first, end in _together(np.diff(found.places) == cluster) if len(found.places) else ():
+    for first, end in _together(np.diff(places) == cluster) if len(places) else ():
         for at in range(first, end, most):
             yield at, min(at + most, end)
 
@@ -533,7 +540,7 @@ def _read(snapshot: Snapshot, found: Found, words: bits.Words, base: int = 0) ->
     data = words.view(np.uint8).data
     spare = memoryview(bytearray(min(max(_PIECE, cluster), len(found.chunks) * cluster)))
     sums = np.empty(len(found.chunks), np.int64)
-    for first, end in _pieces(found):
+    for first, end in _pieces(found.places, cluster):
         chunk, last = int(found.chunks[first]) - base, int(found.chunks[end - 1]) - base
         straight = last - chunk == end - first - 1 and (last + 1) * cluster <= len(data)
         buffer = data[chunk * cluster : (last + 1) * cluster] if straight else spare[: (end - first) * cluster]
@@ -566,10 +573,10 @@ def _contents(snapshot: Snapshot, found: Found) -> Iterator[tuple[Positions, NDA
     """The sound chunks, some at a time: their numbers, and their words, a row each, which are valid until the next."""
     cluster = found.shape.cluster
     spare = memoryview(bytearray(min(max(_PIECE, cluster), len(found.chunks) * cluster)))
-    for first, end in _pieces(found):
+    for first, end in _pieces(found.places, cluster):
         buffer = spare[: (end - first) * cluster]
         snapshot.file.read_into(int(found.places[first]), buffer)
-        bad = np.flatnonzero(checksums(buffer, cluster) != found.checksums[first:end])
+        bad = np.flatnonzero(_sums(buffer, cluster) != found.checksums[first:end])
         _lose(snapshot, found, first, bad)
         rows = np.frombuffer(buffer, bits.WORD).reshape(end - first, -1)
         starts, ends = [0, *(bad + 1).tolist()], [*bad.tolist(), end - first]
@@ -578,14 +585,18 @@ def _contents(snapshot: Snapshot, found: Found) -> Iterator[tuple[Positions, NDA
                 yield found.chunks[first + start : first + stop], rows[start:stop]
 
 
-def _places(found: Found, among: Positions) -> Positions:
-    """Where each chunk is: its cluster's place, `ALL_ZEROS`, `ALL_ONES`, or `_UNKNOWN` where that is damaged."""
-    places = np.zeros(len(among), np.int64)
-    places[np.searchsorted(among, found.chunks)] = found.places
+def _places(found: Found, among: Positions) -> tuple[Positions, Positions]:
+    """Where each chunk is: its cluster's place, `ALL_ZEROS`, `ALL_ONES`, or `_UNKNOWN` where that is damaged.
+
+    And the checksum of each that has a cluster.
+    """
+    places, sums = np.zeros(len(among), np.int64), np.zeros(len(among), np.int64)
+    at = np.searchsorted(among, found.chunks)
+    places[at], sums[at] = found.places, found.checksums
     for value, runs in ((ALL_ONES, found.dirty), (_UNKNOWN, [(first, end) for first, end, _ in found.damaged])):
         for first, end in runs:
             places[np.searchsorted(among, first) : np.searchsorted(among, end)] = value
-    return places
+    return places, sums
 
 
 # What is written.
@@ -629,11 +640,7 @@ def _rows(words: bits.Words, shape: Shape, number: int) -> Rows:
 
 def _kinds(rows: Rows, shape: Shape, numbers: Positions) -> Positions:
     """What each of the chunks is: `ALL_ZEROS`, `ALL_ONES`, or `_UNKNOWN` for one that needs a cluster."""
-    kinds = np.full(len(rows), _UNKNOWN, np.int64)
-    some = np.bitwise_or.reduce(rows, axis=1) != 0
-    kinds[~some] = ALL_ZEROS
-    candidates = np.flatnonzero(some & (rows[:, 0] == bits.ALL))
-    kinds[candidates[np.bitwise_and.reduce(rows[candidates], axis=1) == bits.ALL]] = ALL_ONES
+    kinds = bits.uniform(rows.reshape(-1), len(rows))
     last = shape.chunks - 1
     if numbers[-1] == last and bits.count(rows[-1]) == shape.dirty_bits(last, shape.chunks):
         kinds[-1] = ALL_ONES  # the bits behind the last one are not set
@@ -655,33 +662,23 @@ def _some(words: bits.Words, shape: Shape) -> Positions:
     found = []
     for at in range(0, shape.chunks, step):
         rows = _rows(words[at * per : (at + step) * per], shape, min(step, shape.chunks - at))
-        found.append(np.flatnonzero(np.bitwise_or.reduce(rows, axis=1)) + at)
+        found.append(np.flatnonzero(bits.uniform(rows.reshape(-1), len(rows))) + at)
     return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
 def _checksums_of(rows: Rows, chosen: Positions) -> Positions:
     """The CRC32C of these rows."""
-    parts = [
-        checksums(rows[first:end].reshape(-1).view(np.uint8).data, rows.shape[1] * 8) for first, end in _runs(chosen)
-    ]
+    parts = [_sums(rows[first:end].reshape(-1).view(np.uint8).data, rows.shape[1] * 8) for first, end in _runs(chosen)]
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def _is_same(
-    snapshot: Snapshot, rows: Rows, numbers: Positions, old: Found, new: Positions, checked: Positions
-) -> NDArray[np.bool_]:
-    """Which of the rows ``new``, with these checksums, are in the file bit for bit; each row has the chunk's number."""
-    same = np.zeros(len(new), np.bool_)
-    at, to = np.searchsorted(old.chunks, [numbers[0], numbers[-1] + 1]).tolist()
-    common, mine, theirs = np.intersect1d(numbers[new], old.chunks[at:to], assume_unique=True, return_indices=True)
-    theirs += at
-    equal = np.flatnonzero(checked[mine] == old.checksums[theirs])
-    part = Found(old.shape, old.root, chunks=common[equal])
-    part.places, part.checksums = old.places[theirs[equal]], old.checksums[theirs[equal]]
-    for chunks, data in _contents(snapshot, part):
-        first = int(np.searchsorted(part.chunks, chunks[0]))
-        here = mine[equal[first : first + len(chunks)]]
-        same[here] = (data == rows[new[here]]).all(axis=1)
+def _is_same(snapshot: Snapshot, rows: Rows, chosen: Positions, there: Found) -> NDArray[np.bool_]:
+    """Which of the chosen rows are in the file bit for bit, as these chunks, one each."""
+    same = np.zeros(len(chosen), np.bool_)
+    for chunks, data in _contents(snapshot, there):
+        first = int(np.searchsorted(there.chunks, chunks[0]))
+        here = slice(first, first + len(chunks))
+        same[here] = (data == rows[chosen[here]]).all(axis=1)
     return same
 
 
@@ -715,7 +712,7 @@ def _seal(change: Change, old: Found, chunks: Positions, pointers: Pointers) -> 
     index = chunks
     for level in range(1, shape.top + 1):
         above = index // shape.fan
-        numbers = np.unique(above).tolist()
+        numbers = above[np.flatnonzero(np.diff(above, prepend=-1))].tolist()
         for number in numbers:
             here = slice(*np.searchsorted(above, [number, number + 1]).tolist())
             old.table(level, number)[index[here] % shape.fan] = pointers[here]
@@ -724,15 +721,17 @@ def _seal(change: Change, old: Found, chunks: Positions, pointers: Pointers) -> 
         written = []
         for at, number in enumerate(numbers):
             places = old.table(level, number)["place"][: shape.children(level, number)]
-            if (places == places[0]).all() and places[0] <= ALL_ONES:
+            if places[0] <= ALL_ONES and (places == places[0]).all():
                 pointers["place"][at] = places[0]
             else:
                 written.append(at)
         _release(change, np.array([old.at[level, n] for n in numbers if (level, n) in old.at], np.int64))
-        for at, offset in zip(written, _offsets(change, len(written)).tolist(), strict=True):
+        offsets, sums = _offsets(change, len(written)), []
+        for at, offset in zip(written, offsets.tolist(), strict=True):
             data = old.nodes[level, numbers[at]].tobytes()
-            pointers[at] = (offset, crc32c(data), 0)
+            sums.append(crc32c(data))
             change.plan(offset, data)
+        pointers["place"][written], pointers["checksum"][written] = offsets, sums
         index = np.array(numbers, np.int64)
     return int(pointers["place"][0]), int(pointers["checksum"][0])
 

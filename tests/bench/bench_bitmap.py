@@ -182,7 +182,7 @@ def test_count(against: Against, loops: ctypes.CDLL) -> None:
 
 def test_or_with_count(against: Against, loops: ctypes.CDLL) -> None:
     one, other = some_words("10%").copy(), some_words("sparse")
-    assert _bits.combine(one, other, one, bits.OR) == bits.count(some_words("10%") | other)
+    assert bits.combine(one, other, bits.OR, one)[1] == bits.count(some_words("10%") | other)
 
     def read() -> None:
         loops.read_all(at(one), ctypes.c_size_t(len(one)))
@@ -190,7 +190,7 @@ def test_or_with_count(against: Against, loops: ctypes.CDLL) -> None:
 
     peers = {"reading the bytes": Peer(read, 1.3, limit=True)}
     what = "an OR of 32 MiB into another 32 MiB, counted"
-    against(what, lambda: _bits.combine(one, other, one, bits.OR), peers, rounds=31)
+    against(what, lambda: bits.combine(one, other, bits.OR, one), peers, rounds=31)
 
 
 def test_or_of_two_bitmaps(against: Against) -> None:

@@ -142,7 +142,7 @@ def some(size: int, percent: float, *, clustered: bool) -> bytes:
 
 @pytest.mark.parametrize(("percent", "clustered"), [(10, False), (0.01, True)])
 def test_load_16_tib(against: Against, tmp_path: Path, percent: float, clustered: bool) -> None:
-    """Few bits beside many, both from a store that is open: what opening one takes has rows of its own."""
+    """Few bits beside many, both of an image that is open: what opening a store takes has rows of its own."""
     size = 16 * TIB
     flat = tmp_path / "flat"
     flat.write_bytes(many := some(size, 10, clustered=False))
@@ -151,13 +151,15 @@ def test_load_16_tib(against: Against, tmp_path: Path, percent: float, clustered
             for name, packed in {"b0": many, "b1": some(size, percent, clustered=clustered)}.items():
                 bitmaps[name] = Bitmap.from_packed(size, GRANULARITY, packed)
 
+        image = stored(target, "a")
+
         def load(name: str) -> None:
-            _ = stored(target, "a")[name].words
+            _ = image[name].words
 
         def read() -> None:
             assert crc32c.crc32c(np.fromfile(flat, np.uint8))
 
-        assert bytes(stored(target, "a")["b1"].packed()) == packed
+        assert bytes(image["b1"].packed()) == packed
         what = f"loading a bitmap of 16 TiB at 64 KiB, {percent} % dirty" + (" in clusters" if clustered else "")
         peers = {
             "one that is 10 % dirty, anywhere": Peer(lambda: load("b0"), 0.05),
@@ -166,6 +168,32 @@ def test_load_16_tib(against: Against, tmp_path: Path, percent: float, clustered
         if not clustered:
             peers = {"reading the bytes and their CRC32C": Peer(read, 1.2, limit=True)}
         against(what, lambda: load("b1"), peers, rounds=21)
+
+
+def test_save_16_tib(against: Against, tmp_path: Path) -> None:
+    """All bits of a bitmap, each time others; beside as many bytes in a file that has as many already."""
+    size, flat = 16 * TIB, tmp_path / "flat"
+    many = some(size, 10, clustered=False)
+    packed = many, many[::-1]
+    bitmaps = [Bitmap.from_packed(size, GRANULARITY, data) for data in packed]
+    done = 0
+
+    with Store(add_large(tmp_path, size)) as target, flat.open("wb") as file:
+
+        def save() -> None:
+            nonlocal done
+            done += 1
+            with stored(target, "a").transaction() as there:
+                there["b0"] = bitmaps[done % 2]
+
+        def write() -> None:
+            assert crc32c.crc32c(packed[done % 2])
+            os.pwrite(file.fileno(), packed[done % 2], 0)
+            os.fdatasync(file.fileno())
+
+        peers = {"writing the bytes, their CRC32C and one sync": Peer(write, 1.2, limit=True)}
+        against("saving a bitmap of 16 TiB at 64 KiB, 10 % dirty", save, peers, rounds=21, warm=3)
+        assert stored(target, "a")["b0"] == bitmaps[done % 2]
 
 
 @pytest.mark.parametrize("percent", [0, 10])

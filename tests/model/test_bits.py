@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
@@ -123,8 +124,42 @@ def test_combine(one: list[bool], data: st.DataObject, by: int) -> None:
         for same in (a, b):  # in place, on either side
             copies = [a.copy(), b.copy()]
             into = copies[0 if same is a else 1]
-            assert _bits.combine(copies[0], copies[1], into, how) == count
+            found, again = bits.combine(copies[0], copies[1], how, into)
+            assert found is into
+            assert again == count
             assert np.array_equal(into, words)
+
+
+@given(st.lists(bitmaps, max_size=11), st.integers(1, 1100), st.integers(0, 7))
+def test_union(parts: list[list[bool]], length: int, by: int) -> None:
+    parts = [(part * 20 + [False] * (length * 64))[: length * 64] for part in parts]
+    into = unaligned(bits.zeros(length * 64), by)
+    bits.union([unaligned(pack(part), by) for part in parts], into)
+    assert unpack(into, length * 64) == [any(flags) for flags in zip(*parts, [False] * (length * 64), strict=True)]
+
+
+def test_a_union_writes_only_where_there_are_bits() -> None:
+    parts = [bits.zeros(64 * 2000) for _ in range(3)]
+    parts[1][600] = parts[2][601] = 1
+    into = np.full(2000, 7, "<u8")
+    bits.union(parts, into)
+    assert np.flatnonzero(into != 7).tolist() == list(range(512, 1024))
+    assert into[512:1024].nonzero()[0].tolist() == [600 - 512, 601 - 512]
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.floats(0, 1), st.booleans()), min_size=1, max_size=6),
+    st.sampled_from([1, 2, 63, 64, 65, 130, 512]),
+    st.integers(0, 7),
+)
+def test_uniform(drawn: list[tuple[bool, float, bool]], length: int, by: int) -> None:
+    nbits, pieces = length * 64, []
+    for begin, share, rest in drawn:
+        at = round(share * nbits)
+        pieces.append([begin] * at + [rest] * (nbits - at))
+    words = unaligned(pack([flag for piece in pieces for flag in piece]), by)
+    expected = [1 if all(piece) else -1 if any(piece) else 0 for piece in pieces]
+    assert bits.uniform(words, len(pieces)).tolist() == expected
 
 
 @at_each_level
@@ -314,7 +349,12 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
     places, more = np.zeros(1, np.int64), np.zeros(2, np.int64)
     for call in (
         lambda: bits.combine(one, two, bits.OR),
-        lambda: _bits.combine(two, two, one, bits.OR),
+        lambda: bits.combine(two, two, bits.OR, one),
+        lambda: bits.union([two, one], two),
+        lambda: _bits.union([one], one, 0, 2),
+        lambda: bits.uniform(two, 3),
+        lambda: bits.uniform(two, 0),
+        lambda: bits.uniform(bits.zeros(0), 1),
         lambda: bits.refine(one, 64 * 16 + 1, 16),
         lambda: bits.coarsen(one, 129, 2),
         lambda: _bits.coarsen(two, one, 3),
@@ -348,7 +388,9 @@ def test_two_threads_find_what_one_does(flags: list[bool], data: st.DataObject) 
 
     def results() -> list[Any]:
         fine = bits.refine(words, nbits * factor, factor)
-        return [*bits.extents(words, nbits * 8 - 3, 8), *bits.combine(words, other, bits.XOR), fine]
+        either = bits.zeros(nbits)
+        bits.union([words, other], either)
+        return [*bits.extents(words, nbits * 8 - 3, 8), *bits.combine(words, other, bits.XOR), either, fine]
 
     alone = results()
     with pytest.MonkeyPatch.context() as patch:
@@ -359,6 +401,21 @@ def test_two_threads_find_what_one_does(flags: list[bool], data: st.DataObject) 
         [start * 8 for start, _ in runs(flags)],
         [min((start + length) * 8, nbits * 8 - 3) - start * 8 for start, length in runs(flags)],
     ]
+
+
+def test_without_another_thread_one_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at the end of the interpreter, and where the system has no more threads."""
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    one, other = np.arange(100, dtype="<u8"), np.arange(100, dtype="<u8")[::-1].copy()
+    alone, count = bits.combine(one, other, bits.XOR)
+    monkeypatch.setattr(bits, "LARGE", 0)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    shared, again = bits.combine(one, other, bits.XOR)
+    assert np.array_equal(shared, alone)
+    assert again == count
 
 
 def test_a_failure_of_either_thread_is_raised() -> None:

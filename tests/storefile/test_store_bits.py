@@ -96,6 +96,25 @@ def test_one_more_bit_of_a_full_bitmap_writes_little(disks: Disks, written: list
     assert not [finding for finding in dm.check(disks.path).findings if finding.severity != "note"]
 
 
+def test_the_nodes_of_a_large_bitmap_are_read_together(disks: Disks) -> None:
+    """There are 30 of them, and the root."""
+    disks.add("a", 15 * TIB)
+    words = np.ones(15 * TIB // 65536 // 64, "<u8")
+    with Store(disks.path) as target, stored(target, "a").transaction() as bitmaps:
+        bitmaps["b"] = dm.Bitmap.from_packed(15 * TIB, 65536, words.tobytes())
+    reads = 0
+
+    class Counting(fileio.File):
+        def read(self, offset: int, length: int) -> bytes:
+            nonlocal reads
+            reads += offset >= store.RESERVED
+            return super().read(offset, length)
+
+    with fileio.using(Counting), Store(disks.path) as target:
+        assert np.array_equal(stored(target, "a")["b"].words, words)
+    assert reads < 20
+
+
 def test_marks_of_a_tracker_are_merged_where_they_are(disks: Disks, written: list[int]) -> None:
     disks.add("a", TIB)
     expected = random_bits(TIB, 65536, 0.1)
