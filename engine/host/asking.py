@@ -140,7 +140,7 @@ def transaction(image: Namespace, refused: LockedError, wait: float) -> Iterator
             image.where,
             image.size,
             DEFAULT_GRANULARITY,
-            {name: bitmap.copy() for name, bitmap in before.items()},
+            {name: bitmap.replace() for name, bitmap in before.items()},
             held,
             info.checkpoints,
         )

@@ -386,6 +386,8 @@ class Source:
         tree = tree_of(now.record, self.entry)
         if self.doubted:
             return Uniform(tree.nbits, True)
+        if self.snapshot.file.fd < 0 and (fill := self.uniform) is not None:
+            return Uniform(tree.nbits, fill)
         self._require_open()
         stored = Stored(self.snapshot, tree, self._tell)
         added = now.view.added(self.entry) if now.view else None
