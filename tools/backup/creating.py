@@ -145,15 +145,31 @@ def create(
     place = Repository.made(repository, wait)
     with place.writing(wait), contextlib.ExitStack() as stack:
         found: list[_Target] = []
-        for target in chosen:
-            one = _look_at(host, place, target, stack, given.get(target), after=snapshot is None, live=live)
-            if any(other.name == one.name for other in found):
-                raise ArgumentError(target, f"another target is called '{printable(one.name)}', too")
-            found.append(one)
-        offline = {one.name: _begin_offline(host, one) for one in found if one.how is None}
-        written = _begin_written(host, [one for one in found if one.how is not None], snapshot)
+        with _unmaking(place, found):
+            for target in chosen:
+                one = _look_at(host, place, target, stack, given.get(target), after=snapshot is None, live=live)
+                if any(other.name == one.name for other in found):
+                    raise ArgumentError(target, f"another target is called '{printable(one.name)}', too")
+                found.append(one)
+            offline = {one.name: _begin_offline(host, one) for one in found if one.how is None}
+            written = _begin_written(host, [one for one in found if one.how is not None], snapshot)
         plans = [_planned(place, one, {**offline, **written}[one.name]) for one in found]
         return [_carry_out(host, place, plan, compress, watch) for plan in plans]
+
+
+@contextlib.contextmanager
+def _unmaking(place: Repository, targets: list[_Target]) -> Iterator[None]:
+    """Removes a repository again that is new, where the block fails before any of its bitmaps has begun.
+
+    Once one has, the repository stays: by its UUID the next backup knows the bitmap, and removes it.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Error):  # the block's own error is the one to raise
+            if not any(name.startswith(place.bitmap_prefix) for one in targets for name in one.image):
+                place.unmake()
+        raise
 
 
 def _require_fitting(targets: list[str], sources: Mapping[str, str], snapshot: str | None, live: bool) -> None:
