@@ -195,6 +195,30 @@ def test_why_a_backup_is_full(tmp_path: Path, harm: Callable[[Path, Path], None]
     same(repository, after, disk)
 
 
+@pytest.mark.parametrize("is_copy", [False, True], ids=["renamed", "copied"])
+def test_a_disk_under_another_name_is_told_which_it_was(tmp_path: Path, is_copy: bool) -> None:
+    disk, other, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "other.qcow2", tmp_path / "repo"
+    back_up(repository, disk)
+    last = back_up(repository, disk)
+    shutil.copy(disk, other) if is_copy else disk.rename(other)
+    (said,) = json_of("backup", "create", other, repository)
+    assert (said["kind"], said["reason"], said["number"]) == ("full", "renamed", 1)
+    assert (
+        said["why"] == f"as its bitmap {last.bitmap} tells, it is 'disk.qcow2' ({disk}) under another name, "
+        "or a copy of that"
+    )
+    qemu_io(other, "write -qP 8 1M 1k")
+    after = back_up(repository, other)
+    assert (after.kind, after.number, after.why) == ("incremental", 2, None)
+    if is_copy:
+        assert back_up(repository, disk).kind == "incremental"
+    else:
+        other.rename(disk)
+        made = back_up(repository, disk)
+        assert (made.number, made.reason) == (3, "renamed")
+        assert "'other.qcow2'" in str(made.why)
+
+
 def test_nothing_is_made_where_nothing_is_done(tmp_path: Path) -> None:
     disk, repository, folder = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo", tmp_path / "folder"
     folder.mkdir()
