@@ -100,6 +100,18 @@ def load(content: Content) -> bits.Words:
     return words
 
 
+def kept(content: Content) -> Sparse:
+    """The bits as they are now, in as little memory as `Sparse` needs: whatever becomes of where they are."""
+    found = Sparse(content.nbits)
+    for first, end, part in blocks(content):
+        if part is True:
+            found.set(first, end, True)
+        elif part is not False:
+            starts, lengths = bits.extents(part, end - first)
+            found.scatter(starts + first, starts + lengths + (first - 1), True)
+    return found
+
+
 def count(content: Content) -> int:
     """How many bits are set."""
     if isinstance(content, Counted):

@@ -267,9 +267,11 @@ class Condition:
 
         Arguments and result are those of `load_saved`, and so are the errors.
         """
+        from dirtmap.engine.model import content
+
         words, damage = load_saved(self.snapshot, self.record, entry, doubted)
         if not doubted and self.view and (added := self.view.added(entry)) is not None:
-            words |= added
+            words |= content.load(added)
         return words, damage
 
     def bitmap(self, entry: Entry, *, doubted: bool) -> Bitmap:
@@ -379,7 +381,7 @@ class Source:
 
     def open(self) -> Content:
         """The bits, to be read in parts, each when it is asked for. Errors as `load`."""
-        from dirtmap.engine.model.content import OR, Combined, Uniform, Whole
+        from dirtmap.engine.model.content import OR, Combined, Uniform
         from dirtmap.engine.storefile.chunks import Stored
 
         now = self.condition
@@ -391,7 +393,7 @@ class Source:
         self._require_open()
         stored = Stored(self.snapshot, tree, self._tell)
         added = now.view.added(self.entry) if now.view else None
-        return stored if added is None else Combined(stored, Whole(tree.nbits, added), OR)
+        return stored if added is None else Combined(stored, added, OR)
 
     def _require_open(self) -> None:
         if self.snapshot.file.fd < 0:
