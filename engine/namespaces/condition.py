@@ -19,16 +19,16 @@ from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.directory import header_doubts, load_saved, place_bitmap, read_entries, replace_directory
 from dirtmap.engine.storefile.entries import tree_of, with_root
 from dirtmap.engine.storefile.few import load as load_few
-from dirtmap.engine.storefile.file import Change, Snapshot
+from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.storefile.session import session_of
 from dirtmap.engine.system.log import logger
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, printable
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError, StorageError, printable
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import numpy as np
     from numpy.typing import NDArray
@@ -339,6 +339,25 @@ class Condition:
             placed.append(place_bitmap(change, new, decode_name(entry.name), bitmap, base))
         area = replace_directory(change, self.record, self.entries, placed)
         change.table.put(replace(new, generation=change.generation, directory=area))
+
+
+def doubts(
+    target: Store, kinds: Collection[int], broken: list[FormatError] | None = None
+) -> list[tuple[Record, str | None]]:
+    """The namespaces of a store that are of these kinds, sorted by name, each with why its bitmaps are in doubt.
+
+    Args:
+        target: the store.
+        kinds: as of a record.
+        broken: takes in why a part of the namespace table cannot be read; None: that is raised.
+    """
+
+    def look(snapshot: Snapshot) -> list[tuple[Record, str | None]]:
+        table = snapshot.table()
+        records = table if broken is None else table.readable(broken.append)
+        return [(record, Condition(snapshot, record).doubt) for record in records if record.kind in kinds]
+
+    return sorted(target.read(look), key=lambda found: decode_name(found[0].name))
 
 
 class Source:

@@ -43,7 +43,7 @@ COMMANDS = [
     "map --since night --totals disk",
     "hold disk dense -- true",
     "clear disk copy",
-    "list disk",
+    "list --output=json disk",
 ]
 
 
