@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,3 +151,20 @@ def test_what_was_told_is_gone_with_its_conversation(tmp_path: Path) -> None:
     one.close()
     with pytest.raises(ValueError, match="closed"):
         _ = bitmap.extents()
+
+
+def test_without_room_for_what_is_told_nothing_changes(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with dm.open("disk") as image:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            with pytest.raises(dm.StorageError, match="temporary file: No space left"), image.transaction() as bitmaps:
+                bitmaps["apart"] |= some(3, FINE)
+        assert image["apart"].count == 0
+        with image.transaction() as bitmaps:
+            bitmaps["apart"] |= some(3, FINE)
+        assert image["apart"] == some(3, FINE)
+    with pytest.raises(dm.StorageError, match="temporary file: No such file"):
+        gathered.Gathered("/nosuch", SIZE, FINE)
