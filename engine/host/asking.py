@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dirtmap.engine.control.client import Conversation
+from dirtmap.engine.model import bits
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap
-from dirtmap.engine.model.bits import WORD
 from dirtmap.engine.model.naming import label, not_found
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.system.process import this_process
@@ -110,8 +110,8 @@ class _Held(Mapping[str, Bitmap]):
         size, granularity, recording = int(found["size"]), int(found["granularity"]), bool(found["recording"])
         if size != self._image.size:
             raise LockedError(self._image.where, f"has grown meanwhile, to {size} bytes")
-        bits = _HeldBits(self._image, self._talk, name, geometry.granules(size, granularity))
-        bitmap = Bitmap._of(size, granularity, bits, recording).freeze()
+        there = _HeldBits(self._image, self._talk, name, geometry.granules(size, granularity))
+        bitmap = Bitmap._of(size, granularity, there, recording).freeze()
         bitmap.busy = True
         return bitmap
 
@@ -132,11 +132,23 @@ class _HeldBits:
         """See `Content.part`."""
         import numpy as np
 
+        from dirtmap.engine.model.content import BLOCK
+
+        if end - first > BLOCK:  # more than a message has
+            words = bits.zeros(end - first)
+            for at in range(first, end, BLOCK):
+                upto = min(at + BLOCK, end)
+                part = self.part(at, upto)
+                if part is True:
+                    bits.set_range(words, at - first, upto - first)
+                elif part is not False:
+                    words[(at - first) // 64 :][: len(part)] = part
+            return words
         uuid = self._image.uuid
         found, octets = self._talk.ask_for_data("held part", namespace=uuid, name=self._name, first=first, end=end)
         if not octets:
             return bool(found)
-        words = np.frombuffer(octets, WORD)
+        words = np.frombuffer(octets, bits.WORD)
         if len(words) != geometry.ceil_div(end - first, 64):
             raise LockedError(self._image.where, "its tracker told other bits than it was asked for")
         return words

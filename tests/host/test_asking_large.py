@@ -74,7 +74,8 @@ def test_bits_that_are_changed_and_marked_at_once(tracker: Tracker) -> None:
         assert now(name) == bitmap
 
 
-def test_what_is_held_stays_as_it_is(tracker: Tracker) -> None:
+def test_what_is_held_stays_as_it_is(tracker: Tracker, tmp_path: Path) -> None:
+    make_node(tmp_path, SIZE, "other")
     tracker.mark(0, 1)
     expected = some(1, FINE)
     expected.mark(0, 1)
@@ -82,6 +83,10 @@ def test_what_is_held_stays_as_it_is(tracker: Tracker) -> None:
         tracker.mark(7 * FINE, 1)
         assert held == expected
         assert (held.recording, held.granularity, held.count) == (True, FINE, expected.count)
+        with dm.open("other") as other:
+            with other.transaction() as bitmaps:
+                bitmaps["copy"] = held  # which is looked at in larger parts
+            assert other["copy"] == expected
 
 
 def test_a_value_is_not_changed_by_what_is_marked_later(tracker: Tracker) -> None:
