@@ -20,7 +20,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
 
     A bitmap read from the mapping is a working copy: marking it changes what will be committed. A bitmap assigned to a
     name is copied. What was read from the mapping may be read from the container as late as when it is used, and so not
-    after the end.
+    after the end; a `Bitmap.copy` of it, unless it is large, may.
 
     Attributes:
         where: the image, for messages.

@@ -43,15 +43,15 @@ COMMANDS = [
     "map --since night --totals disk",
     "hold disk dense -- true",
     "clear disk copy",
-    "list --output=json disk",
+    "track status disk",
 ]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+@pytest.fixture(params=[1 / 256, 1], ids=["little of it in the file", "all bits in the file"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for key, value in environment(tmp_path).items():
         monkeypatch.setenv(key, value)
-    yield make_large(tmp_path, 1 / 256)
+    yield make_large(tmp_path, request.param)
     (tmp_path / "default.dmap").unlink()  # it is large
 
 
