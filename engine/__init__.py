@@ -24,6 +24,8 @@ scenes, a recovery, a doubt, a repair, is logged by `logging` under ``dirtmap.en
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dirtmap.fmt.errors import (
@@ -179,6 +181,15 @@ __all__ = [
     "transaction",
     "verify_index",
 ]
+
+
+def _after_fork_in_child() -> None:
+    """Has the model renew its lock, if it is loaded: it may not import what tells of a fork."""
+    if (content := sys.modules.get(f"{__name__}.model.content")) is not None:
+        content.after_fork_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def __dir__() -> list[str]:

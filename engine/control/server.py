@@ -17,7 +17,7 @@ from dirtmap.fmt.errors import Error, StorageError
 # What answers in one conversation: gets what is asked, with its bytes, and returns what to answer, with bytes.
 Answering = Callable[[dict[str, Any], bytes], tuple[Any, bytes]]
 _MOST: Final = 64  # conversations at a time
-_MOST_BYTES: Final = 1 << 30  # of bits in a question: those that two bitmaps of a qcow2 image may have
+_MOST_BYTES: Final = 1 << 20  # of bits in a question: a part of a bitmap's
 # Seconds that a conversation may take to begin, and a message to go on; between two messages it may take any time.
 _PATIENCE: Final = 10.0
 _PAUSE: Final = 0.1

@@ -10,16 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dirtmap.engine.control.client import Conversation
+from dirtmap.engine.model import bits
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap
 from dirtmap.engine.model.infos import STOP
 from dirtmap.engine.model.naming import label, not_found
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.system.process import this_process
+from dirtmap.fmt import geometry
 from dirtmap.fmt.errors import BitmapError, Error, LockedError, printable
 
 if TYPE_CHECKING:
-    from dirtmap.engine.model.bits import Packed, Words
-    from dirtmap.engine.model.content import Content
+    from dirtmap.engine.model.bits import Words
+    from dirtmap.engine.model.content import Content, Part
     from dirtmap.engine.model.infos import BitmapInfo
     from dirtmap.engine.model.namespace import Namespace
 
@@ -101,11 +103,12 @@ class _Held(Mapping[str, Bitmap]):
     def __getitem__(self, name: str) -> Bitmap:
         if name not in self._names:
             raise not_found(self._image.where, name)
-        found, octets = self._talk.ask_for_data("held", namespace=self._image.uuid, name=name)
+        found = self._talk.ask("held", namespace=self._image.uuid, name=name)
         size, granularity, recording = int(found["size"]), int(found["granularity"]), bool(found["recording"])
         if size != self._image.size:
             raise LockedError(self._image.where, f"has grown meanwhile, to {size} bytes")
-        bitmap = Bitmap.from_packed(size, granularity, octets, recording=recording).freeze()
+        there = _HeldBits(self._image, self._talk, name, geometry.granules(size, granularity))
+        bitmap = Bitmap._of(size, granularity, there, recording).freeze()
         bitmap.busy = True
         return bitmap
 
@@ -114,6 +117,38 @@ class _Held(Mapping[str, Bitmap]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class _HeldBits:
+    """The bits of a bitmap that a tracker holds, which is asked for each part: a `Content`."""
+
+    def __init__(self, image: Namespace, talk: Conversation, name: str, nbits: int) -> None:
+        self.nbits, self._image, self._talk, self._name = nbits, image, talk, name
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        import numpy as np
+
+        from dirtmap.engine.model.content import BLOCK
+
+        if end - first > BLOCK:  # more than a message has
+            words = bits.zeros(end - first)
+            for at in range(first, end, BLOCK):
+                upto = min(at + BLOCK, end)
+                part = self.part(at, upto)
+                if part is True:
+                    bits.set_range(words, at - first, upto - first)
+                elif part is not False:
+                    words[(at - first) // 64 :][: len(part)] = part
+            return words
+        uuid = self._image.uuid
+        found, octets = self._talk.ask_for_data("held part", namespace=uuid, name=self._name, first=first, end=end)
+        if not octets:
+            return bool(found)
+        words = np.frombuffer(octets, bits.WORD)
+        if len(words) != geometry.ceil_div(end - first, 64):
+            raise LockedError(self._image.where, "its tracker told other bits than it was asked for")
+        return words
 
 
 @contextlib.contextmanager
@@ -137,20 +172,33 @@ def transaction(image: Namespace, refused: LockedError, wait: float) -> Iterator
             image.where,
             image.size,
             DEFAULT_GRANULARITY,
-            {name: bitmap.copy() for name, bitmap in before.items()},
+            {name: bitmap.replace() for name, bitmap in before.items()},
             held,
             info.checkpoints,
         )
         try:
             yield bitmaps
             bitmaps.validate()
-            changes, data = _changes(before, bitmaps, info.checkpoints)
+            changes, changed = _changes(before, bitmaps, info.checkpoints)
+            for number, bitmap in enumerate(changed):
+                _tell(image, talk, number, bitmap)
         finally:
             bitmaps.close()
             for source in sources.values():
                 source.ended = True
         if changes:
-            talk.ask_for_data("change", b"".join(data), namespace=image.uuid, changes=changes)
+            talk.ask("change", namespace=image.uuid, changes=changes)
+
+
+def _tell(image: Namespace, talk: Conversation, number: int, bitmap: Bitmap) -> None:
+    """Tells the tracker the bits of a bitmap, before the change that it is for."""
+    from dirtmap.engine.model.content import blocks
+
+    for first, end, part in blocks(bitmap._parts()):
+        data = b"" if isinstance(part, bool) else part.tobytes()
+        if part is not False:
+            said = {"number": number, "granularity": bitmap.granularity, "first": first, "end": end}
+            talk.ask_for_data("bits", data, namespace=image.uuid, **said)
 
 
 def _begin(image: Namespace, talk: Conversation, wait: float) -> Mapping[str, str]:
@@ -222,11 +270,11 @@ def _lazy(image: Namespace, told: BitmapInfo, source: _Unread) -> Bitmap:
 
 def _changes(
     before: Mapping[str, Bitmap], bitmaps: Transaction, chain: Sequence[str]
-) -> tuple[list[tuple[Any, ...]], list[Packed]]:
-    """What a transaction has changed, as `Tracker.change` has it; and the bits of those changes, in their order."""
+) -> tuple[list[tuple[Any, ...]], list[Bitmap]]:
+    """What a transaction has changed, as `Tracker.change` has it, but for the bitmaps; and these, in their order."""
     kept = set(bitmaps.origins.values())
     changes: list[tuple[Any, ...]] = [("remove", name) for name in before if name not in kept]
-    data: list[Packed] = []
+    changed: list[Bitmap] = []
     # A checkpoint that is removed leaves its bits to the one before it, which the tracker sees to.
     left: dict[str, list[Bitmap]] = {}
     heir = ""
@@ -240,7 +288,7 @@ def _changes(
 
     def put(name: str, bitmap: Bitmap) -> None:
         changes.append(("put", name, bitmap.granularity, bitmap.recording))
-        data.append(bitmap.required(f"{bitmaps.where}: {label(name)}").packed())
+        changed.append(bitmap.required(f"{bitmaps.where}: {label(name)}"))
 
     for name, now in bitmaps.items():
         was = before.get(bitmaps.origins.get(name, ""))
@@ -265,7 +313,7 @@ def _changes(
                 changes.append(("clear", name))
             elif (now - functools.reduce(operator.or_, left.get(name, []), was)).count:
                 changes.append(("merge", name, now.granularity))
-                data.append((now - was).packed())
+                changed.append(now - was)
         if now.recording != was.recording and name not in chain:
             changes.append(("enable" if now.recording else "disable", name))
-    return changes, data
+    return changes, changed

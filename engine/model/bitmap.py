@@ -356,13 +356,14 @@ class Bitmap:
     def copy(self) -> Bitmap:
         """The same bitmap, not frozen. The content is shared until one of the two is changed.
 
-        A copy of one that was changed in place in a transaction, and is not large, is in memory: it stays after that.
+        A copy of one that is still in its container, and is not large, is read now: it lasts longer than the
+        transaction that it is from.
 
         Raises:
             FormatError, StorageError: it is in a container, and cannot be read.
         """
         other = self.replace()
-        if isinstance(self._content, content.Changed) and not self._is_large and not self.inconsistent:
+        if self._uniform() is None and not self._is_large and not self.inconsistent:
             other._load()
         return other
 
@@ -379,7 +380,7 @@ class Bitmap:
         return self
 
     def replace(self, *, recording: bool | None = None, busy: bool | None = None) -> Bitmap:
-        """A `copy` with other flags, where given."""
+        """The same bitmap with other flags, where given, not frozen; of one in a transaction, until that ends."""
         other = Bitmap(self.size, self.granularity, self.recording if recording is None else recording)
         other.busy = self.busy if busy is None else busy
         if self._words is not None:

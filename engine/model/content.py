@@ -39,7 +39,16 @@ PAGE: Final = 1 << 15
 _RUN = struct.Struct("=HH")  # in a page
 # Marks that are noted before they are made changes of: the more they are, the fewer pages there are for each.
 _NOTES: Final = 1 << 18
-_SETTLING: Final = threading.RLock()
+_settling = threading.RLock()
+
+
+def after_fork_in_child() -> None:
+    """Renews the lock that a thread of the parent may have held, which is not there in a forked child.
+
+    What that thread was about to make changes of is still noted, and made changes of again: that only sets bits.
+    """
+    global _settling
+    _settling = threading.RLock()
 
 
 class Content(Protocol):
@@ -89,6 +98,18 @@ def load(content: Content) -> bits.Words:
         elif part is not False:
             words[first // 64 : first // 64 + len(part)] = part
     return words
+
+
+def kept(content: Content) -> Sparse:
+    """The bits as they are now, in as little memory as `Sparse` needs: whatever becomes of where they are."""
+    found = Sparse(content.nbits)
+    for first, end, part in blocks(content):
+        if part is True:
+            found.set(first, end, True)
+        elif part is not False:
+            starts, lengths = bits.extents(part, end - first)
+            found.scatter(starts + first, starts + lengths + (first - 1), True)
+    return found
 
 
 def count(content: Content) -> int:
@@ -490,7 +511,7 @@ class Changed:
         if notes is None or not notes.count:
             return
         assert self._noted is not None
-        with _SETTLING:
+        with _settling:
             before, number = notes.forgotten, notes.count
             firsts, lasts = self._noted
             self._scatter(firsts[:number], lasts[:number])

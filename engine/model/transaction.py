@@ -20,7 +20,7 @@ class Transaction(MutableMapping[str, "Bitmap"]):
 
     A bitmap read from the mapping is a working copy: marking it changes what will be committed. A bitmap assigned to a
     name is copied. What was read from the mapping may be read from the container as late as when it is used, and so not
-    after the end.
+    after the end; a `Bitmap.copy` of it, unless it is large, may.
 
     Attributes:
         where: the image, for messages.
@@ -52,11 +52,12 @@ class Transaction(MutableMapping[str, "Bitmap"]):
         self.most_bytes = most_bytes
         self._bitmaps = dict(bitmaps)
         self.origins = {name: name for name in bitmaps}
-        self._held = {name: (who, self._bitmaps[name].copy()) for name, who in (held or {}).items() if name in bitmaps}
+        holders = {name: who for name, who in (held or {}).items() if name in bitmaps}
+        self._held = {name: (who, self._bitmaps[name].replace()) for name, who in holders.items()}
         for name in self._held:
             self._bitmaps[name].busy = True
         self.checkpoints = list(checkpoints)
-        self._relied_on = {name: self._bitmaps[name].copy() for name in self.checkpoints if name in bitmaps}
+        self._relied_on = {name: self._bitmaps[name].replace() for name in self.checkpoints if name in bitmaps}
         self.notes: list[str] = []
         self.fresh: set[str] = set()
         self._open = True

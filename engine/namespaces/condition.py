@@ -19,16 +19,16 @@ from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.directory import header_doubts, load_saved, place_bitmap, read_entries, replace_directory
 from dirtmap.engine.storefile.entries import tree_of, with_root
 from dirtmap.engine.storefile.few import load as load_few
-from dirtmap.engine.storefile.file import Change, Snapshot
+from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.storefile.session import session_of
 from dirtmap.engine.system.log import logger
 from dirtmap.fmt import geometry, store
 from dirtmap.fmt.directory import Entry
-from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, printable
+from dirtmap.fmt.errors import BitmapError, Error, FormatError, LockedError, StorageError, printable
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import numpy as np
     from numpy.typing import NDArray
@@ -267,11 +267,11 @@ class Condition:
 
         Arguments and result are those of `load_saved`, and so are the errors.
         """
-        from dirtmap.engine.model import bits
+        from dirtmap.engine.model import bits, content
 
         words, damage = load_saved(self.snapshot, self.record, entry, doubted)
         if not doubted and self.view and (added := self.view.added(entry)) is not None:
-            bits.combine(words, added, bits.OR, words)
+            bits.combine(words, content.load(added), bits.OR, words)
         return words, damage
 
     def bitmap(self, entry: Entry, *, doubted: bool) -> Bitmap:
@@ -341,6 +341,25 @@ class Condition:
         change.table.put(replace(new, generation=change.generation, directory=area))
 
 
+def doubts(
+    target: Store, kinds: Collection[int], broken: list[FormatError] | None = None
+) -> list[tuple[Record, str | None]]:
+    """The namespaces of a store that are of these kinds, sorted by name, each with why its bitmaps are in doubt.
+
+    Args:
+        target: the store.
+        kinds: as of a record.
+        broken: takes in why a part of the namespace table cannot be read; None: that is raised.
+    """
+
+    def look(snapshot: Snapshot) -> list[tuple[Record, str | None]]:
+        table = snapshot.table()
+        records = table if broken is None else table.readable(broken.append)
+        return [(record, Condition(snapshot, record).doubt) for record in records if record.kind in kinds]
+
+    return sorted(target.read(look), key=lambda found: decode_name(found[0].name))
+
+
 class Source:
     """Where a bitmap has its bits until they are read; all dirty if ``doubted``.
 
@@ -381,17 +400,19 @@ class Source:
 
     def open(self) -> Content:
         """The bits, to be read in parts, each when it is asked for. Errors as `load`."""
-        from dirtmap.engine.model.content import OR, Combined, Uniform, Whole
+        from dirtmap.engine.model.content import OR, Combined, Uniform
         from dirtmap.engine.storefile.chunks import Stored
 
         now = self.condition
         tree = tree_of(now.record, self.entry)
         if self.doubted:
             return Uniform(tree.nbits, True)
+        if self.snapshot.file.fd < 0 and (fill := self.uniform) is not None:
+            return Uniform(tree.nbits, fill)
         self._require_open()
         stored = Stored(self.snapshot, tree, self._tell)
         added = now.view.added(self.entry) if now.view else None
-        return stored if added is None else Combined(stored, Whole(tree.nbits, added), OR)
+        return stored if added is None else Combined(stored, added, OR)
 
     def _require_open(self) -> None:
         if self.snapshot.file.fd < 0:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from dirtmap.engine.identity import disk_size, lasting_identity
 from dirtmap.engine.model.naming import decode_name, encode_name
-from dirtmap.engine.namespaces.condition import Condition, refuse_session, refuse_tracked
+from dirtmap.engine.namespaces.condition import Condition, doubts, refuse_session, refuse_tracked
 from dirtmap.engine.storefile.directory import header_doubts, require_free
 from dirtmap.engine.storefile.file import Change, Snapshot, Store
 from dirtmap.engine.storefile.session import require_known
@@ -60,31 +60,18 @@ def devices(target: Store, broken: list[FormatError] | None = None) -> list[Devi
         target: the store.
         broken: takes in why a part of the namespace table cannot be read; None: that is raised.
     """
-
-    def look(snapshot: Snapshot) -> list[tuple[store.Record, str | None]]:
-        table = snapshot.table()
-        return [
-            (record, Condition(snapshot, record).doubt)
-            for record in (table if broken is None else table.readable(broken.append))
-            if record.kind == store.KIND_DEVICE
-        ]
-
-    found = target.read(look)
-    return sorted(
-        (
-            Device(
-                name=decode_name(record.name),
-                uuid=str(uuid.UUID(bytes=record.uuid)),
-                root_uuid=str(uuid.UUID(bytes=record.root_uuid)),
-                path=os.fsdecode(record.path),
-                size=record.size,
-                bitmaps=record.nb_bitmaps,
-                doubt=doubt,
-            )
-            for record, doubt in found
-        ),
-        key=lambda device: device.name,
-    )
+    return [
+        Device(
+            name=decode_name(record.name),
+            uuid=str(uuid.UUID(bytes=record.uuid)),
+            root_uuid=str(uuid.UUID(bytes=record.root_uuid)),
+            path=os.fsdecode(record.path),
+            size=record.size,
+            bitmaps=record.nb_bitmaps,
+            doubt=doubt,
+        )
+        for record, doubt in doubts(target, [store.KIND_DEVICE], broken)
+    ]
 
 
 def add_device(target: Store, name: str, root: Root) -> None:

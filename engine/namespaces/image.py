@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.model.infos import LEFT_IN_USE, VOID, ImageInfo, Recovery
-from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.model.transaction import Transaction
+from dirtmap.engine.namespaces.held import Held
 from dirtmap.engine.namespaces.place import NO_PLACE, Place, remembered
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.whereabouts import place_of
@@ -61,7 +61,7 @@ class _Source:
         return Whole(there.nbits, self.load()) if there.nbits <= BLOCK else there
 
 
-class Image(Namespace):
+class Image(Held):
     """The bitmaps of a qcow2 image, read and changed under QEMU's locks.
 
     Args:
@@ -159,22 +159,8 @@ class Image(Namespace):
         """Makes inconsistent bitmaps usable; see the function `recover`."""
         return recover(self.path, names, place=self.place, abspath=self.abspath, locking=self._host.locking)
 
-    @contextlib.contextmanager
-    def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
-        """Holds a bitmap for a backup; see `Namespace.hold`."""
-        where = f"{self.where}: {label(name)}"
-        self[name].required(where)
-        with self.place.hold(where, [name], owner):
-            yield self[name].required(where)
-
-    @contextlib.contextmanager
-    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[Mapping[str, Bitmap]]:
-        """Holds several bitmaps, by one commit; see `Namespace.hold_all`."""
-        chosen = list(dict.fromkeys(names))
-        for name in chosen:
-            self[name].required(f"{self.where}: {label(name)}")
-        with self.place.hold(self.where, chosen, owner) if chosen else contextlib.nullcontext():
-            yield self
+    def _holding(self, where: str, names: list[str], owner: str) -> contextlib.AbstractContextManager[None]:
+        return self.place.hold(where, names, owner)
 
     def __repr__(self) -> str:
         return f"<Image {self.path!r}>"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from dirtmap.engine.identity import carries, disk_size, identity_of, is_twin, lasting_identity
 from dirtmap.engine.model.naming import decode_name, encode_name
-from dirtmap.engine.namespaces.condition import Condition, refuse_session, refuse_tracked
+from dirtmap.engine.namespaces.condition import Condition, doubts, refuse_session, refuse_tracked
 from dirtmap.engine.namespaces.image import Image, Naming
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.storefile.directory import header_doubts, no_namespace, release_bits, rename_record, require_free
@@ -122,27 +122,17 @@ def nodes(target: Store, broken: list[FormatError] | None = None) -> list[Node]:
         target: the store.
         broken: takes in why a part of the namespace table cannot be read; None: that is raised.
     """
-
-    def look(snapshot: Snapshot) -> list[tuple[store.Record, str | None]]:
-        table = snapshot.table()
-        records = table if broken is None else table.readable(broken.append)
-        return [(record, Condition(snapshot, record).doubt) for record in records if record.kind in KINDS]
-
-    found = target.read(look)
-    return sorted(
-        (
-            Node(
-                name=decode_name(record.name),
-                uuid=str(uuid.UUID(bytes=record.uuid)),
-                path=os.fsdecode(record.path),
-                size=_size_of(record),
-                bitmaps=None if record.kind == store.KIND_PLACE else record.nb_bitmaps,
-                doubt=doubt,
-            )
-            for record, doubt in found
-        ),
-        key=lambda node: node.name,
-    )
+    return [
+        Node(
+            name=decode_name(record.name),
+            uuid=str(uuid.UUID(bytes=record.uuid)),
+            path=os.fsdecode(record.path),
+            size=_size_of(record),
+            bitmaps=None if record.kind == store.KIND_PLACE else record.nb_bitmaps,
+            doubt=doubt,
+        )
+        for record, doubt in doubts(target, KINDS, broken)
+    ]
 
 
 def _size_of(record: Record) -> int:

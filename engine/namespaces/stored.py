@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dirtmap.engine.model.infos import BitmapInfo, ImageInfo, Recovery
-from dirtmap.engine.model.namespace import Namespace
 from dirtmap.engine.model.naming import decode_name, encode_name, label
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.namespaces import salvage
 from dirtmap.engine.namespaces.changing import changing
 from dirtmap.engine.namespaces.condition import Condition
+from dirtmap.engine.namespaces.held import Held
 from dirtmap.engine.namespaces.ports import HostPort
 from dirtmap.engine.namespaces.recover import log_recovered, recover_record, recover_session, recover_tracked_device
 from dirtmap.engine.namespaces.stored_place import holding
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class StoredImage(Namespace):
+class StoredImage(Held):
     """One namespace of a store; see `Namespace`.
 
     Args:
@@ -147,22 +147,8 @@ class StoredImage(Namespace):
     def __repr__(self) -> str:
         return f"<StoredImage {self.name!r} in {self.path!r}>"
 
-    @contextlib.contextmanager
-    def hold(self, name: str, owner: str = "dirtmap") -> Iterator[Bitmap]:
-        """Holds a bitmap for a backup; see `Namespace.hold`."""
-        where = f"{self.where}: {label(name)}"
-        self[name].required(where)
-        with holding(self._store, self._raw_name, [name], owner):
-            yield self[name].required(where)
-
-    @contextlib.contextmanager
-    def hold_all(self, names: Iterable[str], owner: str = "dirtmap") -> Iterator[Mapping[str, Bitmap]]:
-        """Holds several bitmaps, by one commit; see `Namespace.hold_all`."""
-        chosen = list(dict.fromkeys(names))
-        for name in chosen:
-            self[name].required(f"{self.where}: {label(name)}")
-        with holding(self._store, self._raw_name, chosen, owner) if chosen else contextlib.nullcontext():
-            yield self
+    def _holding(self, where: str, names: list[str], owner: str) -> contextlib.AbstractContextManager[None]:
+        return holding(self._store, self._raw_name, names, owner)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:

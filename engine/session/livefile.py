@@ -11,12 +11,13 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from dirtmap.engine.identity import identity_of
-from dirtmap.engine.model import bits
+from dirtmap.engine.model import bits, content
+from dirtmap.engine.model.content import Combined, Uniform, Whole, kept, rescaled
 from dirtmap.engine.system import livefs, memory
 from dirtmap.engine.system.process import clock_offset
 from dirtmap.fmt import geometry, live
@@ -25,6 +26,10 @@ from dirtmap.fmt.identity import FilePlace
 from dirtmap.fmt.live import SLOT_SIZE
 from dirtmap.fmt.parsers.live import ARENA, CONTROL, DESCRIPTOR, FLIGHT, SLOT, WRITESET
 
+if TYPE_CHECKING:
+    from dirtmap.engine.model.content import Content, Part
+
+_PIECE: Final = 1 << 20  # bytes that are read at a time
 _ATTEMPTS: Final = 20
 _PAUSE_SECONDS: Final = 0.01
 _NAMES: Final = re.compile(r"control|bits|markers|socket")
@@ -192,6 +197,18 @@ def make(
     livefs.create_live(_path(folder, "control"), whole, live.CONTROL_BYTES, areas)
 
 
+class _Changing:
+    """Bits that others may set meanwhile: each part is a copy, so that it stays as it was looked at."""
+
+    def __init__(self, nbits: int, words: bits.Words) -> None:
+        self.nbits, self._words = nbits, words
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        part = self._words[first // 64 : geometry.ceil_div(end, 64)]
+        return part.copy() if part.any() else False
+
+
 @dataclass(frozen=True, slots=True)
 class Words:
     """The bits of one or several intervals, at one granularity (bytes), for a disk of ``size`` bytes."""
@@ -199,6 +216,11 @@ class Words:
     words: bits.Words
     size: int
     granularity: int
+
+    @property
+    def content(self) -> Content:
+        """The bits, of which parts are looked at when they are asked for."""
+        return _Changing(geometry.granules(self.size, self.granularity), self.words)
 
     def at(self, granularity: int) -> bits.Words:
         """The words at another granularity, in bytes, rounded outward. They must not be written to."""
@@ -214,6 +236,30 @@ class Words:
         words[:common] = self.words[:common]
         bits.mask_tail(words, nbits)
         return Words(words, size, self.granularity)
+
+
+@dataclass(frozen=True, slots=True)
+class Many:
+    """Like `Words`, of more bits than are in memory at once."""
+
+    content: Content
+    size: int
+    granularity: int
+
+
+def united(parts: Iterable[Words | Many], size: int, granularity: int) -> Content:
+    """What any of them has, at that granularity: as it is now, where none of them is large.
+
+    Else whoever looks at a part of it looks at the same part of each of them then.
+    """
+    nbits, every = geometry.granules(size, granularity), list(parts)
+    small = [part for part in every if isinstance(part, Words) and len(part.words) * 64 <= content.LARGE]
+    if len(small) == len(every) and nbits <= content.LARGE:
+        return Whole(nbits, union(small, size, granularity))
+    found: Content = Uniform(nbits, False)
+    for part in every:
+        found = Combined(found, rescaled(part.content, part.size, part.granularity, granularity), bits.OR)
+    return found
 
 
 def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:
@@ -242,7 +288,7 @@ class Found:
     writes: int
     logged: int
     clock: int
-    writesets: dict[int, Words]
+    writesets: dict[int, Words | Many]
 
 
 def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
@@ -268,7 +314,7 @@ def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
             current = head.state >> 32
             if not 0 <= current - oldest < live.MAX_INTERVALS:
                 return None
-            writesets = {}
+            writesets: dict[int, Words | Many] = {}
             for number in range(oldest, current + 1):
                 if (words := _read_writeset(control, arena, uuid, number, size)) is not None:
                     writesets[number] = words
@@ -279,7 +325,7 @@ def find(folder: str, uuid: bytes, oldest: int, size: int) -> Found | None:
     return None
 
 
-def _found(control: livefs.LiveReader, head: Any, writesets: dict[int, Words]) -> Found:
+def _found(control: livefs.LiveReader, head: Any, writesets: dict[int, Words | Many]) -> Found:
     slots = control.read(live.SLOTS, min(head.high, live.MAX_SLOTS) * SLOT_SIZE, short=True) or b""
     parsed = [SLOT.parse(slots, at) for at in range(0, len(slots), SLOT_SIZE)]
     flights = [
@@ -316,16 +362,17 @@ def is_outdated(folder: str, uuid: bytes, current: int) -> bool:
             if (found.magic, found.uuid) != (live.WRITESET_MAGIC, uuid) or not 0 < found.room <= arena.size:
                 return False
             if found.number != live.OPEN and found.number > current:
-                data = arena.read(at + live.PAGE, min(found.room, arena.size - at - live.PAGE))
-                if data and not bits.all_zero(data):
-                    return True
+                for begin in range(at + live.PAGE, at + live.PAGE + found.room, _PIECE):
+                    data = arena.read(begin, min(_PIECE, at + live.PAGE + found.room - begin), short=True)
+                    if data and not bits.all_zero(data):
+                        return True
             at += live.PAGE + found.room
     return False
 
 
 def _read_writeset(
     control: livefs.LiveReader, arena: livefs.LiveReader, uuid: bytes, number: int, size: int
-) -> Words | None:
+) -> Words | Many | None:
     """The bits of an interval, as those of a disk of ``size`` bytes; None if they are not where the descriptor says.
 
     They may be a larger disk's: the store has yet to be told of the new size.
@@ -347,12 +394,34 @@ def _read_writeset(
         return None
     if place.offset + length > arena.size:
         return None
+    nbits = geometry.granules(size, granularity)
+    if nbits > content.LARGE:
+        try:
+            return Many(kept(_InFile(arena, place.offset, nbits)), size, granularity)
+        except EOFError:
+            return None
     octets = arena.read(place.offset, _words_for(size, granularity) * 8)
     if octets is None:
         return None
     words = np.frombuffer(octets, bits.WORD) if octets else bits.zeros(0)
-    bits.mask_tail(words, geometry.granules(size, granularity))
+    bits.mask_tail(words, nbits)
     return Words(words, size, granularity)
+
+
+class _InFile:
+    """The bits of a writeset in a live file, read when they are asked for. An `EOFError` where that has ended."""
+
+    def __init__(self, arena: livefs.LiveReader, offset: int, nbits: int) -> None:
+        self.nbits, self._arena, self._offset = nbits, arena, offset
+
+    def part(self, first: int, end: int) -> Part:
+        """See `Content.part`."""
+        octets = self._arena.read(self._offset + first // 8, geometry.ceil_div(end - first, 64) * 8)
+        if octets is None:
+            raise EOFError
+        words = np.frombuffer(octets, bits.WORD)
+        bits.mask_tail(words, end - first)
+        return words if words.any() else False
 
 
 def _words_for(size: int, granularity: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 
-from dirtmap.engine.model import bits
+from dirtmap.engine.model import content
 from dirtmap.engine.model.infos import Status
 from dirtmap.engine.session import intent, livefile
 from dirtmap.engine.session.verdict import Row
@@ -24,8 +24,7 @@ def status_of(snapshot: Snapshot, record: Record) -> Status | None:
     dirty = 0
     if found:
         granularity = min(words.granularity for words in found.writesets.values())
-        union = livefile.union(found.writesets.values(), record.size, granularity)
-        dirty = bits.count(union) * granularity
+        dirty = content.count(livefile.united(found.writesets.values(), record.size, granularity)) * granularity
     alive = view.row is Row.LIVE
     kept = alive and intent.is_kept(session) is not False
     folder = os.fsdecode(session.live)

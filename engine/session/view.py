@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -56,6 +57,9 @@ from dirtmap.fmt.store import Record
 
 _NS = 1_000_000_000
 _TICK_NS = 10_000_000  # of the coarse clock, which markers read; a file's time may come from a finer one
+
+if TYPE_CHECKING:
+    from dirtmap.engine.model.content import Content
 
 
 class SessionView:
@@ -107,7 +111,7 @@ class SessionView:
         self._record = record
         self.logged = log.regions if log and session.intent == live.INTENT_REGION else None
         self._regions = self._region_words(self.logged) if self.row is Row.LOGGED and self.logged else None
-        self._unions: dict[tuple[int, int, int], bits.Words] = {}
+        self._unions: dict[tuple[int, int, int], Content] = {}
 
     @property
     def how(self) -> str:
@@ -144,13 +148,13 @@ class SessionView:
         livefile.remove_session(os.fsdecode(self.session.live), self.session.uuid)
         intent.remove_log(self.session)
 
-    def added(self, entry: Entry) -> bits.Words | None:
+    def added(self, entry: Entry) -> Content | None:
         """What the session adds to the saved bits of a bitmap, at its granularity; None if that is nothing."""
         window = window_of(entry)
         if window is None or window.ended <= self.session.oldest:
             return None
         if self._regions:
-            return self._regions.at(entry.granularity)
+            return livefile.united([self._regions], self._size, entry.granularity)
         if self.found:
             numbers = [number for number in self.found.writesets if window.began <= number < window.ended]
             if numbers:
@@ -163,12 +167,12 @@ class SessionView:
         bits.scatter(words, numbers, numbers)
         return livefile.Words(words, self._size, size)
 
-    def _union(self, first: int, last: int, granularity: int) -> bits.Words:
+    def _union(self, first: int, last: int, granularity: int) -> Content:
         assert self.found
         key = first, last, granularity
         if key not in self._unions:
             parts = [self.found.writesets[number] for number in range(first, last + 1)]
-            self._unions[key] = livefile.union(parts, self._size, granularity)
+            self._unions[key] = livefile.united(parts, self._size, granularity)
         return self._unions[key]
 
     def _changed(self, record: Record, log: intent.Logged | None) -> str | None:

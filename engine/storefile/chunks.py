@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dirtmap.engine.model import bits
-from dirtmap.engine.model.content import PAGE, Changed, Combined, Content, Whole
+from dirtmap.engine.model.content import PAGE, Changed, Combined, Content
 from dirtmap.engine.storefile.entries import Shape, Tree
 from dirtmap.engine.system import memory
 from dirtmap.fmt import geometry, store
@@ -459,11 +459,11 @@ def _write_one(change: Change, wanted: Content, base: Tree, shape: Shape) -> tup
     return change.place(data)[::2] if place == _UNKNOWN else (place, 0)
 
 
-def merge(change: Change, words: bits.Words, base: Tree) -> tuple[int, int]:
-    """Like `write`, for the bits that are there and those of ``words``. Looks only at chunks where those are."""
+def merge(change: Change, added: Content, base: Tree) -> tuple[int, int]:
+    """Like `write`, for the bits that are there and those of ``added``. Looks only at chunks where those are."""
     shape = Shape(base.nbits, change.header.cluster_size)
-    both = Combined(Stored(change.snapshot, base), Whole(base.nbits, words), bits.OR)
-    return write(change, both, base, _some(words, shape))
+    both = Combined(Stored(change.snapshot, base), added, bits.OR)
+    return write(change, both, base, _some(added, shape))
 
 
 def carry_over(snapshot: Snapshot, tree: Tree, change: Change) -> tuple[tuple[int, int], str | None]:
@@ -656,13 +656,18 @@ def _changed(change: Change, wanted: Content, base: Tree) -> Positions | None:
     return np.unique(wanted.pages() * PAGE // Shape(base.nbits, change.header.cluster_size).bits)
 
 
-def _some(words: bits.Words, shape: Shape) -> Positions:
+def _some(content: Content, shape: Shape) -> Positions:
     """The numbers of the chunks that have bits; ascending."""
-    per, step = shape.bits // 64, max(_BLOCK // shape.cluster, 1)
+    step = max(_BLOCK // shape.cluster, 1)
     found = []
     for at in range(0, shape.chunks, step):
-        rows = _rows(words[at * per : (at + step) * per], shape, min(step, shape.chunks - at))
-        found.append(np.flatnonzero(bits.uniform(rows.reshape(-1), len(rows))) + at)
+        number = min(step, shape.chunks - at)
+        part = content.part(at * shape.bits, min((at + number) * shape.bits, shape.nbits))
+        if part is True:
+            found.append(np.arange(at, at + number))
+        elif part is not False:
+            rows = _rows(part, shape, number)
+            found.append(np.flatnonzero(bits.uniform(rows.reshape(-1), number)) + at)
     return np.concatenate(found) if found else np.empty(0, np.int64)
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dirtmap.engine.model.bitmap import Bitmap
+    from dirtmap.engine.model.content import Content
 
 _FEW = 16  # clusters that take less time one after the other than arrays of them
 
@@ -262,19 +263,19 @@ def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap, base
     return _renewed(change, base, entry)
 
 
-def merge_bits(change: Change, record: Record, entry: Entry, words: NDArray[np.uint64]) -> Entry:
-    """Plans the writing of a bitmap's bits together with those of ``words``, and makes the entry that leads to them.
+def merge_bits(change: Change, record: Record, entry: Entry, added: Content) -> Entry:
+    """Plans the writing of a bitmap's bits together with those of ``added``, and makes the entry that leads to them.
 
     Args:
         change: plans the writing.
         record: of the namespace.
         entry: as it is in the old directory, but for its window.
-        words: uint64, shape (ceil(granules / 64),), tail bits zero.
+        added: as many bits.
     """
     if entry.table_offset == store.ALL_ONES:
         return entry
     return _renewed(
-        change, entry, _write(change, record, entry, lambda chunks, tree: chunks.merge(change, words, tree))
+        change, entry, _write(change, record, entry, lambda chunks, tree: chunks.merge(change, added, tree))
     )
 
 

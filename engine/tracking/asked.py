@@ -2,14 +2,16 @@
 
     begin      begins changes of an owner: what they say is as of a cut that is made now, whenever they are made;
                tells who holds which bitmaps
-    change     several changes to bitmaps, all or none: see `Tracker.change`; bits of theirs are in the message's bytes
+    bits       bits of a bitmap of the next ``change``, a part of them: in the message's bytes, or all dirty without
+    change     several changes to bitmaps, all or none: see `Tracker.change`; their bitmaps are those that were told
     checkpoint a checkpoint, of a name and a granularity
     save       saves
     differing  gathers ranges, offsets and lengths in bytes, of a disk of that size, at a granularity, for `rebuild`
     rebuild    gives a checkpoint anew what was gathered: see `Tracker.rebuild`
     stop       ends the tracker
     hold       holds bitmaps as they are at one cut, until `give`, or until the end of the conversation
-    held       tells the bits of one of those
+    held       tells what one of those is
+    held part  tells some of its bits: as bytes, or what all of them are
     give       holds none any more
     close      closes the gate until `open`, or until the end of the conversation, and tells which file is tracked
     open       opens it; an error if it did not hold
@@ -23,15 +25,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, Self, SupportsIndex
+from typing import Any, Protocol, Self, SupportsIndex
 
-from dirtmap.engine.model.bitmap import checked_granularity
-from dirtmap.fmt import geometry
-from dirtmap.fmt.errors import Error, UnsupportedError, printable
-
-if TYPE_CHECKING:
-    from dirtmap.engine.model.bitmap import Bitmap
-
+from dirtmap.engine.model.bitmap import WHERE, Bitmap, checked_granularity
+from dirtmap.engine.tracking.gathered import Gathered, require_part
+from dirtmap.fmt.errors import BitmapError, Error, UnsupportedError, printable
 
 # Makes several changes; see `Tracker.change`.
 Changing = Callable[[Iterable[tuple[Any, ...]]], object]
@@ -42,6 +40,10 @@ class Askable(Protocol):
 
     size: int
     on_stop: Callable[[], object] | None
+
+    @property
+    def spool_folder(self) -> str:
+        """Where bits wait for their commit that are too many for memory."""
 
     def require_namespace(self, namespace: str) -> None:
         """Refuses a question that is about another disk."""
@@ -91,7 +93,9 @@ class Asked:
         self._stack, self._gate, self._begun = contextlib.ExitStack(), contextlib.ExitStack(), contextlib.ExitStack()
         self._changing: dict[str, Changing] = {}  # as of an earlier cut, for the namespace that it was begun for
         self._differing: Bitmap | None = None
+        self._gathered: dict[int, Gathered] = {}  # by the place of each bitmap among those of the change
         self._hold = -1
+        self._held: dict[str, Bitmap] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -100,6 +104,7 @@ class Asked:
         for stack in (self._gate, self._begun, self._stack):
             with contextlib.suppress(Error):  # nobody is there to hear of it
                 stack.close()
+        self._drop_gathered()
 
     def __call__(self, asked: dict[str, Any], data: bytes) -> tuple[Any, bytes]:
         """Does what is asked. Errors as those of the tracker's methods."""
@@ -109,9 +114,14 @@ class Asked:
             begun = tracker.beginning(str(asked.get("owner")), namespace=namespace)
             self._changing[namespace] = self._begun.enter_context(begun)
             return {"held": tracker.holders(namespace)}, b""
-        if act == "change":
+        if act == "bits":
+            self._gather_bits(asked["number"], asked["granularity"], asked["first"], asked["end"], data)
+        elif act == "change":
             change = self._changing.get(namespace) or functools.partial(tracker.change, namespace=namespace)
-            change([*self._with_bits(asked["changes"], data)])
+            try:
+                change([*self._with_bitmaps(asked["changes"])])
+            finally:
+                self._drop_gathered()
         elif act == "checkpoint":
             tracker.checkpoint(asked["name"], asked["granularity"], namespace=namespace)
         elif act == "save":
@@ -126,15 +136,16 @@ class Asked:
         elif act == "stop":
             (tracker.on_stop or tracker.close)()
         elif act == "hold":
-            self._stack.close()
+            self._give()
             self._hold = tracker.hold(asked["names"], str(asked["owner"]), namespace=namespace)
             self._stack.callback(tracker.release, self._hold)
         elif act == "held":
-            bitmap = tracker.held(self._hold, asked["name"])
-            told = {"size": bitmap.size, "granularity": bitmap.granularity, "recording": bitmap.recording}
-            return told, bytes(bitmap.packed())
+            bitmap = self._held[asked["name"]] = tracker.held(self._hold, asked["name"])
+            return {"size": bitmap.size, "granularity": bitmap.granularity, "recording": bitmap.recording}, b""
+        elif act == "held part":
+            return self._held_part(asked["name"], asked["first"], asked["end"])
         elif act == "give":
-            self._stack.close()
+            self._give()
         elif act == "close":
             self._gate.enter_context(tracker.gated())
             return tracker.place(), b""
@@ -145,19 +156,48 @@ class Asked:
         return None, b""
 
     def _gather(self, size: int, granularity: int, offsets: list[int], lengths: list[int]) -> None:
-        from dirtmap.engine.model.bitmap import Bitmap
-
         if self._differing is None:
             self._differing = Bitmap(size, granularity)
         self._differing.mark_many(offsets, lengths)
 
-    def _with_bits(self, changes: Iterable[list[Any]], data: bytes) -> Iterator[tuple[Any, ...]]:
-        """The changes, each with those of the message's bytes that are its own; too few are refused by `change`."""
-        at = 0
+    def _give(self) -> None:
+        self._held.clear()
+        self._stack.close()
+
+    def _held_part(self, name: str, first: int, end: int) -> tuple[bool | None, bytes]:
+        bitmap = self._held.get(name)
+        if bitmap is None:
+            raise BitmapError(WHERE, f"'{printable(name)}' was not asked for")
+        found = bitmap._parts()
+        require_part(first, end, found.nbits)
+        part = found.part(first, end)
+        return (part, b"") if isinstance(part, bool) else (None, part.tobytes())
+
+    def _gather_bits(self, number: int, granularity: int, first: int, end: int, data: bytes) -> None:
+        gathered = self._gathered.get(number)
+        if gathered is None:
+            gathered = Gathered(self._tracker.spool_folder, self._tracker.size, granularity)
+            self._gathered[number] = gathered
+        if gathered.granularity != granularity:
+            raise BitmapError(WHERE, f"bits at {granularity} cannot be those of one at {gathered.granularity}")
+        gathered.take(first, end, data)
+
+    def _with_bitmaps(self, changes: Iterable[list[Any]]) -> Iterator[tuple[Any, ...]]:
+        """The changes, each with the bitmap that is its own: empty, where no bits of it were told."""
+        number = 0
         for act, *rest in changes:
             if act not in ("merge", "put"):
                 yield act, *rest
                 continue
-            length = geometry.packed_bytes(self._tracker.size, checked_granularity(rest[1]))
-            yield act, *rest, memoryview(data)[at : at + length]
-            at += length
+            granularity = checked_granularity(rest[1])
+            gathered = self._gathered.get(number)
+            bitmap = Bitmap(self._tracker.size, granularity) if gathered is None else gathered.bitmap()
+            if (bitmap.size, bitmap.granularity) != (self._tracker.size, granularity):
+                raise BitmapError(WHERE, f"bits of a disk of {bitmap.size} bytes, at {bitmap.granularity}, were told")
+            yield act, *(rest[:1] if act == "merge" else rest), bitmap
+            number += 1
+
+    def _drop_gathered(self) -> None:
+        for gathered in self._gathered.values():
+            gathered.close()
+        self._gathered.clear()

@@ -42,8 +42,7 @@ from dirtmap.fmt.live import build_peer, build_session
 from dirtmap.fmt.store import Record
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from dirtmap.engine.model.content import Content
 
 T = TypeVar("T")
 
@@ -224,15 +223,15 @@ class HomeChange(HomeView):
         )
         self.entries = dict(zip(renamed, entries, strict=True))
 
-    def merge(self, name: str, words: NDArray[np.uint64], window: Window | None) -> None:
+    def merge(self, name: str, added: Content, window: Window | None) -> None:
         """Adds bits to the saved ones of a bitmap, and replaces its window. Looks only at what changes.
 
         Args:
             name: of the bitmap, whose saved bits were not replaced in this change.
-            words: uint64, shape (ceil(granules / 64),), tail bits zero.
+            added: as many bits.
             window: the new one.
         """
-        self.entries[name] = merge_bits(self.change, self.record, self.entries[name], words)
+        self.entries[name] = merge_bits(self.change, self.record, self.entries[name], added)
         self.set_window(name, window)
 
     def _base(self, name: str) -> Entry | None:

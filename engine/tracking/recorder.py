@@ -17,14 +17,15 @@ from typing import Any, Final, NamedTuple, Protocol, Self
 
 from dirtmap.engine.control.server import Answering, Server
 from dirtmap.engine.identity import identity_of, identity_of_disk, touched
-from dirtmap.engine.model import bits
+from dirtmap.engine.model import content
 from dirtmap.engine.model.bitmap import Bitmap
+from dirtmap.engine.model.content import Content
 from dirtmap.engine.model.naming import decode_name, label
 from dirtmap.engine.namespaces.condition import Condition
 from dirtmap.engine.session import livefile, verdict
 from dirtmap.engine.session import view as recovery
 from dirtmap.engine.session.intent import IntentLog, path_of
-from dirtmap.engine.session.livefile import Words, union
+from dirtmap.engine.session.livefile import Words, union, united
 from dirtmap.engine.storefile import holds
 from dirtmap.engine.storefile.session import Window
 from dirtmap.engine.system import livefs, order
@@ -530,10 +531,11 @@ class Recorder:
                 if self._is_log_saved():
                     self._kernel.rotate()
         marked = {number: words_of(one, self.size) for number, one in self._frozen.items()}
-        granularity = 1 << current.granularity_bits
-        now = Words(union([words_of(current, current.size)], current.size, granularity), current.size, granularity)
-        marked[current.number] = now.sized(self.size)
-        unions: dict[tuple[int, int, int], bits.Words] = {}
+        now, granularity = words_of(current, self.size), 1 << current.granularity_bits
+        if geometry.granules(self.size, granularity) <= content.LARGE:  # else it is looked at part by part
+            now = Words(union([now], self.size, granularity), self.size, granularity)
+        marked[current.number] = now
+        unions: dict[tuple[int, int, int], Content] = {}
         for one in self._homes:
             self._save_to(one, marked, unions, final=final)
             if final:
@@ -548,7 +550,7 @@ class Recorder:
             self._homes[-1].report()
 
     def _save_to(
-        self, target: Home, marked: dict[int, Words], unions: dict[tuple[int, int, int], bits.Words], *, final: bool
+        self, target: Home, marked: dict[int, Words], unions: dict[tuple[int, int, int], Content], *, final: bool
     ) -> None:
         """Saves to one home, in one commit. ``unions`` caches unions of writesets, for the homes that follow."""
         session = target.session
@@ -576,15 +578,15 @@ class Recorder:
             target.session = replace(session, oldest=max(marked), log=self._kernel.log)
 
     def _union(
-        self, parts: dict[int, Words], window: Window, granularity: int, unions: dict[tuple[int, int, int], bits.Words]
-    ) -> bits.Words | None:
-        """What the intervals of a window have: uint64, tail bits zero; None where it has none of them."""
+        self, parts: dict[int, Words], window: Window, granularity: int, unions: dict[tuple[int, int, int], Content]
+    ) -> Content | None:
+        """What the intervals of a window have; None where it has none of them."""
         numbers = [number for number in sorted(parts) if window.began <= number < window.ended]
         if not numbers:
             return None
         key = numbers[0], numbers[-1], granularity
         if key not in unions:
-            unions[key] = union((parts[number] for number in numbers), self.size, granularity)
+            unions[key] = united((parts[number] for number in numbers), self.size, granularity)
         return unions[key]
 
     def _grow(self, size: int) -> None:
@@ -607,7 +609,7 @@ class Recorder:
             self._begin_interval(size, shift)
         grown = 0
         try:
-            unions: dict[tuple[int, int, int], bits.Words] = {}
+            unions: dict[tuple[int, int, int], Content] = {}
             for home in self._homes:
                 self._grow_home(home, size, unions)
                 grown += 1
@@ -641,7 +643,7 @@ class Recorder:
                     file.truncate(size)
                     file.sync()
 
-    def _grow_home(self, target: Home, size: int, unions: dict[tuple[int, int, int], bits.Words]) -> None:
+    def _grow_home(self, target: Home, size: int, unions: dict[tuple[int, int, int], Content]) -> None:
         """Saves to one home what was marked before the current interval, and gives it the new size, in one commit."""
         oldest = self._current.number
         parts = {n: words_of(one, self.size) for n, one in self._frozen.items() if n >= target.session.oldest}
@@ -655,7 +657,7 @@ class Recorder:
                     continue
                 window, bitmap = home.window(name), home.saved(name)
                 if window and (added := self._union(parts, window, entry.granularity, unions)) is not None:
-                    bitmap |= Bitmap.from_words(self.size, entry.granularity, added, True)
+                    bitmap |= Bitmap._of(self.size, entry.granularity, added, True)
                 home.put(name, bitmap.replace(recording=entry.auto).resized(size), window)
             home.session = session
         target.session = session

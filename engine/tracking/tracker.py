@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,10 +35,10 @@ from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 from dirtmap.engine.control import wire
 from dirtmap.engine.control.server import Answering
 from dirtmap.engine.identity import identity_of
-from dirtmap.engine.model import checkpoints
+from dirtmap.engine.model import checkpoints, content
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap, checked_granularity, damage_of
 from dirtmap.engine.model.naming import a_checkpoint, label
-from dirtmap.engine.session.livefile import Words, union
+from dirtmap.engine.session.livefile import Words, united
 from dirtmap.engine.storefile.session import HELD_ONLY, Window, window_of
 from dirtmap.engine.system import order
 from dirtmap.engine.system.file import open_file
@@ -51,7 +52,7 @@ from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, UnsupportedError, printable
 
 if TYPE_CHECKING:
-    from dirtmap.engine.model.bits import Packed
+    pass
 
 
 class Tracker(Recorder):
@@ -164,10 +165,9 @@ class Tracker(Recorder):
 
         Args:
             changes: each ``("clear", name)``, and so for ``enable``, ``disable`` and ``remove``; or ``("add", name,
-                granularity, recording)``; ``("rename", {name: new, ...})``, all at once; ``("merge", name, granularity,
-                packed)``, which adds bits, packed as `Bitmap.from_packed` has them; ``("put", name, granularity,
-                recording, packed)``, which adds a bitmap or replaces the content of one. A checkpoint loses no bits by
-                it. At most one of the last two for each bitmap.
+                granularity, recording)``; ``("rename", {name: new, ...})``, all at once; ``("merge", name, bitmap)``,
+                which adds the bits of a bitmap; ``("put", name, granularity, recording, bitmap)``, which adds one or
+                replaces its content. A checkpoint loses no bits by it. At most one of the last two for each name.
             namespace: whose bitmaps they are, by its UUID: of a device's tracker, the device's or its root's. None: of
                 what the tracker was made for.
 
@@ -336,15 +336,15 @@ class Tracker(Recorder):
                 raise a_checkpoint(home.where, name)
         home.rename(names)
 
-    def _merge(self, home: HomeChange, number: int, name: str, granularity: int, packed: Packed) -> None:
+    def _merge(self, home: HomeChange, number: int, name: str, bitmap: Bitmap) -> None:
         self._refuse_busy(home, name)
         entry = home.entry(name)
-        added = Bitmap.from_packed(self.size, granularity, packed).at(entry.granularity)
+        added = bitmap.at(entry.granularity)
         home.put(name, (home.saved(name) | added).replace(recording=entry.auto), home.window(name))
 
-    def _put(self, home: HomeChange, number: int, name: str, granularity: int, recording: bool, packed: Packed) -> None:
+    def _put(self, home: HomeChange, number: int, name: str, granularity: int, recording: bool, bitmap: Bitmap) -> None:
         self._refuse_busy(home, name)
-        bitmap, known = Bitmap.from_packed(self.size, granularity, packed, recording), home.entries.get(name)
+        bitmap, known = bitmap.at(granularity), home.entries.get(name)
         if known and name in home.checkpoints:
             if known.auto != recording:
                 raise a_checkpoint(home.where, name)
@@ -586,6 +586,11 @@ class Tracker(Recorder):
         """A block in which nothing is written to the disk; see `dirtmap.engine.gate`, which is for several."""
         return closed([self._kernel])
 
+    @property
+    def spool_folder(self) -> str:
+        """Where bits wait for their commit that are too many for memory: on the disk that will have them."""
+        return os.path.dirname(self._home.store.abspath)
+
     def place(self) -> dict[str, Any]:
         """Which file the image is, wherever its path leads by now: see SPEC.md, "Identity of an image"."""
         return wire.spelled(self._session.image.place)
@@ -669,12 +674,11 @@ class Tracker(Recorder):
         But if a save has come since, it has folded marks of that interval into the bitmaps of that time, and made the
         log of those marks void. After a power loss only saved bits tell of them.
         """
-        since = Bitmap(self.size, granularity, recording=True)
-        if number <= _oldest(home):
-            parts = [words_of(writeset, self.size) for at, writeset in self._frozen.items() if at >= number]
-            words = union([*parts, words_of(self._current, self.size)], self.size, granularity)
-            since = Bitmap.from_words(self.size, granularity, words, True)
-        return since
+        if number > _oldest(home):
+            return Bitmap(self.size, granularity, recording=True)
+        parts = [words_of(writeset, self.size) for at, writeset in self._frozen.items() if at >= number]
+        found = united([*parts, words_of(self._current, self.size)], self.size, granularity)
+        return Bitmap._of(self.size, granularity, found, True)
 
     def _usable(self, home: HomeChange, name: str) -> Any:
         entry = home.entry(name)
@@ -727,7 +731,10 @@ class Tracker(Recorder):
         parts = [words_of(every[number], self.size) for number in sorted(numbers)]
         saved = [view.saved(name, verified=True) for name in names if not view.is_clean(name)]
         parts += [Words(bitmap.words, self.size, bitmap.granularity) for bitmap in saved if not bitmap._is_large]
-        found = Bitmap.from_words(self.size, finest, union(parts, self.size, finest), view.entry(names[-1]).auto)
+        marked = united(parts, self.size, finest)
+        if marked.nbits > content.LARGE:  # else it is made one that lasts anyway
+            marked = content.kept(marked)
+        found = Bitmap._of(self.size, finest, marked, view.entry(names[-1]).auto)
         found.damage = damage_of(bitmap for bitmap in saved if not bitmap._is_large)
         for bitmap in saved:
             if bitmap._is_large:

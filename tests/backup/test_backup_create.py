@@ -195,6 +195,68 @@ def test_why_a_backup_is_full(tmp_path: Path, harm: Callable[[Path, Path], None]
     same(repository, after, disk)
 
 
+@pytest.mark.parametrize("is_copy", [False, True], ids=["renamed", "copied"])
+def test_a_disk_under_another_name_is_told_which_it_was(tmp_path: Path, is_copy: bool) -> None:
+    disk, other, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "other.qcow2", tmp_path / "repo"
+    back_up(repository, disk)
+    last = back_up(repository, disk)
+    shutil.copy(disk, other) if is_copy else disk.rename(other)
+    (said,) = json_of("backup", "create", other, repository)
+    assert (said["kind"], said["reason"], said["number"]) == ("full", "renamed", 1)
+    assert (
+        said["why"] == f"as its bitmap {last.bitmap} tells, it is 'disk.qcow2' ({disk}) under another name, "
+        "or a copy of that"
+    )
+    qemu_io(other, "write -qP 8 1M 1k")
+    after = back_up(repository, other)
+    assert (after.kind, after.number, after.why) == ("incremental", 2, None)
+    if is_copy:
+        assert back_up(repository, disk).kind == "incremental"
+    else:
+        other.rename(disk)
+        made = back_up(repository, disk)
+        assert (made.number, made.reason) == (3, "renamed")
+        assert "'other.qcow2'" in str(made.why)
+
+
+def test_nothing_is_made_where_nothing_is_done(tmp_path: Path) -> None:
+    disk, repository, folder = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo", tmp_path / "folder"
+    folder.mkdir()
+    error_of("backup", "create", "nosuch", repository)
+    error_of("backup", "create", disk, tmp_path / "nosuch.qcow2", repository)
+    error_of("backup", "create", "nosuch", folder)
+    with StorageDaemon(disk):
+        assert "held by" in error_of("backup", "create", disk, repository)
+    assert (repository.exists(), list(folder.iterdir())) == (False, [])
+    assert ours(disk) == []
+
+
+def test_a_new_repository_stays_once_a_bitmap_has_begun(tmp_path: Path) -> None:
+    disk, repository = qcow2_disk(tmp_path / "disk.qcow2"), tmp_path / "repo"
+
+    class Busy(dm.Host):
+        def offline(self, disk: dm.Disk) -> contextlib.AbstractContextManager[None]:
+            raise dm.LockedError(disk.path, "is in use")
+
+    with Busy() as host, pytest.raises(dm.LockedError):
+        create(host, [str(disk)], repository)
+    (begun,) = ours(disk)
+    assert begun.startswith(Repository(repository).bitmap_prefix)
+    assert back_up(repository, disk).reason == "first"
+    assert begun not in ours(disk)
+
+
+def test_who_waited_for_a_repository_that_was_unmade_is_told(tmp_path: Path) -> None:
+    place = Repository.made(tmp_path / "repo")
+    waiting = Repository(tmp_path / "repo")
+    with place.writing():
+        place.unmake()
+    assert not (tmp_path / "repo").exists()
+    Repository.made(tmp_path / "repo")
+    with pytest.raises(dm.StorageError, match="another repository is there now"), waiting.writing():
+        pass
+
+
 def test_untracked_writes_to_a_raw_disk_make_a_full_backup(tmp_path: Path) -> None:
     disk, repository = raw_disk(tmp_path / "data.raw"), tmp_path / "repo"
     back_up(repository, "data")
@@ -304,7 +366,7 @@ def test_disks_in_use_are_refused(tmp_path: Path) -> None:
         assert "held by qemu-storage-da" in error_of("backup", "create", "--wait=0", disk, repository)
     with dm.open("data") as image, image.track():
         assert "data.raw: cannot be cloned" in error_of("backup", "create", "--wait=0", "data", repository)
-    assert Repository(repository).backups() == []
+    assert not repository.exists()
     assert error_of("backup", "create", "none.qcow2", repository)
     assert "too" in error_of("backup", "create", "data", "data", repository)
     with dm.Host() as host:

@@ -30,7 +30,7 @@ def test_the_schema(tmp_path: Path) -> None:
 
 
 def test_the_reasons() -> None:
-    there = {creating.FIRST, creating.RESIZED, creating.BROKEN, pruning.PRUNED}
+    there = {creating.FIRST, creating.RENAMED, creating.RESIZED, creating.BROKEN, pruning.PRUNED}
     assert set(rows("`reason`")) == there | {state.MISSING, state.UNUSABLE, state.ALL_DIRTY}
 
 

@@ -26,11 +26,13 @@ from support.volumes import attached, loops
 import dirtmap.engine as dm
 from dirtmap.engine.host.instant import Instant
 from dirtmap.engine.model.namespace import Namespace
+from dirtmap.fmt import live
 from dirtmap.tools.backup import (
     Repository,
     comparing,
     create,
     creating,
+    freezing,
     prune,
     restore,
     state,
@@ -52,6 +54,23 @@ def restored(repository: Path, disk: str, number: int | None = None) -> bytes:
     with dm.Host() as host:
         restore(host, repository, disk, out, at=None if number is None else str(number), form="raw", force=True)
     return out.read_bytes()
+
+
+def test_a_snapshot_may_take_as_long_as_writes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+
+    class Noted(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            begun.append(self)
+
+    monkeypatch.setattr(live, "PATIENCE_NS", 1_000_000)
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    with pytest.raises(dm.StorageError, match=r"still runs after 0\.001 seconds"):
+        freezing._run("exec sleep 100")
+    assert begun[0].poll() is None, "it may have suspended a device"
+    begun[0].kill()
+    begun[0].wait()
 
 
 def checkpoints(target: str) -> list[str]:

@@ -17,6 +17,7 @@ from support.measuring import Against, Peer
 from dirtmap.engine.identity import identity_of
 from dirtmap.engine.model import bits, changes
 from dirtmap.engine.model.bitmap import Bitmap
+from dirtmap.engine.model.content import Whole
 from dirtmap.engine.namespaces.changing import transaction
 from dirtmap.engine.storefile.directory import merge_bits, read_entries, replace_directory
 from dirtmap.engine.storefile.file import Store, create
@@ -229,14 +230,15 @@ def test_save_of_100_granules_on_15_tib(against: Against, tmp_path: Path) -> Non
         done = 0
 
         def save() -> None:
-            words = bits.zeros(geometry.granules(size, GRANULARITY))
-            marks = random.integers(0, geometry.granules(size, GRANULARITY), 100)
+            nbits = geometry.granules(size, GRANULARITY)
+            words, marks = bits.zeros(nbits), random.integers(0, nbits, 100)
             bits.scatter(words, marks, marks)
+            added = Whole(nbits, words)
             with target.change() as change:
                 record = change.table.get(b"a")
                 assert record
                 old = read_entries(change.snapshot, record)
-                new = [merge_bits(change, record, entry, words) if entry.name == b"b0" else entry for entry in old]
+                new = [merge_bits(change, record, entry, added) if entry.name == b"b0" else entry for entry in old]
                 place = replace_directory(change, record, old, new)
                 change.table.put(replace(record, directory=place, generation=change.generation))
 

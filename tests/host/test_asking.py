@@ -206,8 +206,8 @@ def test_checkpoints_in_a_transaction(tracker: Tracker) -> None:
         with pytest.raises(dm.BitmapError, match="checkpoint"), image.transaction() as bitmaps:
             bitmaps["a"].clear(0, SIZE)
         with pytest.raises(dm.BitmapError, match="checkpoint"):
-            tracker.change([("put", "a", GRANULE, False, bytes(SIZE // GRANULE))])
-        tracker.change([("put", "a", GRANULE, True, bytes(SIZE // GRANULE))])
+            tracker.change([("put", "a", GRANULE, False, dm.Bitmap(SIZE, GRANULE))])
+        tracker.change([("put", "a", GRANULE, True, dm.Bitmap(SIZE, GRANULE))])
         assert tracker.changed_since("a").count == 4 * GRANULE
 
 

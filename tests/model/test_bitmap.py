@@ -623,7 +623,7 @@ def test_a_refused_change_keeps_the_source() -> None:
         bitmap.mark(0, 1537)
     with pytest.raises(RangeError):
         bitmap.mark_many([0, 0], [1, 1537])
-    frozen = bitmap.copy().freeze()
+    frozen = bitmap.replace().freeze()
     with pytest.raises(BitmapError):
         frozen.mark(0, 1)
     assert bitmap._source is frozen._source is source

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.child import in_child
 
 from dirtmap.engine.model import bits, content
 from dirtmap.engine.model.bitmap import Bitmap
@@ -343,6 +344,32 @@ def test_threads_that_look_at_once_make_one_change_of_what_is_noted(monkeypatch:
     for thread in threads:
         thread.join()
     assert (found, [number for number in inside if number]) == ([3] * 4, [2])
+
+
+def test_a_child_that_is_forked_while_a_thread_settles_marks_settles_them_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bitmap, scatter = Bitmap(3000 * 512, 512), Changed._scatter
+    inside, goes_on = threading.Event(), threading.Event()
+
+    def held(changed: Changed, starts: bits.Positions, lasts: bits.Positions) -> None:
+        if threading.current_thread() is settler:
+            inside.set()
+            goes_on.wait()
+        scatter(changed, starts, lasts)
+
+    monkeypatch.setattr(Changed, "_scatter", held)
+    for number in (2, 4, 6):
+        bitmap.mark(number * 512, 1)
+    settler = threading.Thread(target=lambda: bitmap.count)
+    settler.start()
+    inside.wait()
+    try:
+        assert in_child(lambda: bitmap.count) == 3 * 512
+    finally:
+        goes_on.set()
+        settler.join()
+    assert bitmap.count == 3 * 512
 
 
 def test_a_bitmap_that_goes_on_changing_leaves_what_was_made_from_it() -> None:

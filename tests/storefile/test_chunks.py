@@ -174,7 +174,9 @@ def test_merging_is_or(tmp_path_factory: pytest.TempPathFactory, nbits: int, see
     flags, marks = some(nbits, seed, runs), some(nbits, seed + 1, more)
     with Store(path) as target:
         first = write(target, flags)
-        merged = committed(target, lambda change: chunks.merge(change, words_of(marks), first.tree), nbits)
+        merged = committed(
+            target, lambda change: chunks.merge(change, Whole(nbits, words_of(marks)), first.tree), nbits
+        )
         assert first.clusters + merged.clusters - merged.released == cost(flags | marks)
         assert merged.clusters == 0 or not (flags >= marks).all()
         assert np.array_equal(read(target, merged.tree)[0], flags | marks)

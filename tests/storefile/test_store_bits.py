@@ -19,6 +19,7 @@ from support.large import TIB, Disks
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
 from dirtmap.engine.model import bits
+from dirtmap.engine.model.content import Whole
 from dirtmap.engine.namespaces.compact import compact
 from dirtmap.engine.namespaces.nodes import add_node
 from dirtmap.engine.storefile import chunks
@@ -138,7 +139,7 @@ def test_marks_of_a_tracker_are_merged_where_they_are(disks: Disks, written: lis
                     plain(offset, buffer)
 
                 change.snapshot.file.read_into = counted  # type: ignore[method-assign]
-                new = merge_bits(change, record, entry, more.words)
+                new = merge_bits(change, record, entry, Whole(TIB // 65536, more.words))
                 assert (new == entry) == again
                 if not again:
                     place = replace_directory(change, record, [entry], [new])
@@ -169,7 +170,7 @@ def test_a_bitmap_of_512_mib_takes_little_memory(disks: Disks, dirty: str) -> No
                     (entry,) = read_entries(change.snapshot, record)
                     words = chunks._zeros(size // 4096, sparse=True)
                     bits.scatter(words, starts // 4096, starts // 4096)
-                    new = merge_bits(change, record, entry, words)
+                    new = merge_bits(change, record, entry, Whole(size // 4096, words))
                     place = replace_directory(change, record, [entry], [new])
                     change.table.put(replace(record, directory=place, generation=change.generation))
                 del words

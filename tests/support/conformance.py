@@ -772,6 +772,16 @@ class NamespaceConformance:
                         _ = lazy.count
 
     @needs("change")
+    def test_a_copy_lasts(self, maker: Maker) -> None:
+        made = maker.make(SIZE, some())
+        with made.changing() as bitmaps:
+            kept = {name: bitmap.copy() for name, bitmap in bitmaps.items()}
+        assert shapes(kept) == shapes(some())
+        for name, bitmap in kept.items():
+            bitmap.mark(0, 1)
+            assert dirty(bitmap) == dirty(some()[name]) | {0}
+
+    @needs("change")
     def test_a_transaction_is_entered_once(self, maker: Maker) -> None:
         made = maker.make(SIZE, some())
         with made.open() as namespace:

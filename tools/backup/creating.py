@@ -38,7 +38,7 @@ from dirtmap.tools.qsd import nodes
 if TYPE_CHECKING:
     from dirtmap.engine import Bitmap, Disk, Handle, Host
 
-FIRST, RESIZED, BROKEN = "first", "resized", "chain-broken"
+FIRST, RENAMED, RESIZED, BROKEN = "first", "renamed", "resized", "chain-broken"
 _CLUSTER = 1 << 16  # bytes, at most; as QEMU makes images
 
 
@@ -60,6 +60,8 @@ class _Target:
         id: of the backup.
         time: when it was begun.
         last: the disk's last backup; None where there is none.
+        former: a backup of another disk, as far as names tell, of which the image has the bitmap; None where there is
+            none.
         broken: why nothing can be put on top of that, one word and a sentence; None where it can.
         names: of its bitmaps.
         base: the bitmap from which the next backup goes on.
@@ -73,6 +75,7 @@ class _Target:
     id: str
     time: datetime
     last: Backup | None
+    former: Backup | None
     broken: tuple[str, str] | None
     names: state.Names
     base: str
@@ -145,15 +148,31 @@ def create(
     place = Repository.made(repository, wait)
     with place.writing(wait), contextlib.ExitStack() as stack:
         found: list[_Target] = []
-        for target in chosen:
-            one = _look_at(host, place, target, stack, given.get(target), after=snapshot is None, live=live)
-            if any(other.name == one.name for other in found):
-                raise ArgumentError(target, f"another target is called '{printable(one.name)}', too")
-            found.append(one)
-        offline = {one.name: _begin_offline(host, one) for one in found if one.how is None}
-        written = _begin_written(host, [one for one in found if one.how is not None], snapshot)
+        with _unmaking(place, found):
+            for target in chosen:
+                one = _look_at(host, place, target, stack, given.get(target), after=snapshot is None, live=live)
+                if any(other.name == one.name for other in found):
+                    raise ArgumentError(target, f"another target is called '{printable(one.name)}', too")
+                found.append(one)
+            offline = {one.name: _begin_offline(host, one) for one in found if one.how is None}
+            written = _begin_written(host, [one for one in found if one.how is not None], snapshot)
         plans = [_planned(place, one, {**offline, **written}[one.name]) for one in found]
         return [_carry_out(host, place, plan, compress, watch) for plan in plans]
+
+
+@contextlib.contextmanager
+def _unmaking(place: Repository, targets: list[_Target]) -> Iterator[None]:
+    """Removes a repository again that is new, where the block fails before any of its bitmaps has begun.
+
+    Once one has, the repository stays: by its UUID the next backup knows the bitmap, and removes it.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Error):  # the block's own error is the one to raise
+            if not any(name.startswith(place.bitmap_prefix) for one in targets for name in one.image):
+                place.unmake()
+        raise
 
 
 def _require_fitting(targets: list[str], sources: Mapping[str, str], snapshot: str | None, live: bool) -> None:
@@ -211,7 +230,8 @@ def _look_at(
     kept = stack.enter_context(contextlib.ExitStack())
     if how is not None and source is not None:
         disk = replace(disk, path=source)
-    return _Target(image, disk, name, made, now, last, broken, names, base, how, kept)
+    former = _former(place, name, earlier, image)
+    return _Target(image, disk, name, made, now, last, former, broken, names, base, how, kept)
 
 
 def _begin_offline(host: Host, target: _Target) -> tuple[Disk, state.Since]:
@@ -244,7 +264,11 @@ def _planned(place: Repository, target: _Target, begun: tuple[Disk, state.Since]
     image, last = target.image, target.last
     disk, since = begun
     reason, why = since.reason, since.why
-    if last is None:
+    if (former := target.former) is not None and (last is None or reason == state.MISSING):
+        earlier = f"'{printable(former.disk)}' ({printable(former.path)})"
+        bitmap = place.bitmap_name(former.id)
+        reason, why = RENAMED, f"as its bitmap {bitmap} tells, it is {earlier} under another name, or a copy of that"
+    elif last is None:
         reason, why = FIRST, "the repository has no earlier backup of this disk"
     elif target.broken:
         reason, why = target.broken
@@ -297,6 +321,13 @@ def require_same_disk(place: Repository, image: Handle, disk: Disk, last: Backup
     if not (disk.path == last.path or last.uuid == image.uuid is not None or last.bitmap in image):
         what = f"has backups of another disk that is called '{printable(last.disk)}', {printable(last.path)}"
         raise ArgumentError(place.path, f"{what}; 'node add' gives this one a name, or use another repository")
+
+
+def _former(place: Repository, name: str, earlier: Iterable[Backup], image: Handle) -> Backup | None:
+    """The newest backup of a disk of another name whose bitmap, or checkpoint, an image has; None if it has none."""
+    names = set(image)
+    found = [each for each in earlier if each.disk != name and place.bitmap_name(each.id) in names]
+    return max(found, key=lambda each: each.time, default=None)
 
 
 def _broken(place: Repository, last: Backup, size: int) -> tuple[str, str] | None:

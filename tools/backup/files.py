@@ -162,12 +162,24 @@ class Writing:
             os.fsync(self._number)
 
 
-def make_folder(path: str) -> None:
-    """Makes a folder durably, if it is not there, for its owner alone: disks have secrets."""
-    if not os.path.isdir(path):
-        with _act("make folder", path), contextlib.suppress(FileExistsError):
+def make_folder(path: str) -> bool:
+    """Makes a folder durably, if it is not there, for its owner alone: disks have secrets. Returns whether it did."""
+    if os.path.isdir(path):
+        return False
+    with _act("make folder", path):
+        try:
             os.mkdir(path, 0o700)
-        sync_folder_of(path)
+        except FileExistsError:
+            return False
+    sync_folder_of(path)
+    return True
+
+
+def remove_folder(path: str) -> None:
+    """Removes a folder durably; one that has files stays."""
+    with contextlib.suppress(StorageError), _act("remove folder", path):
+        os.rmdir(path)
+    sync_folder_of(path)
 
 
 def touch(path: str) -> None:

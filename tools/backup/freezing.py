@@ -17,6 +17,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dirtmap.fmt import live
 from dirtmap.fmt.errors import ArgumentError, BitmapError, Error, StorageError
 from dirtmap.tools.backup import files
 from dirtmap.tools.backup.document import LIVE, REFLINK, SOURCE
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 _REMEDY = "--source reads a snapshot, --live insists"
 _SECTOR = 512
-_SECONDS = 10  # for which writes wait
 
 
 @dataclass
@@ -93,7 +93,7 @@ def freeze(host: Host, disks: Sequence[Written], snapshot: str | None) -> None:
 
     Raises:
         Error: a disk cannot be frozen; then no checkpoint has begun.
-        StorageError: the instant was none, as by a command that takes longer than ten seconds.
+        StorageError: the instant was none, as by a command that takes longer than writes wait, ten seconds.
         As `Host.instant`.
     """
     for disk in disks:
@@ -124,11 +124,12 @@ def _write_back(disks: Sequence[Written]) -> None:
 
 def _run(command: str) -> None:
     """Runs a command; what it prints goes to standard error. It is not killed: it may have suspended a device."""
+    seconds = live.PATIENCE_NS / 1e9  # for which writes wait
     process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=2)
     try:
-        status = process.wait(_SECONDS)
+        status = process.wait(seconds)
     except subprocess.TimeoutExpired as error:
-        what = f"still runs after {_SECONDS} seconds; writes go on, so that what it makes is of no instant"
+        what = f"still runs after {seconds:g} seconds; writes go on, so that what it makes is of no instant"
         raise StorageError(command, what) from error
     if status:
         raise Error(command, f"was killed by signal {-status}" if status < 0 else f"ended with status {status}")

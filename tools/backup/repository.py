@@ -53,6 +53,7 @@ class Repository:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.problems: list[Error] = []
+        self._is_new = self._is_new_folder = False
         about = os.path.join(self.path, "repository.json")
         with files.failing(about), open(about, "rb") as file:
             text = file.read(_MOST_BYTES)
@@ -75,10 +76,10 @@ class Repository:
             LockedError: another process has just made it and uses it, for longer than ``wait`` seconds.
             StorageError: the folder is there and has other files; or it cannot be made.
         """
-        place = os.fspath(path)
+        place, is_new, is_new_folder = os.fspath(path), False, False
         about = os.path.join(place, "repository.json")
         if not os.path.exists(about):
-            files.make_folder(place)
+            is_new_folder = files.make_folder(place)
             with files.failing(place):
                 others = set(os.listdir(place)) - {"lock", "repository.json", "repository.json" + files.TEMPORARY}
             if others:
@@ -89,7 +90,19 @@ class Repository:
                 if not os.path.exists(about):  # nor did another process make it just now
                     said = {"format": FORMAT, "version": VERSION, "uuid": str(uuid.uuid4())}
                     files.write(about, [json.dumps(said, indent=4).encode() + b"\n"])
-        return cls(path)
+                    is_new = True
+        found = cls(path)
+        found._is_new, found._is_new_folder = is_new, is_new_folder
+        return found
+
+    def unmake(self) -> None:
+        """Removes again what `made` has made, where nothing else is in it. Only for who is `writing`."""
+        if not self._is_new or self._names():
+            return
+        for name in ("repository.json", "lock"):
+            files.remove(os.path.join(self.path, name))
+        if self._is_new_folder:
+            files.remove_folder(self.path)
 
     # Who uses it.
 
@@ -99,8 +112,11 @@ class Repository:
 
         Raises:
             LockedError: another process uses it, for longer than ``wait`` seconds.
+            StorageError: whoever had made it has removed it meanwhile; see `unmake`.
         """
         with files.locked(os.path.join(self.path, "lock"), shared=False, wait=wait):
+            if Repository(self.path).uuid != self.uuid:
+                raise StorageError(self.path, "another repository is there now")
             self._tidy()
             yield
 
