@@ -165,9 +165,9 @@ def test_from_c(
 
     At 15 TiB each write waits some 200 ns for memory, to translate an address and to fetch a word. A processor that
     waits goes on until it has as many loads or stores under way as it can keep: 88 and 64 on a Zen 4. A begin and an
-    end have 42 loads and 19 stores, of which 14 and 7 are the clock's, so that hardly three writes wait at once, and of
-    a flat loop a dozen. A flat loop with 40 loads more, all of one line, takes as long as they do. So atomicity costs
-    nothing there. Huge pages save 50 of the 200 ns, for a flat loop as well.
+    end have some 40 loads and 20 stores, of which 14 and 7 are the clock's, so that some three writes wait at once, and
+    of a flat loop a dozen. A flat loop with 40 loads more, all of one line, takes as long as they do. So atomicity
+    costs nothing there. Huge pages save 50 of the 200 ns, for a flat loop as well.
     """
     plain = "the same steps without any atomicity"
     name = f"{which}{', again' if again else ''}"
