@@ -51,7 +51,6 @@ cdef extern from "keeping.h" nogil:
         dm_slot slots[1]
         dm_word logged[2][1]
     struct dm_own:
-        uint64_t state
         dm_slot *slot
     struct dm_hooks:
         int (*lock)(void *) noexcept nogil

@@ -65,6 +65,10 @@ enum {
 
 typedef _Atomic uint64_t dm_word;
 #define DM_LIKELY(it) __builtin_expect(!!(it), 1)
+/* A processor that waits for memory looks only so many loads and stores ahead, and a call that saves and restores
+ * registers takes some twenty of them. So what every mark and write does is no call, and what is rare is one. */
+#define DM_HOT inline __attribute__((always_inline))
+#define DM_RARE __attribute__((noinline, unused))
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && sizeof(dm_word) == 8, "words of 64 bits are atomic");
 
 struct dm_descriptor { /* of the writeset of an interval */
@@ -160,12 +164,17 @@ struct dm_hooks {
     int (*pause)(void *, long); /* so many ns */
 };
 
-struct dm_own {          /* a slot, as the process that has it knows it; its thread alone changes it */
-    uint64_t state;      /* that it follows; of that one: */
+struct dm_followed {     /* a state, and the bits of its interval; a value, since what is in memory is read again behind
+                          * each atomic access */
+    uint64_t state;
     dm_word *words;
-    dm_word *logged;
-    uint64_t size;
-    unsigned shift, region_bits;
+    unsigned shift;
+};
+
+struct dm_own {          /* a slot, as the process that has it knows it; its thread alone changes it */
+    struct dm_followed follows;
+    uint64_t size;       /* of the disk, by that state */
+    unsigned region_bits;
     unsigned hint;       /* where a free entry is likely */
     unsigned depth;      /* of *log region*, which a signal's handler can interrupt and do again */
     int bare;
@@ -454,7 +463,7 @@ static inline void dm_detach(dm_handle *h)
  * mean nothing: for a session that refuses all, as any other one may give such an entry to somebody else. No other
  * thread may be inside a call of this handle, but where a hook of it waits: that call is refused then.
  */
-static inline void dm_leave(dm_handle *h, int at_once)
+static DM_RARE void dm_leave(dm_handle *h, int at_once)
 {
     int flying = 0;
     pthread_mutex_lock(&h->mutex);
@@ -552,7 +561,7 @@ static inline int dm_take_slot(dm_handle *h, struct dm_own **result, int first)
             own = h->owns[i];
     if (own || !(r = dm_new_slot(h, &own))) {
         own->thread = me;
-        own->state = DM_NOTHING;
+        own->follows.state = DM_NOTHING;
         own->hint = own->depth = 0;
         own->more = NULL;
         own->first = first;
@@ -568,7 +577,7 @@ static inline int dm_unusable(dm_handle *h)
     return atomic_load(&h->serial) != DM_NOTHING ? 0 : h->forked ? DM_FORKED : DM_REFUSED;
 }
 
-static inline int dm_find(dm_handle *h, struct dm_own **result)
+static DM_RARE int dm_find(dm_handle *h, struct dm_own **result)
 {
     uint64_t serial = atomic_load(&h->serial);
     int r = dm_unusable(h);
@@ -587,7 +596,13 @@ static inline int dm_find(dm_handle *h, struct dm_own **result)
     return 0;
 }
 
-static inline int dm_mine(dm_handle *h, struct dm_own **own)
+/* The area of logged regions of a state. */
+static inline dm_word *dm_logged(struct dm_control *c, uint64_t state)
+{
+    return c->logged[state >> 1 & 1];
+}
+
+static DM_HOT int dm_mine(dm_handle *h, struct dm_own **own)
 {
     if (DM_LIKELY(dm_cache.serial == atomic_load_explicit(&h->serial, memory_order_relaxed))) {
         *own = dm_cache.own;
@@ -621,12 +636,9 @@ static inline int dm_follow(dm_handle *h, struct dm_own *own)
         int r = dm_map(h, offset + bytes, &bits);
         if (r)
             return r;
-        own->words = (dm_word *)(bits + offset);
-        own->logged = c->logged[(s >> 1) & 1];
-        own->shift = (unsigned)shift;
-        own->region_bits = h->region_bits;
+        own->follows = (struct dm_followed){s, (dm_word *)(bits + offset), (unsigned)shift};
         own->size = size;
-        own->state = s;
+        own->region_bits = h->region_bits;
         return 0;
     }
 }
@@ -649,19 +661,23 @@ static inline int dm_have(dm_word *words, uint64_t first, uint64_t last)
     return 1;
 }
 
-static inline void dm_set(dm_word *words, uint64_t first, uint64_t last)
+static DM_RARE void dm_set_many(dm_word *words, uint64_t first, uint64_t last)
 {
-    if (DM_LIKELY(first >> 6 == last >> 6)) {
-        uint64_t mask = DM_NOTHING << (first & 63) & DM_NOTHING >> (~last & 63);
-        if (~atomic_load(&words[first >> 6]) & mask)
-            atomic_fetch_or(&words[first >> 6], mask);
-        return;
-    }
     for (uint64_t w = first >> 6; w <= last >> 6; w++) {
         uint64_t mask = dm_mask(w, first, last);
         if (~atomic_load(&words[w]) & mask)
             atomic_fetch_or(&words[w], mask);
     }
+}
+
+static DM_HOT void dm_set(dm_word *words, uint64_t first, uint64_t last)
+{
+    if (DM_LIKELY(first >> 6 == last >> 6)) {
+        uint64_t mask = DM_NOTHING << (first & 63) & DM_NOTHING >> (~last & 63);
+        if (~atomic_load(&words[first >> 6]) & mask)
+            atomic_fetch_or(&words[first >> 6], mask);
+    } else
+        dm_set_many(words, first, last);
 }
 
 /* Log region. */
@@ -735,7 +751,7 @@ static inline int dm_write_tally(dm_handle *h, uint64_t log, uint64_t regions)
 static inline int dm_log(dm_handle *h, struct dm_own *own, const int64_t *offsets, const int64_t *lengths, size_t n)
 {
     struct dm_control *c = h->control;
-    uint64_t s = own->state, log = (s & 0xffffffff) >> 1, regions = ((own->size - 1) >> own->region_bits) + 1;
+    uint64_t s = own->follows.state, log = (s & 0xffffffff) >> 1, regions = ((own->size - 1) >> own->region_bits) + 1;
     uint64_t *need = calloc((regions + 63) / 64, 8);
     struct dm_own *announcing = own;
     for (size_t i = 0; i < n; i++)
@@ -757,7 +773,7 @@ static inline int dm_log(dm_handle *h, struct dm_own *own, const int64_t *offset
         goto end;
     atomic_store(&announcing->slot->logging, log + 1);
     if (atomic_load(&c->state) == s) {
-        dm_word *logged = c->logged[log & 1];
+        dm_word *logged = dm_logged(c, s);
         int any = 0;
         for (uint64_t w = 0; w < (regions + 63) / 64; w++) {
             uint64_t here = dm_mask(w, 0, regions - 1); /* others may know of a larger disk already */
@@ -852,18 +868,19 @@ static inline int dm_inside(dm_handle *h, struct dm_own *own, uint64_t offset, u
 }
 
 /* Steps 1 and 2 of a mark: it follows the state, the range is inside the disk, and its regions are logged. */
-static __attribute__((noinline, unused)) int dm_prepare(dm_handle *h, struct dm_own *own, uint64_t offset, uint64_t length)
+static DM_RARE int dm_prepare(dm_handle *h, struct dm_own *own, uint64_t offset, uint64_t length)
 {
     for (;;) {
         int r;
-        if (atomic_load(&h->control->state) != own->state) {
+        if (atomic_load(&h->control->state) != own->follows.state) {
             if ((r = dm_follow(h, own)))
                 return r;
             continue;
         }
         if ((r = dm_inside(h, own, offset, length)))
             return r;
-        if (length == 0 || dm_have(own->logged, offset >> own->region_bits, (offset + length - 1) >> own->region_bits))
+        if (length == 0 || dm_have(dm_logged(h->control, own->follows.state), offset >> own->region_bits,
+                                   (offset + length - 1) >> own->region_bits))
             return 0;
         int64_t at = (int64_t)offset, bytes = (int64_t)length;
         if ((r = dm_log(h, own, &at, &bytes, 1)) || (r = dm_unusable(h)))
@@ -872,23 +889,29 @@ static __attribute__((noinline, unused)) int dm_prepare(dm_handle *h, struct dm_
 }
 
 /* The same, where that is so already, and the range is in one region: without a call. */
-static inline int dm_is_prepared(dm_handle *h, struct dm_own *own, uint64_t offset, uint64_t length)
+static DM_HOT int dm_is_prepared(struct dm_control *c, struct dm_own *own, uint64_t state, uint64_t offset, uint64_t length)
 {
-    uint64_t last = offset + length - 1, region = offset >> own->region_bits;
-    return DM_LIKELY(atomic_load(&h->control->state) == own->state && offset < own->size && last < own->size &&
-                     last >= offset && last >> own->region_bits == region &&
-                     atomic_load(&own->logged[region >> 6]) >> (region & 63) & 1);
+    unsigned bits = own->region_bits;
+    uint64_t last = offset + length - 1, region = offset >> bits;
+    return DM_LIKELY(atomic_load(&c->state) == state && last < own->size && last >= offset && last >> bits == region &&
+                     atomic_load(&dm_logged(c, state)[region >> 6]) >> (region & 63) & 1);
 }
 
 /* Mark, without the note that it was bare. */
-static inline int dm_touch(dm_handle *h, struct dm_own *own, uint64_t offset, uint64_t length)
+static DM_HOT int dm_touch(dm_handle *h, struct dm_own *own, uint64_t offset, uint64_t length)
 {
+    struct dm_control *c = h->control;
+    struct dm_followed s;
     int r;
     do {
-        if (!dm_is_prepared(h, own, offset, length) && ((r = dm_prepare(h, own, offset, length)) || !length))
-            return r;
-        dm_set(own->words, offset >> own->shift, (offset + length - 1) >> own->shift);
-    } while (!DM_LIKELY(atomic_load(&h->control->state) == own->state));
+        s = own->follows;
+        if (!dm_is_prepared(c, own, s.state, offset, length)) {
+            if ((r = dm_prepare(h, own, offset, length)) || !length)
+                return r;
+            s = own->follows;
+        }
+        dm_set(s.words, offset >> s.shift, (offset + length - 1) >> s.shift);
+    } while (!DM_LIKELY(atomic_load(&c->state) == s.state));
     return 0;
 }
 
@@ -901,7 +924,7 @@ static inline void dm_note_bare(struct dm_own *own)
 }
 
 /* Mark: every granule that has a byte in the range. It is right only where no cut falls between it and the write's end. */
-static inline int dm_mark(dm_handle *h, uint64_t offset, uint64_t length)
+static DM_HOT int dm_mark(dm_handle *h, uint64_t offset, uint64_t length)
 {
     struct dm_own *own;
     int r = dm_mine(h, &own);
@@ -929,20 +952,21 @@ static inline int dm_mark_many(dm_handle *h, const int64_t *offsets, const int64
         size_t i = 0;
         if ((r = dm_prepare(h, own, 0, 0)))
             return r;
-        for (dm_word *words = own->words, *logged = own->logged; i < count; i++) {
+        struct dm_followed s = own->follows;
+        for (dm_word *logged = dm_logged(h->control, s.state); i < count; i++) {
             uint64_t first = (uint64_t)o[i], last = (uint64_t)(o[i] + l[i] - 1);
             if (i + AHEAD < count)
-                __builtin_prefetch((const void *)&words[(uint64_t)o[i + AHEAD] >> own->shift >> 6], 1);
+                __builtin_prefetch((const void *)&s.words[(uint64_t)o[i + AHEAD] >> s.shift >> 6], 1);
             if (!l[i])
                 continue;
             if (!dm_have(logged, first >> own->region_bits, last >> own->region_bits))
                 break;
-            dm_set(words, first >> own->shift, last >> own->shift);
+            dm_set(s.words, first >> s.shift, last >> s.shift);
         }
         /* Those that are missing in one sync. */
         if (i < count && ((r = dm_log(h, own, o + i, l + i, count - i)) || (r = dm_unusable(h))))
             return r;
-        if (i == count && atomic_load(&h->control->state) == own->state)
+        if (i == count && atomic_load(&h->control->state) == s.state)
             from += count;
     }
     return 0;
@@ -989,47 +1013,77 @@ static inline int dm_entry_elsewhere(dm_handle *h, struct dm_own *own, struct dm
     }
 }
 
-/* Begins a write: marks its range, and lets every later cut wait for `dm_end`.
- *
- * A thread that waits at the gate cannot end other writes for which the gate waits. So one that has several in flight
- * does not wait, but gets EAGAIN where the gate is closed, and tries again later.
- */
-static inline int dm_begin_how(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight, int wait)
+/* Steps 2b to 4 of a begin: 1 where the write has begun; else its entry is free again. */
+static DM_HOT int dm_enter(struct dm_control *c, struct dm_followed s, struct dm_slot *slot, struct dm_flight *f,
+                           uint64_t offset, uint64_t length, uint64_t *gate)
+{
+    atomic_store_explicit(&f->start, offset, memory_order_relaxed);
+    atomic_store_explicit(&f->end, offset + length, memory_order_relaxed);
+    atomic_store_explicit(&f->thread, 0, memory_order_relaxed);
+    atomic_store(&f->interval, (s.state >> 32) + 1);
+    if (length)
+        dm_set(s.words, offset >> s.shift, (offset + length - 1) >> s.shift);
+    *gate = atomic_load(&c->gate);
+    if (DM_LIKELY(atomic_load(&c->state) == s.state && !(*gate & 1))) {
+        uint64_t writes = atomic_load_explicit(&slot->writes, memory_order_relaxed);
+        atomic_store_explicit(&slot->writes, writes + 1, memory_order_relaxed);
+        return 1;
+    }
+    atomic_store(&f->interval, 0);
+    return 0;
+}
+
+/* Begin, whatever is in its way. */
+static DM_RARE int dm_begin_slowly(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight, int wait)
 {
     struct dm_own *own;
-    uint64_t since = 0;
+    uint64_t since = 0, gate;
     int r = dm_mine(h, &own);
-    if (!DM_LIKELY(r == 0))
+    if (r)
         return r;
-    /* The store of the entry below lets no load pass. So what is not in the cache is asked for before it. */
-    __builtin_prefetch((const void *)((uintptr_t)own->words + (offset >> own->shift >> 6 << 3)), 1);
     for (;;) {
-        if (!dm_is_prepared(h, own, offset, length) && (r = dm_prepare(h, own, offset, length)))
+        if ((r = dm_prepare(h, own, offset, length)))
             return r;
         struct dm_flight *f = &own->slot->flights[own->hint];
-        if (!DM_LIKELY(atomic_load_explicit(&f->interval, memory_order_acquire) == 0) &&
-            (r = dm_entry_elsewhere(h, own, &f)))
+        if (atomic_load_explicit(&f->interval, memory_order_acquire) && (r = dm_entry_elsewhere(h, own, &f)))
             return r;
-        atomic_store_explicit(&f->start, offset, memory_order_relaxed);
-        atomic_store_explicit(&f->end, offset + length, memory_order_relaxed);
-        atomic_store_explicit(&f->thread, 0, memory_order_relaxed);
-        atomic_store(&f->interval, (own->state >> 32) + 1);
-        if (length)
-            dm_set(own->words, offset >> own->shift, (offset + length - 1) >> own->shift);
-        uint64_t gate = atomic_load(&h->control->gate);
-        if (DM_LIKELY(atomic_load(&h->control->state) == own->state && !(gate & 1))) {
-            uint64_t writes = atomic_load_explicit(&own->slot->writes, memory_order_relaxed);
-            atomic_store_explicit(&own->slot->writes, writes + 1, memory_order_relaxed);
+        if (dm_enter(h->control, own->follows, own->slot, f, offset, length, &gate)) {
             *flight = f;
             return 0;
         }
-        atomic_store(&f->interval, 0);
         if (gate & 1 && ((r = wait ? dm_wait_gate(h, &since) : EAGAIN) || (r = dm_unusable(h))))
             return r;
     }
 }
 
-static inline int dm_begin(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight)
+/* Begins a write: marks its range, and lets every later cut wait for `dm_end`.
+ *
+ * A thread that waits at the gate cannot end other writes for which the gate waits. So one that has several in flight
+ * does not wait, but gets EAGAIN where the gate is closed, and tries again later.
+ */
+static DM_HOT int dm_begin_how(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight, int wait)
+{
+    if (DM_LIKELY(dm_cache.serial == atomic_load_explicit(&h->serial, memory_order_relaxed))) {
+        struct dm_control *c = h->control;
+        struct dm_own *own = dm_cache.own;
+        struct dm_followed s = own->follows;
+        uint64_t gate;
+        /* The store of the entry lets no load pass. So what is not in the cache is asked for before it. */
+        __builtin_prefetch((const void *)((uintptr_t)s.words + (offset >> s.shift >> 6 << 3)), 1);
+        if (dm_is_prepared(c, own, s.state, offset, length)) {
+            struct dm_slot *slot = own->slot;
+            struct dm_flight *f = &slot->flights[own->hint];
+            if (DM_LIKELY(atomic_load_explicit(&f->interval, memory_order_acquire) == 0) &&
+                dm_enter(c, s, slot, f, offset, length, &gate)) {
+                *flight = f;
+                return 0;
+            }
+        }
+    }
+    return dm_begin_slowly(h, offset, length, flight, wait);
+}
+
+static DM_HOT int dm_begin(dm_handle *h, uint64_t offset, uint64_t length, struct dm_flight **flight)
 {
     return dm_begin_how(h, offset, length, flight, 1);
 }
@@ -1039,16 +1093,23 @@ static inline int dm_try_begin(dm_handle *h, uint64_t offset, uint64_t length, s
     return dm_begin_how(h, offset, length, flight, 0);
 }
 
+/* Notes when a write ended, for a thread without a slot: 0 where its end means nothing any more. */
+static DM_RARE int dm_note_end(dm_handle *h, uint64_t now)
+{
+    if (h->forked || h->left == 2)
+        return 0;
+    dm_raise(&h->control->event, now);
+    return 1;
+}
+
 /* Ends a write, in any thread of the process; once. */
-static inline void dm_end(dm_handle *h, struct dm_flight *flight)
+static DM_HOT void dm_end(dm_handle *h, struct dm_flight *flight)
 {
     uint64_t now = dm_time(CLOCK_REALTIME_COARSE);
     if (DM_LIKELY(dm_cache.serial == atomic_load_explicit(&h->serial, memory_order_relaxed)))
         atomic_store_explicit(&dm_cache.own->slot->event, now, memory_order_relaxed); /* one writer: it never goes back */
-    else if (h->forked || h->left == 2)
+    else if (!dm_note_end(h, now))
         return;
-    else
-        dm_raise(&h->control->event, now);
     atomic_store_explicit(&flight->interval, 0, memory_order_release);
     if (!DM_LIKELY(!h->left))
         dm_leave(h, 0);

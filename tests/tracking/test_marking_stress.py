@@ -15,10 +15,13 @@ _SECONDS = 3600
 
 # What of the headers is replaced by what. Those that are not long are soon noticed.
 FAULTS = {
-    "a write without an entry": ("atomic_store(&f->interval, (own->state >> 32) + 1);", ";"),
-    "no last look at the state": ("== own->state && !(gate & 1))) {", "| 1 && !(gate & 1))) {"),
-    "no look at the gate": ("== own->state && !(gate & 1))) {", "== own->state)) {"),
-    "no look at the logged regions": ("atomic_load(&own->logged[region >> 6]) >> (region & 63) & 1);", "1);"),
+    "a write without an entry": ("atomic_store(&f->interval, (s.state >> 32) + 1);", ";"),
+    "no last look at the state": ("== s.state && !(*gate & 1))) {", "| 1 && !(*gate & 1))) {"),
+    "no look at the gate": ("== s.state && !(*gate & 1))) {", "== s.state)) {"),
+    "no look at the logged regions": (
+        "atomic_load(&dm_logged(c, state)[region >> 6]) >> (region & 63) & 1);",
+        "1);",
+    ),
     "a gate that is closed by adding 1": ("next = gate + 1 + (gate & 1);", "next = gate + 1;"),
     "entries of the dead that are cleared": (
         "atomic_fetch_or(&slot->flights[k].interval, DM_ORPHAN);",
