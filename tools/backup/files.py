@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from dirtmap.fmt.errors import LockedError, StorageError
 
 _PAUSE_SECONDS = 0.02
 _TOGETHER = 8 << 20  # bytes that the kernel is asked to write at a time
+_BEHIND = 8  # times as many, in which it is expected to have written them
 TEMPORARY = ".tmp"  # of files that are being written: whoever has the lock may remove what is left of them
 
 
@@ -126,7 +128,8 @@ class Writing:
         with _act("make", path):
             self._number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             os.ftruncate(self._number, size)
-        self._fresh, self._first, self._last = 0, 0, 0  # bytes that were written lately, and between where and where
+        self._fresh, self._last = 0, 0  # bytes that the kernel was not asked to write yet, and the end of the last ones
+        self._begun = deque([0], _BEHIND)  # where these begin, and where those before them did
 
     def close(self) -> None:
         """Closes it."""
@@ -144,12 +147,21 @@ class Writing:
                 done = os.pwrite(self._number, data, offset)
                 data, offset = data[done:], offset + done
         self._fresh += offset - begun
-        self._first, self._last = min(self._first, begun), max(self._last, offset)
+        self._begun[-1], self._last = min(self._begun[-1], begun), max(self._last, offset)
         if self._fresh >= _TOGETHER:
-            # The kernel begins to write them to the disk, so that `sync` has the less to wait for.
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._number, self._first, self._last - self._first, os.POSIX_FADV_DONTNEED)
-            self._fresh, self._first, self._last = 0, self._last, self._last
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Asks the kernel to begin to write what is new, so that `sync` has the less to wait for.
+
+        And to forget what it has written by now: nobody reads it soon, others need what it would push out, and a kernel
+        takes longer to get memory than to fill it, much longer where a hypervisor has taken that back.
+        """
+        with contextlib.suppress(OSError):
+            first = min(self._begun)
+            os.posix_fadvise(self._number, first, self._last - first, os.POSIX_FADV_DONTNEED)
+        self._fresh = 0
+        self._begun.append(self._last)
 
     def set_size(self, size: int) -> None:
         """Makes it so long, in bytes."""
