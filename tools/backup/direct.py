@@ -124,6 +124,7 @@ class DirectImage:
                 if end - self.file.size >= self._cluster:  # the file may end inside the table's last cluster
                     what = f"damaged: the L1 table ends at {end} of the file, which has {self.file.size} bytes"
                     raise FormatError(self._path, what)
+                self._look_at_tables()
             if self._host is not None and head.backing is not None:
                 self._below = self._open_below(stack, self._host, head.backing, head.backing_format)
             self._stack = stack.pop_all()
@@ -263,7 +264,7 @@ class DirectImage:
     def _block(self, table: int, count: int, index: int, *, is_l1: bool = False) -> tuple[NDArray[np.uint64], int]:
         """The block of a table of ``count`` entries that has one of them; and which entry is its first.
 
-        Of the L1 table, it has the offsets alone.
+        Of the L1 table, it has the offsets alone, and none of L2 tables that are holes of the file.
         """
         import numpy as np
 
@@ -276,20 +277,53 @@ class DirectImage:
             block = qcow2.table_view(data).astype(np.uint64)
             if is_l1:
                 block &= np.uint64(qcow2.OFFSET_MASK)
-                self._require_once(block)
+                block[self._in_holes(block)] = 0
         self._blocks[key] = block  # the youngest
         if len(self._blocks) > _BLOCKS:
             del self._blocks[next(iter(self._blocks))]
         return block, first
 
-    def _require_once(self, tables: NDArray[np.uint64]) -> None:
-        """Refuses offsets of L2 tables that are equal: a small file could have any number of entries to read."""
+    def _look_at_tables(self) -> None:
+        """Sees to it that no small file has any number of entries to read.
+
+        It refuses offsets of L2 tables that are equal, and finds holes of the file with tables, which have zeros alone.
+        """
         import numpy as np
 
-        ordered = np.sort(tables[tables != 0])
-        again = ordered[1:][ordered[1:] == ordered[:-1]]
-        if len(again):
-            raise FormatError(self._path, f"damaged: an L2 table is used twice, the one at {again[0]} of the file")
+        data = bytearray(self._header.v2.l1_size * qcow2.TABLE_ENTRY_SIZE)  # `qcow2.MAX_L1_BYTES` at most
+        self._read_at(memoryview(data), self._header.v2.l1_table_offset)
+        tables = qcow2.table_view(data).astype(np.uint64)
+        tables &= np.uint64(qcow2.OFFSET_MASK)
+        tables.sort()
+        tables = tables[tables.searchsorted(np.uint64(1)) :]
+        again = tables[1:] == tables[:-1]
+        if again.any():
+            place = tables[again.argmax()]
+            raise FormatError(self._path, f"damaged: an L2 table is used twice, the one at {place} of the file")
+        self._holes = np.array([(0, 0), *self._holes_of(tables)], np.uint64)
+
+    def _holes_of(self, tables: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
+        """Holes in which L2 tables are, whose offsets are in order: where these can begin, first and last."""
+        import numpy as np
+
+        at = 0
+        while at < len(tables) and tables[at] < self.file.size:
+            begin = int(tables[at])
+            is_hole, end = self.file.run(begin, self.file.size)
+            if is_hole and end < self.file.size:
+                end = max(begin, end - self._cluster + 1)  # what begins there or later has data
+                is_hole = begin < end
+            if is_hole:
+                yield begin, end - 1
+            at = max(at + 1, int(tables.searchsorted(np.uint64(end))))
+
+    def _in_holes(self, tables: NDArray[np.uint64]) -> NDArray[np.bool]:
+        """Which L2 tables are in holes."""
+        import numpy as np
+
+        last = self._holes[self._holes[:, 0].searchsorted(tables, "right") - 1, 1]
+        found: NDArray[np.bool] = (tables <= last) & (tables % np.uint64(self._cluster) == 0)
+        return found
 
     def _require_in_file(self, place: int, what: str) -> None:
         """Refuses what cannot be at a place in the file.
