@@ -50,13 +50,14 @@ def random_image(chooser: random.Random, path: Path, below: Below) -> tuple[Path
 
 
 def content(image: DirectImage, chooser: random.Random) -> bytes:
-    """All of a disk, in parts of any length."""
+    """All of a disk, in parts of any length, some of which come where earlier ones were."""
     parts, at = [], 0
     while at < image.size:
-        length = min(image.size - at, chooser.randrange(1, MIB))
+        length = min(image.size - at, chooser.choice([MIB, chooser.randrange(1, MIB)]))
         answer = image.wait(image.read(at, length))
         assert not (answer.empty and any(answer.data))
         parts.append(bytes(answer.data))
+        image.recycle(answer.data)
         at += length
     return b"".join(parts)
 

@@ -24,6 +24,7 @@ from dirtmap.fmt import qcow2
 from dirtmap.fmt.errors import FormatError, UnsupportedError, printable
 from dirtmap.fmt.geometry import align_up
 from dirtmap.tools.backup import files, images
+from dirtmap.tools.backup.document import PIECE
 from dirtmap.tools.backup.nbd import HOLE, ZERO
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class _RawImage:
         yield Part(begin, end, DATA, self, begin)
 
     def read_into(self, view: memoryview, part: Part) -> None:
-        self.file.read_into(view[: max(0, self.file.size - part.place)], part.place)
+        self.file.read_as_zeros_behind(view, part.place)
 
 
 class DirectImage:
@@ -105,6 +106,7 @@ class DirectImage:
         self._path, self._host, self._above, self._next = path, host, above, 0
         self._asked: dict[int, tuple[int, list[Part]]] = {}
         self._blocks: dict[tuple[int, int, bool], NDArray[np.uint64]] = {}
+        self._buffers = files.Buffers(PIECE)
 
     def __enter__(self) -> Self:
         head = images.read_head(self._path)
@@ -183,13 +185,20 @@ class DirectImage:
     def wait(self, token: int) -> files.Answer:
         """The bytes that were asked for. Any thread may do this."""
         offset, parts = self._asked.pop(token)
-        data = bytearray(parts[-1].end - offset if parts else 0)
-        view, any_data = memoryview(data), False
+        data = self._buffers.take(parts[-1].end - offset if parts else 0)
+        any_data = False
         for part in parts:
+            view = memoryview(data)[part.begin - offset : part.end - offset]
             if part.kind in (DATA, PACKED):
                 any_data = True
-                part.image.read_into(view[part.begin - offset : part.end - offset], part)
+                part.image.read_into(view, part)
+            else:
+                view[:] = bytes(len(view))
         return files.Answer(data, not any_data)
+
+    def recycle(self, data: bytearray | memoryview) -> None:
+        """Takes back what was read and is not needed any more; later data come in its place."""
+        self._buffers.give(data)
 
     # Where it is.
 
@@ -273,7 +282,7 @@ class DirectImage:
         block = self._blocks.pop(key, None)
         if block is None:
             data = bytearray(key[1])
-            self._read_at(memoryview(data), key[0])
+            self.file.read_as_zeros_behind(memoryview(data), key[0])
             block = qcow2.table_view(data).astype(np.uint64)
             if is_l1:
                 block &= np.uint64(qcow2.OFFSET_MASK)
@@ -291,7 +300,7 @@ class DirectImage:
         import numpy as np
 
         data = bytearray(self._header.v2.l1_size * qcow2.TABLE_ENTRY_SIZE)  # `qcow2.MAX_L1_BYTES` at most
-        self._read_at(memoryview(data), self._header.v2.l1_table_offset)
+        self.file.read_as_zeros_behind(memoryview(data), self._header.v2.l1_table_offset)
         tables = qcow2.table_view(data).astype(np.uint64)
         tables &= np.uint64(qcow2.OFFSET_MASK)
         tables.sort()
@@ -340,21 +349,17 @@ class DirectImage:
     def read_into(self, view: memoryview, part: Part) -> None:
         """Reads a part that this image has. Any thread may do this."""
         if part.kind == DATA:
-            self._read_at(view, part.place)
+            self.file.read_as_zeros_behind(view, part.place)
             return
         first = part.begin % self._cluster
         view[:] = self._unpacked(part.place)[first : first + len(view)]
-
-    def _read_at(self, view: memoryview, place: int) -> None:
-        """Fills zeros with what the file has; behind its end it has nothing."""
-        self.file.read_into(view[: max(0, self.file.size - place)], place)
 
     def _unpacked(self, entry: int) -> bytes:
         """A cluster that was compressed."""
         bits = 62 - (self._header.v2.cluster_bits - 8)
         place, sectors = entry & ((1 << bits) - 1), (entry >> bits & ((1 << (62 - bits)) - 1)) + 1
         packed = bytearray(sectors * qcow2.COMPRESSED_SECTOR - place % qcow2.COMPRESSED_SECTOR)
-        self._read_at(memoryview(packed), place)
+        self.file.read_as_zeros_behind(memoryview(packed), place)
         try:
             found = zlib.decompressobj(_WINDOW_BITS).decompress(packed, self._cluster)
         except zlib.error:

@@ -49,6 +49,26 @@ class Answer(NamedTuple):
     empty: bool = False
 
 
+class Buffers:
+    """Memory for what is read, that is used again: a kernel takes as long to give new one as to read a file into it.
+
+    Args:
+        length: of those that are kept, bytes.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length, self._free = length, list[bytearray]()
+
+    def take(self, length: int) -> bytearray:
+        """So many bytes, whatever they are."""
+        return self._free.pop() if length == self._length and self._free else bytearray(length)
+
+    def give(self, data: bytearray | memoryview) -> None:
+        """Takes back what nobody needs any more."""
+        if isinstance(data, bytearray) and len(data) == self._length:
+            self._free.append(data)
+
+
 class Reading:
     """A file or block device that is read. Threads may share it.
 
@@ -93,6 +113,12 @@ class Reading:
             if not got:
                 raise StorageError(self._path, f"ends before {end}")
             view = view[got:]
+
+    def read_as_zeros_behind(self, view: memoryview, offset: int) -> None:
+        """Reads as many bytes as ``view`` has, which are zeros behind the end of the file. Errors as `read`."""
+        there = min(len(view), max(0, self.size - offset))
+        self.read_into(view[:there], offset)
+        view[there:] = bytes(len(view) - there)
 
     def ask(self, offset: int, length: int) -> None:
         """Lets the kernel begin to read bytes that are needed soon."""
