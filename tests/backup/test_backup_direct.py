@@ -15,8 +15,8 @@ from support.large import run_measured
 from support.qemu import StorageDaemon, ToolError, create, patch, qemu_img, qemu_io, run
 
 import dirtmap.engine as dm
-from dirtmap.tools.backup import Repository, creating, verify_disk
-from dirtmap.tools.backup.direct import MISSING, DirectImage
+from dirtmap.tools.backup import Repository, creating, files, verify_disk
+from dirtmap.tools.backup.direct import DATA, MISSING, DirectImage
 from dirtmap.tools.backup.opened import Images
 from dirtmap.tools.qsd import nodes
 
@@ -50,13 +50,14 @@ def random_image(chooser: random.Random, path: Path, below: Below) -> tuple[Path
 
 
 def content(image: DirectImage, chooser: random.Random) -> bytes:
-    """All of a disk, in parts of any length."""
+    """All of a disk, in parts of any length, some of which come where earlier ones were."""
     parts, at = [], 0
     while at < image.size:
-        length = min(image.size - at, chooser.randrange(1, MIB))
+        length = min(image.size - at, chooser.choice([MIB, chooser.randrange(1, MIB)]))
         answer = image.wait(image.read(at, length))
         assert not (answer.empty and any(answer.data))
         parts.append(bytes(answer.data))
+        image.recycle(answer.data)
         at += length
     return b"".join(parts)
 
@@ -239,6 +240,13 @@ def table_twice(image: Hostile) -> str:
     return f"an L2 table is used twice, the one at {image.l2} of the file"
 
 
+def table_twice_far_apart(image: Hostile) -> str:
+    """In blocks of the L1 table that are read one after the other."""
+    small = Hostile(image.path.parent, 1 << 30, 512)
+    small.set(small.l1 + 8 * 20_000, 1 << 63 | small.l2)
+    return f"an L2 table is used twice, the one at {small.l2} of the file"
+
+
 def data_behind(image: Hostile) -> str:
     image.set(image.l2 + 8, 1 << 50)
     return "a cluster at 1125899906842624 of the file, which has"
@@ -277,6 +285,7 @@ HOSTILE = [
     table_behind,
     table_beside,
     table_twice,
+    table_twice_far_apart,
     data_behind,
     data_beside,
     compressed_behind,
@@ -340,6 +349,34 @@ def test_flags_of_an_entry_are_no_table(tmp_path: Path) -> None:
     assert [(part.begin, part.end, part.kind) for part in parts] == [
         (at, at + 256 * MIB, MISSING) for at in range(0, 1 << 30, 256 * MIB)
     ]
+
+
+def test_tables_in_holes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file can have millions of them; one that begins in a hole, but does not end there, is read."""
+    cluster, tables, partly = 65536, 16384, 9000
+    image = Hostile(tmp_path, tables << 29, cluster)
+    data = image.path.read_bytes()
+    first = -(-len(data) // cluster) * cluster
+    places = [1 << 63 | first + number * cluster for number in range(tables)]
+    patch(image.path, image.l1 + 8, b"".join(place.to_bytes(8, "big") for place in places[1:]))
+    os.truncate(image.path, first + tables * cluster)
+    image.set(first + partly * cluster + 8 * 8000, int.from_bytes(data[image.l2 : image.l2 + 8], "big"))
+    reads, read_into = 0, files.Reading.read_into
+
+    def counted(self: files.Reading, view: memoryview, offset: int) -> None:
+        nonlocal reads
+        reads += 1
+        read_into(self, view, offset)
+
+    monkeypatch.setattr(files.Reading, "read_into", counted)
+    with DirectImage(str(image.path)) as direct:
+        found = [(part.begin, part.end) for part in direct.parts(0, direct.size) if part.kind == DATA]
+        at = (partly << 29) + 8000 * cluster
+        assert found == [(0, 2 * cluster), (at, at + cluster)]
+    assert reads < 10
+    image.set(image.l1 + 8 * 5, first + 512)
+    with DirectImage(str(image.path)) as direct, pytest.raises(dm.FormatError, match="no beginning of a cluster"):
+        list(direct.parts(0, direct.size))
 
 
 def test_memory_does_not_grow_with_the_disk(tmp_path: Path) -> None:

@@ -26,20 +26,21 @@ SLOT = 4096  # bytes of each write
 @pytest.fixture
 def xfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file system that clones files, with the default store; what serves its disks is ended before it is."""
-    with _file_system("xfs", tmp_path, monkeypatch) as where:
+    with file_system("xfs", tmp_path, monkeypatch) as where:
         yield where
 
 
 @pytest.fixture
 def btrfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """As `xfs`; one that can make snapshots, too."""
-    with _file_system("btrfs", tmp_path, monkeypatch) as where:
+    with file_system("btrfs", tmp_path, monkeypatch) as where:
         yield where
 
 
 @contextlib.contextmanager
-def _file_system(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with volumes.loops(), volumes.volume(volumes.make(kind, folder / "volume"), folder / kind) as where:
+def file_system(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, size: int = 0) -> Iterator[Path]:
+    """One of ``size`` bytes, or as small as can be; see `xfs`."""
+    with volumes.loops(), volumes.volume(volumes.make(kind, folder / "volume", size=size), folder / kind) as where:
         monkeypatch.setenv("DIRTMAP_STORE", str(where / "default.dmap"))
         try:
             yield where

@@ -416,6 +416,16 @@ def test_a_map_takes_the_kernels_and_no_numpy(image: Path, tmp_path: Path, where
     assert found & SLOW == set()
 
 
+def test_numpy_starts_no_threads(image: Path) -> None:
+    """Where a command needs it; they would be for its linear algebra."""
+    run = "import os, sys\nfrom dirtmap.tools.start import main\ntry: main()\nfinally:\n"
+    run += " import numpy\n print(len(os.listdir('/proc/self/task')), file=sys.stderr)"
+    words = [sys.executable, "-c", run, "list", str(image)]
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run(words, env=environment, capture_output=True, check=True, timeout=60)
+    assert done.stderr == b"1\n"
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_script(shell: str) -> None:
     assert "_DIRTMAP_COMPLETE" in dirtmap("completion", shell).out

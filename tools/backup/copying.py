@@ -56,6 +56,9 @@ class Source(Protocol):
     def wait(self, token: int) -> Answer:
         """Waits for what was asked for."""
 
+    def recycle(self, data: bytearray | memoryview) -> None:
+        """Takes back what was read and is not needed any more; later data may come in its place."""
+
 
 class Target(Protocol):
     """An image that is written: an export of QEMU, or a raw file."""
@@ -256,7 +259,7 @@ def copy(
         writer: takes them.
         keep: is given each piece, in order; zeros one after the other as one.
         progress: is told how many bytes are done.
-        recycle: is given data that nobody needs any more: a kernel takes as long to give new memory as to read a file.
+        recycle: is given data that nobody needs any more.
     """
     with hashers() as pool:
         coming: list[Data] = []  # what is not being hashed yet

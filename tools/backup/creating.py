@@ -377,8 +377,7 @@ def _copy(host: Host, plan: _Plan, spool: Spool, temporary: str, watch: Watcher)
             done += length
             watch(backup.disk, done, total)
 
-        recycle = source.recycle if isinstance(source, RawSource) else lambda data: None
-        copy(read(source, wanted), writer, spool.keep, progress, recycle)
+        copy(read(source, wanted), writer, spool.keep, progress, source.recycle)
     return replace(
         backup,
         copied=writer.copied,

@@ -24,6 +24,7 @@ from dirtmap.fmt import qcow2
 from dirtmap.fmt.errors import FormatError, UnsupportedError, printable
 from dirtmap.fmt.geometry import align_up
 from dirtmap.tools.backup import files, images
+from dirtmap.tools.backup.document import PIECE
 from dirtmap.tools.backup.nbd import HOLE, ZERO
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class _RawImage:
         yield Part(begin, end, DATA, self, begin)
 
     def read_into(self, view: memoryview, part: Part) -> None:
-        self.file.read_into(view[: max(0, self.file.size - part.place)], part.place)
+        self.file.read_as_zeros_behind(view, part.place)
 
 
 class DirectImage:
@@ -105,6 +106,7 @@ class DirectImage:
         self._path, self._host, self._above, self._next = path, host, above, 0
         self._asked: dict[int, tuple[int, list[Part]]] = {}
         self._blocks: dict[tuple[int, int, bool], NDArray[np.uint64]] = {}
+        self._buffers = files.Buffers(PIECE)
 
     def __enter__(self) -> Self:
         head = images.read_head(self._path)
@@ -124,6 +126,7 @@ class DirectImage:
                 if end - self.file.size >= self._cluster:  # the file may end inside the table's last cluster
                     what = f"damaged: the L1 table ends at {end} of the file, which has {self.file.size} bytes"
                     raise FormatError(self._path, what)
+                self._look_at_tables()
             if self._host is not None and head.backing is not None:
                 self._below = self._open_below(stack, self._host, head.backing, head.backing_format)
             self._stack = stack.pop_all()
@@ -182,13 +185,20 @@ class DirectImage:
     def wait(self, token: int) -> files.Answer:
         """The bytes that were asked for. Any thread may do this."""
         offset, parts = self._asked.pop(token)
-        data = bytearray(parts[-1].end - offset if parts else 0)
-        view, any_data = memoryview(data), False
+        data = self._buffers.take(parts[-1].end - offset if parts else 0)
+        any_data = False
         for part in parts:
+            view = memoryview(data)[part.begin - offset : part.end - offset]
             if part.kind in (DATA, PACKED):
                 any_data = True
-                part.image.read_into(view[part.begin - offset : part.end - offset], part)
+                part.image.read_into(view, part)
+            else:
+                view[:] = bytes(len(view))
         return files.Answer(data, not any_data)
+
+    def recycle(self, data: bytearray | memoryview) -> None:
+        """Takes back what was read and is not needed any more; later data come in its place."""
+        self._buffers.give(data)
 
     # Where it is.
 
@@ -263,7 +273,7 @@ class DirectImage:
     def _block(self, table: int, count: int, index: int, *, is_l1: bool = False) -> tuple[NDArray[np.uint64], int]:
         """The block of a table of ``count`` entries that has one of them; and which entry is its first.
 
-        Of the L1 table, it has the offsets alone.
+        Of the L1 table, it has the offsets alone, and none of L2 tables that are holes of the file.
         """
         import numpy as np
 
@@ -272,24 +282,57 @@ class DirectImage:
         block = self._blocks.pop(key, None)
         if block is None:
             data = bytearray(key[1])
-            self._read_at(memoryview(data), key[0])
+            self.file.read_as_zeros_behind(memoryview(data), key[0])
             block = qcow2.table_view(data).astype(np.uint64)
             if is_l1:
                 block &= np.uint64(qcow2.OFFSET_MASK)
-                self._require_once(block)
+                block[self._in_holes(block)] = 0
         self._blocks[key] = block  # the youngest
         if len(self._blocks) > _BLOCKS:
             del self._blocks[next(iter(self._blocks))]
         return block, first
 
-    def _require_once(self, tables: NDArray[np.uint64]) -> None:
-        """Refuses offsets of L2 tables that are equal: a small file could have any number of entries to read."""
+    def _look_at_tables(self) -> None:
+        """Sees to it that no small file has any number of entries to read.
+
+        It refuses offsets of L2 tables that are equal, and finds holes of the file with tables, which have zeros alone.
+        """
         import numpy as np
 
-        ordered = np.sort(tables[tables != 0])
-        again = ordered[1:][ordered[1:] == ordered[:-1]]
-        if len(again):
-            raise FormatError(self._path, f"damaged: an L2 table is used twice, the one at {again[0]} of the file")
+        data = bytearray(self._header.v2.l1_size * qcow2.TABLE_ENTRY_SIZE)  # `qcow2.MAX_L1_BYTES` at most
+        self.file.read_as_zeros_behind(memoryview(data), self._header.v2.l1_table_offset)
+        tables = qcow2.table_view(data).astype(np.uint64)
+        tables &= np.uint64(qcow2.OFFSET_MASK)
+        tables.sort()
+        tables = tables[tables.searchsorted(np.uint64(1)) :]
+        again = tables[1:] == tables[:-1]
+        if again.any():
+            place = tables[again.argmax()]
+            raise FormatError(self._path, f"damaged: an L2 table is used twice, the one at {place} of the file")
+        self._holes = np.array([(0, 0), *self._holes_of(tables)], np.uint64)
+
+    def _holes_of(self, tables: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
+        """Holes in which L2 tables are, whose offsets are in order: where these can begin, first and last."""
+        import numpy as np
+
+        at = 0
+        while at < len(tables) and tables[at] < self.file.size:
+            begin = int(tables[at])
+            is_hole, end = self.file.run(begin, self.file.size)
+            if is_hole and end < self.file.size:
+                end = max(begin, end - self._cluster + 1)  # what begins there or later has data
+                is_hole = begin < end
+            if is_hole:
+                yield begin, end - 1
+            at = max(at + 1, int(tables.searchsorted(np.uint64(end))))
+
+    def _in_holes(self, tables: NDArray[np.uint64]) -> NDArray[np.bool]:
+        """Which L2 tables are in holes."""
+        import numpy as np
+
+        last = self._holes[self._holes[:, 0].searchsorted(tables, "right") - 1, 1]
+        found: NDArray[np.bool] = (tables <= last) & (tables % np.uint64(self._cluster) == 0)
+        return found
 
     def _require_in_file(self, place: int, what: str) -> None:
         """Refuses what cannot be at a place in the file.
@@ -306,21 +349,17 @@ class DirectImage:
     def read_into(self, view: memoryview, part: Part) -> None:
         """Reads a part that this image has. Any thread may do this."""
         if part.kind == DATA:
-            self._read_at(view, part.place)
+            self.file.read_as_zeros_behind(view, part.place)
             return
         first = part.begin % self._cluster
         view[:] = self._unpacked(part.place)[first : first + len(view)]
-
-    def _read_at(self, view: memoryview, place: int) -> None:
-        """Fills zeros with what the file has; behind its end it has nothing."""
-        self.file.read_into(view[: max(0, self.file.size - place)], place)
 
     def _unpacked(self, entry: int) -> bytes:
         """A cluster that was compressed."""
         bits = 62 - (self._header.v2.cluster_bits - 8)
         place, sectors = entry & ((1 << bits) - 1), (entry >> bits & ((1 << (62 - bits)) - 1)) + 1
         packed = bytearray(sectors * qcow2.COMPRESSED_SECTOR - place % qcow2.COMPRESSED_SECTOR)
-        self._read_at(memoryview(packed), place)
+        self.file.read_as_zeros_behind(memoryview(packed), place)
         try:
             found = zlib.decompressobj(_WINDOW_BITS).decompress(packed, self._cluster)
         except zlib.error:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from dirtmap.fmt.errors import LockedError, StorageError
 
 _PAUSE_SECONDS = 0.02
 _TOGETHER = 8 << 20  # bytes that the kernel is asked to write at a time
+_BEHIND = 8  # times as many, in which it is expected to have written them
 TEMPORARY = ".tmp"  # of files that are being written: whoever has the lock may remove what is left of them
 
 
@@ -45,6 +47,26 @@ class Answer(NamedTuple):
 
     data: bytearray
     empty: bool = False
+
+
+class Buffers:
+    """Memory for what is read, that is used again: a kernel takes as long to give new one as to read a file into it.
+
+    Args:
+        length: of those that are kept, bytes.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length, self._free = length, list[bytearray]()
+
+    def take(self, length: int) -> bytearray:
+        """So many bytes, whatever they are."""
+        return self._free.pop() if length == self._length and self._free else bytearray(length)
+
+    def give(self, data: bytearray | memoryview) -> None:
+        """Takes back what nobody needs any more."""
+        if isinstance(data, bytearray) and len(data) == self._length:
+            self._free.append(data)
 
 
 class Reading:
@@ -92,6 +114,12 @@ class Reading:
                 raise StorageError(self._path, f"ends before {end}")
             view = view[got:]
 
+    def read_as_zeros_behind(self, view: memoryview, offset: int) -> None:
+        """Reads as many bytes as ``view`` has, which are zeros behind the end of the file. Errors as `read`."""
+        there = min(len(view), max(0, self.size - offset))
+        self.read_into(view[:there], offset)
+        view[there:] = bytes(len(view) - there)
+
     def ask(self, offset: int, length: int) -> None:
         """Lets the kernel begin to read bytes that are needed soon."""
         with contextlib.suppress(OSError):
@@ -126,7 +154,8 @@ class Writing:
         with _act("make", path):
             self._number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             os.ftruncate(self._number, size)
-        self._fresh, self._first, self._last = 0, 0, 0  # bytes that were written lately, and between where and where
+        self._fresh, self._last = 0, 0  # bytes that the kernel was not asked to write yet, and the end of the last ones
+        self._begun = deque([0], _BEHIND)  # where these begin, and where those before them did
 
     def close(self) -> None:
         """Closes it."""
@@ -144,12 +173,21 @@ class Writing:
                 done = os.pwrite(self._number, data, offset)
                 data, offset = data[done:], offset + done
         self._fresh += offset - begun
-        self._first, self._last = min(self._first, begun), max(self._last, offset)
+        self._begun[-1], self._last = min(self._begun[-1], begun), max(self._last, offset)
         if self._fresh >= _TOGETHER:
-            # The kernel begins to write them to the disk, so that `sync` has the less to wait for.
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._number, self._first, self._last - self._first, os.POSIX_FADV_DONTNEED)
-            self._fresh, self._first, self._last = 0, self._last, self._last
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Asks the kernel to begin to write what is new, so that `sync` has the less to wait for.
+
+        And to forget what it has written by now: nobody reads it soon, others need what it would push out, and a kernel
+        takes longer to get memory than to fill it, much longer where a hypervisor has taken that back.
+        """
+        with contextlib.suppress(OSError):
+            first = min(self._begun)
+            os.posix_fadvise(self._number, first, self._last - first, os.POSIX_FADV_DONTNEED)
+        self._fresh = 0
+        self._begun.append(self._last)
 
     def set_size(self, size: int) -> None:
         """Makes it so long, in bytes."""

@@ -145,6 +145,9 @@ class Connection:
         """Asks to make bytes zero, `MOST_ZEROES` at most."""
         return self._request(_WRITE_ZEROES, offset, length)
 
+    def recycle(self, data: bytearray | memoryview) -> None:
+        """Needs nothing back: holes that QEMU tells are in new memory, which has zeros."""
+
     def flush(self) -> None:
         """Makes what was written durable, and waits for that."""
         self.wait(self._request(_FLUSH, 0, 0))

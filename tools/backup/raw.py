@@ -32,7 +32,7 @@ class RawSource:
     def __init__(self, path: str, size: int) -> None:
         self._path, self._size, self._next = path, size, 0
         self._asked: dict[int, tuple[int, int]] = {}
-        self._free: list[bytearray] = []  # of `PIECE` bytes each
+        self._buffers = files.Buffers(PIECE)
 
     def __enter__(self) -> Self:
         self._file = files.Reading(self._path)
@@ -57,16 +57,13 @@ class RawSource:
     def wait(self, token: int) -> files.Answer:
         """The bytes that were asked for. Any thread may do this."""
         offset, length = self._asked.pop(token)
-        if length != PIECE or not self._free:
-            return files.Answer(self._file.read(offset, length))
-        data = self._free.pop()
+        data = self._buffers.take(length)
         self._file.read_into(memoryview(data), offset)
         return files.Answer(data)
 
     def recycle(self, data: bytearray | memoryview) -> None:
         """Takes back what was read and is not needed any more; later data come in its place."""
-        if isinstance(data, bytearray) and len(data) == PIECE:
-            self._free.append(data)
+        self._buffers.give(data)
 
 
 class RawTarget:
