@@ -25,6 +25,7 @@ install_missing = if [ -z "$$missing" ]; then :; \
 	fi
 
 setup: $(INSTALLED) $(COMPILED) .typeroot/dirtmap ## make .venv with dirtmap and everything its development needs
+	@$(BIN)/python -m compileall -q fmt engine tools # as pip does with what it installs otherwise
 	@if command -v nbdkit >/dev/null && [ -e /usr/include/nbdkit-filter.h ]; then \
 		$(BIN)/dirtmap serve --filter-path >/dev/null; fi
 
