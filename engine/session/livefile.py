@@ -266,7 +266,8 @@ def union(parts: Iterable[Words], size: int, granularity: int) -> bits.Words:
     """What any of them has, at that granularity: new words, of which parts without a bit take no memory."""
     length = geometry.ceil_div(geometry.granules(size, granularity), 64)
     result = np.frombuffer(memory.sparse(max(length, 1) * 8), bits.WORD)[:length]
-    bits.union([part.at(granularity) for part in parts], result)
+    # Of a disk of no bytes a writeset has a word all the same.
+    bits.union([part.at(granularity)[:length] for part in parts], result)
     return result
 
 
