@@ -635,9 +635,11 @@ class Tracker(Recorder):
         self._named(namespace)
 
     def _named(self, namespace: str | None) -> Home:
-        """The home with that UUID; None: the first. Asked for where no other root can come: see `set_root`."""
+        """The home with that UUID; None: the tracker's own. Asked for where no other root can come: see `set_root`."""
+        if namespace is None:
+            return self._home
         for home in self._homes:
-            if namespace is None or str(uuid.UUID(bytes=home.uuid)) == namespace:
+            if str(uuid.UUID(bytes=home.uuid)) == namespace:
                 return home
         raise BitmapError(self._where, "its tracker tracks another disk")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -133,6 +136,67 @@ def test_a_checkpoint_of_the_root_is_rebuilt(raw: Path) -> None:
         root.rebuild("old", "now", dm.Bitmap.from_extents(SIZE, [8 * GRANULE], [1], GRANULE))
         assert granules(root.changed_since("old")) == [1, 8]
         assert granules(device.changed_since("old")) == [1]
+
+
+@contextlib.contextmanager
+def dead_with_a_marker(folder: Path) -> Iterator[None]:
+    """The device's tracker is killed, with two checkpoints of both and marks that are not saved; a marker lives on."""
+    told = folder / "live"
+
+    def track() -> None:
+        with dm.open(NODE) as root:
+            tracker = dm.open(DEVICE).track(save_interval=0)
+            for name in ("noon", "evening"):
+                for each in (tracker, root):
+                    each.checkpoint(name)
+                tracker.mark(GRANULE if name == "noon" else 2 * GRANULE, 1)
+            told.with_suffix(".new").write_text(tracker.live)
+            told.with_suffix(".new").rename(told)
+            signal.pause()
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            track()
+        finally:
+            os._exit(1)
+    try:
+        while not told.exists():
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child failed"
+            time.sleep(0.01)
+        marker = dm.Marker(told.read_text())
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    with marker:
+        yield
+
+
+def test_no_rebuild_takes_over_what_others_mark_in(raw: Path) -> None:
+    with dead_with_a_marker(raw.parent), dm.open(NODE) as root, dm.open(DEVICE) as device:
+        with pytest.raises(dm.LockedError, match="has died, and others mark"):
+            root.rebuild("noon", "evening", dm.Bitmap(SIZE, GRANULE))
+        for image in (root, device):
+            assert granules(image.changed_since("noon")) == [1, 2]
+            status = image.tracking()
+            assert status is not None
+            assert status.alive
+
+
+def test_who_takes_over_as_the_root_changes_what_is_the_roots(raw: Path) -> None:
+    with dead_with_a_marker(raw.parent), dm.open(NODE) as root, dm.open(DEVICE) as device:
+        with root.track(save_interval=0) as tracker:
+            assert tracker.bitmap("b0").count
+            with pytest.raises(dm.BitmapError, match="no such bitmap"):
+                tracker.bitmap("d0")
+            tracker.remove("evening")
+            tracker.mark(3 * GRANULE, 1)
+            assert list(device) == ["d0", "noon", "evening"]
+            assert granules(tracker.take("b0")) == [1, 2, 3]
+            with pytest.raises(dm.BitmapError, match=r"'drive0'.*not taken"):
+                tracker.drop("noon")
+        for image in (root, device):
+            assert granules(image.changed_since("noon")) == [1, 2, 3]
 
 
 def busy(target: str) -> list[str]:
