@@ -6,8 +6,8 @@ import contextlib
 import functools
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dirtmap.engine.control.client import Conversation
 from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap
@@ -15,13 +15,15 @@ from dirtmap.engine.model.infos import STOP
 from dirtmap.engine.model.naming import label, not_found
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.system.process import this_process
-from dirtmap.fmt.errors import BitmapError, Error, LockedError, printable
+from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, printable
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bits import Packed, Words
     from dirtmap.engine.model.content import Content
     from dirtmap.engine.model.infos import BitmapInfo
     from dirtmap.engine.model.namespace import Namespace
+
+T = TypeVar("T")
 
 _PAUSE_SECONDS: Final = 0.01
 _RANGES: Final = 1 << 16  # in one message, which has some megabytes then
@@ -157,29 +159,31 @@ def _begin(image: Namespace, talk: Conversation, wait: float) -> Mapping[str, st
     """Begins changes, as soon as nobody else is about to make some; returns who holds which bitmaps."""
     me = str(this_process())
     try:
-        answer = ask_in_turn(image, talk, wait, "begin", owner=me)
+        answer = in_turn(lambda: talk.ask("begin", namespace=image.uuid, owner=me), wait)
+    except GoneError:
+        raise
     except LockedError as error:
         raise LockedError(image.where, error.what.replace(me, "this very process")) from None
     return dict(answer["held"]) if answer else {}  # an older tracker answers nothing
 
 
-def ask_in_turn(image: Namespace, talk: Conversation, wait: float, act: str, **arguments: object) -> Any:
-    """Asks for what one conversation has at a time, until nobody else has it.
+def in_turn(act: Callable[[], T], wait: float) -> T:
+    """Does what one can do at a time, as soon as nobody else does it.
 
     Args:
-        image: that it is about.
-        talk: with its tracker.
+        act: what is done; raises a `LockedError` where somebody else does it.
         wait: seconds.
-        act: see `dirtmap.engine.tracking.asked`.
-        **arguments: of the act.
 
     Raises:
-        LockedError: somebody else has it still.
+        LockedError: somebody else does it still.
+        GoneError: a session is lost, for which no waiting helps.
     """
     deadline = time.monotonic() + wait
     while True:
         try:
-            return talk.ask(act, namespace=image.uuid, **arguments)
+            return act()
+        except GoneError:
+            raise
         except LockedError:
             if time.monotonic() > deadline:
                 raise

@@ -127,6 +127,20 @@ def test_checkpoints_are_those_of_the_namespace_that_is_named(raw: Path) -> None
     assert names(NODE) == ["b0", "noon", "both"]
 
 
+def test_an_instant_of_both_has_one_conversation(raw: Path) -> None:
+    with (
+        dm.open(DEVICE) as device,
+        device.track() as tracker,
+        dm.open(NODE) as root,
+        dm.Host() as host,
+        host.instant([root, device]),
+    ):
+        deadline = time.monotonic() + 60
+        while len(tracker._control._peers) > 1:  # type: ignore[union-attr]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
 def test_a_checkpoint_of_the_root_is_rebuilt(raw: Path) -> None:
     with dm.open(DEVICE) as device, device.track(save_interval=0) as tracker, dm.open(NODE) as root:
         root.checkpoint("old")
