@@ -7,7 +7,10 @@ from typing import Final
 
 # What is said of a tracker that is in the way: how a living one is ended, and who follows one that has died.
 STOP: Final = "'dirtmap track stop TARGET' ends it"
-DIED: Final = "its tracker has died, and others mark; 'dirtmap serve --adopt TARGET' takes it over"
+DIED: Final = (
+    "its tracker has died, and others mark; 'dirtmap serve --adopt TARGET' takes it over where nbdkit marks, "
+    "else Handle.track does"
+)
 
 
 @dataclass(frozen=True, slots=True)

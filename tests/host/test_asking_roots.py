@@ -190,6 +190,9 @@ def test_no_rebuild_takes_over_what_others_mark_in(raw: Path) -> None:
     with dead_with_a_marker(raw.parent), dm.open(NODE) as root, dm.open(DEVICE) as device:
         with pytest.raises(dm.LockedError, match="has died, and others mark"):
             root.rebuild("noon", "evening", dm.Bitmap(SIZE, GRANULE))
+        error = error_of("serve", DEVICE, "--adopt")  # which nobody is to be sent back to
+        assert error.endswith("no nbdkit that can be seen here serves it; others mark, and Handle.track takes it over")
+        assert error_of("add", NODE, "x").endswith("takes it over where nbdkit marks, else Handle.track does")
         for image in (root, device):
             assert granules(image.changed_since("noon")) == [1, 2]
             status = image.tracking()
