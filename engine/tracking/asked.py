@@ -8,14 +8,14 @@
     differing  gathers ranges, offsets and lengths in bytes, of a disk of that size, at a granularity, for `rebuild`
     rebuild    gives a checkpoint anew what was gathered: see `Tracker.rebuild`
     stop       ends the tracker
-    hold       holds bitmaps as they are at one cut, until `give`, or until the end of the conversation
+    hold       holds bitmaps as they are at one cut, until `give`, or until the end of the conversation; of one namespace
     held       tells the bits of one of those
     give       holds none any more
     close      closes the gate until `open`, or until the end of the conversation, and tells which file is tracked
     open       opens it; an error if it did not hold
 
-Each is asked for a namespace, by its UUID: that of the tracked node; or of the tracked device, or of its root. What is
-about bitmaps is about those of that one.
+Each is asked for a namespace, by its UUID: that of the tracked node; or of the tracked device, or of its root. The
+bitmaps that it names are those of that namespace.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, SupportsIndex
 
 from dirtmap.engine.model.bitmap import checked_granularity
 from dirtmap.fmt import geometry
-from dirtmap.fmt.errors import Error, UnsupportedError, printable
+from dirtmap.fmt.errors import BitmapError, Error, UnsupportedError, printable
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bitmap import Bitmap
@@ -91,7 +91,7 @@ class Asked:
         self._stack, self._gate, self._begun = contextlib.ExitStack(), contextlib.ExitStack(), contextlib.ExitStack()
         self._changing: dict[str, Changing] = {}  # as of an earlier cut, for the namespace that it was begun for
         self._differing: Bitmap | None = None
-        self._hold = -1
+        self._hold, self._holding = -1, ""  # and of which namespace
 
     def __enter__(self) -> Self:
         return self
@@ -105,6 +105,8 @@ class Asked:
         """Does what is asked. Errors as those of the tracker's methods."""
         act, tracker, namespace = asked.get("act"), self._tracker, str(asked.get("namespace"))
         tracker.require_namespace(namespace)
+        if act in ("hold", "held", "give") and self._holding not in ("", namespace):
+            raise BitmapError("hold", "this conversation holds bitmaps of another namespace")
         if act == "begin":
             begun = tracker.beginning(str(asked.get("owner")), namespace=namespace)
             self._changing[namespace] = self._begun.enter_context(begun)
@@ -128,12 +130,14 @@ class Asked:
         elif act == "hold":
             self._stack.close()
             self._hold = tracker.hold(asked["names"], str(asked["owner"]), namespace=namespace)
+            self._holding = namespace
             self._stack.callback(tracker.release, self._hold)
         elif act == "held":
             bitmap = tracker.held(self._hold, asked["name"])
             told = {"size": bitmap.size, "granularity": bitmap.granularity, "recording": bitmap.recording}
             return told, bytes(bitmap.packed())
         elif act == "give":
+            self._holding = ""
             self._stack.close()
         elif act == "close":
             self._gate.enter_context(tracker.gated())

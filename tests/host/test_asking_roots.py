@@ -244,6 +244,19 @@ def test_a_hold_is_of_one_namespace_and_says_who_holds(raw: Path) -> None:
             assert (busy(NODE), busy(DEVICE)) == (["b0"], ["d0", "b0"])
 
 
+def test_one_conversation_holds_of_one_namespace_at_a_time(raw: Path) -> None:
+    dirtmap("add", DEVICE, "b0")
+    with dm.open(DEVICE) as device, device.track(save_interval=0), dm.open(NODE) as root, asked(root) as talk:
+        talk.ask("hold", namespace=root.uuid, names=["b0"], owner="a test")
+        for act, more in (("held", {"name": "b0"}), ("hold", {"names": ["b0"], "owner": "x"}), ("give", {})):
+            with pytest.raises(dm.BitmapError, match="holds bitmaps of another namespace"):
+                talk.ask(act, namespace=device.uuid, **more)
+        assert (busy(NODE), busy(DEVICE)) == (["b0"], [])
+        talk.ask("give", namespace=root.uuid)
+        talk.ask("hold", namespace=device.uuid, names=["b0"], owner="a test")
+        assert (busy(NODE), busy(DEVICE)) == ([], ["b0"])
+
+
 def test_a_hold_of_the_root_whose_end_could_not_be_written_ends_with_the_next_save(
     raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
