@@ -46,7 +46,7 @@ def asked(image: Namespace, refused: LockedError | None = None) -> Conversation:
         raise BitmapError(image.where, "is not tracked")
     if not status.kept:
         raise LockedError(image.where, status.refusal)
-    said = (refused.what if refused else status.refusal).removesuffix(f"; {STOP}")  # which asks it, too
+    said = (refused.what if refused else status.refusal).removesuffix(f"; {STOP}")  # no help where it cannot be asked
     return Conversation(image.where, said, status.live, lambda: _lives(image))
 
 

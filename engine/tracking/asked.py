@@ -8,7 +8,7 @@
     differing  gathers ranges, offsets and lengths in bytes, of a disk of that size, at a granularity, for `rebuild`
     rebuild    gives a checkpoint anew what was gathered: see `Tracker.rebuild`
     stop       ends the tracker
-    hold       holds bitmaps as they are at one cut, until `give`, or until the end of the conversation; of one namespace
+    hold       holds bitmaps of one namespace as they are at one cut, until `give`, or the end of the conversation
     held       tells the bits of one of those
     give       holds none any more
     close      closes the gate until `open`, or until the end of the conversation, and tells which file is tracked

@@ -291,6 +291,17 @@ def test_what_was_begun_for_the_one_changes_nothing_of_the_other(raw: Path) -> N
         assert (names(DEVICE), both()) == (["d0"], ([2], [1, 2]))
 
 
+def test_what_is_asked_while_another_root_comes_is_to_be_asked_again(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dm.open(DEVICE) as device, device.track() as tracker, dm.open(NODE) as root, asked(root) as talk:
+        with monkeypatch.context() as patch:
+            patch.setattr(tracker._homes[-1], "_left", None)  # as it is until its session begins
+            with pytest.raises(dm.LockedError, match="is being given another root; try again"):
+                talk.ask("save", namespace=root.uuid)
+        talk.ask("save", namespace=root.uuid)
+
+
 def test_changes_outlive_the_tracker(path: Path) -> None:
     """It is killed with marks that are not saved, and bitmaps of both that were begun anew."""
 
