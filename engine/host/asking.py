@@ -6,7 +6,7 @@ import contextlib
 import functools
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dirtmap.engine.control.client import Conversation
@@ -65,6 +65,27 @@ def rebuild(image: Namespace, name: str, begun: str, differing: Bitmap) -> None:
                 part = slice(at, at + _RANGES)
                 talk.ask("differing", **said, offsets=offsets[part].tolist(), lengths=lengths[part].tolist())
         talk.ask("rebuild", **said, name=name, begun=begun)
+
+
+def change(image: Namespace, changes: Iterable[Sequence[Any]]) -> None:
+    """Has the tracker of an image make changes that need no bits; see `Handle.change_tracked`."""
+    chosen = [_checked(each) for each in changes]
+    with asked(image) as talk:
+        talk.ask("change", namespace=image.uuid, changes=chosen)
+
+
+def _checked(one: Sequence[Any]) -> Sequence[Any]:
+    """A change as it is sent. Others than of these acts are for the tracker to refuse; see `Tracker.change`."""
+    match one:
+        case ["clear" | "disable" | "enable" | "remove", str()]:
+            return one
+        case ["rename", {**names}] if all(isinstance(name, str) for name in (*names, *names.values())):
+            return one
+        case ["add", str() as name, granularity, bool() as recording]:
+            return "add", name, operator.index(granularity), recording
+        case [str() as act, *_] if act not in ("add", "clear", "disable", "enable", "remove", "rename"):
+            return one
+    raise TypeError(f"no change to a bitmap: {one!r}")
 
 
 def stop(image: Namespace, wait: float) -> None:

@@ -165,7 +165,11 @@ class Handle(Namespace):
         return status is not None and status.kept
 
     def checkpoint(self, name: str, granularity: SupportsIndex | None = None) -> None:
-        """Has the image's tracker begin a checkpoint; see `Tracker.checkpoint`. Errors as `save_tracked`, too."""
+        """Has the image's tracker begin a checkpoint; see `Tracker.checkpoint`.
+
+        Raises:
+            TypeError: the name is no text, or the granularity no integer. Errors as `save_tracked`, too.
+        """
         from dirtmap.engine.host.instant import checkpoint
 
         chosen = None if granularity is None else operator.index(granularity)
@@ -198,11 +202,14 @@ class Handle(Namespace):
             tracker.rebuild(name, begun, differing, namespace=self.uuid)
 
     def change_tracked(self, changes: Iterable[tuple[Any, ...]]) -> None:
-        """Has the image's tracker make changes that need no bits; see `Tracker.change`. Errors as `save_tracked`."""
+        """Has the image's tracker make changes that need no bits; see `Tracker.change`.
+
+        Raises:
+            TypeError: one is none. Errors as `save_tracked`, too.
+        """
         from dirtmap.engine.host import asking
 
-        with asking.asked(self) as talk:
-            talk.ask("change", namespace=self.uuid, changes=list(changes))
+        asking.change(self, changes)
 
     def save_tracked(self) -> None:
         """Has the image's tracker save; see `Tracker.save`.

@@ -34,9 +34,11 @@ class Instant:
             granularity: in bytes; None for the usual one.
 
         Raises:
+            TypeError: the name is no text.
             BitmapError: the name is taken.
             StorageError: it could not be written.
         """
+        _require_text(name)
         self._ask(image, "checkpoint", name=name, granularity=granularity)
         self._made.append((image, name))
 
@@ -134,6 +136,7 @@ def instant(images: Iterable[Namespace], wait: float) -> Iterator[Instant]:
 
 def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None, wait: float) -> None:
     """Makes a checkpoint of several disks, at one instant; see `Host.checkpoint`, and `instant` for ``wait``."""
+    _require_text(name)
     for image in images:
         if name in image:
             raise BitmapError(f"{image.where}: bitmap '{printable(name)}'", "the name is taken")
@@ -145,3 +148,8 @@ def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None, 
     with instant(images, wait) as here:
         for image in images:
             here.checkpoint(image, name, granularity)
+
+
+def _require_text(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"a checkpoint's name is text, and not {name!r}")
