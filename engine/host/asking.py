@@ -6,8 +6,8 @@ import contextlib
 import functools
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dirtmap.engine.control.client import Conversation
 from dirtmap.engine.model import bits
@@ -17,13 +17,15 @@ from dirtmap.engine.model.naming import label, not_found
 from dirtmap.engine.model.transaction import Transaction
 from dirtmap.engine.system.process import this_process
 from dirtmap.fmt import geometry
-from dirtmap.fmt.errors import BitmapError, Error, LockedError, printable
+from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, printable
 
 if TYPE_CHECKING:
     from dirtmap.engine.model.bits import Words
     from dirtmap.engine.model.content import Content, Part
     from dirtmap.engine.model.infos import BitmapInfo
     from dirtmap.engine.model.namespace import Namespace
+
+T = TypeVar("T")
 
 _PAUSE_SECONDS: Final = 0.01
 _RANGES: Final = 1 << 16  # in one message, which has some megabytes then
@@ -46,7 +48,7 @@ def asked(image: Namespace, refused: LockedError | None = None) -> Conversation:
         raise BitmapError(image.where, "is not tracked")
     if not status.kept:
         raise LockedError(image.where, status.refusal)
-    said = (refused.what if refused else status.refusal).removesuffix(f"; {STOP}")  # which asks it, too
+    said = (refused.what if refused else status.refusal).removesuffix(f"; {STOP}")  # no help where it cannot be asked
     return Conversation(image.where, said, status.live, lambda: _lives(image))
 
 
@@ -65,6 +67,27 @@ def rebuild(image: Namespace, name: str, begun: str, differing: Bitmap) -> None:
                 part = slice(at, at + _RANGES)
                 talk.ask("differing", **said, offsets=offsets[part].tolist(), lengths=lengths[part].tolist())
         talk.ask("rebuild", **said, name=name, begun=begun)
+
+
+def change(image: Namespace, changes: Iterable[Sequence[Any]]) -> None:
+    """Has the tracker of an image make changes that need no bits; see `Handle.change_tracked`."""
+    chosen = [_checked(each) for each in changes]
+    with asked(image) as talk:
+        talk.ask("change", namespace=image.uuid, changes=chosen)
+
+
+def _checked(one: Sequence[Any]) -> Sequence[Any]:
+    """A change as it is sent. Others than of these acts are for the tracker to refuse; see `Tracker.change`."""
+    match one:
+        case ["clear" | "disable" | "enable" | "remove", str()]:
+            return one
+        case ["rename", {**names}] if all(isinstance(name, str) for name in (*names, *names.values())):
+            return one
+        case ["add", str() as name, granularity, bool() as recording]:
+            return "add", name, operator.index(granularity), recording
+        case [str() as act, *_] if act not in ("add", "clear", "disable", "enable", "remove", "rename"):
+            return one
+    raise TypeError(f"no change to a bitmap: {one!r}")
 
 
 def stop(image: Namespace, wait: float) -> None:
@@ -205,29 +228,31 @@ def _begin(image: Namespace, talk: Conversation, wait: float) -> Mapping[str, st
     """Begins changes, as soon as nobody else is about to make some; returns who holds which bitmaps."""
     me = str(this_process())
     try:
-        answer = ask_in_turn(image, talk, wait, "begin", owner=me)
+        answer = in_turn(lambda: talk.ask("begin", namespace=image.uuid, owner=me), wait)
+    except GoneError:
+        raise
     except LockedError as error:
         raise LockedError(image.where, error.what.replace(me, "this very process")) from None
     return dict(answer["held"]) if answer else {}  # an older tracker answers nothing
 
 
-def ask_in_turn(image: Namespace, talk: Conversation, wait: float, act: str, **arguments: object) -> Any:
-    """Asks for what one conversation has at a time, until nobody else has it.
+def in_turn(act: Callable[[], T], wait: float) -> T:
+    """Does what one can do at a time, as soon as nobody else does it.
 
     Args:
-        image: that it is about.
-        talk: with its tracker.
+        act: what is done; raises a `LockedError` where somebody else does it.
         wait: seconds.
-        act: see `dirtmap.engine.tracking.asked`.
-        **arguments: of the act.
 
     Raises:
-        LockedError: somebody else has it still.
+        LockedError: somebody else does it still.
+        GoneError: a session is lost, for which no waiting helps.
     """
     deadline = time.monotonic() + wait
     while True:
         try:
-            return talk.ask(act, namespace=image.uuid, **arguments)
+            return act()
+        except GoneError:
+            raise
         except LockedError:
             if time.monotonic() > deadline:
                 raise

@@ -165,7 +165,11 @@ class Handle(Namespace):
         return status is not None and status.kept
 
     def checkpoint(self, name: str, granularity: SupportsIndex | None = None) -> None:
-        """Has the image's tracker begin a checkpoint; see `Tracker.checkpoint`. Errors as `save_tracked`, too."""
+        """Has the image's tracker begin a checkpoint; see `Tracker.checkpoint`.
+
+        Raises:
+            TypeError: the name is no text, or the granularity no integer. Errors as `save_tracked`, too.
+        """
         from dirtmap.engine.host.instant import checkpoint
 
         chosen = None if granularity is None else operator.index(granularity)
@@ -185,22 +189,27 @@ class Handle(Namespace):
 
         Raises:
             BitmapError: ``begun`` is not the newest checkpoint; or there is a bitmap ``name`` that is none.
+            LockedError: its tracker has died, and others mark; who takes that over is not to end it here.
             As `track`, and as `save_tracked`.
         """
-        if self.is_tracked():
+        status = self.tracking()
+        if status is not None and status.alive:
             from dirtmap.engine.host import asking
 
             asking.rebuild(self, name, begun, differing)
             return
         with self.track(save_interval=0) as tracker:
-            tracker.rebuild(name, begun, differing)
+            tracker.rebuild(name, begun, differing, namespace=self.uuid)
 
     def change_tracked(self, changes: Iterable[tuple[Any, ...]]) -> None:
-        """Has the image's tracker make changes that need no bits; see `Tracker.change`. Errors as `save_tracked`."""
+        """Has the image's tracker make changes that need no bits; see `Tracker.change`.
+
+        Raises:
+            TypeError: one is none. Errors as `save_tracked`, too.
+        """
         from dirtmap.engine.host import asking
 
-        with asking.asked(self) as talk:
-            talk.ask("change", namespace=self.uuid, changes=list(changes))
+        asking.change(self, changes)
 
     def save_tracked(self) -> None:
         """Has the image's tracker save; see `Tracker.save`.
@@ -267,7 +276,7 @@ class Handle(Namespace):
         What an earlier tracker has left when it died is recovered first. But where other processes go on to mark in its
         session, with a `Marker`, the new tracker takes that over, with the options that it has; only ``save_interval``
         is a new one. Of a device: its root node is tracked with it, and the tracker's acts are about the device's
-        bitmaps.
+        bitmaps; but where the root takes over what a device's tracker has left, they are about the root's.
 
         Args:
             live: the folder for live files; on a tmpfs, or they do not survive what they are for at the speed they

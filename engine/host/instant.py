@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dirtmap.engine.control import wire
-from dirtmap.engine.host.asking import ask_in_turn, asked
+from dirtmap.engine.host.asking import asked, in_turn
 from dirtmap.engine.identity import identity_of
-from dirtmap.fmt.errors import ArgumentError, BitmapError, Error, LockedError, printable
+from dirtmap.fmt.errors import ArgumentError, BitmapError, Error, GoneError, LockedError, StorageError, printable
 
 if TYPE_CHECKING:
     from dirtmap.engine.control.client import Conversation
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Instant:
     """A time during which nothing is written to some tracked disks, in any process; see `Host.instant`."""
 
-    def __init__(self, talks: dict[str | None, Conversation], wait: float) -> None:
-        self._talks, self._wait = talks, wait
+    def __init__(self, talks: dict[str | None, Conversation]) -> None:
+        self._talks = talks
         self._places: dict[Conversation, object] = {}  # of those whose gate is closed, which file is tracked
         self._made: list[tuple[Namespace, str]] = []
 
@@ -34,9 +34,11 @@ class Instant:
             granularity: in bytes; None for the usual one.
 
         Raises:
+            TypeError: the name is no text.
             BitmapError: the name is taken.
             StorageError: it could not be written.
         """
+        _require_text(name)
         self._ask(image, "checkpoint", name=name, granularity=granularity)
         self._made.append((image, name))
 
@@ -69,14 +71,23 @@ class Instant:
         answer: object = self._talks[image.uuid].ask(act, namespace=image.uuid, **arguments)
         return answer
 
-    def _close(self, image: Namespace) -> None:
-        talk = self._talks[image.uuid]
-        if talk in self._places:
-            return
-        try:
-            self._places[talk] = ask_in_turn(image, talk, self._wait, "close")
-        except LockedError:
-            raise LockedError(image.where, "somebody else makes a checkpoint or a clone of it; try again") from None
+    def _close(self, images: Sequence[Namespace]) -> None:
+        """Closes all gates, or none: guests go on writing to the other disks as long as somebody else has one."""
+        for at, image in enumerate(images):
+            talk = self._talks[image.uuid]
+            if talk in self._places:
+                continue
+            try:
+                self._places[talk] = talk.ask("close", namespace=image.uuid)
+            except GoneError:
+                raise
+            except LockedError:
+                for other in images[:at]:
+                    with contextlib.suppress(StorageError):  # nothing was done while it was closed
+                        self._open(other)
+                self._places.clear()
+                what = "somebody else is making a checkpoint or a clone of it; try again"
+                raise LockedError(image.where, what) from None
 
     def _open(self, image: Namespace) -> None:
         self._ask(image, "open")
@@ -93,7 +104,7 @@ def instant(images: Iterable[Namespace], wait: float) -> Iterator[Instant]:
 
     Args:
         images: each of another namespace.
-        wait: seconds to wait for somebody else who has closed one.
+        wait: seconds to wait for others who have closed one, in all.
     """
     chosen = list(images)
     with contextlib.ExitStack() as stack:
@@ -102,14 +113,19 @@ def instant(images: Iterable[Namespace], wait: float) -> Iterator[Instant]:
         for image in chosen:
             if image.uuid in talks:
                 raise ArgumentError(image.where, "is named twice")
-            talk = stack.enter_context(asked(image))
-            talks[image.uuid] = trackers.setdefault(talk.folder, talk)
+            talk = asked(image)
+            if talk.folder in trackers:
+                talk.close()
+            else:
+                trackers[talk.folder] = stack.enter_context(talk)
+                # Who has asked for nothing yet is sent away soon, say while it is waited for another one's gate.
+                talk.ask("open", namespace=image.uuid)
+            talks[image.uuid] = trackers[talk.folder]
         # In an order that is the same for all, so that no two wait for each other.
         chosen.sort(key=lambda image: talks[image.uuid].folder)
-        here = Instant(talks, wait)
+        here = Instant(talks)
         try:
-            for image in chosen:
-                here._close(image)
+            in_turn(lambda: here._close(chosen), wait)
             yield here
             for image in chosen:
                 here._open(image)
@@ -120,6 +136,7 @@ def instant(images: Iterable[Namespace], wait: float) -> Iterator[Instant]:
 
 def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None, wait: float) -> None:
     """Makes a checkpoint of several disks, at one instant; see `Host.checkpoint`, and `instant` for ``wait``."""
+    _require_text(name)
     for image in images:
         if name in image:
             raise BitmapError(f"{image.where}: bitmap '{printable(name)}'", "the name is taken")
@@ -131,3 +148,8 @@ def checkpoint(images: Sequence[Namespace], name: str, granularity: int | None, 
     with instant(images, wait) as here:
         for image in images:
             here.checkpoint(image, name, granularity)
+
+
+def _require_text(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"a checkpoint's name is text, and not {name!r}")

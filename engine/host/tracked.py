@@ -82,11 +82,12 @@ def _track_device(host: KindPort, device: StoredImage, tracking: Tracking) -> Tr
 def adopt(host: KindPort, namespace: Namespace, tracking: Tracking) -> Tracker:
     """Takes over a session whose tracker has died while others mark in it: of a node, of a device, or of both."""
     assert isinstance(namespace, StoredImage | CheckedOutImage)
-    homes = [Home(host, *namespace.address)]
+    own = Home(host, *namespace.address)
+    homes = [own]
     try:
-        record = homes[0].store.read(homes[0].record)
+        record = own.store.read(own.record)
         if (peer := peer_of(record)) is not None:
-            homes.append(Home(host, path_of(homes[0].store.abspath, peer), peer.name))
+            homes.append(Home(host, path_of(own.store.abspath, peer), peer.name))
         homes.sort(key=lambda home: home.store.read(home.record).kind != store.KIND_DEVICE)
         node, device = homes[-1], homes[0] if len(homes) > 1 else None
         root = node.store.read(node.record)
@@ -96,10 +97,11 @@ def adopt(host: KindPort, namespace: Namespace, tracking: Tracking) -> Tracker:
             def check_in_own() -> object:
                 return check_in(host, image, node.store.abspath, node.name, own=True)
 
-        if isinstance(namespace, StoredImage) and device and namespace.record().kind == store.KIND_DEVICE:
+        if isinstance(namespace, StoredImage) and own is device:
             options = replace(tracking.options, live=os.path.abspath(tracking.options.live_root))
             roots = DeviceRoots(host, namespace, replace(tracking, options=options, device=device))
-        tracker: Tracker = tracking.make(Setup(homes, image, tracking.options, check_in_own, roots, adopt=True))
+        setup = Setup(homes, image, tracking.options, check_in_own, roots, adopt=True, own=own)
+        tracker: Tracker = tracking.make(setup)
         return tracker
     except BaseException:
         for home in homes:

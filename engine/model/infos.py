@@ -7,7 +7,21 @@ from typing import Final
 
 # What is said of a tracker that is in the way: how a living one is ended, and who follows one that has died.
 STOP: Final = "'dirtmap track stop TARGET' ends it"
-DIED: Final = "its tracker has died, and others mark; 'dirtmap serve --adopt TARGET' takes it over"
+_DIED: Final = (
+    "its tracker has died, and others mark; 'dirtmap serve --adopt TARGET' takes it over where nbdkit marks, "
+    "else Handle.track does"
+)
+
+
+def refused(tracker: object, *, kept: bool, remedy: str = STOP) -> str:
+    """Why somebody else cannot do what only that tracker may, and what to do, for an error.
+
+    Args:
+        tracker: describes the tracking process.
+        kept: whether the process is alive, as far as is known.
+        remedy: what to do where it is.
+    """
+    return f"tracked by {tracker}; {remedy}" if kept else _DIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,4 +182,4 @@ class Status:
     @property
     def refusal(self) -> str:
         """Why somebody else cannot do what only the tracker may, and what to do, for an error."""
-        return f"tracked by {self.tracker}; {STOP}" if self.kept else DIED
+        return refused(self.tracker, kept=self.kept)

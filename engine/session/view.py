@@ -42,7 +42,7 @@ import numpy as np
 
 from dirtmap.engine.identity import data_file_of, identity_now, identity_of
 from dirtmap.engine.model import bits
-from dirtmap.engine.model.infos import DIED, STOP
+from dirtmap.engine.model.infos import STOP, refused
 from dirtmap.engine.session import intent, livefile, peers
 from dirtmap.engine.session.verdict import DURABLE_TOLERANCE_SECONDS, TOLERANCE_SECONDS, Facts, Row, decide
 from dirtmap.engine.storefile.file import Snapshot
@@ -84,7 +84,7 @@ class SessionView:
         if alive and self.found is None:
             # A tracker commits to the store before it removes live files. If it has just done so, this is read again.
             where = f"{snapshot.file.path}: {record.label}"
-            remedy = _unsure(session) or "ask it as its user, where they can be"
+            remedy = _unsure(session) or "ask as its user, who can read them"
             what = f"tracked by {tracker_of(session)}, whose live files cannot be read here; {remedy}"
             raise FormatError(where, what)
         if not alive and self.found and not _fit(snapshot, record, session, self.found):
@@ -319,9 +319,8 @@ def tracked_by(session: live.Session) -> str | None:
     """Who tracks, and what to do about it, for an error; None if the tracker is known to have ended."""
     if not is_alive(session):
         return None
-    if intent.is_kept(session) is False:
-        return DIED
-    return f"tracked by {tracker_of(session)}; {_unsure(session) or STOP}"
+    kept = intent.is_kept(session) is not False
+    return refused(tracker_of(session), kept=kept, remedy=_unsure(session) or STOP)
 
 
 def _unsure(session: live.Session) -> str | None:

@@ -9,15 +9,15 @@
     differing  gathers ranges, offsets and lengths in bytes, of a disk of that size, at a granularity, for `rebuild`
     rebuild    gives a checkpoint anew what was gathered: see `Tracker.rebuild`
     stop       ends the tracker
-    hold       holds bitmaps as they are at one cut, until `give`, or until the end of the conversation
+    hold       holds bitmaps of one namespace as they are at one cut, until `give`, or the end of the conversation
     held       tells what one of those is
     held part  tells some of its bits: as bytes, or what all of them are
     give       holds none any more
     close      closes the gate until `open`, or until the end of the conversation, and tells which file is tracked
     open       opens it; an error if it did not hold
 
-Each is asked for a namespace, by its UUID: that of the tracked node; or of the tracked device, or of its root. What is
-about bitmaps is about those of that one.
+Each is asked for a namespace, by its UUID: that of the tracked node; or of the tracked device, or of its root. The
+bitmaps that it names are those of that namespace.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Asked:
         self._changing: dict[str, Changing] = {}  # as of an earlier cut, for the namespace that it was begun for
         self._differing: Bitmap | None = None
         self._gathered: dict[int, Gathered] = {}  # by the place of each bitmap among those of the change
-        self._hold = -1
+        self._hold, self._holding = -1, ""  # and of which namespace
         self._held: dict[str, Bitmap] = {}
 
     def __enter__(self) -> Self:
@@ -110,6 +110,8 @@ class Asked:
         """Does what is asked. Errors as those of the tracker's methods."""
         act, tracker, namespace = asked.get("act"), self._tracker, str(asked.get("namespace"))
         tracker.require_namespace(namespace)
+        if act in ("hold", "held", "give") and self._holding not in ("", namespace):
+            raise BitmapError("hold", "this conversation holds bitmaps of another namespace")
         if act == "begin":
             begun = tracker.beginning(str(asked.get("owner")), namespace=namespace)
             self._changing[namespace] = self._begun.enter_context(begun)
@@ -138,6 +140,7 @@ class Asked:
         elif act == "hold":
             self._give()
             self._hold = tracker.hold(asked["names"], str(asked["owner"]), namespace=namespace)
+            self._holding = namespace
             self._stack.callback(tracker.release, self._hold)
         elif act == "held":
             bitmap = self._held[asked["name"]] = tracker.held(self._hold, asked["name"])
@@ -161,6 +164,7 @@ class Asked:
         self._differing.mark_many(offsets, lengths)
 
     def _give(self) -> None:
+        self._holding = ""
         self._held.clear()
         self._stack.close()
 

@@ -57,6 +57,10 @@ class Left(NamedTuple):
     checkpoints: list[str]
 
 
+def _where(path: str, record: Record) -> str:
+    return f"{path}: {record.label}"
+
+
 class HomeView:
     """The bitmaps of a home as of one commit, for the tracker: saved bits and windows, without the live bits.
 
@@ -69,7 +73,7 @@ class HomeView:
 
     def __init__(self, snapshot: Snapshot, record: Record, left: Left | None = None) -> None:
         self.snapshot, self.record = snapshot, record
-        self.where = f"{snapshot.file.path}: {record.label}"
+        self.where = _where(snapshot.file.path, record)
         if left is None:
             self.session, self.checkpoints = session_of(record), read_chain(self.where, record)
             self.found = read_entries(snapshot, record)
@@ -323,6 +327,11 @@ class Home:
             raise
 
     @property
+    def begun(self) -> bool:
+        """Whether the tracker has begun with the namespace, so that its `uuid` is known."""
+        return self._left is not None
+
+    @property
     def uuid(self) -> bytes:
         """Of the namespace, 16 bytes; known once the tracker has changed it, which it does when it begins."""
         assert self._left
@@ -332,7 +341,7 @@ class Home:
     def where(self) -> str:
         """How messages name the namespace; known as its `uuid` is."""
         assert self._left
-        return f"{self.store.path}: {self._left.record.label}"
+        return _where(self.store.path, self._left.record)
 
     def close(self) -> None:
         """Closes the store."""
@@ -354,8 +363,7 @@ class Home:
 
     def _require(self, view: HomeView, session: bytes | None) -> None:
         if session is not None and (view.session is None or view.session.uuid != session):
-            where = f"{self.store.path}: {view.record.label}"
-            raise GoneError(where, "the store has lost this tracker's session")
+            raise GoneError(view.where, "the store has lost this tracker's session")
 
     def needs_recovery(self, snapshot: Snapshot) -> bool:
         """True if the bitmaps are in doubt, or a session ended without being closed.

@@ -66,13 +66,14 @@ class Setup:
 
     Attributes:
         homes: the namespaces that it feeds. The last is that of the image's node: its session begins first and ends
-            last. The first is the one that the tracker's methods change, where they are not told another one.
+            last.
         image: the absolute path of the image.
         options: how to track.
         check_in: writes the bitmaps back into a qcow2 image when the session ends; None for other images.
         roots: of a device; None for a node.
         adopt: takes over a session whose tracker has died, while others mark in it; the session keeps its options but
             for ``save_interval``.
+        own: one of the homes, which the tracker's methods change where they are not told another one; None: the first.
     """
 
     homes: list[Home]
@@ -81,6 +82,7 @@ class Setup:
     check_in: Callable[[], object] | None = None
     roots: Roots | None = None
     adopt: bool = False
+    own: Home | None = None
 
 
 class Pinned(NamedTuple):
@@ -127,10 +129,11 @@ class Recorder:
 
     def _start(self, setup: Setup) -> None:
         self._homes, self._roots = setup.homes, setup.roots
+        self._home = setup.own or setup.homes[0]
         self._image, self._options, self._check_in = setup.image, setup.options, setup.check_in
         self.last_error: Error | None = None
         self._frozen: dict[int, Writeset] = {}
-        self._held: dict[str, int] = {}  # of the first home
+        self._held: dict[str, int] = {}  # of its own home
         self._pinned: dict[int, Pinned] = {}
         self._outside = {home: Outside() for home in self._homes}
         self._ended, self._wake = threading.Event(), threading.Event()
@@ -231,10 +234,6 @@ class Recorder:
     # How.
 
     @property
-    def _home(self) -> Home:
-        return self._homes[0]
-
-    @property
     def _session(self) -> live.Session:
         return self._home.session
 
@@ -293,7 +292,7 @@ class Recorder:
         record, session = views[-1].record, views[-1].session
         if session is None:
             raise GoneError(views[-1].where, "its session has ended")
-        self._where = views[0].where
+        self._where = views[self._homes.index(self._home)].where
         self._data = recovery.data_path(record.kind, self._image)
         self._look = identity_of if record.kind == store.KIND_NODE else identity_of_disk
         path = os.fsdecode(session.live)

@@ -259,7 +259,7 @@ class Tracker(Recorder):
             BitmapError: ``begun`` is not the newest checkpoint; there is a bitmap ``name`` that is none; or the disk
                 has another size than what was compared.
         """
-        with self._using(), self._changing(self._named(namespace)) as home:
+        with self._using(), self._changing(target := self._named(namespace)) as home:
             for one in (name, begun):
                 self._refuse_busy(home, one)
             if differing.size != self.size:
@@ -288,7 +288,7 @@ class Tracker(Recorder):
             else:
                 home.put(name, differing.replace(recording=False), None)
                 self._remove(home, 0, begun)
-            self._outside[self._named(namespace)].serial += 1
+            self._outside[target].serial += 1
 
     def _clear(self, home: HomeChange, number: int, name: str) -> None:
         entry = self._usable(home, name)
@@ -618,7 +618,7 @@ class Tracker(Recorder):
             self._require_possible(namespace, name, chosen)
         with (
             self._cut(chosen if recording else None) as number,
-            self._changing(self._named(namespace)) as home,
+            self._changing(target := self._named(namespace)) as home,
         ):
             if checkpoint and name not in home.entries:
                 if home.checkpoints and (before := home.checkpoints[-1]) != checkpoints.BREAK:
@@ -626,7 +626,7 @@ class Tracker(Recorder):
                 home.checkpoints.append(name)
                 home.began[name] = time.time_ns()
             self._insert(home, number, name, chosen, recording)
-            self._outside[self._named(namespace)].serial += 1
+            self._outside[target].serial += 1
 
     def require_namespace(self, namespace: str) -> None:
         """Refuses a question that is about another disk.
@@ -636,13 +636,26 @@ class Tracker(Recorder):
 
         Raises:
             BitmapError: it is not tracked here.
+            LockedError: the device is being given another root.
         """
         self._named(namespace)
 
     def _named(self, namespace: str | None) -> Home:
-        """The home with that UUID; None: the first. Asked for where no other root can come: see `set_root`."""
-        for home in self._homes:
-            if namespace is None or str(uuid.UUID(bytes=home.uuid)) == namespace:
+        """The home with that UUID; None: the tracker's own.
+
+        What changes it asks where no other root can come: see `set_root`.
+
+        Raises:
+            BitmapError: it is not tracked here.
+            LockedError: another root is coming just now.
+        """
+        if namespace is None:
+            return self._home
+        homes = self._homes
+        if not all(home.begun for home in homes):
+            raise LockedError(self._where, "is being given another root; try again")
+        for home in homes:
+            if str(uuid.UUID(bytes=home.uuid)) == namespace:
                 return home
         raise BitmapError(self._where, "its tracker tracks another disk")
 

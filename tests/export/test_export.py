@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -280,6 +281,55 @@ def test_nothing_goes_on_when_it_is_killed(drive0: str, tmp_path: Path, monkeypa
             process.terminate()
             assert ended(process)[0] == 0
         assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_a_reserved_path_is_left_to_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is there before it, for whom somebody may wait; a living one stays in the end, and a dead one goes."""
+    path = tmp_path / "sock"
+    bound: list[object] = []
+
+    class Watched(socket.socket):
+        def bind(self, address: object) -> None:  # type: ignore[override]
+            bound.append(address)
+            super().bind(address)  # type: ignore[arg-type]
+
+    server, clients = socket.socket(socket.AF_UNIX), [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    monkeypatch.setattr(socket, "socket", Watched)
+    with Listener(unix=str(path)).reserved():
+        assert len(bound) == 1
+        assert str(path) not in bound
+        assert not list(tmp_path.iterdir())
+        server.bind(str(path))
+        server.listen(0)
+    assert path.exists()
+    for client in clients:  # one more than may wait
+        client.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            client.connect(str(path))
+    with pytest.raises(dm.StorageError, match="exists already"), Listener(unix=str(path)).reserved():
+        pass
+    for each in (server, *clients):
+        each.close()
+    with Listener(unix=str(path)).reserved():
+        assert not path.exists()
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    assert not path.exists()
+
+
+def test_ipv4_and_ipv6_have_a_port_each(tmp_path: Path) -> None:
+    for name in ("ca-cert.pem", "server-cert.pem", "server-key.pem"):
+        (tmp_path / name).touch()
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        port = other.getsockname()[1]
+        with Listener(port=port, bind="::", tls=str(tmp_path)).reserved():
+            pass
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+        port = other.getsockname()[1]
+        error = f"[::1]:{port}: Address already in use"
+        with pytest.raises(dm.StorageError) as found, Listener(port=port, bind="::1").reserved():
+            pass
+        assert str(found.value) == error
 
 
 def test_where_it_listens(tmp_path: Path) -> None:

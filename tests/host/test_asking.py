@@ -453,7 +453,7 @@ def test_whoever_makes_one_meanwhile_is_waited_for(tracker: Tracker) -> None:
     with dm.open("node:drive1") as image, image.track() as second:
         with second.gated():
             error = error_of("checkpoint", "add", "drive0", other, "a", "--wait", "0")
-            assert error.endswith("node 'drive1': somebody else makes a checkpoint or a clone of it; try again")
+            assert error.endswith("node 'drive1': somebody else is making a checkpoint or a clone of it; try again")
             asker = threading.Thread(target=lambda: dirtmap("checkpoint", "add", "drive0", other, "b"))
             asker.start()
             while len(tracker._control._peers) == 0:  # type: ignore[union-attr]

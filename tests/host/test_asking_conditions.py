@@ -272,6 +272,42 @@ def test_hostile_bytes(tracker: Tracker, send: Callable[[socket.socket], None]) 
             assert list(image) == ["b0", "x"]
 
 
+ODD = [
+    5,
+    [],
+    ("clear",),
+    ("clear", 5),
+    ("add", "x", "64K", True),
+    ("add", "x", 65536),
+    ("rename", "b0"),
+    ("rename", {}, 5),
+]
+
+
+@pytest.mark.parametrize("change", ODD, ids=str)
+def test_who_asks_for_what_is_no_change_is_told_so_at_once(tracker: Tracker, change: tuple[object, ...]) -> None:
+    with dm.open("node:drive0") as image:
+        with pytest.raises(TypeError):
+            image.change_tracked([("remove", "b0"), change])
+        with pytest.raises(dm.UnsupportedError, match="no change to a bitmap is called 'x'"):
+            image.change_tracked([("x", 5)])
+        assert list(image) == ["b0"]
+        image.change_tracked([("add", "x", 65536, True), ["rename", {"x": "y"}], ("clear", "y")])
+        assert list(image) == ["b0", "y"]
+
+
+def test_a_checkpoint_has_a_name(tracker: Tracker) -> None:
+    with dm.open("node:drive0") as image, pytest.raises(TypeError, match="name is text, and not 5"):
+        image.checkpoint(5)  # type: ignore[arg-type]
+    with dm.open("node:drive0") as image, dm.Host() as host, pytest.raises(TypeError, match="name is text, and not 5"):
+        checkpoint_of(host, image)
+
+
+def checkpoint_of(host: dm.Host, image: dm.Handle) -> None:
+    with host.instant([image]) as instant:
+        instant.checkpoint(image, 5)  # type: ignore[arg-type]
+
+
 def test_a_thousand_connections(tracker: Tracker) -> None:
     """Who is one too many is told so, and no mark is lost meanwhile."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -124,6 +127,20 @@ def test_checkpoints_are_those_of_the_namespace_that_is_named(raw: Path) -> None
     assert names(NODE) == ["b0", "noon", "both"]
 
 
+def test_an_instant_of_both_has_one_conversation(raw: Path) -> None:
+    with (
+        dm.open(DEVICE) as device,
+        device.track() as tracker,
+        dm.open(NODE) as root,
+        dm.Host() as host,
+        host.instant([root, device]),
+    ):
+        deadline = time.monotonic() + 60
+        while len(tracker._control._peers) > 1:  # type: ignore[union-attr]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
 def test_a_checkpoint_of_the_root_is_rebuilt(raw: Path) -> None:
     with dm.open(DEVICE) as device, device.track(save_interval=0) as tracker, dm.open(NODE) as root:
         root.checkpoint("old")
@@ -133,6 +150,70 @@ def test_a_checkpoint_of_the_root_is_rebuilt(raw: Path) -> None:
         root.rebuild("old", "now", dm.Bitmap.from_extents(SIZE, [8 * GRANULE], [1], GRANULE))
         assert granules(root.changed_since("old")) == [1, 8]
         assert granules(device.changed_since("old")) == [1]
+
+
+@contextlib.contextmanager
+def dead_with_a_marker(folder: Path) -> Iterator[None]:
+    """The device's tracker is killed, with two checkpoints of both and marks that are not saved; a marker lives on."""
+    told = folder / "live"
+
+    def track() -> None:
+        with dm.open(NODE) as root:
+            tracker = dm.open(DEVICE).track(save_interval=0)
+            for name in ("noon", "evening"):
+                for each in (tracker, root):
+                    each.checkpoint(name)
+                tracker.mark(GRANULE if name == "noon" else 2 * GRANULE, 1)
+            told.with_suffix(".new").write_text(tracker.live)
+            told.with_suffix(".new").rename(told)
+            signal.pause()
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            track()
+        finally:
+            os._exit(1)
+    try:
+        while not told.exists():
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child failed"
+            time.sleep(0.01)
+        marker = dm.Marker(told.read_text())
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    with marker:
+        yield
+
+
+def test_no_rebuild_takes_over_what_others_mark_in(raw: Path) -> None:
+    with dead_with_a_marker(raw.parent), dm.open(NODE) as root, dm.open(DEVICE) as device:
+        with pytest.raises(dm.LockedError, match="has died, and others mark"):
+            root.rebuild("noon", "evening", dm.Bitmap(SIZE, GRANULE))
+        error = error_of("serve", DEVICE, "--adopt")  # which nobody is to be sent back to
+        assert error.endswith("no nbdkit that can be seen here serves it; others mark, and Handle.track takes it over")
+        assert error_of("add", NODE, "x").endswith("takes it over where nbdkit marks, else Handle.track does")
+        for image in (root, device):
+            assert granules(image.changed_since("noon")) == [1, 2]
+            status = image.tracking()
+            assert status is not None
+            assert status.alive
+
+
+def test_who_takes_over_as_the_root_changes_what_is_the_roots(raw: Path) -> None:
+    with dead_with_a_marker(raw.parent), dm.open(NODE) as root, dm.open(DEVICE) as device:
+        with root.track(save_interval=0) as tracker:
+            assert tracker.bitmap("b0").count
+            with pytest.raises(dm.BitmapError, match="no such bitmap"):
+                tracker.bitmap("d0")
+            tracker.remove("evening")
+            tracker.mark(3 * GRANULE, 1)
+            assert list(device) == ["d0", "noon", "evening"]
+            assert granules(tracker.take("b0")) == [1, 2, 3]
+            with pytest.raises(dm.BitmapError, match=r"'drive0'.*not taken"):
+                tracker.drop("noon")
+        for image in (root, device):
+            assert granules(image.changed_since("noon")) == [1, 2, 3]
 
 
 def busy(target: str) -> list[str]:
@@ -161,6 +242,19 @@ def test_a_hold_is_of_one_namespace_and_says_who_holds(raw: Path) -> None:
         with device.hold("d0"), root.hold("b0"):
             tracker.save()
             assert (busy(NODE), busy(DEVICE)) == (["b0"], ["d0", "b0"])
+
+
+def test_one_conversation_holds_of_one_namespace_at_a_time(raw: Path) -> None:
+    dirtmap("add", DEVICE, "b0")
+    with dm.open(DEVICE) as device, device.track(save_interval=0), dm.open(NODE) as root, asked(root) as talk:
+        talk.ask("hold", namespace=root.uuid, names=["b0"], owner="a test")
+        for act, more in (("held", {"name": "b0"}), ("hold", {"names": ["b0"], "owner": "x"}), ("give", {})):
+            with pytest.raises(dm.BitmapError, match="holds bitmaps of another namespace"):
+                talk.ask(act, namespace=device.uuid, **more)
+        assert (busy(NODE), busy(DEVICE)) == (["b0"], [])
+        talk.ask("give", namespace=root.uuid)
+        talk.ask("hold", namespace=device.uuid, names=["b0"], owner="a test")
+        assert (busy(NODE), busy(DEVICE)) == ([], ["b0"])
 
 
 def test_a_hold_of_the_root_whose_end_could_not_be_written_ends_with_the_next_save(
@@ -195,6 +289,17 @@ def test_what_was_begun_for_the_one_changes_nothing_of_the_other(raw: Path) -> N
             tracker.mark(2 * GRANULE, 1)
             talk.ask("change", namespace=root.uuid, changes=[("clear", "b0")])
         assert (names(DEVICE), both()) == (["d0"], ([2], [1, 2]))
+
+
+def test_what_is_asked_while_another_root_comes_is_to_be_asked_again(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dm.open(DEVICE) as device, device.track() as tracker, dm.open(NODE) as root, asked(root) as talk:
+        with monkeypatch.context() as patch:
+            patch.setattr(tracker._homes[-1], "_left", None)  # as it is until its session begins
+            with pytest.raises(dm.LockedError, match="is being given another root; try again"):
+                talk.ask("save", namespace=root.uuid)
+        talk.ask("save", namespace=root.uuid)
 
 
 def test_changes_outlive_the_tracker(path: Path) -> None:

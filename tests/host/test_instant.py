@@ -12,6 +12,8 @@ import pytest
 from support.tracking import GRANULE, make_node
 
 import dirtmap.engine as dm
+from dirtmap.engine.control import server
+from dirtmap.engine.tracking.tracker import Tracker
 
 SIZE = 1 << 20
 
@@ -78,3 +80,54 @@ def test_only_the_disk_that_is_tracked_is_read(images: list[dm.Handle], tmp_path
             instant.require_file(image, image.disk().path)
         with pytest.raises(dm.LockedError, match="not what its tracker tracks"):
             instant.require_file(images[0], images[1].disk().path)
+
+
+def test_nobody_is_held_up_while_another_gate_is_waited_for(
+    images: list[dm.Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whoever is asked later does not lose patience meanwhile."""
+    monkeypatch.setattr(server, "_PATIENCE", 0.2)
+    failed: list[BaseException] = []
+    asked: list[Tracker] = []
+    gated = Tracker.gated
+    monkeypatch.setattr(Tracker, "gated", lambda tracker: asked.append(tracker) or gated(tracker))  # type: ignore[func-returns-value]
+
+    def checkpoint(name: str) -> None:
+        try:
+            with dm.Host() as host:
+                host.checkpoint(["drive0", "drive1"], name)
+        except BaseException as error:
+            failed.append(error)
+
+    with images[0].track(save_interval=0) as one, images[1].track(save_interval=0) as two:
+        for number, (taken, free) in enumerate([(one, two), (two, one)]):
+            asked.clear()
+            with gated(taken):
+                thread = threading.Thread(target=checkpoint, args=(f"c{number}",))
+                thread.start()
+                while taken not in asked:
+                    time.sleep(0.001)
+                with free.write(0, 1):
+                    pass
+                time.sleep(0.5)
+            thread.join()
+            assert not failed
+        assert one.checkpoints() == two.checkpoints() == ["c0", "c1"]
+
+
+def test_a_lost_session_is_not_waited_for(images: list[dm.Handle], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def lost(*arguments: object, **named: object) -> None:
+        asked.append(arguments)
+        raise dm.GoneError("a store", "has lost this tracker's session")
+
+    with images[0].track(), images[1].track(), dm.Host() as host:
+        monkeypatch.setattr(Tracker, "gated", lost)
+        with pytest.raises(dm.GoneError, match="has lost this tracker's session"), host.instant(images):
+            pass
+        assert len(asked) == 1
+        monkeypatch.setattr(Tracker, "beginning", lost)
+        with pytest.raises(dm.GoneError, match="has lost this tracker's session"), images[0].transaction():
+            pass
+        assert len(asked) == 2

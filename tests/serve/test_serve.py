@@ -219,7 +219,8 @@ def test_a_socket_whose_path_is_no_utf_8(disk: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_to_adopt(disk: Path, tmp_path: Path) -> None:
-    assert "no nbdkit that can be seen here serves it" in error_of("serve", "drive0", "--adopt")
+    error = error_of("serve", "drive0", "--adopt")
+    assert error.endswith("no nbdkit that can be seen here serves it; 'dirtmap serve' begins anew")
     with served(tmp_path):
         assert "there is nothing to adopt" in error_of("serve", "drive0", "--adopt")
 
@@ -305,7 +306,10 @@ def test_nbdkit_gives_signs_of_life_while_there_is_no_tracker(disk: Path, tmp_pa
     ended = f"node 'drive0' is tracked by a process that has ended ({started.process.pid} while it ran)"
     assert ended in dirtmap("list", "drive0").error
     for command in (("add", "drive0", "x"), ("node", "rename", "drive0", "x"), ("track", "stop", "drive0")):
-        what = "its tracker has died, and others mark; 'dirtmap serve --adopt TARGET' takes it over"
+        what = (
+            "its tracker has died, and others mark; 'dirtmap serve --adopt TARGET' takes it over where nbdkit marks, "
+        )
+        what += "else Handle.track does"
         assert error_of(*command).endswith(f"node 'drive0': {what}")
     started.kill(tracker=False, nbdkit=True)
     started.wait()

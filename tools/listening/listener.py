@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import secrets
 import socket
 import stat
 from collections.abc import Iterator
@@ -53,6 +54,13 @@ class Listener:
             what = f"other machines reach {self.bind}, and anybody there could open the disk; that needs TLS"
             raise ArgumentError("bind", what)
 
+    @property
+    def where(self) -> str:
+        """How messages name it, and a URI: the path of the socket, or the IP address and the port."""
+        if self.unix is not None:
+            return self.unix
+        return f"[{self.bind}]:{self.port}" if ":" in self.bind else f"{self.bind}:{self.port}"
+
     def address(self) -> dict[str, Any]:
         """The address as QMP has it: ``SocketAddress``."""
         if self.unix is not None:
@@ -64,14 +72,14 @@ class Listener:
         scheme, name = "nbds" if self.tls else "nbd", quote(export, safe="")
         if self.unix is not None:
             return f"{scheme}+unix:///{name}?socket={quote(os.fsencode(self.unix), safe='/')}"
-        host = f"[{self.bind}]" if ":" in self.bind else self.bind
-        return f"{scheme}://{host}:{self.port}/{name}"
+        return f"{scheme}://{self.where}/{name}"
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[None]:
         """Refuses what no server could listen with, before it starts; removes the Unix socket in the end.
 
-        A socket at which nobody listens, as a server leaves it that was killed, is removed at once.
+        A socket at which nobody listens, as a server leaves it that was killed, is removed at once. Nothing is at the
+        path before the server is, for whom others may wait there; and what is there in the end, and lives, stays.
 
         Raises:
             ArgumentError: the path of the socket is too long.
@@ -82,44 +90,60 @@ class Listener:
             for name in _CERTIFICATES:
                 _require_readable(os.path.join(self.tls, name))
         if self.unix is None:
-            family = socket.AF_INET6 if ":" in self.bind else socket.AF_INET
-            _require_free(f"{self.bind}:{self.port}", family, (self.bind, self.port))
+            with _storage_errors(self.where):
+                _try_port(self.bind, self.port)
             yield
             return
         if (length := len(os.fsencode(self.unix))) > _MOST_BYTES:
             what = f"has {length} bytes, and the path of a Unix socket {_MOST_BYTES} at most"
             raise ArgumentError(self.unix, what)
         path = Path(self.unix)
-        if os.path.lexists(path):
-            if not _is_dead_socket(self.unix):
-                raise StorageError(self.unix, "exists already")
-            path.unlink()
-        _require_free(self.unix, socket.AF_UNIX, self.unix)
-        path.unlink()
+        with _storage_errors(self.unix):
+            if os.path.lexists(path):
+                if not _is_dead_socket(self.unix):
+                    raise StorageError(self.unix, "exists already")
+                path.unlink(missing_ok=True)  # another one may have found it dead, too
+            _try_folder(path.parent)
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                if stat.S_ISSOCK(path.lstat().st_mode):
+                if _is_dead_socket(self.unix):
                     path.unlink()
 
 
-def _require_readable(path: str) -> None:
+@contextlib.contextmanager
+def _storage_errors(where: str) -> Iterator[None]:
     try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise StorageError(path, error.strerror or str(error), error.errno) from error
-
-
-def _require_free(where: str, family: int, address: Any) -> None:
-    """Refuses an address at which nobody can listen. A Unix socket is there afterwards."""
-    try:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
-            probe.bind(address)
+        yield
     except OSError as error:
         raise StorageError(where, error.strerror or str(error), error.errno) from error
+
+
+def _require_readable(path: str) -> None:
+    with _storage_errors(path), open(path, "rb"):
+        pass
+
+
+def _try_port(host: str, port: int | None) -> None:
+    """Binds to it for a moment, with the options that servers set."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if probe.family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # IPv4 may have the port for something else
+        probe.bind((host, port))
+
+
+def _try_folder(folder: Path) -> None:
+    """Makes a socket there for a moment, of another name."""
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: TID251  no data: a short path of the folder
+    try:
+        name = f"/proc/self/fd/{fd}/.dirtmap-{secrets.token_hex(8)}"
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(name)
+        Path(name).unlink()
+    finally:
+        os.close(fd)
 
 
 def _is_dead_socket(path: str) -> bool:
@@ -127,6 +151,7 @@ def _is_dead_socket(path: str) -> bool:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return False
         with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)  # where many wait to be let in, it is not dead
             client.connect(path)
     except ConnectionRefusedError:
         return True

@@ -105,7 +105,6 @@ class Daemon:
         Raises:
             StorageError: it cannot; the error has what QEMU said.
         """
-        where = listener.unix if listener.unix is not None else f"{listener.bind}:{listener.port}"
         options: dict[str, Any] = {"addr": listener.address()}
         if unlimited:
             options["max-connections"] = 0
@@ -113,7 +112,7 @@ class Daemon:
             secret = {"endpoint": "server", "dir": os.path.abspath(listener.tls), "verify-peer": True}
             self._do(listener.tls, "object-add", **{"qom-type": "tls-creds-x509", "id": "tls"}, **secret)
             options["tls-creds"] = "tls"
-        self._do(where, "nbd-server-start", **options)
+        self._do(listener.where, "nbd-server-start", **options)
 
     def add_export(
         self, name: str, node: str, bitmaps: Iterable[tuple[str, str]] = (), *, writable: bool = False

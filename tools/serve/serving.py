@@ -142,7 +142,9 @@ def adopt(host: Host, target: str) -> Iterator[Serving]:
             raise LockedError(handle.where, f"tracked by {status.tracker}; there is nothing to adopt")
         found = Nbdkit.find(status.live) if status is not None and status.alive else None
         if status is None or found is None:
-            raise Error(handle.where, "no nbdkit that can be seen here serves it; 'dirtmap serve' begins anew")
+            marked = status is not None and status.alive
+            what = "others mark, and Handle.track takes it over" if marked else "'dirtmap serve' begins anew"
+            raise Error(handle.where, f"no nbdkit that can be seen here serves it; {what}")
         with contextlib.ExitStack() as undo:
             undo.callback(found.release)  # it goes on where it is not adopted
             tracker = stack.enter_context(handle.track())
