@@ -110,7 +110,7 @@ class Asked:
         """Does what is asked. Errors as those of the tracker's methods."""
         act, tracker, namespace = asked.get("act"), self._tracker, str(asked.get("namespace"))
         tracker.require_namespace(namespace)
-        if act in ("hold", "held", "give") and self._holding not in ("", namespace):
+        if act in ("hold", "held", "held part", "give") and self._holding not in ("", namespace):
             raise BitmapError("hold", "this conversation holds bitmaps of another namespace")
         if act == "begin":
             begun = tracker.beginning(str(asked.get("owner")), namespace=namespace)
