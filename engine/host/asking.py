@@ -214,14 +214,19 @@ def transaction(image: Namespace, refused: LockedError, wait: float) -> Iterator
 
 
 def _tell(image: Namespace, talk: Conversation, number: int, bitmap: Bitmap) -> None:
-    """Tells the tracker the bits of a bitmap, before the change that it is for."""
+    """Tells the tracker the bits of a bitmap, before the change that it is for: of a clean one, that the first are."""
     from dirtmap.engine.model.content import blocks
 
-    for first, end, part in blocks(bitmap._parts()):
-        data = b"" if isinstance(part, bool) else part.tobytes()
+    def tell(first: int, end: int, data: bytes) -> None:
+        said = {"number": number, "granularity": bitmap.granularity, "first": first, "end": end}
+        talk.ask_for_data("bits", data, namespace=image.uuid, **said)
+
+    content = bitmap._parts()
+    if content.nbits:
+        tell(0, min(64, content.nbits), bytes(8))
+    for first, end, part in blocks(content):
         if part is not False:
-            said = {"number": number, "granularity": bitmap.granularity, "first": first, "end": end}
-            talk.ask_for_data("bits", data, namespace=image.uuid, **said)
+            tell(first, end, b"" if isinstance(part, bool) else part.tobytes())
 
 
 def _begin(image: Namespace, talk: Conversation, wait: float) -> Mapping[str, str]:

@@ -112,12 +112,19 @@ class Asked:
         tracker.require_namespace(namespace)
         if act in ("hold", "held", "held part", "give") and self._holding not in ("", namespace):
             raise BitmapError("hold", "this conversation holds bitmaps of another namespace")
+        if data and act != "bits":  # bits that are not taken would count as clean
+            self._drop_gathered()
+            raise UnsupportedError("act", f"'{printable(str(act))}' takes no bytes")
         if act == "begin":
             begun = tracker.beginning(str(asked.get("owner")), namespace=namespace)
             self._changing[namespace] = self._begun.enter_context(begun)
             return {"held": tracker.holders(namespace)}, b""
         if act == "bits":
-            self._gather_bits(asked["number"], asked["granularity"], asked["first"], asked["end"], data)
+            try:
+                self._gather_bits(asked["number"], asked["granularity"], asked["first"], asked["end"], data)
+            except BaseException:  # what was told before them is not all, either
+                self._drop_gathered()
+                raise
         elif act == "change":
             change = self._changing.get(namespace) or functools.partial(tracker.change, namespace=namespace)
             try:
@@ -187,7 +194,11 @@ class Asked:
         gathered.take(first, end, data)
 
     def _with_bitmaps(self, changes: Iterable[list[Any]]) -> Iterator[tuple[Any, ...]]:
-        """The changes, each with the bitmap that is its own: empty, where no bits of it were told."""
+        """The changes, each with the bitmap that is its own.
+
+        Raises:
+            BitmapError: no bits of it were told, not even clean ones; or those of another disk or granularity were.
+        """
         number = 0
         for act, *rest in changes:
             if act not in ("merge", "put"):
@@ -195,6 +206,8 @@ class Asked:
                 continue
             granularity = checked_granularity(rest[1])
             gathered = self._gathered.get(number)
+            if gathered is None and self._tracker.size:
+                raise BitmapError(WHERE, f"the bits of '{printable(str(rest[0]))}' were not told")
             bitmap = Bitmap(self._tracker.size, granularity) if gathered is None else gathered.bitmap()
             if (bitmap.size, bitmap.granularity) != (self._tracker.size, granularity):
                 raise BitmapError(WHERE, f"bits of a disk of {bitmap.size} bytes, at {bitmap.granularity}, were told")

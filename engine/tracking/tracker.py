@@ -338,12 +338,14 @@ class Tracker(Recorder):
 
     def _merge(self, home: HomeChange, number: int, name: str, bitmap: Bitmap) -> None:
         self._refuse_busy(home, name)
+        self._require_size(bitmap)
         entry = home.entry(name)
         added = bitmap.at(entry.granularity)
         home.put(name, (home.saved(name) | added).replace(recording=entry.auto), home.window(name))
 
     def _put(self, home: HomeChange, number: int, name: str, granularity: int, recording: bool, bitmap: Bitmap) -> None:
         self._refuse_busy(home, name)
+        self._require_size(bitmap)
         bitmap, known = bitmap.at(granularity), home.entries.get(name)
         if known and name in home.checkpoints:
             if known.auto != recording:
@@ -352,6 +354,10 @@ class Tracker(Recorder):
         if recording:
             bitmap |= self._since(home, number, granularity)
         home.put(name, bitmap.replace(recording=recording), Window(number) if recording else None)
+
+    def _require_size(self, bitmap: Bitmap) -> None:
+        if bitmap.size != self.size:
+            raise BitmapError(self._where, f"has {self.size} bytes; the bitmap is for a disk of {bitmap.size}")
 
     def _insert(self, home: HomeChange, number: int, name: str, granularity: int, recording: bool) -> None:
         if name in home.entries:

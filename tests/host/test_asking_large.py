@@ -137,12 +137,45 @@ def test_bits_are_refused_that_cannot_be_those_of_the_disk(tracker: Tracker) -> 
                 tell(first, end, data)
         with pytest.raises(dm.BitmapError):
             tell(0, 64, b"", number=1, granularity=7)
+        with pytest.raises(dm.BitmapError, match="not told"):
+            ask({"act": "change", "namespace": uuid, "changes": [["put", "fine", FINE, True]]}, b"")
+        tell(0, 64, b"")
         with pytest.raises(dm.BitmapError, match="cannot be those of one at 4096"):
             tell(0, 64, bytes(8), granularity=COARSE)
+        tell(0, 64, b"")
         with pytest.raises(dm.BitmapError, match="were told"):
             ask({"act": "change", "namespace": uuid, "changes": [["merge", "fine", COARSE]]}, b"")
         with pytest.raises(dm.BitmapError, match="'fine' was not asked for"):
             ask({"act": "held part", "namespace": uuid, "name": "fine", "first": 0, "end": 64}, b"")
+    assert now("fine") == some(1, FINE)
+
+
+def test_bits_that_are_not_taken_are_refused(tracker: Tracker) -> None:
+    """No change takes them for clean, whoever sends them where they do not belong, or not at all."""
+    with dm.open("disk") as image:
+        for change in ("put", "coarse", COARSE, True), ("merge", "fine", FINE):
+            with pytest.raises(dm.BitmapError, match=f"the bits of '{change[1]}' were not told"):
+                image.change_tracked([change])
+        with asked.Asked(tracker) as ask:
+            said = {"number": 0, "granularity": FINE, "first": 0, "end": 64}
+            ask({"act": "bits", "namespace": image.uuid, **said}, b"")
+            change = {"act": "change", "namespace": image.uuid, "changes": [["put", "fine", FINE, True]]}
+            with pytest.raises(dm.UnsupportedError, match="'change' takes no bytes"):
+                ask(change, bytes(8))
+            with pytest.raises(dm.BitmapError, match="were not told"):
+                ask(change, b"")
+        with pytest.raises(dm.BitmapError, match="not told"):
+            image.change_tracked([("clear", "coarse"), ("put", "new", COARSE, True)])
+    assert (now("fine"), now("coarse")) == (some(1, FINE), some(2, COARSE))
+
+
+@pytest.mark.parametrize("size", [SIZE - COARSE, SIZE + 1])
+def test_bits_of_another_disk_change_nothing(tracker: Tracker, size: int) -> None:
+    other = dm.Bitmap(size, FINE)
+    changes = ("put", "apart", FINE, False, other), ("put", "new", FINE, True, other), ("merge", "fine", other)
+    for change in changes:
+        with pytest.raises(dm.BitmapError, match="the bitmap is for a disk of"):
+            tracker.change([change])
     assert now("fine") == some(1, FINE)
 
 
