@@ -6,12 +6,13 @@ import contextlib
 import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final, Self
 
 from dirtmap.engine.control import wire
-from dirtmap.fmt.errors import LockedError, StorageError
+from dirtmap.fmt.errors import Error, LockedError, StorageError
 
 _PATIENCE: Final = 60.0  # seconds for which an answer is waited for; a cut waits for the writes in flight
 _LOOK: Final = 1.0  # seconds until it is looked whether the tracker lives
@@ -21,6 +22,8 @@ _LASTING: Final = "change", "checkpoint", "rebuild", "stop"
 
 class Conversation:
     """A connection to a tracker. What it has been asked to hold, it holds until the end of the block.
+
+    Threads may share it, which ask one after the other. A forked child may not: it would get the parent's answers.
 
     Args:
         where: names the image in errors.
@@ -34,6 +37,7 @@ class Conversation:
 
     def __init__(self, where: str, said: str, folder: str, lives: Callable[[], bool]) -> None:
         self.where, self.folder, self._said, self._lives = where, folder, said, lives
+        self._turn, self._process = threading.Lock(), os.getpid()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(_PATIENCE)
         try:
@@ -52,11 +56,20 @@ class Conversation:
 
         Raises:
             StorageError: it gives no answer, and no sign of life; or it has hung up.
+            Error: this is a fork of the process that began the conversation.
         """
         return self.ask_for_data(act, **arguments)[0]
 
     def ask_for_data(self, act: str, data: bytes = b"", **arguments: Any) -> tuple[Any, bytes]:
         """Like `ask`, where the question and the answer may have bytes as well."""
+        if os.getpid() != self._process:
+            raise Error(self.where, "its tracker is asked by the process that this one was forked from")
+        with self._turn:
+            found = self._exchange(act, data, arguments)
+        wire.raised(found[0])
+        return found[0].get("answer"), found[1]
+
+    def _exchange(self, act: str, data: bytes, arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         unknown = "; whether that was done is not known: look before you ask again" if act in _LASTING else ""
         try:
             with contextlib.suppress(BrokenPipeError):  # it may have said why
@@ -68,10 +81,12 @@ class Conversation:
             raise StorageError(self.where, what, errno.ETIMEDOUT) from error
         except OSError as error:
             raise StorageError(self.where, f"its tracker hung up: {error.strerror}{unknown}", error.errno) from error
+        except BaseException:
+            self.close()  # else the answer that is still to come would be taken for that to the next question
+            raise
         if found is None:
             raise StorageError(self.where, f"its tracker has ended before it answered{unknown}")
-        wire.raised(found[0])
-        return found[0].get("answer"), found[1]
+        return found
 
     def _answer(self) -> tuple[dict[str, Any], bytes] | None:
         deadline, silent = time.monotonic() + _PATIENCE, 0

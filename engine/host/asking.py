@@ -110,27 +110,44 @@ def hold_all(image: Namespace, names: Sequence[str], owner: str) -> Iterator[Map
     with asked(image) as talk:
         holder = f"'{printable(owner)}' ({this_process().address})"
         talk.ask("hold", namespace=image.uuid, names=names, owner=holder)
+        held = _Held(image, talk, names)
         try:
-            yield _Held(image, talk, names)
+            yield held
         finally:
+            held.ended = True
             with contextlib.suppress(Error):  # a tracker that has ended holds nothing
                 talk.ask("give", namespace=image.uuid)
 
 
 class _Held(Mapping[str, Bitmap]):
-    """The bitmaps that a tracker holds, as they were when it began to."""
+    """The bitmaps that a tracker holds, as they were when it began to.
+
+    Attributes:
+        ended: it holds them no more.
+    """
 
     def __init__(self, image: Namespace, talk: Conversation, names: Sequence[str]) -> None:
         self._image, self._talk, self._names = image, talk, tuple(dict.fromkeys(names))
+        self._where, self._uuid = image.where, image.uuid  # a handle that is closed tells them no more
+        self.ended = False
+
+    def ask_for_data(self, act: str, **arguments: Any) -> tuple[Any, bytes]:
+        """See `Conversation.ask_for_data`. An `Error` once the hold has ended."""
+        if self.ended:
+            raise Error(self._where, "the hold has ended")
+        return self._talk.ask_for_data(act, namespace=self._uuid, **arguments)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without a question
 
     def __getitem__(self, name: str) -> Bitmap:
         if name not in self._names:
             raise not_found(self._image.where, name)
-        found = self._talk.ask("held", namespace=self._image.uuid, name=name)
+        found, _ = self.ask_for_data("held", name=name)
         size, granularity, recording = int(found["size"]), int(found["granularity"]), bool(found["recording"])
         if size != self._image.size:
             raise LockedError(self._image.where, f"has grown meanwhile, to {size} bytes")
-        there = _HeldBits(self._image, self._talk, name, geometry.granules(size, granularity))
+        there = _HeldBits(self._image, self, name, geometry.granules(size, granularity))
         bitmap = Bitmap._of(size, granularity, there, recording).freeze()
         bitmap.busy = True
         return bitmap
@@ -145,8 +162,8 @@ class _Held(Mapping[str, Bitmap]):
 class _HeldBits:
     """The bits of a bitmap that a tracker holds, which is asked for each part: a `Content`."""
 
-    def __init__(self, image: Namespace, talk: Conversation, name: str, nbits: int) -> None:
-        self.nbits, self._image, self._talk, self._name = nbits, image, talk, name
+    def __init__(self, image: Namespace, held: _Held, name: str, nbits: int) -> None:
+        self.nbits, self._image, self._held, self._name = nbits, image, held, name
 
     def part(self, first: int, end: int) -> Part:
         """See `Content.part`."""
@@ -164,8 +181,7 @@ class _HeldBits:
                 elif part is not False:
                     words[(at - first) // 64 :][: len(part)] = part
             return words
-        uuid = self._image.uuid
-        found, octets = self._talk.ask_for_data("held part", namespace=uuid, name=self._name, first=first, end=end)
+        found, octets = self._held.ask_for_data("held part", name=self._name, first=first, end=end)
         if not octets:
             return bool(found)
         words = np.frombuffer(octets, bits.WORD)

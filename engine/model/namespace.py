@@ -97,7 +97,8 @@ class Namespace(Mapping[str, "Bitmap"], abc.ABC):
             owner: the name of the holder, for messages to others.
 
         Yields:
-            The bitmap, frozen.
+            The bitmap, frozen. Its bits may be read when they are asked for: those of a large bitmap of a tracked image
+            only inside the block, and not in a forked child.
 
         Raises:
             BitmapNotFoundError: there is no such bitmap.

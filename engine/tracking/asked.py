@@ -150,7 +150,9 @@ class Asked:
             self._holding = namespace
             self._stack.callback(tracker.release, self._hold)
         elif act == "held":
-            bitmap = self._held[asked["name"]] = tracker.held(self._hold, asked["name"])
+            bitmap = self._held.get(asked["name"])
+            if bitmap is None:  # else its parts may be asked for already
+                bitmap = self._held[asked["name"]] = tracker.held(self._hold, asked["name"])
             return {"size": bitmap.size, "granularity": bitmap.granularity, "recording": bitmap.recording}, b""
         elif act == "held part":
             return self._held_part(asked["name"], asked["first"], asked["end"])

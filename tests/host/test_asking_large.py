@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.child import in_child
 from support.tracking import make_node
 
 import dirtmap.engine as dm
+from dirtmap.engine.control import client
 from dirtmap.engine.model import content
 from dirtmap.engine.tracking import asked, gathered
 from dirtmap.engine.tracking.tracker import Tracker
@@ -87,6 +90,72 @@ def test_what_is_held_stays_as_it_is(tracker: Tracker, tmp_path: Path) -> None:
             with other.transaction() as bitmaps:
                 bitmaps["copy"] = held  # which is looked at in larger parts
             assert other["copy"] == expected
+
+
+def test_threads_share_what_is_held(tracker: Tracker) -> None:
+    expected, wrong = some(1, FINE), []
+    with dm.open("disk") as image, image.hold_all(["fine", "coarse"]) as held:
+        bitmap = held["fine"]
+
+        def look() -> None:
+            try:
+                wrong.extend(turn for turn in range(20) if bitmap != expected)
+            except Exception as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=look) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_what_is_held_is_the_first_and_only_in_its_block(tracker: Tracker) -> None:
+    tracker.mark(0, 1)
+    with dm.open("disk") as image, image.hold_all(["fine"]) as held:
+        assert isinstance(held["fine"], dm.Bitmap)
+        bitmap, expected = held["fine"], some(1, FINE)
+        expected.mark(0, 1)
+
+        def child() -> str:
+            with pytest.raises(dm.Error, match="the process that this one was forked from") as caught:
+                _ = bitmap.count
+            return str(caught.value)
+
+        assert "node 'disk': " in in_child(child)
+        assert bitmap == expected
+    for look in (lambda: bitmap.count, lambda: held["fine"]):
+        with pytest.raises(dm.Error, match="the hold has ended"):
+            look()
+
+
+def test_who_looks_whether_a_bitmap_is_held_asks_for_none(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks: list[str] = []
+    with dm.open("disk") as image, image.hold_all(["fine"]) as held:
+        kept = held["fine"]
+        with monkeypatch.context() as patch:
+            patch.setattr(client.Conversation, "_answer", lambda _: asks.append("asked"))
+            assert "fine" in held
+            assert "coarse" not in held
+        assert asks == []
+        monkeypatch.setattr(Tracker, "held", lambda *_: pytest.fail("it has it"))
+        assert held["fine"] == kept
+
+
+def test_an_answer_that_nobody_waited_for_is_that_to_no_other_question(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with dm.open("disk") as image, image.hold("fine") as held:
+        with monkeypatch.context() as patch:
+            patch.setattr(client.Conversation, "_answer", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                held.extents()
+        with pytest.raises(dm.StorageError, match="hung up"):
+            held.extents()
 
 
 def test_a_value_is_not_changed_by_what_is_marked_later(tracker: Tracker) -> None:
