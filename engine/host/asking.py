@@ -15,6 +15,7 @@ from dirtmap.engine.model.bitmap import DEFAULT_GRANULARITY, Bitmap
 from dirtmap.engine.model.infos import STOP
 from dirtmap.engine.model.naming import label, not_found
 from dirtmap.engine.model.transaction import Transaction
+from dirtmap.engine.session import livefile
 from dirtmap.engine.system.process import this_process
 from dirtmap.fmt import geometry
 from dirtmap.fmt.errors import BitmapError, Error, GoneError, LockedError, printable
@@ -49,13 +50,13 @@ def asked(image: Namespace, refused: LockedError | None = None) -> Conversation:
     if not status.kept:
         raise LockedError(image.where, status.refusal)
     said = (refused.what if refused else status.refusal).removesuffix(f"; {STOP}")  # no help where it cannot be asked
-    return Conversation(image.where, said, status.live, lambda: _lives(image))
+    return Conversation(image.where, said, status.live, lambda: _lives(status.live))
 
 
-def _lives(image: Namespace) -> bool:
-    """Whether the tracker of an image has given a sign of life just now. One that was stopped gives none."""
-    status = image.tracking()
-    return status is not None and status.seen is not None and time.time() - status.seen < _SILENCE_SECONDS
+def _lives(folder: str) -> bool:
+    """Whether the tracker with that live folder has given a sign of life just now. One that was stopped gives none."""
+    seen = livefile.heartbeat(folder)
+    return seen is not None and time.time() - seen / 1e9 < _SILENCE_SECONDS
 
 
 def rebuild(image: Namespace, name: str, begun: str, differing: Bitmap) -> None:

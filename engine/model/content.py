@@ -103,9 +103,14 @@ def load(content: Content) -> bits.Words:
 def kept(content: Content) -> Sparse:
     """The bits as they are now, in as little memory as `Sparse` needs: whatever becomes of where they are."""
     found = Sparse(content.nbits)
-    for first, end, part in blocks(content):
+    step = geometry.ceil_div(BLOCK, PAGE) * PAGE
+    for first in range(0, content.nbits, step):
+        end = min(first + step, content.nbits)
+        part = content.part(first, end)
         if part is True:
             found.set(first, end, True)
+        elif part is not False and bits.runs(part, 0, len(part)) > len(part) // 16:
+            found.fill(first // PAGE, part)  # a page after the other is quicker, and needs no memory for all runs
         elif part is not False:
             starts, lengths = bits.extents(part, end - first)
             found.scatter(starts + first, starts + lengths + (first - 1), True)
@@ -402,6 +407,20 @@ class Sparse:
             at = (page * PAGE - start) // 64
             words[at : at + len(here)] = here
         return words[(first - start) // 64 : geometry.ceil_div(end - start, 64)]
+
+    def fill(self, page: int, words: bits.Words) -> None:
+        """Sets what is set in ``words``, from that page on, in which there is nothing yet; tail bits are zero."""
+        for at in range(0, len(words), PAGE // 64):
+            here = words[at : at + PAGE // 64]
+            number = bits.runs(here, 0, len(here))
+            if number * _RUN.size > PAGE // 16:  # see `_change`
+                self._pages[page] = here.copy()
+                self._own.add(page)
+            elif number:
+                starts, lengths = bits.extents(here, 64 * len(here))
+                runs = np.stack((starts, starts + lengths - 1), axis=1)
+                self._pages[page] = runs.astype(np.uint16).tobytes() if lengths[0] < PAGE else True
+            page += 1
 
     def set(self, first: int, end: int, value: bool) -> None:
         """Sets, or clears, the bits from ``first`` up to ``end``."""

@@ -127,6 +127,12 @@ def is_of(folder: str, uuid: bytes) -> bool:
     return control is not None and control.uuid == uuid
 
 
+def heartbeat(folder: str) -> int | None:
+    """When the tracker of the live files in a folder last gave a sign of life, in ns since 1970; None without any."""
+    control = _read_control(folder)
+    return None if control is None else int(control.heartbeat)
+
+
 def _read_control(folder: str) -> Any:
     """The head of the control file in a folder, as `CONTROL` parses it; None if there is none."""
     with livefs.LiveReader(_path(folder, "control")) as file:

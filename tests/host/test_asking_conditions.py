@@ -113,6 +113,14 @@ def test_one_that_was_stopped_is_told_so(tmp_path: Path, monkeypatch: pytest.Mon
             assert image["b0"].count == GRANULE
 
 
+def test_nobody_counts_bits_to_see_that_it_lives(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    with dm.open("node:drive0") as image, asking.asked(image) as talk:
+        monkeypatch.setattr(dm.Handle, "tracking", lambda _: pytest.fail("that counts all bits"))
+        assert talk._lives()
+        monkeypatch.setattr(asking, "_SILENCE_SECONDS", 0.0)
+        assert not talk._lives()
+
+
 def test_one_that_is_slow_is_waited_for(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write does not end; the tracker lives all the same."""
     monkeypatch.setattr(client, "_LOOK", 0.05)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -398,3 +399,29 @@ def test_what_is_made_of_a_damaged_bitmap_says_so(size: int) -> None:
         bitmap | bitmap,
     )
     assert {other.damage for other in made} == {"bits are damaged"}
+
+
+def test_what_is_kept_of_dense_bits_is_made_without_their_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the memory that it takes itself, and little more; and it can be changed by itself, as any other."""
+    monkeypatch.setattr(content, "BLOCK", 1 << 21)
+    monkeypatch.setattr(content, "PAGE", 1 << 15)
+    nbits, page = (1 << 22) + 100, 512
+    words = np.full(nbits // 64 + 1, 0x5555555555555555, bits.WORD)
+    words[:page] = 2**64 - 1
+    words[page : 2 * page] = 0
+    words[2 * page : 3 * page] = 0x8000000000000000
+    words[3 * page : 4 * page : 7] = 0xFF
+    bits.mask_tail(words, nbits)
+    before = words.copy()
+    tracemalloc.start()
+    try:
+        kept = content.kept(content.Whole(nbits, words))
+        assert tracemalloc.get_traced_memory()[1] < 3 * words.nbytes
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(content.load(kept), words)
+    kept.set(5 * content.PAGE, 5 * content.PAGE + 64, True)
+    kept.set(0, 64, False)
+    assert np.array_equal(words, before)
+    words[5 * page], words[0] = 2**64 - 1, 0
+    assert np.array_equal(content.load(kept), words)
