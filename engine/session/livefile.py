@@ -369,10 +369,12 @@ def is_outdated(folder: str, uuid: bytes, current: int) -> bool:
             if (found.magic, found.uuid) != (live.WRITESET_MAGIC, uuid) or not 0 < found.room <= arena.size:
                 return False
             if found.number != live.OPEN and found.number > current:
-                for begin in range(at + live.PAGE, at + live.PAGE + found.room, _PIECE):
-                    data = arena.read(begin, min(_PIECE, at + live.PAGE + found.room - begin), short=True)
+                begin, end = at + live.PAGE, min(at + live.PAGE + found.room, arena.size)
+                while (begin := arena.data_from(begin, end)) < end:  # a hole may be as long as a file can be
+                    data = arena.read(begin, min(_PIECE, end - begin), short=True)
                     if data and not bits.all_zero(data):
                         return True
+                    begin += _PIECE
             at += live.PAGE + found.room
     return False
 

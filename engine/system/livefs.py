@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -90,6 +91,15 @@ class LiveReader:
         except (OSError, ValueError, OverflowError, MemoryError):
             return None
         return memoryview(data) if done == length else None
+
+    def data_from(self, offset: int, end: int) -> int:
+        """Where the first data can be from ``offset`` on; ``end`` if not before. What is skipped is a hole: zeros."""
+        if self._fd < 0 or offset >= end:
+            return end
+        try:
+            return min(os.lseek(self._fd, offset, os.SEEK_DATA), end)
+        except OSError as error:
+            return end if error.errno == errno.ENXIO else offset  # ENXIO: a hole up to the end of the file
 
     def close(self) -> None:
         """Closes it."""

@@ -173,6 +173,17 @@ def test_bits_may_be_longer_than_what_is_in_use(dead: Path) -> None:
         assert image.tracking().how.startswith("exact")
 
 
+def test_a_hole_is_not_read_to_see_that_nothing_is_marked_later(dead: Path) -> None:
+    at, room, data = (dead / "bits").stat().st_size, 1 << 40, (dead / "bits").read_bytes()
+    put(dead / "bits", at, changed(WRITESET, data[buffer_of(dead, 3) :][: live.PAGE], number=7, room=room))
+    os.truncate(dead / "bits", at + live.PAGE + room)
+    shown = "import dirtmap.engine as dm; print(dm.open('node:drive0').tracking().how)"
+    command = [sys.executable, "-c", shown]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.startswith("exact")
+    put(dead / "bits", at + live.PAGE + room - 1, b"\1")
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("logged regions")
+
+
 def test_live_files_of_another_boot_are_none(dead: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for boot in (b"x" * 16, bytes(16)):
         monkeypatch.setattr(recovery, "boot_id", lambda boot=boot: boot)
