@@ -392,7 +392,9 @@ def write(change: Change, wanted: Content, base: Tree, among: Positions | None =
 
     Args:
         change: plans the writing.
-        wanted: the bits as they shall be; tail bits are zero. They must not change until the commit.
+        wanted: the bits as they shall be; tail bits are zero. Words that it has in memory must not change until the
+            commit. A content whose parts are copies may be marked meanwhile, as a tracker's is: each chunk is looked at
+            once, so that what is written of it and its checksum are the same bits. A later mark may be missing.
         base: the tree that is there; ``place`` 0 for a new one. Afterwards it must not be used any more.
         among: the chunks that can differ, ascending; None for those from which the content tells that they do not.
 

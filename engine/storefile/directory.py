@@ -237,7 +237,7 @@ def place_bitmap(change: Change, record: Record, name: str, bitmap: Bitmap, base
         change: plans the writing.
         record: of the namespace.
         name: of the bitmap.
-        bitmap: its content and flags. Its words must not change until the commit.
+        bitmap: its content and flags. Its bits must not change until the commit, but as `chunks.write` lets them.
         base: the entry in the old directory of the bitmap that this one takes the place of; None for a new bitmap.
             Only what differs from its bits is written, and what is replaced is given up; no other entry may keep them.
 

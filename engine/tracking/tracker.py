@@ -30,7 +30,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, SupportsIndex
+from typing import Any, Final, SupportsIndex
 
 from dirtmap.engine.control import wire
 from dirtmap.engine.control.server import Answering
@@ -50,9 +50,6 @@ from dirtmap.engine.tracking.kernel import Ticket, Write
 from dirtmap.engine.tracking.recorder import Outside, Pinned, Recorder, Setup, words_of
 from dirtmap.fmt import geometry, live, store
 from dirtmap.fmt.errors import BitmapError, Error, LockedError, StorageError, UnsupportedError, printable
-
-if TYPE_CHECKING:
-    pass
 
 
 class Tracker(Recorder):
