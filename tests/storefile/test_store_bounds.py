@@ -16,10 +16,11 @@ from support.large import Disks, run_measured
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
 from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.storefile import few
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.directory import place_directory, read_entries, replace_directory
-from dirtmap.engine.storefile.entries import identified, with_root
-from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.storefile.entries import identified, tree_of, with_root
+from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import build_directory
@@ -180,6 +181,39 @@ def test_a_sparse_store_has_no_more_nodes_than_it_holds(tmp_path: Path, kind: st
         once = fan // 2 * cluster * 8  # granules of the node where it is first
         dirty = (fan**levels - fan) * cluster * 8 + once if kind == "one node" else 0
         assert image["b"].count == dirty * 65536
+
+
+def test_a_chunk_that_two_pointers_lead_to_is_that_of_the_first(tmp_path: Path) -> None:
+    """For whoever maps so few clusters without numpy, too."""
+    disks, cluster = Disks(tmp_path), 4096
+    disks.add("a", 2 * cluster * 8 * 65536)
+    with Store(disks.path) as target, target.change() as change:
+        record = change.table.get(b"a")
+        assert record
+        chunk = change.place(b"\1" + bytes(cluster - 1))
+        root = change.place((POINTER.pack(chunk.offset, chunk.checksum, 0) * 2).ljust(cluster, b"\0"))
+        entry = with_root(directory.Entry(b"b", store.ALL_ZEROS, 0, 2, 16), root.offset, root.checksum, 2)
+        place = place_directory(change, b"a", [identified(entry, 1, new=True)])
+        change.table.put(replace(record, directory=place, nb_bitmaps=1, generation=change.generation))
+    (bitmap,) = dm.describe(disks.path).bitmaps
+    assert bitmap.count == (1 + cluster * 8) * 65536
+    with dm.open(Address(disks.path, "a")) as image:
+        found = [column.tolist() for column in image["b"].extents()]
+        assert found == [[0, cluster * 8 * 65536], [65536, cluster * 8 * 65536]]
+    assert few_load(disks.path) is None
+
+
+def few_load(path: str) -> object:
+    """What `few.load` says of the only bitmap."""
+    with Store(path) as target:
+
+        def load(snapshot: Snapshot) -> object:
+            record = snapshot.table().get(b"a")
+            assert record
+            (entry,) = read_entries(snapshot, record)
+            return few.load(snapshot, tree_of(record, entry))
+
+        return target.read(load)
 
 
 def test_recovery_of_the_largest_directory_keeps_little_of_it(tmp_path: Path) -> None:
