@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dirtmap.fmt.errors import Error
+from dirtmap.tools.surroundings import given
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -40,7 +41,7 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
 
     Args:
         command: the program and its arguments.
-        environment: of the command; None for that of this process.
+        environment: of the command; None for that which the user gave to this one.
 
     Raises:
         Error: it cannot be run.
@@ -48,6 +49,8 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
     import signal
     import subprocess
 
+    if environment is None:
+        environment = given()
     begun: list[subprocess.Popen[bytes]] = []
     early: list[int] = []
 

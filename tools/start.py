@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 
 from dirtmap.tools.exits import INTERRUPTED
+from dirtmap.tools.surroundings import spare_threads
 
 # Imports make many objects that stay, and no garbage to look for: the usual 700 takes 6 % of a short command.
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
-# For linear algebra, which nothing here uses, numpy would start a thread for each processor: a third of its import.
-_ONE_THREAD = "OPENBLAS_NUM_THREADS"
 
 
 def main() -> None:
     """Runs the command line and exits; see `dirtmap.tools.cli`."""
-    os.environ.setdefault(_ONE_THREAD, "1")
+    spare_threads()
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     try:
         from dirtmap.tools.cli import main as run

@@ -196,8 +196,8 @@ BITS_INLINE uint64_t bits_combine_body(const bits_word *a, const bits_word *b, b
 
 /* ORs words[from..to] of several arrays. Blocks without a bit are not written: they are clear in `into` already.
  *
- * Some arrays at a time, so that what they have together is loaded and stored less often; the last one more often than
- * once, where that makes them as many.
+ * Five arrays at a time, so that what they have together is loaded and stored less often; where fewer are left, the last
+ * one fills the places.
  */
 static inline void bits_union(const bits_word *const *parts, size_t count, bits_word *into, size_t from, size_t to)
 {
@@ -238,7 +238,7 @@ static inline int bits_all(const uint8_t *data, size_t size, uint8_t octet)
     return 1;
 }
 
-/* What all bits of each `per` words are: 0 or 1; -1 where they differ, which most show at once. */
+/* What all bits of each `per` words are: 0 or 1; -1 where they differ; most that differ do so in the first word. */
 static inline void bits_uniform(const bits_word *words, size_t per, size_t count, bits_number *kinds)
 {
     for (size_t k = 0; k < count; k++, words += per) {

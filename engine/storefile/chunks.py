@@ -146,29 +146,33 @@ def walk(snapshot: Snapshot, tree: Tree, wanted: Positions | None = None, *, kee
         bad = (
             (places % shape.cluster != 0) | (places < store.RESERVED) | (places > max(snapshot.size - shape.cluster, 0))
         )
+        bad |= _used_before(places)
         if len(index) > left:
             bad[left:] = True
         left = max(left - len(index), 0)
         if bad.any():
-            lost, at = index[bad], places[bad].tolist()
-            for first, end in _together(np.diff(lost) == 1):  # of which a small store can have many
-                found.lose(level, int(lost[first]), int(lost[end - 1]) + 1, at[first])
+            _lose_each(found, level, index[bad], places[bad])
             index, places, checksums = index[~bad], places[~bad], checksums[~bad]
         if level == 0:
             found.chunks, found.places, found.checksums = index, places.astype(np.int64), checksums
             break
-        numbers, nodes = _nodes(snapshot, found, level, index, places, checksums)
-        if keep:
-            kept = zip(numbers.tolist(), nodes, places[np.searchsorted(index, numbers)].tolist(), strict=True)
-            for number, node, place in kept:
-                found.nodes[level, number], found.at[level, number] = node, place
-        index = (numbers[:, np.newaxis] * shape.fan + np.arange(shape.fan)).reshape(-1)
-        index = index[: np.searchsorted(index, shape.number(level - 1))]  # what is behind the last means nothing
-        pointers = nodes.reshape(-1)[: len(index)]
-        places, checksums = pointers["place"].astype(np.uint64), pointers["checksum"].astype(np.int64)
-        if wanted is not None:
-            asked = np.flatnonzero(np.isin(index, wanted // shape.below(level - 1)))
-            index, places, checksums = index[asked], places[asked], checksums[asked]
+        step = max(_BLOCK // shape.cluster, 1)
+        if len(index) > step:
+            solid = _without_holes(snapshot, found, level, index, places, checksums, keep=keep)
+            index, places, checksums = index[solid], places[solid], checksums[solid]
+        asked = None if wanted is None else wanted // shape.below(level - 1)
+        parts = []
+        for at in range(0, len(index), step):  # so that nodes are in memory only as long as somebody needs them
+            here = slice(at, at + step)
+            numbers, nodes = _nodes(snapshot, found, level, index[here], places[here], checksums[here])
+            if keep:
+                at_places = places[np.searchsorted(index, numbers)].tolist()
+                for number, node, place in zip(numbers.tolist(), nodes, at_places, strict=True):
+                    found.nodes[level, number], found.at[level, number] = node, place
+            parts.append(_leading(shape, level, numbers, nodes, asked))
+        index = np.concatenate([part[0] for part in parts] or [np.empty(0, np.int64)])
+        places = np.concatenate([part[1] for part in parts] or [np.empty(0, np.uint64)])
+        checksums = np.concatenate([part[2] for part in parts] or [np.empty(0, np.int64)])
     snapshot.claim(tree.owner, most - left)
     found.dirty.sort()
     return found
@@ -190,7 +194,70 @@ def _nodes(
     for at in np.flatnonzero(~sound).tolist():
         snapshot.doubted = True
         found.lose(level, int(index[at]), int(index[at]) + 1, int(places[at]))
-    return index[sound], nodes[sound].view(_POINTER)
+    if not sound.all():
+        index, nodes = index[sound], nodes[sound]
+    return index, nodes.view(_POINTER)
+
+
+def _leading(
+    shape: Shape, level: int, numbers: Positions, nodes: NDArray[np.void], asked: Positions | None
+) -> tuple[Positions, NDArray[np.uint64], Positions]:
+    """The pointers of nodes that do not just say that all is clean: number, place and checksum of what is below."""
+    index = (numbers[:, np.newaxis] * shape.fan + np.arange(shape.fan)).reshape(-1)
+    index = index[: np.searchsorted(index, shape.number(level - 1))]  # what is behind the last means nothing
+    pointers = nodes.reshape(-1)[: len(index)]
+    places = pointers["place"].astype(np.uint64)
+    chosen = places != ALL_ZEROS
+    if asked is not None:
+        chosen &= np.isin(index, asked)
+    return index[chosen], places[chosen], pointers["checksum"][chosen].astype(np.int64)
+
+
+def _used_before(places: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which places occur before in the same array. Else a small store could lead to one node any number of times."""
+    again = np.zeros(len(places), np.bool_)
+    if (places[1:] <= places[:-1]).any():  # mostly they ascend, and need not be sorted
+        ordered = np.sort(places)
+        if (ordered[1:] == ordered[:-1]).any():
+            again[:] = True
+            again[np.unique(places, return_index=True)[1]] = False
+    return again
+
+
+def _without_holes(
+    snapshot: Snapshot,
+    found: Found,
+    level: int,
+    index: Positions,
+    places: NDArray[np.uint64],
+    checksums: Positions,
+    *,
+    keep: bool,
+) -> Positions:
+    """The positions of nodes that are no holes of the file. The others are not read: a small store can have many.
+
+    A hole is a node of zeros, so all below it is clean, if its checksum says the same.
+    """
+    shape, order = found.shape, np.argsort(places)
+    hole = np.ones(len(places), np.bool_)
+    hole[order[list(snapshot.file.with_data(places[order].tolist(), shape.cluster))]] = False
+    sound = hole & (checksums == crc32c(bytes(shape.cluster)))
+    if keep:
+        for at in np.flatnonzero(sound).tolist():
+            key = level, int(index[at])
+            found.nodes[key], found.at[key] = np.zeros(shape.fan, _POINTER), int(places[at])
+    bad = hole & ~sound
+    if bad.any():
+        snapshot.doubted = True
+        _lose_each(found, level, index[bad], places[bad])
+    return np.flatnonzero(~hole)
+
+
+def _lose_each(found: Found, level: int, index: Positions, places: NDArray[np.uint64]) -> None:
+    """Notes that nodes or chunks are damaged; together those that are consecutive, of which there can be many."""
+    at = places.tolist()
+    for first, end in _together(np.diff(index) == 1):
+        found.lose(level, int(index[first]), int(index[end - 1]) + 1, at[first])
 
 
 def load(snapshot: Snapshot, tree: Tree, key: object = None) -> tuple[bits.Words, str | None]:
@@ -441,7 +508,7 @@ def write(change: Change, wanted: Content, base: Tree, among: Positions | None =
 
 
 def _write_one(change: Change, wanted: Content, base: Tree, shape: Shape) -> tuple[int, int]:
-    """`write`, where the root is the only chunk: without arrays, which take longer than what they would hold."""
+    """`write`, where the root is the only chunk: for one chunk, numpy's calls would take longer than the work."""
     area = Area(base.place, shape.cluster)
     there = base.place > ALL_ONES and not any(store.area_faults(area, shape.cluster, change.snapshot.size))
     words, data = wanted.part(0, shape.nbits), b""

@@ -15,7 +15,7 @@ from dirtmap.fmt.directory import Entry
 from dirtmap.fmt.parsers.store import BITS, IDENTITY
 from dirtmap.fmt.store import ALL_ONES, ITEM_BITS, ITEM_IDENTITY, Record, build_items, parse_items
 
-NOTHING: Mapping[int, bytes | None] = {}
+_NOTHING: Mapping[int, bytes | None] = {}
 
 
 class Tree(NamedTuple):
@@ -105,7 +105,7 @@ def identity_of(entry: Entry) -> Identity | None:
 
 
 def identified(
-    entry: Entry, generation: int, *, new: bool = False, items: Mapping[int, bytes | None] = NOTHING
+    entry: Entry, generation: int, *, new: bool = False, items: Mapping[int, bytes | None] = _NOTHING
 ) -> Entry:
     """The entry of a bitmap that commit ``generation`` changes; a ``new`` one, or one without a UUID, gets one.
 

@@ -46,11 +46,13 @@ def load(snapshot: Snapshot, tree: Tree, most: int = _MOST) -> memoryview | None
     dirty: list[tuple[int, int]] = []  # runs of chunks that are dirty all over
     waiting: list[_Pointer] = []  # to nodes, so that it is known how many chunks there are before one is read
     leading: list[_Pointer] = []  # to chunks
+    places: set[int] = set()  # of all of them
 
     def see(level: int, index: int, place: int, checksum: int) -> None:
         if place == ALL_ONES:
             dirty.append((index * shape.below(level), (index + 1) * shape.below(level)))
         elif place != ALL_ZEROS:
+            places.add(place)
             (waiting if level else leading).append(_Pointer(level, index, place, checksum))
 
     see(shape.top, 0, tree.place, tree.checksum)
@@ -60,12 +62,12 @@ def load(snapshot: Snapshot, tree: Tree, most: int = _MOST) -> memoryview | None
         node = waiting.pop()
         if (data := _read(snapshot, node)) is None:
             return None
-        places = memoryview(data).cast("Q")[:: store.POINTER_SIZE // 8]  # each begins a pointer; most are ALL_ZEROS
-        for number, word in enumerate(places[: shape.children(node.level, node.number)].tolist()):
+        words = memoryview(data).cast("Q")[:: store.POINTER_SIZE // 8]  # each begins a pointer; most are ALL_ZEROS
+        for number, word in enumerate(words[: shape.children(node.level, node.number)].tolist()):
             if word:
                 place, checksum, _ = POINTER.unpack(data, number * store.POINTER_SIZE)
                 see(node.level - 1, node.number * shape.fan + number, place, checksum)
-    if waiting or nodes + len(leading) > most:
+    if waiting or nodes + len(leading) > most or len(places) < nodes + len(leading):  # one is used twice
         return None
     chunks: list[tuple[int, bytes]] = []
     for chunk in leading:

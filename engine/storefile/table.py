@@ -424,7 +424,7 @@ class NamespaceTable:
 
     def _rebuilt(self, node: Node, changes: list[Change], place: Place, release: Release) -> list[Item]:
         """What will be in a node, which is given up. All that is below it has its place."""
-        items = self._load(node, self._kept(node))  # who changes a record has looked at it
+        items = self._load(node, self._kept(node))
         release(node.area)
         if not node.level:
             gone = {name for _, name, _ in changes}

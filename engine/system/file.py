@@ -35,7 +35,7 @@ _lock_faults: dict[int, tuple[str | None, float]] = {}
 _NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS}
 
 # The errors of system calls; of an offset from 2**63 on; and of a path that no file can have.
-_FAILURES = (OSError, OverflowError, ValueError)
+FAILURES = (OSError, OverflowError, ValueError)
 
 
 class File:
@@ -72,7 +72,7 @@ class File:
             self.abspath = os.path.abspath(path)
             self.fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
             self.status = os.fstat(self.fd)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("open", error) from error
         if not (stat.S_ISREG(self.status.st_mode) or stat.S_ISBLK(self.status.st_mode)):
             os.close(self.fd)
@@ -116,7 +116,7 @@ class File:
         """The present length of the file or the device, in bytes."""
         try:
             return os.lseek(self.fd, 0, os.SEEK_END)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("size", error) from error
 
     def read(self, offset: int, length: int) -> bytes:
@@ -133,7 +133,7 @@ class File:
                 parts.append(data)
                 done += len(data)
             return b"".join(parts)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("read", error) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -146,7 +146,7 @@ class File:
             done = 0
             while done < len(buffer) and (step := os.preadv(self.fd, [buffer[done:]], offset + done)):
                 done += step
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("read", error) from error
         if done < len(buffer):
             raise StorageError(self.path, f"ends before byte {offset + len(buffer):#x}")
@@ -185,7 +185,7 @@ class File:
                 done = os.pwrite(self.fd, view, offset)
                 offset += done
                 view = view[done:]
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("write", error) from error
 
     def truncate(self, size: int) -> None:
@@ -193,7 +193,7 @@ class File:
         self._refuse_if_poisoned()
         try:
             os.ftruncate(self.fd, size)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("truncate", error) from error
 
     def belong_as(self, other: File) -> None:
@@ -207,7 +207,7 @@ class File:
             if owner != (self.status.st_uid, self.status.st_gid):
                 os.fchown(self.fd, *owner)
             os.fchmod(self.fd, other.status.st_mode & 0o777)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("owner and mode of the old file", error) from error
 
     def sync(self) -> None:
@@ -219,7 +219,7 @@ class File:
         self._refuse_if_poisoned()
         try:
             os.fdatasync(self.fd)
-        except _FAILURES as error:
+        except FAILURES as error:
             failed = self._failed("sync", error)
             self._poisoned = str(failed)
             raise SyncError(failed.where, failed.what, failed.errno) from error
@@ -232,14 +232,14 @@ class File:
         """
         try:
             os.fdatasync(self.fd)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("write back", error) from error
 
     def lock(self, offset: int) -> None:
         """Takes a shared open-file-description lock on one byte. Does not wait; QEMU takes shared ones only."""
         try:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, offset, 1, 0))
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("lock", error) from error
 
     def unlock(self, offset: int) -> None:
@@ -248,7 +248,7 @@ class File:
             return
         try:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, offset, 1, 0))
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("unlock", error) from error
 
     def lock_alone(self, offset: int) -> bool:
@@ -257,7 +257,7 @@ class File:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
         except (BlockingIOError, PermissionError):
             return False
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("lock", error) from error
         return True
 
@@ -298,7 +298,7 @@ class File:
                 fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, offset, 1, 0))
             except (BlockingIOError, PermissionError):
                 return False
-            except _FAILURES as error:
+            except FAILURES as error:
                 raise self._failed("lock", error) from error
             self._beside[offset] = self._beside.get(offset, 0) + 1
             return True
@@ -315,7 +315,7 @@ class File:
         request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, length, 0)
         try:
             answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, request)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("lock", error) from error
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
@@ -323,7 +323,7 @@ class File:
         """When the file was last written to, ns since 1970. Before Linux 6.13 that clock steps by up to 10 ms."""
         try:
             return os.fstat(self.fd).st_mtime_ns
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._failed("stat", error) from error
 
     def place(self) -> FilePlace:
@@ -335,7 +335,7 @@ class File:
         if self._place is None:
             try:
                 self._place = place_of(self.fd)
-            except _FAILURES as error:
+            except FAILURES as error:
                 raise self._failed("look at its file system", error) from error
         return self._place
 

@@ -31,10 +31,6 @@ _EXT, _BTRFS, _XFS = 0xEF53, 0x9123683E, 0x58465342
 _FSID_OF = {_EXT: b"ext4", _BTRFS: b"btrfs"}
 _FSID = struct.Struct(">8sQ")
 
-# The names of those whose f_fsid is made of a UUID, by the number of the device and f_fsid: no file system of another
-# kind has the same two, and to ask which kind it is takes longer than all else.
-_named: dict[tuple[int, int], bytes] = {}
-
 _GEOMETRY = bytes(112)
 _XFS_IOC_FSGEOMETRY_V1 = 2 << 30 | len(_GEOMETRY) << 16 | ord("X") << 8 | 100
 _XFS_UUID = slice(64, 80)
@@ -74,15 +70,12 @@ def look_at(path: str) -> tuple[os.stat_result, FilePlace]:
 def _place(fd: int, target: str | int, status: os.stat_result) -> FilePlace:
     if stat.S_ISBLK(status.st_mode):
         return FilePlace(unnamed_filesystem(status.st_rdev), medium_of(status.st_rdev))
-    key = status.st_dev, os.statvfs(fd).f_fsid
-    if (name := _named.get(key)) is None:
-        kind = _kind(fd)
-        if kind == _XFS:
-            name = _xfs_uuid(target, status)
-        elif kind in _FSID_OF and key[1]:
-            name = _named[key] = _FSID.pack(_FSID_OF[kind], key[1])
-        else:
-            name = bytes(16)
+    # Asked each time: up to Linux 5.6, overlayfs tells the device and the f_fsid of the file system below it.
+    kind, name = _kind(fd), bytes(16)
+    if kind == _XFS:
+        name = _xfs_uuid(target, status)
+    elif kind in _FSID_OF and (fsid := os.statvfs(fd).f_fsid):
+        name = _FSID.pack(_FSID_OF[kind], fsid)
     # Zeros are no name: the file system was made without a UUID.
     return FilePlace(name if any(name) else unnamed_filesystem(status.st_dev), status.st_ino, _birth(fd))
 

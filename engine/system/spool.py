@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 
-from dirtmap.engine.system.file import failure
+from dirtmap.engine.system.file import FAILURES, failure
 
 
 class Spool:
@@ -22,7 +22,7 @@ class Spool:
         self._folder = folder
         try:
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  see `close`
-        except OSError as error:
+        except FAILURES as error:
             raise failure(folder, "temporary file", error) from error
 
     def write(self, offset: int, data: bytes) -> None:
@@ -36,7 +36,7 @@ class Spool:
             while view:
                 done = os.pwrite(self._file.fileno(), view, offset)
                 view, offset = view[done:], offset + done
-        except OSError as error:
+        except FAILURES as error:
             raise failure(self._folder, "temporary file", error) from error
 
     def read(self, offset: int, length: int) -> bytearray:
@@ -45,7 +45,7 @@ class Spool:
         try:
             while done < length and (step := os.preadv(self._file.fileno(), [memoryview(data)[done:]], offset + done)):
                 done += step
-        except OSError as error:
+        except FAILURES as error:
             raise failure(self._folder, "temporary file", error) from error
         return data
 

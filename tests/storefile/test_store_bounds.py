@@ -11,20 +11,21 @@ import crc32c
 import pytest
 from support.damage import SIZE
 from support.hostless import stored
-from support.large import run_measured
+from support.large import Disks, run_measured
 
 import dirtmap.engine as dm
 from dirtmap.engine.host.kind import Address
 from dirtmap.engine.namespaces.nodes import add_node
+from dirtmap.engine.storefile import few
 from dirtmap.engine.storefile import header as headers
 from dirtmap.engine.storefile.directory import place_directory, read_entries, replace_directory
-from dirtmap.engine.storefile.entries import identified
-from dirtmap.engine.storefile.file import Store, create
+from dirtmap.engine.storefile.entries import identified, tree_of, with_root
+from dirtmap.engine.storefile.file import Snapshot, Store, create
 from dirtmap.engine.system.file import File
 from dirtmap.fmt import directory, store
 from dirtmap.fmt.directory import build_directory
 from dirtmap.fmt.extensions import build_extension
-from dirtmap.fmt.parsers.store import LEAF
+from dirtmap.fmt.parsers.store import LEAF, POINTER
 from dirtmap.fmt.store import Area, Record
 
 SECONDS, MEBIBYTES = 2 * 2.0, 256  # as in test_hostile_bounds
@@ -144,6 +145,75 @@ def test_bits_that_many_bitmaps_share_are_read_for_few_of_them(tmp_path: Path, m
         assert image["199"].count == 64 * 512
     assert dm.check(path, repair="all").corruptions == 0
     assert dm.describe(path).notes == ()
+
+
+@pytest.mark.parametrize("kind", ["one node", "holes"])
+def test_a_sparse_store_has_no_more_nodes_than_it_holds(tmp_path: Path, kind: str) -> None:
+    """Pointers to one and the same node, or each to another hole, of which a file of a few KiB can have any number."""
+    cluster = 4096 if kind == "one node" else 65536
+    disks, fan = Disks(tmp_path, cluster.bit_length() - 1), cluster // store.POINTER_SIZE
+    levels = 3 if kind == "one node" else 2
+    size = fan**levels * cluster * 8 * 65536
+    disks.add("a", size)
+    with Store(disks.path) as target, target.change() as change:
+        record = change.table.get(b"a")
+        assert record
+        if kind == "one node":  # of chunks that are clean and dirty in turn; 65,536 times
+            root = change.place((bytes(store.POINTER_SIZE) + POINTER.pack(store.ALL_ONES, 0, 0)) * (fan // 2))
+            for _ in range(2, levels + 1):
+                root = change.place(POINTER.pack(root.offset, root.checksum, 0) * fan)
+        else:
+            sum_, start = crc32c.crc32c(bytes(cluster)), 64 * cluster
+            root = change.place(b"".join(POINTER.pack(start + at * cluster, sum_, 0) for at in range(fan)))
+        entry = with_root(directory.Entry(b"b", store.ALL_ZEROS, 0, 2, 16), root.offset, root.checksum, fan**levels)
+        place = place_directory(change, b"a", [identified(entry, 1, new=True)])
+        change.take((512 << 20) // cluster)
+        change.table.put(replace(record, directory=place, nb_bitmaps=1, generation=change.generation))
+    os.truncate(disks.path, 600 << 20)
+    assert os.stat(disks.path).st_blocks * 512 < 1 << 20
+    program = "import dirtmap.engine as dm; print(dm.describe(sys.argv[1]).notes)"
+    said, seconds, mebibytes = run_measured(disks.path, program=program)
+    assert ("bits are damaged" in said) == (kind == "one node"), said
+    assert seconds < SECONDS
+    assert mebibytes < MEBIBYTES
+    run_measured("check", "--repair", "all", disks.path)
+    with dm.open(Address(disks.path, "a")) as image:
+        once = fan // 2 * cluster * 8  # granules of the node where it is first
+        dirty = (fan**levels - fan) * cluster * 8 + once if kind == "one node" else 0
+        assert image["b"].count == dirty * 65536
+
+
+def test_a_chunk_that_two_pointers_lead_to_is_that_of_the_first(tmp_path: Path) -> None:
+    """For whoever maps so few clusters without numpy, too."""
+    disks, cluster = Disks(tmp_path), 4096
+    disks.add("a", 2 * cluster * 8 * 65536)
+    with Store(disks.path) as target, target.change() as change:
+        record = change.table.get(b"a")
+        assert record
+        chunk = change.place(b"\1" + bytes(cluster - 1))
+        root = change.place((POINTER.pack(chunk.offset, chunk.checksum, 0) * 2).ljust(cluster, b"\0"))
+        entry = with_root(directory.Entry(b"b", store.ALL_ZEROS, 0, 2, 16), root.offset, root.checksum, 2)
+        place = place_directory(change, b"a", [identified(entry, 1, new=True)])
+        change.table.put(replace(record, directory=place, nb_bitmaps=1, generation=change.generation))
+    (bitmap,) = dm.describe(disks.path).bitmaps
+    assert bitmap.count == (1 + cluster * 8) * 65536
+    with dm.open(Address(disks.path, "a")) as image:
+        found = [column.tolist() for column in image["b"].extents()]
+        assert found == [[0, cluster * 8 * 65536], [65536, cluster * 8 * 65536]]
+    assert few_load(disks.path) is None
+
+
+def few_load(path: str) -> object:
+    """What `few.load` says of the only bitmap."""
+    with Store(path) as target:
+
+        def load(snapshot: Snapshot) -> object:
+            record = snapshot.table().get(b"a")
+            assert record
+            (entry,) = read_entries(snapshot, record)
+            return few.load(snapshot, tree_of(record, entry))
+
+        return target.read(load)
 
 
 def test_recovery_of_the_largest_directory_keeps_little_of_it(tmp_path: Path) -> None:

@@ -137,6 +137,20 @@ def test_overlayfs_has_no_lasting_name_and_a_file_that_is_written_to_gets_to_be_
         assert place_of(str(here / "file")) != found
 
 
+@pytest.mark.usefixtures("disks")
+def test_overlayfs_with_the_numbers_of_the_file_system_below_it_is_told_from_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Linux 4.17 to 5.6 have it for a file of the upper layer; which of the two is seen first does not matter."""
+    with volume(make("ext4", tmp_path / "image"), tmp_path / "a") as here:
+        (here / "file").touch()
+        assert place_of(str(here / "file")).filesystem[:4] == b"ext4"
+        with monkeypatch.context() as patch:
+            patch.setattr(filesystem, "_kind", lambda _: 0x794C7630)
+            assert place_of(str(here / "file")).filesystem == unnamed(here / "file")
+        assert place_of(str(here / "file")).filesystem[:4] == b"ext4"
+
+
 # What it looks like to those who remember images.
 
 

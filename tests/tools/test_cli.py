@@ -426,6 +426,16 @@ def test_numpy_starts_no_threads(image: Path) -> None:
     assert done.stderr == b"1\n"
 
 
+@pytest.mark.parametrize("said", ["", "3"])
+def test_what_spares_numpy_threads_is_not_passed_on(image: Path, said: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    if said:
+        environment["OPENBLAS_NUM_THREADS"] = said
+    words = [COMMAND, "export", str(image), "--run", 'echo "$OPENBLAS_NUM_THREADS"']
+    done = subprocess.run(words, env=environment, capture_output=True, check=True, timeout=60)
+    assert done.stdout.decode() == said + "\n"
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_script(shell: str) -> None:
     assert "_DIRTMAP_COMPLETE" in dirtmap("completion", shell).out

@@ -348,7 +348,7 @@ def _carry_out(host: Host, place: Repository, plan: _Plan, compress: str | None,
     with contextlib.ExitStack() as undo:
         for path in (temporary, base + ".pieces"):
             undo.callback(files.discard, path)
-        spool = Spool(base + ".pieces")
+        spool = PieceFile(base + ".pieces")
         plan.backup = replace(plan.backup, compression=compress)
         backup = _copy(host, plan, spool, temporary, watch)
         plan.kept.close()  # fails where the disk did not stay as it was
@@ -358,7 +358,7 @@ def _carry_out(host: Host, place: Repository, plan: _Plan, compress: str | None,
     return backup
 
 
-def _copy(host: Host, plan: _Plan, spool: Spool, temporary: str, watch: Watcher) -> Backup:
+def _copy(host: Host, plan: _Plan, spool: PieceFile, temporary: str, watch: Watcher) -> Backup:
     backup, cluster, size = plan.backup, plan.backup.cluster_size, plan.backup.size
     begun = time.monotonic()
     parent = None if backup.parent is None else backup.parent + IMAGE
@@ -419,14 +419,14 @@ def _opened(stack: contextlib.ExitStack, host: Host, disk: Disk, size: int) -> S
         return opened.connect("disk")
 
 
-class Spool:
+class PieceFile:
     """A file that takes the lines of pieces until the document can be written, which says first how many there are."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self.digest = Digest()
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> PieceFile:
         with files.failing(self._path):
             self._file = open(self._path, "wb")
         return self

@@ -22,6 +22,7 @@ from dirtmap.fmt.errors import ArgumentError, BitmapError, Error, StorageError
 from dirtmap.tools.backup import files
 from dirtmap.tools.backup.document import LIVE, REFLINK, SOURCE
 from dirtmap.tools.frozen import frozen_copy, prepared_clone
+from dirtmap.tools.surroundings import given
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,7 +126,7 @@ def _write_back(disks: Sequence[Written]) -> None:
 def _run(command: str) -> None:
     """Runs a command; what it prints goes to standard error. It is not killed: it may have suspended a device."""
     seconds = live.PATIENCE_NS / 1e9  # for which writes wait
-    process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=2)
+    process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=2, env=given())
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired as error:

@@ -9,7 +9,7 @@ from dirtmap.fmt.errors import ArgumentError
 from dirtmap.tools.backup import files
 from dirtmap.tools.backup.chain import ChainReader
 from dirtmap.tools.backup.copying import Writer, copy
-from dirtmap.tools.backup.creating import Spool, Watcher
+from dirtmap.tools.backup.creating import PieceFile, Watcher
 from dirtmap.tools.backup.document import FULL, Backup, parts
 from dirtmap.tools.backup.making import new_image
 from dirtmap.tools.backup.repository import DOCUMENT, IMAGE, NEW, WAIT_SECONDS, Repository
@@ -72,7 +72,7 @@ def _make_full(place: Repository, backup: Backup, watch: Watcher) -> None:
     chain = place.require_sound(backup)
     base = os.path.join(place.path, backup.id)
     image = base + IMAGE + NEW
-    temporary, spool = image + files.TEMPORARY, Spool(base + ".pieces")
+    temporary, spool = image + files.TEMPORARY, PieceFile(base + ".pieces")
     try:
         cluster = min(each.cluster_size for each in chain)  # what can be seen of each begins and ends at its own
         new = new_image(temporary, backup.size, cluster=cluster, compression=backup.compression)

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import click
 
 from dirtmap.tools.listening.listener import LOOPBACK, Listener
+from dirtmap.tools.surroundings import given
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
@@ -99,4 +100,4 @@ def environment(uris: Sequence[str]) -> dict[str, str]:
     found = urlsplit(uris[0])
     unix = parse_qs(found.query, errors="surrogateescape").get("socket", [""])[0]
     port = "" if found.port is None else str(found.port)
-    return {**os.environ, "uri": " ".join(uris), "unixsocket": unix, "port": port}
+    return {**given(), "uri": " ".join(uris), "unixsocket": unix, "port": port}

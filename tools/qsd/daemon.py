@@ -11,6 +11,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any, Self
 
 from dirtmap.fmt.errors import Error, StorageError
+from dirtmap.tools.surroundings import given
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -64,7 +65,7 @@ class Daemon:
                 pass_fds=tuple(fds),
                 umask=0o077,  # its socket is for this user alone
                 start_new_session=True,
-                env={key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"},
+                env={key: value for key, value in given().items() if key != "NOTIFY_SOCKET"},
             )
         except OSError as error:
             self._said.close()
