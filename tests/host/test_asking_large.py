@@ -256,7 +256,7 @@ def test_what_was_told_is_gone_with_its_conversation(tmp_path: Path) -> None:
     assert bitmap.count == FINE * (64 + sum(value.bit_count() for value in range(64)))
     assert list(tmp_path.iterdir()) == []
     one.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(dm.StorageError, match="closed"):
         _ = bitmap.extents()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-import secrets
 import socket
 import stat
 from collections.abc import Iterator
@@ -138,7 +137,7 @@ def _try_folder(folder: Path) -> None:
     """Makes a socket there for a moment, of another name."""
     fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: TID251  no data: a short path of the folder
     try:
-        name = f"/proc/self/fd/{fd}/.dirtmap-{secrets.token_hex(8)}"
+        name = f"/proc/self/fd/{fd}/.dirtmap-{os.urandom(8).hex()}"
         with socket.socket(socket.AF_UNIX) as probe:
             probe.bind(name)
         Path(name).unlink()
