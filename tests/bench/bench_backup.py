@@ -1,6 +1,7 @@
 """How fast disks are backed up and restored, beside what copies as much without bitmaps or digests.
 
-All of it syncs what it has written, and runs as a process of its own, but for the plain copy of extents.
+All of it syncs what it has written. It runs as a process of its own, but for the plain copy of extents and what is
+called from Python.
 
 What fills the page cache takes as long as the memory for that takes: nothing right after a large file was removed, and
 2 ms a MiB, twice as long as the copy itself, once a hypervisor has taken back what its guest does not use. So that
@@ -24,6 +25,7 @@ import pytest
 from support.measuring import Against, Peer
 
 import dirtmap.engine as dm
+from dirtmap.tools import backup
 
 SECTION = "Backups"
 DIRTMAP = Path(sys.executable).with_name("dirtmap")
@@ -96,20 +98,30 @@ def converts(source: Path, given: str, out: Path, form: str) -> dict[str, Peer]:
     }
 
 
-def test_increment(against: Against, disk: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["backup create", "dirtmap.tools.backup.create"])
+def test_increment(against: Against, disk: Path, tmp_path: Path, how: str) -> None:
+    """By the command, which has to start Python and import numpy; and by one that runs, as the plain copies do."""
     process(DIRTMAP, "backup", "create", "data", tmp_path / "repo")
     write(disk)
     out = tmp_path / "copy"
+
+    def from_python() -> None:
+        with dm.Host() as host:
+            backup.create(host, ["data"], tmp_path / "repo")
+
+    def command() -> None:
+        process(DIRTMAP, "backup", "create", "data", tmp_path / "repo")
+
     peers = {
         "copy_file_range": Peer(lambda: copy_extents(disk, out, digests=False), 1.3),
         "the same, and digests in a second thread": Peer(lambda: copy_extents(disk, out, digests=True), 1.3),
     }
     against(
-        "`backup create`, an increment of 1 % of a raw disk of 64 GiB",
-        lambda: process(DIRTMAP, "backup", "create", "data", tmp_path / "repo"),
+        f"`{how}`, an increment of 1 % of a raw disk of 64 GiB",
+        command if how == "backup create" else from_python,
         peers,
-        rounds=3,
-        warm=0,
+        rounds=5,
+        warm=0 if how == "backup create" else 1,
         before=lambda: write(disk),
     )
 
