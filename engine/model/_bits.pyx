@@ -36,7 +36,7 @@ cdef extern from "bits.h" nogil:
     size_t bits_first_outside(const bits_number *, const bits_number *, size_t, int64_t)
     size_t bits_mark_ranges(bits_word *, uint64_t, const bits_number *, const bits_number *, size_t, int, uint64_t)
     size_t bits_scatter(bits_word *, uint64_t, const bits_number *, const bits_number *, size_t, uint64_t)
-    void bits_union(const bits_word *const *, size_t, bits_word *, size_t, size_t)
+    void bits_union(const bits_word *const *, size_t, bits_word *, size_t)
     int bits_all(const uint8_t *, size_t, uint8_t)
     void bits_uniform(const bits_word *, size_t, size_t, bits_number *)
     int __builtin_ctzll(unsigned long long)
@@ -336,11 +336,10 @@ def combine(one, other, into, int how):
     return total
 
 
-def union(list parts, into, size_t start, size_t end):
+def union(list parts, into):
     cdef Buffer buffer, result = words_of(into, PyBUF_WRITABLE)
     cdef list buffers = [words_of(part) for part in parts]
     cdef size_t at, n = len(buffers)
-    check_part(result, start, end)
     for buffer in buffers:
         check_pair(buffer, result)
     cdef bits_word *target = <bits_word *> result.view.buf
@@ -349,8 +348,8 @@ def union(list parts, into, size_t start, size_t end):
         raise MemoryError
     for at, buffer in enumerate(buffers):
         sources[at] = <const bits_word *> buffer.view.buf
-    cdef PyThreadState *state = unlock((end - start) * 8 * n)
-    bits_union(sources, n, target, start, end)
+    cdef PyThreadState *state = unlock(length_of(result) * 8 * n)
+    bits_union(sources, n, target, length_of(result))
     lock(state)
     PyMem_Free(sources)
 

@@ -199,12 +199,12 @@ BITS_INLINE uint64_t bits_combine_body(const bits_word *a, const bits_word *b, b
  * Five arrays at a time, so that what they have together is loaded and stored less often; where fewer are left, the last
  * one fills the places.
  */
-static inline void bits_union(const bits_word *const *parts, size_t count, bits_word *into, size_t from, size_t to)
+static inline void bits_union(const bits_word *const *parts, size_t count, bits_word *into, size_t length)
 {
     enum { BLOCK = 512, SOME = 5 };
-    for (size_t at = from; at < to; at += BLOCK) {
+    for (size_t at = 0; at < length; at += BLOCK) {
         uint64_t block[BLOCK] = {0}, any = 0;
-        size_t n = to - at < BLOCK ? to - at : BLOCK;
+        size_t n = length - at < BLOCK ? length - at : BLOCK;
         for (size_t k = 0; k < count; k += SOME) {
             const bits_word *part[SOME];
             for (size_t j = 0; j < SOME; j++)

@@ -19,8 +19,7 @@ of 4 bits:
     edges   0000 0101 0010 0000 0001 0000
 
 The loops are compiled: `_bits.pyx` checks what arrays they get, `bits.h` has the loops. A call on more than 1 MiB gives
-up the interpreter's lock, and one that makes a `LARGE` result, or ORs arrays as large together, is shared by two
-threads.
+up the interpreter's lock, and one that makes a `LARGE` result is shared by two threads.
 
 Cost. Each function takes one or two passes over its input; only ranges that overlap a lot are sorted. For 2**28 bits
 (a 16 TiB disk at 64 KiB) on a 2-core virtual machine: `count` 1 ms, `coarsen` by 16 2 ms, `extents` 3 ms with 0.1 % and
@@ -57,8 +56,8 @@ _Found = TypeVar("_Found")
 
 WORD: Final = "<u8"
 ALL: Final = 2**64 - 1
-# Bytes of results, or of what is ORed together, that are worth a second thread. Of results it is the memory that takes
-# time, more than the work: the system has to find and clear every page of it.
+# Bytes of results that are worth a second thread. It is their memory that takes time, more than the work: the system
+# has to find and clear every page of it.
 LARGE: Final = 1 << 25
 # Words whose runs are found at a time where not all are wanted at once: with those, they stay in the cache.
 STEP: Final = 1 << 15
@@ -320,11 +319,7 @@ def union(parts: list[Words], into: Words) -> None:
         parts: arrays of the same length as ``into``.
         into: the result.
     """
-    if into.nbytes * len(parts) < LARGE:
-        _bits.union(parts, into, 0, len(into))
-        return
-    half = len(into) // 2
-    _both(lambda: _bits.union(parts, into, 0, half), lambda: _bits.union(parts, into, half, len(into)))
+    _bits.union(parts, into)
 
 
 def rescaled(words: Words, size: int, granularity: int, wanted: int) -> Words:

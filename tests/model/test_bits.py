@@ -351,7 +351,6 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
         lambda: bits.combine(one, two, bits.OR),
         lambda: bits.combine(two, two, bits.OR, one),
         lambda: bits.union([two, one], two),
-        lambda: _bits.union([one], one, 0, 2),
         lambda: bits.uniform(two, 3),
         lambda: bits.uniform(two, 0),
         lambda: bits.uniform(bits.zeros(0), 1),
@@ -388,9 +387,7 @@ def test_two_threads_find_what_one_does(flags: list[bool], data: st.DataObject) 
 
     def results() -> list[Any]:
         fine = bits.refine(words, nbits * factor, factor)
-        either = bits.zeros(nbits)
-        bits.union([words, other], either)
-        return [*bits.extents(words, nbits * 8 - 3, 8), *bits.combine(words, other, bits.XOR), either, fine]
+        return [*bits.extents(words, nbits * 8 - 3, 8), *bits.combine(words, other, bits.XOR), fine]
 
     alone = results()
     with pytest.MonkeyPatch.context() as patch:
