@@ -17,6 +17,6 @@ def spare_threads() -> None:
         _added.add(_ONE_THREAD)
 
 
-def given() -> dict[str, str]:
-    """The environment as the user gave it: for other programs, which may need threads."""
-    return {name: value for name, value in os.environ.items() if name not in _added}
+def given(*, without: str | None = None) -> dict[str, str]:
+    """The environment as the user gave it, for other programs, which may need threads; ``without`` one variable."""
+    return {name: value for name, value in os.environ.items() if name not in _added and name != without}

@@ -170,18 +170,10 @@ class _HeldBits:
         """See `Content.part`."""
         import numpy as np
 
-        from dirtmap.engine.model.content import BLOCK
+        from dirtmap.engine.model.content import BLOCK, joined
 
         if end - first > BLOCK:  # more than a message has
-            words = bits.zeros(end - first)
-            for at in range(first, end, BLOCK):
-                upto = min(at + BLOCK, end)
-                part = self.part(at, upto)
-                if part is True:
-                    bits.set_range(words, at - first, upto - first)
-                elif part is not False:
-                    words[(at - first) // 64 :][: len(part)] = part
-            return words
+            return joined(self, first, end)
         found, octets = self._held.ask_for_data("held part", name=self._name, first=first, end=end)
         if not octets:
             return bool(found)

@@ -194,7 +194,7 @@ BITS_INLINE uint64_t bits_combine_body(const bits_word *a, const bits_word *b, b
     }
 }
 
-/* ORs words[from..to] of several arrays. Blocks without a bit are not written: they are clear in `into` already.
+/* ORs several arrays of `length` words. Blocks without a bit are not written: they are clear in `into` already.
  *
  * Five arrays at a time, so that what they have together is loaded and stored less often; where fewer are left, the last
  * one fills the places.

@@ -80,23 +80,29 @@ class Counted(Protocol):
         """How many bits are set."""
 
 
-def blocks(content: Content) -> Iterator[tuple[int, int, Part]]:
-    """All parts in order: first bit, the bit behind the last, and the part."""
-    for first in range(0, content.nbits, BLOCK):
-        end = min(first + BLOCK, content.nbits)
-        yield first, end, content.part(first, end)
+def blocks(content: Content, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int, Part]]:
+    """The parts of these bits, or of all, in order: first bit, the bit behind the last, and the part."""
+    end = content.nbits if end is None else end
+    for at in range(first, end, BLOCK):
+        upto = min(at + BLOCK, end)
+        yield at, upto, content.part(at, upto)
 
 
 def load(content: Content) -> bits.Words:
     """All bits at once: new words, or those of a `Whole`."""
     if isinstance(content, (Whole, Packed)):
         return content.words
-    words = bits.zeros(content.nbits)
-    for first, end, part in blocks(content):
+    return joined(content, 0, content.nbits)
+
+
+def joined(content: Content, first: int, end: int) -> bits.Words:
+    """New words with the bits from ``first``, a multiple of 64, up to ``end``."""
+    words = bits.zeros(end - first)
+    for at, upto, part in blocks(content, first, end):
         if part is True:
-            bits.set_range(words, first, end)
+            bits.set_range(words, at - first, upto - first)
         elif part is not False:
-            words[first // 64 : first // 64 + len(part)] = part
+            words[(at - first) // 64 :][: len(part)] = part
     return words
 
 

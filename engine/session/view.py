@@ -55,11 +55,11 @@ from dirtmap.fmt.errors import Error, FormatError, StorageError, printable
 from dirtmap.fmt.identity import Identity
 from dirtmap.fmt.store import Record
 
-_NS = 1_000_000_000
-_TICK_NS = 10_000_000  # of the coarse clock, which markers read; a file's time may come from a finer one
-
 if TYPE_CHECKING:
     from dirtmap.engine.model.content import Content
+
+_NS = 1_000_000_000
+_TICK_NS = 10_000_000  # of the coarse clock, which markers read; a file's time may come from a finer one
 
 
 class SessionView:

@@ -517,11 +517,10 @@ def _write_one(change: Change, wanted: Content, base: Tree, shape: Shape) -> tup
     else:
         place = {0: ALL_ZEROS, shape.nbits: ALL_ONES}.get(bits.count(words), _UNKNOWN)
         data = words.tobytes().ljust(shape.cluster, b"\0")
-    if place == base.place:
-        return base.place, base.checksum
-    # With another checksum, what is there counts as damaged.
-    sound = there and data and crc32c(data) == base.checksum
-    if place == _UNKNOWN and sound and change.snapshot.file.read(base.place, shape.cluster) == data:
+    same = place == base.place
+    if place == _UNKNOWN and there and crc32c(data) == base.checksum:  # else what is there is another, or damaged
+        same = change.snapshot.file.read(base.place, shape.cluster) == data
+    if same:
         return base.place, base.checksum
     if there:
         change.release(area)

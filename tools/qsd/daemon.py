@@ -65,7 +65,7 @@ class Daemon:
                 pass_fds=tuple(fds),
                 umask=0o077,  # its socket is for this user alone
                 start_new_session=True,
-                env={key: value for key, value in given().items() if key != "NOTIFY_SOCKET"},
+                env=given(without="NOTIFY_SOCKET"),
             )
         except OSError as error:
             self._said.close()

@@ -88,7 +88,7 @@ class Nbdkit:
                     umask=0o077,  # its socket is for this user alone
                     start_new_session=True,  # an interrupt from the terminal is for us
                     pass_fds=[] if session is None else [session.locks],
-                    env={key: value for key, value in given().items() if key != "NOTIFY_SOCKET"},
+                    env=given(without="NOTIFY_SOCKET"),
                 )
             except OSError as error:
                 raise StorageError("nbdkit", error.strerror or str(error), error.errno) from error
